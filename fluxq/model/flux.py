@@ -1,0 +1,80 @@
+"""FLUX.1, the transformer: a rectified-flow model of image latents (black-forest-labs/flux), frozen except for LoRA.
+
+Parameter names are those of the original checkpoint files, so that a file loads without a key map.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from fluxq.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock, run_block
+from fluxq.model.config import FluxConfig
+from fluxq.model.embed import MLPEmbedder, rope_angles, sinusoid
+from fluxq.model.linear import Linear
+from fluxq.offload import AllResident, Ring
+
+
+class Flux(nn.Module):
+    """The transformer. Fresh from the constructor its layers hold uninitialised floating-point buffers, to be loaded.
+
+    It computes in the dtype of its vectors, biases and norms; what carries time, guidance and positions stays fp32 on the way in.
+    """
+
+    def __init__(self, config: FluxConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.ring: Ring = AllResident()
+        width = config.hidden_size
+        self.img_in = Linear(config.in_channels, width)
+        self.txt_in = Linear(config.context_in_dim, width)
+        self.time_in = MLPEmbedder(256, width)
+        self.vector_in = MLPEmbedder(config.vec_in_dim, width)
+        self.guidance_in = MLPEmbedder(256, width) if config.guidance_embed else None
+        self.double_blocks = nn.ModuleList(DoubleStreamBlock(config, f"double_blocks.{i}") for i in range(config.depth))
+        self.single_blocks = nn.ModuleList(
+            SingleStreamBlock(config, f"single_blocks.{i}") for i in range(config.depth_single_blocks)
+        )
+        self.final_layer = LastLayer(config)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What the model computes in."""
+        return self.final_layer.linear.bias.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model computes."""
+        return self.final_layer.linear.bias.device
+
+    def forward(
+        self,
+        img: Tensor,
+        img_ids: Tensor,
+        txt: Tensor,
+        txt_ids: Tensor,
+        timesteps: Tensor,
+        y: Tensor,
+        guidance: Tensor | None = None,
+    ) -> Tensor:
+        """The velocity (noise - image) at every image token, (B, Li, out_channels) in the model's dtype.
+
+        img (B, Li, in_channels) packed latents; txt (B, Lt, context) T5 tokens; ids (B, L, 3) or (L, 3); timesteps (B,) in
+        0..1, 1 is noise; y (B, vec_in) CLIP's pooled vector; guidance (B,), needed by models that embed it (dev).
+        """
+        if (guidance is None) == self.config.guidance_embed:
+            raise ValueError("this model needs guidance" if guidance is None else "this model (schnell) takes no guidance")
+        cos, sin = rope_angles(torch.cat([txt_ids, img_ids], dim=-2), self.config.axes_dim, self.config.theta)
+
+        vec = self.time_in(sinusoid(timesteps).to(self.dtype)) + self.vector_in(y.to(self.dtype))
+        if self.guidance_in is not None and guidance is not None:
+            vec = vec + self.guidance_in(sinusoid(guidance).to(self.dtype))
+        img = self.img_in(img.to(self.dtype))
+        txt = self.txt_in(txt.to(self.dtype))
+
+        for block in self.double_blocks:
+            img, txt = run_block(block, self.ring, img, txt, vec, cos, sin)
+        x = torch.cat([txt, img], dim=1)
+        for block in self.single_blocks:
+            x = run_block(block, self.ring, x, vec, cos, sin)
+        return self.final_layer(x[:, txt.shape[1] :], vec)
