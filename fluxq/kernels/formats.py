@@ -1,4 +1,5 @@
-"""How frozen weights are stored: `nf4` (two 4-bit codes a byte, one fp32 scale per 64 weights) or `bf16` (a plain tensor).
+"""How frozen weights are stored: `nf4` (two 4-bit codes a byte, one fp32 scale per 64 weights) or `bf16` (a plain
+tensor).
 
 A stored weight is a plain container of tensors, not a tensor subclass: whoever multiplies by it asks for `dequantize`.
 """

@@ -26,8 +26,8 @@ def lora_linear(
     """x W^T + bias + scale (x down^T) up^T, differentiable in x, down and up.
 
     x (..., K); weight stands for (N, K) in any stored format; bias (N,); down (R, K) and up (N, R) in any float dtype.
-    They are multiplied in x's dtype; gradients come back in each argument's own. The weight is decoded anew in the backward
-    pass and never kept by autograd. Raises ValueError where widths disagree.
+    They are multiplied in x's dtype; gradients come back in each argument's own. The weight is decoded anew in the
+    backward pass and never kept by autograd. Raises ValueError where widths disagree.
     """
     if compute not in COMPUTES:
         raise ValueError(f"compute must be one of {', '.join(COMPUTES)}, not {compute!r}")
@@ -37,7 +37,9 @@ def lora_linear(
     if (down is None) != (up is None):
         raise ValueError("LoRA needs down and up together; one of them is missing")
     if down is not None and up is not None and (down.shape[1] != columns or up.shape != (rows, down.shape[0])):
-        raise ValueError(f"LoRA down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a ({rows}, {columns}) weight")
+        raise ValueError(
+            f"LoRA down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a ({rows}, {columns}) weight"
+        )
     return _LoRALinear.apply(x, weight, bias, down, up, scale)
 
 
@@ -54,7 +56,8 @@ class _LoRALinear(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dy,) = grad_outputs
         x, s, down, up = ctx.saved_tensors
         w = dequantize(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
         cast_down, cast_up = (t if t is None else t.to(dy.dtype) for t in (down, up))

@@ -11,7 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# The 16 quantiles of a normal distribution that NF4 stores, as bitsandbytes has them (Dettmers et al. 2023, appendix E).
+# The 16 quantiles of a normal distribution that NF4 stores, as bitsandbytes has them (Dettmers et al. 2023, appendix
+# E).
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -25,9 +26,9 @@ _CHUNK = 1 << 18  # weights quantised at a time: the intermediates of one chunk 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     """NF4 codes (N, K/2) uint8 and scales (N, K/64) fp32 of the (N, K) matrix `w`, the very bytes of bitsandbytes.
 
-    A weight divided by its block's largest magnitude gets the number of level midpoints below it. A search over 15 midpoints
-    per weight is slow in PyTorch, so the upper half of the float's bits looks the answer up; in the few table cells that
-    contain a midpoint, one comparison decides.
+    A weight divided by its block's largest magnitude gets the number of level midpoints below it. A search over 15
+    midpoints per weight is slow in PyTorch, so the upper half of the float's bits looks the answer up; in the few table
+    cells that contain a midpoint, one comparison decides.
     """
     rows, columns = w.shape
     codes = torch.empty(rows * columns // 2, dtype=torch.uint8, device=w.device)
@@ -48,7 +49,9 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _nf4_tables() -> tuple[Tensor, Tensor]:
-    """For each upper half of a float (as int16 + 32768): how many midpoints lie below the cell, and the midpoint inside it or inf."""
+    """For each upper half of a float (as int16 + 32768): how many midpoints lie below the cell, and the midpoint
+    inside it or inf.
+    """
     levels = torch.tensor(NF4_LEVELS)
     midpoints = (levels[1:] + levels[:-1]) / 2
     upper = torch.arange(-32768, 32768, dtype=torch.int32) << 16
@@ -60,7 +63,9 @@ def _nf4_tables() -> tuple[Tensor, Tensor]:
 
 
 def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The (N, K) matrix of NF4 `codes` (N, K/2) and scales `absmax` (N, K/64): level times scale in fp32, rounded once."""
+    """The (N, K) matrix of NF4 `codes` (N, K/2) and scales `absmax` (N, K/64): level times scale in fp32, rounded
+    once.
+    """
     levels = torch.tensor(NF4_LEVELS, device=codes.device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2): both levels of a byte
     values = pairs.view(torch.int64).view(-1).index_select(0, codes.flatten().int()).view(torch.float32)  # (N K,)
@@ -70,7 +75,8 @@ def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
 def unnest_absmax(absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, offset: float, block: int = 256) -> Tensor:
     """fp32 scales from bitsandbytes' nested ("double quantised") form, which stores them in 8 bits of their own.
 
-    absmax (n,) uint8; quant_map (256,) fp32; nested_absmax (ceil(n/block),) fp32; offset is the mean that was taken off.
+    absmax (n,) uint8; quant_map (256,) fp32; nested_absmax (ceil(n/block),) fp32; offset is the mean that was taken
+    off.
     """
     scales = nested_absmax.repeat_interleave(block)[: absmax.numel()]
     return quant_map[absmax.long()] * scales + offset
@@ -79,7 +85,9 @@ def unnest_absmax(absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, offs
 def lora_linear(
     x: Tensor, w: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + bias + scale (x down^T) up^T, and x down^T for the backward pass. x (..., K), w (N, K), down (R, K), up (N, R)."""
+    """y = x W^T + bias + scale (x down^T) up^T, and x down^T for the backward pass. x (..., K), w (N, K), down (R,
+    K), up (N, R).
+    """
     y = F.linear(x, w, bias)
     if down is None or up is None:
         return y, None
@@ -90,7 +98,9 @@ def lora_linear(
 def lora_linear_backward(
     dy: Tensor, w: Tensor | None, x: Tensor, s: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, down and up for `lora_linear`. `w` None: the gradient of x is not wanted; `s` None: there is no LoRA."""
+    """Gradients of x, down and up for `lora_linear`. `w` None: the gradient of x is not wanted; `s` None: there is
+    no LoRA.
+    """
     dx = dy @ w if w is not None else None
     if s is None or down is None or up is None:
         return dx, None, None

@@ -1,4 +1,5 @@
-"""The FLUX.1 autoencoder: pictures (B, 3, 8 h, 8 w) in -1..1 <-> latents (B, 16, h, w), under the original file's names.
+"""The FLUX.1 autoencoder: pictures (B, 3, 8 h, 8 w) in -1..1 <-> latents (B, 16, h, w), under the original file's
+names.
 
 A convolutional encoder and decoder with one attention layer in the middle (Esser et al. 2021; black-forest-labs/flux
 `autoencoder.py`). It is frozen, and used outside the training step only.
@@ -64,7 +65,9 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, then `resample` unless it is the last."""
 
-    def __init__(self, in_channels: int, out_channels: int, blocks: int, groups: int, resample: type[nn.Module] | None) -> None:
+    def __init__(
+        self, in_channels: int, out_channels: int, blocks: int, groups: int, resample: type[nn.Module] | None
+    ) -> None:
         super().__init__()
         widths = [in_channels] + [out_channels] * blocks
         self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
@@ -115,7 +118,9 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, z, h, w) -> pictures (B, 3, 8 h, 8 w). `up` is indexed by resolution, highest first, and run from its end."""
+    """z (B, z, h, w) -> pictures (B, 3, 8 h, 8 w). `up` is indexed by resolution, highest first, and run from its
+    end.
+    """
 
     def __init__(self, config: AutoEncoderConfig) -> None:
         super().__init__()
@@ -151,7 +156,9 @@ class AutoEncoder(nn.Module):
         """Latents (B, z, h, w) of pictures (B, 3, 8 h, 8 w) in -1..1: drawn with `generator`, the mean without one."""
         z, log_variance = self.encoder(pictures).chunk(2, dim=1)
         if generator is not None:
-            z = z + torch.exp(0.5 * log_variance) * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+            z = z + torch.exp(0.5 * log_variance) * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(
+                z.device
+            )
         return self.config.scale_factor * (z - self.config.shift_factor)
 
     def decode(self, latents: Tensor) -> Tensor:

@@ -1,14 +1,14 @@
 """The two kinds of block, and the one way in which blocks are run.
 
-`DoubleStreamBlock` keeps text and image apart except in attention; `SingleStreamBlock` runs one joint sequence, text first.
-Their `forward` is plain mathematics; `run_block` wraps it for training.
+`DoubleStreamBlock` keeps text and image apart except in attention; `SingleStreamBlock` runs one joint sequence, text
+first. Their `forward` is plain mathematics; `run_block` wraps it for training.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -82,7 +82,9 @@ def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
 
 def mlp(config: FluxConfig) -> nn.Sequential:
     return nn.Sequential(
-        Linear(config.hidden_size, config.mlp_hidden), nn.GELU(approximate="tanh"), Linear(config.mlp_hidden, config.hidden_size)
+        Linear(config.hidden_size, config.mlp_hidden),
+        nn.GELU(approximate="tanh"),
+        Linear(config.mlp_hidden, config.hidden_size),
     )
 
 
@@ -150,18 +152,21 @@ class LastLayer(nn.Module):
         return self.linear(ops().modulate(x, shift, scale))
 
 
-def run_block(block: DoubleStreamBlock | SingleStreamBlock, ring: Ring, *inputs: Tensor) -> Any:
+def run_block(block: nn.Module, ring: Ring, *inputs: Tensor) -> Any:
     """block(*inputs) inside `ring.resident(block.units)`, forward and backward; for backward only the inputs are kept.
 
-    The block's parameters go in as arguments of the autograd Function: captured by closure, they would get no gradient where
-    none of the inputs needs one.
+    The block's parameters go in as arguments of the autograd Function: captured by closure, they would get no gradient
+    where none of the inputs needs one.
     """
     parameters = [p for p in block.parameters() if p.requires_grad]
-    return _Recomputed.apply(block, lambda: ring.resident(block.units), len(inputs), *inputs, *parameters)
+    units = cast(tuple[str, ...], block.units)
+    return _Recomputed.apply(block, lambda: ring.resident(units), len(inputs), *inputs, *parameters)
 
 
 class _Recomputed(torch.autograd.Function):
-    """Policy `recompute`: keep the inputs, run the block again in the backward pass, and return the gradients of everything."""
+    """Policy `recompute`: keep the inputs, run the block again in the backward pass, and return the gradients of
+    everything.
+    """
 
     @staticmethod
     def forward(
@@ -174,7 +179,7 @@ class _Recomputed(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         needed = ctx.needs_input_grad[3:]
         saved = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(n) for t, n in zip(saved[: ctx.count], needed, strict=False)]
@@ -182,5 +187,5 @@ class _Recomputed(torch.autograd.Function):
             outputs = ctx.block(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             wanted = [t for t, n in zip((*inputs, *saved[ctx.count :]), needed, strict=True) if n]
-            found = iter(torch.autograd.grad(outputs, wanted, gradients, allow_unused=True))
+            found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
         return (None, None, None, *(next(found) if n else None for n in needed))

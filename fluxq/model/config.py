@@ -10,7 +10,9 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """Shape of a FLUX.1 transformer. `hidden_size` is the width D; `axes_dim` splits one head among the three RoPE axes."""
+    """Shape of a FLUX.1 transformer. `hidden_size` is the width D; `axes_dim` splits one head among the three RoPE
+    axes.
+    """
 
     in_channels: int
     out_channels: int

@@ -12,7 +12,9 @@ from fluxq.model.linear import Linear
 
 
 def sinusoid(s: Tensor, width: int = 256) -> Tensor:
-    """(B, width) fp32 embedding of the scalars s (B,) in 0..1: cosines, then sines, of 1000 s times falling frequencies."""
+    """(B, width) fp32 embedding of the scalars s (B,) in 0..1: cosines, then sines, of 1000 s times falling
+    frequencies.
+    """
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=s.dtype, device=s.device) / half)

@@ -18,7 +18,8 @@ from fluxq.offload import AllResident, Ring
 class Flux(nn.Module):
     """The transformer. Fresh from the constructor its layers hold uninitialised floating-point buffers, to be loaded.
 
-    It computes in the dtype of its vectors, biases and norms; what carries time, guidance and positions stays fp32 on the way in.
+    It computes in the dtype of its vectors, biases and norms; what carries time, guidance and positions stays fp32 on
+    the way in.
     """
 
     def __init__(self, config: FluxConfig) -> None:
@@ -40,12 +41,17 @@ class Flux(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """What the model computes in."""
-        return self.final_layer.linear.bias.dtype
+        return self._sample.dtype
 
     @property
     def device(self) -> torch.device:
         """Where the model computes."""
-        return self.final_layer.linear.bias.device
+        return self._sample.device
+
+    @property
+    def _sample(self) -> Tensor:
+        """A vector that every format leaves as it is."""
+        return self.get_buffer("final_layer.linear.bias")
 
     def forward(
         self,
@@ -59,11 +65,13 @@ class Flux(nn.Module):
     ) -> Tensor:
         """The velocity (noise - image) at every image token, (B, Li, out_channels) in the model's dtype.
 
-        img (B, Li, in_channels) packed latents; txt (B, Lt, context) T5 tokens; ids (B, L, 3) or (L, 3); timesteps (B,) in
-        0..1, 1 is noise; y (B, vec_in) CLIP's pooled vector; guidance (B,), needed by models that embed it (dev).
+        img (B, Li, in_channels) packed latents; txt (B, Lt, context) T5 tokens; ids (B, L, 3) or (L, 3); timesteps (B,)
+        in 0..1, 1 is noise; y (B, vec_in) CLIP's pooled vector; guidance (B,), needed by models that embed it (dev).
         """
         if (guidance is None) == self.config.guidance_embed:
-            raise ValueError("this model needs guidance" if guidance is None else "this model (schnell) takes no guidance")
+            raise ValueError(
+                "this model needs guidance" if guidance is None else "this model (schnell) takes no guidance"
+            )
         cos, sin = rope_angles(torch.cat([txt_ids, img_ids], dim=-2), self.config.axes_dim, self.config.theta)
 
         vec = self.time_in(sinusoid(timesteps).to(self.dtype)) + self.vector_in(y.to(self.dtype))

@@ -11,8 +11,9 @@ from fluxq.kernels import NF4Weight, Weight, dequantize, lora_linear, quantize
 class Linear(nn.Module):
     """y = x W^T + bias [+ scale (x down^T) up^T].
 
-    W (N, K) and bias (N,) are buffers: frozen is a buffer, trainable is a parameter. Stored as NF4, W is held as the buffers
-    `codes` and `absmax` in place of `weight`. `lora_down` (R, K) and `lora_up` (N, R) are fp32 parameters once added.
+    W (N, K) and bias (N,) are buffers: frozen is a buffer, trainable is a parameter. Stored as NF4, W is held as the
+    buffers `codes` and `absmax` in place of `weight`. `lora_down` (R, K) and `lora_up` (N, R) are fp32 parameters once
+    added.
     """
 
     weight: Tensor | None
@@ -39,7 +40,9 @@ class Linear(nn.Module):
     def store(self, w: Tensor, format: str) -> None:
         """Hold the matrix `w` (N, K) in `format` from now on, on `w`'s device."""
         if tuple(w.shape) != (self.out_features, self.in_features):
-            raise ValueError(f"the layer holds a ({self.out_features}, {self.in_features}) weight, not {tuple(w.shape)}")
+            raise ValueError(
+                f"the layer holds a ({self.out_features}, {self.in_features}) weight, not {tuple(w.shape)}"
+            )
         stored = quantize(w, format)
         if isinstance(stored, NF4Weight):
             self.weight = None
@@ -53,7 +56,9 @@ class Linear(nn.Module):
         return dequantize(self.frozen, dtype)
 
     def add_lora(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
-        """Add LoRA of `rank`, scaled by alpha / rank; up starts at zero, so that the layer's output does not change yet."""
+        """Add LoRA of `rank`, scaled by alpha / rank; up starts at zero, so that the layer's output does not change
+        yet.
+        """
         bound = self.in_features**-0.5
         down = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.set_lora(down, torch.zeros(self.out_features, rank), alpha / rank)

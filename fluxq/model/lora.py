@@ -16,7 +16,9 @@ TARGETS = {
     "attention+mlp": r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])",
     "all": r"((double|single)_blocks\..*|(img|txt)_in|(time|vector|guidance)_in\.(in|out)_layer)",
 }
-"""Presets of `targets`. A single block computes attention and MLP in the same two layers, so both presets train those."""
+"""Presets of `targets`. A single block computes attention and MLP in the same two layers, so both presets train
+those.
+"""
 
 
 def add_lora(
@@ -28,8 +30,8 @@ def add_lora(
 ) -> dict[str, Linear]:
     """Add LoRA of `rank`, scaled by alpha / rank, to every linear layer whose path `targets` matches; path -> layer.
 
-    `targets` is a preset of TARGETS or regular expressions, each matched against the whole path. Raises ValueError where an
-    expression is malformed or matches no layer.
+    `targets` is a preset of TARGETS or regular expressions, each matched against the whole path. Raises ValueError
+    where an expression is malformed or matches no layer.
     """
     if rank < 1:
         raise ValueError(f"rank must be at least 1, not {rank}")
@@ -43,7 +45,8 @@ def add_lora(
             raise ValueError(f"the target {expression!r} is no regular expression: {error}") from error
         if not matched:
             raise ValueError(
-                f"the target {expression!r} matches no layer; presets are {', '.join(TARGETS)}, a path is {next(iter(layers))}"
+                f"the target {expression!r} matches no layer; presets are {', '.join(TARGETS)}, "
+                f"a path is {next(iter(layers))}"
             )
         chosen |= matched
     chosen = {path: layer for path, layer in layers.items() if path in chosen}

@@ -1,7 +1,7 @@
 """Captions to what the transformer reads: T5's token states and CLIP's pooled vector.
 
-The encoders are transformers' own modules. Padding is attended to, as FLUX.1 was trained; T5 runs in bf16 or fp32, never fp16,
-where its feed-forward layers overflow.
+The encoders are transformers' own modules. Padding is attended to, as FLUX.1 was trained; T5 runs in bf16 or fp32,
+never fp16, where its feed-forward layers overflow.
 """
 
 from __future__ import annotations
@@ -20,7 +20,9 @@ CLIP_LENGTH = 77
 
 
 class Encoded(NamedTuple):
-    """t5 (B, L, D) and clip (B, D2) in the encoders' dtype; per caption the number of T5 tokens it has, and whether it was cut."""
+    """t5 (B, L, D) and clip (B, D2) in the encoders' dtype; per caption the number of T5 tokens it has, and whether
+    it was cut.
+    """
 
     t5: Tensor
     clip: Tensor

@@ -1,7 +1,7 @@
 """Who may use which frozen weights when.
 
-A *unit* is what is swapped together. Whatever computes with frozen weights does so inside `with ring.resident(units)`: that is
-the only promise a ring makes, and all that the model knows of it.
+A *unit* is what is swapped together. Whatever computes with frozen weights does so inside `with ring.resident(units)`:
+that is the only promise a ring makes, and all that the model knows of it.
 """
 
 from __future__ import annotations

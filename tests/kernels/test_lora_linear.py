@@ -46,7 +46,10 @@ def test_gradients_have_the_dtype_of_what_they_belong_to():
     down32, up32 = (t.detach().float().requires_grad_() for t in (down, up))
     y = lora_linear(x16, weight.bfloat16(), bias.bfloat16(), down32, up32, 0.7)
     y.sum().backward()
-    assert (y.dtype, x16.grad.dtype, down32.grad.dtype, up32.grad.dtype) == (*[torch.bfloat16] * 2, *[torch.float32] * 2)
+    assert (y.dtype, x16.grad.dtype, down32.grad.dtype, up32.grad.dtype) == (
+        *[torch.bfloat16] * 2,
+        *[torch.float32] * 2,
+    )
 
 
 @pytest.mark.parametrize("format", ["nf4", "bf16"])

@@ -65,7 +65,9 @@ def test_encode_gives_the_mean_or_a_draw_around_it(pair):
     mean, log_variance = ours.encoder(x).chunk(2, dim=1)
     torch.testing.assert_close(ours.encode(x), 0.3611 * (mean - 0.1159))
     draws = torch.stack([ours.encode(x, torch.Generator().manual_seed(s)) for s in range(400)])
-    torch.testing.assert_close(draws.mean(0), ours.encode(x), atol=5 * 0.3611 * log_variance.mul(0.5).exp().max().item() / 20, rtol=0)
+    torch.testing.assert_close(
+        draws.mean(0), ours.encode(x), atol=5 * 0.3611 * log_variance.mul(0.5).exp().max().item() / 20, rtol=0
+    )
     spread = 0.3611 * torch.exp(0.5 * log_variance)
     assert relative_error(draws.std(0), spread) < 0.1
 

@@ -96,12 +96,18 @@ def test_lora_gradients_equal_peft():
     peft = pytest.importorskip("peft")
     flux = randomise(Flux(tiny_config()))
     theirs, i = twin(flux), inputs(flux.config)
-    modules = [n for n, m in theirs.named_modules() if isinstance(m, torch.nn.Linear) and "block" in n and "norm" not in n]
-    theirs = peft.get_peft_model(theirs, peft.LoraConfig(r=3, lora_alpha=2, target_modules=modules, init_lora_weights=False))
+    modules = [
+        n for n, m in theirs.named_modules() if isinstance(m, torch.nn.Linear) and "block" in n and "norm" not in n
+    ]
+    theirs = peft.get_peft_model(
+        theirs, peft.LoraConfig(r=3, lora_alpha=2, target_modules=modules, init_lora_weights=False)
+    )
     layers = add_lora(flux, rank=3, alpha=2)
     given = copy_peft_lora(flux, layers, theirs)
 
-    i = {k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in i.items()}  # no gradient enters the first block
+    i = {
+        k: v.detach() if isinstance(v, torch.Tensor) else v for k, v in i.items()
+    }  # no gradient enters the first block
     ours, expected = flux(**i), run_twin(theirs, i)
     assert relative_error(ours, expected) <= 1e-5
     dy = torch.randn_like(ours)
@@ -134,7 +140,9 @@ def copy_peft_lora(flux, layers, theirs) -> dict:
 
 def test_a_whole_model_passes_gradcheck_in_fp64():
     """Both Functions at once: the block that recomputes, and the linear layers inside it."""
-    config = tiny_config(hidden_size=32, num_heads=1, in_channels=4, out_channels=4, mlp_ratio=1.0, depth=1, depth_single_blocks=1)
+    config = tiny_config(
+        hidden_size=32, num_heads=1, in_channels=4, out_channels=4, mlp_ratio=1.0, depth=1, depth_single_blocks=1
+    )
     flux = randomise(Flux(config)).double()
     layers = add_lora(flux, rank=1, alpha=0.3, targets="all")
     for layer in layers.values():
@@ -142,7 +150,9 @@ def test_a_whole_model_passes_gradcheck_in_fp64():
         layer.lora_down.data, layer.lora_up.data = layer.lora_down.double(), layer.lora_up.double()
     i = inputs(config, batch=1, rows=1, columns=2, length=1)
     leaves = [i[k].detach().double().requires_grad_() for k in ("img", "txt", "y")]
-    chosen = [layers[p] for p in ("double_blocks.0.txt_mod.lin", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2")]
+    chosen = [
+        layers[p] for p in ("double_blocks.0.txt_mod.lin", "double_blocks.0.img_attn.qkv", "single_blocks.0.linear2")
+    ]
     parameters = [p for layer in chosen for p in (layer.lora_down, layer.lora_up)]
 
     def run(img, txt, y, *_):

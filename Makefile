@@ -1,0 +1,45 @@
+# Two commands set everything up: `make demo` and `make test`. Both make their own environment in .venv first.
+#   make demo    teach the bundled toy model a new creature, on any machine
+#   make test    the whole suite
+#   make quick   the tests worth running before each commit
+#   make check   formatting, lint, types, then the whole suite
+#   make gpu     GPU tests and measurements with the python3 at hand; JSON into $OUT_DIR (default benchmarks/results)
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+OUT_DIR ?= benchmarks/results
+
+.PHONY: demo test quick check gpu clean
+
+$(VENV)/installed: setup.py pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(INSTALL) -e .
+	touch $@
+
+$(VENV)/installed-tests: $(VENV)/installed
+	$(INSTALL) -e '.[test]'
+	touch $@
+
+demo: $(VENV)/installed
+	$(BIN)/fluxq demo
+
+test: $(VENV)/installed-tests
+	$(BIN)/python -m pytest
+
+quick: $(VENV)/installed-tests
+	$(BIN)/python -m pytest -q -m "not slow"
+
+check: $(VENV)/installed-tests
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/pyright
+	$(BIN)/python -m pytest
+
+gpu:
+	PYTHONPATH=. python3 -m pytest -q -m gpu --junitxml=$(OUT_DIR)/gpu_tests.xml
+	PYTHONPATH=. python3 benchmarks/gpu.py --out $(OUT_DIR)
+
+clean:
+	rm -rf $(VENV) build dist *.egg-info

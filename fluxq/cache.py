@@ -1,0 +1,82 @@
+"""`fluxq cache`: encode pictures and captions ahead of training, and look after what is encoded."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+from fluxq.config import DataConfig, FolderConfig, TrainConfig
+from fluxq.data.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
+from fluxq.data.dataset import Dataset
+from fluxq.data.examples import Folder
+from fluxq.data.store import Store, Text
+from fluxq.models import Models
+from fluxq.report import console, progress_bar
+from fluxq.run import resolve_data
+
+
+def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False) -> dict[str, Any]:
+    """Encode what `config.data` names; or with `verify` and `prune` check the cache and clear it of what nothing
+    uses.
+    """
+    answer: dict[str, Any] = {}
+    if verify:
+        report = verify_cache(config.data.cache)
+        for path, reason in report.bad.items():
+            console.print(f"deleted {path}: {reason}")
+        for path, count in report.missing.items():
+            console.print(f"{path.name} lacks {count} records; run fluxq cache on its folders again")
+        console.print(f"{report.records} records read, {len(report.bad)} were damaged")
+        answer |= {"records": report.records, "damaged": len(report.bad), "incomplete_datasets": len(report.missing)}
+    if prune:
+        files, nbytes = prune_cache(config.data.cache)
+        console.print(f"{files} records that nothing uses were deleted, {nbytes / 2**20:.1f} MiB")
+        answer |= {"deleted": files, "deleted_bytes": nbytes}
+    if verify or prune:
+        return answer
+    models = Models(config.model, say=console.print)
+    data = resolve_data(config.data, models, console.print)
+    with progress_bar() as progress:
+        dataset = cache_folders(data, data.folders, models, config.samples.prompts, progress)
+    for line in (*dataset.notes, *dataset.skipped):
+        console.print(line)
+    console.print(f"{len(dataset.examples)} pictures are ready in {data.cache}")
+    return {"pictures": len(dataset.examples), "skipped": list(dataset.skipped), "notes": list(dataset.notes)}
+
+
+def cache_folders(
+    data: DataConfig,
+    folders: Sequence[FolderConfig],
+    models: Models,
+    prompts: Sequence[str],
+    progress: Callable[[str, int, int], None],
+) -> Dataset:
+    """The dataset of `folders` at the shapes that `data`, which is resolved, says; whatever is missing is encoded."""
+    return build_cache(
+        [Folder(f.path, f.repeats, f.trigger) for f in folders],
+        data.cache,
+        _encoder_files(models, data.cache),
+        models.load_autoencoder,
+        models.load_text_encoders,
+        resolution=cast(int, data.size),
+        min_side=cast(int, data.min_side),
+        max_side=cast(int, data.max_side),
+        step=data.step,
+        upscale=data.upscale,
+        t5_length=models.t5_length,
+        prompts=prompts,
+        skip_bad=data.skip_bad,
+        progress=progress,
+    )
+
+
+def cache_texts(cache: Path, models: Models, prompts: Sequence[str]) -> dict[str, Text]:
+    """Each prompt, encoded."""
+    files = _encoder_files(models, cache)
+    return cache_prompts(prompts, cache, files, models.load_text_encoders, t5_length=models.t5_length)
+
+
+def _encoder_files(models: Models, cache: Path) -> EncoderFiles:
+    tokenizers = models.tokenizer_files(Store(cache).hashes.knows)
+    return EncoderFiles(models.ae_file, models.clip_l_file, models.t5xxl_file, tokenizers)

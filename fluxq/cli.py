@@ -1,0 +1,248 @@
+"""argv -> config -> one function.
+
+Options are the fields of `fluxq.config`; this file only says which sections a command takes. Exit codes: 0 success, 2 a
+wrong request (one sentence on stderr), 1 a failure, 130 stopped by Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluxq.config import TrainConfig, config_from_dict, read_toml, set_values
+from fluxq.errors import WrongRequest
+
+SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
+
+
+def options(*sections: str) -> Callable:
+    """The command-line options of these sections of the config, and --config and --set for everything else in them."""
+
+    def decorate(command: Callable) -> Callable:
+        command = click.option(
+            "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key of the config file."
+        )(command)
+        command = click.option(
+            "--config", "config_file", type=Path, metavar="FILE", help="Read settings from a TOML file."
+        )(command)
+        for section in reversed(sections):
+            hints = typing.get_type_hints(SECTIONS[section])
+            for field in reversed(dataclasses.fields(SECTIONS[section])):
+                if field.metadata.get("flag"):
+                    command = _option(f"{section}.{field.name}", field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _option(key: str, field: dataclasses.Field, hint: Any) -> Callable:
+    """One click option for a config field. Left out on the command line it is None, so that files and defaults
+    count.
+    """
+    kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
+    default = "" if field.default is None or field.default is False else f"  [default: {field.default}]"
+    name = key.replace(".", "__")
+    if kinds[0] is bool:
+        return click.option(
+            field.metadata["flag"], name, is_flag=True, default=None, help=field.metadata["help"] + default
+        )
+    kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
+    metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
+    return click.option(field.metadata["flag"], name, type=kind, metavar=metavar, help=field.metadata["help"] + default)
+
+
+def read_config(
+    config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any], base: Path | None = None
+) -> TrainConfig:
+    """Defaults, then `base` (the config of a run to resume), then the file, then options, then --set."""
+    values: dict[str, Any] = read_toml(base) if base else {}
+    source = "the command line"
+    if config_file:
+        source = str(config_file)
+        for section, table in read_toml(config_file).items():
+            old = values.get(section)
+            values[section] = {**old, **table} if isinstance(old, dict) and isinstance(table, dict) else table
+        config_from_dict(values, source)
+    for key, value in given.items():
+        section, _, name = key.partition("__")
+        if value is not None and value != ():
+            table = values.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise WrongRequest(f"{source}: {section} must be a table, not {table!r}")
+            table[name] = value
+    set_values(values, assignments)
+    return config_from_dict(values, "the command line" if assignments or given else source)
+
+
+class Commands(click.Group):
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except WrongRequest as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(2)
+        except KeyboardInterrupt as stop:
+            click.echo(f"stopped{': ' if str(stop) else ''}{stop}", err=True)
+            ctx.exit(130)
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.version_option(package_name="fluxq")
+def main() -> None:
+    """Train LoRAs for FLUX.1 on the card you own."""
+
+
+FOLDERS = click.argument("folders", nargs=-1, type=Path, metavar="[FOLDERS]...")
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout; the rest goes to stderr."
+)
+
+
+@main.command()
+@FOLDERS
+@options("model", "data", "lora", "training", "samples", "output")
+@click.option(
+    "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Prompt of a preview; may be given again."
+)
+@click.option("--resume", type=Path, metavar="RUN", help="Go on with the run in this directory, with its settings.")
+@click.option("--overwrite", is_flag=True, help="Replace the run that the run directory holds.")
+@JSON
+def train(
+    folders: tuple[Path, ...],
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    resume: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Train a LoRA on FOLDERS of pictures, captions in .txt files beside them."""
+    if resume and not (resume / "config.toml").is_file():
+        raise WrongRequest(f"{resume} holds no run to resume (there is no config.toml in it)")
+    if folders:
+        given["data__folders"] = [{"path": str(folder)} for folder in folders]
+    config = read_config(config_file, assignments, given, resume / "config.toml" if resume else None)
+    if resume:
+        config = dataclasses.replace(config, output=dataclasses.replace(config.output, out=resume))
+    _quiet(as_json)
+    from fluxq.train import train as run
+
+    _print(run(config, resume=resume is not None, overwrite=overwrite), as_json)
+
+
+@main.command()
+@FOLDERS
+@options("model", "data")
+@click.option(
+    "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Also encode this prompt; may be given again."
+)
+@click.option("--verify", is_flag=True, help="Instead: read every record of the cache and delete damaged ones.")
+@click.option("--prune", is_flag=True, help="Instead: delete records that no dataset uses any more.")
+@JSON
+def cache(
+    folders: tuple[Path, ...],
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    verify: bool,
+    prune: bool,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Encode the pictures and captions of FOLDERS ahead of training, or look after the cache."""
+    if folders:
+        given["data__folders"] = [{"path": str(folder)} for folder in folders]
+    config = read_config(config_file, assignments, given)
+    _quiet(as_json)
+    from fluxq.cache import cache_command
+
+    _print(cache_command(config, verify, prune), as_json)
+
+
+@main.command()
+@options("model", "samples")
+@click.option("--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="What to draw; may be given again.")
+@click.option(
+    "--lora",
+    "loras",
+    multiple=True,
+    metavar="FILE[=STRENGTH]",
+    help="LoRA to apply; with --grid one a row; may be given again.",
+)
+@click.option(
+    "--strength", "strengths", multiple=True, type=float, metavar="X", help="With --grid: a column; may be given again."
+)
+@click.option("--grid", is_flag=True, help="One labelled sheet a prompt: LoRA files down, strengths across.")
+@click.option(
+    "--cache", "data__cache", type=Path, metavar="PATH", help="Where encoded prompts are kept  [default: cache]"
+)
+@click.option(
+    "--out",
+    "out",
+    type=Path,
+    default=Path("samples"),
+    show_default=True,
+    metavar="DIR",
+    help="Folder for the pictures.",
+)
+@JSON
+def sample(
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    loras: tuple[str, ...],
+    strengths: tuple[float, ...],
+    grid: bool,
+    out: Path,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Draw pictures with the model and LoRAs."""
+    config = read_config(config_file, assignments, given)
+    _quiet(as_json)
+    from fluxq.sample import sample_command
+
+    _print(sample_command(config, loras, strengths, grid, out), as_json)
+
+
+@main.command()
+@click.option(
+    "--out", type=Path, default=Path("runs/demo"), show_default=True, metavar="DIR", help="Run directory; replaced."
+)
+@click.option(
+    "--format",
+    "format",
+    type=click.Choice(["nf4", "bf16"]),
+    default="nf4",
+    show_default=True,
+    help="How frozen weights are stored.",
+)
+@JSON
+def demo(out: Path, format: str, as_json: bool) -> None:
+    """Teach the bundled toy model a new creature: cache, quantise, train, sample, in about a minute, without a GPU."""
+    _quiet(as_json)
+    from fluxq.demo import demo as run
+
+    _print(run(out, format), as_json)
+
+
+def _quiet(as_json: bool) -> None:
+    """With --json, everything meant for people goes to stderr."""
+    if as_json:
+        from fluxq.report import console
+
+        console.stderr = True
+
+
+def _print(result: Any, as_json: bool) -> None:
+    if as_json:
+        click.echo(json.dumps(result if isinstance(result, dict) else dataclasses.asdict(result)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,254 @@
+"""What a run is told: frozen dataclasses, read from TOML, command-line options and `--set section.key=value`.
+
+Every field carries its help text and, where it has one, its command-line option, so that the dataclasses are the only
+list of options there is. Unknown keys are refused with the nearest known one.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import json
+import math
+import tomllib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from fluxq.errors import WrongRequest
+
+
+def option(
+    default: Any, help: str, flag: str | None = None, choices: tuple[str, ...] = (), least: float | None = None
+) -> Any:
+    """A field with its help text, its command-line option, and the values it may take or the least of them."""
+    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices, "least": least})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """[model] Which files, and how the frozen weights are held."""
+
+    name: str | None = option(
+        None, "'nano' for the bundled toy model, in place of the four files", "--model", ("nano",)
+    )
+    flux: Path | None = option(None, "the transformer: a .safetensors file in the original layout", "--flux")
+    ae: Path | None = option(None, "the autoencoder: ae.safetensors", "--ae")
+    clip_l: Path | None = option(None, "the CLIP-L text encoder: clip_l.safetensors", "--clip-l")
+    t5xxl: Path | None = option(None, "the T5-XXL text encoder: t5xxl_fp16.safetensors", "--t5xxl")
+    clip_tokenizer: Path | None = option(None, "folder of CLIP's vocab.json and merges.txt; default: searched for")
+    t5_tokenizer: Path | None = option(None, "T5's spiece.model; default: searched for")
+    t5_length: int | None = option(
+        None, "T5 tokens a caption, longer ones are cut; default: 512 dev, 256 schnell", "--t5-length", least=2
+    )
+    format: str = option("nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "bf16"))
+    compute: str = option("bf16", "how frozen weights are multiplied", "--compute", ("bf16",))
+
+
+@dataclass(frozen=True)
+class FolderConfig:
+    """[[data.folders]] One folder of pictures."""
+
+    path: Path
+    repeats: int = option(1, "how often each picture is seen in an epoch", least=1)
+    trigger: str | None = option(None, "word that calls the concept; put in front of captions that lack it")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    """[data] Pictures, and the shapes they are trained at."""
+
+    folders: tuple[FolderConfig, ...] = option((), "folders of pictures")
+    validation: tuple[FolderConfig, ...] = option(
+        (), "folders of held-out pictures; their loss is measured at start and end"
+    )
+    trigger: str | None = option(None, "word that calls the concept, for every folder without its own", "--trigger")
+    size: int | None = option(
+        None, "pixels: pictures are brought to an area of size x size; default: by the card", "--size", least=16
+    )
+    step: int = option(16, "pixels: sides of buckets are multiples of this", least=16)
+    min_side: int | None = option(None, "pixels: shortest side of a bucket; default: half of size", least=16)
+    max_side: int | None = option(None, "pixels: longest side of a bucket; default: twice size", least=16)
+    upscale: bool = option(True, "enlarge pictures smaller than their bucket; with false they get a smaller bucket")
+    skip_bad: bool = option(False, "leave out pictures that cannot be read, and list them", "--skip-bad")
+    cache: Path = option(Path("cache"), "folder where encoded pictures and captions are kept", "--cache")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """[lora] What is trained."""
+
+    rank: int = option(16, "rank of the LoRA; file size and trainable weights grow with it", "--rank", least=1)
+    alpha: float | None = option(None, "the LoRA is scaled by alpha / rank; default: rank", "--alpha", least=1e-09)
+    targets: tuple[str, ...] = option(
+        ("attention+mlp",), "attention, attention+mlp, all, or regular expressions on layer paths"
+    )
+    file_format: str = option(
+        "kohya", "names in the LoRA file: kohya loads everywhere", "--lora-format", ("kohya", "diffusers")
+    )
+
+
+@dataclass(frozen=True)
+class TrainingConfig:
+    """[training] The loop."""
+
+    steps: int | None = option(None, "optimiser steps; default: 100 a picture, 1,000 to 3,000", "--steps", least=1)
+    batch: int = option(1, "pictures a forward pass", "--batch", least=1)
+    accumulate: int = option(1, "forward passes an optimiser step", "--accumulate", least=1)
+    rate: float = option(1e-4, "learning rate", "--rate", least=0)
+    optimizer: str = option(
+        "adamw8bit", "adamw8bit keeps its state in 2 bytes a weight, adamw in 8", "--optimizer", ("adamw", "adamw8bit")
+    )
+    weight_decay: float = option(0.01, "weight decay of the optimiser", least=0)
+    schedule: str = option("constant", "learning rate over time", "--schedule", ("constant", "linear", "cosine"))
+    warmup: int = option(0, "steps over which the rate rises linearly", "--warmup", least=0)
+    clip: float = option(1.0, "largest norm of the gradient; 0: no limit", least=0)
+    timesteps: str = option("shift", "how t is drawn", "--timesteps", ("uniform", "sigmoid", "shift", "flux_shift"))
+    shift: float = option(3.1582, "for timesteps = shift: more of them near noise above 1", least=0.001)
+    guidance: float = option(1.0, "guidance that dev is told while it trains", least=0)
+    seed: int = option(42, "names every random draw of the run", "--seed")
+
+
+@dataclass(frozen=True)
+class SamplesConfig:
+    """[samples] Pictures made with the model."""
+
+    prompts: tuple[str, ...] = option((), "what to draw; while training: the trigger or a few captions")
+    every: int = option(0, "previews every so many steps, and at the end; 0: none", "--sample-every", least=0)
+    width: int | None = option(None, "pixels; default: the training size", "--width", least=16)
+    height: int | None = option(None, "pixels; default: the training size", "--height", least=16)
+    steps: int = option(20, "Euler steps a picture", "--sample-steps", least=1)
+    guidance: float = option(3.5, "guidance that dev is told", "--guidance", least=0)
+    cfg: float = option(1.0, "strength of true classifier-free guidance; above 1 doubles the time", "--cfg", least=0)
+    negative: str = option("", "negative prompt, used where cfg is above 1", "--negative")
+    seed: int = option(42, "seed of the first picture; the next one's is one higher", "--sample-seed")
+
+
+@dataclass(frozen=True)
+class OutputConfig:
+    """[output] Where results go."""
+
+    out: Path | None = option(None, "run directory; default: runs/<name>", "--out")
+    name: str | None = option(None, "name of the LoRA file; default: the trigger, or the first folder's name", "--name")
+    save_every: int = option(
+        250, "steps between saves of LoRA and resumable state; 0: at the end only", "--save-every", least=0
+    )
+    keep: int = option(0, "how many of the LoRAs saved on the way to keep, the newest; 0: all", "--keep", least=0)
+    plot_seconds: float = option(20.0, "seconds between updates of loss.png", least=0)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """All of a run."""
+
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    training: TrainingConfig = field(default_factory=TrainingConfig)
+    samples: SamplesConfig = field(default_factory=SamplesConfig)
+    output: OutputConfig = field(default_factory=OutputConfig)
+
+
+def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainConfig, prefix: str = "") -> Any:
+    """A `cls` with `values`; WrongRequest names unknown keys (and the nearest known one) and values of the wrong
+    type.
+    """
+    if not isinstance(values, Mapping):
+        raise WrongRequest(f"{source}: {prefix.rstrip('.') or 'the file'} must be a table, not {values!r}")
+    fields = {f.name: f for f in dataclasses.fields(cls)}
+    hints = typing.get_type_hints(cls)
+    for key in values:
+        if key not in fields:
+            near = difflib.get_close_matches(key, fields, n=1) or difflib.get_close_matches(key, fields, n=1, cutoff=0)
+            raise WrongRequest(f"unknown key '{prefix}{key}' in {source}; did you mean '{prefix}{near[0]}'?")
+    read = {k: _typed(v, hints[k], f"{prefix}{k}", source, fields[k].metadata) for k, v in values.items()}
+    missing = [n for n, f in fields.items() if n not in read and f.default is f.default_factory is dataclasses.MISSING]
+    if missing:
+        raise WrongRequest(f"{source}: {prefix}{missing[0]} is missing")
+    return cls(**read)
+
+
+def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, Any]) -> Any:
+    """`value`, as TOML gives it, as the type `hint` says."""
+    if isinstance(hint, types.UnionType):
+        if value is None:
+            return None
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    if typing.get_origin(hint) is tuple:
+        items = value if isinstance(value, list | tuple) else [value]
+        return tuple(
+            _typed(item, typing.get_args(hint)[0], f"{key}.{i}", source, allowed) for i, item in enumerate(items)
+        )
+    if dataclasses.is_dataclass(hint):
+        if hint is FolderConfig and isinstance(value, str):
+            value = {"path": value}
+        return config_from_dict(value, source, typing.cast(type, hint), f"{key}.")
+    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if hint is Path and isinstance(value, str):
+        value = Path(value).expanduser()
+    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
+        raise WrongRequest(f"{source}: {key} must be {_NAMES[hint]}, not {value!r}")
+    choices, least = allowed.get("choices", ()), allowed.get("least")
+    if choices and value not in choices:
+        raise WrongRequest(f"{source}: {key} must be one of {', '.join(choices)}, not {value!r}")
+    if least is not None and not least <= value < math.inf:
+        raise WrongRequest(f"{source}: {key} must be at least {least}, not {value!r}")
+    return value
+
+
+_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+
+
+def read_toml(path: Path) -> dict[str, Any]:
+    """The tables of a TOML file; WrongRequest where it is missing or malformed (with the line)."""
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+    except OSError as error:
+        raise WrongRequest(f"the config file {path} cannot be read ({error.strerror})") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise WrongRequest(f"{path} is no valid TOML: {error}") from error
+
+
+def set_values(values: dict[str, Any], assignments: tuple[str, ...]) -> None:
+    """Put `--set section.key=value` assignments into `values`; a value is TOML, or plain text where it is no TOML."""
+    for assignment in assignments:
+        path, equals, text = assignment.partition("=")
+        *sections, key = path.strip().split(".")
+        if not equals or not key:
+            raise WrongRequest(f"--set wants section.key=value, not {assignment!r}")
+        try:
+            value = tomllib.loads(f"v = {text.strip()}")["v"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        table = values
+        for section in sections:
+            table = table.setdefault(section, {})
+            if not isinstance(table, dict):
+                raise WrongRequest(f"--set {path}: {section} is a value, not a section")
+        table[key] = value
+
+
+def to_toml(config: TrainConfig) -> str:
+    """`config` as TOML that reads back to an equal one; fields that are None are left out."""
+    lines: list[str] = []
+    for section in dataclasses.fields(config):
+        values = getattr(config, section.name)
+        lines.append(f"[{section.name}]")
+        lines += [
+            f"{f.name} = {_toml(v)}" for f in dataclasses.fields(values) if (v := getattr(values, f.name)) is not None
+        ]
+        lines.append("")
+    return "\n".join(lines)
+
+
+def _toml(value: Any) -> str:
+    if dataclasses.is_dataclass(value):
+        pairs = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        return "{ " + ", ".join(f"{name} = {_toml(v)}" for name, v in pairs if v is not None) + " }"
+    if isinstance(value, tuple):
+        return "[" + ", ".join(map(_toml, value)) + "]"
+    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)

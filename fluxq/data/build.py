@@ -1,0 +1,243 @@
+"""Fills a store: encodes pictures and captions once, so that training needs no autoencoder and no text encoders.
+
+Every record's key is worked out first, from file hashes alone; then only what the store lacks is encoded, and an
+encoder is loaded only if there is something for it to do. What is done stays done: an interrupted run is continued by
+the next.
+"""
+
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from fluxq.data.buckets import Size
+from fluxq.data.dataset import Dataset, Entry
+from fluxq.data.encode import Progress, TextEncoder, encode_captions, encode_pictures
+from fluxq.data.examples import Example, Folder, scan
+from fluxq.data.store import KINDS, Store, Text, latents_key, text_key
+from fluxq.errors import WrongRequest
+
+
+@dataclass(frozen=True)
+class EncoderFiles:
+    """The files that the encoders are made of: what was encoded is identified by their hashes."""
+
+    ae: Path
+    clip_l: Path
+    t5xxl: Path
+    tokenizers: tuple[Path, ...]
+
+    def text(self) -> tuple[Path, ...]:
+        return (self.t5xxl, self.clip_l, *self.tokenizers)
+
+
+def build_cache(
+    folders: Sequence[Folder],
+    store_dir: str | Path,
+    encoders: EncoderFiles,
+    load_autoencoder: Callable[[], Any],
+    load_text: Callable[[], TextEncoder],
+    *,
+    resolution: int | Size,
+    min_side: int,
+    max_side: int,
+    step: int = 16,
+    upscale: bool = True,
+    t5_length: int = 512,
+    prompts: Sequence[str] = (),
+    skip_bad: bool = False,
+    progress: Progress | None = None,
+) -> Dataset:
+    """The dataset of `folders`, with every record that it names in the store; its file lies in `<store_dir>/datasets`.
+
+    load_autoencoder gives a module with `.encoder(x (B, 3, H, W) in [-1, 1])` -> moments (B, 32, H/8, W/8) and
+    `.config.scale_factor` and `.shift_factor`; load_text a `TextEncoder` of `t5_length` tokens. Each is called at most
+    once, and the first is let go before the second is called. `prompts` and the empty caption are encoded beside the
+    examples' captions. `progress` is told (stage, done, total); the stages are "hashing", "pictures" and "captions".
+    Raises WrongRequest for what `scan` refuses, for an undecodable picture (unless `skip_bad`), and if something needs
+    encoding while a file of its encoder is missing.
+    """
+    store, progress = Store(store_dir), progress or _silent
+    found = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
+    captions = list(dict.fromkeys((*(example.caption for example in found.examples), "", *prompts)))
+    if not store.hashes.knows(encoders.ae):
+        _require([encoders.ae], f"{len(found.examples)} pictures")
+    hashes = _hashes(store, encoders, captions, [encoders.ae, *(example.path for example in found.examples)], progress)
+
+    text_keys = _text_keys(captions, encoders, hashes, t5_length)
+    missing_captions = _missing_captions(store, encoders, text_keys)  # asked first, so that nothing is encoded in vain
+    latents_keys = {
+        example.name: latents_key(hashes[example.path], example.resized, example.bucket, hashes[encoders.ae])
+        for example in found.examples
+    }
+    missing_pictures = {
+        latents_keys[example.name]: example
+        for example in found.examples
+        if not store.has("latents", latents_keys[example.name])
+    }
+
+    def checked_autoencoder() -> Any:
+        _require([encoders.ae], f"{len(missing_pictures)} pictures")
+        return load_autoencoder()
+
+    bad = encode_pictures(store, missing_pictures, checked_autoencoder, skip_bad, progress)
+    if missing_captions:
+        encode_captions(store, missing_captions, load_text(), t5_length, progress)
+
+    dataset = Dataset(
+        examples=tuple(
+            _entry(example, latents_keys[example.name], text_keys[example.caption])
+            for example in found.examples
+            if latents_keys[example.name] not in bad
+        ),
+        prompts={prompt: text_keys[prompt] for prompt in ("", *prompts)},
+        t5_length=t5_length,
+        skipped=(*found.skipped, *bad.values()),
+        notes=(*found.notes, *_cut_captions(store, text_keys, t5_length)),
+    )
+    if not dataset.examples:
+        raise WrongRequest(f"no usable picture is left, all were skipped; the first: {dataset.skipped[0]}")
+    request = (
+        [(os.path.abspath(folder.path), folder.repeats, folder.trigger) for folder in folders],
+        (resolution, min_side, max_side, step, upscale, t5_length),
+        [os.path.abspath(path) for path in (encoders.ae, *encoders.text())],
+    )
+    dataset.save(store.root / "datasets" / f"{_name(request)}.json")  # the same request again replaces it
+    return dataset
+
+
+def cache_prompts(
+    prompts: Sequence[str],
+    store_dir: str | Path,
+    encoders: EncoderFiles,
+    load_text: Callable[[], TextEncoder],
+    *,
+    t5_length: int = 512,
+    progress: Progress | None = None,
+) -> dict[str, Text]:
+    """Each prompt, encoded: out of the store, or by `load_text` where it is not there yet.
+
+    No dataset lists them, so that a prune deletes them.
+    Raises WrongRequest if something needs encoding while an encoder's file is missing.
+    """
+    store, progress = Store(store_dir), progress or _silent
+    keys = _text_keys(prompts, encoders, _hashes(store, encoders, prompts, [], progress), t5_length)
+    missing = _missing_captions(store, encoders, keys)
+    if missing:
+        encode_captions(store, missing, load_text(), t5_length, progress)
+    return {prompt: store.text(key) for prompt, key in keys.items()}
+
+
+@dataclass(frozen=True)
+class CacheReport:
+    """What `verify_cache` found."""
+
+    records: int  # how many were read
+    bad: dict[Path, str]  # record -> what is wrong with it
+    missing: dict[Path, int]  # dataset file -> how many of its records are not there (any more)
+
+
+def verify_cache(store_dir: str | Path, remove: bool = True) -> CacheReport:
+    """Reads every record whole. With `remove` bad ones are deleted, and the next `build_cache` encodes them anew."""
+    store = _existing(store_dir)
+    records = sum(len(store.records(kind)) for kind in KINDS)
+    bad = store.verify(remove)
+    missing = {}
+    for path in store.datasets():
+        lacking = sum(not store.has(kind, key) for kind, key in Dataset.load(path).records())
+        if lacking:
+            missing[path] = lacking
+    return CacheReport(records, bad, missing)
+
+
+def prune_cache(store_dir: str | Path, keep: Sequence[Path] = ()) -> tuple[int, int]:
+    """Deletes the records that no dataset of the store, nor any dataset file of `keep`, uses.
+
+    Returns (files, bytes) deleted. Not to be run while another command fills the same store.
+    Raises WrongRequest, deleting nothing, if a dataset cannot be read.
+    """
+    store = _existing(store_dir)
+    return store.prune([Dataset.load(path) for path in (*store.datasets(), *keep)])
+
+
+def _hashes(
+    store: Store, encoders: EncoderFiles, captions: Sequence[str], others: Sequence[Path], progress: Progress
+) -> dict[Path, str]:
+    """The hashes of the text encoders' files and of `others`. What is newly read is saved, even if interrupted."""
+    _require([path for path in encoders.text() if not store.hashes.knows(path)], f"{len(captions)} captions")
+    paths = [*encoders.text(), *others]
+    hashes: dict[Path, str] = {}
+    try:
+        for done, path in enumerate(paths, start=1):
+            hashes[path] = store.hashes.of(path)
+            progress("hashing", done, len(paths))
+    finally:
+        store.hashes.save()
+    return hashes
+
+
+def _text_keys(
+    captions: Sequence[str], encoders: EncoderFiles, hashes: dict[Path, str], t5_length: int
+) -> dict[str, str]:
+    """caption -> key"""
+    tokenizers = " ".join(hashes[path] for path in encoders.tokenizers)
+    return {
+        caption: text_key(caption, hashes[encoders.t5xxl], hashes[encoders.clip_l], tokenizers, t5_length)
+        for caption in captions
+    }
+
+
+def _missing_captions(store: Store, encoders: EncoderFiles, keys: dict[str, str]) -> dict[str, str]:
+    """key -> caption, of those that the store lacks. Raises WrongRequest if there are any but no encoder."""
+    missing = {key: caption for caption, key in keys.items() if not store.has("text", key)}
+    if missing:
+        _require(encoders.text(), f"{len(missing)} captions")
+    return missing
+
+
+def _require(files: Sequence[Path], what: str) -> None:
+    """Raises WrongRequest if a file of the encoder that `what` needs is missing."""
+    for path in files:
+        if not path.is_file():
+            raise WrongRequest(f"{what} must be encoded, but {path} does not exist; put it back, or check the path")
+
+
+def _entry(example: Example, latents: str, text: str) -> Entry:
+    status = example.path.stat()
+    return Entry(
+        name=example.name,
+        path=os.path.abspath(example.path),
+        size=status.st_size,
+        mtime_ns=status.st_mtime_ns,
+        repeats=example.repeats,
+        bucket=example.bucket,
+        latents=(latents,),
+        text=(text,),
+    )
+
+
+def _cut_captions(store: Store, captions: dict[str, str], t5_length: int) -> list[str]:
+    return [
+        f"the caption {caption[:60]!r}... is longer than {t5_length} tokens; what is beyond was cut off"
+        for caption, key in captions.items()
+        if store.text_is_truncated(key)
+    ]
+
+
+def _name(request: tuple) -> str:
+    """A dataset's file name: the first folder's name for people, and a hash of the request."""
+    digest = blake2b(repr(request).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
+    return f"{os.path.basename(request[0][0][0])[:40]}-{digest}"
+
+
+def _existing(store_dir: str | Path) -> Store:
+    store = Store(store_dir)
+    if not any((store.root / name).is_dir() for name in (*KINDS, "datasets")):
+        raise WrongRequest(f"{store_dir} holds no cache; run `fluxq cache` first, or check the path")
+    return store
+
+
+def _silent(stage: str, done: int, total: int) -> None:
+    pass

@@ -1,0 +1,70 @@
+"""A dataset file: which examples a run trains on, and which records of the store hold them."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from fluxq.errors import WrongRequest
+from fluxq.formats.files import atomic_path
+
+DATASET_VERSION = 1
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One example of a dataset. Several latents keys or text keys are variants, of which each step draws one."""
+
+    name: str
+    path: str
+    size: int  # bytes
+    mtime_ns: int
+    repeats: int
+    bucket: tuple[int, int]  # (w, h) in pixels
+    latents: tuple[str, ...]
+    text: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """What a run trains on: the examples, and the text records of prompts, of which "" is always one.
+
+    `skipped` and `notes` are lines for the user: pictures left out, captions cut short and the like.
+    """
+
+    examples: tuple[Entry, ...]
+    prompts: dict[str, str]  # prompt -> text key
+    t5_length: int
+    skipped: tuple[str, ...] = ()
+    notes: tuple[str, ...] = ()
+
+    def records(self) -> set[tuple[str, str]]:
+        """(kind, key) of every record that is used."""
+        latents = {("latents", key) for example in self.examples for key in example.latents}
+        text = {("text", key) for example in self.examples for key in example.text}
+        return latents | text | {("text", key) for key in self.prompts.values()}
+
+    def save(self, path: Path) -> None:
+        examples = [vars(example) for example in self.examples]
+        data = {"version": DATASET_VERSION, **vars(self), "examples": examples}
+        with atomic_path(path) as temporary:
+            temporary.write_text(json.dumps(data, indent=1), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: Path) -> Dataset:
+        """Raises WrongRequest if the file is missing or is no dataset of this version."""
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+            if data.pop("version") != DATASET_VERSION:
+                raise ValueError("written by another version of fluxq")
+            examples = tuple(Entry(**_lists_to_tuples(example)) for example in data.pop("examples"))
+            return cls(examples, **_lists_to_tuples(data))
+        except OSError as error:
+            raise WrongRequest(f"{path} cannot be read ({error.strerror}); run `fluxq cache` again") from error
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise WrongRequest(f"{path} is no dataset ({error}); delete it and run `fluxq cache` again") from error
+
+
+def _lists_to_tuples(data: dict) -> dict:
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}

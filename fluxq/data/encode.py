@@ -1,0 +1,95 @@
+"""Runs the encoders: pictures to latents records, captions to text records."""
+
+from collections.abc import Callable, Iterator, Sequence
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+
+from fluxq.data.buckets import Size
+from fluxq.data.examples import Example
+from fluxq.data.pictures import open_picture, prepare
+from fluxq.data.store import Store, Text
+from fluxq.errors import WrongRequest
+
+PIXELS_PER_BATCH = 1 << 20  # pictures of one bucket are encoded together up to this many; a larger one goes alone
+CAPTIONS_PER_BATCH = 8
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+class TextEncoder(Protocol):
+    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool]]:
+        """(t5 (B, L, D), pooled (B, D2), how many T5 tokens each caption has, whether it was cut to L)."""
+        ...
+
+
+def encode_pictures(
+    store: Store,
+    pictures: dict[str, Example],
+    load: Callable[[], Any],
+    skip_bad: bool,
+    progress: Progress,
+) -> dict[str, str]:
+    """Encodes `pictures`, given by key. Returns the keys of those that cannot be decoded, each with its reason.
+
+    `load` gives a module with `.encoder(x (B, 3, H, W))` -> moments (B, 32, H/8, W/8), `.config.scale_factor` and
+    `.config.shift_factor`. It is called when the first picture has been decoded: bad pictures alone need no
+    autoencoder. Raises WrongRequest for a picture that cannot be decoded, unless `skip_bad`.
+    """
+    bad: dict[str, str] = {}
+    autoencoder, done = None, 0
+    for batch in _by_bucket(pictures):
+        decoded: dict[str, torch.Tensor] = {}  # key -> (3, H, W)
+        for key, example in batch:
+            try:
+                decoded[key] = prepare(open_picture(example.path), example.resized, example.bucket)
+            except WrongRequest as error:
+                if not skip_bad:
+                    raise
+                bad[key] = str(error)
+        if decoded:
+            if autoencoder is None:
+                autoencoder = load()
+            means, spreads = _latents(autoencoder, torch.stack(list(decoded.values())))
+            for key, mean, spread in zip(decoded, means, spreads, strict=True):
+                store.put_latents(key, mean, spread, pictures[key].name)
+        done += len(batch)
+        progress("pictures", done, len(pictures))
+    return bad
+
+
+@torch.no_grad()
+def encode_captions(
+    store: Store, captions: dict[str, str], encoder: TextEncoder, t5_length: int, progress: Progress
+) -> None:
+    """Encodes `captions`, given by key, to records of `t5_length` tokens."""
+    items, done = list(captions.items()), 0
+    while done < len(items):
+        batch = items[done : done + CAPTIONS_PER_BATCH]
+        t5, pooled, tokens, truncated = encoder.encode([caption for _, caption in batch])
+        if t5.shape[:2] != (len(batch), t5_length):
+            raise ValueError(f"the text encoder gave {tuple(t5.shape)} for {len(batch)} captions of {t5_length} tokens")
+        for n, (key, caption) in enumerate(batch):
+            store.put_text(key, Text(t5[n], pooled[n], caption, int(tokens[n]), bool(truncated[n])))
+        done += len(batch)
+        progress("captions", done, len(items))
+
+
+def _by_bucket(pictures: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:
+    """Pictures that are encoded together: of one bucket, and of no more than PIXELS_PER_BATCH, but at least one."""
+    buckets: dict[Size, list[tuple[str, Example]]] = {}
+    for key, example in pictures.items():
+        buckets.setdefault(example.bucket, []).append((key, example))
+    for (width, height), items in sorted(buckets.items()):
+        size = max(1, PIXELS_PER_BATCH // (width * height))
+        yield from (items[start : start + size] for start in range(0, len(items), size))
+
+
+@torch.no_grad()
+def _latents(autoencoder: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean and spread (B, 16, h, w) fp32 of pictures (B, 3, H, W), in FLUX's units: latents = scale * (z - shift)."""
+    weight = next(chain(autoencoder.parameters(), autoencoder.buffers()))
+    mean, log_variance = autoencoder.encoder(x.to(weight.device, weight.dtype)).float().cpu().chunk(2, dim=1)
+    scale, shift = autoencoder.config.scale_factor, autoencoder.config.shift_factor
+    return scale * (mean - shift), scale * torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))

@@ -1,0 +1,116 @@
+"""Rectified flow as FLUX.1 is trained and sampled: timesteps, the path from picture to noise, its target, and Euler's
+walk back.
+
+t = 0 is the picture, t = 1 is noise; x_t = (1 - t) picture + t noise, and the model learns the velocity noise - picture
+(Liu et al. 2022; Esser et al. 2024). The timestep modes have the meaning that sd-scripts gives them. Every draw is
+addressed by (seed, purpose, micro-step, example), never consumed from a stream.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from fluxq.data.batches import Batches
+from fluxq.data.randomness import generator, normal
+from fluxq.model.embed import image_ids, pack, text_ids, unpack
+from fluxq.model.flux import Flux
+
+TIMESTEP_MODES = ("uniform", "sigmoid", "shift", "flux_shift")
+
+
+def shift_time(t: Tensor, shift: float) -> Tensor:
+    """t moved towards noise: shift t / (1 + (shift - 1) t). A shift of 1 changes nothing."""
+    return shift * t / (1 + (shift - 1) * t)
+
+
+def resolution_shift(tokens: int) -> float:
+    """The shift that FLUX.1 dev uses for a picture of that many tokens: exp of the line through (256, 0.5) and
+    (4096, 1.15).
+    """
+    return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
+
+
+def sample_timesteps(mode: str, seed: int, index: int, examples: Sequence[str], tokens: int, shift: float) -> Tensor:
+    """t (B,) fp32 in (0, 1) for the `examples` of micro-step `index`; `tokens` is the pictures' length, used by
+    flux_shift.
+
+    uniform: t = u. sigmoid: t = sigmoid(z). shift: sigmoid(z) shifted by `shift`. flux_shift: sigmoid(z) shifted by
+    `resolution_shift`. u is uniform, z standard normal.
+    """
+    draws = [generator(seed, "timestep", index, example) for example in examples]
+    if mode == "uniform":
+        return torch.tensor([1 - draw.random() for draw in draws]).clamp(max=1 - 2**-24)
+    t = torch.tensor([draw.standard_normal() for draw in draws]).sigmoid()
+    if mode == "sigmoid":
+        return t
+    if mode == "shift":
+        return shift_time(t, shift)
+    if mode == "flux_shift":
+        return shift_time(t, resolution_shift(tokens))
+    raise ValueError(f"the timestep mode must be one of {', '.join(TIMESTEP_MODES)}, not {mode!r}")
+
+
+def sample_noise(shape: Sequence[int], seed: int, index: int, examples: Sequence[str]) -> Tensor:
+    """Noise (B, 16, H, W) fp32 for the `examples` of micro-step `index`; `shape` is one example's (16, H, W)."""
+    return torch.stack([normal(shape, seed, "noise", index, example) for example in examples])
+
+
+def velocity(flux: Flux, x: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float) -> Tensor:
+    """The model's velocity at latents x (B, 16, H, W) and times t (B,), in fp32; guidance is left out for models
+    without it.
+    """
+    height, width = x.shape[2:]
+    g = torch.full_like(t, guidance) if flux.config.guidance_embed else None
+    img_ids, txt_ids = image_ids(height // 2, width // 2, x.device), text_ids(txt.shape[1], x.device)
+    return unpack(flux(pack(x), img_ids, txt, txt_ids, t, pooled, g), height, width).float()
+
+
+def flow_loss(
+    flux: Flux, latents: Tensor, noise: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float
+) -> Tensor:
+    """Mean squared error of the velocity per example, (B,) fp32. latents, noise (B, 16, H, W); t (B,)."""
+    t = t.to(latents.device)
+    mix = t[:, None, None, None]
+    x = (1 - mix) * latents + mix * noise
+    target = noise - latents
+    return (velocity(flux, x, t, txt, pooled, guidance) - target).square().mean(dim=(1, 2, 3))
+
+
+def schedule(steps: int, shift: float) -> list[float]:
+    """steps + 1 times from 1 down to 0, evenly spaced and then moved by `shift`."""
+    return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
+
+
+def euler(
+    field: Callable[[Tensor, float], Tensor],
+    x: Tensor,
+    times: Sequence[float],
+    tick: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Where a walk along the velocity `field(x, t)` from `x` ends, one step from each time to the next.
+
+    `tick` is called after every step.
+    """
+    for t, t_next in zip(times, times[1:], strict=False):
+        x = x + (t_next - t) * field(x, t)
+        tick()
+    return x
+
+
+@torch.no_grad()
+def validation_loss(flux: Flux, batches: Batches, shift: float, guidance: float, times: int = 6) -> float:
+    """Mean flow loss over one epoch of `batches`, at `times` fixed times (evenly spaced, then moved by `shift`) and
+    fixed noise.
+    """
+    grid = shift_time((torch.arange(times) + 0.5) / times, shift)
+    losses = []
+    for index in range(len(batches)):
+        batch = batches.batch(index)
+        noise = sample_noise(batch.latents.shape[1:], 0, index, batch.examples)
+        latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
+        losses += [flow_loss(flux, latents, noise, t.expand(len(noise)), txt, pooled, guidance) for t in grid]
+    return float(torch.cat(losses).mean())

@@ -1,0 +1,357 @@
+"""Safetensors files, read and written by fluxq itself.
+
+A file is 8 bytes of header length, a JSON header, then the tensors back to back (github.com/huggingface/safetensors).
+Reading checks the whole header against the file's size before a single tensor is touched, and then reads one tensor at
+a time at its position: no memory map, so a file can be replaced while it is in use, also on Windows. Writing goes to a
+temporary name in the same folder and is renamed when complete: a crash or a full disk never costs the last good file.
+"""
+
+import contextlib
+import errno
+import json
+import math
+import os
+import secrets
+import shutil
+from collections.abc import Iterator, KeysView, Mapping
+from pathlib import Path
+from typing import NoReturn
+
+import torch
+
+from fluxq.errors import WrongRequest
+
+MAX_HEADER_BYTES = 32 << 20  # real headers are below 1 MB; embedded preview pictures add a few more
+MAX_DIMENSIONS = 8
+
+# In the order in which the safetensors library ranks them; a file stores the tensors of the last of these first.
+DTYPES = {
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "F8_E5M2": torch.float8_e5m2,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E8M0": torch.float8_e8m0fnu,
+    "I16": torch.int16,
+    "U16": torch.uint16,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I32": torch.int32,
+    "U32": torch.uint32,
+    "F32": torch.float32,
+    "F64": torch.float64,
+    "I64": torch.int64,
+    "U64": torch.uint64,
+}
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+DTYPE_RANK = {dtype: rank for rank, dtype in enumerate(DTYPES.values())}
+
+PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
+PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
+OTHER_MAGIC = {
+    b"GGUF": "a GGUF file",
+    b"\x89PNG": "a picture (PNG)",
+    b"\xff\xd8\xff": "a picture (JPEG)",
+    b"RIFF": "a picture or sound (RIFF)",
+    b"GIF8": "a picture (GIF)",
+    b"BM": "a picture (BMP)",
+    b"<": "a web page, probably an error page in place of the download",
+    b"version https://git-lfs": "a git-lfs pointer, not the file that it points to",
+}
+
+FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
+WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS}
+
+_Entry = tuple[torch.dtype, tuple[int, ...], tuple[int, int]]  # dtype, shape, (begin, end) in the data section
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
+    """A temporary path beside `path`, with its suffix, to be written and closed inside the block.
+
+    At the end of the block it is flushed to disk and renamed to `path`; on any error it is removed and `path` stays as
+    it was. Missing folders are created. `nbytes`, where known, is what the file needs: the message of a full disk says
+    it. Raises WrongRequest if `path` cannot be written.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        yield temporary
+        _flush(temporary, os.O_RDWR)
+        os.replace(temporary, path)
+        if os.name == "posix":
+            _flush(path.parent, os.O_RDONLY)
+    except OSError as error:
+        ours = error.filename is not None and Path(error.filename) in (temporary, path, *path.parents)
+        if not ours and (error.filename is not None or error.errno not in WRITE_ERRORS):
+            raise  # about something else that the block was doing, such as reading another file
+        raise _unwritable(path, nbytes, error) from error
+    finally:
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+
+
+def write_safetensors(
+    path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes `tensors`, of any device and stride, and `metadata` to `path`, wholly or not at all.
+
+    Equal arguments give equal bytes; with at most one metadata entry they are also the bytes that the safetensors
+    library writes. Raises WrongRequest if the path cannot be written or the disk is full; an older file then stays.
+    """
+    header = safetensors_header(tensors, metadata)
+    nbytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
+    with atomic_path(path, nbytes) as temporary, open(temporary, "wb") as file:
+        file.write(header)
+        for data in safetensors_data(tensors):
+            file.write(data)
+
+
+def safetensors_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
+    """Everything in a file before the tensors' bytes: length, JSON, and spaces up to a multiple of 8."""
+    header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
+    offset = 0
+    for name in _storage_order(tensors):
+        tensor = tensors[name]
+        span = [offset, offset + tensor.nbytes]
+        header[name] = {"dtype": DTYPE_NAMES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": span}
+        offset += tensor.nbytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode(errors="replace")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def safetensors_data(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
+    """The bytes of each tensor, in the order in which a file stores them."""
+    for name in _storage_order(tensors):
+        yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+class Checkpoint:
+    """A safetensors file whose header has been read and found to fit the file.
+
+    metadata is the header's `__metadata__`, {} without one; shapes maps each key to its shape; nbytes is the size of
+    all tensors together. Raises WrongRequest for all but a complete safetensors file, saying what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        file_size, self._data_start, header = _read_header(self.path)
+        self.metadata: dict[str, str] = _checked_metadata(self.path, header.pop("__metadata__", {}))
+        self._entries = {key: _checked_entry(self.path, key, entry) for key, entry in header.items()}
+        self.shapes: dict[str, tuple[int, ...]] = {key: shape for key, (_, shape, _) in self._entries.items()}
+        self.nbytes = _checked_nbytes(self.path, file_size, self._data_start, self._entries)
+
+    def keys(self) -> KeysView[str]:
+        return self._entries.keys()
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self._entry(key)[1]
+
+    def dtype(self, key: str) -> torch.dtype:
+        return self._entry(key)[0]
+
+    def get(self, key: str) -> torch.Tensor:
+        """The tensor, in the file's own dtype, in memory of its own."""
+        dtype, shape, (begin, end) = self._entry(key)
+        data = torch.empty(end - begin, dtype=torch.uint8)
+        view, done = data.numpy().data, 0
+        try:
+            with open(self.path, "rb", buffering=0) as file:
+                file.seek(self._data_start + begin)
+                while done < len(view) and (count := file.readinto(view[done:])):  # one call reads at most 2 GiB
+                    done += count
+        except OSError as error:
+            raise _unreadable(self.path, error) from error
+        if done < len(view):
+            what = f"{done:,} of the {len(view):,} bytes of {printable(key)} are left"
+            refuse(self.path, f"has become shorter while it was read: {what}", "start again")
+        return data.view(dtype).reshape(shape)
+
+    def _entry(self, key: str) -> _Entry:
+        if key not in self._entries:
+            refuse(self.path, f"has no tensor {printable(key)}", "give a file that has it")
+        return self._entries[key]
+
+
+def strict_load(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str | Path) -> None:
+    """Makes `tensors` the parameters and buffers of `module`: exactly its keys and shapes, nothing copied or cast.
+
+    The tensors themselves become the module's, so their dtype and device stay. Of names that are tied in the module
+    (one tensor under several names) one is enough. Raises WrongRequest, naming `source` and the keys, and then leaves
+    the module as it was.
+    """
+    wanted = module.state_dict(keep_vars=True)
+    tied = {id(wanted[key]): tensor for key, tensor in tensors.items() if key in wanted}
+    found = {key: tensors.get(key, tied.get(id(own))) for key, own in wanted.items()}
+    missing = [key for key, tensor in found.items() if tensor is None]
+    unexpected = [printable(key) for key in tensors if key not in wanted]
+    wrong = [
+        f"{key} is {tuple(tensor.shape)}, not {tuple(wanted[key].shape)}"
+        for key, tensor in found.items()
+        if tensor is not None and tensor.shape != wanted[key].shape
+    ]
+    if problems := listed(missing=missing, unexpected=unexpected, wrong_shape=wrong):
+        refuse(source, f"does not fit {type(module).__name__}: {problems}", "give the file that belongs to it")
+    module.load_state_dict(found, strict=True, assign=True)
+
+
+def listed(**problems: list[str]) -> str:
+    """A clause such as "2 missing (a, b), 1 wrong shape (c is (2,), not (3,))"; empty lists are left out."""
+    return ", ".join(
+        f"{len(names):,} {what.replace('_', ' ')} ({'; '.join(names[:4])}{'; ...' if len(names) > 4 else ''})"
+        for what, names in problems.items()
+        if names
+    )
+
+
+def _read_header(path: Path) -> tuple[int, int, dict]:
+    """The file's size, where its data section starts, and its header as JSON gives it."""
+    if path.is_dir():
+        refuse(path, "is a folder, not a safetensors file", "name the file in it")
+    if not path.is_file():
+        refuse(path, "does not exist", "check the path")
+    if path.suffix.lower() in PICKLE_SUFFIXES:
+        _refuse_pickle(path)
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            start = file.read(32)
+            _refuse_foreign(path, size, start)
+            length = int.from_bytes(start[:8], "little")
+            if length > MAX_HEADER_BYTES:
+                _refuse_header(path, f"it claims {length:,} bytes, the most that are read is {MAX_HEADER_BYTES:,}")
+            if 8 + length > size:
+                _refuse_truncated(path, 8 + length, size, "for its header alone")
+            file.seek(8)
+            text = file.read(length)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
+    except (ValueError, RecursionError) as error:
+        _refuse_header(path, printable(str(error)))
+    if not isinstance(header, dict):
+        _refuse_header(path, f"it is a JSON {type(header).__name__}, not an object")
+    return size, 8 + length, header
+
+
+def _refuse_foreign(path: Path, size: int, start: bytes) -> None:
+    """Raises if the first bytes show that the file is of another kind."""
+    if size == 0:
+        refuse(path, "is empty (0 bytes)", "download it again")
+    if start[8:9] == b"{":
+        return
+    if start.startswith(PICKLE_MAGIC):
+        _refuse_pickle(path)
+    for magic, kind in OTHER_MAGIC.items():
+        if start.startswith(magic):
+            refuse(path, f"is {kind}", "give a .safetensors file")
+    if size <= 8:
+        _refuse_truncated(path, 10, size, "at the very least")
+    refuse(path, f"is no safetensors file (its header begins with {start[8:9]!r}, not b'{{')", "download it again")
+
+
+def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    result: dict[str, object] = {}
+    for key, value in pairs:
+        if key in result:
+            raise ValueError(f"the key {printable(key)} occurs twice")
+        result[key] = value
+    return result
+
+
+def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
+    if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+        _refuse_header(path, "its metadata should map names to text")
+    return metadata
+
+
+def _checked_entry(path: Path, key: str, entry: object) -> _Entry:
+    """One tensor's dtype, shape and span, once they are found to agree with each other."""
+    if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
+        _refuse_header(path, f"{printable(key)} should have a dtype, a shape and data_offsets, and nothing else")
+    dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
+    if not isinstance(dtype, str) or not _whole_numbers(shape) or not _whole_numbers(span) or len(span) != 2:
+        _refuse_header(path, f"the dtype, shape or data_offsets of {printable(key)} is of the wrong type")
+    if dtype not in DTYPES:
+        what = f"stores {printable(key)} as {printable(dtype)}, which fluxq does not read"
+        refuse(path, what, "give a 16- or 32-bit version")
+    itemsize = DTYPES[dtype].itemsize
+    if len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) * itemsize >= 1 << 63:
+        _refuse_header(path, f"the shape of {printable(key)} is impossible: {printable(str(shape))}")
+    wanted, given = math.prod(shape) * itemsize, span[1] - span[0]
+    if wanted != given:
+        what = f"{printable(key)} of shape {shape} in {dtype} takes {wanted:,} bytes, but is given {given:,}"
+        _refuse_header(path, what)
+    return DTYPES[dtype], tuple(shape), (span[0], span[1])
+
+
+def _whole_numbers(values: object) -> bool:
+    return isinstance(values, list) and all(type(value) is int and 0 <= value < 1 << 63 for value in values)
+
+
+def _checked_nbytes(path: Path, file_size: int, data_start: int, entries: dict[str, _Entry]) -> int:
+    """The bytes of all tensors, once these are found to fill the data section: no overlap, no gap, no rest."""
+    nbytes = 0
+    for key, (_, _, (begin, end)) in sorted(entries.items(), key=lambda item: item[1][2]):
+        if begin != nbytes:
+            what = "overlaps the tensor before it" if begin < nbytes else "leaves a gap after the tensor before it"
+            _refuse_header(path, f"{printable(key)} {what}: it begins at byte {begin:,} of the data, not {nbytes:,}")
+        nbytes = end
+    if data_start + nbytes > file_size:
+        _refuse_truncated(path, data_start + nbytes, file_size, "by its header")
+    if data_start + nbytes < file_size:
+        rest = file_size - data_start - nbytes
+        refuse(path, f"goes on for {rest:,} bytes after the last tensor of its header", "download it again")
+    return nbytes
+
+
+def refuse(path: str | Path, what: str, remedy: str) -> NoReturn:
+    raise WrongRequest(f"{path} {what}; {remedy}")
+
+
+def _refuse_header(path: Path, what: str) -> NoReturn:
+    refuse(path, f"has a damaged header ({what})", "download it again")
+
+
+def _refuse_truncated(path: Path, expected: int, actual: int, why: str) -> NoReturn:
+    what = f"is truncated: {expected:,} bytes were expected {why}, {actual:,} came, {expected - actual:,} are missing"
+    refuse(path, what, "download it again")
+
+
+def _refuse_pickle(path: Path) -> NoReturn:
+    refuse(path, "is a pickle checkpoint, and loading one can run hidden code", "use its .safetensors version")
+
+
+def _unreadable(path: Path, error: OSError) -> WrongRequest:
+    return WrongRequest(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
+
+
+def _unwritable(path: Path, nbytes: int | None, error: OSError) -> WrongRequest:
+    if error.errno in FULL_DISK_ERRORS:
+        needed = f"{nbytes:,} bytes are needed, " if nbytes is not None else ""
+        free = f"{shutil.disk_usage(path.parent).free:,} are free" if path.parent.is_dir() else "none can be had"
+        kept = "; what it held before is untouched" if path.exists() else ""
+        return WrongRequest(f"{path} cannot be written, the disk is full ({needed}{free}){kept}; make room, try again")
+    return WrongRequest(f"{path} cannot be written ({error.strerror or error}); choose a folder that can be written to")
+
+
+def printable(text: str) -> str:
+    """A name out of a file, short and fit for a console whatever it holds."""
+    text = text if text.isprintable() else ascii(text)
+    return text if len(text) <= 120 else text[:117] + "..."
+
+
+def _storage_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
+    """Names by falling dtype rank, then alphabetically: wide types first, so that every tensor is aligned."""
+    return sorted(tensors, key=lambda name: (-DTYPE_RANK[tensors[name].dtype], name))
+
+
+def _flush(path: Path, flags: int) -> None:
+    descriptor = os.open(path, flags)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

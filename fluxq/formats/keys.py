@@ -1,0 +1,113 @@
+"""The names that diffusers gives to the tensors of FLUX.1 and of its autoencoder.
+
+The original files (BFL) fuse q, k, v and the MLP's input into one matrix where diffusers has several, and order the two
+halves of the last modulation the other way round. Both are said by one rule: a diffusers module is the concatenation,
+in the order given, of row ranges of one BFL module. Neither file's columns ever differ.
+"""
+
+import re
+from collections.abc import Mapping
+
+import torch
+
+from fluxq.formats.detect import flux_shapes
+from fluxq.model.config import FluxConfig
+
+GLOBAL = {
+    "img_in": "x_embedder",
+    "txt_in": "context_embedder",
+    "time_in.in_layer": "time_text_embed.timestep_embedder.linear_1",
+    "time_in.out_layer": "time_text_embed.timestep_embedder.linear_2",
+    "guidance_in.in_layer": "time_text_embed.guidance_embedder.linear_1",
+    "guidance_in.out_layer": "time_text_embed.guidance_embedder.linear_2",
+    "vector_in.in_layer": "time_text_embed.text_embedder.linear_1",
+    "vector_in.out_layer": "time_text_embed.text_embedder.linear_2",
+    "final_layer.linear": "proj_out",
+    "final_layer.adaLN_modulation.1": "norm_out.linear",
+}
+DOUBLE = {
+    "img_mod.lin": ("norm1.linear",),
+    "txt_mod.lin": ("norm1_context.linear",),
+    "img_attn.qkv": ("attn.to_q", "attn.to_k", "attn.to_v"),
+    "txt_attn.qkv": ("attn.add_q_proj", "attn.add_k_proj", "attn.add_v_proj"),
+    "img_attn.norm.query_norm": ("attn.norm_q",),
+    "img_attn.norm.key_norm": ("attn.norm_k",),
+    "txt_attn.norm.query_norm": ("attn.norm_added_q",),
+    "txt_attn.norm.key_norm": ("attn.norm_added_k",),
+    "img_attn.proj": ("attn.to_out.0",),
+    "txt_attn.proj": ("attn.to_add_out",),
+    "img_mlp.0": ("ff.net.0.proj",),
+    "img_mlp.2": ("ff.net.2",),
+    "txt_mlp.0": ("ff_context.net.0.proj",),
+    "txt_mlp.2": ("ff_context.net.2",),
+}
+SINGLE = {
+    "modulation.lin": ("norm.linear",),
+    "linear1": ("attn.to_q", "attn.to_k", "attn.to_v", "proj_mlp"),
+    "linear2": ("proj_out",),
+    "norm.query_norm": ("attn.norm_q",),
+    "norm.key_norm": ("attn.norm_k",),
+}
+BLOCKS = {"double_blocks": ("transformer_blocks", DOUBLE), "single_blocks": ("single_transformer_blocks", SINGLE)}
+
+# Applied in turn to the autoencoder's names; the index of decoder.up is mirrored as well.
+AUTOENCODER = {
+    r"\.norm_out\.": ".conv_norm_out.",
+    r"\.mid\.block_1\.": ".mid_block.resnets.0.",
+    r"\.mid\.block_2\.": ".mid_block.resnets.1.",
+    r"\.mid\.attn_1\.norm\.": ".mid_block.attentions.0.group_norm.",
+    r"\.mid\.attn_1\.proj_out\.": ".mid_block.attentions.0.to_out.0.",
+    r"\.mid\.attn_1\.([qkv])\.": r".mid_block.attentions.0.to_\1.",
+    r"\.(down|up)\.(\d+)\.block\.": r".\1_blocks.\2.resnets.",
+    r"\.(down|up)\.(\d+)\.(down|up)sample\.": r".\1_blocks.\2.\3samplers.0.",
+    r"\.nin_shortcut\.": ".conv_shortcut.",
+}
+
+
+def module_split(module: str, config: FluxConfig) -> list[tuple[str, int, int]]:
+    """The diffusers modules that a BFL module becomes: (name, first row, row after the last), in diffusers' order.
+
+    A diffusers module that is named twice (the last modulation) is its pieces one after the other. Raises KeyError for
+    a module that a transformer of this config does not have.
+    """
+    shapes = flux_shapes(config)
+    rows = next(
+        shapes[key][0] for leaf in ("weight", "scale") if (key := f"{module}.{leaf}") in shapes or leaf == "scale"
+    )
+    if module == "final_layer.adaLN_modulation.1":
+        return [(GLOBAL[module], rows // 2, rows), (GLOBAL[module], 0, rows // 2)]
+    if module in GLOBAL:
+        return [(GLOBAL[module], 0, rows)]
+    blocks, index, inner = module.split(".", 2)
+    prefix, table = BLOCKS[blocks]
+    names = table[inner]
+    width = config.hidden_size if len(names) > 1 else rows
+    ends = [*(width * (i + 1) for i in range(len(names) - 1)), rows]
+    return [
+        (f"{prefix}.{index}.{name}", start, end) for name, start, end in zip(names, [0, *ends[:-1]], ends, strict=True)
+    ]
+
+
+def to_diffusers(tensors: Mapping[str, torch.Tensor], config: FluxConfig) -> dict[str, torch.Tensor]:
+    """A transformer's tensors under diffusers' names: 1160 of dev's 780. Views, but for the two swapped tensors."""
+    result: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        module, leaf = key.rsplit(".", 1)
+        for name, start, end in module_split(module, config):
+            name = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+            piece = tensor[start:end]
+            result[name] = torch.cat([result[name], piece]) if name in result else piece
+    return result
+
+
+def autoencoder_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """An autoencoder's tensors under diffusers' names. Views: the attention's 1x1 convolutions become matrices."""
+    deepest = max(int(match[1]) for key in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", key)))
+    result: dict[str, torch.Tensor] = {}
+    for key, tensor in tensors.items():
+        name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{deepest - int(match[1])}", key)
+        for pattern, replacement in AUTOENCODER.items():
+            name = re.sub(pattern, replacement, name)
+        is_attention = ".attentions." in name and tensor.ndim == 4
+        result[name] = tensor[:, :, 0, 0] if is_attention else tensor
+    return result

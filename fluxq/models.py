@@ -1,0 +1,135 @@
+"""The four models of a run: which file serves which part, and loading each when it is needed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cached_property
+from pathlib import Path
+
+import torch
+
+from fluxq import nano
+from fluxq.config import ModelConfig
+from fluxq.errors import WrongRequest
+from fluxq.formats.detect import flux_config, variant
+from fluxq.formats.files import Checkpoint
+from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
+from fluxq.model.autoencoder import AutoEncoder
+from fluxq.model.config import FluxConfig
+from fluxq.model.flux import Flux
+from fluxq.model.text import TextEncoders
+
+CLIP_HUB = "openai/clip-vit-large-patch14"
+T5_HUB = "google/t5-v1_1-xxl"
+CLIP_NAMES = ("vocab.json", "merges.txt")
+T5_NAMES = ("spiece.model",)
+T5_LENGTHS = {"dev": 512, "schnell": 256}
+
+
+class Models:
+    """What `config` names, on `device`. Files are looked up when they are asked for; nothing is kept once loaded."""
+
+    def __init__(
+        self, config: ModelConfig, device: torch.device | None = None, say: Callable[[str], None] = print
+    ) -> None:
+        self.config, self._say = config, say
+        self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.is_nano = config.name == "nano"
+
+    @property
+    def flux_file(self) -> Path:
+        return nano.FLUX if self.is_nano else self._named("--flux", self.config.flux)
+
+    @property
+    def ae_file(self) -> Path:
+        return nano.AE if self.is_nano else self._named("--ae", self.config.ae)
+
+    @property
+    def clip_l_file(self) -> Path:
+        return nano.CLIP_L if self.is_nano else self._named("--clip-l", self.config.clip_l)
+
+    @property
+    def t5xxl_file(self) -> Path:
+        return nano.T5XXL if self.is_nano else self._named("--t5xxl", self.config.t5xxl)
+
+    def tokenizer_files(self, known: Callable[[Path], bool] = Path.is_file) -> tuple[Path, Path, Path]:
+        """CLIP's vocab.json and merges.txt, T5's spiece.model.
+
+        They are looked for beside the text encoders, else in the hub's cache, else fetched from the hub, which is said.
+        A file that is gone counts as found where `known` says so. Raises WrongRequest where one is nowhere.
+        """
+        if self.is_nano:
+            return (nano.CLIP_TOKENIZER / CLIP_NAMES[0], nano.CLIP_TOKENIZER / CLIP_NAMES[1], nano.T5_TOKENIZER)
+        clip, t5 = self.config.clip_tokenizer, self.config.t5_tokenizer
+        vocabulary, merges = (
+            [clip / n for n in CLIP_NAMES] if clip else self._tokenizer(CLIP_HUB, "tokenizer", CLIP_NAMES, known)
+        )
+        return vocabulary, merges, t5 or self._tokenizer(T5_HUB, "tokenizer_2", T5_NAMES, known)[0]
+
+    @cached_property
+    def flux_config(self) -> FluxConfig:
+        """The transformer's sizes, read from its file's header."""
+        return flux_config(Checkpoint(self.flux_file).shapes, self.flux_file)
+
+    @property
+    def variant(self) -> str:
+        """ "dev" or "schnell"."""
+        return variant(self.flux_config)
+
+    @property
+    def t5_length(self) -> int:
+        """T5 tokens a caption."""
+        return self.config.t5_length or (nano.T5_LENGTH if self.is_nano else T5_LENGTHS[self.variant])
+
+    @property
+    def default_size(self) -> tuple[int, str]:
+        """The training size in pixels where none was asked for, and why."""
+        if self.is_nano:
+            return nano.SIZE, "the size that nano was made at"
+        if self.device.type != "cuda":
+            return 512, "no CUDA card was found"
+        gib = torch.cuda.get_device_properties(self.device).total_memory / 2**30
+        return (512 if gib < 11.5 else 768), f"the card has {gib:.0f} GiB; 512 below 12, 768 from there"
+
+    def load_flux(self) -> Flux:
+        return load_flux(self.flux_file, self.config.format, self.device)
+
+    def load_autoencoder(self) -> AutoEncoder:
+        return load_autoencoder(self.ae_file, self.device)
+
+    def load_text_encoders(self) -> TextEncoders:
+        vocabulary, _, spiece = self.tokenizer_files()
+        files = self.clip_l_file, self.t5xxl_file, vocabulary.parent, spiece
+        return load_text_encoders(*files, self.t5_length, self.device)
+
+    def _named(self, flag: str, path: Path | None) -> Path:
+        if path is None:
+            raise WrongRequest(
+                f"no {flag} was given; FLUX.1 needs --flux, --ae, --clip-l and --t5xxl, or --model nano for the toy"
+            )
+        return path
+
+    def _tokenizer(
+        self, repository: str, folder: str, names: tuple[str, ...], known: Callable[[Path], bool]
+    ) -> list[Path]:
+        places = [p for file in (self.clip_l_file, self.t5xxl_file) for p in (file.parent, file.parent.parent)]
+        candidates = [[p / part / name for name in names] for p in dict.fromkeys(places) for part in ("", folder)]
+        for found in (Path.is_file, known):
+            for paths in candidates:
+                if all(map(found, paths)):
+                    return paths
+        from huggingface_hub import hf_hub_download
+        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
+
+        try:
+            try:
+                return [Path(hf_hub_download(repository, name, local_files_only=True)) for name in names]
+            except LocalEntryNotFoundError:
+                self._say(f"fetching the tokenizer ({', '.join(names)}) from {repository}, once")
+                return [Path(hf_hub_download(repository, name)) for name in names]
+        except (HfHubHTTPError, OSError) as error:
+            option = "clip_tokenizer=FOLDER" if names == CLIP_NAMES else "t5_tokenizer=FILE"
+            raise WrongRequest(
+                f"{' and '.join(names)} of {repository} lie neither beside the text encoders nor in the hub's cache, "
+                f"and the hub cannot be reached; download them and pass --set model.{option}"
+            ) from error

@@ -1,0 +1,88 @@
+"""Settings: what is read is what was meant, and what is wrong is named."""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from pathlib import Path
+
+import pytest
+
+from fluxq.config import TrainConfig, config_from_dict, read_toml, set_values, to_toml
+from fluxq.errors import WrongRequest
+
+
+def test_a_written_config_reads_back_equal():
+    config = config_from_dict(
+        {
+            "model": {"flux": "C:\\models\\flux.safetensors"},
+            "data": {"folders": ["a", {"path": 'b "c"', "repeats": 3, "trigger": "zqx\n"}], "trigger": "ü"},
+            "lora": {"targets": ["attention", r"single_blocks\.\d+\.linear2"], "alpha": 8},
+            "training": {"rate": 1e-5, "steps": 12},
+        },
+        "a test",
+    )
+    assert config_from_dict(tomllib.loads(to_toml(config)), "the copy") == config
+
+
+def test_defaults_read_back_equal():
+    assert config_from_dict(tomllib.loads(to_toml(TrainConfig())), "the copy") == TrainConfig()
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        ({"lora": {"rnak": 8}}, "unknown key 'lora.rnak' in my.toml; did you mean 'lora.rank'?"),
+        ({"trainig": {}}, "unknown key 'trainig' in my.toml; did you mean 'training'?"),
+        ({"lora": {"rank": "8"}}, "my.toml: lora.rank must be a whole number, not '8'"),
+        ({"lora": {"rank": True}}, "my.toml: lora.rank must be a whole number, not True"),
+        ({"lora": {"rank": 0}}, "my.toml: lora.rank must be at least 1, not 0"),
+        ({"lora": 3}, "my.toml: lora must be a table, not 3"),
+        ({"training": {"rate": float("nan")}}, "my.toml: training.rate must be at least 0, not nan"),
+        ({"training": {"rate": float("inf")}}, "my.toml: training.rate must be at least 0, not inf"),
+        (
+            {"training": {"schedule": "cos"}},
+            "my.toml: training.schedule must be one of constant, linear, cosine, not 'cos'",
+        ),
+        ({"data": {"folders": [{"repeats": 2}]}}, "my.toml: data.folders.0.path is missing"),
+        ({"data": {"folders": [{"path": "a", "repeat": 2}]}}, "unknown key 'data.folders.0.repeat' in my.toml"),
+        ({"data": {"upscale": "yes"}}, "my.toml: data.upscale must be true or false, not 'yes'"),
+    ],
+)
+def test_wrong_settings_are_named(values, sentence):
+    with pytest.raises(WrongRequest) as error:
+        config_from_dict(values, "my.toml")
+    assert str(error.value).startswith(sentence)
+
+
+def test_assignments_are_toml_or_plain_text():
+    values: dict = {"lora": {"rank": 4}}
+    set_values(values, ("lora.rank=8", "lora.targets=['a', 'b']", "data.trigger=a cat", "training.rate = 1e-3"))
+    config = config_from_dict(values, "the command line")
+    assert (config.lora.rank, config.lora.targets, config.data.trigger, config.training.rate) == (
+        8,
+        ("a", "b"),
+        "a cat",
+        1e-3,
+    )
+
+
+@pytest.mark.parametrize("assignment", ["lora.rank", "=3", "lora.rank.x=3"])
+def test_malformed_assignments_are_refused(assignment):
+    with pytest.raises(WrongRequest, match="--set"):
+        set_values({"lora": {"rank": 4}}, (assignment,))
+
+
+def test_missing_and_malformed_files_are_named(tmp_path: Path):
+    with pytest.raises(WrongRequest, match="absent.toml cannot be read"):
+        read_toml(tmp_path / "absent.toml")
+    broken = tmp_path / "broken.toml"
+    broken.write_text("[lora\nrank = 3", encoding="utf-8")
+    with pytest.raises(WrongRequest, match=r"broken.toml is no valid TOML: .*line 1"):
+        read_toml(broken)
+
+
+def test_every_field_says_what_it_is():
+    for section in dataclasses.fields(TrainConfig):
+        for field in dataclasses.fields(section.default_factory):
+            assert field.metadata["help"], f"{section.name}.{field.name}"

@@ -1,0 +1,250 @@
+"""The loop end to end on nano: resume after kill -9, real photographs, encoders deleted, runs that must not be lost."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from fluxq import nano
+from fluxq.config import config_from_dict
+from fluxq.errors import WrongRequest
+from fluxq.formats.files import Checkpoint
+from fluxq.formats.lora import load_lora
+from fluxq.model import FluxConfig
+from fluxq.nano import pictures
+from fluxq.report import read_log
+from fluxq.train import train
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Six captioned pictures in two buckets."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, (picture, caption) in enumerate(pictures.concept(seed=5, count=6)):
+        picture.resize((96, 96) if i % 3 else (128, 64)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    return folder
+
+
+def settings(tmp_path: Path, photos: Path, **sections) -> dict:
+    values = {
+        "model": {"name": "nano"},
+        "data": {"folders": [str(photos)], "trigger": "zqx", "cache": str(tmp_path / "cache")},
+        "lora": {"rank": 4},
+        "training": {"steps": 4, "batch": 2, "rate": 1e-3},
+        "output": {"out": str(tmp_path / "run"), "name": "test", "plot_seconds": 1e9},
+    }
+    for name, section in sections.items():
+        values.setdefault(name, {}).update(section)
+    return values
+
+
+def configured(*args, **sections):
+    return config_from_dict(settings(*args, **sections), "a test")
+
+
+def tensors(path: Path) -> dict[str, torch.Tensor]:
+    checkpoint = Checkpoint(path)
+    return {key: checkpoint.get(key) for key in checkpoint.keys()}
+
+
+def assert_same_tensors(a: Path, b: Path) -> None:
+    first, second = tensors(a), tensors(b)
+    assert first.keys() == second.keys()
+    for key in first:
+        assert torch.equal(first[key], second[key]), key
+
+
+@pytest.mark.slow
+def test_resume_after_kill_is_bit_exact(tmp_path, photos):
+    """Killed at three random moments, previews on, against one undisturbed run without previews."""
+    changes = {
+        "lora": {"rank": 24},  # 24 x 192 weights and more a matrix: enough for bitsandbytes to keep its state in 8 bits
+        "training": {
+            "steps": 40,
+            "batch": 2,
+            "accumulate": 2,
+            "warmup": 5,
+            "schedule": "cosine",
+            "optimizer": "adamw8bit",
+        },
+        "output": {"save_every": 5},
+    }
+    plain = settings(tmp_path, photos, **changes)
+    train(config_from_dict(plain, "a test"))
+
+    killed = tmp_path / "killed"
+    restless = settings(tmp_path, photos, **changes, samples={"every": 3, "steps": 2})
+    restless["output"] = {**restless["output"], "out": str(killed)}
+    config_file = tmp_path / "killed.toml"
+    from fluxq.config import to_toml
+
+    config_file.write_text(to_toml(config_from_dict(restless, "a test")))
+    moments, kills, runs = random.Random(11), 0, 0
+    while not (killed / "result.json").exists():
+        runs += 1
+        assert runs < 12, "the run does not get anywhere"
+        resumable = (killed / "state" / "state.safetensors").exists()
+        command = [
+            "train",
+            *(["--resume", str(killed)] if resumable else ["--config", str(config_file), "--overwrite"]),
+        ]
+        process = subprocess.Popen([sys.executable, "-m", "fluxq.cli", *command], stdout=subprocess.DEVNULL)
+        if kills < 3:
+            steps_before, patience = logged(killed), moments.randint(2, 8)
+            while process.poll() is None and logged(killed) < steps_before + patience:
+                time.sleep(0.02)
+            time.sleep(moments.random() * 0.2)
+            if process.poll() is None:
+                os.kill(process.pid, signal.SIGKILL)
+                kills += 1
+        process.wait()
+
+    assert kills == 3
+    assert_same_tensors(tmp_path / "run" / "test.safetensors", killed / "test.safetensors")
+    assert_same_tensors(*(folder / "state" / "state.safetensors" for folder in (tmp_path / "run", killed)))
+    logs = [read_log(folder / "log.jsonl") for folder in (tmp_path / "run", killed)]
+    assert [[(r["step"], r["loss"], r["rate"], r["grad"]) for r in log] for log in logs[:1]] == [
+        [(r["step"], r["loss"], r["rate"], r["grad"]) for r in log] for log in logs[1:]
+    ]
+    assert [r["step"] for r in logs[1]] == list(range(1, 41))
+    assert len(list((killed / "samples").glob("*.png"))) == 14
+    assert not list(killed.rglob("*.tmp*")) or kills  # what a kill left behind is never under a real name
+
+
+def logged(folder: Path) -> int:
+    return len(read_log(folder / "log.jsonl"))
+
+
+@pytest.mark.slow
+def test_photographs_from_an_empty_cache_to_a_lora(tmp_path):
+    """scikit-image's photographs: many sizes, one grey, one with alpha; through the command line, and reopened."""
+    data = pytest.importorskip("skimage.data")
+    folder = tmp_path / "PHOTOS"
+    folder.mkdir()
+    for name in ("astronaut", "camera", "chelsea", "coffee", "rocket", "logo"):
+        Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
+    command = (
+        "train PHOTOS --trigger zqx --model nano --steps 3 --rank 4 --out runs/photos --sample-every 3 --sample-steps 2"
+    )
+    done = subprocess.run(
+        [sys.executable, "-m", "fluxq.cli", *command.split()], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    run = tmp_path / "runs" / "photos"
+    result = json.loads((run / "result.json").read_text())
+    assert (result["steps"], Path(result["lora"]).name) == (3, "zqx.safetensors")
+    adapters, metadata = load_lora(run / "zqx.safetensors", FluxConfig.nano())
+    assert len(adapters) == 2 * 8 + 2 * 2
+    assert all(a.up.abs().max() > 0 for a in adapters.values())
+    assert metadata["modelspec.trigger_phrase"] == "zqx"
+    assert json.loads(metadata["ss_dataset_dirs"]) == {"PHOTOS": {"n_repeats": 1, "img_count": 6}}
+    for made in ("config.toml", "log.jsonl", "loss.png", "samples/000003_00.png", "state/state.safetensors"):
+        assert (run / made).stat().st_size > 0
+    parameters = Image.open(run / "samples" / "000003_00.png").text["parameters"]
+    assert parameters.startswith(
+        "zqx\nSteps: 2, Sampler: Euler, CFG scale: 1, Distilled CFG Scale: 3.5, Seed: 42, Size: 96x96"
+    )
+
+
+def test_a_complete_cache_trains_without_encoder_files(tmp_path, photos):
+    """The four files lie in a folder of their own; once cached, the encoders and tokenizers are deleted."""
+    import shutil
+
+    files = tmp_path / "models"
+    shutil.copytree(nano.WEIGHTS, files)
+    model = {
+        "name": None,
+        "flux": str(files / nano.FLUX.name),
+        "ae": str(files / nano.AE.name),
+        "clip_l": str(files / nano.CLIP_L.name),
+        "t5xxl": str(files / nano.T5XXL.name),
+        "t5_length": 32,
+    }
+    sections = {"model": model, "data": {"size": 96}}
+    train(configured(tmp_path, photos, **sections))
+    first = tensors(tmp_path / "run" / "test.safetensors")
+    for path in (nano.AE, nano.CLIP_L, nano.T5XXL):
+        (files / path.name).unlink()
+    shutil.rmtree(files / "tokenizer")
+    shutil.rmtree(files / "tokenizer_2")
+    train(configured(tmp_path, photos, **sections), overwrite=True)
+    for key, tensor in tensors(tmp_path / "run" / "test.safetensors").items():
+        assert torch.equal(tensor, first[key])
+
+
+def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
+    config = configured(tmp_path, photos)
+    train(config)
+    before = (tmp_path / "run" / "test.safetensors").read_bytes()
+    with pytest.raises(
+        WrongRequest, match="already holds a run; go on with it by --resume .*, replace it by --overwrite"
+    ):
+        train(config)
+    assert (tmp_path / "run" / "test.safetensors").read_bytes() == before
+
+
+def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
+    train(configured(tmp_path, photos))
+    with pytest.raises(WrongRequest, match=r"begun with lora.rank = 4, not 8; resume it without that change"):
+        train(configured(tmp_path, photos, lora={"rank": 8}), resume=True)
+    result = train(configured(tmp_path, photos, training={"steps": 6}), resume=True)
+    assert result.steps == 6
+    assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == list(range(1, 7))
+    straight = configured(tmp_path, photos, training={"steps": 6}, output={"out": str(tmp_path / "straight")})
+    train(straight)
+    assert_same_tensors(tmp_path / "run" / "test.safetensors", tmp_path / "straight" / "test.safetensors")
+
+
+def test_resume_without_a_saved_state_says_so(tmp_path, photos):
+    train(configured(tmp_path, photos))
+    (tmp_path / "run" / "state" / "state.safetensors").unlink()
+    with pytest.raises(WrongRequest, match="has saved no state yet"):
+        train(configured(tmp_path, photos), resume=True)
+
+
+def test_a_size_off_the_grid_names_what_would_do(tmp_path, photos):
+    with pytest.raises(WrongRequest, match="multiple of 16 pixels, not 100; 96 or 112 would do"):
+        train(configured(tmp_path, photos, data={"size": 100}))
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_full_disk_keeps_the_last_good_file(tmp_path, photos, monkeypatch):
+    """The second save hits a full disk: the first save's LoRA and state are still whole."""
+    import fluxq.state as state
+
+    saves, real = [], state.write_safetensors
+
+    def fills_up(path, *args, **kwargs):
+        saves.append(path)
+        if len(saves) > 1:
+            raise WrongRequest(f"{path} cannot be written: no space is left")
+        return real(path, *args, **kwargs)
+
+    monkeypatch.setattr(state, "write_safetensors", fills_up)
+    with pytest.raises(WrongRequest, match="no space is left"):
+        train(configured(tmp_path, photos, output={"save_every": 2}))
+    monkeypatch.undo()
+    result = train(configured(tmp_path, photos, output={"save_every": 2}), resume=True)
+    assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
+    assert Path(result.lora).exists()
+
+
+def test_defaults_are_printed_with_their_reasons(tmp_path, photos):
+    said: list[str] = []
+    values = settings(tmp_path, photos)
+    values["training"] = {"steps": 2}
+    train(config_from_dict(values, "a test"), say=said.append)
+    assert "size 96: the size that nano was made at" in said
+    assert any(line.startswith("rank 4, alpha 4:") for line in said)
