@@ -38,7 +38,7 @@ check: $(VENV)/installed-tests
 	$(BIN)/python -m pytest
 
 gpu:
-	PYTHONPATH=. python3 -m pytest -q -m gpu --junitxml=$(OUT_DIR)/gpu_tests.xml
+	PYTHONPATH=. python3 -m pytest -q tests/test_gpu.py
 	PYTHONPATH=. python3 benchmarks/gpu.py --out $(OUT_DIR)
 
 clean:

@@ -11,7 +11,7 @@ import torch
 from fluxq import nano
 from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import flux_config, variant
+from fluxq.formats.detect import autoencoder_config, clip_config, flux_config, t5_config, variant
 from fluxq.formats.files import Checkpoint
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
 from fluxq.model.autoencoder import AutoEncoder
@@ -19,6 +19,7 @@ from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.text import TextEncoders
 
+FLAGS = {"flux": "--flux", "ae": "--ae", "clip_l": "--clip-l", "t5xxl": "--t5xxl"}
 CLIP_HUB = "openai/clip-vit-large-patch14"
 T5_HUB = "google/t5-v1_1-xxl"
 CLIP_NAMES = ("vocab.json", "merges.txt")
@@ -38,19 +39,19 @@ class Models:
 
     @property
     def flux_file(self) -> Path:
-        return nano.FLUX if self.is_nano else self._named("--flux", self.config.flux)
+        return nano.FLUX if self.is_nano else self._named("flux")
 
     @property
     def ae_file(self) -> Path:
-        return nano.AE if self.is_nano else self._named("--ae", self.config.ae)
+        return nano.AE if self.is_nano else self._named("ae")
 
     @property
     def clip_l_file(self) -> Path:
-        return nano.CLIP_L if self.is_nano else self._named("--clip-l", self.config.clip_l)
+        return nano.CLIP_L if self.is_nano else self._named("clip_l")
 
     @property
     def t5xxl_file(self) -> Path:
-        return nano.T5XXL if self.is_nano else self._named("--t5xxl", self.config.t5xxl)
+        return nano.T5XXL if self.is_nano else self._named("t5xxl")
 
     def tokenizer_files(self, known: Callable[[Path], bool] = Path.is_file) -> tuple[Path, Path, Path]:
         """CLIP's vocab.json and merges.txt, T5's spiece.model.
@@ -70,6 +71,26 @@ class Models:
     def flux_config(self) -> FluxConfig:
         """The transformer's sizes, read from its file's header."""
         return flux_config(Checkpoint(self.flux_file).shapes, self.flux_file)
+
+    def check(self) -> None:
+        """Read the headers of all files: WrongRequest where one is not what it should be or does not fit the others.
+
+        Encoder files that are gone are left out: a complete cache does without them.
+        """
+        flux = self.flux_config
+        parts = (
+            (self.ae_file, autoencoder_config, "z_channels", flux.in_channels // 4),
+            (self.clip_l_file, clip_config, "hidden_size", flux.vec_in_dim),
+            (self.t5xxl_file, t5_config, "d_model", flux.context_in_dim),
+        )
+        for path, config_of, field, wanted in parts:
+            if path.is_file():
+                found = config_of(Checkpoint(path).shapes, path)
+                width = found[field] if isinstance(found, dict) else getattr(found, field)
+                if width != wanted:
+                    raise WrongRequest(
+                        f"{path} gives vectors of {width} where {self.flux_file} takes {wanted}; use one model's files"
+                    )
 
     @property
     def variant(self) -> str:
@@ -102,12 +123,13 @@ class Models:
         files = self.clip_l_file, self.t5xxl_file, vocabulary.parent, spiece
         return load_text_encoders(*files, self.t5_length, self.device)
 
-    def _named(self, flag: str, path: Path | None) -> Path:
-        if path is None:
+    def _named(self, part: str) -> Path:
+        missing = [flag for name, flag in FLAGS.items() if getattr(self.config, name) is None]
+        if missing:
             raise WrongRequest(
-                f"no {flag} was given; FLUX.1 needs --flux, --ae, --clip-l and --t5xxl, or --model nano for the toy"
+                f"no {', '.join(missing)} was given; name all four model files, or run the toy by --model nano"
             )
-        return path
+        return getattr(self.config, part)
 
     def _tokenizer(
         self, repository: str, folder: str, names: tuple[str, ...], known: Callable[[Path], bool]

@@ -126,6 +126,10 @@ class Run:
                 f"{run.folder} already holds a run; go on with it by --resume {run.folder}, replace it by --overwrite, "
                 "or choose another --out"
             )
+        try:
+            run.folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise WrongRequest(f"{run.folder} cannot be made ({error.strerror}); choose another --out") from error
         if not resume:
             stale = (
                 run.state_file,

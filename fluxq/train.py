@@ -20,7 +20,7 @@ from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
 from fluxq.models import Models
 from fluxq.optim import build_optimizer, rate_factor
-from fluxq.report import Report, console, peak_bytes, progress_bar
+from fluxq.report import Report, console, peak_bytes, progress_bar, stop_request
 from fluxq.run import Result, Run, Say, metadata_of, resolve
 from fluxq.sample import draw, save_picture, shots
 from fluxq.state import load_state, save_state
@@ -31,6 +31,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     WrongRequest.
     """
     models = Models(config.model, say=say)
+    models.check()
     config = resolve(config, models, say)
     run = Run.open(config, resume, overwrite)
     training, steps, data = config.training, config.training.steps, config.data
@@ -76,7 +77,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     began = time.time() - spent
 
     # the loop
-    with Report(run.folder, start, steps, config.output.plot_seconds) as report:
+    with Report(run.folder, start, steps, config.output.plot_seconds) as report, stop_request(say) as asked_to_stop:
         for step in range(start, steps):
             clock, losses = time.perf_counter(), []
             for index in range(step * training.accumulate, (step + 1) * training.accumulate):
@@ -100,7 +101,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
             report.step(done, mean, rate, float(norm), time.perf_counter() - clock)
 
             # now and then
-            if config.output.save_every and done % config.output.save_every == 0 or done == steps:
+            stop, save_every = asked_to_stop(), config.output.save_every
+            if stop or done == steps or (save_every and done % save_every == 0):
                 run.save_lora(flux, done, metadata(done, began, time.time()))
                 save_state(
                     run.state_file, done, layers, optimizer, {"seconds": time.time() - began, "validation": before}
@@ -108,6 +110,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
             if config.samples.every and (done % config.samples.every == 0 or done == steps):
                 texts = {prompt: store.text(key) for prompt, key in dataset.prompts.items()}
                 preview(run, models, flux, texts, prompts, done)
+            if stop:
+                raise KeyboardInterrupt(f"after step {done}; go on with: fluxq train --resume {run.folder}")
 
     # what came of it
     after = validate() if held_out else None

@@ -9,6 +9,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from fluxq.errors import WrongRequest
 from fluxq.model.linear import Linear
 
 TARGETS = {
@@ -30,11 +31,11 @@ def add_lora(
 ) -> dict[str, Linear]:
     """Add LoRA of `rank`, scaled by alpha / rank, to every linear layer whose path `targets` matches; path -> layer.
 
-    `targets` is a preset of TARGETS or regular expressions, each matched against the whole path. Raises ValueError
+    `targets` is a preset of TARGETS or regular expressions, each matched against the whole path. Raises WrongRequest
     where an expression is malformed or matches no layer.
     """
     if rank < 1:
-        raise ValueError(f"rank must be at least 1, not {rank}")
+        raise WrongRequest(f"rank must be at least 1, not {rank}")
     expressions = [TARGETS.get(t, t) for t in ([targets] if isinstance(targets, str) else targets)]
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
     chosen: dict[str, Linear] = {}
@@ -42,9 +43,9 @@ def add_lora(
         try:
             matched = {path: layer for path, layer in layers.items() if re.fullmatch(expression, path)}
         except re.error as error:
-            raise ValueError(f"the target {expression!r} is no regular expression: {error}") from error
+            raise WrongRequest(f"the target {expression!r} is no regular expression: {error}") from error
         if not matched:
-            raise ValueError(
+            raise WrongRequest(
                 f"the target {expression!r} matches no layer; presets are {', '.join(TARGETS)}, "
                 f"a path is {next(iter(layers))}"
             )

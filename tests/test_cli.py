@@ -1,0 +1,204 @@
+"""The command line: help, exit codes, a clear sentence for every wrong request, Ctrl-C, the frozen list of options."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from PIL import Image
+
+from fluxq import nano
+from fluxq.cli import main
+from fluxq.formats.files import Checkpoint
+from fluxq.report import read_log
+
+MODEL = "--flux --ae --clip-l --t5xxl --t5-length --format --compute --model"
+DATA = "--trigger --size --skip-bad --cache"
+SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"
+FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
+OPTIONS = {
+    "train": f"{MODEL} {DATA} {SAMPLES} --rank --alpha --lora-format --steps --batch --accumulate --rate --optimizer "
+    "--schedule --warmup --timesteps --seed --out --name --save-every --keep --config --set --resume --overwrite --json",
+    "cache": f"{MODEL} {DATA} --prompt --verify --prune --config --set --json",
+    "sample": f"{MODEL} {SAMPLES} --lora --strength --grid --cache --out --config --set --json",
+    "demo": "--out --format --json",
+}
+
+
+def run(*arguments: str):
+    return CliRunner().invoke(main, [str(a) for a in arguments])
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i in range(2):
+        Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 20 + i).convert("RGB").save(folder / f"{i}.png")
+    return folder
+
+
+def trained(tmp_path: Path, photos: Path, *more) -> list[str]:
+    out, cache = tmp_path / "run", tmp_path / "cache"
+    return ["train", photos, "--model", "nano", "--steps", 2, "--out", out, "--cache", cache, "--trigger", "zqx", *more]
+
+
+def test_options_only_grow_on_purpose():
+    """New options are added here too, with a reason in the change that adds them; none disappears."""
+    assert set(main.commands) == set(OPTIONS)
+    for name, expected in OPTIONS.items():
+        found = {flag for p in main.commands[name].params for flag in p.opts if flag.startswith("-")}
+        assert found == set(expected.split()), name
+
+
+@pytest.mark.parametrize("command", OPTIONS)
+def test_every_option_is_explained(command):
+    assert run(command, "--help").exit_code == 0
+    for parameter in main.commands[command].params:
+        if parameter.param_type_name == "option" and parameter.name != "help":
+            assert parameter.help and len(parameter.help) > 10, parameter.opts
+
+
+def test_help_needs_no_torch():
+    """--help answers at once: nothing heavy is imported for it."""
+    code = "import sys; from fluxq.cli import main; main(['train', '-h'], standalone_mode=False); sys.exit('torch' in sys.modules)"  # noqa: E501
+    assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
+
+
+def test_json_is_the_only_line_on_stdout(tmp_path, photos):
+    command = [sys.executable, "-m", "fluxq.cli", *map(str, trained(tmp_path, photos, "--json"))]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout)
+    assert result == json.loads((tmp_path / "run" / "result.json").read_text())
+    assert set(result) >= {"steps", "seconds", "loss_first", "loss_last", "peak_bytes", "lora", "validation_before"}
+    assert "step     2/2 | loss" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["train", "--model", "nano"], "no folder of pictures was given"),
+        (["train", "{tmp}/absent", "--model", "nano", "--cache", "{tmp}/c"], "absent does not exist"),
+        (["train", "{tmp}/empty", "--model", "nano", "--cache", "{tmp}/c"], "holds no picture"),
+        (["train", "{photos}", "--flux", "{tmp}/f.safetensors"], "no --ae, --clip-l, --t5xxl was given"),
+        (["train", "{photos}"], "no --flux, --ae, --clip-l, --t5xxl was given"),
+        (["train", "{photos}", *FILES, "--flux", "{tmp}/model.ckpt"], "model.ckpt"),
+        (["train", "{photos}", *FILES, "--flux", "{tmp}/absent.safetensors"], "absent.safetensors"),
+        (["train", "{photos}", *FILES, "--flux", nano.AE], "ae.safetensors"),
+        (["train", "{photos}", *FILES, "--clip-l", nano.T5XXL], "t5xxl.safetensors"),
+        (["train", "{photos}", "--model", "nano", "--size", "100"], "size must be a multiple of 16"),
+        (["train", "{photos}", "--model", "nano", "--set", "lora.rnak=3"], "did you mean 'lora.rank'?"),
+        (["train", "{photos}", "--model", "nano", "--steps", "0"], "training.steps must be at least 1, not 0"),
+        (["train", "{photos}", "--model", "nano", "--config", "{tmp}/none.toml"], "none.toml cannot be read"),
+        (["train", "{photos}", "--model", "nano", "--set", "lora.targets=['x.*y']"], "matches no layer"),
+        (["train", "--resume", "{tmp}/empty"], "holds no run to resume"),
+        (["sample", "--model", "nano"], "nothing to draw"),
+        (["sample", "--model", "nano", "--prompt", "x", "--lora", "a=b"], "is no number"),
+        (["sample", "--model", "nano", "--prompt", "x", "--lora", "{tmp}/absent.safetensors"], "absent.safetensors"),
+        (["cache", "--verify", "--cache", "{tmp}/absent"], "holds no cache"),
+        (["demo", "--out", "{photos}"], "holds something else than a run"),
+    ],
+)
+def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_path, photos, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "empty").mkdir()
+    torch.save({"x": torch.zeros(1)}, tmp_path / "model.ckpt")
+    result = run(*(str(a).format(tmp=tmp_path, photos=photos) for a in arguments))
+    assert result.exit_code == 2, result.output
+    error = result.stderr.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert sentence in error
+    assert "Traceback" not in result.output
+    made = {p.relative_to(tmp_path) for p in tmp_path.rglob("*.safetensors")}
+    assert {p.parts[0] for p in made} <= {"cache", "c"}
+
+
+def test_truncated_model_file_is_named_with_its_bytes(tmp_path, photos):
+    cut = tmp_path / "cut.safetensors"
+    cut.write_bytes(nano.FLUX.read_bytes()[:100_000])
+    result = run("train", photos, *FILES, "--flux", cut)
+    assert result.exit_code == 2
+    assert "cut.safetensors" in result.stderr
+    assert "100,000" in result.stderr
+
+
+def test_a_corrupt_picture_is_named_and_skipped_on_request(tmp_path, photos):
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+    refused = run(*trained(tmp_path, photos))
+    assert refused.exit_code == 2
+    assert "bad.jpg" in refused.stderr
+    accepted = run(*trained(tmp_path, photos, "--skip-bad", "--overwrite"))
+    assert accepted.exit_code == 0, accepted.output
+    assert "bad.jpg" in accepted.output
+
+
+@pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")
+def test_an_unwritable_output_is_named(tmp_path, photos):
+    locked = tmp_path / "locked"
+    locked.mkdir(mode=0o500)
+    result = run(*trained(tmp_path, photos), "--out", locked / "run")
+    assert result.exit_code == 2
+    assert "locked" in result.stderr
+
+
+def test_an_output_under_a_file_is_named(tmp_path, photos):
+    (tmp_path / "file").write_text("")
+    result = run(*trained(tmp_path, photos), "--out", tmp_path / "file" / "run")
+    assert result.exit_code == 2
+    assert "file" in result.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
+def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, photos):
+    arguments = map(str, trained(tmp_path, photos, "--steps", 400))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "fluxq.cli", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+    )
+    while len(read_log(tmp_path / "run" / "log.jsonl")) < 3:
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate()
+    assert process.returncode == 130
+    assert f"go on with: fluxq train --resume {tmp_path / 'run'}" in stderr.decode()
+    done = len(read_log(tmp_path / "run" / "log.jsonl"))
+    assert 3 <= done < 400
+    state = Checkpoint(tmp_path / "run" / "state" / "state.safetensors")
+    assert json.loads(state.metadata["fluxq_state"])["step"] == done
+    resumed = run("train", "--resume", tmp_path / "run", "--steps", done + 2)
+    assert resumed.exit_code == 0, resumed.output
+    assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == list(range(1, done + 3))
+
+
+def test_sample_draws_with_loras_and_a_grid(tmp_path, photos):
+    assert run(*trained(tmp_path, photos)).exit_code == 0
+    lora, out = tmp_path / "run" / "zqx.safetensors", tmp_path / "drawn"
+    common = ["--model", "nano", "--sample-steps", 2, "--cache", tmp_path / "cache", "--out", out]
+    result = run("sample", *common, "--prompt", "a red zqx", "--prompt", "a star", "--lora", f"{lora}=0.8", "--cfg", 2)
+    assert result.exit_code == 0, result.output
+    first = Image.open(out / "00_seed42.png")
+    assert first.size == (96, 96)
+    assert first.text["parameters"].startswith("a red zqx\nSteps: 2, Sampler: Euler, CFG scale: 2")
+    assert first.text["parameters"].endswith("LoRA: zqx (0.8)")
+    result = run("sample", *common, "--prompt", "a red zqx", "--lora", lora, "--grid", "--strength", 0, "--strength", 1)
+    assert result.exit_code == 0, result.output
+    assert Image.open(out / "grid_00.png").width > 2 * 96
+
+
+def test_cache_is_encoded_verified_and_pruned(tmp_path, photos):
+    data = [photos, "--model", "nano", "--cache", tmp_path / "cache"]
+    result = run("cache", *data, "--json")
+    assert json.loads(result.stdout)["pictures"] == 2
+    result = run("cache", "--cache", tmp_path / "cache", "--verify", "--prune", "--json")
+    answer = json.loads(result.stdout)
+    assert (answer["records"], answer["damaged"], answer["deleted"]) == (3, 0, 0)

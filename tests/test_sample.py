@@ -1,0 +1,102 @@
+"""Pictures: fixed by their seed alone, in any company; strengths, several LoRAs, grids, metadata."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import randomise, tiny_config
+from PIL import Image
+
+from fluxq.config import SamplesConfig
+from fluxq.data.store import Text
+from fluxq.formats.lora import Adapter
+from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
+from fluxq.model.lora import lora_strength
+from fluxq.sample import Shot, attach, draw, labelled_grid, save_picture, shots
+
+
+@pytest.fixture
+def models():
+    flux = randomise(Flux(tiny_config(in_channels=64, out_channels=64)))
+    autoencoder = randomise(AutoEncoder(AutoEncoderConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, groups=2)))
+    texts = {p: Text(torch.randn(5, 40), torch.randn(24), p, 3, False) for p in ("a", "b", "")}
+    return flux, autoencoder, texts
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    """Equal but for the last bit of a colour: a batch of another size may sum in another order."""
+    difference = torch.frombuffer(bytearray(a.tobytes()), dtype=torch.uint8).int()
+    return bool((difference - torch.frombuffer(bytearray(b.tobytes()), dtype=torch.uint8).int()).abs().max() <= 1)
+
+
+def test_a_picture_does_not_depend_on_its_company(models):
+    wanted = [Shot("a", 1, 48, 32, 3), Shot("b", 2, 32, 32, 3), Shot("b", 3, 48, 32, 3)]
+    together = draw(*models, wanted)
+    assert [p.size for p in together] == [(48, 32), (32, 32), (48, 32)]
+    for shot, picture in zip(wanted, together, strict=True):
+        assert same(draw(*models, [shot])[0], picture)
+    assert not same(together[0], together[2])
+
+
+def test_progress_counts_every_step_of_every_picture(models):
+    calls = []
+    draw(*models, [Shot("a", 1, 32, 32, 3), Shot("b", 2, 48, 32, 2)], lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (5, 5)
+    assert [total for _, total in calls] == [5] * len(calls)
+
+
+def test_true_guidance_moves_away_from_the_negative_prompt(models):
+    def picture(cfg, negative=""):
+        return draw(*models, [Shot("a", 1, 32, 32, 3, cfg=cfg, negative=negative)])[0]
+
+    assert same(picture(1.0), picture(1.0, "b"))  # not used at 1
+    assert same(picture(5.0, "a"), picture(1.0))  # away from itself is nowhere
+    assert not same(picture(5.0, "b"), picture(1.0))
+
+
+def adapters(flux, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layer = flux.single_blocks[0].linear1
+    down = torch.randn(rank, layer.in_features, generator=generator)
+    return {"single_blocks.0.linear1": Adapter(down, torch.randn(layer.out_features, rank, generator=generator), 2.0)}
+
+
+def test_loras_add_up_at_their_strengths(models):
+    flux, *_ = models
+    x = torch.randn(1, 4, 64)
+    layer = flux.single_blocks[0].linear1
+    base = layer(x)
+    one, two = adapters(flux, 3, 0), adapters(flux, 5, 1)
+    delta = {}
+    for name, lora in (("one", one), ("two", two)):
+        attach(flux, [(lora, 1.0)])
+        delta[name] = layer(x) - base
+    attach(flux, [(one, 0.5), (two, -2.0)])
+    torch.testing.assert_close(layer(x), base + 0.5 * delta["one"] - 2.0 * delta["two"], rtol=1e-4, atol=1e-3)
+    with lora_strength(flux, 0.0):
+        torch.testing.assert_close(layer(x), base)
+    attach(flux, [])
+    assert list(flux.parameters()) == []
+
+
+def test_shots_take_open_sides_from_the_training_size():
+    samples = SamplesConfig(prompts=("a", "b"), width=70, seed=5)
+    made = shots(samples, samples.prompts, 96)
+    assert [(s.prompt, s.seed, s.width, s.height) for s in made] == [("a", 5, 64, 96), ("b", 6, 64, 96)]
+
+
+def test_settings_are_in_the_png(tmp_path):
+    shot = Shot("a cat", 7, 32, 32, 4, guidance=2.5, cfg=2.0, negative="dog")
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "x.png", shot, LoRA="cat (0.8)")
+    assert Image.open(tmp_path / "x.png").text["parameters"] == (
+        "a cat\nNegative prompt: dog\nSteps: 4, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 2.5, Seed: 7, "
+        "Size: 32x32, LoRA: cat (0.8)"
+    )
+
+
+def test_a_grid_holds_every_picture_in_its_cell():
+    colours = [["red", "green"], ["blue", "yellow"], ["white", "black"]]
+    rows = [[Image.new("RGB", (96, 64), colour) for colour in row] for row in colours]
+    sheet = labelled_grid(rows, ["first row", "second", "a very long label of the third row"], ["left", "right"])
+    found = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= found
