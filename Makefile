@@ -2,7 +2,7 @@
 #   make demo    teach the bundled toy model a new creature, on any machine
 #   make test    the whole suite
 #   make quick   the tests worth running before each commit
-#   make check   formatting, lint, types, then the whole suite
+#   make check   formatting, lint, types (make lint), then the whole suite
 #   make gpu     GPU tests and measurements with the python3 at hand; JSON into $OUT_DIR (default benchmarks/results)
 
 PYTHON ?= python3
@@ -11,7 +11,7 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT_DIR ?= benchmarks/results
 
-.PHONY: demo test quick check gpu clean
+.PHONY: demo test quick lint check gpu clean
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -31,11 +31,12 @@ test: $(VENV)/installed-tests
 quick: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -q -m "not slow"
 
-check: $(VENV)/installed-tests
+lint: $(VENV)/installed-tests
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/pyright
-	$(BIN)/python -m pytest
+
+check: lint test
 
 gpu:
 	PYTHONPATH=. python3 -m pytest -q tests/test_gpu.py

@@ -14,7 +14,7 @@ from fluxq.state import load_state, save_state
 
 
 def trained(optimizer_name: str, steps: int, rank: int = 64):
-    """Layers and optimiser after `steps` steps on random gradients; rank 64 makes matrices that 8-bit states apply to."""
+    """Layers and optimiser after `steps` steps on random gradients; at rank 64 bitsandbytes keeps 8-bit states."""
     torch.manual_seed(1)
     layers = add_lora(randomise(Flux(tiny_config())), rank, 8, targets=r"single_blocks\.\d\.linear1")
     parameters = [p for layer in layers.values() for p in (layer.lora_down, layer.lora_up)]

@@ -1,0 +1,62 @@
+"""The demo: the creature is learnt, ordinary pictures stay, NF4 costs little, and nothing reaches for a network."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fluxq.report import read_log
+
+OFFLINE = """
+import socket, sys
+def forbidden(*args, **kwargs):
+    raise AssertionError("the demo tried to open a socket")
+socket.socket.connect = socket.getaddrinfo = socket.create_connection = forbidden
+sys.modules["triton"] = None  # the package trains without it
+from fluxq.cli import main
+main(["demo", "--json", "--out", sys.argv[1], "--format", sys.argv[2]])
+"""
+
+
+def run_demo(out: Path, format: str) -> dict:
+    command = [sys.executable, "-c", OFFLINE, str(out), format]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
+
+
+@pytest.fixture(scope="module")
+def demos(tmp_path_factory) -> dict[str, dict]:
+    folder = tmp_path_factory.mktemp("demo")
+    return {format: run_demo(folder / format, format) for format in ("nf4", "bf16")}
+
+
+@pytest.mark.slow
+def test_the_demo_teaches_the_creature_and_keeps_the_rest(demos):
+    assert demos["nf4"]["concept_change"] <= -0.25
+    assert demos["nf4"]["ordinary_change"] <= 0.10
+
+
+@pytest.mark.slow
+def test_nf4_ends_within_3_percent_of_bf16(demos):
+    """Same seeds, so the same pictures, noise and times; only the storage of the frozen weights differs."""
+    assert demos["nf4"]["concept_after"] <= 1.03 * demos["bf16"]["concept_after"]
+    assert demos["nf4"]["ordinary_after"] <= 1.03 * demos["bf16"]["ordinary_after"]
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_what_it_promises(demos):
+    summary = demos["nf4"]
+    run = Path(summary["lora"]).parent
+    for name in ("config.toml", "log.jsonl", "result.json", "state/state.safetensors"):
+        assert (run / name).stat().st_size > 0
+    assert Image.open(summary["loss_plot"]).size == (800, 450)
+    assert min(Image.open(summary["grid"]).size) > 600
+    result = json.loads((run / "result.json").read_text())
+    assert [r["step"] for r in read_log(run / "log.jsonl")] == list(range(1, result["steps"] + 1))
+    assert result["validation_after"]["creature_held_out"] == summary["concept_after"]
