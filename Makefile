@@ -26,10 +26,10 @@ demo: $(VENV)/installed
 	$(BIN)/fluxq demo
 
 test: $(VENV)/installed-tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 quick: $(VENV)/installed-tests
-	$(BIN)/python -m pytest -q -m "not slow"
+	$(BIN)/python -m pytest -n auto -q -m "not slow"
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff format --check .

@@ -135,6 +135,7 @@ class Run:
                 run.state_file,
                 *(run.folder / name for name in ("log.jsonl", "loss.png", "result.json")),
                 *run.steps_saved(),
+                run.lora_file(cast(int, config.training.steps)),
             )
             for path in stale:
                 path.unlink(missing_ok=True)

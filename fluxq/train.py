@@ -60,7 +60,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     )
 
     def validate() -> dict[str, float]:
-        sets = {name: Batches(examples, store, 8, 0) for name, examples in held_out.items()}
+        sets = {name: Batches(examples, store, training.batch, 0) for name, examples in held_out.items()}
         return {
             name: validation_loss(flux, examples, training.shift, training.guidance) for name, examples in sets.items()
         }

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, in the processes that tests start too
+    os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
 import torch

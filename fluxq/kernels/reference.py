@@ -20,7 +20,6 @@ NF4_LEVELS = (
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
 _NF4_BLOCK = 64
-_CHUNK = 1 << 18  # weights quantised at a time: the intermediates of one chunk stay in the processor's cache
 
 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -35,8 +34,9 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     absmax = torch.empty(rows * columns // _NF4_BLOCK, dtype=torch.float32, device=w.device)
     below, midpoint = (table.to(w.device) for table in _nf4_tables())
     flat = w.reshape(-1)
-    for start in range(0, flat.numel(), _CHUNK):
-        chunk = flat[start : start + _CHUNK].float().view(-1, _NF4_BLOCK)
+    step = _chunk(w.device)
+    for start in range(0, flat.numel(), step):
+        chunk = flat[start : start + step].float().view(-1, _NF4_BLOCK)
         largest = chunk.abs().amax(dim=1)
         scaled = (chunk * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
         cell = (scaled.view(torch.int32) >> 16) + 32768
@@ -63,13 +63,23 @@ def _nf4_tables() -> tuple[Tensor, Tensor]:
 
 
 def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
-    """The (N, K) matrix of NF4 `codes` (N, K/2) and scales `absmax` (N, K/64): level times scale in fp32, rounded
-    once.
-    """
+    """The (N, K) matrix of NF4 `codes` (N, K/2), `absmax` (N, K/64): level times scale in fp32, rounded once."""
     levels = torch.tensor(NF4_LEVELS, device=codes.device)
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2): both levels of a byte
-    values = pairs.view(torch.int64).view(-1).index_select(0, codes.flatten().int()).view(torch.float32)  # (N K,)
-    return (values.view(-1, _NF4_BLOCK) * absmax.reshape(-1, 1)).view(codes.shape[0], -1).to(dtype)
+    pairs = pairs.view(torch.int64).view(-1)  # gathered as one number
+    matrix = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype, device=codes.device)
+    blocks, scales, flat = matrix.view(-1, _NF4_BLOCK), absmax.reshape(-1, 1), codes.reshape(-1)
+    step = _chunk(codes.device) // _NF4_BLOCK
+    for start in range(0, len(blocks), step):
+        part = flat[start * _NF4_BLOCK // 2 : (start + step) * _NF4_BLOCK // 2]
+        values = pairs.index_select(0, part.int()).view(torch.float32).view(-1, _NF4_BLOCK)
+        blocks[start : start + step] = values * scales[start : start + step]
+    return matrix
+
+
+def _chunk(device: torch.device) -> int:
+    """How many weights are handled at a time: what stays in a processor's cache, or what fills a card."""
+    return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def unnest_absmax(absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, offset: float, block: int = 256) -> Tensor:
