@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 
 from fluxq.flow import flow_loss
+from fluxq.kernels import quantize
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.linear import Linear
 
@@ -62,7 +63,7 @@ def random_flux(depth: tuple[int, int], device: torch.device) -> Flux:
         for name, buffer in list(module.named_buffers(recurse=False)):
             value = torch.randn(buffer.shape, generator=generator, device=device, dtype=torch.bfloat16)
             if isinstance(module, Linear) and name == "weight":
-                module.store(value * buffer.shape[1] ** -0.5, "nf4" if "_blocks." in path else "bf16")
+                module.store(quantize(value * buffer.shape[1] ** -0.5, "nf4" if "_blocks." in path else "bf16"))
             else:
                 setattr(module, name, 0.02 * value + (1.0 if name == "scale" else 0.0))
     for layer in add_lora(flux, RANK, RANK).values():

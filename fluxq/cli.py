@@ -217,7 +217,7 @@ def sample(
 @click.option(
     "--format",
     "format",
-    type=click.Choice(["nf4", "bf16"]),
+    type=click.Choice(["nf4", "fp8", "int8", "bf16"]),
     default="nf4",
     show_default=True,
     help="How frozen weights are stored.",

@@ -44,7 +44,7 @@ class ModelConfig:
     t5_length: int | None = option(
         None, "T5 tokens a caption, longer ones are cut; default: 512 dev, 256 schnell", "--t5-length", least=2
     )
-    format: str = option("nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "bf16"))
+    format: str = option("nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "fp8", "int8", "bf16"))
     compute: str = option("bf16", "how frozen weights are multiplied", "--compute", ("bf16",))
 
 

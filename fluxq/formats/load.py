@@ -12,6 +12,7 @@ from torch import Tensor
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
 from fluxq.formats.files import Checkpoint, strict_load
+from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
@@ -33,7 +34,7 @@ def load_flux(path: Path, format: str, device: torch.device, dtype: torch.dtype 
         owner, _, leaf = name.rpartition(".")
         module, tensor = flux.get_submodule(owner), checkpoint.get(key).to(device)
         if isinstance(module, Linear) and leaf == "weight" and "_blocks." in name:
-            module.store(tensor.to(dtype), format)
+            module.store(quantize(tensor.to(dtype), format))
         else:
             setattr(module, leaf, tensor.to(dtype))
     return flux.eval()

@@ -77,6 +77,31 @@ def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     return matrix
 
 
+def row_quantize(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that bring each row back.
+
+    A row's largest magnitude becomes the largest number of the type; int8 rounds half to even and never uses -128.
+    """
+    largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
+    values, scale = torch.empty_like(w, dtype=dtype), torch.empty(w.shape[0], device=w.device)
+    step = max(1, _chunk(w.device) // w.shape[1])
+    for start in range(0, w.shape[0], step):
+        rows = w[start : start + step].float()
+        scale[start : start + step] = rows.abs().amax(dim=1).clamp(min=1e-30) / largest
+        scaled = (rows / scale[start : start + step, None]).clamp_(-largest, largest)
+        values[start : start + step] = scaled.round_().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
+    return values, scale
+
+
+def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """The (N, K) matrix of 8-bit `values` (N, K) and row scales (N,): multiplied in fp32, rounded once."""
+    matrix = torch.empty_like(values, dtype=dtype)
+    step = max(1, _chunk(values.device) // values.shape[1])
+    for start in range(0, values.shape[0], step):
+        matrix[start : start + step] = values[start : start + step].float() * scale[start : start + step, None]
+    return matrix
+
+
 def _chunk(device: torch.device) -> int:
     """How many weights are handled at a time: what stays in a processor's cache, or what fills a card."""
     return 1 << 18 if device.type == "cpu" else 1 << 24

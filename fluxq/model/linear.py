@@ -2,24 +2,24 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import torch
 from torch import Tensor, nn
 
-from fluxq.kernels import NF4Weight, Weight, dequantize, lora_linear, quantize
+from fluxq.kernels import NF4Weight, RowScaled, Weight, lora_linear
 
 
 class Linear(nn.Module):
     """y = x W^T + bias [+ scale (x down^T) up^T].
 
-    W (N, K) and bias (N,) are buffers: frozen is a buffer, trainable is a parameter. Stored as NF4, W is held as the
-    buffers `codes` and `absmax` in place of `weight`. `lora_down` (R, K) and `lora_up` (N, R) are fp32 parameters once
-    added.
+    W (N, K) and bias (N,) are buffers: frozen is a buffer, trainable is a parameter. A quantised W is held as the
+    buffers of its container (`codes` and `absmax`, or `values` and `scale`) in place of `weight`. `lora_down` (R, K)
+    and `lora_up` (N, R) are fp32 parameters once added.
     """
 
     weight: Tensor | None
     bias: Tensor | None
-    codes: Tensor
-    absmax: Tensor
     lora_down: nn.Parameter | None
     lora_up: nn.Parameter | None
 
@@ -31,41 +31,38 @@ class Linear(nn.Module):
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
         self.lora_scale = 1.0
+        self._container: type[NF4Weight] | type[RowScaled] | None = None
 
     @property
     def frozen(self) -> Weight:
         """The weight as it is stored."""
-        return self.weight if self.weight is not None else NF4Weight(self.codes, self.absmax)
+        if self._container is not None:
+            return self._container(*(self.get_buffer(f.name) for f in fields(self._container)))
+        assert self.weight is not None, "a weight is plain or in a container"
+        return self.weight
 
-    def store(self, w: Tensor, format: str) -> None:
-        """Hold the matrix `w` (N, K) in `format` from now on, on `w`'s device."""
-        if tuple(w.shape) != (self.out_features, self.in_features):
+    def store(self, weight: Weight) -> None:
+        """Hold the (N, K) matrix that `weight` stands for from now on, as it is stored and where it lies."""
+        if tuple(weight.shape) != (self.out_features, self.in_features):
             raise ValueError(
-                f"the layer holds a ({self.out_features}, {self.in_features}) weight, not {tuple(w.shape)}"
+                f"the layer holds a ({self.out_features}, {self.in_features}) weight, not {tuple(weight.shape)}"
             )
-        stored = quantize(w, format)
-        if isinstance(stored, NF4Weight):
-            self.weight = None
-            self.register_buffer("codes", stored.codes)
-            self.register_buffer("absmax", stored.absmax)
-        else:
-            self.weight = stored
-
-    def dequantized(self, dtype: torch.dtype) -> Tensor:
-        """The frozen matrix (N, K) in `dtype`."""
-        return dequantize(self.frozen, dtype)
+        if isinstance(weight, Tensor):
+            self._container, self.weight = None, weight
+            return
+        self._container, self.weight = type(weight), None
+        for field in fields(weight):
+            self.register_buffer(field.name, getattr(weight, field.name))
 
     def add_lora(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
-        """Add LoRA of `rank`, scaled by alpha / rank; up starts at zero, so that the layer's output does not change
-        yet.
-        """
+        """Add LoRA of `rank`, scaled by alpha / rank; up starts at zero: the layer's output does not change yet."""
         bound = self.in_features**-0.5
         down = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.set_lora(down, torch.zeros(self.out_features, rank), alpha / rank)
 
     def set_lora(self, down: Tensor | None, up: Tensor | None, scale: float) -> None:
         """Have this LoRA, down (R, K) and up (N, R), as fp32 parameters where the frozen weight lies; or none."""
-        device = self.absmax.device if self.weight is None else self.weight.device
+        device = next(self.buffers()).device
         self.lora_down = None if down is None else nn.Parameter(down.to(device, torch.float32))
         self.lora_up = None if up is None else nn.Parameter(up.to(device, torch.float32))
         self.lora_scale = scale

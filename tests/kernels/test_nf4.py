@@ -58,5 +58,5 @@ def test_wrong_width_names_both_numbers():
 
 
 def test_unknown_format_names_the_known_ones():
-    with pytest.raises(ValueError, match="nf4, bf16, not 'fp4'"):
+    with pytest.raises(ValueError, match="nf4, fp8, int8, bf16, not 'fp4'"):
         quantize(torch.zeros(1, 64), "fp4")
