@@ -1,41 +1,47 @@
 """`python cli.py ...` from a clone: the same as the installed command `fluxq ...`.
 
 Where fluxq's packages are not installed, they are installed into .venv beside this file first, and the command runs
-there.
+there. A torch that is installed already, such as one for CUDA on Windows, is used there too.
 """
 
+import importlib.util
 import os
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent
-VENV_PYTHON = ROOT / ".venv" / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-INSTALLED = ROOT / ".venv" / "installed"
+VENV = ROOT / ".venv"
+PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
+NEEDED = ("torch", "click", "rich", "safetensors", "transformers", "sentencepiece", "PIL", "numpy", "matplotlib")
 
 
 def main() -> int:
-    try:
-        import torch  # noqa: F401
-
+    if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Python would start
+        raise SystemExit(f"error: fluxq needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
+    if all(importlib.util.find_spec(name) for name in NEEDED):
         from fluxq.cli import main as fluxq
-    except ModuleNotFoundError as error:
-        if Path(sys.prefix) == VENV_PYTHON.parent.parent:
-            raise SystemExit(f"error: {error}; delete {ROOT / '.venv'} and run this again") from error
+
+        return fluxq()
+    if Path(sys.prefix) == VENV:
+        raise SystemExit(f"error: packages are missing in {VENV}; delete that folder and run this again")
+    if not (VENV / "installed").exists():
         install()
-        return subprocess.run([VENV_PYTHON, ROOT / "cli.py", *sys.argv[1:]], check=False).returncode
-    return fluxq()
+    return subprocess.run([PYTHON, ROOT / "cli.py", *sys.argv[1:]], check=False).returncode
 
 
 def install() -> None:
-    """Make .venv and install fluxq into it, unless that was done before."""
-    if INSTALLED.exists():
-        return
-    print(f"installing fluxq into {ROOT / '.venv'} (once, some minutes) ...", flush=True)
-    subprocess.run([sys.executable, "-m", "venv", ROOT / ".venv"], check=True)
-    pip = [VENV_PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "-c", ROOT / "constraints.txt", "-e", ROOT], check=True)
-    INSTALLED.touch()
+    """Make .venv with fluxq in it."""
+    print(f"installing fluxq into {VENV} (once, some minutes) ...", flush=True)
+    own_torch = ["--system-site-packages"] if importlib.util.find_spec("torch") else []
+    constraints = [] if own_torch else ["-c", ROOT / "constraints.txt"]
+    pip = [PYTHON, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *constraints]
+    try:
+        subprocess.run([sys.executable, "-m", "venv", *own_torch, VENV], check=True)
+        subprocess.run([*pip, "-e", ROOT], check=True)
+    except subprocess.CalledProcessError as error:
+        raise SystemExit("error: the installation failed, see above; check the network and run this again") from error
+    (VENV / "installed").touch()
 
 
 if __name__ == "__main__":

@@ -6,14 +6,14 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from fluxq.config import DataConfig, FolderConfig, TrainConfig
+from fluxq.config import DataConfig, TrainConfig
 from fluxq.data.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Folder
 from fluxq.data.store import Store, Text
+from fluxq.defaults import resolve_data
 from fluxq.models import Models
 from fluxq.report import console, progress_bar
-from fluxq.run import resolve_data
 
 
 def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False) -> dict[str, Any]:
@@ -38,7 +38,7 @@ def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False
     models = Models(config.model, say=console.print)
     data = resolve_data(config.data, models, console.print)
     with progress_bar() as progress:
-        dataset = cache_folders(data, data.folders, models, config.samples.prompts, progress)
+        dataset = cache_folders(data, models, config.samples.prompts, progress)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
     console.print(f"{len(dataset.examples)} pictures are ready in {data.cache}")
@@ -47,14 +47,13 @@ def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False
 
 def cache_folders(
     data: DataConfig,
-    folders: Sequence[FolderConfig],
     models: Models,
     prompts: Sequence[str],
     progress: Callable[[str, int, int], None],
 ) -> Dataset:
-    """The dataset of `folders` at the shapes that `data`, which is resolved, says; whatever is missing is encoded."""
+    """The dataset of all folders of `data`, which is resolved, held-out ones included; what is missing is encoded."""
     return build_cache(
-        [Folder(f.path, f.repeats, f.trigger) for f in folders],
+        [Folder(f.path, f.repeats, f.trigger) for f in (*data.folders, *data.validation)],
         data.cache,
         _encoder_files(models, data.cache),
         models.load_autoencoder,

@@ -22,8 +22,11 @@ from fluxq.errors import WrongRequest
 SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
 
 
-def options(*sections: str) -> Callable:
-    """The command-line options of these sections of the config, and --config and --set for everything else in them."""
+def options(*sections: str, renamed: dict[str, str] | None = None) -> Callable:
+    """The command-line options of these sections of the config, and --config and --set for everything else in them.
+
+    `renamed` gives an option another name in this command, or none.
+    """
 
     def decorate(command: Callable) -> Callable:
         command = click.option(
@@ -35,14 +38,16 @@ def options(*sections: str) -> Callable:
         for section in reversed(sections):
             hints = typing.get_type_hints(SECTIONS[section])
             for field in reversed(dataclasses.fields(SECTIONS[section])):
-                if field.metadata.get("flag"):
-                    command = _option(f"{section}.{field.name}", field, hints[field.name])(command)
+                flag = field.metadata.get("flag") or ""
+                flag = (renamed or {}).get(flag, flag)
+                if flag:
+                    command = _option(flag, f"{section}.{field.name}", field, hints[field.name])(command)
         return command
 
     return decorate
 
 
-def _option(key: str, field: dataclasses.Field, hint: Any) -> Callable:
+def _option(flag: str, key: str, field: dataclasses.Field, hint: Any) -> Callable:
     """One click option for a config field. Left out on the command line it is None, so that files and defaults
     count.
     """
@@ -50,12 +55,10 @@ def _option(key: str, field: dataclasses.Field, hint: Any) -> Callable:
     default = "" if field.default is None or field.default is False else f"  [default: {field.default}]"
     name = key.replace(".", "__")
     if kinds[0] is bool:
-        return click.option(
-            field.metadata["flag"], name, is_flag=True, default=None, help=field.metadata["help"] + default
-        )
+        return click.option(flag, name, is_flag=True, default=None, help=field.metadata["help"] + default)
     kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
     metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
-    return click.option(field.metadata["flag"], name, type=kind, metavar=metavar, help=field.metadata["help"] + default)
+    return click.option(flag, name, type=kind, metavar=metavar, help=field.metadata["help"] + default)
 
 
 def read_config(
@@ -63,7 +66,7 @@ def read_config(
 ) -> TrainConfig:
     """Defaults, then `base` (the config of a run to resume), then the file, then options, then --set."""
     values: dict[str, Any] = read_toml(base) if base else {}
-    source = "the command line"
+    config_from_dict(values, str(base))
     if config_file:
         source = str(config_file)
         for section, table in read_toml(config_file).items():
@@ -74,11 +77,9 @@ def read_config(
         section, _, name = key.partition("__")
         if value is not None and value != ():
             table = values.setdefault(section, {})
-            if not isinstance(table, dict):
-                raise WrongRequest(f"{source}: {section} must be a table, not {table!r}")
             table[name] = value
     set_values(values, assignments)
-    return config_from_dict(values, "the command line" if assignments or given else source)
+    return config_from_dict(values, "the command line")
 
 
 class Commands(click.Group):
@@ -88,6 +89,14 @@ class Commands(click.Group):
         except WrongRequest as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
+        except RuntimeError as error:
+            if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch here
+                raise
+            click.echo(
+                f"error: the card ran out of memory; a smaller --size, --batch or --t5-length needs less ({error})",
+                err=True,
+            )
+            ctx.exit(1)
         except KeyboardInterrupt as stop:
             click.echo(f"stopped{': ' if str(stop) else ''}{stop}", err=True)
             ctx.exit(130)
@@ -124,6 +133,8 @@ def train(
     **given: Any,
 ) -> None:
     """Train a LoRA on FOLDERS of pictures, captions in .txt files beside them."""
+    if resume and overwrite:
+        raise WrongRequest("--resume goes on with a run and --overwrite replaces it; pass only one of them")
     if resume and not (resume / "config.toml").is_file():
         raise WrongRequest(f"{resume} holds no run to resume (there is no config.toml in it)")
     if folders:
@@ -166,7 +177,7 @@ def cache(
 
 
 @main.command()
-@options("model", "samples")
+@options("model", "samples", renamed={"--sample-steps": "--steps", "--sample-seed": "--seed", "--sample-every": ""})
 @click.option("--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="What to draw; may be given again.")
 @click.option(
     "--lora",

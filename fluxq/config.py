@@ -10,6 +10,8 @@ import dataclasses
 import difflib
 import json
 import math
+import os
+import sys
 import tomllib
 import types
 import typing
@@ -22,10 +24,17 @@ from fluxq.errors import WrongRequest
 
 
 def option(
-    default: Any, help: str, flag: str | None = None, choices: tuple[str, ...] = (), least: float | None = None
+    default: Any,
+    help: str,
+    flag: str | None = None,
+    choices: tuple[str, ...] = (),
+    least: float | None = None,
+    most: float = math.inf,
 ) -> Any:
     """A field with its help text, its command-line option, and the values it may take or the least of them."""
-    return field(default=default, metadata={"help": help, "flag": flag, "choices": choices, "least": least})
+    return field(
+        default=default, metadata={"help": help, "flag": flag, "choices": choices, "least": least, "most": most}
+    )
 
 
 @dataclass(frozen=True)
@@ -42,9 +51,15 @@ class ModelConfig:
     clip_tokenizer: Path | None = option(None, "folder of CLIP's vocab.json and merges.txt; default: searched for")
     t5_tokenizer: Path | None = option(None, "T5's spiece.model; default: searched for")
     t5_length: int | None = option(
-        None, "T5 tokens a caption, longer ones are cut; default: 512 dev, 256 schnell", "--t5-length", least=2
+        None,
+        "T5 tokens a caption, longer ones are cut; default: 512 dev, 256 schnell",
+        "--t5-length",
+        least=2,
+        most=512,
     )
-    format: str = option("nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "fp8", "int8", "bf16"))
+    format: str = option(
+        "nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "fp8", "int8", "bf16")
+    )
     compute: str = option("bf16", "how frozen weights are multiplied", "--compute", ("bf16",))
 
 
@@ -122,7 +137,7 @@ class SamplesConfig:
     height: int | None = option(None, "pixels; default: the training size", "--height", least=16)
     steps: int = option(20, "Euler steps a picture", "--sample-steps", least=1)
     guidance: float = option(3.5, "guidance that dev is told", "--guidance", least=0)
-    cfg: float = option(1.0, "strength of true classifier-free guidance; above 1 doubles the time", "--cfg", least=0)
+    cfg: float = option(1.0, "strength of true classifier-free guidance; above 1 doubles the time", "--cfg", least=1)
     negative: str = option("", "negative prompt, used where cfg is above 1", "--negative")
     seed: int = option(42, "seed of the first picture; the next one's is one higher", "--sample-seed")
 
@@ -189,14 +204,15 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is Path and isinstance(value, str):
-        value = Path(value).expanduser()
+        value = Path(os.path.expanduser(value))
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise WrongRequest(f"{source}: {key} must be {_NAMES[hint]}, not {value!r}")
     choices, least = allowed.get("choices", ()), allowed.get("least")
     if choices and value not in choices:
         raise WrongRequest(f"{source}: {key} must be one of {', '.join(choices)}, not {value!r}")
-    if least is not None and not least <= value < math.inf:
-        raise WrongRequest(f"{source}: {key} must be at least {least}, not {value!r}")
+    if least is not None and not least <= value <= min(allowed["most"], sys.float_info.max):
+        most = f" and at most {allowed['most']}" if allowed["most"] < math.inf else ""
+        raise WrongRequest(f"{source}: {key} must be at least {least}{most}, not {value!r}")
     return value
 
 
@@ -251,4 +267,5 @@ def _toml(value: Any) -> str:
         return "{ " + ", ".join(f"{name} = {_toml(v)}" for name, v in pairs if v is not None) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
-    return json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    text = json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # the one character that JSON leaves as it is and TOML does not allow

@@ -1,6 +1,6 @@
 """`fluxq demo`: teach the bundled toy model a creature that it has never seen, through the same code as any other run.
 
-Two dozen pictures of the creature, called by its trigger, are mixed with ordinary pictures, which keep ordinary
+Two dozen pictures of the creature, called by its trigger, are mixed with ordinary ones, which keep ordinary
 captions ordinary. Held-out pictures of both kinds, in colours that training never pairs, measure what was learnt and
 what was kept.
 """
@@ -57,9 +57,10 @@ def demo(out: Path, format: str = "nf4") -> Demo:
     """Run the demo in `out`, which is replaced if it holds an earlier one. Raises WrongRequest if it holds anything
     else.
     """
-    if out.exists() and not (out / "config.toml").exists() and any(out.iterdir()):
-        raise WrongRequest(f"{out} holds something else than a run; choose another folder with --out")
-    shutil.rmtree(out, ignore_errors=True)
+    if out.is_dir() and any(out.iterdir()) and not (out / "pictures" / "creature").is_dir():
+        raise WrongRequest(f"{out} holds something else than a demo; choose another folder with --out")
+    if out.exists():
+        shutil.rmtree(out)
     config = demo_config(out, format)
     draw_pictures(out / "pictures")
     result = train(config, overwrite=True)
@@ -79,7 +80,7 @@ def demo_config(out: Path, format: str) -> TrainConfig:
                 "cache": str(out / "cache"),
             },
             "lora": {"rank": 8},
-            "training": {"steps": 150, "batch": 8, "rate": 1e-3, "schedule": "cosine", "seed": 1},
+            "training": {"steps": 200, "batch": 4, "rate": 1e-3, "schedule": "cosine", "seed": 1},
             "output": {"out": str(out), "name": "demo", "save_every": 50},
         },
         "the demo",
@@ -90,7 +91,7 @@ def draw_pictures(folder: Path) -> None:
     """Write the four folders of captioned pictures."""
     sets = {
         "creature": pictures.concept(seed=1, count=24),
-        "ordinary": pictures.ordinary(seed=1, count=24),
+        "ordinary": pictures.ordinary(seed=1, count=96),
         "creature_held_out": pictures.concept(seed=2, count=24, held_out=True),
         "ordinary_held_out": pictures.ordinary(seed=2, count=24, held_out=True),
     }

@@ -9,12 +9,12 @@ addressed by (seed, purpose, micro-step, example), never consumed from a stream.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
 from torch import Tensor
 
-from fluxq.data.batches import Batches
+from fluxq.data.batches import Batch
 from fluxq.data.randomness import generator, normal
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 from fluxq.model.flux import Flux
@@ -102,15 +102,15 @@ def euler(
 
 
 @torch.no_grad()
-def validation_loss(flux: Flux, batches: Batches, shift: float, guidance: float, times: int = 6) -> float:
-    """Mean flow loss over one epoch of `batches`, at `times` fixed times (evenly spaced, then moved by `shift`) and
-    fixed noise.
+def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance: float, times: int = 6) -> float:
+    """Mean flow loss of the pictures in `batches`, at `times` fixed times (evenly spaced, then moved by `shift`).
+
+    Each picture's noise is fixed by its name, so the number does not depend on the batches.
     """
     grid = shift_time((torch.arange(times) + 0.5) / times, shift)
     losses = []
-    for index in range(len(batches)):
-        batch = batches.batch(index)
-        noise = sample_noise(batch.latents.shape[1:], 0, index, batch.examples)
+    for batch in batches:
+        noise = sample_noise(batch.latents.shape[1:], 0, -1, batch.examples)
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
         losses += [flow_loss(flux, latents, noise, t.expand(len(noise)), txt, pooled, guidance) for t in grid]
     return float(torch.cat(losses).mean())

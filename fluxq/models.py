@@ -14,6 +14,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.detect import autoencoder_config, clip_config, flux_config, t5_config, variant
 from fluxq.formats.files import Checkpoint
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
+from fluxq.formats.quantized import fingerprint
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
@@ -36,6 +37,8 @@ class Models:
         self.config, self._say = config, say
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_nano = config.name == "nano"
+        if self.is_nano and (given := [FLAGS[part] for part in FLAGS if getattr(config, part)]):
+            raise WrongRequest(f"--model nano brings its own files; leave out {', '.join(given)}, or --model nano")
 
     @property
     def flux_file(self) -> Path:
@@ -101,6 +104,10 @@ class Models:
     def t5_length(self) -> int:
         """T5 tokens a caption."""
         return self.config.t5_length or (nano.T5_LENGTH if self.is_nano else T5_LENGTHS[self.variant])
+
+    def fingerprint(self) -> str:
+        """What tells this transformer's file from any other."""
+        return fingerprint([self.flux_file])
 
     @property
     def default_size(self) -> tuple[int, str]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import sys
 import threading
@@ -14,11 +15,22 @@ from types import FrameType
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
+from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
 
-console = Console(highlight=False, soft_wrap=True)
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 
 @contextmanager
@@ -35,9 +47,22 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
         yield show
 
 
-def _bars() -> Progress:
-    columns = (TextColumn("{task.description:>12}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-    return Progress(*columns, console=console, transient=True, disable=not console.is_terminal)
+@contextmanager
+def byte_bar(stage: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (bytes done, of all) that draws a bar with its speed."""
+    with _bars(DownloadColumn(), TransferSpeedColumn()) as bars:
+        task = bars.add_task(stage, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def _bars(*columns: ProgressColumn) -> Progress:
+    shown = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        *(columns or [MofNCompleteColumn()]),
+        TimeRemainingColumn(),
+    )
+    return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
 
 
 @contextmanager
@@ -117,8 +142,20 @@ class Report:
             self.plot()
             self._plotted = time.monotonic()
 
+    def sync(self) -> None:
+        """Bring the log to the disk: a state that is saved after it never knows more steps than the log."""
+        os.fsync(self._file.fileno())
+
     def plot(self) -> None:
-        """Draw loss.png: every step's loss, and a smoothed one."""
+        """Draw loss.png: every step's loss, and a smoothed one. Where it cannot be written that is said, and no
+        more.
+        """
+        try:
+            self._draw_plot()
+        except (WrongRequest, OSError) as error:
+            console.print(f"loss.png was not drawn: {error}")
+
+    def _draw_plot(self) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -153,6 +190,13 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
         result.append(total / norm)
     return result
+
+
+def reset_peak() -> None:
+    """Count the peak on the card from now on; what is in use counts."""
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
 
 
 def peak_bytes() -> int | None:

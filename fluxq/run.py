@@ -1,24 +1,28 @@
 """A run directory: how one is begun or gone on with, and what is saved into it.
 
-config.toml   every setting, defaults filled in           samples/   previews
-log.jsonl     a line a step                               state/     what --resume needs
-loss.png      the loss so far                             <name>.safetensors, <name>-step00000250.safetensors ...
+config.toml   every setting, defaults filled in
+log.jsonl     a line a step
+loss.png      the loss so far
 result.json   what came of it
+samples/      previews
+state/        what --resume needs
+<name>.safetensors, and <name>-step00000250.safetensors ... on the way
 """
 
 from __future__ import annotations
 
+import glob
 import json
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Literal, cast
 
-from fluxq.config import DataConfig, FolderConfig, TrainConfig, config_from_dict, read_toml, to_toml
+from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import read_caption
-from fluxq.data.pictures import picture_files
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
 from fluxq.formats.lora import Adapter, save_lora
@@ -26,8 +30,6 @@ from fluxq.formats.metadata import lora_metadata
 from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models import Models
-
-Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -48,59 +50,6 @@ class Result:
             temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
-def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
-    """`config` with every default that depends on the pictures or the card filled in, each said with its reason."""
-    lora, training, output = config.lora, config.training, config.output
-    data = resolve_data(config.data, models, say)
-    if lora.alpha is None:
-        lora = replace(lora, alpha=float(lora.rank))
-        say(
-            f"rank {lora.rank}, alpha {lora.rank}: alpha equal to rank leaves the LoRA unscaled, "
-            "which every program reads alike"
-        )
-    if training.steps is None:
-        pictures = sum(len(picture_files(f.path)) for f in data.folders if f.path.is_dir())
-        training = replace(training, steps=min(3000, max(1000, 100 * pictures)))
-        say(f"steps {training.steps}: about 100 a picture ({pictures} pictures), within 1,000 to 3,000")
-        if training.rate == type(training)().rate:
-            say(f"rate {training.rate:g}: the usual one for LoRA at alpha equal to rank")
-        if training.timesteps == "shift":
-            say(
-                f"timesteps shift {training.shift:g}: more of them near noise, where the layout of a picture is decided"
-            )
-    name = output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
-    output = replace(output, name=name, out=output.out or Path("runs") / name)
-    return replace(config, data=data, lora=lora, training=training, output=output)
-
-
-def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:
-    """`data` with its size, the sides of buckets and absolute paths filled in."""
-    if not data.folders:
-        raise WrongRequest("no folder of pictures was given; name one: fluxq train FOLDER --trigger WORD")
-    if data.size is None:
-        size, reason = models.default_size
-        data = replace(data, size=size)
-        say(f"size {size}: {reason}")
-    size = cast(int, data.size)
-    if size % 16:
-        nearest = " or ".join(str(s) for s in (size // 16 * 16, size // 16 * 16 + 16) if s)
-        raise WrongRequest(f"size must be a multiple of 16 pixels, not {size}; {nearest} would do")
-    return replace(
-        data,
-        folders=tuple(_absolute(f, data.trigger) for f in data.folders),
-        validation=tuple(_absolute(f, None) for f in data.validation),
-        cache=data.cache.resolve(),
-        min_side=data.min_side or max(data.step, size // 2 // data.step * data.step),
-        max_side=data.max_side or size * 2,
-    )
-
-
-def _absolute(folder: FolderConfig, trigger: str | None) -> FolderConfig:
-    return replace(
-        folder, path=folder.path.resolve(), trigger=folder.trigger if folder.trigger is not None else trigger
-    )
-
-
 class Run:
     """The directory of one run. `config` is resolved; `folder` is config.output.out."""
 
@@ -110,38 +59,40 @@ class Run:
         self.name = cast(str, config.output.name)
         self.state_file = self.folder / "state" / "state.safetensors"
 
-    @classmethod
-    def open(cls, config: TrainConfig, resume: bool, overwrite: bool) -> Run:
-        """Begin a run, or check that the one that is there can go on.
-
-        Raises WrongRequest for an existing run without `resume` or `overwrite`, and where `resume` would change what is
-        computed.
-        """
-        run = cls(config)
-        written = run.folder / "config.toml"
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raise WrongRequest where the folder cannot be written, where it holds results and neither `resume` nor
+        `overwrite` is set, and where `resume` would change what is computed. Nothing is changed."""
         if resume:
-            run._refuse_changes(config_from_dict(read_toml(written), str(written)))
-        elif written.exists() and not overwrite:
+            written = self.folder / "config.toml"
+            self._refuse_changes(config_from_dict(read_toml(written), str(written)))
+        elif not overwrite and (present := [path for path in self._results() if path.exists()]):
             raise WrongRequest(
-                f"{run.folder} already holds a run; go on with it by --resume {run.folder}, replace it by --overwrite, "
-                "or choose another --out"
+                f"{self.folder} already holds a run ({present[0].name}); go on with it by --resume {self.folder}, "
+                "replace it by --overwrite, or choose another --out"
             )
         try:
-            run.folder.mkdir(parents=True, exist_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
         except OSError as error:
-            raise WrongRequest(f"{run.folder} cannot be made ({error.strerror}); choose another --out") from error
-        if not resume:
-            stale = (
-                run.state_file,
-                *(run.folder / name for name in ("log.jsonl", "loss.png", "result.json")),
-                *run.steps_saved(),
-                run.lora_file(cast(int, config.training.steps)),
-            )
-            for path in stale:
-                path.unlink(missing_ok=True)
-        with atomic_path(written) as temporary:
-            temporary.write_text(to_toml(config), encoding="utf-8")
-        return run
+            raise WrongRequest(
+                f"{self.folder} cannot be written to ({error.strerror}); choose another --out"
+            ) from error
+
+    def begin(self, resume: bool) -> None:
+        """Write config.toml; unless `resume`, remove the results of the run that this one replaces."""
+        for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
+            for left_by_a_crash in folder.glob(".*.tmp-*"):
+                left_by_a_crash.unlink(missing_ok=True)
+        for path in [] if resume else self._results():
+            path.unlink(missing_ok=True)
+        with atomic_path(self.folder / "config.toml") as temporary:
+            temporary.write_text(to_toml(self.config), encoding="utf-8")
+
+    def _results(self) -> list[Path]:
+        """What a run of this name leaves: the files that a new one would replace."""
+        names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}.safetensors")
+        return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
 
     def _refuse_changes(self, before: TrainConfig) -> None:
         if not self.state_file.is_file():
@@ -151,12 +102,14 @@ class Run:
         for section in ("model", "data", "lora", "training"):
             was, now = asdict(getattr(before, section)), asdict(getattr(self.config, section))
             for key in was:
-                longer = section == "training" and key == "steps" and was["schedule"] == "constant"
-                if was[key] != now[key] and not longer:
-                    raise WrongRequest(
-                        f"{self.folder} was begun with {section}.{key} = {was[key]}, not {now[key]}; "
-                        "resume it without that change, or begin another run with --out"
-                    )
+                if was[key] == now[key] or isinstance(was[key], Path):  # files may move: their contents are compared
+                    continue
+                if key == "steps" and was["schedule"] == "constant":
+                    continue  # a shorter or longer run of the same beginning
+                raise WrongRequest(
+                    f"{self.folder} was begun with {section}.{key} = {was[key]}, not {now[key]}; "
+                    "resume it without that change, or begin another run with --out"
+                )
 
     def lora_file(self, step: int) -> Path:
         """<name>.safetensors for the last step, <name>-step00000250.safetensors before."""
@@ -165,7 +118,7 @@ class Run:
 
     def steps_saved(self) -> list[Path]:
         """The LoRAs saved on the way, oldest first."""
-        return sorted(self.folder.glob(f"{self.name}-step????????.safetensors"))
+        return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????.safetensors"))
 
     def save_lora(self, flux: Flux, step: int, metadata: Mapping[str, str]) -> Path:
         """Write the LoRA of `flux` as it is after `step` steps; older ones beyond `output.keep` are removed."""

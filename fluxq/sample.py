@@ -6,6 +6,8 @@ one shape are drawn together, as many as fit the tokens of one large picture.
 
 from __future__ import annotations
 
+import math
+import tempfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -21,6 +23,7 @@ from fluxq.cache import cache_texts
 from fluxq.config import SamplesConfig, TrainConfig
 from fluxq.data.randomness import normal
 from fluxq.data.store import Text
+from fluxq.defaults import side
 from fluxq.errors import WrongRequest
 from fluxq.flow import euler, resolution_shift, schedule, velocity
 from fluxq.formats.files import atomic_path
@@ -58,7 +61,7 @@ class Shot:
 
 def shots(samples: SamplesConfig, prompts: Sequence[str], size: int) -> list[Shot]:
     """One shot a prompt, each with a seed of its own; `size` stands in for sides that `samples` leaves open."""
-    width, height = ((side or size) // 16 * 16 for side in (samples.width, samples.height))
+    width, height = side("width", samples.width or size), side("height", samples.height or size)
     settings = (samples.steps, samples.guidance, samples.cfg, samples.negative)
     return [Shot(prompt, samples.seed + i, width, height, *settings) for i, prompt in enumerate(prompts)]
 
@@ -203,6 +206,12 @@ def sample_command(
     samples = config.samples
     if not samples.prompts:
         raise WrongRequest('nothing to draw: give at least one --prompt "TEXT"')
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=out):
+            pass
+    except OSError as error:
+        raise WrongRequest(f"{out} cannot be written to ({error.strerror}); choose another --out") from error
     models = Models(config.model, say=console.print)
     wanted = shots(samples, samples.prompts, models.default_size[0])
     chosen = [_strength_of(lora) for lora in loras]
@@ -255,10 +264,13 @@ def attach(flux: Flux, loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> 
 
 
 def _strength_of(lora: str) -> tuple[Path, float]:
-    path, equals, strength = lora.rpartition("=")
-    if not equals:
+    path, equals, text = lora.rpartition("=")
+    if not equals or Path(lora).exists():
         return Path(lora), 1.0
     try:
-        return Path(path), float(strength)
-    except ValueError as error:
-        raise WrongRequest(f"the strength in --lora {lora} is no number; write FILE=0.8") from error
+        strength = float(text)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise WrongRequest(f"the strength in --lora {lora} is no number; write FILE=0.8")
+    return Path(path), strength

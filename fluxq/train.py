@@ -5,6 +5,7 @@ Every step draws what it needs by its own number, so stopping and going on chang
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 
@@ -12,43 +13,51 @@ import torch
 
 from fluxq.cache import cache_folders
 from fluxq.config import TrainConfig
-from fluxq.data.batches import Batches
+from fluxq.data.batches import Batches, held_out_batches
+from fluxq.data.examples import read_caption, with_trigger
+from fluxq.data.pictures import picture_files
 from fluxq.data.randomness import generator
 from fluxq.data.store import Store, Text
+from fluxq.defaults import Say, resolve, side
+from fluxq.errors import WrongRequest
 from fluxq.flow import flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
 from fluxq.models import Models
 from fluxq.optim import build_optimizer, rate_factor
-from fluxq.report import Report, console, peak_bytes, progress_bar, stop_request
-from fluxq.run import Result, Run, Say, metadata_of, resolve
+from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, stop_request
+from fluxq.run import Result, Run, metadata_of
 from fluxq.sample import draw, save_picture, shots
 from fluxq.state import load_state, save_state
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, say: Say = console.print) -> Result:
-    """Train a LoRA as `config` says, in a new run directory, or going on with the one that is there. Raises
-    WrongRequest.
+    """Train a LoRA as `config` says, in a new run directory or going on in the one that is there.
+
+    Raises WrongRequest, before anything of an earlier run is touched, where that cannot be done.
     """
     models = Models(config.model, say=say)
     models.check()
     config = resolve(config, models, say)
-    run = Run.open(config, resume, overwrite)
+    run = Run(config)
+    run.check(resume, overwrite)
     training, steps, data = config.training, config.training.steps, config.data
     assert steps and data.size and config.lora.alpha, "resolve fills these in"
 
     # what is trained on: encoded pictures and captions
-    prompts = preview_prompts(config)
+    prompts = preview_prompts(config, models)
     with progress_bar() as progress:
-        dataset = cache_folders(data, data.folders, models, (*prompts, config.samples.negative), progress)
-        held_out = {f.path.name: cache_folders(data, (f,), models, (), progress) for f in data.validation}
-    for line in (*dataset.notes, *dataset.skipped):
+        everything = cache_folders(data, models, (*prompts, config.samples.negative), progress)
+    for line in (*everything.notes, *everything.skipped):
         say(line)
+    dataset = everything.part([f.path for f in data.folders])
+    held_out = {name: everything.part([f.path]) for name, f in labelled(data.validation).items()}
     store = Store(data.cache)
     batches = Batches(dataset, store, training.batch, training.seed)
     metadata = metadata_of(config, models, dataset, len(batches))
 
     # what is trained: LoRA on the frozen model
+    reset_peak()
     flux = models.load_flux()
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_lora(flux, config.lora.rank, config.lora.alpha, config.lora.targets, init)
@@ -60,21 +69,21 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     )
 
     def validate() -> dict[str, float]:
-        sets = {name: Batches(examples, store, training.batch, 0) for name, examples in held_out.items()}
-        return {
-            name: validation_loss(flux, examples, training.shift, training.guidance) for name, examples in sets.items()
-        }
+        sets = {name: held_out_batches(examples, store, training.batch) for name, examples in held_out.items()}
+        return {name: validation_loss(flux, some, training.shift, training.guidance) for name, some in sets.items()}
 
     # where it starts
-    start, spent, before = 0, 0.0, None
+    start, spent, before, identity = 0, 0.0, None, {"data": dataset.digest(), "model": models.fingerprint()}
     if resume:
         start, facts = load_state(run.state_file, layers, optimizer)
+        refuse_other_inputs(run, identity, facts, start, steps)
         spent, before = facts["seconds"], facts["validation"]
         say(f"resumed after step {start}")
     elif held_out:
         before = validate()
         say("validation before: " + described(before))
     began = time.time() - spent
+    run.begin(resume)
 
     # the loop
     with Report(run.folder, start, steps, config.output.plot_seconds) as report, stop_request(say) as asked_to_stop:
@@ -91,51 +100,83 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
                 loss = flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
                 (loss / training.accumulate).backward()
                 losses.append(loss.detach())
-            norm = torch.nn.utils.clip_grad_norm_(parameters, training.clip or torch.inf)
+            norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.clip or torch.inf))
+            if not math.isfinite(norm):
+                raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --rate")
             rate = training.rate * rate_factor(training.schedule, step, steps, training.warmup)
             for group in optimizer.param_groups:
                 group["lr"] = rate
             optimizer.step()
             optimizer.zero_grad()
             done, mean = step + 1, float(torch.stack(losses).mean())
-            report.step(done, mean, rate, float(norm), time.perf_counter() - clock)
+            report.step(done, mean, rate, norm, time.perf_counter() - clock)
 
             # now and then
-            stop, save_every = asked_to_stop(), config.output.save_every
+            stop, save_every, every = asked_to_stop(), config.output.save_every, config.samples.every
+            if every and (done % every == 0 or done == steps):
+                texts = {prompt: store.text(key) for prompt, key in everything.prompts.items()}
+                preview(run, models, flux, texts, prompts, done, say)
             if stop or done == steps or (save_every and done % save_every == 0):
+                report.sync()
                 run.save_lora(flux, done, metadata(done, began, time.time()))
-                save_state(
-                    run.state_file, done, layers, optimizer, {"seconds": time.time() - began, "validation": before}
-                )
-            if config.samples.every and (done % config.samples.every == 0 or done == steps):
-                texts = {prompt: store.text(key) for prompt, key in dataset.prompts.items()}
-                preview(run, models, flux, texts, prompts, done)
+                facts = {"seconds": time.time() - began, "validation": before, **identity}
+                save_state(run.state_file, done, layers, optimizer, facts)
             if stop:
                 raise KeyboardInterrupt(f"after step {done}; go on with: fluxq train --resume {run.folder}")
 
     # what came of it
-    after = validate() if held_out else None
+    peak, after = peak_bytes(), validate() if held_out else None
     if after:
         say("validation after:  " + described(after))
-    losses = [record["loss"] for record in report.records]
-    lora = run.lora_file(steps)
-    result = Result(steps, round(time.time() - began, 2), losses[0], losses[-1], peak_bytes(), str(lora), before, after)
+    losses = [record["loss"] for record in report.records] or [math.nan]
+    lora = str(run.lora_file(steps))
+    result = Result(steps, round(time.time() - began, 2), losses[0], losses[-1], peak, lora, before, after)
     result.save(run.folder)
     say(f"LoRA: {lora}")
     return result
 
 
-def preview_prompts(config: TrainConfig) -> tuple[str, ...]:
-    """What previews draw: the prompts asked for, else the triggers; none where no previews are made."""
-    triggers = dict.fromkeys(f.trigger for f in config.data.folders if f.trigger)
-    return (config.samples.prompts or tuple(triggers)) if config.samples.every else ()
+def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
+    """What previews draw: the prompts asked for, else the triggers, else three captions; () where there are none."""
+    samples, folders = config.samples, config.data.folders
+    if not samples.every:
+        return ()
+    for name, pixels in (("width", samples.width), ("height", samples.height)):
+        side(name, pixels or 16)
+    if not models.ae_file.is_file():
+        raise WrongRequest(f"previews need {models.ae_file}, which is not there; put it back, or pass --sample-every 0")
+    triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
+    captions = (with_trigger(read_caption(p), f.trigger) for f in folders for p in picture_files(f.path))
+    return samples.prompts or tuple(triggers) or tuple(dict.fromkeys(captions))[:3]
 
 
-def preview(run: Run, models: Models, flux: Flux, texts: Mapping[str, Text], prompts: Sequence[str], step: int) -> None:
-    """Draw `prompts` into samples/, with the LoRA as it is after `step` steps."""
+def preview(
+    run: Run, models: Models, flux: Flux, texts: Mapping[str, Text], prompts: Sequence[str], step: int, say: Say
+) -> None:
+    """Draw `prompts` into samples/, with the LoRA as it is after `step` steps. A failure is said, and training goes
+    on.
+    """
     wanted = shots(run.config.samples, prompts, run.config.data.size or 0)
-    for i, picture in enumerate(draw(flux, models.load_autoencoder(), texts, wanted)):
-        save_picture(picture, run.folder / "samples" / f"{step:06}_{i:02}.png", wanted[i], Step=str(step))
+    try:
+        for i, picture in enumerate(draw(flux, models.load_autoencoder(), texts, wanted)):
+            save_picture(picture, run.folder / "samples" / f"{step:06}_{i:02}.png", wanted[i], Step=str(step))
+    except (WrongRequest, torch.OutOfMemoryError) as error:
+        say(f"no preview at step {step}: {error}")
+
+
+def refuse_other_inputs(run: Run, identity: dict[str, str], saved: dict, start: int, steps: int) -> None:
+    """Raise WrongRequest where a resumed run would see other pictures, captions or weights than before."""
+    for what, remedy in (("data", "pictures, captions or encoders"), ("model", "the transformer's file")):
+        if saved[what] != identity[what]:
+            raise WrongRequest(f"{remedy} changed since {run.folder} was begun; put them back, or begin another run")
+    if start > steps:
+        raise WrongRequest(f"{run.folder} has done {start} steps already, more than {steps}; ask for more")
+
+
+def labelled(folders: Sequence) -> dict:
+    """Folder's last name -> folder, with more of the path where two end alike."""
+    names = [f.path.name for f in folders]
+    return {f.path.name if names.count(f.path.name) == 1 else str(f.path): f for f in folders}
 
 
 def described(losses: Mapping[str, float]) -> str:

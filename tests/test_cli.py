@@ -29,7 +29,8 @@ OPTIONS = {
     "--schedule --warmup --timesteps --seed --out --name --save-every --keep --resume --overwrite --config --set "
     "--json",
     "cache": f"{MODEL} {DATA} --prompt --verify --prune --config --set --json",
-    "sample": f"{MODEL} {SAMPLES} --lora --strength --grid --cache --out --config --set --json",
+    "sample": f"{MODEL} --prompt --width --height --steps --guidance --cfg --negative --seed --lora --strength --grid "
+    "--cache --out --config --set --json",
     "demo": "--out --format --json",
 }
 
@@ -102,11 +103,20 @@ def test_json_is_the_only_line_on_stdout(tmp_path, photos):
         (["train", "{photos}", "--model", "nano", "--config", "{tmp}/none.toml"], "none.toml cannot be read"),
         (["train", "{photos}", "--model", "nano", "--set", "lora.targets=['x.*y']"], "matches no layer"),
         (["train", "--resume", "{tmp}/empty"], "holds no run to resume"),
+        (["train", "{photos}", "--model", "nano", "--set", "lora.targets=[]"], "no targets were given"),
+        (["train", "{photos}", "--model", "nano", "--warmup", "50", "--steps", "9"], "never ends in 9"),
+        (["train", "{photos}", "--model", "nano", "--t5-length", "4000"], "at most 512, not 4000"),
+        (["train", "{photos}", "--model", "nano", "--out", "{photos}"], "holds the pictures"),
+        (["train", "{photos}", "--model", "nano", "--trigger", ".."], "is no name for a file"),
+        (["train", "{photos}", "--model", "nano", "--flux", "x"], "brings its own files; leave out --flux"),
+        (["train", "--resume", "{tmp}", "--overwrite"], "pass only one of them"),
+        (["sample", "--model", "nano", "--prompt", "x", "--width", "100"], "width must be a multiple of 16"),
+        (["sample", "--model", "nano", "--prompt", "x", "--out", "{tmp}/model.ckpt/x"], "cannot be written to"),
         (["sample", "--model", "nano"], "nothing to draw"),
         (["sample", "--model", "nano", "--prompt", "x", "--lora", "a=b"], "is no number"),
         (["sample", "--model", "nano", "--prompt", "x", "--lora", "{tmp}/absent.safetensors"], "absent.safetensors"),
         (["cache", "--verify", "--cache", "{tmp}/absent"], "holds no cache"),
-        (["demo", "--out", "{photos}"], "holds something else than a run"),
+        (["demo", "--out", "{photos}"], "holds something else than a demo"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_path, photos, monkeypatch):
@@ -123,6 +133,16 @@ def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_pat
     assert {p.parts[0] for p in made} <= {"cache", "c"}
 
 
+def test_odd_names_are_files_and_words_all_the_same(tmp_path, photos):
+    """A trigger with every character that a path or a console's markup could mistake."""
+    out = tmp_path / "[b]a folder ü[/b]"
+    result = run(*trained(tmp_path, photos), "--trigger", "a/b:c[/x]\x7f", "--out", out)
+    assert result.exit_code == 0, result.output
+    assert (out / "a_b_c[_x]_.safetensors").exists()
+    assert str(out) in result.output
+    assert run("train", "--resume", out, "--steps", 3).exit_code == 0
+
+
 def test_truncated_model_file_is_named_with_its_bytes(tmp_path, photos):
     cut = tmp_path / "cut.safetensors"
     cut.write_bytes(nano.FLUX.read_bytes()[:100_000])
@@ -137,7 +157,7 @@ def test_a_corrupt_picture_is_named_and_skipped_on_request(tmp_path, photos):
     refused = run(*trained(tmp_path, photos))
     assert refused.exit_code == 2
     assert "bad.jpg" in refused.stderr
-    accepted = run(*trained(tmp_path, photos, "--skip-bad", "--overwrite"))
+    accepted = run(*trained(tmp_path, photos, "--skip-bad"))
     assert accepted.exit_code == 0, accepted.output
     assert "bad.jpg" in accepted.output
 
@@ -184,7 +204,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, photos):
 def test_sample_draws_with_loras_and_a_grid(tmp_path, photos):
     assert run(*trained(tmp_path, photos)).exit_code == 0
     lora, out = tmp_path / "run" / "zqx.safetensors", tmp_path / "drawn"
-    common = ["--model", "nano", "--sample-steps", 2, "--cache", tmp_path / "cache", "--out", out]
+    common = ["--model", "nano", "--steps", 2, "--cache", tmp_path / "cache", "--out", out]
     result = run("sample", *common, "--prompt", "a red zqx", "--prompt", "a star", "--lora", f"{lora}=0.8", "--cfg", 2)
     assert result.exit_code == 0, result.output
     first = Image.open(out / "00_seed42.png")

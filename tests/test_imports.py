@@ -21,6 +21,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"data"},
     {"nano", "config", "flow", "optim", "state", "report"},
     {"models"},
+    {"defaults"},
     {"run"},
     {"cache"},
     {"sample"},

@@ -80,7 +80,7 @@ def test_loras_add_up_at_their_strengths(models):
 
 
 def test_shots_take_open_sides_from_the_training_size():
-    samples = SamplesConfig(prompts=("a", "b"), width=70, seed=5)
+    samples = SamplesConfig(prompts=("a", "b"), width=64, seed=5)
     made = shots(samples, samples.prompts, 96)
     assert [(s.prompt, s.seed, s.width, s.height) for s in made] == [("a", 5, 64, 96), ("b", 6, 64, 96)]
 

@@ -120,7 +120,7 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
     ]
     assert [r["step"] for r in logs[1]] == list(range(1, 41))
     assert len(list((killed / "samples").glob("*.png"))) == 14
-    assert not list(killed.rglob("*.tmp*")) or kills  # what a kill left behind is never under a real name
+    assert not list(killed.rglob(".*.tmp-*"))  # what a kill left behind was cleared away
 
 
 def logged(folder: Path) -> int:
@@ -189,10 +189,62 @@ def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
     train(config)
     before = (tmp_path / "run" / "test.safetensors").read_bytes()
     with pytest.raises(
-        WrongRequest, match="already holds a run; go on with it by --resume .*, replace it by --overwrite"
+        WrongRequest, match="already holds a run .*; go on with it by --resume .*, replace it by --overw"
     ):
         train(config)
     assert (tmp_path / "run" / "test.safetensors").read_bytes() == before
+
+
+def test_somebody_elses_lora_in_the_folder_is_kept(tmp_path, photos):
+    """--out may be a folder of LoRAs that are not of any run."""
+    out = tmp_path / "loras"
+    out.mkdir()
+    (out / "test.safetensors").write_bytes(b"precious")
+    with pytest.raises(WrongRequest, match="test.safetensors"):
+        train(configured(tmp_path, photos, output={"out": str(out)}))
+    assert (out / "test.safetensors").read_bytes() == b"precious"
+
+
+@pytest.mark.parametrize("wrong", [{"lora": {"targets": ["nope"]}}, {"training": {"rate": 1e30}}])
+def test_a_request_that_fails_before_its_first_save_costs_nothing(wrong, tmp_path, photos):
+    """A wrong target is refused while the old run is whole; NaN stops the run, and is never saved."""
+    train(configured(tmp_path, photos))
+    before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
+    with pytest.raises(WrongRequest, match="matches no layer|lower --rate"):
+        train(configured(tmp_path, photos, **wrong), overwrite=True)
+    if "lora" in wrong:
+        assert {p: p.read_bytes() for p in before} == before
+    assert not [p for p in (tmp_path / "run").rglob("*.safetensors") if p not in before]
+
+
+def test_a_refused_first_attempt_does_not_block_the_second(tmp_path, photos):
+    with pytest.raises(WrongRequest, match="matches no layer"):
+        train(configured(tmp_path, photos, lora={"targets": ["nope"]}))
+    train(configured(tmp_path, photos))
+
+
+def test_resume_notices_changed_pictures_and_captions(tmp_path, photos):
+    train(configured(tmp_path, photos))
+    (photos / "0.txt").write_text("another caption")
+    with pytest.raises(WrongRequest, match="pictures, captions or encoders changed since"):
+        train(configured(tmp_path, photos, training={"steps": 6}), resume=True)
+
+
+def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
+    """And it is the untrained model's before, by folder, with the folder's own trigger or none."""
+    losses = []
+    for batch in (1, 4):
+        sections = {"training": {"batch": batch, "steps": 1}, "output": {"out": str(tmp_path / f"run{batch}")}}
+        held_out = tmp_path / "held_out"
+        if batch == 1:
+            held_out.mkdir()
+            for i, (picture, caption) in enumerate(pictures.ordinary(seed=9, count=3)):
+                picture.save(held_out / f"{i}.png")
+                (held_out / f"{i}.txt").write_text(caption)
+        config = configured(tmp_path, photos, data={"validation": [str(held_out)]}, **sections)
+        losses.append(train(config).validation_before)
+    assert list(losses[0]) == ["held_out"]
+    assert losses[0]["held_out"] == pytest.approx(losses[1]["held_out"], rel=2e-3)  # bf16 sums in another order
 
 
 def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
@@ -220,31 +272,44 @@ def test_a_size_off_the_grid_names_what_would_do(tmp_path, photos):
     assert not (tmp_path / "run").exists()
 
 
-def test_a_full_disk_keeps_the_last_good_file(tmp_path, photos, monkeypatch):
-    """The second save hits a full disk: the first save's LoRA and state are still whole."""
-    import fluxq.state as state
+@pytest.mark.parametrize(
+    "fails_at", ["run/test.safetensors", "state/state.safetensors", "test-step00000004.safetensors"]
+)
+def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkeypatch):
+    """The system refuses to flush one file the second time it is saved: the first save is whole and can be resumed."""
+    import errno
 
-    saves, real = [], state.write_safetensors
+    from fluxq.formats import files
 
-    def fills_up(path, *args, **kwargs):
-        saves.append(path)
-        if len(saves) > 1:
-            raise WrongRequest(f"{path} cannot be written: no space is left")
-        return real(path, *args, **kwargs)
+    real, good = files._flush, tmp_path / "run" / "state" / "state.safetensors"
 
-    monkeypatch.setattr(state, "write_safetensors", fills_up)
-    with pytest.raises(WrongRequest, match="no space is left"):
-        train(configured(tmp_path, photos, output={"save_every": 2}))
+    def full(path, flags):
+        final = path.name.split(".tmp-")[0].removeprefix(".")
+        if good.exists() and f"{path.parent.name}/{final}{path.suffix}".endswith(fails_at):
+            raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        return real(path, flags)
+
+    settings = {"training": {"steps": 6}, "output": {"save_every": 2}}
+    monkeypatch.setattr(files, "_flush", full)
+    with pytest.raises(WrongRequest, match="disk|space|room"):
+        train(configured(tmp_path, photos, **settings))
     monkeypatch.undo()
-    result = train(configured(tmp_path, photos, output={"save_every": 2}), resume=True)
-    assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4]
+    result = train(configured(tmp_path, photos, **settings), resume=True)
+    assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert Path(result.lora).exists()
 
 
-def test_defaults_are_printed_with_their_reasons(tmp_path, photos):
+def test_defaults_are_printed_with_their_reasons(tmp_path, photos, monkeypatch):
+    """Every default that was left open is said, and nothing that was not."""
+    from fluxq import train as module
+
     said: list[str] = []
-    values = settings(tmp_path, photos)
-    values["training"] = {"steps": 2}
-    train(config_from_dict(values, "a test"), say=said.append)
-    assert "size 96: the size that nano was made at" in said
-    assert any(line.startswith("rank 4, alpha 4:") for line in said)
+    values = {"model": {"name": "nano"}, "data": {"folders": [str(photos)], "cache": str(tmp_path / "cache")}}
+    config = config_from_dict(values | {"output": {"out": str(tmp_path / "run")}}, "a test")
+    resolved = module.resolve(config, module.Models(config.model), said.append)
+    beginnings = ["size 96: ", "rank 16: ", "alpha 16: ", "steps 1000: ", "rate 0.0001: ", "shift 3.1582: "]
+    assert [line[: len(b)] for line, b in zip(said, beginnings, strict=True)] == beginnings
+    assert resolved.training.steps == 1000
+    said.clear()
+    module.resolve(resolved, module.Models(config.model), said.append)
+    assert {line.split()[0] for line in said} <= {"rank", "rate", "shift"}

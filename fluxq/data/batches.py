@@ -6,8 +6,10 @@ batch of a bucket may be short.
 """
 
 from collections import OrderedDict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import groupby
 
 import torch
 
@@ -89,6 +91,22 @@ class Batches:
         """One of an example's keys: several are variants of its picture or caption."""
         which = int(generator(self.seed, purpose, index, name).integers(len(keys))) if len(keys) > 1 else 0
         return keys[which]
+
+
+def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterator[Batch]:
+    """Every example once, in a fixed order, as the mean of its latents: what validation looks at."""
+    entries = sorted(dataset.examples, key=lambda entry: (entry.bucket, entry.name))
+    for _, group in groupby(entries, key=lambda entry: entry.bucket):
+        members = list(group)
+        for start in range(0, len(members), batch_size):
+            some = members[start : start + batch_size]
+            texts = [store.text(entry.text[0]) for entry in some]
+            yield Batch(
+                torch.stack([store.latents(entry.latents[0])[0] for entry in some]),
+                torch.stack([text.t5 for text in texts]),
+                torch.stack([text.clip for text in texts]),
+                [entry.name for entry in some],
+            )
 
 
 class _Texts:

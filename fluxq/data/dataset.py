@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from hashlib import blake2b
 from pathlib import Path
 
 from fluxq.errors import WrongRequest
@@ -44,6 +47,20 @@ class Dataset:
         latents = {("latents", key) for example in self.examples for key in example.latents}
         text = {("text", key) for example in self.examples for key in example.text}
         return latents | text | {("text", key) for key in self.prompts.values()}
+
+    def part(self, folders: Sequence[Path]) -> Dataset:
+        """The examples that lie in `folders`. Raises WrongRequest where there are none."""
+        wanted = {os.path.abspath(folder) for folder in folders}
+        examples = tuple(e for e in self.examples if os.path.dirname(e.path) in wanted)
+        if not examples:
+            names = ", ".join(str(folder) for folder in folders)
+            raise WrongRequest(f"no usable picture of its own is left in {names}; a picture named twice counts once")
+        return replace(self, examples=examples)
+
+    def digest(self) -> str:
+        """What tells a dataset from another: its pictures, captions, shapes and encoders, but not where they lie."""
+        facts = sorted((e.name, e.repeats, e.bucket, e.latents, e.text) for e in self.examples)
+        return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
     def save(self, path: Path) -> None:
         examples = [vars(example) for example in self.examples]

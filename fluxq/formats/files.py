@@ -13,6 +13,7 @@ import math
 import os
 import secrets
 import shutil
+import time
 from collections.abc import Iterator, KeysView, Mapping
 from pathlib import Path
 from typing import NoReturn
@@ -79,7 +80,7 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         yield temporary
         _flush(temporary, os.O_RDWR)
-        os.replace(temporary, path)
+        _replace(temporary, path)
         if os.name == "posix":
             _flush(path.parent, os.O_RDONLY)
     except OSError as error:
@@ -90,6 +91,18 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+
+
+def _replace(temporary: Path, path: Path) -> None:
+    """os.replace, which on Windows fails while another program, such as a virus scanner, has `path` open: try for 5
+    s.
+    """
+    for pause in (0.02, 0.05, 0.1, 0.3, 0.5, 1.0, 1.0, 2.0) if os.name == "nt" else ():
+        try:
+            return os.replace(temporary, path)
+        except PermissionError:
+            time.sleep(pause)
+    os.replace(temporary, path)
 
 
 def write_safetensors(

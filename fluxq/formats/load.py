@@ -64,7 +64,7 @@ def load_text_encoders(
     with torch.device("meta"):
         clip = CLIPTextModel(CLIPTextConfig(**detect.clip_config(checkpoint.shapes, clip_l), bos_token_id=None))
     clip.embeddings.register_buffer(
-        "position_ids", torch.arange(clip.config.max_position_embeddings)[None], persistent=False
+        "position_ids", torch.arange(clip.config.max_position_embeddings, device=device)[None], persistent=False
     )
     _load(clip, checkpoint, detect.clip_keys(checkpoint.keys(), clip_l), device, torch.float32)
 

@@ -32,7 +32,7 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     rows, columns = w.shape
     codes = torch.empty(rows * columns // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(rows * columns // _NF4_BLOCK, dtype=torch.float32, device=w.device)
-    below, midpoint = (table.to(w.device) for table in _nf4_tables())
+    below, midpoint = _nf4_tables(w.device)
     flat = w.reshape(-1)
     step = _chunk(w.device)
     for start in range(0, flat.numel(), step):
@@ -48,7 +48,7 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
 
 @cache
-def _nf4_tables() -> tuple[Tensor, Tensor]:
+def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     """For each upper half of a float (as int16 + 32768): how many midpoints lie below the cell, and the midpoint
     inside it or inf.
     """
@@ -59,14 +59,12 @@ def _nf4_tables() -> tuple[Tensor, Tensor]:
     below = torch.bucketize(ends.amin(0), midpoints)
     inside = torch.bucketize(ends.amax(0), midpoints) > below
     midpoint = torch.where(inside, midpoints[below.clamp(max=14)], torch.inf)
-    return below.to(torch.uint8), midpoint
+    return below.to(device, torch.uint8), midpoint.to(device)
 
 
 def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
     """The (N, K) matrix of NF4 `codes` (N, K/2), `absmax` (N, K/64): level times scale in fp32, rounded once."""
-    levels = torch.tensor(NF4_LEVELS, device=codes.device)
-    pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)  # (256, 2): both levels of a byte
-    pairs = pairs.view(torch.int64).view(-1)  # gathered as one number
+    pairs = _nf4_pairs(codes.device)
     matrix = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype, device=codes.device)
     blocks, scales, flat = matrix.view(-1, _NF4_BLOCK), absmax.reshape(-1, 1), codes.reshape(-1)
     step = _chunk(codes.device) // _NF4_BLOCK
@@ -75,6 +73,13 @@ def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
         values = pairs.index_select(0, part.int()).view(torch.float32).view(-1, _NF4_BLOCK)
         blocks[start : start + step] = values * scales[start : start + step]
     return matrix
+
+
+@cache
+def _nf4_pairs(device: torch.device) -> Tensor:
+    """(256,) int64: both levels of a byte, two fp32 gathered as one number."""
+    levels = torch.tensor(NF4_LEVELS, device=device)
+    return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)
 
 
 def row_quantize(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

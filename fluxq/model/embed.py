@@ -50,8 +50,9 @@ def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Ten
 
 def image_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
     """(height * width, 3) positions (0, row, column) of an image of that many tokens."""
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float().to(device)
+    rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
+    rows, columns = torch.meshgrid(rows, columns, indexing="ij")
+    return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
 
 
 def text_ids(length: int, device: torch.device | str | None = None) -> Tensor:

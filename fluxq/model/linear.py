@@ -47,6 +47,8 @@ class Linear(nn.Module):
             raise ValueError(
                 f"the layer holds a ({self.out_features}, {self.in_features}) weight, not {tuple(weight.shape)}"
             )
+        for field in fields(self._container) if self._container else ():
+            delattr(self, field.name)
         if isinstance(weight, Tensor):
             self._container, self.weight = None, weight
             return

@@ -36,6 +36,8 @@ def add_lora(
     """
     if rank < 1:
         raise WrongRequest(f"rank must be at least 1, not {rank}")
+    if not targets:
+        raise WrongRequest(f"no targets were given for the LoRA; presets are {', '.join(TARGETS)}")
     expressions = [TARGETS.get(t, t) for t in ([targets] if isinstance(targets, str) else targets)]
     layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
     chosen: dict[str, Linear] = {}

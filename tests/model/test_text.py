@@ -80,3 +80,12 @@ def test_another_models_file_is_refused_by_name(files):
     folder, *_ = files
     with pytest.raises(WrongRequest, match=r"t5xxl\.safetensors"):
         load_text_encoders(folder / "t5xxl.safetensors", folder / "clip_l.safetensors", *TOKENIZERS, 8, CPU)
+
+
+def test_every_tensor_lies_on_the_device_that_was_asked_for(files):
+    """Non-persistent buffers too, which no state dict mentions."""
+    folder, *_ = files
+    meta = torch.device("meta")
+    ours = load_text_encoders(folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS, 8, meta)
+    for module in (ours.clip, ours.t5):
+        assert {t.device for t in (*module.parameters(), *module.buffers())} == {meta}

@@ -1,0 +1,87 @@
+"""Settings that were left open, filled in from the pictures and the card, and said with their reasons."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import cast
+
+from fluxq.config import DataConfig, FolderConfig, TrainConfig
+from fluxq.data.pictures import picture_files
+from fluxq.errors import WrongRequest
+from fluxq.models import Models
+
+Say = Callable[[str], None]
+
+
+def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
+    """`config` with nothing left open. Raises WrongRequest for settings that cannot be met together."""
+    defaults, lora, training = TrainConfig(), config.lora, config.training
+    data = resolve_data(config.data, models, say)
+    if lora.rank == defaults.lora.rank:
+        say(f"rank {lora.rank}: enough for a person or a product; a style can do with less")
+    if lora.alpha is None:
+        lora = replace(lora, alpha=float(lora.rank))
+        say(f"alpha {lora.alpha:g}: equal to rank, which leaves the LoRA unscaled and exact in every program")
+    if training.steps is None:
+        pictures = sum(len(picture_files(f.path)) for f in data.folders if f.path.is_dir())
+        training = replace(training, steps=min(3000, max(1000, 100 * pictures)))
+        say(f"steps {training.steps}: about 100 a picture ({pictures} pictures), within 1,000 to 3,000")
+    if training.rate == defaults.training.rate:
+        say(f"rate {training.rate:g}: the usual one where alpha equals rank")
+    if training.timesteps == "shift" and training.shift == defaults.training.shift:
+        say(f"shift {training.shift:g}: more of the timesteps near noise, where the layout of a picture is decided")
+    if training.warmup >= cast(int, training.steps):
+        raise WrongRequest(f"a warm-up of {training.warmup} steps never ends in {training.steps}; make it shorter")
+    name = config.output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
+    name = _file_name(name)
+    output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
+    if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
+        raise WrongRequest(f"{output.out} holds the pictures; choose another folder for the run by --out")
+    paths = {key: value.resolve() for key, value in vars(config.model).items() if isinstance(value, Path)}
+    model = replace(config.model, t5_length=models.t5_length, **paths)
+    return replace(config, model=model, data=data, lora=lora, training=training, output=output)
+
+
+def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:
+    """`data` with its size, the sides of buckets and absolute paths filled in."""
+    if not data.folders:
+        raise WrongRequest("no folder of pictures was given; name at least one")
+    if data.size is None:
+        size, reason = models.default_size
+        data = replace(data, size=size)
+        say(f"size {size}: {reason}")
+    size = side("size", cast(int, data.size))
+    return replace(
+        data,
+        folders=tuple(_absolute(f, data.trigger) for f in data.folders),
+        validation=tuple(_absolute(f, data.trigger) for f in data.validation),
+        cache=data.cache.resolve(),
+        min_side=data.min_side or max(data.step, size // 2 // data.step * data.step),
+        max_side=data.max_side or size * 2,
+    )
+
+
+def side(name: str, pixels: int) -> int:
+    """`pixels`, if it is a multiple of 16: a token is 16 pixels wide."""
+    if pixels % 16:
+        nearest = " or ".join(str(p) for p in (pixels // 16 * 16, pixels // 16 * 16 + 16) if p)
+        raise WrongRequest(f"{name} must be a multiple of 16 pixels, not {pixels}; {nearest} would do")
+    return pixels
+
+
+def _absolute(folder: FolderConfig, trigger: str | None) -> FolderConfig:
+    """`folder` by its whole path; its own trigger counts, also an empty one."""
+    return replace(
+        folder, path=folder.path.resolve(), trigger=folder.trigger if folder.trigger is not None else trigger
+    )
+
+
+def _file_name(text: str) -> str:
+    """`text` as a file name that every system takes."""
+    name = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f]', "_", text).strip(". ")[:100]
+    if not name:
+        raise WrongRequest(f"{text!r} is no name for a file; give one by --name")
+    return name
