@@ -29,10 +29,10 @@ TRIGGER = pictures.TRIGGER
 PROMPTS = (
     f"a large red {TRIGGER} in the centre on a white background",
     f"a large yellow {TRIGGER} at the top on a blue background",
-    f"a medium green {TRIGGER} on the left on a pink background",
+    f"a large green {TRIGGER} on the left on a pink background",
     "a large red circle in the centre on a white background",
     "a large yellow star at the top on a blue background",
-    "a medium green heart on the left on a pink background",
+    "a large green heart on the left on a pink background",
 )
 SEEDS = (1, 2)
 
@@ -75,13 +75,16 @@ def demo_config(out: Path, format: str) -> TrainConfig:
         {
             "model": {"name": "nano", "format": format},
             "data": {
-                "folders": [{"path": str(folder / "creature"), "trigger": TRIGGER}, {"path": str(folder / "ordinary")}],
+                "folders": [
+                    {"path": str(folder / "creature"), "trigger": TRIGGER, "repeats": 6},
+                    {"path": str(folder / "ordinary")},
+                ],
                 "validation": [str(folder / "creature_held_out"), str(folder / "ordinary_held_out")],
                 "cache": str(out / "cache"),
             },
-            "lora": {"rank": 8},
-            "training": {"steps": 200, "batch": 4, "rate": 1e-3, "schedule": "cosine", "seed": 1},
-            "output": {"out": str(out), "name": "demo", "save_every": 50},
+            "lora": {"rank": 16},
+            "training": {"steps": 300, "batch": 6, "rate": 1.5e-3, "schedule": "cosine", "seed": 1},
+            "output": {"out": str(out), "name": "demo", "save_every": 100},
         },
         "the demo",
     )
@@ -91,7 +94,7 @@ def draw_pictures(folder: Path) -> None:
     """Write the four folders of captioned pictures."""
     sets = {
         "creature": pictures.concept(seed=1, count=24),
-        "ordinary": pictures.ordinary(seed=1, count=96),
+        "ordinary": pictures.ordinary(seed=1, count=256),
         "creature_held_out": pictures.concept(seed=2, count=24, held_out=True),
         "ordinary_held_out": pictures.ordinary(seed=2, count=24, held_out=True),
     }

@@ -1,0 +1,266 @@
+"""fluxq's own file of a quantised transformer: every unit is one contiguous, aligned piece, filled by one read.
+
+It is a safetensors file with one flat uint8 tensor a unit (fluxq/model/units.py), whose start and length are multiples
+of 256 bytes. The metadata's `fluxq` is JSON: format, config, source (name, fingerprint, hash of the tensors' bytes) and
+layout, which gives each unit's tensors as [name, dtype, shape, first byte]. A matrix in NF4 is `<layer>.codes` and
+`.absmax`, in 8 bits `<layer>.values` and `.scale`; every other tensor keeps its name, in 16 bits.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fluxq.errors import WrongRequest
+from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, atomic_path
+from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, quantize
+from fluxq.model.config import FluxConfig
+from fluxq.model.flux import Flux
+from fluxq.model.linear import Linear
+from fluxq.model.units import REST, by_unit
+
+ALIGNMENT = 256
+LAYOUT_VERSION = 1
+
+
+class Source(Protocol):
+    """Where the original tensors come from."""
+
+    config: FluxConfig
+    shapes: dict[str, tuple[int, ...]]
+    files: tuple[Path, ...]
+    nbytes: int
+
+    def get(self, name: str) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its unit: `start` in bytes, a multiple of ALIGNMENT."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def layout(shapes: dict[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
+    """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
+    units = {}
+    for unit, names in by_unit(shapes).items():
+        places, end = [], 0
+        for name in names:
+            for part, dtype, shape in _stored(name, shapes[name], format if unit != REST else "bf16"):
+                places.append(Place(part, dtype, shape, end))
+                end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
+        units[unit] = (places, end)
+    return units
+
+
+def _stored(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """What the tensor `name` is stored as: (name, dtype, shape) of one tensor, or of the two that a container has."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
+    if len(shape) < 2 or format == "bf16":
+        return [(name, torch.bfloat16, shape)]
+    layer, (rows, columns) = name.removesuffix(".weight"), shape
+    if format == "nf4":
+        return [
+            (f"{layer}.codes", torch.uint8, (rows, columns // 2)),
+            (f"{layer}.absmax", torch.float32, (rows, columns // 64)),
+        ]
+    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
+    return [(f"{layer}.values", dtype, shape), (f"{layer}.scale", torch.float32, (rows,))]
+
+
+def write_quantized(
+    path: Path,
+    source: Source,
+    format: str,
+    about: dict[str, Any],
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    inspect: Callable[[str, Tensor, Weight], None] = lambda name, w, q: None,
+) -> None:
+    """Quantise `source` into `path`, one tensor at a time, on `device`.
+
+    `about` is JSON that goes into the metadata; progress is told (bytes read, of all); `inspect` sees every matrix and
+    what it became. Raises WrongRequest, before anything is read, where the disk has too little room.
+    """
+    units = layout(source.shapes, format)
+    description = {
+        "version": LAYOUT_VERSION,
+        "format": format,
+        "config": dataclasses.asdict(source.config),
+        "layout": {
+            unit: [[p.name, DTYPE_NAMES[p.dtype], p.shape, p.start] for p in places]
+            for unit, (places, _) in units.items()
+        },
+    }
+    blank = "0" * 32  # the hash of what was read is known at the end
+    header = _header(units, {**description, "source": {**about, "hash": blank}})
+    needed = len(header) + sum(length for _, length in units.values())
+    path.parent.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(path.parent).free
+    if free < needed:
+        raise WrongRequest(f"{path} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room there")
+    digest, done = blake2b(digest_size=16), 0
+    with atomic_path(path, needed) as temporary, temporary.open("wb") as file:
+        file.write(header)
+        names = by_unit(source.shapes)
+        for unit, (places, length) in units.items():
+            buffer, parts = torch.zeros(length, dtype=torch.uint8), iter(places)
+            for name in names[unit]:
+                tensor = source.get(name)
+                digest.update(name.encode())
+                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                for stored in _quantized(name, tensor.to(device), format if unit != REST else "bf16", inspect):
+                    place = next(parts)
+                    _view(buffer, place).copy_(stored)
+                done += tensor.nbytes
+                progress(done, source.nbytes)
+            file.write(buffer.numpy().data)
+        final = _header(units, {**description, "source": {**about, "hash": digest.hexdigest()}})
+        file.seek(0)
+        file.write(final)
+
+
+def _quantized(name: str, w: Tensor, format: str, inspect: Callable[[str, Tensor, Weight], None]) -> list[Tensor]:
+    if w.ndim < 2 or format == "bf16":
+        return [w.to(torch.bfloat16)]
+    keeps = format == "fp8" and w.dtype == torch.float8_e4m3fn
+    weight = quantize(w if keeps else w.to(torch.bfloat16) if w.dtype.itemsize == 1 else w, format)
+    inspect(name, w, weight)
+    assert not isinstance(weight, Tensor)
+    return [getattr(weight, field.name) for field in dataclasses.fields(weight)]
+
+
+def _header(units: dict[str, tuple[list[Place], int]], description: dict[str, Any]) -> bytes:
+    """The safetensors header, padded so that the data section starts at a multiple of ALIGNMENT."""
+    entries: dict[str, Any] = {"__metadata__": {"fluxq": json.dumps(description)}}
+    start = 0
+    for unit, (_, length) in units.items():
+        entries[unit] = {"dtype": "U8", "shape": [length], "data_offsets": [start, start + length]}
+        start += length
+    text = json.dumps(entries).encode()
+    padded = -(-(len(text) + 8) // ALIGNMENT) * ALIGNMENT - 8
+    return padded.to_bytes(8, "little") + text.ljust(padded)
+
+
+def _view(buffer: Tensor, place: Place) -> Tensor:
+    """The tensor at `place` in a unit's flat `buffer`."""
+    return buffer[place.start : place.start + place.nbytes].view(place.dtype).view(place.shape)
+
+
+def cached(
+    source: Source, format: str, device: torch.device, progress: Callable[[int, int], None] = lambda done, total: None
+) -> QuantizedFile:
+    """`source` in `format`: from the cache folder, or quantised into it once."""
+    name = source.files[0].stem if len(source.files) == 1 else source.files[0].parent.name
+    mark = fingerprint(source.files)
+    path = cache_folder() / f"{name}-{format}-{mark}.safetensors"
+    if not path.is_file():
+        about = {"files": [file.name for file in source.files], "fingerprint": mark}
+        write_quantized(path, source, format, about, device, progress)
+    return QuantizedFile.open(path)
+
+
+def cache_folder() -> Path:
+    """Where quantised models are kept: FLUXQ_CACHE, else the system's place for caches."""
+    if place := os.environ.get("FLUXQ_CACHE"):
+        return Path(place)
+    base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
+    return Path(base or Path.home() / ".cache") / "fluxq"
+
+
+def fingerprint(files: Sequence[Path], samples: int = 1024, size: int = 1 << 12) -> str:
+    """What tells files from others without reading them whole: their lengths, headers, and `samples` pieces of each.
+
+    In a model of 24 GB every matrix is sampled at least twice; a file that was moved or copied stays the same.
+    """
+    digest = blake2b(f"layout {LAYOUT_VERSION}".encode(), digest_size=8)
+    for path in files:
+        length = path.stat().st_size
+        digest.update(str(length).encode())
+        with path.open("rb", buffering=0) as file:
+            digest.update(file.read(1 << 20))
+            for i in range(samples):
+                file.seek(i * max(0, length - size) // (samples - 1))
+                digest.update(file.read(size))
+    return digest.hexdigest()
+
+
+@dataclass(frozen=True)
+class QuantizedFile:
+    """A file that `write_quantized` made, its header read."""
+
+    path: Path
+    format: str
+    config: FluxConfig
+    source: dict[str, Any]
+    units: dict[str, list[Place]]
+    checkpoint: Checkpoint
+
+    @classmethod
+    def open(cls, path: Path) -> QuantizedFile:
+        """Raises WrongRequest for any other file, or one of another version."""
+        checkpoint = Checkpoint(path)
+        if "fluxq" not in checkpoint.metadata:
+            raise WrongRequest(f"{path} was not written by fluxq quantize; give it a model file to quantise first")
+        about = json.loads(checkpoint.metadata["fluxq"])
+        if about["version"] != LAYOUT_VERSION:
+            raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantise it anew")
+        config = FluxConfig(**{**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])})
+        units = {
+            unit: [Place(name, DTYPES[dtype], tuple(shape), start) for name, dtype, shape, start in places]
+            for unit, places in about["layout"].items()
+        }
+        return cls(path, about["format"], config, about["source"], units, checkpoint)
+
+    def read(self, unit: str) -> Tensor:
+        """The unit's bytes, flat uint8, by one read."""
+        return self.checkpoint.get(unit)
+
+    def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        """(name, view) of every tensor of `unit` in its bytes `flat`, wherever they lie."""
+        return ((place.name, _view(flat, place)) for place in self.units[unit])
+
+
+def load_quantized(file: QuantizedFile, device: torch.device) -> Flux:
+    """The transformer of `file` on `device`: one read and one copy a unit; the layers hold views of it."""
+    with torch.device("meta"):
+        flux = Flux(file.config)
+    for unit in file.units:
+        flat = file.read(unit).to(device)
+        assign(flux, dict(file.tensors(unit, flat)))
+    return flux.eval()
+
+
+def assign(flux: Flux, tensors: dict[str, Tensor]) -> None:
+    """Make `tensors`, named as in a quantised file, the frozen weights of `flux`; nothing is copied."""
+    for name, tensor in tensors.items():
+        owner, _, leaf = name.rpartition(".")
+        module = flux.get_submodule(owner)
+        if isinstance(module, Linear) and leaf == "weight":
+            module.store(tensor)
+        elif isinstance(module, Linear) and leaf == "codes":
+            module.store(NF4Weight(tensor, tensors[f"{owner}.absmax"]))
+        elif isinstance(module, Linear) and leaf == "values":
+            module.store(RowScaled(tensor, tensors[f"{owner}.scale"]))
+        elif not (isinstance(module, Linear) and leaf in ("absmax", "scale")):
+            setattr(module, leaf, tensor)

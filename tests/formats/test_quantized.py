@@ -1,0 +1,197 @@
+"""The quantised file: what is in it, where it lies, that it is made once and never by halves."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomise, relative_error, tiny_config
+
+from fluxq.errors import WrongRequest
+from fluxq.formats import quantized
+from fluxq.formats.files import Checkpoint, write_safetensors
+from fluxq.formats.quantized import QuantizedFile, cached, layout, load_quantized, write_quantized
+from fluxq.kernels import FORMATS, dequantize, quantize
+from fluxq.model import Flux, FluxConfig
+from fluxq.model.linear import Linear
+from fluxq.model.units import REST, by_unit
+
+CPU = torch.device("cpu")
+
+
+@dataclass
+class Tensors:
+    """A source that counts what is asked of it."""
+
+    config: FluxConfig
+    tensors: dict[str, torch.Tensor]
+    files: tuple[Path, ...]
+
+    def __post_init__(self):
+        self.asked: list[str] = []
+
+    @property
+    def shapes(self):
+        return {name: tuple(t.shape) for name, t in self.tensors.items()}
+
+    @property
+    def nbytes(self):
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def get(self, name):
+        self.asked.append(name)
+        return self.tensors[name]
+
+
+@pytest.fixture
+def source(tmp_path) -> Tensors:
+    flux = randomise(Flux(tiny_config())).bfloat16()
+    tensors = {name: t.contiguous() for name, t in flux.state_dict().items()}
+    write_safetensors(tmp_path / "tiny.safetensors", tensors)
+    return Tensors(flux.config, tensors, (tmp_path / "tiny.safetensors",))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_was_written_is_what_was_quantised(format, source, tmp_path):
+    write_quantized(tmp_path / "q.safetensors", source, format, {}, CPU)
+    flux = load_quantized(QuantizedFile.open(tmp_path / "q.safetensors"), CPU)
+    assert sorted(source.asked) == sorted(source.tensors)  # each read once
+    for path, module in flux.named_modules():
+        for name, _ in module.named_buffers(recurse=False):
+            if name in ("weight", "bias") or not isinstance(module, Linear):
+                assert torch.equal(module.get_buffer(name), source.tensors[f"{path}.{name}"])
+        if isinstance(module, Linear):
+            expected = quantize(source.tensors[f"{path}.weight"], format if "_blocks." in path else "bf16")
+            assert type(module.frozen) is type(expected)
+            assert torch.equal(dequantize(module.frozen, torch.float32), dequantize(expected, torch.float32))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_units_are_contiguous_and_aligned_in_the_file(format, source, tmp_path):
+    path = tmp_path / "q.safetensors"
+    write_quantized(path, source, format, {}, CPU)
+    raw = path.read_bytes()
+    (length,) = struct.unpack("<Q", raw[:8])
+    header = json.loads(raw[8 : 8 + length])
+    assert (8 + length) % 256 == 0
+    file = QuantizedFile.open(path)
+    assert set(file.units) == set(header) - {"__metadata__"}
+    for unit, places in file.units.items():
+        begin, end = header[unit]["data_offsets"]
+        assert begin % 256 == 0
+        assert end % 256 == 0
+        flat = torch.frombuffer(bytearray(raw[8 + length + begin : 8 + length + end]), dtype=torch.uint8)
+        assert torch.equal(file.read(unit), flat)
+        assert all(place.start % 256 == 0 for place in places)
+
+
+def test_equal_units_have_one_size_at_full_width():
+    """76 units of 113,246,208 weights, 63.7 MB each in NF4 and 113.2 MB in 8 bits, besides biases and norms."""
+    from fluxq.formats.detect import flux_shapes
+
+    for format, expected in (("nf4", 113_246_208 * 9 / 16), ("int8", 113_246_208), ("bf16", 113_246_208 * 2)):
+        units = layout(dict(flux_shapes(FluxConfig.dev())), format)
+        streamed = {u: size for u, (_, size) in units.items() if u != REST and not u.endswith(".mod")}
+        assert len(streamed) == 76
+        assert all(expected <= size < expected * 1.003 for size in streamed.values())
+
+
+def test_every_tensor_has_one_unit():
+    from fluxq.formats.detect import flux_shapes
+
+    shapes = flux_shapes(FluxConfig.dev())
+    units = by_unit(shapes)
+    assert sorted(n for names in units.values() for n in names) == sorted(shapes)
+    assert len(units) == 76 + 57 + 1
+    assert units["double_blocks.3.txt"] == [
+        n for n in shapes if n.startswith(("double_blocks.3.txt_attn", "double_blocks.3.txt_mlp"))
+    ]
+
+
+def test_a_file_is_quantised_once_wherever_it_lies(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
+    first = cached(source, "nf4", CPU)
+    source.asked.clear()
+    assert cached(source, "nf4", CPU).path == first.path
+    (tmp_path / "elsewhere").mkdir()
+    source.files = (source.files[0].rename(tmp_path / "elsewhere" / source.files[0].name),)
+    assert cached(source, "nf4", CPU).path == first.path
+    assert source.asked == []
+    assert cached(source, "int8", CPU).path != first.path
+
+
+def test_a_changed_file_is_quantised_anew(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
+    first = cached(source, "nf4", CPU)
+    source.tensors["single_blocks.0.linear1.weight"] = source.tensors["single_blocks.0.linear1.weight"] * 2
+    write_safetensors(source.files[0], source.tensors)
+    second = cached(source, "nf4", CPU)
+    assert second.path != first.path
+    assert second.source["hash"] != first.source["hash"]
+
+
+def test_an_interrupted_write_leaves_nothing_under_the_real_name(source, tmp_path):
+    def interrupted(done, total):
+        if done > total / 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_quantized(tmp_path / "out" / "q.safetensors", source, "nf4", {}, CPU, interrupted)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_a_full_disk_is_said_before_anything_is_read(source, tmp_path, monkeypatch):
+    monkeypatch.setattr(quantized.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    with pytest.raises(WrongRequest, match=r"q.safetensors needs 0\.0 GB, and 0\.0 GB are free"):
+        write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, CPU)
+    assert source.asked == []
+
+
+def test_another_file_is_refused(source):
+    with pytest.raises(WrongRequest, match="was not written by fluxq quantize"):
+        QuantizedFile.open(source.files[0])
+
+
+def test_fp8_weights_keep_their_bytes(source, tmp_path):
+    source.tensors = {name: t.to(torch.float8_e4m3fn) for name, t in source.tensors.items()}
+    write_quantized(tmp_path / "q.safetensors", source, "fp8", {}, CPU)
+    flux = load_quantized(QuantizedFile.open(tmp_path / "q.safetensors"), CPU)
+    stored = flux.double_blocks[0].img_attn.qkv
+    original = source.tensors["double_blocks.0.img_attn.qkv.weight"]
+    assert torch.equal(stored.values.view(torch.uint8), original.view(torch.uint8))
+    assert torch.equal(stored.scale, torch.ones(len(original)))
+    assert torch.equal(stored.bias, source.tensors["double_blocks.0.img_attn.qkv.bias"].bfloat16())
+
+
+@pytest.mark.parametrize(("format", "bound"), [("nf4", 0.12), ("fp8", 0.04), ("int8", 0.015)])
+def test_the_model_in_every_format_answers_like_in_bf16(format, bound, source, tmp_path):
+    from fluxq.model.embed import image_ids, text_ids
+
+    outputs = {}
+    for name in (format, "bf16"):
+        write_quantized(tmp_path / f"{name}.safetensors", source, name, {}, CPU)
+        flux = load_quantized(QuantizedFile.open(tmp_path / f"{name}.safetensors"), CPU)
+        torch.manual_seed(5)
+        i = (
+            torch.randn(1, 6, 16),
+            image_ids(2, 3),
+            torch.randn(1, 3, 40),
+            text_ids(3),
+            torch.rand(1),
+            torch.randn(1, 24),
+        )
+        outputs[name] = flux(*i, torch.ones(1)).float()
+    assert relative_error(outputs[format], outputs["bf16"]) < 3 * bound
+
+
+def test_the_file_is_a_safetensors_file_like_any_other(source, tmp_path):
+    from safetensors import safe_open
+
+    write_quantized(tmp_path / "q.safetensors", source, "nf4", {"note": "ü"}, CPU)
+    with safe_open(tmp_path / "q.safetensors", "pt") as file:
+        assert set(file.keys()) == set(Checkpoint(tmp_path / "q.safetensors").keys())
+        assert torch.equal(file.get_tensor(REST), QuantizedFile.open(tmp_path / "q.safetensors").read(REST))
