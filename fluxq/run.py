@@ -70,7 +70,7 @@ def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
             )
     name = output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     output = replace(output, name=name, out=output.out or Path("runs") / name)
-    return replace(config, data=data, lora=lora, training=training, output=output)
+    return replace(config, model=models.resolved(), data=data, lora=lora, training=training, output=output)
 
 
 def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:

@@ -19,7 +19,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"model"},
     {"formats"},
     {"data"},
-    {"nano", "config", "flow", "optim", "state", "report"},
+    {"nano", "config", "flow", "optim", "state", "report", "hub"},
     {"models"},
     {"run"},
     {"cache"},

@@ -202,7 +202,7 @@ def locate(path: str | Path, wanted: str) -> Path:
     inner = path / FOLDERS[wanted]
     folder = inner if inner.is_dir() else path
     found = units(folder)
-    fitting = found if len(found) == 1 else [unit for unit in found if wanted in meant(unit)]
+    fitting = found if len(found) == 1 else [unit for unit in found if _means(unit, wanted)]
     if len(fitting) > 1:
         what = f"holds {wanted} in {' and in '.join(unit.name for unit in fitting)}"
         refuse(folder, what, "name the one to use")
@@ -228,11 +228,15 @@ def _is_unit(path: Path) -> bool:
 
 
 def meant(unit: Path) -> list[str]:
-    """Which of the four models a file or an index means to hold; none where it cannot be read."""
+    """Which of the four models a file or an index means to hold. Raises WrongRequest where it is damaged."""
+    return detect.meant(_weight_map(unit) if unit.suffix == ".json" else Checkpoint(unit).keys())
+
+
+def _means(unit: Path, wanted: str) -> bool:
     try:
-        return detect.meant(_weight_map(unit) if unit.suffix == ".json" else Checkpoint(unit).keys())
+        return wanted in meant(unit)
     except WrongRequest:
-        return []
+        return False
 
 
 def _sharded(index: Path) -> dict[str, Checkpoint]:
