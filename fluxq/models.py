@@ -22,7 +22,7 @@ from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
 from fluxq.formats.find import Found, choose, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
 from fluxq.formats.source import OPENERS, Source, locate
-from fluxq.hub import from_hub, hub_id
+from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
@@ -235,6 +235,8 @@ class Models:
             try:
                 return [Path(hf_hub_download(repository, name, local_files_only=True)) for name in names]
             except LocalEntryNotFoundError:
+                if not self._fetch:
+                    raise NotFetched(repository, list(names), 2_000_000) from None
                 self._say(f"fetching the tokenizer ({', '.join(names)}) from {repository}, once")
                 return [Path(hf_hub_download(repository, name)) for name in names]
         except (HfHubHTTPError, OSError) as error:

@@ -30,6 +30,7 @@ OPTIONS = {
     "--json",
     "cache": f"{MODEL} {DATA} --prompt --verify --prune --config --set --json",
     "sample": f"{MODEL} {SAMPLES} --lora --strength --grid --cache --out --config --set --json",
+    "check": f"{MODEL} {DATA} --config --set --json",
     "demo": "--out --format --json",
 }
 

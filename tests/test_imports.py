@@ -13,7 +13,7 @@ import fluxq
 
 ROOT = Path(fluxq.__file__).parent
 FLOORS = [  # from the ground up; what stands on one floor may import its own folder and everything below
-    {"errors", "quiet"},
+    {"errors", "quiet", "machine"},
     {"kernels"},
     {"offload"},
     {"model"},
@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"nano", "config", "flow", "optim", "state", "report", "hub"},
     {"models"},
     {"run"},
-    {"cache"},
+    {"cache", "check"},
     {"sample"},
     {"train"},
     {"demo"},
