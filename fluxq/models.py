@@ -79,7 +79,7 @@ class Models:
     def files(self, part: str) -> tuple[Path, ...]:
         """All files that the part's tensors lie in, whether they are there (any more) or not."""
         path = self.served(part).path
-        return self.open(part).files if path.suffix == ".json" or path.is_dir() else (path,)
+        return self.open(part).files if path.suffix == ".json" else (path,)
 
     def resolved(self) -> ModelConfig:
         """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it."""

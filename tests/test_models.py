@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import shutil
+import tomllib
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -11,15 +13,19 @@ import pytest
 import torch
 from huggingface_hub import constants
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fluxq import nano
-from fluxq.config import ModelConfig
+from fluxq.config import ModelConfig, config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats import find
 from fluxq.formats.find import search
+from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.hub import NotFetched
+from fluxq.model import FluxConfig
 from fluxq.models import NANO, PARTS, Models
+from fluxq.train import train
 
 REPOSITORY = "someone/FLUX.1-toy"
 
@@ -185,6 +191,38 @@ def test_a_resolved_config_names_every_file_absolutely(tmp_path):
     config = models.resolved()
     assert config.models is None and config.flux == tmp_path / "models/unet/a.safetensors"
     assert Models(config).served("t5xxl").path == tmp_path / "models/text_encoders/sub/d.safetensors"
+
+
+def test_a_run_from_a_diffusers_folder_is_the_run_from_single_files(tmp_path):
+    """Layout and shards change nothing: the same losses to the last bit, from caching to training."""
+    folder, photos = tmp_path / "diffusers", tmp_path / "photos"
+    flux = to_diffusers(load_file(nano.FLUX), FluxConfig.nano())
+    halves = {f"m-0000{i + 1}-of-00002.safetensors": sorted(flux)[i::2] for i in (0, 1)}
+    (folder / "transformer").mkdir(parents=True)
+    for name, keys in halves.items():
+        save_file({key: flux[key].contiguous() for key in keys}, folder / "transformer" / name)
+    listing = {key: name for name, keys in halves.items() for key in keys}
+    (folder / "transformer/m.safetensors.index.json").write_text(json.dumps({"weight_map": listing}))
+    (folder / "vae").mkdir()
+    ae = autoencoder_to_diffusers(load_file(nano.AE))
+    save_file({key: tensor.contiguous() for key, tensor in ae.items()}, folder / "vae/model.safetensors")
+    place(nano.CLIP_L, folder / "text_encoder/model.safetensors")
+    place(nano.T5XXL, folder / "text_encoder_2/model.safetensors")
+    shutil.copytree(nano.WEIGHTS / "tokenizer", folder / "tokenizer")
+    place(nano.T5_TOKENIZER, folder / "tokenizer_2/spiece.model")
+    photos.mkdir()
+    Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 20).convert("RGB").save(photos / "0.png")
+
+    losses = []
+    for name, model in (("a", {"name": "nano"}), ("b", {"models": str(folder), "t5_length": 32})):
+        values = {"model": model, "data": {"folders": [str(photos)], "trigger": "zqx", "size": 96}}
+        values["data"]["cache"] = str(tmp_path / f"cache_{name}")
+        values |= {"lora": {"rank": 4}, "training": {"steps": 2}, "output": {"out": str(tmp_path / name)}}
+        result = train(config_from_dict(values, "a test"), say=lambda line: None)
+        losses.append((result.loss_first, result.loss_last))
+    assert losses[0] == losses[1]
+    written = tomllib.loads((tmp_path / "b/config.toml").read_text())["model"]
+    assert written["flux"] == str(folder / "transformer/m.safetensors.index.json") and "models" not in written
 
 
 # --- the hub, by its cache and by a hub that is made up here ---

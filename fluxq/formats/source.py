@@ -60,14 +60,14 @@ class Source(Generic[Config]):
         pieces: Mapping[str, tuple[Piece, ...]],
         shapes: detect.Shapes,
         diffusers: bool = False,
+        scales: Mapping[str, str] | None = None,
     ) -> None:
         self.config, self.path, self.files = config, shards.path, shards.files
         self.shapes: dict[str, tuple[int, ...]] = {name: shapes[name] for name in pieces}
         self.dtypes = {name: _common_dtype(shards, parts) for name, parts in pieces.items()}
         self.alone = len(detect.meant(shards.shapes)) == 1
         self.diffusers = diffusers
-        self._shards, self._pieces = shards, pieces
-        self._scales: dict[str, str] = {}
+        self._shards, self._pieces, self._scales = shards, pieces, scales or {}
         _refuse_dtypes(self)
 
     def get(self, name: str) -> Tensor:
@@ -289,11 +289,16 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _plain(
-    shards: Shards, config: Config, names: Mapping[str, str], shapes: detect.Shapes, diffusers: bool = False
+    shards: Shards,
+    config: Config,
+    names: Mapping[str, str],
+    shapes: detect.Shapes,
+    diffusers: bool = False,
+    scales: Mapping[str, str] | None = None,
 ) -> Source[Config]:
     """A source each of whose tensors is one tensor of the files."""
     pieces = {name: (Piece(key, 0, (*shards.shapes[key], 1)[0]),) for name, key in names.items()}
-    return Source(shards, config, pieces, shapes, diffusers)
+    return Source(shards, config, pieces, shapes, diffusers, scales)
 
 
 def _open_text(path: str | Path, wanted: str, keys_of: Any, config_of: Any, shapes_of: Any) -> Source[dict[str, Any]]:
@@ -308,29 +313,26 @@ def _open_text(path: str | Path, wanted: str, keys_of: Any, config_of: Any, shap
     names: dict[str, str] = keys_of(plain, shards.path)
     config = config_of(plain, shards.path)
     detect.compare({name: plain[key] for name, key in names.items()}, shapes_of(config), wanted, shards.path)
-    source = _plain(shards, config, names, shapes_of(config))
     marked = tuple(key.removesuffix("scaled_fp8") for key in shards.shapes if key.endswith("scaled_fp8"))
-    if scales.keys() & set(names.values()) or any(key.startswith(marked) for key in names.values()):
-        source._scales = _checked_scales(source, names, scales, shards)
-    return source
+    if not (scales.keys() & set(names.values()) or any(key.startswith(marked) for key in names.values())):
+        return _plain(shards, config, names, shapes_of(config))
+    checked = _checked_scales(shards, names, scales)
+    return _plain(shards, config, names, shapes_of(config), scales=checked)
 
 
-def _checked_scales(
-    source: Source, names: Mapping[str, str], scales: Mapping[str, str], shards: Shards
-) -> dict[str, str]:
-    """Name -> the key of its scale, one for every fp8 matrix."""
+def _checked_scales(shards: Shards, names: Mapping[str, str], scales: Mapping[str, str]) -> dict[str, str]:
+    """Name -> the key of its scale, one for every fp8 tensor. Raises WrongRequest where they do not fit."""
     found = {name: scales[key] for name, key in names.items() if key in scales}
-    missing = [key for name, key in names.items() if source.dtypes[name] in FP8 and name not in found]
+    missing = [key for name, key in names.items() if shards.dtype(key) in FP8 and name not in found]
     orphans = [scale for key, scale in scales.items() if key not in shards.shapes]
-    wrong = [
-        f"{scale} of {source.shapes[name]} is {shards.shapes[scale]} {DTYPE_NAMES[shards.dtype(scale)]}"
-        for name, scale in found.items()
-        if shards.shapes[scale] not in ((), (1,), (1, 1), source.shapes[name][:1], (source.shapes[name][0], 1))
-        or shards.dtype(scale) not in (torch.float32, torch.bfloat16, torch.float16)
-    ]
+    wrong = []
+    for name, scale in found.items():
+        of, shape, dtype = shards.shapes[names[name]], shards.shapes[scale], shards.dtype(scale)
+        if shape not in ((), (1,), (1, 1), of[:1], (*of[:1], 1)) or dtype in FP8 or dtype not in PRECISIONS:
+            wrong.append(f"{scale} of {of} is {shape} {DTYPE_NAMES[dtype]}")
     if problems := listed(without_a_scale=missing, scale_without_its_weight=orphans, wrong_scale=wrong):
         what = f"has fp8 weights whose scales, one number a matrix or a row, do not fit: {problems}"
-        refuse(source.path, what, "download it again, or give a 16-bit version")
+        refuse(shards.path, what, "download it again, or give a 16-bit version")
     return found
 
 
