@@ -142,7 +142,7 @@ def train(
     config = read_config(config_file, assignments, given, resume / "config.toml" if resume else None)
     if resume:
         config = dataclasses.replace(config, output=dataclasses.replace(config.output, out=resume))
-    _quiet(as_json)
+    _begin(as_json)
     from fluxq.train import train as run
 
     _print(run(config, resume=resume is not None, overwrite=overwrite), as_json)
@@ -170,7 +170,7 @@ def cache(
     if folders:
         given["data__folders"] = [{"path": str(folder)} for folder in folders]
     config = read_config(config_file, assignments, given)
-    _quiet(as_json)
+    _begin(as_json)
     from fluxq.cache import cache_command
 
     _print(cache_command(config, verify, prune), as_json)
@@ -215,10 +215,38 @@ def sample(
 ) -> None:
     """Draw pictures with the model and LoRAs."""
     config = read_config(config_file, assignments, given)
-    _quiet(as_json)
+    _begin(as_json)
     from fluxq.sample import sample_command
 
     _print(sample_command(config, loras, strengths, grid, out), as_json)
+
+
+@main.command()
+@click.argument("paths", nargs=-1, type=Path, metavar="[FILE | FOLDERS]...")
+@options("model", "data")
+@JSON
+@click.pass_context
+def check(
+    context: click.Context,
+    paths: tuple[Path, ...],
+    config_file: Path | None,
+    assignments: tuple[str, ...],
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Tell what FILE is, or whether a run on FOLDERS could start: which file serves which part, and what is missing.
+
+    Nothing is loaded, fetched or written. Exit code 0: a run could start, 2: not, and why.
+    """
+    if len(paths) > 1 or any(path.is_dir() for path in paths):
+        given["data__folders"] = [{"path": str(path)} for path in paths]
+    config = read_config(config_file, assignments, given)
+    _begin(as_json, computes=False)
+    from fluxq.check import check_command
+
+    answer = check_command(config, paths)
+    _print(answer, as_json)
+    context.exit(0 if answer["ready"] else 2)
 
 
 @main.command()
@@ -236,18 +264,25 @@ def sample(
 @JSON
 def demo(out: Path, format: str, as_json: bool) -> None:
     """Teach the bundled toy model a new creature: cache, quantise, train, sample, in about a minute, without a GPU."""
-    _quiet(as_json)
+    _begin(as_json)
     from fluxq.demo import demo as run
 
     _print(run(out, format), as_json)
 
 
-def _quiet(as_json: bool) -> None:
-    """With --json, everything meant for people goes to stderr."""
-    if as_json:
-        from fluxq.report import console
+def _begin(as_json: bool, computes: bool = True) -> None:
+    """Say first, on stderr, what the user of this machine should know; raise WrongRequest where the command `computes`
+    and the card cannot. With --json, everything meant for people goes to stderr.
+    """
+    from fluxq.machine import notes, obstacle, read_machine
+    from fluxq.report import console
 
-        console.stderr = True
+    console.stderr = as_json
+    machine = read_machine()
+    for note in notes(machine):
+        click.echo(f"note: {note}", err=True)
+    if computes and (problem := obstacle(machine)):
+        raise WrongRequest(problem)
 
 
 def _print(result: Any, as_json: bool) -> None:

@@ -44,10 +44,20 @@ class ModelConfig:
     name: str | None = option(
         None, "'nano' for the bundled toy model, in place of the four files", "--model", ("nano",)
     )
-    flux: Path | None = option(None, "the transformer: a .safetensors file in the original layout", "--flux")
-    ae: Path | None = option(None, "the autoencoder: ae.safetensors", "--ae")
-    clip_l: Path | None = option(None, "the CLIP-L text encoder: clip_l.safetensors", "--clip-l")
-    t5xxl: Path | None = option(None, "the T5-XXL text encoder: t5xxl_fp16.safetensors", "--t5xxl")
+    models: Path | None = option(
+        None,
+        "where parts that are not named are looked for: a ComfyUI, Forge, diffusers or other folder, an all-in-one "
+        "file, or a hub id such as black-forest-labs/FLUX.1-dev; default: the environment's FLUXQ_MODELS",
+        "--models",
+    )
+    flux: Path | None = option(None, "the transformer: a .safetensors file, diffusers folder or hub id", "--flux")
+    ae: Path | None = option(None, "the autoencoder: ae.safetensors, a diffusers folder or hub id", "--ae")
+    clip_l: Path | None = option(
+        None, "the CLIP-L text encoder: clip_l.safetensors, a diffusers folder or hub id", "--clip-l"
+    )
+    t5xxl: Path | None = option(
+        None, "the T5-XXL text encoder: t5xxl_fp16.safetensors, a diffusers folder or hub id", "--t5xxl"
+    )
     clip_tokenizer: Path | None = option(None, "folder of CLIP's vocab.json and merges.txt; default: searched for")
     t5_tokenizer: Path | None = option(None, "T5's spiece.model; default: searched for")
     t5_length: int | None = option(

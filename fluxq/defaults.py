@@ -40,8 +40,7 @@ def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
     output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} holds the pictures; choose another folder for the run by --out")
-    paths = {key: value.resolve() for key, value in vars(config.model).items() if isinstance(value, Path)}
-    model = replace(config.model, t5_length=models.t5_length, **paths)
+    model = replace(models.resolved(), t5_length=models.t5_length)
     return replace(config, model=model, data=data, lora=lora, training=training, output=output)
 
 

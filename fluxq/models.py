@@ -1,26 +1,40 @@
-"""The four models of a run: which file serves which part, and loading each when it is needed."""
+"""The four models of a run: which file serves which part and why, and loading each when it is needed.
+
+A part is found, in this order: where its option or the config says; below `models`, a folder, an all-in-one file or a
+hub id; below the environment's FLUXQ_MODELS. A path that exists is a path; else owner/name is a hub id.
+"""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fluxq import nano
 from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import autoencoder_config, clip_config, flux_config, t5_config, variant
-from fluxq.formats.files import Checkpoint
+from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
+from fluxq.formats.find import Found, choose, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
 from fluxq.formats.quantized import fingerprint
+from fluxq.formats.source import OPENERS, Source, locate
+from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.text import TextEncoders
 
+PARTS = {"flux": FLUX, "ae": AUTOENCODER, "clip_l": CLIP, "t5xxl": T5}
 FLAGS = {"flux": "--flux", "ae": "--ae", "clip_l": "--clip-l", "t5xxl": "--t5xxl"}
+NANO = {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T5XXL}
+ENCODERS = {"ae": "z_channels", "clip_l": "hidden_size", "t5xxl": "d_model"}  # and what must fit the transformer
+ENVIRONMENT = "FLUXQ_MODELS"
+TOKENIZERS = ("clip_tokenizer", "t5_tokenizer")
 CLIP_HUB = "openai/clip-vit-large-patch14"
 T5_HUB = "google/t5-v1_1-xxl"
 CLIP_NAMES = ("vocab.json", "merges.txt")
@@ -28,33 +42,68 @@ T5_NAMES = ("spiece.model",)
 T5_LENGTHS = {"dev": 512, "schnell": 256}
 
 
+@dataclass(frozen=True)
+class Served:
+    """The file, or the index of shards, that serves a part, and why it does."""
+
+    path: Path
+    why: str
+
+
 class Models:
-    """What `config` names, on `device`. Files are looked up when they are asked for; nothing is kept once loaded."""
+    """What `config` names, on `device`. Files are looked up when they are asked for; nothing is kept once loaded.
+
+    With `fetch` false nothing is fetched from the hub: `hub.NotFetched` is raised in its place.
+    """
 
     def __init__(
-        self, config: ModelConfig, device: torch.device | None = None, say: Callable[[str], None] = print
+        self,
+        config: ModelConfig,
+        device: torch.device | None = None,
+        say: Callable[[str], None] = print,
+        fetch: bool = True,
     ) -> None:
-        self.config, self._say = config, say
+        self.config, self._say, self._fetch = config, say, fetch
+        self._served: dict[str, Served] = {}
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_nano = config.name == "nano"
         if self.is_nano and (given := [FLAGS[part] for part in FLAGS if getattr(config, part)]):
             raise WrongRequest(f"--model nano brings its own files; leave out {', '.join(given)}, or --model nano")
 
-    @property
-    def flux_file(self) -> Path:
-        return nano.FLUX if self.is_nano else self._named("flux")
+    def served(self, part: str) -> Served:
+        """What serves `part`, a key of PARTS. Raises WrongRequest where nothing does, or several files alike."""
+        if part not in self._served:
+            self._served[part] = self._find(part)
+        return self._served[part]
+
+    def open(self, part: str) -> Source[Any]:
+        """The part's tensors, of which only the header has been read. Raises WrongRequest where they do not fit it."""
+        return OPENERS[PARTS[part]](self.served(part).path)
+
+    def files(self, part: str) -> tuple[Path, ...]:
+        """All files that the part's tensors lie in, whether they are there (any more) or not."""
+        path = self.served(part).path
+        return self.open(part).files if path.suffix == ".json" else (path,)
+
+    def resolved(self) -> ModelConfig:
+        """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it."""
+        if self.is_nano:
+            return self.config
+        named = {part: self.served(part).path for part in PARTS}
+        named |= {key: path for key in TOKENIZERS if (path := getattr(self.config, key))}
+        return replace(self.config, models=None, **{key: path.absolute() for key, path in named.items()})
 
     @property
-    def ae_file(self) -> Path:
-        return nano.AE if self.is_nano else self._named("ae")
+    def flux_file(self) -> Path:
+        return self.served("flux").path
 
     @property
     def clip_l_file(self) -> Path:
-        return nano.CLIP_L if self.is_nano else self._named("clip_l")
+        return self.served("clip_l").path
 
     @property
     def t5xxl_file(self) -> Path:
-        return nano.T5XXL if self.is_nano else self._named("t5xxl")
+        return self.served("t5xxl").path
 
     def tokenizer_files(self, known: Callable[[Path], bool] = Path.is_file) -> tuple[Path, Path, Path]:
         """CLIP's vocab.json and merges.txt, T5's spiece.model.
@@ -73,27 +122,28 @@ class Models:
     @cached_property
     def flux_config(self) -> FluxConfig:
         """The transformer's sizes, read from its file's header."""
-        return flux_config(Checkpoint(self.flux_file).shapes, self.flux_file)
+        return self.open("flux").config
 
     def check(self) -> None:
         """Read the headers of all files: WrongRequest where one is not what it should be or does not fit the others.
 
         Encoder files that are gone are left out: a complete cache does without them.
         """
+        for part in PARTS:  # that each has a file, before any is read
+            self.served(part)
+        self.open("flux")
+        for part in ENCODERS:
+            if self.served(part).path.exists():
+                source = self.open(part)
+                if misfit := self.misfit(part, source.config):
+                    raise WrongRequest(f"{source.path} {misfit}; use one model's files")
+
+    def misfit(self, part: str, config: Any) -> str | None:
+        """What is wrong with an encoder of this config in the place of `part`; None if it fits the transformer."""
         flux = self.flux_config
-        parts = (
-            (self.ae_file, autoencoder_config, "z_channels", flux.in_channels // 4),
-            (self.clip_l_file, clip_config, "hidden_size", flux.vec_in_dim),
-            (self.t5xxl_file, t5_config, "d_model", flux.context_in_dim),
-        )
-        for path, config_of, field, wanted in parts:
-            if path.is_file():
-                found = config_of(Checkpoint(path).shapes, path)
-                width = found[field] if isinstance(found, dict) else getattr(found, field)
-                if width != wanted:
-                    raise WrongRequest(
-                        f"{path} gives vectors of {width} where {self.flux_file} takes {wanted}; use one model's files"
-                    )
+        wanted = {"ae": flux.in_channels // 4, "clip_l": flux.vec_in_dim, "t5xxl": flux.context_in_dim}[part]
+        width = config[ENCODERS[part]] if isinstance(config, dict) else getattr(config, ENCODERS[part])
+        return None if width == wanted else f"gives vectors of {width} where {self.flux_file} takes {wanted}"
 
     @property
     def variant(self) -> str:
@@ -107,7 +157,7 @@ class Models:
 
     def fingerprint(self) -> str:
         """What tells this transformer's file from any other."""
-        return fingerprint([self.flux_file])
+        return fingerprint(self.files("flux"))
 
     @property
     def default_size(self) -> tuple[int, str]:
@@ -123,20 +173,61 @@ class Models:
         return load_flux(self.flux_file, self.config.format, self.device)
 
     def load_autoencoder(self) -> AutoEncoder:
-        return load_autoencoder(self.ae_file, self.device)
+        return load_autoencoder(self.served("ae").path, self.device)
 
     def load_text_encoders(self) -> TextEncoders:
         vocabulary, _, spiece = self.tokenizer_files()
         files = self.clip_l_file, self.t5xxl_file, vocabulary.parent, spiece
         return load_text_encoders(*files, self.t5_length, self.device)
 
-    def _named(self, part: str) -> Path:
-        missing = [flag for name, flag in FLAGS.items() if getattr(self.config, name) is None]
-        if missing:
+    def _find(self, part: str) -> Served:
+        if self.is_nano:
+            return Served(NANO[part], "the bundled toy")
+        named: Path | None = getattr(self.config, part)
+        if named is not None:
+            if repository := hub_id(named):
+                return Served(from_hub(repository, PARTS[part], self._say, self._fetch), f"from the hub's {repository}")
+            return Served(locate(named, PARTS[part]), f"named by {FLAGS[part]} or the config")
+        place = self._place
+        if place is None:
+            missing = [flag for name, flag in FLAGS.items() if getattr(self.config, name) is None]
             raise WrongRequest(
-                f"no {', '.join(missing)} was given; name all four model files, or run the toy by --model nano"
+                f"no {', '.join(missing)} was given; name the files, or the folder to look for all four in by --models "
+                f"or {ENVIRONMENT}, or run the toy by --model nano"
             )
-        return getattr(self.config, part)
+        if repository := hub_id(place):
+            return Served(from_hub(repository, PARTS[part], self._say, self._fetch), f"from the hub's {repository}")
+        served = self._choose(part, place)
+        self._say(f"{FLAGS[part].lstrip('-')}: {served.path} ({served.why})")
+        return served
+
+    @property
+    def _place(self) -> Path | None:
+        """Where parts that are not named are looked for."""
+        environment = os.environ.get(ENVIRONMENT)
+        return self.config.models or (Path(environment).expanduser() if environment else None)
+
+    @cached_property
+    def found(self) -> Found:
+        """All that lies where parts are looked for."""
+        assert self._place is not None, "asked only where parts are looked for"
+        return search(self._place)
+
+    def _choose(self, part: str, place: Path) -> Served:
+        fitting, passed_over = [], list(self.found.passed_over)
+        for source in self.found.sources[PARTS[part]]:
+            if part != "flux" and (misfit := self.misfit(part, source.config)):
+                passed_over.append(f"{source.path} {misfit}")
+            else:
+                fitting.append(source)
+        if not fitting:
+            more = f"; passed over: {' | '.join(passed_over[:3])}" if passed_over else ""
+            raise WrongRequest(f"{place} holds no {PARTS[part].split(' ', 1)[1]}; name it by {FLAGS[part]}{more}")
+        try:
+            source, why = choose(fitting, PARTS[part], place)
+        except WrongRequest as error:
+            raise WrongRequest(f"{error}, by {FLAGS[part]}") from error
+        return Served(source.path, why)
 
     def _tokenizer(
         self, repository: str, folder: str, names: tuple[str, ...], known: Callable[[Path], bool]
@@ -154,6 +245,8 @@ class Models:
             try:
                 return [Path(hf_hub_download(repository, name, local_files_only=True)) for name in names]
             except LocalEntryNotFoundError:
+                if not self._fetch:
+                    raise NotFetched(repository, list(names), 2_000_000) from None
                 self._say(f"fetching the tokenizer ({', '.join(names)}) from {repository}, once")
                 return [Path(hf_hub_download(repository, name)) for name in names]
         except (HfHubHTTPError, OSError) as error:

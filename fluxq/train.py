@@ -143,8 +143,8 @@ def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
         return ()
     for name, pixels in (("width", samples.width), ("height", samples.height)):
         side(name, pixels or 16)
-    if not models.ae_file.is_file():
-        raise WrongRequest(f"previews need {models.ae_file}, which is not there; put it back, or pass --sample-every 0")
+    if not (autoencoder := models.served("ae").path).exists():
+        raise WrongRequest(f"previews need {autoencoder}, which is not there; put it back, or pass --sample-every 0")
     triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
     captions = (with_trigger(read_caption(p), f.trigger) for f in folders for p in picture_files(f.path))
     return samples.prompts or tuple(triggers) or tuple(dict.fromkeys(captions))[:3]

@@ -13,17 +13,17 @@ import fluxq
 
 ROOT = Path(fluxq.__file__).parent
 FLOORS = [  # from the ground up; what stands on one floor may import its own folder and everything below
-    {"errors", "quiet"},
+    {"errors", "quiet", "machine"},
     {"kernels"},
     {"offload"},
     {"model"},
     {"formats"},
     {"data"},
-    {"nano", "config", "flow", "optim", "state", "report"},
+    {"nano", "config", "flow", "optim", "state", "report", "hub"},
     {"models"},
     {"defaults"},
     {"run"},
-    {"cache"},
+    {"cache", "check"},
     {"sample"},
     {"train"},
     {"demo"},

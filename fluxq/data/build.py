@@ -22,15 +22,15 @@ from fluxq.errors import WrongRequest
 
 @dataclass(frozen=True)
 class EncoderFiles:
-    """The files that the encoders are made of: what was encoded is identified by their hashes."""
+    """The files that each encoder is made of: what was encoded is identified by their hashes."""
 
-    ae: Path
-    clip_l: Path
-    t5xxl: Path
+    ae: tuple[Path, ...]
+    clip_l: tuple[Path, ...]
+    t5xxl: tuple[Path, ...]
     tokenizers: tuple[Path, ...]
 
     def text(self) -> tuple[Path, ...]:
-        return (self.t5xxl, self.clip_l, *self.tokenizers)
+        return (*self.t5xxl, *self.clip_l, *self.tokenizers)
 
 
 def build_cache(
@@ -62,14 +62,14 @@ def build_cache(
     store, progress = Store(store_dir), progress or _silent
     found = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
     captions = list(dict.fromkeys((*(example.caption for example in found.examples), "", *prompts)))
-    if not store.hashes.knows(encoders.ae):
-        _require([encoders.ae], f"{len(found.examples)} pictures")
-    hashes = _hashes(store, encoders, captions, [encoders.ae, *(example.path for example in found.examples)], progress)
+    _require([path for path in encoders.ae if not store.hashes.knows(path)], f"{len(found.examples)} pictures")
+    hashes = _hashes(store, encoders, captions, [*encoders.ae, *(example.path for example in found.examples)], progress)
 
     text_keys = _text_keys(captions, encoders, hashes, t5_length)
     missing_captions = _missing_captions(store, encoders, text_keys)  # asked first, so that nothing is encoded in vain
+    autoencoder = _joined(hashes, encoders.ae)
     latents_keys = {
-        example.name: latents_key(hashes[example.path], example.resized, example.bucket, hashes[encoders.ae])
+        example.name: latents_key(hashes[example.path], example.resized, example.bucket, autoencoder)
         for example in found.examples
     }
     missing_pictures = {
@@ -79,7 +79,7 @@ def build_cache(
     }
 
     def checked_autoencoder() -> Any:
-        _require([encoders.ae], f"{len(missing_pictures)} pictures")
+        _require(encoders.ae, f"{len(missing_pictures)} pictures")
         return load_autoencoder()
 
     bad = encode_pictures(store, missing_pictures, checked_autoencoder, skip_bad, progress)
@@ -102,7 +102,7 @@ def build_cache(
     request = (
         [(os.path.abspath(folder.path), folder.repeats, folder.trigger) for folder in folders],
         (resolution, min_side, max_side, step, upscale, t5_length),
-        [os.path.abspath(path) for path in (encoders.ae, *encoders.text())],
+        [os.path.abspath(path) for path in (*encoders.ae, *encoders.text())],
     )
     dataset.save(store.root / "datasets" / f"{_name(request)}.json")  # the same request again replaces it
     return dataset
@@ -182,11 +182,12 @@ def _text_keys(
     captions: Sequence[str], encoders: EncoderFiles, hashes: dict[Path, str], t5_length: int
 ) -> dict[str, str]:
     """caption -> key"""
-    tokenizers = " ".join(hashes[path] for path in encoders.tokenizers)
-    return {
-        caption: text_key(caption, hashes[encoders.t5xxl], hashes[encoders.clip_l], tokenizers, t5_length)
-        for caption in captions
-    }
+    t5, clip, tokenizers = (_joined(hashes, f) for f in (encoders.t5xxl, encoders.clip_l, encoders.tokenizers))
+    return {caption: text_key(caption, t5, clip, tokenizers, t5_length) for caption in captions}
+
+
+def _joined(hashes: dict[Path, str], files: Sequence[Path]) -> str:
+    return " ".join(hashes[path] for path in files)
 
 
 def _missing_captions(store: Store, encoders: EncoderFiles, keys: dict[str, str]) -> dict[str, str]:

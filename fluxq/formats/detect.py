@@ -1,8 +1,9 @@
 """What a checkpoint holds, told from its keys and shapes alone, before any tensor is read.
 
 For each of the four models: `*_keys` gives the names that the model uses, mapped to the file's own keys (prefixes of
-all-in-one files stripped, aliases resolved, the other models of such a file left out), and `*_config` the sizes. The
-same rules read the full-size files and the bundled toy. Whatever does not fit is refused by the name of what it is.
+all-in-one files stripped, aliases resolved, the other models of such a file left out), `*_config` the sizes, and
+`*_shapes` every tensor that a model of these sizes has. The same rules read the full-size files and the bundled toy.
+Whatever does not fit is refused by the name of what it is. The other spelling, diffusers', is in `keys`.
 """
 
 import re
@@ -21,6 +22,9 @@ FLUX = "a FLUX.1 transformer"
 AUTOENCODER = "a FLUX.1 autoencoder"
 CLIP = "a CLIP text encoder"
 T5 = "a T5 text encoder"
+LORA = "a LoRA"
+DIFFUSERS_FLUX = "a FLUX.1 transformer in diffusers' layout"
+DIFFUSERS_OTHER = "a model in diffusers' layout (an autoencoder or a UNet)"
 
 EXAMPLES = {
     FLUX: "flux1-dev.safetensors or flux1-schnell.safetensors",
@@ -34,6 +38,14 @@ AUTOENCODER_PREFIXES = ("", "vae.")
 CLIP_PREFIXES = ("", "text_model.", "text_encoders.clip_l.transformer.text_model.", "text_encoders.clip_l.transformer.")
 T5_PREFIXES = ("", "text_encoders.t5xxl.transformer.")
 
+# What shows, under one of the prefixes, that a file means to hold the model, in either layout.
+MARKERS = {
+    FLUX: (FLUX_PREFIXES, r"(double|single)_blocks\.\d|single_transformer_blocks\.\d"),
+    AUTOENCODER: (AUTOENCODER_PREFIXES, r"decoder\.up(_blocks)?\.\d"),
+    CLIP: (CLIP_PREFIXES, r"embeddings\.position_embedding\."),
+    T5: (T5_PREFIXES, r"encoder\.block\.\d"),
+}
+
 # What may lie beside a model that has a prefix: the other models of an all-in-one file, and CLIP's picture side.
 NEIGHBOURS = re.compile(
     r"(model|diffusion_model|vae|text_encoders|first_stage_model|cond_stage_model|conditioner"
@@ -43,18 +55,21 @@ NEIGHBOURS = re.compile(
 # The first pattern that is found in any key names the file, so the special cases come before the models they resemble.
 KINDS = {
     r"\.(qweight|wscales)$": "a nunchaku (SVDQuant) file",
-    r"^(lora|lycoris)_|\.lora_(A|B|up|down)\b|[._]lora\d?\.(up|down)\.": "a LoRA",
+    r"^(lora|lycoris)_|\.lora_(A|B|up|down)\b|[._]lora\d?\.(up|down)\.": LORA,
     r"(^|\.)distilled_guidance_layer\.": "Chroma, which is another model than FLUX.1",
     r"(^|\.)(double_stream_modulation|single_stream_modulation)": "FLUX.2, which is another model than FLUX.1",
     r"\.quant_state\.bitsandbytes__|\.absmax$|\.SCB$": "a file that bitsandbytes has quantised",
+    r"\.weight(\._data|\._scale|_qdata)$": "a file that quanto or torchao has quantised",
     r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$": "a file of 8-bit weights with scales of their own",
+    r"(^|\.)txt_in\.individual_token_refiner\.": "HunyuanVideo, which is another model than FLUX.1",
     r"(^|\.)(double_blocks|single_blocks)\.\d": FLUX,
-    r"(^|\.)single_transformer_blocks\.\d": "a FLUX.1 transformer in diffusers' layout",
+    r"(^|\.)single_transformer_blocks\.\d": DIFFUSERS_FLUX,
     r"(^|\.)(input_blocks|label_emb|time_embedding)\.": "a Stable Diffusion model (1.x, 2.x or XL)",
     r"(^|\.)joint_blocks\.\d": "Stable Diffusion 3",
-    r"(^|\.)(mid_block|down_blocks|up_blocks)\.": "a model in diffusers' layout (an autoencoder or a UNet)",
     r"(^|\.)(quant_conv|post_quant_conv)\.": "the autoencoder of another model (Stable Diffusion or FLUX.2)",
+    r"(^|\.)(mid_block|down_blocks|up_blocks)\.": DIFFUSERS_OTHER,
     r"(^|\.)decoder\.up\.\d": AUTOENCODER,
+    r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias": "UMT5, another model than T5",
     r"\.SelfAttention\.|\.DenseReluDense\.": T5,
     r"\.resblocks\.\d": "a CLIP text encoder in OpenCLIP's layout",
     r"(^|\.)embeddings\.position_embedding\.": CLIP,
@@ -68,7 +83,7 @@ def flux_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str,
 
     `*_norm.weight`, which ComfyUI writes, stands for `*_norm.scale`; both at once is an error.
     """
-    found = _without_prefix(keys, FLUX_PREFIXES, r"(double|single)_blocks\.\d", FLUX, source)
+    found = _without_prefix(keys, FLUX, source)
     names: dict[str, str] = {}
     for name, key in found.items():
         name = re.sub(r"(\.norm\.(query|key)_norm)\.weight$", r"\1.scale", name)
@@ -81,6 +96,13 @@ def flux_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str,
 def flux_config(shapes: Shapes, source: str | Path = "the file") -> FluxConfig:
     """The sizes of the transformer in a file of these shapes, every one of whose tensors has been found to fit them."""
     own = {name: shapes[key] for name, key in flux_keys(shapes, source).items()}
+    config = flux_sizes(own, source)
+    compare(own, flux_shapes(config), FLUX, source)
+    return config
+
+
+def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
+    """The sizes that the telling ones among `own`, shapes by the original's names, speak of."""
     hidden, in_channels = _matrix(own, "img_in.weight", source)
     out_channels = _matrix(own, "final_layer.linear.weight", source)[0]
     if in_channels != out_channels:
@@ -89,7 +111,7 @@ def flux_config(shapes: Shapes, source: str | Path = "the file") -> FluxConfig:
     head_dim = _shape(own, "double_blocks.0.img_attn.norm.query_norm.scale", 1, source)[0]
     if head_dim % 32 or hidden % head_dim:
         refuse(source, f"has heads of {head_dim} in a width of {hidden}", "the head's width must be a multiple of 32")
-    config = FluxConfig(
+    return FluxConfig(
         in_channels=in_channels,
         out_channels=out_channels,
         vec_in_dim=_matrix(own, "vector_in.in_layer.weight", source)[1],
@@ -104,8 +126,6 @@ def flux_config(shapes: Shapes, source: str | Path = "the file") -> FluxConfig:
         qkv_bias="double_blocks.0.img_attn.qkv.bias" in own,
         guidance_embed=any(name.startswith("guidance_in.") for name in own),
     )
-    _compare(own, flux_shapes(config), FLUX, source)
-    return config
 
 
 def variant(config: FluxConfig) -> str:
@@ -158,7 +178,7 @@ def flux_shapes(config: FluxConfig) -> Mapping[str, tuple[int, ...]]:
 
 def autoencoder_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
     """The autoencoder's names, as ae.safetensors spells them, each with the key that it has in `source`."""
-    return _without_prefix(keys, AUTOENCODER_PREFIXES, r"decoder\.up\.\d", AUTOENCODER, source)
+    return _without_prefix(keys, AUTOENCODER, source)
 
 
 def autoencoder_config(shapes: Shapes, source: str | Path = "the file") -> AutoEncoderConfig:
@@ -168,6 +188,13 @@ def autoencoder_config(shapes: Shapes, source: str | Path = "the file") -> AutoE
     and resolution, which are FLUX.1's.
     """
     own = {name: shapes[key] for name, key in autoencoder_keys(shapes, source).items()}
+    config = autoencoder_sizes(own, source)
+    compare(own, autoencoder_shapes(config), AUTOENCODER, source)
+    return config
+
+
+def autoencoder_sizes(own: Shapes, source: str | Path) -> AutoEncoderConfig:
+    """The sizes that the telling ones among `own`, shapes by the original's names, speak of."""
     ch, in_channels, *_ = _shape(own, "encoder.conv_in.weight", 4, source)
     widths = [
         _shape(own, f"encoder.down.{level}.block.0.conv1.weight", 4, source)[0]
@@ -175,7 +202,7 @@ def autoencoder_config(shapes: Shapes, source: str | Path = "the file") -> AutoE
     ]
     if ch % 4 or any(width % ch for width in widths):
         refuse(source, f"has levels of {widths} channels, no multiples of its first {ch}", "give ae.safetensors")
-    config = AutoEncoderConfig(
+    return AutoEncoderConfig(
         in_channels=in_channels,
         ch=ch,
         out_ch=_shape(own, "decoder.conv_out.weight", 4, source)[0],
@@ -184,8 +211,6 @@ def autoencoder_config(shapes: Shapes, source: str | Path = "the file") -> AutoE
         z_channels=_shape(own, "decoder.conv_in.weight", 4, source)[1],
         groups=ch // 4,
     )
-    _compare(own, autoencoder_shapes(config), AUTOENCODER, source)
-    return config
 
 
 def autoencoder_shapes(config: AutoEncoderConfig) -> dict[str, tuple[int, ...]]:
@@ -244,7 +269,7 @@ def clip_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str,
 
     What belongs to CLIP's picture side, and position_ids, which is no weight, are left out.
     """
-    found = _without_prefix(keys, CLIP_PREFIXES, r"embeddings\.position_embedding\.", CLIP, source)
+    found = _without_prefix(keys, CLIP, source)
     return {
         name: key for name, key in found.items() if not re.search(r"^(text_projection|logit_scale|vision)|ids$", name)
     }
@@ -273,9 +298,28 @@ def clip_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, An
     }
 
 
+def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a CLIP text model of this `clip_config`: 196 for CLIP-L."""
+    width, inner = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.token_embedding.weight": (config["vocab_size"], width),
+        "embeddings.position_embedding.weight": (config["max_position_embeddings"], width),
+        "final_layer_norm.weight": (width,),
+        "final_layer_norm.bias": (width,),
+    }
+    matrices = {f"self_attn.{part}_proj": (width, width) for part in "qkv"} | {"self_attn.out_proj": (width, width)}
+    matrices |= {"mlp.fc1": (inner, width), "mlp.fc2": (width, inner)}
+    for layer in (f"encoder.layers.{i}" for i in range(config["num_hidden_layers"])):
+        for name, shape in matrices.items():
+            shapes[f"{layer}.{name}.weight"], shapes[f"{layer}.{name}.bias"] = shape, shape[:1]
+        for norm in ("layer_norm1", "layer_norm2"):
+            shapes[f"{layer}.{norm}.weight"] = shapes[f"{layer}.{norm}.bias"] = (width,)
+    return shapes
+
+
 def t5_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
     """T5's encoder names, each with the key in `source`; the embedding once, as `shared.weight`."""
-    found = _without_prefix(keys, T5_PREFIXES, r"encoder\.block\.\d", T5, source)
+    found = _without_prefix(keys, T5, source)
     tied = found.pop("encoder.embed_tokens.weight", None)
     return found if tied is None else {"shared.weight": tied} | found
 
@@ -304,7 +348,33 @@ def t5_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]
     }
 
 
+def t5_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of a T5 encoder of this `t5_config`, the embedding once: 219 for T5-XXL."""
+    width, hidden, inner = config["d_model"], config["d_ff"], config["num_heads"] * config["d_kv"]
+    first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    shapes: dict[str, tuple[int, ...]] = {
+        "shared.weight": (config["vocab_size"], width),
+        first: (config["relative_attention_num_buckets"], config["num_heads"]),
+        "encoder.final_layer_norm.weight": (width,),
+    }
+    for block in (f"encoder.block.{i}" for i in range(config["num_layers"])):
+        for part in "qkv":
+            shapes[f"{block}.layer.0.SelfAttention.{part}.weight"] = (inner, width)
+        shapes[f"{block}.layer.0.SelfAttention.o.weight"] = (width, inner)
+        for part, shape in (("wi_0", (hidden, width)), ("wi_1", (hidden, width)), ("wo", (width, hidden))):
+            shapes[f"{block}.layer.1.DenseReluDense.{part}.weight"] = shape
+        for layer in (0, 1):
+            shapes[f"{block}.layer.{layer}.layer_norm.weight"] = (width,)
+    return shapes
+
+
 # --- shared by all ---
+
+
+def meant(keys: Iterable[str]) -> list[str]:
+    """Which of the four models a file with these keys means to hold, were they whole or not; none in a LoRA."""
+    keys = list(keys)
+    return [] if kind(keys) == LORA else [wanted for wanted in MARKERS if _prefixes(keys, wanted)]
 
 
 def kind(keys: Iterable[str]) -> str:
@@ -316,15 +386,13 @@ def kind(keys: Iterable[str]) -> str:
     return f"no model that fluxq knows (its first key is {printable(keys[0])})" if keys else "empty: it has no tensors"
 
 
-def _without_prefix(
-    keys: Iterable[str], prefixes: tuple[str, ...], marker: str, wanted: str, source: str | Path
-) -> dict[str, str]:
-    """Stripped name -> key, of all keys under the one prefix under which `marker` occurs in any key.
+def _without_prefix(keys: Iterable[str], wanted: str, source: str | Path) -> dict[str, str]:
+    """Stripped name -> key, of all keys under the one prefix under which the marker of `wanted` occurs in any key.
 
     Raises WrongRequest if that is none or several, or if what is there is not `wanted`.
     """
     keys = list(keys)
-    present = [prefix for prefix in prefixes if any(re.match(re.escape(prefix) + marker, key) for key in keys)]
+    present = _prefixes(keys, wanted)
     if len(present) > 1:
         refuse(source, f"holds {wanted} twice, under the prefixes {' and '.join(map(repr, present))}", "keep one")
     prefix = present[0] if present else ""
@@ -338,6 +406,11 @@ def _without_prefix(
     if strange:
         refuse(source, f"is {wanted} with tensors beside it: {listed(unexpected=strange)}", f"give {EXAMPLES[wanted]}")
     return names
+
+
+def _prefixes(keys: list[str], wanted: str) -> list[str]:
+    prefixes, marker = MARKERS[wanted]
+    return [prefix for prefix in prefixes if any(re.match(f"{re.escape(prefix)}({marker})", key) for key in keys)]
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int, source: str | Path) -> tuple[int, ...]:
@@ -358,7 +431,8 @@ def _count(names: Iterable[str], pattern: str) -> int:
     return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)
 
 
-def _compare(own: Shapes, wanted: Shapes, what: str, source: str | Path) -> None:
+def compare(own: Shapes, wanted: Shapes, what: str, source: str | Path) -> None:
+    """Raises WrongRequest, naming keys, unless `own` are exactly the `wanted` shapes."""
     problems = listed(
         missing=[name for name in wanted if name not in own],
         unexpected=[printable(name) for name in own if name not in wanted],

@@ -165,14 +165,23 @@ class Checkpoint:
     def dtype(self, key: str) -> torch.dtype:
         return self._entry(key)[0]
 
-    def get(self, key: str) -> torch.Tensor:
-        """The tensor, in the file's own dtype, in memory of its own."""
-        dtype, shape, (begin, end) = self._entry(key)
-        data = torch.empty(end - begin, dtype=torch.uint8)
+    def get(self, key: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """The tensor, or its rows from `begin` to before `end`, in the file's own dtype, in memory of its own.
+
+        Just these bytes are read.
+        """
+        dtype, shape, (start, stop) = self._entry(key)
+        if shape and (begin or end is not None):
+            end = shape[0] if end is None else end
+            if not 0 <= begin <= end <= shape[0]:
+                raise ValueError(f"{printable(key)} has {shape[0]} rows, not those from {begin} to {end}")
+            row = (stop - start) // max(shape[0], 1)
+            start, stop, shape = start + begin * row, start + end * row, (end - begin, *shape[1:])
+        data = torch.empty(stop - start, dtype=torch.uint8)
         view, done = data.numpy().data, 0
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._data_start + begin)
+                file.seek(self._data_start + start)
                 while done < len(view) and (count := file.readinto(view[done:])):  # one call reads at most 2 GiB
                     done += count
         except OSError as error:

@@ -7,11 +7,15 @@ in the order given, of row ranges of one BFL module. Neither file's columns ever
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
-from fluxq.formats.detect import flux_shapes
-from fluxq.model.config import FluxConfig
+from fluxq.formats.detect import autoencoder_shapes, flux_shapes
+from fluxq.model.config import AutoEncoderConfig, FluxConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
 
 GLOBAL = {
     "img_in": "x_embedder",
@@ -100,14 +104,94 @@ def to_diffusers(tensors: Mapping[str, torch.Tensor], config: FluxConfig) -> dic
     return result
 
 
+class Piece(NamedTuple):
+    """Rows of a tensor in a file: `rows` of them from row `first` of the tensor `key`."""
+
+    key: str
+    first: int
+    rows: int
+
+
+@lru_cache(maxsize=8)
+def flux_pieces(config: FluxConfig) -> Mapping[str, tuple[Piece, ...]]:
+    """Original name -> the diffusers rows that it is, one after the other: the way back from `to_diffusers`."""
+    found: dict[str, list[tuple[int, Piece]]] = {}
+    filled: dict[str, int] = {}
+    for key in flux_shapes(config):
+        module, leaf = key.rsplit(".", 1)
+        for name, start, end in module_split(module, config):
+            name = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
+            found.setdefault(key, []).append((start, Piece(name, filled.get(name, 0), end - start)))
+            filled[name] = filled.get(name, 0) + end - start
+    return {key: tuple(piece for _, piece in sorted(pieces)) for key, pieces in found.items()}
+
+
+def flux_diffusers_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
+    """diffusers' name and shape of every tensor of a transformer, 1160 for dev."""
+    own, shapes = flux_shapes(config), {}
+    for name, pieces in flux_pieces(config).items():
+        for piece in pieces:
+            rows = shapes.get(piece.key, (0,))[0] + piece.rows
+            shapes[piece.key] = (rows, *own[name][1:])
+    return shapes
+
+
+def flux_telling(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Shapes of a diffusers file by the original's names, of one piece where the original has several together.
+
+    Good for telling sizes before it is known that everything is there.
+    """
+    globals_ = {name: own for own, name in GLOBAL.items()}
+    blocks = {
+        theirs: (own, {name: inner for inner, names in table.items() for name in names})
+        for own, (theirs, table) in BLOCKS.items()
+    }
+    result: dict[str, tuple[int, ...]] = {}
+    for key, shape in shapes.items():
+        module, _, leaf = key.rpartition(".")
+        kind, _, rest = module.partition(".")
+        index, _, inner = rest.partition(".")
+        if module in globals_:
+            result.setdefault(f"{globals_[module]}.{leaf}", shape)
+        elif kind in blocks and inner in blocks[kind][1]:
+            own = blocks[kind][1][inner]
+            result.setdefault(f"{blocks[kind][0]}.{index}.{own}.{'scale' if own.endswith('_norm') else leaf}", shape)
+    return result
+
+
+def autoencoder_diffusers_names(config: AutoEncoderConfig) -> dict[str, str]:
+    """Original name -> diffusers' name of every tensor of an autoencoder."""
+    return {name: _autoencoder_name(name, len(config.ch_mult) - 1) for name in autoencoder_shapes(config)}
+
+
+def autoencoder_diffusers_shapes(config: AutoEncoderConfig) -> dict[str, tuple[int, ...]]:
+    """diffusers' name and shape of every tensor of an autoencoder: the attention's 1x1 convolutions are matrices."""
+    own, names = autoencoder_shapes(config), autoencoder_diffusers_names(config)
+    return {names[key]: shape[:2] if _is_attention(names[key]) else shape for key, shape in own.items()}
+
+
+def autoencoder_telling(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """Those shapes of a diffusers file, by the original's names, that tell an autoencoder's sizes."""
+    pattern, own = r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."
+    return {re.sub(pattern, own, key): shape for key, shape in shapes.items()}
+
+
 def autoencoder_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """An autoencoder's tensors under diffusers' names. Views: the attention's 1x1 convolutions become matrices."""
     deepest = max(int(match[1]) for key in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", key)))
     result: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
-        name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{deepest - int(match[1])}", key)
-        for pattern, replacement in AUTOENCODER.items():
-            name = re.sub(pattern, replacement, name)
-        is_attention = ".attentions." in name and tensor.ndim == 4
-        result[name] = tensor[:, :, 0, 0] if is_attention else tensor
+        name = _autoencoder_name(key, deepest)
+        result[name] = tensor[:, :, 0, 0] if _is_attention(name) and tensor.ndim == 4 else tensor
     return result
+
+
+def _autoencoder_name(name: str, deepest: int) -> str:
+    name = re.sub(r"^decoder\.up\.(\d+)", lambda match: f"decoder.up.{deepest - int(match[1])}", name)
+    for pattern, replacement in AUTOENCODER.items():
+        name = re.sub(pattern, replacement, name)
+    return name
+
+
+def _is_attention(name: str) -> bool:
+    return ".attentions." in name

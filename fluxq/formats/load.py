@@ -12,6 +12,7 @@ from torch import Tensor
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
 from fluxq.formats.files import Checkpoint, strict_load
+from fluxq.formats.source import open_autoencoder, open_flux
 from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.flux import Flux
@@ -21,31 +22,32 @@ from fluxq.quiet import quiet_imports
 
 
 def load_flux(path: Path, format: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Flux:
-    """The transformer of a file in the original layout, computing in `dtype`.
+    """The transformer at `path`, a file or a folder in either layout, computing in `dtype`.
 
     The matrices of the blocks are stored as `format`; what lies outside the blocks, and every vector, stays in `dtype`.
-    One tensor at a time is read, moved to `device` and quantised there. Raises WrongRequest for any other file.
+    One tensor at a time is read, moved to `device` and quantised there. Raises WrongRequest as `open_flux` does.
     """
-    checkpoint = Checkpoint(path)
-    names = detect.flux_keys(checkpoint.keys(), path)
+    source = open_flux(path)
     with torch.device("meta"):
-        flux = Flux(detect.flux_config(checkpoint.shapes, path))
-    for name, key in names.items():
+        flux = Flux(source.config)
+    for name in source.shapes:
         owner, _, leaf = name.rpartition(".")
-        module, tensor = flux.get_submodule(owner), checkpoint.get(key).to(device)
+        module, tensor = flux.get_submodule(owner), source.value(name, dtype, device)
         if isinstance(module, Linear) and leaf == "weight" and "_blocks." in name:
-            module.store(quantize(tensor.to(dtype), format))
+            module.store(quantize(tensor, format))
         else:
-            setattr(module, leaf, tensor.to(dtype))
+            setattr(module, leaf, tensor)
     return flux.eval()
 
 
 def load_autoencoder(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> AutoEncoder:
-    """The autoencoder of a file in the original layout, in `dtype`. Raises WrongRequest for any other file."""
-    checkpoint = Checkpoint(path)
+    """The autoencoder at `path`, a file or a folder in either layout, in `dtype`. Raises WrongRequest as
+    `open_autoencoder` does.
+    """
+    source = open_autoencoder(path)
     with torch.device("meta"):
-        autoencoder = AutoEncoder(detect.autoencoder_config(checkpoint.shapes, path))
-    _load(autoencoder, checkpoint, detect.autoencoder_keys(checkpoint.keys(), path), device, dtype)
+        autoencoder = AutoEncoder(source.config)
+    strict_load(autoencoder, {name: source.value(name, dtype, device) for name in source.shapes}, source.path)
     return autoencoder.eval().requires_grad_(False)
 
 

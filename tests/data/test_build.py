@@ -62,7 +62,9 @@ class Workshop:
         for name in ("ae", "clip", "t5", "vocabulary", "merges"):
             (root / f"{name}.safetensors").write_text(name)
         paths = {name: root / f"{name}.safetensors" for name in ("ae", "clip", "t5", "vocabulary", "merges")}
-        self.encoders = EncoderFiles(paths["ae"], paths["clip"], paths["t5"], (paths["vocabulary"], paths["merges"]))
+        self.encoders = EncoderFiles(
+            (paths["ae"],), (paths["clip"],), (paths["t5"],), (paths["vocabulary"], paths["merges"])
+        )
 
     def load_autoencoder(self):
         self.loads.append("ae")
@@ -94,7 +96,7 @@ class Workshop:
         return sum(shape[0] for shape in self.pictures), sorted(self.captions), sorted(self.loads)
 
     def delete_encoders(self):
-        for path in (self.encoders.ae, *self.encoders.text()):
+        for path in (*self.encoders.ae, *self.encoders.text()):
             path.unlink()
 
 
@@ -242,12 +244,12 @@ def test_complete_cache_builds_and_trains_without_the_encoder_files(workshop):
 
 def test_missing_encoder_is_named_with_what_needs_it(workshop):
     workshop.build()
-    workshop.encoders.t5xxl.unlink()
+    workshop.encoders.t5xxl[0].unlink()
     (workshop.photos / "0.txt").write_text("new")
     with pytest.raises(WrongRequest, match=r"^1 captions must be encoded, but .*t5.safetensors does not exist"):
         workshop.build()
     (workshop.photos / "0.txt").write_text("picture number 0")
-    workshop.encoders.ae.unlink()
+    workshop.encoders.ae[0].unlink()
     Image.new("RGB", (64, 64)).save(workshop.photos / "new.png")
     with pytest.raises(WrongRequest, match=r"^1 pictures must be encoded, but .*ae.safetensors does not exist"):
         workshop.build()
@@ -258,7 +260,7 @@ def test_encoder_that_never_was_is_named_before_anything_is_read(workshop):
     workshop.delete_encoders()
     with pytest.raises(WrongRequest, match=r"^4 pictures must be encoded, but .*ae.safetensors does not exist"):
         workshop.build()
-    workshop.encoders.ae.write_text("ae")
+    workshop.encoders.ae[0].write_text("ae")
     with pytest.raises(WrongRequest, match=r"^5 captions must be encoded, but .*t5.safetensors does not exist"):
         workshop.build()
     assert not workshop.store_dir.exists()

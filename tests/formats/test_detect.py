@@ -135,6 +135,10 @@ FOREIGN = {
     "autoencoder": (autoencoder_shapes(NANO_AE), "is a FLUX.1 autoencoder, where a FLUX.1 transformer is wanted"),
     "sd_autoencoder": ({"decoder.up.0.x": (1,), "quant_conv.weight": (8, 8, 1, 1)}, "is the autoencoder of another"),
     "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "is a T5 text encoder, where"),
+    "umt5": (
+        {f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight": (4, 4) for i in range(2)},
+        "is UMT5, another model than T5",
+    ),
     "clip": ({"text_model.embeddings.position_embedding.weight": (77, 768)}, "is a CLIP text encoder, where"),
     "openclip": ({"transformer.resblocks.0.ln_1.weight": (8,)}, "is a CLIP text encoder in OpenCLIP's layout"),
     "sdxl": ({"model.diffusion_model.input_blocks.0.0.weight": (1,)}, "is a Stable Diffusion model"),

@@ -38,6 +38,19 @@ def test_file_is_the_librarys_byte_for_byte(tmp_path):
         assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
+def test_rows_are_read_alone_at_their_place(tmp_path):
+    tensors, path = some_tensors(), tmp_path / "x.safetensors"
+    write_safetensors(path, tensors)
+    checkpoint = Checkpoint(path)
+    for begin, end in ((0, 33), (0, 1), (7, 19), (32, 33), (5, 5), (30, None)):
+        assert torch.equal(checkpoint.get("b.weight", begin, end), tensors["b.weight"][begin:end])
+    assert torch.equal(checkpoint.get("a.weight", 2, 5), tensors["a.weight"][2:5])
+    assert checkpoint.get("scalar", 0, 1).shape == ()
+    for begin, end in ((0, 34), (-1, 2), (4, 3)):
+        with pytest.raises(ValueError, match=f"b.weight has 33 rows, not those from {begin} to {end}"):
+            checkpoint.get("b.weight", begin, end)
+
+
 def test_round_trip_keeps_dtype_shape_and_bits(tmp_path):
     tensors, path = some_tensors(), tmp_path / "x.safetensors"
     write_safetensors(path, tensors, {"a": "1", "b": "ü\n"})

@@ -1,0 +1,242 @@
+"""`fluxq check`: whether a run could start, and what one file is. Headers alone are read, and nothing is written.
+
+`check_run` looks at everything that a run needs and gathers every reason against it, not just the first.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fluxq.config import DataConfig, TrainConfig
+from fluxq.data.examples import Folder, scan
+from fluxq.defaults import resolve_data
+from fluxq.errors import WrongRequest
+from fluxq.formats import detect
+from fluxq.formats.files import DTYPE_NAMES, Checkpoint
+from fluxq.formats.source import OPENERS, Source
+from fluxq.hub import NotFetched
+from fluxq.machine import memory, notes, obstacle, read_machine
+from fluxq.model.config import FluxConfig
+from fluxq.models import FLAGS, PARTS, Models
+from fluxq.report import console
+
+PROGRAM_BYTES = 2 << 30  # Python, torch, activations of the small tensors, one tensor on its way
+Answer = dict[str, Any]
+
+
+def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
+    """Of one file: what it is. Else: whether a run on the folders `paths` could start. `ready` is the verdict."""
+    if len(paths) == 1 and not paths[0].is_dir():
+        return check_file(paths[0])
+    return check_run(config)
+
+
+# --- a run ---
+
+
+def check_run(config: TrainConfig) -> Answer:
+    """Everything that a run needs: which file serves which part and why, pictures, memory, disk, the card."""
+    models, reasons = Models(config.model, say=lambda line: None, fetch=False), []
+    parts = {part: _part(models, part, reasons) for part in PARTS}
+    fetched = sum(about.get("fetch_bytes", 0) for about in parts.values())
+    for part, about in parts.items():
+        _print_part(part, about)
+    _tokenizers(models, reasons)
+    flux = models.flux_config if "precision" in parts["flux"] else None
+    data = _data(config.data, models, reasons) if config.data.folders else None
+    if data is None and not config.data.folders:
+        console.print("pictures     none were named, so the models alone were checked")
+    ram = _ram(flux, config.model.format, parts, reasons)
+    disk = _disk(flux, config, models, data, fetched, reasons)
+    machine = read_machine()
+    if problem := obstacle(machine):
+        reasons.append(problem)
+    reasons = list(dict.fromkeys(reasons))
+    for reason in reasons:
+        console.print(f"missing      {reason}")
+    console.print("not ready" if reasons else "ready: a run could start")
+    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "pictures": data, "ram": ram, "disk": disk}
+    return answer | {"notes": notes(machine)}
+
+
+def _part(models: Models, part: str, reasons: list[str]) -> Answer:
+    """What serves a part and why, its kind, precision and size; what is in the way goes to `reasons`."""
+    try:
+        served = models.served(part)
+        about: Answer = {"path": str(served.path), "why": served.why}
+        source = models.open(part)
+        about |= _about(source)
+        if part != "flux" and (misfit := models.misfit(part, source.config)):
+            raise WrongRequest(f"{source.path} {misfit}; use one model's files")
+        return about
+    except NotFetched as error:
+        return {"path": None, "why": f"{error}; a run fetches them first", "fetch_bytes": error.nbytes}
+    except WrongRequest as error:
+        reasons.append(str(error))
+        return {"path": None, "why": None}
+
+
+def _about(source: Source) -> Answer:
+    return {
+        "what": _sizes(source.config),
+        "precision": source.precision,
+        "bytes": source.nbytes,
+        "files": [str(path) for path in source.files],
+    }
+
+
+def _sizes(config: Any) -> str:
+    """The sizes of one of the four models, for people."""
+    if isinstance(config, FluxConfig):
+        blocks = f"{config.depth} + {config.depth_single_blocks} blocks"
+        return f"{detect.variant(config)}, {blocks}, {config.hidden_size} wide"
+    if isinstance(config, dict):
+        layers = config.get("num_hidden_layers") or config.get("num_layers")
+        return f"{layers} layers, {config.get('hidden_size') or config.get('d_model')} wide"
+    return f"{config.z_channels} channels"
+
+
+def _print_part(part: str, about: Answer) -> None:
+    name = FLAGS[part].lstrip("-")
+    if "precision" in about:
+        what = f"{about['what']}, {about['precision']}, {_size(about['bytes'])}"
+        console.print(f"{name:<12} {about['path']} ({about['why']}): {what}")
+    else:
+        console.print(f"{name:<12} {about['why'] or 'nothing serves it, see below'}")
+
+
+def _tokenizers(models: Models, reasons: list[str]) -> None:
+    try:
+        files = models.tokenizer_files()
+        console.print(f"tokenizers   {', '.join(str(path) for path in files)}")
+    except NotFetched as error:
+        console.print(f"tokenizers   {error}; a run fetches them first")
+    except WrongRequest as error:
+        reasons.append(str(error))
+
+
+def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None:
+    """Pictures, captions and what they take in the cache."""
+    try:
+        resolved = resolve_data(data, models, lambda line: None)
+        assert resolved.size and resolved.min_side and resolved.max_side, "resolve_data fills these in"
+        folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
+        sides = (resolved.size, resolved.min_side, resolved.max_side, resolved.step)
+        found = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+    except WrongRequest as error:
+        reasons.append(str(error))
+        return None
+    captions = {example.caption for example in found.examples}
+    buckets = Counter(example.bucket for example in found.examples)
+    answer = {
+        "pictures": len(found.examples),
+        "captions": len(captions),
+        "size": resolved.size,
+        "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
+        "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
+        "text_records": len(captions | {""}),
+        "skipped": found.skipped,
+    }
+    shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
+    console.print(f"pictures     {answer['pictures']}, {answer['captions']} different captions; {shapes}")
+    for line in found.skipped:
+        console.print(f"skipped      {line}")
+    return answer
+
+
+def _ram(flux: FluxConfig | None, format: str, parts: dict[str, Answer], reasons: list[str]) -> Answer | None:
+    """The memory that a run needs: frozen weights as they are stored, or the largest other part, and the program."""
+    if flux is None:
+        return None
+    encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
+    needed, has = PROGRAM_BYTES + max(stored_bytes(flux, format), encoders), memory()
+    line = f"memory       {_size(needed)} of RAM needed, the transformer in {format}"
+    if has is not None:
+        line += f"; {_size(has[1])} of {_size(has[0])} are free"
+        if needed > has[0]:
+            reasons.append(
+                f"{_size(needed)} of RAM are needed with the transformer in {format}, this machine has "
+                f"{_size(has[0])}; use a leaner --format or another machine"
+            )
+    console.print(line)
+    return {"needed": needed, "all": has and has[0], "free": has and has[1]}
+
+
+def _disk(
+    flux: FluxConfig | None, config: TrainConfig, models: Models, data: Answer | None, fetched: int, reasons: list[str]
+) -> Answer | None:
+    """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
+    if flux is None:
+        return None
+    weights = stored_bytes(flux, config.model.format)
+    needed = {"weights": weights, "downloads": fetched, "cache": 0}
+    if data is not None:
+        caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
+        needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
+    total, place = sum(needed.values()), config.data.cache.absolute()
+    place = next(folder for folder in (place, *place.parents) if folder.is_dir())
+    free = shutil.disk_usage(place).free
+    listed = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in needed.items() if nbytes)
+    console.print(f"disk         {_size(total)} needed ({listed}), {_size(free)} free at {place}")
+    if total > free:
+        reasons.append(
+            f"{_size(total)} of disk are needed at {place}, {_size(free)} are free; "
+            "make room, or choose another --cache"
+        )
+    return {"needed": total, "free": free, **needed}
+
+
+def stored_bytes(config: FluxConfig, format: str) -> int:
+    """Bytes of a transformer's weights once loaded: the blocks' matrices in `format`, everything else in 16 bits."""
+    total = 0
+    for name, shape in detect.flux_shapes(config).items():
+        numel = math.prod(shape)
+        if len(shape) == 1 or "_blocks." not in name or format == "bf16":
+            total += 2 * numel
+        elif format == "nf4":
+            total += numel // 2 + numel // 64 * 4
+        else:
+            total += numel + shape[0] * 4
+    return total
+
+
+# --- a file ---
+
+
+def check_file(path: Path) -> Answer:
+    """One screen about one file: its kind, parts and precision, and what fluxq does with it or why it refuses.
+
+    Raises WrongRequest for what is no complete safetensors file.
+    """
+    checkpoint = Checkpoint(path)
+    kind = detect.kind(checkpoint.keys())
+    dtypes = Counter(DTYPE_NAMES[checkpoint.dtype(key)] for key in checkpoint.keys())
+    stored = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
+    console.print(f"file         {path}, {_size(path.stat().st_size)}, {len(checkpoint.shapes)} tensors ({stored})")
+    parts, reasons, meant = {}, [], detect.meant(checkpoint.keys())
+    for part, wanted in PARTS.items():
+        if wanted in meant:
+            try:
+                parts[part] = about = _about(OPENERS[wanted](path))
+                console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it by {FLAGS[part]}")
+            except WrongRequest as error:
+                reasons.append(str(error))
+    title = checkpoint.metadata.get("modelspec.title") or checkpoint.metadata.get("ss_output_name")
+    if title:
+        console.print(f"title        {title}")
+    if kind == detect.LORA:
+        console.print("holds        a LoRA; draw with it by fluxq sample --lora")
+    elif not meant:
+        reasons.append(f"{path} is {kind}; fluxq has no use for it")
+    for reason in reasons:
+        console.print(f"refused      {reason}")
+    answer = {"ready": bool(parts) or kind == detect.LORA, "kind": kind, "path": str(path), "dtypes": dict(dtypes)}
+    return answer | {"bytes": checkpoint.nbytes, "title": title, "parts": parts, "reasons": reasons}
+
+
+def _size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 100 << 20 else f"{nbytes / 2**20:.1f} MiB"

@@ -1,0 +1,157 @@
+"""What this machine has that a run depends on: memory, the NVIDIA driver, cards, and what this torch can do with them.
+
+`read_machine` looks; `notes` and `obstacle` judge what it saw, so that they are tested without any card.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import platform
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+LIBCUDA = tuple(f"{folder}/libcuda.so.1" for folder in ("/usr/lib/wsl/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib64"))
+DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux' own driver, and of Windows' in WSL
+
+
+@dataclass(frozen=True)
+class Card:
+    """A CUDA card that torch can use; `nbytes` is its memory."""
+
+    name: str
+    capability: tuple[int, int]
+    nbytes: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What torch was built for, what is there, and the card that a run would use.
+
+    cuda is torch's CUDA version, None for a build without; architectures what it has code for ("sm_90",
+    "compute_120"); hidden says that CUDA_VISIBLE_DEVICES takes all cards away on purpose; bf16, that torch makes bf16
+    tensors on the card, be their arithmetic emulated or not.
+    """
+
+    torch: str
+    cuda: str | None
+    rocm: bool
+    driver: bool
+    hidden: bool
+    card: Card | None
+    architectures: tuple[str, ...] = ()
+    bf16: bool = True
+
+
+def read_machine() -> Machine:
+    """This machine, through torch."""
+    import torch
+
+    card, available = None, torch.cuda.is_available()
+    if available:
+        properties = torch.cuda.get_device_properties(torch.cuda.current_device())
+        card = Card(properties.name, (properties.major, properties.minor), properties.total_memory)
+    return Machine(
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        rocm=torch.version.hip is not None,
+        driver=has_nvidia_driver(platform.system()),
+        hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
+        card=card,
+        architectures=tuple(torch.cuda.get_arch_list()) if available else (),
+        bf16=not available or torch.cuda.is_bf16_supported(including_emulation=True),
+    )
+
+
+def has_nvidia_driver(
+    system: str,
+    exists: Callable[[str], bool] = os.path.exists,
+    which: Callable[[str], str | None] = shutil.which,
+) -> bool:
+    """Whether the NVIDIA driver is installed, told without loading anything of it."""
+    if system == "Windows":
+        return exists(os.path.join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll"))
+    return any(map(exists, DEVICES)) and (which("nvidia-smi") is not None or any(map(exists, LIBCUDA)))
+
+
+def obstacle(machine: Machine) -> str | None:
+    """Why the card cannot be used although torch offers it, in one sentence with the way out; None if it can."""
+    card = machine.card
+    if card is None or machine.rocm:
+        return None
+    if machine.architectures and not any(_runs(code, card.capability) for code in machine.architectures):
+        return (
+            f"torch {machine.torch} has no code for the {card.name} ({_sm(card.capability)}; it has "
+            f"{', '.join(machine.architectures)}); install the build that pytorch.org names for this card, or hide "
+            "the card with CUDA_VISIBLE_DEVICES=-1"
+        )
+    if not machine.bf16:
+        return (
+            f"torch {machine.torch} cannot compute in bf16 on the {card.name} ({_sm(card.capability)}); use a card of "
+            "the RTX 20 series or newer, or hide this one with CUDA_VISIBLE_DEVICES=-1"
+        )
+    return None
+
+
+def notes(machine: Machine) -> list[str]:
+    """What the user of this machine should know, a line each."""
+    card = machine.card
+    if card is None and machine.driver and not machine.rocm and not machine.hidden:
+        if machine.cuda is None:
+            return [
+                f"an NVIDIA driver is installed, but this torch ({machine.torch}) was built without CUDA, so all of it "
+                "runs on the processor; mend it with: pip install --force-reinstall torch --index-url INDEX, where "
+                "INDEX is the CUDA address that pytorch.org shows under Get Started"
+            ]
+        return [
+            f"this torch ({machine.torch}) was built for CUDA {machine.cuda} but finds no card that it can use, so "
+            "everything runs on the processor; update the NVIDIA driver (nvidia-smi shows the CUDA version it reaches)"
+        ]
+    if card is not None and not machine.rocm and card.capability < (8, 0):
+        return [
+            f"the {card.name} ({_sm(card.capability)}) has no bf16 arithmetic: torch emulates it, which is right but "
+            "several times slower than on the RTX 30 series and newer"
+        ]
+    return []
+
+
+def memory() -> tuple[int, int] | None:
+    """(all, available) bytes of RAM, within the limit of a container; None where the system does not say."""
+    if platform.system() == "Windows":
+        return _windows_memory()
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        about = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines)}
+        total, available = about["MemTotal"], about["MemAvailable"]
+    except (OSError, KeyError, ValueError):
+        return None
+    try:  # cgroup v2; "max" where there is no limit
+        limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        return min(total, limit), min(available, max(limit - used, 0))
+    except (OSError, ValueError):
+        return total, available
+
+
+def _windows_memory() -> tuple[int, int] | None:
+    """By GlobalMemoryStatusEx. Its struct is two 32-bit numbers, the first its size, and seven of 64 bits."""
+    status = (ctypes.c_uint64 * 8)()
+    ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
+    if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
+        return None
+    return status[1], status[2]
+
+
+def _runs(code: str, capability: tuple[int, int]) -> bool:
+    """Whether code built for "sm_86" or "compute_120" runs on such a card: the same generation, or PTX of an older."""
+    kind, _, digits = code.rstrip("af").partition("_")
+    if not digits.isdigit():
+        return True
+    built = (int(digits[:-1]), int(digits[-1]))
+    return built <= capability and (kind == "compute" or built[0] == capability[0])
+
+
+def _sm(capability: tuple[int, int]) -> str:
+    return f"sm_{capability[0]}{capability[1]}"

@@ -1,0 +1,168 @@
+"""`fluxq check`: which file serves which part, what a run needs, every reason against it; and what one file is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import tiny_config
+from PIL import Image
+from safetensors.torch import save_file
+
+from fluxq import check as checks
+from fluxq import nano
+from fluxq.check import stored_bytes
+from fluxq.cli import main
+from fluxq.formats.detect import flux_shapes
+from fluxq.formats.files import write_safetensors
+from fluxq.formats.load import load_flux
+from fluxq.hub import NotFetched
+from fluxq.machine import Card, Machine
+from fluxq.model import FluxConfig
+from fluxq.models import PARTS, Models
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("FLUXQ_MODELS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments) -> tuple[int, dict, str]:
+    """Exit code, answer, and the lines meant for people."""
+    result = CliRunner().invoke(main, ["check", *map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, size in enumerate(((96, 96), (96, 96), (128, 64))):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_path):
+    before = sorted(tmp_path.rglob("*"))
+    code, answer, lines = run(photos, "--model", "nano")
+    assert code == 0 and answer["ready"] and answer["reasons"] == []
+    assert answer["parts"]["flux"] == {
+        "path": str(nano.FLUX),
+        "why": "the bundled toy",
+        "what": "dev, 2 + 2 blocks, 192 wide",
+        "precision": "bf16",
+        "bytes": answer["parts"]["flux"]["bytes"],
+        "files": [str(nano.FLUX)],
+    }
+    assert answer["pictures"]["pictures"] == 3 and answer["pictures"]["buckets"] == {"96x96": 2, "128x64": 1}
+    assert answer["disk"]["needed"] > answer["disk"]["cache"] > answer["pictures"]["latents_bytes"] > 0
+    assert "3, 1 different captions; 2 at 96x96, 1 at 128x64" in lines and lines.endswith("ready: a run could start\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_cache_takes_the_room_that_is_foretold(photos, tmp_path):
+    _, answer, _ = run(photos, "--model", "nano")
+    result = CliRunner().invoke(main, ["cache", str(photos), "--model", "nano", "--cache", str(tmp_path / "cache")])
+    assert result.exit_code == 0
+    records = [path.stat().st_size for kind in ("latents", "text") for path in (tmp_path / "cache" / kind).iterdir()]
+    assert answer["disk"]["cache"] == pytest.approx(sum(records), rel=0.15)  # headers are the rest
+
+
+@pytest.mark.parametrize("format", ["nf4", "bf16"])
+def test_stored_bytes_are_those_of_the_loaded_model(format):
+    flux = load_flux(nano.FLUX, format, torch.device("cpu"))
+    assert stored_bytes(flux.config, format) == sum(buffer.nbytes for buffer in flux.buffers())
+
+
+def test_full_size_needs_what_is_known():
+    assert stored_bytes(FluxConfig.dev(), "bf16") == 2 * 11_901_408_320
+    assert 6.7e9 < stored_bytes(FluxConfig.dev(), "nf4") < 6.9e9
+    assert 11.9e9 < stored_bytes(FluxConfig.dev(), "int8") < 12.1e9
+
+
+def test_every_reason_is_given_at_once(tmp_path, photos):
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(nano.FLUX, models)
+    shutil.copy(nano.AE, models)
+    (photos / "bad.png").write_bytes(b"\x89PNG no picture")
+    code, answer, lines = run(photos, "--models", models, "--t5xxl", nano.CLIP_L)
+    assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 3
+    text = "\n".join(answer["reasons"])
+    assert f"{models} holds no CLIP text encoder; name it by --clip-l" in text
+    assert "is a CLIP text encoder, where a T5 text encoder is wanted" in text and "bad.png" in text
+    assert answer["parts"]["ae"]["why"] == f"the only one in {models}"
+    assert lines.count("missing") == 3 and lines.endswith("not ready\n")
+
+
+def test_nothing_named_is_one_reason():
+    code, answer, _ = run()
+    assert code == 2 and len(answer["reasons"]) == 1 and "--models" in answer["reasons"][0]
+
+
+def test_too_little_memory_disk_or_card_is_a_reason(monkeypatch, photos):
+    card = Machine("2.13", "13.0", False, True, False, Card("old card", (6, 1), 1), ("sm_80",))
+    monkeypatch.setattr(checks, "memory", lambda: (1 << 30, 1 << 29))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(checks, "read_machine", lambda: card)
+    code, answer, _ = run(photos, "--model", "nano")
+    memory, disk, obstacle = answer["reasons"]
+    assert code == 2 and "2.0 GiB of RAM are needed with the transformer in nf4, this machine has 1.0 GiB" in memory
+    assert "of disk are needed at" in disk and "has no code for the old card (sm_61" in obstacle
+
+
+def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
+    served = Models.served
+
+    def from_hub(self, part):
+        if part == "t5xxl":
+            raise NotFetched("someone/T5", ["a", "b"], 9_000_000_000)
+        return served(self, part)
+
+    monkeypatch.setattr(Models, "served", from_hub)
+    code, answer, lines = run("--model", "nano")
+    assert code == 0 and answer["disk"]["downloads"] == 9_000_000_000
+    assert "t5xxl        2 files of someone/T5, 9.0 GB, are not in the hub's cache yet; a run fetches them" in lines
+
+
+# --- one file ---
+
+
+@pytest.mark.parametrize("part", PARTS)
+def test_a_file_is_described_with_its_use(part):
+    file = {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T5XXL}[part]
+    code, answer, lines = run(file)
+    assert code == 0 and list(answer["parts"]) == [part] and answer["parts"][part]["precision"] == "bf16"
+    assert f"holds        {PARTS[part]}" in lines and f"use it by --{part.replace('_', '-')}" in lines
+
+
+def test_a_lora_is_known_and_other_files_are_refused_with_the_reason(tmp_path):
+    save_file(
+        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)},
+        tmp_path / "lora.safetensors",
+        {"ss_output_name": "zqx"},
+    )
+    code, answer, lines = run(tmp_path / "lora.safetensors")
+    assert code == 0 and answer["kind"] == "a LoRA" and answer["title"] == "zqx" and "fluxq sample --lora" in lines
+
+    fill = {name: torch.zeros(shape).bfloat16() for name, shape in flux_shapes(tiny_config()).items()}
+    write_safetensors(tmp_path / "fill.safetensors", fill | {"img_in.weight": torch.zeros(64, 96)})
+    code, answer, lines = run(tmp_path / "fill.safetensors")
+    assert code == 2 and "has 96 inputs as of Fill where 16 are wanted" in lines and answer["parts"] == {}
+
+    save_file({"layer.weight": torch.ones(2)}, tmp_path / "other.safetensors")
+    code, answer, _ = run(tmp_path / "other.safetensors")
+    assert code == 2 and "is no model that fluxq knows (its first key is layer.weight)" in answer["reasons"][0]
+
+
+@pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is a GGUF file"), (None, "does not exist")])
+def test_what_is_no_safetensors_file_is_one_sentence(tmp_path, content, sentence):
+    if content:
+        (tmp_path / "x.safetensors").write_bytes(content * 9)
+    result = CliRunner().invoke(main, ["check", str(tmp_path / "x.safetensors")])
+    assert result.exit_code == 2 and sentence in result.stderr
