@@ -11,7 +11,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT_DIR ?= benchmarks/results
 
-.PHONY: demo test quick lint check gpu clean
+# Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
+VOCABULARIES := diffsynth==1.1.7
+
+.PHONY: demo test quick lint check gpu vocabularies clean
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +23,11 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 
 $(VENV)/installed-tests: $(VENV)/installed
 	$(INSTALL) -e '.[test]'
+	$(MAKE) vocabularies || echo "tests with the real vocabularies will be skipped"
 	touch $@
+
+vocabularies: $(VENV)/installed
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/vocabularies $(VOCABULARIES)
 
 demo: $(VENV)/installed
 	$(BIN)/fluxq demo
