@@ -78,5 +78,5 @@ def cache_texts(cache: Path, models: Models, prompts: Sequence[str]) -> dict[str
 
 
 def _encoder_files(models: Models, cache: Path) -> EncoderFiles:
-    tokenizers = models.tokenizer_files(Store(cache).hashes.knows)
-    return EncoderFiles(models.ae_file, models.clip_l_file, models.t5xxl_file, tokenizers)
+    clip, t5 = models.tokenizer_files(Store(cache).hashes.knows)
+    return EncoderFiles(models.ae_file, models.clip_l_file, models.t5xxl_file, (*clip, *t5))

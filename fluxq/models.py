@@ -14,16 +14,13 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.detect import autoencoder_config, clip_config, flux_config, t5_config, variant
 from fluxq.formats.files import Checkpoint
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
+from fluxq.formats.tokenizers import find_tokenizers
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.text import TextEncoders
 
 FLAGS = {"flux": "--flux", "ae": "--ae", "clip_l": "--clip-l", "t5xxl": "--t5xxl"}
-CLIP_HUB = "openai/clip-vit-large-patch14"
-T5_HUB = "google/t5-v1_1-xxl"
-CLIP_NAMES = ("vocab.json", "merges.txt")
-T5_NAMES = ("spiece.model",)
 T5_LENGTHS = {"dev": 512, "schnell": 256}
 
 
@@ -53,19 +50,15 @@ class Models:
     def t5xxl_file(self) -> Path:
         return nano.T5XXL if self.is_nano else self._named("t5xxl")
 
-    def tokenizer_files(self, known: Callable[[Path], bool] = Path.is_file) -> tuple[Path, Path, Path]:
-        """CLIP's vocab.json and merges.txt, T5's spiece.model.
+    def tokenizer_files(
+        self, known: Callable[[Path], bool] = Path.is_file
+    ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+        """The files of CLIP's and of T5's tokenizer, as `find_tokenizers` finds them from the text encoders' folders.
 
-        They are looked for beside the text encoders, else in the hub's cache, else fetched from the hub, which is said.
         A file that is gone counts as found where `known` says so. Raises WrongRequest where one is nowhere.
         """
-        if self.is_nano:
-            return (nano.CLIP_TOKENIZER / CLIP_NAMES[0], nano.CLIP_TOKENIZER / CLIP_NAMES[1], nano.T5_TOKENIZER)
         clip, t5 = self.config.clip_tokenizer, self.config.t5_tokenizer
-        vocabulary, merges = (
-            [clip / n for n in CLIP_NAMES] if clip else self._tokenizer(CLIP_HUB, "tokenizer", CLIP_NAMES, known)
-        )
-        return vocabulary, merges, t5 or self._tokenizer(T5_HUB, "tokenizer_2", T5_NAMES, known)[0]
+        return find_tokenizers((self.clip_l_file, self.t5xxl_file), clip, t5, known, self._say)
 
     @cached_property
     def flux_config(self) -> FluxConfig:
@@ -119,8 +112,7 @@ class Models:
         return load_autoencoder(self.ae_file, self.device)
 
     def load_text_encoders(self) -> TextEncoders:
-        vocabulary, _, spiece = self.tokenizer_files()
-        files = self.clip_l_file, self.t5xxl_file, vocabulary.parent, spiece
+        files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()
         return load_text_encoders(*files, self.t5_length, self.device)
 
     def _named(self, part: str) -> Path:
@@ -130,28 +122,3 @@ class Models:
                 f"no {', '.join(missing)} was given; name all four model files, or run the toy by --model nano"
             )
         return getattr(self.config, part)
-
-    def _tokenizer(
-        self, repository: str, folder: str, names: tuple[str, ...], known: Callable[[Path], bool]
-    ) -> list[Path]:
-        places = [p for file in (self.clip_l_file, self.t5xxl_file) for p in (file.parent, file.parent.parent)]
-        candidates = [[p / part / name for name in names] for p in dict.fromkeys(places) for part in ("", folder)]
-        for found in (Path.is_file, known):
-            for paths in candidates:
-                if all(map(found, paths)):
-                    return paths
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
-
-        try:
-            try:
-                return [Path(hf_hub_download(repository, name, local_files_only=True)) for name in names]
-            except LocalEntryNotFoundError:
-                self._say(f"fetching the tokenizer ({', '.join(names)}) from {repository}, once")
-                return [Path(hf_hub_download(repository, name)) for name in names]
-        except (HfHubHTTPError, OSError) as error:
-            option = "clip_tokenizer=FOLDER" if names == CLIP_NAMES else "t5_tokenizer=FILE"
-            raise WrongRequest(
-                f"{' and '.join(names)} of {repository} lie neither beside the text encoders nor in the hub's cache, "
-                f"and the hub cannot be reached; download them and pass --set model.{option}"
-            ) from error

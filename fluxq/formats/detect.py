@@ -40,6 +40,9 @@ NEIGHBOURS = re.compile(
     r"|vision_model|visual_projection|text_projection|logit_scale)(\.|$)"
 )
 
+# Scales of 8-bit weights, and the marks of files that have them: no weights themselves.
+SCALES = re.compile(r"(^|\.)(scale_weight|weight_scale|scale_input|input_scale|scaled_fp8|comfy_quant)$")
+
 # The first pattern that is found in any key names the file, so the special cases come before the models they resemble.
 KINDS = {
     r"\.(qweight|wscales)$": "a nunchaku (SVDQuant) file",
@@ -242,24 +245,25 @@ def autoencoder_shapes(config: AutoEncoderConfig) -> dict[str, tuple[int, ...]]:
 def clip_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
     """CLIP's names without the `text_model.` prefix, as transformers 5 has them, each with the key in `source`.
 
-    What belongs to CLIP's picture side, and position_ids, which is no weight, are left out.
+    What belongs to CLIP's picture side, scales, and position_ids, which is no weight, are left out.
     """
-    found = _without_prefix(keys, CLIP_PREFIXES, r"embeddings\.position_embedding\.", CLIP, source)
+    found = _without_prefix(_without_scales(keys), CLIP_PREFIXES, r"embeddings\.position_embedding\.", CLIP, source)
     return {
         name: key for name, key in found.items() if not re.search(r"^(text_projection|logit_scale|vision)|ids$", name)
     }
 
 
 def clip_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]:
-    """Arguments of transformers.CLIPTextConfig for a file of these shapes; heads are 64 wide, as in all of OpenAI's.
+    """Arguments of transformers.CLIPTextConfig for a file of these shapes, all of which have been found to fit them.
 
-    eos_token_id 2 makes transformers pool at the highest id, which is the end token in every CLIP vocabulary.
+    Heads are 64 wide, as in all of OpenAI's. eos_token_id 2 makes transformers pool at the highest id, which is the end
+    token in every CLIP vocabulary.
     """
     own = {name: shapes[key] for name, key in clip_keys(shapes, source).items()}
     vocabulary, width = _matrix(own, "embeddings.token_embedding.weight", source)
     if width % 64:
         refuse(source, f"is {width} wide, which is no multiple of a head's 64", "give clip_l.safetensors")
-    return {
+    config = {
         "vocab_size": vocabulary,
         "hidden_size": width,
         "intermediate_size": _matrix(own, "encoder.layers.0.mlp.fc1.weight", source)[0],
@@ -271,23 +275,46 @@ def clip_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, An
         "layer_norm_eps": 1e-5,
         "eos_token_id": 2,
     }
+    _compare(own, clip_shapes(config), CLIP, source)
+    return config
+
+
+def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of CLIP's text model, 196 for CLIP-L's."""
+    width, hidden = config["hidden_size"], config["intermediate_size"]
+    shapes: dict[str, tuple[int, ...]] = {
+        "embeddings.token_embedding.weight": (config["vocab_size"], width),
+        "embeddings.position_embedding.weight": (config["max_position_embeddings"], width),
+    }
+    layers = [f"encoder.layers.{i}" for i in range(config["num_hidden_layers"])]
+    linears = {f"self_attn.{part}_proj": (width, width) for part in ("q", "k", "v", "out")}
+    for layer in layers:
+        for name, shape in (linears | {"mlp.fc1": (hidden, width), "mlp.fc2": (width, hidden)}).items():
+            shapes[f"{layer}.{name}.weight"], shapes[f"{layer}.{name}.bias"] = shape, shape[:1]
+    for norm in (*(f"{layer}.layer_norm{n}" for layer in layers for n in (1, 2)), "final_layer_norm"):
+        shapes[f"{norm}.weight"] = shapes[f"{norm}.bias"] = (width,)
+    return shapes
 
 
 def t5_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
-    """T5's encoder names, each with the key in `source`; the embedding once, as `shared.weight`."""
-    found = _without_prefix(keys, T5_PREFIXES, r"encoder\.block\.\d", T5, source)
+    """T5's encoder names, each with the key in `source`; the embedding once, as `shared.weight`, and no scales."""
+    found = _without_prefix(_without_scales(keys), T5_PREFIXES, r"encoder\.block\.\d", T5, source)
     tied = found.pop("encoder.embed_tokens.weight", None)
     return found if tied is None else {"shared.weight": tied} | found
 
 
 def t5_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]:
-    """Arguments of transformers.T5Config for the encoder (of the 1.1 kind: gated GELU) in a file of these shapes."""
+    """Arguments of transformers.T5Config for the encoder (of the 1.1 kind: gated GELU) in a file of these shapes, all
+    of which have been found to fit them.
+    """
     own = {name: shapes[key] for name, key in t5_keys(shapes, source).items()}
     vocabulary, width = _matrix(own, "shared.weight", source)
     attention = "encoder.block.0.layer.0.SelfAttention"
     buckets, heads = _matrix(own, f"{attention}.relative_attention_bias.weight", source)
     inner = _matrix(own, f"{attention}.q.weight", source)[0]
-    return {
+    if inner % heads:
+        refuse(source, f"has {heads} heads in a width of {inner}", f"give {EXAMPLES[T5]}")
+    config = {
         "vocab_size": vocabulary,
         "d_model": width,
         "d_kv": inner // heads,
@@ -302,6 +329,24 @@ def t5_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]
         "is_encoder_decoder": False,
         "use_cache": False,
     }
+    _compare(own, t5_shapes(config), T5, source)
+    return config
+
+
+def t5_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
+    """Name and shape of every tensor of T5's encoder, 219 for T5-XXL's."""
+    width, inner, hidden = config["d_model"], config["d_kv"] * config["num_heads"], config["d_ff"]
+    shapes: dict[str, tuple[int, ...]] = {"shared.weight": (config["vocab_size"], width)}
+    for block in (f"encoder.block.{i}.layer" for i in range(config["num_layers"])):
+        attention, mlp = f"{block}.0.SelfAttention", f"{block}.1.DenseReluDense"
+        shapes |= {f"{attention}.{part}.weight": (inner, width) for part in "qkv"}
+        shapes |= {f"{attention}.o.weight": (width, inner), f"{mlp}.wo.weight": (width, hidden)}
+        shapes |= {f"{mlp}.{part}.weight": (hidden, width) for part in ("wi_0", "wi_1")}
+        shapes |= {f"{block}.{n}.layer_norm.weight": (width,) for n in (0, 1)}
+    bias = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
+    shapes[bias] = (config["relative_attention_num_buckets"], config["num_heads"])
+    shapes["encoder.final_layer_norm.weight"] = (width,)
+    return shapes
 
 
 # --- shared by all ---
@@ -314,6 +359,10 @@ def kind(keys: Iterable[str]) -> str:
         if any(re.search(pattern, key) for key in keys):
             return name
     return f"no model that fluxq knows (its first key is {printable(keys[0])})" if keys else "empty: it has no tensors"
+
+
+def _without_scales(keys: Iterable[str]) -> list[str]:
+    return [key for key in keys if not SCALES.search(key)]
 
 
 def _without_prefix(
