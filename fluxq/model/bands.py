@@ -1,4 +1,4 @@
-"""The autoencoder in bands of rows: the same numbers as at once, in a third of the memory or less.
+"""The autoencoder in bands of rows: the same numbers as at once, in two fifths of the memory.
 
 A feature map is computed where it is asked for, a few rows at a time: each convolution asks for one more row at either
 side. Group norms need the mean and variance of the whole map, so they run through what comes before them once just to

@@ -85,6 +85,40 @@ def test_states_equal_transformers(files, length):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize(
+    ("dtype", "scaled"),
+    [
+        (torch.float16, False),
+        (torch.bfloat16, False),
+        (torch.float8_e4m3fn, False),
+        (torch.float8_e5m2, False),
+        (torch.float8_e4m3fn, True),
+        (torch.float8_e5m2, True),
+    ],
+)
+def test_states_of_stored_weights_equal_transformers_on_what_they_stand_for(files, dtype, scaled):
+    """Scaled as ComfyUI does it: the matrices of the blocks in 8 bits, all else in 16."""
+    folder, _, t5 = files
+    tensors, meant = {}, {}
+    for name, weight in t5.state_dict().items():
+        if scaled and not name.endswith(("q.weight", "k.weight", "v.weight", "o.weight", "wi_0.weight", "wi_1.weight")):
+            tensors[name] = weight.half()
+            meant[name] = tensors[name].float()
+        else:
+            scale = torch.rand(()) + 0.5 if scaled else torch.ones(())
+            tensors[name] = (weight / scale).to(dtype)
+            meant[name] = tensors[name].float() * scale
+            if scaled:
+                tensors[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    if scaled:
+        tensors["scaled_fp8"] = torch.empty(0).to(dtype)
+    write_safetensors(folder / "t5xxl.safetensors", tensors)
+    t5.load_state_dict(meant)
+    ours = loaded(folder)
+    assert relative_error(ours.encode(CAPTIONS).t5, t5(t5_ids(ours, CAPTIONS)).last_hidden_state) <= 1e-5
+
+
+@torch.no_grad()
 def test_bf16_states_err_no_more_than_twice_transformers_in_bf16(files):
     folder, _, t5 = files
     ours = loaded(folder, dtype=torch.bfloat16)
