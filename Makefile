@@ -3,6 +3,7 @@
 #   make test    the whole suite
 #   make quick   the tests worth running before each commit
 #   make check   formatting, lint, types (make lint), then the whole suite
+#   make fullsize   the whole path at full width with random weights, on the processor (34 GB of disk; DEPTH="1 2")
 #   make gpu     GPU tests and measurements with the python3 at hand; JSON into $OUT_DIR (default benchmarks/results)
 
 PYTHON ?= python3
@@ -11,7 +12,10 @@ BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT_DIR ?= benchmarks/results
 
-.PHONY: demo test quick lint check gpu clean
+# Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
+VOCABULARIES := diffsynth==1.1.7
+
+.PHONY: demo test quick lint check gpu fullsize vocabularies clean
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -20,7 +24,11 @@ $(VENV)/installed: setup.py pyproject.toml constraints.txt
 
 $(VENV)/installed-tests: $(VENV)/installed
 	$(INSTALL) -e '.[test]'
+	$(MAKE) vocabularies || echo "tests with the real vocabularies will be skipped"
 	touch $@
+
+vocabularies: $(VENV)/installed
+	$(INSTALL) --no-deps --upgrade --target $(VENV)/vocabularies $(VOCABULARIES)
 
 demo: $(VENV)/installed
 	$(BIN)/fluxq demo
@@ -41,6 +49,9 @@ check: lint test
 gpu:
 	PYTHONPATH=. python3 -m pytest -q tests/test_gpu.py
 	PYTHONPATH=. python3 benchmarks/gpu.py --out $(OUT_DIR)
+
+fullsize: $(VENV)/installed-tests
+	$(BIN)/python benchmarks/fullsize.py $(if $(DEPTH),--depth $(DEPTH)) --out $(OUT_DIR)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info

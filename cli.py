@@ -13,7 +13,18 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent
 VENV = ROOT / ".venv"
 PYTHON = VENV / ("Scripts/python.exe" if os.name == "nt" else "bin/python")
-NEEDED = ("torch", "click", "rich", "safetensors", "transformers", "sentencepiece", "PIL", "numpy", "matplotlib")
+NEEDED = [
+    "torch",
+    "click",
+    "rich",
+    "safetensors",
+    "transformers",
+    "tokenizers",
+    "sentencepiece",
+    "PIL",
+    "numpy",
+    "matplotlib",
+]
 
 
 def main() -> int:

@@ -77,5 +77,5 @@ def cache_texts(cache: Path, models: Models, prompts: Sequence[str]) -> dict[str
 
 
 def _encoder_files(models: Models, cache: Path) -> EncoderFiles:
-    tokenizers = models.tokenizer_files(Store(cache).hashes.knows)
-    return EncoderFiles(models.files("ae"), models.files("clip_l"), models.files("t5xxl"), tokenizers)
+    clip, t5 = models.tokenizer_files(Store(cache).hashes.knows)
+    return EncoderFiles(models.files("ae"), models.files("clip_l"), models.files("t5xxl"), (*clip, *t5))

@@ -112,7 +112,7 @@ def _print_part(part: str, about: Answer) -> None:
 def _tokenizers(models: Models, reasons: list[str]) -> None:
     try:
         files = models.tokenizer_files()
-        console.print(f"tokenizers   {', '.join(str(path) for path in files)}")
+        console.print(f"tokenizers   {', '.join(str(path) for kind in files for path in kind)}")
     except NotFetched as error:
         console.print(f"tokenizers   {error}; a run fetches them first")
     except WrongRequest as error:

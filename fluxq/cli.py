@@ -250,6 +250,28 @@ def check(
 
 
 @main.command()
+@click.argument("source", type=Path, metavar="SRC")
+@click.argument("target", type=Path, metavar="DST")
+@click.option(
+    "--format",
+    "format",
+    type=click.Choice(["nf4", "fp8", "int8"]),
+    default="nf4",
+    show_default=True,
+    help="How weights are stored.",
+)
+@click.option("--report", is_flag=True, help="Also print the error of every type of layer; takes twice the time.")
+@click.option("--overwrite", is_flag=True, help="Replace DST.")
+@JSON
+def quantize(source: Path, target: Path, format: str, report: bool, overwrite: bool, as_json: bool) -> None:
+    """Quantise the transformer SRC into DST, once and for all; training does the same by itself, into FLUXQ_CACHE."""
+    _begin(as_json)
+    from fluxq.quantize import quantize_command
+
+    _print(quantize_command(source, target, format, report, overwrite), as_json)
+
+
+@main.command()
 @click.option(
     "--out", type=Path, default=Path("runs/demo"), show_default=True, metavar="DIR", help="Run directory; replaced."
 )

@@ -58,8 +58,8 @@ class ModelConfig:
     t5xxl: Path | None = option(
         None, "the T5-XXL text encoder: t5xxl_fp16.safetensors, a diffusers folder or hub id", "--t5xxl"
     )
-    clip_tokenizer: Path | None = option(None, "folder of CLIP's vocab.json and merges.txt; default: searched for")
-    t5_tokenizer: Path | None = option(None, "T5's spiece.model; default: searched for")
+    clip_tokenizer: Path | None = option(None, "CLIP's tokenizer: a folder with vocab.json; default: searched for")
+    t5_tokenizer: Path | None = option(None, "T5's tokenizer: spiece.model; default: searched for")
     t5_length: int | None = option(
         None,
         "T5 tokens a caption, longer ones are cut; default: 512 dev, 256 schnell",

@@ -19,15 +19,18 @@ from fluxq import nano
 from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
+from fluxq.formats.files import Checkpoint
 from fluxq.formats.find import Found, choose, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
-from fluxq.formats.quantized import fingerprint
+from fluxq.formats.quantized import QuantizedFile, cached, fingerprint, load_quantized
 from fluxq.formats.source import OPENERS, Source, locate
+from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.text import TextEncoders
+from fluxq.report import byte_bar
 
 PARTS = {"flux": FLUX, "ae": AUTOENCODER, "clip_l": CLIP, "t5xxl": T5}
 FLAGS = {"flux": "--flux", "ae": "--ae", "clip_l": "--clip-l", "t5xxl": "--t5xxl"}
@@ -35,10 +38,6 @@ NANO = {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T
 ENCODERS = {"ae": "z_channels", "clip_l": "hidden_size", "t5xxl": "d_model"}  # and what must fit the transformer
 ENVIRONMENT = "FLUXQ_MODELS"
 TOKENIZERS = ("clip_tokenizer", "t5_tokenizer")
-CLIP_HUB = "openai/clip-vit-large-patch14"
-T5_HUB = "google/t5-v1_1-xxl"
-CLIP_NAMES = ("vocab.json", "merges.txt")
-T5_NAMES = ("spiece.model",)
 T5_LENGTHS = {"dev": 512, "schnell": 256}
 
 
@@ -105,24 +104,21 @@ class Models:
     def t5xxl_file(self) -> Path:
         return self.served("t5xxl").path
 
-    def tokenizer_files(self, known: Callable[[Path], bool] = Path.is_file) -> tuple[Path, Path, Path]:
-        """CLIP's vocab.json and merges.txt, T5's spiece.model.
+    def tokenizer_files(
+        self, known: Callable[[Path], bool] = Path.is_file
+    ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+        """The files of CLIP's and of T5's tokenizer, as `find_tokenizers` finds them from the text encoders' folders.
 
-        They are looked for beside the text encoders, else in the hub's cache, else fetched from the hub, which is said.
         A file that is gone counts as found where `known` says so. Raises WrongRequest where one is nowhere.
         """
-        if self.is_nano:
-            return (nano.CLIP_TOKENIZER / CLIP_NAMES[0], nano.CLIP_TOKENIZER / CLIP_NAMES[1], nano.T5_TOKENIZER)
         clip, t5 = self.config.clip_tokenizer, self.config.t5_tokenizer
-        vocabulary, merges = (
-            [clip / n for n in CLIP_NAMES] if clip else self._tokenizer(CLIP_HUB, "tokenizer", CLIP_NAMES, known)
-        )
-        return vocabulary, merges, t5 or self._tokenizer(T5_HUB, "tokenizer_2", T5_NAMES, known)[0]
+        fetch = None if self._fetch else _not_fetched
+        return find_tokenizers((self.clip_l_file, self.t5xxl_file), clip, t5, known, self._say, fetch)
 
     @cached_property
     def flux_config(self) -> FluxConfig:
         """The transformer's sizes, read from its file's header."""
-        return self.open("flux").config
+        return self._quantised.config if self._quantised else self.open("flux").config
 
     def check(self) -> None:
         """Read the headers of all files: WrongRequest where one is not what it should be or does not fit the others.
@@ -131,7 +127,7 @@ class Models:
         """
         for part in PARTS:  # that each has a file, before any is read
             self.served(part)
-        self.open("flux")
+        _ = self.flux_config
         for part in ENCODERS:
             if self.served(part).path.exists():
                 source = self.open(part)
@@ -170,14 +166,37 @@ class Models:
         return (512 if gib < 11.5 else 768), f"the card has {gib:.0f} GiB; 512 below 12, 768 from there"
 
     def load_flux(self) -> Flux:
-        return load_flux(self.flux_file, self.config.format, self.device)
+        """The transformer in its stored format: a file of `fluxq quantize` as it is, any other quantised once.
+
+        What was quantised is kept in FLUXQ_CACHE (fluxq/formats/quantized.py), so that the next start only reads it.
+        """
+        if (own := self._quantised) is not None:
+            return load_quantized(own, self.device)
+        if self.config.format == "bf16":
+            return load_flux(self.flux_file, "bf16", self.device)
+        source = self.open("flux")
+        with byte_bar("quantising") as progress:
+            file = cached(source, self.config.format, self.device, progress)
+        return load_quantized(file, self.device)
+
+    @cached_property
+    def _quantised(self) -> QuantizedFile | None:
+        """The transformer's file, if `fluxq quantize` wrote it. Raises WrongRequest if its format is not the one
+        wanted.
+        """
+        path = self.flux_file
+        if path.suffix == ".json" or "fluxq" not in Checkpoint(path).metadata:
+            return None
+        file = QuantizedFile.open(path)
+        if file.format != self.config.format:
+            raise WrongRequest(f"{path} holds {file.format}, not {self.config.format}; pass --format {file.format}")
+        return file
 
     def load_autoencoder(self) -> AutoEncoder:
         return load_autoencoder(self.served("ae").path, self.device)
 
     def load_text_encoders(self) -> TextEncoders:
-        vocabulary, _, spiece = self.tokenizer_files()
-        files = self.clip_l_file, self.t5xxl_file, vocabulary.parent, spiece
+        files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()
         return load_text_encoders(*files, self.t5_length, self.device)
 
     def _find(self, part: str) -> Served:
@@ -229,29 +248,6 @@ class Models:
             raise WrongRequest(f"{error}, by {FLAGS[part]}") from error
         return Served(source.path, why)
 
-    def _tokenizer(
-        self, repository: str, folder: str, names: tuple[str, ...], known: Callable[[Path], bool]
-    ) -> list[Path]:
-        places = [p for file in (self.clip_l_file, self.t5xxl_file) for p in (file.parent, file.parent.parent)]
-        candidates = [[p / part / name for name in names] for p in dict.fromkeys(places) for part in ("", folder)]
-        for found in (Path.is_file, known):
-            for paths in candidates:
-                if all(map(found, paths)):
-                    return paths
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
-        try:
-            try:
-                return [Path(hf_hub_download(repository, name, local_files_only=True)) for name in names]
-            except LocalEntryNotFoundError:
-                if not self._fetch:
-                    raise NotFetched(repository, list(names), 2_000_000) from None
-                self._say(f"fetching the tokenizer ({', '.join(names)}) from {repository}, once")
-                return [Path(hf_hub_download(repository, name)) for name in names]
-        except (HfHubHTTPError, OSError) as error:
-            option = "clip_tokenizer=FOLDER" if names == CLIP_NAMES else "t5_tokenizer=FILE"
-            raise WrongRequest(
-                f"{' and '.join(names)} of {repository} lie neither beside the text encoders nor in the hub's cache, "
-                f"and the hub cannot be reached; download them and pass --set model.{option}"
-            ) from error
+def _not_fetched(kind: Kind, say: Callable[[str], None]) -> tuple[Path, ...]:
+    raise NotFetched(kind.hub[0][0], list(kind.forms[0]), 2_000_000)

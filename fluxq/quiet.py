@@ -9,8 +9,9 @@ from contextlib import contextmanager
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Inside, log lines up to warnings are dropped: transformers imports torchao, which lists kernels of other cards
-    that it cannot load; bitsandbytes looks for kernels on a hub that only some processors would use."""
+    """Inside, log lines up to warnings are dropped: bitsandbytes looks for kernels on a hub that only some processors
+    would use.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

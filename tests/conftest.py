@@ -8,8 +8,18 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, in the processes that tests start too
     os.environ["OMP_NUM_THREADS"] = "1"
 
+from pathlib import Path
+
 import pytest
 import torch
+
+VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsynth" / "tokenizer_configs" / "flux"
+
+
+@pytest.fixture(autouse=True, scope="session")
+def _own_cache_of_quantised_models(tmp_path_factory):
+    """Tests, and the processes that they start, leave the user's cache alone."""
+    os.environ["FLUXQ_CACHE"] = str(tmp_path_factory.mktemp("quantised"))
 
 
 @pytest.fixture(autouse=True)
@@ -17,3 +27,11 @@ def _seeded_and_poisoned():
     """torch.empty returns NaN, so that an output nobody wrote cannot pass for a result."""
     torch.manual_seed(0)
     torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+@pytest.fixture(scope="session")
+def vocabularies() -> Path:
+    """The real vocabularies: CLIP's in tokenizer_1, T5's in tokenizer_2. A package has them, the repository has not."""
+    if not VOCABULARIES.is_dir():
+        pytest.skip("the real vocabularies are not installed; `make vocabularies` does it")
+    return VOCABULARIES

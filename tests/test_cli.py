@@ -32,6 +32,7 @@ OPTIONS = {
     "sample": f"{MODEL} --prompt --width --height --steps --guidance --cfg --negative --seed --lora --strength --grid "
     "--cache --out --config --set --json",
     "check": f"{MODEL} {DATA} --config --set --json",
+    "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --json",
 }
 

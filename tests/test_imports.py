@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"models"},
     {"defaults"},
     {"run"},
-    {"cache", "check"},
+    {"cache", "check", "quantize"},
     {"sample"},
     {"train"},
     {"demo"},

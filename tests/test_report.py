@@ -7,7 +7,7 @@ import signal
 import pytest
 from PIL import Image
 
-from fluxq.report import Report, read_log, smoothed, stop_request
+from fluxq.report import Report, console, read_log, smoothed, stop_request
 
 
 def write(folder, start, steps, done):
@@ -29,7 +29,8 @@ def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path):
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
-def test_one_console_line_a_step_with_its_columns(tmp_path, capsys):
+def test_one_console_line_a_step_with_its_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "stderr", False)
     write(tmp_path, 0, 2000, 1)
     (line,) = capsys.readouterr().out.strip().splitlines()
     columns = [column.split()[0] for column in line.split(" | ")]

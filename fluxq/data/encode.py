@@ -13,14 +13,23 @@ from fluxq.data.store import Store, Text
 from fluxq.errors import WrongRequest
 
 PIXELS_PER_BATCH = 1 << 20  # pictures of one bucket are encoded together up to this many; a larger one goes alone
-CAPTIONS_PER_BATCH = 8
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
 
 class TextEncoder(Protocol):
-    def encode(self, captions: list[str]) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool]]:
-        """(t5 (B, L, D), pooled (B, D2), how many T5 tokens each caption has, whether it was cut to L)."""
+    @property
+    def group(self) -> int:
+        """How many captions are best given to one `encode`, in memory and in time."""
+        ...
+
+    def encode(
+        self, captions: list[str], tick: Callable[[int, int], None]
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool]]:
+        """(t5 (B, L, D), pooled (B, D2), how many T5 tokens each caption has, whether it was cut to L).
+
+        `tick` is called with (parts done, of how many) on the way.
+        """
         ...
 
 
@@ -63,11 +72,16 @@ def encode_pictures(
 def encode_captions(
     store: Store, captions: dict[str, str], encoder: TextEncoder, t5_length: int, progress: Progress
 ) -> None:
-    """Encodes `captions`, given by key, to records of `t5_length` tokens."""
+    """Encodes `captions`, given by key, to records of `t5_length` tokens, which are written group by group."""
     items, done = list(captions.items()), 0
     while done < len(items):
-        batch = items[done : done + CAPTIONS_PER_BATCH]
-        t5, pooled, tokens, truncated = encoder.encode([caption for _, caption in batch])
+        batch = items[done : done + encoder.group]
+
+        def tick(parts: int, total: int, before: int = done, size: int = len(batch)) -> None:
+            if parts < total and (within := before + size * parts // total):
+                progress("captions", within, len(items))
+
+        t5, pooled, tokens, truncated = encoder.encode([caption for _, caption in batch], tick)
         if t5.shape[:2] != (len(batch), t5_length):
             raise ValueError(f"the text encoder gave {tuple(t5.shape)} for {len(batch)} captions of {t5_length} tokens")
         for n, (key, caption) in enumerate(batch):

@@ -14,7 +14,7 @@ import os
 import secrets
 import shutil
 import time
-from collections.abc import Iterator, KeysView, Mapping
+from collections.abc import Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -170,26 +170,41 @@ class Checkpoint:
 
         Just these bytes are read.
         """
-        dtype, shape, (start, stop) = self._entry(key)
+        _, shape, (start, stop) = self._entry(key)
         if shape and (begin or end is not None):
             end = shape[0] if end is None else end
             if not 0 <= begin <= end <= shape[0]:
                 raise ValueError(f"{printable(key)} has {shape[0]} rows, not those from {begin} to {end}")
             row = (stop - start) // max(shape[0], 1)
             start, stop, shape = start + begin * row, start + end * row, (end - begin, *shape[1:])
-        data = torch.empty(stop - start, dtype=torch.uint8)
-        view, done = data.numpy().data, 0
+        return self._read(key, [(start, stop)]).reshape(shape)
+
+    def rows(self, key: str, indices: Sequence[int]) -> torch.Tensor:
+        """The slices of a tensor at `indices` of its first dimension; nothing else is read. Raises IndexError."""
+        _, shape, (begin, end) = self._entry(key)
+        if not all(0 <= i < shape[0] for i in indices):
+            raise IndexError(f"{key} has {shape[0]:,} rows, {min(indices):,} to {max(indices):,} were asked for")
+        size = (end - begin) // shape[0]
+        spans = [(begin + i * size, begin + (i + 1) * size) for i in indices]
+        return self._read(key, spans).reshape(len(indices), *shape[1:])
+
+    def _read(self, key: str, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
+        """The bytes of `spans` of the data section, one after another, in the dtype of `key`."""
+        data = torch.empty(sum(end - begin for begin, end in spans), dtype=torch.uint8)
+        view, done, wanted = data.numpy().data, 0, 0
         try:
             with open(self.path, "rb", buffering=0) as file:
-                file.seek(self._data_start + start)
-                while done < len(view) and (count := file.readinto(view[done:])):  # one call reads at most 2 GiB
-                    done += count
+                for begin, end in spans:
+                    file.seek(self._data_start + begin)
+                    wanted += end - begin
+                    while done < wanted and (count := file.readinto(view[done:wanted])):  # at most 2 GiB a call
+                        done += count
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if done < len(view):
             what = f"{done:,} of the {len(view):,} bytes of {printable(key)} are left"
             refuse(self.path, f"has become shorter while it was read: {what}", "start again")
-        return data.view(dtype).reshape(shape)
+        return data.view(self.dtype(key))
 
     def _entry(self, key: str) -> _Entry:
         if key not in self._entries:

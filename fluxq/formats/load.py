@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Sequence
 from pathlib import Path
-from typing import cast
 
 import torch
-from torch import Tensor
 
-from fluxq.errors import WrongRequest
-from fluxq.formats import detect
-from fluxq.formats.files import Checkpoint, strict_load
-from fluxq.formats.source import open_autoencoder, open_flux
+from fluxq.formats.detect import CLIP, EXAMPLES
+from fluxq.formats.files import refuse, strict_load
+from fluxq.formats.source import open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from fluxq.formats.weights import StoredWeights
 from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
-from fluxq.model.text import TextEncoders, Tokenize
-from fluxq.quiet import quiet_imports
+from fluxq.model.text import CLIP_LENGTH, STATES_BYTES, TextEncoders
+from fluxq.model.text_layers import ClipEncoder, T5Encoder
 
 
 def load_flux(path: Path, format: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Flux:
@@ -52,59 +51,33 @@ def load_autoencoder(path: Path, device: torch.device, dtype: torch.dtype = torc
 
 
 def load_text_encoders(
-    clip_l: Path, t5xxl: Path, clip_tokenizer: Path, t5_tokenizer: Path, length: int, device: torch.device
+    clip_l: Path,
+    t5xxl: Path,
+    clip_tokenizer: Sequence[Path],
+    t5_tokenizer: Sequence[Path],
+    length: int,
+    device: torch.device,
+    dtype: torch.dtype | None = None,
 ) -> TextEncoders:
-    """CLIP-L (fp32) and T5's encoder (bf16) with their tokenizers, at a T5 length of `length` tokens.
+    """CLIP-L (fp32) and T5's encoder with their tokenizers, at a T5 length of `length` tokens.
 
-    clip_tokenizer is a folder with vocab.json and merges.txt; t5_tokenizer a spiece.model. Raises WrongRequest for a
-    file that is not what its name says.
+    Headers alone are read: the encoders read their weights block by block when captions are given to them. T5 computes
+    in `dtype`: by default in bf16, and in fp32 on processors that have no fast bf16. The tokenizers' files are as
+    `find_tokenizers` gives them. Raises WrongRequest for a file that is not what its name says.
     """
-    with quiet_imports():  # late: it takes seconds
-        from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer, T5Config, T5EncoderModel
+    if dtype is None:
+        slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        dtype = torch.float32 if slow else torch.bfloat16
+    clip_source, t5_source = open_clip(clip_l), open_t5(t5xxl)
+    sizes = clip_source.config
+    if sizes["max_position_embeddings"] < CLIP_LENGTH:
+        what = f"has {sizes['max_position_embeddings']} positions, where {CLIP_LENGTH} are wanted"
+        refuse(clip_l, what, f"give {EXAMPLES[CLIP]}")
+    weights = StoredWeights(clip_source, device, torch.float32)
+    clip = ClipEncoder(weights, sizes["num_hidden_layers"], sizes["num_attention_heads"])
+    sizes = t5_source.config
+    t5 = T5Encoder(StoredWeights(t5_source, device, dtype), sizes["num_layers"], sizes["num_heads"])
 
-    checkpoint = Checkpoint(clip_l)
-    with torch.device("meta"):
-        clip = CLIPTextModel(CLIPTextConfig(**detect.clip_config(checkpoint.shapes, clip_l), bos_token_id=None))
-    clip.embeddings.register_buffer(
-        "position_ids", torch.arange(clip.config.max_position_embeddings, device=device)[None], persistent=False
-    )
-    _load(clip, checkpoint, detect.clip_keys(checkpoint.keys(), clip_l), device, torch.float32)
-
-    checkpoint = Checkpoint(t5xxl)
-    with torch.device("meta"):
-        t5 = T5EncoderModel(T5Config(**detect.t5_config(checkpoint.shapes, t5xxl)))
-    _load(t5, checkpoint, detect.t5_keys(checkpoint.keys(), t5xxl), device, torch.bfloat16)
-
-    try:
-        vocabulary = CLIPTokenizer(vocab=str(clip_tokenizer / "vocab.json"), merges=str(clip_tokenizer / "merges.txt"))
-    except (OSError, ValueError) as error:
-        raise WrongRequest(f"{clip_tokenizer} holds no usable vocab.json and merges.txt for CLIP: {error}") from error
-
-    def clip_tokenize(caption: str) -> list[int]:
-        return vocabulary(caption, add_special_tokens=False, verbose=False)["input_ids"]
-
-    return TextEncoders(
-        t5.eval().requires_grad_(False),
-        clip.eval().requires_grad_(False),
-        _t5_tokenizer(t5_tokenizer),
-        clip_tokenize,
-        (cast(int, vocabulary.bos_token_id), cast(int, vocabulary.eos_token_id)),
-        length,
-    )
-
-
-def _load(
-    module: torch.nn.Module, checkpoint: Checkpoint, names: dict[str, str], device: torch.device, dtype: torch.dtype
-) -> None:
-    tensors: Iterable[tuple[str, Tensor]] = ((name, checkpoint.get(key)) for name, key in names.items())
-    strict_load(module, {name: tensor.to(device, dtype) for name, tensor in tensors}, checkpoint.path)
-
-
-def _t5_tokenizer(path: Path) -> Tokenize:
-    from sentencepiece import SentencePieceProcessor
-
-    try:
-        processor = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise WrongRequest(f"{path} is no usable SentencePiece model (spiece.model) for T5: {error}") from error
-    return processor.encode
+    clip_tokenize, clip_ids = load_clip_tokenizer(clip_tokenizer)
+    group = max(1, STATES_BYTES.get(device.type, STATES_BYTES["cpu"]) // (length * sizes["d_model"] * dtype.itemsize))
+    return TextEncoders(t5, clip, load_t5_tokenizer(t5_tokenizer), clip_tokenize, clip_ids, length, group)

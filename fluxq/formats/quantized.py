@@ -17,13 +17,14 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, atomic_path
+from fluxq.formats.source import Source
 from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, quantize
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
@@ -32,17 +33,6 @@ from fluxq.model.units import REST, by_unit
 
 ALIGNMENT = 256
 LAYOUT_VERSION = 1
-
-
-class Source(Protocol):
-    """Where the original tensors come from."""
-
-    config: FluxConfig
-    shapes: dict[str, tuple[int, ...]]
-    files: tuple[Path, ...]
-    nbytes: int
-
-    def get(self, name: str) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -90,7 +80,7 @@ def _stored(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, t
 
 def write_quantized(
     path: Path,
-    source: Source,
+    source: Source[FluxConfig],
     format: str,
     about: dict[str, Any],
     device: torch.device,
@@ -168,7 +158,10 @@ def _view(buffer: Tensor, place: Place) -> Tensor:
 
 
 def cached(
-    source: Source, format: str, device: torch.device, progress: Callable[[int, int], None] = lambda done, total: None
+    source: Source[FluxConfig],
+    format: str,
+    device: torch.device,
+    progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantizedFile:
     """`source` in `format`: from the cache folder, or quantised into it once."""
     name = source.files[0].stem if len(source.files) == 1 else source.files[0].parent.name

@@ -11,7 +11,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -92,6 +92,14 @@ class Source(Generic[Config]):
         """What the tensor stands for, in `dtype` on `device`: it travels as it is stored, and is scaled in fp32."""
         tensor, scale = self.get(name).to(device), self.scale(name)
         return tensor.to(dtype) if scale is None else tensor.float().mul_(scale.to(device)).to(dtype)
+
+    def rows(self, name: str, indices: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
+        """`value` of a matrix at the rows `indices` alone; nothing else is read. The tensor must lie in one piece."""
+        (piece,) = self._pieces[name]
+        tensor, scale = self._shards.rows(piece.key, [piece.first + i for i in indices]).to(device), self.scale(name)
+        if scale is None:
+            return tensor.to(dtype)
+        return tensor.float().mul_((scale[indices] if scale.ndim else scale).to(device)).to(dtype)
 
     @cached_property
     def nbytes(self) -> int:
@@ -187,6 +195,9 @@ class Shards:
 
     def get(self, key: str, begin: int = 0, end: int | None = None) -> Tensor:
         return self._owners[key].get(key, begin, end)
+
+    def rows(self, key: str, indices: Sequence[int]) -> Tensor:
+        return self._owners[key].rows(key, indices)
 
 
 def locate(path: str | Path, wanted: str) -> Path:

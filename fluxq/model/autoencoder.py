@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fluxq.model import bands
 from fluxq.model.config import AutoEncoderConfig
 
 
@@ -39,9 +40,21 @@ class AttnBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.norm(x)
-        q, k, v = (layer(h).flatten(2).mT[:, None] for layer in (self.q, self.k, self.v))  # (B, 1, h w, C)
-        attended = F.scaled_dot_product_attention(q, k, v)[:, 0].mT.reshape(x.shape)
-        return x + self.proj_out(attended)
+        return x + self.attend(h, *self.keys_values(h))
+
+    def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        """Of normed features (B, C, h, w): (B, 1, h w, C) each."""
+        return _tokens(self.k(h)), _tokens(self.v(h))
+
+    def attend(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """What normed features (B, C, h, w), all or some rows of them, find at `k` and `v`."""
+        attended = F.scaled_dot_product_attention(_tokens(self.q(h)), k, v)
+        return self.proj_out(attended[:, 0].mT.reshape(h.shape))
+
+
+def _tokens(x: Tensor) -> Tensor:
+    """(B, C, h, w) -> (B, 1, h w, C), contiguous: else attention would make the whole table of scores."""
+    return x.flatten(2).mT[:, None].contiguous()
 
 
 class Downsample(nn.Module):
@@ -97,6 +110,8 @@ class Middle(nn.Module):
 class Encoder(nn.Module):
     """Pictures (B, 3, 8 h, 8 w) -> moments (B, 2 z, h, w): mean, then log variance."""
 
+    band: int | None = None  # rows of a feature map at once, see AutoEncoder.in_bands
+
     def __init__(self, config: AutoEncoderConfig) -> None:
         super().__init__()
         widths = [config.ch, *(config.ch * m for m in config.ch_mult)]
@@ -111,6 +126,8 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
 
     def forward(self, x: Tensor) -> Tensor:
+        if self.band is not None:
+            return bands.encode(self, x, self.band)
         x = self.conv_in(x)
         for level in self.down:
             x = level(x)
@@ -121,6 +138,8 @@ class Decoder(nn.Module):
     """z (B, z, h, w) -> pictures (B, 3, 8 h, 8 w). `up` is indexed by resolution, highest first, and run from its
     end.
     """
+
+    band: int | None = None  # rows of a feature map at once, see AutoEncoder.in_bands
 
     def __init__(self, config: AutoEncoderConfig) -> None:
         super().__init__()
@@ -136,6 +155,8 @@ class Decoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
 
     def forward(self, z: Tensor) -> Tensor:
+        if self.band is not None:
+            return bands.decode(self, z, self.band)
         x = self.mid(self.conv_in(z))
         for level in reversed(self.up):
             x = level(x)
@@ -151,6 +172,14 @@ class AutoEncoder(nn.Module):
         self.encoder = Encoder(config)
         self.decoder = Decoder(config)
         self.requires_grad_(False)
+
+    def in_bands(self, band: int | None) -> AutoEncoder:
+        """Itself, from now on working on `band` rows of a feature map at a time; None: on all at once.
+
+        The results are the same within rounding; memory falls and time rises (`bands`). No gradients.
+        """
+        self.encoder.band = self.decoder.band = band
+        return self
 
     def encode(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
         """Latents (B, z, h, w) of pictures (B, 3, 8 h, 8 w) in -1..1: drawn with `generator`, the mean without one."""

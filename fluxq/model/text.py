@@ -1,7 +1,7 @@
 """Captions to what the transformer reads: T5's token states and CLIP's pooled vector.
 
-The encoders are transformers' own modules. Padding is attended to, as FLUX.1 was trained; T5 runs in bf16 or fp32,
-never fp16, where its feed-forward layers overflow.
+Padding is attended to, as FLUX.1 was trained; T5 runs in bf16 or fp32, never fp16, where its feed-forward layers
+overflow.
 """
 
 from __future__ import annotations
@@ -11,12 +11,17 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from fluxq.model.text_layers import ClipEncoder, T5Encoder, Tick
 
 Tokenize = Callable[[str], list[int]]
 """A caption to its token ids, without special tokens, without padding, of any length."""
 
 CLIP_LENGTH = 77
+STATES_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
+"""T5 states of the captions of one call. More captions share one reading of the file; on a CPU that is short beside the
+computing, and an interrupt should lose little."""
 
 
 class Encoded(NamedTuple):
@@ -37,25 +42,25 @@ class TextEncoders:
     clip_ids are CLIP's (begin, end) tokens; padding is the end token. T5 ends with 1 and pads with 0.
     """
 
-    t5: nn.Module
-    clip: nn.Module
+    t5: T5Encoder
+    clip: ClipEncoder
     t5_tokenize: Tokenize
     clip_tokenize: Tokenize
     clip_ids: tuple[int, int]
     length: int
+    group: int
+    """How many captions are best given to one `encode`: each call reads both models' files once."""
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str]) -> Encoded:
-        t5_tokens = [self.t5_tokenize(caption) for caption in captions]
-        t5_ids = [[*ids[: self.length - 1], 1] for ids in t5_tokens]
-        t5_ids = [ids + [0] * (self.length - len(ids)) for ids in t5_ids]
+    def encode(self, captions: Sequence[str], tick: Tick = lambda done, total: None) -> Encoded:
+        """`tick` is called after each of T5's blocks."""
         begin, end = self.clip_ids
         clip_ids = [[begin, *self.clip_tokenize(caption)[: CLIP_LENGTH - 2], end] for caption in captions]
-        ends = torch.tensor([len(ids) - 1 for ids in clip_ids])
-        clip_ids = [ids + [end] * (CLIP_LENGTH - len(ids)) for ids in clip_ids]
+        ends = torch.tensor([ids.index(end) for ids in clip_ids])
+        clip = self.clip(torch.tensor([ids + [end] * (CLIP_LENGTH - len(ids)) for ids in clip_ids]), ends)
 
-        device = next(self.t5.parameters()).device
-        t5 = self.t5(torch.tensor(t5_ids, device=device)).last_hidden_state
-        states = self.clip(torch.tensor(clip_ids, device=device)).last_hidden_state
+        t5_tokens = [self.t5_tokenize(caption) for caption in captions]
+        t5_ids = [[*ids[: self.length - 1], 1] for ids in t5_tokens]
+        t5 = self.t5(torch.tensor([ids + [0] * (self.length - len(ids)) for ids in t5_ids]), tick)
         counts = [len(ids) + 1 for ids in t5_tokens]
-        return Encoded(t5, states[torch.arange(len(captions)), ends], counts, [n > self.length for n in counts])
+        return Encoded(t5, clip, counts, [n > self.length for n in counts])

@@ -37,11 +37,15 @@ class ToyAutoencoder(torch.nn.Module):
 
 
 class ToyText:
+    group = 8
+
     def __init__(self, calls: list):
         self.calls = calls
 
-    def encode(self, captions):
+    def encode(self, captions, tick):
         self.calls.extend(captions)
+        for part in (1, 2):
+            tick(part, 2)
         t5 = torch.stack([torch.full((LENGTH, 8), float(len(caption))) for caption in captions])
         pooled = torch.stack([torch.full((5,), float(len(caption))) for caption in captions])
         words = [len(caption.split()) for caption in captions]
@@ -269,7 +273,7 @@ def test_encoder_that_never_was_is_named_before_anything_is_read(workshop):
 @pytest.mark.parametrize("stop", ["hashing", "pictures", "captions"])
 def test_interrupted_build_keeps_what_is_done(workshop, monkeypatch, stop):
     monkeypatch.setattr("fluxq.data.encode.PIXELS_PER_BATCH", 1)
-    monkeypatch.setattr("fluxq.data.encode.CAPTIONS_PER_BATCH", 1)
+    monkeypatch.setattr(ToyText, "group", 1)
 
     def progress(stage, done, total):
         if stage == stop and done == 2:
@@ -304,6 +308,7 @@ def test_progress_counts_every_stage_to_its_end(workshop):
     last = {stage: (done, total) for stage, done, total in told}
     assert last == {"hashing": (9, 9), "pictures": (4, 4), "captions": (5, 5)}
     assert all(0 < done <= total for _, done, total in told)
+    assert [done for stage, done, _ in told if stage == "captions"] == [2, 5]  # half of the only group, then all
 
 
 def test_one_encoder_is_let_go_before_the_other_is_loaded(workshop):

@@ -1,19 +1,25 @@
-"""The text encoders against transformers as its own loader builds them, and the token rules of FLUX.1."""
+"""The text encoders against transformers, the token rules of FLUX.1, and the memory that they need."""
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 import pytest
 import torch
-from helpers import randomise
+from helpers import randomise, relative_error
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from transformers.models.t5.modeling_t5 import T5Attention
 
 from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import write_safetensors
 from fluxq.formats.load import load_text_encoders
+from fluxq.model.text_layers import TOKENS_PER_BATCH, t5_buckets
 
 CPU = torch.device("cpu")
-TOKENIZERS = (nano.CLIP_TOKENIZER, nano.T5_TOKENIZER)
+TOKENIZERS = ((nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt"), (nano.T5_TOKENIZER,))
+CAPTIONS = ["A red   Circle at the top", "", "a <|endoftext|> of green", "blue </s> and red " * 30]
 
 
 @pytest.fixture
@@ -36,13 +42,13 @@ def files(tmp_path):
             d_model=64,
             d_kv=16,
             d_ff=96,
-            num_layers=2,
+            num_layers=3,
             num_heads=3,
             feed_forward_proj="gated-gelu",
             dropout_rate=0,
         )
     )
-    clip, t5 = randomise(clip).eval(), randomise(t5).eval().to(torch.bfloat16)
+    clip, t5 = randomise(clip).eval(), randomise(t5).eval()
     state = {f"text_model.{k}": v for k, v in clip.state_dict().items()}
     write_safetensors(tmp_path / "clip_l.safetensors", state)
     doubled = {k: v.clone() for k, v in t5.state_dict().items()}
@@ -50,42 +56,186 @@ def files(tmp_path):
     return tmp_path, clip, t5
 
 
+def loaded(folder, length=24, dtype: torch.dtype | None = torch.float32):
+    return load_text_encoders(
+        folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS, length, CPU, dtype
+    )
+
+
+def t5_ids(ours, captions):
+    ids = [[*ours.t5_tokenize(caption)[: ours.length - 1], 1] for caption in captions]
+    return torch.tensor([row + [0] * (ours.length - len(row)) for row in ids])
+
+
+def clip_ids(ours, captions):
+    begin, end = ours.clip_ids
+    ids = [[begin, *ours.clip_tokenize(caption)[:75], end] for caption in captions]
+    return torch.tensor([row + [end] * (77 - len(row)) for row in ids])
+
+
 @torch.no_grad()
-def test_states_equal_transformers(files):
+@pytest.mark.parametrize("length", [2, 33, 77, 200])
+def test_states_equal_transformers(files, length):
     folder, clip, t5 = files
-    ours = load_text_encoders(folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS, 24, CPU)
-    caption = "A red   Circle at the top"
-    for text in (caption, ""):
-        encoded = ours.encode([text])  # alone: in bf16 the last bits depend on the size of the batch
-        ids = [*ours.t5_tokenize(text), 1]
-        assert encoded.tokens == [len(ids)]
-        expected = t5(torch.tensor([ids + [0] * (24 - len(ids))])).last_hidden_state
-        torch.testing.assert_close(encoded.t5, expected, rtol=0, atol=0)
-        begin, end = ours.clip_ids
-        ids = [begin, *ours.clip_tokenize(text), end]
-        pooled = clip(torch.tensor([ids + [end] * (77 - len(ids))])).pooler_output
-        torch.testing.assert_close(encoded.clip, pooled, rtol=1e-6, atol=1e-6)
+    ours = loaded(folder, length)
+    encoded = ours.encode(CAPTIONS)
+    assert relative_error(encoded.t5, t5(t5_ids(ours, CAPTIONS)).last_hidden_state) <= 1e-5
+    assert relative_error(encoded.clip, clip(clip_ids(ours, CAPTIONS)).pooler_output) <= 1e-5
+    assert encoded.tokens == [len(ours.t5_tokenize(caption)) + 1 for caption in CAPTIONS]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize(
+    ("dtype", "scaled"),
+    [
+        (torch.float16, False),
+        (torch.bfloat16, False),
+        (torch.float8_e4m3fn, False),
+        (torch.float8_e5m2, False),
+        (torch.float8_e4m3fn, True),
+        (torch.float8_e5m2, True),
+    ],
+)
+def test_states_of_stored_weights_equal_transformers_on_what_they_stand_for(files, dtype, scaled):
+    """Scaled as ComfyUI does it: the matrices of the blocks in 8 bits, all else in 16."""
+    folder, _, t5 = files
+    tensors, meant = {}, {}
+    for name, weight in t5.state_dict().items():
+        if scaled and not name.endswith(("q.weight", "k.weight", "v.weight", "o.weight", "wi_0.weight", "wi_1.weight")):
+            tensors[name] = weight.half()
+            meant[name] = tensors[name].float()
+        else:
+            scale = torch.rand(()) + 0.5 if scaled else torch.ones(())
+            tensors[name] = (weight / scale).to(dtype)
+            meant[name] = tensors[name].float() * scale
+            if scaled:
+                tensors[f"{name.removesuffix('.weight')}.scale_weight"] = scale
+    if scaled:
+        tensors["scaled_fp8"] = torch.empty(0).to(dtype)
+    write_safetensors(folder / "t5xxl.safetensors", tensors)
+    t5.load_state_dict(meant)
+    ours = loaded(folder)
+    assert relative_error(ours.encode(CAPTIONS).t5, t5(t5_ids(ours, CAPTIONS)).last_hidden_state) <= 1e-5
+
+
+@torch.no_grad()
+def test_bf16_states_err_no_more_than_twice_transformers_in_bf16(files):
+    folder, _, t5 = files
+    ours = loaded(folder, dtype=torch.bfloat16)
+    ids = t5_ids(ours, CAPTIONS)
+    exact = t5(ids).last_hidden_state
+    theirs = relative_error(t5.bfloat16()(ids).last_hidden_state, exact)
+    encoded = ours.encode(CAPTIONS)
+    assert encoded.t5.dtype == torch.bfloat16
+    assert relative_error(encoded.t5, exact) <= 2 * theirs
+
+
+def test_states_do_not_depend_on_the_captions_beside_them(files):
+    ours = loaded(files[0], length=64)
+    many = [f"{'red ' * (n % 9)}circle {n}" for n in range(2 * TOKENS_PER_BATCH // 64 + 3)]
+    together = ours.encode(many)
+    for n in (0, 31, 40, len(many) - 1):
+        alone = ours.encode([many[n]])
+        assert relative_error(together.t5[n], alone.t5[0]) <= 1e-6
+        assert relative_error(together.clip[n], alone.clip[0]) <= 1e-6
+
+
+@pytest.mark.parametrize("buckets", [32, 16])
+def test_distances_fall_into_transformers_buckets(buckets):
+    distance = torch.arange(600)[None] - torch.arange(600)[:, None]
+    expected = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=buckets)
+    assert torch.equal(t5_buckets(600, buckets), expected)
 
 
 def test_long_captions_are_cut_keep_their_end_token_and_say_so(files):
-    folder, *_ = files
-    ours = load_text_encoders(folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS, 8, CPU)
+    ours = loaded(files[0], length=8)
     encoded = ours.encode(["red " * 100, "red"])
     assert encoded.t5.shape == (2, 8, 64)
     assert encoded.truncated == [True, False]
     assert encoded.tokens[0] >= 100
 
 
+def test_each_block_is_read_once_a_call_and_told(files):
+    ours = loaded(files[0])
+    told, read = [], []
+    source = ours.t5.weights.source
+    get = source.get
+    source.get = lambda name: read.append(name) or get(name)
+    ours.encode(CAPTIONS, lambda done, total: told.append((done, total)))
+    assert told == [(1, 3), (2, 3), (3, 3)]
+    assert len(read) == len(set(read)) == 3 * 9 + 2 and "shared.weight" not in read
+
+
+def test_group_bounds_the_states_of_one_call(files):
+    group = loaded(files[0], length=100).group
+    assert group * 100 * 64 * 4 <= 128 << 20 < (group + 1) * 100 * 64 * 4
+
+
 def test_another_models_file_is_refused_by_name(files):
     folder, *_ = files
-    with pytest.raises(WrongRequest, match=r"t5xxl\.safetensors"):
+    with pytest.raises(WrongRequest, match=r"t5xxl\.safetensors is a T5 text encoder, where"):
         load_text_encoders(folder / "t5xxl.safetensors", folder / "clip_l.safetensors", *TOKENIZERS, 8, CPU)
 
 
-def test_every_tensor_lies_on_the_device_that_was_asked_for(files):
-    """Non-persistent buffers too, which no state dict mentions."""
+def test_tokenizer_of_a_larger_vocabulary_is_refused(files):
+    folder, _, t5 = files
+    state = {key: tensor[:9].clone() if key == "shared.weight" else tensor for key, tensor in t5.state_dict().items()}
+    del state["encoder.embed_tokens.weight"]
+    write_safetensors(folder / "t5xxl.safetensors", state)
+    with pytest.raises(WrongRequest, match=r"t5xxl\.safetensors has 9 rows in shared.weight, but the tokenizer gives"):
+        loaded(folder).encode(["a red circle"])
+
+
+MEASURE = """
+import sys, threading
+from pathlib import Path
+import torch
+from fluxq.formats.load import load_text_encoders
+
+torch.set_num_threads(1)
+clip, t5, vocabulary, merges, spiece = map(Path, sys.argv[1:])
+peak, done = 0, threading.Event()
+
+def anonymous():
+    return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("RssAnon")) * 1024
+
+def sample():
+    global peak
+    while not done.wait(0.002):
+        peak = max(peak, anonymous())
+
+sampler = threading.Thread(target=sample)
+before = anonymous()
+sampler.start()
+ours = load_text_encoders(clip, t5, (vocabulary, merges), (spiece,), 32, torch.device("cpu"), torch.bfloat16)
+ours.encode(["a red circle", "a blue square"])
+done.set()
+sampler.join()
+print(peak - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_memory_at_full_width_does_not_grow_with_the_number_of_blocks(files):
+    """T5-XXL's width in scaled fp8: a block takes 0.4 GB in bf16, and one layer of it 0.2 GB in fp32 on the way."""
     folder, *_ = files
-    meta = torch.device("meta")
-    ours = load_text_encoders(folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS, 8, meta)
-    for module in (ours.clip, ours.t5):
-        assert {t.device for t in (*module.parameters(), *module.buffers())} == {meta}
+    layers = {f"layer.0.SelfAttention.{part}": (4096, 4096) for part in "qkvo"}
+    layers |= {f"layer.1.DenseReluDense.{part}": (10240, 4096) for part in ("wi_0", "wi_1")}
+    layers["layer.1.DenseReluDense.wo"] = (4096, 10240)
+    weights = {name: torch.randn(shape).to(torch.float8_e4m3fn) for name, shape in layers.items()}
+    peaks = []
+    for blocks in (1, 3):
+        tensors = {"shared.weight": torch.randn(500, 4096).half(), "scaled_fp8": torch.empty(0).to(torch.float8_e4m3fn)}
+        tensors["encoder.final_layer_norm.weight"] = torch.randn(4096).half()
+        tensors["encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"] = torch.randn(32, 64).half()
+        for block in (f"encoder.block.{i}." for i in range(blocks)):
+            tensors |= {f"{block}{name}.weight": weight for name, weight in weights.items()}
+            tensors |= {f"{block}{name}.scale_weight": torch.tensor(1 / 64) for name in weights}
+            tensors |= {f"{block}layer.{n}.layer_norm.weight": torch.randn(4096).half() for n in (0, 1)}
+        write_safetensors(folder / "t5xxl.safetensors", tensors)
+        paths = (folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS[0], *TOKENIZERS[1])
+        code = [sys.executable, "-c", MEASURE, *map(str, paths)]
+        peaks.append(int(subprocess.run(code, check=True, capture_output=True, text=True).stdout))
+    assert peaks[1] <= peaks[0] + (128 << 20)  # a third of a block; a sample may miss the very top
+    assert peaks[1] <= 1 << 30

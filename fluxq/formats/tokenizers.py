@@ -1,0 +1,236 @@
+"""The two tokenizers, which model files do not contain: where they are found, and captions to ids.
+
+CLIP's is a byte-level BPE (vocab.json and merges.txt, or tokenizer.json), T5's a SentencePiece model (spiece.model, or
+the same as tokenizer.json). Either form gives the ids that transformers gives, also for special tokens that a caption
+spells out, such as `</s>`. The tokenizer inside a GGUF T5 is not read.
+"""
+
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
+
+from fluxq.errors import WrongRequest
+from fluxq.model.text import Tokenize
+
+LEVELS_UP = 6  # a model may lie in ComfyUI/models/text_encoders/flux/, the tokenizers in ComfyUI/comfy/
+CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+T5_PIECES, T5_SENTINELS = 32000, 100  # of the public T5 models; the sentinels are not in spiece.model
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What is looked for: `forms` are the sets of files that serve, the best first.
+
+    The first may lie loose beside a model: its names say what it is. `folders` are looked into from there upwards, and
+    `hub` are (repository, folder in it) in the hub's cache, the first of which is where the files are fetched from.
+    """
+
+    name: str
+    forms: tuple[tuple[str, ...], ...]
+    folders: tuple[str, ...]
+    hub: tuple[tuple[str, str], ...]
+    option: str
+
+    def within(self, folder: Path) -> list[tuple[Path, ...]]:
+        """The files of each form, as they would be called in `folder`."""
+        return [tuple(folder / name for name in form) for form in self.forms]
+
+
+FORGE = "backend/huggingface/black-forest-labs/FLUX.1-dev"
+BFL = ("black-forest-labs/FLUX.1-dev", "black-forest-labs/FLUX.1-schnell")
+CLIP = Kind(
+    name="CLIP",
+    forms=(("vocab.json", "merges.txt"), ("tokenizer.json",)),
+    folders=("tokenizer", "comfy/sd1_tokenizer", f"{FORGE}/tokenizer"),
+    hub=(("openai/clip-vit-large-patch14", ""), *((repository, "tokenizer") for repository in BFL)),
+    option="clip_tokenizer=FOLDER",
+)
+T5 = Kind(
+    name="T5",
+    forms=(("spiece.model",), ("tokenizer.json",)),
+    folders=("tokenizer_2", "comfy/text_encoders/t5_tokenizer", f"{FORGE}/tokenizer_2"),
+    hub=(("google/t5-v1_1-xxl", ""), *((repository, "tokenizer_2") for repository in BFL)),
+    option="t5_tokenizer=FILE",
+)
+
+# --- where they are ---
+
+
+def find_tokenizers(
+    model_files: Sequence[Path],
+    clip: Path | None = None,
+    t5: Path | None = None,
+    known: Callable[[Path], bool] = Path.is_file,
+    say: Callable[[str], None] = print,
+    fetch: Callable[[Kind, Callable[[str], None]], tuple[Path, ...]] | None = None,
+) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files of CLIP's and of T5's tokenizer.
+
+    `clip` and `t5`, where given, name a tokenizer's file or folder. Else they are looked for from the folders of
+    `model_files` upwards, in the places where a diffusers folder, ComfyUI and Forge have them; then in the hub's cache;
+    then they are fetched from the hub, which is said. A file that is gone counts as found where `known` says so.
+    `fetch` may stand in for that. Raises WrongRequest, naming the files and where they usually lie, if one is nowhere.
+    """
+    found, failed = [], []
+    for kind, given in ((CLIP, clip), (T5, t5)):
+        try:
+            files = _given(kind, given, known) if given else _beside(kind, model_files, known) or _cached(kind)
+            found.append(files or (fetch or _fetched)(kind, say))
+        except OSError:
+            failed.append(kind)
+    if failed:
+        names = " and ".join(f"{kind.name}'s tokenizer ({' and '.join(kind.forms[0])})" for kind in failed)
+        places = ", ".join(place for kind in failed for place in _usual_places(kind))
+        options = " ".join(f"--set model.{kind.option}" for kind in failed)
+        raise WrongRequest(
+            f"{names} was found neither near the model files nor in the hub's cache, and the hub cannot be reached; "
+            f"copy the files beside the text encoders or pass {options}: they usually lie in {places}"
+        )
+    return found[0], found[1]
+
+
+def _given(kind: Kind, path: Path, known: Callable[[Path], bool]) -> tuple[Path, ...]:
+    """The files that `path`, a file or folder, stands for."""
+    forms = kind.within(path)
+    for exists in (Path.is_file, known):
+        for form in forms:
+            if all(map(exists, form)):
+                return form
+        if exists(path):
+            return (path,)
+    names = " or ".join(" with ".join(form) for form in kind.forms)
+    raise WrongRequest(f"{path} is no {kind.name} tokenizer; --set model.{kind.option} wants {names}")
+
+
+def _beside(kind: Kind, model_files: Sequence[Path], known: Callable[[Path], bool]) -> tuple[Path, ...] | None:
+    """The nearest files; what is there comes before what is only `known`."""
+    near = dict.fromkeys(path.parent for file in model_files for path in (file.absolute(), file.resolve()))
+    candidates = [kind.within(folder)[0] for folder in near]
+    levels = [(folder, *folder.parents)[:LEVELS_UP] for folder in near]
+    for level in range(LEVELS_UP):
+        for folder in dict.fromkeys(chain[level] for chain in levels if level < len(chain)):
+            candidates += [form for part in kind.folders for form in kind.within(folder / part)]
+    for exists in (Path.is_file, known):
+        for form in candidates:
+            if all(map(exists, form)):
+                return form
+    return None
+
+
+def _cached(kind: Kind) -> tuple[Path, ...] | None:
+    from huggingface_hub import try_to_load_from_cache
+
+    for repository, folder in kind.hub:
+        for form in kind.forms:
+            names = [f"{folder}/{name}" if folder else name for name in form]
+            paths = [try_to_load_from_cache(repository, name) for name in names]
+            if all(isinstance(path, str) for path in paths):
+                return tuple(Path(str(path)) for path in paths)
+    return None
+
+
+def _fetched(kind: Kind, say: Callable[[str], None]) -> tuple[Path, ...]:
+    """From the hub; OSError if it cannot be reached."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.constants import HF_HUB_OFFLINE
+
+    repository, names = kind.hub[0][0], kind.forms[0]
+    if not HF_HUB_OFFLINE:
+        say(f"fetching {kind.name}'s tokenizer ({', '.join(names)}) from {repository}, once")
+    return tuple(Path(hf_hub_download(repository, name)) for name in names)
+
+
+def _usual_places(kind: Kind) -> list[str]:
+    diffusers, comfy, forge = kind.folders
+    return [
+        f"ComfyUI's {comfy}",
+        f"Forge's {forge}",
+        f"the {diffusers} of a diffusers folder",
+        f"{kind.hub[0][0]} on huggingface.co",
+    ]
+
+
+# --- captions to ids ---
+
+
+def load_clip_tokenizer(files: Sequence[Path]) -> tuple[Tokenize, tuple[int, int]]:
+    """CLIP's tokenizer, and its (begin, end) ids. `files`: vocab.json and merges.txt, or tokenizer.json.
+
+    Raises WrongRequest for files of anything else.
+    """
+    try:
+        tokenizer = _read_json(files[0]) if len(files) == 1 else _clip_bpe(*files)
+    except Exception as error:  # the library raises no narrower type
+        raise _unusable(files, "CLIP tokenizer", "vocab.json with merges.txt", error) from error
+    begin, end = tokenizer.token_to_id(CLIP_BEGIN), tokenizer.token_to_id(CLIP_END)
+    if begin is None or end is None:
+        missing = CLIP_BEGIN if begin is None else CLIP_END
+        raise _unusable(files, "CLIP tokenizer", "vocab.json with merges.txt", f"it has no {missing}")
+    return _ids_of(tokenizer), (begin, end)
+
+
+def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
+    """T5's tokenizer. `files`: one, spiece.model or tokenizer.json. Raises WrongRequest for a file of anything else."""
+    (path,) = files
+    if path.suffix == ".json":
+        try:
+            tokenizer = _read_json(path)
+        except Exception as error:  # the library raises no narrower type
+            raise _unusable(files, "T5 tokenizer", "spiece.model", error) from error
+        if (tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>")) != (0, 1):
+            raise _unusable(files, "T5 tokenizer", "spiece.model", "its ids 0 and 1 are not <pad> and </s>")
+        return _ids_of(tokenizer)
+    from sentencepiece import SentencePieceProcessor
+
+    try:
+        processor = SentencePieceProcessor(model_file=str(path))
+    except (OSError, RuntimeError) as error:
+        raise _unusable(files, "T5 tokenizer", "spiece.model", error) from error
+    pieces = processor.vocab_size()
+    special = {processor.id_to_piece(i): i for i in (0, 1, 2)}
+    if pieces == T5_PIECES:
+        special |= {f"<extra_id_{n}>": pieces + T5_SENTINELS - 1 - n for n in range(T5_SENTINELS)}
+    split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
+
+    def tokenize(caption: str) -> list[int]:
+        parts = split.split(caption)
+        return [i for part in parts for i in ([special[part]] if part in special else processor.encode(part))]
+
+    return tokenize
+
+
+def _clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
+    """OpenAI's: lower case, white space collapsed, split into words, then byte-level BPE with `</w>` at their ends."""
+    bpe = models.BPE.from_file(str(vocabulary), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
+    tokenizer = Tokenizer(bpe)
+    tokenizer.normalizer = normalizers.Sequence(
+        [normalizers.NFC(), normalizers.Replace(Regex(r"\s+"), " "), normalizers.Lowercase()]
+    )
+    words = r"<\|startoftext\|>|<\|endoftext\|>|'s|'t|'re|'ve|'m|'ll|'d|[\p{L}]+|[\p{N}]|[^\s\p{L}\p{N}]+"
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.Split(Regex(words), behavior="removed", invert=True),
+            pre_tokenizers.ByteLevel(add_prefix_space=False),
+        ]
+    )
+    tokenizer.add_special_tokens([name for name in (CLIP_BEGIN, CLIP_END) if bpe.token_to_id(name) is not None])
+    return tokenizer
+
+
+def _read_json(path: Path) -> Tokenizer:
+    tokenizer = Tokenizer.from_str(path.read_text(encoding="utf-8"))
+    tokenizer.no_truncation()
+    tokenizer.no_padding()
+    return tokenizer
+
+
+def _ids_of(tokenizer: Tokenizer) -> Tokenize:
+    return lambda caption: tokenizer.encode(caption, add_special_tokens=False).ids
+
+
+def _unusable(files: Sequence[Path], what: str, wanted: str, error: object) -> WrongRequest:
+    reason = str(error).strip().split("\n")[0]
+    return WrongRequest(f"{' with '.join(map(str, files))} is no usable {what} ({reason}); give {wanted}")

@@ -1,0 +1,165 @@
+"""T5's encoder and CLIP's text model, run one block at a time: only one block's weights are in memory.
+
+All captions go through a block before the next is read, in batches. T5 is version 1.1 (Raffel et al. 2020; Shazeer
+2020): gated GELU, no biases, attention without a scale and with a learned bias by distance. CLIP is OpenAI's
+(Radford et al. 2021). No padding is masked, as FLUX.1 was trained.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TOKENS_PER_BATCH = 2048  # a T5-XXL block's widest activation is then 42 MB in bf16
+T5_FAR = 128  # tokens: from this distance on all are alike
+T5_BLOCK = (
+    "layer.0.layer_norm",
+    *(f"layer.0.SelfAttention.{part}" for part in "qkvo"),
+    "layer.1.layer_norm",
+    *(f"layer.1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
+)
+CLIP_BLOCK = (
+    "layer_norm1",
+    *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
+    "layer_norm2",
+    "mlp.fc1",
+    "mlp.fc2",
+)
+
+Layers = Mapping[str, tuple[Tensor, ...]]
+"""The weights of a block by layer: its weight, and its bias where it has one."""
+
+Tick = Callable[[int, int], None]
+"""Called after each block with (blocks done, of how many)."""
+
+
+class Weights(Protocol):
+    """The tensors of a model by name, read when they are asked for: on the device, in the dtype to compute in."""
+
+    def read(self, name: str) -> Tensor: ...
+
+    def rows(self, name: str, indices: Tensor) -> Tensor:
+        """The rows of a matrix at `indices` (n,); WrongRequest if it has fewer."""
+        ...
+
+
+@dataclass(frozen=True)
+class T5Encoder:
+    weights: Weights
+    layers: int
+    heads: int
+
+    def __call__(self, ids: Tensor, tick: Tick = lambda done, total: None) -> Tensor:
+        """States (B, L, D) of token ids (B, L)."""
+        x = _embedded(self.weights, "shared.weight", ids)
+        first = "encoder.block.0.layer.0.SelfAttention"
+        table = self.weights.read(f"{first}.relative_attention_bias.weight")  # (buckets, H)
+        bias = table[t5_buckets(ids.shape[1], len(table)).to(table.device)].permute(2, 0, 1)
+        bias = bias[None].contiguous()  # (1, H, L, L)
+        for i in range(self.layers):
+            block = partial(t5_block, heads=self.heads, bias=bias)
+            names = {layer: (f"encoder.block.{i}.{layer}.weight",) for layer in T5_BLOCK}
+            _through(block, x, self.weights, names)
+            tick(i + 1, self.layers)
+        norm = self.weights.read("encoder.final_layer_norm.weight")
+        for part in _batches(x):
+            part.copy_(_rms_norm(part, norm))
+        return x
+
+
+def t5_block(x: Tensor, layers: Layers, heads: int, bias: Tensor) -> Tensor:
+    """x (B, L, D) one block on. `layers` are those of T5_BLOCK; bias (1, H, L, L) is added to the scores."""
+    norm1, to_q, to_k, to_v, to_out, norm2, gate, up, down = (layers[name] for name in T5_BLOCK)
+    h = _rms_norm(x, *norm1)
+    q, k, v = (_heads(F.linear(h, *layer), heads) for layer in (to_q, to_k, to_v))
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D/H)
+    x = x + F.linear(attended.transpose(1, 2).flatten(2), *to_out)
+    h = _rms_norm(x, *norm2)
+    return x + F.linear(F.gelu(F.linear(h, *gate), approximate="tanh").mul_(F.linear(h, *up)), *down)
+
+
+def t5_buckets(length: int, buckets: int = 32) -> Tensor:
+    """Which of `buckets` the distance from query to key falls into, (L, L): half of them for keys ahead.
+
+    Half of each half are single distances, the rest grow logarithmically up to T5_FAR. On the host, so that a card's
+    logarithm moves no border.
+    """
+    distance = torch.arange(length)[None] - torch.arange(length)[:, None]
+    half, single = buckets // 2, buckets // 4
+    far = torch.log(distance.abs().clamp(min=1).float() / single) / math.log(T5_FAR / single) * (half - single)
+    bucket = torch.where(distance.abs() < single, distance.abs(), (single + far.long()).clamp(max=half - 1))
+    return bucket + half * (distance > 0)
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    weights: Weights
+    layers: int
+    heads: int
+
+    def __call__(self, ids: Tensor, ends: Tensor) -> Tensor:
+        """Pooled vectors (B, D): the last states at the tokens `ends` (B,) of token ids (B, L)."""
+        positions = self.weights.read("embeddings.position_embedding.weight")
+        x = _embedded(self.weights, "embeddings.token_embedding.weight", ids) + positions[: ids.shape[1]]
+        for i in range(self.layers):
+            block = partial(clip_block, heads=self.heads)
+            names = {layer: _affine(f"encoder.layers.{i}.{layer}") for layer in CLIP_BLOCK}
+            _through(block, x, self.weights, names)
+        x = x[torch.arange(len(x), device=x.device), ends.to(x.device)]
+        return _layer_norm(x, *map(self.weights.read, _affine("final_layer_norm")))
+
+
+def clip_block(x: Tensor, layers: Layers, heads: int) -> Tensor:
+    """x (B, L, D) one block on. `layers` are those of CLIP_BLOCK."""
+    norm1, to_q, to_k, to_v, to_out, norm2, fc1, fc2 = (layers[name] for name in CLIP_BLOCK)
+    h = _layer_norm(x, *norm1)
+    q, k, v = (_heads(F.linear(h, *layer), heads) for layer in (to_q, to_k, to_v))
+    attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+    x = x + F.linear(attended.transpose(1, 2).flatten(2), *to_out)
+    h = F.linear(_layer_norm(x, *norm2), *fc1)
+    return x + F.linear(h * torch.sigmoid(1.702 * h), *fc2)
+
+
+def _embedded(weights: Weights, name: str, ids: Tensor) -> Tensor:
+    """(B, L, D) of token ids (B, L); of the table only the rows that occur are read."""
+    unique, places = ids.unique(return_inverse=True)
+    table = weights.rows(name, unique)
+    return table[places.to(table.device)]
+
+
+def _through(
+    block: Callable[[Tensor, Layers], Tensor], x: Tensor, weights: Weights, names: Mapping[str, tuple[str, ...]]
+) -> None:
+    """Takes x (B, L, D) through `block` in place. Its weights, `names` by layer, live no longer than this call."""
+    layers = {layer: tuple(map(weights.read, own)) for layer, own in names.items()}
+    for part in _batches(x):
+        part.copy_(block(part, layers))
+
+
+def _affine(layer: str) -> tuple[str, str]:
+    return f"{layer}.weight", f"{layer}.bias"
+
+
+def _batches(x: Tensor) -> tuple[Tensor, ...]:
+    """Views of x (B, L, D), of about TOKENS_PER_BATCH each."""
+    return x.split(max(1, TOKENS_PER_BATCH // x.shape[1]))
+
+
+def _heads(x: Tensor, heads: int) -> Tensor:
+    """(B, L, D) -> (B, H, L, D/H)"""
+    return x.unflatten(-1, (heads, -1)).transpose(1, 2)
+
+
+def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, eps=1e-6)
+
+
+def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.layer_norm(x, weight.shape, weight, bias, eps=1e-5)
