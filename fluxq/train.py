@@ -38,7 +38,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     """
     models = Models(config.model, say=say)
     models.check()
-    config = resolve(config, models, say)
+    config = resolve(config, models, (lambda line: None) if resume else say)
     run = Run(config)
     run.check(resume, overwrite)
     training, steps, data = config.training, config.training.steps, config.data
