@@ -12,6 +12,8 @@ from PIL import Image
 
 from fluxq.report import read_log
 
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one worker makes the demos that all tests look at
+
 OFFLINE = """
 import socket, sys
 def forbidden(*args, **kwargs):
@@ -33,23 +35,21 @@ def run_demo(out: Path, format: str) -> dict:
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory) -> dict[str, dict]:
     folder = tmp_path_factory.mktemp("demo")
-    return {format: run_demo(folder / format, format) for format in ("nf4", "bf16")}
+    return {format: run_demo(folder / format, format) for format in ("nf4", "fp8", "int8", "bf16")}
 
 
-@pytest.mark.slow
 def test_the_demo_teaches_the_creature_and_keeps_the_rest(demos):
     assert demos["nf4"]["concept_change"] <= -0.25
     assert demos["nf4"]["ordinary_change"] <= 0.10
 
 
-@pytest.mark.slow
-def test_nf4_ends_within_3_percent_of_bf16(demos):
+@pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
+def test_every_format_ends_within_3_percent_of_bf16(format, demos):
     """Same seeds, so the same pictures, noise and times; only the storage of the frozen weights differs."""
-    assert demos["nf4"]["concept_after"] <= 1.03 * demos["bf16"]["concept_after"]
-    assert demos["nf4"]["ordinary_after"] <= 1.03 * demos["bf16"]["ordinary_after"]
+    for loss in ("concept_after", "ordinary_after"):
+        assert demos[format][loss] <= 1.03 * demos["bf16"][loss], loss
 
 
-@pytest.mark.slow
 def test_the_demo_leaves_what_it_promises(demos):
     summary = demos["nf4"]
     run = Path(summary["lora"]).parent
