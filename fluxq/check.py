@@ -17,6 +17,7 @@ from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint
+from fluxq.formats.quantized import QuantizedFile, cache_folder
 from fluxq.formats.source import OPENERS, Source
 from fluxq.hub import NotFetched
 from fluxq.machine import memory, notes, obstacle, read_machine
@@ -68,6 +69,8 @@ def _part(models: Models, part: str, reasons: list[str]) -> Answer:
     try:
         served = models.served(part)
         about: Answer = {"path": str(served.path), "why": served.why}
+        if part == "flux" and models.quantised is not None:
+            return about | _about_quantised(models.quantised)
         source = models.open(part)
         about |= _about(source)
         if part != "flux" and (misfit := models.misfit(part, source.config)):
@@ -78,6 +81,11 @@ def _part(models: Models, part: str, reasons: list[str]) -> Answer:
     except WrongRequest as error:
         reasons.append(str(error))
         return {"path": None, "why": None}
+
+
+def _about_quantised(file: QuantizedFile) -> Answer:
+    about = {"what": _sizes(file.config), "precision": f"{file.format}, by fluxq", "files": [str(file.path)]}
+    return about | {"bytes": file.checkpoint.nbytes}
 
 
 def _about(source: Source) -> Answer:
@@ -172,22 +180,33 @@ def _disk(
     """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
     if flux is None:
         return None
-    weights = stored_bytes(flux, config.model.format)
+    weights = 0 if models.is_quantised else stored_bytes(flux, config.model.format)
     needed = {"weights": weights, "downloads": fetched, "cache": 0}
     if data is not None:
         caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
         needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
-    total, place = sum(needed.values()), config.data.cache.absolute()
-    place = next(folder for folder in (place, *place.parents) if folder.is_dir())
-    free = shutil.disk_usage(place).free
-    listed = ", ".join(f"{name} {_size(nbytes)}" for name, nbytes in needed.items() if nbytes)
-    console.print(f"disk         {_size(total)} needed ({listed}), {_size(free)} free at {place}")
-    if total > free:
-        reasons.append(
-            f"{_size(total)} of disk are needed at {place}, {_size(free)} are free; "
-            "make room, or choose another --cache"
-        )
-    return {"needed": total, "free": free, **needed}
+    places = {"weights": cache_folder(), "downloads": Path.home(), "cache": config.data.cache.absolute()}
+    free = math.inf
+    for place, names in _by_disk(places).items():
+        total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
+        free = min(free, left)
+        listed = ", ".join(f"{name} {_size(needed[name])}" for name in names if needed[name])
+        console.print(f"disk         {_size(total)} needed ({listed or 'nothing'}), {_size(left)} free at {place}")
+        if total > left:
+            reasons.append(
+                f"{_size(total)} of disk are needed at {place}, {_size(left)} are free; "
+                "make room, or choose another --cache or FLUXQ_CACHE"
+            )
+    return {"needed": sum(needed.values()), "free": free, **needed}
+
+
+def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
+    """A folder on each disk -> the names of those `places` that lie there, or would."""
+    disks: dict[int, tuple[Path, list[str]]] = {}
+    for name, place in places.items():
+        folder = next(f for f in (place, *place.absolute().parents) if f.is_dir())
+        disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
+    return dict(disks.values())
 
 
 def stored_bytes(config: FluxConfig, format: str) -> int:
@@ -213,6 +232,11 @@ def check_file(path: Path) -> Answer:
     Raises WrongRequest for what is no complete safetensors file.
     """
     checkpoint = Checkpoint(path)
+    if "fluxq" in checkpoint.metadata:
+        about = _about_quantised(file := QuantizedFile.open(path))
+        console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
+        console.print(f"             use it by --flux with --format {file.format}")
+        return {"ready": True, "kind": detect.FLUX, "path": str(path), "parts": {"flux": about}, "reasons": []}
     kind = detect.kind(checkpoint.keys())
     dtypes = Counter(DTYPE_NAMES[checkpoint.dtype(key)] for key in checkpoint.keys())
     stored = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())

@@ -71,6 +71,13 @@ class ModelConfig:
         "nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "fp8", "int8", "bf16")
     )
     compute: str = option("bf16", "how frozen weights are multiplied", "--compute", ("bf16",))
+    ae_band: int | None = option(
+        None,
+        "rows of the autoencoder's feature maps that are worked on at a time: the same result in less memory, slower; "
+        "default: all",
+        "--ae-band",
+        least=1,
+    )
 
 
 @dataclass(frozen=True)

@@ -76,14 +76,14 @@ def demo_config(out: Path, format: str) -> TrainConfig:
             "model": {"name": "nano", "format": format},
             "data": {
                 "folders": [
-                    {"path": str(folder / "creature"), "trigger": TRIGGER, "repeats": 6},
+                    {"path": str(folder / "creature"), "trigger": TRIGGER, "repeats": 4},
                     {"path": str(folder / "ordinary")},
                 ],
                 "validation": [str(folder / "creature_held_out"), str(folder / "ordinary_held_out")],
                 "cache": str(out / "cache"),
             },
-            "lora": {"rank": 16},
-            "training": {"steps": 300, "batch": 6, "rate": 1.5e-3, "schedule": "cosine", "seed": 1},
+            "lora": {"rank": 32},
+            "training": {"steps": 400, "batch": 8, "rate": 1e-3, "schedule": "cosine", "seed": 1},
             "output": {"out": str(out), "name": "demo", "save_every": 100},
         },
         "the demo",

@@ -22,7 +22,7 @@ from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
 from fluxq.formats.files import Checkpoint
 from fluxq.formats.find import Found, choose, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
-from fluxq.formats.quantized import QuantizedFile, cached, fingerprint, load_quantized
+from fluxq.formats.quantized import QuantizedFile, cached, cached_path, fingerprint, load_quantized
 from fluxq.formats.source import OPENERS, Source, locate
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
@@ -118,7 +118,7 @@ class Models:
     @cached_property
     def flux_config(self) -> FluxConfig:
         """The transformer's sizes, read from its file's header."""
-        return self._quantised.config if self._quantised else self.open("flux").config
+        return self.quantised.config if self.quantised else self.open("flux").config
 
     def check(self) -> None:
         """Read the headers of all files: WrongRequest where one is not what it should be or does not fit the others.
@@ -156,6 +156,13 @@ class Models:
         return fingerprint(self.files("flux"))
 
     @property
+    def is_quantised(self) -> bool:
+        """Whether the transformer only has to be read: it was quantised before, or is not to be."""
+        if self.config.format == "bf16" or self.quantised is not None:
+            return True
+        return cached_path(self.files("flux"), self.config.format).is_file()
+
+    @property
     def default_size(self) -> tuple[int, str]:
         """The training size in pixels where none was asked for, and why."""
         if self.is_nano:
@@ -170,7 +177,7 @@ class Models:
 
         What was quantised is kept in FLUXQ_CACHE (fluxq/formats/quantized.py), so that the next start only reads it.
         """
-        if (own := self._quantised) is not None:
+        if (own := self.quantised) is not None:
             return load_quantized(own, self.device)
         if self.config.format == "bf16":
             return load_flux(self.flux_file, "bf16", self.device)
@@ -180,7 +187,7 @@ class Models:
         return load_quantized(file, self.device)
 
     @cached_property
-    def _quantised(self) -> QuantizedFile | None:
+    def quantised(self) -> QuantizedFile | None:
         """The transformer's file, if `fluxq quantize` wrote it. Raises WrongRequest if its format is not the one
         wanted.
         """
@@ -193,7 +200,7 @@ class Models:
         return file
 
     def load_autoencoder(self) -> AutoEncoder:
-        return load_autoencoder(self.served("ae").path, self.device)
+        return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band)
 
     def load_text_encoders(self) -> TextEncoders:
         files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()

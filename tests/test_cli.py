@@ -20,7 +20,7 @@ from fluxq.cli import main
 from fluxq.formats.files import Checkpoint
 from fluxq.report import read_log
 
-MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --format --compute --model"
+MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --format --compute --ae-band --model"
 DATA = "--trigger --size --skip-bad --cache"
 SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)

@@ -14,6 +14,7 @@ import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -113,12 +114,11 @@ def write_quantized(
     with atomic_path(path, needed) as temporary, temporary.open("wb") as file:
         file.write(header)
         names = by_unit(source.shapes)
+        tensors = _read_ahead(source, [name for unit in units for name in names[unit]], digest)
         for unit, (places, length) in units.items():
             buffer, parts = torch.zeros(length, dtype=torch.uint8), iter(places)
             for name in names[unit]:
-                tensor = source.get(name)
-                digest.update(name.encode())
-                digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+                tensor = next(tensors)
                 for stored in _quantized(name, tensor.to(device), format if unit != REST else "bf16", inspect):
                     place = next(parts)
                     _view(buffer, place).copy_(stored)
@@ -128,6 +128,23 @@ def write_quantized(
         final = _header(units, {**description, "source": {**about, "hash": digest.hexdigest()}})
         file.seek(0)
         file.write(final)
+
+
+def _read_ahead(source: Source[FluxConfig], names: Sequence[str], digest: Any) -> Iterator[Tensor]:
+    """The tensors of `names` in order; while one is worked on, a thread reads the next and adds it to `digest`."""
+
+    def read(name: str) -> Tensor:
+        tensor = source.get(name)
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+        return tensor
+
+    with ThreadPoolExecutor(1) as reader:
+        coming = reader.submit(read, names[0])
+        for name in names[1:]:
+            tensor, coming = coming.result(), reader.submit(read, name)
+            yield tensor
+        yield coming.result()
 
 
 def _quantized(name: str, w: Tensor, format: str, inspect: Callable[[str, Tensor, Weight], None]) -> list[Tensor]:
@@ -164,13 +181,17 @@ def cached(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> QuantizedFile:
     """`source` in `format`: from the cache folder, or quantised into it once."""
-    name = source.files[0].stem if len(source.files) == 1 else source.files[0].parent.name
-    mark = fingerprint(source.files)
-    path = cache_folder() / f"{name}-{format}-{mark}.safetensors"
+    path = cached_path(source.files, format)
     if not path.is_file():
-        about = {"files": [file.name for file in source.files], "fingerprint": mark}
+        about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
         write_quantized(path, source, format, about, device, progress)
     return QuantizedFile.open(path)
+
+
+def cached_path(files: Sequence[Path], format: str) -> Path:
+    """Where the transformer in `files` is kept in `format`."""
+    name = files[0].stem if len(files) == 1 else files[0].parent.name
+    return cache_folder() / f"{name}-{format}-{fingerprint(files)}.safetensors"
 
 
 def cache_folder() -> Path:
