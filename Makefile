@@ -34,10 +34,10 @@ demo: $(VENV)/installed
 	$(BIN)/fluxq demo
 
 test: $(VENV)/installed-tests
-	$(BIN)/python -m pytest -n auto --dist loadgroup
+	$(BIN)/python -m pytest -n auto --dist loadfile
 
 quick: $(VENV)/installed-tests
-	$(BIN)/python -m pytest -n auto --dist loadgroup -q -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -q -m "not slow"
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff format --check .

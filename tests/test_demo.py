@@ -12,7 +12,7 @@ from PIL import Image
 
 from fluxq.report import read_log
 
-pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("demo")]  # one worker makes the demos that all tests look at
+pytestmark = pytest.mark.slow
 
 OFFLINE = """
 import socket, sys
