@@ -22,7 +22,15 @@ from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
 from fluxq.formats.files import Checkpoint
 from fluxq.formats.find import Found, choose, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
-from fluxq.formats.quantized import QuantizedFile, cached, cached_path, fingerprint, load_quantized
+from fluxq.formats.quantized import (
+    QuantizedFile,
+    cache_folder,
+    cached,
+    cached_path,
+    fingerprint,
+    load_quantized,
+    stored_bytes,
+)
 from fluxq.formats.source import OPENERS, Source, locate
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
@@ -182,6 +190,9 @@ class Models:
         if self.config.format == "bf16":
             return load_flux(self.flux_file, "bf16", self.device)
         source = self.open("flux")
+        if not self.is_quantised:
+            room = stored_bytes(source.shapes, self.config.format) / 1e9
+            self._say(f"quantising {source.path.name} to {self.config.format}, once: {room:.1f} GB in {cache_folder()}")
         with byte_bar("quantising") as progress:
             file = cached(source, self.config.format, self.device, progress)
         return load_quantized(file, self.device)

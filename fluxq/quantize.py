@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.quantized import fingerprint, write_quantized
+from fluxq.formats.quantized import fingerprint, stored_bytes, write_quantized
 from fluxq.formats.source import open_flux
 from fluxq.kernels import Weight, dequantize
 from fluxq.report import byte_bar, console
@@ -33,6 +33,7 @@ def quantize_command(
     original, errors = open_flux(source), Errors()
     about = {"files": [path.name for path in original.files], "fingerprint": fingerprint(original.files)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    console.print(f"{target} will take {stored_bytes(original.shapes, format) / 1e9:.1f} GB")
     began = time.perf_counter()
     with byte_bar("quantising") as progress:
         inspect = errors.add if report else lambda name, w, q: None

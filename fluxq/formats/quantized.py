@@ -13,7 +13,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from hashlib import blake2b
@@ -50,7 +50,7 @@ class Place:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(shapes: dict[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
+def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
     """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
     units = {}
     for unit, names in by_unit(shapes).items():
@@ -186,6 +186,11 @@ def cached(
         about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
         write_quantized(path, source, format, about, device, progress)
     return QuantizedFile.open(path)
+
+
+def stored_bytes(shapes: Mapping[str, tuple[int, ...]], format: str) -> int:
+    """The room that a transformer of these shapes takes in `format`."""
+    return sum(length for _, length in layout(shapes, format).values())
 
 
 def cached_path(files: Sequence[Path], format: str) -> Path:
