@@ -47,8 +47,8 @@ lint: $(VENV)/installed-tests
 check: lint test
 
 gpu:
-	PYTHONPATH=. python3 -m pytest -q tests/test_gpu.py
-	PYTHONPATH=. python3 benchmarks/gpu.py --out $(OUT_DIR)
+	PYTHONPATH=. $(PYTHON) -m pytest -q tests/test_gpu.py
+	PYTHONPATH=. $(PYTHON) benchmarks/gpu.py --out $(OUT_DIR)
 
 fullsize: $(VENV)/installed-tests
 	$(BIN)/python benchmarks/fullsize.py $(if $(DEPTH),--depth $(DEPTH)) --out $(OUT_DIR)

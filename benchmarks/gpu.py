@@ -9,6 +9,7 @@ Weights and inputs are random: speed and memory do not depend on them. Each size
 from __future__ import annotations
 
 import argparse
+import importlib.metadata
 import json
 import platform
 import statistics
@@ -31,12 +32,14 @@ RANK, T5_LENGTH = 16, 512
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON file")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda", help="cpu tries the script out, with a small --depth")
     parser.add_argument("--depth", type=int, nargs=2, default=(19, 38), help="double and single blocks; default: dev's")
     parser.add_argument("--sizes", type=int, nargs="+", default=(512, 768, 1024), help="pixels of a side")
     parser.add_argument("--steps", type=int, default=12, help="timed steps a size, after 3 that are not")
     arguments = parser.parse_args()
     device = torch.device(arguments.device)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit("no CUDA card was found; nothing was measured")
     flux = random_flux(arguments.depth, device)
     rows = [measure(flux, size, arguments.steps) for size in arguments.sizes]
     report = {
@@ -107,17 +110,22 @@ def measure(flux: Flux, size: int, steps: int) -> dict:
     return row
 
 
+def version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
 def about(device: torch.device) -> dict:
     """What the numbers were measured on and with."""
-    import triton
-
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
     return {
         "card": torch.cuda.get_device_name() if device.type == "cuda" else f"cpu {platform.machine()}",
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
-        "triton": triton.__version__,
+        "triton": version("triton"),
         "commit": commit or "unknown",
     }
 
