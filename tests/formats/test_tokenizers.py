@@ -2,9 +2,12 @@
 
 import os
 import shutil
+import struct
+import tracemalloc
 from pathlib import Path
 
 import pytest
+from sentencepiece import SentencePieceProcessor
 from transformers import CLIPTokenizer, T5Tokenizer
 
 from fluxq import nano
@@ -80,6 +83,182 @@ def test_missing_or_damaged_vocabulary_is_one_sentence(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(WrongRequest, match=r"vocab\.json with .*merges\.txt is no usable CLIP tokenizer \(.*\); give"):
         load_clip_tokenizer((tmp_path / "vocab.json", tmp_path / "merges.txt"))
+
+
+# --- within a GGUF T5 ---
+
+
+def charsmap_of(spiece: Path) -> bytes:
+    """normalizer_spec.precompiled_charsmap (field 2 in field 3 of the protocol buffer)."""
+    return fields(fields(spiece.read_bytes())[3])[2]
+
+
+def fields(message: bytes) -> dict[int, bytes]:
+    """The last value of each field of a protocol buffer that has bytes."""
+    found, at = {}, 0
+
+    def varint() -> int:
+        nonlocal at
+        begin = at
+        while message[at] > 127:
+            at += 1
+        at += 1
+        return sum((byte & 127) << 7 * i for i, byte in enumerate(message[begin:at]))
+
+    while at < len(message):
+        key = varint()
+        if key & 7 == 0:
+            varint()
+        else:
+            size = {1: 8, 5: 4}.get(key & 7) or varint()
+            found[key >> 3] = message[at : at + size]
+            at += size
+    return found
+
+
+def write_gguf(path: Path, spiece: Path, charsmap: bool = True, padding: int = 0, architecture="t5encoder", **changes):
+    """A GGUF T5 as llama.cpp's converter makes it from `spiece`, without tensors; of `changes` None leaves out."""
+    gguf = pytest.importorskip("gguf")
+    processor = SentencePieceProcessor(model_file=str(spiece))
+    ids = range(processor.vocab_size())
+    kinds = [2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 1 for i in ids]
+    values = {
+        "tokenizer_model": "t5",
+        "token_list": [processor.id_to_piece(i) for i in ids] + [f"[PAD{len(ids) + n}]" for n in range(padding)],
+        "token_scores": [processor.get_score(i) for i in ids] + [-10000.0] * padding,
+        "token_types": kinds + [5] * padding,
+        "precompiled_charsmap": charsmap_of(spiece) if charsmap else None,
+        "add_space_prefix": True,
+        "remove_extra_whitespaces": True,
+        "eos_token_id": 1,
+        "pad_token_id": 0,
+        "unk_token_id": 2,
+    }
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_string("general.name", "a T5")
+    writer.add_array("general.tags", ["one", "two"])
+    for name, value in (values | changes).items():
+        if value is not None:
+            getattr(writer, f"add_{name}")(value)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+    return path
+
+
+MARKS = [
+    "Y\u0345 Z\u0302\u036b7",
+    "\u030b\u03544\u032f\u035d\\G\u03525",
+    " \u2581 a\u2581",
+    "W\u0323\u0334\u034d",
+    "[PAD500]",
+]
+
+
+@pytest.mark.parametrize("padding", [0, 12])
+def test_ids_of_a_gguf_equal_those_of_its_spiece_model(tmp_path, padding):
+    theirs = load_t5_tokenizer((nano.T5_TOKENIZER,))
+    ours = load_t5_tokenizer((write_gguf(tmp_path / "t5.gguf", nano.T5_TOKENIZER, padding=padding),))
+    for text in AWKWARD + MARKS:
+        assert ours(text) == theirs(text)
+
+
+@pytest.mark.parametrize("charsmap", [True, False])
+def test_ids_of_a_real_gguf_equal_those_of_its_spiece_model(vocabularies, tmp_path, charsmap):
+    spiece = vocabularies / "tokenizer_2" / "spiece.model"
+    theirs = load_t5_tokenizer((spiece,))
+    ours = load_t5_tokenizer((write_gguf(tmp_path / "t5.gguf", spiece, charsmap, padding=128),))
+    for text in AWKWARD + MARKS:
+        assert ours(text) == theirs(text)
+
+
+def test_a_gguf_beside_a_model_comes_after_other_files_and_before_the_hubs_cache(nowhere, monkeypatch):
+    model = touch(nowhere / "clip" / "t5.st")
+    for name in CLIP_LISTS:
+        touch(model.parent / name)
+    cached = str(touch(nowhere / "hub" / "spiece.model"))
+    monkeypatch.setattr(
+        "huggingface_hub.try_to_load_from_cache", lambda repository, name: cached if "spiece" in name else None
+    )
+    (model.parent / "a.gguf").write_bytes(b"GGUF\x03\0\0\0" + b"\xff" * 60)
+    write_gguf(model.parent / "b.gguf", nano.T5_TOKENIZER, architecture="flux")
+    write_gguf(model.parent / "c.gguf", nano.T5_TOKENIZER, tokenizer_model=None)
+    assert find_tokenizers([model])[1] == (Path(cached),)
+    gguf = write_gguf(model.parent / "d.gguf", nano.T5_TOKENIZER, architecture="t5")
+    assert find_tokenizers([model])[1] == (gguf,)
+    assert find_tokenizers([], model.parent, gguf)[1] == (gguf,)
+    spiece = touch(nowhere / "tokenizer_2" / "spiece.model")
+    assert find_tokenizers([model])[1] == (spiece,)
+
+
+@pytest.mark.parametrize(
+    ("changes", "sentence"),
+    [
+        ({"architecture": "llama"}, "it is not a GGUF T5"),
+        ({"tokenizer_model": "llama"}, "it holds no tokenizer of T5's"),
+        ({"token_scores": None}, "its tokens, scores or token types are missing"),
+        ({"token_scores": [0.5]}, "it has 500 tokens, 1 scores and 500 token types"),
+        ({"token_scores": [float("nan")] * 500}, "a score is not a number"),
+        ({"token_types": [7] * 500}, "a token has an unknown type"),
+        ({"token_types": [5] * 500}, "its ids 0 and 1 are not <pad> and </s>"),
+        ({"eos_token_id": 2}, "its ids 0 and 1 are not <pad> and </s>"),
+        ({"token_types": [1] * 500}, "or 2 is not the unknown one's"),
+        (
+            {"token_list": ["<pad>", "</s>"], "token_scores": [0.0] * 2, "token_types": [3] * 2},
+            "or 2 is not the unknown",
+        ),
+        ({"precompiled_charsmap": b"\xff\xff\xff\xff" * 4}, "."),
+    ],
+)
+def test_a_gguf_without_a_tokenizer_of_t5s_is_refused(tmp_path, changes, sentence):
+    path = write_gguf(tmp_path / "t5.gguf", nano.T5_TOKENIZER, **changes)
+    with pytest.raises(WrongRequest, match=rf"t5.gguf is no usable T5 tokenizer \(.*{sentence}.*\); give spiece.model"):
+        load_t5_tokenizer((path,))
+
+
+HUGE = 1 << 40
+
+
+def key_value(kind: int, data: bytes, key: bytes = b"tokenizer.ggml.tokens") -> bytes:
+    return struct.pack("<Q", len(key)) + key + struct.pack("<I", kind) + data
+
+
+@pytest.mark.parametrize(
+    ("version", "count", "data", "sentence"),
+    [
+        (1, 1, b"", "is GGUF of version 1, only 2 and 3 are read"),
+        (3, HUGE, b"", "1,099,511,627,776 key-values"),
+        (3, 9, b"", "8 more bytes, 0 are left"),
+        (3, 1, struct.pack("<Q", HUGE), "a string of 1,099,511,627,776 bytes"),
+        (3, 1, struct.pack("<Q", 1) + b"\xff", "not UTF-8"),
+        (3, 1, key_value(8, struct.pack("<Q", HUGE)), "a string of 1,099,511,627,776 bytes"),
+        (3, 1, key_value(8, struct.pack("<Q", 1 << 25)), "33,554,432 more bytes, 0 are left"),
+        (3, 1, key_value(13, b""), "tokenizer.ggml.tokens has a value of the unknown type 13"),
+        (3, 1, key_value(9, struct.pack("<IQ", 9, 1)), "of the unknown type 9"),
+        (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
+        (3, 1, key_value(9, struct.pack("<IQ", 6, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
+        (3, 1, key_value(9, struct.pack("<IQ", 8, 1 << 21) + bytes(1 << 24)), "the most that are read is 1,048,576"),
+        (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE), b"other"), "other claims 1,099,511,627,776 values"),
+        (3, 1, key_value(8, struct.pack("<Q", HUGE), b"other"), "1,099,511,627,776 more bytes, 0 are left"),
+    ],
+)
+def test_a_gguf_header_that_lies_is_one_sentence_and_no_memory(tmp_path, version, count, data, sentence):
+    path = tmp_path / "t5.gguf"
+    path.write_bytes(b"GGUF" + struct.pack("<IQQ", version, 0, count) + data)
+    tracemalloc.start()
+    try:
+        with pytest.raises(WrongRequest, match=sentence):
+            load_t5_tokenizer((path,))
+        assert tracemalloc.get_traced_memory()[1] < 4 << 20
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.parametrize("content", [b"", b"GGU", b"GGML" + bytes(20)])
+def test_a_file_that_is_only_called_gguf_is_no_gguf(tmp_path, content):
+    (tmp_path / "t5.gguf").write_bytes(content)
+    with pytest.raises(WrongRequest, match=r"t5.gguf is no GGUF file; give one that is"):
+        load_t5_tokenizer((tmp_path / "t5.gguf",))
 
 
 # --- where they are found ---
