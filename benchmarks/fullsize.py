@@ -173,7 +173,13 @@ def photographs(folder: Path) -> Path:
 
 def about() -> dict[str, str | int | None]:
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {"cores": os.cpu_count(), "python": sys.version.split()[0], "torch": torch.__version__, "commit": commit}
+    return {
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": sys.version.split()[0],
+        "torch": torch.__version__,
+        "commit": commit,
+    }
 
 
 if __name__ == "__main__":

@@ -59,7 +59,9 @@ class ModelConfig:
         None, "the T5-XXL text encoder: t5xxl_fp16.safetensors, a diffusers folder or hub id", "--t5xxl"
     )
     clip_tokenizer: Path | None = option(None, "CLIP's tokenizer: a folder with vocab.json; default: searched for")
-    t5_tokenizer: Path | None = option(None, "T5's tokenizer: spiece.model; default: searched for")
+    t5_tokenizer: Path | None = option(
+        None, "T5's tokenizer: spiece.model, tokenizer.json or a GGUF T5; default: searched for"
+    )
     t5_length: int | None = option(
         None,
         "T5 tokens a caption, longer ones are cut; default: 512 dev, 256 schnell",
