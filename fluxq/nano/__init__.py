@@ -9,9 +9,10 @@
     tokenizer/               CLIP's BPE: vocab.json, merges.txt
     tokenizer_2/             T5's SentencePiece: spiece.model
 
-`pictures` draws the captioned pictures that nano knows, and the creature that it does not. `pretrain` is how the weights
-are made; those here came from its stages in several sittings (autoencoder 11 minutes, flow 48, distillation 12, on two
-CPU cores), so running it gives others like them. Sample at 96 x 96, guidance 3.5, 20 steps; train at guidance 1.
+`pictures` draws the captioned pictures that nano knows, and the creature that it does not. `pretrain` is how the
+weights are made; those here came from its stages in several sittings (autoencoder 11 minutes, flow 48, distillation
+12, on two CPU cores), so running it gives others like them. Sample at 96 x 96, guidance 3.5, 20 steps; train at
+guidance 1.
 """
 
 from pathlib import Path
