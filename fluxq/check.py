@@ -51,7 +51,7 @@ def check_run(config: TrainConfig) -> Answer:
     data = _data(config.data, models, reasons) if config.data.folders else None
     if data is None and not config.data.folders:
         console.print("pictures     none were named, so the models alone were checked")
-    ram = _ram(flux, config.model.format, parts, reasons)
+    ram = _ram(flux, config.model.format, models.device.type == "cuda", parts, reasons)
     disk = _disk(flux, config, models, data, fetched, reasons)
     machine = read_machine()
     if problem := obstacle(machine):
@@ -156,12 +156,15 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
     return answer
 
 
-def _ram(flux: FluxConfig | None, format: str, parts: dict[str, Answer], reasons: list[str]) -> Answer | None:
-    """The memory that a run needs: frozen weights as they are stored, or the largest other part, and the program."""
+def _ram(
+    flux: FluxConfig | None, format: str, on_card: bool, parts: dict[str, Answer], reasons: list[str]
+) -> Answer | None:
+    """The RAM that a run needs: frozen weights as they are stored, unless they lie on the card, or the largest other
+    part, and the program."""
     if flux is None:
         return None
     encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
-    needed, has = PROGRAM_BYTES + max(stored_bytes(flux, format), encoders), memory()
+    needed, has = PROGRAM_BYTES + max(0 if on_card else stored_bytes(flux, format), encoders), memory()
     line = f"memory       {_size(needed)} of RAM needed, the transformer in {format}"
     if has is not None:
         line += f"; {_size(has[1])} of {_size(has[0])} are free"
@@ -204,7 +207,9 @@ def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
     """A folder on each disk -> the names of those `places` that lie there, or would."""
     disks: dict[int, tuple[Path, list[str]]] = {}
     for name, place in places.items():
-        folder = next(f for f in (place, *place.absolute().parents) if f.is_dir())
+        folder = next((f for f in (place, *place.absolute().parents) if f.is_dir()), None)
+        if folder is None:
+            raise WrongRequest(f"{place} lies on a drive that is not there; choose another place")
         disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
     return dict(disks.values())
 

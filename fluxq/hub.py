@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -53,7 +54,7 @@ def from_hub(repository: str, part: str, say: Callable[[str], None], fetch: bool
             f"{repository} is neither a file or folder here nor a model of the Hugging Face hub; check the name "
             "(a private one needs `hf auth login`)"
         ) from error
-    except (HfHubHTTPError, OSError) as error:
+    except (HfHubHTTPError, OSError, _transport_error()) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WrongRequest(
             f"{repository} is neither a file or folder here nor wholly in the hub's cache, and the hub cannot be "
@@ -63,6 +64,14 @@ def from_hub(repository: str, part: str, say: Callable[[str], None], fetch: bool
     if found is None:
         raise WrongRequest(f"{repository} was fetched, but holds no usable file with {part}; give another")
     return found
+
+
+def _transport_error() -> type[Exception]:
+    """What the hub's library lets through where there is no network: the base class of its HTTP client's errors."""
+    for client in ("httpx2", "httpx"):
+        if importlib.util.find_spec(client):
+            return importlib.import_module(client).HTTPError
+    return OSError
 
 
 def _cached(repository: str, part: str) -> Path | None:

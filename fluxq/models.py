@@ -29,6 +29,7 @@ from fluxq.formats.quantized import (
     cached_path,
     fingerprint,
     load_quantized,
+    require_room,
     stored_bytes,
 )
 from fluxq.formats.source import OPENERS, Source, locate
@@ -141,6 +142,10 @@ class Models:
                 source = self.open(part)
                 if misfit := self.misfit(part, source.config):
                     raise WrongRequest(f"{source.path} {misfit}; use one model's files")
+
+        if not self.is_quantised:
+            place = cached_path(self.files("flux"), self.config.format)
+            require_room(place, stored_bytes(self.open("flux").shapes, self.config.format))
 
     def misfit(self, part: str, config: Any) -> str | None:
         """What is wrong with an encoder of this config in the place of `part`; None if it fits the transformer."""

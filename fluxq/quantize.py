@@ -31,6 +31,8 @@ def quantize_command(
     if target.exists() and not overwrite:
         raise WrongRequest(f"{target} exists; choose another name, or replace it by --overwrite")
     original, errors = open_flux(source), Errors()
+    if target.is_dir() or any(target.exists() and target.samefile(path) for path in original.files):
+        raise WrongRequest(f"{target} is a folder or the source itself; name a new file")
     about = {"files": [path.name for path in original.files], "fingerprint": fingerprint(original.files)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(f"{target} will take {stored_bytes(original.shapes, format) / 1e9:.1f} GB")

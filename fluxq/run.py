@@ -102,7 +102,8 @@ class Run:
         for section in ("model", "data", "lora", "training"):
             was, now = asdict(getattr(before, section)), asdict(getattr(self.config, section))
             for key in was:
-                if was[key] == now[key] or isinstance(was[key], Path) or key == "ae_band":
+                moved = isinstance(was[key], Path) or isinstance(now[key], Path)
+                if was[key] == now[key] or moved or key == "ae_band":
                     continue  # files may move, their contents are compared; bands change nothing
                 if key == "steps" and was["schedule"] == "constant":
                     continue  # a shorter or longer run of the same beginning

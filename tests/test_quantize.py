@@ -73,6 +73,8 @@ def test_training_quantises_once_and_says_what_room_that_takes(tmp_path, monkeyp
         (["{ae}", "{tmp}/x.safetensors"], "ae.safetensors"),
         (["{tmp}/absent.safetensors", "{tmp}/x.safetensors"], "absent.safetensors"),
         (["{flux}", "{tmp}/there.safetensors"], "there.safetensors exists"),
+        (["{flux}", "{flux}", "--overwrite"], "is a folder or the source itself"),
+        (["{flux}", "{tmp}", "--overwrite"], "is a folder or the source itself"),
     ],
 )
 def test_wrong_requests_write_nothing(arguments, sentence, tmp_path):

@@ -66,7 +66,9 @@ def load_text_encoders(
     `find_tokenizers` gives them. Raises WrongRequest for a file that is not what its name says.
     """
     if dtype is None:
-        slow = device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        mkldnn = torch.backends.mkldnn.is_available()  # absent on some Arm builds
+        fast = mkldnn and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        slow = device.type == "cpu" and not fast
         dtype = torch.float32 if slow else torch.bfloat16
     clip_source, t5_source = open_clip(clip_l), open_t5(t5xxl)
     sizes = clip_source.config

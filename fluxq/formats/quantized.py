@@ -9,13 +9,16 @@ layout, which gives each unit's tensors as [name, dtype, shape, first byte]. A m
 from __future__ import annotations
 
 import dataclasses
+import glob
 import json
 import math
 import os
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import lru_cache
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -24,6 +27,7 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
+from fluxq.formats.detect import flux_shapes
 from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, atomic_path
 from fluxq.formats.source import Source
 from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, quantize
@@ -106,10 +110,7 @@ def write_quantized(
     blank = "0" * 32  # the hash of what was read is known at the end
     header = _header(units, {**description, "source": {**about, "hash": blank}})
     needed = len(header) + sum(length for _, length in units.values())
-    path.parent.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(path.parent).free
-    if free < needed:
-        raise WrongRequest(f"{path} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room there")
+    require_room(path, needed)
     digest, done = blake2b(digest_size=16), 0
     with atomic_path(path, needed) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -128,6 +129,16 @@ def write_quantized(
         final = _header(units, {**description, "source": {**about, "hash": digest.hexdigest()}})
         file.seek(0)
         file.write(final)
+
+
+def require_room(path: Path, needed: int) -> None:
+    """Raise WrongRequest if the disk of `path`, which need not exist, has fewer than `needed` bytes free."""
+    folder = next((p for p in path.absolute().parents if p.is_dir()), None)
+    if folder is None:
+        raise WrongRequest(f"{path.parent} lies on a drive that is not there; choose another place")
+    free = shutil.disk_usage(folder).free
+    if free < needed:
+        raise WrongRequest(f"{path} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room there")
 
 
 def _read_ahead(source: Source[FluxConfig], names: Sequence[str], digest: Any) -> Iterator[Tensor]:
@@ -182,9 +193,18 @@ def cached(
 ) -> QuantizedFile:
     """`source` in `format`: from the cache folder, or quantised into it once."""
     path = cached_path(source.files, format)
-    if not path.is_file():
-        about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
-        write_quantized(path, source, format, about, device, progress)
+    if path.is_file():
+        try:
+            return QuantizedFile.open(path)
+        except WrongRequest:
+            path.unlink()  # damaged: it is made anew
+    for stale in path.parent.glob(f".{glob.escape(path.stem)}.tmp-*"):
+        if (
+            time.time() - stale.stat().st_mtime > 86_400
+        ):  # what a killed process left; younger ones may be in the making
+            stale.unlink(missing_ok=True)
+    about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
+    write_quantized(path, source, format, about, device, progress)
     return QuantizedFile.open(path)
 
 
@@ -196,7 +216,7 @@ def stored_bytes(shapes: Mapping[str, tuple[int, ...]], format: str) -> int:
 def cached_path(files: Sequence[Path], format: str) -> Path:
     """Where the transformer in `files` is kept in `format`."""
     name = files[0].stem if len(files) == 1 else files[0].parent.name
-    return cache_folder() / f"{name}-{format}-{fingerprint(files)}.safetensors"
+    return cache_folder() / f"{name}-{format}-v{LAYOUT_VERSION}-{fingerprint(files)}.safetensors"
 
 
 def cache_folder() -> Path:
@@ -207,21 +227,27 @@ def cache_folder() -> Path:
     return Path(base or Path.home() / ".cache") / "fluxq"
 
 
-def fingerprint(files: Sequence[Path], samples: int = 1024, size: int = 1 << 12) -> str:
-    """What tells files from others without reading them whole: their lengths, headers, and `samples` pieces of each.
+def fingerprint(files: Sequence[Path]) -> str:
+    """What tells files from others without reading them whole: their lengths, headers, and 2,048 pieces of each.
 
-    In a model of 24 GB every matrix is sampled at least twice; a file that was moved or copied stays the same.
+    In FLUX.1 every matrix is sampled; a file that was moved or copied stays the same.
     """
-    digest = blake2b(f"layout {LAYOUT_VERSION}".encode(), digest_size=8)
+    digest = blake2b(digest_size=8)
     for path in files:
-        length = path.stat().st_size
-        digest.update(str(length).encode())
-        with path.open("rb", buffering=0) as file:
-            digest.update(file.read(1 << 20))
-            for i in range(samples):
-                file.seek(i * max(0, length - size) // (samples - 1))
-                digest.update(file.read(size))
+        status = path.stat()
+        digest.update(_sampled(path, status.st_size, status.st_mtime_ns))
     return digest.hexdigest()
+
+
+@lru_cache(maxsize=64)
+def _sampled(path: Path, length: int, mtime_ns: int, samples: int = 2048, size: int = 1 << 12) -> bytes:
+    digest = blake2b(str(length).encode(), digest_size=16)
+    with path.open("rb", buffering=0) as file:
+        digest.update(file.read(1 << 20))
+        for i in range(samples):
+            file.seek(i * max(0, length - size) // (samples - 1))
+            digest.update(file.read(size))
+    return digest.digest()
 
 
 @dataclass(frozen=True)
@@ -241,7 +267,16 @@ class QuantizedFile:
         checkpoint = Checkpoint(path)
         if "fluxq" not in checkpoint.metadata:
             raise WrongRequest(f"{path} was not written by fluxq quantize; give it a model file to quantise first")
-        about = json.loads(checkpoint.metadata["fluxq"])
+        try:
+            return cls._checked(path, checkpoint, json.loads(checkpoint.metadata["fluxq"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            if isinstance(error, WrongRequest):
+                raise
+            raise WrongRequest(f"{path} has a damaged header of fluxq's ({error}); quantise it anew") from error
+
+    @classmethod
+    def _checked(cls, path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> QuantizedFile:
+        """Raises ValueError and the like where the layout is not the one that this config and format have."""
         if about["version"] != LAYOUT_VERSION:
             raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantise it anew")
         config = FluxConfig(**{**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])})
@@ -249,6 +284,23 @@ class QuantizedFile:
             unit: [Place(name, DTYPES[dtype], tuple(shape), start) for name, dtype, shape, start in places]
             for unit, places in about["layout"].items()
         }
+        names = [place.name for places in units.values() for place in places]
+        if len(units) == 0 or len(set(names)) != len(names):
+            raise ValueError("its layout names a tensor twice")
+        expected = layout(dict(flux_shapes(config)), about["format"])
+        if expected.keys() != units.keys():
+            raise ValueError("its units are not those of its config")
+        for unit, places in units.items():
+            wanted, length = expected[unit]
+            if {(p.name, p.dtype, p.shape) for p in places} != {(p.name, p.dtype, p.shape) for p in wanted}:
+                raise ValueError(f"the tensors of {unit} are not those of its config")
+            ends = sorted((p.start, p.start + p.nbytes) for p in places)
+            if checkpoint.shape(unit) != (length,) or ends[0][0] < 0 or ends[-1][1] > length:
+                raise ValueError(f"{unit} does not hold its tensors")
+            if any(start % ALIGNMENT for start, _ in ends) or any(
+                a[1] > b[0] for a, b in zip(ends, ends[1:], strict=False)
+            ):
+                raise ValueError(f"tensors of {unit} overlap")
         return cls(path, about["format"], config, about["source"], units, checkpoint)
 
     def read(self, unit: str) -> Tensor:

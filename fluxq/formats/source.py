@@ -122,7 +122,10 @@ class Source(Generic[Config]):
 
 def open_flux(path: str | Path) -> Source[FluxConfig]:
     """The transformer at `path`. Raises WrongRequest for everything that is no whole, plain FLUX.1 dev or schnell."""
-    shards = Shards(locate(path, FLUX))
+    path = locate(path, FLUX)
+    if path.suffix != ".json" and "fluxq" in Checkpoint(path).metadata:
+        refuse(path, "is quantised by fluxq already", "give it by --flux, with the --format that it was made with")
+    shards = Shards(path)
     if detect.kind(shards.shapes) != DIFFUSERS_FLUX:
         config = detect.flux_config(shards.shapes, shards.path)
         return _plain(shards, config, detect.flux_keys(shards.shapes, shards.path), detect.flux_shapes(config))

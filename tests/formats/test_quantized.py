@@ -195,3 +195,34 @@ def test_the_file_is_a_safetensors_file_like_any_other(source, tmp_path):
     with safe_open(tmp_path / "q.safetensors", "pt") as file:
         assert set(file.keys()) == set(Checkpoint(tmp_path / "q.safetensors").keys())
         assert torch.equal(file.get_tensor(REST), QuantizedFile.open(tmp_path / "q.safetensors").read(REST))
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda about: about.pop("version"),
+        lambda about: about["layout"].pop(REST),
+        lambda about: about["layout"]["single_blocks.0"].pop(),
+        lambda about: about["layout"]["single_blocks.0"][0].__setitem__(3, 1 << 40),
+        lambda about: about["layout"]["single_blocks.0"][1].__setitem__(3, 0),
+        lambda about: about["config"].update(depth=7),
+        lambda about: about.update(format="fp2"),
+    ],
+)
+def test_a_lying_header_is_refused(damage, source, tmp_path):
+    path = tmp_path / "q.safetensors"
+    write_quantized(path, source, "nf4", {}, CPU)
+    checkpoint = Checkpoint(path)
+    about = json.loads(checkpoint.metadata["fluxq"])
+    damage(about)
+    write_safetensors(path, {unit: checkpoint.get(unit) for unit in checkpoint.keys()}, {"fluxq": json.dumps(about)})
+    with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantise it anew"):
+        QuantizedFile.open(path)
+
+
+def test_a_damaged_file_in_the_cache_is_made_anew(source, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
+    path = cached(source, "nf4", CPU).path
+    whole = path.read_bytes()
+    path.write_bytes(whole[:1000])
+    assert cached(source, "nf4", CPU).path.read_bytes() == whole
