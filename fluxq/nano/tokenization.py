@@ -62,7 +62,7 @@ def train_t5(folder: Path, lines: list[str]) -> None:
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
-    rules = folder / "rules.tsv"
+    rules = Path("rules.tsv")  # in the working folder: its path becomes part of the model file
     rules.write_text("".join(f"{ord(a):X}\t{ord(b):X}\n" for a, b in FOLDED.items()))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
