@@ -14,9 +14,9 @@ import json
 import math
 import os
 import shutil
-import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import lru_cache
 from hashlib import blake2b
@@ -24,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
@@ -193,19 +194,21 @@ def cached(
 ) -> QuantizedFile:
     """`source` in `format`: from the cache folder, or quantised into it once."""
     path = cached_path(source.files, format)
-    if path.is_file():
-        try:
-            return QuantizedFile.open(path)
-        except WrongRequest:
-            path.unlink()  # damaged: it is made anew
-    for stale in path.parent.glob(f".{glob.escape(path.stem)}.tmp-*"):
-        if (
-            time.time() - stale.stat().st_mtime > 86_400
-        ):  # what a killed process left; younger ones may be in the making
-            stale.unlink(missing_ok=True)
-    about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
-    write_quantized(path, source, format, about, device, progress)
-    return QuantizedFile.open(path)
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise WrongRequest(
+            f"{path.parent} cannot be made ({error.strerror}); set FLUXQ_CACHE to another folder"
+        ) from error
+    with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits for the first one's file
+        if path.is_file():
+            with suppress(WrongRequest):  # damaged: it is made anew
+                return QuantizedFile.open(path)
+        for left_by_a_crash in path.parent.glob(f".{glob.escape(path.stem)}.tmp-*"):
+            left_by_a_crash.unlink(missing_ok=True)
+        about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
+        write_quantized(path, source, format, about, device, progress)
+        return QuantizedFile.open(path)
 
 
 def stored_bytes(shapes: Mapping[str, tuple[int, ...]], format: str) -> int:

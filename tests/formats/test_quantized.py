@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -226,3 +227,24 @@ def test_a_damaged_file_in_the_cache_is_made_anew(source, tmp_path, monkeypatch)
     whole = path.read_bytes()
     path.write_bytes(whole[:1000])
     assert cached(source, "nf4", CPU).path.read_bytes() == whole
+
+
+def test_two_runs_that_start_at_once_quantise_once(source, tmp_path, monkeypatch):
+    """And what a crash left half-written beside it is cleared away."""
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
+    path = quantized.cached_path(source.files, "nf4")
+    path.parent.mkdir()
+    (path.parent / f".{path.stem}.tmp-0123.safetensors").write_bytes(b"half")
+    with ThreadPoolExecutor(2) as both:
+        found = [run.result().path for run in [both.submit(cached, source, "nf4", CPU) for _ in range(2)]]
+    assert found == [path, path]
+    assert sorted(source.asked) == sorted(source.tensors)
+    assert {p.suffix for p in path.parent.iterdir()} == {".safetensors", ".lock"}
+    assert len(list(path.parent.iterdir())) == 2
+
+
+def test_a_cache_that_cannot_be_made_is_named(source, tmp_path, monkeypatch):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(WrongRequest, match="cannot be made .*; set FLUXQ_CACHE to another folder"):
+        cached(source, "nf4", CPU)
