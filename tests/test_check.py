@@ -47,7 +47,8 @@ def photos(tmp_path) -> Path:
     return folder
 
 
-def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_path):
+def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "nothing quantised yet"))
     before = sorted(tmp_path.rglob("*"))
     code, answer, lines = run(photos, "--model", "nano")
     assert code == 0 and answer["ready"] and answer["reasons"] == []
