@@ -17,7 +17,7 @@ from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint
-from fluxq.formats.quantized import QuantizedFile, cache_folder
+from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
 from fluxq.formats.source import OPENERS, Source
 from fluxq.hub import NotFetched
 from fluxq.machine import memory, notes, obstacle, read_machine
@@ -164,7 +164,10 @@ def _ram(
     if flux is None:
         return None
     encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
-    needed, has = PROGRAM_BYTES + max(0 if on_card else stored_bytes(flux, format), encoders), memory()
+    needed, has = (
+        PROGRAM_BYTES + max(0 if on_card else stored_bytes(detect.flux_shapes(flux), format), encoders),
+        memory(),
+    )
     line = f"memory       {_size(needed)} of RAM needed, the transformer in {format}"
     if has is not None:
         line += f"; {_size(has[1])} of {_size(has[0])} are free"
@@ -183,7 +186,7 @@ def _disk(
     """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
     if flux is None:
         return None
-    weights = 0 if models.is_quantised else stored_bytes(flux, config.model.format)
+    weights = 0 if models.is_quantised else stored_bytes(detect.flux_shapes(flux), config.model.format)
     needed = {"weights": weights, "downloads": fetched, "cache": 0}
     if data is not None:
         caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
@@ -212,20 +215,6 @@ def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
             raise WrongRequest(f"{place} lies on a drive that is not there; choose another place")
         disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
     return dict(disks.values())
-
-
-def stored_bytes(config: FluxConfig, format: str) -> int:
-    """Bytes of a transformer's weights once loaded: the blocks' matrices in `format`, everything else in 16 bits."""
-    total = 0
-    for name, shape in detect.flux_shapes(config).items():
-        numel = math.prod(shape)
-        if len(shape) == 1 or "_blocks." not in name or format == "bf16":
-            total += 2 * numel
-        elif format == "nf4":
-            total += numel // 2 + numel // 64 * 4
-        else:
-            total += numel + shape[0] * 4
-    return total
 
 
 # --- a file ---

@@ -15,11 +15,11 @@ from safetensors.torch import save_file
 
 from fluxq import check as checks
 from fluxq import nano
-from fluxq.check import stored_bytes
 from fluxq.cli import main
 from fluxq.formats.detect import flux_shapes
 from fluxq.formats.files import write_safetensors
 from fluxq.formats.load import load_flux
+from fluxq.formats.quantized import stored_bytes
 from fluxq.hub import NotFetched
 from fluxq.machine import Card, Machine
 from fluxq.model import FluxConfig
@@ -77,13 +77,16 @@ def test_the_cache_takes_the_room_that_is_foretold(photos, tmp_path):
 @pytest.mark.parametrize("format", ["nf4", "bf16"])
 def test_stored_bytes_are_those_of_the_loaded_model(format):
     flux = load_flux(nano.FLUX, format, torch.device("cpu"))
-    assert stored_bytes(flux.config, format) == sum(buffer.nbytes for buffer in flux.buffers())
+    loaded = sum(buffer.nbytes for buffer in flux.buffers())
+    padding = 256 * len(list(flux.buffers()))
+    assert loaded <= stored_bytes(flux_shapes(flux.config), format) < loaded + padding
 
 
 def test_full_size_needs_what_is_known():
-    assert stored_bytes(FluxConfig.dev(), "bf16") == 2 * 11_901_408_320
-    assert 6.7e9 < stored_bytes(FluxConfig.dev(), "nf4") < 6.9e9
-    assert 11.9e9 < stored_bytes(FluxConfig.dev(), "int8") < 12.1e9
+    # the only tensor that 256 bytes do not divide is the last layer's bias: 64 numbers
+    assert stored_bytes(flux_shapes(FluxConfig.dev()), "bf16") == 2 * 11_901_408_320 + 128
+    assert 6.7e9 < stored_bytes(flux_shapes(FluxConfig.dev()), "nf4") < 6.9e9
+    assert 11.9e9 < stored_bytes(flux_shapes(FluxConfig.dev()), "int8") < 12.1e9
 
 
 def test_every_reason_is_given_at_once(tmp_path, photos):
