@@ -1,57 +1,93 @@
-"""A frozen linear layer and its LoRA as one differentiable op."""
+"""A frozen linear layer and its LoRA as one differentiable op, in every way of multiplying."""
 
 from __future__ import annotations
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.dispatch import ops
-from fluxq.kernels.formats import Weight, dequantize
+from fluxq.kernels.replay import nothing, unread
+from fluxq.kernels.weights import Weight
 
-COMPUTES = ("bf16",)
+COMPUTES = ("bf16", "int8", "int8_dx", "fp8", "fp8_dx")
+"""bf16: in the dtype of the input. int8, fp8: the product forward in 8 bits, the gradient as in bf16; _dx: both."""
+
+FEW_ROWS = 64
+"""Up to here (modulation, embedders) reading the weight is all the work: 8 bits would only cost accuracy."""
+
+
+def wants(compute: str, down: Tensor | None, like: Tensor) -> Wants:
+    """The form in which a layer with LoRA `down` (R, K), or none, wants an input that lies where `like` lies."""
+    if compute != "bf16":
+        return Wants(dtype=_dtype(compute), down=down)
+    return Wants(room=0 if down is None else ops(like).room(down.shape[0]))
 
 
 def lora_linear(
-    x: Tensor,
+    x: Tensor | Activations,
     weight: Weight,
     bias: Tensor | None = None,
     down: Tensor | None = None,
     up: Tensor | None = None,
     scale: float = 1.0,
     compute: str = "bf16",
+    feeds: str | None = None,
 ) -> Tensor:
     """x W^T + bias + scale (x down^T) up^T, differentiable in x, down and up.
 
-    x (..., K); weight stands for (N, K) in any stored format; bias (N,); down (R, K) and up (N, R) in any float dtype.
-    They are multiplied in x's dtype; gradients come back in each argument's own. The weight is decoded anew in the
-    backward pass and never kept by autograd. Raises ValueError where widths disagree.
+    x (..., K), or what the op before gave for this layer's `wants`; weight stands for (N, K) in any stored format; bias
+    (N,); down (R, K) and up (N, R) in any float dtype. They are multiplied in x's dtype, the frozen weight as `compute`
+    says; gradients come back in each argument's own. The weight is decoded anew in the backward pass and never kept by
+    autograd. `feeds`: the value that is made from the output alone (fluxq/kernels/replay.py). Raises ValueError where
+    widths disagree.
     """
     if compute not in COMPUTES:
         raise ValueError(f"compute must be one of {', '.join(COMPUTES)}, not {compute!r}")
+    given = x if isinstance(x, Activations) else Activations(x)
     rows, columns = weight.shape
-    if x.shape[-1] != columns:
-        raise ValueError(f"the layer takes vectors of width {columns}, not {x.shape[-1]}")
+    room = 0 if down is None or x is given.x else ops(given.x).room(down.shape[0])
+    if given.x.shape[-1] not in (columns, columns + room):
+        raise ValueError(f"the layer takes vectors of width {columns}, not {given.x.shape[-1]}")
     if (down is None) != (up is None):
         raise ValueError("LoRA needs down and up together; one of them is missing")
     if down is not None and up is not None and (down.shape[1] != columns or up.shape != (rows, down.shape[0])):
         raise ValueError(
             f"LoRA down {tuple(down.shape)} and up {tuple(up.shape)} do not fit a ({rows}, {columns}) weight"
         )
-    return _LoRALinear.apply(x, weight, bias, down, up, scale)
+    if given.x.shape[:-1].numel() <= FEW_ROWS:
+        compute = "bf16"
+    return _LoRALinear.apply(given.x, given, weight, bias, down, up, scale, compute, unread(feeds))
 
 
 class _LoRALinear(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
+        ctx: Any,
+        x: Tensor,
+        given: Activations,
+        weight: Weight,
+        bias: Tensor | None,
+        down: Tensor | None,
+        up: Tensor | None,
+        scale: float,
+        compute: str,
+        unread: bool,
     ) -> Tensor:
         cast_down, cast_up, cast_bias = (t if t is None else t.to(x.dtype) for t in (down, up, bias))
-        y, s = ops().lora_linear(x, dequantize(weight, x.dtype), cast_bias, cast_down, cast_up, scale)
+        if unread:
+            s = given.s if cast_down is None or given.s is not None else F.linear(x[..., : weight.shape[1]], cast_down)
+            y = nothing(*x.shape[:-1], weight.shape[0], like=x)
+        elif compute == "bf16":
+            y, s = ops(x).lora_linear(x, weight, cast_bias, cast_down, cast_up, scale)
+        else:
+            y, s = _forward_8bit(given, weight, cast_bias, cast_down, up, scale, _dtype(compute))
         ctx.save_for_backward(x if down is not None else None, s, down, up)
-        ctx.weight, ctx.scale = weight, scale
+        ctx.weight, ctx.scale, ctx.compute = weight, scale, compute
         return y
 
     @staticmethod
@@ -59,9 +95,52 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (dy,) = grad_outputs
         x, s, down, up = ctx.saved_tensors
-        w = dequantize(ctx.weight, dy.dtype) if ctx.needs_input_grad[0] else None
-        cast_down, cast_up = (t if t is None else t.to(dy.dtype) for t in (down, up))
-        dx, d_down, d_up = ops().lora_linear_backward(dy, w, x, s, cast_down, cast_up, ctx.scale)
+        weight = ctx.weight if ctx.needs_input_grad[0] else None
+        cast_s, cast_down, cast_up = (t if t is None else t.to(dy.dtype) for t in (s, down, up))
+        if weight is not None and ctx.compute.endswith("_dx"):
+            dx = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute))
+            weight = None
+        else:
+            dx = None
+        dx2, d_down, d_up = ops(dy).lora_linear_backward(dy, weight, x, cast_s, cast_down, cast_up, ctx.scale)
         if d_down is not None:
             d_down, d_up = d_down.to(down.dtype), d_up.to(up.dtype)
-        return dx, None, None, d_down, d_up, None
+        return dx if dx2 is None else dx2, None, None, None, d_down, d_up, None, None, None
+
+
+def _dtype(compute: str) -> torch.dtype:
+    return torch.int8 if compute.startswith("int8") else torch.float8_e4m3fn
+
+
+def _forward_8bit(
+    given: Activations,
+    weight: Weight,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[Tensor, Tensor | None]:
+    """y and s from 8-bit rows of the input and the weight, each row with its scale."""
+    x, values, row_scale, s = given
+    if values is None or row_scale is None:
+        values, row_scale = ops(x).row_quantize(x.flatten(0, -2), dtype)
+    if s is None and down is not None:
+        s = x.flatten(0, -2) @ down.t()
+    w, w_scale = ops(x).to_rows(weight, dtype)
+    y = ops(x).matmul_8bit(values, row_scale, w, w_scale, x.dtype, s, None if up is None else up * scale, bias)
+    return y.view(*x.shape[:-1], -1), None if s is None else s.view(*x.shape[:-1], -1)
+
+
+def _dx_8bit(
+    dy: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, dtype: torch.dtype
+) -> Tensor:
+    """The gradient of the input, in 8 bits: it contracts over W's rows, so their scales go into dy before dy is rounded
+    (folding costs no second copy of W and no accuracy).
+    """
+    rows = dy.flatten(0, -2)
+    w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True)  # (K, N)
+    values, row_scale = ops(dy).row_quantize(rows, dtype, w_scale)
+    ds = None if up is None else rows @ (up * scale).to(dy.dtype)
+    dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
+    return dx.view(*dy.shape[:-1], -1)

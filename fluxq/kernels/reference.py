@@ -5,11 +5,15 @@ Letters: N out, K in, M rows (batch x tokens), R rank, B batch, H heads, L token
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+
+from fluxq.kernels.activations import Activations, Wants
+from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, Weight
 
 # The 16 quantiles of a normal distribution that NF4 stores, as bitsandbytes has them (Dettmers et al. 2023, appendix
 # E).
@@ -19,7 +23,6 @@ NF4_LEVELS = (
     0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
-_NF4_BLOCK = 64
 
 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -31,20 +34,20 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     """
     rows, columns = w.shape
     codes = torch.empty(rows * columns // 2, dtype=torch.uint8, device=w.device)
-    absmax = torch.empty(rows * columns // _NF4_BLOCK, dtype=torch.float32, device=w.device)
+    absmax = torch.empty(rows * columns // NF4_BLOCK, dtype=torch.float32, device=w.device)
     below, midpoint = _nf4_tables(w.device)
     flat = w.reshape(-1)
     step = _chunk(w.device)
     for start in range(0, flat.numel(), step):
-        chunk = flat[start : start + step].float().view(-1, _NF4_BLOCK)
+        chunk = flat[start : start + step].float().view(-1, NF4_BLOCK)
         largest = chunk.abs().amax(dim=1)
         scaled = (chunk * (1.0 / largest.clamp(min=1e-38)).unsqueeze(1)).clamp_(-1, 1).view(-1)
         cell = (scaled.view(torch.int32) >> 16) + 32768
         code = below.index_select(0, cell).add_(scaled > midpoint.index_select(0, cell))
         pair = code.view(torch.int16)  # little endian: the first weight of a pair is the low byte
         codes[start // 2 : (start + code.numel()) // 2] = ((pair << 4) | (pair >> 8)).to(torch.uint8)
-        absmax[start // _NF4_BLOCK : (start + code.numel()) // _NF4_BLOCK] = largest
-    return codes.view(rows, columns // 2), absmax.view(rows, columns // _NF4_BLOCK)
+        absmax[start // NF4_BLOCK : (start + code.numel()) // NF4_BLOCK] = largest
+    return codes.view(rows, columns // 2), absmax.view(rows, columns // NF4_BLOCK)
 
 
 @cache
@@ -62,15 +65,39 @@ def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return below.to(device, torch.uint8), midpoint.to(device)
 
 
-def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype) -> Tensor:
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
+    """The (N, K) matrix that `weight` stands for, in `dtype`; written into `out`, rows of any stride, if given."""
+    if isinstance(weight, Tensor):
+        return weight.to(dtype) if out is None else out.copy_(weight)
+    if isinstance(weight, NF4Weight):
+        return nf4_dequantize(weight.codes, weight.absmax, dtype, out)
+    return row_dequantize(weight.values, weight.scale, dtype, out)
+
+
+def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False) -> tuple[Tensor, Tensor]:
+    """`weight` as a matrix of 8-bit values (N, K), or (K, N) if `transposed`, and its row scales (N,) fp32.
+
+    8-bit tensor cores before sm_100 read both factors along K; the gradient of the input contracts over N instead, and
+    so wants the transposed matrix. A weight stored in that dtype keeps its values.
+    """
+    if not isinstance(weight, (Tensor, NF4Weight)) and weight.values.dtype == dtype:
+        values, scale = weight.values, weight.scale
+    else:
+        values, scale = row_quantize(dequantize(weight, torch.float32), dtype)
+    return (values.view(torch.uint8).t().contiguous().view(dtype) if transposed else values), scale
+
+
+def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The (N, K) matrix of NF4 `codes` (N, K/2), `absmax` (N, K/64): level times scale in fp32, rounded once."""
     pairs = _nf4_pairs(codes.device)
-    matrix = torch.empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype, device=codes.device)
-    blocks, scales, flat = matrix.view(-1, _NF4_BLOCK), absmax.reshape(-1, 1), codes.reshape(-1)
-    step = _chunk(codes.device) // _NF4_BLOCK
+    if out is not None and not out.is_contiguous():
+        return out.copy_(nf4_dequantize(codes, absmax, dtype))
+    matrix = codes.new_empty(codes.shape[0], codes.shape[1] * 2, dtype=dtype) if out is None else out
+    blocks, scales, flat = matrix.view(-1, NF4_BLOCK), absmax.reshape(-1, 1), codes.reshape(-1)
+    step = _chunk(codes.device) // NF4_BLOCK
     for start in range(0, len(blocks), step):
-        part = flat[start * _NF4_BLOCK // 2 : (start + step) * _NF4_BLOCK // 2]
-        values = pairs.index_select(0, part.int()).view(torch.float32).view(-1, _NF4_BLOCK)
+        part = flat[start * NF4_BLOCK // 2 : (start + step) * NF4_BLOCK // 2]
+        values = pairs.index_select(0, part.int()).view(torch.float32).view(-1, NF4_BLOCK)
         blocks[start : start + step] = values * scales[start : start + step]
     return matrix
 
@@ -82,25 +109,27 @@ def _nf4_pairs(device: torch.device) -> Tensor:
     return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)
 
 
-def row_quantize(w: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
     """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that bring each row back.
 
     A row's largest magnitude becomes the largest number of the type; int8 rounds half to even and never uses -128.
+    columns (K,) fp32, if given, multiplies every row first.
     """
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     values, scale = torch.empty_like(w, dtype=dtype), torch.empty(w.shape[0], device=w.device)
     step = max(1, _chunk(w.device) // w.shape[1])
     for start in range(0, w.shape[0], step):
         rows = w[start : start + step].float()
+        rows = rows if columns is None else rows * columns
         scale[start : start + step] = rows.abs().amax(dim=1).clamp(min=1e-30) / largest
         scaled = (rows / scale[start : start + step, None]).clamp_(-largest, largest)
         values[start : start + step] = scaled.round_().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
     return values, scale
 
 
-def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
     """The (N, K) matrix of 8-bit `values` (N, K) and row scales (N,): multiplied in fp32, rounded once."""
-    matrix = torch.empty_like(values, dtype=dtype)
+    matrix = torch.empty_like(values, dtype=dtype) if out is None else out
     step = max(1, _chunk(values.device) // values.shape[1])
     for start in range(0, values.shape[0], step):
         matrix[start : start + step] = values[start : start + step].float() * scale[start : start + step, None]
@@ -122,57 +151,224 @@ def unnest_absmax(absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, offs
     return quant_map[absmax.long()] * scales + offset
 
 
+def room(rank: int) -> int:
+    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank."""
+    return 0
+
+
 def lora_linear(
-    x: Tensor, w: Tensor, bias: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
+    x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + bias + scale (x down^T) up^T, and x down^T for the backward pass. x (..., K), w (N, K), down (R,
-    K), up (N, R).
+    """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
+
+    x (..., K) or with room behind each row; weight (N, K) as stored; down (R, K), up (N, R), bias (N,) in x's dtype.
     """
-    y = F.linear(x, w, bias)
+    x = x[..., : weight.shape[1]]
+    y = F.linear(x, dequantize(weight, x.dtype), bias)
     if down is None or up is None:
         return y, None
     s = F.linear(x, down)  # (..., R)
-    return y + scale * F.linear(s, up), s
+    return torch.add(y, F.linear(s, up), alpha=scale), s
 
 
 def lora_linear_backward(
-    dy: Tensor, w: Tensor | None, x: Tensor, s: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
+    dy: Tensor,
+    weight: Weight | None,
+    x: Tensor | None,
+    s: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, down and up for `lora_linear`. `w` None: the gradient of x is not wanted; `s` None: there is
-    no LoRA.
+    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the room undefined.
+
+    weight None: the gradient of x is not wanted; s None: there is no LoRA, and x is not needed.
     """
-    dx = dy @ w if w is not None else None
-    if s is None or down is None or up is None:
+    dx = None if weight is None else dy @ dequantize(weight, dy.dtype)
+    if x is None or s is None or down is None or up is None:
         return dx, None, None
     ds = scale * (dy @ up)  # (..., R)
     if dx is not None:
-        dx = dx + ds @ down
-    d_down = ds.flatten(0, -2).mT @ x.flatten(0, -2)
+        dx = F.pad(dx + ds @ down, (0, x.shape[-1] - dx.shape[-1]))
+    d_down = ds.flatten(0, -2).mT @ x[..., : down.shape[1]].flatten(0, -2)
     d_up = scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
     return dx, d_down, d_up
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """(1 + scale) LayerNorm(x) + shift. x (B, L, W); shift, scale (B, 1, W). Statistics in fp32 or better."""
-    normed = F.layer_norm(_at_least_fp32(x), x.shape[-1:], eps=1e-6).to(x.dtype)
-    return torch.addcmul(shift, normed, 1 + scale)
+def matmul_8bit(
+    a: Tensor,
+    a_scale: Tensor,
+    b: Tensor,
+    b_scale: Tensor | None,
+    dtype: torch.dtype,
+    s: Tensor | None = None,
+    up: Tensor | None = None,
+    bias: Tensor | None = None,
+) -> Tensor:
+    """(M, N) in `dtype`: a b^T, row m times a_scale[m], column n times b_scale[n], plus s up^T and bias, rounded once.
+
+    a (M, K), b (N, K) both int8 or both float8_e4m3fn; a_scale (M,), b_scale (N,) fp32; s (M, R), up (N, R), bias (N,).
+    """
+    y = torch._int_mm(a, b.t()).float() if a.dtype == torch.int8 else a.float() @ b.float().t()
+    y *= a_scale[:, None]
+    if b_scale is not None:
+        y *= b_scale
+    if s is not None and up is not None:
+        y += s.float() @ up.float().t()
+    if bias is not None:
+        y += bias.float()
+    return y.to(dtype)
 
 
-def rms_norm(x: Tensor, weight: Tensor) -> Tensor:
-    """x / rms(x) * weight over the last dimension, in fp32 or better, rounded once."""
-    x32 = _at_least_fp32(x)
-    return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + 1e-6) * weight.to(x32.dtype)).to(x.dtype)
+def activations(x: Tensor, wants: Wants) -> Activations:
+    """`x` (..., K) in the form in which the layer after it wants it."""
+    if wants.dtype is None:
+        return Activations(F.pad(x, (0, wants.room)) if wants.room else x)
+    rows = x.flatten(0, -2)
+    s = None if wants.down is None else rows.float() @ wants.down.float().t()
+    return Activations(x, *row_quantize(rows, wants.dtype), s)
 
 
-def rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each adjacent pair of x (B, H, L, D) turned by its angle; cos, sin (B or 1, 1, L, D/2) fp32 or better."""
-    a, b = _at_least_fp32(x).unflatten(-1, (-1, 2)).unbind(-1)
-    return torch.stack([a * cos - b * sin, a * sin + b * cos], dim=-1).flatten(-2).to(x.dtype)
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
+    """(1 + scale) LayerNorm(x) + shift, for the layer that `wants` it. x (B, L, D); shift, scale (B, 1, D)."""
+    return activations(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale), wants)
 
 
-def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v with the heads joined: (B, H, L, D) -> (B, L, H D)."""
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
+def modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, rows: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, and if `rows` of shift and scale (B, 1, D). dy (B, L, D or wider)."""
+    width = x.shape[-1:]
+    dy = dy[..., : x.shape[-1]]
+    normed, mean, rstd = torch.native_layer_norm(x, width, None, None, 1e-6)
+    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+        dy * (1 + scale), x, width, mean, rstd, None, None, [True, False, False]
+    )
+    if not rows:
+        return dx, None, None
+    return dx, dy.sum(1, keepdim=True), (dy * normed).sum(1, keepdim=True)
+
+
+def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """residual + gate y. residual, y (B, L, D); gate (B, 1, D)."""
+    return torch.addcmul(residual, gate, y)
+
+
+def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of y, and of gate (B, 1, D) where `y` is given. That of the residual is `dout` itself."""
+    return gate * dout, None if y is None else (dout * y).sum(1, keepdim=True)
+
+
+def gated_add_modulate(
+    residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants
+) -> tuple[Tensor, Activations]:
+    """x = residual + gate y, and x modulated: `gated_add` and the `modulate` that follows it in one pass."""
+    x = gated_add(residual, gate, y)
+    return x, modulate(x, shift, scale, wants)
+
+
+def gated_add_modulate_backward(
+    dx: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor, y: Tensor | None, scale: Tensor, rows: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of residual and y, of gate where `y` is given, and if `rows` of shift and scale.
+
+    dx (B, L, D) is the gradient of the sum x, None for zero; dy (B, L, D or wider) that of x modulated.
+    """
+    d_modulated, d_shift, d_scale = modulate_backward(dy, x, scale, rows)
+    d_residual = d_modulated if dx is None else dx + d_modulated
+    d_y, d_gate = gated_add_backward(d_residual, gate, y)
+    return d_residual, d_y, d_gate, d_shift, d_scale
+
+
+Stream = tuple[Tensor, Tensor, Tensor]
+"""One stream's qkv (B, L, 3 D), and the scales (D/H,) of its query and key norms."""
+
+
+def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """q, k, v of all streams one after another, (B, H, L, D/H), q and k normed and turned; and rstd (2, B, L, H) fp32.
+
+    q and k are divided by their root mean square over the head width, times the stream's scale; then each adjacent pair
+    of numbers is turned by its angle, cos and sin (B or 1, 1, L, D/H/2), L counting all streams. In fp32 or better,
+    rounded once. rstd is 1/rms of queries and keys.
+    """
+    parts = [_split_heads(qkv, q_scale.shape[0]) for qkv, q_scale, _ in streams]  # each (B, L, H, D/H)
+    inverse = [torch.stack([_rstd(q), _rstd(k)]) for q, k, _ in parts]
+    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)  # (B or 1, L, 1, D/H/2)
+    turned, start = ([], []), 0
+    for part, rstd, (_, *scales) in zip(parts, inverse, streams, strict=True):
+        stop = start + part[0].shape[1]
+        for x, r, scale, out in zip(part, rstd, scales, turned, strict=False):
+            normed = _at_least_fp32(x) * r[..., None] * _at_least_fp32(scale)
+            out.append(_turn(normed, cos[:, start:stop], sin[:, start:stop]).to(x.dtype))
+        start = stop
+    joined = (*(torch.cat(x, 1) for x in turned), torch.cat([v for _, _, v in parts], 1))
+    q, k, v = (x.transpose(1, 2) for x in joined)
+    return q, k, v, torch.cat(inverse, 2)
+
+
+def qk_norm_rope_backward(
+    dq: Tensor,
+    dk: Tensor,
+    dv: Tensor,
+    q: Tensor,
+    k: Tensor,
+    rstd: Tensor,
+    scales: Sequence[tuple[Tensor, Tensor]],
+    lengths: Sequence[int],
+    cos: Tensor,
+    sin: Tensor,
+    inputs: Sequence[Tensor] | None,
+) -> list[Tensor]:
+    """The gradient (B, L, 3 D) of each stream's qkv; `scales` and `lengths` are the streams'.
+
+    The normed values are got back from q and k, turned back and divided by the scale, so that qkv need not be kept;
+    where a scale is too near zero for that, from the streams' qkv, the `inputs`.
+    """
+    cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
+    grads, start = [], 0
+    for i, (pair, length) in enumerate(zip(scales, lengths, strict=True)):
+        stop = start + length
+        angles, parts = (cos[:, start:stop], sin[:, start:stop]), []
+        for j, (dy, y, scale) in enumerate(zip((dq, dk), (q, k), pair, strict=True)):
+            r, g = rstd[j, :, start:stop, :, None], _at_least_fp32(scale)
+            d_normed = _turn_back(dy.transpose(1, 2)[:, start:stop], *angles) * g
+            if inputs is None:
+                normed = _turn_back(y.transpose(1, 2)[:, start:stop], *angles) / g
+            else:
+                normed = _at_least_fp32(_split_heads(inputs[i], len(scale))[j]) * r
+            parts.append(r * (d_normed - normed * (normed * d_normed).mean(-1, keepdim=True)))
+        parts.append(dv.transpose(1, 2)[:, start:stop])
+        grads.append(torch.cat([p.flatten(2).to(q.dtype) for p in parts], -1))
+        start = stop
+    return grads
+
+
+def _split_heads(qkv: Tensor, head_width: int) -> tuple[Tensor, Tensor, Tensor]:
+    q, k, v = qkv.unflatten(-1, (3, -1, head_width)).unbind(2)
+    return q, k, v
+
+
+def _rstd(x: Tensor) -> Tensor:
+    return torch.rsqrt(_at_least_fp32(x).square().mean(-1) + 1e-6)
+
+
+def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Each adjacent pair of x turned by its angle: a product of complex numbers."""
+    pairs = torch.view_as_complex(_at_least_fp32(x).unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
+
+
+def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _turn(x, cos, -sin)
+
+
+def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
+    """gelu(h), tanh's approximation, for the layer that `wants` it; with `beside` (B, L, D) to its left."""
+    y = F.gelu(h, approximate="tanh")
+    return activations(y if beside is None else torch.cat([beside, y], -1), wants)
+
+
+def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
+    """The gradient of h (B, L, W) for the columns of dy (B, L, W) that gelu(h) was written to."""
+    return torch.ops.aten.gelu_backward(dy, h, approximate="tanh")
 
 
 def _at_least_fp32(x: Tensor) -> Tensor:

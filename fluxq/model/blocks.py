@@ -6,8 +6,9 @@ first. Their `forward` is plain mathematics; `run_block` wraps it for training.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
+from functools import cached_property
 from typing import Any, cast
 
 import torch
@@ -15,7 +16,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fluxq.kernels import ops
+from fluxq.kernels import (
+    Tape,
+    attention,
+    gated_add,
+    gated_add_modulate,
+    gelu_tanh,
+    modulate,
+    qk_norm_rope,
+)
+from fluxq.kernels.steps import divides_out
 from fluxq.model.config import FluxConfig
 from fluxq.model.linear import Linear
 from fluxq.offload import Ring
@@ -36,7 +46,7 @@ class Modulation(nn.Module):
 
 
 class Scale(nn.Module):
-    """RMS norm over the head width, with a frozen scale (D/H,)."""
+    """The frozen scale (D/H,) of an RMS norm over the head width."""
 
     scale: Tensor
 
@@ -44,8 +54,9 @@ class Scale(nn.Module):
         super().__init__()
         self.register_buffer("scale", torch.empty(width))
 
-    def forward(self, x: Tensor) -> Tensor:
-        return ops().rms_norm(x, self.scale)
+    @cached_property
+    def divides_out(self) -> bool:
+        return divides_out(self.scale)
 
 
 class QKNorm(nn.Module):
@@ -54,8 +65,14 @@ class QKNorm(nn.Module):
         self.query_norm = Scale(head_dim)
         self.key_norm = Scale(head_dim)
 
-    def forward(self, q: Tensor, k: Tensor) -> tuple[Tensor, Tensor]:
-        return self.query_norm(q), self.key_norm(k)
+
+def queries_keys_values(
+    streams: Sequence[tuple[Tensor, QKNorm]], cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The streams' projections (B, L, 3 D), normed and turned, joined to q, k, v (B, H, L, D/H)."""
+    invertible = all(n.query_norm.divides_out and n.key_norm.divides_out for _, n in streams)
+    scaled = [(qkv, norm.query_norm.scale, norm.key_norm.scale) for qkv, norm in streams]
+    return qk_norm_rope(scaled, cos, sin, invertible)
 
 
 class SelfAttention(nn.Module):
@@ -63,70 +80,67 @@ class SelfAttention(nn.Module):
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
-        self.heads = config.num_heads
         self.qkv = Linear(config.hidden_size, config.hidden_size * 3, bias=config.qkv_bias)
         self.norm = QKNorm(config.head_dim)
         self.proj = Linear(config.hidden_size, config.hidden_size)
 
-    def queries_keys_values(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        q, k, v = split_heads(self.qkv(x), self.heads)  # (B, H, L, D/H)
-        q, k = self.norm(q, k)
-        return q, k, v
 
+class MLP(nn.ModuleDict):
+    """Two linear layers under the numbers that the original files give them; 1 is the GELU between, `gelu_tanh`."""
 
-def split_heads(qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-    """(B, L, 3 D) -> q, k, v (B, H, L, D/H)."""
-    q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
-    return q, k, v
+    def __init__(self, config: FluxConfig) -> None:
+        inner, outer = Linear(config.hidden_size, config.mlp_hidden), Linear(config.mlp_hidden, config.hidden_size)
+        super().__init__({"0": inner, "2": outer})
 
-
-def mlp(config: FluxConfig) -> nn.Sequential:
-    return nn.Sequential(
-        Linear(config.hidden_size, config.mlp_hidden),
-        nn.GELU(approximate="tanh"),
-        Linear(config.mlp_hidden, config.hidden_size),
-    )
+    @property
+    def layers(self) -> tuple[Linear, Linear]:
+        return cast(Linear, self["0"]), cast(Linear, self["2"])
 
 
 class DoubleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
-        self.units = (f"{name}.img", f"{name}.txt")
+        self.units, self.policy = (f"{name}.img", f"{name}.txt"), "recompute"
         self.img_mod = Modulation(config.hidden_size, 6)
         self.img_attn = SelfAttention(config)
-        self.img_mlp = mlp(config)
+        self.img_mlp = MLP(config)
         self.txt_mod = Modulation(config.hidden_size, 6)
         self.txt_attn = SelfAttention(config)
-        self.txt_mlp = mlp(config)
+        self.txt_mlp = MLP(config)
 
     def forward(self, img: Tensor, txt: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """img (B, Li, D), txt (B, Lt, D), vec (B, D); cos, sin (B or 1, 1, Lt + Li, D/H/2), text first."""
-        img_shift1, img_scale1, img_gate1, img_shift2, img_scale2, img_gate2 = self.img_mod(vec)
-        txt_shift1, txt_scale1, txt_gate1, txt_shift2, txt_scale2, txt_gate2 = self.txt_mod(vec)
+        img_shift, img_scale, *img_rows = self.img_mod(vec)
+        txt_shift, txt_scale, *txt_rows = self.txt_mod(vec)
+        img_attn, txt_attn = self.img_attn, self.txt_attn
 
-        # each stream prepares its queries, keys and values
-        img_q, img_k, img_v = self.img_attn.queries_keys_values(ops().modulate(img, img_shift1, img_scale1))
-        txt_q, txt_k, txt_v = self.txt_attn.queries_keys_values(ops().modulate(txt, txt_shift1, txt_scale1))
-
-        # both attend to both
-        q, k, v = torch.cat([txt_q, img_q], 2), torch.cat([txt_k, img_k], 2), torch.cat([txt_v, img_v], 2)
-        attended = ops().attention(ops().rope(q, cos, sin), ops().rope(k, cos, sin), v)  # (B, Lt + Li, D)
+        # each stream makes its queries, keys and values, and both attend to both
+        img_qkv = img_attn.qkv(modulate(img, img_shift, img_scale, img_attn.qkv.wants), feeds="qkv")
+        txt_qkv = txt_attn.qkv(modulate(txt, txt_shift, txt_scale, txt_attn.qkv.wants), feeds="qkv")
+        streams = [(txt_qkv, txt_attn.norm), (img_qkv, img_attn.norm)]
+        attended = attention(*queries_keys_values(streams, cos, sin))  # (B, Lt + Li, D)
         txt_attended, img_attended = attended.split([txt.shape[1], img.shape[1]], dim=1)
 
         # each stream writes back
-        img = img + img_gate1 * self.img_attn.proj(img_attended)
-        img = img + img_gate2 * self.img_mlp(ops().modulate(img, img_shift2, img_scale2))
-        txt = txt + txt_gate1 * self.txt_attn.proj(txt_attended)
-        txt = txt + txt_gate2 * self.txt_mlp(ops().modulate(txt, txt_shift2, txt_scale2))
+        img = write_back(img, img_attended, img_rows, img_attn.proj, self.img_mlp)
+        txt = write_back(txt, txt_attended, txt_rows, txt_attn.proj, self.txt_mlp)
         return img, txt
+
+
+def write_back(x: Tensor, attended: Tensor, rows: Sequence[Tensor], proj: Linear, mlp: MLP) -> Tensor:
+    """One stream of a double block after attention: x + gate1 proj(attended), then + gate2 mlp(modulated)."""
+    (gate1, shift, scale, gate2), (inner, outer) = rows, mlp.layers
+    x, modulated = gated_add_modulate(x, gate1, proj(attended, feeds="residual"), shift, scale, inner.wants)
+    hidden = inner(modulated, feeds="hidden")
+    return gated_add(x, gate2, outer(gelu_tanh(hidden, wants=outer.wants), feeds="end"))
 
 
 class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
-        self.units = (name,)
-        self.heads, self.widths = config.num_heads, [3 * config.hidden_size, config.mlp_hidden]
-        self.linear1 = Linear(config.hidden_size, sum(self.widths))
+        self.units, self.policy = (name,), "recompute"
+        self.qkv_rows, self.mlp_rows = slice(0, 3 * config.hidden_size), slice(3 * config.hidden_size, None)
+        self.linear1 = Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_hidden)
         self.linear2 = Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(config.hidden_size, 3)
@@ -134,11 +148,12 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, L, D) with the text first, vec (B, D); cos, sin (B or 1, 1, L, D/H/2)."""
         shift, scale, gate = self.modulation(vec)
-        qkv, hidden = self.linear1(ops().modulate(x, shift, scale)).split(self.widths, dim=-1)
-        q, k, v = split_heads(qkv, self.heads)
-        q, k = self.norm(q, k)
-        attended = ops().attention(ops().rope(q, cos, sin), ops().rope(k, cos, sin), v)
-        return x + gate * self.linear2(torch.cat([attended, F.gelu(hidden, approximate="tanh")], dim=-1))
+        modulated = modulate(x, shift, scale, self.linear1.wants)
+        qkv = self.linear1(modulated, self.qkv_rows, feeds="qkv")
+        hidden = self.linear1(modulated, self.mlp_rows, feeds="hidden")
+        attended = attention(*queries_keys_values([(qkv, self.norm)], cos, sin))
+        both = gelu_tanh(hidden, beside=attended, wants=self.linear2.wants)
+        return gated_add(x, gate, self.linear2(both, feeds="end"))
 
 
 class LastLayer(nn.Module):
@@ -149,43 +164,59 @@ class LastLayer(nn.Module):
 
     def forward(self, x: Tensor, vec: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
-        return self.linear(ops().modulate(x, shift, scale))
+        return self.linear(modulate(x, shift, scale, self.linear.wants))
 
 
 def run_block(block: nn.Module, ring: Ring, *inputs: Tensor) -> Any:
-    """block(*inputs) inside `ring.resident(block.units)`, forward and backward; for backward only the inputs are kept.
+    """block(*inputs) inside `ring.resident(block.units)`, forward and backward.
 
-    The block's parameters go in as arguments of the autograd Function: captured by closure, they would get no gradient
-    where none of the inputs needs one.
+    Between the two it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py). The block's
+    parameters go in as arguments of the autograd Function: captured by closure, they would get no gradient where none
+    of the inputs needs one.
     """
+    *_, vec, _, _ = inputs
     parameters = [p for p in block.parameters() if p.requires_grad]
     units = cast(tuple[str, ...], block.units)
-    return _Recomputed.apply(block, lambda: ring.resident(units), len(inputs), *inputs, *parameters)
+    if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *parameters)):
+        with ring.resident(units):
+            return block(*inputs)
+    tape = Tape(cast(str, block.policy), gates=vec.requires_grad or _trains_modulation(block))
+    return _Block.apply(block, lambda: ring.resident(units), tape, len(inputs), *inputs, *parameters)
 
 
-class _Recomputed(torch.autograd.Function):
-    """Policy `recompute`: keep the inputs, run the block again in the backward pass, and return the gradients of
-    everything.
+class _Block(torch.autograd.Function):
+    """Runs the block without gradients, keeping what its policy says; in the backward pass replays it with gradients,
+    and returns those of everything.
     """
 
     @staticmethod
     def forward(
-        ctx: Any, block: nn.Module, resident: Callable[[], AbstractContextManager[None]], count: int, *tensors: Tensor
+        ctx: Any,
+        block: nn.Module,
+        resident: Callable[[], AbstractContextManager[None]],
+        tape: Tape,
+        count: int,
+        *tensors: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
-        ctx.block, ctx.resident, ctx.count = block, resident, count
+        ctx.block, ctx.resident, ctx.tape, ctx.count = block, resident, tape, count
         ctx.save_for_backward(*tensors)
-        with resident():
+        with resident(), tape.record():
             return block(*tensors[:count])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[3:]
+        needed = ctx.needs_input_grad[4:]
         saved = ctx.saved_tensors
         inputs = [t.detach().requires_grad_(n) for t, n in zip(saved[: ctx.count], needed, strict=False)]
         with ctx.resident(), torch.enable_grad():
-            outputs = ctx.block(*inputs)
+            with ctx.tape.replay():
+                outputs = ctx.block(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
             wanted = [t for t, n in zip((*inputs, *saved[ctx.count :]), needed, strict=True) if n]
             found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
-        return (None, None, None, *(next(found) if n else None for n in needed))
+        return (None, None, None, None, *(next(found) if n else None for n in needed))
+
+
+def _trains_modulation(block: nn.Module) -> bool:
+    return any(p.requires_grad for m in block.modules() if isinstance(m, Modulation) for p in m.parameters())

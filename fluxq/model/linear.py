@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from fluxq.kernels import NF4Weight, RowScaled, Weight, lora_linear
+from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora_linear, wants
 
 
 class Linear(nn.Module):
@@ -31,6 +31,7 @@ class Linear(nn.Module):
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
         self.lora_scale = 1.0
+        self.compute = "bf16"
         self._container: type[NF4Weight] | type[RowScaled] | None = None
 
     @property
@@ -69,5 +70,15 @@ class Linear(nn.Module):
         self.lora_up = None if up is None else nn.Parameter(up.to(device, torch.float32))
         self.lora_scale = scale
 
-    def forward(self, x: Tensor) -> Tensor:
-        return lora_linear(x, self.frozen, self.bias, self.lora_down, self.lora_up, self.lora_scale)
+    @property
+    def wants(self) -> Wants:
+        """The form in which this layer wants its input: what to tell the op before it."""
+        return wants(self.compute, self.lora_down, next(self.buffers()))
+
+    def forward(self, x: Tensor | Activations, rows: slice = slice(None), feeds: str | None = None) -> Tensor:
+        """x (..., K), or what the op before gave for `wants`, -> (..., N), or only those `rows` of N.
+
+        `feeds`: the value that is made from the output alone (fluxq/kernels/replay.py).
+        """
+        bias, up = (t if t is None else t[rows] for t in (self.bias, self.lora_up))
+        return lora_linear(x, self.frozen[rows], bias, self.lora_down, up, self.lora_scale, self.compute, feeds)

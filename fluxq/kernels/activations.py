@@ -1,0 +1,37 @@
+"""What passes from the op that produces a linear layer's input to the layer."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Wants:
+    """The form in which a linear layer wants its input.
+
+    room: columns left free behind each row, where the layer puts x down^T, so that base and LoRA are one matrix product
+        (the K-extension, README.md).
+    dtype: torch.int8 or torch.float8_e4m3fn where the layer multiplies in 8 bits: the producer gives those rows, each
+        with its scale, and with `down` (R, K) their product with it, in the same pass.
+    """
+
+    room: int = 0
+    dtype: torch.dtype | None = None
+    down: Tensor | None = None
+
+
+class Activations(NamedTuple):
+    """A linear layer's input, rows of width K.
+
+    x (..., K + room) in the model's dtype, what lies in the room undefined; and where they were wanted values (M, K) in
+    8 bits, scale (M,) fp32, and s = x down^T (M, R) fp32. Gradients flow through x alone.
+    """
+
+    x: Tensor
+    values: Tensor | None = None
+    scale: Tensor | None = None
+    s: Tensor | None = None

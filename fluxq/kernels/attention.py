@@ -1,0 +1,72 @@
+"""Attention that hands back its log-sum-exp too: with both, the backward pass needs no forward pass of its own.
+
+PyTorch's scaled_dot_product_attention keeps the log-sum-exp inside its graph, where a block's replay cannot reach it;
+so its kernels are called by name here, one pair a device.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fluxq.kernels.replay import kept
+
+_aten = torch.ops.aten
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v with the heads joined: q, k, v (B, H, L, D) -> (B, L, H D).
+
+    mask (B, L), where given, is True for the keys that may be attended to.
+    """
+    bias = None
+    if mask is not None:
+        padded = q.new_zeros(mask.shape[0], 1, 1, -(-mask.shape[1] // 16) * 16)  # CUDA wants rows aligned to 16
+        bias = padded[..., : mask.shape[1]].masked_fill_(~mask[:, None, None], -torch.inf)
+        bias = bias.expand(-1, q.shape[1], q.shape[2], -1)
+    out = _Attention.apply(q, k, v, bias)  # (B, H, L, D)
+    return out.transpose(1, 2).flatten(2)
+
+
+class _Attention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> Tensor:
+        out, *rest = kept("attention", lambda: _forward(q, k, v, bias))
+        ctx.save_for_backward(q, k, v, bias, out, *rest)
+        return out
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        return *_backward(grad_outputs[0], *ctx.saved_tensors), None
+
+
+def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
+    """The output (B, H, L, D), the log-sum-exp, and what else the device's backward kernel asks for."""
+    if not q.is_cuda:
+        return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
+    if bias is None and q.dtype in (torch.bfloat16, torch.float16):
+        out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention(q, k, v)
+        return out, lse, seed, offset
+    return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)
+
+
+def _backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *random: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    if not q.is_cuda:
+        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
+            dout, q, k, v, out, lse, 0.0, False, attn_mask=bias
+        )
+    if bias is None and q.dtype in (torch.bfloat16, torch.float16):
+        length = q.shape[2]
+        return _aten._scaled_dot_product_flash_attention_backward(
+            dout, q, k, v, out, lse, None, None, length, length, 0.0, False, *random
+        )
+    dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
+        dout, q, k, v, bias, out, lse, *random, 0.0, [True, True, True, False]
+    )
+    return dq, dk, dv

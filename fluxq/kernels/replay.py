@@ -1,0 +1,102 @@
+"""What a block keeps of its forward pass, and how the replay of it in the backward pass uses that.
+
+A block runs twice: once without gradients, and again in the backward pass with them. In between it keeps its inputs
+and, by its policy, some values from inside. The ops that make or read such a value call it by name:
+
+qkv        queries, keys and values after norm and RoPE      kept by `qk_norm_rope`
+attention  attention's output and log-sum-exp                kept by `attention`
+residual   the stream between attention and MLP              kept by `gated_add_modulate`
+hidden     the MLP's inner layer before GELU                 kept by `gelu_tanh`, on request in 8 bits
+
+A linear layer keeps nothing. It is told which value its output `feeds`: where the replay has that value already, nobody
+reads the output, and it is not computed. What a block ends in (`end`) is never read in a replay.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict, deque
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from fluxq.kernels.dispatch import ops
+
+POLICIES = {
+    "recompute": (),
+    "keep_attention": ("attention",),
+    "keep_qkv": ("attention", "qkv", "residual"),
+    "keep_all8": ("attention", "qkv", "residual", "hidden"),
+    "keep_all": ("attention", "qkv", "residual", "hidden"),
+}
+"""Policy -> what is kept beside the inputs, from least memory to least work. keep_all8 keeps `hidden` in int8 rows."""
+
+T = TypeVar("T")
+_tape: Tape | None = None
+
+
+class Tape:
+    """The values kept between one forward pass of a block and its replay, in the order in which they come up.
+
+    `gates`: the gates are trained, so that their gradients read what they multiply; then nothing that feeds a gated
+    sum may be left out.
+    """
+
+    def __init__(self, policy: str, gates: bool = False) -> None:
+        self.keeps = set(POLICIES[policy])
+        self.unread = self.keeps | {"end"} if not gates else self.keeps - {"residual"}
+        self.eight_bits = policy == "keep_all8"
+        self.replaying = False
+        self.values: dict[str, deque[Any]] = defaultdict(deque)
+
+    @contextmanager
+    def record(self) -> Iterator[None]:
+        """Inside, ops keep what the policy names."""
+        with self._running(False):
+            yield
+
+    @contextmanager
+    def replay(self) -> Iterator[None]:
+        """Inside, ops take what was kept instead of computing it, each value once."""
+        with self._running(True):
+            yield
+
+    @contextmanager
+    def _running(self, replaying: bool) -> Iterator[None]:
+        global _tape
+        before, _tape, self.replaying = _tape, self, replaying
+        try:
+            yield
+        finally:
+            _tape = before
+
+
+def kept(name: str, compute: Callable[[], T]) -> T:
+    """compute(), or in a replay that has it, what it gave in the forward pass."""
+    if _tape is None or name not in _tape.keeps:
+        return compute()
+    if _tape.replaying:
+        return _tape.values[name].popleft()
+    value = compute()
+    _tape.values[name].append(value)
+    return value
+
+
+def kept_rows(name: str, x: Tensor) -> Tensor:
+    """`x` (..., K), or in a replay that has it, `x` as it was in the forward pass: exactly, or from int8 rows."""
+    if _tape is None or not _tape.eight_bits:
+        return kept(name, lambda: x)
+    values, scale = kept(name, lambda: ops(x).row_quantize(x.flatten(0, -2), torch.int8))
+    return ops(x).row_dequantize(values, scale, x.dtype).view(x.shape) if _tape.replaying else x
+
+
+def unread(feeds: str | None) -> bool:
+    """Whether this is a replay in which nobody reads what feeds `feeds`."""
+    return _tape is not None and _tape.replaying and feeds in _tape.unread
+
+
+def nothing(*shape: int, like: Tensor) -> Tensor:
+    """A tensor of that shape that takes no memory and is NaN: it stands where nobody reads."""
+    return like.new_full((), torch.nan).expand(shape)

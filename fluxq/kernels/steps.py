@@ -1,0 +1,167 @@
+"""The memory-bound steps of a block as differentiable ops: what stands between its matrix products and attention.
+
+Each keeps for its gradient only what its backward pass reads, and calls one function of the backend each way. A step
+that feeds a linear layer gives its output in the form that the layer `wants`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from fluxq.kernels.activations import Activations, Wants
+from fluxq.kernels.dispatch import ops
+from fluxq.kernels.reference import Stream
+from fluxq.kernels.replay import kept, kept_rows
+
+PLAIN = Wants()
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants = PLAIN) -> Activations:
+    """(1 + scale) LayerNorm(x) + shift. x (B, L, D); shift, scale (B, 1, D). Statistics in fp32 or better."""
+    return Activations(*_Modulate.apply(x, shift, scale, wants))
+
+
+def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """residual + gate y. residual, y (B, L, D); gate (B, 1, D)."""
+    return _GatedAdd.apply(residual, gate, y)
+
+
+def gated_add_modulate(
+    residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants = PLAIN
+) -> tuple[Tensor, Activations]:
+    """x = residual + gate y, and (1 + scale) LayerNorm(x) + shift: `gated_add` and the `modulate` after it, in one."""
+    x, *modulated = _GatedAddModulate.apply(residual, gate, y, shift, scale, wants)
+    return x, Activations(*modulated)
+
+
+def qk_norm_rope(
+    streams: Sequence[Stream], cos: Tensor, sin: Tensor, invertible: bool = True
+) -> tuple[Tensor, Tensor, Tensor]:
+    """q, k, v (B, H, L, D/H) of all streams one after another, q and k RMS-normed per head and turned by RoPE.
+
+    streams: qkv (B, L, 3 D) and the frozen scales (D/H,) of the query and key norms, each; cos, sin (B or 1, 1, L,
+    D/H/2) for the joint sequence: adjacent pairs are turned (black-forest-labs/flux). The gradient is worked out from q
+    and k alone; where a scale is too near zero to be divided out (not `invertible`), from qkv, which is then kept.
+    """
+    return _QKNormRope.apply(cos, sin, invertible, *(tensor for stream in streams for tensor in stream))[:3]
+
+
+def divides_out(scale: Tensor) -> bool:
+    """Whether a norm's scale (D/H,) can be divided out again: no number of it is next to zero."""
+    return bool(scale.abs().amin() > 1e-3)
+
+
+def gelu_tanh(h: Tensor, beside: Tensor | None = None, wants: Wants = PLAIN) -> Activations:
+    """gelu(h), tanh's approximation, with `beside` (B, L, D) to its left if given: both are written where the layer
+    after it reads them. h (B, L, W).
+    """
+    return Activations(*_GeluTanh.apply(h, beside, wants))
+
+
+class _Modulate(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
+        ctx.save_for_backward(x, scale)
+        return _differentiable_in_x(ctx, ops(x).modulate(x, shift, scale, wants))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        x, scale = ctx.saved_tensors
+        rows = any(ctx.needs_input_grad[1:3])
+        return *ops(x).modulate_backward(grad_outputs[0], x, scale, rows), None
+
+
+class _GatedAdd(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
+        return ops(residual).gated_add(residual, gate, y)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dout,), (gate, y) = grad_outputs, ctx.saved_tensors
+        dy, d_gate = ops(dout).gated_add_backward(dout, gate, y)
+        return dout, d_gate, dy
+
+
+class _GatedAddModulate(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants
+    ) -> tuple[Tensor | None, ...]:
+        made = None
+
+        def compute() -> Tensor:
+            nonlocal made
+            x, made = ops(residual).gated_add_modulate(residual, gate, y, shift, scale, wants)
+            return x
+
+        x = kept("residual", compute)
+        modulated = ops(x).modulate(x, shift, scale, wants) if made is None else made
+        ctx.save_for_backward(x, gate, y if ctx.needs_input_grad[1] else None, scale)
+        return x, *_differentiable_in_x(ctx, modulated)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        dx, dy, *_ = grad_outputs
+        x, gate, y, scale = ctx.saved_tensors
+        rows = any(ctx.needs_input_grad[3:5])
+        d_residual, d_y, d_gate, d_shift, d_scale = ops(x).gated_add_modulate_backward(dx, dy, x, gate, y, scale, rows)
+        return d_residual, d_gate, d_y, d_shift, d_scale, None
+
+
+class _QKNormRope(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, cos: Tensor, sin: Tensor, invertible: bool, *flat: Tensor) -> tuple[Tensor, ...]:
+        inputs, scales = flat[::3], [*zip(flat[1::3], flat[2::3], strict=True)]
+
+        def compute() -> tuple[Tensor, ...]:
+            streams = [(qkv, *pair) for qkv, pair in zip(inputs, scales, strict=True)]
+            return *ops(cos).qk_norm_rope(streams, cos, sin), *(() if invertible else inputs)
+
+        q, k, v, rstd, *inputs_again = kept("qkv", compute)
+        ctx.save_for_backward(q, k, rstd, cos, sin, *inputs_again)
+        ctx.scales, ctx.lengths = scales, [qkv.shape[1] for qkv in inputs]
+        ctx.mark_non_differentiable(rstd)
+        ctx.set_materialize_grads(False)
+        return q, k, v, rstd
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        q, k, rstd, cos, sin, *inputs = ctx.saved_tensors
+        grads = ops(q).qk_norm_rope_backward(
+            *grad_outputs[:3], q, k, rstd, ctx.scales, ctx.lengths, cos, sin, inputs or None
+        )
+        return None, None, None, *(g for grad in grads for g in (grad, None, None))
+
+
+class _GeluTanh(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, h: Tensor, beside: Tensor | None, wants: Wants) -> tuple[Tensor | None, ...]:
+        h = kept_rows("hidden", h)
+        ctx.save_for_backward(h)
+        ctx.start = 0 if beside is None else beside.shape[-1]
+        return _differentiable_in_x(ctx, ops(h).gelu_tanh(h, beside, wants))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
+        (dy, *_), (h,) = grad_outputs, ctx.saved_tensors
+        stop = ctx.start + h.shape[-1]
+        dh = ops(h).gelu_tanh_backward(dy[..., ctx.start : stop], h) if ctx.needs_input_grad[0] else None
+        return dh, dy[..., : ctx.start] if ctx.start else None, None
+
+
+def _differentiable_in_x(ctx: Any, activations: Activations) -> Activations:
+    ctx.mark_non_differentiable(*(t for t in activations[1:] if t is not None))
+    ctx.set_materialize_grads(False)
+    return activations

@@ -1,0 +1,48 @@
+"""The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py.
+
+What is not here yet is the reference's.
+"""
+
+from fluxq.kernels.reference import (
+    dequantize,
+    gated_add,
+    gated_add_backward,
+    gated_add_modulate,
+    gated_add_modulate_backward,
+    gelu_tanh,
+    gelu_tanh_backward,
+    lora_linear,
+    lora_linear_backward,
+    matmul_8bit,
+    modulate,
+    modulate_backward,
+    nf4_quantize,
+    qk_norm_rope,
+    qk_norm_rope_backward,
+    room,
+    row_dequantize,
+    row_quantize,
+    to_rows,
+)
+
+__all__ = [
+    "dequantize",
+    "gated_add",
+    "gated_add_backward",
+    "gated_add_modulate",
+    "gated_add_modulate_backward",
+    "gelu_tanh",
+    "gelu_tanh_backward",
+    "lora_linear",
+    "lora_linear_backward",
+    "matmul_8bit",
+    "modulate",
+    "modulate_backward",
+    "nf4_quantize",
+    "qk_norm_rope",
+    "qk_norm_rope_backward",
+    "room",
+    "row_dequantize",
+    "row_quantize",
+    "to_rows",
+]

@@ -1,0 +1,57 @@
+"""How frozen weights are stored: plain containers of tensors, not tensor subclasses.
+
+nf4    two 4-bit codes a byte, one fp32 scale per 64 weights: bitsandbytes' bytes
+fp8    e4m3 (4 exponent bits, 3 of mantissa), one fp32 scale per output row; a file that is fp8 already keeps its bytes
+int8   symmetric in -127..127, one fp32 scale per output row
+bf16   a plain tensor
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+FORMATS = ("nf4", "fp8", "int8", "bf16")
+NF4_BLOCK = 64
+
+
+@dataclass(frozen=True, eq=False)
+class NF4Weight:
+    """An (N, K) matrix in NF4. bitsandbytes' bytes for the same matrix are `codes.flatten()` and `absmax.flatten()`.
+
+    codes (N, K/2) uint8, high nibble first; absmax (N, K/64) fp32.
+    """
+
+    codes: Tensor
+    absmax: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((self.codes.shape[0], self.codes.shape[1] * 2))
+
+    def __getitem__(self, rows: slice) -> NF4Weight:
+        return NF4Weight(self.codes[rows], self.absmax[rows])
+
+
+@dataclass(frozen=True, eq=False)
+class RowScaled:
+    """An (N, K) matrix in 8 bits: row n is values[n] * scale[n].
+
+    values (N, K) int8 or float8_e4m3fn; scale (N,) fp32.
+    """
+
+    values: Tensor
+    scale: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+    def __getitem__(self, rows: slice) -> RowScaled:
+        return RowScaled(self.values[rows], self.scale[rows])
+
+
+Weight = Tensor | NF4Weight | RowScaled
+"""An (N, K) matrix as it is stored; `weight[a:b]` is its rows a to b, a view."""
