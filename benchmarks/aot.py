@@ -1,0 +1,239 @@
+"""Every kernel compiled ahead of time for the cards in use, on any machine, and held against what it promised.
+
+    python benchmarks/aot.py [--out benchmarks/results/aot.md] [--json FILE] [--only NAME]
+
+Triton compiles for a card that is not there; the `cuobjdump` inside its wheel reads registers, stack, shared memory and
+opcodes of the result. Occupancy is predicted from them. The cases lie in benchmarks/aot_cases/, a file a topic; this
+must run without TRITON_INTERPRET. Ends with 1 where a case broke a promise, and names it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import pkgutil
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parent
+CAPABILITIES = (80, 86, 89, 90, 120)
+CARDS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
+SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # that one block may have (CUDA programming guide, table 24)
+SHARED_SM_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}
+WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 120: 48}
+
+
+@dataclass(frozen=True)
+class Product:
+    """One `tl.dot` of a (m, k) by a (k, n) tile, of numbers of `kind`: "bf16", "int8" or "fp8"."""
+
+    m: int
+    n: int
+    k: int
+    kind: str
+
+
+@dataclass(frozen=True)
+class Case:
+    """A kernel at the tile sizes in use, and what is expected of its compilation.
+
+    types: each argument's Triton type ("*bf16", "i32", "fp32"); `constants`: the constexpr arguments. Pointers and the
+    integers named in `aligned` are multiples of 16. `dots`: the products in the code, each as often as it stands there.
+    `vector`: it is memory-bound, and moves data 128 bits at a time. `permutes`: the most byte permutes (PRMT) there may
+    be.
+    """
+
+    name: str
+    kernel: Any
+    types: Mapping[str, str]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    warps: int = 4
+    stages: int = 3
+    aligned: tuple[str, ...] = ()
+    capabilities: tuple[int, ...] = CAPABILITIES
+    dots: tuple[Product, ...] = ()
+    vector: bool = False
+    permutes: int | None = None
+
+
+@dataclass
+class Report:
+    """What became of a case on one card."""
+
+    case: str
+    capability: int
+    warps: int
+    stages: int
+    registers: int
+    stack: int
+    shared: int
+    opcodes: dict[str, int]
+    occupancy: float
+    broken: list[str] = field(default_factory=list)
+
+
+def compile_case(case: Case, capability: int) -> Report:
+    import triton
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    names = case.kernel.arg_names
+    signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
+    divisible = {(i,) for i, n in enumerate(names) if signature[n].startswith("*") or n in case.aligned}
+    source = ASTSource(
+        fn=case.kernel,
+        signature=signature,
+        constexprs={(names.index(n),): v for n, v in case.constants.items()},
+        attrs={i: [["tt.divisibility", 16]] for i in divisible},
+    )
+    options = {"num_warps": case.warps, "num_stages": case.stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
+    usage, opcodes = read_cubin(compiled.asm["cubin"])
+    shared = compiled.metadata.shared
+    report = Report(
+        case.name,
+        capability,
+        case.warps,
+        case.stages,
+        usage["REG"],
+        usage["STACK"],
+        shared,
+        dict(sorted(opcodes.items())),
+        occupancy(capability, case.warps, usage["REG"], shared),
+    )
+    report.broken = broken_promises(case, report)
+    return report
+
+
+def read_cubin(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
+    """Registers and the like by cuobjdump's names, and how often each opcode stands in the code."""
+    import triton
+
+    tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.cubin"
+        path.write_bytes(cubin)
+        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
+        code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", usage)}
+    return numbers, Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE))
+
+
+def occupancy(capability: int, warps: int, registers: int, shared: int) -> float:
+    """The share of a multiprocessor's warps that can run at once, predicted from registers and shared memory."""
+    per_warp = -(-registers * 32 // 256) * 256
+    by_registers = 65536 // max(per_warp * warps, 1)
+    by_shared = SHARED_SM_KIB[capability] * 1024 // (shared + 1024)
+    blocks = min(by_registers, by_shared, WARPS_SM[capability] // warps)
+    return blocks * warps / WARPS_SM[capability]
+
+
+def broken_promises(case: Case, report: Report) -> list[str]:
+    """What does not hold, a sentence each."""
+    count, broken = total(report.opcodes), []
+    if report.stack or count("LDL") or count("STL"):
+        broken.append(f"spills: stack {report.stack}, LDL {count('LDL')}, STL {count('STL')}")
+    if report.registers > 255:
+        broken.append(f"{report.registers} registers")
+    if report.shared > SHARED_KIB[report.capability] * 1024:
+        broken.append(f"{report.shared / 1024:.0f} KiB of shared memory, {SHARED_KIB[report.capability]} at most")
+    if case.vector and not (count("LDG", ".128") or count("LDGSTS", ".128")):
+        broken.append("no 128-bit load")
+    if case.vector and not count("STG", ".128"):
+        broken.append("no 128-bit store")
+    for opcode, wanted in expected_products(case.dots, report.capability, case.warps).items():
+        if count(opcode) != wanted:
+            broken.append(f"{count(opcode)} {opcode}, not {wanted}")
+    if case.permutes is not None and count("PRMT") > case.permutes:
+        broken.append(f"{count('PRMT')} PRMT, {case.permutes} at most")
+    return broken
+
+
+def total(opcodes: Mapping[str, int]) -> Any:
+    """count(opcode, part): how many instructions are of that opcode and have that part in their name."""
+    return lambda opcode, part="": sum(
+        n for name, n in opcodes.items() if (name == opcode or name.startswith(opcode + ".")) and part in name
+    )
+
+
+def expected_products(dots: Sequence[Product], capability: int, warps: int) -> Counter[str]:
+    """How many tensor-core instructions of which opcode one warp needs for `dots`.
+
+    One multiplies 16 x 8 x 16 (bf16) or 16 x 8 x 32 (8 bits) for a warp; on sm_90, 64 x n x 16 or 32 for four warps.
+    """
+    depth = {"bf16": 16, "int8": 32, "fp8": 32}
+    letter = {"bf16": "H", "int8": "I", "fp8": "Q"}
+    wanted: Counter[str] = Counter()
+    for dot in dots:
+        if capability == 90:
+            wanted[letter[dot.kind] + "GMMA"] += dot.m // (64 * (warps // 4)) * (dot.k // depth[dot.kind])
+        else:
+            wanted[letter[dot.kind] + "MMA"] += dot.m * dot.n * dot.k // (16 * 8 * depth[dot.kind]) // warps
+    return wanted
+
+
+def cases() -> list[Case]:
+    sys.path.insert(0, str(ROOT.parent))
+    names = sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "aot_cases")]))
+    return [case for name in names for case in importlib.import_module(f"benchmarks.aot_cases.{name}").CASES]
+
+
+def table(reports: Sequence[Report]) -> str:
+    """The reports as a page of markdown."""
+    import triton
+
+    lines = [
+        "# Kernels, compiled ahead of time",
+        "",
+        f"Triton {triton.__version__}. Nothing here was run: registers, shared memory and opcodes are the compiler's,",
+        "occupancy is predicted from them. `make aot` writes this page.",
+        "",
+        "| kernel | card | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores | PRMT "
+        "| occupancy (predicted) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for r in reports:
+        count = total(r.opcodes)
+        products = ", ".join(f"{n} {name}" for name, n in r.opcodes.items() if "MMA" in name) or "-"
+        wide = f"{count('LDG', '.128') + count('LDGSTS', '.128')}, {count('STG', '.128')}"
+        lines.append(
+            f"| {r.case} | sm_{r.capability} ({CARDS[r.capability]}) | {r.warps} | {r.stages} | {r.registers} "
+            f"| {r.shared / 1024:.1f} | {products} | {wide} | {count('PRMT')} | {r.occupancy:.0%} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, help="the page to write")
+    parser.add_argument("--json", type=Path, help="everything, for programs")
+    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    arguments = parser.parse_args()
+    if os.environ.get("TRITON_INTERPRET", "0") == "1":
+        raise SystemExit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    reports = []
+    for case in (c for c in cases() if arguments.only in c.name):
+        for capability in case.capabilities:
+            report = compile_case(case, capability)
+            reports.append(report)
+            print(f"{case.name} sm_{capability}: {report.registers} registers, {report.shared} bytes shared", end="")
+            print(f"  BROKEN: {'; '.join(report.broken)}" if report.broken else "", flush=True)
+    if arguments.out:
+        arguments.out.write_text(table(reports), encoding="utf-8")
+    if arguments.json:
+        arguments.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n", encoding="utf-8")
+    if any(r.broken for r in reports):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()
