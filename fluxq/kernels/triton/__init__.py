@@ -11,19 +11,17 @@ from fluxq.kernels.reference import (
     gated_add_modulate_backward,
     gelu_tanh,
     gelu_tanh_backward,
-    lora_linear,
-    lora_linear_backward,
-    matmul_8bit,
     modulate,
     modulate_backward,
     nf4_quantize,
     qk_norm_rope,
     qk_norm_rope_backward,
-    room,
     row_dequantize,
     row_quantize,
     to_rows,
 )
+from fluxq.kernels.triton.linear import lora_linear, lora_linear_backward, room
+from fluxq.kernels.triton.matmul_8bit import matmul_8bit
 
 __all__ = [
     "dequantize",

@@ -1,0 +1,175 @@
+"""One kernel for a linear layer over a weight as it is stored: decoded in the loop, LoRA in the accumulator.
+
+For few rows of input, where reading the weight is all the work, and wherever there is no room to decode a weight into.
+With many rows each weight would be decoded again for every tile of rows, which costs more than decoding it once into a
+scratch (linear.py).
+"""
+
+# pyright: reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.reference import NF4_LEVELS
+from fluxq.kernels.triton.table import Choice
+from fluxq.kernels.triton.tiles import add_lora, tile_of
+from fluxq.kernels.weights import NF4Weight, Weight
+
+
+def linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, up: Tensor | None, tiles: Choice
+) -> Tensor:
+    """x W^T + s up^T + bias, (M, N) in x's dtype. x (M, K), s (M, R) and up (N, R), rows of any stride; bias (N,)."""
+    (m, k), n = x.shape, weight.shape[0]
+    y = torch.empty(m, n, dtype=x.dtype, device=x.device)
+    grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)
+    matrix, scale, format = _stored(weight)
+    if s is None or up is None:
+        s = up = None
+    _linear[grid](
+        x,
+        matrix,
+        scale,
+        bias,
+        s,
+        up,
+        y,
+        m,
+        n,
+        k,
+        0 if s is None else s.shape[1],
+        x.stride(0),
+        matrix.stride(0),
+        0 if s is None else s.stride(0),
+        0 if up is None else up.stride(0),
+        FORMAT=format,
+        EVEN_K=k % tiles.block_k == 0,
+        BLOCK_M=tiles.block_m,
+        BLOCK_N=tiles.block_n,
+        BLOCK_K=tiles.block_k,
+        num_warps=tiles.warps,
+        num_stages=tiles.stages,
+    )
+    return y
+
+
+def _stored(weight: Weight) -> tuple[Tensor, Tensor | None, str]:
+    """Bytes, scales, and what they mean. fp8 goes as bytes: cards before sm_89 have no such type."""
+    if isinstance(weight, Tensor):
+        return weight, None, "float"
+    if isinstance(weight, NF4Weight):
+        return weight.codes, weight.absmax, "nf4"
+    return weight.values.view(torch.uint8), weight.scale, "int8" if weight.values.dtype == torch.int8 else "fp8"
+
+
+@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from picture to picture, LoRA to LoRA
+def _linear(
+    x_ptr,  # (M, K) any float, rows x_stride apart
+    w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/2) bytes; rows w_stride apart
+    scale_ptr,  # float: None; fp8, int8: (N,) fp32; nf4: (N, K/64) fp32
+    bias_ptr,  # (N,) any float, or None
+    s_ptr,  # (M, R) any float, or None
+    up_ptr,  # (N, R) any float, or None
+    y_ptr,  # (M, N) as x
+    M,
+    N,
+    K,
+    R,
+    x_stride,
+    w_stride,
+    s_stride,
+    up_stride,
+    FORMAT: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
+    # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large pictures) once a program.
+    first_m, first_n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    inside_m, inside_n = m < M - first_m, n < N - first_n
+    dtype: tl.constexpr = y_ptr.dtype.element_ty
+    # Rows past the end read the tile's first again: it is not stored, and the loop needs no mask for them.
+    x_ptrs = x_ptr + first_m * x_stride + tl.where(inside_m, m, 0)[:, None] * x_stride + k
+    near_n = tl.where(inside_n, n, 0)[:, None]
+    w_ptrs = w_ptr + first_n * w_stride + near_n * w_stride
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(0, K, BLOCK_K):
+        # Behind K x may hold anything, in its room NaN: it is masked as the weight is.
+        x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=start + k < K, other=0.0)
+        if FORMAT == "nf4":
+            byte = start // 2 + tl.arange(0, BLOCK_K // 2)
+            block = start // 64 + tl.arange(0, BLOCK_K // 64)
+            absmax_ptrs = scale_ptr + first_n * (K // 64) + near_n * (K // 64) + block
+            codes = tl.load(w_ptrs + byte, mask=byte < K // 2, other=0)
+            absmax = tl.load(absmax_ptrs, mask=block < K // 64, other=0.0)
+            w = (_nf4_values(codes, BLOCK_N, BLOCK_K) * absmax[:, :, None]).reshape(BLOCK_N, BLOCK_K).to(dtype)
+        else:
+            inside_k = start + k < K
+            stored = tl.load(w_ptrs + start + k) if EVEN_K else tl.load(w_ptrs + start + k, mask=inside_k, other=0)
+            w = stored if FORMAT == "float" else _decoded(stored, FORMAT).to(dtype)
+        acc = tl.dot(x, w.trans(), acc, input_precision="ieee")
+        x_ptrs += BLOCK_K
+    if FORMAT == "fp8" or FORMAT == "int8":
+        acc *= tl.load(scale_ptr + first_n + n, mask=inside_n, other=0.0)
+    if s_ptr is not None:
+        s_ptrs = s_ptr + first_m * s_stride + m[:, None] * s_stride
+        up_ptrs = up_ptr + first_n * up_stride + n[:, None] * up_stride
+        acc = add_lora(acc, s_ptrs, up_ptrs, inside_m, inside_n, R, dtype)
+    if bias_ptr is not None:
+        acc += tl.load(bias_ptr + first_n + n, mask=inside_n, other=0.0).to(tl.float32)
+    y_ptrs = y_ptr + first_m * N + first_n + m[:, None] * N + n
+    tl.store(y_ptrs, acc.to(dtype), mask=inside_m[:, None] & inside_n)
+
+
+@triton.jit
+def _decoded(stored, FORMAT: tl.constexpr):
+    """The fp32 values of bytes. Written in bits: int8 to float has no fast instruction, fp8 none before sm_89."""
+    bits = stored.to(tl.int32)
+    if FORMAT == "int8":  # 2^23 + (value + 128), minus that offset
+        return ((bits ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
+    # e4m3's exponent and mantissa at the places of fp32's; the exponent is then 120 too small.
+    moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
+    return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36
+
+
+@triton.jit
+def _nf4_values(codes, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
+    """(BLOCK_N, BLOCK_K/64, 64) fp32 levels of codes (BLOCK_N, BLOCK_K/2)."""
+    pairs = tl.join(_nf4_level(codes >> 4), _nf4_level(codes & 15))
+    return pairs.reshape(BLOCK_N, BLOCK_K // 64, 64)
+
+
+_LEVELS = tl.constexpr(NF4_LEVELS)
+
+
+@triton.jit
+def _nf4_level(code):
+    """The level of a code by its bits: a table would have to be read from memory inside the loop."""
+    b0, b1, b2, b3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
+    return tl.where(
+        b3,
+        _one_of(b2, b1, b0, 8),
+        _one_of(b2, b1, b0, 0),
+    )
+
+
+@triton.jit
+def _one_of(b2, b1, b0, FIRST: tl.constexpr):
+    low = tl.where(
+        b1,
+        tl.where(b0, _LEVELS[FIRST + 3], _LEVELS[FIRST + 2]),
+        tl.where(b0, _LEVELS[FIRST + 1], _LEVELS[FIRST]),
+    )
+    high = tl.where(
+        b1,
+        tl.where(b0, _LEVELS[FIRST + 7], _LEVELS[FIRST + 6]),
+        tl.where(b0, _LEVELS[FIRST + 5], _LEVELS[FIRST + 4]),
+    )
+    return tl.where(b2, high, low)
