@@ -186,7 +186,13 @@ class Models:
         return (512 if gib < 11.5 else 768), f"the card has {gib:.0f} GiB; 512 below 12, 768 from there"
 
     def load_flux(self) -> Flux:
-        """The transformer in its stored format: a file of `fluxq quantize` as it is, any other quantised once.
+        """The transformer as it is stored, multiplying as `compute` says."""
+        flux = self._stored_flux()
+        flux.set_compute(self.config.compute)
+        return flux
+
+    def _stored_flux(self) -> Flux:
+        """A file of `fluxq quantize` as it is, any other quantised once.
 
         What was quantised is kept in FLUXQ_CACHE (fluxq/formats/quantized.py), so that the next start only reads it.
         """

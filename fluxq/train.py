@@ -42,7 +42,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     run = Run(config)
     run.check(resume, overwrite)
     training, steps, data = config.training, config.training.steps, config.data
-    assert steps and data.size and config.lora.alpha, "resolve fills these in"
+    assert steps and data.size and config.lora.alpha and training.policy, "resolve fills these in"
 
     # what is trained on: encoded pictures and captions
     prompts = preview_prompts(config, models)
@@ -59,6 +59,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     # what is trained: LoRA on the frozen model
     reset_peak()
     flux = models.load_flux()
+    flux.set_policy(training.policy)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_lora(flux, config.lora.rank, config.lora.alpha, config.lora.targets, init)
     parameters = list(flux.parameters())
