@@ -4,7 +4,6 @@ What is not here yet is the reference's.
 """
 
 from fluxq.kernels.reference import (
-    dequantize,
     gated_add,
     gated_add_backward,
     gated_add_modulate,
@@ -16,14 +15,13 @@ from fluxq.kernels.reference import (
     matmul_8bit,
     modulate,
     modulate_backward,
-    nf4_quantize,
     qk_norm_rope,
     qk_norm_rope_backward,
     room,
-    row_dequantize,
-    row_quantize,
-    to_rows,
 )
+from fluxq.kernels.triton.nf4 import nf4_quantize
+from fluxq.kernels.triton.rows import row_quantize
+from fluxq.kernels.triton.storage import dequantize, row_dequantize, to_rows
 
 __all__ = [
     "dequantize",
