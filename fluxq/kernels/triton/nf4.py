@@ -1,6 +1,7 @@
 """NF4 codes of a matrix, bitsandbytes' bytes (Dettmers et al. 2023, appendix E); decoding is in storage.py."""
 
-# pyright: reportArgumentType=false  (a kernel's constexpr arguments are given plain values)
+# A kernel's constexpr arguments are given plain values.
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

@@ -3,7 +3,8 @@
 A program has a row in registers, and so reads it once; rows too wide for that are read again.
 """
 
-# pyright: reportArgumentType=false  (a kernel's constexpr arguments are given plain values)
+# A kernel's constexpr arguments are given plain values.
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 

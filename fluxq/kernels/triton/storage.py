@@ -4,7 +4,8 @@ One kernel takes any stored form to any other tile by tile, and writes the tile 
 scales are not known yet, rows.py finds them. A large layer can be decoded in parts: `weight[a:b]` is a view.
 """
 
-# pyright: reportArgumentType=false  (a kernel's constexpr arguments are given plain values)
+# A kernel's constexpr arguments are given plain values.
+# pyright: reportArgumentType=false
 
 from __future__ import annotations
 
