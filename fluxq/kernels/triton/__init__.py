@@ -4,7 +4,6 @@ What is not here yet is the reference's.
 """
 
 from fluxq.kernels.reference import (
-    dequantize,
     gated_add,
     gated_add_backward,
     gated_add_modulate,
@@ -13,15 +12,14 @@ from fluxq.kernels.reference import (
     gelu_tanh_backward,
     modulate,
     modulate_backward,
-    nf4_quantize,
     qk_norm_rope,
     qk_norm_rope_backward,
-    row_dequantize,
-    row_quantize,
-    to_rows,
 )
 from fluxq.kernels.triton.linear import lora_linear, lora_linear_backward, room
 from fluxq.kernels.triton.matmul_8bit import matmul_8bit
+from fluxq.kernels.triton.nf4 import nf4_quantize
+from fluxq.kernels.triton.rows import row_quantize
+from fluxq.kernels.triton.storage import dequantize, row_dequantize, to_rows
 
 __all__ = [
     "dequantize",

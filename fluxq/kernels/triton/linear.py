@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxq.kernels.triton import matmul
+from fluxq.kernels.triton.storage import dequantize
 from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 
@@ -113,7 +114,7 @@ def _extended(rows: Tensor, weight: Weight, bias: Tensor | None, up: Tensor, sca
     for start in range(0, n, chunk):
         part = slice(start, min(start + chunk, n))
         w = _scratch(part.stop - start, width, rows)
-        _decode(weight[part], w[:, :k])
+        dequantize(weight[part], w.dtype, w[:, :k])
         w[:, k:] = tail[part]
         _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
     return y
@@ -137,7 +138,7 @@ def _plain(
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
             w = _scratch(part.stop - start, k, rows)
-            _decode(weight[part], w)
+            dequantize(weight[part], w.dtype, w)
             _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
     return y if s is None or up is None else y.addmm_(s, up.t(), alpha=scale)
 
@@ -159,25 +160,18 @@ def _dx(rows: Tensor, weight: Weight, tail: Tensor | None) -> Tensor:
         stop = min(start + chunk, k)
         last = width if stop == k else 0
         w = _scratch(n, stop - start + last, rows)
-        _decode(_columns(weight, start, stop), w[:, : stop - start])
+        dequantize(_columns(weight, start, stop), w.dtype, w[:, : stop - start])
         if tail is not None and last:
             w[:, stop - start :] = tail
         torch.mm(rows, w, out=dx[:, start : stop + last])
     return dx
 
 
-def _decode(weight: Weight, out: Tensor) -> None:
-    from fluxq.kernels import triton  # this backend's own decoder; the package imports this file
-
-    triton.dequantize(weight, out.dtype, out)
-
-
 def _columns(weight: NF4Weight | RowScaled, start: int, stop: int) -> Weight:
-    """Columns of a weight, multiples of 64: a view."""
+    """Columns of a weight, multiples of 64: a view, but for NF4's few scales, which are read as one piece."""
     if isinstance(weight, NF4Weight):
-        return NF4Weight(
-            weight.codes[:, start // 2 : stop // 2], weight.absmax[:, start // NF4_BLOCK : stop // NF4_BLOCK]
-        )
+        absmax = weight.absmax[:, start // NF4_BLOCK : stop // NF4_BLOCK].contiguous()
+        return NF4Weight(weight.codes[:, start // 2 : stop // 2], absmax)
     return RowScaled(weight.values[:, start:stop], weight.scale)
 
 
