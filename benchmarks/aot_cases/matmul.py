@@ -14,18 +14,18 @@ WEIGHT = {
     "float": dict(w_ptr="*bf16"),
     "fp8": dict(w_ptr="*u8", scale_ptr="*fp32"),
     "int8": dict(w_ptr="*u8", scale_ptr="*fp32"),
-    "nf4": dict(w_ptr="*u8", scale_ptr="*fp32"),
+    "nf4": dict(w_ptr="*i32", absmax_ptr="*fp32", levels_ptr="*fp32"),
 }
 
 
 def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
-    absent = {} if "scale_ptr" in WEIGHT[format] else {"scale_ptr": None}
+    absent = {name: None for name in ("scale_ptr", "absmax_ptr", "levels_ptr") if name not in WEIGHT[format]}
     m, n = choice.block_m, choice.block_n
     return Case(
         name=f"linear_{format}_{shape}",
         kernel=_linear,
         types=LINEAR | WEIGHT[format],
-        constants=blocks(choice) | absent | dict(FORMAT=format, EVEN_K=True),
+        constants=blocks(choice) | absent | dict(FORM=format, EVEN_K=True),
         warps=choice.warps,
         stages=choice.stages,
         aligned=("N", "K", "x_stride", "w_stride"),

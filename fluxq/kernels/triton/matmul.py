@@ -14,10 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.reference import NF4_LEVELS
+from fluxq.kernels.triton.bits import e4m3_decode, int8_decode, nf4_decode
+from fluxq.kernels.triton.stored import stored
 from fluxq.kernels.triton.table import Choice
 from fluxq.kernels.triton.tiles import add_lora, tile_of
-from fluxq.kernels.weights import NF4Weight, Weight
+from fluxq.kernels.weights import Weight
 
 
 def linear(
@@ -27,13 +28,15 @@ def linear(
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)
-    matrix, scale, format = _stored(weight)
+    numbers, absmax, levels, row_scale, form = stored(weight)
     if s is None or up is None:
         s = up = None
     _linear[grid](
         x,
-        matrix,
-        scale,
+        numbers,
+        row_scale,
+        absmax,
+        levels,
         bias,
         s,
         up,
@@ -43,10 +46,10 @@ def linear(
         k,
         0 if s is None else s.shape[1],
         x.stride(0),
-        matrix.stride(0),
+        numbers.stride(0),
         0 if s is None else s.stride(0),
         0 if up is None else up.stride(0),
-        FORMAT=format,
+        FORM=form,
         EVEN_K=k % tiles.block_k == 0,
         BLOCK_M=tiles.block_m,
         BLOCK_N=tiles.block_n,
@@ -57,20 +60,13 @@ def linear(
     return y
 
 
-def _stored(weight: Weight) -> tuple[Tensor, Tensor | None, str]:
-    """Bytes, scales, and what they mean. fp8 goes as bytes: cards before sm_89 have no such type."""
-    if isinstance(weight, Tensor):
-        return weight, None, "float"
-    if isinstance(weight, NF4Weight):
-        return weight.codes, weight.absmax, "nf4"
-    return weight.values.view(torch.uint8), weight.scale, "int8" if weight.values.dtype == torch.int8 else "fp8"
-
-
 @triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from picture to picture, LoRA to LoRA
 def _linear(
     x_ptr,  # (M, K) any float, rows x_stride apart
-    w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/2) bytes; rows w_stride apart
-    scale_ptr,  # float: None; fp8, int8: (N,) fp32; nf4: (N, K/64) fp32
+    w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/8) int32; rows w_stride apart
+    scale_ptr,  # float: None; fp8, int8: (N,) fp32
+    absmax_ptr,  # nf4: (N, K/64) fp32
+    levels_ptr,  # nf4: (16,) fp32
     bias_ptr,  # (N,) any float, or None
     s_ptr,  # (M, R) any float, or None
     up_ptr,  # (N, R) any float, or None
@@ -83,7 +79,7 @@ def _linear(
     w_stride,
     s_stride,
     up_stride,
-    FORMAT: tl.constexpr,
+    FORM: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
@@ -103,20 +99,24 @@ def _linear(
     for start in range(0, K, BLOCK_K):
         # Behind K x may hold anything, in its room NaN: it is masked as the weight is.
         x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=start + k < K, other=0.0)
-        if FORMAT == "nf4":
-            byte = start // 2 + tl.arange(0, BLOCK_K // 2)
+        if FORM == "nf4":
+            word = start // 8 + tl.arange(0, BLOCK_K // 8)
             block = start // 64 + tl.arange(0, BLOCK_K // 64)
-            absmax_ptrs = scale_ptr + first_n * (K // 64) + near_n * (K // 64) + block
-            codes = tl.load(w_ptrs + byte, mask=byte < K // 2, other=0)
-            absmax = tl.load(absmax_ptrs, mask=block < K // 64, other=0.0)
-            w = (_nf4_values(codes, BLOCK_N, BLOCK_K) * absmax[:, :, None]).reshape(BLOCK_N, BLOCK_K).to(dtype)
+            absmax_ptrs = absmax_ptr + first_n * (K // 64) + near_n * (K // 64) + block
+            words = tl.load(w_ptrs + word) if EVEN_K else tl.load(w_ptrs + word, mask=word < K // 8, other=0)
+            absmax = tl.load(absmax_ptrs) if EVEN_K else tl.load(absmax_ptrs, mask=block < K // 64, other=0.0)
+            levels = nf4_decode(words, levels_ptr).reshape(BLOCK_N, BLOCK_K // 64, 64)
+            w = (levels * absmax[:, :, None]).reshape(BLOCK_N, BLOCK_K).to(dtype)
         else:
             inside_k = start + k < K
-            stored = tl.load(w_ptrs + start + k) if EVEN_K else tl.load(w_ptrs + start + k, mask=inside_k, other=0)
-            w = stored if FORMAT == "float" else _decoded(stored, FORMAT).to(dtype)
+            w = tl.load(w_ptrs + start + k) if EVEN_K else tl.load(w_ptrs + start + k, mask=inside_k, other=0)
+            if FORM == "int8":
+                w = int8_decode(w).to(dtype)
+            elif FORM == "fp8":
+                w = e4m3_decode(w).to(dtype)
         acc = tl.dot(x, w.trans(), acc, input_precision="ieee")
         x_ptrs += BLOCK_K
-    if FORMAT == "fp8" or FORMAT == "int8":
+    if scale_ptr is not None:
         acc *= tl.load(scale_ptr + first_n + n, mask=inside_n, other=0.0)
     if s_ptr is not None:
         s_ptrs = s_ptr + first_m * s_stride + m[:, None] * s_stride
@@ -126,50 +126,3 @@ def _linear(
         acc += tl.load(bias_ptr + first_n + n, mask=inside_n, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + first_m * N + first_n + m[:, None] * N + n
     tl.store(y_ptrs, acc.to(dtype), mask=inside_m[:, None] & inside_n)
-
-
-@triton.jit
-def _decoded(stored, FORMAT: tl.constexpr):
-    """The fp32 values of bytes. Written in bits: int8 to float has no fast instruction, fp8 none before sm_89."""
-    bits = stored.to(tl.int32)
-    if FORMAT == "int8":  # 2^23 + (value + 128), minus that offset
-        return ((bits ^ 0x80) | 0x4B000000).to(tl.float32, bitcast=True) - 8388736.0
-    # e4m3's exponent and mantissa at the places of fp32's; the exponent is then 120 too small.
-    moved = ((bits & 0x80) << 24) | ((bits & 0x7F) << 20)
-    return moved.to(tl.float32, bitcast=True) * 1.329227995784916e36
-
-
-@triton.jit
-def _nf4_values(codes, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr):
-    """(BLOCK_N, BLOCK_K/64, 64) fp32 levels of codes (BLOCK_N, BLOCK_K/2)."""
-    pairs = tl.join(_nf4_level(codes >> 4), _nf4_level(codes & 15))
-    return pairs.reshape(BLOCK_N, BLOCK_K // 64, 64)
-
-
-_LEVELS = tl.constexpr(NF4_LEVELS)
-
-
-@triton.jit
-def _nf4_level(code):
-    """The level of a code by its bits: a table would have to be read from memory inside the loop."""
-    b0, b1, b2, b3 = (code & 1) != 0, (code & 2) != 0, (code & 4) != 0, (code & 8) != 0
-    return tl.where(
-        b3,
-        _one_of(b2, b1, b0, 8),
-        _one_of(b2, b1, b0, 0),
-    )
-
-
-@triton.jit
-def _one_of(b2, b1, b0, FIRST: tl.constexpr):
-    low = tl.where(
-        b1,
-        tl.where(b0, _LEVELS[FIRST + 3], _LEVELS[FIRST + 2]),
-        tl.where(b0, _LEVELS[FIRST + 1], _LEVELS[FIRST]),
-    )
-    high = tl.where(
-        b1,
-        tl.where(b0, _LEVELS[FIRST + 7], _LEVELS[FIRST + 6]),
-        tl.where(b0, _LEVELS[FIRST + 5], _LEVELS[FIRST + 4]),
-    )
-    return tl.where(b2, high, low)
