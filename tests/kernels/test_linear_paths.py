@@ -15,7 +15,10 @@ triton = pytest.importorskip("triton")
 from fluxq.kernels.triton import linear, table  # noqa: E402  (where there is Triton)
 
 FORMATS = ("nf4", "fp8", "int8", "bf16")
-DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+CASES = [  # every format, every dtype, and NF4, which is what most will use, in all
+    *[("nf4", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
+    *[("fp8", torch.bfloat16), ("int8", torch.float16), ("bf16", torch.float32), ("bf16", torch.bfloat16)],
+]
 N, K = 160, 192
 
 
@@ -84,9 +87,8 @@ def taking(path, format, **changes):
     return table.using(op, replace(choice, path=path, **changes))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rank", [5, 32, 40])
+@pytest.mark.parametrize(("format", "dtype"), CASES)
+@pytest.mark.parametrize("rank", [32, 40])
 def test_extended(format, dtype, rank):
     """One product for base, LoRA and bias; with rank 32 the bias has no free column."""
     layer = Layer(format, dtype, rank=rank)
@@ -94,8 +96,7 @@ def test_extended(format, dtype, rank):
         check(layer, layer.run(layer.with_room()))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("format", "dtype"), CASES)
 @pytest.mark.parametrize("room", [False, True])
 def test_plain(format, dtype, room):
     layer = Layer(format, dtype)
@@ -103,9 +104,8 @@ def test_plain(format, dtype, room):
         check(layer, layer.run(layer.with_room() if room else layer.x))
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("rank", "k"), [(5, K), (40, K), (3, 320)])
+@pytest.mark.parametrize(("format", "dtype"), CASES)
+@pytest.mark.parametrize(("rank", "k"), [(40, K), (3, 320)])
 def test_fused(format, dtype, rank, k, device):
     layer = Layer(format, dtype, rows=(2, 33), rank=rank, n=97, k=k)
     with taking("fused", format, block_m=32, block_n=32, block_k=128 if k == 320 else 64):
@@ -120,15 +120,14 @@ def test_fused_reads_a_ragged_end_of_k_as_zeros():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [1, 3, 33, 64])
+@pytest.mark.parametrize("rows", [1, 33])
 def test_few_rows(format, rows, device):
     layer = Layer(format, torch.bfloat16, rows=(rows,), n=97)
     check(layer, layer.run(layer.x), slack=2.0 if device.type == "cuda" else 4.0)
 
 
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [(20,), (2, 50)])
-@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize(("rows", "bias"), [((20,), True), ((2, 50), True), ((2, 50), False)])
 def test_without_lora(format, rows, bias):
     layer = Layer(format, torch.float32, rows=rows, bias=bias)
     y, s = linear.lora_linear(layer.x, layer.weight, layer.bias, None, None, 1.0)
