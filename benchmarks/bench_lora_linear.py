@@ -2,8 +2,8 @@
 
     pytest benchmarks/bench_lora_linear.py
 
-On a card every path of the Triton backend, in bf16 and with rank 16; elsewhere the reference at the smallest shape. Each
-case is held against fp64 on a part of its outputs before it is timed. Plain PyTorch is the product with a bf16 weight
+On a card every path of the Triton backend, in bf16 and with rank 16; elsewhere the reference at the smallest shape. Of
+each case a part is held against fp64 before it is timed. Plain PyTorch is the product with a bf16 weight
 and LoRA apart, and the same without LoRA; no decoding in either: what the whole layer comes near to at best.
 """
 

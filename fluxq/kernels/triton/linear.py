@@ -148,14 +148,13 @@ def _dx(rows: Tensor, weight: Weight, tail: Tensor | None) -> Tensor:
     is rounded twice.
     """
     (n, k), width = weight.shape, 0 if tail is None else tail.shape[1]
-    choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows))
     dx = rows.new_empty(len(rows), k + width)
     if isinstance(weight, Tensor):
         torch.mm(rows, weight.to(rows.dtype), out=dx[:, :k])
         if tail is not None:
             torch.mm(rows, tail, out=dx[:, k:])
         return dx
-    chunk = choice.chunk or k
+    chunk = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows)).chunk
     for start in range(0, k, chunk):
         stop = min(start + chunk, k)
         last = width if stop == k else 0

@@ -32,7 +32,7 @@ FILE_VERSION = 1
 
 PATHS = {
     **{f"lora_linear_{format}": ("extended", "plain", "fused") for format in ("nf4", "fp8", "int8", "bf16")},
-    **{f"lora_linear_backward_{format}": ("extended", "plain") for format in ("nf4", "fp8", "int8", "bf16")},
+    **{f"lora_linear_backward_{format}": ("extended",) for format in ("nf4", "fp8", "int8")},
     "matmul_int8": ("triton",),
     "matmul_fp8": ("triton",),
 }
@@ -80,12 +80,11 @@ def _rows() -> Iterator[tuple[Key, Choice]]:
     yield from row(stored, GENERATIONS, "few", Choice("fused", 16, 32, 64, 4, 4, why=why))
     why = "a vendor's product of few rows reads the weight at the memory's speed"
     yield from row("lora_linear_bf16", GENERATIONS, "few", Choice("plain", 16, 32, 64, 4, 4, why=why))
+    # Their gradient has no choice where weights are in 16 bits.
     backward = "lora_linear_backward_nf4 lora_linear_backward_fp8 lora_linear_backward_int8"
     why = "as forward; chunks are of columns, since the sum over rows must be rounded once"
     yield from row(backward, geforce, "large", Choice("extended", chunk=3072, why=why))
     yield from row(backward, (80, 90), "large", Choice("extended", chunk=12288, why=why))
-    why = "a weight in 16 bits needs no decoding"
-    yield from row("lora_linear_backward_bf16", GENERATIONS, "large", Choice("plain", why=why))
 
     # 8-bit products.
     why = "neither spills nor permutes bytes; each byte read takes part in 128 products"
@@ -99,7 +98,6 @@ def _rows() -> Iterator[tuple[Key, Choice]]:
     yield from row(stored, here, "few", Choice("fused", 16, 32, 64, why=why))
     yield from row("lora_linear_bf16", here, "large", Choice("plain", 32, 32, 64, why=why))
     yield from row(backward, here, "large", Choice("extended", chunk=64, why=why))
-    yield from row("lora_linear_backward_bf16", here, "large", Choice("plain", why=why))
     yield from row("matmul_int8 matmul_fp8", here, "large", Choice("triton", 32, 32, 64, why=why))
 
 
