@@ -70,9 +70,12 @@ def _rows() -> Iterator[tuple[Key, Choice]]:
     stored, geforce = "lora_linear_nf4 lora_linear_fp8 lora_linear_int8", (86, 89, 120)
     # bf16 products: the tiles are those of the fused kernel, for whoever asks for that path.
     why = "decoding once beats decoding in the loop above 512 rows on every card (bitsandbytes' measured dispatch)"
+    long = f"{why}; much memory and many multiprocessors want long products"
     yield from row(stored, geforce, "large", Choice("extended", 128, 128, 64, 8, 3, 3072, why=why))
-    why += "; much memory and many multiprocessors want long products"
-    yield from row(stored, (80, 90), "large", Choice("extended", 128, 128, 64, 8, 3, 12288, why=why))
+    yield from row(stored, (80, 90), "large", Choice("extended", 128, 128, 64, 8, 3, 12288, why=long))
+    spills = "; with Triton 3.6 a fused tile twice as wide spills"
+    yield from row("lora_linear_nf4", geforce, "large", Choice("extended", 128, 64, 64, 8, 3, 3072, why=why + spills))
+    yield from row("lora_linear_nf4", (80,), "large", Choice("extended", 128, 64, 64, 8, 3, 12288, why=long + spills))
     why = "a weight in 16 bits needs no decoding, and copying it costs what the LoRA's own pass over y does"
     yield from row("lora_linear_bf16", (80, 90), "large", Choice("plain", 128, 128, 64, 8, 3, why=why))
     yield from row("lora_linear_bf16", geforce, "large", Choice("plain", 128, 128, 32, 8, 3, why=why))
