@@ -69,7 +69,7 @@ def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:
 
 
 def compute_on(compute: str, device: torch.device, say: Say) -> str:
-    """`compute`, or what stands in for it on a card that has no such arithmetic: it is fixed when a run first starts."""
+    """`compute`, or what stands in for it on a card without such arithmetic: it is fixed when a run first starts."""
     if device.type != "cuda" or not compute.startswith("fp8"):
         return compute
     if (capability := torch.cuda.get_device_capability(device)) >= (8, 9):
