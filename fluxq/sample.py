@@ -216,7 +216,9 @@ def sample_command(
     wanted = shots(samples, samples.prompts, models.default_size[0])
     chosen = [_strength_of(lora) for lora in loras]
     read = [(load_lora(path, models.flux_config)[0], strength) for path, strength in chosen]
-    texts = cache_texts(config.data.cache, models, list(dict.fromkeys((*samples.prompts, samples.negative))))
+    prompts = list(dict.fromkeys((*samples.prompts, samples.negative)))
+    with progress_bar() as progress:
+        texts = cache_texts(config.data.cache, models, prompts, progress)
     flux, autoencoder = models.load_flux(), models.load_autoencoder()
     files: list[str] = []
 
