@@ -19,7 +19,7 @@ from fluxq.formats import detect
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint
 from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
 from fluxq.formats.source import OPENERS, Source
-from fluxq.hub import NotFetched
+from fluxq.hub import NotFetched, hub_cache
 from fluxq.machine import memory, notes, obstacle, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models import FLAGS, PARTS, Models
@@ -191,7 +191,7 @@ def _disk(
     if data is not None:
         caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
         needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
-    places = {"weights": cache_folder(), "downloads": Path.home(), "cache": config.data.cache.absolute()}
+    places = {"weights": cache_folder(), "downloads": hub_cache(), "cache": config.data.cache.absolute()}
     free = math.inf
     for place, names in _by_disk(places).items():
         total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
@@ -201,7 +201,7 @@ def _disk(
         if total > left:
             reasons.append(
                 f"{_size(total)} of disk are needed at {place}, {_size(left)} are free; "
-                "make room, or choose another --cache or FLUXQ_CACHE"
+                "make room, or choose another --cache, FLUXQ_CACHE or HF_HOME"
             )
     return {"needed": sum(needed.values()), "free": free, **needed}
 

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
 from helpers import tiny_config
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,6 +28,8 @@ from fluxq.hub import NotFetched
 from fluxq.machine import Card, Machine
 from fluxq.model import FluxConfig
 from fluxq.models import PARTS, Models
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -132,6 +138,39 @@ def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
     code, answer, lines = run("--model", "nano")
     assert code == 0 and answer["disk"]["downloads"] == 9_000_000_000
     assert "t5xxl        2 files of someone/T5, 9.0 GB, are not in the hub's cache yet; a run fetches them" in lines
+
+
+def test_room_for_what_the_hub_gives_is_wanted_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatch):
+    """Every place a disk of its own here: the one of the hub's cache is full, home has room."""
+    hub, served = tmp_path / "other disk" / "hub", Models.served
+
+    def from_hub(self, part):
+        if part == "t5xxl":
+            raise NotFetched("someone/T5", ["a"], 9_000_000_000)
+        return served(self, part)
+
+    def disk_usage(place):
+        return shutil._ntuple_diskusage(10**12, 0, 1 << 30 if place == hub else 10**12)
+
+    monkeypatch.setattr(Models, "served", from_hub)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(checks, "_by_disk", lambda places: {place: [name] for name, place in places.items()})
+    monkeypatch.setattr(checks.shutil, "disk_usage", disk_usage)
+    code, answer, lines = run("--model", "nano")
+    assert code == 2 and len(answer["reasons"]) == 1
+    assert f"8.4 GiB of disk are needed at {hub}, 1.0 GiB are free" in answer["reasons"][0]
+    assert f"8.4 GiB needed (downloads 8.4 GiB), 1.0 GiB free at {hub}" in lines
+
+
+@pytest.mark.parametrize(
+    ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
+)
+def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE")}
+    code = [sys.executable, "-c", "from fluxq.hub import hub_cache; print(hub_cache())"]
+    environment[variable] = str(tmp_path)
+    printed = subprocess.run(code, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert Path(printed.strip()) == tmp_path / inside
 
 
 # --- one file ---
