@@ -20,7 +20,7 @@ from fluxq.formats.files import DTYPE_NAMES, Checkpoint
 from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
 from fluxq.formats.source import OPENERS, Source
 from fluxq.hub import NotFetched, hub_cache
-from fluxq.machine import memory, notes, obstacle, read_machine
+from fluxq.machine import Card, free_on_card, memory, notes, obstacle, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models import FLAGS, PARTS, Models
 from fluxq.report import console
@@ -52,16 +52,17 @@ def check_run(config: TrainConfig) -> Answer:
     if data is None and not config.data.folders:
         console.print("pictures     none were named, so the models alone were checked")
     ram = _ram(flux, config.model.format, models.device.type == "cuda", parts, reasons)
-    disk = _disk(flux, config, models, data, fetched, reasons)
     machine = read_machine()
+    card = _card(flux, config.model.format, machine.card, reasons)
+    disk = _disk(flux, config, models, data, fetched, reasons)
     if problem := obstacle(machine):
         reasons.append(problem)
     reasons = list(dict.fromkeys(reasons))
     for reason in reasons:
         console.print(f"missing      {reason}")
     console.print("not ready" if reasons else "ready: a run could start")
-    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "pictures": data, "ram": ram, "disk": disk}
-    return answer | {"notes": notes(machine)}
+    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "pictures": data, "ram": ram, "card": card}
+    return answer | {"disk": disk, "notes": notes(machine)}
 
 
 def _part(models: Models, part: str, reasons: list[str]) -> Answer:
@@ -178,6 +179,28 @@ def _ram(
             )
     console.print(line)
     return {"needed": needed, "all": has and has[0], "free": has and has[1]}
+
+
+def _card(flux: FluxConfig | None, format: str, card: Card | None, reasons: list[str]) -> Answer | None:
+    """The card, and the least that training needs on it: the frozen weights, all of which stay there."""
+    if card is None:
+        console.print("card         none that torch can use, so training runs on the processor")
+        return None
+    free, capability = free_on_card(), ".".join(map(str, card.capability))
+    room = f"{_size(card.nbytes)}" if free is None else f"{_size(free)} of {_size(card.nbytes)} free"
+    line, needed = f"card         {card.name}, {room}, compute capability {capability}", None
+    if flux is not None:
+        needed = stored_bytes(detect.flux_shapes(flux), format)
+        line += f"; training in {format} needs {_size(needed)} of it for the weights alone"
+        if needed > card.nbytes:
+            reasons.append(
+                f"the {card.name} has {_size(card.nbytes)}, and the transformer's weights alone take {_size(needed)} "
+                f"in {format}; use {'another card' if format == 'nf4' else '--format nf4 or another card'}, or hide "
+                "it with CUDA_VISIBLE_DEVICES=-1 and train on the processor"
+            )
+    console.print(line)
+    about = {"name": card.name, "capability": list(card.capability), "free": free, "all": card.nbytes}
+    return about | {"weights": needed}
 
 
 def _disk(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -116,14 +117,83 @@ def test_nothing_named_is_one_reason():
 
 
 def test_too_little_memory_disk_or_card_is_a_reason(monkeypatch, photos):
-    card = Machine("2.13", "13.0", False, True, False, Card("old card", (6, 1), 1), ("sm_80",))
+    card = Machine("2.13", "13.0", False, True, False, Card("old card", (6, 1), 1 << 20), ("sm_80",))
     monkeypatch.setattr(checks, "memory", lambda: (1 << 30, 1 << 29))
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(checks, "read_machine", lambda: card)
     code, answer, _ = run(photos, "--model", "nano")
-    memory, disk, obstacle = answer["reasons"]
+    memory, card, disk, obstacle = answer["reasons"]
     assert code == 2 and "2.0 GiB of RAM are needed with the transformer in nf4, this machine has 1.0 GiB" in memory
+    assert "the old card has 1.0 MiB, and the transformer's weights alone take 2.7 MiB in nf4; use another" in card
     assert "of disk are needed at" in disk and "has no code for the old card (sm_61" in obstacle
+
+
+def machine_with(card: Card | None, monkeypatch, free: int | None = None) -> None:
+    seen = Machine("2.13", "13.0", False, True, False, card, ("sm_80", "sm_86", "sm_89"))
+    monkeypatch.setattr(checks, "read_machine", lambda: seen)
+    monkeypatch.setattr(checks, "free_on_card", lambda: free)
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory) -> Path:
+    """FLUX.1 dev as far as headers tell: 23.8 GB of nothing, which take no room on the disk."""
+    if os.name == "nt":
+        pytest.skip("a file of nothing takes room here")
+    path, header, start = tmp_path_factory.mktemp("full") / "flux1-dev.safetensors", {}, 0
+    for name, shape in flux_shapes(FluxConfig.dev()).items():
+        end = start + 2 * math.prod(shape)
+        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + start)
+    return path
+
+
+def test_the_card_is_described_with_what_training_needs_on_it(full_size, monkeypatch):
+    ada = Card("RTX 4090", (8, 9), 24 << 30)
+    machine_with(ada, monkeypatch, free=int(22.5 * 2**30))
+    _, answer, lines = run("--flux", full_size)
+    described = (
+        "card         RTX 4090, 22.5 GiB of 24.0 GiB free, compute capability 8.9; training in nf4 needs 6.3 GiB"
+    )
+    assert f"{described} of it for the weights alone\n" in lines
+    weights = stored_bytes(flux_shapes(FluxConfig.dev()), "nf4")
+    about = {"name": "RTX 4090", "capability": [8, 9], "free": int(22.5 * 2**30), "all": 24 << 30, "weights": weights}
+    assert answer["card"] == about
+    assert not any("RTX 4090" in reason for reason in answer["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("format", "gib", "sentence"),
+    [
+        ("nf4", 6, "the laptop card has 6.0 GiB, and the transformer's weights alone take 6.3 GiB in nf4; use another"),
+        ("nf4", 8, None),
+        ("int8", 8, "the laptop card has 8.0 GiB, and the transformer's weights alone take 11.2 GiB in int8; use --fo"),
+        ("bf16", 24, None),
+    ],
+)
+def test_a_card_that_cannot_hold_the_weights_is_a_reason(format, gib, sentence, full_size, monkeypatch):
+    machine_with(Card("laptop card", (8, 6), gib << 30), monkeypatch)
+    _, answer, lines = run("--flux", full_size, "--format", format)
+    found = [reason for reason in answer["reasons"] if "laptop card" in reason]
+    assert len(found) == (sentence is not None) and (sentence is None or sentence in found[0])
+    assert f"card         laptop card, {gib}.0 GiB, compute capability 8.6; training in {format} needs" in lines
+
+
+def test_no_card_is_one_line(monkeypatch):
+    machine_with(None, monkeypatch)
+    code, answer, lines = run("--model", "nano")
+    assert code == 0 and answer["card"] is None
+    assert lines.count("card ") == 1 and "card         none that torch can use, so training runs on the proc" in lines
+
+
+def test_a_card_beside_missing_models_is_described_without_a_need(monkeypatch):
+    machine_with(Card("RTX 4090", (8, 9), 24 << 30), monkeypatch)
+    code, answer, lines = run()
+    assert code == 2 and answer["card"]["weights"] is None
+    assert "card         RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines
 
 
 def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
