@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fluxq.cache import cache_texts
 from fluxq.config import SamplesConfig, TrainConfig
+from fluxq.data.encode import cut_notes
 from fluxq.data.randomness import normal
 from fluxq.data.store import Text
 from fluxq.defaults import side
@@ -219,6 +220,9 @@ def sample_command(
     prompts = list(dict.fromkeys((*samples.prompts, samples.negative)))
     with progress_bar() as progress:
         texts = cache_texts(config.data.cache, models, prompts, progress)
+    cuts = {prompt: (text.truncated, text.clip_truncated) for prompt, text in texts.items()}
+    for line in cut_notes(cuts, {}, models.t5_length):
+        console.print(line)
     flux, autoencoder = models.load_flux(), models.load_autoencoder()
     files: list[str] = []
 

@@ -116,3 +116,12 @@ def test_encoding_of_prompts_shows_its_progress(tmp_path, monkeypatch):
     assert CliRunner().invoke(main, arguments).exit_code == 0
     assert [call for call in calls if call[0] == "captions"] == [("captions", 1, 3), ("captions", 3, 3)]
     assert calls[-1] == ("sampling", 2, 2)
+
+
+def test_prompts_that_are_too_long_are_said(tmp_path):
+    arguments = ["sample", "--model", "nano", "--prompt", "red star " * 50, "--steps", "1"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    lines = CliRunner().invoke(main, arguments).output.splitlines()
+    prompt = f"the prompt {('red star ' * 7)[:60]!r}".removesuffix("'") + "...'"
+    assert f"{prompt} is longer than 32 T5 tokens; what is beyond was cut off" in lines
+    assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines
