@@ -29,6 +29,7 @@ from fluxq.hub import NotFetched
 from fluxq.machine import Card, Machine
 from fluxq.model import FluxConfig
 from fluxq.models import PARTS, Models
+from fluxq.quantize import quantize_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -241,6 +242,19 @@ def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_p
     environment[variable] = str(tmp_path)
     printed = subprocess.run(code, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
     assert Path(printed.strip()) == tmp_path / inside
+
+
+def test_a_quantised_file_beside_its_original_is_named_with_the_reason(tmp_path):
+    for file in (nano.FLUX, nano.AE, nano.CLIP_L, nano.T5XXL):
+        shutil.copy(file, tmp_path)
+    made = tmp_path / "made.safetensors"
+    quantize_command(nano.FLUX, made, "nf4")
+    _, answer, lines = run("--models", tmp_path)
+    described = f"{made} (flux1-nano.safetensors in nf4 already): dev, 2 + 2 blocks, 192 wide, nf4, by fluxq"
+    assert f"flux         {described}" in lines and answer["parts"]["flux"]["path"] == str(made)
+    _, answer, lines = run("--models", tmp_path, "--format", "int8")
+    assert answer["parts"]["flux"]["path"] == str(tmp_path / "flux1-nano.safetensors")
+    assert f"(the only one in {tmp_path}; made.safetensors is it in nf4)" in lines
 
 
 # --- one file ---

@@ -287,6 +287,8 @@ class QuantizedFile:
             unit: [Place(name, DTYPES[dtype], tuple(shape), start) for name, dtype, shape, start in places]
             for unit, places in about["layout"].items()
         }
+        if not isinstance(about["source"], dict):
+            raise ValueError("it does not say what it was made from")
         names = [place.name for places in units.values() for place in places]
         if len(units) == 0 or len(set(names)) != len(names):
             raise ValueError("its layout names a tensor twice")

@@ -208,6 +208,7 @@ def test_the_file_is_a_safetensors_file_like_any_other(source, tmp_path):
         lambda about: about["layout"]["single_blocks.0"][1].__setitem__(3, 0),
         lambda about: about["config"].update(depth=7),
         lambda about: about.update(format="fp2"),
+        lambda about: about.update(source="somewhere"),
     ],
 )
 def test_a_lying_header_is_refused(damage, source, tmp_path):
