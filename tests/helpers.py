@@ -1,12 +1,8 @@
-"""Random models, and what tests measure by: closeness, and bytes alive."""
+"""Random models, and what tests measure closeness by."""
 
 from __future__ import annotations
 
-import weakref
-
 from torch import Tensor, nn, no_grad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from fluxq.model import FluxConfig
 
@@ -40,27 +36,3 @@ def randomise(module: nn.Module) -> nn.Module:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b| in the Frobenius norm, in fp64."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
-
-
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and still alive; `peak` is the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._storages: set[int] = set()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._storages:
-                storage = tensor.untyped_storage()
-                self._storages.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _freed(self, storage: int, nbytes: int) -> None:
-        self._storages.discard(storage)
-        self.live -= nbytes
