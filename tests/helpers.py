@@ -1,9 +1,18 @@
-"""Random models, and what tests measure closeness by."""
+"""Models of random weights and of none, and what tests measure closeness by."""
 
 from __future__ import annotations
 
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+import torch
 from torch import Tensor, nn, no_grad
 
+from fluxq.formats.files import DTYPE_NAMES
 from fluxq.model import FluxConfig
 
 
@@ -36,3 +45,19 @@ def randomise(module: nn.Module) -> nn.Module:
 def relative_error(a: Tensor, b: Tensor) -> float:
     """|a - b| / |b| in the Frobenius norm, in fp64."""
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
+
+
+def write_hollow(path: Path, dtypes: Mapping[str, torch.dtype], shapes: Mapping[str, tuple[int, ...]]) -> Path:
+    """A safetensors file of any size, all zeros, which takes no room on the disk."""
+    if os.name == "nt":
+        pytest.skip("zeros take room here")
+    header, start = {}, 0
+    for name, dtype in dtypes.items():
+        end = start + math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + start)
+    return path

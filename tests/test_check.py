@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
 import subprocess
@@ -13,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import tiny_config
+from helpers import tiny_config, write_hollow
 from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
@@ -137,19 +136,11 @@ def machine_with(card: Card | None, monkeypatch, free: int | None = None) -> Non
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory) -> Path:
-    """FLUX.1 dev as far as headers tell: 23.8 GB of nothing, which take no room on the disk."""
-    if os.name == "nt":
-        pytest.skip("a file of nothing takes room here")
-    path, header, start = tmp_path_factory.mktemp("full") / "flux1-dev.safetensors", {}, 0
-    for name, shape in flux_shapes(FluxConfig.dev()).items():
-        end = start + 2 * math.prod(shape)
-        header[name] = {"dtype": "BF16", "shape": shape, "data_offsets": [start, end]}
-        start = end
-    text = json.dumps(header).encode()
-    with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + start)
-    return path
+    """FLUX.1 dev as far as headers tell."""
+    shapes = flux_shapes(FluxConfig.dev())
+    return write_hollow(
+        tmp_path_factory.mktemp("full") / "flux1-dev.safetensors", dict.fromkeys(shapes, torch.bfloat16), shapes
+    )
 
 
 def test_the_card_is_described_with_what_training_needs_on_it(full_size, monkeypatch):
