@@ -18,6 +18,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats import detect
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint
 from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
+from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import OPENERS, Source
 from fluxq.hub import NotFetched, hub_cache
 from fluxq.machine import Card, free_on_card, memory, notes, obstacle, read_machine
@@ -166,7 +167,7 @@ def _ram(
         return None
     encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
     needed, has = (
-        PROGRAM_BYTES + max(0 if on_card else stored_bytes(detect.flux_shapes(flux), format), encoders),
+        PROGRAM_BYTES + max(0 if on_card else stored_bytes(flux_shapes(flux), format), encoders),
         memory(),
     )
     line = f"memory       {_size(needed)} of RAM needed, the transformer in {format}"
@@ -190,7 +191,7 @@ def _card(flux: FluxConfig | None, format: str, card: Card | None, reasons: list
     room = f"{_size(card.nbytes)}" if free is None else f"{_size(free)} of {_size(card.nbytes)} free"
     line, needed = f"card         {card.name}, {room}, compute capability {capability}", None
     if flux is not None:
-        needed = stored_bytes(detect.flux_shapes(flux), format)
+        needed = stored_bytes(flux_shapes(flux), format)
         line += f"; training in {format} needs {_size(needed)} of it for the weights alone"
         if needed > card.nbytes:
             reasons.append(
@@ -209,7 +210,7 @@ def _disk(
     """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
     if flux is None:
         return None
-    weights = 0 if models.is_quantised else stored_bytes(detect.flux_shapes(flux), config.model.format)
+    weights = 0 if models.is_quantised else stored_bytes(flux_shapes(flux), config.model.format)
     needed = {"weights": weights, "downloads": fetched, "cache": 0}
     if data is not None:
         caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4

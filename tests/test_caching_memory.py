@@ -19,9 +19,9 @@ from fluxq import nano
 from fluxq.cache import cache_command
 from fluxq.config import config_from_dict
 from fluxq.data.encode import PIXELS_PER_BATCH
-from fluxq.formats.detect import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from fluxq.formats.files import write_safetensors
 from fluxq.formats.load import load_autoencoder, load_text_encoders
+from fluxq.formats.shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from fluxq.model import AutoEncoderConfig, FluxConfig
 from fluxq.model.text import STATES_BYTES
 from fluxq.models import Models

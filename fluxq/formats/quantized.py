@@ -28,8 +28,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import DIFFUSERS_FLUX, flux_shapes, kind
+from fluxq.formats.detect import DIFFUSERS_FLUX, kind
 from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, atomic_path
+from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import Source
 from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, quantize
 from fluxq.model.config import FluxConfig
