@@ -9,7 +9,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.bits import e4m3_decode, e4m3_encode, int8_decode, int8_encode, nf4_decode, nf4_levels
+from fluxq.kernels.triton.bits import (
+    e4m3_decode,
+    e4m3_encode,
+    int8_decode,
+    int8_encode,
+    nf4_codes,
+    nf4_decode,
+    nf4_levels,
+)
 from fluxq.kernels.weights import NF4Weight, RowScaled, Weight
 
 FORMS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
@@ -55,12 +63,8 @@ def read(
     """Columns first to first + COLUMNS of `rows` as fp32 (bytes as they are); beyond the edges zeros."""
     inside, start = (rows < N)[:, None], rows.to(tl.int64)[:, None]
     if FROM == "nf4":
-        BLOCKS: tl.constexpr = COLUMNS // 64
-        block, blocks = first // 64 + tl.arange(0, BLOCKS)[None, :], K // 64
-        absmax = tl.load(absmax_ptr + start * blocks + block, mask=inside & (block < blocks), other=0.0)
-        word = first // 8 + tl.arange(0, COLUMNS // 8)[None, :]
-        words = tl.load(numbers_ptr + start * stride + word, mask=inside & (word < blocks * 8), other=0)
-        levels = nf4_decode(words, levels_ptr).reshape(absmax.shape[0], BLOCKS, 64)
+        words, absmax = read_nf4(numbers_ptr, absmax_ptr, rows, first, N, K, stride, COLUMNS)
+        levels = nf4_decode(nf4_codes(words), levels_ptr).reshape(absmax.shape[0], absmax.shape[1], 64)
         return (levels * absmax[:, :, None]).reshape(absmax.shape[0], COLUMNS)
     else:
         column = first + tl.arange(0, COLUMNS)[None, :]
@@ -73,6 +77,17 @@ def read(
             return e4m3_decode(x)
         else:
             return x.to(tl.float32)
+
+
+@triton.jit
+def read_nf4(numbers_ptr, absmax_ptr, rows, first, N, K, stride, COLUMNS: tl.constexpr):
+    """(R, COLUMNS/8) int32 and (R, COLUMNS/64) fp32; beyond the edges zeros."""
+    inside, start, blocks = (rows < N)[:, None], rows.to(tl.int64)[:, None], K // 64
+    block = first // 64 + tl.arange(0, COLUMNS // 64)[None, :]
+    absmax = tl.load(absmax_ptr + start * blocks + block, mask=inside & (block < blocks), other=0.0)
+    word = first // 8 + tl.arange(0, COLUMNS // 8)[None, :]
+    words = tl.load(numbers_ptr + start * stride + word, mask=inside & (word < blocks * 8), other=0)
+    return words, absmax
 
 
 @triton.jit
