@@ -35,7 +35,9 @@ def plain(form: str) -> str:
 
 def conversion(form: str, to: str, transposed: bool) -> Case:
     divisor = {"divisor_ptr": "*fp32"} if to in LARGEST else {}
-    types, constants = pointers(form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", out_stride="i32", **divisor)
+    types, constants = pointers(
+        form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", absmax_stride="i32", out_stride="i32", **divisor
+    )
     constants = {name: value for name, value in constants.items() if name != "columns_ptr"}
     tile = storage._TILES[transposed]
     return Case(
@@ -59,7 +61,7 @@ def conversion(form: str, to: str, transposed: bool) -> Case:
 def row_case(form: str, to: str, width: int, columns: bool = False, values: bool = True) -> Case:
     given = {"columns_ptr": "*fp32"} if columns else {}
     given |= {"out_ptr": "*u8"} if values else {}
-    types, constants = pointers(form, scales_ptr="*fp32", N="i32", K="i32", stride="i32", **given)
+    types, constants = pointers(form, scales_ptr="*fp32", N="i32", K="i32", stride="i32", absmax_stride="i32", **given)
     constants = {name: value for name, value in constants.items() if name != "divisor_ptr"}
     tile = next((t for t in rows._TILES if t["COLUMNS"] >= width), rows._TILES[-1])
     return Case(

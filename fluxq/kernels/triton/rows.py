@@ -4,7 +4,7 @@ A program has a row in registers, and so reads it once; rows too wide for that a
 """
 
 # A kernel's constexpr arguments are given plain values.
-# pyright: reportArgumentType=false
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.bits import nf4_decode
+from fluxq.kernels.triton.bits import nf4_level
 from fluxq.kernels.triton.stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
 from fluxq.kernels.weights import Weight
 
@@ -30,7 +30,6 @@ def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -
 
     columns (K,) fp32, if given, multiplies every row first.
     """
-    w = w if w.stride(1) == 1 else w.contiguous()  # threads side by side read along a row
     return _quantize(w, dtype, columns)
 
 
@@ -57,7 +56,7 @@ def _launch(weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: 
     tile = next((t for t in _TILES if t["COLUMNS"] >= width), _TILES[-1])
     _rows[(rows,)](
         numbers, absmax, levels, scale, columns, None if values is None else bytes_of(values), scales,
-        rows, width, numbers.stride(0),
+        rows, width, numbers.stride(0), 0 if absmax is None else absmax.stride(0),
         FROM=form, TO=FORMS[dtype], LARGEST=LARGEST[FORMS[dtype]], ONCE=tile["COLUMNS"] >= width, **tile,
     )  # fmt: skip
     return scales
@@ -75,6 +74,7 @@ def _rows(
     N,
     K,
     stride,
+    absmax_stride,
     FROM: tl.constexpr,
     TO: tl.constexpr,
     LARGEST: tl.constexpr,
@@ -82,18 +82,34 @@ def _rows(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    x = _row(numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr, row, 0, N, K, stride, FROM, COLUMNS)
+    x = _row(
+        numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr, row, 0, N, K, stride, absmax_stride, FROM, COLUMNS
+    )
     if FROM == "nf4":
-        largest = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, 0, N, K, stride, COLUMNS)
+        largest = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, 0, N, K, stride, absmax_stride, COLUMNS)
     else:
         largest = tl.max(tl.abs(x))
     if not ONCE:
         for first in range(COLUMNS, K, COLUMNS):
             if FROM == "nf4":
-                here = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, COLUMNS)
+                here = _nf4_largest(
+                    numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS
+                )
             else:
                 x = _row(
-                    numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr, row, first, N, K, stride, FROM, COLUMNS
+                    numbers_ptr,
+                    absmax_ptr,
+                    levels_ptr,
+                    scale_ptr,
+                    columns_ptr,
+                    row,
+                    first,
+                    N,
+                    K,
+                    stride,
+                    absmax_stride,
+                    FROM,
+                    COLUMNS,
                 )
                 here = tl.max(tl.abs(x))
             largest = tl.maximum(largest, here)
@@ -105,7 +121,19 @@ def _rows(
         else:
             for first in range(0, K, COLUMNS):
                 x = _row(
-                    numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr, row, first, N, K, stride, FROM, COLUMNS
+                    numbers_ptr,
+                    absmax_ptr,
+                    levels_ptr,
+                    scale_ptr,
+                    columns_ptr,
+                    row,
+                    first,
+                    N,
+                    K,
+                    stride,
+                    absmax_stride,
+                    FROM,
+                    COLUMNS,
                 )
                 _write(x * inverse, out_ptr, row, first, K, TO, COLUMNS)
     tl.store(scales_ptr + row, scale)
@@ -123,11 +151,14 @@ def _row(
     N,
     K,
     stride,
+    absmax_stride,
     FROM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """(1, COLUMNS) fp32."""
-    x = read(numbers_ptr, absmax_ptr, levels_ptr, row + tl.arange(0, 1), first, N, K, stride, FROM, COLUMNS)
+    x = read(
+        numbers_ptr, absmax_ptr, levels_ptr, row + tl.arange(0, 1), first, N, K, stride, absmax_stride, FROM, COLUMNS
+    )
     if scale_ptr is not None:
         x *= tl.load(scale_ptr + row)
     if columns_ptr is not None:
@@ -137,17 +168,19 @@ def _row(
 
 
 @triton.jit
-def _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, COLUMNS: tl.constexpr):
+def _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS: tl.constexpr):
     """The largest magnitude of a row of NF4: a block's is that of its lowest or highest code.
 
     From the codes, so that only two a block are looked up: the compiler gives a reduction a layout of its own, and to
     reduce the decoded row would decode it twice.
     """
-    words, absmax = read_nf4(numbers_ptr, absmax_ptr, row + tl.arange(0, 1), first, N, K, stride, COLUMNS)
+    words, absmax = read_nf4(
+        numbers_ptr, absmax_ptr, row + tl.arange(0, 1), first, N, K, stride, absmax_stride, COLUMNS
+    )
     low, high = words & 15, words & 15
     for shift in tl.static_range(4, 32, 4):
         low, high = tl.minimum(low, (words >> shift) & 15), tl.maximum(high, (words >> shift) & 15)
-    word = tl.maximum(nf4_decode(high, levels_ptr), -nf4_decode(low, levels_ptr))
+    word = tl.maximum(nf4_level(high, levels_ptr), -nf4_level(low, levels_ptr))
     return tl.max(absmax * tl.max(word.reshape(1, COLUMNS // 64, 8), axis=2))
 
 
