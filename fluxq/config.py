@@ -72,7 +72,12 @@ class ModelConfig:
     format: str = option(
         "nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "fp8", "int8", "bf16")
     )
-    compute: str = option("bf16", "how frozen weights are multiplied", "--compute", ("bf16",))
+    compute: str = option(
+        "bf16",
+        "how frozen weights are multiplied: int8 and fp8 are faster, with the gradient in bf16; _dx: in 8 bits as well",
+        "--compute",
+        ("bf16", "int8", "int8_dx", "fp8", "fp8_dx"),
+    )
     ae_band: int | None = option(
         None,
         "rows of the autoencoder's feature maps that are worked on at a time: the same result in less memory, slower; "
@@ -144,6 +149,12 @@ class TrainingConfig:
     shift: float = option(3.1582, "for timesteps = shift: more of them near noise above 1", least=0.001)
     guidance: float = option(1.0, "guidance that dev is told while it trains", least=0)
     seed: int = option(42, "names every random draw of the run", "--seed")
+    policy: str | None = option(
+        None,
+        "what a block keeps for the backward pass, from least memory to least work; default: recompute, nano keep_all",
+        "--policy",
+        ("recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"),
+    )
 
 
 @dataclass(frozen=True)

@@ -20,7 +20,7 @@ from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
 from fluxq.formats.files import Checkpoint
-from fluxq.formats.find import Found, choose, search
+from fluxq.formats.find import Found, choose, choose_flux, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
 from fluxq.formats.quantized import (
     QuantizedFile,
@@ -94,12 +94,28 @@ class Models:
         return self.open(part).files if path.suffix == ".json" else (path,)
 
     def resolved(self) -> ModelConfig:
-        """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it."""
+        """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it, and
+        with the `compute` in use.
+        """
         if self.is_nano:
-            return self.config
+            return replace(self.config, compute=self.compute)
         named = {part: self.served(part).path for part in PARTS}
         named |= {key: path for key in TOKENIZERS if (path := getattr(self.config, key))}
-        return replace(self.config, models=None, **{key: path.absolute() for key, path in named.items()})
+        return replace(
+            self.config, compute=self.compute, models=None, **{key: path.absolute() for key, path in named.items()}
+        )
+
+    @cached_property
+    def compute(self) -> str:
+        """How frozen weights are multiplied on this device: as asked, or what stands in where it has no fp8."""
+        asked, capability = self.config.compute, None
+        if self.device.type == "cuda" and asked.startswith("fp8"):
+            capability = torch.cuda.get_device_capability(self.device)
+        if capability is None or capability >= (8, 9):
+            return asked
+        instead = asked.replace("fp8", "int8")
+        self._say(f"compute {instead}: sm_{capability[0]}{capability[1]} has no fp8 arithmetic; 8 bits there are int8")
+        return instead
 
     @property
     def flux_file(self) -> Path:
@@ -186,7 +202,13 @@ class Models:
         return (512 if gib < 11.5 else 768), f"the card has {gib:.0f} GiB; 512 below 12, 768 from there"
 
     def load_flux(self) -> Flux:
-        """The transformer in its stored format: a file of `fluxq quantize` as it is, any other quantised once.
+        """The transformer as it is stored, multiplying as `compute` says."""
+        flux = self._stored_flux()
+        flux.set_compute(self.compute)
+        return flux
+
+    def _stored_flux(self) -> Flux:
+        """A file of `fluxq quantize` as it is, any other quantised once.
 
         What was quantised is kept in FLUXQ_CACHE (fluxq/formats/quantized.py), so that the next start only reads it.
         """
@@ -262,14 +284,17 @@ class Models:
                 passed_over.append(f"{source.path} {misfit}")
             else:
                 fitting.append(source)
-        if not fitting:
-            more = f"; passed over: {' | '.join(passed_over[:3])}" if passed_over else ""
-            raise WrongRequest(f"{place} holds no {PARTS[part].split(' ', 1)[1]}; name it by {FLAGS[part]}{more}")
         try:
-            source, why = choose(fitting, PARTS[part], place)
+            if part == "flux":
+                chosen = choose_flux(self.found, self.config.format)
+            else:
+                chosen = choose(fitting, PARTS[part], place) if fitting else None
         except WrongRequest as error:
             raise WrongRequest(f"{error}, by {FLAGS[part]}") from error
-        return Served(source.path, why)
+        if chosen is None:
+            more = f"; passed over: {' | '.join(passed_over[:3])}" if passed_over else ""
+            raise WrongRequest(f"{place} holds no {PARTS[part].split(' ', 1)[1]}; name it by {FLAGS[part]}{more}")
+        return Served(*chosen)
 
 
 def _not_fetched(kind: Kind, say: Callable[[str], None]) -> tuple[Path, ...]:

@@ -26,8 +26,8 @@ SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
 OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} --rank --alpha --lora-format --steps --batch --accumulate --rate --optimizer "
-    "--schedule --warmup --timesteps --seed --out --name --save-every --keep --resume --overwrite --config --set "
-    "--json",
+    "--schedule --warmup --timesteps --seed --policy --out --name --save-every --keep --resume --overwrite --config "
+    "--set --json",
     "cache": f"{MODEL} {DATA} --prompt --verify --prune --config --set --json",
     "sample": f"{MODEL} --prompt --width --height --steps --guidance --cfg --negative --seed --lora --strength --grid "
     "--cache --out --config --set --json",

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxq.config import TrainConfig, config_from_dict, read_toml, set_values, to_toml
+from fluxq.config import ModelConfig, TrainConfig, TrainingConfig, config_from_dict, read_toml, set_values, to_toml
 from fluxq.errors import WrongRequest
 
 
@@ -86,3 +86,11 @@ def test_every_field_says_what_it_is():
     for section in dataclasses.fields(TrainConfig):
         for field in dataclasses.fields(section.default_factory):
             assert field.metadata["help"], f"{section.name}.{field.name}"
+
+
+def test_choices_are_those_of_the_kernels():
+    """The config names them again, because reading it must not import torch."""
+    from fluxq.kernels import COMPUTES, FORMATS, POLICIES
+
+    choices = {f.name: f.metadata.get("choices") for c in (ModelConfig, TrainingConfig) for f in dataclasses.fields(c)}
+    assert (choices["format"], choices["compute"], choices["policy"]) == (FORMATS, COMPUTES, tuple(POLICIES))

@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from fluxq import machine
 from fluxq.cli import main
-from fluxq.machine import Card, Machine, has_nvidia_driver, memory, notes, obstacle, read_machine
+from fluxq.machine import Card, Machine, free_on_card, has_nvidia_driver, memory, notes, obstacle, read_machine
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120")
 ADA = Card("RTX 4090", (8, 9), 24 << 30)
@@ -25,6 +25,12 @@ def test_torch_without_cuda_beside_a_driver_is_said_with_the_way_out():
     (note,) = notes(NO_CUDA)
     assert "this torch (2.13.0+cpu) was built without CUDA" in note and "pip install --force-reinstall torch" in note
     assert "pytorch.org" in note and "\n" not in note and "http" not in note
+
+
+def test_a_card_without_triton_is_said_in_one_line():
+    (note,) = notes(replace(GOOD, triton=False))
+    assert "Triton is not installed" in note and "triton-windows" in note and "\n" not in note
+    assert notes(replace(NO_CUDA, driver=False, triton=False)) == []
 
 
 @pytest.mark.parametrize("change", [{"driver": False}, {"hidden": True}, {"rocm": True}])
@@ -85,7 +91,8 @@ def test_the_driver_is_told_from_files(system, there, programs, found):
 
 
 def test_this_machine_is_read():
-    seen, has = read_machine(), memory()
+    seen, has, free = read_machine(), memory(), free_on_card()
+    assert (free is None) if seen.card is None else (free is None or 0 < free <= seen.card.nbytes)
     assert seen.torch and isinstance(notes(seen), list)
     if has is not None:
         assert 0 < has[1] <= has[0]

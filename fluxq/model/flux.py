@@ -48,6 +48,19 @@ class Flux(nn.Module):
         """Where the model computes."""
         return self._sample.device
 
+    def set_policy(self, policy: str) -> None:
+        """Have every block keep that for its backward pass (fluxq/kernels/replay.py). Only keep_all8 rounds."""
+        for block in self.modules():
+            if isinstance(block, (DoubleStreamBlock, SingleStreamBlock)):
+                block.policy = policy
+
+    def set_compute(self, compute: str) -> None:
+        """Have the blocks multiply their frozen weights so (fluxq/kernels/lora_linear.py)."""
+        for block in (*self.double_blocks, *self.single_blocks):
+            for layer in block.modules():
+                if isinstance(layer, Linear):
+                    layer.compute = compute
+
     @property
     def _sample(self) -> Tensor:
         """A vector that every format leaves as it is."""

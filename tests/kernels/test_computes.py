@@ -1,0 +1,123 @@
+"""Frozen weights multiplied in 8 bits: how far that is from the exact product, and what stays exact."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import relative_error
+
+from fluxq.kernels import COMPUTES, FORMATS, dequantize, gelu_tanh, lora_linear, modulate, quantize, wants
+from fluxq.kernels.rotation import BLOCKS, rotate, rotation_block
+
+EIGHT_BITS = [c for c in COMPUTES if c != "bf16"]
+M, N, K, R = 128, 192, 256, 5
+# Relative errors of y by the kind of input, measured at FLUX's widths (facts: W8A8), with a fifth on top.
+ERRORS = {
+    ("int8", "gaussian"): 0.0145,
+    ("int8", "outliers"): 0.08,
+    ("fp8", "gaussian"): 0.046,
+    ("fp8", "outliers"): 0.046,
+}
+
+
+def operands(kind="gaussian", dtype=torch.float32, width=K):
+    x = torch.randn(M, width, dtype=dtype)
+    if kind == "outliers":
+        x[:, :2] *= 30
+    weight, bias = torch.randn(N, width) * width**-0.5, torch.randn(N)
+    down, up = torch.randn(R, width) * width**-0.5, torch.randn(N, R)
+    return x.requires_grad_(), weight, bias.to(dtype), down.requires_grad_(), up.requires_grad_()
+
+
+@pytest.mark.parametrize("kind", ["gaussian", "outliers"])
+@pytest.mark.parametrize("compute", ["int8", "fp8"])
+def test_the_product_is_as_exact_as_eight_bits_are(compute, kind):
+    x, weight, bias, *_ = operands(kind)
+    y = lora_linear(x, quantize(weight, compute), bias, compute=compute)
+    assert relative_error(y, x @ weight.t() + bias) < ERRORS[compute, kind]
+
+
+@pytest.mark.parametrize("compute", EIGHT_BITS)
+def test_lora_and_bias_are_not_rounded_to_eight_bits(compute):
+    x, weight, bias, down, up = operands()
+    y = lora_linear(x, torch.zeros_like(weight), bias, down, up, 0.7, compute)
+    expected = bias + 0.7 * (x @ down.t()) @ up.t()
+    torch.testing.assert_close(y, expected)
+    dy = torch.randn_like(y)
+    for a, b in zip(
+        torch.autograd.grad(y, (x, down, up), dy), torch.autograd.grad(expected, (x, down, up), dy), strict=True
+    ):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("compute", EIGHT_BITS)
+def test_the_gradient_is_exact_or_in_eight_bits_as_asked(compute):
+    x, weight, bias, down, up = operands()
+    stored = quantize(weight, compute.removesuffix("_dx"))
+    dy = torch.randn(M, N) * (1 + 10 * torch.rand(M, 1))
+    y = lora_linear(x, stored, bias, down, up, 0.7, compute)
+    expected = x @ dequantize(stored, torch.float32).t() + 0.7 * (x @ down.t()) @ up.t()
+    ours, theirs = (torch.autograd.grad(out, (x, down, up), dy) for out in (y, expected))
+    errors = [relative_error(a, b) for a, b in zip(ours, theirs, strict=True)]
+    assert max(errors[1:]) < 1e-5
+    low, high = (0.001, 0.046) if compute.endswith("_dx") else (0, 1e-5)
+    assert low <= errors[0] < high
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("compute", ["int8_dx", "fp8_dx"])
+def test_storage_and_compute_are_separate_choices(compute, format):
+    x, weight, bias, down, up = operands()
+    stored = quantize(weight, format)
+    exact = dequantize(stored, torch.float32)
+    y = lora_linear(x, stored, bias, down, up, 0.7, compute)
+    expected = x @ exact.t() + bias + 0.7 * (x @ down.t()) @ up.t()
+    assert relative_error(y, expected) < 0.06
+    dx, expected_dx = (torch.autograd.grad(out.sum(), x)[0] for out in (y, expected))
+    assert relative_error(dx, expected_dx) < 0.06
+
+
+@pytest.mark.parametrize("compute", EIGHT_BITS)
+def test_the_op_before_gives_the_same_rows_as_the_layer_makes_itself(compute):
+    x, weight, bias, down, up = operands()
+    x, shift, scale = x.view(2, M // 2, K), torch.randn(2, 1, K), torch.randn(2, 1, K)
+    for produce in (lambda w: modulate(x, shift, scale, w), lambda w: gelu_tanh(x, None, w)):
+        given = produce(wants(compute, down, x))
+        assert given.values is not None and given.s is not None
+        again = lora_linear(produce(wants("bf16", None, x)).x, weight, bias, down, up, 0.7, compute)
+        torch.testing.assert_close(lora_linear(given, weight, bias, down, up, 0.7, compute), again)
+
+
+@pytest.mark.parametrize("compute", EIGHT_BITS)
+def test_a_few_rows_are_multiplied_exactly(compute):
+    x, weight, bias, *_ = operands()
+    torch.testing.assert_close(lora_linear(x[:4], weight, bias, compute=compute), x[:4] @ weight.t() + bias)
+
+
+@pytest.mark.parametrize("block", BLOCKS)
+def test_a_rotation_is_orthogonal_and_undoes_itself(block):
+    x = torch.randn(3, 2 * block, dtype=torch.float64)
+    turned = rotate(x, block)
+    torch.testing.assert_close(rotate(turned, block), x)
+    torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1))
+    spike = torch.zeros(1, block, dtype=torch.float64)
+    spike[0, 7] = 1.0
+    assert rotate(spike, block).abs().unique().numel() == 1, "one outlier is spread evenly over its block"
+    assert (rotation_block(3072), rotation_block(12288), rotation_block(320), rotation_block(96)) == (256, 256, 64, 0)
+
+
+@pytest.mark.parametrize(("width", "block"), [(512, 256), (320, 64)])
+def test_rotation_brings_outliers_down_to_the_error_of_even_rows(width, block):
+    x, weight, bias, down, up = operands("outliers", width=width)
+    exact = x @ weight.t() + bias + 0.7 * (x @ down.t()) @ up.t()
+    stored = quantize(weight, "bf16")
+
+    def run(rotation):
+        y = lora_linear(x, stored, bias, down, up, 0.7, "int8_dx", rotation=rotation)
+        return y, *torch.autograd.grad(y, (x, down, up), torch.ones_like(y))
+
+    plain, turned = run(0), run(block)
+    gradients = torch.autograd.grad(exact, (x, down, up), torch.ones_like(exact))
+    errors = [relative_error(a, b) for a, b in zip(turned, (exact, *gradients), strict=True)]
+    assert errors[0] < relative_error(plain[0], exact) / 2
+    assert max(errors[:2]) < 0.025 and max(errors[2:]) < 1e-5, "the LoRA sees the input as it is"
