@@ -63,7 +63,7 @@ def row_case(form: str, to: str, width: int, columns: bool = False, values: bool
     given |= {"out_ptr": "*u8"} if values else {}
     types, constants = pointers(form, scales_ptr="*fp32", N="i32", K="i32", stride="i32", absmax_stride="i32", **given)
     constants = {name: value for name, value in constants.items() if name != "divisor_ptr"}
-    tile = next((t for t in rows._TILES if t["COLUMNS"] >= width), rows._TILES[-1])
+    tile = next((t for t in rows._TILES if t["COLUMNS"] >= width), rows._PIECE)
     return Case(
         f"rows of {width} {form} {'to' if values else 'scales for'} {to}{' times columns' if columns else ''}",
         rows._rows,

@@ -23,6 +23,7 @@ _TILES = tuple(
     {"COLUMNS": columns, "num_warps": warps}
     for columns, warps in ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (16384, 16), (32768, 32))
 )
+_PIECE = _TILES[3]  # of a row wider than any of them
 
 
 def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -53,7 +54,7 @@ def _launch(weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: 
     numbers, absmax, levels, scale, form = stored(weight)
     rows, width = weight.shape
     scales = torch.empty(rows, dtype=torch.float32, device=numbers.device)
-    tile = next((t for t in _TILES if t["COLUMNS"] >= width), _TILES[-1])
+    tile = next((t for t in _TILES if t["COLUMNS"] >= width), _PIECE)
     _rows[(rows,)](
         numbers, absmax, levels, scale, columns, None if values is None else bytes_of(values), scales,
         rows, width, numbers.stride(0), 0 if absmax is None else absmax.stride(0),
