@@ -108,6 +108,23 @@ def test_rows_decoded_in_parts_make_the_whole(device):
     assert torch.equal(torch.cat(parts), whole)
 
 
+@pytest.mark.usefixtures("either_backend")
+def test_columns_decoded_in_parts_make_the_whole(device):
+    """A view of columns: rows of codes and of scales that lie apart."""
+    weight = random_nf4(33, 384, device)
+    left, right = (
+        NF4Weight(weight.codes[:, a // 2 : b // 2], weight.absmax[:, a // 64 : b // 64])
+        for a, b in ((0, 128), (128, 384))
+    )
+    whole = dequantize(weight, torch.float32)
+    assert torch.equal(dequantize(left, torch.float32), whole[:, :128])
+    assert torch.equal(dequantize(right, torch.float32), whole[:, 128:])
+    values, scale = ops(weight.codes).to_rows(right, torch.int8)
+    whole_values, whole_scale = ops(weight.codes).row_quantize(whole[:, 128:], torch.int8)
+    assert torch.equal(values, whole_values)
+    assert torch.equal(scale, whole_scale)
+
+
 def test_nested_scales_are_read_like_bitsandbytes():
     w = torch.randn(96, 1024) * torch.rand(96, 1)
     theirs, state = bnb.quantize_4bit(w, blocksize=64, quant_type="nf4", compress_statistics=True)

@@ -132,6 +132,18 @@ def test_a_weight_of_any_form_becomes_rows_of_either_dtype(shape, format, to, de
 
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("to", LARGEST)
+@pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
+def test_rows_too_wide_for_one_read_are_read_twice(format, to, device):
+    weight = stored(format, (2, 33024), device)
+    values, scale = ops(getattr(weight, "codes", None) if format == "nf4" else weight.values).to_rows(
+        weight, DTYPES[to]
+    )
+    if format != to:
+        assert_nearest(values, scale, dequantize(weight, torch.float32))
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("to", LARGEST)
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8", "bfloat16"])
 @pytest.mark.parametrize("shape", [(33, 192), (70, 1216)])
 def test_the_transposed_rows_are_the_same_values(shape, format, to, device):

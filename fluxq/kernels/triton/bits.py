@@ -32,24 +32,30 @@ def nf4_midpoints(device: torch.device) -> Tensor:
 
 @triton.jit
 def nf4_decode(
-    words,  # (..., W) int32: eight codes each, in order of their memory the high half of a byte first
+    words,  # (..., W) int32: eight codes each; in memory the high half of a byte comes first
     levels_ptr,  # (16,) fp32
 ):
-    """(..., W, 8) fp32.
+    """(..., W, 8) fp32."""
+    return nf4_level((tl.expand_dims(words, -1) >> nf4_shifts(len(words.shape))) & 15, levels_ptr)
 
-    The levels are looked up in shared memory (tl.gather): 16 words lie in 16 banks, so a warp reads in one go, and it
-    compiles to 7 instructions a weight; a load from a pointer takes 10 to 20, a tree of selections 25.
+
+@triton.jit
+def nf4_level(codes, levels_ptr):
+    """The levels of codes of any shape, fp32.
+
+    They are looked up in shared memory (tl.gather): 16 words lie in 16 banks, so a warp reads in one go, and all of
+    decoding compiles to 7 instructions a weight; with a load from a pointer to 10 to 20, with a tree of selections to
+    25.
     """
-    table = tl.load(levels_ptr + tl.arange(0, 16))
-    codes = (tl.expand_dims(words, -1) >> nf4_shifts(len(words.shape))) & 15
-    return tl.gather(table, codes.reshape(codes.numel), 0).reshape(codes.shape)
+    levels = tl.load(levels_ptr + tl.arange(0, 16))
+    return tl.gather(levels, codes.reshape(codes.numel), 0).reshape(codes.shape)
 
 
 @triton.jit
 def nf4_shifts(rank: tl.constexpr):
     """(1, ..., 1, 8) int32: where in a word each of its eight codes lies."""
     shifts = (tl.arange(0, 8) * 4) ^ 4
-    for _ in tl.static_range(rank):
+    for _ in tl.static_range(rank):  # pyright: ignore[reportGeneralTypeIssues]
         shifts = tl.expand_dims(shifts, 0)
     return shifts
 

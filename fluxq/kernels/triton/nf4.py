@@ -13,8 +13,7 @@ from torch import Tensor
 from fluxq.kernels.triton.bits import nf4_midpoints, nf4_shifts
 from fluxq.kernels.weights import NF4_BLOCK
 
-# Blocks of 64 weights that a program takes. Predicted: 32 weights a thread, so that each thread reads and
-# writes 128 bits at a time; the search needs 40 registers.
+# Blocks of 64 weights that a program takes. Predicted: 32 weights a thread, so that codes too leave 128 bits at a time.
 _TILE = {"BLOCKS": 64, "num_warps": 4}
 
 

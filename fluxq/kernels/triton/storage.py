@@ -18,8 +18,9 @@ from fluxq.kernels.triton.rows import row_scales, weight_rows
 from fluxq.kernels.triton.stored import FORMS, bytes_of, encode, read, stored
 from fluxq.kernels.weights import RowScaled, Weight
 
-# The tile of a program, by whether it is written transposed. Predicted: 32 weights a thread let every card
-# hold all its warps (40 registers); a transposed tile is square, so that both its sides are whole sectors of memory.
+# The tile of a program, by whether it is written transposed. Predicted: with 32 weights a thread the kernel needs so
+# few registers (40) that all of a card's threads can run; a transposed tile is square, so that both its sides are whole
+# sectors of memory.
 _TILES = {
     False: {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4},
     True: {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
@@ -73,7 +74,8 @@ def _write(weight: Weight, divisor: Tensor | None, out: Tensor, transposed: bool
     tile = _TILES[transposed]
     grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"]))
     _convert[grid](
-        numbers, absmax, levels, scale, divisor, bytes_of(out), rows, columns, numbers.stride(0), out.stride(0),
+        numbers, absmax, levels, scale, divisor, bytes_of(out), rows, columns,
+        numbers.stride(0), 0 if absmax is None else absmax.stride(0), out.stride(0),
         FROM=form, TO=to, TRANSPOSED=transposed, **tile,
     )  # fmt: skip
 
@@ -89,6 +91,7 @@ def _convert(
     N,
     K,
     stride,
+    absmax_stride,
     out_stride,
     FROM: tl.constexpr,
     TO: tl.constexpr,
@@ -98,7 +101,7 @@ def _convert(
 ):
     rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     first = tl.program_id(1) * COLUMNS
-    x = read(numbers_ptr, absmax_ptr, levels_ptr, rows, first, N, K, stride, FROM, COLUMNS)
+    x = read(numbers_ptr, absmax_ptr, levels_ptr, rows, first, N, K, stride, absmax_stride, FROM, COLUMNS)
     if scale_ptr is not None:
         x *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
     if divisor_ptr is not None:
