@@ -8,7 +8,7 @@ from fluxq.kernels.triton.matmul_8bit import _matmul_8bit
 from fluxq.kernels.triton.table import SHIPPED, Choice
 
 LINEAR = dict(x_ptr="*bf16", bias_ptr="*bf16", s_ptr="*bf16", up_ptr="*bf16", y_ptr="*bf16") | dict.fromkeys(
-    ("M", "N", "K", "R", "x_stride", "w_stride", "s_stride", "up_stride"), "i32"
+    ("M", "N", "K", "R", "x_stride", "w_stride", "absmax_stride", "s_stride", "up_stride"), "i32"
 )
 WEIGHT = {
     "float": dict(w_ptr="*bf16"),
@@ -28,7 +28,7 @@ def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
         constants=blocks(choice) | absent | dict(FORM=format, EVEN_K=True),
         warps=choice.warps,
         stages=choice.stages,
-        aligned=("N", "K", "x_stride", "w_stride"),
+        aligned=("N", "K", "x_stride", "w_stride", "absmax_stride"),
         capabilities=(card,),
         dots=(Product(m, n, choice.block_k, "bf16"), Product(m, n, 16, "bf16")),
     )

@@ -167,10 +167,10 @@ def _dx(rows: Tensor, weight: Weight, tail: Tensor | None) -> Tensor:
 
 
 def _columns(weight: NF4Weight | RowScaled, start: int, stop: int) -> Weight:
-    """Columns of a weight, multiples of 64: a view, but for NF4's few scales, which are read as one piece."""
+    """Columns of a weight, multiples of 64: a view."""
     if isinstance(weight, NF4Weight):
-        absmax = weight.absmax[:, start // NF4_BLOCK : stop // NF4_BLOCK].contiguous()
-        return NF4Weight(weight.codes[:, start // 2 : stop // 2], absmax)
+        blocks = slice(start // NF4_BLOCK, stop // NF4_BLOCK)
+        return NF4Weight(weight.codes[:, start // 2 : stop // 2], weight.absmax[:, blocks])
     return RowScaled(weight.values[:, start:stop], weight.scale)
 
 

@@ -47,6 +47,7 @@ def linear(
         0 if s is None else s.shape[1],
         x.stride(0),
         numbers.stride(0),
+        0 if absmax is None else absmax.stride(0),
         0 if s is None else s.stride(0),
         0 if up is None else up.stride(0),
         FORM=form,
@@ -65,7 +66,7 @@ def _linear(
     x_ptr,  # (M, K) any float, rows x_stride apart
     w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/8) int32; rows w_stride apart
     scale_ptr,  # float: None; fp8, int8: (N,) fp32
-    absmax_ptr,  # nf4: (N, K/64) fp32
+    absmax_ptr,  # nf4: (N, K/64) fp32, rows absmax_stride apart
     levels_ptr,  # nf4: (16,) fp32
     bias_ptr,  # (N,) any float, or None
     s_ptr,  # (M, R) any float, or None
@@ -77,6 +78,7 @@ def _linear(
     R,
     x_stride,
     w_stride,
+    absmax_stride,
     s_stride,
     up_stride,
     FORM: tl.constexpr,
@@ -102,7 +104,7 @@ def _linear(
         if FORM == "nf4":
             word = start // 8 + tl.arange(0, BLOCK_K // 8)
             block = start // 64 + tl.arange(0, BLOCK_K // 64)
-            absmax_ptrs = absmax_ptr + first_n * (K // 64) + near_n * (K // 64) + block
+            absmax_ptrs = absmax_ptr + first_n * absmax_stride + near_n * absmax_stride + block
             words = tl.load(w_ptrs + word) if EVEN_K else tl.load(w_ptrs + word, mask=word < K // 8, other=0)
             absmax = tl.load(absmax_ptrs) if EVEN_K else tl.load(absmax_ptrs, mask=block < K // 64, other=0.0)
             levels = nf4_decode(words, levels_ptr).reshape(BLOCK_N, BLOCK_K // 64, 64)
