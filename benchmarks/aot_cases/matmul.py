@@ -31,6 +31,7 @@ def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
         aligned=("N", "K", "x_stride", "w_stride", "absmax_stride"),
         capabilities=(card,),
         dots=(Product(m, n, choice.block_k, "bf16"), Product(m, n, 16, "bf16")),
+        permutes=128,
     )
 
 

@@ -188,6 +188,26 @@ def test_the_face_gives_both_backends_the_same_gradients(format):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+def test_layers_may_share_an_input_with_room():
+    """The single block's first layer is called twice on one input, for two parts of its rows; here the second has a
+    LoRA of its own, too, so that each call's x down^T must outlive the other's.
+    """
+    first, second = Layer("nf4", torch.float32, rank=6), Layer("nf4", torch.float32, rank=9)
+    loras = [t.requires_grad_() for layer in (first, second) for t in (layer.down, layer.up)]
+
+    def gradients(x):
+        leaf = x.requires_grad_()
+        shared = Activations(leaf * 1)
+        a = lora_linear(shared, first.weight, first.bias, *loras[:2], 0.7)
+        b = lora_linear(shared, second.weight, second.bias, *loras[2:], 0.7)
+        return torch.autograd.grad((a * first.dy).sum() + (b * second.dy).sum(), (leaf, *loras))
+
+    wide, *ours = gradients(first.with_room().nan_to_num())
+    x, *theirs = gradients(first.x)
+    for a, b in zip((wide[..., :K], *ours), (x, *theirs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
 def test_the_scratch_is_one_and_grows():
     linear._scratches.clear()
     like = torch.empty(1)

@@ -33,22 +33,19 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
 
-    x (..., K) or with room behind each row, which is then written to; s may be a view of it. weight (N, K) as stored;
-    down (R, K), up (N, R), bias (N,) in x's dtype.
+    x (..., K) or with room behind each row, which is written to; weight (N, K) as stored; down (R, K), up (N, R), bias
+    (N,) in x's dtype.
     """
     n, k = weight.shape
-    rows = x.reshape(-1, x.shape[-1])
+    # Several layers may share an input, each filling the room anew. What autograd keeps of x is not in the room, so it
+    # is not told (through `data`); s is a tensor of its own.
+    rows = x.data.reshape(-1, x.shape[-1])
     choice = choose(f"lora_linear_{_format(weight)}", x.device, len(rows))
-    if down is None or up is None:
-        s = None
-    elif choice.path == "extended" and rows.shape[1] > k:
-        s = _fill_room(rows, down)
-    else:
-        s = torch.mm(rows[:, :k], down.t())
+    s = None if down is None or up is None else torch.mm(rows[:, :k], down.t())
     if choice.path == "fused" and x.dtype != torch.float64:
         y = matmul.linear(rows[:, :k], weight, bias, s, None if up is None else up * scale, choice)
-    elif choice.path == "extended" and up is not None and rows.shape[1] > k:
-        y = _extended(rows, weight, bias, up, scale, choice.chunk)
+    elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
+        y = _extended(rows, weight, bias, s, up, scale, choice.chunk)
     else:
         y = _plain(rows[:, :k], weight, bias, s, up, scale, choice.chunk)
     return y.view(*x.shape[:-1], n), s if s is None else s.view(*x.shape[:-1], -1)
@@ -90,22 +87,14 @@ def _format(weight: Weight) -> str:
     return "int8" if weight.values.dtype == torch.int8 else "fp8"
 
 
-def _fill_room(rows: Tensor, down: Tensor) -> Tensor:
-    """Write s = x down^T (M, R) behind the rows, then 1 for the bias and 0 to the end; returns s, a view.
-
-    What was there may be NaN, which no zero in the scratch would take away.
-    """
-    rank, k = down.shape
-    s, rest = rows[:, k : k + rank], rows[:, k + rank :]
-    torch.mm(rows[:, :k], down.t(), out=s)
-    if rest.shape[1]:
-        rest.copy_(F.pad(rows.new_ones(1), (0, rest.shape[1] - 1)))
-    return s
-
-
-def _extended(rows: Tensor, weight: Weight, bias: Tensor | None, up: Tensor, scale: float, chunk: int) -> Tensor:
+def _extended(
+    rows: Tensor, weight: Weight, bias: Tensor | None, s: Tensor, up: Tensor, scale: float, chunk: int
+) -> Tensor:
     """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
     (n, k), width, rank = weight.shape, rows.shape[1], up.shape[1]
+    rows[:, k : k + rank] = s
+    if rank < width - k:  # to the end, for what was there may be NaN, which no zero in the scratch would take away
+        rows[:, k + rank :] = F.pad(rows.new_ones(1), (0, width - k - rank - 1))
     tail = _tail(up, scale, width - k)
     if bias is not None and rank < width - k:
         # A bias in the product costs nothing. Added to part of a result's columns, it costs a pass over them first.
