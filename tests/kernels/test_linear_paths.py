@@ -156,6 +156,13 @@ def test_rows_may_lie_apart_and_gradients_be_expanded(path):
         check(layer, layer.run(layer.with_room()))
 
 
+def test_operands_may_be_transposed():
+    layer = Layer("nf4", torch.float32, rows=(40,))
+    layer.up = layer.up.t().contiguous().t()
+    with taking("fused", "nf4"):
+        check(layer, layer.run(layer.x.t().contiguous().t()))
+
+
 def test_gradients_of_lora_alone():
     """Where nothing upstream is trained the input's gradient is not worked out."""
     layer = Layer("nf4", torch.bfloat16)

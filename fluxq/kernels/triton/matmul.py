@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxq.kernels.triton.bits import e4m3_decode, int8_decode, nf4_decode
-from fluxq.kernels.triton.stored import stored
+from fluxq.kernels.triton.stored import along_rows, stored
 from fluxq.kernels.triton.table import Choice
 from fluxq.kernels.triton.tiles import add_lora, tile_of
 from fluxq.kernels.weights import Weight
@@ -24,13 +24,13 @@ from fluxq.kernels.weights import Weight
 def linear(
     x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, up: Tensor | None, tiles: Choice
 ) -> Tensor:
-    """x W^T + s up^T + bias, (M, N) in x's dtype. x (M, K), s (M, R) and up (N, R), rows of any stride; bias (N,)."""
+    """x W^T + s up^T + bias, (M, N) in x's dtype. x (M, K), s (M, R), up (N, R), bias (N,)."""
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)
     numbers, absmax, levels, row_scale, form = stored(weight)
-    if s is None or up is None:
-        s = up = None
+    x = along_rows(x)
+    s, up = (None, None) if s is None or up is None else (along_rows(s), along_rows(up))
     _linear[grid](
         x,
         numbers,

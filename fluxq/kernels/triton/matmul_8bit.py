@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxq.kernels.triton.stored import along_rows
 from fluxq.kernels.triton.table import INTERPRETED, choose, generation
 from fluxq.kernels.triton.tiles import add_lora, tile_of
 
@@ -37,11 +38,9 @@ def matmul_8bit(
     (m, k), n = a.shape, b.shape[0]
     y = torch.empty(m, n, dtype=dtype, device=a.device)
     choice = choose("matmul_int8" if a.dtype == torch.int8 else "matmul_fp8", a.device, m)
-    if s is None or up is None:
-        s = up = None
-    else:  # rank in one piece for speed: the gradient's `up` is down^T
-        s, up = _along_k(s), _along_k(up)
-    a, b = _along_k(a), _along_k(b)
+    a, b = along_rows(a), along_rows(b)  # as 8-bit tensor cores before sm_100 read both
+    # The gradient's `up` is down^T: small, and slow to read across its rows.
+    s, up = (None, None) if s is None or up is None else (along_rows(s), along_rows(up))
     grid = (triton.cdiv(m, choice.block_m) * triton.cdiv(n, choice.block_n),)
     _matmul_8bit[grid](
         a,
@@ -68,11 +67,6 @@ def matmul_8bit(
         num_stages=choice.stages,
     )
     return y
-
-
-def _along_k(t: Tensor) -> Tensor:
-    """`t` with each row in one piece: 8-bit tensor cores before sm_100 read both factors so."""
-    return t if t.stride(-1) == 1 else t.contiguous()
 
 
 @triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from picture to picture, LoRA to LoRA
