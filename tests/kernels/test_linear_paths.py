@@ -156,6 +156,13 @@ def test_rows_may_lie_apart_and_gradients_be_expanded(path):
         check(layer, layer.run(layer.with_room()))
 
 
+@pytest.mark.parametrize("path", ["extended", "plain"])
+def test_a_chunk_of_none_is_all(path):
+    layer = Layer("bf16", torch.float32)
+    with taking(path, "bf16", chunk=0):
+        check(layer, layer.run(layer.with_room()))
+
+
 def test_operands_may_be_transposed():
     layer = Layer("nf4", torch.float32, rows=(40,))
     layer.up = layer.up.t().contiguous().t()

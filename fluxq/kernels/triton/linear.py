@@ -45,9 +45,9 @@ def lora_linear(
     if choice.path == "fused" and x.dtype != torch.float64:
         y = matmul.linear(rows[:, :k], weight, bias, s, None if up is None else up * scale, choice)
     elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
-        y = _extended(rows, weight, bias, s, up, scale, choice.chunk)
+        y = _extended(rows, weight, bias, s, up, scale, choice.chunk or n)
     else:
-        y = _plain(rows[:, :k], weight, bias, s, up, scale, choice.chunk)
+        y = _plain(rows[:, :k], weight, bias, s, up, scale, choice.chunk or n)
     return y.view(*x.shape[:-1], n), s if s is None else s.view(*x.shape[:-1], -1)
 
 
@@ -123,7 +123,7 @@ def _plain(
     if isinstance(weight, Tensor):
         y = F.linear(rows, weight.to(rows.dtype), bias)
     else:
-        y, chunk = rows.new_empty(len(rows), n), chunk or n
+        y = rows.new_empty(len(rows), n)
         for start in range(0, n, chunk):
             part = slice(start, min(start + chunk, n))
             w = _scratch(part.stop - start, k, rows)
