@@ -53,8 +53,9 @@ def conversion(form: str, to: str, transposed: bool) -> Case:
             "COLUMNS": tile["COLUMNS"],
         },
         warps=tile["num_warps"],
-        aligned=("N", "K", "stride", "out_stride"),
+        aligned=("N", "K", "stride", "absmax_stride", "out_stride"),
         vector=True,
+        permutes=96,  # three for each of a thread's 32 numbers
     )
 
 
@@ -79,6 +80,7 @@ def row_case(form: str, to: str, width: int, columns: bool = False, values: bool
         warps=tile["num_warps"],
         aligned=("K", "stride"),
         vector=values,  # scales alone store 4 bytes a program
+        permutes=64,  # two for each of a thread's 32 numbers
     )
 
 

@@ -75,6 +75,16 @@ def test_rows_may_lie_in_wider_memory_and_the_matrix_may_be_transposed(format, d
         assert torch.equal(scale, copied_scale)
 
 
+@pytest.mark.usefixtures("triton_ops")
+@pytest.mark.parametrize("width", [191, 33001])
+def test_the_kernel_writes_its_rows_and_nothing_behind_them(width, device):
+    from fluxq.kernels.triton import rows
+
+    memory = torch.full((4, width), 77, dtype=torch.int8, device=device)
+    rows._launch(torch.randn(3, width, device=device), torch.int8, None, memory[:3])
+    assert (memory[3] == 77).all()
+
+
 @pytest.mark.parametrize(("format", "bound"), [("int8", 0.012), ("fp8", 0.028), ("nf4", 0.095)])
 def test_error_on_normal_weights_is_that_of_the_format(format, bound):
     """A row's largest of 3,072 normal weights is about 3.6 deviations: int8's step is then 0.028, its error 0.8 %."""

@@ -18,7 +18,8 @@ from fluxq.kernels.triton.stored import FORMS, LARGEST, bytes_of, encode, read, 
 from fluxq.kernels.weights import Weight
 
 # What a program has at a time; the narrowest that holds a row is taken. Predicted: with 32 numbers a thread bytes leave
-# 128 bits at a time, and the kernel needs so few registers (64 at most) that two thirds of a card's threads can run.
+# 128 bits at a time, and the kernel needs so few registers (64 at most) that half of a card's threads can run, two
+# thirds on GeForce.
 _TILES = tuple(
     {"COLUMNS": columns, "num_warps": warps}
     for columns, warps in ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (16384, 16), (32768, 32))
