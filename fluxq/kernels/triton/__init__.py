@@ -5,17 +5,11 @@ What is not here yet is the reference's.
 
 from fluxq.kernels.reference import (
     dequantize,
-    gated_add,
-    gated_add_backward,
-    gated_add_modulate,
-    gated_add_modulate_backward,
     gelu_tanh,
     gelu_tanh_backward,
     lora_linear,
     lora_linear_backward,
     matmul_8bit,
-    modulate,
-    modulate_backward,
     nf4_quantize,
     qk_norm_rope,
     qk_norm_rope_backward,
@@ -23,6 +17,14 @@ from fluxq.kernels.reference import (
     row_dequantize,
     row_quantize,
     to_rows,
+)
+from fluxq.kernels.triton.modulate import (
+    gated_add,
+    gated_add_backward,
+    gated_add_modulate,
+    gated_add_modulate_backward,
+    modulate,
+    modulate_backward,
 )
 
 __all__ = [

@@ -1,0 +1,89 @@
+"""What the producers of a linear layer's input share: 8-bit rows, and their product with LoRA's `down`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.activations import Activations, Wants
+from fluxq.kernels.triton.e4m3 import to_e4m3
+
+
+def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
+    """Uninitialised memory for rows of `width`, as many as `like` (B, L, ...) has, in the form that is wanted.
+
+    fp8 values are bytes here; `named` gives them their type.
+    """
+    batch, length, _ = like.shape
+    y = like.new_empty(batch, length, width + (wants.room if wants.dtype is None else 0))
+    if wants.dtype is None:
+        return Activations(y)
+    bytes_ = torch.int8 if wants.dtype == torch.int8 else torch.uint8
+    values = like.new_empty(batch * length, width, dtype=bytes_)
+    scale = like.new_empty(batch * length, dtype=torch.float32)
+    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0], dtype=torch.float32)
+    return Activations(y, values, scale, s)
+
+
+def named(made: Activations, wants: Wants) -> Activations:
+    """`made` with its values called what they are."""
+    return made if made.values is None or wants.dtype is None else made._replace(values=made.values.view(wants.dtype))
+
+
+def down_and_block(wants: Wants, like: Tensor) -> tuple[Tensor | None, int]:
+    """`down` (R, K) in the dtype of `like` where its product is wanted, and how much of R is done at a time: 16 for
+    small ranks, else 64, so that ranks make two kernels and no more.
+    """
+    if wants.dtype is None or wants.down is None:
+        return None, 16
+    return wants.down.to(like.dtype).contiguous(), 16 if wants.down.shape[0] <= 16 else 64
+
+
+@triton.jit
+def scale_of(largest, INT8: tl.constexpr):
+    """The scale of a row whose largest magnitude is `largest`."""
+    return tl.div_rn(tl.maximum(largest, 1e-30), 127.0 if INT8 else 448.0)
+
+
+@triton.jit
+def to_8_bits(y, scale, INT8: tl.constexpr):
+    """y (rows, columns) fp32 divided by `scale` (rows,), in int8 or as bytes of e4m3."""
+    scaled = y * (1.0 / scale)[:, None]
+    if INT8:
+        # At 1.5 * 2^23 fp32 has steps of 1: adding rounds, half to even.
+        values = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
+    else:
+        values = to_e4m3(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
+    return values
+
+
+@triton.jit
+def down_product(
+    y_ptr,  # (ROWS, K) what this program has written, rows y_l apart
+    down_ptr,  # (R, K)
+    s_ptr,  # (ROWS, R) fp32
+    y_l,
+    rows,  # how many of ROWS there are
+    R,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """s = y down^T for a tile of rows, which comes back from the cache that it has just gone through."""
+    tl.debug_barrier()  # y was written by other threads of this program
+    row = tl.arange(0, ROWS)[:, None]
+    for first in range(0, R, BLOCK_R):
+        rank = first + tl.arange(0, BLOCK_R)
+        s = tl.zeros([ROWS, BLOCK_R], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)
+            y = tl.load(y_ptr + row * y_l + k[None, :], mask=(row < rows) & (k < K)[None, :], other=0.0)
+            down = tl.load(
+                down_ptr + rank[:, None] * K + k[None, :], mask=(rank < R)[:, None] & (k < K)[None, :], other=0.0
+            )
+            s = tl.dot(y, tl.trans(down), s, input_precision=PRECISION)
+        tl.store(s_ptr + row * R + rank[None, :], s, mask=(row < rows) & (rank < R)[None, :])
