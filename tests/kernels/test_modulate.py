@@ -5,12 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from twice import assert_as_close_as_plain, with_gradients
+from closeness import DTYPES, EIGHT_BITS, assert_as_close_as_plain, assert_close_in_eight_bits, with_gradients
 
 from fluxq.kernels import Wants, backend, gated_add, gated_add_modulate, modulate, ops
-
-DTYPES = [torch.float32, torch.float16, torch.bfloat16]
-EIGHT_BITS = [torch.int8, torch.float8_e4m3fn]
 
 
 def stream(shape, device, seed=0):
@@ -169,28 +166,3 @@ def test_eight_bit_rows_and_their_product_with_down(each_backend, device, dtype,
     for made in (modulate(total, shift, scale, wants), both):
         assert_close_in_eight_bits(made, down, eight_bits)
         torch.testing.assert_close(made.x, modulate(total, shift, scale).x)
-
-
-def assert_close_in_eight_bits(made, down, eight_bits):
-    """The values stand for x within half a step of the type, their scale is that of the row's largest number, and s is
-    the product of x.
-    """
-    rows = made.x.flatten(0, 1).double()
-    assert made.values.dtype == eight_bits and made.values.shape == rows.shape and made.values.is_contiguous()
-    largest = 127 if eight_bits == torch.int8 else 448
-    torch.testing.assert_close(made.scale.double(), rows.abs().amax(1) / largest, rtol=1e-6, atol=0)
-    values, scaled = made.values.double(), rows / made.scale[:, None].double()
-    assert values.abs().amax(1).eq(largest).all()
-    step = (
-        torch.ones_like(scaled)
-        if eight_bits == torch.int8
-        else scaled.abs().clamp(min=2**-6).log2().floor().sub(3).exp2()
-    )
-    assert ((values - scaled).abs() <= step / 2 * 1.001).all()
-    if down is None:
-        assert made.s is None
-        return
-    assert made.s.dtype == torch.float32
-    expected = rows @ down.double().t()
-    exact = 1e-5 if made.x.dtype == torch.float32 else 2**-7  # down is rounded to bf16 too
-    assert ((made.s.double() - expected).norm() / expected.norm()).item() < exact

@@ -5,19 +5,16 @@ What is not here yet is the reference's.
 
 from fluxq.kernels.reference import (
     dequantize,
-    gelu_tanh,
-    gelu_tanh_backward,
     lora_linear,
     lora_linear_backward,
     matmul_8bit,
     nf4_quantize,
-    qk_norm_rope,
-    qk_norm_rope_backward,
     room,
     row_dequantize,
     row_quantize,
     to_rows,
 )
+from fluxq.kernels.triton.gelu import gelu_tanh, gelu_tanh_backward
 from fluxq.kernels.triton.modulate import (
     gated_add,
     gated_add_backward,
@@ -26,6 +23,7 @@ from fluxq.kernels.triton.modulate import (
     modulate,
     modulate_backward,
 )
+from fluxq.kernels.triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 
 __all__ = [
     "dequantize",

@@ -29,7 +29,7 @@ _TILES = {
     "backward": (1, 1, 4),
     "sums": (16, 1, 8),
     "gated_add": (4, 4, 4),
-    "gated_sums": (32, 4, 4),
+    "gated_sums": (16, 2, 4),
 }
 
 
