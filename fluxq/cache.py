@@ -70,10 +70,12 @@ def cache_folders(
     )
 
 
-def cache_texts(cache: Path, models: Models, prompts: Sequence[str]) -> dict[str, Text]:
-    """Each prompt, encoded."""
-    files = _encoder_files(models, cache)
-    return cache_prompts(prompts, cache, files, models.load_text_encoders, t5_length=models.t5_length)
+def cache_texts(
+    cache: Path, models: Models, prompts: Sequence[str], progress: Callable[[str, int, int], None]
+) -> dict[str, Text]:
+    """Each prompt, encoded; `progress` is told as `build_cache` tells it."""
+    files, load = _encoder_files(models, cache), models.load_text_encoders
+    return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
 
 
 def _encoder_files(models: Models, cache: Path) -> EncoderFiles:

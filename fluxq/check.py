@@ -18,9 +18,10 @@ from fluxq.errors import WrongRequest
 from fluxq.formats import detect
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint
 from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
+from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import OPENERS, Source
-from fluxq.hub import NotFetched
-from fluxq.machine import memory, notes, obstacle, read_machine
+from fluxq.hub import NotFetched, hub_cache
+from fluxq.machine import Card, free_on_card, memory, notes, obstacle, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models import FLAGS, PARTS, Models
 from fluxq.report import console
@@ -52,16 +53,17 @@ def check_run(config: TrainConfig) -> Answer:
     if data is None and not config.data.folders:
         console.print("pictures     none were named, so the models alone were checked")
     ram = _ram(flux, config.model.format, models.device.type == "cuda", parts, reasons)
-    disk = _disk(flux, config, models, data, fetched, reasons)
     machine = read_machine()
+    card = _card(flux, config.model.format, machine.card, reasons)
+    disk = _disk(flux, config, models, data, fetched, reasons)
     if problem := obstacle(machine):
         reasons.append(problem)
     reasons = list(dict.fromkeys(reasons))
     for reason in reasons:
         console.print(f"missing      {reason}")
     console.print("not ready" if reasons else "ready: a run could start")
-    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "pictures": data, "ram": ram, "disk": disk}
-    return answer | {"notes": notes(machine)}
+    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "pictures": data, "ram": ram, "card": card}
+    return answer | {"disk": disk, "notes": notes(machine)}
 
 
 def _part(models: Models, part: str, reasons: list[str]) -> Answer:
@@ -165,7 +167,7 @@ def _ram(
         return None
     encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
     needed, has = (
-        PROGRAM_BYTES + max(0 if on_card else stored_bytes(detect.flux_shapes(flux), format), encoders),
+        PROGRAM_BYTES + max(0 if on_card else stored_bytes(flux_shapes(flux), format), encoders),
         memory(),
     )
     line = f"memory       {_size(needed)} of RAM needed, the transformer in {format}"
@@ -180,18 +182,40 @@ def _ram(
     return {"needed": needed, "all": has and has[0], "free": has and has[1]}
 
 
+def _card(flux: FluxConfig | None, format: str, card: Card | None, reasons: list[str]) -> Answer | None:
+    """The card, and the least that training needs on it: the frozen weights, all of which stay there."""
+    if card is None:
+        console.print("card         none that torch can use, so training runs on the processor")
+        return None
+    free, capability = free_on_card(), ".".join(map(str, card.capability))
+    room = f"{_size(card.nbytes)}" if free is None else f"{_size(free)} of {_size(card.nbytes)} free"
+    line, needed = f"card         {card.name}, {room}, compute capability {capability}", None
+    if flux is not None:
+        needed = stored_bytes(flux_shapes(flux), format)
+        line += f"; training in {format} needs {_size(needed)} of it for the weights alone"
+        if needed > card.nbytes:
+            reasons.append(
+                f"the {card.name} has {_size(card.nbytes)}, and the transformer's weights alone take {_size(needed)} "
+                f"in {format}; use {'another card' if format == 'nf4' else '--format nf4 or another card'}, or hide "
+                "it with CUDA_VISIBLE_DEVICES=-1 and train on the processor"
+            )
+    console.print(line)
+    about = {"name": card.name, "capability": list(card.capability), "free": free, "all": card.nbytes}
+    return about | {"weights": needed}
+
+
 def _disk(
     flux: FluxConfig | None, config: TrainConfig, models: Models, data: Answer | None, fetched: int, reasons: list[str]
 ) -> Answer | None:
     """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
     if flux is None:
         return None
-    weights = 0 if models.is_quantised else stored_bytes(detect.flux_shapes(flux), config.model.format)
+    weights = 0 if models.is_quantised else stored_bytes(flux_shapes(flux), config.model.format)
     needed = {"weights": weights, "downloads": fetched, "cache": 0}
     if data is not None:
         caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
         needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
-    places = {"weights": cache_folder(), "downloads": Path.home(), "cache": config.data.cache.absolute()}
+    places = {"weights": cache_folder(), "downloads": hub_cache(), "cache": config.data.cache.absolute()}
     free = math.inf
     for place, names in _by_disk(places).items():
         total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
@@ -201,7 +225,7 @@ def _disk(
         if total > left:
             reasons.append(
                 f"{_size(total)} of disk are needed at {place}, {_size(left)} are free; "
-                "make room, or choose another --cache or FLUXQ_CACHE"
+                "make room, or choose another --cache, FLUXQ_CACHE or HF_HOME"
             )
     return {"needed": sum(needed.values()), "free": free, **needed}
 

@@ -21,7 +21,6 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
-from fluxq.kernels import COMPUTES, POLICIES
 
 
 def option(
@@ -77,7 +76,7 @@ class ModelConfig:
         "bf16",
         "how frozen weights are multiplied: int8 and fp8 are faster, with the gradient in bf16; _dx: in 8 bits as well",
         "--compute",
-        COMPUTES,
+        ("bf16", "int8", "int8_dx", "fp8", "fp8_dx"),
     )
     ae_band: int | None = option(
         None,
@@ -154,7 +153,7 @@ class TrainingConfig:
         None,
         "what a block keeps for the backward pass, from least memory to least work; default: recompute, nano keep_all",
         "--policy",
-        tuple(POLICIES),
+        ("recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"),
     )
 
 

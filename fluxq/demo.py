@@ -111,11 +111,11 @@ def before_and_after(config: TrainConfig, lora: Path, path: Path) -> Path:
     flux, autoencoder = models.load_flux(), models.load_autoencoder()
     adapters, _ = load_lora(lora, flux.config)
     attach(flux, [(adapters, 1.0)])
-    texts = cache_texts(config.data.cache, models, PROMPTS)
     side = models.default_size[0]
     wanted = [Shot(prompt, seed, side, side) for prompt in PROMPTS for seed in SEEDS]
     drawn: dict[str, list[Image.Image]] = {}
     with progress_bar() as progress:
+        texts = cache_texts(config.data.cache, models, PROMPTS, progress)
         for name, strength in (("before", 0.0), ("after", 1.0)):
             with lora_strength(flux, strength):
                 drawn[name] = draw(

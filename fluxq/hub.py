@@ -28,6 +28,13 @@ def hub_id(path: Path) -> str | None:
     return text if is_id and not path.exists() else None
 
 
+def hub_cache() -> Path:
+    """Where the hub's library keeps what it fetches, tokenizers too: HF_HUB_CACHE, or `hub` in HF_HOME."""
+    from huggingface_hub import constants
+
+    return Path(constants.HF_HUB_CACHE)
+
+
 def from_hub(repository: str, part: str, say: Callable[[str], None], fetch: bool = True) -> Path:
     """Where the model `part` of `repository` lies on this disk, after fetching what was missing; that is said.
 

@@ -117,6 +117,18 @@ def notes(machine: Machine) -> list[str]:
     return []
 
 
+def free_on_card() -> int | None:
+    """Free bytes of the card that a run would use; None without one, or where it does not say."""
+    import torch
+
+    if not torch.cuda.is_available():
+        return None
+    try:
+        return torch.cuda.mem_get_info()[0]
+    except RuntimeError:  # another program may have it for itself
+        return None
+
+
 def memory() -> tuple[int, int] | None:
     """(all, available) bytes of RAM, within the limit of a container; None where the system does not say."""
     if platform.system() == "Windows":

@@ -20,7 +20,7 @@ from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
 from fluxq.formats.files import Checkpoint
-from fluxq.formats.find import Found, choose, search
+from fluxq.formats.find import Found, choose, choose_flux, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
 from fluxq.formats.quantized import (
     QuantizedFile,
@@ -268,14 +268,17 @@ class Models:
                 passed_over.append(f"{source.path} {misfit}")
             else:
                 fitting.append(source)
-        if not fitting:
-            more = f"; passed over: {' | '.join(passed_over[:3])}" if passed_over else ""
-            raise WrongRequest(f"{place} holds no {PARTS[part].split(' ', 1)[1]}; name it by {FLAGS[part]}{more}")
         try:
-            source, why = choose(fitting, PARTS[part], place)
+            if part == "flux":
+                chosen = choose_flux(self.found, self.config.format)
+            else:
+                chosen = choose(fitting, PARTS[part], place) if fitting else None
         except WrongRequest as error:
             raise WrongRequest(f"{error}, by {FLAGS[part]}") from error
-        return Served(source.path, why)
+        if chosen is None:
+            more = f"; passed over: {' | '.join(passed_over[:3])}" if passed_over else ""
+            raise WrongRequest(f"{place} holds no {PARTS[part].split(' ', 1)[1]}; name it by {FLAGS[part]}{more}")
+        return Served(*chosen)
 
 
 def _not_fetched(kind: Kind, say: Callable[[str], None]) -> tuple[Path, ...]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from fluxq.cache import cache_texts
 from fluxq.config import SamplesConfig, TrainConfig
+from fluxq.data.encode import cut_notes
 from fluxq.data.randomness import normal
 from fluxq.data.store import Text
 from fluxq.defaults import side
@@ -216,7 +217,12 @@ def sample_command(
     wanted = shots(samples, samples.prompts, models.default_size[0])
     chosen = [_strength_of(lora) for lora in loras]
     read = [(load_lora(path, models.flux_config)[0], strength) for path, strength in chosen]
-    texts = cache_texts(config.data.cache, models, list(dict.fromkeys((*samples.prompts, samples.negative))))
+    prompts = list(dict.fromkeys((*samples.prompts, samples.negative)))
+    with progress_bar() as progress:
+        texts = cache_texts(config.data.cache, models, prompts, progress)
+    cuts = {prompt: (text.truncated, text.clip_truncated) for prompt, text in texts.items()}
+    for line in cut_notes(cuts, {}, models.t5_length):
+        console.print(line)
     flux, autoencoder = models.load_flux(), models.load_autoencoder()
     files: list[str] = []
 

@@ -10,6 +10,7 @@ import time
 from collections.abc import Mapping, Sequence
 
 import torch
+from torch import Tensor
 
 from fluxq.cache import cache_folders
 from fluxq.config import TrainConfig
@@ -21,6 +22,7 @@ from fluxq.data.store import Store, Text
 from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import flow_loss, sample_noise, sample_timesteps, validation_loss
+from fluxq.model.calibration import calibrate
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
 from fluxq.models import Models
@@ -29,6 +31,8 @@ from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, 
 from fluxq.run import Result, Run, metadata_of
 from fluxq.sample import draw, save_picture, shots
 from fluxq.state import load_state, save_state
+
+CALIBRATION_BATCHES = 2
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, say: Say = console.print) -> Result:
@@ -73,6 +77,19 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         sets = {name: held_out_batches(examples, store, training.batch) for name, examples in held_out.items()}
         return {name: validation_loss(flux, some, training.shift, training.guidance) for name, some in sets.items()}
 
+    def loss_of(index: int) -> Tensor:
+        """The mean loss of batch `index`, counted over the whole run, at its own noise and timesteps."""
+        batch = batches.batch(index)
+        noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
+        tokens = batch.latents.shape[2] * batch.latents.shape[3] // 4
+        t = sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
+        latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
+        return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
+
+    if config.model.compute.startswith("int8"):
+        rotated = calibrate(flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
+        say(f"int8: {len(rotated)} layers have outlying inputs, and rotate them before they are rounded")
+
     # where it starts
     start, spent, before, identity = 0, 0.0, None, {"data": dataset.digest(), "model": models.fingerprint()}
     if resume:
@@ -91,14 +108,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         for step in range(start, steps):
             clock, losses = time.perf_counter(), []
             for index in range(step * training.accumulate, (step + 1) * training.accumulate):
-                batch = batches.batch(index)
-                noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
-                tokens = batch.latents.shape[2] * batch.latents.shape[3] // 4
-                t = sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
-                latents, noise, txt, pooled = (
-                    x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled)
-                )
-                loss = flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
+                loss = loss_of(index)
                 (loss / training.accumulate).backward()
                 losses.append(loss.detach())
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.clip or torch.inf))

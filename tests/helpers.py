@@ -1,13 +1,18 @@
-"""Random models, and what tests measure by: closeness, and bytes alive."""
+"""Models of random weights and of none, and what tests measure closeness by."""
 
 from __future__ import annotations
 
-import weakref
+import json
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
 
+import pytest
+import torch
 from torch import Tensor, nn, no_grad
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
+from fluxq.formats.files import DTYPE_NAMES
 from fluxq.model import FluxConfig
 
 
@@ -42,25 +47,17 @@ def relative_error(a: Tensor, b: Tensor) -> float:
     return ((a.double() - b.double()).norm() / b.double().norm()).item()
 
 
-class LiveBytes(TorchDispatchMode):
-    """Counts the bytes of the tensors that are made inside and still alive; `peak` is the most there were at once."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live = self.peak = 0
-        self._storages: set[int] = set()
-
-    def __torch_dispatch__(self, op, types, args=(), kwargs=None):
-        result = op(*args, **(kwargs or {}))
-        for tensor in tree_leaves(result):
-            if isinstance(tensor, Tensor) and tensor.untyped_storage()._cdata not in self._storages:
-                storage = tensor.untyped_storage()
-                self._storages.add(storage._cdata)
-                self.live += storage.nbytes()
-                weakref.finalize(storage, self._freed, storage._cdata, storage.nbytes())
-        self.peak = max(self.peak, self.live)
-        return result
-
-    def _freed(self, storage: int, nbytes: int) -> None:
-        self._storages.discard(storage)
-        self.live -= nbytes
+def write_hollow(path: Path, dtypes: Mapping[str, torch.dtype], shapes: Mapping[str, tuple[int, ...]]) -> Path:
+    """A safetensors file of any size, all zeros, which takes no room on the disk."""
+    if os.name == "nt":
+        pytest.skip("zeros take room here")
+    header, start = {}, 0
+    for name, dtype in dtypes.items():
+        end = start + math.prod(shapes[name]) * dtype.itemsize
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shapes[name]), "data_offsets": [start, end]}
+        start = end
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + start)
+    return path

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import tiny_config
+from helpers import tiny_config, write_hollow
+from huggingface_hub import constants
 from PIL import Image
 from safetensors.torch import save_file
 
@@ -24,6 +28,9 @@ from fluxq.hub import NotFetched
 from fluxq.machine import Card, Machine
 from fluxq.model import FluxConfig
 from fluxq.models import PARTS, Models
+from fluxq.quantize import quantize_command
+
+ROOT = Path(__file__).parent.parent
 
 
 @pytest.fixture(autouse=True)
@@ -110,14 +117,75 @@ def test_nothing_named_is_one_reason():
 
 
 def test_too_little_memory_disk_or_card_is_a_reason(monkeypatch, photos):
-    card = Machine("2.13", "13.0", False, True, False, Card("old card", (6, 1), 1), ("sm_80",))
+    card = Machine("2.13", "13.0", False, True, False, Card("old card", (6, 1), 1 << 20), ("sm_80",))
     monkeypatch.setattr(checks, "memory", lambda: (1 << 30, 1 << 29))
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(checks, "read_machine", lambda: card)
     code, answer, _ = run(photos, "--model", "nano")
-    memory, disk, obstacle = answer["reasons"]
+    memory, card, disk, obstacle = answer["reasons"]
     assert code == 2 and "2.0 GiB of RAM are needed with the transformer in nf4, this machine has 1.0 GiB" in memory
+    assert "the old card has 1.0 MiB, and the transformer's weights alone take 2.7 MiB in nf4; use another" in card
     assert "of disk are needed at" in disk and "has no code for the old card (sm_61" in obstacle
+
+
+def machine_with(card: Card | None, monkeypatch, free: int | None = None) -> None:
+    seen = Machine("2.13", "13.0", False, True, False, card, ("sm_80", "sm_86", "sm_89"))
+    monkeypatch.setattr(checks, "read_machine", lambda: seen)
+    monkeypatch.setattr(checks, "free_on_card", lambda: free)
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory) -> Path:
+    """FLUX.1 dev as far as headers tell."""
+    shapes = flux_shapes(FluxConfig.dev())
+    return write_hollow(
+        tmp_path_factory.mktemp("full") / "flux1-dev.safetensors", dict.fromkeys(shapes, torch.bfloat16), shapes
+    )
+
+
+def test_the_card_is_described_with_what_training_needs_on_it(full_size, monkeypatch):
+    ada = Card("RTX 4090", (8, 9), 24 << 30)
+    machine_with(ada, monkeypatch, free=int(22.5 * 2**30))
+    _, answer, lines = run("--flux", full_size)
+    described = (
+        "card         RTX 4090, 22.5 GiB of 24.0 GiB free, compute capability 8.9; training in nf4 needs 6.3 GiB"
+    )
+    assert f"{described} of it for the weights alone\n" in lines
+    weights = stored_bytes(flux_shapes(FluxConfig.dev()), "nf4")
+    about = {"name": "RTX 4090", "capability": [8, 9], "free": int(22.5 * 2**30), "all": 24 << 30, "weights": weights}
+    assert answer["card"] == about
+    assert not any("RTX 4090" in reason for reason in answer["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("format", "gib", "sentence"),
+    [
+        ("nf4", 6, "the laptop card has 6.0 GiB, and the transformer's weights alone take 6.3 GiB in nf4; use another"),
+        ("nf4", 8, None),
+        ("int8", 8, "the laptop card has 8.0 GiB, and the transformer's weights alone take 11.2 GiB in int8; use --fo"),
+        ("bf16", 24, None),
+    ],
+)
+def test_a_card_that_cannot_hold_the_weights_is_a_reason(format, gib, sentence, full_size, monkeypatch):
+    machine_with(Card("laptop card", (8, 6), gib << 30), monkeypatch)
+    _, answer, lines = run("--flux", full_size, "--format", format)
+    found = [reason for reason in answer["reasons"] if "laptop card" in reason]
+    assert len(found) == (sentence is not None) and (sentence is None or sentence in found[0])
+    assert f"card         laptop card, {gib}.0 GiB, compute capability 8.6; training in {format} needs" in lines
+
+
+def test_no_card_is_one_line(monkeypatch):
+    machine_with(None, monkeypatch)
+    code, answer, lines = run("--model", "nano")
+    assert code == 0 and answer["card"] is None
+    assert lines.count("card ") == 1 and "card         none that torch can use, so training runs on the proc" in lines
+
+
+def test_a_card_beside_missing_models_is_described_without_a_need(monkeypatch):
+    machine_with(Card("RTX 4090", (8, 9), 24 << 30), monkeypatch)
+    code, answer, lines = run()
+    assert code == 2 and answer["card"]["weights"] is None
+    assert "card         RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines
 
 
 def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
@@ -132,6 +200,52 @@ def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
     code, answer, lines = run("--model", "nano")
     assert code == 0 and answer["disk"]["downloads"] == 9_000_000_000
     assert "t5xxl        2 files of someone/T5, 9.0 GB, are not in the hub's cache yet; a run fetches them" in lines
+
+
+def test_room_for_what_the_hub_gives_is_wanted_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatch):
+    """Every place a disk of its own here: the one of the hub's cache is full, home has room."""
+    hub, served = tmp_path / "other disk" / "hub", Models.served
+
+    def from_hub(self, part):
+        if part == "t5xxl":
+            raise NotFetched("someone/T5", ["a"], 9_000_000_000)
+        return served(self, part)
+
+    def disk_usage(place):
+        return shutil._ntuple_diskusage(10**12, 0, 1 << 30 if place == hub else 10**12)
+
+    monkeypatch.setattr(Models, "served", from_hub)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(checks, "_by_disk", lambda places: {place: [name] for name, place in places.items()})
+    monkeypatch.setattr(checks.shutil, "disk_usage", disk_usage)
+    code, answer, lines = run("--model", "nano")
+    assert code == 2 and len(answer["reasons"]) == 1
+    assert f"8.4 GiB of disk are needed at {hub}, 1.0 GiB are free" in answer["reasons"][0]
+    assert f"8.4 GiB needed (downloads 8.4 GiB), 1.0 GiB free at {hub}" in lines
+
+
+@pytest.mark.parametrize(
+    ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
+)
+def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE")}
+    code = [sys.executable, "-c", "from fluxq.hub import hub_cache; print(hub_cache())"]
+    environment[variable] = str(tmp_path)
+    printed = subprocess.run(code, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert Path(printed.strip()) == tmp_path / inside
+
+
+def test_a_quantised_file_beside_its_original_is_named_with_the_reason(tmp_path):
+    for file in (nano.FLUX, nano.AE, nano.CLIP_L, nano.T5XXL):
+        shutil.copy(file, tmp_path)
+    made = tmp_path / "made.safetensors"
+    quantize_command(nano.FLUX, made, "nf4")
+    _, answer, lines = run("--models", tmp_path)
+    described = f"{made} (flux1-nano.safetensors in nf4 already): dev, 2 + 2 blocks, 192 wide, nf4, by fluxq"
+    assert f"flux         {described}" in lines and answer["parts"]["flux"]["path"] == str(made)
+    _, answer, lines = run("--models", tmp_path, "--format", "int8")
+    assert answer["parts"]["flux"]["path"] == str(tmp_path / "flux1-nano.safetensors")
+    assert f"(the only one in {tmp_path}; made.safetensors is it in nf4)" in lines
 
 
 # --- one file ---

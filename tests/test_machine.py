@@ -9,7 +9,7 @@ from click.testing import CliRunner
 
 from fluxq import machine
 from fluxq.cli import main
-from fluxq.machine import Card, Machine, has_nvidia_driver, memory, notes, obstacle, read_machine
+from fluxq.machine import Card, Machine, free_on_card, has_nvidia_driver, memory, notes, obstacle, read_machine
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120")
 ADA = Card("RTX 4090", (8, 9), 24 << 30)
@@ -85,7 +85,8 @@ def test_the_driver_is_told_from_files(system, there, programs, found):
 
 
 def test_this_machine_is_read():
-    seen, has = read_machine(), memory()
+    seen, has, free = read_machine(), memory(), free_on_card()
+    assert (free is None) if seen.card is None else (free is None or 0 < free <= seen.card.nbytes)
     assert seen.torch and isinstance(notes(seen), list)
     if has is not None:
         assert 0 < has[1] <= has[0]

@@ -25,6 +25,7 @@ from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.hub import NotFetched
 from fluxq.model import FluxConfig
 from fluxq.models import NANO, PARTS, Models
+from fluxq.quantize import quantize_command
 from fluxq.train import train
 
 REPOSITORY = "someone/FLUX.1-toy"
@@ -121,6 +122,87 @@ def test_two_files_that_are_alike_are_both_named(tmp_path):
     sentence = refusal(models=tmp_path)
     assert f"in {files['flux']} and in {second}, which are alike (bf16); name the one to use, by --flux" in sentence
     assert served(models=tmp_path, flux=second)["flux"] == second
+
+
+# --- the transformer beside what fluxq quantise made of it ---
+
+
+def quantised(source: Path, target: Path, format: str) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    quantize_command(source, target, format)
+    return target
+
+
+def found_flux(**config) -> tuple[Path, str]:
+    """The transformer's file and what is said of it."""
+    lines = []
+    models = Models(ModelConfig(**config), torch.device("cpu"), say=lines.append)
+    models.check()
+    return models.served("flux").path, lines[0]
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantised_file_serves_where_its_format_is_wanted(format, tmp_path):
+    """In place of its original, which is another form of the same model: no two files for one part."""
+    files = comfy(tmp_path)
+    made = {f: quantised(files["flux"], tmp_path / f"models/unet/{f}.safetensors", f) for f in ("nf4", "int8")}
+    assert found_flux(models=tmp_path, format=format) == (
+        made[format],
+        f"flux: {made[format]} (a.safetensors in {format} already)",
+    )
+    path, said = found_flux(models=tmp_path, format="fp8")
+    assert path == files["flux"]
+    assert said.endswith(f"(the only one in {tmp_path}; int8.safetensors is it in int8; nf4.safetensors is it in nf4)")
+
+
+def test_a_quantised_file_alone_serves_in_its_format(tmp_path):
+    files = comfy(tmp_path)
+    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
+    files["flux"].unlink()
+    path, said = found_flux(models=tmp_path, format="int8")
+    assert path == made and said.endswith(f"(the only one in {tmp_path} in int8)")
+    assert f"{made} holds int8, not nf4; pass --format int8" in refusal(models=tmp_path)
+    again = place(made, tmp_path / "models/unet/again.safetensors")  # the same file twice is the same model
+    assert found_flux(models=tmp_path, format="int8")[0] in (made, again)
+
+
+def test_the_original_is_chosen_first_then_its_form(tmp_path):
+    """Of originals the one with the most bits serves as ever, whatever was quantised of the other."""
+    files = comfy(tmp_path)
+    fewer = cast("flux", tmp_path / "models/unet/8.safetensors", torch.float8_e4m3fn)
+    quantised(fewer, tmp_path / "models/unet/8-nf4.safetensors", "nf4")
+    assert found_flux(models=tmp_path, format="nf4")[0] == files["flux"]
+    files["flux"].unlink()
+    assert found_flux(models=tmp_path, format="nf4")[0].name == "8-nf4.safetensors"
+
+
+def test_two_originals_stay_an_ambiguity_whatever_is_quantised(tmp_path):
+    files = comfy(tmp_path)
+    second = place(nano.FLUX, tmp_path / "models/unet/finetune.safetensors")
+    quantised(second, tmp_path / "models/unet/made.safetensors", "nf4")
+    assert f"in {files['flux']} and in {second}, which are alike (bf16)" in refusal(models=tmp_path)
+
+
+def test_quantised_files_of_different_models_are_both_named(tmp_path):
+    files = comfy(tmp_path)
+    other = cast("flux", tmp_path / "elsewhere/other.safetensors", torch.float16)
+    first = quantised(other, tmp_path / "models/unet/first.safetensors", "nf4")
+    sentence = refusal(models=tmp_path / "models")
+    assert f"in {files['flux']}, and one in nf4 that was made from another file in {first}; name the one" in sentence
+    assert sentence.endswith("to use, by --flux")
+    assert found_flux(models=tmp_path / "models", format="int8")[0] == files["flux"]
+    second = quantised(files["flux"], tmp_path / "models/unet/second.safetensors", "nf4")
+    files["flux"].unlink()
+    assert f"in {first} and in {second}, which are alike (nf4); name" in refusal(models=tmp_path / "models")
+
+
+def test_a_damaged_quantised_file_is_passed_over(tmp_path):
+    files = comfy(tmp_path)
+    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "nf4")
+    made.write_bytes(made.read_bytes()[:-5])
+    assert found_flux(models=tmp_path)[0] == files["flux"]
+    files["flux"].unlink()
+    assert f"passed over: {made} is truncated" in refusal(models=tmp_path)
 
 
 def test_encoders_of_another_size_are_passed_over(tmp_path):

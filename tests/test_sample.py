@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
+
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import randomise, tiny_config
 from PIL import Image
 
+from fluxq import sample
+from fluxq.cli import main
 from fluxq.config import SamplesConfig
 from fluxq.data.store import Text
 from fluxq.formats.lora import Adapter
@@ -100,3 +105,23 @@ def test_a_grid_holds_every_picture_in_its_cell():
     sheet = labelled_grid(rows, ["first row", "second", "a very long label of the third row"], ["left", "right"])
     found = {colour for _, colour in sheet.getcolors(1 << 20)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= found
+
+
+def test_encoding_of_prompts_shows_its_progress(tmp_path, monkeypatch):
+    """T5's file may take minutes to go through: its blocks are counted as captions done."""
+    calls = []
+    monkeypatch.setattr(sample, "progress_bar", lambda: nullcontext(lambda *call: calls.append(call)))
+    arguments = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "1"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert [call for call in calls if call[0] == "captions"] == [("captions", 1, 3), ("captions", 3, 3)]
+    assert calls[-1] == ("sampling", 2, 2)
+
+
+def test_prompts_that_are_too_long_are_said(tmp_path):
+    arguments = ["sample", "--model", "nano", "--prompt", "red star " * 50, "--steps", "1"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    lines = CliRunner().invoke(main, arguments).output.splitlines()
+    prompt = f"the prompt {('red star ' * 7)[:60]!r}".removesuffix("'") + "...'"
+    assert f"{prompt} is longer than 32 T5 tokens; what is beyond was cut off" in lines
+    assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines

@@ -14,7 +14,7 @@ from typing import Any
 
 from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset, Entry
-from fluxq.data.encode import Progress, TextEncoder, encode_captions, encode_pictures
+from fluxq.data.encode import Progress, TextEncoder, cut_notes, encode_captions, encode_pictures
 from fluxq.data.examples import Example, Folder, scan
 from fluxq.data.store import KINDS, Store, Text, latents_key, text_key
 from fluxq.errors import WrongRequest
@@ -86,6 +86,8 @@ def build_cache(
     if missing_captions:
         encode_captions(store, missing_captions, load_text(), t5_length, progress)
 
+    cuts = {caption: store.text_cuts(key) for caption, key in text_keys.items()}
+    names = {example.caption: example.name for example in reversed(found.examples)}  # of equal captions the first
     dataset = Dataset(
         examples=tuple(
             _entry(example, latents_keys[example.name], text_keys[example.caption])
@@ -95,7 +97,7 @@ def build_cache(
         prompts={prompt: text_keys[prompt] for prompt in ("", *prompts)},
         t5_length=t5_length,
         skipped=(*found.skipped, *bad.values()),
-        notes=(*found.notes, *_cut_captions(store, text_keys, t5_length)),
+        notes=(*found.notes, *cut_notes(cuts, names, t5_length)),
     )
     if not dataset.examples:
         raise WrongRequest(f"no usable picture is left, all were skipped; the first: {dataset.skipped[0]}")
@@ -217,14 +219,6 @@ def _entry(example: Example, latents: str, text: str) -> Entry:
         latents=(latents,),
         text=(text,),
     )
-
-
-def _cut_captions(store: Store, captions: dict[str, str], t5_length: int) -> list[str]:
-    return [
-        f"the caption {caption[:60]!r}... is longer than {t5_length} tokens; what is beyond was cut off"
-        for caption, key in captions.items()
-        if store.text_is_truncated(key)
-    ]
 
 
 def _name(request: tuple) -> str:

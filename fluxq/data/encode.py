@@ -1,6 +1,6 @@
 """Runs the encoders: pictures to latents records, captions to text records."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import chain
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ from fluxq.data.examples import Example
 from fluxq.data.pictures import open_picture, prepare
 from fluxq.data.store import Store, Text
 from fluxq.errors import WrongRequest
+from fluxq.model.text import CLIP_LENGTH
 
 PIXELS_PER_BATCH = 1 << 20  # pictures of one bucket are encoded together up to this many; a larger one goes alone
 
@@ -25,8 +26,9 @@ class TextEncoder(Protocol):
 
     def encode(
         self, captions: list[str], tick: Callable[[int, int], None]
-    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool]]:
-        """(t5 (B, L, D), pooled (B, D2), how many T5 tokens each caption has, whether it was cut to L).
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool], Sequence[bool]]:
+        """(t5 (B, L, D), pooled (B, D2), how many T5 tokens each caption has, whether it was cut to L, whether CLIP's
+        were cut to CLIP_LENGTH).
 
         `tick` is called with (parts done, of how many) on the way.
         """
@@ -81,13 +83,34 @@ def encode_captions(
             if parts < total and (within := before + size * parts // total):
                 progress("captions", within, len(items))
 
-        t5, pooled, tokens, truncated = encoder.encode([caption for _, caption in batch], tick)
+        t5, pooled, tokens, truncated, clip_truncated = encoder.encode([caption for _, caption in batch], tick)
         if t5.shape[:2] != (len(batch), t5_length):
             raise ValueError(f"the text encoder gave {tuple(t5.shape)} for {len(batch)} captions of {t5_length} tokens")
         for n, (key, caption) in enumerate(batch):
-            store.put_text(key, Text(t5[n], pooled[n], caption, int(tokens[n]), bool(truncated[n])))
+            cuts = bool(truncated[n]), bool(clip_truncated[n])
+            store.put_text(key, Text(t5[n], pooled[n], caption, int(tokens[n]), *cuts))
         done += len(batch)
         progress("captions", done, len(items))
+
+
+def cut_notes(cuts: Mapping[str, tuple[bool, bool]], names: Mapping[str, str], t5_length: int) -> list[str]:
+    """What to say of captions that are too long: a line for each that T5 does not see whole, and one line for all that
+    CLIP does not, which are most long ones.
+
+    cuts: caption -> whether T5's and CLIP's tokens of it were cut; names: caption -> its picture, where it has one.
+    """
+    t5, clip = ([caption for caption, cut in cuts.items() if cut[which]] for which in (0, 1))
+    notes = [f"{_called(c, names)} is longer than {t5_length} T5 tokens; what is beyond was cut off" for c in t5]
+    if clip:
+        are = f"and {len(clip) - 1} more are" if len(clip) > 1 else "is"
+        what = f"longer than {CLIP_LENGTH} CLIP tokens; what is beyond was left to T5"
+        notes.append(f"{_called(clip[0], names)} {are} {what}")
+    return notes
+
+
+def _called(caption: str, names: Mapping[str, str]) -> str:
+    short = caption if len(caption) <= 60 else f"{caption[:60]}..."
+    return f"the caption of {names[caption]}, {short!r}," if caption in names else f"the prompt {short!r}"
 
 
 def _by_bucket(pictures: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:

@@ -31,13 +31,16 @@ KINDS = {"latents": ("mean", "spread"), "text": ("t5", "clip")}
 
 @dataclass(frozen=True)
 class Text:
-    """One encoded caption: t5 (L, D) bf16, clip (D2,) fp32, and how many T5 tokens the caption has, before any cut."""
+    """One encoded caption: t5 (L, D) bf16, clip (D2,) fp32, how many T5 tokens the caption has, before any cut, and
+    whether T5's and CLIP's were cut.
+    """
 
     t5: torch.Tensor
     clip: torch.Tensor
     caption: str
     tokens: int
     truncated: bool
+    clip_truncated: bool = False
 
 
 class Store:
@@ -74,6 +77,7 @@ class Store:
                 f"a text record needs t5 (L, D) and clip (D2,), not {tuple(text.t5.shape)}, {tuple(text.clip.shape)}"
             )
         metadata = {"caption": text.caption, "tokens": str(text.tokens), "truncated": str(text.truncated).lower()}
+        metadata["clip_truncated"] = str(text.clip_truncated).lower()
         self._write("text", key, {"t5": text.t5.bfloat16(), "clip": text.clip.float()}, metadata)
 
     def text(self, key: str) -> Text:
@@ -81,9 +85,10 @@ class Store:
         record = self._open("text", key)
         return Text(record.get("t5"), record.get("clip"), **_about_text(record))
 
-    def text_is_truncated(self, key: str) -> bool:
-        """Whether the caption had more tokens than the record holds. Reads the header alone."""
-        return _about_text(self._open("text", key))["truncated"]
+    def text_cuts(self, key: str) -> tuple[bool, bool]:
+        """Whether the caption has more tokens than T5's length, and more than CLIP's. Reads the header alone."""
+        about = _about_text(self._open("text", key))
+        return about["truncated"], about["clip_truncated"]
 
     def verify(self, remove: bool = False) -> dict[Path, str]:
         """Reads every record whole and says of each bad one what is wrong. With `remove` the bad ones are deleted."""
@@ -172,6 +177,7 @@ def _about_text(record: Checkpoint) -> dict:
             "caption": about["caption"],
             "tokens": int(about["tokens"]),
             "truncated": about["truncated"] == "true",
+            "clip_truncated": about.get("clip_truncated") == "true",  # records of before it was asked lack it
         }
     except (KeyError, ValueError) as error:
         raise _damaged(record.path, error) from error

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 import torch
 
-from fluxq.formats.detect import autoencoder_shapes, flux_shapes
+from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -15,10 +15,11 @@ from typing import Literal
 
 import torch
 
-from fluxq.formats.detect import flux_shapes, kind
+from fluxq.formats.detect import kind
 from fluxq.formats.files import Checkpoint, listed, printable, refuse, write_safetensors
 from fluxq.formats.keys import module_split
 from fluxq.formats.metadata import sshs_hashes
+from fluxq.formats.shapes import flux_shapes
 from fluxq.model.config import FluxConfig
 
 KOHYA_PREFIX = "lora_unet_"

@@ -28,8 +28,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import flux_shapes
+from fluxq.formats.detect import DIFFUSERS_FLUX, kind
 from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, atomic_path
+from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import Source
 from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, quantize
 from fluxq.model.config import FluxConfig
@@ -231,26 +232,44 @@ def cache_folder() -> Path:
 
 
 def fingerprint(files: Sequence[Path]) -> str:
-    """What tells files from others without reading them whole: their lengths, headers, and 2,048 pieces of each.
+    """What tells files from others without reading them whole: their lengths, headers, vectors, and 2,048 pieces of
+    each; and in diffusers' layout the config.json beside them.
 
-    In FLUX.1 every matrix is sampled; a file that was moved or copied stays the same.
+    In FLUX.1 every matrix is sampled, and all vectors are 6 MB. Files that were moved or copied stay the same.
     """
-    digest = blake2b(digest_size=8)
+    digest, layouts = blake2b(digest_size=8), set()
     for path in files:
         status = path.stat()
-        digest.update(_sampled(path, status.st_size, status.st_mtime_ns))
+        sampled, diffusers = _sampled(path, status.st_size, status.st_mtime_ns)
+        digest.update(sampled)
+        layouts.add(diffusers)
+    settings = files[0].parent / "config.json"
+    if True in layouts and settings.is_file():
+        digest.update(settings.read_bytes())
     return digest.hexdigest()
 
 
 @lru_cache(maxsize=64)
-def _sampled(path: Path, length: int, mtime_ns: int, samples: int = 2048, size: int = 1 << 12) -> bytes:
-    digest = blake2b(str(length).encode(), digest_size=16)
+def _sampled(path: Path, length: int, mtime_ns: int, samples: int = 2048, size: int = 1 << 12) -> tuple[bytes, bool]:
+    """The hash of one file's part in a fingerprint, and whether its keys are diffusers'."""
+    digest, checkpoint = blake2b(str(length).encode(), digest_size=16), Checkpoint(path)
     with path.open("rb", buffering=0) as file:
         digest.update(file.read(1 << 20))
         for i in range(samples):
             file.seek(i * max(0, length - size) // (samples - 1))
             digest.update(file.read(size))
-    return digest.digest()
+    for vector in _vectors(checkpoint):
+        digest.update(vector.view(-1).view(torch.uint8).numpy().data)
+    return digest.digest(), kind(checkpoint.keys()) == DIFFUSERS_FLUX
+
+
+def _vectors(checkpoint: Checkpoint) -> Iterator[Tensor]:
+    """All that has one dimension or none; in a quantised file these lie within its units."""
+    if "fluxq" not in checkpoint.metadata:
+        yield from (checkpoint.get(key) for key, shape in checkpoint.shapes.items() if len(shape) < 2)
+        return
+    for unit, places in QuantizedFile.open(checkpoint.path).units.items():
+        yield from (checkpoint.get(unit, p.start, p.start + p.nbytes) for p in places if len(p.shape) < 2)
 
 
 @dataclass(frozen=True)
@@ -287,6 +306,8 @@ class QuantizedFile:
             unit: [Place(name, DTYPES[dtype], tuple(shape), start) for name, dtype, shape, start in places]
             for unit, places in about["layout"].items()
         }
+        if not isinstance(about["source"], dict):
+            raise ValueError("it does not say what it was made from")
         names = [place.name for places in units.values() for place in places]
         if len(units) == 0 or len(set(names)) != len(names):
             raise ValueError("its layout names a tensor twice")

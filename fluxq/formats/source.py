@@ -25,6 +25,7 @@ from fluxq.formats import detect, keys
 from fluxq.formats.detect import AUTOENCODER, CLIP, DIFFUSERS_FLUX, DIFFUSERS_OTHER, EXAMPLES, FLUX, T5
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint, listed, printable, refuse
 from fluxq.formats.keys import Piece
+from fluxq.formats.shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
 FOLDERS = {FLUX: "transformer", AUTOENCODER: "vae", CLIP: "text_encoder", T5: "text_encoder_2"}
@@ -128,13 +129,13 @@ def open_flux(path: str | Path) -> Source[FluxConfig]:
     shards = Shards(path)
     if detect.kind(shards.shapes) != DIFFUSERS_FLUX:
         config = detect.flux_config(shards.shapes, shards.path)
-        return _plain(shards, config, detect.flux_keys(shards.shapes, shards.path), detect.flux_shapes(config))
+        return _plain(shards, config, detect.flux_keys(shards.shapes, shards.path), flux_shapes(config))
     settings = _settings(shards, "FluxTransformer2DModel", FLUX)
     config = detect.flux_sizes(keys.flux_telling(shards.shapes), shards.path)
     if axes := settings.get("axes_dims_rope"):
         config = _with_axes(config, axes, shards.path)
     detect.compare(shards.shapes, keys.flux_diffusers_shapes(config), FLUX, shards.path)
-    return Source(shards, config, keys.flux_pieces(config), detect.flux_shapes(config), diffusers=True)
+    return Source(shards, config, keys.flux_pieces(config), flux_shapes(config), diffusers=True)
 
 
 def open_autoencoder(path: str | Path) -> Source[AutoEncoderConfig]:
@@ -143,7 +144,7 @@ def open_autoencoder(path: str | Path) -> Source[AutoEncoderConfig]:
     if detect.kind(shards.shapes) != DIFFUSERS_OTHER or "decoder.conv_in.weight" not in shards.shapes:
         config = detect.autoencoder_config(shards.shapes, shards.path)
         names = detect.autoencoder_keys(shards.shapes, shards.path)
-        return _plain(shards, config, names, detect.autoencoder_shapes(config))
+        return _plain(shards, config, names, autoencoder_shapes(config))
     settings = _settings(shards, "AutoencoderKL", AUTOENCODER)
     config = detect.autoencoder_sizes(keys.autoencoder_telling(shards.shapes), shards.path)
     if isinstance(groups := settings.get("norm_num_groups"), int):
@@ -154,21 +155,21 @@ def open_autoencoder(path: str | Path) -> Source[AutoEncoderConfig]:
             refuse(shards.path.parent / "config.json", what, "give FLUX.1's")
     detect.compare(shards.shapes, keys.autoencoder_diffusers_shapes(config), AUTOENCODER, shards.path)
     names = keys.autoencoder_diffusers_names(config)
-    return _plain(shards, config, names, detect.autoencoder_shapes(config), diffusers=True)
+    return _plain(shards, config, names, autoencoder_shapes(config), diffusers=True)
 
 
 def open_clip(path: str | Path) -> Source[dict[str, Any]]:
     """The CLIP text model at `path`, under transformers 5's names; config is `detect.clip_config`. Raises
     WrongRequest.
     """
-    return _open_text(path, CLIP, detect.clip_keys, detect.clip_config, detect.clip_shapes)
+    return _open_text(path, CLIP, detect.clip_keys, detect.clip_config, clip_shapes)
 
 
 def open_t5(path: str | Path) -> Source[dict[str, Any]]:
     """The T5 encoder at `path`, its embedding once, as `shared.weight`; config is `detect.t5_config`. Raises
     WrongRequest.
     """
-    return _open_text(path, T5, detect.t5_keys, detect.t5_config, detect.t5_shapes)
+    return _open_text(path, T5, detect.t5_keys, detect.t5_config, t5_shapes)
 
 
 OPENERS = {FLUX: open_flux, AUTOENCODER: open_autoencoder, CLIP: open_clip, T5: open_t5}

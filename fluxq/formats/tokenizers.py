@@ -7,39 +7,19 @@ transformers gives, also for special tokens that a caption spells out, such as `
 
 import contextlib
 import re
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.gguf import read_gguf_values
+from fluxq.formats.gguf_tokenizer import read_gguf_tokenizer, spiece_of
 from fluxq.model.text import Tokenize
 
 LEVELS_UP = 6  # a model may lie in ComfyUI/models/text_encoders/flux/, the tokenizers in ComfyUI/comfy/
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
 T5_PIECES, T5_SENTINELS = 32000, 100  # of the public T5 models; the sentinels are not in spiece.model
-GGUF_T5 = ("t5", "t5encoder")  # the architectures whose files hold T5's tokenizer
-GGUF_KEYS = tuple(
-    f"tokenizer.ggml.{name}"
-    for name in (
-        "model",
-        "tokens",
-        "scores",
-        "token_type",
-        "precompiled_charsmap",
-        "add_space_prefix",
-        "remove_extra_whitespaces",
-        "padding_token_id",
-        "eos_token_id",
-        "unknown_token_id",
-    )
-)
-UNKNOWN, UNUSED, PIECE_TYPES = 2, 5, range(1, 7)  # of GGUF's token types, which are SentencePiece's
-MAX_SCORE = 1e9  # of a piece; files pad with -10,000
 
 
 @dataclass(frozen=True)
@@ -155,7 +135,7 @@ def _gguf_beside(kind: Kind, model_files: Sequence[Path]) -> tuple[Path, ...] | 
             for path in sorted(folder.iterdir()):
                 if path.suffix.lower() == ".gguf":
                     with contextlib.suppress(WrongRequest):
-                        _read_gguf(path)
+                        read_gguf_tokenizer(path)
                         return (path,)
     return None
 
@@ -236,8 +216,8 @@ def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
     prepare = str
     try:
         if path.suffix.lower() == ".gguf":
-            values = _read_gguf(path)
-            processor = SentencePieceProcessor(model_proto=_spiece_of(values))
+            values = read_gguf_tokenizer(path)
+            processor = SentencePieceProcessor(model_proto=spiece_of(values))
             if not values.get("precompiled_charsmap"):  # T5's is nmt_nfkc; this differs from it in a few rare letters
                 prepare = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()]).normalize_str
         else:
@@ -255,81 +235,6 @@ def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
         return [i for part in parts for i in ([special[part]] if part in special else processor.encode(prepare(part)))]
 
     return tokenize
-
-
-def _read_gguf(path: Path) -> dict[str, Any]:
-    """The values of `tokenizer.ggml.*`, checked, by the last part of their names; pieces that only pad are left out.
-
-    Raises WrongRequest for a file that is no GGUF T5 with a tokenizer.
-    """
-    found = read_gguf_values(path, ("general.architecture", *GGUF_KEYS))
-    architecture = found.pop("general.architecture", None)
-    if architecture not in GGUF_T5:
-        raise _unusable((path,), "T5 tokenizer", "spiece.model", "it is not a GGUF T5")
-    values: dict[str, Any] = {key.removeprefix("tokenizer.ggml."): value for key, value in found.items()}
-    if wrong := _wrong_in_gguf(values):
-        raise _unusable((path,), "T5 tokenizer", "spiece.model", wrong)
-    tokens, types = values["tokens"], values["token_type"]
-    count = len(tokens)
-    while count > 3 and (types[count - 1] == UNUSED or re.fullmatch(r"<extra_id_\d+>", tokens[count - 1])):
-        count -= 1  # files are padded to the rows of the embedding, some with the sentinels
-    return values | {key: values[key][:count] for key in ("tokens", "scores", "token_type")}
-
-
-def _wrong_in_gguf(values: dict[str, Any]) -> str | None:
-    """What makes these values no tokenizer of T5's; None if nothing does."""
-    if values.get("model") != "t5":
-        return "it holds no tokenizer of T5's"
-    tokens, scores, types = (values.get(key) for key in ("tokens", "scores", "token_type"))
-    if not (isinstance(tokens, list) and isinstance(scores, tuple) and isinstance(types, tuple)):
-        return "its tokens, scores or token types are missing"
-    if not len(tokens) == len(scores) == len(types):
-        return f"it has {len(tokens):,} tokens, {len(scores):,} scores and {len(types):,} token types"
-    if not all(isinstance(score, float) and abs(score) <= MAX_SCORE for score in scores):
-        return "a score is not a number"
-    if not all(isinstance(kind, int) and kind in PIECE_TYPES for kind in types):
-        return "a token has an unknown type"
-    ids = [values.get(f"{key}_token_id", i) for i, key in enumerate(("padding", "eos", "unknown"))]
-    if tokens[:2] != ["<pad>", "</s>"] or ids != [0, 1, 2] or types[2:3] != (UNKNOWN,):
-        return "its ids 0 and 1 are not <pad> and </s>, or 2 is not the unknown one's"
-    if not isinstance(charsmap := values.get("precompiled_charsmap", ()), tuple) or not all(
-        isinstance(byte, int) and -128 <= byte < 256 for byte in charsmap
-    ):
-        return "its precompiled charsmap is not bytes"
-    return None
-
-
-def _spiece_of(values: dict[str, Any]) -> bytes:
-    """The spiece.model that these values of a GGUF were read from, as far as it makes ids.
-
-    It is a protocol buffer (sentencepiece_model.proto). The tokenizers library would take the values as they are, but
-    normalises some letters with combining marks in another way than SentencePiece.
-    """
-    rows = zip(values["tokens"], values["scores"], values["token_type"], strict=True)
-    pieces = [
-        _field(1, token.encode()) + b"\x15" + struct.pack("<f", score) + _field(3, kind) for token, score, kind in rows
-    ]
-    charsmap = bytes(byte & 255 for byte in values.get("precompiled_charsmap", ()))
-    trainer = _field(3, 1) + _field(40, 2)  # a unigram model, the unknown one's id
-    normalizer = _field(2, charsmap)
-    normalizer += _field(3, int(bool(values.get("add_space_prefix", True))))
-    normalizer += _field(4, int(bool(values.get("remove_extra_whitespaces", True))))
-    return b"".join(_field(1, piece) for piece in pieces) + _field(2, trainer) + _field(3, normalizer)
-
-
-def _field(number: int, value: int | bytes) -> bytes:
-    """A field of a protocol buffer."""
-    if isinstance(value, int):
-        return _varint(number << 3) + _varint(value)
-    return _varint(number << 3 | 2) + _varint(len(value)) + value
-
-
-def _varint(value: int) -> bytes:
-    low = bytearray()
-    while value > 127:
-        low.append(value & 127 | 128)
-        value >>= 7
-    return bytes([*low, value])
 
 
 def _clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:

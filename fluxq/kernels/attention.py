@@ -58,9 +58,12 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *random: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
     if not q.is_cuda:
-        return _aten._scaled_dot_product_flash_attention_for_cpu_backward(
-            dout, q, k, v, out, lse, 0.0, False, attn_mask=bias
-        )
+        # Measured at (B, H, L, D) = (8, 4, 68, 32): the processor's bf16 kernel takes 9.0 ms, in fp32 it takes 0.8.
+        wide = torch.float32 if q.dtype == torch.bfloat16 and q.shape[2] < 128 else q.dtype
+        given = (t.to(wide) for t in (dout, q, k, v, out))
+        bias = bias if bias is None else bias.to(wide)
+        grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, lse, 0.0, False, attn_mask=bias)
+        return tuple(g.to(q.dtype) for g in grads)
     if bias is None and q.dtype in (torch.bfloat16, torch.float16):
         length = q.shape[2]
         return _aten._scaled_dot_product_flash_attention_backward(

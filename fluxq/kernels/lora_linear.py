@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.dispatch import ops
 from fluxq.kernels.replay import nothing, unread
+from fluxq.kernels.rotation import rotate
 from fluxq.kernels.weights import Weight
 
 COMPUTES = ("bf16", "int8", "int8_dx", "fp8", "fp8_dx")
@@ -21,10 +22,10 @@ FEW_ROWS = 64
 """Up to here (modulation, embedders) reading the weight is all the work: 8 bits would only cost accuracy."""
 
 
-def wants(compute: str, down: Tensor | None, like: Tensor) -> Wants:
+def wants(compute: str, down: Tensor | None, like: Tensor, rotation: int = 0) -> Wants:
     """The form in which a layer with LoRA `down` (R, K), or none, wants an input that lies where `like` lies."""
     if compute != "bf16":
-        return Wants(dtype=_dtype(compute), down=down)
+        return Wants() if rotation else Wants(dtype=_dtype(compute), down=down)
     return Wants(room=0 if down is None else ops(like).room(down.shape[0]))
 
 
@@ -37,14 +38,16 @@ def lora_linear(
     scale: float = 1.0,
     compute: str = "bf16",
     feeds: str | None = None,
+    rotation: int = 0,
 ) -> Tensor:
     """x W^T + bias + scale (x down^T) up^T, differentiable in x, down and up.
 
     x (..., K), or what the op before gave for this layer's `wants`; weight stands for (N, K) in any stored format; bias
     (N,); down (R, K) and up (N, R) in any float dtype. They are multiplied in x's dtype, the frozen weight as `compute`
     says; gradients come back in each argument's own. The weight is decoded anew in the backward pass and never kept by
-    autograd. `feeds`: the value that is made from the output alone (fluxq/kernels/replay.py). Raises ValueError where
-    widths disagree.
+    autograd. `feeds`: the value that is made from the output alone (fluxq/kernels/replay.py). `rotation`: the block in
+    which 8-bit products rotate their factors (fluxq/kernels/rotation.py), 0 for none. Raises ValueError where widths
+    disagree.
     """
     if compute not in COMPUTES:
         raise ValueError(f"compute must be one of {', '.join(COMPUTES)}, not {compute!r}")
@@ -61,7 +64,7 @@ def lora_linear(
         )
     if given.x.shape[:-1].numel() <= FEW_ROWS:
         compute = "bf16"
-    return _LoRALinear.apply(given.x, given, weight, bias, down, up, scale, compute, unread(feeds))
+    return _LoRALinear.apply(given.x, given, weight, bias, down, up, scale, compute, rotation, unread(feeds))
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -76,6 +79,7 @@ class _LoRALinear(torch.autograd.Function):
         up: Tensor | None,
         scale: float,
         compute: str,
+        rotation: int,
         unread: bool,
     ) -> Tensor:
         cast_down, cast_up, cast_bias = (t if t is None else t.to(x.dtype) for t in (down, up, bias))
@@ -85,9 +89,9 @@ class _LoRALinear(torch.autograd.Function):
         elif compute == "bf16":
             y, s = ops(x).lora_linear(x, weight, cast_bias, cast_down, cast_up, scale)
         else:
-            y, s = _forward_8bit(given, weight, cast_bias, cast_down, up, scale, _dtype(compute))
+            y, s = _forward_8bit(given, weight, cast_bias, cast_down, up, scale, _dtype(compute), rotation)
         ctx.save_for_backward(x if down is not None else None, s, down, up)
-        ctx.weight, ctx.scale, ctx.compute = weight, scale, compute
+        ctx.weight, ctx.scale, ctx.compute, ctx.rotation = weight, scale, compute, rotation
         return y
 
     @staticmethod
@@ -98,14 +102,14 @@ class _LoRALinear(torch.autograd.Function):
         weight = ctx.weight if ctx.needs_input_grad[0] else None
         cast_s, cast_down, cast_up = (t if t is None else t.to(dy.dtype) for t in (s, down, up))
         if weight is not None and ctx.compute.endswith("_dx"):
-            dx = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute))
+            dx = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute), ctx.rotation)
             weight = None
         else:
             dx = None
         dx2, d_down, d_up = ops(dy).lora_linear_backward(dy, weight, x, cast_s, cast_down, cast_up, ctx.scale)
         if d_down is not None:
             d_down, d_up = d_down.to(down.dtype), d_up.to(up.dtype)
-        return dx if dx2 is None else dx2, None, None, None, d_down, d_up, None, None, None
+        return dx if dx2 is None else dx2, None, None, None, d_down, d_up, None, None, None, None
 
 
 def _dtype(compute: str) -> torch.dtype:
@@ -120,27 +124,43 @@ def _forward_8bit(
     up: Tensor | None,
     scale: float,
     dtype: torch.dtype,
+    rotation: int,
 ) -> tuple[Tensor, Tensor | None]:
     """y and s from 8-bit rows of the input and the weight, each row with its scale."""
     x, values, row_scale, s = given
+    rows = x.flatten(0, -2)
     if values is None or row_scale is None:
-        values, row_scale = ops(x).row_quantize(x.flatten(0, -2), dtype)
+        values, row_scale = ops(x).row_quantize(rotate(rows, rotation) if rotation else rows, dtype)
     if s is None and down is not None:
-        s = x.flatten(0, -2) @ down.t()
-    w, w_scale = ops(x).to_rows(weight, dtype)
+        s = rows @ down.t()
+    w, w_scale = _rows(weight, dtype, x, rotation)
     y = ops(x).matmul_8bit(values, row_scale, w, w_scale, x.dtype, s, None if up is None else up * scale, bias)
     return y.view(*x.shape[:-1], -1), None if s is None else s.view(*x.shape[:-1], -1)
 
 
 def _dx_8bit(
-    dy: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, dtype: torch.dtype
+    dy: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, dtype: torch.dtype, rotation: int
 ) -> Tensor:
     """The gradient of the input, in 8 bits: it contracts over W's rows, so their scales go into dy before dy is rounded
     (folding costs no second copy of W and no accuracy).
     """
     rows = dy.flatten(0, -2)
-    w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True)  # (K, N)
+    w, w_scale = _rows(weight, dtype, dy, rotation, transposed=True)  # (K, N)
     values, row_scale = ops(dy).row_quantize(rows, dtype, w_scale)
     ds = None if up is None else rows @ (up * scale).to(dy.dtype)
-    dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
+    if not rotation:
+        dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
+        return dx.view(*dy.shape[:-1], -1)
+    dx = rotate(ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype), rotation)
+    if ds is not None and down is not None:
+        dx.addmm_(ds, down.to(dy.dtype))
     return dx.view(*dy.shape[:-1], -1)
+
+
+def _rows(
+    weight: Weight, dtype: torch.dtype, like: Tensor, rotation: int, transposed: bool = False
+) -> tuple[Tensor, Tensor]:
+    """`weight`, rotated if asked, as 8-bit values (N, K), or (K, N) if `transposed`, and row scales (N,)."""
+    if rotation:
+        weight = rotate(ops(like).dequantize(weight, torch.bfloat16), rotation)
+    return ops(like).to_rows(weight, dtype, transposed)

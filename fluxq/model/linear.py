@@ -31,7 +31,7 @@ class Linear(nn.Module):
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
         self.lora_scale = 1.0
-        self.compute = "bf16"
+        self.compute, self.rotation = "bf16", 0
         self._container: type[NF4Weight] | type[RowScaled] | None = None
 
     @property
@@ -73,7 +73,7 @@ class Linear(nn.Module):
     @property
     def wants(self) -> Wants:
         """The form in which this layer wants its input: what to tell the op before it."""
-        return wants(self.compute, self.lora_down, next(self.buffers()))
+        return wants(self.compute, self.lora_down, next(self.buffers()), self.rotation)
 
     def forward(self, x: Tensor | Activations, rows: slice = slice(None), feeds: str | None = None) -> Tensor:
         """x (..., K), or what the op before gave for `wants`, -> (..., N), or only those `rows` of N.
@@ -81,4 +81,6 @@ class Linear(nn.Module):
         `feeds`: the value that is made from the output alone (fluxq/kernels/replay.py).
         """
         bias, up = (t if t is None else t[rows] for t in (self.bias, self.lora_up))
-        return lora_linear(x, self.frozen[rows], bias, self.lora_down, up, self.lora_scale, self.compute, feeds)
+        return lora_linear(
+            x, self.frozen[rows], bias, self.lora_down, up, self.lora_scale, self.compute, feeds, self.rotation
+        )

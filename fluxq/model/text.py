@@ -25,14 +25,15 @@ computing, and an interrupt should lose little."""
 
 
 class Encoded(NamedTuple):
-    """t5 (B, L, D) and clip (B, D2) in the encoders' dtype; per caption the number of T5 tokens it has, and whether
-    it was cut.
+    """t5 (B, L, D) and clip (B, D2) in the encoders' dtype; per caption the number of T5 tokens it has, whether it was
+    cut to L of them, and whether it was cut to CLIP_LENGTH of CLIP's.
     """
 
     t5: Tensor
     clip: Tensor
     tokens: list[int]
     truncated: list[bool]
+    clip_truncated: list[bool]
 
 
 @dataclass(frozen=True)
@@ -55,7 +56,8 @@ class TextEncoders:
     def encode(self, captions: Sequence[str], tick: Tick = lambda done, total: None) -> Encoded:
         """`tick` is called after each of T5's blocks."""
         begin, end = self.clip_ids
-        clip_ids = [[begin, *self.clip_tokenize(caption)[: CLIP_LENGTH - 2], end] for caption in captions]
+        clip_tokens = [self.clip_tokenize(caption) for caption in captions]
+        clip_ids = [[begin, *ids[: CLIP_LENGTH - 2], end] for ids in clip_tokens]
         ends = torch.tensor([ids.index(end) for ids in clip_ids])
         clip = self.clip(torch.tensor([ids + [end] * (CLIP_LENGTH - len(ids)) for ids in clip_ids]), ends)
 
@@ -63,4 +65,5 @@ class TextEncoders:
         t5_ids = [[*ids[: self.length - 1], 1] for ids in t5_tokens]
         t5 = self.t5(torch.tensor([ids + [0] * (self.length - len(ids)) for ids in t5_ids]), tick)
         counts = [len(ids) + 1 for ids in t5_tokens]
-        return Encoded(t5, clip, counts, [n > self.length for n in counts])
+        clip_truncated = [len(ids) + 2 > CLIP_LENGTH for ids in clip_tokens]
+        return Encoded(t5, clip, counts, [n > self.length for n in counts], clip_truncated)

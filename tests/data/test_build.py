@@ -15,8 +15,9 @@ from fluxq.data import Batches, Dataset, Folder, Store
 from fluxq.data.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
 from fluxq.data.pictures import open_picture, prepare
 from fluxq.errors import WrongRequest
+from fluxq.formats.files import Checkpoint, write_safetensors
 
-LENGTH = 6
+LENGTH, CLIP_WORDS = 6, 4
 
 
 class ToyAutoencoder(torch.nn.Module):
@@ -49,7 +50,7 @@ class ToyText:
         t5 = torch.stack([torch.full((LENGTH, 8), float(len(caption))) for caption in captions])
         pooled = torch.stack([torch.full((5,), float(len(caption))) for caption in captions])
         words = [len(caption.split()) for caption in captions]
-        return t5, pooled, words, [count > LENGTH for count in words]
+        return t5, pooled, words, [count > LENGTH for count in words], [count > CLIP_WORDS for count in words]
 
 
 class Workshop:
@@ -148,9 +149,41 @@ def test_text_records_keep_what_the_encoder_said(workshop):
 
 def test_each_caption_that_is_cut_is_mentioned_in_every_build(workshop):
     (workshop.photos / "0.txt").write_text("one two three four five six seven")
+    (workshop.photos / "1.txt").write_text("one two three four five six seven")
+    (workshop.photos / "3.txt").write_text("word " * 100)
+    t5 = "is longer than 6 T5 tokens; what is beyond was cut off"
     for _ in range(2):
-        notes = workshop.build().notes
-        assert len(notes) == 1 and "'one two three four five six seven'" in notes[0] and "6 tokens" in notes[0]
+        first, second, prompt, _ = workshop.build(prompts=["a b c d e f g"]).notes
+        assert first == f"the caption of photos/0.png, 'one two three four five six seven', {t5}"
+        assert second == f"the caption of photos/3.png, '{'word ' * 12}...', {t5}"
+        assert prompt == f"the prompt 'a b c d e f g' {t5}"
+
+
+@pytest.mark.parametrize(
+    ("texts", "are"),
+    [
+        (["1 2 3 4"], None),
+        (["1 2 3 4", "1 2 3 4 5"], "the caption of photos/1.png, '1 2 3 4 5', is"),
+        (["1 2 3 4 5", "5 4 3 2 1", "1 2 3 4 5", "1"], "the caption of photos/0.png, '1 2 3 4 5', and 1 more are"),
+        (["1 2 3 4 5 6", "6 5 4 3 2", "2 3 4 5 6"], "the caption of photos/0.png, '1 2 3 4 5 6', and 2 more are"),
+    ],
+)
+def test_captions_that_clip_does_not_see_whole_are_one_line_in_every_build(texts, are, workshop):
+    for n, text in enumerate(texts):
+        (workshop.photos / f"{n}.txt").write_text(text)
+    wanted = (f"{are} longer than 77 CLIP tokens; what is beyond was left to T5",) if are else ()
+    assert workshop.build().notes == workshop.build().notes == wanted
+    assert workshop.loads == []
+
+
+def test_records_of_before_clips_cut_was_written_are_read(workshop):
+    (workshop.photos / "0.txt").write_text("1 2 3 4 5")
+    dataset, store = workshop.build(), Store(workshop.store_dir)
+    path = store.root / "text" / f"{dataset.examples[0].text[0]}.safetensors"
+    record = Checkpoint(path)
+    metadata = {name: value for name, value in record.metadata.items() if name != "clip_truncated"}
+    write_safetensors(path, {name: record.get(name) for name in record.keys()}, metadata)
+    assert workshop.build().notes == () and store.verify() == {}
 
 
 def test_edited_caption_alone_is_encoded_again(workshop):

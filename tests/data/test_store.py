@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 import threading
+from dataclasses import replace
 from hashlib import file_digest
 
 import pytest
@@ -35,6 +36,15 @@ def test_records_come_back_exactly(tmp_path):
     assert torch.equal(found.t5, text.t5) and torch.equal(found.clip, text.clip)
     assert found.t5.dtype == torch.bfloat16 and found.clip.dtype == torch.float32
     assert (found.caption, found.tokens, found.truncated) == (text.caption, 3, False)
+
+
+@pytest.mark.parametrize("cuts", [(False, False), (False, True), (True, True)])
+def test_what_was_cut_is_remembered(cuts, tmp_path):
+    store = Store(tmp_path)
+    store.put_text("ab", replace(some_text(), truncated=cuts[0], clip_truncated=cuts[1]))
+    assert store.text_cuts("ab") == cuts
+    text = store.text("ab")
+    assert (text.truncated, text.clip_truncated) == cuts
 
 
 def test_keys_depend_on_every_part():
@@ -80,7 +90,7 @@ def test_missing_record_is_named_with_the_remedy(tmp_path):
 def test_damaged_record_is_named_with_the_remedy(tmp_path, data):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "cd.safetensors").write_bytes(data)
-    for read in (Store(tmp_path).text, Store(tmp_path).text_is_truncated):
+    for read in (Store(tmp_path).text, Store(tmp_path).text_cuts):
         with pytest.raises(
             WrongRequest, match=r"cache record .*cd.safetensors is damaged \(.+\); run `fluxq cache --verify`"
         ):

@@ -11,11 +11,15 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import randomise, relative_error, tiny_config
+from safetensors.torch import load_file, save_file
 
+from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats import quantized
 from fluxq.formats.files import Checkpoint, write_safetensors
-from fluxq.formats.quantized import QuantizedFile, cached, layout, load_quantized, write_quantized
+from fluxq.formats.keys import to_diffusers
+from fluxq.formats.quantized import QuantizedFile, cached, fingerprint, layout, load_quantized, write_quantized
+from fluxq.formats.source import open_flux
 from fluxq.kernels import FORMATS, dequantize, quantize
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.linear import Linear
@@ -135,6 +139,74 @@ def test_a_changed_file_is_quantised_anew(source, tmp_path, monkeypatch):
     assert second.source["hash"] != first.source["hash"]
 
 
+def few_samples(path: Path) -> bytes:
+    """The part of a file in a fingerprint, from its first MiB, its vectors, and just 32 sampled bytes."""
+    quantized._sampled.cache_clear()
+    return quantized._sampled(path, path.stat().st_size, 0, samples=2, size=16)[0]
+
+
+def test_a_change_in_any_vector_is_seen(tmp_path):
+    """Samples alone could miss it: in FLUX.1 a norm is 256 bytes of 23.8 GB."""
+    path, big = tmp_path / "x.safetensors", torch.zeros(1024, 1024).bfloat16()
+    tensors = {"a.weight": big, "b.weight": torch.zeros(4, 4), "c.bias": torch.zeros(7), "d.scale": torch.tensor(1.0)}
+    tensors |= {"e.scale": torch.zeros(0), "f.norm": torch.zeros(128).bfloat16(), "z.weight": big.clone()}
+    write_safetensors(path, tensors)
+    seen = {few_samples(path)}
+    for name in ("c.bias", "d.scale", "f.norm"):
+        tensors[name].view(-1)[-1] += 1
+        write_safetensors(path, tensors)
+        assert few_samples(path) not in seen, name
+        seen.add(few_samples(path))
+    tensors["z.weight"][5, 5] += 1  # between samples: the test would not tell the vectors' part from the samples' else
+    write_safetensors(path, tensors)
+    assert few_samples(path) in seen
+
+
+def test_a_change_in_any_vector_of_a_quantised_file_is_seen(tmp_path):
+    path = tmp_path / "q.safetensors"
+    write_quantized(path, open_flux(nano.FLUX), "nf4", {}, CPU)
+    file, raw, before = QuantizedFile.open(path), path.read_bytes(), few_samples(path)
+    header = 8 + int.from_bytes(raw[:8], "little")
+    entries = json.loads(raw[8:header])
+    checked = {True: 0, False: 0}
+    for unit, places in file.units.items():
+        for place in places:
+            begin = header + entries[unit]["data_offsets"][0] + place.start
+            if (1 << 20) < begin < len(raw) - 16 - place.nbytes:
+                changed = bytearray(raw)
+                changed[begin + place.nbytes - 1] ^= 1
+                path.write_bytes(changed)
+                vector = len(place.shape) == 1
+                assert (few_samples(path) != before) == vector, place
+                checked[vector] += 1
+    assert min(checked.values()) > 5
+
+
+def diffusers_folder(folder: Path, **settings) -> Path:
+    folder.mkdir()
+    tensors = to_diffusers(load_file(nano.FLUX), FluxConfig.nano())
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps({"_class_name": "FluxTransformer2DModel"} | settings))
+    return folder
+
+
+def test_the_config_beside_diffusers_files_is_part_of_what_they_are(tmp_path, monkeypatch):
+    """The axes of rope are there alone: with others it is another model of the same tensors."""
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
+    folders = [diffusers_folder(tmp_path / "a"), diffusers_folder(tmp_path / "b")]
+    folders += [diffusers_folder(tmp_path / "c", axes_dims_rope=[8, 12, 12])]
+    files = [cached(open_flux(folder), "nf4", CPU) for folder in folders]
+    assert files[0].path.name.rsplit("-", 1)[1] == files[1].path.name.rsplit("-", 1)[1]
+    assert files[0].path.name.rsplit("-", 1)[1] != files[2].path.name.rsplit("-", 1)[1]
+    assert files[2].config.axes_dim == (8, 12, 12) != files[0].config.axes_dim
+
+
+def test_a_stray_config_beside_a_single_file_changes_nothing(source):
+    before = fingerprint(source.files)
+    (source.files[0].parent / "config.json").write_text("{}")
+    assert fingerprint(source.files) == before
+
+
 def test_an_interrupted_write_leaves_nothing_under_the_real_name(source, tmp_path):
     def interrupted(done, total):
         if done > total / 2:
@@ -208,6 +280,7 @@ def test_the_file_is_a_safetensors_file_like_any_other(source, tmp_path):
         lambda about: about["layout"]["single_blocks.0"][1].__setitem__(3, 0),
         lambda about: about["config"].update(depth=7),
         lambda about: about.update(format="fp2"),
+        lambda about: about.update(source="somewhere"),
     ],
 )
 def test_a_lying_header_is_refused(damage, source, tmp_path):

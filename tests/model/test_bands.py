@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import LiveBytes, randomise, relative_error
+from helpers import randomise, relative_error
+from live_bytes import LiveBytes
 
 from fluxq.model import AutoEncoder, AutoEncoderConfig
 

@@ -155,6 +155,16 @@ def test_long_captions_are_cut_keep_their_end_token_and_say_so(files):
     assert encoded.tokens[0] >= 100
 
 
+def test_clips_cut_is_told_from_the_first_token_too_many(files):
+    """77 tokens with begin and end; T5 has room for all of it."""
+    ours = loaded(files[0], length=200)
+    assert len(ours.clip_tokenize("red " * 75)) == 75
+    encoded = ours.encode(["red " * 75, "red " * 76, "", "red " * 90])
+    assert encoded.clip_truncated == [False, True, False, True]
+    assert encoded.truncated == [False] * 4
+    assert relative_error(encoded.clip[1], encoded.clip[3]) == 0
+
+
 def test_each_block_is_read_once_a_call_and_told(files):
     ours = loaded(files[0])
     told, read = [], []
