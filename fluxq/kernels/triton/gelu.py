@@ -18,9 +18,13 @@ from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.triton.eight_bits import down_and_block, down_product, named, outputs, scale_of, to_8_bits
 from fluxq.kernels.triton.layout import with_whole_rows
 
-# What -> rows of a program, warps. All predicted. A row of 12,288 (padded to 16,384) beside 3,072 is 60 numbers a
-# thread at 8 warps.
-_TILES = {"plain": (4, 4), "backward": (4, 4), "8 bits": (1, 16), "down": (16, 16)}
+# What -> rows of a program, warps, on every card. All predicted, from registers at widths of 12,288 and 3,072:
+_TILES = {
+    "plain": (4, 4),  # 32 numbers a thread, and no two programs share a line of memory
+    "backward": (4, 4),
+    "8 bits": (1, 16),  # a row of 15,360 in 64 registers a thread: two rows in flight on a multiprocessor
+    "down": (16, 8),  # 16 rows share a reading of `down`; at 16 warps sm_120 spills
+}
 _BLOCK = 1024  # columns of a program where rows need not be whole: it divides FLUX's widths
 
 
