@@ -15,7 +15,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.triton.eight_bits import down_and_block, down_product, named, outputs, scale_of, to_8_bits
+from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
 from fluxq.kernels.triton.layout import with_whole_rows
 
 # What -> rows of a program, warps, on every card. All predicted, from registers at widths of 12,288 and 3,072:
@@ -144,14 +144,16 @@ def _gelu_8_bits(
             largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
         row_scale = scale_of(largest, INT8)
         tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
-        tl.store(values_ptr + m * (D + W) + D + column, to_8_bits(y, row_scale, INT8), mask=mask)
-        if beside_ptr is not None:
-            tl.store(values_ptr + m * (D + W) + left, to_8_bits(x, row_scale, INT8), mask=left_mask)
+        if down_ptr is None:
+            tl.store(values_ptr + m * (D + W) + D + column, to_8_bits(y, row_scale, INT8), mask=mask)
+            if beside_ptr is not None:
+                tl.store(values_ptr + m * (D + W) + left, to_8_bits(x, row_scale, INT8), mask=left_mask)
     if down_ptr is not None:
         m = b * L + first
-        down_product(
-            y_ptr + m * y_l, down_ptr, s_ptr + m * R, y_l, L - first, R, D + W, ROWS, BLOCK_R, BLOCK_K, PRECISION
-        )
+        to_8_bits_with_down(
+            y_ptr + m * y_l, values_ptr + m * (D + W), row_scale_ptr + m, down_ptr, s_ptr + m * R,
+            y_l, L - first, R, D + W, ROWS, INT8, BLOCK_R, BLOCK_K, PRECISION,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["L"])
