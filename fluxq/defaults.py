@@ -8,8 +8,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-import torch
-
 from fluxq.config import DataConfig, FolderConfig, TrainConfig
 from fluxq.data.pictures import picture_files
 from fluxq.errors import WrongRequest
@@ -44,8 +42,7 @@ def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
     output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} holds the pictures; choose another folder for the run by --out")
-    compute = compute_on(config.model.compute, models.device, say)
-    model = replace(models.resolved(), t5_length=models.t5_length, compute=compute)
+    model = replace(models.resolved(), t5_length=models.t5_length)
     return replace(config, model=model, data=data, lora=lora, training=training, output=output)
 
 
@@ -66,17 +63,6 @@ def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:
         min_side=data.min_side or max(data.step, size // 2 // data.step * data.step),
         max_side=data.max_side or size * 2,
     )
-
-
-def compute_on(compute: str, device: torch.device, say: Say) -> str:
-    """`compute`, or what stands in for it on a card without such arithmetic: it is fixed when a run first starts."""
-    if device.type != "cuda" or not compute.startswith("fp8"):
-        return compute
-    if (capability := torch.cuda.get_device_capability(device)) >= (8, 9):
-        return compute
-    instead = compute.replace("fp8", "int8")
-    say(f"compute {instead}: sm_{capability[0]}{capability[1]} has no fp8 arithmetic; 8 bits there are int8")
-    return instead
 
 
 def side(name: str, pixels: int) -> int:

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import ctypes
+import importlib.util
 import os
 import platform
 import shutil
@@ -32,7 +33,7 @@ class Machine:
 
     cuda is torch's CUDA version, None for a build without; architectures what it has code for ("sm_90",
     "compute_120"); hidden says that CUDA_VISIBLE_DEVICES takes all cards away on purpose; bf16, that torch makes bf16
-    tensors on the card, be their arithmetic emulated or not.
+    tensors on the card, be their arithmetic emulated or not; triton, that the package is installed.
     """
 
     torch: str
@@ -43,6 +44,7 @@ class Machine:
     card: Card | None
     architectures: tuple[str, ...] = ()
     bf16: bool = True
+    triton: bool = True
 
 
 def read_machine() -> Machine:
@@ -62,6 +64,7 @@ def read_machine() -> Machine:
         card=card,
         architectures=tuple(torch.cuda.get_arch_list()) if available else (),
         bf16=not available or torch.cuda.is_bf16_supported(including_emulation=True),
+        triton=importlib.util.find_spec("triton") is not None,
     )
 
 
@@ -113,6 +116,11 @@ def notes(machine: Machine) -> list[str]:
         return [
             f"the {card.name} ({_sm(card.capability)}) has no bf16 arithmetic: torch emulates it, which is right but "
             "several times slower than on the RTX 30 series and newer"
+        ]
+    if card is not None and not machine.rocm and not machine.triton:
+        return [
+            "Triton is not installed, so the card runs plain PyTorch in place of fluxq's "
+            "kernels; mend it with: pip install triton (on Windows: pip install triton-windows)"
         ]
     return []
 

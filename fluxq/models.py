@@ -94,12 +94,28 @@ class Models:
         return self.open(part).files if path.suffix == ".json" else (path,)
 
     def resolved(self) -> ModelConfig:
-        """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it."""
+        """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it, and
+        with the `compute` in use.
+        """
         if self.is_nano:
-            return self.config
+            return replace(self.config, compute=self.compute)
         named = {part: self.served(part).path for part in PARTS}
         named |= {key: path for key in TOKENIZERS if (path := getattr(self.config, key))}
-        return replace(self.config, models=None, **{key: path.absolute() for key, path in named.items()})
+        return replace(
+            self.config, compute=self.compute, models=None, **{key: path.absolute() for key, path in named.items()}
+        )
+
+    @cached_property
+    def compute(self) -> str:
+        """How frozen weights are multiplied on this device: as asked, or what stands in where it has no fp8."""
+        asked, capability = self.config.compute, None
+        if self.device.type == "cuda" and asked.startswith("fp8"):
+            capability = torch.cuda.get_device_capability(self.device)
+        if capability is None or capability >= (8, 9):
+            return asked
+        instead = asked.replace("fp8", "int8")
+        self._say(f"compute {instead}: sm_{capability[0]}{capability[1]} has no fp8 arithmetic; 8 bits there are int8")
+        return instead
 
     @property
     def flux_file(self) -> Path:
@@ -188,7 +204,7 @@ class Models:
     def load_flux(self) -> Flux:
         """The transformer as it is stored, multiplying as `compute` says."""
         flux = self._stored_flux()
-        flux.set_compute(self.config.compute)
+        flux.set_compute(self.compute)
         return flux
 
     def _stored_flux(self) -> Flux:

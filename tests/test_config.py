@@ -7,10 +7,8 @@ import tomllib
 from pathlib import Path
 
 import pytest
-import torch
 
 from fluxq.config import ModelConfig, TrainConfig, TrainingConfig, config_from_dict, read_toml, set_values, to_toml
-from fluxq.defaults import compute_on
 from fluxq.errors import WrongRequest
 
 
@@ -96,11 +94,3 @@ def test_choices_are_those_of_the_kernels():
 
     choices = {f.name: f.metadata.get("choices") for c in (ModelConfig, TrainingConfig) for f in dataclasses.fields(c)}
     assert (choices["format"], choices["compute"], choices["policy"]) == (FORMATS, COMPUTES, tuple(POLICIES))
-
-
-@pytest.mark.parametrize(("capability", "used"), [((8, 6), "int8_dx"), ((8, 9), "fp8_dx"), ((12, 0), "fp8_dx")])
-def test_a_card_without_fp8_computes_in_int8_and_says_so(capability, used, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    said: list[str] = []
-    assert compute_on("fp8_dx", torch.device("cuda"), said.append) == used
-    assert len(said) == (used != "fp8_dx") and compute_on("fp8", torch.device("cpu"), said.append) == "fp8"

@@ -27,6 +27,12 @@ def test_torch_without_cuda_beside_a_driver_is_said_with_the_way_out():
     assert "pytorch.org" in note and "\n" not in note and "http" not in note
 
 
+def test_a_card_without_triton_is_said_in_one_line():
+    (note,) = notes(replace(GOOD, triton=False))
+    assert "Triton is not installed" in note and "triton-windows" in note and "\n" not in note
+    assert notes(replace(NO_CUDA, driver=False, triton=False)) == []
+
+
 @pytest.mark.parametrize("change", [{"driver": False}, {"hidden": True}, {"rocm": True}])
 def test_no_driver_or_a_hidden_card_is_as_wanted(change):
     assert notes(replace(NO_CUDA, **change)) == []

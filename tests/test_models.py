@@ -418,3 +418,13 @@ def test_a_repository_of_many_loose_files_asks_for_one(tmp_path, monkeypatch):
         f"{REPOSITORY} has no folder transformer, and beside that a.safetensors, b.safetensors; download the one"
         in sentence
     )
+
+
+@pytest.mark.parametrize(("capability", "used"), [((8, 6), "int8_dx"), ((8, 9), "fp8_dx"), ((12, 0), "fp8_dx")])
+def test_a_card_without_fp8_computes_in_int8_and_says_so(capability, used, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said: list[str] = []
+    models = Models(ModelConfig(name="nano", compute="fp8_dx"), torch.device("cuda"), say=said.append)
+    assert models.resolved().compute == models.compute == used
+    assert len(said) == (used != "fp8_dx")
+    assert Models(ModelConfig(name="nano", compute="fp8"), torch.device("cpu"), say=said.append).compute == "fp8"
