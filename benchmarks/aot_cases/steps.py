@@ -38,8 +38,7 @@ def modulates() -> list[Case]:
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
                 if down and not form:
                     continue
-                kind = ("gated down" if gated else "down") if down else "8 bits" if form else "plain"
-                rows, step, warps = modulate._TILES[kind]
+                rows, step, warps = modulate._TILES["down" if down else "8 bits" if form else "plain"]
                 constants = dict(D=3072, BLOCK=4096, ROWS=rows, STEP=step, INT8=form == "_int8")
                 constants |= dict(BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee")
                 left_out = (*absent, *(() if form else ("values", "row_scale")), *(() if down else ("down", "s")))

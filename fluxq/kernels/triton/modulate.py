@@ -24,8 +24,7 @@ from fluxq.kernels.triton.layout import with_whole_rows
 _TILES = {
     "plain": (1, 1, 4),  # 24 numbers a thread, 5 rows or more in flight on a multiprocessor
     "8 bits": (1, 1, 8),  # 8-bit rows are stored 16 numbers a thread: 8 warps for 4,096 of them
-    "down": (16, 2, 8),  # two rows hide the sums of one another; M / 16 programs are few
-    "gated down": (16, 1, 8),  # as many bytes in flight as without gate; two rows take 170 registers
+    "down": (16, 2, 8),  # what a tensor core multiplies; two rows hide the sums of one another
     "backward": (1, 1, 8),  # at 4 warps 91 registers, and a third less in flight
     "sums": (16, 1, 8),  # 158 registers for the sums: the rarer case, and 1/16 of a row is written for each row
     "gated_add": (4, 4, 4),  # four rows share the gate
@@ -54,11 +53,7 @@ def _forward(
     shift, scale = with_whole_rows(shift), with_whole_rows(scale)
     made = outputs(x, width, wants)
     down, block_r = down_and_block(wants, x)
-    if down is not None:
-        tiles = _TILES["down" if gate is None else "gated down"]
-    else:
-        tiles = _TILES["plain" if wants.dtype is None else "8 bits"]
-    rows, step, warps = tiles
+    rows, step, warps = _TILES["down" if down is not None else "plain" if wants.dtype is None else "8 bits"]
     _modulate[triton.cdiv(length, rows), batch](
         x, gate, y, total, shift, scale, made.x, made.values, made.scale, down, made.s,
         x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
