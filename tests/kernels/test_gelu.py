@@ -28,7 +28,9 @@ def operands(device, batch=2, width=320, beside=96, length=21):
 @pytest.mark.parametrize(("batch", "width", "beside"), [(1, 320, 0), (2, 320, 96), (1, 1100, 1030)])
 def test_gelu_and_its_gradients(each_backend, device, batch, width, beside, dtype):
     inputs = operands(device, batch, width, beside, 33 if batch == 1 else 21)
-    assert_as_close_as_plain(lambda *t: (gelu_tanh(*t).x,), plainly, exactly, inputs, dtype)
+    # Above 5 gelu(h) is h but for fp32's last bit; where a cast to bf16 cuts off, that bit becomes a whole step.
+    slack = 1.0 if device.type == "cuda" else 1.5
+    assert_as_close_as_plain(lambda *t: (gelu_tanh(*t).x,), plainly, exactly, inputs, dtype, slack)
 
 
 def test_gradients_in_fp64():

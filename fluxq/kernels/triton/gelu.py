@@ -1,7 +1,8 @@
 """GELU by tanh's approximation, written where the next layer reads it, with what belongs to its left.
 
 gelu(h) = h sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3), since (1 + tanh u) / 2 = sigmoid(2 u). In 8 bits a
-program holds a whole row, both parts of it, so that its largest magnitude costs no second reading.
+program holds a whole row, both parts of it, so that its largest magnitude costs no second reading; only where the
+product with LoRA's `down` is wanted too does a tile of rows come back from the cache.
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -23,7 +24,7 @@ _TILES = {
     "plain": (4, 4),  # 32 numbers a thread, and no two programs share a line of memory
     "backward": (4, 4),
     "8 bits": (1, 16),  # a row of 15,360 in 64 registers a thread: two rows in flight on a multiprocessor
-    "down": (16, 8),  # 16 rows share a reading of `down`; at 16 warps sm_120 spills
+    "down": (16, 16),  # 16 rows share a reading of `down`; at 8 warps Triton 3.6 spills
 }
 _BLOCK = 1024  # columns of a program where rows need not be whole: it divides FLUX's widths
 
