@@ -13,20 +13,16 @@ gelu, modulate, qk_norm_rope = (
     import_module(f"fluxq.kernels.triton.{m}") for m in ("gelu", "modulate", "qk_norm_rope")
 )
 
-POINTERS = {"row_scale_ptr": "*fp32", "s_ptr": "*fp32", "sums_ptr": "*fp32", "rstd_ptr": "*fp32"}
+POINTERS = {"values_ptr": "*u8", "row_scale_ptr": "*fp32", "s_ptr": "*fp32", "sums_ptr": "*fp32", "rstd_ptr": "*fp32"}
 POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
 RUNTIME = {"L", "R", "start", "length"}  # the other numbers are strides, and those of FLUX's rows multiples of 16
 
 
-def case(
-    name: str, kernel: Any, constants: Mapping[str, Any], warps: int, absent: Sequence[str] = (), values: str = "*i8"
-) -> Case:
+def case(name: str, kernel: Any, constants: Mapping[str, Any], warps: int, absent: Sequence[str] = ()) -> Case:
     """A case in bf16, without the pointers in `absent`."""
     constants = dict(constants) | {f"{n}_ptr": None for n in absent}
     names = [n for n in kernel.arg_names if n not in constants]
     types = {n: POINTERS.get(n, "*bf16") if n.endswith("_ptr") else "i32" for n in names}
-    if "values_ptr" in types:
-        types["values_ptr"] = values
     aligned = tuple(n for n in names if types[n] == "i32" and n not in RUNTIME)
     return Case(name, kernel, types, constants, warps, aligned=aligned, vector=True)
 
@@ -34,7 +30,7 @@ def case(
 def modulates() -> list[Case]:
     found = []
     for gated, absent in (("", ("gate", "add", "sum")), ("gated_add_", ())):
-        for form, values in (("", "*i8"), ("_int8", "*i8"), ("_fp8", "*u8")):
+        for form in ("", "_int8", "_fp8"):
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
                 if down and not form:
                     continue
@@ -43,7 +39,7 @@ def modulates() -> list[Case]:
                 constants |= dict(BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee")
                 left_out = (*absent, *(() if form else ("values", "row_scale")), *(() if down else ("down", "s")))
                 name = f"{gated}modulate{form}{down}"
-                found.append(case(name, modulate._modulate, constants, warps, left_out, values))
+                found.append(case(name, modulate._modulate, constants, warps, left_out))
     return found
 
 
@@ -93,7 +89,7 @@ def gelus() -> list[Case]:
     ]
     rows, warps = gelu._TILES["backward"]
     found.append(case("gelu_tanh_backward", gelu._gelu_backward, tile | dict(ROWS=rows), warps))
-    for form, values in (("_int8", "*i8"), ("_fp8", "*u8")):
+    for form in ("_int8", "_fp8"):
         for beside, width in (("", 0), ("_beside", 3072)):
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
                 rows, warps = gelu._TILES["down" if down else "8 bits"]
@@ -101,7 +97,7 @@ def gelus() -> list[Case]:
                 constants |= dict(INT8=form == "_int8", BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee")
                 left_out = (*(() if down else ("down", "s")), *(() if beside else ("beside",)))
                 name = f"gelu_tanh{beside}{form}{down}"
-                found.append(case(name, gelu._gelu_8_bits, constants, warps, left_out, values))
+                found.append(case(name, gelu._gelu_8_bits, constants, warps, left_out))
     return found
 
 

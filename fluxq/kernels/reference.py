@@ -65,8 +65,13 @@ def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return below.to(device, torch.uint8), midpoint.to(device)
 
 
-def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The (N, K) matrix that `weight` stands for, in `dtype`; written into `out`, rows of any stride, if given."""
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """The (N, K) matrix that `weight` stands for, in `dtype`, or its transpose (K, N); written into `out`, rows of any
+    stride, if given.
+    """
+    if transposed:
+        matrix = dequantize(weight, dtype).t()
+        return matrix.contiguous() if out is None else out.copy_(matrix)
     if isinstance(weight, Tensor):
         return weight.to(dtype) if out is None else out.copy_(weight)
     if isinstance(weight, NF4Weight):

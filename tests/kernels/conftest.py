@@ -27,8 +27,8 @@ def triton_ops(device):
 
 
 @pytest.fixture(params=["reference", "triton"])
-def each_backend(request, device) -> str:
-    """The name of a backend, in use inside the test; the test runs on each."""
+def either_backend(request):
+    """A test that asks for this runs twice, on the reference and on Triton."""
     if request.param == "triton":
         request.getfixturevalue("triton_ops")
         yield request.param

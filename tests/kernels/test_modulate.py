@@ -53,14 +53,14 @@ def gated_ours(*inputs):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 33, 192), (2, 21, 96), (1, 2, 3072)])
-def test_modulate_and_its_gradients(each_backend, device, shape, dtype):
+def test_modulate_and_its_gradients(either_backend, device, shape, dtype):
     inputs = [stream(shape, device), *chunks(shape[0], shape[2], device)[:2]]
     assert_as_close_as_plain(lambda *t: (modulate(*t).x,), plainly, exactly, inputs, dtype)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 33, 192), (2, 21, 1100)])
-def test_gated_add_and_its_gradients(each_backend, device, shape, dtype):
+def test_gated_add_and_its_gradients(either_backend, device, shape, dtype):
     _, _, gate = chunks(shape[0], shape[2], device)
     inputs = [stream(shape, device), gate, stream(shape, device, 3)]
     assert_as_close_as_plain(
@@ -70,7 +70,7 @@ def test_gated_add_and_its_gradients(each_backend, device, shape, dtype):
 
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 33, 192), (2, 21, 96)])
-def test_gated_add_modulate_and_its_gradients(each_backend, device, shape, dtype):
+def test_gated_add_modulate_and_its_gradients(either_backend, device, shape, dtype):
     shift, scale, gate = chunks(shape[0], shape[2], device)
     inputs = [stream(shape, device), gate, stream(shape, device, 3), shift, scale]
     assert_as_close_as_plain(gated_ours, gated_plainly, gated_exactly, inputs, dtype)
@@ -89,7 +89,7 @@ def test_gradients_in_fp64():
             assert torch.autograd.gradcheck(call, inputs, check_undefined_grad=False)
 
 
-def test_frozen_rows_get_no_gradient_and_change_no_other(each_backend, device):
+def test_frozen_rows_get_no_gradient_and_change_no_other(either_backend, device):
     shift, scale, gate = chunks(2, 96, device)
     x, y = (stream((2, 21, 96), device, seed).requires_grad_() for seed in (0, 3))
     _, _, dx, _, dy, *_ = with_gradients(gated_ours, [x, gate, y, shift, scale], torch.float32)
@@ -100,7 +100,7 @@ def test_frozen_rows_get_no_gradient_and_change_no_other(each_backend, device):
     torch.testing.assert_close(d_modulated.double(), expected, atol=1e-4, rtol=1e-4)
 
 
-def test_the_sum_may_get_no_gradient_of_its_own(each_backend, device):
+def test_the_sum_may_get_no_gradient_of_its_own(either_backend, device):
     shift, scale, gate = chunks(2, 96, device)
     inputs = [stream((2, 21, 96), device), gate, stream((2, 21, 96), device, 3), shift, scale]
     assert_as_close_as_plain(
@@ -112,7 +112,7 @@ def test_the_sum_may_get_no_gradient_of_its_own(each_backend, device):
     )
 
 
-def test_room_is_left_behind_each_row(each_backend, device):
+def test_room_is_left_behind_each_row(either_backend, device):
     shift, scale, gate = chunks(2, 96, device)
     x, y = stream((2, 21, 96), device), stream((2, 21, 96), device, 3)
     wide, plain = modulate(x, shift, scale, Wants(room=16)).x, modulate(x, shift, scale).x
@@ -123,7 +123,7 @@ def test_room_is_left_behind_each_row(each_backend, device):
     torch.testing.assert_close(made.x[..., :96], modulate(total, shift, scale).x)
 
 
-def test_the_gradient_of_a_wider_row_is_read_where_it_lies(each_backend, device):
+def test_the_gradient_of_a_wider_row_is_read_where_it_lies(either_backend, device):
     shift, scale, gate = chunks(2, 96, device)
     x, y, dx = (stream((2, 21, 96), device, seed) for seed in (0, 3, 4))
     wide = torch.full((2, 21, 112), torch.nan, device=device)
@@ -136,7 +136,7 @@ def test_the_gradient_of_a_wider_row_is_read_where_it_lies(each_backend, device)
         torch.testing.assert_close(call(wide), call(dy))
 
 
-def test_part_of_a_sequence_and_an_expanded_gradient_are_taken_as_they_are(each_backend, device):
+def test_part_of_a_sequence_and_an_expanded_gradient_are_taken_as_they_are(either_backend, device):
     """The last layer reads the image's part of the joint sequence; the gradient of a sum is one number, expanded."""
     shift, scale, _ = chunks(2, 96, device)
     joint = stream((2, 40, 96), device)
@@ -148,7 +148,7 @@ def test_part_of_a_sequence_and_an_expanded_gradient_are_taken_as_they_are(each_
     torch.testing.assert_close(part.grad, copy.grad)
 
 
-def test_what_nobody_reads_may_be_one_number_expanded(each_backend, device):
+def test_what_nobody_reads_may_be_one_number_expanded(either_backend, device):
     gate, residual = chunks(2, 96, device)[2], stream((2, 21, 96), device)
     one = torch.full((), 3.0, device=device).expand(2, 21, 96)
     torch.testing.assert_close(gated_add(residual, gate, one), residual + gate * 3)
@@ -157,7 +157,7 @@ def test_what_nobody_reads_may_be_one_number_expanded(each_backend, device):
 @pytest.mark.parametrize("eight_bits", EIGHT_BITS)
 @pytest.mark.parametrize("rank", [None, 5, 40, 70])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_eight_bit_rows_and_their_product_with_down(each_backend, device, dtype, rank, eight_bits):
+def test_eight_bit_rows_and_their_product_with_down(either_backend, device, dtype, rank, eight_bits):
     shift, scale, gate = (t.to(dtype) for t in chunks(2, 320, device))
     x, y = (stream((2, 19, 320), device, seed).to(dtype) for seed in (0, 3))
     down = None if rank is None else torch.randn(rank, 320, device=device) / 18

@@ -63,7 +63,7 @@ def faces(scales, cos, sin, invertible=True):
     [(1, (33,), 3, 32, True), (2, (5, 12), 3, 32, False), (2, (4, 7), 2, 128, True), (1, (3, 2), 1, 16, True)],
 )
 def test_queries_keys_values_and_their_gradients(
-    each_backend, device, batch, lengths, heads, width, shared, dtype, invertible
+    either_backend, device, batch, lengths, heads, width, shared, dtype, invertible
 ):
     cos, sin = angles(1 if shared else batch, sum(lengths), width, device)
     qkvs = [torch.randn(batch, length, 3 * heads * width, device=device) * 2 for length in lengths]
@@ -82,7 +82,7 @@ def test_gradients_in_fp64():
             assert torch.autograd.gradcheck(lambda *t: torch.cat(run(*t)), qkvs, check_undefined_grad=False)  # noqa: B023
 
 
-def test_a_scale_of_zero_needs_the_inputs(each_backend, device):
+def test_a_scale_of_zero_needs_the_inputs(either_backend, device):
     cos, sin = angles(1, 9, 32, device)
     scales = norms(1, 32, device)
     scales[0][0][3] = 0
@@ -91,7 +91,7 @@ def test_a_scale_of_zero_needs_the_inputs(each_backend, device):
     assert_as_close_as_plain(run, plain, exact, [qkv], torch.float32)
 
 
-def test_buffers_are_joint_and_their_rows_hold_all_heads(each_backend, device):
+def test_buffers_are_joint_and_their_rows_hold_all_heads(either_backend, device):
     """What attention reads: (B, H, L, W) views of (B, L, H, W) memory; and 1 / rms of queries and keys."""
     cos, sin = angles(1, 9, 32, device)
     scales = norms(2, 32, device)
@@ -105,7 +105,7 @@ def test_buffers_are_joint_and_their_rows_hold_all_heads(each_backend, device):
     assert rstd.dtype == torch.float32
 
 
-def test_rows_and_gradients_of_any_stride_are_taken_as_they_are(each_backend, device):
+def test_rows_and_gradients_of_any_stride_are_taken_as_they_are(either_backend, device):
     cos, sin = angles(1, 9, 32, device)
     ((q_scale, k_scale),) = norms(1, 32, device)
     wide = torch.randn(2, 11, 400, device=device)

@@ -8,20 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.triton.e4m3 import to_e4m3
+from fluxq.kernels.triton.bits import e4m3_encode, int8_encode
 
 
 def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
     """Uninitialised memory for rows of `width`, as many as `like` (B, L, ...) has, in the form that is wanted.
 
-    fp8 values are bytes here; `named` gives them their type.
+    Values are bytes here; `named` gives them their type.
     """
     batch, length, _ = like.shape
     y = like.new_empty(batch, length, width + (wants.room if wants.dtype is None else 0))
     if wants.dtype is None:
         return Activations(y)
-    bytes_ = torch.int8 if wants.dtype == torch.int8 else torch.uint8
-    values = like.new_empty(batch * length, width, dtype=bytes_)
+    values = like.new_empty(batch * length, width, dtype=torch.uint8)
     scale = like.new_empty(batch * length, dtype=torch.float32)
     s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0], dtype=torch.float32)
     return Activations(y, values, scale, s)
@@ -49,14 +48,9 @@ def scale_of(largest, INT8: tl.constexpr):
 
 @triton.jit
 def to_8_bits(y, scale, INT8: tl.constexpr):
-    """y (rows, columns) fp32 divided by `scale` (rows,), in int8 or as bytes of e4m3."""
+    """y (rows, columns) fp32 divided by `scale` (rows,), as bytes of int8 or e4m3."""
     scaled = y * (1.0 / scale)[:, None]
-    if INT8:
-        # At 1.5 * 2^23 fp32 has steps of 1: adding rounds, half to even.
-        values = (scaled + 12582912.0 - 12582912.0).to(tl.int8)
-    else:
-        values = to_e4m3(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
-    return values
+    return int8_encode(scaled) if INT8 else e4m3_encode(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
 
 
 @triton.jit

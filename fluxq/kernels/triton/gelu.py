@@ -106,7 +106,7 @@ def _gelu_8_bits(
     h_ptr,  # (B, L, W)
     beside_ptr,  # (B, L, D), or None
     y_ptr,  # (B, L, D + W) out, rows y_l apart
-    values_ptr,  # (B L, D + W) out: int8, or bytes of e4m3
+    values_ptr,  # (B L, D + W) out: bytes of int8 or e4m3
     row_scale_ptr,  # (B L,) fp32 out
     down_ptr,  # (R, D + W), or None
     s_ptr,  # (B L, R) fp32 out, or None

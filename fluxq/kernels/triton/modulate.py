@@ -158,7 +158,7 @@ def _modulate(
     shift_ptr,  # (B, 1, D)
     scale_ptr,  # (B, 1, D)
     y_ptr,  # (B, L, D) out, rows y_l apart
-    values_ptr,  # (B L, D) out: int8, or bytes of e4m3; or None
+    values_ptr,  # (B L, D) out: bytes of int8 or e4m3; or None
     row_scale_ptr,  # (B L,) fp32 out, or None
     down_ptr,  # (R, D) or None
     s_ptr,  # (B L, R) fp32 out, or None

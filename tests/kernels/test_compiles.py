@@ -1,4 +1,4 @@
-"""Neither a new picture size nor a new rank makes a memory-bound step compile again and again."""
+"""Neither a new picture size nor a new rank makes a kernel compile again."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).with_name("step_compiles.py")
+SCRIPT = Path(__file__).with_name("compiles.py")
 
 
-def test_a_step_compiles_twice_at_most_over_20_sizes_and_4_ranks():
+def test_a_kernel_compiles_twice_at_most_over_20_sizes_and_4_ranks():
     """In a process of its own: here Triton interprets."""
     pytest.importorskip("triton")
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
@@ -21,4 +21,4 @@ def test_a_step_compiles_twice_at_most_over_20_sizes_and_4_ranks():
     run = subprocess.run([sys.executable, SCRIPT], env=environment, capture_output=True, text=True, check=False)
     assert run.returncode == 0, run.stderr
     counted = json.loads(run.stdout)
-    assert len(counted) == 14 and {name: n for name, n in counted.items() if n > 2} == {}
+    assert counted and {name: n for name, n in counted.items() if n > 2} == {}
