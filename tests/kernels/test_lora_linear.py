@@ -10,7 +10,7 @@ from fluxq.kernels import backend, lora_linear, quantize
 
 
 @pytest.fixture(params=["reference", "triton"], autouse=True)
-def _either_backend(request, device):
+def _each_backend(request, device):
     if request.param == "triton":
         request.getfixturevalue("triton_ops")
     with torch.device(device):
