@@ -63,7 +63,9 @@ def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[s
     path = result_path(arguments.out, part, device)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("worker", "deadline", "out")}
     write(path, {"part": part, "about": None, "settings": settings, "rows": []})
-    raise SystemExit(supervise(path, 60 * arguments.minutes, [sys.executable, "-m", f"benchmarks.{part}"]))
+    module = sys.modules["__main__"].__spec__
+    command = [sys.executable, "-m", module.name] if module else [sys.executable, sys.argv[0]]
+    raise SystemExit(supervise(path, 60 * arguments.minutes, command))
 
 
 def supervise(path: Path, seconds: float, command: list[str]) -> int:
@@ -156,6 +158,10 @@ def in_words(row: dict[str, Any]) -> str:
         return f"skipped, {row['skipped']}" if "skipped" in row else f"FAILED, {row['failed'].splitlines()[0]}"
     words = [] if row.get("ok", True) else ["WRONG"]
     words += [f"{name} {ms['median']:.3f} ms" for name, ms in row.get("ms", {}).items()]
+    if "out_of_memory" in row:
+        words.append("out of memory")
+    if isinstance(row.get("peak_bytes"), int):
+        words.append(f"peak {row['peak_bytes'] / 2**30:.2f} GiB")
     words += [f"{t['what']} {t['reached']:.3g} (wanted {t['wanted']})" for t in row.get("targets", [])]
     return ", ".join(words) or "done"
 
