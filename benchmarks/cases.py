@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import re
 import subprocess
 import sys
 import time
@@ -43,7 +44,7 @@ def parser(text: str) -> argparse.ArgumentParser:
     made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON file")
     made.add_argument("--device", default="cuda", help="cpu tries the script out, with --tiny")
     made.add_argument("--tiny", action="store_true", help="small shapes: numbers that mean nothing, in seconds")
-    made.add_argument("--only", default="", help="cases whose name has this in it")
+    made.add_argument("--only", default="", help="cases whose name this regular expression finds")
     made.add_argument("--minutes", type=float, default=8.5, help="time for all; cases that would start later are left")
     made.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     made.add_argument("--deadline", type=float, default=0.0, help=argparse.SUPPRESS)
@@ -64,17 +65,19 @@ def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[s
     settings = {name: value for name, value in vars(arguments).items() if name not in ("worker", "deadline", "out")}
     write(path, {"part": part, "about": None, "settings": settings, "rows": []})
     module = sys.modules["__main__"].__spec__
-    command = [sys.executable, "-m", module.name] if module else [sys.executable, sys.argv[0]]
+    command = [sys.executable, *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
     raise SystemExit(supervise(path, 60 * arguments.minutes, command))
 
 
-def supervise(path: Path, seconds: float, command: list[str]) -> int:
-    """Start workers until all cases are through or time is up; the exit code."""
+def supervise(path: Path, seconds: float, command: list[str], grace: float = 20.0) -> int:
+    """Start workers until all cases are through or time is up; the exit code. One that goes on for `grace` seconds
+    after that is killed.
+    """
     deadline, broken = time.time() + seconds, None
     while True:
-        child = subprocess.Popen([*command, *sys.argv[1:], f"--worker={path}", f"--deadline={deadline}"])
+        child = subprocess.Popen([*command, f"--worker={path}", f"--deadline={deadline}"])
         try:
-            child.wait(deadline + 20 - time.time())
+            child.wait(max(0.0, deadline + grace - time.time()))
         except subprocess.TimeoutExpired:
             child.kill()
             child.wait()
@@ -110,7 +113,7 @@ def _work(arguments: argparse.Namespace, prepare: Callable[[dict[str, Any]], Ite
     path, device = arguments.worker, torch.device(arguments.device)
     report = json.loads(path.read_text(encoding="utf-8"))
     report["about"] = report["about"] or about(device)
-    cases = [case for case in prepare(report) if arguments.only in case.name]
+    cases = [case for case in prepare(report) if re.search(arguments.only, case.name)]
     done = {row["case"] for row in report["rows"]}
     for case in (c for c in cases if c.name not in done):
         if time.time() > arguments.deadline:
@@ -123,8 +126,8 @@ def _work(arguments: argparse.Namespace, prepare: Callable[[dict[str, Any]], Ite
         report["rows"].append({"case": case.name, **row})
         write(path, report)
         print(f"{case.name}: {in_words(row)}", flush=True)
-        if "failed" in row:
-            gc.collect()  # a failed case may have left what it held in a cycle with its error
+        if "failed" in row or "out_of_memory" in row:
+            gc.collect()  # what the case held may lie in a cycle with its error
         if device.type == "cuda":
             if "failed" in row and not _answers(device):
                 return GO_ON
@@ -158,12 +161,27 @@ def in_words(row: dict[str, Any]) -> str:
         return f"skipped, {row['skipped']}" if "skipped" in row else f"FAILED, {row['failed'].splitlines()[0]}"
     words = [] if row.get("ok", True) else ["WRONG"]
     words += [f"{name} {ms['median']:.3f} ms" for name, ms in row.get("ms", {}).items()]
+    if "passed" in row:
+        words.append(f"{row['passed']} passed, {len(row['failures'])} failed, {sum(row['skips'].values())} skipped")
     if "out_of_memory" in row:
         words.append("out of memory")
     if isinstance(row.get("peak_bytes"), int):
         words.append(f"peak {row['peak_bytes'] / 2**30:.2f} GiB")
     words += [f"{t['what']} {t['reached']:.3g} (wanted {t['wanted']})" for t in row.get("targets", [])]
     return ", ".join(words) or "done"
+
+
+def last_only(make: Callable[..., Any]) -> Callable[..., Any]:
+    """`make`, which remembers what it made last, and lets go of that before it makes another: each may fill a card."""
+    kept: dict[tuple[Any, ...], Any] = {}
+
+    def remembering(*key: Any) -> Any:
+        if key not in kept:
+            kept.clear()
+            kept[key] = make(*key)
+        return kept[key]
+
+    return remembering
 
 
 def target(what: str, wanted: str, reached: float, applies: bool = True) -> dict[str, Any]:

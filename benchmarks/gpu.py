@@ -9,18 +9,20 @@ no more of the card than that; a combination that does not fit says so and does 
 
 from __future__ import annotations
 
+import math
 import re
 import time
-from collections.abc import Iterator
-from functools import lru_cache, partial
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Skip, parser, run_part
+from benchmarks.cases import Case, Skip, last_only, parser, run_part
 from benchmarks.measure import spread
 from benchmarks.random_model import random_flux
+from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
 from fluxq.flow import flow_loss
 from fluxq.kernels import COMPUTES, FORMATS, POLICIES
 from fluxq.model import Flux, FluxConfig
@@ -42,7 +44,9 @@ def main() -> None:
             config, depth = FluxConfig.nano(), (1, 1)
         report |= {"depth": list(depth), "rank": RANK, "t5_length": T5_LENGTH, "vram_bytes": arguments.vram}
 
-        @lru_cache(maxsize=1)
+        report.setdefault("ceilings", measure_ceilings(device, arguments.tiny))
+
+        @last_only
         def model(format: str) -> Flux:
             return random_flux(config, depth, device, format, RANK)
 
@@ -50,7 +54,8 @@ def main() -> None:
             arguments.format, arguments.compute, arguments.sizes, arguments.policy
         ):
             name = f"steps: {size} px, {format}, {compute}, {policy}"
-            yield Case(name, partial(measure, model, format, compute, policy, size, arguments.steps, arguments.seconds))
+            bound = bound_ms(report["ceilings"], config, depth, size, policy, compute)
+            yield Case(name, partial(measured, partial(model, format), compute, policy, size, arguments, bound))
 
     run_part("steps", arguments, prepare)
 
@@ -77,11 +82,23 @@ def gibibytes(text: str) -> int:
     return int(float(match[1]) * 2**30)
 
 
-def measure(
-    model: Any, format: str, compute: str, policy: str, size: int, steps: int, seconds: float
+def bound_ms(
+    ceilings: Ceilings, config: FluxConfig, depth: Sequence[int], size: int, policy: str, compute: str
+) -> float | None:
+    """The products of all blocks at the card's best rates; the rest of the step is left out."""
+    rows = T5_LENGTH + (size // 16) ** 2
+    times = [block_ms(ceilings, kind, config.hidden_size, rows, policy, compute) for kind in KINDS]
+    return None if None in times else sum(n * (t or 0.0) for n, t in zip(depth, times, strict=True))
+
+
+def measured(
+    model: Callable[[], Flux], compute: str, policy: str, size: int, arguments: Any, bound: float | None
 ) -> dict[str, Any]:
     """Milliseconds of training steps at `size` x `size` pixels, and the peak memory of all."""
-    flux = model(format)
+    try:
+        flux = model()
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": f"the model itself: {error}".split(". ")[0]}
     device, cuda = flux.device, flux.device.type == "cuda"
     if cuda and compute.startswith("fp8") and torch.cuda.get_device_capability(device) < (8, 9):
         raise Skip("this card multiplies no fp8; there fluxq computes in int8")
@@ -91,8 +108,13 @@ def measure(
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
     try:
-        times, loss = train(flux, size, steps, seconds)
-        row: dict[str, Any] = {"ms": {"step": spread(times)}, "ok": bool(loss == loss), "loss": loss}
+        times, loss = train(flux, size, arguments.steps, arguments.seconds)
+        row: dict[str, Any] = {
+            "ok": math.isfinite(loss),
+            "ms": {"step": spread(times)},
+            "bound_ms": bound,
+            "loss": loss,
+        }
     except torch.OutOfMemoryError as error:
         row = {"out_of_memory": str(error).split(". ")[0]}
     finally:

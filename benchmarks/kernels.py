@@ -22,7 +22,7 @@ from benchmarks.kernel_cases import eight_bits, errors, linear, steps, storage
 from benchmarks.kernel_cases.setting import Setting
 from benchmarks.roofline import measure_ceilings
 
-TINY_ROWS = (72, 130)
+TINY_ROWS = (136,)
 TOPICS = (steps, storage, linear, eight_bits, errors)
 
 

@@ -13,6 +13,10 @@ import torch
 
 from benchmarks.measure import timed
 
+KINDS = ("double", "single")
+REPLAYED = {"recompute": (8, 7, 1), "keep_attention": (8, 7, 0), "keep_qkv": (4, 4, 0)}
+"""Policy -> twelfths of a double and of a single block's products that the replay computes again, and attentions."""
+
 Ceilings = dict[str, float | None]
 """bytes: a copy's bytes a second, read and written together; bf16, int8, fp8: operations a second. None: not here."""
 
@@ -48,9 +52,27 @@ def product(kind: str, m: int, n: int, k: int, device: torch.device) -> Callable
 
 
 def predicted_ms(ceilings: Ceilings, nbytes: float, **operations: float) -> float | None:
-    """Milliseconds of one pass over `nbytes`, or of the `operations` (by kind), whichever is longer."""
-    rates = {kind: ceilings.get(kind) for kind in operations}
-    if not ceilings.get("bytes") or not all(rates.values()):
-        return None
-    work = sum(count / rates[kind] for kind, count in operations.items())  # pyright: ignore[reportOperatorIssue]
-    return 1e3 * max(work, nbytes / ceilings["bytes"])  # pyright: ignore[reportOptionalOperand]
+    """Milliseconds of one pass over `nbytes`, or of the `operations` (by kind), whichever is longer; None where the
+    card has no such product.
+    """
+    times = [share(count, ceilings.get(kind)) for kind, count in operations.items()]
+    moving = share(nbytes, ceilings.get("bytes"))
+    return None if None in (*times, moving) else 1e3 * max(sum(t or 0.0 for t in times), moving or 0.0)
+
+
+def share(count: float, rate: float | None) -> float | None:
+    return None if rate is None else count / rate
+
+
+def block_ms(ceilings: Ceilings, kind: str, width: int, rows: int, policy: str, compute: str) -> float | None:
+    """The least that a block's forward and backward pass can take: its products alone, LoRA's left out.
+
+    A token meets 12 D^2 weights each way, in either kind of block; attention stays in bf16.
+    """
+    *replayed, attentions = REPLAYED.get(policy, (0, 0, 0))
+    bits = compute.removesuffix("_dx")
+    once = 2.0 * 12 * width**2 * rows
+    operations = {bits: 0.0} | {"bf16": 4.0 * rows**2 * width * (1 + 2.5 + attentions)}
+    operations[bits] += once * (1 + replayed[KINDS.index(kind)] / 12)
+    operations[bits if compute.endswith("_dx") else "bf16"] += once
+    return predicted_ms(ceilings, 0.0, **operations)

@@ -47,7 +47,7 @@ def measure(s: Setting, layer: str, rows: int, compute: str) -> dict[str, Any]:
     decoded = dequantize(nf4, torch.float32)
     some = slice(None, None, max(1, rows // 256))
     leaves = [t.detach().requires_grad_() for t in (o.x, o.down, o.up)]
-    y = lora_linear(given._replace(x=leaves[0]), nf4, o.bias, *leaves[1:], o.scale, compute)
+    y = lora_linear(given._replace(x=leaves[0]), nf4, o.bias, leaves[1], leaves[2], o.scale, compute)
     dx, *rest = torch.autograd.grad(y, leaves, o.dy)
     found = dict(zip(("y", "dx", "d_down", "d_up"), (y.detach()[some], dx[some], *rest), strict=True))
     errors = {

@@ -38,7 +38,7 @@ class Setting:
 
     @property
     def text(self) -> int:
-        return 24 if self.tiny else 512
+        return 70 if self.tiny else 512
 
     @property
     def ours(self) -> ModuleType:

@@ -12,11 +12,11 @@ from benchmarks.peers import need
 def linear(weight: Tensor, bias: Tensor | None, bits: str) -> Callable[[Tensor], Tensor]:
     """x -> x W^T + bias in "int8" or "fp8", for a (N, K) matrix."""
     api = need("torchao.quantization")
-    host = nn.Sequential(nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None))
-    host = host.to(weight.device, weight.dtype).requires_grad_(False)
-    host[0].weight.data.copy_(weight)
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device=weight.device, dtype=weight.dtype)
+    layer.requires_grad_(False).weight.copy_(weight)
     if bias is not None:
-        host[0].bias.data.copy_(bias)
+        layer.bias.copy_(bias)
+    host = nn.Sequential(layer)  # what stands alone cannot be replaced
     if bits == "int8":
         config = api.Int8DynamicActivationInt8WeightConfig()
     else:
