@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import need
@@ -35,10 +34,3 @@ def quantise_linears(module: nn.Module) -> None:
             setattr(module, name, nf4_linear(child.weight.data, bias))
         else:
             quantise_linears(child)
-
-
-def nf4_round_trip(weight: Tensor) -> Tensor:
-    """The (N, K) matrix as it comes back from bitsandbytes' NF4, in its own dtype."""
-    functional = need("bitsandbytes.functional")
-    codes, state = functional.quantize_4bit(weight, blocksize=64, quant_type="nf4")
-    return functional.dequantize_4bit(codes, state).to(torch.bfloat16)
