@@ -39,7 +39,7 @@ test: $(VENV)/installed-tests
 	$(BIN)/python -m pytest -n auto --dist loadfile
 
 quick: $(VENV)/installed-tests
-	$(BIN)/python -m pytest -n auto --dist loadfile -q -m "not slow"
+	$(BIN)/python -m pytest -n auto --dist loadfile -q -m "not slow and not interpreted"
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff format --check .

@@ -292,6 +292,22 @@ def demo(out: Path, format: str, as_json: bool) -> None:
     _print(run(out, format), as_json)
 
 
+@main.group(cls=click.Group)
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+@bench.command()
+@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this card; minutes.")
+@JSON
+def kernels(tune: bool, as_json: bool) -> None:
+    """The linear layer's kernels at FLUX's shapes: milliseconds, TFLOP/s, and a plain 16-bit product's time over it."""
+    _begin(as_json)
+    from fluxq.bench import bench_kernels
+
+    _print(bench_kernels(tune), as_json)
+
+
 def _begin(as_json: bool, computes: bool = True) -> None:
     """Say first, on stderr, what the user of this machine should know; raise WrongRequest where the command `computes`
     and the card cannot. With --json, everything meant for people goes to stderr.
