@@ -283,13 +283,20 @@ def quantize(source: Path, target: Path, format: str, report: bool, overwrite: b
     show_default=True,
     help="How frozen weights are stored.",
 )
+@click.option(
+    "--compute",
+    type=click.Choice(["bf16", "int8", "int8_dx", "fp8", "fp8_dx"]),
+    default="bf16",
+    show_default=True,
+    help="How frozen weights are multiplied.",
+)
 @JSON
-def demo(out: Path, format: str, as_json: bool) -> None:
+def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     """Teach the bundled toy model a new creature: cache, quantise, train, sample, in about a minute, without a GPU."""
     _begin(as_json)
     from fluxq.demo import demo as run
 
-    _print(run(out, format), as_json)
+    _print(run(out, format, compute), as_json)
 
 
 @main.group(cls=click.Group)

@@ -34,7 +34,7 @@ OPTIONS = {
     "--cache --out --config --set --json",
     "check": f"{MODEL} {DATA} --config --set --json",
     "quantize": "--format --report --overwrite --json",
-    "demo": "--out --format --json",
+    "demo": "--out --format --compute --json",
     "bench kernels": "--tune --json",
 }
 
