@@ -105,7 +105,7 @@ def streams_for(arena: Arena, device: torch.device, say: Callable[[str], None]) 
     target = torch.empty(len(longest), dtype=torch.uint8, device=device)
     rates = {"staged": copy_rate(staged, target, longest)}
     if failure := arena.pin():
-        _clear_error(device)
+        clear_error(device)
         say(f"{size}, copied through pinned buffers at {rates['staged'] / 1e9:.1f} GB/s: {failure}")
         return staged
     rates["pinned"] = copy_rate(direct, target, longest)
@@ -130,7 +130,7 @@ def copy_rate(streams: Streams, target: Tensor, source: Tensor, copies: int = 6)
     return copies * len(source) / (time.perf_counter() - began)
 
 
-def _clear_error(device: torch.device) -> None:
+def clear_error(device: torch.device) -> None:
     """What the driver refused stays its last error, which the next kernel would be blamed for: it is this one."""
     try:
         torch.zeros(1, device=device).add_(1)

@@ -1,9 +1,10 @@
 """A virtual clock: the ring that trains, run on lanes that take no time, tells how long it would take elsewhere.
 
 Each lane does its operations one after another, each for a given number of seconds, and starts one when the events that
-it waits for have happened. The host is taken to run ahead of both. Beside the time, each lane knows what it has seen of
-the others (a vector clock, Mattern 1989); so memory that is read before it is ready, or overwritten before it is free,
-is found whatever the durations are: what nothing orders is an error even where it happens to go well.
+it waits for have happened. The host runs ahead of both, without end or by a number of blocks. Beside the time, each
+lane knows what it has seen of the others (a vector clock, Mattern 1989); so memory that is read before it is ready, or
+overwritten before it is free, is found whatever the durations are: what nothing orders is an error even where it
+happens to go well.
 """
 
 from __future__ import annotations
@@ -78,10 +79,18 @@ class _Memory:
 class VirtualStreams:
     """Streams for a ring under a virtual clock. `copy_seconds` gives the duration of a copy of so many bytes.
 
-    The lanes are `compute`, `copy`, and for block inputs that go to the host and come back, `activations`.
+    run_ahead: how many operations the host may have given to the compute lane that it has not finished; None for any
+    number. A copy cannot start before the host has got to it. The lanes are `compute`, `copy`, and for block inputs
+    that go to the host and come back, `activations`.
     """
 
-    def __init__(self, copy_seconds: Callable[[int], float], labels: Mapping[int, str] | None = None) -> None:
+    def __init__(
+        self,
+        copy_seconds: Callable[[int], float],
+        labels: Mapping[int, str] | None = None,
+        run_ahead: int | None = None,
+    ) -> None:
+        self._run_ahead, self._host_time = run_ahead, 0.0
         self.lanes = {name: Lane(name) for name in ("compute", "copy", "activations")}
         self._copy_seconds, self._labels = copy_seconds, labels or {}
         self._memory: dict[int, tuple[Tensor, _Memory]] = {}
@@ -99,11 +108,14 @@ class VirtualStreams:
         number = lane.run(label, seconds)
         for slot, _ in reads:
             self._of(slot).read = number
+        if self._run_ahead is not None and len(lane.spans) > self._run_ahead:
+            self._host_time = lane.spans[-1 - self._run_ahead].end
 
     def copy(self, slot: Tensor, source: Tensor) -> None:
         lane, memory = self.lanes["copy"], self._of(slot)
         if not lane.knows("compute", memory.read):
             raise Race(f"{self._label(source)} overwrites {self._label(memory.source)} before its slot is free")
+        lane.wait(Event(self._host_time, {}))
         memory.written, memory.source = lane.run(self._label(source), self._copy_seconds(len(source))), source
 
     def copied(self) -> Event:
@@ -160,14 +172,16 @@ def run_steps(
     steps: int = 1,
     warmup: int = 1,
     tail: float = 0.0,
+    run_ahead: int | None = None,
 ) -> Timeline:
     """The mean of `steps` training steps after `warmup`, by the ring itself.
 
     nbytes: the length of each unit; forward: seconds of each block; backward: block's number -> seconds, replay
-    included; tail: seconds of computing between steps (the optimiser, embedders) in which copies can go on.
+    included; tail: seconds of computing between steps (the optimiser, embedders) in which copies can go on; run_ahead:
+    see VirtualStreams.
     """
     host = {unit: torch.empty(nbytes[unit], dtype=torch.uint8, device="meta") for unit in schedule.slot}
-    streams = VirtualStreams(copy_seconds, {id(source): unit for unit, source in host.items()})
+    streams = VirtualStreams(copy_seconds, {id(source): unit for unit, source in host.items()}, run_ahead)
     ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
     ring.expect(backward)
     compute, start, stalled, copied = streams.lanes["compute"], 0.0, 0.0, 0

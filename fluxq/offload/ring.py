@@ -68,7 +68,7 @@ class StreamingRing:
         poison: bool = False,
     ) -> None:
         self.schedule, self.copies, self.bytes_copied = schedule, 0, 0
-        self._host, self._streams, self._poison = host, streams, poison
+        self.host, self._streams, self._poison = host, streams, poison
         self._known = {unit for block in schedule.blocks for unit in block}
         length = max((len(host[unit]) for unit in schedule.slot), default=0)
         memory = [torch.empty(length, dtype=torch.uint8, device=device) for _ in range(schedule.slots)]
@@ -157,10 +157,10 @@ class StreamingRing:
             slot.memory.fill_(0xFF)
             slot.free = self._streams.computed()
         self._streams.copy_waits(slot.free)  # copy(u) waits until compute(v) has left slot s
-        self._streams.copy(slot.memory, self._host[unit])
+        self._streams.copy(slot.memory, self.host[unit])
         slot.ready, slot.holds = self._streams.copied(), unit
         self.copies += 1
-        self.bytes_copied += len(self._host[unit])
+        self.bytes_copied += len(self.host[unit])
 
     def _follow(self, visit: Visit) -> bool:
         """Move on in the schedule; whether `visit` was what came next.

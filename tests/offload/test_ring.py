@@ -262,6 +262,50 @@ def test_the_clock_finds_wrong_bytes_too():
         streams.compute("x", 1.0, [(slot, b)])
 
 
+@pytest.mark.parametrize(("count", "slots"), [(8, 2), (8, 4), (7, 4), (7, 5), (7, 3)])
+def test_sampling_is_foreseen_once_it_has_begun(count, slots):
+    """From its third pass on it never waits for copies that fit behind compute, nor does the second step after it, even
+    with a host that never runs ahead. But if the last unit has the first one's slot, its copy shows once a pass.
+    """
+    streams, blocks = VirtualStreams(lambda nbytes: 0.9, run_ahead=0), tuple((f"s{i}",) for i in range(count))
+    schedule = Schedule(blocks, frozenset(), slots)
+    host = {u: torch.empty(1, dtype=torch.uint8, device="meta") for u in schedule.slot}
+    ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
+    step, stalls = [*blocks, *reversed(blocks)], []
+    for visits in [step, *[blocks] * 4, step, step]:
+        before = streams.lanes["compute"].stalled
+        for units in visits:
+            with ring.resident(units):
+                streams.compute(units[0], 1.0, [(ring.memory(units[0]), host[units[0]])])
+        stalls.append(round(streams.lanes["compute"].stalled - before, 6))
+    assert stalls[0] == 0.9  # the very first copy
+    assert sum(stalls[3:5]) <= (2 if count % slots == 1 else 0) and stalls[6] == 0
+    assert max(stalls) <= 0.9 * slots
+
+
+class Recording(Immediate):
+    """Numbers the events of the compute lane, and knows which one the copies waited for."""
+
+    def __init__(self):
+        self.recorded, self.waited = 0, []
+
+    def computed(self):
+        self.recorded += 1
+        return self.recorded
+
+    def copy_waits(self, event):
+        self.waited.append((event, self.recorded))
+
+
+def test_poison_is_computed_before_the_copy_may_start():
+    recording = Recording()
+    reader = Reader(Schedule(SINGLE, frozenset(), 2), recording)
+    for units in [*SINGLE, *reversed(SINGLE), *SINGLE[3:], SINGLE[2], SINGLE[6], SINGLE[0]]:
+        reader.visit(units)
+    assert len(recording.waited) == reader.ring.copies
+    assert all(event == newest for event, newest in recording.waited)
+
+
 NBYTES = dict.fromkeys((u for (u,) in SINGLE), 100)
 
 
@@ -272,8 +316,9 @@ def timed(copy: float, slots=2, backward=2.0, resident=frozenset(), **more):
     return run_steps(schedule, NBYTES, [1.0] * 7, back, lambda nbytes: copy * nbytes / 100, **more)
 
 
-def test_copies_hide_behind_compute_that_is_longer():
-    timeline = timed(0.9)
+@pytest.mark.parametrize("run_ahead", [None, 1, 0])
+def test_copies_hide_behind_compute_that_is_longer(run_ahead):
+    timeline = timed(0.9, run_ahead=run_ahead)
     assert timeline.stall == 0 and timeline.seconds == pytest.approx(21) and timeline.copied == 10 * 100
     assert timeline.busy("compute") == pytest.approx(1) and timeline.busy("copy") == pytest.approx(9 / 21)
 

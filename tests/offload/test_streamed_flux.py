@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from helpers import randomise, tiny_config
+from live_bytes import LiveBytes
 
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.formats.stream import expect_training, load_streamed
@@ -173,6 +174,19 @@ def test_poison_shows_where_weights_are_read_outside_their_time(files):
     flux.ring = ring
     with torch.no_grad():
         assert forward(flux, 0).isfinite().all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_loading_takes_the_arena_the_slots_and_what_stays(format, files):
+    """Beside these, one unit at a time that stays; nothing of what is streamed is ever there twice."""
+    file = files(format)
+    length = {unit: file.checkpoint.shape(unit)[0] for unit in file.units}
+    with LiveBytes(device="cpu") as counted:
+        flux = load_streamed(file, CPU, UNITS[:1], 2, Immediate())
+    streamed = flux.ring.schedule.slot
+    wanted = sum(length.values()) + 2 * max(length[unit] for unit in streamed)
+    assert wanted <= counted.live <= wanted + 4096 + 256 * len(streamed)  # the arena begins at a page
+    assert counted.peak <= counted.live + max(n for unit, n in length.items() if unit not in streamed)
 
 
 @pytest.mark.parametrize("format", FORMATS)
