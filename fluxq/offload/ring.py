@@ -85,7 +85,7 @@ class StreamingRing:
 
     def expect(self, backward: Collection[int] | None = None) -> None:
         """Say which blocks, by number, training steps go back through: all of them, unless it is said."""
-        self._rounds = (self.schedule.step(backward), self.schedule.forward)
+        self._rounds: tuple[tuple[Visit, ...], ...] = (self.schedule.step(backward), self.schedule.forward)
         self._last: Visit = ()
         self._round: tuple[Visit, ...] = self._rounds[0]
         self._next: int | None = 0  # the visit that comes next in the round, None where that cannot be told
@@ -106,7 +106,7 @@ class StreamingRing:
 
     def close(self) -> None:
         """Fetch nothing ahead any more, and wait until nothing is being copied: the host's bytes may then be freed."""
-        self._round, self._next = (), None
+        self._rounds, self._round, self._next = ((), ()), (), None
         _drain(self._streams)
 
     def _enter(self, visit: Visit) -> None:

@@ -9,7 +9,7 @@ those are 2 (S - R) a step and none at the turns: backward begins with the R uni
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -103,7 +103,3 @@ def spread(blocks: Sequence[Sequence[str]], count: int) -> frozenset[str]:
             resident.add(widest[(2 * i + 1) * len(widest) // (2 * taken)].pop())
         count -= taken
     return frozenset(resident)
-
-
-def bytes_moved(copies: Sequence[Copy], nbytes: Mapping[str, int]) -> int:
-    return sum(nbytes[copy.unit] for copy in copies)

@@ -133,6 +133,23 @@ def test_an_error_inside_leaves_the_ring_in_order():
             reader.visit(units)
 
 
+def test_a_closed_ring_fetches_nothing_ahead():
+    reader = Reader(Schedule(SINGLE, frozenset(), 3))
+    reader.visit(SINGLE[0])
+    reader.ring.close()
+    before = reader.ring.copies
+    reader.visit(SINGLE[5])
+    reader.visit(SINGLE[6])
+    assert reader.ring.copies == before + 2
+
+
+def test_a_ring_that_is_let_go_waits_for_its_copies_first():
+    late = Late()
+    reader = Reader(Schedule(SINGLE, frozenset(), 3), late)
+    reader.ring = None
+    assert late.copied() == late._done == 3
+
+
 def test_a_model_that_fits_needs_no_ring():
     with AllResident().resident(["anything"]):
         pass
