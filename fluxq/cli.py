@@ -305,7 +305,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this card; minutes.")
+@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this card.")
 @JSON
 def kernels(tune: bool, as_json: bool) -> None:
     """The linear layer's kernels at FLUX's shapes: milliseconds, TFLOP/s, and a plain 16-bit product's time over it."""

@@ -22,7 +22,7 @@ from fluxq.data.store import Store, Text
 from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import flow_loss, sample_noise, sample_timesteps, validation_loss
-from fluxq.model.calibration import calibrate
+from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
 from fluxq.models import Models
@@ -86,18 +86,19 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
         return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
 
-    if config.model.compute.startswith("int8"):
-        rotated = calibrate(flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
-        say(f"int8: {len(rotated)} layers have outlying inputs, and rotate them before they are rounded")
-
     # where it starts
-    start, spent, before, identity = 0, 0.0, None, {"data": dataset.digest(), "model": models.fingerprint()}
+    start, spent, before, rotated = 0, 0.0, None, []
+    identity = {"data": dataset.digest(), "model": models.fingerprint()}
     if resume:
         start, facts = load_state(run.state_file, layers, optimizer)
         refuse_other_inputs(run, identity, facts, start, steps)
-        spent, before = facts["seconds"], facts["validation"]
+        spent, before, rotated = facts["seconds"], facts["validation"], facts["rotated"]
         say(f"resumed after step {start}")
-    elif held_out:
+    elif config.model.compute.startswith("int8"):
+        rotated = calibrate(flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
+        say(f"int8: {len(rotated)} layers have outlying inputs, and rotate them before they are rounded")
+    set_rotations(flux, rotated)
+    if held_out and not resume:
         before = validate()
         say("validation before: " + described(before))
     began = time.time() - spent
@@ -130,7 +131,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
             if stop or done == steps or (save_every and done % save_every == 0):
                 report.sync()
                 run.save_lora(flux, done, metadata(done, began, time.time()))
-                facts = {"seconds": time.time() - began, "validation": before, **identity}
+                facts = {"seconds": time.time() - began, "validation": before, "rotated": rotated, **identity}
                 save_state(run.state_file, done, layers, optimizer, facts)
             if stop:
                 raise KeyboardInterrupt(f"after step {done}; go on with: fluxq train --resume {run.folder}")
