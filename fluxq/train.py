@@ -46,7 +46,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     run = Run(config)
     run.check(resume, overwrite)
     training, steps, data = config.training, config.training.steps, config.data
-    assert steps and data.size and config.lora.alpha and training.policy, "resolve fills these in"
+    assert steps and data.size and config.lora.alpha, "resolve fills these in"
 
     # what is trained on: encoded pictures and captions
     prompts = preview_prompts(config, models)
