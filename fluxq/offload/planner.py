@@ -1,0 +1,572 @@
+"""What to keep, stream, compute again or send to the host, so that a step fits on the card and is fast: a pure function.
+
+`plan` reads tables of bytes and FLOPs (fluxq/offload/costs.py), one for each way of holding and multiplying the weights
+that is allowed, and a card. For each it draws up what the blocks can keep: the policies that no others beat in both
+bytes and seconds. With every number of slots and of resident units it takes those that fit, and lets a small simulation
+of the copies say how long the step takes, the most promising first. Of what fits, the fastest is taken; among plans
+within 1 % of it the one whose weights are most faithful. Every figure is a prediction.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from itertools import count
+from typing import Any, NamedTuple
+
+from fluxq.errors import WrongRequest
+from fluxq.offload.cards import GIB, Card
+from fluxq.offload.costs import OWNERS, BlockCost, Costs
+
+SLOTS = (2, 3, 4, 6, 8)
+"""How many are tried: a double block holds two, and more than eight hide nothing more."""
+
+AHEAD = (32, 8)
+"""Pictures whose modulation one pass computes."""
+
+MARGIN = int(0.75 * GIB)
+"""Bytes of the card that are not the program's tensors: CUDA's own, and what the allocator loses between them."""
+
+HOST = 3 * GIB
+"""Bytes of RAM beside the weights: the program, its libraries, pictures read ahead."""
+
+AS_GOOD = 1.01
+BUFFERS = 2
+"""Block inputs that are on the card at once while they travel to the host or back."""
+
+POINTS = 1000
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the user has decided. resident_units, or blocks_to_swap: of them, 2 N units are streamed (sd-scripts)."""
+
+    format: str | None = None
+    compute: str | None = None
+    resident_units: int | None = None
+    blocks_to_swap: int | None = None
+    policy: str | None = None
+    slots: int | None = None
+    offload: bool | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All choices for a training step, and what is predicted of it.
+
+    resident: units that always stay; slots: for the others; policies: of each block, "" where it has no backward pass;
+    offload: block inputs wait on the host; tiles: rows of the autoencoder at a time, None for all; look_ahead: steps
+    whose modulation is computed in one pass, 0 where it is part of the step. peak: bytes by owner at the moment of the
+    most; seconds a step, of which `stall` waits for copies; moved: bytes copied to the card a step; host: bytes of RAM.
+    """
+
+    format: str
+    compute: str
+    slots: int
+    resident: tuple[str, ...]
+    streamed: int
+    policies: tuple[str, ...]
+    offload: bool
+    tiles: int | None
+    look_ahead: int
+    peak: Mapping[str, int]
+    seconds: float
+    stall: float
+    moved: int
+    host: int
+    card: str
+    vram: int
+    about: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for most: "compute" or "bus"."""
+        return "bus" if self.stall > 0.05 * self.seconds else "compute"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of plan.json."""
+        return {"predicted": True, **asdict(self), "peak_bytes": self.peak_bytes, "bound": self.bound}
+
+
+class Visit(NamedTuple):
+    """One block's turn: its seconds, units, and bytes of its inputs that go to the host or have to come back."""
+
+    seconds: float
+    units: tuple[str, ...]
+    store: int = 0
+    fetch: int = 0
+
+
+class Timing(NamedTuple):
+    """A step in the long run: seconds, those in which compute waits, and bytes copied to the card."""
+
+    seconds: float
+    stall: float
+    moved: int
+
+
+def simulate(
+    visits: Sequence[Visit], nbytes: Mapping[str, int], resident: frozenset[str], slots: int, bytes_s: float
+) -> Timing:
+    """A step that repeats: `visits` in order, each waiting for its units.
+
+    Streamed unit i lies in slot i mod slots. A copy begins when the copies before it are done and the slot's last reader
+    is. Inputs that come back share the way with the units, those that go out have the other direction to themselves; of
+    either `BUFFERS` are on the way at once.
+    """
+    streamed = list(dict.fromkeys(u for v in visits for u in v.units if u not in resident))
+    slot = {unit: i % slots for i, unit in enumerate(streamed)}
+    holds, read = dict[int, str](), dict[int, float]()
+    compute = copies = out = begun = 0.0
+    moved = waited = 0
+    for _ in range(2):  # the second begins with what the first has left in the slots
+        begun, moved, waited = compute, 0, 0.0
+        stores, fetches = [0.0] * BUFFERS, [compute] * BUFFERS
+        for visit in visits:
+            ready = 0.0
+            if visit.fetch:
+                copies = max(copies, out, fetches[-BUFFERS]) + visit.fetch / bytes_s
+                ready, moved = copies, moved + visit.fetch
+            for unit in visit.units:
+                if unit in resident:
+                    continue
+                place = slot[unit]
+                if holds.get(place) != unit:
+                    copies = max(copies, read.get(place, 0.0)) + nbytes[unit] / bytes_s
+                    holds[place], ready, moved = unit, copies, moved + nbytes[unit]
+            if visit.store:
+                ready = max(ready, stores[-BUFFERS])
+            start = max(compute, ready)
+            if visit.store:
+                out = max(out, start) + visit.store / bytes_s
+                stores.append(out)
+            waited += start - compute
+            compute = start + visit.seconds
+            if visit.fetch:
+                fetches.append(compute)
+            for unit in visit.units:
+                if unit not in resident:
+                    read[slot[unit]] = compute
+    return Timing(compute - begun, waited, moved)
+
+
+def spread(blocks: Sequence[Sequence[str]], number: int) -> tuple[str, ...]:
+    """The `number` units to have resident so that the others' copies have compute to hide behind: the blocks that
+    stream most give one up first, those that do evenly spread among them.
+    """
+    streamed, resident = [list(block) for block in blocks], list[str]()
+    while number:
+        most = max(map(len, streamed))
+        widest = [block for block in streamed if len(block) == most]
+        taken = min(number, len(widest))
+        resident += [widest[(2 * i + 1) * len(widest) // (2 * taken)].pop() for i in range(taken)]
+        number -= taken
+    return tuple(resident)
+
+
+class Point(NamedTuple):
+    """One way for the blocks to keep things: seconds of the blocks' compute, the most bytes (activations and workspace
+    and gradients that have come up by then), and each block's policy.
+    """
+
+    seconds: float
+    peak: int
+    policies: tuple[str, ...]
+
+
+def plan(
+    tables: Sequence[Costs],
+    card: Card,
+    vram: int | None = None,
+    ram: int | None = None,
+    pins: Pins | None = None,
+    smaller: Mapping[str, Sequence[Costs]] | None = None,
+    margin: int = MARGIN,
+) -> Plan:
+    """The fastest plan of `tables` that keeps to `vram` and `ram` bytes, or as good as that and more faithful.
+
+    vram: of the card by default; `margin` of it is not planned with. smaller: name -> tables of what the user could ask
+    for instead, said where nothing fits. Raises WrongRequest then, and for pins that no plan can have.
+    """
+    pins, vram = pins or Pins(), card.vram if vram is None else vram
+    best: list[Plan] = []
+    for costs in (allowed := _allowed(tables, card, pins)):
+        limit = AS_GOOD * min((p.seconds for p in best), default=math.inf)
+        if found := _fastest(costs, card, vram, ram, pins, margin, limit):
+            best.append(found)
+    if not best:
+        raise WrongRequest(_what_would_fit(allowed, card, vram, ram, pins, smaller or {}, margin))
+    fastest = min(p.seconds for p in best)
+    errors = {(t.format, t.compute): t.error for t in allowed}
+    return min(
+        (p for p in best if p.seconds <= AS_GOOD * fastest), key=lambda p: (errors[p.format, p.compute], p.seconds)
+    )
+
+
+def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
+    """The fewest bytes of a card that any plan of `costs` needs."""
+    pins = pins or Pins()
+    return margin + min(
+        _fixed(costs, setting) + point.peak
+        for offload in _offloads(pins)
+        for point in points(costs, None, pins.policy, offload)
+        for setting in _settings(costs, pins)
+    )
+
+
+def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Setting) -> dict[str, int]:
+    """Owner -> bytes at the moment of the most."""
+    found = dict.fromkeys(OWNERS, 0)
+    found["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
+    found["slots"] = setting.slots * costs.slot
+    found["optimiser"] = costs.optimiser
+    activations, workspace, gradients = max(_moments(costs, policies, offload), key=sum)
+    found["lora"] = costs.lora + gradients
+    found["activations"] = activations
+    found["workspace"] = workspace + costs.scratch + setting.ahead * costs.ahead_step
+    return found
+
+
+class Setting(NamedTuple):
+    """What does not depend on the policies: slots, resident units, and steps that modulation is ahead."""
+
+    slots: int
+    resident: tuple[str, ...]
+    ahead: int
+
+
+def _allowed(tables: Sequence[Costs], card: Card, pins: Pins) -> list[Costs]:
+    """The tables that the pins and the card's arithmetic leave."""
+    for name in ("format", "compute"):
+        wanted, there = getattr(pins, name), sorted({getattr(t, name) for t in tables})
+        if wanted is not None and wanted not in there:
+            raise WrongRequest(f"{name} {wanted} is not among those that can be had: {', '.join(there)}")
+    left = [t for t in tables if pins.format in (None, t.format) and pins.compute in (None, t.compute)]
+    able = [t for t in left if math.isfinite(_block_seconds(t, card)[0])]
+    if not able:
+        raise WrongRequest(f"{card.name} cannot multiply in {left[0].compute}; choose another --compute")
+    return able
+
+
+def _block_seconds(costs: Costs, card: Card) -> tuple[float, list[float], list[dict[str, float]]]:
+    """Seconds outside the blocks and of each block forward, all of it; and backward by policy."""
+    forward = [card.seconds(b.forward) for b in costs.blocks]
+    backward = [{n: card.seconds(p.replay + b.backward) for n, p in b.policies.items()} for b in costs.blocks]
+    outside = card.seconds(costs.outside)
+    return outside + sum(forward) + sum(max(b.values(), default=0.0) for b in backward), forward, backward
+
+
+def _fastest(
+    costs: Costs, card: Card, vram: int, ram: int | None, pins: Pins, margin: int, limit: float
+) -> Plan | None:
+    """The fastest plan of one table, if one fits and takes at most `limit` seconds.
+
+    The most promising first: a plan takes at least its compute and at least its copies, so that the search ends when no
+    other can be faster.
+    """
+    _, forward, backward = _block_seconds(costs, card)
+    outside, bytes_s, room = card.seconds(costs.outside), card.bus_gb_s * 1e9, vram - margin
+    number = count()
+    heap: list[tuple[float, int, int, Iterator[Point], Point, Setting, bool]] = []
+
+    def push(fitting: Iterator[Point], setting: Setting, offload: bool) -> None:
+        point = next(fitting, None)
+        if point is not None:
+            bound = max(point.seconds + outside, _bytes_moved(costs, setting, offload) / bytes_s)
+            bound += _ahead_seconds(costs, card, setting)
+            use = _fixed(costs, setting) + point.peak
+            heapq.heappush(heap, (bound, use, next(number), fitting, point, setting, offload))
+
+    for offload in _offloads(pins):
+        known = points(costs, card, pins.policy, offload)
+        for setting in _settings(costs, pins):
+            if (ram is None or _host(costs, offload) <= ram) and costs.blocks:
+                left = room - _fixed(costs, setting)
+                push((p for p in known if p.peak <= left), setting, offload)
+
+    best: tuple[float, int, Timing, Point, Setting, bool] | None = None
+    while heap:
+        bound, use, _, fitting, point, setting, offload = heapq.heappop(heap)
+        if bound > limit or (best and (bound, use) >= best[:2]):
+            break
+        visits = _visits(costs, forward, backward, point.policies, offload)
+        visits.append(Visit(outside, ()))
+        timing = simulate(visits, costs.units, frozenset(setting.resident), setting.slots, bytes_s)
+        seconds = timing.seconds + _ahead_seconds(costs, card, setting)
+        if seconds <= limit and (best is None or (seconds, use) < best[:2]):
+            best = seconds, use, timing, point, setting, offload
+        if bound < seconds:  # with more kept it would be the copies that it waits for all the same
+            push(fitting, setting, offload)
+    if best is None:
+        return None
+    seconds, use, timing, point, setting, offload = best
+    ahead = _ahead_seconds(costs, card, setting)
+    moved = timing.moved + (sum(costs.ahead.values()) // setting.ahead if setting.ahead else 0)
+    peak = peak_by_owner(costs, point.policies, offload, setting)
+    left = room - sum(v for k, v in peak.items() if k not in ("activations", "workspace"))
+    tiles = next((band for band, size in costs.tiles if size <= left), costs.tiles[-1][0] if costs.tiles else None)
+    return Plan(
+        costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),
+        point.policies, offload, tiles, setting.ahead, peak, seconds, timing.stall + ahead, moved,
+        _host(costs, offload), card.name, vram, costs.about,
+    )  # fmt: skip
+
+
+def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[Point]:
+    """The ways for the blocks to keep things that none beats in both seconds and bytes, the fastest first.
+
+    Blocks that cost the same are alike, so that it only counts how many of them have each policy; they are mixed evenly.
+    Without a card only the leanest matters: seconds are FLOPs then.
+    """
+    classes: dict[tuple[Any, ...], list[int]] = {}
+    options: dict[tuple[Any, ...], list[tuple[int, float, str]]] = {}
+    for i, block in enumerate(costs.blocks):
+        choices = []
+        for name, cost in block.policies.items():
+            work = cost.replay + block.backward
+            choices.append((_kept(block, name, offload), card.seconds(work) if card else work.flops, name))
+        names = {name for _, _, name in choices}
+        if policy is not None and choices:
+            if policy not in names:
+                raise WrongRequest(f"the policy must be one of {', '.join(block.policies)}, not {policy!r}")
+            choices = [c for c in choices if c[2] == policy]
+        key = (*choices, block.forward_peak, *((p.forward_peak, p.backward_peak) for p in block.policies.values()))
+        classes.setdefault(key, []).append(i)
+        options[key] = choices
+
+    front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
+    for key, members in classes.items():
+        if options[key]:
+            for _ in members:
+                front = _unbeaten([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options[key]])
+
+    constant = sum(card.seconds(b.forward) if card else b.forward.flops for b in costs.blocks)
+    found = []
+    for _, seconds, chain in front:
+        names = []
+        while chain is not None:
+            chain, name = chain
+            names.append(name)
+        policies, names = [""] * len(costs.blocks), names[::-1]
+        for key, members in classes.items():
+            if options[key]:
+                own, names = names[: len(members)], names[len(members) :]
+                for i, name in zip(members, _mixed(own), strict=True):
+                    policies[i] = name
+        peak = max(sum(moment) for moment in _moments(costs, policies, offload))
+        found.append(Point(seconds + constant, peak, tuple(policies)))
+    found.sort()
+    leanest, kept = math.inf, list[Point]()
+    for point in found:  # the fastest first, then only what is leaner
+        if point.peak < leanest:
+            kept.append(point)
+            leanest = point.peak
+    return kept
+
+
+def _unbeaten(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
+    """Those that no other beats in both bytes and seconds; of very many about `POINTS`."""
+    found.sort(key=lambda f: f[:2])
+    kept, fastest = list[tuple[int, float, Any]](), math.inf
+    for option in found:
+        if option[1] < fastest - 1e-12:
+            kept.append(option)
+            fastest = option[1]
+    if len(kept) <= POINTS:
+        return kept
+    step = (kept[-1][0] - kept[0][0]) / POINTS
+    thinned = kept[:1]
+    for option, after in zip(kept[1:], [*kept[2:], None], strict=True):
+        if after is None or int(after[0] / step) > int(option[0] / step):
+            thinned.append(option)
+    return thinned
+
+
+def _mixed(names: Sequence[str]) -> list[str]:
+    """`names` in an order in which each lies evenly among the others."""
+    places = []
+    for name in dict.fromkeys(names):
+        number = names.count(name)
+        places += [((i + 0.5) / number, name) for i in range(number)]
+    return [name for _, name in sorted(places)]
+
+
+def _kept(block: BlockCost, policy: str, offload: bool) -> int:
+    return block.policies[policy].kept - (block.inputs if offload else 0)
+
+
+def _moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
+    """(activations, workspace, gradients) in bytes while each block runs, forward and backward, and in the optimiser's
+    step. Inputs that are on their way to or from the host take `BUFFERS` more places.
+    """
+    total = costs.gradients + sum(b.gradients for b in costs.blocks)
+    before, gradients = 0, total if costs.accumulates else 0
+    travelling = BUFFERS * max((b.inputs for b in costs.blocks), default=0) if offload else 0
+    kept = []
+    for block, policy in zip(costs.blocks, policies, strict=True):
+        cost = block.policies.get(policy)
+        peak, own = (cost.forward_peak, cost.kept) if cost else (block.forward_peak, 0)
+        yield before + own + travelling, peak - own, gradients
+        kept.append(before)
+        before += _kept(block, policy, offload) if cost else 0
+    for block, policy, held in reversed([*zip(costs.blocks, policies, kept, strict=True)]):
+        if cost := block.policies.get(policy):
+            yield held + cost.kept + travelling, cost.backward_peak - cost.kept, gradients
+            gradients += 0 if costs.accumulates else block.gradients
+    yield 0, costs.optimiser_peak, total
+
+
+def _visits(
+    costs: Costs,
+    forward: Sequence[float],
+    backward: Sequence[Mapping[str, float]],
+    policies: Sequence[str],
+    offload: bool,
+) -> list[Visit]:
+    visits = []
+    for block, seconds, policy in zip(costs.blocks, forward, policies, strict=True):
+        visits.append(Visit(seconds, block.units, block.inputs if offload and policy else 0))
+    for block, seconds, policy in reversed([*zip(costs.blocks, backward, policies, strict=True)]):
+        if policy:
+            visits.append(Visit(seconds[policy], block.units, 0, block.inputs if offload else 0))
+    return visits
+
+
+def _offloads(pins: Pins) -> tuple[bool, ...]:
+    return (False, True) if pins.offload is None else (pins.offload,)
+
+
+def _settings(costs: Costs, pins: Pins) -> list[Setting]:
+    """Every combination of slots, resident units and look-ahead that the pins leave."""
+    units = len(costs.units)
+    numbers = range(units, -1, -max(1, units // 38))
+    if pins.resident_units is not None and pins.blocks_to_swap is not None:
+        raise WrongRequest("--resident-units and --blocks-to-swap say the same thing; give one of them")
+    if pins.resident_units is not None:
+        if not 0 <= pins.resident_units <= units:
+            raise WrongRequest(f"--resident-units must be 0 to {units}, not {pins.resident_units}")
+        numbers = (pins.resident_units,)
+    if pins.blocks_to_swap is not None:
+        if not 0 <= 2 * pins.blocks_to_swap <= units:
+            raise WrongRequest(f"--blocks-to-swap must be 0 to {units // 2}, not {pins.blocks_to_swap}")
+        numbers = (units - 2 * pins.blocks_to_swap,)
+    batch = int(str(costs.about.get("batch", 1)))
+    aheads = sorted({max(1, n // batch) for n in AHEAD}, reverse=True) if costs.ahead else (0,)
+    blocks, found = [b.units for b in costs.blocks], []
+    for number in numbers:
+        resident = spread(blocks, number)
+        fewest = max(2, max((len(set(b) - set(resident)) for b in blocks), default=0))
+        if pins.slots is not None and pins.slots < fewest:
+            raise WrongRequest(f"--slots must be at least {fewest}: a block needs so many units at once")
+        wanted = {max(s, fewest) for s in ((pins.slots,) if pins.slots else SLOTS)}
+        streams = number < units
+        slots = {min(s, max(units - number, 2)) for s in wanted} if streams else {2 if costs.ahead else 0}
+        found += [Setting(s, resident, ahead) for s in sorted(slots) for ahead in aheads]
+    return found
+
+
+def _fixed(costs: Costs, setting: Setting) -> int:
+    """Bytes on the card that are there all the time."""
+    held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
+    return held + costs.stays + costs.lora + costs.optimiser + costs.scratch + setting.ahead * costs.ahead_step
+
+
+def _bytes_moved(costs: Costs, setting: Setting, offload: bool) -> int:
+    """The fewest bytes that a step copies to the card: all streamed units each way, but for those that a turn finds in
+    the slots.
+    """
+    resident = set(setting.resident)
+    forward = sorted(size for u, size in costs.units.items() if u not in resident)
+    trained = {u for b in costs.blocks if b.policies for u in b.units}
+    back = sum(size for u, size in costs.units.items() if u not in resident and u in trained)
+    spared = 2 * sum(forward[-setting.slots :]) if setting.slots else 0
+    inputs = sum(b.inputs for b in costs.blocks if b.policies) if offload else 0
+    return max(0, sum(forward) + back - spared) + inputs
+
+
+def _ahead_seconds(costs: Costs, card: Card, setting: Setting) -> float:
+    """A step's share of the pass that computes modulation ahead, which waits for the bus or for memory."""
+    if not setting.ahead:
+        return 0.0
+    total = sum(costs.ahead.values())
+    return total / min(card.bus_gb_s * 1e9, card.memory_gb_s * 1e9 * card.efficiency.memory) / setting.ahead
+
+
+def _host(costs: Costs, offload: bool) -> int:
+    """Bytes of RAM: the arena with all units, and the inputs that wait there."""
+    inputs = sum(b.inputs for b in costs.blocks if b.policies) if offload else 0
+    return HOST + sum(costs.units.values()) + sum(costs.ahead.values()) + inputs
+
+
+def _what_would_fit(
+    tables: Sequence[Costs],
+    card: Card,
+    vram: int,
+    ram: int | None,
+    pins: Pins,
+    smaller: Mapping[str, Sequence[Costs]],
+    margin: int,
+) -> str:
+    """Why nothing fits, and what would."""
+    hosts = {t.format: _host(t, False) for t in tables}
+    if ram is not None and min(hosts.values()) > ram:
+        lean = min(hosts, key=hosts.__getitem__)
+        return (
+            f"the frozen weights need {_gib(hosts[lean])} of RAM in {lean}, and {_gib(ram)} are allowed; raise --ram, "
+            "or close other programs"
+        )
+    needed = min(least(t, pins, margin) for t in tables)
+    ways = [f"--vram {_gib_up(needed)}"]
+    free = Pins(format=pins.format, compute=pins.compute)
+    if pins != free and (unpinned := min(least(t, free, margin) for t in tables)) <= vram:
+        names = ("resident_units", "blocks_to_swap", "policy", "slots", "offload")
+        given = [f"--{n.replace('_', '-')}" for n in names if getattr(pins, n) is not None]
+        ways.append(f"leave out {' and '.join(given)} ({_gib(unpinned)})")
+    for name, others in smaller.items():
+        usable = [t for t in others if pins.format in (None, t.format) and pins.compute in (None, t.compute)]
+        if usable and (lean := min(least(t, pins, margin) for t in usable)) <= vram:
+            ways.append(f"{name} ({_gib(lean)})")
+            break
+    return f"this needs at least {_gib(needed)} of the card, and {_gib(vram)} are allowed; what would do: {', or '.join(ways)}"
+
+
+def _gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.1f} GiB"
+
+
+def _gib_up(nbytes: float) -> str:
+    return f"{math.ceil(nbytes / GIB * 10) / 10:.1f}GiB"
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a table that a person can read."""
+    units = len(plan.resident) + plan.streamed
+    rows = [
+        ("weights", f"{plan.format}, multiplied in {plan.compute}"),
+        ("units", f"{len(plan.resident)} of {units} resident, {plan.streamed} streamed through {plan.slots} slots"),
+        ("blocks keep", ", ".join(f"{n} x {name}" for name, n in counted(plan.policies).items()) or "nothing"),
+        ("block inputs", "on the host" if plan.offload else "on the card"),
+        ("modulation", f"{plan.look_ahead} steps ahead" if plan.look_ahead else "in the step"),
+        ("autoencoder", "whole" if plan.tiles is None else f"{plan.tiles} rows at a time"),
+        ("peak, predicted", f"{_gib(plan.peak_bytes)} of {_gib(plan.vram)}"),
+        *((f"  {owner}", _gib(nbytes)) for owner, nbytes in plan.peak.items()),
+        ("RAM, predicted", _gib(plan.host)),
+        ("copied a step", f"{plan.moved / 1e9:.1f} GB"),
+        ("step, predicted", f"{plan.seconds:.2f} s on {plan.card}, {100 * plan.stall / plan.seconds:.0f} % of it waiting "
+         f"for copies; bound by {'the bus' if plan.bound == 'bus' else 'compute'}"),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def counted(policies: Sequence[str]) -> dict[str, int]:
+    """Policy -> how many blocks have it."""
+    return {name: policies.count(name) for name in dict.fromkeys(policies) if name}
+
+
