@@ -1,7 +1,7 @@
 """What a training step of FLUX.1 costs, as numbers: the table that the planner reads (fluxq/offload/costs.py).
 
-Bytes of weights are exact, as the quantised file and the arena lay them out. FLOPs are counted per matrix product, two a
-weight and row. Bytes that are moved are those of the ops that wait for memory, in fused kernels: what each reads and
+Bytes of weights are exact, as the quantised file and the arena lay them out. FLOPs are counted per matrix product, two
+a weight and row. Bytes that are moved are those of the ops that wait for memory, in fused kernels: what each reads and
 writes once, and the weights that are decoded.
 """
 
@@ -19,7 +19,7 @@ from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.lora import TARGETS
 from fluxq.model.units import REST, by_unit, unit_of
-from fluxq.model.working_set import Product, Reference, Shape, Triton, backward_peak, forward_peak
+from fluxq.model.working_set import Product, Shape, backward_peak, forward_peak, scratch
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
 
 ALIGNMENT = 256
@@ -47,18 +47,16 @@ def flux_costs(
     txt_tokens: int = 512,
     optimizer: str = "adamw8bit",
     accumulates: bool = False,
-    backend: str = "triton",
     chunk: int = 3072,
 ) -> Costs:
     """The table for steps of `batch` pictures of `img_tokens` with captions of `txt_tokens`.
 
-    chunk: rows of a weight that the Triton kernels decode at a time. backend: whose workspace is counted.
+    chunk: rows of a weight that the Triton kernels decode at a time.
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
-    lora = {path: rank for path in chosen(tuple(layers), targets)}
+    lora = dict.fromkeys(chosen(tuple(layers), targets), rank)
     gates = any(unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora)
-    ops = Triton() if backend == "triton" else Reference()
     sizes = {unit: stored_bytes({n: shapes[n] for n in names}, unit, format) for unit, names in by_unit(shapes).items()}
 
     trained, blocks, every = any("_in." in f".{p}." or p.endswith("_in") for p in lora), [], []
@@ -69,7 +67,7 @@ def flux_costs(
         units = tuple(u for u in sizes if u.startswith(f"{name}.") or u == name)
         units = units if gates else tuple(u for u in units if not u.endswith(".mod"))
         gradients = sum(4 * r * sum(layers[p]) for p, r in own.items())
-        blocks.append(_block(name, units, shape, ops, trained, first, gradients))
+        blocks.append(_block(name, units, shape, trained, first, gradients))
         every += shape.products
     ahead = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
     weights = {p: r * sum(layers[p]) for p, r in lora.items()}
@@ -88,7 +86,7 @@ def flux_costs(
         gradients=4 * sum(weights[p] for p in outer),
         optimiser=int(total * OPTIMIZER_BYTES[optimizer]),
         optimiser_peak=4 * total if optimizer == "adamw" else 0,
-        scratch=ops.scratch(every, chunk) + angles,
+        scratch=scratch(every, chunk) + angles,
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows),
         accumulates=accumulates,
         about=dict(rank=rank, batch=batch, img_tokens=img_tokens, txt_tokens=txt_tokens, optimizer=optimizer),
@@ -166,9 +164,7 @@ def _shape(
     return Shape(streams, config.hidden_size, config.mlp_hidden, config.num_heads, single, batch, gates)
 
 
-def _block(
-    name: str, units: tuple[str, ...], shape: Shape, ops: Triton, trained: bool, first: bool, gradients: int
-) -> BlockCost:
+def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first: bool, gradients: int) -> BlockCost:
     """`first`: nothing upstream is trained, so that the inputs need no gradient."""
     begins = {"qkv", "hidden"} if shape.single else {"qkv"}
     backward, forward = Work(), Work(attention=_attention(shape), moved=_moved_forward(shape))
@@ -177,16 +173,16 @@ def _block(
             forward += _product(p)
             backward += _product_backward(p, not (first and short in begins))
     backward += Work(attention_backward=2.5 * _attention(shape), moved=_moved_backward(shape))
-    policies = {}
+    policies, beside = {}, shape.u if shape.single else 0  # in the forward pass the double blocks' last outputs wait
     for policy in POLICIES if trained else ():
         kept = shape.u + sum(shape.kept(policy).values())
-        peaks = forward_peak(shape, policy, ops), backward_peak(shape, policy, ops)
+        peaks = forward_peak(shape, policy) + beside, backward_peak(shape, policy)
         policies[policy] = PolicyCost(kept, _replay(shape, policy), *peaks)
     return BlockCost(
         name,
         units,
         forward,
-        forward_peak(shape, "recompute", ops),
+        forward_peak(shape, "recompute") + beside,
         shape.u,
         gradients,
         backward if trained else Work(),

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from fluxq.kernels.lora_linear import FEW_ROWS
 from fluxq.kernels.replay import POLICIES
 
-CHUNK = 1 << 24
-"""Weights that the reference backend decodes or rounds at a time on a card."""
+LANES = 32
+"""The room for LoRA behind each row of an input is a multiple of so many columns."""
 
 
 class Live:
@@ -68,16 +68,18 @@ class Product:
     def weights(self) -> int:
         return self.n * self.k
 
-    def room(self, lanes: int) -> int:
+    @property
+    def room(self) -> int:
         """Columns that are left free behind each row of its input."""
-        return -(-self.rank // lanes) * lanes if lanes and self.produced and self.compute == "bf16" else 0
-
-    def x(self, lanes: int) -> int:
-        """Bytes of its input."""
-        return self.rows * (self.k + self.room(lanes)) * 2
+        return -(-self.rank // LANES) * LANES if self.produced and self.compute == "bf16" else 0
 
     @property
-    def eight_bit_rows(self) -> int:
+    def x(self) -> int:
+        """Bytes of its input."""
+        return self.rows * (self.k + self.room) * 2
+
+    @property
+    def as_rows(self) -> int:
         """Bytes of its input in 8 bits, with what comes beside."""
         return self.rows * (self.k + 4 + 4 * self.rank) if self.eight_bits else 0
 
@@ -95,9 +97,21 @@ class Product:
         return 4 * self.rank * (self.n + self.k)
 
     @property
-    def lora_16bit(self) -> int:
-        """Bytes of its LoRA weights in the dtype of the input."""
-        return 2 * self.rank * (self.n + self.k)
+    def forward_temporary(self) -> int:
+        """Bytes that are there only while it multiplies: LoRA in 16 bits, and in 8 bits the weight and an input that
+        did not come so.
+        """
+        lora = 2 * self.rank * (self.n + self.k)
+        if not self.eight_bits:
+            return lora + self.n * self.room * 2
+        return lora + (0 if self.stored == 1 else self.weights + 4 * self.n) + (0 if self.produced else self.as_rows)
+
+    @property
+    def backward_temporary(self) -> int:
+        lora = 2 * self.rank * (self.n + self.k) + self.rows * self.rank * 2
+        if self.eight_bits_back:
+            return lora + self.weights + self.rows * (self.n + 4)
+        return lora + self.n * self.room * 2
 
 
 @dataclass(frozen=True)
@@ -149,214 +163,150 @@ class Shape:
         return found
 
 
-class Triton:
-    """What the kernels have beside their inputs and outputs. A decoded weight lies in a scratch that stays."""
-
-    lanes = 32
-
-    def scratch(self, products: Collection[Product], chunk: int) -> int:
-        """Bytes of the scratch: the largest piece of a weight that is decoded at once, for either direction."""
-        sizes = [0]
-        for p in products:
-            if p.stored == 2 or (p.eight_bits and p.eight_bits_back):
-                continue
-            if not p.eight_bits:
-                sizes.append(min(p.n, chunk) * (p.k + p.room(self.lanes)) * 2)
-            sizes.append(p.n * (min(p.k, chunk) + p.room(self.lanes)) * 2)
-        return max(sizes)
-
-    def product(self, p: Product) -> int:
+def scratch(products: Collection[Product], chunk: int) -> int:
+    """Bytes of the scratch that decoded weights lie in, `chunk` rows at a time, or columns in the backward pass: it
+    stays.
+    """
+    sizes = [0]
+    for p in products:
+        if p.stored == 2 or p.eight_bits_back:
+            continue
         if not p.eight_bits:
-            return p.lora_16bit + p.n * p.room(self.lanes) * 2
-        decoded = 0 if p.stored == 1 else p.weights + 4 * p.n
-        return p.lora_16bit + decoded + (0 if p.produced else p.eight_bit_rows)
-
-    def product_backward(self, p: Product) -> int:
-        ds = p.rows * p.rank * 2
-        if p.eight_bits_back:
-            return p.lora_16bit + p.weights + p.rows * (p.n + 4) + ds
-        return p.lora_16bit + ds + p.n * p.room(self.lanes) * 2
-
-    def modulate(self, u: int) -> int:
-        return 0
-
-    def modulate_backward(self, u: int) -> int:
-        return 0
-
-    def norm_rope(self, u: int) -> int:
-        return 0
-
-    def norm_rope_backward(self, u: int) -> int:
-        return 0
-
-    def gelu(self, hidden: int, beside: int) -> int:
-        return 0
-
-    def to_8_bits(self, hidden: int) -> int:
-        return 0
-
-    def attention_backward(self, u: int) -> int:
-        """The gradient made contiguous, and that of the queries summed in fp32."""
-        return 3 * u
+            sizes.append(min(p.n, chunk) * (p.k + p.room) * 2)
+        sizes.append(p.n * (min(p.k, chunk) + p.room) * 2)
+    return max(sizes)
 
 
-class Reference(Triton):
-    """What plain PyTorch has: the same lifetimes, and the values between one operator and the next."""
-
-    lanes = 0
-
-    def scratch(self, products: Collection[Product], chunk: int) -> int:
-        return 0
-
-
-def forward_peak(shape: Shape, policy: str, ops: Triton) -> int:
+def forward_peak(shape: Shape, policy: str) -> int:
     """The most bytes of the block while it runs forward, its inputs, outputs and what it keeps among them."""
     live = Live(inputs=shape.u)
-    _run(live, shape, policy, ops, replay=False)
+    _run(live, shape, policy, replay=False)
     return live.peak
 
 
-def backward_peak(shape: Shape, policy: str, ops: Triton) -> int:
+def backward_peak(shape: Shape, policy: str) -> int:
     """The most bytes while it is replayed and its gradients are worked out: its inputs, what it kept, the gradients
     that come in and all that it makes.
     """
     live = Live(inputs=shape.u, d_out=shape.u, **shape.kept(policy))
-    _run(live, shape, policy, ops, replay=True)
-    (_single_backward if shape.single else _double_backward)(live, shape, ops)
+    _run(live, shape, policy, replay=True)
+    (_single_backward if shape.single else _double_backward)(live, shape)
     return live.peak
 
 
-def _run(live: Live, shape: Shape, policy: str, ops: Triton, replay: bool) -> None:
+def _run(live: Live, shape: Shape, policy: str, replay: bool) -> None:
     """The block's forward pass, or in the backward pass its replay: then whatever a gradient reads stays."""
-    unread = shape.unread(policy) if replay else set()
-    keeps = set(POLICIES[policy])
-    had = keeps if replay else set()  # values that the replay has
+    keeps, unread = set(POLICIES[policy]), shape.unread(policy) if replay else set()
+    had = keeps if replay else set()  # what the replay need not make
 
-    def product(name: str, p: Product, stream: str) -> None:
+    def product(p: Product, output: str) -> None:
         if p.rank and replay:
-            live.make(**{f"s_{name}_{stream}": p.s})
+            live.make(**{f"s_{output}": p.s})
         if p.feeds not in unread:
-            live.make(ops.product(p), **{f"y_{name}_{stream}": p.y})
+            live.make(p.forward_temporary, **{output: p.y})
 
-    def attend() -> None:
-        if "qkv" not in had:
-            live.make(ops.norm_rope(shape.u), **dict.fromkeys("qkv", shape.u), rstd=2 * shape.rows * shape.heads * 4)
-        if "attention" not in had:
-            live.make(attended=shape.u, lse=shape.rows * shape.heads * 4)
-        if not replay and "qkv" not in keeps:
-            live.drop(*"qkv", "rstd")
-
-    def gelu(stream: str, rows: int, p: Product, beside: int) -> None:
-        hidden = rows * shape.hidden * 2
+    def gelu(stream: str, rows: int, p: Product) -> None:
         if policy == "keep_all8" and replay:
-            live.make(ops.to_8_bits(hidden), **{f"hidden_{stream}": hidden})
+            live.make(**{f"hidden_{stream}": rows * shape.hidden * 2})
             live.drop(f"hidden8_{stream}")
         elif policy == "keep_all8":
-            live.make(ops.to_8_bits(hidden), **{f"hidden8_{stream}": rows * (shape.hidden + 4)})
-        live.make(
-            ops.gelu(hidden, beside),
-            **{f"act_{stream}": p.x(ops.lanes), f"act8_{stream}": p.eight_bit_rows},
-        )
+            live.make(**{f"hidden8_{stream}": rows * (shape.hidden + 4)})
+        live.make(**{f"act_{stream}": p.x, f"act8_{stream}": p.as_rows})
 
-    def finish(stream: str, rows: int, p: Product) -> None:
-        product("end", p, stream)
-        live.drop(f"act8_{stream}", *(() if replay and p.rank else (f"act_{stream}",)))
-        live.make(**{f"out_{stream}": rows * shape.width * 2})
-        if not shape.gates:
-            live.drop(f"y_end_{stream}")
+    def saved(p: Product) -> bool:
+        return replay and p.rank > 0
 
-    for stream, (rows, products) in shape.streams.items():
+    # queries, keys and values, and attention
+    for stream, (_, products) in shape.streams.items():
         p = products["qkv"]
-        live.make(
-            ops.modulate(rows * shape.width * 2),
-            **{f"mod_{stream}": p.x(ops.lanes), f"mod8_{stream}": p.eight_bit_rows},
-        )
-        product("qkv", p, stream)
-        if shape.single:
-            product("hidden", products["hidden"], stream)
-            if "hidden" not in had:
-                live.sizes[f"hidden_{stream}"] = live.sizes.pop(f"y_hidden_{stream}")
+        live.make(**{f"mod_{stream}": p.x, f"mod8_{stream}": p.as_rows})
+        product(p, f"qkv_{stream}")
+        if shape.single:  # the same layer, and its input has a name until the end
+            product(products["hidden"], f"hidden_{stream}")
         else:
-            live.drop(f"mod8_{stream}", *(() if replay and p.rank else (f"mod_{stream}",)))
-    attend()
+            live.drop(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")
+    if "qkv" not in had:
+        live.make(**dict.fromkeys("qkv", shape.u), rstd=2 * shape.rows * shape.heads * 4)
+    if "attention" not in had:
+        live.make(attended=shape.u, lse=shape.rows * shape.heads * 4)
+    if not replay and "qkv" not in keeps:
+        live.drop(*"qkv", "rstd")
+
+    # the MLP, and what is added to the streams
     for stream, (rows, products) in shape.streams.items():
+        p, end = products["hidden"], products["end"]
+        if not shape.single:
+            product(products["proj"], f"proj_{stream}")
+            if "residual" not in had:
+                live.make(**{f"x1_{stream}": rows * shape.width * 2})
+            live.make(**{f"mod2_{stream}": p.x, f"mod28_{stream}": p.as_rows})
+            live.drop("" if replay and shape.gates else f"proj_{stream}")
+            product(p, f"hidden_{stream}")
+        gelu(stream, rows, end)
+        product(end, f"end_{stream}")
+        if not shape.single:
+            live.drop(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
+        live.make(**{f"out_{stream}": rows * shape.width * 2})
+        live.drop("" if replay and shape.gates else f"end_{stream}")
         if shape.single:
-            gelu(stream, rows, products["end"], shape.u)
-            finish(stream, rows, products["end"])
-            live.drop(f"mod8_{stream}", *(() if replay and products["qkv"].rank else (f"mod_{stream}",)))
+            live.drop(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")
+            live.drop(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
             continue
-        product("proj", products["proj"], stream)
-        if "residual" not in had:
-            live.make(**{f"x1_{stream}": rows * shape.width * 2})
-        p = products["hidden"]
-        live.make(
-            ops.modulate(rows * shape.width * 2),
-            **{f"mod2_{stream}": p.x(ops.lanes), f"mod28_{stream}": p.eight_bit_rows},
-        )
-        if not (replay and shape.gates):
-            live.drop(f"y_proj_{stream}")
-        product("hidden", p, stream)
-        if "hidden" not in had:
-            live.sizes[f"hidden_{stream}"] = live.sizes.pop(f"y_hidden_{stream}")
-        gelu(stream, rows, products["end"], 0)
-        finish(stream, rows, products["end"])
-        live.drop(f"mod28_{stream}", *(() if replay and p.rank else (f"mod2_{stream}",)))
+        live.drop(f"mod28_{stream}", "" if saved(p) else f"mod2_{stream}")
         if not replay:
-            live.drop(*(() if policy == "keep_all" else (f"hidden_{stream}",)))
-            live.drop(*(() if "residual" in keeps else (f"x1_{stream}",)))
-    live.drop(*(f"y_qkv_{stream}" for stream in shape.streams))
+            live.drop("" if policy == "keep_all" else f"hidden_{stream}", "" if "residual" in keeps else f"x1_{stream}")
+    live.drop(*(f"qkv_{stream}" for stream in shape.streams))
 
 
-def _product_backward(live: Live, ops: Triton, p: Product, name: str, stream: str, saved: str, dy: str, dx: str) -> None:
-    """dy and the saved input to dx and the gradients of LoRA."""
-    live.make(ops.product_backward(p), **{dx: p.x(ops.lanes)})
-    live.make(**{f"grad_{name}_{stream}": p.gradients})
-    live.drop(dy, saved, f"s_{name}_{stream}")
-
-
-def _attention_backward(live: Live, shape: Shape, ops: Triton, *grad: str) -> None:
-    live.make(ops.attention_backward(shape.u), dq=shape.u, dk=shape.u, dv=shape.u)
-    live.drop(*grad, "attended", "lse", "v")
-    sizes = {f"d_qkv_{stream}": rows * shape.width * 6 for stream, (rows, _) in shape.streams.items()}
-    live.make(ops.norm_rope_backward(shape.u), **sizes)
-    live.drop("dq", "dk", "dv", "q", "k", "rstd")
-
-
-def _single_backward(live: Live, shape: Shape, ops: Triton) -> None:
+def _single_backward(live: Live, shape: Shape) -> None:
     ((stream, (_, products)),) = shape.streams.items()
-    u = shape.u
-    live.make(dy=u)
-    _product_backward(live, ops, products["end"], "end", stream, f"act_{stream}", "dy", "d_act")
+    live.make(dy=shape.u)
+    _product_backward(live, products["end"], f"end_{stream}", "dy", "d_act", f"act_{stream}")
     live.make(d_hidden=products["hidden"].y)
-    live.drop(f"hidden_{stream}", f"y_end_{stream}")
-    _attention_backward(live, shape, ops, "d_act")
-    _product_backward(live, ops, products["hidden"], "hidden", stream, "", "d_hidden", "d_mod1")
-    _product_backward(live, ops, products["qkv"], "qkv", stream, "", f"d_qkv_{stream}", "d_mod2")
-    live.make(d_mod=products["qkv"].x(ops.lanes))
+    live.drop(f"hidden_{stream}")
+    _attention_backward(live, shape, "d_act")
+    _product_backward(live, products["hidden"], f"hidden_{stream}", "d_hidden", "d_mod1")
+    _product_backward(live, products["qkv"], f"qkv_{stream}", f"d_qkv_{stream}", "d_mod2")
+    live.make(d_mod=products["qkv"].x)  # the sum of the two
     live.drop("d_mod1", "d_mod2", f"mod_{stream}")
-    live.make(ops.modulate_backward(u), d_x=u)
+    live.make(d_x=shape.u)
     live.drop("d_mod")
-    live.make(d_inputs=u)
+    live.make(d_inputs=shape.u)
 
 
-def _double_backward(live: Live, shape: Shape, ops: Triton) -> None:
+def _double_backward(live: Live, shape: Shape) -> None:
     for stream, (rows, products) in reversed(shape.streams.items()):
         u = rows * shape.width * 2
         live.make(dy=u)
-        _product_backward(live, ops, products["end"], "end", stream, f"act_{stream}", "dy", "d_act")
+        _product_backward(live, products["end"], f"end_{stream}", "dy", "d_act", f"act_{stream}")
         live.make(d_hidden=products["hidden"].y)
-        live.drop("d_act", f"hidden_{stream}", f"y_end_{stream}")
-        _product_backward(live, ops, products["hidden"], "hidden", stream, f"mod2_{stream}", "d_hidden", "d_mod2")
-        live.make(ops.modulate_backward(u), **{f"d_res_{stream}": u}, d_proj=u)
-        live.drop("d_mod2", f"x1_{stream}", f"y_proj_{stream}")
-        _product_backward(live, ops, products["proj"], "proj", stream, "", "d_proj", f"d_attended_{stream}")
+        live.drop("d_act", f"hidden_{stream}")
+        _product_backward(live, products["hidden"], f"hidden_{stream}", "d_hidden", "d_mod2", f"mod2_{stream}")
+        live.make(**{f"d_residual_{stream}": u}, d_proj=u)
+        live.drop("d_mod2", f"x1_{stream}")
+        _product_backward(live, products["proj"], f"proj_{stream}", "d_proj", f"d_attended_{stream}")
     live.make(d_attended=shape.u)
     live.drop(*(f"d_attended_{stream}" for stream in shape.streams))
-    _attention_backward(live, shape, ops, "d_attended")
+    _attention_backward(live, shape, "d_attended")
     for stream, (rows, products) in reversed(shape.streams.items()):
         u = rows * shape.width * 2
-        _product_backward(live, ops, products["qkv"], "qkv", stream, f"mod_{stream}", f"d_qkv_{stream}", "d_mod")
-        live.make(ops.modulate_backward(u), d_x=u)
+        _product_backward(live, products["qkv"], f"qkv_{stream}", f"d_qkv_{stream}", "d_mod", f"mod_{stream}")
+        live.make(d_x=u)
         live.drop("d_mod")
         live.make(**{f"d_inputs_{stream}": u})
-        live.drop("d_x", f"d_res_{stream}")
+        live.drop("d_x", f"d_residual_{stream}")
+
+
+def _product_backward(live: Live, p: Product, output: str, dy: str, dx: str, x: str = "") -> None:
+    """dy and the saved input x to dx and the gradients of LoRA. What is kept of `output` for the gates goes too."""
+    live.make(p.backward_temporary, **{dx: p.x})
+    live.make(**{f"grad_{output}": p.gradients})
+    live.drop(dy, x, f"s_{output}", output if p.feeds in ("end", "residual") else "")
+
+
+def _attention_backward(live: Live, shape: Shape, d_attended: str) -> None:
+    """CUDA's kernel copies a gradient that does not lie in one piece, and sums that of the queries in fp32: 3 U."""
+    live.make(3 * shape.u, dq=shape.u, dk=shape.u, dv=shape.u)
+    live.drop(d_attended, "attended", "lse", "v")
+    live.make(**{f"d_qkv_{stream}": rows * shape.width * 6 for stream, (rows, _) in shape.streams.items()})
+    live.drop("dq", "dk", "dv", "q", "k", "rstd")

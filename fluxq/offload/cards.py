@@ -1,8 +1,8 @@
 """How fast cards are: a table of those people own, and a measurement of the one at hand.
 
 Nominal rates are dense. GeForce cards multiply bf16 with sums in fp32 at half the rate of their datasheets' headline,
-int8 at four times that and fp8 at twice. What of it real code reaches is assumed, in `Efficiency`, beside the rates. All
-that is worked out from either is a prediction.
+int8 at four times that and fp8 at twice. What of it real code reaches is assumed, in `Efficiency`, beside the rates.
+All that is worked out from either is a prediction.
 """
 
 from __future__ import annotations
@@ -100,9 +100,7 @@ CARDS = {row[0]: Card(*row) for row in _TABLE}
 """Name -> card, each in the widest slot it can use; one in a narrower slot is measured."""
 
 
-def measure(
-    folder: Path, device: str = "cuda", size: int = 4096, seconds: float = 0.3, copied: int = 1 << 28
-) -> Card:
+def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float = 0.3, copied: int = 1 << 28) -> Card:
     """The card `device` (or a processor, for tests) by what it does in about two seconds, remembered in `folder`.
 
     size: of the matrices; seconds: of each of the five measurements; copied: bytes of a copy.
@@ -140,13 +138,15 @@ def _identity(device: str) -> tuple[str, str, int]:
         return device, "processor", 0
     about = torch.cuda.get_device_properties(torch.device(device))
     names = {(8, 9): "ada", (8, 0): "ampere", (8, 6): "ampere", (9, 0): "hopper"}
-    return about.name, names.get((about.major, about.minor), "blackwell" if about.major >= 10 else "older"), (
-        about.total_memory
+    return (
+        about.name,
+        names.get((about.major, about.minor), "blackwell" if about.major >= 10 else "older"),
+        (about.total_memory),
     )
 
 
 def _products(size: int, device: str) -> dict[str, Callable[[], Any]]:
-    """The matrix products that torch has on `device`, by type. They are torch's own: fluxq's kernels have other rates."""
+    """The matrix products that torch has on `device`, by type: its own, not fluxq's kernels."""
     import torch
 
     a = torch.ones(size, size, dtype=torch.bfloat16, device=device)

@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 OWNERS = ("weights", "slots", "lora", "optimiser", "activations", "workspace")
-"""Whose bytes they are. weights: frozen ones that stay on the card; slots: those that pass through; lora: its weights and
-gradients; activations: what is kept for the backward pass; workspace: all that comes and goes."""
+"""Whose bytes they are. weights: frozen ones that stay on the card; slots: those that pass through; lora: its weights
+and gradients; activations: what is kept for the backward pass; workspace: all that comes and goes."""
 
 
 @dataclass(frozen=True)
@@ -72,13 +72,14 @@ class BlockCost:
 class Costs:
     """One way of holding and multiplying a model's weights, for one batch of pictures.
 
-    units: bytes of each unit, in the order in which the forward pass needs them. ahead: bytes of each unit whose results
-    are computed for several steps at once, apart from the blocks; a step's results take `ahead_step` bytes. stays:
-    frozen bytes that are always on the card; lora, gradients and optimiser: trained weights, gradients outside the
-    blocks, the optimiser's state; scratch: workspace held all the time. outside: the step's work outside the blocks, and
-    `optimiser_peak` the bytes that come and go in the optimiser's step. accumulates: gradients of an earlier forward
-    pass are there. tiles: rows that the autoencoder works on at a time (None: all) and its most bytes, from fast to
-    lean. error: of the weights as they are stored and multiplied, relative; the smaller, the more faithful.
+    units: bytes of each unit, in the order in which the forward pass needs them. ahead: bytes of each unit whose
+    results are computed for several steps at once, apart from the blocks; a step's results take `ahead_step` bytes.
+    stays: frozen bytes that are always on the card; lora, gradients and optimiser: trained weights, gradients outside
+    the blocks, the optimiser's state; scratch: workspace held all the time. outside: the step's work outside the
+    blocks, and `optimiser_peak` the bytes that come and go in the optimiser's step. accumulates: gradients of an
+    earlier forward pass are there. tiles: rows that the autoencoder works on at a time (None: all) and its most bytes,
+    from fast to lean. error: of the weights as they are stored and multiplied, relative; the smaller, the more
+    faithful.
     """
 
     format: str

@@ -1,4 +1,5 @@
-"""What to keep, stream, compute again or send to the host, so that a step fits on the card and is fast: a pure function.
+"""What to keep, stream, compute again or send to the host, so that a step fits on the card and is fast: a pure
+function.
 
 `plan` reads tables of bytes and FLOPs (fluxq/offload/costs.py), one for each way of holding and multiplying the weights
 that is allowed, and a card. For each it draws up what the blocks can keep: the policies that no others beat in both
@@ -12,7 +13,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
@@ -117,9 +118,9 @@ def simulate(
 ) -> Timing:
     """A step that repeats: `visits` in order, each waiting for its units.
 
-    Streamed unit i lies in slot i mod slots. A copy begins when the copies before it are done and the slot's last reader
-    is. Inputs that come back share the way with the units, those that go out have the other direction to themselves; of
-    either `BUFFERS` are on the way at once.
+    Streamed unit i lies in slot i mod slots. A copy begins when the copies before it are done and the slot's last
+    reader is. Inputs that come back share the way with the units, those that go out have the other direction to
+    themselves; of either `BUFFERS` are on the way at once.
     """
     streamed = list(dict.fromkeys(u for v in visits for u in v.units if u not in resident))
     slot = {unit: i % slots for i, unit in enumerate(streamed)}
@@ -322,8 +323,8 @@ def _fastest(
 def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[Point]:
     """The ways for the blocks to keep things that none beats in both seconds and bytes, the fastest first.
 
-    Blocks that cost the same are alike, so that it only counts how many of them have each policy; they are mixed evenly.
-    Without a card only the leanest matters: seconds are FLOPs then.
+    Blocks that cost the same are alike, so that it only counts how many of them have each policy; they are mixed
+    evenly. Without a card only the leanest matters: seconds are FLOPs then.
     """
     classes: dict[tuple[Any, ...], list[int]] = {}
     options: dict[tuple[Any, ...], list[tuple[int, float, str]]] = {}
@@ -345,7 +346,9 @@ def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -
     for key, members in classes.items():
         if options[key]:
             for _ in members:
-                front = _unbeaten([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options[key]])
+                front = _unbeaten(
+                    [(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options[key]]
+                )
 
     constant = sum(card.seconds(b.forward) if card else b.forward.flops for b in costs.blocks)
     found = []
@@ -534,7 +537,8 @@ def _what_would_fit(
         if usable and (lean := min(least(t, pins, margin) for t in usable)) <= vram:
             ways.append(f"{name} ({_gib(lean)})")
             break
-    return f"this needs at least {_gib(needed)} of the card, and {_gib(vram)} are allowed; what would do: {', or '.join(ways)}"
+    would = ", or ".join(ways)
+    return f"this needs at least {_gib(needed)} of the card, and {_gib(vram)} are allowed; what would do: {would}"
 
 
 def _gib(nbytes: float) -> str:
@@ -559,8 +563,8 @@ def describe(plan: Plan) -> str:
         *((f"  {owner}", _gib(nbytes)) for owner, nbytes in plan.peak.items()),
         ("RAM, predicted", _gib(plan.host)),
         ("copied a step", f"{plan.moved / 1e9:.1f} GB"),
-        ("step, predicted", f"{plan.seconds:.2f} s on {plan.card}, {100 * plan.stall / plan.seconds:.0f} % of it waiting "
-         f"for copies; bound by {'the bus' if plan.bound == 'bus' else 'compute'}"),
+        ("step, predicted", f"{plan.seconds:.2f} s on {plan.card}, {plan.stall / plan.seconds:.0%} of it waiting"
+         f" for copies; bound by {'the bus' if plan.bound == 'bus' else 'compute'}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
@@ -569,5 +573,3 @@ def describe(plan: Plan) -> str:
 def counted(policies: Sequence[str]) -> dict[str, int]:
     """Policy -> how many blocks have it."""
     return {name: policies.count(name) for name in dict.fromkeys(policies) if name}
-
-

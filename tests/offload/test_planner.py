@@ -29,7 +29,9 @@ CARD = Card("test", "none", bf16=1.25, int8=5, fp8=0, memory_gb_s=1e9, memory_gi
 TFLOP, MB = 1e12, 10**6
 
 
-def model(seed: int = 0, doubles: int = 2, singles: int = 2, unit: int = 100 * MB, policies: int = 3, **changes) -> Costs:
+def model(
+    seed: int = 0, doubles: int = 2, singles: int = 2, unit: int = 100 * MB, policies: int = 3, **changes
+) -> Costs:
     """Blocks of two units and of one, with seconds and bytes drawn at random; alike where `seed` is 0."""
     draw = random.Random(seed)
 
@@ -47,7 +49,9 @@ def model(seed: int = 0, doubles: int = 2, singles: int = 2, unit: int = 100 * M
             kept, replay = kept + int(vary(100)) * MB, replay * vary(0.4)
         forward_work, backward = Work(bf16=forward * TFLOP), Work(bf16=forward * TFLOP)
         blocks.append(BlockCost(f"{i}", names, forward_work, 200 * MB, 30 * MB, 5 * MB, backward, choices))
-    given = dict(format="nf4", compute="bf16", error=0.09, units=units, blocks=tuple(blocks), stays=20 * MB, lora=5 * MB)
+    given = dict(
+        format="nf4", compute="bf16", error=0.09, units=units, blocks=tuple(blocks), stays=20 * MB, lora=5 * MB
+    )
     return Costs(**(given | changes))
 
 
@@ -57,9 +61,7 @@ def brute_force(costs: Costs, vram: int) -> float:
     names = [list(b.policies) for b in costs.blocks]
     for chosen in itertools.product(*names):
         for offload in (False, True):
-            visits = [
-                Visit(CARD.seconds(b.forward), b.units, b.inputs if offload else 0) for b in costs.blocks
-            ]
+            visits = [Visit(CARD.seconds(b.forward), b.units, b.inputs if offload else 0) for b in costs.blocks]
             for b, name in reversed([*zip(costs.blocks, chosen, strict=True)]):
                 seconds = CARD.seconds(b.policies[name].replay + b.backward)
                 visits.append(Visit(seconds, b.units, 0, b.inputs if offload else 0))
