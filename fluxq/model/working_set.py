@@ -275,7 +275,7 @@ def _single_backward(live: Live, shape: Shape) -> None:
 
 
 def _double_backward(live: Live, shape: Shape) -> None:
-    for stream, (rows, products) in reversed(shape.streams.items()):
+    for stream, (rows, products) in reversed([*shape.streams.items()]):
         u = rows * shape.width * 2
         live.make(dy=u)
         _product_backward(live, products["end"], f"end_{stream}", "dy", "d_act", f"act_{stream}")
@@ -288,7 +288,7 @@ def _double_backward(live: Live, shape: Shape) -> None:
     live.make(d_attended=shape.u)
     live.drop(*(f"d_attended_{stream}" for stream in shape.streams))
     _attention_backward(live, shape, "d_attended")
-    for stream, (rows, products) in reversed(shape.streams.items()):
+    for stream, (rows, products) in reversed([*shape.streams.items()]):
         u = rows * shape.width * 2
         _product_backward(live, products["qkv"], f"qkv_{stream}", f"d_qkv_{stream}", "d_mod", f"mod_{stream}")
         live.make(d_x=u)

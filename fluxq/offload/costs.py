@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-OWNERS = ("weights", "slots", "lora", "optimiser", "activations", "workspace")
+OWNERS: tuple[str, ...] = ("weights", "slots", "lora", "optimiser", "activations", "workspace")
 """Whose bytes they are. weights: frozen ones that stay on the card; slots: those that pass through; lora: its weights
 and gradients; activations: what is kept for the backward pass; workspace: all that comes and goes."""
 

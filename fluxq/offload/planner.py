@@ -34,6 +34,9 @@ HOST = 3 * GIB
 """Bytes of RAM beside the weights: the program, its libraries, pictures read ahead."""
 
 AS_GOOD = 1.01
+GRAIN = 1.002
+"""Plans of one table that differ by less are as fast: the one without inputs on the host, then the leaner, is taken."""
+
 BUFFERS = 2
 """Block inputs that are on the card at once while they travel to the host or back."""
 
@@ -224,7 +227,7 @@ def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
 
 def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Setting) -> dict[str, int]:
     """Owner -> bytes at the moment of the most."""
-    found = dict.fromkeys(OWNERS, 0)
+    found: dict[str, int] = dict.fromkeys(OWNERS, 0)
     found["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
     found["slots"] = setting.slots * costs.slot
     found["optimiser"] = costs.optimiser
@@ -233,6 +236,9 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     found["activations"] = activations
     found["workspace"] = workspace + costs.scratch + setting.ahead * costs.ahead_step
     return found
+
+
+Rank = tuple[int, bool, int]
 
 
 class Setting(NamedTuple):
@@ -275,15 +281,15 @@ def _fastest(
     _, forward, backward = _block_seconds(costs, card)
     outside, bytes_s, room = card.seconds(costs.outside), card.bus_gb_s * 1e9, vram - margin
     number = count()
-    heap: list[tuple[float, int, int, Iterator[Point], Point, Setting, bool]] = []
+    heap: list[tuple[Rank, float, int, Iterator[Point], Point, Setting, bool]] = []
 
     def push(fitting: Iterator[Point], setting: Setting, offload: bool) -> None:
         point = next(fitting, None)
         if point is not None:
             bound = max(point.seconds + outside, _bytes_moved(costs, setting, offload) / bytes_s)
             bound += _ahead_seconds(costs, card, setting)
-            use = _fixed(costs, setting) + point.peak
-            heapq.heappush(heap, (bound, use, next(number), fitting, point, setting, offload))
+            rank = _rank(bound, offload, _fixed(costs, setting) + point.peak)
+            heapq.heappush(heap, (rank, bound, next(number), fitting, point, setting, offload))
 
     for offload in _offloads(pins):
         known = points(costs, card, pins.policy, offload)
@@ -292,22 +298,22 @@ def _fastest(
                 left = room - _fixed(costs, setting)
                 push((p for p in known if p.peak <= left), setting, offload)
 
-    best: tuple[float, int, Timing, Point, Setting, bool] | None = None
+    best: tuple[Rank, float, Timing, Point, Setting, bool] | None = None
     while heap:
-        bound, use, _, fitting, point, setting, offload = heapq.heappop(heap)
-        if bound > limit or (best and (bound, use) >= best[:2]):
+        rank, bound, _, fitting, point, setting, offload = heapq.heappop(heap)
+        if best and rank >= best[0]:
             break
         visits = _visits(costs, forward, backward, point.policies, offload)
         visits.append(Visit(outside, ()))
         timing = simulate(visits, costs.units, frozenset(setting.resident), setting.slots, bytes_s)
         seconds = timing.seconds + _ahead_seconds(costs, card, setting)
-        if seconds <= limit and (best is None or (seconds, use) < best[:2]):
-            best = seconds, use, timing, point, setting, offload
-        if bound < seconds:  # with more kept it would be the copies that it waits for all the same
-            push(fitting, setting, offload)
+        rank = _rank(seconds, offload, _fixed(costs, setting) + point.peak)
+        if seconds <= limit and (best is None or rank < best[0]):
+            best = rank, seconds, timing, point, setting, offload
+        push(fitting, setting, offload)  # what keeps less is slower, but no more so than the copies
     if best is None:
         return None
-    seconds, use, timing, point, setting, offload = best
+    _, seconds, timing, point, setting, offload = best
     ahead = _ahead_seconds(costs, card, setting)
     moved = timing.moved + (sum(costs.ahead.values()) // setting.ahead if setting.ahead else 0)
     peak = peak_by_owner(costs, point.policies, offload, setting)
@@ -318,6 +324,11 @@ def _fastest(
         point.policies, offload, tiles, setting.ahead, peak, seconds, timing.stall + ahead, moved,
         _host(costs, offload), card.name, vram, costs.about,
     )  # fmt: skip
+
+
+def _rank(seconds: float, offload: bool, nbytes: int) -> Rank:
+    """What is smaller is taken first."""
+    return math.ceil(math.log(seconds, GRAIN) - 1e-6), offload, nbytes
 
 
 def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[Point]:

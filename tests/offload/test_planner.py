@@ -78,7 +78,9 @@ def brute_force(costs: Costs, vram: int) -> float:
 
 
 def test_it_equals_brute_force_on_small_models():
-    """Blocks that differ, a bus from much too slow to free, memory from next to none to plenty."""
+    """Blocks that differ, a bus from far too slow to free, memory from next to none to plenty; but for the 0.2 % that a
+    leaner plan may take.
+    """
     for seed in range(12):
         unit = (5, 60, 150)[seed % 3] * MB
         costs = model(seed, doubles=1 + seed % 2, singles=2 - seed % 2, unit=unit, policies=2 + seed % 2)
@@ -87,7 +89,7 @@ def test_it_equals_brute_force_on_small_models():
             vram = floor + extra * MB
             found = plan([costs], CARD, vram, margin=0)
             assert found.peak_bytes <= vram
-            assert found.seconds == pytest.approx(brute_force(costs, vram), rel=1e-9), (seed, extra)
+            assert found.seconds == pytest.approx(brute_force(costs, vram), rel=2e-3), (seed, extra)
 
 
 @pytest.mark.parametrize("seed", range(6))
@@ -95,7 +97,8 @@ def test_more_memory_is_never_slower(seed):
     costs = model(seed, doubles=3, singles=4, unit=(20, 80, 200)[seed % 3] * MB)
     floor = least(costs, margin=0)
     seconds = [plan([costs], CARD, floor + extra * 25 * MB, margin=0).seconds for extra in range(40)]
-    assert all(b <= a for a, b in itertools.pairwise(seconds))
+    assert all(b <= a * 1.002 for a, b in itertools.pairwise(seconds))  # the leaner of those as fast is taken
+    assert all(second <= min(seconds[: i + 1]) * 1.002 for i, second in enumerate(seconds))
     assert seconds[-1] < seconds[0]
 
 
