@@ -177,7 +177,7 @@ def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first
     for policy in POLICIES if trained else ():
         kept = shape.u + sum(shape.kept(policy).values())
         peaks = forward_peak(shape, policy) + beside, backward_peak(shape, policy)
-        policies[policy] = PolicyCost(kept, _replay(shape, policy), *peaks)
+        policies[policy] = PolicyCost(kept, _replay(shape, policy), *peaks, exact=policy != "keep_all8")
     return BlockCost(
         name,
         units,

@@ -41,13 +41,14 @@ class PolicyCost:
 
     kept: bytes from the forward pass to the backward pass, the block's inputs among them. replay: what is computed
     again. forward_peak, backward_peak: the most bytes of the block at once while it runs, what it keeps, its inputs and
-    the gradients that come in among them.
+    the gradients that come in among them. exact: it rounds nothing of what it keeps.
     """
 
     kept: int
     replay: Work
     forward_peak: int
     backward_peak: int
+    exact: bool = True
 
 
 @dataclass(frozen=True)

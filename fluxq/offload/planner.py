@@ -21,10 +21,13 @@ from fluxq.errors import WrongRequest
 from fluxq.offload.cards import GIB, Card
 from fluxq.offload.costs import OWNERS, BlockCost, Costs
 
-SLOTS = (2, 3, 4, 6, 8)
+SLOTS = (2, 3, 4, 8)
 """How many are tried: a double block holds two, and more than eight hide nothing more."""
 
-AHEAD = (32, 8)
+RESIDENTS = 20
+"""Of how many units are resident, so many numbers are tried, and all where there are no more."""
+
+AHEAD = 32
 """Pictures whose modulation one pass computes."""
 
 MARGIN = int(0.75 * GIB)
@@ -35,13 +38,15 @@ HOST = 3 * GIB
 
 AS_GOOD = 1.01
 GRAIN = 1.002
-"""Plans of one table that differ by less are as fast: the one without inputs on the host, then the leaner, is taken."""
+"""Plans of one table that differ by less are as fast. Of those the one is taken that has no inputs on the host, then
+the one that rounds less of what it keeps, then the leaner.
+"""
 
 BUFFERS = 2
 """Block inputs that are on the card at once while they travel to the host or back."""
 
 POINTS = 250
-"""Of those, so many are looked at, evenly apart in bytes."""
+"""So many mixtures of policies are looked at in drawing up the best of them, evenly apart in bytes; of those 64."""
 
 
 @dataclass(frozen=True)
@@ -177,12 +182,13 @@ def spread(blocks: Sequence[Sequence[str]], number: int) -> tuple[str, ...]:
 
 class Point(NamedTuple):
     """One way for the blocks to keep things: seconds of the blocks' compute, the most bytes (activations and workspace
-    and gradients that have come up by then), and each block's policy.
+    and gradients that have come up by then), each block's policy, and how many blocks round what they keep.
     """
 
     seconds: float
     peak: int
     policies: tuple[str, ...]
+    rounded: int = 0
 
 
 def plan(
@@ -238,7 +244,7 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     return found
 
 
-Rank = tuple[int, bool, int]
+Rank = tuple[int, bool, int, int]
 
 
 class Setting(NamedTuple):
@@ -288,7 +294,7 @@ def _fastest(
         if point is not None:
             bound = max(point.seconds + outside, _bytes_moved(costs, setting, offload) / bytes_s)
             bound += _ahead_seconds(costs, card, setting)
-            rank = _rank(bound, offload, _fixed(costs, setting) + point.peak)
+            rank = _rank(bound, offload, point, _fixed(costs, setting))
             heapq.heappush(heap, (rank, bound, next(number), fitting, point, setting, offload))
 
     for offload in _offloads(pins):
@@ -307,10 +313,11 @@ def _fastest(
         visits.append(Visit(outside, ()))
         timing = simulate(visits, costs.units, frozenset(setting.resident), setting.slots, bytes_s)
         seconds = timing.seconds + _ahead_seconds(costs, card, setting)
-        rank = _rank(seconds, offload, _fixed(costs, setting) + point.peak)
+        rank = _rank(seconds, offload, point, _fixed(costs, setting))
         if seconds <= limit and (best is None or rank < best[0]):
             best = rank, seconds, timing, point, setting, offload
-        push(fitting, setting, offload)  # what keeps less is slower, but no more so than the copies
+        if seconds <= AS_GOOD * min(limit, best[1] if best else math.inf):  # what keeps less is not faster
+            push(fitting, setting, offload)
     if best is None:
         return None
     _, seconds, timing, point, setting, offload = best
@@ -326,9 +333,9 @@ def _fastest(
     )  # fmt: skip
 
 
-def _rank(seconds: float, offload: bool, nbytes: int) -> Rank:
+def _rank(seconds: float, offload: bool, point: Point, fixed: int) -> Rank:
     """What is smaller is taken first."""
-    return math.ceil(math.log(seconds, GRAIN) - 1e-6), offload, nbytes
+    return math.ceil(math.log(seconds, GRAIN) - 1e-6), offload, point.rounded, fixed + point.peak
 
 
 def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[Point]:
@@ -375,14 +382,16 @@ def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -
                 for i, name in zip(members, _mixed(own), strict=True):
                     policies[i] = name
         peak = max(sum(moment) for moment in _moments(costs, policies, offload))
-        found.append(Point(seconds + constant, peak, tuple(policies)))
+        rounded = sum(n in b.policies and not b.policies[n].exact for b, n in zip(costs.blocks, policies, strict=True))
+        found.append(Point(seconds + constant, peak, tuple(policies), rounded))
     found.sort()
     leanest, kept = math.inf, list[Point]()
     for point in found:  # the fastest first, then only what is leaner
         if point.peak < leanest:
             kept.append(point)
             leanest = point.peak
-    return kept
+    last = len(kept) - 1
+    return [kept[round(i * last / 63)] for i in range(64)] if last > 63 else kept
 
 
 def _unbeaten(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
@@ -460,7 +469,7 @@ def _offloads(pins: Pins) -> tuple[bool, ...]:
 def _settings(costs: Costs, pins: Pins) -> list[Setting]:
     """Every combination of slots, resident units and look-ahead that the pins leave."""
     units = len(costs.units)
-    numbers = range(units, -1, -max(1, units // 38))
+    numbers: Sequence[int] = sorted({*range(0, units, max(1, units // RESIDENTS)), units})
     if pins.resident_units is not None and pins.blocks_to_swap is not None:
         raise WrongRequest("--resident-units and --blocks-to-swap say the same thing; give one of them")
     if pins.resident_units is not None:
@@ -472,7 +481,7 @@ def _settings(costs: Costs, pins: Pins) -> list[Setting]:
             raise WrongRequest(f"--blocks-to-swap must be 0 to {units // 2}, not {pins.blocks_to_swap}")
         numbers = (units - 2 * pins.blocks_to_swap,)
     batch = int(str(costs.about.get("batch", 1)))
-    aheads = sorted({max(1, n // batch) for n in AHEAD}, reverse=True) if costs.ahead else (0,)
+    ahead = max(1, AHEAD // batch) if costs.ahead else 0
     blocks, found = [b.units for b in costs.blocks], []
     for number in numbers:
         resident = spread(blocks, number)
@@ -481,8 +490,8 @@ def _settings(costs: Costs, pins: Pins) -> list[Setting]:
             raise WrongRequest(f"--slots must be at least {fewest}: a block needs so many units at once")
         wanted = {max(s, fewest) for s in ((pins.slots,) if pins.slots else SLOTS)}
         streams = number < units
-        slots = {min(s, max(units - number, 2)) for s in wanted} if streams else {2 if costs.ahead else 0}
-        found += [Setting(s, resident, ahead) for s in sorted(slots) for ahead in aheads]
+        slots = {min(s, max(units - number - 1, fewest)) for s in wanted} if streams else {2 if costs.ahead else 0}
+        found += [Setting(s, resident, ahead) for s in sorted(slots)]
     return found
 
 

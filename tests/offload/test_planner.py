@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import random
@@ -114,7 +115,7 @@ def test_a_free_bus_leaves_memory_to_what_blocks_keep_and_a_slow_one_to_resident
     found = plan([model(unit=MB)], CARD, least(model(unit=MB), margin=0) + 250 * MB, margin=0)
     assert found.stall < 0.01 * found.seconds and set(found.policies) != {"recompute"}
     slow = plan([model(unit=1500 * MB)], CARD, 12_000 * MB, margin=0)
-    assert len(slow.resident) == 6 and slow.stall == 0
+    assert slow.moved == slow.stall == 0 and len(slow.resident) >= 4  # two more may lie in two slots for good
 
 
 def test_among_equals_the_more_faithful_format_is_taken():
@@ -224,6 +225,19 @@ def test_points_are_worth_having():
     front = points(costs, CARD, None, False)
     assert all(a.seconds < b.seconds and a.peak > b.peak for a, b in itertools.pairwise(front))
     assert front[-1].policies == ("recompute",) * 8
+
+
+def test_where_memory_is_plenty_nothing_is_rounded():
+    def rounded(block: BlockCost) -> BlockCost:
+        exact = block.policies["keep_all"]
+        all8 = dataclasses.replace(
+            exact, kept=exact.kept - MB, replay=exact.replay + Work(bf16=1e-5 * TFLOP), exact=False
+        )
+        return dataclasses.replace(block, policies={**block.policies, "keep_all8": all8})
+
+    costs = model(unit=MB)
+    costs = dataclasses.replace(costs, blocks=tuple(map(rounded, costs.blocks)))
+    assert set(plan([costs], CARD, 4000 * MB, margin=0).policies) == {"keep_all"}
 
 
 def test_blocks_that_are_not_trained_keep_nothing():
