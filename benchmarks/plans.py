@@ -13,7 +13,8 @@ from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.cards import CARDS, GIB
 from fluxq.offload.costs import OWNERS, Costs
-from fluxq.offload.planner import MARGIN, Pins, Plan, counted, least, plan
+from fluxq.offload.planner import MARGIN, least, plan
+from fluxq.offload.plans import Pins, Plan, counted
 
 SIZES = (512, 768, 1024)
 TEXT, RANK = 512, 16

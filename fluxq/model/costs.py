@@ -32,6 +32,12 @@ ERRORS = {"bf16": 0.002, "int8": 0.009, "fp8": 0.026, "nf4": 0.092}
 OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
 """Of state for a weight; in 8 bits two fp32 scales for each 256. Fewer than 4,096 weights stay in fp32: not counted."""
 
+AUTOENCODER = 4 * 83_819_683
+"""Bytes of the autoencoder's weights, in fp32."""
+
+TILES = ((None, 6.0), (32, 2.2))
+"""Rows at a time, and the most maps of `ch` (128) channels that decoding has at once (tests/model/test_bands.py)."""
+
 MLP = {"mlp.0": ("hidden", "hidden"), "mlp.2": ("end", "end")}
 ATTENTION = {"attn.qkv": ("qkv", "qkv"), "attn.proj": ("proj", "residual")}
 
@@ -89,6 +95,7 @@ def flux_costs(
         scratch=scratch(every, chunk) + angles,
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows),
         accumulates=accumulates,
+        tiles=tuple((band, AUTOENCODER + int(maps * img_tokens * 256 * 128 * 4)) for band, maps in TILES),
         about=dict(rank=rank, batch=batch, img_tokens=img_tokens, txt_tokens=txt_tokens, optimizer=optimizer),
     )
 

@@ -13,13 +13,14 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
 from itertools import count
 from typing import Any, NamedTuple
 
 from fluxq.errors import WrongRequest
 from fluxq.offload.cards import GIB, Card
 from fluxq.offload.costs import OWNERS, BlockCost, Costs
+from fluxq.offload.plans import Pins, Plan, gib, gib_up
+from fluxq.offload.simulate import BUFFERS, Timing, Visit, simulate
 
 SLOTS = (2, 3, 4, 8)
 """How many are tried: a double block holds two, and more than eight hide nothing more."""
@@ -42,128 +43,8 @@ GRAIN = 1.002
 the one that rounds less of what it keeps, then the leaner.
 """
 
-BUFFERS = 2
-"""Block inputs that are on the card at once while they travel to the host or back."""
-
 POINTS = 250
 """So many mixtures of policies are looked at in drawing up the best of them, evenly apart in bytes; of those 64."""
-
-
-@dataclass(frozen=True)
-class Pins:
-    """What the user has decided. resident_units, or blocks_to_swap: of them, 2 N units are streamed (sd-scripts)."""
-
-    format: str | None = None
-    compute: str | None = None
-    resident_units: int | None = None
-    blocks_to_swap: int | None = None
-    policy: str | None = None
-    slots: int | None = None
-    offload: bool | None = None
-
-
-@dataclass(frozen=True)
-class Plan:
-    """All choices for a training step, and what is predicted of it.
-
-    resident: units that always stay; slots: for the others; policies: of each block, "" where it has no backward pass;
-    offload: block inputs wait on the host; tiles: rows of the autoencoder at a time, None for all; look_ahead: steps
-    whose modulation is computed in one pass, 0 where it is part of the step. peak: bytes by owner at the moment of the
-    most; seconds a step, of which `stall` waits for copies; moved: bytes copied to the card a step; host: bytes of RAM.
-    """
-
-    format: str
-    compute: str
-    slots: int
-    resident: tuple[str, ...]
-    streamed: int
-    policies: tuple[str, ...]
-    offload: bool
-    tiles: int | None
-    look_ahead: int
-    peak: Mapping[str, int]
-    seconds: float
-    stall: float
-    moved: int
-    host: int
-    card: str
-    vram: int
-    about: Mapping[str, object] = field(default_factory=dict)
-
-    @property
-    def peak_bytes(self) -> int:
-        return sum(self.peak.values())
-
-    @property
-    def bound(self) -> str:
-        """What the step waits for most: "compute" or "bus"."""
-        return "bus" if self.stall > 0.05 * self.seconds else "compute"
-
-    def to_json(self) -> dict[str, Any]:
-        """The content of plan.json."""
-        return {"predicted": True, **asdict(self), "peak_bytes": self.peak_bytes, "bound": self.bound}
-
-
-class Visit(NamedTuple):
-    """One block's turn: its seconds, units, and bytes of its inputs that go to the host or have to come back."""
-
-    seconds: float
-    units: tuple[str, ...]
-    store: int = 0
-    fetch: int = 0
-
-
-class Timing(NamedTuple):
-    """A step in the long run: seconds, those in which compute waits, and bytes copied to the card."""
-
-    seconds: float
-    stall: float
-    moved: int
-
-
-def simulate(
-    visits: Sequence[Visit], nbytes: Mapping[str, int], resident: frozenset[str], slots: int, bytes_s: float
-) -> Timing:
-    """A step that repeats: `visits` in order, each waiting for its units.
-
-    Streamed unit i lies in slot i mod slots. A copy begins when the copies before it are done and the slot's last
-    reader is. Inputs that come back share the way with the units, those that go out have the other direction to
-    themselves; of either `BUFFERS` are on the way at once.
-    """
-    streamed = list(dict.fromkeys(u for v in visits for u in v.units if u not in resident))
-    slot = {unit: i % slots for i, unit in enumerate(streamed)}
-    holds, read = dict[int, str](), dict[int, float]()
-    compute = copies = out = begun = 0.0
-    moved = waited = 0
-    for _ in range(2):  # the second begins with what the first has left in the slots
-        begun, moved, waited = compute, 0, 0.0
-        stores, fetches = [0.0] * BUFFERS, [compute] * BUFFERS
-        for visit in visits:
-            ready = 0.0
-            if visit.fetch:
-                copies = max(copies, out, fetches[-BUFFERS]) + visit.fetch / bytes_s
-                ready, moved = copies, moved + visit.fetch
-            for unit in visit.units:
-                if unit in resident:
-                    continue
-                place = slot[unit]
-                if holds.get(place) != unit:
-                    copies = max(copies, read.get(place, 0.0)) + nbytes[unit] / bytes_s
-                    holds[place], ready, moved = unit, copies, moved + nbytes[unit]
-            if visit.store:
-                ready = max(ready, stores[-BUFFERS])
-            start = max(compute, ready)
-            if visit.store:
-                out = max(out, start) + visit.store / bytes_s
-                stores.append(out)
-            waited += start - compute
-            compute = start + visit.seconds
-            if visit.fetch:
-                fetches.append(compute)
-            for unit in visit.units:
-                if unit not in resident:
-                    read[slot[unit]] = compute
-    return Timing(compute - begun, waited, moved)
 
 
 def spread(blocks: Sequence[Sequence[str]], number: int) -> tuple[str, ...]:
@@ -542,54 +423,20 @@ def _what_would_fit(
     if ram is not None and min(hosts.values()) > ram:
         lean = min(hosts, key=hosts.__getitem__)
         return (
-            f"the frozen weights need {_gib(hosts[lean])} of RAM in {lean}, and {_gib(ram)} are allowed; raise --ram, "
+            f"the frozen weights need {gib(hosts[lean])} of RAM in {lean}, and {gib(ram)} are allowed; raise --ram, "
             "or close other programs"
         )
     needed = min(least(t, pins, margin) for t in tables)
-    ways = [f"--vram {_gib_up(needed)}"]
+    ways = [f"--vram {gib_up(needed)}"]
     free = Pins(format=pins.format, compute=pins.compute)
     if pins != free and (unpinned := min(least(t, free, margin) for t in tables)) <= vram:
         names = ("resident_units", "blocks_to_swap", "policy", "slots", "offload")
         given = [f"--{n.replace('_', '-')}" for n in names if getattr(pins, n) is not None]
-        ways.append(f"leave out {' and '.join(given)} ({_gib(unpinned)})")
+        ways.append(f"leave out {' and '.join(given)} ({gib(unpinned)})")
     for name, others in smaller.items():
         usable = [t for t in others if pins.format in (None, t.format) and pins.compute in (None, t.compute)]
         if usable and (lean := min(least(t, pins, margin) for t in usable)) <= vram:
-            ways.append(f"{name} ({_gib(lean)})")
+            ways.append(f"{name} ({gib(lean)})")
             break
     would = ", or ".join(ways)
-    return f"this needs at least {_gib(needed)} of the card, and {_gib(vram)} are allowed; what would do: {would}"
-
-
-def _gib(nbytes: float) -> str:
-    return f"{nbytes / GIB:.1f} GiB"
-
-
-def _gib_up(nbytes: float) -> str:
-    return f"{math.ceil(nbytes / GIB * 10) / 10:.1f}GiB"
-
-
-def describe(plan: Plan) -> str:
-    """The plan as a table that a person can read."""
-    units = len(plan.resident) + plan.streamed
-    rows = [
-        ("weights", f"{plan.format}, multiplied in {plan.compute}"),
-        ("units", f"{len(plan.resident)} of {units} resident, {plan.streamed} streamed through {plan.slots} slots"),
-        ("blocks keep", ", ".join(f"{n} x {name}" for name, n in counted(plan.policies).items()) or "nothing"),
-        ("block inputs", "on the host" if plan.offload else "on the card"),
-        ("modulation", f"{plan.look_ahead} steps ahead" if plan.look_ahead else "in the step"),
-        ("autoencoder", "whole" if plan.tiles is None else f"{plan.tiles} rows at a time"),
-        ("peak, predicted", f"{_gib(plan.peak_bytes)} of {_gib(plan.vram)}"),
-        *((f"  {owner}", _gib(nbytes)) for owner, nbytes in plan.peak.items()),
-        ("RAM, predicted", _gib(plan.host)),
-        ("copied a step", f"{plan.moved / 1e9:.1f} GB"),
-        ("step, predicted", f"{plan.seconds:.2f} s on {plan.card}, {plan.stall / plan.seconds:.0%} of it waiting"
-         f" for copies; bound by {'the bus' if plan.bound == 'bus' else 'compute'}"),
-    ]  # fmt: skip
-    width = max(len(name) for name, _ in rows)
-    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
-
-
-def counted(policies: Sequence[str]) -> dict[str, int]:
-    """Policy -> how many blocks have it."""
-    return {name: policies.count(name) for name in dict.fromkeys(policies) if name}
+    return f"this needs at least {gib(needed)} of the card, and {gib(vram)} are allowed; what would do: {would}"

@@ -24,7 +24,8 @@ from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, unit_of
 from fluxq.offload.cards import CARDS
-from fluxq.offload.planner import Pins, Setting, peak_by_owner, plan
+from fluxq.offload.planner import Setting, peak_by_owner, plan
+from fluxq.offload.plans import Pins
 
 DEV = FluxConfig.dev()
 MB = 1e6

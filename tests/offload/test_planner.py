@@ -14,17 +14,15 @@ from fluxq.offload.cards import CARDS, Card
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
 from fluxq.offload.planner import (
     SLOTS,
-    Pins,
     Setting,
-    Visit,
-    describe,
     least,
     peak_by_owner,
     plan,
     points,
-    simulate,
     spread,
 )
+from fluxq.offload.plans import Pins, describe
+from fluxq.offload.simulate import Visit, simulate
 
 CARD = Card("test", "none", bf16=1.25, int8=5, fp8=0, memory_gb_s=1e9, memory_gib=1, bus_gb_s=1.0)  # 1 TFLOP = 1 s
 TFLOP, MB = 1e12, 10**6
