@@ -15,7 +15,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import shutil
 import subprocess
 import sys
@@ -27,6 +26,7 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.measure import about, write
 from fluxq import nano
 from fluxq.formats.detect import autoencoder_shapes, flux_shapes
 from fluxq.formats.files import DTYPE_NAMES, atomic_path
@@ -57,11 +57,16 @@ def main() -> None:
         "train": ["train", *common, "--steps=1", f"--out={folder / 'run'}", "--overwrite"],
     }
     stages = {name: measured(command) for name, command in commands.items()}
-    report = {"about": about(), "depth": [double, single], "t5_length": arguments.t5_length, "pixels": 256}
+    report = {
+        "about": about(torch.device("cpu")),
+        "depth": [double, single],
+        "t5_length": arguments.t5_length,
+        "pixels": 256,
+    }
     report |= {"bytes": {name: path.stat().st_size for name, path in files.items()}, "stages": stages}
     path = arguments.out / f"fullsize_{double}_{single}_{datetime.now(UTC):%Y-%m-%d}.json"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    write(path, report)
     print(path)
 
 
@@ -171,17 +176,6 @@ def photographs(folder: Path) -> Path:
         Image.fromarray(getattr(data, name)()).save(folder / f"{name}.png")
         (folder / f"{name}.txt").write_text(caption + "\n", encoding="utf-8")
     return folder
-
-
-def about() -> dict[str, str | int | None]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "python": sys.version.split()[0],
-        "torch": torch.__version__,
-        "commit": commit,
-    }
 
 
 if __name__ == "__main__":

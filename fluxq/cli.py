@@ -283,13 +283,36 @@ def quantize(source: Path, target: Path, format: str, report: bool, overwrite: b
     show_default=True,
     help="How frozen weights are stored.",
 )
+@click.option(
+    "--compute",
+    type=click.Choice(["bf16", "int8", "int8_dx", "fp8", "fp8_dx"]),
+    default="bf16",
+    show_default=True,
+    help="How frozen weights are multiplied.",
+)
 @JSON
-def demo(out: Path, format: str, as_json: bool) -> None:
+def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     """Teach the bundled toy model a new creature: cache, quantise, train, sample, in about a minute, without a GPU."""
     _begin(as_json)
     from fluxq.demo import demo as run
 
-    _print(run(out, format), as_json)
+    _print(run(out, format, compute), as_json)
+
+
+@main.group(cls=click.Group)
+def bench() -> None:
+    """Measure speed on this machine."""
+
+
+@bench.command()
+@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this card; minutes.")
+@JSON
+def kernels(tune: bool, as_json: bool) -> None:
+    """The linear layer's kernels at FLUX's shapes: milliseconds, TFLOP/s, and a plain 16-bit product's time over it."""
+    _begin(as_json)
+    from fluxq.bench import bench_kernels
+
+    _print(bench_kernels(tune), as_json)
 
 
 def _begin(as_json: bool, computes: bool = True) -> None:

@@ -53,7 +53,7 @@ class Demo:
     ordinary_change: float
 
 
-def demo(out: Path, format: str = "nf4") -> Demo:
+def demo(out: Path, format: str = "nf4", compute: str = "bf16") -> Demo:
     """Run the demo in `out`, which is replaced if it holds an earlier one. Raises WrongRequest if it holds anything
     else.
     """
@@ -61,19 +61,19 @@ def demo(out: Path, format: str = "nf4") -> Demo:
         raise WrongRequest(f"{out} holds something else than a demo; choose another folder with --out")
     if out.exists():
         shutil.rmtree(out)
-    config = demo_config(out, format)
+    config = demo_config(out, format, compute)
     draw_pictures(out / "pictures")
     result = train(config, overwrite=True)
     grid = before_and_after(config, Path(result.lora), out / "before_after.png")
     return _summary(result, out, grid)
 
 
-def demo_config(out: Path, format: str) -> TrainConfig:
+def demo_config(out: Path, format: str, compute: str) -> TrainConfig:
     """The settings of the demo: what `fluxq train` would be told on the command line."""
     folder = out.absolute() / "pictures"
     return config_from_dict(
         {
-            "model": {"name": "nano", "format": format},
+            "model": {"name": "nano", "format": format, "compute": compute},
             "data": {
                 "folders": [
                     {"path": str(folder / "creature"), "trigger": TRIGGER, "repeats": 4},

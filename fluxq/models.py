@@ -40,6 +40,7 @@ from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.text import TextEncoders
 from fluxq.report import byte_bar
+from fluxq.tuning import use_tuned
 
 PARTS = {"flux": FLUX, "ae": AUTOENCODER, "clip_l": CLIP, "t5xxl": T5}
 FLAGS = {"flux": "--flux", "ae": "--ae", "clip_l": "--clip-l", "t5xxl": "--t5xxl"}
@@ -203,6 +204,7 @@ class Models:
 
     def load_flux(self) -> Flux:
         """The transformer as it is stored, multiplying as `compute` says."""
+        use_tuned(self.device, self._say)
         flux = self._stored_flux()
         flux.set_compute(self.compute)
         return flux

@@ -19,6 +19,15 @@ if not torch.cuda.is_available():  # read when triton is imported: kernels are i
 VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsynth" / "tokenizer_configs" / "flux"
 
 
+def pytest_collection_modifyitems(items):
+    """Tests whose kernels run in Triton's interpreter are many and slow: `make quick` leaves them out."""
+    for item in items:
+        parameters = getattr(item, "callspec", None) and item.callspec.params
+        triton = "triton_ops" in item.fixturenames or (parameters or {}).get("either_backend") == "triton"
+        if triton and os.environ.get("TRITON_INTERPRET") == "1":
+            item.add_marker(pytest.mark.interpreted)
+
+
 @pytest.fixture(autouse=True, scope="session")
 def _own_cache_of_quantised_models(tmp_path_factory):
     """Tests, and the processes that they start, leave the user's cache alone."""

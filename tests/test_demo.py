@@ -21,12 +21,12 @@ def forbidden(*args, **kwargs):
 socket.socket.connect = socket.getaddrinfo = socket.create_connection = forbidden
 sys.modules["triton"] = None  # the package trains without it
 from fluxq.cli import main
-main(["demo", "--json", "--out", sys.argv[1], "--format", sys.argv[2]])
+main(["demo", "--json", "--out", sys.argv[1], *sys.argv[2:]])
 """
 
 
-def run_demo(out: Path, format: str) -> dict:
-    command = [sys.executable, "-c", OFFLINE, str(out), format]
+def run_demo(out: Path, format: str, compute: str = "bf16") -> dict:
+    command = [sys.executable, "-c", OFFLINE, str(out), "--format", format, "--compute", compute]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)

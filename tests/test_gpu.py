@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -9,11 +11,15 @@ from helpers import randomise, relative_error, tiny_config
 
 from fluxq.config import ModelConfig, config_from_dict
 from fluxq.data.store import Text
+from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
+from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.kernels import dequantize, quantize
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.models import Models
 from fluxq.nano import pictures
+from fluxq.offload import CudaStreams, Staged
+from fluxq.offload.arena import Arena, clear_error, streams_for
 from fluxq.sample import Shot, draw
 from fluxq.train import train
 
@@ -96,3 +102,88 @@ def test_a_run_trains_saves_and_goes_on(tmp_path):
     assert result.peak_bytes and 0 < result.peak_bytes < 2**30
     values["training"]["steps"] = 5
     assert train(config_from_dict(values, "a test"), resume=True).steps == 5
+
+
+# --- streaming
+
+
+@pytest.fixture(scope="module")
+def streamed_file(tmp_path_factory):
+    """A model of 2 + 3 blocks in NF4, whose units are long enough for copies to take a while."""
+    torch.manual_seed(0)
+    path = tmp_path_factory.mktemp("streamed") / "model.safetensors"
+    flux = randomise(Flux(tiny_config(hidden_size=1024, num_heads=32, depth_single_blocks=3))).bfloat16()
+    tensors = {name: t.contiguous() for name, t in flux.state_dict().items()}
+    source = SimpleNamespace(
+        config=flux.config,
+        shapes={name: tuple(t.shape) for name, t in tensors.items()},
+        nbytes=sum(t.nbytes for t in tensors.values()),
+        files=(),
+        get=tensors.__getitem__,
+    )
+    write_quantized(path, source, "nf4", {}, torch.device("cpu"))
+    return QuantizedFile.open(path)
+
+
+def steps_and_samples(flux: Flux) -> list[torch.Tensor]:
+    """Gradients of four steps, with samples in between, nobody waiting for the card."""
+    for layer in add_lora(flux, 8, 4, generator=torch.Generator().manual_seed(1)).values():
+        torch.nn.init.constant_(layer.get_parameter("lora_up"), 0.01)
+    expect_training(flux)
+    noise = torch.Generator().manual_seed(2)
+    img, txt, y = (torch.randn(2, *shape, generator=noise).cuda() for shape in ((48, 16), (33, 40), (24,)))
+    t, ones, ids = (
+        torch.tensor([0.3, 0.8]).cuda(),
+        torch.ones(2).cuda(),
+        (image_ids(6, 8, "cuda"), text_ids(33, "cuda")),
+    )
+    found = []
+    for _ in range(4):
+        out = flux(img, ids[0], txt, ids[1], t, y, ones)
+        found += torch.autograd.grad(out.float().square().mean(), list(flux.parameters()))
+        with torch.no_grad():
+            found += [flux(img, ids[0], txt, ids[1], t, y, ones) for _ in range(2)]
+    return found
+
+
+@pytest.mark.parametrize("way", ["as measured", "pinned", "staged"])
+@pytest.mark.parametrize("slots", [2, 5])
+@pytest.mark.parametrize("poison", [False, True])
+def test_streaming_differs_no_more_than_two_runs_do(poison, slots, way, streamed_file):
+    card, resident = torch.device("cuda"), ("double_blocks.0.img",)
+    expected = steps_and_samples(load_quantized(streamed_file, card))
+    again = steps_and_samples(load_quantized(streamed_file, card))
+    said, streams = [], None
+    if way != "as measured":
+        streams = CudaStreams(card)
+        if way == "staged":
+            streams = Staged(streams, [torch.empty(1 << 24, dtype=torch.uint8).pin_memory() for _ in range(2)])
+    flux = load_streamed(streamed_file, card, resident, slots, streams, poison, said.append)
+    if way == "pinned":
+        assert flux.ring.host.pin() is None
+    found = steps_and_samples(flux)
+    flux.ring.close()
+    assert len(said) == (way == "as measured")
+    for a, b, c in zip(found, expected, again, strict=True):
+        assert relative_error(a, b) <= 2 * relative_error(c, b)
+
+
+class Refusing:
+    """A CUDA runtime that pins nothing more; the driver's real error stays behind, as it does."""
+
+    def cudaHostRegister(self, address, length, flags):  # noqa: N802
+        return torch.cuda.cudart().cudaHostRegister(0, 0, 0)
+
+
+def test_a_refused_pin_leaves_no_error_behind():
+    arena = Arena({"a": 1 << 20}, lambda unit, out: out.fill_(7))
+    assert arena.pin(Refusing())
+    clear_error(torch.device("cuda"))
+    assert float(torch.ones(4, device="cuda").sum()) == 4
+    said = []
+    streams = streams_for(arena, torch.device("cuda"), said.append)
+    slot = torch.empty(1 << 20, dtype=torch.uint8, device="cuda")
+    streams.copy_waits(streams.computed())
+    streams.copy(slot, arena["a"])
+    streams.compute_waits(streams.copied())
+    assert bool((slot == 7).all()) and "GB/s" in said[0]

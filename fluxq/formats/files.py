@@ -188,10 +188,21 @@ class Checkpoint:
         spans = [(begin + i * size, begin + (i + 1) * size) for i in indices]
         return self._read(key, spans).reshape(len(indices), *shape[1:])
 
+    def read_into(self, key: str, out: torch.Tensor) -> None:
+        """Fill `out`, flat uint8 of the tensor's length, with its bytes. Raises ValueError for another length."""
+        begin, end = self._entry(key)[2]
+        if len(out) != end - begin:
+            raise ValueError(f"{printable(key)} has {end - begin:,} bytes, not {len(out):,}")
+        self._fill(key, [(begin, end)], out)
+
     def _read(self, key: str, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
         """The bytes of `spans` of the data section, one after another, in the dtype of `key`."""
         data = torch.empty(sum(end - begin for begin, end in spans), dtype=torch.uint8)
-        view, done, wanted = data.numpy().data, 0, 0
+        self._fill(key, spans, data)
+        return data.view(self.dtype(key))
+
+    def _fill(self, key: str, spans: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
+        view, done, wanted = out.numpy().data, 0, 0
         try:
             with open(self.path, "rb", buffering=0) as file:
                 for begin, end in spans:
@@ -204,7 +215,6 @@ class Checkpoint:
         if done < len(view):
             what = f"{done:,} of the {len(view):,} bytes of {printable(key)} are left"
             refuse(self.path, f"has become shorter while it was read: {what}", "start again")
-        return data.view(self.dtype(key))
 
     def _entry(self, key: str) -> _Entry:
         if key not in self._entries:

@@ -331,6 +331,10 @@ class QuantizedFile:
         """The unit's bytes, flat uint8, by one read."""
         return self.checkpoint.get(unit)
 
+    def read_into(self, unit: str, out: Tensor) -> None:
+        """Fill `out`, flat uint8 of the unit's length, with the unit's bytes."""
+        self.checkpoint.read_into(unit, out)
+
     def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of every tensor of `unit` in its bytes `flat`, wherever they lie."""
         return ((place.name, _view(flat, place)) for place in self.units[unit])

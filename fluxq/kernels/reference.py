@@ -65,8 +65,13 @@ def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
     return below.to(device, torch.uint8), midpoint.to(device)
 
 
-def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None) -> Tensor:
-    """The (N, K) matrix that `weight` stands for, in `dtype`; written into `out`, rows of any stride, if given."""
+def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, transposed: bool = False) -> Tensor:
+    """The (N, K) matrix that `weight` stands for, in `dtype`, or its transpose (K, N); written into `out`, rows of any
+    stride, if given.
+    """
+    if transposed:
+        matrix = dequantize(weight, dtype).t()
+        return matrix.contiguous() if out is None else out.copy_(matrix)
     if isinstance(weight, Tensor):
         return weight.to(dtype) if out is None else out.copy_(weight)
     if isinstance(weight, NF4Weight):
@@ -132,8 +137,20 @@ def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tenso
     matrix = torch.empty_like(values, dtype=dtype) if out is None else out
     step = max(1, _chunk(values.device) // values.shape[1])
     for start in range(0, values.shape[0], step):
-        matrix[start : start + step] = values[start : start + step].float() * scale[start : start + step, None]
+        matrix[start : start + step] = _numbers(values[start : start + step]) * scale[start : start + step, None]
     return matrix
+
+
+def _numbers(values: Tensor) -> Tensor:
+    """8-bit values in fp32. A processor converts fp8 bit by bit; looking the 256 numbers up is several times faster."""
+    if values.dtype != torch.float8_e4m3fn or values.device.type != "cpu":
+        return values.float()
+    return _e4m3_numbers().index_select(0, values.view(torch.uint8).int().view(-1)).view(values.shape)
+
+
+@cache
+def _e4m3_numbers() -> Tensor:
+    return torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 
 
 def _chunk(device: torch.device) -> int:
@@ -209,7 +226,7 @@ def matmul_8bit(
 
     a (M, K), b (N, K) both int8 or both float8_e4m3fn; a_scale (M,), b_scale (N,) fp32; s (M, R), up (N, R), bias (N,).
     """
-    y = torch._int_mm(a, b.t()).float() if a.dtype == torch.int8 else a.float() @ b.float().t()
+    y = torch._int_mm(a, b.t()).float() if a.dtype == torch.int8 else _numbers(a) @ _numbers(b).t()
     y *= a_scale[:, None]
     if b_scale is not None:
         y *= b_scale

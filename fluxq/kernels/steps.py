@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.dispatch import ops
 from fluxq.kernels.reference import Stream
-from fluxq.kernels.replay import kept, kept_rows
+from fluxq.kernels.replay import kept, kept_rows, nothing, unread
 
 PLAIN = Wants()
 
@@ -27,7 +27,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants = PLAIN) -> A
 
 
 def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """residual + gate y. residual, y (B, L, D); gate (B, 1, D)."""
+    """residual + gate y, which a block ends in. residual, y (B, L, D); gate (B, 1, D)."""
     return _GatedAdd.apply(residual, gate, y)
 
 
@@ -73,6 +73,8 @@ class _Modulate(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         x, scale = ctx.saved_tensors
+        if grad_outputs[0] is None:
+            return None, None, None, None
         rows = any(ctx.needs_input_grad[1:3])
         return *ops(x).modulate_backward(grad_outputs[0], x, scale, rows), None
 
@@ -81,7 +83,7 @@ class _GatedAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
-        return ops(residual).gated_add(residual, gate, y)
+        return nothing(*y.shape, like=y) if unread("end") else ops(residual).gated_add(residual, gate, y)
 
     @staticmethod
     @once_differentiable
@@ -113,6 +115,9 @@ class _GatedAddModulate(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         dx, dy, *_ = grad_outputs
         x, gate, y, scale = ctx.saved_tensors
+        if dy is None:  # nobody read x modulated
+            d_y, d_gate = (None, None) if dx is None else ops(x).gated_add_backward(dx, gate, y)
+            return dx, d_gate, d_y, None, None, None
         rows = any(ctx.needs_input_grad[3:5])
         d_residual, d_y, d_gate, d_shift, d_scale = ops(x).gated_add_modulate_backward(dx, dy, x, gate, y, scale, rows)
         return d_residual, d_gate, d_y, d_shift, d_scale, None
@@ -138,9 +143,8 @@ class _QKNormRope(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         q, k, rstd, cos, sin, *inputs = ctx.saved_tensors
-        grads = ops(q).qk_norm_rope_backward(
-            *grad_outputs[:3], q, k, rstd, ctx.scales, ctx.lengths, cos, sin, inputs or None
-        )
+        grads = [torch.zeros_like(q) if g is None else g for g in grad_outputs[:3]]
+        grads = ops(q).qk_norm_rope_backward(*grads, q, k, rstd, ctx.scales, ctx.lengths, cos, sin, inputs or None)
         return None, None, None, *(g for grad in grads for g in (grad, None, None))
 
 
@@ -156,6 +160,8 @@ class _GeluTanh(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (dy, *_), (h,) = grad_outputs, ctx.saved_tensors
+        if dy is None:
+            return None, None, None
         stop = ctx.start + h.shape[-1]
         dh = ops(h).gelu_tanh_backward(dy[..., ctx.start : stop], h) if ctx.needs_input_grad[0] else None
         return dh, dy[..., : ctx.start] if ctx.start else None, None

@@ -213,8 +213,10 @@ class _Block(torch.autograd.Function):
             with ctx.tape.replay():
                 outputs = ctx.block(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+            pairs = zip(outputs, grad_outputs, strict=True)  # a stream that nothing trainable acts on needs no gradient
+            outputs, grads = zip(*((out, grad) for out, grad in pairs if out.requires_grad), strict=True)
             wanted = [t for t, n in zip((*inputs, *saved[ctx.count :]), needed, strict=True) if n]
-            found = iter(torch.autograd.grad(outputs, wanted, grad_outputs, allow_unused=True))
+            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
         return (None, None, None, None, *(next(found) if n else None for n in needed))
 
 

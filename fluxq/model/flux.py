@@ -48,6 +48,27 @@ class Flux(nn.Module):
         """Where the model computes."""
         return self._sample.device
 
+    @property
+    def blocks(self) -> list[DoubleStreamBlock | SingleStreamBlock]:
+        """All blocks in forward order."""
+        return [*self.double_blocks, *self.single_blocks]  # type: ignore[list-item]
+
+    @property
+    def blocks_units(self) -> tuple[tuple[str, ...], ...]:
+        """The units that each block computes with, in forward order."""
+        return tuple(block.units for block in self.blocks)
+
+    @property
+    def blocks_with_backward(self) -> range:
+        """The numbers of the blocks that have a backward pass: from the first that something trainable lies in, or all
+        where that lies upstream of the blocks. The inputs themselves are taken to need no gradient.
+        """
+        upstream = (self.img_in, self.txt_in, self.time_in, self.vector_in, self.guidance_in)
+        stages = [[m for m in upstream if m is not None], *([block] for block in self.blocks)]
+        trains = [any(p.requires_grad for m in stage for p in m.parameters()) for stage in stages]
+        first = trains.index(True) if True in trains else len(stages)
+        return range(max(0, first - 1), len(self.blocks))
+
     def set_policy(self, policy: str) -> None:
         """Have every block keep that for its backward pass (fluxq/kernels/replay.py). Only keep_all8 rounds."""
         for block in self.modules():

@@ -246,7 +246,8 @@ def _run(live: Live, shape: Shape, policy: str, replay: bool) -> None:
         product(end, f"end_{stream}")
         if not shape.single:
             live.drop(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
-        live.make(**{f"out_{stream}": rows * shape.width * 2})
+        if "end" not in unread:
+            live.make(**{f"out_{stream}": rows * shape.width * 2})
         live.drop("" if replay and shape.gates else f"end_{stream}")
         if shape.single:
             live.drop(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")

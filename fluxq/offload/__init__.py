@@ -1,5 +1,19 @@
 """Streaming of frozen weights between host and card, for any module with buffers."""
 
-from fluxq.offload.ring import AllResident, Ring
+from fluxq.offload.ring import AllResident, Ring, StreamingRing
+from fluxq.offload.schedule import Copy, Schedule, spread
+from fluxq.offload.streams import CudaStreams, Immediate, Late, Staged, Streams
 
-__all__ = ["AllResident", "Ring"]
+__all__ = [
+    "AllResident",
+    "Copy",
+    "CudaStreams",
+    "Immediate",
+    "Late",
+    "Ring",
+    "Schedule",
+    "Staged",
+    "Streams",
+    "StreamingRing",
+    "spread",
+]

@@ -20,6 +20,7 @@ from fluxq.errors import WrongRequest
 from fluxq.offload.cards import GIB, Card
 from fluxq.offload.costs import OWNERS, BlockCost, Costs
 from fluxq.offload.plans import Pins, Plan, gib, gib_up
+from fluxq.offload.schedule import spread
 from fluxq.offload.simulate import BUFFERS, Timing, Visit, simulate
 
 SLOTS = (2, 3, 4, 8)
@@ -45,20 +46,6 @@ the one that rounds less of what it keeps, then the leaner.
 
 POINTS = 250
 """So many mixtures of policies are looked at in drawing up the best of them, evenly apart in bytes; of those 64."""
-
-
-def spread(blocks: Sequence[Sequence[str]], number: int) -> tuple[str, ...]:
-    """The `number` units to have resident so that the others' copies have compute to hide behind: the blocks that
-    stream most give one up first, those that do evenly spread among them.
-    """
-    streamed, resident = [list(block) for block in blocks], list[str]()
-    while number:
-        most = max(map(len, streamed))
-        widest = [block for block in streamed if len(block) == most]
-        taken = min(number, len(widest))
-        resident += [widest[(2 * i + 1) * len(widest) // (2 * taken)].pop() for i in range(taken)]
-        number -= taken
-    return tuple(resident)
 
 
 class Point(NamedTuple):
@@ -365,7 +352,8 @@ def _settings(costs: Costs, pins: Pins) -> list[Setting]:
     ahead = max(1, AHEAD // batch) if costs.ahead else 0
     blocks, found = [b.units for b in costs.blocks], []
     for number in numbers:
-        resident = spread(blocks, number)
+        chosen = spread(blocks, number)
+        resident = tuple(u for u in costs.units if u in chosen)
         fewest = max(2, max((len(set(b) - set(resident)) for b in blocks), default=0))
         if pins.slots is not None and pins.slots < fewest:
             raise WrongRequest(f"--slots must be at least {fewest}: a block needs so many units at once")

@@ -2,13 +2,25 @@
 
 A *unit* is what is swapped together. Whatever computes with frozen weights does so inside `with ring.resident(units)`:
 that is the only promise a ring makes, and all that the model knows of it.
+
+`StreamingRing` keeps it with a few slots. On leaving, each slot that was used is given the next unit that the schedule
+needs in it, so copies run ahead of compute by as much as the slots allow. The schedule is only a forecast: units that
+come at another time are fetched when they come.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+import weakref
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from fluxq.offload.schedule import Schedule, Visit
+from fluxq.offload.streams import Streams
 
 
 class Ring(Protocol):
@@ -22,3 +34,150 @@ class AllResident:
 
     def resident(self, units: Sequence[str]) -> AbstractContextManager[None]:
         return nullcontext()
+
+
+@dataclass
+class _Slot:
+    """Memory for one unit. `free` and `ready` are events: all that computed with it has left; its copy has arrived.
+
+    `ready` is None once compute has waited for it; `users` counts who is inside `resident` with it.
+    """
+
+    memory: Tensor
+    free: Any
+    ready: Any = None
+    holds: str | None = None
+    users: int = 0
+
+
+class StreamingRing:
+    """Streams the units of `schedule` that are not resident through its slots, host to device only.
+
+    host: each streamed unit's bytes, flat uint8, pinned if `streams` are those of a card. `place(unit, flat)` is called
+    once for each streamed unit, with the memory in which its bytes will always lie. `poison` fills a slot with 0xFF
+    (NaN in every float format) when its unit is given up. Slots are allocated here and never again.
+    """
+
+    def __init__(
+        self,
+        schedule: Schedule,
+        host: Mapping[str, Tensor],
+        place: Callable[[str, Tensor], None],
+        device: torch.device,
+        streams: Streams,
+        poison: bool = False,
+    ) -> None:
+        self.schedule, self.copies, self.bytes_copied = schedule, 0, 0
+        self.host, self._streams, self._poison = host, streams, poison
+        self._known = {unit for block in schedule.blocks for unit in block}
+        length = max((len(host[unit]) for unit in schedule.slot), default=0)
+        memory = [torch.empty(length, dtype=torch.uint8, device=device) for _ in range(schedule.slots)]
+        free = streams.computed()  # the first copies wait for whatever had this memory before
+        self._slots = [_Slot(m, free) for m in memory]
+        for unit in schedule.slot:
+            place(unit, self.memory(unit)[: len(host[unit])])
+        weakref.finalize(self, _drain, streams).atexit = False  # only then may slots and host be freed
+        self.expect()
+
+    def memory(self, unit: str) -> Tensor:
+        """The slot of a streamed unit."""
+        return self._slots[self.schedule.slot[unit]].memory
+
+    def expect(self, backward: Collection[int] | None = None) -> None:
+        """Say which blocks, by number, training steps go back through: all of them, unless it is said."""
+        self._rounds: tuple[tuple[Visit, ...], ...] = (self.schedule.step(backward), self.schedule.forward)
+        self._last: Visit = ()
+        self._round: tuple[Visit, ...] = self._rounds[0]
+        self._next: int | None = 0  # the visit that comes next in the round, None where that cannot be told
+        self._prefetch()
+
+    @contextmanager
+    def resident(self, units: Sequence[str]) -> Iterator[None]:
+        if unknown := [unit for unit in units if unit not in self._known]:
+            raise KeyError(f"this ring has no unit {', '.join(unknown)}")
+        visit = tuple(unit for unit in units if unit in self.schedule.slot)
+        if visit:
+            self._enter(visit)
+        try:
+            yield
+        finally:
+            if visit:
+                self._leave(visit)
+
+    def close(self) -> None:
+        """Fetch nothing ahead any more, and wait until nothing is being copied: the host's bytes may then be freed."""
+        self._rounds, self._round, self._next = ((), ()), (), None
+        _drain(self._streams)
+
+    def _enter(self, visit: Visit) -> None:
+        slots = [self._slots[self.schedule.slot[unit]] for unit in visit]
+        for unit, slot in zip(visit, slots, strict=True):
+            if (slot.users and slot.holds != unit) or sum(other is slot for other in slots) > 1:
+                raise RuntimeError(f"{unit} is needed together with a unit that has the same slot; use more slots")
+        foreseen = self._follow(visit)
+        for unit, slot in zip(visit, slots, strict=True):
+            if slot.holds != unit:
+                self._load(unit, slot)
+            slot.users += 1
+        for slot in slots:
+            if slot.ready is not None:
+                self._streams.compute_waits(slot.ready)  # compute(u) waits until copy(u) has arrived in slot s
+                slot.ready = None
+        if not foreseen:
+            self._prefetch()
+
+    def _leave(self, visit: Visit) -> None:
+        left = self._streams.computed()
+        for slot in (self._slots[self.schedule.slot[unit]] for unit in visit):
+            slot.users -= 1
+            slot.free = left
+        self._prefetch()
+
+    def _prefetch(self) -> None:
+        """Give every slot that nobody is using the unit that is needed in it next."""
+        decided: set[int] = set()
+        for unit in self._ahead():
+            number = self.schedule.slot[unit]
+            if number not in decided:
+                decided.add(number)
+                slot = self._slots[number]
+                if slot.holds != unit and not slot.users:
+                    self._load(unit, slot)
+                if len(decided) == len(self._slots):
+                    return
+
+    def _ahead(self) -> Iterator[str]:
+        """The units of one whole round in the order of need, from what comes next."""
+        if self._next is not None:
+            for visit in self._round[self._next :] + self._round[: self._next]:
+                yield from visit
+
+    def _load(self, unit: str, slot: _Slot) -> None:
+        if self._poison:
+            slot.memory.fill_(0xFF)
+            slot.free = self._streams.computed()
+        self._streams.copy_waits(slot.free)  # copy(u) waits until compute(v) has left slot s
+        self._streams.copy(slot.memory, self.host[unit])
+        slot.ready, slot.holds = self._streams.copied(), unit
+        self.copies += 1
+        self.bytes_copied += len(self.host[unit])
+
+    def _follow(self, visit: Visit) -> bool:
+        """Move on in the schedule; whether `visit` was what came next.
+
+        Where it was not, training has turned to sampling or back, most likely: go on where a round has this visit, best
+        where the one before is the last one too. Where none has it, nothing is foreseen until one has.
+        """
+        last, self._last = self._last, visit
+        if self._next is not None and self._round[self._next] == visit:
+            self._next = (self._next + 1) % len(self._round)
+            return True
+        places = [(r, i) for r in self._rounds for i, other in enumerate(r) if other == visit]
+        likely = [(r, i) for r, i in places if r[i - 1] == last] or places
+        self._round, self._next = (likely[0][0], (likely[0][1] + 1) % len(likely[0][0])) if likely else ((), None)
+        return False
+
+
+def _drain(streams: Streams) -> None:
+    """The caller waits for all copies: what they read and write may be freed after this, and not before."""
+    streams.host_waits(streams.copied())

@@ -91,6 +91,11 @@ def test_units_are_contiguous_and_aligned_in_the_file(format, source, tmp_path):
         assert end % 256 == 0
         flat = torch.frombuffer(bytearray(raw[8 + length + begin : 8 + length + end]), dtype=torch.uint8)
         assert torch.equal(file.read(unit), flat)
+        out = torch.empty(len(flat) + 2, dtype=torch.uint8)
+        file.read_into(unit, out[1:-1])
+        assert torch.equal(out[1:-1], flat)
+        with pytest.raises(ValueError, match=f"has {len(flat):,} bytes, not {len(out):,}"):
+            file.read_into(unit, out)
         assert all(place.start % 256 == 0 for place in places)
 
 

@@ -26,6 +26,17 @@ def triton_ops(device):
         yield triton
 
 
+@pytest.fixture(params=["reference", "triton"])
+def either_backend(request):
+    """A test that asks for this runs twice, on the reference and on Triton."""
+    if request.param == "triton":
+        request.getfixturevalue("triton_ops")
+        yield request.param
+    else:
+        with backend("reference"):
+            yield request.param
+
+
 def mend_interpreted_dot() -> None:
     """Triton's interpreter multiplies the bits of bf16 as if they were integers; here they become fp32 first."""
     import triton.language as tl

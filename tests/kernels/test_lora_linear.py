@@ -1,4 +1,4 @@
-"""The one linear op: its mathematics, its gradient, and that it keeps no weight alive."""
+"""The one linear op on both backends: its mathematics, its gradient, and that it keeps no weight alive."""
 
 from __future__ import annotations
 
@@ -7,6 +7,14 @@ import torch
 import torch.nn.functional as F
 
 from fluxq.kernels import backend, lora_linear, quantize
+
+
+@pytest.fixture(params=["reference", "triton"], autouse=True)
+def _each_backend(request, device):
+    if request.param == "triton":
+        request.getfixturevalue("triton_ops")
+    with torch.device(device):
+        yield
 
 
 def operands(dtype=torch.float64, rank=3, shape=(2, 5)):

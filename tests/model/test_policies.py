@@ -50,6 +50,17 @@ def test_gradients_are_those_of_plain_autograd(policy, targets, monkeypatch):
         assert torch.equal(a, b) if targets != "all" else relative_error(a, b) < 1e-5  # vec's sums in another order
 
 
+@pytest.mark.parametrize("policy", EXACT)
+@pytest.mark.parametrize("layer", ["img_attn.proj", "img_mlp.0", "txt_attn.proj", "txt_attn.qkv", "txt_mlp.2"])
+def test_a_single_layer_can_train_alone(layer, policy, monkeypatch):
+    """One stream of its block then needs no gradient in the replay."""
+    flux = model([rf"double_blocks\.0\.{layer}"])
+    expected = plain_gradients(flux, monkeypatch)
+    flux.set_policy(policy)
+    for a, b in zip(step(flux), expected, strict=True):
+        assert torch.equal(a, b)
+
+
 @pytest.mark.parametrize("targets", ["attention+mlp", "all"])
 def test_eight_bits_of_the_inner_layer_cost_at_most_two_percent(targets, monkeypatch):
     flux = model(targets)

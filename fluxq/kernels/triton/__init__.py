@@ -1,29 +1,20 @@
-"""The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py.
+"""The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py."""
 
-What is not here yet is the reference's.
-"""
-
-from fluxq.kernels.reference import (
-    dequantize,
+from fluxq.kernels.triton.gelu import gelu_tanh, gelu_tanh_backward
+from fluxq.kernels.triton.linear import lora_linear, lora_linear_backward, room
+from fluxq.kernels.triton.matmul_8bit import matmul_8bit
+from fluxq.kernels.triton.modulate import (
     gated_add,
     gated_add_backward,
     gated_add_modulate,
     gated_add_modulate_backward,
-    gelu_tanh,
-    gelu_tanh_backward,
-    lora_linear,
-    lora_linear_backward,
-    matmul_8bit,
     modulate,
     modulate_backward,
-    nf4_quantize,
-    qk_norm_rope,
-    qk_norm_rope_backward,
-    room,
-    row_dequantize,
-    row_quantize,
-    to_rows,
 )
+from fluxq.kernels.triton.nf4 import nf4_quantize
+from fluxq.kernels.triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
+from fluxq.kernels.triton.rows import row_quantize
+from fluxq.kernels.triton.storage import dequantize, row_dequantize, to_rows
 
 __all__ = [
     "dequantize",

@@ -1,0 +1,72 @@
+"""Matrix products at the tiles of the table: fused linear layers over stored weights, and 8-bit products."""
+
+from __future__ import annotations
+
+from benchmarks.aot import CAPABILITIES, Case, Product
+from fluxq.kernels.triton.matmul import _linear
+from fluxq.kernels.triton.matmul_8bit import _matmul_8bit
+from fluxq.kernels.triton.table import SHIPPED, Choice
+
+LINEAR = dict(x_ptr="*bf16", bias_ptr="*bf16", s_ptr="*bf16", up_ptr="*bf16", y_ptr="*bf16") | dict.fromkeys(
+    ("M", "N", "K", "R", "x_stride", "w_stride", "absmax_stride", "s_stride", "up_stride"), "i32"
+)
+WEIGHT = {
+    "float": dict(w_ptr="*bf16"),
+    "fp8": dict(w_ptr="*u8", scale_ptr="*fp32"),
+    "int8": dict(w_ptr="*u8", scale_ptr="*fp32"),
+    "nf4": dict(w_ptr="*i32", absmax_ptr="*fp32", levels_ptr="*fp32"),
+}
+
+
+def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
+    absent = {name: None for name in ("scale_ptr", "absmax_ptr", "levels_ptr") if name not in WEIGHT[format]}
+    m, n = choice.block_m, choice.block_n
+    return Case(
+        name=f"linear_{format}_{shape}",
+        kernel=_linear,
+        types=LINEAR | WEIGHT[format],
+        constants=blocks(choice) | absent | dict(FORM=format, EVEN_K=True),
+        warps=choice.warps,
+        stages=choice.stages,
+        aligned=("N", "K", "x_stride", "w_stride", "absmax_stride"),
+        capabilities=(card,),
+        dots=(Product(m, n, choice.block_k, "bf16"), Product(m, n, 16, "bf16")),
+        permutes=128,
+    )
+
+
+def product(kind: str, card: int, choice: Choice) -> Case:
+    """An 8-bit product with everything in its epilogue."""
+    m, n = choice.block_m, choice.block_n
+    eight = "*i8" if kind == "int8" else "*fp8e4nv"
+    return Case(
+        name=f"matmul_{kind}",
+        kernel=_matmul_8bit,
+        types=dict(a_ptr=eight, b_ptr=eight, a_scale_ptr="*fp32", b_scale_ptr="*fp32", s_ptr="*fp32", up_ptr="*bf16")
+        | dict(bias_ptr="*bf16", y_ptr="*bf16")
+        | dict.fromkeys(("M", "N", "K", "R", "a_stride", "b_stride", "s_stride", "up_stride"), "i32"),
+        constants=blocks(choice) | dict(EVEN_K=True),
+        warps=choice.warps,
+        stages=choice.stages,
+        aligned=("N", "K", "a_stride", "b_stride"),
+        capabilities=(card,),
+        dots=(Product(m, n, choice.block_k, kind), Product(m, n, 16, "bf16")),
+        permutes=64,
+    )
+
+
+def blocks(choice: Choice) -> dict[str, int]:
+    return dict(BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k)
+
+
+FORMATS = {"float": "bf16", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}
+CASES = [
+    linear(format, shape, card, SHIPPED[f"lora_linear_{stored}", card, shape])
+    for format, stored in FORMATS.items()
+    for shape in ("large", "few")
+    for card in CAPABILITIES
+] + [
+    product(kind, card, SHIPPED[f"matmul_{kind}", card, "large"])
+    for kind, cards in (("int8", CAPABILITIES), ("fp8", (89, 90, 120)))
+    for card in cards
+]

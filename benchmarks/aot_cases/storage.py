@@ -1,0 +1,116 @@
+"""Stored weights quantised and decoded, at the tiles in use."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from benchmarks.aot import Case
+from fluxq.kernels.triton import nf4, rows, storage
+from fluxq.kernels.triton.stored import LARGEST
+
+TYPES = {"nf4": "*i32", "int8": "*u8", "fp8": "*u8", "bytes": "*u8", "bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+CONVERSIONS = [
+    *[(form, "bf16", transposed) for form in ("nf4", "int8", "fp8") for transposed in (False, True)],
+    *[(form, to, True) for form in ("nf4", "bf16") for to in ("int8", "fp8")],
+    ("int8", "fp8", True),
+    ("fp8", "int8", True),
+    ("bytes", "bytes", True),
+]
+
+
+def pointers(form: str, **given: str) -> tuple[dict[str, str], dict[str, Any]]:
+    """Types and constants of the arguments that every kernel has for a weight of that form; `given` are the others."""
+    types = {"numbers_ptr": TYPES[form], **given}
+    if form == "nf4":
+        types |= {"absmax_ptr": "*fp32", "levels_ptr": "*fp32"}
+    if form in LARGEST:
+        types |= {"scale_ptr": "*fp32"}
+    names = ("absmax_ptr", "levels_ptr", "scale_ptr", "divisor_ptr", "columns_ptr", "out_ptr")
+    return types, {name: None for name in names if name not in types}
+
+
+def plain(form: str) -> str:
+    return "float" if TYPES[form] == "*" + form else form
+
+
+def conversion(form: str, to: str, transposed: bool) -> Case:
+    divisor = {"divisor_ptr": "*fp32"} if to in LARGEST else {}
+    types, constants = pointers(
+        form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", absmax_stride="i32", out_stride="i32", **divisor
+    )
+    constants = {name: value for name, value in constants.items() if name != "columns_ptr"}
+    tile = storage._TILES[transposed]
+    return Case(
+        f"{form} to {to}{' transposed' if transposed else ''}",
+        storage._convert,
+        types,
+        {
+            **constants,
+            "FROM": plain(form),
+            "TO": plain(to),
+            "TRANSPOSED": transposed,
+            "ROWS": tile["ROWS"],
+            "COLUMNS": tile["COLUMNS"],
+        },
+        warps=tile["num_warps"],
+        aligned=("N", "K", "stride", "absmax_stride", "out_stride"),
+        vector=True,
+        permutes=96,  # three for each of a thread's 32 numbers
+    )
+
+
+def row_case(form: str, to: str, width: int, columns: bool = False, values: bool = True) -> Case:
+    given = {"columns_ptr": "*fp32"} if columns else {}
+    given |= {"out_ptr": "*u8"} if values else {}
+    types, constants = pointers(form, scales_ptr="*fp32", N="i32", K="i32", stride="i32", absmax_stride="i32", **given)
+    constants = {name: value for name, value in constants.items() if name != "divisor_ptr"}
+    tile = next((t for t in rows._TILES if t["COLUMNS"] >= width), rows._PIECE)
+    return Case(
+        f"rows of {width} {form} {'to' if values else 'scales for'} {to}{' times columns' if columns else ''}",
+        rows._rows,
+        types,
+        {
+            **constants,
+            "FROM": plain(form),
+            "TO": to,
+            "LARGEST": LARGEST[to],
+            "ONCE": tile["COLUMNS"] >= width,
+            "COLUMNS": tile["COLUMNS"],
+        },
+        warps=tile["num_warps"],
+        aligned=("K", "stride"),
+        vector=values,  # scales alone store 4 bytes a program
+        permutes=64,  # two for each of a thread's 32 numbers
+    )
+
+
+def quantiser(dtype: str) -> Case:
+    return Case(
+        f"{dtype} to nf4",
+        nf4._quantize,
+        {
+            "w_ptr": TYPES[dtype],
+            "codes_ptr": "*i32",
+            "absmax_ptr": "*fp32",
+            "midpoints_ptr": "*fp32",
+            "blocks": "i32",
+        },
+        {"BLOCKS": nf4._TILE["BLOCKS"]},
+        warps=nf4._TILE["num_warps"],
+        aligned=("blocks",),
+        vector=True,
+    )
+
+
+# A width stands for all that take the same tile.
+CASES = [
+    *[conversion(*c) for c in CONVERSIONS],
+    *[row_case("bf16", to, width) for to in LARGEST for width in (3072, 15360, 21504)],
+    *[row_case("bf16", to, width, columns=True) for to in LARGEST for width in (3072, 12288, 21504)],
+    *[row_case("nf4", to, width) for to in LARGEST for width in (3072, 15360)],
+    row_case("nf4", "int8", 15360, values=False),
+    row_case("int8", "fp8", 3072),
+    row_case("fp8", "int8", 3072),
+    row_case("fp32", "int8", 40000),
+    *[quantiser(dtype) for dtype in ("bf16", "fp32")],
+]

@@ -1,0 +1,95 @@
+"""How far 8-bit products are from exact ones, layer type by layer type, and torchao's beside them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from benchmarks.cases import Case, Skip
+from benchmarks.kernel_cases.eight_bits import refuse_fp8_where_missing
+from benchmarks.kernel_cases.setting import LAYERS, Setting, cosine, relative_error
+from benchmarks.peers import torchao_8bit
+from fluxq.kernels import COMPUTES, dequantize, lora_linear, quantize, reference
+from fluxq.kernels.rotation import rotation_block
+
+INPUTS = ("gaussian", "outliers", "gelu")
+BF16 = 2**-8
+"""The most by which rounding to bf16 changes a number, relative to it."""
+
+
+def cases(setting: Setting) -> Iterator[Case]:
+    for compute in COMPUTES[1:]:
+        for layer in LAYERS:
+            for kind in INPUTS:
+                yield Case(f"errors: {compute}, {layer}, {kind}", partial(measure, setting, layer, compute, kind))
+
+
+def measure(s: Setting, layer: str, compute: str, kind: str) -> dict[str, Any]:
+    """Judged are the products without rotation: rounding errors are independent, so y's is that of x and that of W
+    together, here by the reference, with a fifth on top.
+    """
+    bits, rows = compute.removesuffix("_dx"), 96 if s.tiny else 512
+    refuse_fp8_where_missing(s, bits)
+    n, k = s.layer(layer)
+    x, w, dy = inputs(s, kind, rows, k), s.randn(n, k, std=k**-0.5), s.randn(rows, n)
+    dy = (dy.float() * (1 + 10 * torch.rand(rows, 1, device=s.device))).bfloat16()
+    errors: dict[str, Any] = {}
+    bounds: dict[str, Any] = {}
+    for format in (bits, "nf4"):
+        stored = quantize(w, format)
+        name, exact = f"from {format}", dequantize(stored, torch.float32).double()
+        errors[name], bounds[name] = found(x, dy, stored, exact, compute, 0), expected(x, dy, stored, exact, compute)
+        if bits == "int8":
+            errors[f"{name}, rotated"] = found(x, dy, stored, exact, compute, rotation_block(k))
+    against_bf16 = {"nf4": x.double() @ dequantize(quantize(w, "nf4"), torch.float32).double().t()}
+    row: dict[str, Any] = {}
+    try:
+        against_bf16["torchao"] = torchao_8bit.linear(w, None, bits)(x)
+    except Skip as reason:
+        row["not_run"] = {"torchao": str(reason)}
+    except Exception as error:  # its kernels refuse some cards and PyTorch versions
+        row["not_run"] = {"torchao": f"{type(error).__name__}: {error}"[:500]}
+    against_bf16["ours"] = lora_linear(x, quantize(w, bits), compute=compute)
+    whole = x.double() @ w.double().t()
+    row["y_against_the_bf16_weight"] = {name: relative_error(y, whole) for name, y in against_bf16.items()}
+    ok = all(errors[name][out]["relative"] <= bounds[name][out] for name in bounds for out in ("y", "dx"))
+    return {"ok": ok, "errors": errors, "bounds": bounds, **row}
+
+
+def inputs(s: Setting, kind: str, rows: int, width: int) -> Tensor:
+    """(M, K): Gaussian; with one channel in 200 thirty times as large; or what GELU gives."""
+    x = s.randn(rows, width)
+    if kind == "outliers":
+        x[:, torch.randperm(width, device=s.device)[: max(1, width // 200)]] *= 30
+    return F.gelu(x, approximate="tanh") if kind == "gelu" else x
+
+
+def found(x: Tensor, dy: Tensor, stored: Any, exact: Tensor, compute: str, rotation: int) -> dict[str, Any]:
+    """Of y and of dx, against the product with the very numbers that are stored."""
+    leaf = x.detach().requires_grad_()
+    y = lora_linear(leaf, stored, compute=compute, rotation=rotation)
+    (dx,) = torch.autograd.grad(y, leaf, dy)
+    pairs = {"y": (y.detach(), x.double() @ exact.t()), "dx": (dx, dy.double() @ exact)}
+    return {name: {"relative": relative_error(*pair), "cosine": cosine(*pair)} for name, pair in pairs.items()}
+
+
+def expected(x: Tensor, dy: Tensor, stored: Any, exact: Tensor, compute: str) -> dict[str, float]:
+    """How far y and dx may be off."""
+    dtype = torch.int8 if compute.startswith("int8") else torch.float8_e4m3fn
+    values, scale = reference.to_rows(stored, dtype)
+    weight = relative_error(values.double() * scale.double()[:, None], exact)
+    bounds = {"y": math.hypot(rounding(x, dtype), weight, BF16), "dx": 3 * BF16}
+    if compute.endswith("_dx"):
+        bounds["dx"] = math.hypot(rounding(dy.float() * scale, dtype), weight, BF16)
+    return {name: 1.2 * bound for name, bound in bounds.items()}
+
+
+def rounding(rows: Tensor, dtype: torch.dtype) -> float:
+    values, scale = reference.row_quantize(rows, dtype)
+    return relative_error(values.double() * scale.double()[:, None], rows)

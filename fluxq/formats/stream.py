@@ -1,0 +1,50 @@
+"""A quantised file to a transformer that streams: a few units on the card, the others in host memory."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+
+import torch
+from torch import Tensor
+
+from fluxq.formats.quantized import QuantizedFile, assign
+from fluxq.model.flux import Flux
+from fluxq.offload import Schedule, StreamingRing, Streams
+from fluxq.offload.arena import Arena, streams_for
+
+
+def load_streamed(
+    file: QuantizedFile,
+    device: torch.device,
+    resident: Collection[str] = (),
+    slots: int = 8,
+    streams: Streams | None = None,
+    poison: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+) -> Flux:
+    """The transformer of `file`, whose blocks' units but `resident` are streamed to `device` through `slots` slots.
+
+    What lies outside the blocks, and modulation, is on `device`. `flux.ring.close()` before the model is let go. Tell
+    the ring which blocks train with `expect_training`. Frozen weights are then only to be read inside `resident`, and
+    the model is not to be moved or cast. `streams` and `poison`: see StreamingRing.
+    """
+    with torch.device("meta"):
+        flux = Flux(file.config)
+    schedule = Schedule(flux.blocks_units, frozenset(resident), slots)
+    arena = Arena({unit: file.checkpoint.shape(unit)[0] for unit in schedule.slot}, file.read_into)
+
+    def place(unit: str, flat: Tensor) -> None:
+        assign(flux, dict(file.tensors(unit, flat)))
+
+    for unit in file.units:
+        if unit not in schedule.slot:
+            place(unit, file.read(unit).to(device))
+    streams = streams or streams_for(arena, device, say)
+    flux.ring = StreamingRing(schedule, arena, place, device, streams, poison)
+    return flux.eval()
+
+
+def expect_training(flux: Flux) -> None:
+    """Tell the ring of a streamed model which blocks have a backward pass, as LoRA is now."""
+    if isinstance(flux.ring, StreamingRing):
+        flux.ring.expect(flux.blocks_with_backward)

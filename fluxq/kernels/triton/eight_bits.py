@@ -1,0 +1,88 @@
+"""What the producers of a linear layer's input share: 8-bit rows, and their product with LoRA's `down`."""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.activations import Activations, Wants
+from fluxq.kernels.triton.bits import e4m3_encode, int8_encode
+
+
+def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
+    """Uninitialised memory for rows of `width`, as many as `like` (B, L, ...) has, in the form that is wanted.
+
+    Values are bytes here; `named` gives them their type.
+    """
+    batch, length, _ = like.shape
+    y = like.new_empty(batch, length, width + (wants.room if wants.dtype is None else 0))
+    if wants.dtype is None:
+        return Activations(y)
+    values = like.new_empty(batch * length, width, dtype=torch.uint8)
+    scale = like.new_empty(batch * length, dtype=torch.float32)
+    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0], dtype=torch.float32)
+    return Activations(y, values, scale, s)
+
+
+def named(made: Activations, wants: Wants) -> Activations:
+    """`made` with its values called what they are."""
+    return made if made.values is None or wants.dtype is None else made._replace(values=made.values.view(wants.dtype))
+
+
+def down_and_block(wants: Wants, like: Tensor) -> tuple[Tensor | None, int]:
+    """`down` (R, K) in the dtype of `like` where its product is wanted, and how much of R is done at a time: 16 for
+    small ranks, else 64, so that ranks make two kernels and no more.
+    """
+    if wants.dtype is None or wants.down is None:
+        return None, 16
+    return wants.down.to(like.dtype).contiguous(), 16 if wants.down.shape[0] <= 16 else 64
+
+
+@triton.jit
+def scale_of(largest, INT8: tl.constexpr):
+    """The scale of a row whose largest magnitude is `largest`."""
+    return tl.div_rn(tl.maximum(largest, 1e-30), 127.0 if INT8 else 448.0)
+
+
+@triton.jit
+def to_8_bits(y, scale, INT8: tl.constexpr):
+    """y (rows, columns) fp32 divided by `scale` (rows,), as bytes of int8 or e4m3."""
+    scaled = y * (1.0 / scale)[:, None]
+    return int8_encode(scaled) if INT8 else e4m3_encode(tl.minimum(tl.maximum(scaled, -448.0), 448.0))
+
+
+@triton.jit
+def to_8_bits_with_down(
+    y_ptr,  # (ROWS, K) what this program has written, rows y_l apart
+    values_ptr,  # (ROWS, K) out
+    scale_ptr,  # (ROWS,) fp32, which this program has written
+    down_ptr,  # (R, K)
+    s_ptr,  # (ROWS, R) fp32 out
+    y_l,
+    rows,  # how many of ROWS there are
+    R,
+    K: tl.constexpr,
+    ROWS: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """The 8-bit values of a tile of rows, and s = y down^T; y comes back from the cache that it has just gone to."""
+    tl.debug_barrier()  # other threads of this program wrote what is read here
+    row = tl.arange(0, ROWS)
+    scale = tl.load(scale_ptr + row, mask=row < rows, other=1.0)
+    row, here = row[:, None], (row < rows)[:, None]
+    for first in range(0, R, BLOCK_R):
+        rank = first + tl.arange(0, BLOCK_R)
+        s = tl.zeros([ROWS, BLOCK_R], tl.float32)
+        for start in range(0, K, BLOCK_K):
+            k = start + tl.arange(0, BLOCK_K)[None, :]
+            y = tl.load(y_ptr + row * y_l + k, mask=here & (k < K), other=0.0)
+            down = tl.load(down_ptr + rank[:, None] * K + k, mask=(rank < R)[:, None] & (k < K), other=0.0)
+            s = tl.dot(y, tl.trans(down), s, input_precision=PRECISION)
+            values = to_8_bits(y.to(tl.float32), scale, INT8)
+            tl.store(values_ptr + row * K + k, values, mask=here & (k < K) & (first == 0))
+        tl.store(s_ptr + row * R + rank[None, :], s, mask=here & (rank < R)[None, :])

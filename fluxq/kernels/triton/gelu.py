@@ -1,0 +1,182 @@
+"""GELU by tanh's approximation, written where the next layer reads it, with what belongs to its left.
+
+gelu(h) = h sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3), since (1 + tanh u) / 2 = sigmoid(2 u). In 8 bits a
+program holds a whole row, both parts of it, so that its largest magnitude costs no second reading; only where the
+product with LoRA's `down` is wanted too does a tile of rows come back from the cache.
+"""
+
+# A kernel is called with constexpr arguments as plain values, and with num_warps:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.activations import Activations, Wants
+from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
+from fluxq.kernels.triton.layout import with_whole_rows
+
+# What -> rows of a program, warps, on every card. All predicted, from registers at widths of 12,288 and 3,072:
+_TILES = {
+    "plain": (4, 4),  # 32 numbers a thread, and no two programs share a line of memory
+    "backward": (4, 4),
+    "8 bits": (1, 16),  # a row of 15,360 in 64 registers a thread: two rows in flight on a multiprocessor
+    "down": (16, 16),  # 16 rows share a reading of `down`; at 8 warps Triton 3.6 spills
+}
+_BLOCK = 1024  # columns of a program where rows need not be whole: it divides FLUX's widths
+
+
+def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
+    """gelu(h), tanh's approximation, for the layer that `wants` it; with `beside` (B, L, D) to its left."""
+    (batch, length, width), h = h.shape, with_whole_rows(h)
+    beside, left = (None, 0) if beside is None else (with_whole_rows(beside), beside.shape[-1])
+    made = outputs(h, left + width, wants)
+    strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), made.x.stride(1))
+    if made.values is None:
+        rows, warps = _TILES["plain"]
+        block = min(_BLOCK, triton.next_power_of_2(width))
+        _gelu[triton.cdiv(left, block) + triton.cdiv(width, block), triton.cdiv(length, rows), batch](
+            h, beside, made.x, *strides, length, W=width, D=left, BLOCK=block, ROWS=rows, num_warps=warps
+        )
+        return made
+    down, block_r = down_and_block(wants, h)
+    rows, warps = _TILES["8 bits" if down is None else "down"]
+    _gelu_8_bits[triton.cdiv(length, rows), batch](
+        h, beside, made.x, made.values, made.scale, down, made.s, *strides, length, 0 if down is None else len(down),
+        W=width, D=left, BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(max(left, 16)),
+        ROWS=rows, INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee", num_warps=warps,
+    )  # fmt: skip
+    return named(made, wants)
+
+
+def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
+    """The gradient of h (B, L, W) for the columns of dy (B, L, W) that gelu(h) was written to."""
+    (batch, length, width), dy, h = h.shape, with_whole_rows(dy), with_whole_rows(h)
+    dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
+    rows, warps = _TILES["backward"]
+    block = min(_BLOCK, triton.next_power_of_2(width))
+    _gelu_backward[triton.cdiv(width, block), triton.cdiv(length, rows), batch](
+        dy, h, dh, *dy.stride()[:2], *h.stride()[:2], length, W=width, BLOCK=block, ROWS=rows, num_warps=warps
+    )
+    return dh
+
+
+@triton.jit
+def _sigmoid_of_twice_u(h):
+    return tl.sigmoid(1.5957691216057308 * h * (1.0 + 0.044715 * h * h))
+
+
+@triton.jit(do_not_specialize=["L"])
+def _gelu(
+    h_ptr,  # (B, L, W)
+    beside_ptr,  # (B, L, D), or None
+    y_ptr,  # (B, L, D + W) out, rows y_l apart
+    h_b,
+    h_l,
+    beside_b,
+    beside_l,
+    y_l,
+    L,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    block, b = tl.program_id(0), tl.program_id(2).to(tl.int64)
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    row, mask = token.to(tl.int64)[:, None], (token < L)[:, None]
+    y = y_ptr + (b * L + row) * y_l
+    blocks_left = (D + BLOCK - 1) // BLOCK
+    if block < blocks_left:
+        if beside_ptr is not None:
+            column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
+            x = tl.load(beside_ptr + b * beside_b + row * beside_l + column, mask=mask & (column < D), other=0.0)
+            tl.store(y + column, x, mask=mask & (column < D))
+    else:
+        column = (block - blocks_left) * BLOCK + tl.arange(0, BLOCK)[None, :]
+        h = tl.load(h_ptr + b * h_b + row * h_l + column, mask=mask & (column < W), other=0.0).to(tl.float32)
+        tl.store(y + D + column, (h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty), mask=mask & (column < W))
+
+
+@triton.jit(do_not_specialize=["L", "R"])
+def _gelu_8_bits(
+    h_ptr,  # (B, L, W)
+    beside_ptr,  # (B, L, D), or None
+    y_ptr,  # (B, L, D + W) out, rows y_l apart
+    values_ptr,  # (B L, D + W) out: bytes of int8 or e4m3
+    row_scale_ptr,  # (B L,) fp32 out
+    down_ptr,  # (R, D + W), or None
+    s_ptr,  # (B L, R) fp32 out, or None
+    h_b,
+    h_l,
+    beside_b,
+    beside_l,
+    y_l,
+    L,
+    R,
+    W: tl.constexpr,
+    D: tl.constexpr,
+    BLOCK_W: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    ROWS: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first, b = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    column, left = tl.arange(0, BLOCK_W)[None, :], tl.arange(0, BLOCK_D)[None, :]
+    for step in range(ROWS):
+        token = first + step + tl.arange(0, 1)
+        row, m = token.to(tl.int64)[:, None], (b * L + token)[:, None]
+        mask, left_mask = (token < L)[:, None] & (column < W), (token < L)[:, None] & (left < D)
+        h = tl.load(h_ptr + b * h_b + row * h_l + column, mask=mask, other=0.0).to(tl.float32)
+        rounded = (h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + m * y_l + D + column, rounded, mask=mask)
+        y = rounded.to(tl.float32)
+        largest = tl.max(tl.abs(y), axis=1)
+        if beside_ptr is not None:
+            x = tl.load(beside_ptr + b * beside_b + row * beside_l + left, mask=left_mask, other=0.0)
+            tl.store(y_ptr + m * y_l + left, x, mask=left_mask)
+            x = x.to(tl.float32)
+            largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
+        row_scale = scale_of(largest, INT8)
+        tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
+        if down_ptr is None:
+            tl.store(values_ptr + m * (D + W) + D + column, to_8_bits(y, row_scale, INT8), mask=mask)
+            if beside_ptr is not None:
+                tl.store(values_ptr + m * (D + W) + left, to_8_bits(x, row_scale, INT8), mask=left_mask)
+    if down_ptr is not None:
+        m = b * L + first
+        to_8_bits_with_down(
+            y_ptr + m * y_l, values_ptr + m * (D + W), row_scale_ptr + m, down_ptr, s_ptr + m * R,
+            y_l, L - first, R, D + W, ROWS, INT8, BLOCK_R, BLOCK_K, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["L"])
+def _gelu_backward(
+    dy_ptr,  # (B, L, W), rows dy_l apart
+    h_ptr,  # (B, L, W)
+    dh_ptr,  # (B, L, W) out
+    dy_b,
+    dy_l,
+    h_b,
+    h_l,
+    L,
+    W: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    b, token = tl.program_id(2).to(tl.int64), tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, m, mask = token.to(tl.int64)[:, None], (b * L + token)[:, None], (token < L)[:, None] & (column < W)
+    dy = tl.load(dy_ptr + b * dy_b + row * dy_l + column, mask=mask, other=0.0).to(tl.float32)
+    h = tl.load(h_ptr + b * h_b + row * h_l + column, mask=mask, other=0.0).to(tl.float32)
+    sigmoid = _sigmoid_of_twice_u(h)
+    twice_du = 1.5957691216057308 * (1.0 + 0.134145 * h * h)
+    dh = dy * sigmoid * (1.0 + h * (1.0 - sigmoid) * twice_du)
+    tl.store(dh_ptr + m * W + column, dh.to(dh_ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,195 @@
+"""A frozen linear layer with LoRA, multiplied in 16 bits: one product for both, over a weight decoded once.
+
+Paths, chosen by the table:
+
+extended  The weight is decoded, some rows at a time, into a scratch [W | scale up | bias]; the input carries
+          [x | x down^T | 1] where its producer left room behind each row. Base, LoRA and bias are then one product of
+          the vendor's library, and backward dy [W | scale up] is the input's gradient and LoRA's inner one.
+plain     No room, or a weight that needs no decoding: the products one after the other.
+fused     The weight is decoded inside the product's loop (matmul.py): few rows, or no memory for a scratch.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fluxq.kernels.triton import matmul
+from fluxq.kernels.triton.storage import dequantize
+from fluxq.kernels.triton.table import choose
+from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
+
+LANES = 32  # the room is a multiple, so that every row begins on 64 bytes
+
+
+def room(rank: int) -> int:
+    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank."""
+    return -(-rank // LANES) * LANES
+
+
+def lora_linear(
+    x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
+) -> tuple[Tensor, Tensor | None]:
+    """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
+
+    x (..., K) or with room behind each row, which is written to; weight (N, K) as stored; down (R, K), up (N, R), bias
+    (N,) in x's dtype.
+    """
+    n, k = weight.shape
+    # Several layers may share an input, each filling the room anew. What autograd keeps of x is not in the room, so it
+    # is not told (through `data`); s is a tensor of its own.
+    rows = x.data.reshape(-1, x.shape[-1])
+    choice = choose(f"lora_linear_{_format(weight)}", x.device, len(rows))
+    s = None if down is None or up is None else torch.mm(rows[:, :k], down.t())
+    if choice.path == "fused" and x.dtype != torch.float64:
+        y = matmul.linear(rows[:, :k], weight, bias, s, None if up is None else up * scale, choice)
+    elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
+        y = _extended(rows, weight, bias, s, up, scale, choice.chunk or n)
+    else:
+        y = _plain(rows[:, :k], weight, bias, s, up, scale, choice.chunk or n)
+    return y.view(*x.shape[:-1], n), s if s is None else s.view(*x.shape[:-1], -1)
+
+
+def lora_linear_backward(
+    dy: Tensor,
+    weight: Weight | None,
+    x: Tensor | None,
+    s: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the room is finite.
+
+    weight None: the gradient of x is not wanted; s None: there is no LoRA, and x is not needed. Those of down and up
+    are summed and returned in fp32.
+    """
+    rows = dy.reshape(-1, dy.shape[-1])
+    if x is None or s is None or down is None or up is None:
+        return None if weight is None else _dx(rows, weight, None).view(*dy.shape[:-1], -1), None, None
+    rank, k = down.shape
+    room = x.shape[-1] - k
+    dx = None if weight is None else _dx(rows, weight, _tail(up, scale, room) if room else None)
+    ds = dx[:, k : k + rank] if dx is not None and room else torch.mm(rows, up * scale)
+    if dx is not None:
+        dx[:, :k].addmm_(ds, down)
+    d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1])[:, :k])
+    d_up = _mm_fp32(rows.t(), s.reshape(-1, rank)).mul_(scale)
+    return None if dx is None else dx.view(*dy.shape[:-1], -1), d_down, d_up
+
+
+def _format(weight: Weight) -> str:
+    if isinstance(weight, Tensor):
+        return "bf16"
+    if isinstance(weight, NF4Weight):
+        return "nf4"
+    return "int8" if weight.values.dtype == torch.int8 else "fp8"
+
+
+def _extended(
+    rows: Tensor, weight: Weight, bias: Tensor | None, s: Tensor, up: Tensor, scale: float, chunk: int
+) -> Tensor:
+    """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
+    (n, k), width, rank = weight.shape, rows.shape[1], up.shape[1]
+    rows[:, k : k + rank] = s
+    if rank < width - k:  # to the end, for what was there may be NaN, which no zero in the scratch would take away
+        rows[:, k + rank :] = F.pad(rows.new_ones(1), (0, width - k - rank - 1))
+    tail = _tail(up, scale, width - k)
+    if bias is not None and rank < width - k:
+        # A bias in the product costs nothing. Added to part of a result's columns, it costs a pass over them first.
+        tail[:, rank], bias = bias, None
+    y = rows.new_empty(len(rows), n)
+    for start in range(0, n, chunk):
+        part = slice(start, min(start + chunk, n))
+        w = _scratch(part.stop - start, width, rows)
+        dequantize(weight[part], w.dtype, w[:, :k])
+        w[:, k:] = tail[part]
+        _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
+    return y
+
+
+def _tail(up: Tensor, scale: float, width: int) -> Tensor:
+    """[scale up | 0] (N, width)."""
+    tail = up.new_zeros(up.shape[0], width)
+    torch.mul(up, scale, out=tail[:, : up.shape[1]])
+    return tail
+
+
+def _plain(
+    rows: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, up: Tensor | None, scale: float, chunk: int
+) -> Tensor:
+    n, k = weight.shape
+    if isinstance(weight, Tensor):
+        y = F.linear(rows, weight.to(rows.dtype), bias)
+    else:
+        y = rows.new_empty(len(rows), n)
+        for start in range(0, n, chunk):
+            part = slice(start, min(start + chunk, n))
+            w = _scratch(part.stop - start, k, rows)
+            dequantize(weight[part], w.dtype, w)
+            _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
+    return y if s is None or up is None else y.addmm_(s, up.t(), alpha=scale)
+
+
+def _dx(rows: Tensor, weight: Weight, tail: Tensor | None) -> Tensor:
+    """dy [W | tail], (M, K + its width). For some columns of W at a time: their parts of the result are final, and none
+    is rounded twice.
+    """
+    (n, k), width = weight.shape, 0 if tail is None else tail.shape[1]
+    dx = rows.new_empty(len(rows), k + width)
+    if isinstance(weight, Tensor):
+        torch.mm(rows, weight.to(rows.dtype), out=dx[:, :k])
+        if tail is not None:
+            torch.mm(rows, tail, out=dx[:, k:])
+        return dx
+    chunk = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows)).chunk
+    for start in range(0, k, chunk):
+        stop = min(start + chunk, k)
+        last = width if stop == k else 0
+        w = _scratch(n, stop - start + last, rows)
+        dequantize(_columns(weight, start, stop), w.dtype, w[:, : stop - start])
+        if tail is not None and last:
+            w[:, stop - start :] = tail
+        torch.mm(rows, w, out=dx[:, start : stop + last])
+    return dx
+
+
+def _columns(weight: NF4Weight | RowScaled, start: int, stop: int) -> Weight:
+    """Columns of a weight, multiples of 64: a view."""
+    if isinstance(weight, NF4Weight):
+        blocks = slice(start // NF4_BLOCK, stop // NF4_BLOCK)
+        return NF4Weight(weight.codes[:, start // 2 : stop // 2], weight.absmax[:, blocks])
+    return RowScaled(weight.values[:, start:stop], weight.scale)
+
+
+def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
+    if bias is None:
+        torch.mm(a, b, out=out)
+    else:
+        torch.addmm(bias, a, b, out=out)
+
+
+def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
+    """a b, summed and returned in fp32, or better where the factors are."""
+    if a.dtype not in (torch.bfloat16, torch.float16):
+        return a @ b
+    if a.is_cuda:
+        return torch.mm(a, b, out_dtype=torch.float32)
+    return a.float() @ b.float()
+
+
+_scratches: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
+
+
+def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
+    """(rows, columns) for a decoded weight, in the dtype and on the device of `like`: the same memory each time.
+
+    Uses follow one another in the order of one stream, and each stream has its own. It grows to the largest asked for.
+    """
+    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    key = (like.device, like.dtype, stream)
+    if key not in _scratches or _scratches[key].numel() < rows * columns:
+        _scratches.pop(key, None)  # first, so that both are never there at once
+        _scratches[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
+    return _scratches[key][: rows * columns].view(rows, columns)

@@ -1,0 +1,348 @@
+"""LayerNorm with shift and scale, and the gated sum before it, each a single pass over the rows.
+
+A program holds whole rows in registers, so that mean, variance and the largest magnitude cost no second reading. Where
+the product with LoRA's `down` is wanted too, a program takes 16 rows, what a tensor core multiplies at a time, and
+reads back from the cache what it has just written. Gradients of shift, scale and gate are summed over a program's rows
+and written down; PyTorch sums the programs, always in the same order.
+"""
+
+# A kernel is called with constexpr arguments as plain values, and with num_warps:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.activations import Activations, Wants
+from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
+from fluxq.kernels.triton.layout import with_whole_rows
+
+# What -> rows of a program, rows at a time, warps, on every card. All predicted, from registers at a width of 3,072:
+_TILES = {
+    "plain": (1, 1, 4),  # 24 numbers a thread, 5 rows or more in flight on a multiprocessor
+    "8 bits": (1, 1, 8),  # 8-bit rows are stored 16 numbers a thread: 8 warps for 4,096 of them
+    "down": (16, 2, 8),  # what a tensor core multiplies; two rows hide the sums of one another
+    "backward": (1, 1, 8),  # at 4 warps 91 registers, and a third less in flight
+    "sums": (16, 1, 8),  # 158 registers for the sums: the rarer case, and 1/16 of a row is written for each row
+    "gated_add": (4, 4, 4),  # four rows share the gate
+    "gated_sums": (16, 2, 4),
+}
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
+    """(1 + scale) LayerNorm(x) + shift, for the layer that `wants` it. x (B, L, D); shift, scale (B, 1, D)."""
+    return _forward(x, None, None, None, shift, scale, wants)
+
+
+def gated_add_modulate(
+    residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants
+) -> tuple[Tensor, Activations]:
+    """x = residual + gate y, and x modulated: `gated_add` and the `modulate` that follows it in one pass."""
+    x = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    return x, _forward(residual, gate, y, x, shift, scale, wants)
+
+
+def _forward(
+    x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor | None, shift: Tensor, scale: Tensor, wants: Wants
+) -> Activations:
+    (batch, length, width), x = x.shape, with_whole_rows(x)
+    gate, y = (t if t is None else with_whole_rows(t) for t in (gate, y))
+    shift, scale = with_whole_rows(shift), with_whole_rows(scale)
+    made = outputs(x, width, wants)
+    down, block_r = down_and_block(wants, x)
+    rows, step, warps = _TILES["down" if down is not None else "plain" if wants.dtype is None else "8 bits"]
+    _modulate[triton.cdiv(length, rows), batch](
+        x, gate, y, total, shift, scale, made.x, made.values, made.scale, down, made.s,
+        x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
+        shift.stride(0), scale.stride(0), made.x.stride(1), length, 0 if down is None else len(down),
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, STEP=step, INT8=wants.dtype == torch.int8,
+        BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee", num_warps=warps,
+    )  # fmt: skip
+    return named(made, wants)
+
+
+def modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, rows: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, and if `rows` of shift and scale (B, 1, D). dy (B, L, D or wider)."""
+    dx, _, _, d_shift, d_scale = _backward(None, dy, x, None, None, scale, rows)
+    return dx, d_shift, d_scale
+
+
+def gated_add_modulate_backward(
+    dx: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor, y: Tensor | None, scale: Tensor, rows: bool
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """Gradients of residual and y, of gate where `y` is given, and if `rows` of shift and scale.
+
+    dx (B, L, D) is the gradient of the sum x, None for zero; dy (B, L, D or wider) that of x modulated.
+    """
+    d_residual, d_y, d_gate, d_shift, d_scale = _backward(dx, dy, x, gate, y, scale, rows)
+    assert d_y is not None
+    return d_residual, d_y, d_gate, d_shift, d_scale
+
+
+def _backward(
+    dx: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor | None, y: Tensor | None, scale: Tensor, rows: bool
+) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
+    batch, length, width = x.shape
+    dy, x, scale = with_whole_rows(dy), with_whole_rows(x), with_whole_rows(scale)
+    dx, gate, y = (t if t is None else with_whole_rows(t) for t in (dx, gate, y))
+    d_residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+    d_y = None if gate is None else torch.empty_like(d_residual)
+    tile, step, warps = _TILES["sums" if rows or y is not None else "backward"]
+    grid = triton.cdiv(length, tile), batch
+    sums = _partial_sums(2 * rows + (y is not None), grid, x)
+    _modulate_backward[grid](
+        dx, dy, x, gate, y, scale, d_residual, d_y, sums,
+        *(0 if t is None else t.stride(i) for t in (dx, dy, x, y) for i in (0, 1)),
+        0 if gate is None else gate.stride(0), scale.stride(0), length,
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile, STEP=step, SHIFT=rows, num_warps=warps,
+    )  # fmt: skip
+    found = _summed(sums, x.dtype)
+    d_shift, d_scale = (found[0], found[1]) if rows else (None, None)
+    return d_residual, d_y, None if y is None else found[-1], d_shift, d_scale
+
+
+def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
+    """residual + gate y. residual, y (B, L, D); gate (B, 1, D)."""
+    batch, length, width = residual.shape
+    residual, gate, y = with_whole_rows(residual), with_whole_rows(gate), with_whole_rows(y)
+    out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
+    rows, _, warps = _TILES["gated_add"]
+    block = min(1024, triton.next_power_of_2(width))
+    _gated_add[triton.cdiv(width, block), triton.cdiv(length, rows), batch](
+        residual, gate, y, out,
+        residual.stride(0), residual.stride(1), gate.stride(0), y.stride(0), y.stride(1), length,
+        D=width, BLOCK=block, ROWS=rows, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of y, and of gate (B, 1, D) where `y` is given. That of the residual is `dout` itself."""
+    batch, length, width = dout.shape
+    dout, gate, y = with_whole_rows(dout), with_whole_rows(gate), y if y is None else with_whole_rows(y)
+    dy = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
+    rows, step, warps = _TILES["gated_add" if y is None else "gated_sums"]
+    block = min(1024, triton.next_power_of_2(width))
+    programs = triton.cdiv(length, rows)
+    sums = _partial_sums(int(y is not None), (programs, batch), dout)
+    _gated_add_backward[triton.cdiv(width, block), programs, batch](
+        dout, gate, y, dy, sums,
+        *(0 if t is None else t.stride(i) for t in (dout, y) for i in (0, 1)), gate.stride(0), length,
+        D=width, BLOCK=block, ROWS=rows, STEP=step, num_warps=warps,
+    )  # fmt: skip
+    return dy, None if y is None else _summed(sums, dout.dtype)[0]
+
+
+def _partial_sums(count: int, grid: tuple[int, int], x: Tensor) -> Tensor | None:
+    """Room for what each program sums up, (count, B, programs, D) fp32; nothing where nothing is wanted."""
+    programs, batch = grid
+    return x.new_empty(count, batch, programs, x.shape[-1], dtype=torch.float32) if count else None
+
+
+def _summed(sums: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """(count, B, 1, D): the programs' sums together."""
+    return torch.empty(0) if sums is None else sums.sum(2, keepdim=True).to(dtype)
+
+
+@triton.jit(do_not_specialize=["L", "R"])
+def _modulate(
+    x_ptr,  # (B, L, D); the residual where there is a gate
+    gate_ptr,  # (B, 1, D) or None
+    add_ptr,  # (B, L, D) what is gated, or None
+    sum_ptr,  # (B, L, D) out: residual + gate * add, or None
+    shift_ptr,  # (B, 1, D)
+    scale_ptr,  # (B, 1, D)
+    y_ptr,  # (B, L, D) out, rows y_l apart
+    values_ptr,  # (B L, D) out: bytes of int8 or e4m3; or None
+    row_scale_ptr,  # (B L,) fp32 out, or None
+    down_ptr,  # (R, D) or None
+    s_ptr,  # (B L, R) fp32 out, or None
+    x_b,
+    x_l,
+    gate_b,
+    add_b,
+    add_l,
+    shift_b,
+    scale_b,
+    y_l,
+    L,
+    R,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    INT8: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    first, b = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    shift = tl.load(shift_ptr + b * shift_b + column, mask=column < D, other=0.0).to(tl.float32)
+    scale = tl.load(scale_ptr + b * scale_b + column, mask=column < D, other=0.0).to(tl.float32)
+    for start in range(0, ROWS, STEP):
+        token = first + start + tl.arange(0, STEP)
+        row, m = token.to(tl.int64)[:, None], (b * L + token)[:, None]
+        mask = (token < L)[:, None] & (column < D)
+        x = tl.load(x_ptr + b * x_b + row * x_l + column, mask=mask, other=0.0).to(tl.float32)
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + b * gate_b + column, mask=column < D, other=0.0).to(tl.float32)
+            x += gate * tl.load(add_ptr + b * add_b + row * add_l + column, mask=mask, other=0.0).to(tl.float32)
+            rounded = x.to(sum_ptr.dtype.element_ty)
+            tl.store(sum_ptr + m * D + column, rounded, mask=mask)
+            x = rounded.to(tl.float32)  # the next layers see the stream as it is stored
+        centered, rstd = _centered(x, column, D)
+        y = (centered * rstd[:, None] * (1.0 + scale) + shift).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + m * y_l + column, y, mask=mask)
+        if values_ptr is not None:
+            y = tl.where(mask, y.to(tl.float32), 0.0)
+            row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
+            tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
+            if down_ptr is None:
+                tl.store(values_ptr + m * D + column, to_8_bits(y, row_scale, INT8), mask=mask)
+    if down_ptr is not None:
+        m = b * L + first
+        to_8_bits_with_down(
+            y_ptr + m * y_l, values_ptr + m * D, row_scale_ptr + m, down_ptr, s_ptr + m * R,
+            y_l, L - first, R, D, ROWS, INT8, BLOCK_R, BLOCK_K, PRECISION,
+        )  # fmt: skip
+
+
+@triton.jit
+def _centered(x, column, D: tl.constexpr):
+    """x (rows, columns) less each row's mean, zero from column D on; and 1 / its deviation (rows,)."""
+    mean = tl.sum(x, axis=1) / D
+    centered = tl.where(column < D, x - mean[:, None], 0.0)
+    return centered, tl.rsqrt(tl.sum(centered * centered, axis=1) / D + 1e-6)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _modulate_backward(
+    dx_ptr,  # (B, L, D) gradient of the gated sum from elsewhere, or None
+    dy_ptr,  # (B, L, D) gradient of what was modulated
+    x_ptr,  # (B, L, D)
+    gate_ptr,  # (B, 1, D) or None
+    add_ptr,  # (B, L, D) what was gated, or None where the gate's gradient is not wanted
+    scale_ptr,  # (B, 1, D)
+    d_residual_ptr,  # (B, L, D) out
+    d_add_ptr,  # (B, L, D) out, or None
+    sums_ptr,  # (shift, scale and gate, as far as wanted; B, programs, D) fp32 out, or None
+    dx_b,
+    dx_l,
+    dy_b,
+    dy_l,
+    x_b,
+    x_l,
+    add_b,
+    add_l,
+    gate_b,
+    scale_b,
+    L,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+    SHIFT: tl.constexpr,
+):
+    first, b = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
+    column = tl.arange(0, BLOCK)[None, :]
+    scale = tl.load(scale_ptr + b * scale_b + column, mask=column < D, other=0.0).to(tl.float32)
+    d_shift = tl.zeros([BLOCK], tl.float32)
+    d_scale = tl.zeros([BLOCK], tl.float32)
+    d_gate = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, ROWS, STEP):
+        token = first + start + tl.arange(0, STEP)
+        row, m = token.to(tl.int64)[:, None], (b * L + token)[:, None]
+        mask = (token < L)[:, None] & (column < D)
+        x = tl.load(x_ptr + b * x_b + row * x_l + column, mask=mask, other=0.0).to(tl.float32)
+        dy = tl.load(dy_ptr + b * dy_b + row * dy_l + column, mask=mask, other=0.0).to(tl.float32)
+        centered, rstd = _centered(x, column, D)
+        normed = centered * rstd[:, None]
+        d_normed = dy * (1.0 + scale)
+        along_one = tl.sum(d_normed, axis=1) / D
+        along_normed = tl.sum(d_normed * normed, axis=1) / D
+        d_residual = (d_normed - along_one[:, None] - normed * along_normed[:, None]) * rstd[:, None]
+        if dx_ptr is not None:
+            d_residual += tl.load(dx_ptr + b * dx_b + row * dx_l + column, mask=mask, other=0.0).to(tl.float32)
+        tl.store(d_residual_ptr + m * D + column, d_residual.to(d_residual_ptr.dtype.element_ty), mask=mask)
+        if gate_ptr is not None:
+            gate = tl.load(gate_ptr + b * gate_b + column, mask=column < D, other=0.0).to(tl.float32)
+            tl.store(d_add_ptr + m * D + column, (gate * d_residual).to(d_add_ptr.dtype.element_ty), mask=mask)
+        if add_ptr is not None:
+            add = tl.load(add_ptr + b * add_b + row * add_l + column, mask=mask, other=0.0).to(tl.float32)
+            d_gate += tl.sum(d_residual * add, axis=0)
+        if SHIFT:
+            d_shift += tl.sum(dy, axis=0)
+            d_scale += tl.sum(dy * normed, axis=0)
+    column = tl.arange(0, BLOCK)
+    programs, batch = tl.num_programs(0).to(tl.int64), tl.num_programs(1)
+    sums = sums_ptr if sums_ptr is None else sums_ptr + (b * programs + tl.program_id(0)) * D + column
+    if SHIFT:
+        tl.store(sums, d_shift, mask=column < D)
+        tl.store(sums + batch * programs * D, d_scale, mask=column < D)
+        sums += 2 * batch * programs * D
+    if add_ptr is not None:
+        tl.store(sums, d_gate, mask=column < D)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _gated_add(
+    residual_ptr,  # (B, L, D)
+    gate_ptr,  # (B, 1, D)
+    y_ptr,  # (B, L, D)
+    out_ptr,  # (B, L, D) out
+    residual_b,
+    residual_l,
+    gate_b,
+    y_b,
+    y_l,
+    L,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+):
+    token = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    b, column = tl.program_id(2).to(tl.int64), tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    row, m, mask = token.to(tl.int64)[:, None], (b * L + token)[:, None], (token < L)[:, None] & (column < D)
+    residual = tl.load(residual_ptr + b * residual_b + row * residual_l + column, mask=mask, other=0.0).to(tl.float32)
+    y = tl.load(y_ptr + b * y_b + row * y_l + column, mask=mask, other=0.0).to(tl.float32)
+    gate = tl.load(gate_ptr + b * gate_b + column, mask=column < D, other=0.0).to(tl.float32)
+    tl.store(out_ptr + m * D + column, (residual + gate * y).to(out_ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit(do_not_specialize=["L"])
+def _gated_add_backward(
+    dout_ptr,  # (B, L, D)
+    gate_ptr,  # (B, 1, D)
+    y_ptr,  # (B, L, D), or None where the gate's gradient is not wanted
+    dy_ptr,  # (B, L, D) out
+    sums_ptr,  # (1, B, programs, D) fp32 out, or None
+    dout_b,
+    dout_l,
+    y_b,
+    y_l,
+    gate_b,
+    L,
+    D: tl.constexpr,
+    BLOCK: tl.constexpr,
+    ROWS: tl.constexpr,
+    STEP: tl.constexpr,
+):
+    first, b = tl.program_id(1) * ROWS, tl.program_id(2).to(tl.int64)
+    column = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    gate = tl.load(gate_ptr + b * gate_b + column, mask=column < D, other=0.0).to(tl.float32)[None, :]
+    d_gate = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, ROWS, STEP):
+        token = first + start + tl.arange(0, STEP)
+        row, m = token.to(tl.int64)[:, None], (b * L + token)[:, None]
+        mask = (token < L)[:, None] & (column < D)[None, :]
+        dout = tl.load(dout_ptr + b * dout_b + row * dout_l + column[None, :], mask=mask, other=0.0).to(tl.float32)
+        tl.store(dy_ptr + m * D + column[None, :], (gate * dout).to(dy_ptr.dtype.element_ty), mask=mask)
+        if y_ptr is not None:
+            y = tl.load(y_ptr + b * y_b + row * y_l + column[None, :], mask=mask, other=0.0).to(tl.float32)
+            d_gate += tl.sum(dout * y, axis=0)
+    if sums_ptr is not None:
+        tl.store(sums_ptr + (b * tl.num_programs(1) + tl.program_id(1)) * D + column, d_gate, mask=column < D)

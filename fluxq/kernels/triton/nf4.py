@@ -1,0 +1,53 @@
+"""NF4 codes of a matrix, bitsandbytes' bytes (Dettmers et al. 2023, appendix E); decoding is in storage.py."""
+
+# A kernel's constexpr arguments are given plain values.
+# pyright: reportArgumentType=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.triton.bits import nf4_midpoints, nf4_shifts
+from fluxq.kernels.weights import NF4_BLOCK
+
+# Blocks of 64 weights that a program takes. Predicted: 32 weights a thread, so that codes too leave 128 bits at a time.
+_TILE = {"BLOCKS": 64, "num_warps": 4}
+
+
+def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
+    """NF4 codes (N, K/2) uint8 and scales (N, K/64) fp32 of the (N, K) matrix `w`, the very bytes of bitsandbytes."""
+    rows, columns = w.shape
+    flat = w.contiguous()  # weights are read from files whole; blocks run through rows
+    codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=w.device)
+    absmax = torch.empty(rows, columns // NF4_BLOCK, dtype=torch.float32, device=w.device)
+    grid = (triton.cdiv(absmax.numel(), _TILE["BLOCKS"]),)
+    _quantize[grid](flat, codes.view(torch.int32), absmax, nf4_midpoints(w.device), absmax.numel(), **_TILE)
+    return codes, absmax
+
+
+@triton.jit
+def _quantize(
+    w_ptr,  # (blocks, 64)
+    codes_ptr,  # (blocks, 8) int32: eight codes each
+    absmax_ptr,  # (blocks,) fp32
+    midpoints_ptr,  # (16,) fp32, the last inf
+    blocks,
+    BLOCKS: tl.constexpr,
+):
+    block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
+    inside = (block < blocks)[:, None]
+    w = tl.load(w_ptr + block[:, None] * 64 + tl.arange(0, 64)[None, :], mask=inside, other=0.0).to(tl.float32)
+    largest = tl.max(tl.abs(w), axis=1)
+    least = tl.full([BLOCKS], 1e-38, tl.float32)  # a subnormal number: written plainly it would be fp64
+    scaled = w * tl.div_rn(1.0, tl.maximum(largest, least))[:, None]
+    # A code is the number of midpoints below: four halvings of the 15.
+    midpoints, scaled = tl.load(midpoints_ptr + tl.arange(0, 16)), scaled.reshape(BLOCKS * 64)
+    code = tl.zeros([BLOCKS * 64], tl.int32)
+    for step in tl.static_range(3, -1, -1):
+        code += tl.where(scaled > tl.gather(midpoints, code + ((1 << step) - 1), 0), 1 << step, 0)
+    words = tl.sum(code.reshape(BLOCKS, 8, 8) << nf4_shifts(2), axis=2)
+    tl.store(codes_ptr + block[:, None] * 8 + tl.arange(0, 8)[None, :], words, mask=inside)
+    tl.store(absmax_ptr + block, largest, mask=block < blocks)

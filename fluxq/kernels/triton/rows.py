@@ -1,0 +1,192 @@
+"""Rows of a matrix in 8 bits, each with its own scale: activations, gradients, and weights of any stored form.
+
+A program has a row in registers, and so reads it once; rows too wide for that are read again.
+"""
+
+# A kernel's constexpr arguments are given plain values.
+# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.triton.bits import nf4_level
+from fluxq.kernels.triton.stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
+from fluxq.kernels.weights import Weight
+
+# What a program has at a time; the narrowest that holds a row is taken. Predicted: with 32 numbers a thread bytes leave
+# 128 bits at a time, and the kernel needs so few registers (64 at most) that half of a card's threads can run, two
+# thirds on GeForce.
+_TILES = tuple(
+    {"COLUMNS": columns, "num_warps": warps}
+    for columns, warps in ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (16384, 16), (32768, 32))
+)
+_PIECE = _TILES[3]  # of a row wider than any of them
+
+
+def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that bring each row back.
+
+    columns (K,) fp32, if given, multiplies every row first.
+    """
+    return _quantize(w, dtype, columns)
+
+
+def weight_rows(weight: Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """`weight` (N, K) of any stored form as 8-bit values (N, K) and row scales (N,)."""
+    return _quantize(weight, dtype, None)
+
+
+def row_scales(weight: Weight, dtype: torch.dtype) -> Tensor:
+    """The scales (N,) of `weight_rows`, without the values."""
+    return _launch(weight, dtype, None, None)
+
+
+def _quantize(weight: Weight, dtype: torch.dtype, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+    values = torch.empty(weight.shape, dtype=dtype, device=stored(weight).numbers.device)
+    return values, _launch(weight, dtype, columns, values)
+
+
+def _launch(weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: Tensor | None) -> Tensor:
+    """Writes into `values` if given."""
+    numbers, absmax, levels, scale, form = stored(weight)
+    rows, width = weight.shape
+    scales = torch.empty(rows, dtype=torch.float32, device=numbers.device)
+    tile = next((t for t in _TILES if t["COLUMNS"] >= width), _PIECE)
+    _rows[(rows,)](
+        numbers, absmax, levels, scale, columns, None if values is None else bytes_of(values), scales,
+        rows, width, numbers.stride(0), 0 if absmax is None else absmax.stride(0),
+        FROM=form, TO=FORMS[dtype], LARGEST=LARGEST[FORMS[dtype]], ONCE=tile["COLUMNS"] >= width, **tile,
+    )  # fmt: skip
+    return scales
+
+
+@triton.jit(do_not_specialize=["N"])
+def _rows(
+    numbers_ptr,  # (N, K/8) int32 of NF4, else (N, K)
+    absmax_ptr,  # (N, K/64) fp32 of NF4
+    levels_ptr,  # (16,) fp32 of NF4
+    scale_ptr,  # (N,) fp32 of 8 bits
+    columns_ptr,  # (K,) fp32, or None
+    out_ptr,  # (N, K) uint8, or None where only scales are wanted
+    scales_ptr,  # (N,) fp32
+    N,
+    K,
+    stride,
+    absmax_stride,
+    FROM: tl.constexpr,
+    TO: tl.constexpr,
+    LARGEST: tl.constexpr,
+    ONCE: tl.constexpr,  # a row is no wider than COLUMNS
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0)
+    x = _row(
+        numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr, row, 0, N, K, stride, absmax_stride, FROM, COLUMNS
+    )
+    if FROM == "nf4":
+        largest = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, 0, N, K, stride, absmax_stride, COLUMNS)
+    else:
+        largest = tl.max(tl.abs(x))
+    if not ONCE:
+        for first in range(COLUMNS, K, COLUMNS):
+            if FROM == "nf4":
+                here = _nf4_largest(
+                    numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS
+                )
+            else:
+                x = _row(
+                    numbers_ptr,
+                    absmax_ptr,
+                    levels_ptr,
+                    scale_ptr,
+                    columns_ptr,
+                    row,
+                    first,
+                    N,
+                    K,
+                    stride,
+                    absmax_stride,
+                    FROM,
+                    COLUMNS,
+                )
+                here = tl.max(tl.abs(x))
+            largest = tl.maximum(largest, here)
+    scale = tl.div_rn(tl.maximum(largest, 1e-30), LARGEST)
+    if out_ptr is not None:
+        inverse = 1.0 / scale
+        if ONCE:
+            _write(x * inverse, out_ptr, row, 0, K, TO, COLUMNS)
+        else:
+            for first in range(0, K, COLUMNS):
+                x = _row(
+                    numbers_ptr,
+                    absmax_ptr,
+                    levels_ptr,
+                    scale_ptr,
+                    columns_ptr,
+                    row,
+                    first,
+                    N,
+                    K,
+                    stride,
+                    absmax_stride,
+                    FROM,
+                    COLUMNS,
+                )
+                _write(x * inverse, out_ptr, row, first, K, TO, COLUMNS)
+    tl.store(scales_ptr + row, scale)
+
+
+@triton.jit
+def _row(
+    numbers_ptr,
+    absmax_ptr,
+    levels_ptr,
+    scale_ptr,
+    columns_ptr,
+    row,
+    first,
+    N,
+    K,
+    stride,
+    absmax_stride,
+    FROM: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """(1, COLUMNS) fp32."""
+    x = read(
+        numbers_ptr, absmax_ptr, levels_ptr, row + tl.arange(0, 1), first, N, K, stride, absmax_stride, FROM, COLUMNS
+    )
+    if scale_ptr is not None:
+        x *= tl.load(scale_ptr + row)
+    if columns_ptr is not None:
+        column = first + tl.arange(0, COLUMNS)[None, :]
+        x *= tl.load(columns_ptr + column, mask=column < K, other=0.0)
+    return x
+
+
+@triton.jit
+def _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS: tl.constexpr):
+    """The largest magnitude of a row of NF4: a block's is that of its lowest or highest code.
+
+    From the codes, so that only two a block are looked up: the compiler gives a reduction a layout of its own, and to
+    reduce the decoded row would decode it twice.
+    """
+    words, absmax = read_nf4(
+        numbers_ptr, absmax_ptr, row + tl.arange(0, 1), first, N, K, stride, absmax_stride, COLUMNS
+    )
+    low, high = words & 15, words & 15
+    for shift in tl.static_range(4, 32, 4):
+        low, high = tl.minimum(low, (words >> shift) & 15), tl.maximum(high, (words >> shift) & 15)
+    word = tl.maximum(nf4_level(high, levels_ptr), -nf4_level(low, levels_ptr))
+    return tl.max(absmax * tl.max(word.reshape(1, COLUMNS // 64, 8), axis=2))
+
+
+@triton.jit
+def _write(x, out_ptr, row, first, K, TO: tl.constexpr, COLUMNS: tl.constexpr):
+    column = first + tl.arange(0, COLUMNS)[None, :]
+    tl.store(out_ptr + row.to(tl.int64) * K + column, encode(x, TO, tl.uint8), mask=column < K)

@@ -1,0 +1,97 @@
+"""The parts of `make gpu` run from end to end, tiny and on the processor, and write what they promise."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from benchmarks.kernel_cases.setting import LAYERS
+from fluxq.kernels import COMPUTES, POLICIES
+
+ROOT = Path(__file__).parent.parent.parent
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture
+def run(tmp_path):
+    def start(module, *options):
+        command = [
+            sys.executable,
+            "-m",
+            f"benchmarks.{module}",
+            "--device=cpu",
+            "--tiny",
+            f"--out={tmp_path}",
+            *options,
+        ]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+        assert done.returncode == 0, done.stdout + done.stderr
+        (path,) = tmp_path.glob("*.json")
+        report = json.loads(path.read_text())
+        assert {"card", "torch", "packages", "commit", "date"} <= set(report["about"])
+        assert report["summary"]["failed"] == 0
+        return {row["case"]: row for row in report["rows"]}
+
+    return start
+
+
+def test_kernels_are_checked_and_timed_beside_their_targets(run):
+    rows = run("kernels")
+    assert {name.split(":")[0] for name in rows} == {"steps", "storage", "linear", "8 bits", "errors"}
+    assert sum(name.startswith("8 bits") for name in rows) == len(LAYERS) * 4
+    for name, row in rows.items():
+        assert row["ok"] and row["errors"], name
+        if name.startswith("errors"):
+            continue
+        assert {"median", "p10", "p90"} <= set(next(iter(row["ms"].values()))), name
+        assert row["predicted_ms"] > 0, name
+    for name in ("steps: modulate, M 136", "storage: nf4 -> int8, transposed, mlp.0"):
+        assert rows[name]["bytes"] > 0 and {"ours", "clone", "plain"} == set(rows[name]["ms"])
+        assert [t["wanted"] for t in rows[name]["targets"]] == [">= 0.8"]
+    linear = rows["linear: bf16 over nf4, mlp.0, M 136"]
+    assert [t["wanted"] for t in linear["targets"]][:2] == ["<= 1.08", "<= 1.08"]
+    assert len(linear["targets"]) == 3 or linear["not_run"], "bitsandbytes and peft, or why not"
+    (hopper,) = rows["8 bits: int8_dx, mlp.0, M 136"]["targets"]
+    assert hopper["wanted"] == ">= 1.4" and hopper["met"] is None
+
+
+def test_bytes_of_a_memory_bound_step_are_what_it_reads_and_writes(run):
+    rows = run("kernels", "--only=steps: (modulate|gelu_tanh.* beside), M|storage: (nf4 -> bf16|int8 -> int8)")
+    m, d = 136, 128
+    assert rows["steps: modulate, M 136"]["bytes"] == 2 * (2 * m * d + 2 * d)
+    assert rows["steps: gelu_tanh, attention beside, M 136"]["bytes"] == 2 * 2 * 5 * m * d
+    assert rows["storage: nf4 -> bf16, mlp.0"]["bytes"] == 4 * d * d * (2 + 1 / 2 + 4 / 64)
+    assert rows["storage: int8 -> int8, transposed, mlp.0"]["bytes"] == 2 * 4 * d * d
+
+
+def test_blocks_are_right_under_every_policy_and_compute(run):
+    rows = run("blocks", "--only=^((?!compiled).)*$")
+    alone = [name for name in rows if "diffusers" not in name]
+    assert len(alone) == 2 * (len(POLICIES) * len(COMPUTES) + 2)
+    for name in alone:
+        row = rows[name]
+        assert row["ok"] and set(row["errors"]) == {"output", "d_input", "d_lora"} and row["bound_ms"] > 0, name
+    eager = rows["blocks: double, M 150, against diffusers, eager"]
+    if "skipped" not in eager:
+        assert eager["ok"] and [t["wanted"] for t in eager["targets"]] == [">= 2", ">= 2"]
+        assert set(eager["errors_of_diffusers"]) == {"output", "d_input"}
+
+
+def test_steps_take_their_choices_from_the_command_line(run):
+    options = ["--sizes=64", "--steps=1", "--format", "nf4", "int8", "--compute=int8", "--policy=keep_qkv"]
+    rows = run("gpu", *options, "--vram=12GiB", "--seconds=1")
+    assert list(rows) == [f"steps: 64 px, {format}, int8, keep_qkv" for format in ("nf4", "int8")]
+    for row in rows.values():
+        assert row["ms"]["step"]["runs"] == 1 and row["loss"] > 0 and row["bound_ms"] > 0
+
+
+def test_tests_are_counted_file_by_file(run):
+    rows = run("gpu_tests", "tests/kernels/test_attention.py", "tests/test_gpu.py")
+    assert rows["tests: tests/kernels/test_attention.py"]["passed"] > 5
+    gpu = rows["tests: tests/test_gpu.py"]
+    assert gpu["passed"] > 0 or list(gpu["skips"]) == ["needs a CUDA card"]

@@ -1,0 +1,235 @@
+"""Every path of the Triton backend's linear layer: forward and backward, every format, against fp64."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import pytest
+import torch
+from helpers import relative_error
+
+from fluxq.kernels import Activations, lora_linear, quantize, reference, wants
+
+triton = pytest.importorskip("triton")
+
+from fluxq.kernels.triton import linear, table  # noqa: E402  (where there is Triton)
+
+FORMATS = ("nf4", "fp8", "int8", "bf16")
+CASES = [  # every format, every dtype, and NF4, which is what most will use, in all
+    *[("nf4", dtype) for dtype in (torch.float32, torch.float16, torch.bfloat16)],
+    *[("fp8", torch.bfloat16), ("int8", torch.float16), ("bf16", torch.float32), ("bf16", torch.bfloat16)],
+]
+N, K = 160, 192
+
+
+@pytest.fixture(autouse=True)
+def _on_device(triton_ops, device):
+    with torch.device(device):
+        yield
+
+
+class Layer:
+    """Random operands, and the answers in fp64 and of plain PyTorch in their dtype."""
+
+    def __init__(self, format, dtype, rows=(2, 50), rank=5, bias=True, n=N, k=K):
+        self.weight = quantize(torch.randn(n, k) / k**0.5, format)
+        if format == "bf16":
+            self.weight = self.weight.to(dtype)
+        self.x = torch.randn(*rows, k, dtype=dtype)
+        self.bias = torch.randn(n, dtype=dtype) if bias else None
+        self.down, self.up = torch.randn(rank, k, dtype=dtype) / k**0.5, torch.randn(n, rank, dtype=dtype)
+        self.dy = torch.randn(*rows, n, dtype=dtype)
+        self.scale = 0.7
+
+    def answers(self, dtype):
+        """y, s, dx, d_down, d_up."""
+        w = reference.dequantize(self.weight, dtype)
+        x, down, up, dy = (t.to(dtype) for t in (self.x, self.down, self.up, self.dy))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        y, s = reference.lora_linear(x, w, bias, down, up, self.scale)
+        return y, s, *reference.lora_linear_backward(dy, w, x, s, down, up, self.scale)
+
+    def with_room(self):
+        """x with NaN in the room behind each row."""
+        room = linear.room(len(self.down))
+        wide = self.x.new_full((*self.x.shape[:-1], self.x.shape[-1] + room), torch.nan)
+        wide[..., : self.x.shape[-1]] = self.x
+        return wide
+
+    def run(self, x):
+        args = (self.down, self.up, self.scale)
+        y, s = linear.lora_linear(x, self.weight, self.bias, *args)
+        return y, s, *linear.lora_linear_backward(self.dy, self.weight, x, s, *args)
+
+
+def check(layer, results, slack=2.0):
+    """Errors against fp64 at most twice plain PyTorch's."""
+    k = layer.x.shape[-1]
+    y, s, dx, *rest = results
+    assert dx[..., k:].isfinite().all()
+    for name, result, truth, plain in zip(
+        ("y", "s", "dx", "d_down", "d_up"),
+        (y, s, dx[..., :k], *rest),
+        layer.answers(torch.float64),
+        layer.answers(layer.x.dtype),
+        strict=True,
+    ):
+        assert result.shape == truth.shape, name
+        ours, theirs = relative_error(result, truth), relative_error(plain, truth)
+        floor = torch.finfo(result.dtype).eps / 8
+        assert ours <= slack * theirs + floor, f"{name}: {ours:.2e}, plain {theirs:.2e}"
+
+
+def taking(path, format, **changes):
+    """The row of large shapes in use, with that path."""
+    op = f"lora_linear_{format}"
+    choice = table.choose(op, torch.empty(0).device, 1000)
+    return table.using(op, replace(choice, path=path, **changes))
+
+
+@pytest.mark.parametrize(("format", "dtype"), CASES)
+@pytest.mark.parametrize("rank", [32, 40])
+def test_extended(format, dtype, rank):
+    """One product for base, LoRA and bias; with rank 32 the bias has no free column."""
+    layer = Layer(format, dtype, rank=rank)
+    with taking("extended", format, chunk=64):
+        check(layer, layer.run(layer.with_room()))
+
+
+@pytest.mark.parametrize(("format", "dtype"), CASES)
+@pytest.mark.parametrize("room", [False, True])
+def test_plain(format, dtype, room):
+    layer = Layer(format, dtype)
+    with taking("plain", format, chunk=64):
+        check(layer, layer.run(layer.with_room() if room else layer.x))
+
+
+@pytest.mark.parametrize(("format", "dtype"), CASES)
+@pytest.mark.parametrize(("rank", "k"), [(40, K), (3, 320)])
+def test_fused(format, dtype, rank, k, device):
+    layer = Layer(format, dtype, rows=(2, 33), rank=rank, n=97, k=k)
+    with taking("fused", format, block_m=32, block_n=32, block_k=128 if k == 320 else 64):
+        check(layer, layer.run(layer.with_room()), slack=2.0 if device.type == "cuda" else 4.0)  # casts truncate there
+
+
+def test_fused_reads_a_ragged_end_of_k_as_zeros():
+    """Behind K the room holds NaN."""
+    layer = Layer("int8", torch.float32, rows=(33,), n=97, k=200)
+    with taking("fused", "int8", block_m=32, block_n=32, block_k=64):
+        check(layer, layer.run(layer.with_room()))
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("rows", [1, 33])
+def test_few_rows(format, rows, device):
+    layer = Layer(format, torch.bfloat16, rows=(rows,), n=97)
+    check(layer, layer.run(layer.x), slack=2.0 if device.type == "cuda" else 4.0)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("rows", "bias"), [((20,), True), ((2, 50), True), ((2, 50), False)])
+def test_without_lora(format, rows, bias):
+    layer = Layer(format, torch.float32, rows=rows, bias=bias)
+    y, s = linear.lora_linear(layer.x, layer.weight, layer.bias, None, None, 1.0)
+    dx, *none = linear.lora_linear_backward(layer.dy, layer.weight, None, None, None, None, 1.0)
+    w = reference.dequantize(layer.weight, torch.float64)
+    torch.testing.assert_close(
+        y.double(),
+        torch.nn.functional.linear(layer.x.double(), w, None if not bias else layer.bias.double()),
+        atol=1e-5,
+        rtol=1e-5,
+    )
+    torch.testing.assert_close(dx.double(), layer.dy.double() @ w, atol=1e-5, rtol=1e-5)
+    assert s is None and none == [None, None]
+
+
+@pytest.mark.parametrize("path", ["extended", "plain", "fused"])
+def test_rows_may_lie_apart_and_gradients_be_expanded(path):
+    """x as a part of a joint sequence, dy as the columns of something wider, dy that is one number."""
+    layer = Layer("nf4", torch.float32)
+    joint = torch.full((2, 70, K + 32), torch.nan)
+    joint[:, 20:, :K] = layer.x
+    layer.dy = torch.randn(2, 50, N + 9)[..., 4 : 4 + N]
+    with taking(path, "nf4"):
+        check(layer, layer.run(joint[:, 20:]))
+        layer.dy = torch.randn(1, 1, 1).expand(2, 50, N)
+        check(layer, layer.run(layer.with_room()))
+
+
+@pytest.mark.parametrize("path", ["extended", "plain"])
+def test_a_chunk_of_none_is_all(path):
+    layer = Layer("bf16", torch.float32)
+    with taking(path, "bf16", chunk=0):
+        check(layer, layer.run(layer.with_room()))
+
+
+def test_operands_may_be_transposed():
+    layer = Layer("nf4", torch.float32, rows=(40,))
+    layer.up = layer.up.t().contiguous().t()
+    with taking("fused", "nf4"):
+        check(layer, layer.run(layer.x.t().contiguous().t()))
+
+
+def test_gradients_of_lora_alone():
+    """Where nothing upstream is trained the input's gradient is not worked out."""
+    layer = Layer("nf4", torch.bfloat16)
+    _, s, _, *expected = layer.answers(torch.float64)
+    x = layer.with_room()
+    _, s = linear.lora_linear(x, layer.weight, layer.bias, layer.down, layer.up, layer.scale)
+    dx, *grads = linear.lora_linear_backward(layer.dy, None, x, s, layer.down, layer.up, layer.scale)
+    assert dx is None
+    for grad, truth in zip(grads, expected, strict=True):
+        assert grad.dtype == torch.float32
+        assert relative_error(grad, truth) < 2**-7
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_the_face_gives_both_backends_the_same_gradients(format):
+    """With the room that the layer wants behind its input, through autograd."""
+    layer = Layer(format, torch.float32, rank=6)
+    down, up = layer.down.requires_grad_(), layer.up.requires_grad_()
+    asked = wants("bf16", down, layer.x)
+    assert asked.room == 32
+
+    def gradients(x):
+        leaf = x.requires_grad_()
+        y = lora_linear(Activations(leaf * 1), layer.weight, layer.bias, down, up, layer.scale)
+        return torch.autograd.grad((y * layer.dy).sum(), (leaf, down, up))
+
+    wide, *ours = gradients(layer.with_room().nan_to_num())
+    x, *theirs = gradients(layer.x)
+    for a, b in zip((wide[..., :K], *ours), (x, *theirs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_layers_may_share_an_input_with_room():
+    """The single block's first layer is called twice on one input, for two parts of its rows; here the second has a
+    LoRA of its own, too, so that each call's x down^T must outlive the other's.
+    """
+    first, second = Layer("nf4", torch.float32, rank=6), Layer("nf4", torch.float32, rank=9)
+    loras = [t.requires_grad_() for layer in (first, second) for t in (layer.down, layer.up)]
+
+    def gradients(x):
+        leaf = x.requires_grad_()
+        shared = Activations(leaf * 1)
+        a = lora_linear(shared, first.weight, first.bias, *loras[:2], 0.7)
+        b = lora_linear(shared, second.weight, second.bias, *loras[2:], 0.7)
+        return torch.autograd.grad((a * first.dy).sum() + (b * second.dy).sum(), (leaf, *loras))
+
+    wide, *ours = gradients(first.with_room().nan_to_num())
+    x, *theirs = gradients(first.x)
+    for a, b in zip((wide[..., :K], *ours), (x, *theirs), strict=True):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+
+
+def test_the_scratch_is_one_and_grows():
+    linear._scratches.clear()
+    like = torch.empty(1)
+    small = linear._scratch(10, 64, like)
+    assert linear._scratch(5, 128, like).data_ptr() == small.data_ptr()
+    assert linear._scratch(20, 64, like).shape == (20, 64)
+    assert [t.numel() for t in linear._scratches.values()] == [20 * 64]
+
+
+def test_room_is_a_multiple_of_32():
+    assert [linear.room(rank) for rank in (0, 1, 16, 32, 33, 100)] == [0, 32, 32, 32, 64, 128]

@@ -1,0 +1,119 @@
+"""Products of 8-bit matrices on both backends: exact sums, scales, LoRA and bias in the epilogue."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import relative_error
+
+from fluxq.kernels import lora_linear, quantize, reference
+
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+KINDS = (torch.int8, torch.float8_e4m3fn)
+
+
+@pytest.fixture(params=["reference", "triton"])
+def matmul_8bit(request, device):
+    """The op on each backend. torch multiplies int8 on a card only for some shapes: there the reference is left out."""
+    if request.param == "triton":
+        return request.getfixturevalue("triton_ops").matmul_8bit
+    if device.type == "cuda":
+        pytest.skip("the reference runs on the processor")
+    return reference.matmul_8bit
+
+
+@pytest.fixture(params=KINDS, ids=["int8", "fp8"])
+def kind(request, device):
+    if request.param != torch.int8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this card has no fp8")
+    return request.param
+
+
+def factors(kind, device, m=33, n=97, k=208):
+    a, a_scale = reference.row_quantize(torch.randn(m, k), kind)
+    b, b_scale = reference.row_quantize(torch.randn(n, k), kind)
+    return tuple(t.to(device) for t in (a, a_scale, b, b_scale))
+
+
+def truth(a, a_scale, b, b_scale, s=None, up=None, bias=None):
+    y = a.double() @ b.double().t() * a_scale.double()[:, None]
+    y = y if b_scale is None else y * b_scale.double()
+    y = y if s is None else y + s.double() @ up.double().t()
+    return y if bias is None else y + bias.double()
+
+
+def bound(dtype, device):
+    """A rounding to `dtype`; the interpreter's casts to bf16 truncate, which is twice that."""
+    eps = torch.finfo(dtype).eps / 2
+    return max(eps, 1e-6) * (2 if dtype == torch.bfloat16 and device.type == "cpu" else 1)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("k", [192, 208])
+def test_sums_are_exact_and_rounded_once(matmul_8bit, kind, dtype, k, device):
+    a, a_scale, b, b_scale = factors(kind, device, k=k)
+    y = matmul_8bit(a, a_scale, b, b_scale, dtype)
+    # Hopper's fp8 units keep 14 bits of the sum of a tile of K.
+    slack = 2e-4 if kind != torch.int8 and device.type == "cuda" else 0
+    assert y.shape == (33, 97) and y.dtype == dtype
+    assert relative_error(y, truth(a, a_scale, b, b_scale)) < bound(dtype, device) + slack
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("rank", [1, 5, 16, 40])
+@pytest.mark.parametrize("s_dtype", [torch.float32, None])
+def test_lora_and_bias_are_added_in_fp32(matmul_8bit, kind, dtype, rank, s_dtype, device):
+    """s and up of any float; plain PyTorch rounds them to `dtype`, and so may a kernel."""
+    operands = factors(kind, device)
+    s = (torch.randn(33, rank) * 9).to(device, s_dtype or dtype)
+    up, bias = torch.randn(97, rank).to(device, dtype), torch.randn(97).to(device, dtype)
+    y = matmul_8bit(*operands, dtype, s, up, bias)
+    slack = 2e-4 if kind != torch.int8 and device.type == "cuda" else 0
+    assert relative_error(y, truth(*operands, s, up, bias)) < 3 * bound(dtype, device) + slack
+
+
+def test_the_gradients_call_has_no_column_scale_and_a_transposed_up(matmul_8bit, kind, device):
+    """dx = (dy scale) W + ds down: `up` is down^T, whose rank does not lie in one piece."""
+    a, a_scale, b, _ = factors(kind, device)
+    ds, down = torch.randn(33, 5, device=device), torch.randn(5, 97, device=device)
+    y = matmul_8bit(a, a_scale, b, None, torch.float32, ds, down.t())
+    assert relative_error(y, truth(a, a_scale, b, None, ds, down.t())) < 2e-4
+
+
+def test_rows_may_lie_apart(matmul_8bit, kind, device):
+    a, a_scale, b, b_scale = factors(kind, device, k=256)
+    expected = truth(a[:, :192], a_scale, b[:, :192], b_scale)
+    y = matmul_8bit(a[:, :192], a_scale, b[:, :192], b_scale, torch.float32)
+    assert relative_error(y, expected) < 2e-4
+
+
+@pytest.mark.parametrize("compute", ["int8_dx", "fp8_dx"])
+def test_both_backends_give_the_face_the_same(triton_ops, compute, device):
+    """Forward and every gradient of the op above, at batch 2 and more than 64 rows."""
+    from fluxq.kernels import backend
+
+    if compute == "fp8_dx" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
+        pytest.skip("this card has no fp8")
+    weight = quantize(torch.randn(128, 192) / 14, "nf4")
+    x = torch.randn(2, 40, 192, requires_grad=True)
+    down, up = torch.randn(5, 192, requires_grad=True), torch.randn(128, 5, requires_grad=True)
+    bias, dy = torch.randn(128), torch.randn(2, 40, 128)
+    results = []
+    for name, place in (("triton", device), ("reference", torch.device("cpu"))):
+        w = type(weight)(weight.codes.to(place), weight.absmax.to(place))
+        with backend(name):
+            leaves = [t.detach().to(place).requires_grad_() for t in (x, down, up)]
+            y = lora_linear(leaves[0], w, bias.to(place), *leaves[1:], 0.7, compute)
+            results.append([y.detach(), *torch.autograd.grad(y, leaves, dy.to(place))])
+    for ours, theirs in zip(*results, strict=True):
+        assert relative_error(ours.cpu(), theirs) < 1e-3
+
+
+def test_a_card_without_fp8_says_so(triton_ops, monkeypatch):
+    import importlib
+
+    module = importlib.import_module("fluxq.kernels.triton.matmul_8bit")
+    monkeypatch.setattr(module, "generation", lambda device: 86)
+    a = torch.zeros(1, 64).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match="cannot multiply in fp8"):
+        module.matmul_8bit(a, torch.ones(1), a, None, torch.float32)

@@ -1,0 +1,142 @@
+"""The table of paths and tiles: complete, nearest for unknown cards, and open to what a user measured."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import pytest
+import torch
+
+pytest.importorskip("triton")
+
+from fluxq.kernels.triton import table  # noqa: E402  (where there is Triton)
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def _nothing_laid_over():
+    yield
+    table.lay_over({})
+    table.nearest.cache_clear()
+
+
+@pytest.fixture
+def on_ada(monkeypatch):
+    monkeypatch.setattr(table, "generation", lambda device: 89)
+
+
+@pytest.mark.parametrize("op", table.PATHS)
+@pytest.mark.parametrize("card", [*table.GENERATIONS, table.INTERPRETED])
+def test_every_op_has_a_row_for_every_card_and_a_reason(op, card):
+    choice = table.SHIPPED[op, card, "large"]
+    assert choice.path in table.PATHS[op]
+    assert choice.word in ("predicted", "measured") and choice.why
+
+
+def test_no_row_is_for_an_op_or_shape_that_is_not_there():
+    for op, card, shape in table.SHIPPED:
+        assert op in table.PATHS and shape in table.SHAPES
+        assert card in (*table.GENERATIONS, table.INTERPRETED)
+
+
+def test_few_rows_are_up_to_64(on_ada):
+    assert [table.choose("lora_linear_nf4", CPU, rows).path for rows in (1, 64, 65)] == ["fused", "fused", "extended"]
+
+
+def test_large_rows_stand_in_where_few_have_none(on_ada):
+    assert table.choose("matmul_int8", CPU, 1) is table.SHIPPED["matmul_int8", 89, "large"]
+
+
+@pytest.mark.parametrize(
+    ("card", "nearest"), [(80, 80), (87, 86), (88, 89), (100, 90), (103, 90), (110, 120), (121, 120)]
+)
+def test_an_unknown_card_takes_the_nearest_and_says_so_once(card, nearest, caplog):
+    assert [table.nearest(card), table.nearest(card)] == [nearest, nearest]
+    lines = [record.message for record in caplog.records]
+    assert len(lines) == (card != nearest)
+    assert all(f"{card / 10}" in line and f"{nearest / 10}" in line for line in lines)
+
+
+@pytest.mark.parametrize("op", table.PATHS)
+@pytest.mark.parametrize("card", table.GENERATIONS)
+@pytest.mark.parametrize("shape", table.SHAPES)
+def test_candidates_fit_the_card_and_start_with_the_row_in_use(op, card, shape):
+    found = table.candidates(op, card, shape)
+    shipped = table.SHIPPED.get((op, card, shape)) or table.SHIPPED[op, card, "large"]
+    assert replace(found[0], word=shipped.word, why=shipped.why) == shipped
+    assert {c.path for c in found} == set(table.PATHS[op])
+    assert len(set(found)) == len(found) > 1
+
+
+@pytest.mark.parametrize("op", table.PATHS)
+@pytest.mark.parametrize("card", table.GENERATIONS)
+@pytest.mark.parametrize("shape", table.SHAPES)
+def test_every_candidate_can_be_kept_and_read_again(op, card, shape, tmp_path):
+    for choice in table.candidates(op, card, shape)[::7]:
+        rows = {(op, card, shape): choice}
+        table.write(tmp_path / "kernels.json", rows, "a card")
+        assert table.read(tmp_path / "kernels.json") == rows
+
+
+def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
+    file = tmp_path / "new folder" / "kernels.json"
+    mine = replace(table.SHIPPED["matmul_int8", 89, "large"], block_n=256, word="measured", why="1.2 ms, before 1.3 ms")
+    table.write(file, {("matmul_int8", 89, "large"): mine}, "RTX 4090")
+    assert json.loads(file.read_text())["measured_on"] == "RTX 4090"
+    table.lay_over(table.read(file))
+    assert table.choose("matmul_int8", CPU, 4608) == mine
+    assert table.choose("matmul_fp8", CPU, 4608).word == "predicted"
+    table.lay_over({})
+    assert table.choose("matmul_int8", CPU, 4608).word == "predicted"
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (dict(op="softmax"), "there is no softmax"),
+        (dict(card=75), "sm_75"),
+        (dict(shape="middling"), "middling"),
+        (dict(path="cuda"), "cuda"),
+        (dict(block_m=48), "tiles"),
+        (dict(block_m="64"), "sizes"),
+        (dict(warps=3), "3 warps"),
+        (dict(stages=8, block_k=128), "shared memory"),
+        (dict(chunk=100), "chunks of 100"),
+        (dict(stages=None), "sizes"),
+    ],
+)
+def test_a_file_with_a_wrong_row_is_refused_by_name(tmp_path, change, said):
+    file = tmp_path / "kernels.json"
+    table.write(file, {("matmul_int8", 89, "large"): table.SHIPPED["matmul_int8", 89, "large"]}, "RTX 4090")
+    content = json.loads(file.read_text())
+    content["rows"][0] |= change
+    file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=f"kernels.json is no table of kernel choices .*{said}.*tune again"):
+        table.read(file)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("{", "Expecting"),
+        ("[]", "indices"),
+        ('{"version": 9, "rows": []}', "version 9, not 1"),
+        ('{"version": 1, "rows": [{}]}', "no 'op'"),
+    ],
+)
+def test_another_file_is_refused(tmp_path, text, said):
+    (tmp_path / "kernels.json").write_text(text)
+    with pytest.raises(ValueError, match=f"kernels.json is no table of kernel choices .*{said}"):
+        table.read(tmp_path / "kernels.json")
+
+
+def test_using_is_undone_also_where_it_is_nested():
+    first, second = table.Choice("triton", 16), table.Choice("triton", 32)
+    before = table.choose("matmul_int8", CPU, 100)
+    with table.using("matmul_int8", first):
+        with table.using("matmul_int8", second):
+            assert table.choose("matmul_int8", CPU, 100) is second
+        assert table.choose("matmul_int8", CPU, 100) is first
+    assert table.choose("matmul_int8", CPU, 100) == before

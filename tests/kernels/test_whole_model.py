@@ -1,0 +1,63 @@
+"""A whole FLUX in NF4 has the same gradients on both backends, whatever it keeps and however it multiplies."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+import torch
+from helpers import randomise, relative_error, tiny_config
+
+from fluxq.kernels import backend, quantize
+from fluxq.model import Flux, add_lora
+from fluxq.model.embed import image_ids, text_ids
+from fluxq.model.linear import Linear
+from fluxq.model.lora import lora_layers
+
+
+def gradients(flux: Flux, device: torch.device) -> list[torch.Tensor]:
+    torch.manual_seed(1)
+    c = flux.config
+    img, txt, y = torch.randn(2, 15, c.in_channels), torch.randn(2, 7, c.context_in_dim), torch.randn(2, 24)
+    inputs = (img, image_ids(3, 5), txt, text_ids(7), torch.tensor([0.3, 0.8]), y, torch.ones(2))
+    out = flux(*(t.to(device) for t in inputs))
+    dy = torch.randn(out.shape).to(device)
+    return [g.cpu() for g in torch.autograd.grad(out, list(flux.parameters()), dy)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("policy", "compute", "targets"),
+    [
+        ("recompute", "bf16", "attention+mlp"),
+        ("keep_all", "bf16", "all"),
+        ("keep_all8", "int8", "attention"),
+        ("keep_qkv", "int8_dx", "all"),
+        ("keep_attention", "fp8_dx", "attention+mlp"),
+    ],
+)
+def test_gradients_are_the_same_on_both_backends(policy, compute, targets, triton_ops, device, monkeypatch):
+    """Every product takes the path of large shapes, but for the modulation's."""
+    from fluxq.kernels.triton import linear, table
+
+    monkeypatch.setattr(table, "FEW_ROWS", 10)
+    monkeypatch.setattr(sys.modules["fluxq.kernels.lora_linear"], "FEW_ROWS", 10)
+    flux = randomise(Flux(tiny_config(depth=1, depth_single_blocks=1)))
+    add_lora(flux, rank=3, alpha=2, targets=targets)
+    for layer in lora_layers(flux).values():
+        torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.1)
+    for module in flux.modules():
+        if isinstance(module, Linear) and module.in_features % 64 == 0:
+            module.store(quantize(module.weight, "nf4"))
+    flux.set_policy(policy)
+    flux.set_compute(compute)
+    with backend("reference"):
+        expected = gradients(flux, torch.device("cpu"))
+    extended, calls = linear._extended, []
+    monkeypatch.setattr(linear, "_extended", lambda *a: calls.append(a[1].shape) or extended(*a))
+    flux.to(device)
+    # A value next to the middle of two 8-bit numbers may fall either way: the backends divide differently.
+    bound = 1e-4 if compute == "bf16" else 0.01
+    for a, b in zip(gradients(flux, device), expected, strict=True):
+        assert relative_error(a, b) < bound
+    assert compute != "bf16" or len(set(calls)) >= 4

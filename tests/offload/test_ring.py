@@ -1,0 +1,385 @@
+"""The ring on the processor with poisoned slots, and under the virtual clock: no race, and every wait is needed."""
+
+from __future__ import annotations
+
+import random
+import threading
+
+import pytest
+import torch
+
+from fluxq.offload import AllResident, Immediate, Late, Schedule, Staged, StreamingRing, spread
+from fluxq.offload.clock import Race, VirtualStreams, run_steps
+
+SINGLE = tuple((f"s{i}",) for i in range(7))
+MIXED = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",), ("s2",))
+CPU = torch.device("cpu")
+
+
+def units_of(blocks) -> list[str]:
+    return [unit for block in blocks for unit in block]
+
+
+def host_of(schedule: Schedule) -> dict[str, torch.Tensor]:
+    """Bytes that tell the unit; lengths differ."""
+    return {u: torch.full((256 + 16 * i,), i + 1, dtype=torch.uint8) for i, u in enumerate(schedule.slot)}
+
+
+class Reader:
+    """A ring whose places are read as a layer would: every visit checks the bytes of what it has made resident."""
+
+    def __init__(self, schedule: Schedule, streams=None):
+        self.host, self.placed = host_of(schedule), {}
+        place = self.placed.__setitem__
+        self.ring = StreamingRing(schedule, self.host, place, CPU, streams or Immediate(), poison=True)
+
+    def visit(self, units) -> None:
+        with self.ring.resident(units):
+            for unit in units:
+                if unit in self.host:
+                    assert torch.equal(self.placed[unit], self.host[unit]), unit
+
+
+@pytest.mark.parametrize("streams", [Immediate, Late])
+@pytest.mark.parametrize("slots", [2, 3, 5, 7])
+@pytest.mark.parametrize("count", [0, 1, 3, 7])
+@pytest.mark.parametrize("blocks", [SINGLE, MIXED])
+def test_units_lie_where_they_belong_whatever_comes(blocks, count, slots, streams):
+    reader = Reader(Schedule(blocks, spread(blocks, count), slots), streams())
+    forward, backward = list(blocks), list(reversed(blocks))
+    for visits in (forward + backward, forward, forward, forward + backward[:2], forward[:3], backward, forward):
+        for units in visits:
+            reader.visit(units)
+    chance = random.Random(0)
+    for _ in range(100):
+        reader.visit(chance.choice([*blocks, *((unit,) for unit in units_of(blocks))]))
+
+
+@pytest.mark.parametrize("slots", [2, 3, 6])
+@pytest.mark.parametrize("count", [0, 2])
+@pytest.mark.parametrize("backward", [None, (), (6,), (3, 4, 5, 6), (0, 2, 4)])
+def test_the_ring_makes_the_copies_of_the_schedule(backward, count, slots):
+    schedule = Schedule(SINGLE, spread(SINGLE, count), slots)
+    reader = Reader(schedule)
+    reader.ring.expect(backward)
+    order = [*range(7), *sorted(range(7) if backward is None else backward, reverse=True)]
+    made = []
+    for _ in range(3):
+        before = reader.ring.copies
+        for i in order:
+            reader.visit(SINGLE[i])
+        made.append(reader.ring.copies - before)
+    assert made[1] == made[2] == len(schedule.copies(schedule.step(backward)))
+
+
+def test_sampling_amid_training_costs_copies_only_where_it_begins_and_ends():
+    schedule = Schedule(SINGLE, frozenset(), 3)
+    reader = Reader(schedule)
+    step, forward = [*SINGLE, *reversed(SINGLE)], list(SINGLE)
+    counts = []
+    for visits in (step, step, forward, forward, forward, step, step):
+        before = reader.ring.copies
+        for units in visits:
+            reader.visit(units)
+        counts.append(reader.ring.copies - before)
+    train, sample = len(schedule.copies(schedule.step())), len(schedule.copies(schedule.forward))
+    assert (train, sample) == (8, 7)
+    assert counts[1] == counts[6] == train and counts[4] == sample
+    assert max(counts) <= train + 2 * 3
+
+
+def test_nothing_can_be_read_outside_but_poison():
+    """Late copies show it: what has left and is needed later is not there in between."""
+    reader = Reader(Schedule(SINGLE, frozenset(), 2), Late())
+    for units in SINGLE[:3]:
+        reader.visit(units)
+    for unit in ("s1", "s2"):  # s2's slot waits for s4, s1's for s3
+        assert (reader.placed[unit] == 0xFF).all()
+
+
+def test_each_unit_has_one_address_and_views_are_made_once():
+    schedule = Schedule(MIXED, frozenset({"s0"}), 3)
+    reader = Reader(schedule)
+    placed = dict(reader.placed)
+    addresses = {unit: flat.data_ptr() for unit, flat in placed.items()}
+    assert len(set(addresses.values())) == 3 and "s0" not in addresses
+    for units in [*MIXED, *reversed(MIXED)]:
+        reader.visit(units)
+    assert reader.placed == placed
+
+
+def test_what_cannot_be_served_is_refused():
+    reader = Reader(Schedule(SINGLE, frozenset({"s6"}), 2))
+    with pytest.raises(KeyError, match="no unit s9"):
+        reader.visit(("s9",))
+    with pytest.raises(RuntimeError, match="s0 is needed together with a unit"):
+        reader.visit(("s0", "s2"))
+    with reader.ring.resident(("s0",)), pytest.raises(RuntimeError, match="use more slots"):
+        reader.visit(("s2",))
+    with reader.ring.resident(("s0",)):
+        reader.visit(("s0",))  # once more inside, as replays may do
+        reader.visit(("s1",))
+        reader.visit(("s6",))
+    for units in SINGLE:
+        reader.visit(units)
+
+
+def test_an_error_inside_leaves_the_ring_in_order():
+    reader = Reader(Schedule(MIXED, frozenset(), 2))
+    for _ in range(3):
+        with pytest.raises(ZeroDivisionError), reader.ring.resident(MIXED[1]):
+            raise ZeroDivisionError
+        for units in MIXED:
+            reader.visit(units)
+
+
+def test_a_closed_ring_fetches_nothing_ahead():
+    reader = Reader(Schedule(SINGLE, frozenset(), 3))
+    reader.visit(SINGLE[0])
+    reader.ring.close()
+    before = reader.ring.copies
+    reader.visit(SINGLE[5])
+    reader.visit(SINGLE[6])
+    assert reader.ring.copies == before + 2
+
+
+def test_a_ring_that_is_let_go_waits_for_its_copies_first():
+    late = Late()
+    reader = Reader(Schedule(SINGLE, frozenset(), 3), late)
+    reader.ring = None
+    assert late.copied() == late._done == 3
+
+
+def test_a_model_that_fits_needs_no_ring():
+    with AllResident().resident(["anything"]):
+        pass
+
+
+# --- the staging thread
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3])
+def test_staged_copies_arrive_as_direct_ones_do(buffers):
+    schedule = Schedule(MIXED, frozenset(), 3)
+    staged = Staged(Immediate(), [torch.empty(1024, dtype=torch.uint8) for _ in range(buffers)])
+    reader = Reader(schedule, staged)
+    for _ in range(20):
+        for units in [*MIXED, *reversed(MIXED)]:
+            reader.visit(units)
+    reader.ring.close()
+
+
+class Slow(Immediate):
+    """Copies on request, to show what the staging thread waits for."""
+
+    def __init__(self):
+        self.waited, self.copies = [], 0
+
+    def copy(self, slot, source):
+        super().copy(slot, source)
+        self.copies += 1
+
+    def copied(self):
+        return self.copies
+
+    def host_waits(self, event):
+        self.waited.append((event, threading.current_thread().name))
+
+
+def test_a_staging_buffer_is_filled_again_only_when_its_copy_is_done():
+    slow = Slow()
+    staged = Staged(slow, [torch.empty(8, dtype=torch.uint8) for _ in range(2)])
+    slot = torch.empty(8, dtype=torch.uint8)
+    for i in range(5):
+        staged.copy(slot, torch.full((8,), i, dtype=torch.uint8))
+    staged.compute_waits(staged.copied())
+    assert [event for event, _ in slow.waited] == [1, 2, 3]  # copy 3 waits for copy 1, and so on
+    assert all("staging" in thread for _, thread in slow.waited)
+
+
+def test_an_error_of_the_staging_thread_is_raised_where_its_copy_is_waited_for():
+    staged = Staged(Immediate(), [torch.empty(8, dtype=torch.uint8)])
+    staged.copy(torch.empty(8, dtype=torch.uint8), torch.empty(9, dtype=torch.uint8))
+    event = staged.copied()
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="could not be brought") as caught:
+            staged.compute_waits(event)
+    assert isinstance(caught.value.__cause__, RuntimeError)
+    with pytest.raises(RuntimeError, match="could not be brought"):
+        staged.compute_waits(staged.copied())
+
+
+# --- the virtual clock
+
+
+class Dropping(VirtualStreams):
+    """A clock on which one wait is left out: the copy lane's before its operation of that number, or all of the compute
+    lane's before its operation of that number. `waits` are the numbers of those that earlier ones do not imply.
+    """
+
+    def __init__(self, side: str = "", number: int = -1):
+        super().__init__(lambda nbytes: 1.5)
+        self.dropped, self.waits = (side, number), {"copy": [], "compute": []}
+
+    def copy_waits(self, event):
+        self._wait("copy", event)
+
+    def compute_waits(self, event):
+        self._wait("compute", event)
+
+    def _wait(self, side, event):
+        lane = self.lanes[side]
+        number = lane.seen.get(side, 0)
+        if not all(lane.knows(other, count) for other, count in event.seen.items()):
+            self.waits[side].append(number)
+        if self.dropped != (side, number):
+            lane.wait(event)
+
+
+def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True) -> StreamingRing:
+    """Train, and if `odd` also sample, part of a step, and visits in no order; Race is raised by the clock."""
+    schedule = Schedule(blocks, frozenset(), slots)
+    host = {u: torch.empty(256, dtype=torch.uint8, device="meta") for u in schedule.slot}
+    ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
+    forward, backward = list(blocks), list(reversed(blocks))
+    order = [forward + backward, forward + backward]
+    if odd:
+        order += [forward, forward, forward + backward, forward + backward[:2], [blocks[3], blocks[0]], forward]
+    for units in (units for visits in order for units in visits):
+        with ring.resident(units):
+            streams.compute("+".join(units), 1.0, [(ring.memory(u), host[u]) for u in units])
+    return ring
+
+
+@pytest.mark.parametrize("odd", [False, True])
+@pytest.mark.parametrize("slots", [2, 3, 4])
+@pytest.mark.parametrize("blocks", [SINGLE, MIXED])
+def test_no_race_and_every_single_wait_is_needed(blocks, slots, odd):
+    complete = Dropping()
+    ring = clocked(blocks, slots, complete, odd)
+    if not odd and blocks is SINGLE:  # nothing is waited for in vain, but that the first copies share one event
+        assert len(complete.waits["copy"]) == ring.copies - (slots - 1)
+    for side, error in (("copy", "before its slot is free"), ("compute", "before it is ready")):
+        assert len(complete.waits[side]) >= 5
+        for number in sorted(set(complete.waits[side])):
+            with pytest.raises(Race, match=error):
+                clocked(blocks, slots, Dropping(side, number), odd)
+
+
+def test_the_clock_finds_wrong_bytes_too():
+    streams, slot = VirtualStreams(lambda nbytes: 1.0), torch.empty(4, device="meta")
+    a, b = torch.empty(4, device="meta"), torch.empty(4, device="meta")
+    with pytest.raises(Race, match="reads nothing where"):
+        streams.compute("x", 1.0, [(slot, a)])
+    streams.copy_waits(streams.computed())
+    streams.copy(slot, a)
+    streams.compute_waits(streams.copied())
+    streams.compute("x", 1.0, [(slot, a)])
+    with pytest.raises(Race, match="where a unit should be"):
+        streams.compute("x", 1.0, [(slot, b)])
+
+
+@pytest.mark.parametrize(("count", "slots"), [(8, 2), (8, 4), (7, 4), (7, 5), (7, 3)])
+def test_sampling_is_foreseen_once_it_has_begun(count, slots):
+    """From its third pass on it never waits for copies that fit behind compute, nor does the second step after it, even
+    with a host that never runs ahead. But if the last unit has the first one's slot, its copy shows once a pass.
+    """
+    streams, blocks = VirtualStreams(lambda nbytes: 0.9, run_ahead=0), tuple((f"s{i}",) for i in range(count))
+    schedule = Schedule(blocks, frozenset(), slots)
+    host = {u: torch.empty(1, dtype=torch.uint8, device="meta") for u in schedule.slot}
+    ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
+    step, stalls = [*blocks, *reversed(blocks)], []
+    for visits in [step, *[blocks] * 4, step, step]:
+        before = streams.lanes["compute"].stalled
+        for units in visits:
+            with ring.resident(units):
+                streams.compute(units[0], 1.0, [(ring.memory(units[0]), host[units[0]])])
+        stalls.append(round(streams.lanes["compute"].stalled - before, 6))
+    assert stalls[0] == 0.9  # the very first copy
+    assert sum(stalls[3:5]) <= (2 if count % slots == 1 else 0) and stalls[6] == 0
+    assert max(stalls) <= 0.9 * slots
+
+
+class Recording(Immediate):
+    """Numbers the events of the compute lane, and knows which one the copies waited for."""
+
+    def __init__(self):
+        self.recorded, self.waited = 0, []
+
+    def computed(self):
+        self.recorded += 1
+        return self.recorded
+
+    def copy_waits(self, event):
+        self.waited.append((event, self.recorded))
+
+
+def test_poison_is_computed_before_the_copy_may_start():
+    recording = Recording()
+    reader = Reader(Schedule(SINGLE, frozenset(), 2), recording)
+    for units in [*SINGLE, *reversed(SINGLE), *SINGLE[3:], SINGLE[2], SINGLE[6], SINGLE[0]]:
+        reader.visit(units)
+    assert len(recording.waited) == reader.ring.copies
+    assert all(event == newest for event, newest in recording.waited)
+
+
+NBYTES = dict.fromkeys((u for (u,) in SINGLE), 100)
+
+
+def timed(copy: float, slots=2, backward=2.0, resident=frozenset(), **more):
+    """Seven blocks of one second forward, `copy` seconds each copy."""
+    schedule = Schedule(SINGLE, frozenset(resident), slots)
+    back = dict.fromkeys(range(7), backward)
+    return run_steps(schedule, NBYTES, [1.0] * 7, back, lambda nbytes: copy * nbytes / 100, **more)
+
+
+@pytest.mark.parametrize("run_ahead", [None, 1, 0])
+def test_copies_hide_behind_compute_that_is_longer(run_ahead):
+    timeline = timed(0.9, run_ahead=run_ahead)
+    assert timeline.stall == 0 and timeline.seconds == pytest.approx(21) and timeline.copied == 10 * 100
+    assert timeline.busy("compute") == pytest.approx(1) and timeline.busy("copy") == pytest.approx(9 / 21)
+
+
+def test_a_slow_bus_bounds_a_step():
+    """Ten copies of 3 s. At each turn both slots hold what is needed next, and the bus rests while one block runs both
+    ways: 1 + 2 s.
+    """
+    timeline = timed(3.0, steps=4, warmup=3)
+    assert timeline.copied == 1000
+    assert timeline.seconds == pytest.approx(timeline.stalled + 21)
+    assert timeline.seconds == pytest.approx(30 + 2 * 3)
+    assert timeline.busy("copy") == pytest.approx(30 / timeline.seconds)
+
+
+def test_spans_of_a_lane_do_not_overlap():
+    for copy in (0.5, 1.0, 2.5):
+        for spans in timed(copy).spans.values():
+            assert all(a.end <= b.start + 1e-9 for a, b in zip(spans, spans[1:], strict=False))
+
+
+def test_more_slots_and_more_residents_are_never_slower():
+    for copy in (0.5, 1.4, 3.0):
+        by_slots = [timed(copy, slots, steps=4, warmup=3).seconds for slots in range(2, 8)]
+        assert by_slots == sorted(by_slots, reverse=True) and by_slots[-1] == pytest.approx(21)
+        by_count = [timed(copy, 2, resident=spread(SINGLE, n), steps=4, warmup=3).seconds for n in range(8)]
+        assert by_count == sorted(by_count, reverse=True) and by_count[-1] == pytest.approx(21)
+
+
+FLUX = tuple((f"d{i}.img", f"d{i}.txt") for i in range(19)) + tuple((f"s{i}",) for i in range(38))
+
+
+@pytest.mark.parametrize("count", [10, 19, 30])
+@pytest.mark.parametrize("copy", [0.7, 0.9, 1.3])
+def test_spread_residents_beat_those_in_a_row(count, copy):
+    """With FLUX's blocks, which take equally long: against the first units, the last, and random ones."""
+    units, chance = units_of(FLUX), random.Random(0)
+
+    def seconds(resident) -> float:
+        schedule = Schedule(FLUX, frozenset(resident), 4)
+        return run_steps(
+            schedule, dict.fromkeys(units, 1), [1.0] * 57, dict.fromkeys(range(57), 2.0), lambda n: copy, steps=2
+        ).seconds
+
+    ours = seconds(spread(FLUX, count))
+    for other in (units[:count], units[-count:], *(chance.sample(units, count) for _ in range(3))):
+        assert ours <= seconds(other) + 1e-9

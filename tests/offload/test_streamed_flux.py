@@ -1,0 +1,200 @@
+"""A streamed transformer equals the resident one bit for bit: in every format, with any slots, residents and policy."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
+
+import pytest
+import torch
+from helpers import randomise, tiny_config
+from live_bytes import LiveBytes
+
+from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
+from fluxq.formats.stream import expect_training, load_streamed
+from fluxq.kernels import FORMATS, POLICIES
+from fluxq.model import Flux, FluxConfig, add_lora
+from fluxq.model.embed import image_ids, text_ids
+from fluxq.model.lora import lora_layers
+from fluxq.model.units import unit_of
+from fluxq.offload import AllResident, Immediate, Late, Staged
+
+CPU = torch.device("cpu")
+UNITS = ("double_blocks.0.img", "double_blocks.0.txt", "double_blocks.1.img", "double_blocks.1.txt")
+UNITS += ("single_blocks.0", "single_blocks.1")
+RESIDENT = [(), ("double_blocks.0.txt",), ("double_blocks.1.img", "double_blocks.1.txt", "single_blocks.1"), UNITS]
+TARGETS = {
+    "everything": "all",
+    "blocks": "attention+mlp",
+    "the last blocks": [r"double_blocks\.1\.img_mlp\.0", r"single_blocks\..*\.linear2"],
+    "the last block": [r"single_blocks\.1\.linear1"],
+    "nothing after the middle": [r"double_blocks\.0\.txt_attn\.proj"],
+}
+
+
+@dataclass
+class Tensors:
+    config: FluxConfig
+    tensors: dict[str, torch.Tensor]
+    files: tuple[Path, ...] = ()
+
+    @property
+    def shapes(self):
+        return {name: tuple(t.shape) for name, t in self.tensors.items()}
+
+    @property
+    def nbytes(self):
+        return sum(t.nbytes for t in self.tensors.values())
+
+    def get(self, name):
+        return self.tensors[name]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """format -> the same tiny model written in it."""
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("tiny")
+    flux = randomise(Flux(tiny_config())).bfloat16()
+    source = Tensors(flux.config, {name: t.contiguous() for name, t in flux.state_dict().items()})
+
+    @cache
+    def written(format: str) -> QuantizedFile:
+        write_quantized(folder / f"{format}.safetensors", source, format, {}, CPU)
+        return QuantizedFile.open(folder / f"{format}.safetensors")
+
+    return written
+
+
+def with_lora(flux: Flux, targets, policy: str, compute: str = "bf16") -> Flux:
+    add_lora(flux, 3, 2, targets, torch.Generator().manual_seed(1))
+    generator = torch.Generator().manual_seed(2)
+    for layer in lora_layers(flux).values():
+        torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.1, generator=generator)
+    flux.set_policy(policy)
+    flux.set_compute(compute)
+    expect_training(flux)
+    return flux
+
+
+def forward(flux: Flux, seed: int) -> torch.Tensor:
+    generator, c = torch.Generator().manual_seed(seed), flux.config
+
+    def noise(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    img, txt, y = noise(2, 15, c.in_channels), noise(2, 7, c.context_in_dim), noise(2, c.vec_in_dim)
+    return flux(img, image_ids(3, 5), txt, text_ids(7), torch.tensor([0.3, 0.8]), y, torch.ones(2))
+
+
+def gradients(flux: Flux, seed: int) -> list[torch.Tensor]:
+    out = forward(flux, seed)
+    dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
+    return [out.detach(), *torch.autograd.grad(out, list(flux.parameters()), dy)]
+
+
+def train_sample_train(flux: Flux) -> list[torch.Tensor]:
+    """All outputs and gradients of a step, three passes of sampling, a forward pass that is given up, two steps."""
+    found = gradients(flux, 0)
+    with torch.no_grad():
+        found += [forward(flux, seed) for seed in (1, 2, 3)]
+    forward(flux, 4)
+    return [*found, *gradients(flux, 5), *gradients(flux, 6)]
+
+
+def assert_equal(flux: Flux, expected: list[torch.Tensor]) -> None:
+    found = train_sample_train(flux)
+    assert len(found) == len(expected)
+    assert all(torch.equal(a, b) and a.isfinite().all() for a, b in zip(found, expected, strict=True))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("format", FORMATS)
+def test_streaming_changes_no_bit(format, policy, files):
+    """For every number of slots and several resident sets, in every timing."""
+    expected = train_sample_train(with_lora(load_quantized(files(format), CPU), "attention+mlp", policy))
+    streams = itertools.cycle((Immediate, Late))
+    for resident in RESIDENT:
+        for slots in range(2, len(UNITS) - len(resident) + 1) or (2,):
+            flux = load_streamed(files(format), CPU, resident, slots, next(streams)(), poison=True)
+            assert_equal(with_lora(flux, "attention+mlp", policy), expected)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+@pytest.mark.parametrize("told", [True, False])
+def test_streaming_changes_no_bit_where_only_some_blocks_train(told, targets, files):
+    expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), TARGETS[targets], "keep_attention"))
+    for slots, streams in itertools.product((2, 3, 5), (Immediate, Late)):
+        flux = load_streamed(files("nf4"), CPU, UNITS[3:4], slots, streams(), poison=True)
+        with_lora(flux, TARGETS[targets], "keep_attention")
+        if not told:
+            flux.ring.expect()
+        assert_equal(flux, expected)
+
+
+@pytest.mark.parametrize(("format", "compute"), [("int8", "int8_dx"), ("nf4", "int8"), ("fp8", "fp8_dx")])
+def test_streaming_changes_no_bit_in_eight_bits(format, compute, files):
+    resident = with_lora(load_quantized(files(format), CPU), "attention+mlp", "recompute", compute)
+    expected = train_sample_train(resident)
+    for slots in (2, 4):
+        flux = load_streamed(files(format), CPU, UNITS[:1], slots, Late(), poison=True)
+        assert_equal(with_lora(flux, "attention+mlp", "recompute", compute), expected)
+
+
+def test_a_staging_thread_changes_no_bit(files):
+    expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", "recompute"))
+    buffers = [torch.empty(1 << 20, dtype=torch.uint8) for _ in range(2)]
+    flux = load_streamed(files("nf4"), CPU, (), 3, Staged(Immediate(), buffers), poison=True)
+    assert_equal(with_lora(flux, "attention+mlp", "recompute"), expected)
+    flux.ring.close()
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_the_model_makes_the_visits_that_the_schedule_foresees(targets, files):
+    """So that nothing is copied in vain: the copies of a step are those of the schedule."""
+    flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Immediate()), TARGETS[targets], "recompute")
+    gradients(flux, 0)
+    schedule = flux.ring.schedule
+    wanted = len(schedule.copies(schedule.step(flux.blocks_with_backward)))
+    for seed in (1, 2):
+        before = flux.ring.copies
+        gradients(flux, seed)
+        assert flux.ring.copies - before == wanted
+    assert wanted == {"the last blocks": 7 + 1, "the last block": 6}.get(targets, 8)
+
+
+def test_poison_shows_where_weights_are_read_outside_their_time(files):
+    flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Late(), poison=True), "attention+mlp", "recompute")
+    flux.ring, ring = AllResident(), flux.ring
+    with torch.no_grad():
+        assert not forward(flux, 0).isfinite().any()
+    flux.ring = ring
+    with torch.no_grad():
+        assert forward(flux, 0).isfinite().all()
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_loading_takes_the_arena_the_slots_and_what_stays(format, files):
+    """Beside these, one unit at a time that stays; nothing of what is streamed is ever there twice."""
+    file = files(format)
+    length = {unit: file.checkpoint.shape(unit)[0] for unit in file.units}
+    with LiveBytes(device="cpu") as counted:
+        flux = load_streamed(file, CPU, UNITS[:1], 2, Immediate())
+    streamed = flux.ring.schedule.slot
+    wanted = sum(length.values()) + 2 * max(length[unit] for unit in streamed)
+    assert wanted <= counted.live <= wanted + 4096 + 256 * len(streamed)  # the arena begins at a page
+    assert counted.peak <= counted.live + max(n for unit, n in length.items() if unit not in streamed)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_what_is_not_streamed_lies_in_memory_of_its_own(format, files):
+    flux = load_streamed(files(format), CPU, UNITS[:2], 2, Immediate())
+    slots = {flux.ring.memory(unit).untyped_storage().data_ptr() for unit in flux.ring.schedule.slot}
+    assert len(slots) == 2
+    for name, buffer in flux.named_buffers():
+        streamed = unit_of(name) in UNITS[2:]
+        assert (buffer.untyped_storage().data_ptr() in slots) == streamed, name
+    assert sum(p.numel() for p in flux.parameters()) == 0
