@@ -1,7 +1,7 @@
 """The kernels' backend with kernels that are never launched: on `meta` it makes what a card would hold, and no numbers.
 
-It is fluxq/kernels/triton itself, its outputs, scratch and all. What only CUDA does is put in its place: products summed
-in fp32 have no factors in fp32, and attention's gradient has what its kernel has beside its outputs.
+It is fluxq/kernels/triton itself, its outputs, scratch and all. What only CUDA does is put in its place: products that
+are summed in fp32 have no factors in fp32, and attention's gradient has what its kernel has beside its outputs.
 """
 
 from __future__ import annotations
