@@ -116,7 +116,7 @@ JSON = click.option(
 
 @main.command()
 @FOLDERS
-@options("model", "data", "lora", "training", "samples", "output")
+@options("model", "data", "lora", "training", "memory", "samples", "output")
 @click.option(
     "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Prompt of a preview; may be given again."
 )

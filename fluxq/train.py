@@ -22,6 +22,8 @@ from fluxq.data.store import Store, Text
 from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import flow_loss, sample_noise, sample_timesteps, validation_loss
+from fluxq.formats.stream import expect_training
+from fluxq.memory import place
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
@@ -45,6 +47,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     config = resolve(config, models, (lambda line: None) if resume else say)
     run = Run(config)
     run.check(resume, overwrite)
+    placement = place(config, models, say)
     training, steps, data = config.training, config.training.steps, config.data
     assert steps and data.size and config.lora.alpha, "resolve fills these in"
 
@@ -62,10 +65,11 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
 
     # what is trained: LoRA on the frozen model
     reset_peak()
-    flux = models.load_flux()
-    flux.set_policy(training.policy)
+    flux = models.load_flux(placement.resident, placement.slots)
+    flux.set_policy(placement.policies)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_lora(flux, config.lora.rank, config.lora.alpha, config.lora.targets, init)
+    expect_training(flux)
     parameters = list(flux.parameters())
     optimizer = build_optimizer(training.optimizer, parameters, training.rate, training.weight_decay)
     say(
@@ -103,6 +107,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         say("validation before: " + described(before))
     began = time.time() - spent
     run.begin(resume)
+    placement.save(run.folder)
 
     # the loop
     with Report(run.folder, start, steps, config.output.plot_seconds) as report, stop_request(say) as asked_to_stop:

@@ -27,9 +27,9 @@ SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
 MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots"
 OPTIONS = {
-    "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --steps --batch --accumulate --rate --optimizer "
-    "--schedule --warmup --timesteps --seed --out --name --save-every --keep --resume --overwrite --config "
-    "--set --json",
+    "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --steps --batch --accumulate "
+    "--rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume --overwrite "
+    "--config --set --json",
     "cache": f"{MODEL} {DATA} --prompt --verify --prune --config --set --json",
     "sample": f"{MODEL} --prompt --width --height --steps --guidance --cfg --negative --seed --lora --strength --grid "
     "--cache --out --config --set --json",

@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"nano", "config", "flow", "optim", "state", "report", "hub"},
     {"tuning"},
     {"models"},
-    {"defaults"},
+    {"defaults", "memory"},
     {"run"},
     {"cache", "check", "quantize", "bench"},
     {"sample"},

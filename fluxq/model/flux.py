@@ -5,6 +5,8 @@ Parameter names are those of the original checkpoint files, so that a file loads
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor, nn
 
@@ -69,11 +71,13 @@ class Flux(nn.Module):
         first = trains.index(True) if True in trains else len(stages)
         return range(max(0, first - 1), len(self.blocks))
 
-    def set_policy(self, policy: str) -> None:
-        """Have every block keep that for its backward pass (fluxq/kernels/replay.py). Only keep_all8 rounds."""
-        for block in self.modules():
-            if isinstance(block, (DoubleStreamBlock, SingleStreamBlock)):
-                block.policy = policy
+    def set_policy(self, policy: str | Sequence[str]) -> None:
+        """Have every block keep that for its backward pass, or each block its own (fluxq/kernels/replay.py). Only
+        keep_all8 rounds.
+        """
+        each = [policy] * len(self.blocks) if isinstance(policy, str) else policy
+        for block, own in zip(self.blocks, each, strict=True):
+            block.policy = own or "recompute"  # a plan names none where there is no backward pass
 
     def set_compute(self, compute: str) -> None:
         """Have the blocks multiply their frozen weights so (fluxq/kernels/lora_linear.py)."""
@@ -116,7 +120,8 @@ class Flux(nn.Module):
 
         for block in self.double_blocks:
             img, txt = run_block(block, self.ring, img, txt, vec, cos, sin)
-        x = torch.cat([txt, img], dim=1)
+        x, length = torch.cat([txt, img], dim=1), txt.shape[1]
+        del img, txt
         for block in self.single_blocks:
             x = run_block(block, self.ring, x, vec, cos, sin)
-        return self.final_layer(x[:, txt.shape[1] :], vec)
+        return self.final_layer(x[:, length:], vec)
