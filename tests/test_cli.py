@@ -36,6 +36,7 @@ OPTIONS = {
     "check": f"{MODEL} {DATA} --config --set --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
+    "profile": "--card --format --size --compute --policy --rank --batch --t5-length --slots --out --json",
     "bench kernels": "--tune --json",
 }
 

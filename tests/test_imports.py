@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"models"},
     {"defaults", "memory"},
     {"run"},
-    {"cache", "check", "quantize", "bench"},
+    {"cache", "check", "quantize", "bench", "profile"},
     {"sample"},
     {"train"},
     {"demo"},

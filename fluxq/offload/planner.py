@@ -130,13 +130,13 @@ def _allowed(tables: Sequence[Costs], card: Card, pins: Pins) -> list[Costs]:
         if wanted is not None and wanted not in there:
             raise WrongRequest(f"{name} {wanted} is not among those that can be had: {', '.join(there)}")
     left = [t for t in tables if pins.format in (None, t.format) and pins.compute in (None, t.compute)]
-    able = [t for t in left if math.isfinite(_block_seconds(t, card)[0])]
+    able = [t for t in left if math.isfinite(block_seconds(t, card)[0])]
     if not able:
         raise WrongRequest(f"{card.name} cannot multiply in {left[0].compute}; choose another --compute")
     return able
 
 
-def _block_seconds(costs: Costs, card: Card) -> tuple[float, list[float], list[dict[str, float]]]:
+def block_seconds(costs: Costs, card: Card) -> tuple[float, list[float], list[dict[str, float]]]:
     """Seconds outside the blocks and of each block forward, all of it; and backward by policy."""
     forward = [card.seconds(b.forward) for b in costs.blocks]
     backward = [{n: card.seconds(p.replay + b.backward) for n, p in b.policies.items()} for b in costs.blocks]
@@ -152,7 +152,7 @@ def _fastest(
     The most promising first: a plan takes at least its compute and at least its copies, so that the search ends when no
     other can be faster.
     """
-    _, forward, backward = _block_seconds(costs, card)
+    _, forward, backward = block_seconds(costs, card)
     outside, bytes_s, room = card.seconds(costs.outside), card.bus_gb_s * 1e9, vram - margin
     number = count()
     heap: list[tuple[Rank, float, int, Iterator[Point], Point, Setting, bool]] = []
