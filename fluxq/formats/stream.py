@@ -18,10 +18,10 @@ def load_streamed(
     device: torch.device,
     resident: Collection[str] = (),
     slots: int = 8,
-    ahead: bool = True,
     streams: Streams | None = None,
     poison: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    ahead: bool = True,
 ) -> Flux:
     """The transformer of `file`, whose blocks' units but `resident` are streamed to `device` through `slots` slots.
 

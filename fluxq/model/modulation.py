@@ -17,10 +17,20 @@ import torch
 from torch import Tensor
 
 from fluxq.kernels.lora_linear import FEW_ROWS
+from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
+from fluxq.model.lora import add_lora
 
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
 """What modulation depends on: timesteps (B,), y (B, vec_in), and guidance (B,) for models that embed it."""
+
+
+def is_known_ahead(config: FluxConfig, targets: str | Sequence[str]) -> bool:
+    """Whether LoRA on `targets` leaves modulation as it is. Raises WrongRequest for targets that are no such."""
+    with torch.device("meta"):
+        flux = Flux(config)
+    add_lora(flux, 1, 1, targets)
+    return not flux.trains_modulation
 
 
 class Lookahead:

@@ -88,6 +88,33 @@ def test_sampling_amid_training_costs_copies_only_where_it_begins_and_ends():
     assert max(counts) <= train + 2 * 3
 
 
+@pytest.mark.parametrize("streams", [Immediate, Late])
+@pytest.mark.parametrize("slots", [2, 3, 8])
+def test_a_pass_aside_that_is_foreseen_makes_the_copies_of_the_schedule(slots, streams):
+    """Before every second step, and one that is given up."""
+    aside = tuple(f"m{i}" for i in range(5))
+    schedule = Schedule(SINGLE, frozenset({"s4", "m1"}), slots, aside)
+    reader, passed = Reader(schedule, streams()), [(unit,) for unit in aside]
+    assert set(schedule.slot) == {"s0", "s1", "s2", "s3", "s5", "s6", "m0", "m2", "m3", "m4"}
+    step = [*SINGLE, *reversed(SINGLE)]
+    streamed = [visit for visit in passed if visit[0] in schedule.slot]
+    made = []
+    for _ in range(3):
+        before = reader.ring.copies
+        reader.ring.foresee(passed)
+        for units in passed + step + step:
+            reader.visit(units)
+        made.append(reader.ring.copies - before)
+    assert made[1] == made[2] == len(schedule.copies([*streamed, *schedule.step(), *schedule.step()]))
+    reader.ring.foresee(passed)
+    for units in passed[:2] + step:
+        reader.visit(units)
+    before = reader.ring.copies
+    for units in step:
+        reader.visit(units)
+    assert reader.ring.copies - before == len(schedule.copies(schedule.step()))
+
+
 def test_nothing_can_be_read_outside_but_poison():
     """Late copies show it: what has left and is needed later is not there in between."""
     reader = Reader(Schedule(SINGLE, frozenset(), 2), Late())
