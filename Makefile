@@ -5,6 +5,7 @@
 #   make check   formatting, lint, types (make lint), then the whole suite
 #   make fullsize   the whole path at full width with random weights, on the processor (34 GB of disk; DEPTH="1 2")
 #   make aot     every kernel compiled for the cards in use; writes benchmarks/results/aot.md
+#   make plans   what the planner chooses for common cards; writes benchmarks/results/plans.md
 #   make gpu     GPU tests and measurements with the python3 at hand; JSON into $OUT_DIR (default benchmarks/results);
 #                its four parts, each under 9 minutes: gpu-tests gpu-kernels gpu-blocks gpu-steps
 
@@ -17,7 +18,7 @@ OUT_DIR ?= benchmarks/results
 # Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
 VOCABULARIES := diffsynth==1.1.7
 
-.PHONY: demo test quick lint check aot gpu gpu-tests gpu-kernels gpu-blocks gpu-steps fullsize vocabularies clean
+.PHONY: demo test quick lint check aot plans gpu gpu-tests gpu-kernels gpu-blocks gpu-steps fullsize vocabularies clean
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,6 +51,9 @@ check: lint test
 
 aot: $(VENV)/installed-tests
 	$(BIN)/python benchmarks/aot.py --out $(OUT_DIR)/aot.md
+
+plans: $(VENV)/installed
+	$(BIN)/python -m benchmarks.plans --out $(OUT_DIR)/plans.md
 
 gpu:
 	$(MAKE) --keep-going -j1 gpu-tests gpu-kernels gpu-blocks gpu-steps

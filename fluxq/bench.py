@@ -9,8 +9,8 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -25,6 +25,7 @@ from fluxq.tuning import tuned_file, use_tuned
 
 RANK, SCALE = 16, 0.7
 LARGE, FEW = (2816, 12288, 3072), (1, 18432, 3072)  # M, N, K: the MLP at 768 x 768 pixels, and modulation
+HEAD_START = 2_000_000  # cycles, about a millisecond: the card waits until all launches have been handed to it
 GAIN = 0.98  # what a choice must beat the one in use by: less is noise
 
 
@@ -49,23 +50,42 @@ def bench_kernels(tune: bool = False, runs: int = 20) -> dict[str, Any]:
     if tune and not (device.type == "cuda" and triton_installed()):
         raise WrongRequest("--tune measures Triton kernels on a CUDA card; here is none, or Triton is not installed")
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else "processor"
-    use_tuned(device, console.print)
-    rows, better = [], {}
+    better = earlier_choices(device) if tune else {}
+    if not tune:
+        use_tuned(device, console.print)
+    rows = []
     for case in cases(device):
         found = best_choice(case, device, runs) if tune else None
         if found is not None:
             better[found[0]] = found[1]
+            keep(better, name)
         rows.append(timed(case, device, runs, found))
         console.print(
             "{op:24} {shape_class:6} {ms:9.3f} ms {tflops:8.1f} TFLOP/s  {ratio:5.2f}x plain".format(**rows[-1])
         )
     if tune:
-        from fluxq.kernels.triton import table
-
-        table.write(tuned_file(name), better, name)
+        keep(better, name)
         console.print(f"{len(better)} measured choices in {tuned_file(name)}; every run on this card uses them")
     about = {"card": name, "torch": torch.__version__, "rank": RANK}
     return {**about, "rows": rows, "tuned": [[*key, asdict(choice)] for key, choice in better.items()]}
+
+
+def earlier_choices(device: torch.device) -> dict[Any, Any]:
+    """What was measured on this card before and stays in use until something beats it; nothing where it is damaged."""
+    from fluxq.kernels.triton import table
+
+    with suppress(OSError, ValueError):
+        rows = table.read(tuned_file(torch.cuda.get_device_name(device)))
+        table.lay_over(rows)
+        return rows
+    return {}
+
+
+def keep(choices: dict[Any, Any], card: str) -> None:
+    """Write them for every later run on this card. It is done after each op, so that a stop loses little."""
+    from fluxq.kernels.triton import table
+
+    table.write(tuned_file(card), choices, card)
 
 
 def cases(device: torch.device) -> Iterator[Case]:
@@ -142,17 +162,22 @@ def timed(case: Case, device: torch.device, runs: int, found: tuple[Any, Any] | 
 
 def best_choice(case: Case, device: torch.device, runs: int) -> tuple[Any, Any] | None:
     """((op, generation, shape class), choice) of the fastest right choice, or None where the one in use is it."""
+    from triton.errors import TritonError
+
     from fluxq.kernels.triton import table
 
     card = table.generation(device)
     check(case)
+    in_use = table.choose(case.op, device, case.shape[0])
     best, fastest = None, GAIN * milliseconds(case.run, device, runs)
-    for choice in table.candidates(case.op, card, case.shape_class)[1:]:
+    for choice in table.candidates(case.op, card, case.shape_class):
+        if replace(choice, word=in_use.word, why=in_use.why) == in_use:
+            continue
         with table.using(case.op, choice):
             try:
                 check(case)
                 ms = milliseconds(case.run, device, runs)
-            except (RuntimeError, AssertionError):  # it does not fit this card, or is not right on it
+            except (TritonError, RuntimeError, AssertionError):  # it does not fit this card, or is not right on it
                 continue
         if ms < fastest:
             best, fastest = choice, ms
@@ -181,6 +206,7 @@ def milliseconds(run: Callable[[], Any], device: torch.device, runs: int) -> flo
     flush, times = torch.empty(1 << 28, dtype=torch.uint8, device=device), []
     for i in range(runs + 3):
         flush.zero_()
+        torch.cuda._sleep(HEAD_START)
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         run()

@@ -116,7 +116,7 @@ JSON = click.option(
 
 @main.command()
 @FOLDERS
-@options("model", "data", "lora", "training", "samples", "output")
+@options("model", "data", "lora", "training", "memory", "samples", "output")
 @click.option(
     "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Prompt of a preview; may be given again."
 )
@@ -299,13 +299,61 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     _print(run(out, format, compute), as_json)
 
 
+@main.command()
+@click.option("--card", required=True, help="Predict for this card, like rtx3060; an unknown name lists those known.")
+@click.option(
+    "--format",
+    "formats",
+    multiple=True,
+    type=click.Choice(["nf4", "fp8", "int8", "bf16"]),
+    default=("nf4", "int8"),
+    show_default=True,
+    help="How frozen weights are stored; may be given several times.",
+)
+@click.option(
+    "--size",
+    "sizes",
+    multiple=True,
+    type=click.IntRange(256, 2048),
+    default=(512, 768, 1024),
+    show_default=True,
+    help="Pixels of a side; may be given several times.",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["bf16", "int8", "int8_dx", "fp8", "fp8_dx"]),
+    default="bf16",
+    show_default=True,
+    help="How frozen weights are multiplied.",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(["recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"]),
+    default="recompute",
+    show_default=True,
+    help="What a block keeps for the backward pass.",
+)
+@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the LoRA.")
+@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Pictures a step.")
+@click.option("--t5-length", type=click.IntRange(2, 512), default=512, show_default=True, help="T5 tokens a caption.")
+@click.option("--slots", type=click.IntRange(2), default=8, show_default=True, help="Slots for streamed units.")
+@click.option("--out", type=Path, metavar="DIR", help="Also write two plots and the rows as JSON there.")
+@JSON
+def profile(as_json: bool, **given: Any) -> None:
+    """Predict memory and speed of every block-swap setting for a card, which need not be there."""
+    _begin(as_json, computes=False)
+    from fluxq.profile import profile_command
+
+    _print(profile_command(**given), as_json)
+
+
 @main.group(cls=click.Group)
 def bench() -> None:
     """Measure speed on this machine."""
 
 
 @bench.command()
-@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this card; minutes.")
+@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this card.")
 @JSON
 def kernels(tune: bool, as_json: bool) -> None:
     """The linear layer's kernels at FLUX's shapes: milliseconds, TFLOP/s, and a plain 16-bit product's time over it."""

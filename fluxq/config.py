@@ -149,11 +149,31 @@ class TrainingConfig:
     shift: float = option(3.1582, "for timesteps = shift: more of them near noise above 1", least=0.001)
     guidance: float = option(1.0, "guidance that dev is told while it trains", least=0)
     seed: int = option(42, "names every random draw of the run", "--seed")
+
+
+@dataclass(frozen=True)
+class MemoryConfig:
+    """[memory] What a run may use, and what it keeps where."""
+
+    vram: str | None = option(None, "memory of the card to use, like 12GiB; default: what is free", "--vram")
+    ram: str | None = option(None, "memory of the host to use, like 24GiB; default: what is free", "--ram")
     policy: str | None = option(
         None,
-        "what a block keeps for the backward pass, from least memory to least work; default: recompute, nano keep_all",
+        "what a block keeps for the backward pass, from least memory to least work; default: as fits",
         "--policy",
         ("recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"),
+    )
+    resident_units: int | None = option(
+        None,
+        "how many of FLUX.1's 76 units of weights stay on the card, the others are streamed; default: as fits",
+        "--resident-units",
+        least=0,
+    )
+    blocks_to_swap: int | None = option(
+        None, "N blocks, 2 N units, are streamed: sd-scripts' way to say it", "--blocks-to-swap", least=0
+    )
+    slots: int | None = option(
+        None, "places on the card for streamed units; more hide copies better; default: as fits", "--slots", least=2
     )
 
 
@@ -193,6 +213,7 @@ class TrainConfig:
     data: DataConfig = field(default_factory=DataConfig)
     lora: LoraConfig = field(default_factory=LoraConfig)
     training: TrainingConfig = field(default_factory=TrainingConfig)
+    memory: MemoryConfig = field(default_factory=MemoryConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
 

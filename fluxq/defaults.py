@@ -31,8 +31,6 @@ def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
         say(f"steps {training.steps}: about 100 a picture ({pictures} pictures), within 1,000 to 3,000")
     if training.rate == defaults.training.rate:
         say(f"rate {training.rate:g}: the usual one where alpha equals rank")
-    if training.policy is None:
-        training = replace(training, policy="keep_all" if models.is_nano else "recompute")
     if training.timesteps == "shift" and training.shift == defaults.training.shift:
         say(f"shift {training.shift:g}: more of the timesteps near noise, where the layout of a picture is decided")
     if training.warmup >= cast(int, training.steps):

@@ -7,7 +7,7 @@ hub id; below the environment's FLUXQ_MODELS. A path that exists is a path; else
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -33,6 +33,7 @@ from fluxq.formats.quantized import (
     stored_bytes,
 )
 from fluxq.formats.source import OPENERS, Source, locate
+from fluxq.formats.stream import load_streamed
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
@@ -202,29 +203,35 @@ class Models:
         gib = torch.cuda.get_device_properties(self.device).total_memory / 2**30
         return (512 if gib < 11.5 else 768), f"the card has {gib:.0f} GiB; 512 below 12, 768 from there"
 
-    def load_flux(self) -> Flux:
-        """The transformer as it is stored, multiplying as `compute` says."""
+    def load_flux(self, resident: Collection[str] | None = None, slots: int = 0, ahead: bool = True) -> Flux:
+        """The transformer as it is stored, multiplying as `compute` says. `resident`: the units that stay on the
+        device, the others are streamed through `slots`; None for all. `ahead`: see load_streamed.
+        """
         use_tuned(self.device, self._say)
-        flux = self._stored_flux()
+        if self.config.format == "bf16" and self.quantised is None:
+            if resident is not None:
+                raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
+            flux = load_flux(self.flux_file, "bf16", self.device)
+        elif resident is None:
+            flux = load_quantized(self._stored_flux(), self.device)
+        else:
+            flux = load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
         flux.set_compute(self.compute)
         return flux
 
-    def _stored_flux(self) -> Flux:
+    def _stored_flux(self) -> QuantizedFile:
         """A file of `fluxq quantize` as it is, any other quantised once.
 
         What was quantised is kept in FLUXQ_CACHE (fluxq/formats/quantized.py), so that the next start only reads it.
         """
         if (own := self.quantised) is not None:
-            return load_quantized(own, self.device)
-        if self.config.format == "bf16":
-            return load_flux(self.flux_file, "bf16", self.device)
+            return own
         source = self.open("flux")
         if not self.is_quantised:
             room = stored_bytes(source.shapes, self.config.format) / 1e9
             self._say(f"quantising {source.path.name} to {self.config.format}, once: {room:.1f} GB in {cache_folder()}")
         with byte_bar("quantising") as progress:
-            file = cached(source, self.config.format, self.device, progress)
-        return load_quantized(file, self.device)
+            return cached(source, self.config.format, self.device, progress)
 
     @cached_property
     def quantised(self) -> QuantizedFile | None:

@@ -22,10 +22,12 @@ from fluxq.data.store import Store, Text
 from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
-from fluxq.model.calibration import calibrate
+from fluxq.formats.stream import expect_training
+from fluxq.memory import place
+from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
-from fluxq.model.modulation import Conditioning, Lookahead
+from fluxq.model.modulation import Conditioning, Lookahead, is_known_ahead
 from fluxq.models import Models
 from fluxq.optim import build_optimizer, rate_factor
 from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, stop_request
@@ -46,8 +48,9 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     config = resolve(config, models, (lambda line: None) if resume else say)
     run = Run(config)
     run.check(resume, overwrite)
+    placement = place(config, models, say)
     training, steps, data = config.training, config.training.steps, config.data
-    assert steps and data.size and config.lora.alpha and training.policy, "resolve fills these in"
+    assert steps and data.size and config.lora.alpha, "resolve fills these in"
 
     # what is trained on: encoded pictures and captions
     prompts = preview_prompts(config, models)
@@ -63,10 +66,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
 
     # what is trained: LoRA on the frozen model
     reset_peak()
-    flux = models.load_flux()
-    flux.set_policy(training.policy)
+    ahead = is_known_ahead(models.flux_config, config.lora.targets)
+    flux = models.load_flux(placement.resident, placement.slots, ahead)
+    flux.set_policy(placement.policies)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_lora(flux, config.lora.rank, config.lora.alpha, config.lora.targets, init)
+    expect_training(flux)
     parameters = list(flux.parameters())
     optimizer = build_optimizer(training.optimizer, parameters, training.rate, training.weight_decay)
     say(
@@ -94,24 +99,25 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
         return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, modulation).mean()
 
-    if config.model.compute.startswith("int8"):
-        rotated = calibrate(flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
-        say(f"int8: {len(rotated)} layers have outlying inputs, and rotate them before they are rounded")
-
-    lookahead = Lookahead(flux, conditioning_of, training.batch)
-
     # where it starts
-    start, spent, before, identity = 0, 0.0, None, {"data": dataset.digest(), "model": models.fingerprint()}
+    start, spent, before, rotated = 0, 0.0, None, []
+    identity = {"data": dataset.digest(), "model": models.fingerprint()}
     if resume:
         start, facts = load_state(run.state_file, layers, optimizer)
         refuse_other_inputs(run, identity, facts, start, steps)
-        spent, before = facts["seconds"], facts["validation"]
+        spent, before, rotated = facts["seconds"], facts["validation"], facts["rotated"]
         say(f"resumed after step {start}")
-    elif held_out:
+    elif config.model.compute.startswith("int8"):
+        rotated = calibrate(flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
+        say(f"int8: {len(rotated)} layers have outlying inputs, and rotate them before they are rounded")
+    set_rotations(flux, rotated)
+    lookahead = Lookahead(flux, conditioning_of, training.batch)
+    if held_out and not resume:
         before = validate()
         say("validation before: " + described(before))
     began = time.time() - spent
     run.begin(resume)
+    placement.save(run.folder)
 
     # the loop
     with Report(run.folder, start, steps, config.output.plot_seconds) as report, stop_request(say) as asked_to_stop:
@@ -140,7 +146,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
             if stop or done == steps or (save_every and done % save_every == 0):
                 report.sync()
                 run.save_lora(flux, done, metadata(done, began, time.time()))
-                facts = {"seconds": time.time() - began, "validation": before, **identity}
+                facts = {"seconds": time.time() - began, "validation": before, "rotated": rotated, **identity}
                 save_state(run.state_file, done, layers, optimizer, facts)
             if stop:
                 raise KeyboardInterrupt(f"after step {done}; go on with: fluxq train --resume {run.folder}")

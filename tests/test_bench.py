@@ -82,3 +82,21 @@ def test_the_fastest_right_choice_is_kept_and_used(small, monkeypatch, tmp_path)
     path.write_text("{}")
     with pytest.raises(WrongRequest, match="is no table of kernel choices"):
         tuning.use_tuned(card, said.append)
+
+
+def test_what_was_measured_before_is_kept_and_a_damaged_file_is_begun_anew(monkeypatch, tmp_path):
+    pytest.importorskip("triton")
+    from fluxq.kernels.triton import table
+
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    key = ("lora_linear_nf4", 89, "large")
+    rows = {key: replace(table.SHIPPED[key], chunk=64, word="measured")}
+    try:
+        assert bench.earlier_choices(torch.device("cuda")) == {}
+        bench.keep(rows, "a card")
+        assert bench.earlier_choices(torch.device("cuda")) == rows
+        tuning.tuned_file("a card").write_text("{}")
+        assert bench.earlier_choices(torch.device("cuda")) == {}
+    finally:
+        table.lay_over({})

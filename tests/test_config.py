@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from fluxq.config import ModelConfig, TrainConfig, TrainingConfig, config_from_dict, read_toml, set_values, to_toml
+from fluxq.config import MemoryConfig, ModelConfig, TrainConfig, config_from_dict, read_toml, set_values, to_toml
 from fluxq.errors import WrongRequest
 
 
@@ -92,5 +92,5 @@ def test_choices_are_those_of_the_kernels():
     """The config names them again, because reading it must not import torch."""
     from fluxq.kernels import COMPUTES, FORMATS, POLICIES
 
-    choices = {f.name: f.metadata.get("choices") for c in (ModelConfig, TrainingConfig) for f in dataclasses.fields(c)}
+    choices = {f.name: f.metadata.get("choices") for c in (ModelConfig, MemoryConfig) for f in dataclasses.fields(c)}
     assert (choices["format"], choices["compute"], choices["policy"]) == (FORMATS, COMPUTES, tuple(POLICIES))

@@ -6,6 +6,7 @@ so its kernels are called by name here, one pair a device.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -48,28 +49,51 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tens
     """The output (B, H, L, D), the log-sum-exp, and what else the device's backward kernel asks for."""
     if not q.is_cuda:
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
-    if bias is None and q.dtype in (torch.bfloat16, torch.float16):
+    if _flash(q, bias):
         out, lse, _, _, _, _, seed, offset, _ = _aten._scaled_dot_product_flash_attention(q, k, v)
         return out, lse, seed, offset
-    return _aten._scaled_dot_product_efficient_attention(q, k, v, bias, True)
+    out, *rest = _aten._scaled_dot_product_efficient_attention(*_widened(q, k, v, bias), True)
+    return out.to(q.dtype), *rest
 
 
 def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *random: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
+) -> tuple[Tensor, ...]:
     if not q.is_cuda:
         # Measured at (B, H, L, D) = (8, 4, 68, 32): the processor's bf16 kernel takes 9.0 ms, in fp32 it takes 0.8.
         wide = torch.float32 if q.dtype == torch.bfloat16 and q.shape[2] < 128 else q.dtype
         given = (t.to(wide) for t in (dout, q, k, v, out))
         bias = bias if bias is None else bias.to(wide)
         grads = _aten._scaled_dot_product_flash_attention_for_cpu_backward(*given, lse, 0.0, False, attn_mask=bias)
-        return tuple(g.to(q.dtype) for g in grads)
-    if bias is None and q.dtype in (torch.bfloat16, torch.float16):
+    elif _flash(q, bias):
         length = q.shape[2]
-        return _aten._scaled_dot_product_flash_attention_backward(
+        grads = _aten._scaled_dot_product_flash_attention_backward(
             dout, q, k, v, out, lse, None, None, length, length, 0.0, False, *random
         )
-    dq, dk, dv, _ = _aten._scaled_dot_product_efficient_attention_backward(
-        dout, q, k, v, bias, out, lse, *random, 0.0, [True, True, True, False]
-    )
-    return dq, dk, dv
+    else:
+        wide_dout, *inputs, wide_out = _widened(dout, q, k, v, bias, out)
+        grads = _aten._scaled_dot_product_efficient_attention_backward(
+            wide_dout, *inputs, wide_out, lse, *random, 0.0, [True, True, True, False]
+        )[:3]
+    return tuple(g.to(q.dtype) for g in grads)
+
+
+def _flash(q: Tensor, bias: Tensor | None) -> bool:
+    """Whether flash attention runs: it takes 16 bits, no mask, and a card and a build of PyTorch that have it."""
+    return bias is None and q.dtype in (torch.bfloat16, torch.float16) and _has_flash(q.device)
+
+
+@cache
+def _has_flash(device: torch.device) -> bool:
+    """PyTorch for Windows is built without flash attention, and cards before the RTX 30 series cannot run it."""
+    return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
+
+
+def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
+    """In fp32 where they are bf16 on a card that has no bf16 arithmetic: the efficient kernel takes none there."""
+    return [t.float() if t is not None and t.dtype == torch.bfloat16 and _no_bf16(t.device) else t for t in tensors]
+
+
+@cache
+def _no_bf16(device: torch.device) -> bool:
+    return torch.cuda.get_device_capability(device) < (8, 0)

@@ -52,8 +52,13 @@ def qk_norm_rope(
 
 
 def divides_out(scale: Tensor) -> bool:
-    """Whether a norm's scale (D/H,) can be divided out again: no number of it is next to zero."""
-    return bool(scale.abs().amin() > 1e-3)
+    """Whether a norm's scale (D/H,) can be divided out again after RoPE.
+
+    RoPE mixes adjacent pairs, so a number that is small beside its neighbour drowns in the neighbour's rounding: at a
+    thirtieth, the gradient of that channel is 2 % off in bf16 (measured), and the whole gradient not visibly.
+    """
+    pairs = scale.float().abs().view(-1, 2)
+    return bool((pairs.amin(1) > pairs.amax(1) / 30).all())
 
 
 def gelu_tanh(h: Tensor, beside: Tensor | None = None, wants: Wants = PLAIN) -> Activations:
@@ -98,7 +103,7 @@ class _GatedAddModulate(torch.autograd.Function):
     def forward(
         ctx: Any, residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants
     ) -> tuple[Tensor | None, ...]:
-        made = None
+        made = None  # a replay that kept x still has to modulate it
 
         def compute() -> Tensor:
             nonlocal made

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import torch
@@ -43,10 +43,16 @@ def calibrate(flux: Flux, forward: Callable[[], Any]) -> list[str]:
             hook.remove()
         for layer, compute in computes.items():
             layer.compute = compute
-    rotated = [layer for layer, (plain, turned) in errors.items() if turned < plain / 2]
-    for layer in rotated:
-        layer.rotation = rotation_block(layer.in_features)
-    return [paths[layer] for layer in rotated]
+    rotated = [paths[layer] for layer, (plain, turned) in errors.items() if turned < plain / 2]
+    set_rotations(flux, rotated)
+    return rotated
+
+
+def set_rotations(flux: Flux, paths: Collection[str]) -> None:
+    """Have the layers at these paths rotate their input, and no others."""
+    for path, layer in flux.named_modules():
+        if isinstance(layer, Linear):
+            layer.rotation = rotation_block(layer.in_features) if path in paths else 0
 
 
 def rounding_errors(rows: Tensor, block: int) -> Tensor:

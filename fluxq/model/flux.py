@@ -5,7 +5,7 @@ Parameter names are those of the original checkpoint files, so that a file loads
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -94,11 +94,13 @@ class Flux(nn.Module):
                 found.add(block.modulation_unit)
         return frozenset(found)
 
-    def set_policy(self, policy: str) -> None:
-        """Have every block keep that for its backward pass (fluxq/kernels/replay.py). Only keep_all8 rounds."""
-        for block in self.modules():
-            if isinstance(block, (DoubleStreamBlock, SingleStreamBlock)):
-                block.policy = policy
+    def set_policy(self, policy: str | Sequence[str]) -> None:
+        """Have every block keep that for its backward pass, or each block its own (fluxq/kernels/replay.py). Only
+        keep_all8 rounds.
+        """
+        each = [policy] * len(self.blocks) if isinstance(policy, str) else policy
+        for block, own in zip(self.blocks, each, strict=True):
+            block.policy = own or "recompute"  # a plan names none where there is no backward pass
 
     def set_compute(self, compute: str) -> None:
         """Have the blocks multiply their frozen weights so (fluxq/kernels/lora_linear.py)."""
@@ -136,10 +138,11 @@ class Flux(nn.Module):
 
         for block in self.double_blocks:
             img, txt = run_block(block, self.ring, img, txt, next(rows), cos, sin)  # type: ignore[arg-type]
-        x = torch.cat([txt, img], dim=1)
+        x, length = torch.cat([txt, img], dim=1), txt.shape[1]
+        del img, txt
         for block in self.single_blocks:
             x = run_block(block, self.ring, x, next(rows), cos, sin)  # type: ignore[arg-type]
-        return self.final_layer(x[:, txt.shape[1] :], next(rows))
+        return self.final_layer(x[:, length:], next(rows))
 
     def modulation_rows(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Iterator[Tensor]:
         """The rows that modulate each block, (B, 12 D) or (B, 3 D), and then the last layer, (B, 2 D).

@@ -29,7 +29,7 @@ def is_known_ahead(config: FluxConfig, targets: str | Sequence[str]) -> bool:
     """Whether LoRA on `targets` leaves modulation as it is. Raises WrongRequest for targets that are no such."""
     with torch.device("meta"):
         flux = Flux(config)
-    add_lora(flux, 1, 1, targets)
+    add_lora(flux, 1, 1, targets, torch.Generator())
     return not flux.trains_modulation
 
 

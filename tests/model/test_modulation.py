@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise, relative_error, tiny_config
+from helpers import place_sensitive, randomise, relative_error, tiny_config
 
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
@@ -57,9 +57,14 @@ def test_rows_and_steps_are_those_of_modulation_in_the_step(dtype, tolerance, in
         assert relative_error(a, b) <= 4 * tolerance  # of five layers, one after another
 
 
+@pytest.mark.parametrize("sensitive", [False, True])
 @pytest.mark.parametrize("steps", [None, 50])
-def test_no_bit_depends_on_what_was_asked_for_before(steps):
-    """21 micro-steps of 3 make a tile; the last one of 50 is filled up."""
+def test_no_bit_depends_on_what_was_asked_for_before(steps, sensitive, monkeypatch):
+    """21 micro-steps of 3 make a tile; the last one of 50 is filled up. Also with products that, as on a card, round
+    by the row's place and by all of their shape.
+    """
+    if sensitive:
+        monkeypatch.setattr(Flux, "modulation_rows", place_sensitive)
     flux = model()
 
     def lookahead():

@@ -1,0 +1,108 @@
+"""What the planner chooses for the cards people own: writes benchmarks/results/plans.md. Nothing in it is measured.
+
+python benchmarks/plans.py [--out FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from fluxq.errors import WrongRequest
+from fluxq.model import FluxConfig
+from fluxq.model.costs import flux_costs
+from fluxq.offload.cards import CARDS, GIB
+from fluxq.offload.costs import OWNERS, Costs
+from fluxq.offload.planner import MARGIN, least, plan
+from fluxq.offload.plans import Pins, Plan, counted
+
+SIZES = (512, 768, 1024)
+TEXT, RANK = 512, 16
+ROWS = (  # card, GiB of RAM beside it
+    ("rtx3070", 16),
+    ("rtx4060", 16),
+    ("rtx3080", 24),
+    ("rtx3060", 24),
+    ("rtx4070", 24),
+    ("rtx4060ti", 32),
+    ("rtx5060ti", 32),
+    ("rtx4080", 32),
+    ("rtx5080", 32),
+    ("rtx3090", 32),
+    ("rtx4090", 32),
+)
+FORMATS, COMPUTES = ("nf4", "int8"), ("bf16", "int8")
+
+HEADER = f"""# Plans, predicted
+
+What fluxq's planner chooses for FLUX.1 dev, one picture a step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
+MLP, adamw8bit, in nf4 or int8. **Every figure is predicted, none is measured**: bytes by the planner's own count,
+seconds from nominal rates of the cards and assumed efficiencies (fluxq/offload/cards.py). Each card is in the widest
+slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out (CUDA's own, and what an allocator loses), and RAM of
+common size is beside it. Made by `make plans`.
+
+units: resident + streamed through slots. host: the inputs of blocks wait in RAM. Peak: tensors, without what is left
+out. waits: the share of the step in which compute waits for copies.
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plans.md")
+    out = parser.parse_args().out
+    tables = {
+        (size, format, compute): flux_costs(
+            FluxConfig.dev(), format, compute, RANK, img_tokens=(size // 16) ** 2, txt_tokens=TEXT
+        )
+        for size in SIZES
+        for format in FORMATS
+        for compute in COMPUTES
+    }
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text("\n".join([HEADER, *section(tables), *smallest(tables), ""]), encoding="utf-8")
+
+
+def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
+    """One table for each way of multiplying."""
+    lines = []
+    for compute in COMPUTES:
+        lines += [f"## Multiplied in {compute}", ""]
+        lines += ["| card | GiB | px | format | units | blocks keep | host | peak GiB | RAM GiB | s/step | waits |"]
+        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+        for name, ram in ROWS:
+            for size in SIZES:
+                costs = [tables[size, format, compute] for format in FORMATS]
+                try:
+                    cells = row(plan(costs, CARDS[name], ram=ram * GIB))
+                except WrongRequest as error:
+                    cells = str(error)
+                lines.append(f"| {name} | {CARDS[name].memory_gib:g} | {size} | {cells} |")
+        lines.append("")
+    return lines
+
+
+def row(found: Plan) -> str:
+    kept = ", ".join(f"{n} {name}" for name, n in counted(found.policies).items())
+    units = f"{len(found.resident)} + {found.streamed} in {found.slots}"
+    cells = [found.format, units, kept, "yes" if found.offload else "", f"{found.peak_bytes / GIB:.1f}"]
+    cells += [f"{found.host / GIB:.1f}", f"{found.seconds:.2f}", f"{found.stall / found.seconds:.0%}"]
+    return " | ".join(cells)
+
+
+def smallest(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
+    """The least that each size needs of a card, and where those bytes are."""
+    lines = ["## The least of a card, GiB", "", "nf4 multiplied in bf16, all units streamed through 8 slots.", ""]
+    lines += [f"| px | policy | host | {' | '.join(OWNERS)} | together |", "|---|---|---|" + "---|" * 7]
+    for size in SIZES:
+        costs = tables[size, "nf4", "bf16"]
+        for policy, offload in (("recompute", True), ("recompute", False), ("keep_all", False)):
+            pins = Pins(policy=policy, offload=offload, resident_units=0, slots=8)
+            found = plan([costs], CARDS["h200"], pins=pins)
+            cells = " | ".join(f"{found.peak[owner] / GIB:.2f}" for owner in OWNERS)
+            lines.append(f"| {size} | {policy} | {'yes' if offload else ''} | {cells} | {found.peak_bytes / GIB:.2f} |")
+    needed = ", ".join(f"{size} px {least(tables[size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES)
+    return [*lines, "", f"The least that any plan needs, with as few slots as it can: {needed}."]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,283 @@
+"""What a training step of FLUX.1 costs, as numbers: the table that the planner reads (fluxq/offload/costs.py).
+
+Bytes of weights are exact, as the quantised file and the arena lay them out. FLOPs are counted per matrix product, two
+a weight and row. Bytes that are moved are those of the ops that wait for memory, in fused kernels: what each reads and
+writes once, and the weights that are decoded.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
+
+import torch
+
+from fluxq.kernels.replay import POLICIES
+from fluxq.model.config import FluxConfig
+from fluxq.model.flux import Flux
+from fluxq.model.lora import TARGETS
+from fluxq.model.units import REST, by_unit, unit_of
+from fluxq.model.working_set import Product, Shape, backward_peak, forward_peak, scratch
+from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
+
+ALIGNMENT = 256
+BYTES = {"nf4": 0.5625, "fp8": 1.0, "int8": 1.0, "bf16": 2.0}
+"""Of a weight in each format, with NF4's scales."""
+
+ERRORS = {"bf16": 0.002, "int8": 0.009, "fp8": 0.026, "nf4": 0.092}
+"""Relative error of normally distributed weights in each format, and of products in each type."""
+
+OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
+"""Of state for a weight; in 8 bits two fp32 scales for each 256. Fewer than 4,096 weights stay in fp32: not counted."""
+
+AUTOENCODER = 4 * 83_819_683
+"""Bytes of the autoencoder's weights, in fp32."""
+
+TILES = ((None, 6.0), (32, 2.2))
+"""Rows at a time, and the most maps of `ch` (128) channels that decoding has at once (tests/model/test_bands.py)."""
+
+MLP = {"mlp.0": ("hidden", "hidden"), "mlp.2": ("end", "end")}
+ATTENTION = {"attn.qkv": ("qkv", "qkv"), "attn.proj": ("proj", "residual")}
+
+
+def flux_costs(
+    config: FluxConfig,
+    format: str,
+    compute: str = "bf16",
+    rank: int = 16,
+    targets: str | Sequence[str] = "attention+mlp",
+    batch: int = 1,
+    img_tokens: int = 4096,
+    txt_tokens: int = 512,
+    optimizer: str = "adamw8bit",
+    accumulates: bool = False,
+    chunk: int = 3072,
+) -> Costs:
+    """The table for steps of `batch` pictures of `img_tokens` with captions of `txt_tokens`.
+
+    chunk: rows of a weight that the Triton kernels decode at a time.
+    """
+    shapes = tensors(config)
+    layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+    lora = dict.fromkeys(chosen(tuple(layers), targets), rank)
+    gates = any(unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora)
+    sizes = {unit: stored_bytes({n: shapes[n] for n in names}, unit, format) for unit, names in by_unit(shapes).items()}
+
+    trained, blocks, every = any("_in." in f".{p}." or p.endswith("_in") for p in lora), [], []
+    for name in _blocks(config):
+        own = {p: r for p, r in lora.items() if p.startswith(f"{name}.")}
+        shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates)
+        first, trained = not trained, trained or bool(own)
+        units = tuple(u for u in sizes if u.startswith(f"{name}.") or u == name)
+        units = units if gates else tuple(u for u in units if not u.endswith(".mod"))
+        gradients = sum(4 * r * sum(layers[p]) for p, r in own.items())
+        blocks.append(_block(name, units, shape, trained, first, gradients))
+        every += shape.products
+    ahead = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
+    weights = {p: r * sum(layers[p]) for p, r in lora.items()}
+    total, outer = sum(weights.values()), {p for p in lora if unit_of(p) == REST}
+    rows, angles = batch * (img_tokens + txt_tokens), (img_tokens + txt_tokens) * config.head_dim * 4
+    return Costs(
+        format=format,
+        compute=compute,
+        error=math.hypot(ERRORS[format], ERRORS[compute.removesuffix("_dx")]),
+        units={u: size for u, size in sizes.items() if u != REST and u not in ahead},
+        blocks=tuple(blocks),
+        ahead=ahead,
+        ahead_step=batch * 2 * sum(s[0] for p, s in layers.items() if unit_of(p).endswith(".mod")),
+        stays=sizes[REST],
+        lora=4 * total,
+        gradients=4 * sum(weights[p] for p in outer),
+        optimiser=int(total * OPTIMIZER_BYTES[optimizer]),
+        optimiser_peak=4 * total if optimizer == "adamw" else 0,
+        scratch=scratch(every, chunk) + angles,
+        outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows),
+        accumulates=accumulates,
+        tiles=tuple((band, AUTOENCODER + int(maps * img_tokens * 256 * 128 * 4)) for band, maps in TILES),
+        about=dict(rank=rank, batch=batch, img_tokens=img_tokens, txt_tokens=txt_tokens, optimizer=optimizer),
+    )
+
+
+@lru_cache(maxsize=4)
+def tensors(config: FluxConfig) -> Mapping[str, tuple[int, ...]]:
+    """Name and shape of every frozen tensor."""
+    with torch.device("meta"):
+        return {name: tuple(b.shape) for name, b in Flux(config).named_buffers()}
+
+
+def stored_bytes(shapes: Mapping[str, tuple[int, ...]], unit: str, format: str) -> int:
+    """The length of `unit` with these tensors: each part begins at a multiple of 256 bytes."""
+    total = 0
+    for shape in shapes.values():
+        numbers = math.prod(shape)
+        if len(shape) < 2 or format == "bf16" or unit == REST:
+            parts = [2 * numbers]
+        elif format == "nf4":
+            parts = [numbers // 2, numbers // 64 * 4]
+        else:
+            parts = [numbers, 4 * shape[0]]
+        total += sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
+    return total
+
+
+def chosen(paths: Sequence[str], targets: str | Sequence[str]) -> list[str]:
+    """Those of `paths` that get LoRA (fluxq/model/lora.py)."""
+    expressions = [TARGETS.get(t, t) for t in ([targets] if isinstance(targets, str) else targets)]
+    return [path for path in paths if any(re.fullmatch(e, path) for e in expressions)]
+
+
+def _blocks(config: FluxConfig) -> Iterator[str]:
+    yield from (f"double_blocks.{i}" for i in range(config.depth))
+    yield from (f"single_blocks.{i}" for i in range(config.depth_single_blocks))
+
+
+def _shape(
+    config: FluxConfig,
+    name: str,
+    layers: Mapping[str, tuple[int, ...]],
+    lora: Mapping[str, int],
+    compute: str,
+    batch: int,
+    img_tokens: int,
+    txt_tokens: int,
+    format: str,
+    gates: bool,
+) -> Shape:
+    def product(path: str, rows: int, feeds: str, n: int | None = None, produced: bool = True) -> Product:
+        whole, k = layers[f"{name}.{path}"]
+        return Product(rows, n or whole, k, lora.get(f"{name}.{path}", 0), compute, feeds, BYTES[format], produced)
+
+    single = name.startswith("single")
+    if single:
+        rows = batch * (img_tokens + txt_tokens)
+        products = {
+            "qkv": product("linear1", rows, "qkv", 3 * config.hidden_size),
+            "hidden": product("linear1", rows, "hidden", config.mlp_hidden),
+            "end": product("linear2", rows, "end"),
+        }
+        streams = {"": (rows, products)}
+    else:
+        streams = {}
+        for stream, tokens in (("img", img_tokens), ("txt", txt_tokens)):
+            streams[stream] = (
+                batch * tokens,
+                {
+                    short: product(f"{stream}_{path}", batch * tokens, feeds, produced=short != "proj")
+                    for path, (short, feeds) in (ATTENTION | MLP).items()
+                },
+            )
+    return Shape(streams, config.hidden_size, config.mlp_hidden, config.num_heads, single, batch, gates)
+
+
+def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first: bool, gradients: int) -> BlockCost:
+    """`first`: nothing upstream is trained, so that the inputs need no gradient."""
+    begins = {"qkv", "hidden"} if shape.single else {"qkv"}
+    backward, forward = Work(), Work(attention=_attention(shape), moved=_moved_forward(shape))
+    for _, products in shape.streams.values():
+        for short, p in products.items():
+            forward += _product(p)
+            backward += _product_backward(p, not (first and short in begins))
+    backward += Work(attention_backward=2.5 * _attention(shape), moved=_moved_backward(shape))
+    policies, beside = {}, shape.u if shape.single else 0  # in the forward pass the double blocks' last outputs wait
+    for policy in POLICIES if trained else ():
+        kept = shape.u + sum(shape.kept(policy).values())
+        peaks = forward_peak(shape, policy) + beside, backward_peak(shape, policy)
+        policies[policy] = PolicyCost(kept, _replay(shape, policy), *peaks, exact=policy != "keep_all8")
+    return BlockCost(
+        name,
+        units,
+        forward,
+        forward_peak(shape, "recompute") + beside,
+        shape.u,
+        gradients,
+        backward if trained else Work(),
+        policies,
+    )
+
+
+def _attention(shape: Shape) -> float:
+    """FLOPs of attention: two products of every token with every other of its picture."""
+    return 4.0 * shape.rows * (shape.rows / shape.batch) * shape.width
+
+
+def _product(p: Product) -> Work:
+    base, small = 2.0 * p.rows * p.weights, 2.0 * p.rows * p.rank * (p.n + p.k)
+    moved = _decoding(p, p.eight_bits)
+    if p.rank and not p.eight_bits:
+        moved += 2 * p.rows * p.k  # x down^T reads the input
+    return Work(**{p.eight_bits or "bf16": base}, moved=moved) + Work(bf16=small)
+
+
+def _product_backward(p: Product, wide: bool) -> Work:
+    """The gradients of the input, if it is wanted (`wide`), and of LoRA."""
+    base, moved = (2.0 * p.rows * p.weights, _decoding(p, p.eight_bits_back, True)) if wide else (0.0, 0.0)
+    if p.eight_bits_back:
+        moved += p.rows * p.n * 3  # dy is read and written in 8 bits
+    small = 0.0
+    if p.rank:
+        small = 2.0 * p.rows * p.rank * (2 * (p.n + p.k) if wide else 2 * p.n + p.k)
+        moved += 2 * p.rows * (p.n + p.k)  # for the gradients of up and down
+        moved += 4 * p.rows * p.k if wide and not p.eight_bits_back else 0  # ds down is added to dx
+    return Work(**{p.eight_bits_back or "bf16": base}, moved=moved) + Work(bf16=small)
+
+
+def _replay(shape: Shape, policy: str) -> Work:
+    """What is computed again: products whose output is read, attention, and the steps between."""
+    work, unread, keeps = Work(), shape.unread(policy), POLICIES[policy]
+    for _, products in shape.streams.values():
+        for p in products.values():
+            if p.feeds not in unread:
+                work += _product(p)
+            elif p.rank:  # LoRA's gradient reads x down^T
+                work += Work(bf16=2.0 * p.rows * p.rank * p.k, moved=0 if p.eight_bits else 2 * p.rows * p.k)
+    moved = 2 + (10 if shape.single else 8) + 2  # modulate, GELU, and the sum that nobody reads
+    moved += 0 if "qkv" in keeps else 6
+    moved += 0 if shape.single else 2 if "residual" in keeps else 4
+    moved += 6 if policy == "keep_all8" else 0
+    attention = 0.0 if "attention" in keeps else _attention(shape)
+    return work + Work(attention=attention, moved=moved * shape.u + _eight_bit_moved(shape))
+
+
+def _moved_forward(shape: Shape) -> float:
+    """Bytes of the steps between products: what each reads and writes, in U, one stream of activations."""
+    modulate, norm_rope, gelu, gated_add = 2, 6, 10 if shape.single else 8, 3
+    gated_add_modulate = 0 if shape.single else 4
+    return (modulate + norm_rope + gelu + gated_add + gated_add_modulate) * shape.u + _eight_bit_moved(shape)
+
+
+def _moved_backward(shape: Shape) -> float:
+    modulate, norm_rope, gelu, gated_add, sums = 3, 8, 12, 2, 6 if shape.single else 3
+    gated_add_modulate = 0 if shape.single else 5
+    return (modulate + norm_rope + gelu + gated_add + gated_add_modulate + sums) * shape.u
+
+
+def _eight_bit_moved(shape: Shape) -> float:
+    """Inputs written in 8 bits as well."""
+    shared = "hidden" if shape.single else ""  # a single block's first layer is two products of one input
+    return sum(p.rows * p.k for p in shape.products if p.eight_bits and p.feeds != shared)
+
+
+def _decoding(p: Product, eight_bits: str, transposed: bool = False) -> float:
+    """Bytes read and written to have the weight in the type that is multiplied."""
+    if not eight_bits:
+        return 0.0 if p.stored == 2 else p.weights * (p.stored + 2)
+    return 0.0 if p.stored == 1 and not transposed else p.weights * (p.stored + 1)
+
+
+def _outside(
+    config: FluxConfig,
+    layers: Mapping[str, tuple[int, ...]],
+    batch: int,
+    img_tokens: int,
+    txt_tokens: int,
+    trained: int,
+    rows: int,
+) -> Work:
+    """Embedders, the last layer and its gradient, and the optimiser: it reads and writes weights, gradients, state."""
+    n_img, k_img = layers["img_in"]
+    n_txt, k_txt = layers["txt_in"]
+    n_out, k_out = layers["final_layer.linear"]
+    flops = 2.0 * batch * (img_tokens * (n_img * k_img + 2 * n_out * k_out) + txt_tokens * n_txt * k_txt)
+    return Work(bf16=flops, moved=20 * trained + 12 * rows * config.hidden_size * 2)

@@ -1,0 +1,189 @@
+"""How fast cards are: a table of those people own, and a measurement of the one at hand.
+
+Nominal rates are dense. GeForce cards multiply bf16 with sums in fp32 at half the rate of their datasheets' headline,
+int8 at four times that and fp8 at twice. What of it real code reaches is assumed, in `Efficiency`, beside the rates.
+All that is worked out from either is a prediction.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from fluxq.offload.costs import Work
+
+GIB = 2**30
+
+
+@dataclass(frozen=True)
+class Efficiency:
+    """Which part of the card's rates is reached: by matrix products in bf16 and in 8 bits, by attention and its
+    gradient (of the bf16 rate), and by what waits for memory.
+    """
+
+    bf16: float = 0.80
+    eight_bits: float = 0.55
+    attention: float = 0.60
+    attention_backward: float = 0.50
+    memory: float = 0.85
+
+
+MEASURED = Efficiency(bf16=1.0, eight_bits=1.0, attention=0.75, attention_backward=0.62, memory=1.0)
+"""Beside measured rates, which have losses in them already. Attention is not measured: in proportion as above."""
+
+
+@dataclass(frozen=True)
+class Card:
+    """Rates of a card: TFLOP/s of bf16, int8 and fp8 products (0: it has none), GB/s of its memory and of copies from
+    pinned host memory, and its GiB. word: whether the rates are `nominal` or `measured`.
+    """
+
+    name: str
+    generation: str
+    bf16: float
+    int8: float
+    fp8: float
+    memory_gb_s: float
+    memory_gib: float
+    bus_gb_s: float
+    word: str = "nominal"
+    efficiency: Efficiency = Efficiency()
+
+    def seconds(self, work: Work) -> float:
+        """The predicted time of `work`; infinite where the card lacks the arithmetic."""
+        e, total = self.efficiency, work.moved / (self.memory_gb_s * 1e9 * self.efficiency.memory)
+        for flops, rate in (
+            (work.bf16, self.bf16 * e.bf16),
+            (work.int8, self.int8 * e.eight_bits),
+            (work.fp8, self.fp8 * e.eight_bits),
+            (work.attention, self.bf16 * e.attention),
+            (work.attention_backward, self.bf16 * e.attention_backward),
+        ):
+            if flops:
+                total += flops / (rate * 1e12) if rate else float("inf")
+        return total
+
+    @property
+    def vram(self) -> int:
+        return int(self.memory_gib * GIB)
+
+
+PCIE_3_X16, PCIE_4_X8, PCIE_4_X16, PCIE_5_X8, PCIE_5_X16 = 12.3, 12.5, 24.5, 25.0, 50.0  # GB/s from pinned memory
+
+_TABLE = (
+    # name, generation, bf16, int8, fp8 with sums in fp32, memory GB/s, GiB, bus
+    ("rtx3060", "ampere", 25.3, 101, 0, 360, 12, PCIE_4_X16),
+    ("rtx3070", "ampere", 40.6, 163, 0, 448, 8, PCIE_4_X16),
+    ("rtx3080", "ampere", 59.5, 238, 0, 760, 10, PCIE_4_X16),
+    ("rtx3090", "ampere", 71, 284, 0, 936, 24, PCIE_4_X16),
+    ("rtx4060", "ada", 30.2, 121, 60, 272, 8, PCIE_4_X8),
+    ("rtx4060ti", "ada", 44.1, 176, 88, 288, 16, PCIE_4_X8),
+    ("rtx4070", "ada", 58.3, 233, 117, 504, 12, PCIE_4_X16),
+    ("rtx4070tisuper", "ada", 88.2, 353, 176, 672, 16, PCIE_4_X16),
+    ("rtx4080", "ada", 97.5, 390, 195, 717, 16, PCIE_4_X16),
+    ("rtx4090", "ada", 165.2, 661, 330, 1008, 24, PCIE_4_X16),
+    ("rtx5060ti", "blackwell", 47.4, 190, 95, 448, 16, PCIE_5_X8),
+    ("rtx5070ti", "blackwell", 87.9, 352, 176, 896, 16, PCIE_5_X16),
+    ("rtx5080", "blackwell", 112.6, 450, 225, 960, 16, PCIE_5_X16),
+    ("rtx5090", "blackwell", 209.5, 838, 419, 1792, 32, PCIE_5_X16),
+    ("a100", "ampere", 312, 624, 0, 2039, 80, PCIE_4_X16),
+    ("l40s", "ada", 362, 733, 733, 864, 48, PCIE_4_X16),
+    ("h100", "hopper", 989, 1979, 1979, 3350, 80, PCIE_5_X16),
+    ("h200", "hopper", 989, 1979, 1979, 4800, 141, PCIE_5_X16),
+)
+CARDS = {row[0]: Card(*row) for row in _TABLE}
+"""Name -> card, each in the widest slot it can use; one in a narrower slot is measured."""
+
+
+def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float = 0.3, copied: int = 1 << 28) -> Card:
+    """The card `device` (or a processor, for tests) by what it does in about two seconds, remembered in `folder`.
+
+    size: of the matrices; seconds: of each of the five measurements; copied: bytes of a copy.
+    """
+    import torch
+
+    name, generation, memory = _identity(device)
+    slug = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}".lower())
+    path = folder / f"card-{slug}.json"
+    with suppress(OSError, ValueError, TypeError):
+        saved = json.loads(path.read_text(encoding="utf-8"))
+        return Card(**{**saved, "efficiency": Efficiency(**saved["efficiency"])})
+    rates = {k: _rate(run, 2 * size**3, device, seconds) / 1e12 for k, run in _products(size, device).items()}
+    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    memory_rate = _rate(lambda: target.copy_(source), 2 * copied, device, seconds) / 1e9
+    host = torch.zeros(copied, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+    bus = _rate(lambda: target.copy_(host, non_blocking=True), copied, device, seconds) / 1e9
+    found = {k: round(rates.get(k, 0.0), 3) for k in ("bf16", "int8", "fp8")}
+    card = Card(name, generation, **found, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
+                bus_gb_s=round(bus, 2), word="measured", efficiency=MEASURED)  # fmt: skip
+    with suppress(OSError):  # a folder that cannot be written to: it is measured again next time
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_suffix(".tmp")
+        temporary.write_text(json.dumps(asdict(card), indent=1), encoding="utf-8")
+        temporary.replace(path)
+    return card
+
+
+def _identity(device: str) -> tuple[str, str, int]:
+    """(name, generation, bytes of memory)."""
+    import torch
+
+    if not device.startswith("cuda"):
+        return device, "processor", 0
+    about = torch.cuda.get_device_properties(torch.device(device))
+    names = {(8, 9): "ada", (8, 0): "ampere", (8, 6): "ampere", (9, 0): "hopper"}
+    return (
+        about.name,
+        names.get((about.major, about.minor), "blackwell" if about.major >= 10 else "older"),
+        (about.total_memory),
+    )
+
+
+def _products(size: int, device: str) -> dict[str, Callable[[], Any]]:
+    """The matrix products that torch has on `device`, by type: its own, not fluxq's kernels."""
+    import torch
+
+    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
+    eight, scale = a.to(torch.int8), torch.ones((), device=device)
+    products: dict[str, Callable[[], Any]] = {
+        "bf16": lambda: a @ a,
+        "int8": lambda: torch._int_mm(eight, eight.t()),
+    }
+    if device.startswith("cuda"):
+        f8 = a.to(torch.float8_e4m3fn)
+        products["fp8"] = lambda: torch._scaled_mm(f8, f8.t(), scale, scale, out_dtype=torch.bfloat16)
+    usable = {}
+    for name, run in products.items():
+        with suppress(RuntimeError, NotImplementedError):  # this card has no such arithmetic
+            run()
+            usable[name] = run
+    return usable
+
+
+def _rate(run: Callable[[], Any], amount: float, device: str, seconds: float) -> float:
+    """`amount` a second: the median of the times of `run`, repeated for `seconds`."""
+    import torch
+
+    def timed(count: int) -> float:
+        begun = time.perf_counter()
+        for _ in range(count):
+            run()
+        if device.startswith("cuda"):
+            torch.cuda.synchronize()
+        return (time.perf_counter() - begun) / count
+
+    timed(2)
+    once = max(timed(1), 1e-7)
+    count = max(1, int(seconds / 5 / once))
+    return amount / sorted(timed(count) for _ in range(5))[2]
+
+
+def with_bus(card: Card, gb_s: float) -> Card:
+    """`card` in another slot."""
+    return replace(card, bus_gb_s=gb_s)

@@ -1,0 +1,99 @@
+"""A plan: all choices for a training step and what is predicted of it, as data, as a table to read and as JSON."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from fluxq.offload.cards import GIB
+
+
+@dataclass(frozen=True)
+class Pins:
+    """What the user has decided. resident_units, or blocks_to_swap: of them, 2 N units are streamed (sd-scripts)."""
+
+    format: str | None = None
+    compute: str | None = None
+    resident_units: int | None = None
+    blocks_to_swap: int | None = None
+    policy: str | None = None
+    slots: int | None = None
+    offload: bool | None = None
+
+
+@dataclass(frozen=True)
+class Plan:
+    """All choices for a training step, and what is predicted of it.
+
+    resident: units that always stay; slots: for the others; policies: of each block, "" where it has no backward pass;
+    offload: block inputs wait on the host; tiles: rows of the autoencoder at a time, None for all; look_ahead: steps
+    whose modulation is computed in one pass, 0 where it is part of the step. peak: bytes by owner at the moment of the
+    most; seconds a step, of which `stall` waits for copies; moved: bytes copied to the card a step; host: bytes of RAM.
+    """
+
+    format: str
+    compute: str
+    slots: int
+    resident: tuple[str, ...]
+    streamed: int
+    policies: tuple[str, ...]
+    offload: bool
+    tiles: int | None
+    look_ahead: int
+    peak: Mapping[str, int]
+    seconds: float
+    stall: float
+    moved: int
+    host: int
+    card: str
+    vram: int
+    about: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def peak_bytes(self) -> int:
+        return sum(self.peak.values())
+
+    @property
+    def bound(self) -> str:
+        """What the step waits for most: "compute" or "bus"."""
+        return "bus" if self.stall > 0.05 * self.seconds else "compute"
+
+    def to_json(self) -> dict[str, Any]:
+        """The content of plan.json."""
+        return {"predicted": True, **asdict(self), "peak_bytes": self.peak_bytes, "bound": self.bound}
+
+
+def gib(nbytes: float) -> str:
+    return f"{nbytes / GIB:.1f} GiB"
+
+
+def gib_up(nbytes: float) -> str:
+    return f"{math.ceil(nbytes / GIB * 10) / 10:.1f}GiB"
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a table that a person can read."""
+    units = len(plan.resident) + plan.streamed
+    rows = [
+        ("weights", f"{plan.format}, multiplied in {plan.compute}"),
+        ("units", f"{len(plan.resident)} of {units} resident, {plan.streamed} streamed through {plan.slots} slots"),
+        ("blocks keep", ", ".join(f"{n} x {name}" for name, n in counted(plan.policies).items()) or "nothing"),
+        ("block inputs", "on the host" if plan.offload else "on the card"),
+        ("modulation", f"{plan.look_ahead} steps ahead" if plan.look_ahead else "in the step"),
+        ("autoencoder", "whole" if plan.tiles is None else f"{plan.tiles} rows at a time"),
+        ("peak, predicted", f"{gib(plan.peak_bytes)} of {gib(plan.vram)}"),
+        *((f"  {owner}", gib(nbytes)) for owner, nbytes in plan.peak.items()),
+        ("RAM, predicted", gib(plan.host)),
+        ("copied a step", f"{plan.moved / 1e9:.1f} GB"),
+        ("step, predicted", f"{plan.seconds:.2f} s on {plan.card}, {plan.stall / plan.seconds:.0%} of it waiting"
+         f" for copies; bound by {'the bus' if plan.bound == 'bus' else 'compute'}"),
+    ]  # fmt: skip
+    width = max(len(name) for name, _ in rows)
+    return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)
+
+
+def counted(policies: Sequence[str]) -> dict[str, int]:
+    """Policy -> how many blocks have it."""
+    return {name: policies.count(name) for name in dict.fromkeys(policies) if name}
