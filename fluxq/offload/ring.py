@@ -96,7 +96,7 @@ class StreamingRing:
         self._detour: deque[Visit] = deque()
         self._last: Visit = ()
         self._round: tuple[Visit, ...] = self._rounds[0]
-        self._next: int | None = 0  # the visit that comes next in the round, None where that cannot be told
+        self._next = 0 if self._round else None  # the visit that comes next in the round, None if that cannot be told
         self._prefetch()
 
     def foresee(self, visits: Sequence[Sequence[str]]) -> None:

@@ -264,17 +264,24 @@ class Dropping(VirtualStreams):
 
 
 def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True) -> StreamingRing:
-    """Train, and if `odd` also sample, part of a step, and visits in no order; Race is raised by the clock."""
-    schedule = Schedule(blocks, frozenset(), slots)
+    """Train, and if `odd` also sample, part of a step, visits in no order, and a pass aside; Race is raised by the
+    clock.
+    """
+    aside = tuple(f"m{i}" for i in range(4)) if odd else ()
+    schedule, passed = Schedule(blocks, frozenset(), slots, aside), [(unit,) for unit in aside]
     host = {u: torch.empty(256, dtype=torch.uint8, device="meta") for u in schedule.slot}
     ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
     forward, backward = list(blocks), list(reversed(blocks))
     order = [forward + backward, forward + backward]
     if odd:
         order += [forward, forward, forward + backward, forward + backward[:2], [blocks[3], blocks[0]], forward]
-    for units in (units for visits in order for units in visits):
-        with ring.resident(units):
-            streams.compute("+".join(units), 1.0, [(ring.memory(u), host[u]) for u in units])
+        order += [passed + forward + backward, passed[:2] + forward]
+    for visits in order:
+        if visits[0] in passed:
+            ring.foresee(passed)
+        for units in visits:
+            with ring.resident(units):
+                streams.compute("+".join(units), 1.0, [(ring.memory(u), host[u]) for u in units])
     return ring
 
 

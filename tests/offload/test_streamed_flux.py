@@ -185,6 +185,14 @@ def test_the_model_makes_the_visits_that_the_schedule_foresees(targets, files):
     assert wanted == counts.get(targets, 8 if known else wanted)
 
 
+@pytest.mark.parametrize("streams", [Immediate, Late])
+def test_modulation_can_be_all_that_is_streamed(streams, files):
+    expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", "recompute"))
+    flux = load_streamed(files("nf4"), CPU, UNITS, 2, streams(), poison=True)
+    assert set(flux.ring.schedule.slot) == set(MODULATION)
+    assert_equal(with_lora(flux, "attention+mlp", "recompute"), expected)
+
+
 def test_a_tile_takes_each_of_modulations_weights_once(files):
     """And no more of the blocks' than it has to put out of their slots."""
     flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Immediate()), "attention+mlp", "recompute")
