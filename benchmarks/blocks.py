@@ -34,7 +34,7 @@ from benchmarks.random_model import random_flux
 from benchmarks.roofline import KINDS, block_ms, measure_ceilings
 from fluxq.kernels import COMPUTES, POLICIES, backend, dequantize, quantize
 from fluxq.model import Flux, FluxConfig
-from fluxq.model.blocks import run_block
+from fluxq.model.blocks import Block, run_block, run_modulation
 from fluxq.model.embed import image_ids, rope_angles, text_ids
 from fluxq.model.linear import Linear
 from fluxq.model.lora import lora_layers
@@ -57,7 +57,7 @@ class Bench:
         config = FluxConfig.nano() if s.tiny else FluxConfig.dev()
         self.flux: Flux = random_flux(config, (1, 0) if self.kind == "double" else (0, 1), s.device, "bf16", s.rank)
         self.config = self.flux.config
-        self.block: nn.Module = (self.flux.double_blocks or self.flux.single_blocks)[0]
+        self.block: Block = self.flux.blocks[0]
         self.tensors = {
             name: t for name, t in self.flux.state_dict().items() if "_blocks." in name and "lora" not in name
         }
@@ -74,8 +74,11 @@ class Bench:
 
     def step(self, run: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
         """Outputs, and gradients of the inputs and of every LoRA, by `run`, else as in training."""
-        run = run or (lambda *inputs: run_block(self.block, AllResident(), *inputs))
-        return forward_backward(run, self.leading, self.rest, list(self.block.parameters()), self.douts)
+        return forward_backward(run or self.ours, self.leading, self.rest, list(self.block.parameters()), self.douts)
+
+    def ours(self, *inputs: Tensor) -> Any:
+        (*leading, vec, cos, sin), ring = inputs, AllResident()
+        return run_block(self.block, ring, *leading, run_modulation(self.block, ring, vec), cos, sin)
 
     def seen(self, found: Sequence[Tensor]) -> dict[str, Tensor]:
         """A step's tensors as three vectors."""
@@ -104,7 +107,12 @@ class Bench:
         rest = (self.rest[0].to(dtype), *self.rest[1:])
         with backend("reference"):
             douts = [t.to(dtype) for t in self.douts]
-            return self.seen(forward_backward(block, leading, rest, list(block.parameters()), douts))
+
+            def plain(*inputs: Tensor) -> Any:
+                *leading, vec, cos, sin = inputs
+                return block(*leading, block.modulation_rows(vec), cos, sin)
+
+            return self.seen(forward_backward(plain, leading, rest, list(block.parameters()), douts))
 
     def errors(self, found: dict[str, Tensor]) -> dict[str, dict[str, float]]:
         return {

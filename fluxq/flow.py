@@ -18,6 +18,7 @@ from fluxq.data.batches import Batch
 from fluxq.data.randomness import generator, normal
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 from fluxq.model.flux import Flux
+from fluxq.model.modulation import Conditioning, Lookahead
 
 TIMESTEP_MODES = ("uniform", "sigmoid", "shift", "flux_shift")
 
@@ -59,25 +60,45 @@ def sample_noise(shape: Sequence[int], seed: int, index: int, examples: Sequence
     return torch.stack([normal(shape, seed, "noise", index, example) for example in examples])
 
 
-def velocity(flux: Flux, x: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float) -> Tensor:
-    """The model's velocity at latents x (B, 16, H, W) and times t (B,), in fp32; guidance is left out for models
-    without it.
+def conditioning(flux: Flux, t: Tensor, pooled: Tensor, guidance: float) -> Conditioning:
+    """Times t (B,), pooled text (B, D2) and the guidance of all as the model takes them; models without guidance are
+    given none.
     """
+    return t, pooled, torch.full_like(t, guidance) if flux.config.guidance_embed else None
+
+
+def velocity(
+    flux: Flux,
+    x: Tensor,
+    t: Tensor,
+    txt: Tensor,
+    pooled: Tensor,
+    guidance: float,
+    modulation: Sequence[Tensor] | None = None,
+) -> Tensor:
+    """The model's velocity at latents x (B, 16, H, W) and times t (B,), in fp32; modulation: see Flux."""
     height, width = x.shape[2:]
-    g = torch.full_like(t, guidance) if flux.config.guidance_embed else None
     img_ids, txt_ids = image_ids(height // 2, width // 2, x.device), text_ids(txt.shape[1], x.device)
-    return unpack(flux(pack(x), img_ids, txt, txt_ids, t, pooled, g), height, width).float()
+    given = conditioning(flux, t, pooled, guidance)
+    return unpack(flux(pack(x), img_ids, txt, txt_ids, *given, modulation), height, width).float()
 
 
 def flow_loss(
-    flux: Flux, latents: Tensor, noise: Tensor, t: Tensor, txt: Tensor, pooled: Tensor, guidance: float
+    flux: Flux,
+    latents: Tensor,
+    noise: Tensor,
+    t: Tensor,
+    txt: Tensor,
+    pooled: Tensor,
+    guidance: float,
+    modulation: Sequence[Tensor] | None = None,
 ) -> Tensor:
     """Mean squared error of the velocity per example, (B,) fp32. latents, noise (B, 16, H, W); t (B,)."""
     t = t.to(latents.device)
     mix = t[:, None, None, None]
     x = (1 - mix) * latents + mix * noise
     target = noise - latents
-    return (velocity(flux, x, t, txt, pooled, guidance) - target).square().mean(dim=(1, 2, 3))
+    return (velocity(flux, x, t, txt, pooled, guidance, modulation) - target).square().mean(dim=(1, 2, 3))
 
 
 def schedule(steps: int, shift: float) -> list[float]:
@@ -110,7 +131,11 @@ def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance
     grid = shift_time((torch.arange(times) + 0.5) / times, shift)
     losses = []
     for batch in batches:
+        count = len(batch.examples)
         noise = sample_noise(batch.latents.shape[1:], 0, -1, batch.examples)
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        losses += [flow_loss(flux, latents, noise, t.expand(len(noise)), txt, pooled, guidance) for t in grid]
+        at_times = [conditioning(flux, t.expand(count), batch.pooled, guidance) for t in grid]
+        ahead = Lookahead(flux, at_times.__getitem__, count, times)
+        for i, (t, _, _) in enumerate(at_times):
+            losses.append(flow_loss(flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i)))
     return float(torch.cat(losses).mean())

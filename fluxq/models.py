@@ -203,9 +203,9 @@ class Models:
         gib = torch.cuda.get_device_properties(self.device).total_memory / 2**30
         return (512 if gib < 11.5 else 768), f"the card has {gib:.0f} GiB; 512 below 12, 768 from there"
 
-    def load_flux(self, resident: Collection[str] | None = None, slots: int = 0) -> Flux:
+    def load_flux(self, resident: Collection[str] | None = None, slots: int = 0, ahead: bool = True) -> Flux:
         """The transformer as it is stored, multiplying as `compute` says. `resident`: the units that stay on the
-        device, the others are streamed through `slots`; None for all.
+        device, the others are streamed through `slots`; None for all. `ahead`: see load_streamed.
         """
         use_tuned(self.device, self._say)
         if self.config.format == "bf16" and self.quantised is None:
@@ -215,7 +215,7 @@ class Models:
         elif resident is None:
             flux = load_quantized(self._stored_flux(), self.device)
         else:
-            flux = load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say)
+            flux = load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
         flux.set_compute(self.compute)
         return flux
 

@@ -26,12 +26,13 @@ from fluxq.data.randomness import normal
 from fluxq.data.store import Text
 from fluxq.defaults import side
 from fluxq.errors import WrongRequest
-from fluxq.flow import euler, resolution_shift, schedule, velocity
+from fluxq.flow import conditioning, euler, resolution_shift, schedule, velocity
 from fluxq.formats.files import atomic_path
 from fluxq.formats.lora import Adapter, load_lora
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.flux import Flux
 from fluxq.model.lora import set_lora
+from fluxq.model.modulation import Lookahead
 from fluxq.models import Models
 from fluxq.report import console, progress_bar
 
@@ -112,25 +113,35 @@ def _walk(flux: Flux, texts: Mapping[str, Text], shots: Sequence[Shot], tick: Ca
     """Latents (B, 16, H/8, W/8) of shots of one shape; `tick` is called after every step."""
     first, device = shots[0], flux.device
     h, w = first.height // 8, first.width // 8
-    shift = resolution_shift(h * w // 4) if flux.config.guidance_embed else 1.0
+    times = schedule(first.steps, resolution_shift(h * w // 4) if flux.config.guidance_embed else 1.0)
 
-    def embedded(prompts: Sequence[str]) -> tuple[Tensor, Tensor]:
+    def towards(prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
+        """The velocity field that leads to pictures of `prompts`."""
         found = [texts[prompt] for prompt in prompts]
-        return torch.stack([t.t5 for t in found]).to(device), torch.stack([t.clip for t in found]).to(device)
+        txt, pooled = torch.stack([t.t5 for t in found]).to(device), torch.stack([t.clip for t in found]).to(device)
+        at_times = [
+            conditioning(flux, torch.full((len(shots),), t, device=device), pooled, first.guidance) for t in times
+        ]
+        ahead = Lookahead(flux, at_times.__getitem__, len(shots), first.steps)
 
-    txt, pooled = embedded([shot.prompt for shot in shots])
-    negative = embedded([shot.negative for shot in shots]) if first.cfg > 1 else None
+        def field(x: Tensor, t: float) -> Tensor:
+            step = times.index(t)
+            return velocity(flux, x, at_times[step][0], txt, pooled, first.guidance, ahead.rows(step))
+
+        return field
+
+    positive = towards([shot.prompt for shot in shots])
+    negative = towards([shot.negative for shot in shots]) if first.cfg > 1 else None
 
     def field(x: Tensor, t: float) -> Tensor:
-        times = torch.full((len(shots),), t, device=device)
-        v = velocity(flux, x, times, txt, pooled, first.guidance)
+        v = positive(x, t)
         if negative is None:
             return v
-        v_negative = velocity(flux, x, times, *negative, first.guidance)
+        v_negative = negative(x, t)
         return v_negative + first.cfg * (v - v_negative)
 
     noise = torch.stack([normal((16, h, w), shot.seed, "sample") for shot in shots]).to(device)
-    return euler(field, noise, schedule(first.steps, shift), tick)
+    return euler(field, noise, times, tick)
 
 
 def decode(autoencoder: AutoEncoder, latents: Tensor) -> Tensor:

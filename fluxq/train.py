@@ -21,12 +21,13 @@ from fluxq.data.randomness import generator
 from fluxq.data.store import Store, Text
 from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
-from fluxq.flow import flow_loss, sample_noise, sample_timesteps, validation_loss
+from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.formats.stream import expect_training
 from fluxq.memory import place
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
+from fluxq.model.modulation import Conditioning, Lookahead, is_known_ahead
 from fluxq.models import Models
 from fluxq.optim import build_optimizer, rate_factor
 from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, stop_request
@@ -65,7 +66,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
 
     # what is trained: LoRA on the frozen model
     reset_peak()
-    flux = models.load_flux(placement.resident, placement.slots)
+    ahead = is_known_ahead(models.flux_config, config.lora.targets)
+    flux = models.load_flux(placement.resident, placement.slots, ahead)
     flux.set_policy(placement.policies)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_lora(flux, config.lora.rank, config.lora.alpha, config.lora.targets, init)
@@ -81,14 +83,21 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         sets = {name: held_out_batches(examples, store, training.batch) for name, examples in held_out.items()}
         return {name: validation_loss(flux, some, training.shift, training.guidance) for name, some in sets.items()}
 
-    def loss_of(index: int) -> Tensor:
-        """The mean loss of batch `index`, counted over the whole run, at its own noise and timesteps."""
-        batch = batches.batch(index)
+    def times_of(index: int) -> Tensor:
+        """The timesteps of batch `index`, counted over the whole run."""
+        (width, height), examples = batches.bucket_of(index), batches.examples_of(index)
+        tokens = width // 16 * (height // 16)
+        return sample_timesteps(training.timesteps, training.seed, index, examples, tokens, training.shift)
+
+    def conditioning_of(index: int) -> Conditioning:
+        return conditioning(flux, times_of(index), batches.pooled_of(index), training.guidance)
+
+    def loss_of(index: int, modulation: Sequence[Tensor] | None = None) -> Tensor:
+        """The mean loss of batch `index` at its own noise and timesteps."""
+        batch, t = batches.batch(index), times_of(index)
         noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
-        tokens = batch.latents.shape[2] * batch.latents.shape[3] // 4
-        t = sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
+        return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, modulation).mean()
 
     # where it starts
     start, spent, before, rotated = 0, 0.0, None, []
@@ -102,6 +111,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         rotated = calibrate(flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
         say(f"int8: {len(rotated)} layers have outlying inputs, and rotate them before they are rounded")
     set_rotations(flux, rotated)
+    lookahead = Lookahead(flux, conditioning_of, training.batch)
     if held_out and not resume:
         before = validate()
         say("validation before: " + described(before))
@@ -114,7 +124,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         for step in range(start, steps):
             clock, losses = time.perf_counter(), []
             for index in range(step * training.accumulate, (step + 1) * training.accumulate):
-                loss = loss_of(index)
+                loss = loss_of(index, lookahead.rows(index))
                 (loss / training.accumulate).backward()
                 losses.append(loss.detach())
             norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.clip or torch.inf))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn, no_grad
 
 from fluxq.formats.files import DTYPE_NAMES
-from fluxq.model import FluxConfig
+from fluxq.model import Flux, FluxConfig
 
 
 def tiny_config(**changes) -> FluxConfig:
@@ -40,6 +40,19 @@ def randomise(module: nn.Module) -> nn.Module:
             else:
                 tensor.normal_(mean=1.0 if "norm" in name and "bias" not in name else 0.0, std=0.2)
     return module
+
+
+def place_sensitive(
+    flux: Flux,
+    timesteps: Tensor,
+    y: Tensor,
+    guidance: Tensor | None = None,
+    rows: Callable[..., Iterator[Tensor]] = Flux.modulation_rows,
+) -> Iterator[Tensor]:
+    """`flux.modulation_rows`, but that each row also depends on its place, and on the number and content of all."""
+    count = len(timesteps)
+    factors = 1 + 0.1 * (torch.arange(count, device=y.device)[:, None] / count + timesteps.float().mean()) + count / 1e3
+    return (r * factors.to(r.dtype) for r in rows(flux, timesteps, y, guidance))
 
 
 def relative_error(a: Tensor, b: Tensor) -> float:

@@ -16,6 +16,7 @@ from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.kernels import dequantize, quantize
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
+from fluxq.model.modulation import Lookahead
 from fluxq.models import Models
 from fluxq.nano import pictures
 from fluxq.offload import CudaStreams, Staged
@@ -132,17 +133,14 @@ def steps_and_samples(flux: Flux) -> list[torch.Tensor]:
     expect_training(flux)
     noise = torch.Generator().manual_seed(2)
     img, txt, y = (torch.randn(2, *shape, generator=noise).cuda() for shape in ((48, 16), (33, 40), (24,)))
-    t, ones, ids = (
-        torch.tensor([0.3, 0.8]).cuda(),
-        torch.ones(2).cuda(),
-        (image_ids(6, 8, "cuda"), text_ids(33, "cuda")),
-    )
+    given = torch.tensor([0.3, 0.8]).cuda(), y, torch.ones(2).cuda()
+    ahead, ids = Lookahead(flux, lambda index: given, 2), (image_ids(6, 8, "cuda"), text_ids(33, "cuda"))
     found = []
-    for _ in range(4):
-        out = flux(img, ids[0], txt, ids[1], t, y, ones)
+    for step in range(4):
+        out = flux(img, ids[0], txt, ids[1], *given, ahead.rows(40 * step))  # each in a tile of its own
         found += torch.autograd.grad(out.float().square().mean(), list(flux.parameters()))
         with torch.no_grad():
-            found += [flux(img, ids[0], txt, ids[1], t, y, ones) for _ in range(2)]
+            found += [flux(img, ids[0], txt, ids[1], *given, rows) for rows in (ahead.rows(40 * step + 1), None)]
     return found
 
 

@@ -92,7 +92,8 @@ def test_a_processor_has_nothing_to_plan_with():
     assert place(TrainConfig(), models, print).policies == "keep_all"
 
 
-def test_a_streamed_run_ends_in_the_very_same_lora(tmp_path: Path):
+@pytest.mark.parametrize("targets", ["attention+mlp", "all"])
+def test_a_streamed_run_ends_in_the_very_same_lora(targets, tmp_path: Path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, (picture, caption) in enumerate(pictures.concept(seed=1, count=2)):
@@ -102,7 +103,8 @@ def test_a_streamed_run_ends_in_the_very_same_lora(tmp_path: Path):
     for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
         out = tmp_path / name
         arguments = ["train", photos, "--model", "nano", "--steps", 3, "--out", out, "--cache", tmp_path / "cache"]
-        arguments += ["--name", "x", "--size", nano.SIZE, "--sample-every", 3, "--sample-steps", 2, *more]
+        arguments += ["--name", "x", "--size", nano.SIZE, "--sample-every", 3, "--sample-steps", 2]
+        arguments += ["--set", f"lora.targets={targets}", *more]
         result = CliRunner().invoke(main, [str(a) for a in arguments])
         assert result.exit_code == 0, result.output
         loras[name] = (out / "x.safetensors").read_bytes()

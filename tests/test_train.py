@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from helpers import place_sensitive
 from PIL import Image
 
 from fluxq import nano
@@ -257,6 +258,21 @@ def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
     straight = configured(tmp_path, photos, training={"steps": 6}, output={"out": str(tmp_path / "straight")})
     train(straight)
     assert_same_tensors(tmp_path / "run" / "test.safetensors", tmp_path / "straight" / "test.safetensors")
+
+
+@pytest.mark.parametrize("accumulate", [1, 2])
+@pytest.mark.parametrize("rows", [64, 8])
+def test_resume_in_the_middle_of_what_is_computed_ahead_changes_no_bit(rows, accumulate, tmp_path, photos, monkeypatch):
+    """With tiles of 32 micro-steps and of 4, and rows that show it if they are computed at another place."""
+    monkeypatch.setattr("fluxq.model.modulation.FEW_ROWS", rows)
+    monkeypatch.setattr("fluxq.model.modulation.Flux.modulation_rows", place_sensitive)
+
+    def run(name: str, steps: int, resume: bool = False) -> Path:
+        sections = {"training": {"steps": steps, "accumulate": accumulate}, "output": {"out": str(tmp_path / name)}}
+        return Path(train(configured(tmp_path, photos, **sections), resume=resume).lora)
+
+    run("resumed", 3)
+    assert_same_tensors(run("resumed", 7, resume=True), run("straight", 7))
 
 
 def test_resume_without_a_saved_state_says_so(tmp_path, photos):

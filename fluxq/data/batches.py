@@ -73,6 +73,11 @@ class Batches:
         """The names in micro-batch `index`, as its `examples` will have them. Reads nothing."""
         return [name for name, _ in self._items(index)]
 
+    def pooled_of(self, index: int) -> torch.Tensor:
+        """(B, D2): `pooled` of micro-batch `index`. Reads nothing else."""
+        keys = [self._variant("caption", index, name, entry.text) for name, entry in self._items(index)]
+        return torch.stack([self.store.pooled(key) for key in keys])
+
     def _items(self, index: int) -> list[tuple[str, Entry]]:
         if index < 0:
             raise IndexError(f"micro-batches are counted from 0, not {index}")

@@ -85,6 +85,10 @@ class Store:
         record = self._open("text", key)
         return Text(record.get("t5"), record.get("clip"), **_about_text(record))
 
+    def pooled(self, key: str) -> torch.Tensor:
+        """The encoded caption's `clip` alone; nothing else is read."""
+        return self._open("text", key).get("clip")
+
     def text_cuts(self, key: str) -> tuple[bool, bool]:
         """Whether the caption has more tokens than T5's length, and more than CLIP's. Reads the header alone."""
         about = _about_text(self._open("text", key))

@@ -21,16 +21,23 @@ def load_streamed(
     streams: Streams | None = None,
     poison: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    ahead: bool = True,
 ) -> Flux:
     """The transformer of `file`, whose blocks' units but `resident` are streamed to `device` through `slots` slots.
 
-    What lies outside the blocks, and modulation, is on `device`. `flux.ring.close()` before the model is let go. Tell
-    the ring which blocks train with `expect_training`. Frozen weights are then only to be read inside `resident`, and
-    the model is not to be moved or cast. `streams` and `poison`: see StreamingRing.
+    What lies outside the blocks is on `device`. Modulation is streamed for passes of its own where it is computed
+    `ahead` (fluxq/model/modulation.py), else in each step, before its block. `flux.ring.close()` before the model is
+    let go. Tell the ring which blocks train with `expect_training`. Frozen weights are then only to be read inside
+    `resident`, and the model is not to be moved or cast. `streams` and `poison`: see StreamingRing.
     """
     with torch.device("meta"):
         flux = Flux(file.config)
-    schedule = Schedule(flux.blocks_units, frozenset(resident), slots)
+    modulations = tuple(block.modulation_unit for block in flux.blocks)
+    if ahead:
+        schedule = Schedule(flux.blocks_units, frozenset(resident), slots, modulations)
+    else:
+        visits = (v for unit, units in zip(modulations, flux.blocks_units, strict=True) for v in ((unit,), units))
+        schedule = Schedule(tuple(visits), frozenset(resident), slots)
     arena = Arena({unit: file.checkpoint.shape(unit)[0] for unit in schedule.slot}, file.read_into)
 
     def place(unit: str, flat: Tensor) -> None:
@@ -47,4 +54,5 @@ def load_streamed(
 def expect_training(flux: Flux) -> None:
     """Tell the ring of a streamed model which blocks have a backward pass, as LoRA is now."""
     if isinstance(flux.ring, StreamingRing):
-        flux.ring.expect(flux.blocks_with_backward)
+        trained, visits = flux.units_with_backward, flux.ring.schedule.blocks
+        flux.ring.expect([i for i, units in enumerate(visits) if trained.issuperset(units)])

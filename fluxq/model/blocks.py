@@ -1,7 +1,8 @@
 """The two kinds of block, and the one way in which blocks are run.
 
 `DoubleStreamBlock` keeps text and image apart except in attention; `SingleStreamBlock` runs one joint sequence, text
-first. Their `forward` is plain mathematics; `run_block` wraps it for training.
+first. Their `forward` is plain mathematics; `run_block` wraps it for training. It takes the rows that modulate it as an
+input: they come from `run_modulation`, just before or long ago (fluxq/model/modulation.py).
 """
 
 from __future__ import annotations
@@ -34,15 +35,14 @@ Rope = tuple[Tensor, Tensor]  # cos, sin
 
 
 class Modulation(nn.Module):
-    """vec (B, D) -> `parts` rows (B, 1, D): shift, scale, gate [, shift, scale, gate]."""
+    """vec (B, D) -> `parts` rows beside each other, (B, parts D): shift, scale, gate [, shift, scale, gate]."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
-        self.parts = parts
         self.lin = Linear(width, parts * width)
 
-    def forward(self, vec: Tensor) -> tuple[Tensor, ...]:
-        return self.lin(F.silu(vec))[:, None].chunk(self.parts, dim=-1)
+    def forward(self, vec: Tensor) -> Tensor:
+        return self.lin(F.silu(vec))
 
 
 class Scale(nn.Module):
@@ -100,7 +100,7 @@ class MLP(nn.ModuleDict):
 class DoubleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
-        self.units, self.policy = (f"{name}.img", f"{name}.txt"), "recompute"
+        self.units, self.modulation_unit, self.policy = (f"{name}.img", f"{name}.txt"), f"{name}.mod", "recompute"
         self.img_mod = Modulation(config.hidden_size, 6)
         self.img_attn = SelfAttention(config)
         self.img_mlp = MLP(config)
@@ -108,10 +108,15 @@ class DoubleStreamBlock(nn.Module):
         self.txt_attn = SelfAttention(config)
         self.txt_mlp = MLP(config)
 
-    def forward(self, img: Tensor, txt: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
-        """img (B, Li, D), txt (B, Lt, D), vec (B, D); cos, sin (B or 1, 1, Lt + Li, D/H/2), text first."""
-        img_shift, img_scale, *img_rows = self.img_mod(vec)
-        txt_shift, txt_scale, *txt_rows = self.txt_mod(vec)
+    def modulation_rows(self, vec: Tensor) -> Tensor:
+        """(B, D) -> (B, 12 D): shift, scale, gate for attention and for the MLP, of the image, then of the text."""
+        return torch.cat([self.img_mod(vec), self.txt_mod(vec)], dim=-1)
+
+    def forward(self, img: Tensor, txt: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+        """img (B, Li, D), txt (B, Lt, D), rows (B, 12 D); cos, sin (B or 1, 1, Lt + Li, D/H/2), text first."""
+        of_img, of_txt = rows[:, None].chunk(2, dim=-1)
+        img_shift, img_scale, *img_rows = of_img.chunk(6, dim=-1)
+        txt_shift, txt_scale, *txt_rows = of_txt.chunk(6, dim=-1)
         img_attn, txt_attn = self.img_attn, self.txt_attn
 
         # each stream makes its queries, keys and values, and both attend to both
@@ -138,16 +143,20 @@ def write_back(x: Tensor, attended: Tensor, rows: Sequence[Tensor], proj: Linear
 class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
-        self.units, self.policy = (name,), "recompute"
+        self.units, self.modulation_unit, self.policy = (name,), f"{name}.mod", "recompute"
         self.qkv_rows, self.mlp_rows = slice(0, 3 * config.hidden_size), slice(3 * config.hidden_size, None)
         self.linear1 = Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_hidden)
         self.linear2 = Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(config.hidden_size, 3)
 
-    def forward(self, x: Tensor, vec: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, L, D) with the text first, vec (B, D); cos, sin (B or 1, 1, L, D/H/2)."""
-        shift, scale, gate = self.modulation(vec)
+    def modulation_rows(self, vec: Tensor) -> Tensor:
+        """(B, D) -> (B, 3 D): shift, scale, gate."""
+        return self.modulation(vec)
+
+    def forward(self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+        """x (B, L, D) with the text first, rows (B, 3 D); cos, sin (B or 1, 1, L, D/H/2)."""
+        shift, scale, gate = rows[:, None].chunk(3, dim=-1)
         modulated = modulate(x, shift, scale, self.linear1.wants)
         qkv = self.linear1(modulated, self.qkv_rows, feeds="qkv")
         hidden = self.linear1(modulated, self.mlp_rows, feeds="hidden")
@@ -162,37 +171,64 @@ class LastLayer(nn.Module):
         self.linear = Linear(config.hidden_size, config.out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), Linear(config.hidden_size, 2 * config.hidden_size))
 
-    def forward(self, x: Tensor, vec: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation(vec)[:, None].chunk(2, dim=-1)
+    def modulation_rows(self, vec: Tensor) -> Tensor:
+        """(B, D) -> (B, 2 D): shift, scale."""
+        return self.adaLN_modulation(vec)
+
+    def forward(self, x: Tensor, rows: Tensor) -> Tensor:
+        """x (B, L, D), rows (B, 2 D) -> (B, L, out_channels)."""
+        shift, scale = rows[:, None].chunk(2, dim=-1)
         return self.linear(modulate(x, shift, scale, self.linear.wants))
 
 
-def run_block(block: nn.Module, ring: Ring, *inputs: Tensor) -> Any:
-    """block(*inputs) inside `ring.resident(block.units)`, forward and backward.
+Block = DoubleStreamBlock | SingleStreamBlock
 
-    Between the two it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py). The block's
-    parameters go in as arguments of the autograd Function: captured by closure, they would get no gradient where none
-    of the inputs needs one.
+
+def run_block(block: Block, ring: Ring, *inputs: Tensor) -> Any:
+    """block(*inputs) inside `ring.resident(block.units)`, forward and backward. inputs: streams, rows, cos, sin.
+
+    Between the two it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py).
     """
-    *_, vec, _, _ = inputs
-    parameters = [p for p in block.parameters() if p.requires_grad]
-    units = cast(tuple[str, ...], block.units)
+    *_, rows, _, _ = inputs
+    parts = [part for part in block.children() if not isinstance(part, Modulation)]
+    return _run(block, ring, block.units, parts, Tape(block.policy, gates=rows.requires_grad), inputs)
+
+
+def run_modulation(block: Block, ring: Ring, vec: Tensor) -> Tensor:
+    """block.modulation_rows(vec) inside `ring.resident` of the modulation's own unit, forward and backward."""
+    parts = [part for part in block.children() if isinstance(part, Modulation)]
+    return _run(block.modulation_rows, ring, (block.modulation_unit,), parts, Tape("recompute"), (vec,))
+
+
+def _run(
+    run: Callable[..., Any],
+    ring: Ring,
+    units: Sequence[str],
+    parts: Sequence[nn.Module],
+    tape: Tape,
+    inputs: tuple[Tensor, ...],
+) -> Any:
+    """run(*inputs), which computes with `parts`, whose frozen weights are `units`.
+
+    The parts' parameters go in as arguments of the autograd Function: captured by closure, they would get no gradient
+    where none of the inputs needs one.
+    """
+    parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *parameters)):
         with ring.resident(units):
-            return block(*inputs)
-    tape = Tape(cast(str, block.policy), gates=vec.requires_grad or _trains_modulation(block))
-    return _Block.apply(block, lambda: ring.resident(units), tape, len(inputs), *inputs, *parameters)
+            return run(*inputs)
+    return _Block.apply(run, lambda: ring.resident(units), tape, len(inputs), *inputs, *parameters)
 
 
 class _Block(torch.autograd.Function):
-    """Runs the block without gradients, keeping what its policy says; in the backward pass replays it with gradients,
-    and returns those of everything.
+    """Runs the block, or its modulation, without gradients, keeping what its policy says; in the backward pass replays
+    it with gradients, and returns those of everything.
     """
 
     @staticmethod
     def forward(
         ctx: Any,
-        block: nn.Module,
+        block: Callable[..., Any],
         resident: Callable[[], AbstractContextManager[None]],
         tape: Tape,
         count: int,
@@ -218,7 +254,3 @@ class _Block(torch.autograd.Function):
             wanted = [t for t, n in zip((*inputs, *saved[ctx.count :]), needed, strict=True) if n]
             found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
         return (None, None, None, None, *(next(found) if n else None for n in needed))
-
-
-def _trains_modulation(block: nn.Module) -> bool:
-    return any(p.requires_grad for m in block.modules() if isinstance(m, Modulation) for p in m.parameters())

@@ -5,12 +5,20 @@ Parameter names are those of the original checkpoint files, so that a file loads
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from fluxq.model.blocks import DoubleStreamBlock, LastLayer, SingleStreamBlock, run_block
+from fluxq.model.blocks import (
+    Block,
+    DoubleStreamBlock,
+    LastLayer,
+    Modulation,
+    SingleStreamBlock,
+    run_block,
+    run_modulation,
+)
 from fluxq.model.config import FluxConfig
 from fluxq.model.embed import MLPEmbedder, rope_angles, sinusoid
 from fluxq.model.linear import Linear
@@ -51,7 +59,7 @@ class Flux(nn.Module):
         return self._sample.device
 
     @property
-    def blocks(self) -> list[DoubleStreamBlock | SingleStreamBlock]:
+    def blocks(self) -> list[Block]:
         """All blocks in forward order."""
         return [*self.double_blocks, *self.single_blocks]  # type: ignore[list-item]
 
@@ -66,10 +74,25 @@ class Flux(nn.Module):
         where that lies upstream of the blocks. The inputs themselves are taken to need no gradient.
         """
         upstream = (self.img_in, self.txt_in, self.time_in, self.vector_in, self.guidance_in)
-        stages = [[m for m in upstream if m is not None], *([block] for block in self.blocks)]
-        trains = [any(p.requires_grad for m in stage for p in m.parameters()) for stage in stages]
-        first = trains.index(True) if True in trains else len(stages)
+        trains = [_trains(*upstream), *(_trains(block) for block in self.blocks)]
+        first = trains.index(True) if True in trains else len(trains)
         return range(max(0, first - 1), len(self.blocks))
+
+    @property
+    def trains_modulation(self) -> bool:
+        """Whether anything trainable lies upstream of `vec` or in what reads it: then rows change from step to step."""
+        modulations = (m for m in self.modules() if isinstance(m, Modulation))
+        return _trains(self.time_in, self.vector_in, self.guidance_in, self.final_layer.adaLN_modulation, *modulations)
+
+    @property
+    def units_with_backward(self) -> frozenset[str]:
+        """The units, modulation's too, that a training step goes back through."""
+        embedders = (self.time_in, self.vector_in, self.guidance_in)
+        found = {unit for i in self.blocks_with_backward for unit in self.blocks[i].units}
+        for block in self.blocks:
+            if _trains(*embedders, *(part for part in block.children() if isinstance(part, Modulation))):
+                found.add(block.modulation_unit)
+        return frozenset(found)
 
     def set_policy(self, policy: str | Sequence[str]) -> None:
         """Have every block keep that for its backward pass, or each block its own (fluxq/kernels/replay.py). Only
@@ -100,28 +123,43 @@ class Flux(nn.Module):
         timesteps: Tensor,
         y: Tensor,
         guidance: Tensor | None = None,
+        modulation: Iterable[Tensor] | None = None,
     ) -> Tensor:
         """The velocity (noise - image) at every image token, (B, Li, out_channels) in the model's dtype.
 
         img (B, Li, in_channels) packed latents; txt (B, Lt, context) T5 tokens; ids (B, L, 3) or (L, 3); timesteps (B,)
         in 0..1, 1 is noise; y (B, vec_in) CLIP's pooled vector; guidance (B,), needed by models that embed it (dev).
+        modulation: what `modulation_rows` gives for timesteps, y and guidance, where it has been computed ahead.
+        """
+        rows = iter(self.modulation_rows(timesteps, y, guidance) if modulation is None else modulation)
+        cos, sin = rope_angles(torch.cat([txt_ids, img_ids], dim=-2), self.config.axes_dim, self.config.theta)
+        img = self.img_in(img.to(self.dtype))
+        txt = self.txt_in(txt.to(self.dtype))
+
+        for block in self.double_blocks:
+            img, txt = run_block(block, self.ring, img, txt, next(rows), cos, sin)  # type: ignore[arg-type]
+        x, length = torch.cat([txt, img], dim=1), txt.shape[1]
+        del img, txt
+        for block in self.single_blocks:
+            x = run_block(block, self.ring, x, next(rows), cos, sin)  # type: ignore[arg-type]
+        return self.final_layer(x[:, length:], next(rows))
+
+    def modulation_rows(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Iterator[Tensor]:
+        """The rows that modulate each block, (B, 12 D) or (B, 3 D), and then the last layer, (B, 2 D).
+
+        Each is computed when it is asked for; arguments as of `forward`.
         """
         if (guidance is None) == self.config.guidance_embed:
             raise ValueError(
                 "this model needs guidance" if guidance is None else "this model (schnell) takes no guidance"
             )
-        cos, sin = rope_angles(torch.cat([txt_ids, img_ids], dim=-2), self.config.axes_dim, self.config.theta)
-
         vec = self.time_in(sinusoid(timesteps).to(self.dtype)) + self.vector_in(y.to(self.dtype))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance).to(self.dtype))
-        img = self.img_in(img.to(self.dtype))
-        txt = self.txt_in(txt.to(self.dtype))
+        for block in self.blocks:
+            yield run_modulation(block, self.ring, vec)
+        yield self.final_layer.modulation_rows(vec)
 
-        for block in self.double_blocks:
-            img, txt = run_block(block, self.ring, img, txt, vec, cos, sin)
-        x, length = torch.cat([txt, img], dim=1), txt.shape[1]
-        del img, txt
-        for block in self.single_blocks:
-            x = run_block(block, self.ring, x, vec, cos, sin)
-        return self.final_layer(x[:, length:], vec)
+
+def _trains(*modules: nn.Module | None) -> bool:
+    return any(p.requires_grad for m in modules if m is not None for p in m.parameters())

@@ -11,6 +11,7 @@ come at another time are fetched when they come.
 from __future__ import annotations
 
 import weakref
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -28,12 +29,18 @@ class Ring(Protocol):
         """Inside, the frozen weights of `units` lie where their layers expect them."""
         ...
 
+    def foresee(self, visits: Sequence[Sequence[str]]) -> None:
+        """Say that `resident` will be asked for these next, once, before what would have come without them."""
+        ...
+
 
 class AllResident:
     """The ring of a model that fits: every unit always lies where its layers expect it."""
 
     def resident(self, units: Sequence[str]) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def foresee(self, visits: Sequence[Sequence[str]]) -> None: ...
 
 
 @dataclass
@@ -69,7 +76,7 @@ class StreamingRing:
     ) -> None:
         self.schedule, self.copies, self.bytes_copied = schedule, 0, 0
         self.host, self._streams, self._poison = host, streams, poison
-        self._known = {unit for block in schedule.blocks for unit in block}
+        self._known = set(schedule.units)
         length = max((len(host[unit]) for unit in schedule.slot), default=0)
         memory = [torch.empty(length, dtype=torch.uint8, device=device) for _ in range(schedule.slots)]
         free = streams.computed()  # the first copies wait for whatever had this memory before
@@ -86,16 +93,21 @@ class StreamingRing:
     def expect(self, backward: Collection[int] | None = None) -> None:
         """Say which blocks, by number, training steps go back through: all of them, unless it is said."""
         self._rounds: tuple[tuple[Visit, ...], ...] = (self.schedule.step(backward), self.schedule.forward)
+        self._detour: deque[Visit] = deque()
         self._last: Visit = ()
         self._round: tuple[Visit, ...] = self._rounds[0]
-        self._next: int | None = 0  # the visit that comes next in the round, None where that cannot be told
+        self._next = 0 if self._round else None  # the visit that comes next in the round, None if that cannot be told
+        self._prefetch()
+
+    def foresee(self, visits: Sequence[Sequence[str]]) -> None:
+        self._detour = deque(visit for visit in map(self._streamed, visits) if visit)
         self._prefetch()
 
     @contextmanager
     def resident(self, units: Sequence[str]) -> Iterator[None]:
         if unknown := [unit for unit in units if unit not in self._known]:
             raise KeyError(f"this ring has no unit {', '.join(unknown)}")
-        visit = tuple(unit for unit in units if unit in self.schedule.slot)
+        visit = self._streamed(units)
         if visit:
             self._enter(visit)
         try:
@@ -107,7 +119,11 @@ class StreamingRing:
     def close(self) -> None:
         """Fetch nothing ahead any more, and wait until nothing is being copied: the host's bytes may then be freed."""
         self._rounds, self._round, self._next = ((), ()), (), None
+        self._detour.clear()
         _drain(self._streams)
+
+    def _streamed(self, units: Sequence[str]) -> Visit:
+        return tuple(unit for unit in units if unit in self.schedule.slot)
 
     def _enter(self, visit: Visit) -> None:
         slots = [self._slots[self.schedule.slot[unit]] for unit in visit]
@@ -147,7 +163,9 @@ class StreamingRing:
                     return
 
     def _ahead(self) -> Iterator[str]:
-        """The units of one whole round in the order of need, from what comes next."""
+        """The units of what was foreseen and of one whole round after it, in the order of need."""
+        for visit in self._detour:
+            yield from visit
         if self._next is not None:
             for visit in self._round[self._next :] + self._round[: self._next]:
                 yield from visit
@@ -168,6 +186,10 @@ class StreamingRing:
         Where it was not, training has turned to sampling or back, most likely: go on where a round has this visit, best
         where the one before is the last one too. Where none has it, nothing is foreseen until one has.
         """
+        if self._detour and self._detour[0] == visit:
+            self._detour.popleft()
+            return True
+        self._detour.clear()
         last, self._last = self._last, visit
         if self._next is not None and self._round[self._next] == visit:
             self._next = (self._next + 1) % len(self._round)

@@ -30,6 +30,7 @@ class Copy(NamedTuple):
 class Schedule:
     """The units of each block in forward order, which of them are resident, and the slots for the others.
 
+    Units `aside` belong to no block. They are visited one by one in passes of their own, in this order.
     More slots than streamed units are no use and are not had. Raises ValueError for fewer than 2 (there would be
     nothing to copy into while a unit is used), fewer than a block needs, a resident unit that no block has, and a unit
     that two blocks have.
@@ -38,9 +39,10 @@ class Schedule:
     blocks: tuple[tuple[str, ...], ...]
     resident: frozenset[str]
     slots: int
+    aside: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
-        units = [unit for block in self.blocks for unit in block]
+        units = self.units
         if len(set(units)) != len(units):
             raise ValueError("a unit belongs to one block, once")
         if unknown := sorted(self.resident.difference(units)):
@@ -50,10 +52,15 @@ class Schedule:
             raise ValueError(f"at least {max(2, most)} slots are needed, not {self.slots}")
         object.__setattr__(self, "slots", min(self.slots, len(self.slot)))
 
+    @property
+    def units(self) -> list[str]:
+        """All units: the blocks' in forward order, then those aside."""
+        return [*(unit for block in self.blocks for unit in block), *self.aside]
+
     @cached_property
     def slot(self) -> dict[str, int]:
-        """Streamed unit -> its slot, in forward order."""
-        streamed = [unit for block in self.blocks for unit in block if unit not in self.resident]
+        """Streamed unit -> its slot, in that order."""
+        streamed = [unit for unit in self.units if unit not in self.resident]
         return {unit: i % min(self.slots, len(streamed)) for i, unit in enumerate(streamed)}
 
     @cached_property

@@ -10,6 +10,7 @@ from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.randomness import normal
 from fluxq.data.store import Store, Text
 from fluxq.errors import WrongRequest
+from fluxq.formats.files import Checkpoint
 
 SMALL, WIDE = (32, 32), (64, 32)
 
@@ -55,6 +56,20 @@ def test_repeats_are_named_apart(store):
     batches = Batches(some_dataset(repeats=3), store, 1, seed=3)
     names = {name for index in range(len(batches)) for name in batches.examples_of(index)}
     assert {"photos/0.png", "photos/0.png#2", "photos/0.png#3"} <= names and len(names) == 24
+
+
+def test_what_is_known_ahead_is_what_the_batch_will_have(store, monkeypatch):
+    """And neither latents nor T5's tokens are read for it."""
+    batches = Batches(some_dataset(repeats=2), store, 3, seed=3)
+    expected = [batches.batch(index) for index in range(20)]
+    read, get = [], Checkpoint.get
+    monkeypatch.setattr(Checkpoint, "get", lambda self, key: read.append(key) or get(self, key))
+    for index, batch in enumerate(expected):
+        assert torch.equal(batches.pooled_of(index), batch.pooled)
+        assert batches.examples_of(index) == batch.examples
+        width, height = batches.bucket_of(index)
+        assert batch.latents.shape[2:] == (height // 8, width // 8)
+    assert set(read) == {"clip"}
 
 
 def test_batch_holds_latents_text_and_names_of_its_examples(store):

@@ -18,15 +18,20 @@ from fluxq.kernels import FORMATS, POLICIES
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.lora import lora_layers
+from fluxq.model.modulation import Lookahead, is_known_ahead
 from fluxq.model.units import unit_of
 from fluxq.offload import AllResident, Immediate, Late, Staged
 
 CPU = torch.device("cpu")
 UNITS = ("double_blocks.0.img", "double_blocks.0.txt", "double_blocks.1.img", "double_blocks.1.txt")
 UNITS += ("single_blocks.0", "single_blocks.1")
+MODULATION = ("double_blocks.0.mod", "double_blocks.1.mod", "single_blocks.0.mod", "single_blocks.1.mod")
 RESIDENT = [(), ("double_blocks.0.txt",), ("double_blocks.1.img", "double_blocks.1.txt", "single_blocks.1"), UNITS]
 TARGETS = {
     "everything": "all",
+    "modulation": [r"double_blocks\.1\.txt_mod\.lin", r"single_blocks\.0\.modulation\.lin"],
+    "what makes vec": [r"(time|vector|guidance)_in\..*"],
+    "the last rows": [r"final_layer\.adaLN_modulation\.1", r"single_blocks\.1\.linear2"],
     "blocks": "attention+mlp",
     "the last blocks": [r"double_blocks\.1\.img_mlp\.0", r"single_blocks\..*\.linear2"],
     "the last block": [r"single_blocks\.1\.linear1"],
@@ -79,29 +84,40 @@ def with_lora(flux: Flux, targets, policy: str, compute: str = "bf16") -> Flux:
     return flux
 
 
-def forward(flux: Flux, seed: int) -> torch.Tensor:
-    generator, c = torch.Generator().manual_seed(seed), flux.config
-
-    def noise(*shape):
-        return torch.randn(*shape, generator=generator)
-
-    img, txt, y = noise(2, 15, c.in_channels), noise(2, 7, c.context_in_dim), noise(2, c.vec_in_dim)
-    return flux(img, image_ids(3, 5), txt, text_ids(7), torch.tensor([0.3, 0.8]), y, torch.ones(2))
+def conditioning(flux: Flux, index: int):
+    y = torch.randn(2, flux.config.vec_in_dim, generator=torch.Generator().manual_seed(index))
+    return torch.tensor([0.3, 0.8]), y, torch.ones(2)
 
 
-def gradients(flux: Flux, seed: int) -> list[torch.Tensor]:
-    out = forward(flux, seed)
+def forward(flux: Flux, seed: int, ahead: Lookahead | None = None) -> torch.Tensor:
+    """Micro-step 20 * seed, so that with two examples there are one or two of them in a tile."""
+    generator, c, index = torch.Generator().manual_seed(seed), flux.config, 20 * seed
+    img = torch.randn(2, 15, c.in_channels, generator=generator)
+    txt = torch.randn(2, 7, c.context_in_dim, generator=generator)
+    rows = ahead.rows(index) if ahead else None
+    return flux(img, image_ids(3, 5), txt, text_ids(7), *conditioning(flux, index), rows)
+
+
+def lookahead(flux: Flux) -> Lookahead:
+    return Lookahead(flux, lambda index: conditioning(flux, index), 2)
+
+
+def gradients(flux: Flux, seed: int, ahead: Lookahead | None = None) -> list[torch.Tensor]:
+    out = forward(flux, seed, ahead)
     dy = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed)).to(out.dtype)
     return [out.detach(), *torch.autograd.grad(out, list(flux.parameters()), dy)]
 
 
 def train_sample_train(flux: Flux) -> list[torch.Tensor]:
-    """All outputs and gradients of a step, three passes of sampling, a forward pass that is given up, two steps."""
-    found = gradients(flux, 0)
+    """All outputs and gradients of a step, three passes of sampling, a forward pass that is given up, three steps, the
+    last with modulation in it.
+    """
+    ahead = lookahead(flux)
+    found = gradients(flux, 0, ahead)
     with torch.no_grad():
-        found += [forward(flux, seed) for seed in (1, 2, 3)]
-    forward(flux, 4)
-    return [*found, *gradients(flux, 5), *gradients(flux, 6)]
+        found += [forward(flux, seed, ahead) for seed in (1, 2, 3)]
+    forward(flux, 4, ahead)
+    return [*found, *gradients(flux, 5, ahead), *gradients(flux, 6, ahead), *gradients(flux, 6)]
 
 
 def assert_equal(flux: Flux, expected: list[torch.Tensor]) -> None:
@@ -127,8 +143,8 @@ def test_streaming_changes_no_bit(format, policy, files):
 @pytest.mark.parametrize("told", [True, False])
 def test_streaming_changes_no_bit_where_only_some_blocks_train(told, targets, files):
     expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), TARGETS[targets], "keep_attention"))
-    for slots, streams in itertools.product((2, 3, 5), (Immediate, Late)):
-        flux = load_streamed(files("nf4"), CPU, UNITS[3:4], slots, streams(), poison=True)
+    for slots, streams, ahead in itertools.product((2, 3, 5), (Immediate, Late), (True, False)):
+        flux = load_streamed(files("nf4"), CPU, UNITS[3:4], slots, streams(), poison=True, ahead=ahead)
         with_lora(flux, TARGETS[targets], "keep_attention")
         if not told:
             flux.ring.expect()
@@ -155,19 +171,44 @@ def test_a_staging_thread_changes_no_bit(files):
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_model_makes_the_visits_that_the_schedule_foresees(targets, files):
     """So that nothing is copied in vain: the copies of a step are those of the schedule."""
-    flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Immediate()), TARGETS[targets], "recompute")
-    gradients(flux, 0)
-    schedule = flux.ring.schedule
-    wanted = len(schedule.copies(schedule.step(flux.blocks_with_backward)))
-    for seed in (1, 2):
+    known = is_known_ahead(files("nf4").config, TARGETS[targets])
+    flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Immediate(), ahead=known), TARGETS[targets], "recompute")
+    ahead, schedule = lookahead(flux), flux.ring.schedule
+    gradients(flux, 0, ahead)
+    trained = [i for i, units in enumerate(schedule.blocks) if flux.units_with_backward.issuperset(units)]
+    wanted = len(schedule.copies(schedule.step(trained)))
+    for _ in range(2):
         before = flux.ring.copies
-        gradients(flux, seed)
+        gradients(flux, 1, ahead)  # of the same tile
         assert flux.ring.copies - before == wanted
-    assert wanted == {"the last blocks": 7 + 1, "the last block": 6}.get(targets, 8)
+    counts = {"the last blocks": 7 + 1, "the last block": 6, "everything": 16, "what makes vec": 16}
+    assert wanted == counts.get(targets, 8 if known else wanted)
+
+
+@pytest.mark.parametrize("streams", [Immediate, Late])
+def test_modulation_can_be_all_that_is_streamed(streams, files):
+    expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", "recompute"))
+    flux = load_streamed(files("nf4"), CPU, UNITS, 2, streams(), poison=True)
+    assert set(flux.ring.schedule.slot) == set(MODULATION)
+    assert_equal(with_lora(flux, "attention+mlp", "recompute"), expected)
+
+
+def test_a_tile_takes_each_of_modulations_weights_once(files):
+    """And no more of the blocks' than it has to put out of their slots."""
+    flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Immediate()), "attention+mlp", "recompute")
+    ahead, schedule, asked = lookahead(flux), flux.ring.schedule, []
+    gradients(flux, 0, ahead)
+    before, resident = flux.ring.copies, flux.ring.resident
+    flux.ring.resident = lambda units: asked.append(units) or resident(units)
+    gradients(flux, 2, ahead)  # of the next tile
+    assert asked[:4] == [(unit,) for unit in MODULATION] and not set(asked[4:]) & set(asked[:4])
+    step, passed = schedule.step(), tuple((unit,) for unit in MODULATION)
+    assert flux.ring.copies - before == len(schedule.copies(passed + step)) == 4 + 2 + 8
 
 
 def test_poison_shows_where_weights_are_read_outside_their_time(files):
-    flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Late(), poison=True), "attention+mlp", "recompute")
+    flux = load_streamed(files("nf4"), CPU, (), 2, Late(), poison=True)
+    with_lora(flux, "attention+mlp", "recompute")
     flux.ring, ring = AllResident(), flux.ring
     with torch.no_grad():
         assert not forward(flux, 0).isfinite().any()
@@ -195,6 +236,6 @@ def test_what_is_not_streamed_lies_in_memory_of_its_own(format, files):
     slots = {flux.ring.memory(unit).untyped_storage().data_ptr() for unit in flux.ring.schedule.slot}
     assert len(slots) == 2
     for name, buffer in flux.named_buffers():
-        streamed = unit_of(name) in UNITS[2:]
+        streamed = unit_of(name) in UNITS[2:] + MODULATION
         assert (buffer.untyped_storage().data_ptr() in slots) == streamed, name
     assert sum(p.numel() for p in flux.parameters()) == 0
