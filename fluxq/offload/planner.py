@@ -29,7 +29,7 @@ SLOTS = (2, 3, 4, 8)
 RESIDENTS = 20
 """Of how many units are resident, so many numbers are tried, and all where there are no more."""
 
-AHEAD = 32
+AHEAD = 64
 """Pictures whose modulation one pass computes."""
 
 MARGIN = int(0.75 * GIB)
@@ -108,7 +108,7 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     activations, workspace, gradients = max(_moments(costs, policies, offload), key=sum)
     found["lora"] = costs.lora + gradients
     found["activations"] = activations
-    found["workspace"] = workspace + costs.scratch + setting.ahead * costs.ahead_step
+    found["workspace"] = workspace + costs.scratch + costs.ahead_step
     return found
 
 
@@ -367,7 +367,7 @@ def _settings(costs: Costs, pins: Pins) -> list[Setting]:
 def _fixed(costs: Costs, setting: Setting) -> int:
     """Bytes on the card that are there all the time."""
     held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
-    return held + costs.stays + costs.lora + costs.optimiser + costs.scratch + setting.ahead * costs.ahead_step
+    return held + costs.stays + costs.lora + costs.optimiser + costs.scratch + costs.ahead_step
 
 
 def _bytes_moved(costs: Costs, setting: Setting, offload: bool) -> int:
@@ -394,7 +394,8 @@ def _ahead_seconds(costs: Costs, card: Card, setting: Setting) -> float:
 def _host(costs: Costs, offload: bool) -> int:
     """Bytes of RAM: the arena with all units, and the inputs that wait there."""
     inputs = sum(b.inputs for b in costs.blocks if b.policies) if offload else 0
-    return HOST + sum(costs.units.values()) + sum(costs.ahead.values()) + inputs
+    rows = AHEAD * costs.ahead_step // int(str(costs.about.get("batch", 1))) if costs.ahead else 0
+    return HOST + sum(costs.units.values()) + sum(costs.ahead.values()) + rows + inputs
 
 
 def _what_would_fit(
