@@ -27,7 +27,6 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.cases import Case, last_only, parser, run_part, target
 from benchmarks.kernel_cases.eight_bits import refuse_fp8_where_missing
 from benchmarks.kernel_cases.setting import Setting, cosine, relative_error
-from benchmarks.measure import timed
 from benchmarks.peers import diffusers_blocks
 from benchmarks.peers.peft_lora import trained
 from benchmarks.random_model import random_flux
@@ -39,6 +38,7 @@ from fluxq.model.embed import image_ids, rope_angles, text_ids
 from fluxq.model.linear import Linear
 from fluxq.model.lora import lora_layers
 from fluxq.offload import AllResident
+from fluxq.timing import timed
 
 SEEN = ("output", "d_input", "d_lora")
 

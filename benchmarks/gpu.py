@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, Skip, last_only, parser, run_part
-from benchmarks.measure import spread
 from benchmarks.random_model import random_flux
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
 from fluxq.flow import flow_loss
 from fluxq.kernels import COMPUTES, FORMATS, POLICIES
 from fluxq.model import Flux, FluxConfig
+from fluxq.timing import spread
 
 RANK, T5_LENGTH, WARM_UP, LEAST = 16, 512, 2, 3
 

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fluxq.formats.quantized import QuantizedFile, assign
+from fluxq.formats.quantized import assign
+from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.offload import Schedule, StreamingRing, Streams
 from fluxq.offload.arena import Arena, streams_for
 
 
+class StoredUnits(Protocol):
+    """Where units come from: a QuantizedFile, or what is drawn at random (fluxq/random_model.py)."""
+
+    @property
+    def config(self) -> FluxConfig: ...
+
+    @property
+    def units(self) -> Iterable[str]: ...
+
+    def length(self, unit: str) -> int: ...
+
+    def read(self, unit: str) -> Tensor: ...
+
+    def read_into(self, unit: str, out: Tensor) -> None: ...
+
+    def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]: ...
+
+
 def load_streamed(
-    file: QuantizedFile,
+    file: StoredUnits,
     device: torch.device,
     resident: Collection[str] = (),
     slots: int = 8,
@@ -31,7 +51,7 @@ def load_streamed(
     with torch.device("meta"):
         flux = Flux(file.config)
     schedule = Schedule(flux.blocks_units, frozenset(resident), slots)
-    arena = Arena({unit: file.checkpoint.shape(unit)[0] for unit in schedule.slot}, file.read_into)
+    arena = Arena({unit: file.length(unit) for unit in schedule.slot}, file.read_into)
 
     def place(unit: str, flat: Tensor) -> None:
         assign(flux, dict(file.tensors(unit, flat)))

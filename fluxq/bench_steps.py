@@ -1,0 +1,436 @@
+"""`fluxq bench steps`: how fast this machine trains, in steps and pictures a second.
+
+A step is the trainer's own (fluxq/train.py): noise and times drawn, the batch moved to the card, flow_loss, backward,
+clipping, the optimiser, and the loss read back, on the host's clock. Left out are reading the cache, previews and
+saving, and under int8 the look for outliers: with random weights no layer rotates its input. On a card the weights are
+FLUX.1 dev's in size and drawn at random as they are stored; on a processor they are nano's.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import importlib.metadata
+import json
+import math
+import platform
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxq import nano
+from fluxq.config import MemoryConfig, ModelConfig, TrainingConfig
+from fluxq.data.batches import Batch
+from fluxq.errors import WrongRequest
+from fluxq.flow import flow_loss, sample_noise, sample_timesteps
+from fluxq.formats.files import atomic_path
+from fluxq.formats.quantized import cache_folder
+from fluxq.formats.stream import expect_training
+from fluxq.machine import free_on_card, memory
+from fluxq.memory import SLOTS, nbytes, resident_by_hand
+from fluxq.model import Flux, FluxConfig, add_lora
+from fluxq.model.costs import flux_costs
+from fluxq.models import Models
+from fluxq.offload.cards import GIB, Card, measure
+from fluxq.offload.costs import Costs, Work
+from fluxq.offload.planner import plan
+from fluxq.offload.plans import Pins, Plan, counted
+from fluxq.optim import build_optimizer
+from fluxq.random_model import random_flux
+from fluxq.report import console
+from fluxq.timing import spread, wall
+from fluxq.tuning import use_tuned
+
+KIND = "fluxq bench steps"
+WARM_UP, LEAST = 3, 3
+TARGETS = "attention+mlp"
+OPTIMIZER = TrainingConfig().optimizer
+WORTH = (
+    "no CUDA card: this benches nano, 2,900 times smaller than FLUX.1; it shows that all runs, not how fast cards train"
+)
+COLUMNS = "{px:>5} {batch:>5} {t5:>4} {weights:<13} {keeps:<14} {swap:>6} {it_s:>8} {spread:>13} {pictures_s:>10} {tflops:>7} {share:>6} {peak:>7} {predicted:>9} {joules:>7}"  # noqa: E501
+HEADINGS = dict(
+    px="px", batch="batch", t5="T5", weights="weights", keeps="blocks keep", swap="stream", it_s="it/s",
+    spread="p10-p90 ms", pictures_s="pictures/s", tflops="TFLOP/s", share="share", peak="GiB", predicted="predicted",
+    joules="J/step",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row measures. policy, resident_units, blocks_to_swap and slots may be left to the planner, as in
+    training; blocks_to_swap N is 2 N streamed units.
+    """
+
+    format: str = "nf4"
+    compute: str = "bf16"
+    policy: str | None = None
+    size: int = 512
+    batch: int = 1
+    rank: int = 16
+    t5_length: int = 512
+    resident_units: int | None = None
+    blocks_to_swap: int | None = None
+    slots: int | None = None
+
+
+def bench_steps(
+    given: dict[str, Any],
+    matrix: str | None = None,
+    steps: int = 20,
+    limit_vram: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """A row a setting. `given`: fields of Setting, which in a `matrix` ("quick", "full") replace its own. out: a file
+    for the answer, as JSON.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limit = nbytes(limit_vram, "--limit-vram")
+    wanted = settings(matrix, given, device.type == "cuda")
+    card = None
+    if device.type == "cuda":
+        card = measure(cache_folder())
+        use_tuned(device, console.print)
+        if limit:
+            torch.cuda.set_per_process_memory_fraction(
+                min(1.0, limit / torch.cuda.get_device_properties(0).total_memory)
+            )
+    else:
+        if limit:
+            raise WrongRequest("--limit-vram holds a CUDA card's memory, and this machine has none; leave it out")
+        console.print(WORTH)
+    about = about_machine(device, card) | {"steps": steps, "limit_vram_bytes": limit, "optimizer": OPTIMIZER}
+    console.print(COLUMNS.format(**HEADINGS))
+    answer: dict[str, Any] = {"kind": KIND, "about": about, "rows": []}
+    for setting in wanted:
+        answer["rows"].append(row := row_of(setting, device, card, steps, limit))
+        if len(wanted) == 1 and "not_run" in row:
+            raise WrongRequest(row["not_run"])
+        console.print(line_of(row))
+        if out is not None:
+            save(answer, out)
+    return answer
+
+
+def hold_to(limit: int, device: torch.device) -> None:
+    """Let this process have no more than `limit` bytes of the card for tensors; CUDA's own come on top."""
+    share = limit / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+
+def save(answer: dict[str, Any], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+
+
+def settings(matrix: str | None, given: dict[str, Any], full_size: bool) -> list[Setting]:
+    """The settings to measure: one, or those of a matrix, in which what is given replaces the matrix's own."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if "resident_units" in given and "blocks_to_swap" in given:
+        raise WrongRequest("--resident-units and --blocks-to-swap say the same in two ways; give one of them")
+    if given.get("size", 16) % 16:
+        raise WrongRequest(f"--size must be a multiple of 16, not {given['size']}")
+    fixed = {"resident_units": None} if "blocks_to_swap" in given else {}
+    base = Setting() if full_size else Setting(size=nano.SIZE, t5_length=nano.T5_LENGTH)
+    chosen = [base] if matrix is None else MATRICES[matrix](base, full_size)
+    return list(dict.fromkeys(replace(setting, **fixed, **given) for setting in chosen))
+
+
+def _quick(base: Setting, full_size: bool) -> list[Setting]:
+    """The default at two sizes and two batches, 8 bits, and everything streamed."""
+    large = replace(base, size=1024) if full_size else base
+    eight_bits = dict(format="int8", compute="int8_dx")
+    return [
+        base,
+        large,
+        replace(base, batch=4),
+        replace(base, **eight_bits),
+        replace(large, **eight_bits),
+        replace(base, resident_units=0),
+    ]
+
+
+def _full(base: Setting, full_size: bool) -> list[Setting]:
+    """All pairs of format and compute that are of use, at three sizes and two batches; then half and all streamed."""
+    pairs = [("nf4", "bf16"), ("nf4", "int8_dx"), ("int8", "bf16"), ("int8", "int8_dx"), ("fp8", "fp8_dx")]
+    sizes = (512, 768, 1024) if full_size else (base.size,)
+    rows = [replace(base, format=f, compute=c, size=size, batch=b) for b, size, (f, c) in product((1, 4), sizes, pairs)]
+    half = 38 if full_size else 3
+    return rows + [
+        replace(base, format=f, compute=c, size=size, resident_units=units)
+        for size, (f, c), units in product(sizes, (pairs[0], pairs[3]), (half, 0))
+    ]
+
+
+MATRICES: dict[str, Callable[[Setting, bool], list[Setting]]] = {"quick": _quick, "full": _full}
+
+
+def row_of(setting: Setting, device: torch.device, card: Card | None, steps: int, limit: int | None) -> dict[str, Any]:
+    """The figures of a setting; where it runs out of memory, or cannot be run, the row says so."""
+    row = asdict(setting)
+    try:
+        if card is None:
+            flux, made = nano_flux(setting), None
+            costs = costs_of(setting, flux.config)
+        else:
+            costs = costs_of(setting, FluxConfig.dev())
+            made = planned(setting, costs, card, limit)
+            flux = planned_flux(setting, made, device)
+    except (WrongRequest, torch.OutOfMemoryError) as error:
+        _release(device)
+        return row | failed(error)
+    try:
+        row |= measure_steps(flux, setting, steps)
+    except torch.OutOfMemoryError as error:
+        row |= failed(error)
+    finally:
+        if hasattr(flux.ring, "close"):
+            flux.ring.close()  # type: ignore[attr-defined]
+        policies = [block.policy for block in flux.blocks]
+        del flux
+        _release(device)
+    row |= {"policies": counted(policies)}
+    if made is not None:
+        row |= predicted(made)
+    if "ms" in row:
+        row |= rates(costs, policies, row["ms"]["median"], card)
+    return row
+
+
+def failed(error: Exception) -> dict[str, str]:
+    """A row's end where there is nothing to time: out of memory, or not to be had."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"out_of_memory": str(error).split(". ")[0]}
+    return {"not_run": str(error)}
+
+
+def costs_of(setting: Setting, config: FluxConfig) -> Costs:
+    s = setting
+    return flux_costs(
+        config, s.format, s.compute, s.rank, TARGETS, s.batch, (s.size // 16) ** 2, s.t5_length, OPTIMIZER
+    )
+
+
+def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Plan:
+    """The plan that `fluxq train` would make with the same pins. Raises WrongRequest where nothing fits."""
+    pins = Pins(
+        resident_units=setting.resident_units,
+        blocks_to_swap=setting.blocks_to_swap,
+        policy=setting.policy,
+        slots=setting.slots,
+        offload=False,
+    )
+    vram = min(limit or 1 << 62, free_on_card() or card.vram)
+    return plan([costs], card, vram, (memory() or (0, None))[1], pins)
+
+
+def planned_flux(setting: Setting, made: Plan, device: torch.device) -> Flux:
+    """FLUX.1 dev with random weights, placed as the plan says."""
+    resident = made.resident if made.streamed else None
+    if resident is not None and setting.format == "bf16":
+        raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
+    flux = random_flux(FluxConfig.dev(), setting.format, device, setting.rank, resident, made.slots)
+    flux.set_policy(made.policies)
+    flux.set_compute(setting.compute)
+    return flux
+
+
+def nano_flux(setting: Setting) -> Flux:
+    """nano with its own weights and LoRA, on the processor."""
+    config = ModelConfig(name="nano", format=setting.format, compute=setting.compute)
+    models = Models(config, torch.device("cpu"), say=lambda line: None)
+    wishes = MemoryConfig(resident_units=setting.resident_units, blocks_to_swap=setting.blocks_to_swap)
+    flux = models.load_flux(resident_by_hand(wishes, models), setting.slots or SLOTS)
+    flux.set_policy(setting.policy or "keep_all")
+    add_lora(flux, setting.rank, setting.rank, TARGETS)
+    expect_training(flux)
+    return flux
+
+
+def measure_steps(flux: Flux, setting: Setting, steps: int, seconds: float = math.inf) -> dict[str, Any]:
+    """Milliseconds of `steps` training steps, or of as many as fit into `seconds` but at least LEAST, after WARM_UP
+    that do not count; their speed, the peak memory and, where the driver tells, the energy a step takes.
+    """
+    device = flux.device
+    energy = energy_counter(device)
+    step = trainer(flux, setting)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    try:
+        for index in range(WARM_UP):
+            loss = step(index)
+        before, losses, times = energy(), [], []
+        while len(times) < steps and (len(times) < LEAST or sum(times) < 1e3 * seconds):
+            times.append(wall(lambda: losses.append(step(WARM_UP + len(times)))))
+        after, loss = energy(), losses[-1]
+    finally:
+        flux.zero_grad(set_to_none=True)
+    figures = spread(times)
+    it_s = 1e3 / figures["median"]
+    row: dict[str, Any] = {"ok": math.isfinite(loss), "ms": figures, "it_s": it_s, "pictures_s": setting.batch * it_s}
+    row |= {"loss": loss, "joules": None if before is None or after is None else (after - before) / len(times)}
+    if device.type == "cuda":
+        row |= {
+            "peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
+            "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        }
+    return row
+
+
+def trainer(flux: Flux, setting: Setting) -> Callable[[int], float]:
+    """A function that makes training step `index` on a random batch, and gives its loss once the step is done."""
+    training, device = TrainingConfig(), flux.device
+    parameters = [p for p in flux.parameters() if p.requires_grad]
+    optimizer = build_optimizer(OPTIMIZER, parameters, training.rate, training.weight_decay)
+    batch = random_batch(flux.config, setting)
+    tokens = (setting.size // 16) ** 2
+
+    def step(index: int) -> float:
+        noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
+        t = sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
+        latents, noise, txt, pooled = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled))
+        loss = flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
+        loss.backward()
+        float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
+        optimizer.step()
+        optimizer.zero_grad()
+        return float(loss.detach())  # waits for the optimiser too: a stream does its work in order
+
+    return step
+
+
+def random_batch(config: FluxConfig, setting: Setting) -> Batch:
+    """Pictures and captions of the right shapes, all random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(setting.batch, *shape, generator=generator)
+
+    side = setting.size // 8
+    txt = 0.1 * randn(setting.t5_length, config.context_in_dim)
+    names = [f"random/{i}" for i in range(setting.batch)]
+    return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), randn(config.vec_in_dim), names)
+
+
+def predicted(made: Plan) -> dict[str, Any]:
+    """What the plan says of itself, beside what was measured."""
+    return {
+        "predicted_peak_gib": made.peak_bytes / GIB,
+        "predicted_s": made.seconds,
+        "predicted_stall": made.stall / made.seconds,
+        "resident": len(made.resident),
+        "streamed": made.streamed,
+        "slots": made.slots,
+    }
+
+
+def rates(costs: Costs, policies: Sequence[str], ms: float, card: Card | None) -> dict[str, Any]:
+    """TFLOP of a step, those of the policy's repeats among them, TFLOP/s, and the share of the card's measured peak: of
+    the step's time, what its products would take at the rate of a large product of their type.
+    """
+    work = costs.outside
+    for block, policy in zip(costs.blocks, policies, strict=True):
+        work += block.forward
+        if kept := block.policies.get(policy):
+            work += kept.replay + block.backward
+    share = None if card is None else ideal_seconds(work, card) / (ms / 1e3)
+    return {"tflop": work.flops / 1e12, "tflops": work.flops / (1e9 * ms), "share_of_peak": share}
+
+
+def ideal_seconds(work: Work, card: Card) -> float:
+    pairs = (
+        (work.bf16 + work.attention + work.attention_backward, card.bf16), (work.int8, card.int8), (work.fp8, card.fp8)
+    )  # fmt: skip
+    return sum(flops / (rate * 1e12) if rate else math.nan for flops, rate in pairs if flops)
+
+
+def about_machine(device: torch.device, card: Card | None) -> dict[str, Any]:
+    """What the rows were measured on and with."""
+    about: dict[str, Any] = {
+        "machine": card.name if card else f"processor ({platform.machine()}), nano",
+        "model": "FLUX.1 dev, random weights" if card else "nano",
+        "fluxq": _version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "targets": TARGETS,
+    }
+    return about | ({"card": asdict(card)} if card else {})
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("fluxq")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    units = row.get("streamed") if "streamed" in row else swapped(row)
+    cells = dict(
+        px=row["size"],
+        batch=row["batch"],
+        t5=row["t5_length"],
+        weights=f"{row['format']} {row['compute']}",
+        keeps=", ".join(row.get("policies", {})) or row["policy"] or "-",
+        swap=units,
+    )
+    if "ms" not in row:
+        why = "out of memory" if "out_of_memory" in row else f"not run: {row['not_run']}"
+        return COLUMNS.split(" {it_s")[0].format(**cells) + f"  {why}"
+    number = lambda name, digits: "-" if row.get(name) is None else f"{row[name]:.{digits}f}"  # noqa: E731
+    return COLUMNS.format(
+        **cells,
+        it_s=number("it_s", 3),
+        spread=f"{row['ms']['p10']:.0f}-{row['ms']['p90']:.0f}",
+        pictures_s=number("pictures_s", 3),
+        tflops=f"{row['tflops']:.3g}",
+        share="-" if row.get("share_of_peak") is None else f"{row['share_of_peak']:.0%}",
+        peak=number("peak_gib", 2),
+        predicted=number("predicted_peak_gib", 2),
+        joules=number("joules", 0),
+    ) + ("" if row["ok"] else "  the loss is not finite")
+
+
+def swapped(row: dict[str, Any]) -> str:
+    """How a row says what is streamed where no plan does."""
+    if row["blocks_to_swap"] is not None:
+        return str(2 * row["blocks_to_swap"])
+    return "-" if row["resident_units"] is None else f"R{row['resident_units']}"
+
+
+def energy_counter(device: torch.device) -> Callable[[], float | None]:
+    """A function that reads the card's energy counter, in joules; None where NVML does not tell (before Volta, WSL)."""
+    if device.type != "cuda":
+        return lambda: None
+    try:
+        nvml = ctypes.CDLL("nvml.dll" if hasattr(ctypes, "WinDLL") else "libnvidia-ml.so.1")
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+        handle = ctypes.c_void_p()
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
+            return lambda: None
+    except (OSError, AttributeError):
+        return lambda: None
+
+    def read() -> float | None:
+        millijoules = ctypes.c_ulonglong()
+        error = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+        return None if error else millijoules.value / 1e3
+
+    return read
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()  # what a row held may lie in a cycle with its error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
