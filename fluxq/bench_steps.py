@@ -210,10 +210,10 @@ def failed(error: Exception) -> dict[str, str]:
     return {"not_run": str(error)}
 
 
-def costs_of(setting: Setting, config: FluxConfig) -> Costs:
+def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER) -> Costs:
     s = setting
     return flux_costs(
-        config, s.format, s.compute, s.rank, TARGETS, s.batch, (s.size // 16) ** 2, s.t5_length, OPTIMIZER
+        config, s.format, s.compute, s.rank, TARGETS, s.batch, (s.size // 16) ** 2, s.t5_length, optimizer
     )
 
 
@@ -253,31 +253,38 @@ def nano_flux(setting: Setting) -> Flux:
     return flux
 
 
-def measure_steps(flux: Flux, setting: Setting, steps: int, seconds: float = math.inf) -> dict[str, Any]:
+def measure_steps(
+    flux: Flux, setting: Setting, steps: int, seconds: float = math.inf, optimizer: str = OPTIMIZER
+) -> dict[str, Any]:
+    """The figures of training `flux` (see `clock_steps`)."""
+    try:
+        return clock_steps(trainer(flux, setting, optimizer), flux.device, setting.batch, steps, seconds)
+    finally:
+        flux.zero_grad(set_to_none=True)
+
+
+def clock_steps(
+    step: Callable[[int], float], device: torch.device, batch: int, steps: int, seconds: float = math.inf
+) -> dict[str, Any]:
     """Milliseconds of `steps` training steps, or of as many as fit into `seconds` but at least LEAST, after WARM_UP
-    that do not count; their speed, the peak memory and, where the driver tells, the energy a step takes.
+    that do not count; their speed, the peak memory and, where the driver tells, the energy a step takes. `step(index)`
+    gives the loss, once all its work is done.
     """
-    device = flux.device
-    energy = energy_counter(device)
-    step = trainer(flux, setting)
-    if device.type == "cuda":
+    energy, cuda = energy_counter(device), device.type == "cuda"
+    if cuda:
         torch.cuda.synchronize(device)
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)
-    try:
-        for index in range(WARM_UP):
-            loss = step(index)
-        before, losses, times = energy(), [], []
-        while len(times) < steps and (len(times) < LEAST or sum(times) < 1e3 * seconds):
-            times.append(wall(lambda: losses.append(step(WARM_UP + len(times)))))
-        after, loss = energy(), losses[-1]
-    finally:
-        flux.zero_grad(set_to_none=True)
-    figures = spread(times)
+    for index in range(WARM_UP):
+        step(index)
+    before, losses, times = energy(), [], []
+    while len(times) < steps and (len(times) < LEAST or sum(times) < 1e3 * seconds):
+        times.append(wall(lambda: losses.append(step(WARM_UP + len(times)))))
+    after, figures = energy(), spread(times)
     it_s = 1e3 / figures["median"]
-    row: dict[str, Any] = {"ok": math.isfinite(loss), "ms": figures, "it_s": it_s, "pictures_s": setting.batch * it_s}
-    row |= {"loss": loss, "joules": None if before is None or after is None else (after - before) / len(times)}
-    if device.type == "cuda":
+    row: dict[str, Any] = {"ok": math.isfinite(losses[-1]), "ms": figures, "it_s": it_s, "pictures_s": batch * it_s}
+    row |= {"loss": losses[-1], "joules": None if before is None or after is None else (after - before) / len(times)}
+    if cuda:
         row |= {
             "peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
             "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
@@ -285,11 +292,11 @@ def measure_steps(flux: Flux, setting: Setting, steps: int, seconds: float = mat
     return row
 
 
-def trainer(flux: Flux, setting: Setting) -> Callable[[int], float]:
+def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callable[[int], float]:
     """A function that makes training step `index` on a random batch, and gives its loss once the step is done."""
     training, device = TrainingConfig(), flux.device
     parameters = [p for p in flux.parameters() if p.requires_grad]
-    optimizer = build_optimizer(OPTIMIZER, parameters, training.rate, training.weight_decay)
+    updates = build_optimizer(optimizer, parameters, training.rate, training.weight_decay)
     batch = random_batch(flux.config, setting)
     tokens = (setting.size // 16) ** 2
 
@@ -300,8 +307,8 @@ def trainer(flux: Flux, setting: Setting) -> Callable[[int], float]:
         loss = flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
         loss.backward()
         float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
-        optimizer.step()
-        optimizer.zero_grad()
+        updates.step()
+        updates.zero_grad()
         return float(loss.detach())  # waits for the optimiser too: a stream does its work in order
 
     return step
@@ -317,7 +324,7 @@ def random_batch(config: FluxConfig, setting: Setting) -> Batch:
     side = setting.size // 8
     txt = 0.1 * randn(setting.t5_length, config.context_in_dim)
     names = [f"random/{i}" for i in range(setting.batch)]
-    return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), randn(config.vec_in_dim), names)
+    return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
 
 
 def predicted(made: Plan) -> dict[str, Any]:
