@@ -19,6 +19,7 @@ from fluxq.offload.plans import counted
 from fluxq.report import console
 
 AXES = (
+    "model",
     "size",
     "batch",
     "t5_length",
@@ -32,6 +33,8 @@ AXES = (
 )
 """What makes two rows the same setting."""
 
+NANO, PUBLISHED = "nano", "published by others"
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -42,7 +45,7 @@ class Anchor:
     figure: str
     pictures_s: float
     conditions: str
-    source: str = "published"
+    source: str = "published, original not located"
 
 
 ANCHORS = (
@@ -51,7 +54,14 @@ ANCHORS = (
     Anchor("ai-toolkit", "RTX 4090", "0.438 it/s", 0.438, "batch 1; size and T5 length not stated"),
     Anchor("ai-toolkit", "L40S", "0.838 it/s", 0.838, "batch 1; size and T5 length not stated"),
     Anchor("ComfyUI-FluxTrainer", "RTX 4090", "2.42 s/it", 1 / 2.42, "768 px; batch not stated, taken as 1"),
-    Anchor("HF QLoRA recipe", "RTX 4090", "0.88 s/picture", 1 / 0.88, "512 x 768 px, T5 77, rank 4, attention only"),
+    Anchor(
+        "HF QLoRA recipe",
+        "RTX 4090",
+        "0.88 s/picture",
+        1 / 0.88,
+        "512 x 768 px, T5 77, rank 4, attention only",
+        "published",
+    ),
 )
 
 
@@ -83,12 +93,16 @@ def read(path: Path) -> dict[str, Any]:
 
 def _sound(result: dict[str, Any]) -> bool:
     about, rows = result.get("about"), result.get("rows")
-    if not (isinstance(about, dict) and isinstance(about.get("machine"), str) and isinstance(rows, list)):
+    if not (
+        isinstance(about, dict)
+        and all(isinstance(about.get(name), str) for name in ("machine", "model"))
+        and isinstance(rows, list)
+    ):
         return False
     numbers = ("it_s", "pictures_s")
     return all(
         isinstance(row, dict)
-        and all(name in row for name in AXES)
+        and all(name in row for name in AXES[1:])
         and ("ms" not in row or all(isinstance(row.get(name), int | float) for name in numbers))
         for row in rows
     )
@@ -106,15 +120,16 @@ def side_by_side(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     kept = ("it_s", "pictures_s", "ms", "tflops", "share_of_peak", "peak_gib", "out_of_memory", "not_run")
     for name, result in results.items():
-        for row in result["rows"]:
+        for row in ({"model": result["about"]["model"], **row} for row in result["rows"]):
             key = tuple(row[axis] for axis in AXES)
             line = lines.setdefault(key, {axis: row[axis] for axis in AXES} | {"machines": {}})
             line["machines"][name] = {field: row[field] for field in kept if field in row}
-    return sorted(lines.values(), key=lambda line: (line["size"], line["batch"], line["t5_length"]))
+    return sorted(lines.values(), key=lambda line: (line["model"], line["size"], line["batch"], line["t5_length"]))
 
 
 def setting_in_words(line: dict[str, Any]) -> str:
-    words = [f"{line['size']} px", f"batch {line['batch']}", f"T5 {line['t5_length']}", f"rank {line['rank']}"]
+    words = ["nano"] if line["model"] == NANO else []
+    words += [f"{line['size']} px", f"batch {line['batch']}", f"T5 {line['t5_length']}", f"rank {line['rank']}"]
     words += [f"{line['format']} {line['compute']}", *([line["policy"]] if line["policy"] else [])]
     if line["resident_units"] is not None:
         words.append(f"{line['resident_units']} units resident")
@@ -137,11 +152,11 @@ def show(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]]) ->
     """The table on the console, and the anchors below it."""
     console.print("pictures a second, and peak GiB where it was measured")
     _table([["", *results], *([setting_in_words(x), *(cell(x["machines"].get(n)) for n in results)] for x in lines)])
-    console.print("\npublished by others, not measured here, each under its own conditions")
+    console.print(f"\n{PUBLISHED}, not measured here, each under its own conditions; of FLUX.1, not of nano")
     _table(
         [
-            ["", "pictures/s", "as published", "under"],
-            *([f"{a.trainer}, {a.card}", f"{a.pictures_s:.3f}", a.figure, a.conditions] for a in ANCHORS),
+            ["", "pictures/s", "as published", "under", "source"],
+            *([f"{a.trainer}, {a.card}", f"{a.pictures_s:.3f}", a.figure, a.conditions, a.source] for a in ANCHORS),
         ]
     )
 
@@ -153,7 +168,9 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def plot(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Pictures a second as bars, a colour a machine; hatched: published."""
+    """Pictures a second as bars, a colour a machine; hatched: published, left out where all that was measured is
+    nano.
+    """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -163,14 +180,15 @@ def plot(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]], pa
         for name in results
         if "pictures_s" in line["machines"].get(name, {})
     ]
-    bars += [(f"{a.trainer}, {a.card}: {a.conditions}", a.pictures_s, "published by others") for a in ANCHORS]
+    if any(line["model"] != NANO for line in lines):
+        bars += [(f"{a.trainer}, {a.card}: {a.conditions}", a.pictures_s, PUBLISHED) for a in ANCHORS]
     figure = Figure(figsize=(11, 1.5 + 0.24 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
     for series in counted([series for *_, series in bars]):
         own = [(i, value) for i, (_, value, name) in enumerate(bars) if name == series]
-        look: dict[str, Any] = {"color": "#dddddd", "hatch": "///"} if series == "published by others" else {}
+        look: dict[str, Any] = {"color": "#dddddd", "hatch": "///"} if series == PUBLISHED else {}
         axes.barh([i for i, _ in own], [value for _, value in own], label=series, **look)
-    axes.set(yticks=range(len(bars)), xlabel="pictures a second", title="FLUX.1 LoRA training: higher is faster")
+    axes.set(yticks=range(len(bars)), xlabel="pictures a second", title="LoRA training: longer is faster")
     axes.set_yticklabels([text for text, *_ in bars], fontsize=7)
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")

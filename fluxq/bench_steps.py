@@ -14,6 +14,7 @@ import importlib.metadata
 import json
 import math
 import platform
+import re
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
@@ -37,7 +38,8 @@ from fluxq.memory import SLOTS, nbytes, resident_by_hand
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.costs import flux_costs
 from fluxq.models import Models
-from fluxq.offload.cards import GIB, Card, measure
+from fluxq.offload import Streams
+from fluxq.offload.cards import GIB, Card, measure, with_bus
 from fluxq.offload.costs import Costs, Work
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, counted
@@ -85,31 +87,33 @@ def bench_steps(
     matrix: str | None = None,
     steps: int = 20,
     limit_vram: str | None = None,
+    limit_bus: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """A row a setting. `given`: fields of Setting, which in a `matrix` ("quick", "full") replace its own. out: a file
-    for the answer, as JSON.
+    """A row a setting. `given`: fields of Setting, which in a `matrix` ("quick", "full") replace its own. limit_vram
+    ("12GiB") and limit_bus ("12GB/s") hold the card back. out: a file for the answer, as JSON.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit = nbytes(limit_vram, "--limit-vram")
     wanted = settings(matrix, given, device.type == "cuda")
-    card = None
+    card, slower = None, 1.0
     if device.type == "cuda":
         card = measure(cache_folder())
         use_tuned(device, console.print)
         if limit:
-            torch.cuda.set_per_process_memory_fraction(
-                min(1.0, limit / torch.cuda.get_device_properties(0).total_memory)
-            )
+            hold_to(limit, device)
+        if limit_bus:
+            card, slower = on_slower_bus(card, limit_bus)
     else:
-        if limit:
-            raise WrongRequest("--limit-vram holds a CUDA card's memory, and this machine has none; leave it out")
+        if limit or limit_bus:
+            raise WrongRequest("--limit-vram and --limit-bus hold back a CUDA card, and this machine has none")
         console.print(WORTH)
     about = about_machine(device, card) | {"steps": steps, "limit_vram_bytes": limit, "optimizer": OPTIMIZER}
+    about["limit_bus_gb_s"] = card.bus_gb_s if card and slower > 1 else None
     console.print(COLUMNS.format(**HEADINGS))
     answer: dict[str, Any] = {"kind": KIND, "about": about, "rows": []}
     for setting in wanted:
-        answer["rows"].append(row := row_of(setting, device, card, steps, limit))
+        answer["rows"].append(row := row_of(setting, device, card, steps, limit, slower))
         if len(wanted) == 1 and "not_run" in row:
             raise WrongRequest(row["not_run"])
         console.print(line_of(row))
@@ -122,6 +126,30 @@ def hold_to(limit: int, device: torch.device) -> None:
     """Let this process have no more than `limit` bytes of the card for tensors; CUDA's own come on top."""
     share = limit / torch.cuda.get_device_properties(device).total_memory
     torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+
+
+def on_slower_bus(card: Card, text: str) -> tuple[Card, float]:
+    """`card` behind a bus as slow as "12GB/s", and how many times each copy is made for that."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gb/s)?\s*", text.lower())
+    if found is None or not 0 < (limit := float(found[1])) < card.bus_gb_s:
+        raise WrongRequest(f"--limit-bus must be a rate below this machine's {card.bus_gb_s:g} GB/s, not {text!r}")
+    return with_bus(card, limit), card.bus_gb_s / limit
+
+
+class SlowBus:
+    """`streams` whose copies are made `times` times over, the last one in part: a slower bus, to test predictions."""
+
+    def __init__(self, streams: Streams, times: float) -> None:
+        self._streams, self._times = streams, times
+
+    def copy(self, slot: Tensor, source: Tensor) -> None:
+        for _ in range(int(self._times)):
+            self._streams.copy(slot, source)
+        if part := int(len(source) * (self._times % 1)):
+            self._streams.copy(slot, source[:part])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streams, name)
 
 
 def save(answer: dict[str, Any], path: Path) -> None:
@@ -171,8 +199,12 @@ def _full(base: Setting, full_size: bool) -> list[Setting]:
 MATRICES: dict[str, Callable[[Setting, bool], list[Setting]]] = {"quick": _quick, "full": _full}
 
 
-def row_of(setting: Setting, device: torch.device, card: Card | None, steps: int, limit: int | None) -> dict[str, Any]:
-    """The figures of a setting; where it runs out of memory, or cannot be run, the row says so."""
+def row_of(
+    setting: Setting, device: torch.device, card: Card | None, steps: int, limit: int | None, slower: float = 1.0
+) -> dict[str, Any]:
+    """The figures of a setting; where it runs out of memory, or cannot be run, the row says so. card: None for nano on
+    the processor; limit: bytes of the card; slower: how many times each copy is made.
+    """
     row = asdict(setting)
     try:
         if card is None:
@@ -181,7 +213,7 @@ def row_of(setting: Setting, device: torch.device, card: Card | None, steps: int
         else:
             costs = costs_of(setting, FluxConfig.dev())
             made = planned(setting, costs, card, limit)
-            flux = planned_flux(setting, made, device)
+            flux = planned_flux(setting, made, device, slower)
     except (WrongRequest, torch.OutOfMemoryError) as error:
         _release(device)
         return row | failed(error)
@@ -230,12 +262,13 @@ def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Pl
     return plan([costs], card, vram, (memory() or (0, None))[1], pins)
 
 
-def planned_flux(setting: Setting, made: Plan, device: torch.device) -> Flux:
+def planned_flux(setting: Setting, made: Plan, device: torch.device, slower: float) -> Flux:
     """FLUX.1 dev with random weights, placed as the plan says."""
     resident = made.resident if made.streamed else None
     if resident is not None and setting.format == "bf16":
         raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
-    flux = random_flux(FluxConfig.dev(), setting.format, device, setting.rank, resident, made.slots)
+    through: dict[str, Any] = {} if slower == 1 else {"through": lambda streams: SlowBus(streams, slower)}
+    flux = random_flux(FluxConfig.dev(), setting.format, device, setting.rank, resident, made.slots, **through)
     flux.set_policy(made.policies)
     flux.set_compute(setting.compute)
     return flux

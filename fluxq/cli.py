@@ -402,10 +402,17 @@ def kernels(tune: bool, as_json: bool) -> None:
 @click.option("--slots", type=click.IntRange(2), help="Places on the card for streamed units; default: as fits.")
 @click.option("--steps", type=click.IntRange(3), default=20, show_default=True, help="Timed steps a setting.")
 @click.option("--limit-vram", metavar="TEXT", help="Have no more of the card than this, like 12GiB.")
+@click.option("--limit-bus", metavar="TEXT", help="Imitate a slower bus, like 12GB/s, by repeating copies.")
 @click.option("--out", type=Path, metavar="FILE", help="Also write the result there as JSON, for bench compare.")
 @JSON
 def steps(
-    matrix: str | None, steps: int, limit_vram: str | None, out: Path | None, as_json: bool, **given: Any
+    matrix: str | None,
+    steps: int,
+    limit_vram: str | None,
+    limit_bus: str | None,
+    out: Path | None,
+    as_json: bool,
+    **given: Any,
 ) -> None:
     """Training steps of full-size FLUX.1 dev with random weights: it/s, pictures/s, TFLOP/s, peak memory, energy.
 
@@ -414,7 +421,7 @@ def steps(
     _begin(as_json)
     from fluxq.bench_steps import bench_steps
 
-    _print(bench_steps(given, matrix, steps, limit_vram, out), as_json)
+    _print(bench_steps(given, matrix, steps, limit_vram, limit_bus, out), as_json)
 
 
 @bench.command()

@@ -18,6 +18,7 @@ from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.lora import lora_layers
 from fluxq.model.units import REST
+from fluxq.offload import Streams
 
 SPREAD = {"nf4": 0.518, "int8": 73.6, "fp8": 1.0}
 """Standard deviation of what codes and values stand for before they are scaled, drawn as `fill` does."""
@@ -31,10 +32,12 @@ def random_flux(
     resident: Collection[str] | None = None,
     slots: int = 8,
     say: Callable[[str], None] = lambda line: None,
+    through: Callable[[Streams], Streams] = lambda streams: streams,
 ) -> Flux:
     """The transformer in `format`, with LoRA on attention and MLP, both halves random.
 
-    resident: the units that stay on the device, the others are streamed through `slots`; None for all.
+    resident: the units that stay on the device, the others are streamed through `slots`; None for all. say,
+    through: see load_streamed.
     """
     units = RandomUnits(config, format, device)
     if resident is None:
@@ -44,7 +47,7 @@ def random_flux(
             assign(flux, dict(units.tensors(unit, units.read(unit))))
         flux.eval()
     else:
-        flux = load_streamed(units, device, resident, slots, say=say)
+        flux = load_streamed(units, device, resident, slots, say=say, through=through)
     add_lora(flux, rank, rank)
     for layer in lora_layers(flux).values():
         nn.init.normal_(layer.get_parameter("lora_up"), std=0.01)

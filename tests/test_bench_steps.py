@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -12,8 +13,20 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fluxq import bench_steps
-from fluxq.bench_compare import ANCHORS
-from fluxq.bench_steps import Setting, clock_steps, ideal_seconds, line_of, rates, row_of, settings, trainer
+from fluxq.bench_compare import ANCHORS, AXES
+from fluxq.bench_steps import (
+    KIND,
+    Setting,
+    SlowBus,
+    clock_steps,
+    ideal_seconds,
+    line_of,
+    on_slower_bus,
+    rates,
+    row_of,
+    settings,
+    trainer,
+)
 from fluxq.cli import main
 from fluxq.errors import WrongRequest
 from fluxq.kernels import FORMATS, dequantize
@@ -21,6 +34,7 @@ from fluxq.model import FluxConfig
 from fluxq.model.linear import Linear
 from fluxq.offload.cards import CARDS
 from fluxq.offload.costs import Work
+from fluxq.offload.streams import Immediate
 from fluxq.random_model import random_flux
 from fluxq.timing import milliseconds
 
@@ -62,7 +76,7 @@ def test_a_matrix_has_streamed_rows_and_its_results_stand_side_by_side(tmp_path:
         4,
     }
     assert (
-        all(anchor["source"] == "published" for anchor in answer["published"])
+        all(anchor["source"].startswith("published") for anchor in answer["published"])
         and "published by others" in result.stderr
     )
     assert Image.open(tmp_path / "x.png").width > 800
@@ -84,7 +98,10 @@ def test_the_published_anchors_are_those_of_their_sources():
         ("no json", "is no result of fluxq bench steps"),
         ("[1]", "is no result of fluxq bench steps"),
         ('{"predicted": true, "rows": []}', "is no result of fluxq bench steps"),
-        ('{"kind": "fluxq bench steps", "about": {"machine": "x"}, "rows": [{"size": 1}]}', "is no result"),
+        (
+            '{"kind": "fluxq bench steps", "about": {"machine": "x", "model": "nano"}, "rows": [{"size": 1}]}',
+            "is no result",
+        ),
         ('{"kind": "fluxq bench steps", "rows": []}', "is no result"),
     ],
 )
@@ -103,7 +120,8 @@ def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_pat
     ("arguments", "sentence"),
     [
         (["--size", 100], "--size must be a multiple of 16, not 100"),
-        (["--limit-vram", "12GiB"], "--limit-vram holds a CUDA card's memory"),
+        (["--limit-vram", "12GiB"], "--limit-vram and --limit-bus hold back a CUDA card"),
+        (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA card"),
         (["--limit-vram", "much"], "must be an amount of memory like 12GiB"),
         (["--blocks-to-swap", 9], "18 cannot be streamed"),
         (["--blocks-to-swap", 1, "--resident-units", 2], "say the same in two ways"),
@@ -172,3 +190,54 @@ def test_a_step_is_counted_in_flops_by_hand_and_held_against_measured_rates():
 
 def test_one_clock_times_everything():
     assert milliseconds(lambda: None, CPU, 3) >= 0
+
+
+@pytest.mark.parametrize(("resident", "copies"), [(None, False), (0, True)])
+def test_on_a_card_a_plan_places_the_weights_and_its_predictions_stand_beside_what_was_measured(
+    monkeypatch, resident, copies
+):
+    """With nano's sizes on the processor, which is told that it is a card."""
+    monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
+    setting = replace(TINY, policy="recompute", resident_units=resident, slots=2)
+    row = row_of(setting, CPU, replace(CARDS["rtx4090"], name="imagined"), 3, None)
+    assert row["ok"] and row["policies"] == {"recompute": 4}
+    assert row["predicted_peak_gib"] > 0 and row["predicted_s"] > 0 and 0 < row["share_of_peak"] < 1
+    assert row["streamed"] + row["resident"] == 6
+    assert (row["resident"], row["slots"]) == (0, 2) if copies else row["resident"] > 0
+    assert "imagined" not in line_of(row) and f"{row['predicted_peak_gib']:.2f}" in line_of(row)
+    refused = row_of(setting, CPU, CARDS["rtx4090"], 3, 1 << 20)
+    assert "GiB" in refused["not_run"] and "ms" not in refused
+
+
+def test_a_slower_bus_is_copies_made_again(monkeypatch):
+    copied = []
+
+    class Counting(Immediate):
+        def copy(self, slot, source):
+            copied.append(len(source))
+            super().copy(slot, source)
+
+    slow, source = SlowBus(Counting(), 2.5), torch.arange(100, dtype=torch.uint8)
+    slot = torch.zeros(128, dtype=torch.uint8)
+    slow.copy(slot, source)
+    assert copied == [100, 100, 50] and torch.equal(slot[:100], source) and slow.copied() is None
+    card, times = on_slower_bus(CARDS["rtx4090"], "10 GB/s")
+    assert (card.bus_gb_s, times) == (10, 2.45)
+    for text in ("fast", "0", "30GB/s"):
+        with pytest.raises(WrongRequest, match=r"below this machine's 24.5 GB/s"):
+            on_slower_bus(CARDS["rtx4090"], text)
+    monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
+    row = row_of(replace(TINY, resident_units=0), CPU, card, 3, None, times)
+    assert row["ok"] and row["streamed"] == 6
+
+
+def test_flux_and_nano_are_told_apart(tmp_path):
+    row = dict.fromkeys(AXES[1:]) | dataclasses.asdict(TINY) | {"it_s": 1.0, "pictures_s": 1.0, "ms": {}}
+    row |= {"peak_gib": 5.25}
+    for model in ("nano", "FLUX.1 dev, random weights"):
+        about = {"machine": f"of {model}", "model": model}
+        (tmp_path / f"{model[:4]}.json").write_text(json.dumps({"kind": KIND, "about": about, "rows": [row]}))
+    result = run("compare", *tmp_path.glob("*.json"), "--json", "--out", tmp_path / "x.png")
+    answer = json.loads(result.stdout)
+    assert [len(line["machines"]) for line in answer["rows"]] == [1, 1] and "1.000 (5.2 GiB)" in result.stderr
+    assert "nano, 32 px" in result.stderr

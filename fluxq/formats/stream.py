@@ -41,12 +41,14 @@ def load_streamed(
     streams: Streams | None = None,
     poison: bool = False,
     say: Callable[[str], None] = lambda line: None,
+    through: Callable[[Streams], Streams] = lambda streams: streams,
 ) -> Flux:
     """The transformer of `file`, whose blocks' units but `resident` are streamed to `device` through `slots` slots.
 
     What lies outside the blocks, and modulation, is on `device`. `flux.ring.close()` before the model is let go. Tell
     the ring which blocks train with `expect_training`. Frozen weights are then only to be read inside `resident`, and
-    the model is not to be moved or cast. `streams` and `poison`: see StreamingRing.
+    the model is not to be moved or cast. `streams` and `poison`: see StreamingRing. `through` may
+    put something between the ring and its streams.
     """
     with torch.device("meta"):
         flux = Flux(file.config)
@@ -60,7 +62,7 @@ def load_streamed(
         if unit not in schedule.slot:
             place(unit, file.read(unit).to(device))
     streams = streams or streams_for(arena, device, say)
-    flux.ring = StreamingRing(schedule, arena, place, device, streams, poison)
+    flux.ring = StreamingRing(schedule, arena, place, device, through(streams), poison)
     return flux.eval()
 
 
