@@ -34,7 +34,7 @@ from fluxq.formats.files import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
 from fluxq.machine import free_on_card, memory
-from fluxq.memory import SLOTS, nbytes, resident_by_hand
+from fluxq.memory import SLOTS, blocks_units, nbytes, resident_by_hand
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.costs import flux_costs
 from fluxq.models import Models
@@ -171,7 +171,7 @@ def settings(matrix: str | None, given: dict[str, Any], full_size: bool) -> list
 
 
 def _quick(base: Setting, full_size: bool) -> list[Setting]:
-    """The default at two sizes and two batches, 8 bits, and everything streamed."""
+    """As planned at two sizes and two batches, and in 8 bits; then everything resident, and everything streamed."""
     large = replace(base, size=1024) if full_size else base
     eight_bits = dict(format="int8", compute="int8_dx")
     return [
@@ -180,20 +180,26 @@ def _quick(base: Setting, full_size: bool) -> list[Setting]:
         replace(base, batch=4),
         replace(base, **eight_bits),
         replace(large, **eight_bits),
-        replace(base, resident_units=0),
+        *(replace(base, resident_units=units) for units in (all_units(full_size), 0)),
     ]
 
 
 def _full(base: Setting, full_size: bool) -> list[Setting]:
-    """All pairs of format and compute that are of use, at three sizes and two batches; then half and all streamed."""
+    """All pairs of format and compute that are of use, at three sizes and two batches; then none, half and all
+    streamed.
+    """
     pairs = [("nf4", "bf16"), ("nf4", "int8_dx"), ("int8", "bf16"), ("int8", "int8_dx"), ("fp8", "fp8_dx")]
     sizes = (512, 768, 1024) if full_size else (base.size,)
     rows = [replace(base, format=f, compute=c, size=size, batch=b) for b, size, (f, c) in product((1, 4), sizes, pairs)]
-    half = 38 if full_size else 3
+    every = all_units(full_size)
     return rows + [
         replace(base, format=f, compute=c, size=size, resident_units=units)
-        for size, (f, c), units in product(sizes, (pairs[0], pairs[3]), (half, 0))
+        for size, (f, c), units in product(sizes, (pairs[0], pairs[3]), (every, every // 2, 0))
     ]
+
+
+def all_units(full_size: bool) -> int:
+    return sum(map(len, blocks_units(FluxConfig.dev() if full_size else FluxConfig.nano())))
 
 
 MATRICES: dict[str, Callable[[Setting, bool], list[Setting]]] = {"quick": _quick, "full": _full}

@@ -6,6 +6,7 @@ import dataclasses
 import json
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -70,7 +71,7 @@ def test_a_matrix_has_streamed_rows_and_its_results_stand_side_by_side(tmp_path:
     assert result.exit_code == 0, result.stderr
     answer = json.loads(result.stdout)
     assert len(answer["machines"]) == 2 and all(name.endswith(("[a]", "[b]")) for name in answer["machines"])
-    assert sorted(len(line["machines"]) for line in answer["rows"]) == [1, 1, 1, 2]
+    assert sorted(len(line["machines"]) for line in answer["rows"]) == [1, 1, 1, 1, 2]
     assert any(line["resident_units"] == 0 for line in answer["rows"]) and {r["batch"] for r in answer["rows"]} == {
         1,
         4,
@@ -146,7 +147,8 @@ def test_out_of_memory_and_what_cannot_be_run_are_rows(monkeypatch):
 
 def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():
     quick, full = settings("quick", {}, True), settings("full", {}, True)
-    assert len(quick) == 6 and len(full) == 42 and len(set(full)) == 42
+    assert len(quick) == 7 and len(full) == 48 and len(set(full)) == 48
+    assert {s.resident_units for s in full} == {None, 76, 38, 0}
     assert {s.t5_length for s in full} == {512} and {s.size for s in full} == {512, 768, 1024}
     assert {s.format for s in settings("full", {"format": "fp8"}, True)} == {"fp8"}
     assert {s.resident_units for s in settings("quick", {"blocks_to_swap": 18}, True)} == {None}
@@ -241,3 +243,28 @@ def test_flux_and_nano_are_told_apart(tmp_path):
     answer = json.loads(result.stdout)
     assert [len(line["machines"]) for line in answer["rows"]] == [1, 1] and "1.000 (5.2 GiB)" in result.stderr
     assert "nano, 32 px" in result.stderr
+
+
+def test_energy_is_read_from_the_cards_own_counter_and_missed_where_there_is_none(monkeypatch):
+    """With an NVML that counts 2,000 millijoules a call."""
+    assert bench_steps.energy_counter(CPU)() is None
+    asked, card = [], torch.device("cuda")
+
+    class Nvml:
+        def nvmlInit_v2(self):
+            return 0
+
+        def nvmlDeviceGetHandleByUUID(self, uuid, handle):
+            asked.append(uuid)
+            return 0
+
+        def nvmlDeviceGetTotalEnergyConsumption(self, handle, millijoules):
+            millijoules._obj.value += 2000 * len(asked)
+            return 0 if len(asked) < 2 else 3  # not supported
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
+    monkeypatch.setattr(bench_steps.ctypes, "CDLL", lambda name: Nvml())
+    assert bench_steps.energy_counter(card)() == 2 and asked == [b"GPU-1-2"]
+    assert bench_steps.energy_counter(card)() is None
+    monkeypatch.setattr(bench_steps.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
+    assert bench_steps.energy_counter(card)() is None
