@@ -1,22 +1,18 @@
 """`fluxq bench steps`: how fast this machine trains, in steps and pictures a second.
 
-A step is the trainer's own (fluxq/train.py): noise and times drawn, the batch moved to the card, flow_loss, backward,
-clipping, the optimiser, and the loss read back, on the host's clock. Left out are reading the cache, previews and
-saving, and under int8 the look for outliers: with random weights no layer rotates its input. On a card the weights are
-FLUX.1 dev's in size and drawn at random as they are stored; on a processor they are nano's.
+The step is the trainer's own (fluxq/timed_step.py). On a card the weights are FLUX.1 dev's in size, drawn at random as
+they are stored, and placed by the plan that training would make; on a processor they are nano's.
 """
 
 from __future__ import annotations
 
-import ctypes
 import gc
 import importlib.metadata
 import json
-import math
 import platform
 import re
-from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable
+from dataclasses import asdict, replace
 from datetime import UTC, datetime
 from itertools import product
 from pathlib import Path
@@ -26,33 +22,26 @@ import torch
 from torch import Tensor
 
 from fluxq import nano
-from fluxq.config import MemoryConfig, ModelConfig, TrainingConfig
-from fluxq.data.batches import Batch
+from fluxq.config import MemoryConfig, ModelConfig
 from fluxq.errors import WrongRequest
-from fluxq.flow import flow_loss, sample_noise, sample_timesteps
 from fluxq.formats.files import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
 from fluxq.machine import free_on_card, memory
 from fluxq.memory import SLOTS, blocks_units, nbytes, resident_by_hand
 from fluxq.model import Flux, FluxConfig, add_lora
-from fluxq.model.costs import flux_costs
 from fluxq.models import Models
 from fluxq.offload import Streams
 from fluxq.offload.cards import GIB, Card, measure, with_bus
-from fluxq.offload.costs import Costs, Work
+from fluxq.offload.costs import Costs
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, counted
-from fluxq.optim import build_optimizer
 from fluxq.random_model import random_flux
 from fluxq.report import console
-from fluxq.timing import spread, wall
+from fluxq.timed_step import OPTIMIZER, TARGETS, Setting, costs_of, measure_steps, rates
 from fluxq.tuning import use_tuned
 
 KIND = "fluxq bench steps"
-WARM_UP, LEAST = 3, 3
-TARGETS = "attention+mlp"
-OPTIMIZER = TrainingConfig().optimizer
 WORTH = (
     "no CUDA card: this benches nano, 2,900 times smaller than FLUX.1; it shows that all runs, not how fast cards train"
 )
@@ -62,24 +51,6 @@ HEADINGS = dict(
     spread="p10-p90 ms", pictures_s="pictures/s", tflops="TFLOP/s", share="share", peak="GiB", predicted="predicted",
     joules="J/step",
 )  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Setting:
-    """What one row measures. policy, resident_units, blocks_to_swap and slots may be left to the planner, as in
-    training; blocks_to_swap N is 2 N streamed units.
-    """
-
-    format: str = "nf4"
-    compute: str = "bf16"
-    policy: str | None = None
-    size: int = 512
-    batch: int = 1
-    rank: int = 16
-    t5_length: int = 512
-    resident_units: int | None = None
-    blocks_to_swap: int | None = None
-    slots: int | None = None
 
 
 def bench_steps(
@@ -248,13 +219,6 @@ def failed(error: Exception) -> dict[str, str]:
     return {"not_run": str(error)}
 
 
-def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER) -> Costs:
-    s = setting
-    return flux_costs(
-        config, s.format, s.compute, s.rank, TARGETS, s.batch, (s.size // 16) ** 2, s.t5_length, optimizer
-    )
-
-
 def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Plan:
     """The plan that `fluxq train` would make with the same pins. Raises WrongRequest where nothing fits."""
     pins = Pins(
@@ -292,80 +256,6 @@ def nano_flux(setting: Setting) -> Flux:
     return flux
 
 
-def measure_steps(
-    flux: Flux, setting: Setting, steps: int, seconds: float = math.inf, optimizer: str = OPTIMIZER
-) -> dict[str, Any]:
-    """The figures of training `flux` (see `clock_steps`)."""
-    try:
-        return clock_steps(trainer(flux, setting, optimizer), flux.device, setting.batch, steps, seconds)
-    finally:
-        flux.zero_grad(set_to_none=True)
-
-
-def clock_steps(
-    step: Callable[[int], float], device: torch.device, batch: int, steps: int, seconds: float = math.inf
-) -> dict[str, Any]:
-    """Milliseconds of `steps` training steps, or of as many as fit into `seconds` but at least LEAST, after WARM_UP
-    that do not count; their speed, the peak memory and, where the driver tells, the energy a step takes. `step(index)`
-    gives the loss, once all its work is done.
-    """
-    energy, cuda = energy_counter(device), device.type == "cuda"
-    if cuda:
-        torch.cuda.synchronize(device)
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    for index in range(WARM_UP):
-        step(index)
-    before, losses, times = energy(), [], []
-    while len(times) < steps and (len(times) < LEAST or sum(times) < 1e3 * seconds):
-        times.append(wall(lambda: losses.append(step(WARM_UP + len(times)))))
-    after, figures = energy(), spread(times)
-    it_s = 1e3 / figures["median"]
-    row: dict[str, Any] = {"ok": math.isfinite(losses[-1]), "ms": figures, "it_s": it_s, "pictures_s": batch * it_s}
-    row |= {"loss": losses[-1], "joules": None if before is None or after is None else (after - before) / len(times)}
-    if cuda:
-        row |= {
-            "peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
-            "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
-        }
-    return row
-
-
-def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callable[[int], float]:
-    """A function that makes training step `index` on a random batch, and gives its loss once the step is done."""
-    training, device = TrainingConfig(), flux.device
-    parameters = [p for p in flux.parameters() if p.requires_grad]
-    updates = build_optimizer(optimizer, parameters, training.rate, training.weight_decay)
-    batch = random_batch(flux.config, setting)
-    tokens = (setting.size // 16) ** 2
-
-    def step(index: int) -> float:
-        noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
-        t = sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
-        latents, noise, txt, pooled = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        loss = flow_loss(flux, latents, noise, t, txt, pooled, training.guidance).mean()
-        loss.backward()
-        float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
-        updates.step()
-        updates.zero_grad()
-        return float(loss.detach())  # waits for the optimiser too: a stream does its work in order
-
-    return step
-
-
-def random_batch(config: FluxConfig, setting: Setting) -> Batch:
-    """Pictures and captions of the right shapes, all random."""
-    generator = torch.Generator().manual_seed(0)
-
-    def randn(*shape: int) -> Tensor:
-        return torch.randn(setting.batch, *shape, generator=generator)
-
-    side = setting.size // 8
-    txt = 0.1 * randn(setting.t5_length, config.context_in_dim)
-    names = [f"random/{i}" for i in range(setting.batch)]
-    return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
-
-
 def predicted(made: Plan) -> dict[str, Any]:
     """What the plan says of itself, beside what was measured."""
     return {
@@ -376,26 +266,6 @@ def predicted(made: Plan) -> dict[str, Any]:
         "streamed": made.streamed,
         "slots": made.slots,
     }
-
-
-def rates(costs: Costs, policies: Sequence[str], ms: float, card: Card | None) -> dict[str, Any]:
-    """TFLOP of a step, those of the policy's repeats among them, TFLOP/s, and the share of the card's measured peak: of
-    the step's time, what its products would take at the rate of a large product of their type.
-    """
-    work = costs.outside
-    for block, policy in zip(costs.blocks, policies, strict=True):
-        work += block.forward
-        if kept := block.policies.get(policy):
-            work += kept.replay + block.backward
-    share = None if card is None else ideal_seconds(work, card) / (ms / 1e3)
-    return {"tflop": work.flops / 1e12, "tflops": work.flops / (1e9 * ms), "share_of_peak": share}
-
-
-def ideal_seconds(work: Work, card: Card) -> float:
-    pairs = (
-        (work.bf16 + work.attention + work.attention_backward, card.bf16), (work.int8, card.int8), (work.fp8, card.fp8)
-    )  # fmt: skip
-    return sum(flops / (rate * 1e12) if rate else math.nan for flops, rate in pairs if flops)
 
 
 def about_machine(device: torch.device, card: Card | None) -> dict[str, Any]:
@@ -453,27 +323,6 @@ def swapped(row: dict[str, Any]) -> str:
     if row["blocks_to_swap"] is not None:
         return str(2 * row["blocks_to_swap"])
     return "-" if row["resident_units"] is None else f"R{row['resident_units']}"
-
-
-def energy_counter(device: torch.device) -> Callable[[], float | None]:
-    """A function that reads the card's energy counter, in joules; None where NVML does not tell (before Volta, WSL)."""
-    if device.type != "cuda":
-        return lambda: None
-    try:
-        nvml = ctypes.CDLL("nvml.dll" if hasattr(ctypes, "WinDLL") else "libnvidia-ml.so.1")
-        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
-        handle = ctypes.c_void_p()
-        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
-            return lambda: None
-    except (OSError, AttributeError):
-        return lambda: None
-
-    def read() -> float | None:
-        millijoules = ctypes.c_ulonglong()
-        error = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
-        return None if error else millijoules.value / 1e3
-
-    return read
 
 
 def _release(device: torch.device) -> None:

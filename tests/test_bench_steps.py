@@ -13,21 +13,9 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from fluxq import bench_steps
+from fluxq import bench_steps, timed_step
 from fluxq.bench_compare import ANCHORS, AXES
-from fluxq.bench_steps import (
-    KIND,
-    Setting,
-    SlowBus,
-    clock_steps,
-    ideal_seconds,
-    line_of,
-    on_slower_bus,
-    rates,
-    row_of,
-    settings,
-    trainer,
-)
+from fluxq.bench_steps import KIND, SlowBus, line_of, on_slower_bus, row_of, settings
 from fluxq.cli import main
 from fluxq.errors import WrongRequest
 from fluxq.kernels import FORMATS, dequantize
@@ -37,6 +25,7 @@ from fluxq.offload.cards import CARDS
 from fluxq.offload.costs import Work
 from fluxq.offload.streams import Immediate
 from fluxq.random_model import random_flux
+from fluxq.timed_step import Setting, clock_steps, costs_of, ideal_seconds, rates, trainer
 from fluxq.timing import milliseconds
 
 CPU = torch.device("cpu")
@@ -177,7 +166,7 @@ def test_a_step_is_counted_in_flops_by_hand_and_held_against_measured_rates():
     """A card that multiplies bf16 at 100 and int8 at 200 TFLOP/s, at its peak for half of the step."""
     card = replace(CARDS["rtx4090"], bf16=100, int8=200, fp8=0)
     assert ideal_seconds(Work(bf16=1e12, int8=4e12, attention=2e12, attention_backward=1e12), card) == 0.06
-    costs = bench_steps.costs_of(Setting(), FluxConfig.dev())
+    costs = costs_of(Setting(), FluxConfig.dev())
     step = rates(costs, ["recompute"] * 57, 1000, card)
     tokens, weights, width = 1024 + 512, 113_246_208, 3072  # that a token meets in a block of either kind
     attention = 57 * 4 * tokens**2 * width
@@ -247,7 +236,7 @@ def test_flux_and_nano_are_told_apart(tmp_path):
 
 def test_energy_is_read_from_the_cards_own_counter_and_missed_where_there_is_none(monkeypatch):
     """With an NVML that counts 2,000 millijoules a call."""
-    assert bench_steps.energy_counter(CPU)() is None
+    assert timed_step.energy_counter(CPU)() is None
     asked, card = [], torch.device("cuda")
 
     class Nvml:
@@ -263,8 +252,8 @@ def test_energy_is_read_from_the_cards_own_counter_and_missed_where_there_is_non
             return 0 if len(asked) < 2 else 3  # not supported
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
-    monkeypatch.setattr(bench_steps.ctypes, "CDLL", lambda name: Nvml())
-    assert bench_steps.energy_counter(card)() == 2 and asked == [b"GPU-1-2"]
-    assert bench_steps.energy_counter(card)() is None
-    monkeypatch.setattr(bench_steps.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
-    assert bench_steps.energy_counter(card)() is None
+    monkeypatch.setattr(timed_step.ctypes, "CDLL", lambda name: Nvml())
+    assert timed_step.energy_counter(card)() == 2 and asked == [b"GPU-1-2"]
+    assert timed_step.energy_counter(card)() is None
+    monkeypatch.setattr(timed_step.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
+    assert timed_step.energy_counter(card)() is None

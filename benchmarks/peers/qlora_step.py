@@ -15,7 +15,6 @@ from torch import Tensor, nn
 
 from benchmarks.peers import need, peft_lora
 from benchmarks.peers.bnb_nf4 import nf4_linear
-from fluxq.bench_steps import TARGETS, Setting, random_batch
 from fluxq.config import TrainingConfig
 from fluxq.flow import sample_noise, sample_timesteps
 from fluxq.formats.keys import module_split
@@ -24,6 +23,7 @@ from fluxq.model import FluxConfig
 from fluxq.model.costs import chosen
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 from fluxq.optim import build_optimizer
+from fluxq.timed_step import TARGETS, Setting, random_batch
 
 
 def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:
@@ -70,7 +70,7 @@ def draw(module: nn.Module, device: torch.device) -> None:
 
 
 def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: str) -> Callable[[int], float]:
-    """As fluxq.bench_steps.trainer, of which this is the twin: training step `index`, which gives its loss."""
+    """As fluxq.timed_step.trainer, of which this is the twin: training step `index`, which gives its loss."""
     training, parameters = TrainingConfig(), peft_lora.trained(model)
     updates = build_optimizer(optimizer, parameters, training.rate, training.weight_decay)
     batch, device, side = random_batch(config, setting), parameters[0].device, setting.size // 16
