@@ -15,7 +15,7 @@ import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property, partial
 from itertools import product
 from typing import Any
@@ -27,10 +27,8 @@ from torch.utils.checkpoint import checkpoint
 from benchmarks.cases import Case, last_only, parser, run_part, target
 from benchmarks.kernel_cases.eight_bits import refuse_fp8_where_missing
 from benchmarks.kernel_cases.setting import Setting, cosine, relative_error
-from benchmarks.measure import timed
 from benchmarks.peers import diffusers_blocks
 from benchmarks.peers.peft_lora import trained
-from benchmarks.random_model import random_flux
 from benchmarks.roofline import KINDS, block_ms, measure_ceilings
 from fluxq.kernels import COMPUTES, POLICIES, backend, dequantize, quantize
 from fluxq.model import Flux, FluxConfig
@@ -39,6 +37,8 @@ from fluxq.model.embed import image_ids, rope_angles, text_ids
 from fluxq.model.linear import Linear
 from fluxq.model.lora import lora_layers
 from fluxq.offload import AllResident
+from fluxq.random_model import random_flux
+from fluxq.timing import timed
 
 SEEN = ("output", "d_input", "d_lora")
 
@@ -55,7 +55,9 @@ class Bench:
         s = self.setting
         torch.manual_seed(0)
         config = FluxConfig.nano() if s.tiny else FluxConfig.dev()
-        self.flux: Flux = random_flux(config, (1, 0) if self.kind == "double" else (0, 1), s.device, "bf16", s.rank)
+        double, single = (1, 0) if self.kind == "double" else (0, 1)
+        config = replace(config, depth=double, depth_single_blocks=single)
+        self.flux: Flux = random_flux(config, "bf16", s.device, s.rank)
         self.config = self.flux.config
         self.block: Block = self.flux.blocks[0]
         self.tensors = {

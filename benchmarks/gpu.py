@@ -3,31 +3,38 @@
     python3 -m benchmarks.gpu --out DIR [--sizes 512 1024] [--policy keep_all ...] [--compute int8 ...] [--vram 12GiB]
     python3 -m benchmarks.gpu --device cpu --tiny --out DIR          only tries the script out
 
-Everything resident, LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens, AdamW. `--vram` lets the program have
-no more of the card than that; a combination that does not fit says so and does not count as failed.
+Everything resident, LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens. The steps are those of `fluxq bench
+steps` (fluxq/timed_step.py); here every policy is timed by itself, and the published QLoRA recipe in the same run.
+`--vram` lets the program have no more of the card than that; a combination that does not fit says so and does not count
+as failed.
 """
 
 from __future__ import annotations
 
-import math
 import re
-import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from functools import partial
 from itertools import product
 from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Skip, last_only, parser, run_part
-from benchmarks.measure import spread
-from benchmarks.random_model import random_flux
+from benchmarks.cases import Case, Skip, last_only, parser, run_part, target
+from benchmarks.measure import version
+from benchmarks.peers import qlora_step
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
-from fluxq.flow import flow_loss
+from fluxq.bench_steps import hold_to
 from fluxq.kernels import COMPUTES, FORMATS, POLICIES
-from fluxq.model import Flux, FluxConfig
+from fluxq.model import FluxConfig
+from fluxq.offload.cards import CARDS, GIB
+from fluxq.offload.planner import plan
+from fluxq.offload.plans import Pins
+from fluxq.random_model import random_flux
+from fluxq.timed_step import Setting, clock_steps, costs_of, measure_steps
 
-RANK, T5_LENGTH, WARM_UP, LEAST = 16, 512, 2, 3
+RANK, T5_LENGTH, ENDLESS = 16, 512, 1 << 60
+RECIPE = "published QLoRA recipe"
 
 
 def main() -> None:
@@ -37,25 +44,35 @@ def main() -> None:
     def prepare(report: dict[str, Any]) -> Iterator[Case]:
         torch.manual_seed(0)
         if arguments.vram and device.type == "cuda":
-            share = arguments.vram / torch.cuda.get_device_properties(device).total_memory
-            torch.cuda.set_per_process_memory_fraction(min(share, 1.0), device)
+            hold_to(arguments.vram, device)
         config, depth = FluxConfig.dev(), tuple(arguments.depth)
         if arguments.tiny:
             config, depth = FluxConfig.nano(), (1, 1)
+        config = replace(config, depth=depth[0], depth_single_blocks=depth[1])
+        optimizer = "adamw8bit" if version("bitsandbytes") else "adamw"
         report |= {"depth": list(depth), "rank": RANK, "t5_length": T5_LENGTH, "vram_bytes": arguments.vram}
-
+        report["optimizer"] = optimizer
         report.setdefault("ceilings", measure_ceilings(device, arguments.tiny))
+        hopper = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] == 9
 
         @last_only
-        def model(format: str) -> Flux:
-            return random_flux(config, depth, device, format, RANK)
+        def model(kind: str) -> Any:
+            if kind == RECIPE:
+                return qlora_step.transformer(config, RANK, device)
+            return random_flux(config, kind, device, RANK)
 
+        measured = partial(timed_steps, device, arguments, optimizer)
         for format, compute, size, policy in product(
             arguments.format, arguments.compute, arguments.sizes, arguments.policy
         ):
-            name = f"steps: {size} px, {format}, {compute}, {policy}"
+            setting = Setting(format, compute, policy, size, 1, RANK, T5_LENGTH)
             bound = bound_ms(report["ceilings"], config, depth, size, policy, compute)
-            yield Case(name, partial(measured, partial(model, format), compute, policy, size, arguments, bound))
+            ours = partial(ours_of, partial(model, format), config, setting, measured, bound)
+            yield Case(f"steps: {size} px, {format}, {compute}, {policy}", ours)
+        for size in arguments.sizes:
+            setting = Setting(size=size, rank=RANK, t5_length=T5_LENGTH)
+            theirs = partial(recipe_of, partial(model, RECIPE), config, setting, measured, report["rows"], hopper)
+            yield Case(f"steps: {size} px, {RECIPE}", theirs)
 
     run_part("steps", arguments, prepare)
 
@@ -69,8 +86,8 @@ def arguments_of() -> Any:
     made.add_argument(
         "--policy", nargs="+", choices=POLICIES, default=("recompute", "keep_all"), help="what blocks keep for backward"
     )
-    made.add_argument("--steps", type=int, default=12, help=f"timed steps each, after {WARM_UP} that are not")
-    made.add_argument("--seconds", type=float, default=15, help=f"but no more than fit into this, and {LEAST} at least")
+    made.add_argument("--steps", type=int, default=12, help="timed steps each, after three that are not")
+    made.add_argument("--seconds", type=float, default=15, help="but no more than fit into this, and three at least")
     made.add_argument("--vram", type=gibibytes, help='most of the card that may be used, such as "12GiB"')
     return made.parse_args()
 
@@ -91,61 +108,79 @@ def bound_ms(
     return None if None in times else sum(n * (t or 0.0) for n, t in zip(depth, times, strict=True))
 
 
-def measured(
-    model: Callable[[], Flux], compute: str, policy: str, size: int, arguments: Any, bound: float | None
+def ours_of(
+    model: Callable[[], Any],
+    config: FluxConfig,
+    setting: Setting,
+    measured: Callable[..., dict[str, Any]],
+    bound: float | None,
 ) -> dict[str, Any]:
-    """Milliseconds of training steps at `size` x `size` pixels, and the peak memory of all."""
-    try:
-        flux = model()
-    except torch.OutOfMemoryError as error:
-        return {"out_of_memory": f"the model itself: {error}".split(". ")[0]}
-    device, cuda = flux.device, flux.device.type == "cuda"
-    if cuda and compute.startswith("fp8") and torch.cuda.get_device_capability(device) < (8, 9):
+    """The row of fluxq's own steps, with what a plan predicts for everything resident."""
+    if torch.cuda.is_available() and setting.compute.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
         raise Skip("this card multiplies no fp8; there fluxq computes in int8")
-    flux.set_policy(policy)
-    flux.set_compute(compute)
-    if cuda:
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    try:
-        times, loss = train(flux, size, arguments.steps, arguments.seconds)
-        row: dict[str, Any] = {
-            "ok": math.isfinite(loss),
-            "ms": {"step": spread(times)},
-            "bound_ms": bound,
-            "loss": loss,
-        }
-    except torch.OutOfMemoryError as error:
-        row = {"out_of_memory": str(error).split(". ")[0]}
-    finally:
-        flux.zero_grad(set_to_none=True)
-    if cuda:
-        row |= {"peak_bytes": torch.cuda.max_memory_allocated(), "reserved_bytes": torch.cuda.max_memory_reserved()}
+
+    def figures(steps: int, seconds: float, optimizer: str) -> dict[str, Any]:
+        flux = model()
+        flux.set_policy(setting.policy)
+        flux.set_compute(setting.compute)
+        return measure_steps(flux, setting, steps, seconds, optimizer)
+
+    def predicted(optimizer: str) -> dict[str, Any]:
+        pins = Pins(blocks_to_swap=0, policy=setting.policy, offload=False)
+        made = plan([costs_of(setting, config, optimizer)], CARDS["h200"], ENDLESS, pins=pins)
+        return {"predicted_peak_bytes": made.peak_bytes, "bound_ms": bound}
+
+    return measured(figures, predicted)
+
+
+def recipe_of(
+    model: Callable[[], Any],
+    config: FluxConfig,
+    setting: Setting,
+    measured: Callable[..., dict[str, Any]],
+    rows: Sequence[dict[str, Any]],
+    hopper: bool,
+) -> dict[str, Any]:
+    """The recipe's row, and how many times as fast ours were at that size: the best in bf16, and in 8 bits."""
+
+    def figures(steps: int, seconds: float, optimizer: str) -> dict[str, Any]:
+        transformer = model()
+        try:
+            step = qlora_step.trainer(transformer, config, setting, optimizer)
+            return clock_steps(step, next(transformer.parameters()).device, setting.batch, steps, seconds)
+        finally:
+            transformer.zero_grad(set_to_none=True)
+
+    row = measured(figures)
+    for words, bf16, wanted in (("bf16", True, ">= 1.5"), ("8 bits", False, ">= 2")):
+        ours = [
+            own["ms"]["step"]["median"]
+            for own in rows
+            if own["case"].startswith(f"steps: {setting.size} px, ") and (", bf16, " in own["case"]) == bf16
+            if RECIPE not in own["case"] and "ms" in own
+        ]
+        if ours and "ms" in row:
+            ratio = row["ms"]["step"]["median"] / min(ours)
+            row.setdefault("targets", []).append(target(f"speed in {words} over the recipe", wanted, ratio, hopper))
     return row
 
 
-def train(flux: Flux, size: int, steps: int, seconds: float) -> tuple[list[float], float]:
-    """Milliseconds of each timed step, and the last loss."""
-    device, config = flux.device, flux.config
-    parameters = list(flux.parameters())
-    optimizer = torch.optim.AdamW(parameters, lr=1e-4)
-    latents, noise = torch.randn(2, 1, 16, size // 8, size // 8, device=device).unbind()
-    txt = torch.randn(1, T5_LENGTH, config.context_in_dim, device=device, dtype=torch.bfloat16)
-    pooled = torch.randn(1, config.vec_in_dim, device=device)
-    times, loss, began = [], torch.zeros(()), time.perf_counter()
-    while len(times) < WARM_UP + steps:
-        start = time.perf_counter()
-        if len(times) >= WARM_UP + LEAST and start - began > seconds:
-            break
-        loss = flow_loss(flux, latents, noise, torch.full((1,), 0.6), txt, pooled, 1.0).mean()
-        loss.backward()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimizer.step()
-        optimizer.zero_grad()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append((time.perf_counter() - start) * 1e3)
-    return times[WARM_UP:], float(loss.detach())
+def timed_steps(
+    device: torch.device,
+    arguments: Any,
+    optimizer: str,
+    figures: Callable[[int, float, str], dict[str, Any]],
+    predicted: Callable[[str], dict[str, Any]] = lambda optimizer: {},
+) -> dict[str, Any]:
+    """A row: the figures under the names that every part uses, or that it ran out of memory."""
+    try:
+        found = figures(arguments.steps, arguments.seconds, optimizer)
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).split(". ")[0], **predicted(optimizer)}
+    row = {"ok": found["ok"], "ms": {"step": found["ms"]}, "loss": found["loss"], "joules": found["joules"]}
+    if device.type == "cuda":
+        row |= {f"{name}_bytes": int(found[f"{name}_gib"] * GIB) for name in ("peak", "reserved")}
+    return row | predicted(optimizer)
 
 
 if __name__ == "__main__":

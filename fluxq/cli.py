@@ -358,9 +358,82 @@ def bench() -> None:
 def kernels(tune: bool, as_json: bool) -> None:
     """The linear layer's kernels at FLUX's shapes: milliseconds, TFLOP/s, and a plain 16-bit product's time over it."""
     _begin(as_json)
-    from fluxq.bench import bench_kernels
+    from fluxq.bench_kernels import bench_kernels
 
     _print(bench_kernels(tune), as_json)
+
+
+@bench.command()
+@click.option(
+    "--matrix",
+    type=click.Choice(["quick", "full"]),
+    help="A fixed list of settings in place of one; options that are given replace its own.",
+)
+@click.option(
+    "--format",
+    "format",
+    type=click.Choice(["nf4", "fp8", "int8", "bf16"]),
+    help="How frozen weights are stored  [default: nf4]",
+)
+@click.option(
+    "--compute",
+    type=click.Choice(["bf16", "int8", "int8_dx", "fp8", "fp8_dx"]),
+    help="How frozen weights are multiplied  [default: bf16]",
+)
+@click.option(
+    "--policy",
+    type=click.Choice(["recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"]),
+    help="What a block keeps for the backward pass; default: as fits.",
+)
+@click.option("--size", type=click.IntRange(32, 2048), help="Pixels of a side  [default: 512; on a processor 96]")
+@click.option("--batch", type=click.IntRange(1), help="Pictures a step  [default: 1]")
+@click.option("--rank", type=click.IntRange(1), help="Rank of the LoRA  [default: 16]")
+@click.option("--t5-length", type=click.IntRange(2, 512), help="T5 tokens a caption  [default: 512; on a processor 32]")
+@click.option(
+    "--resident-units",
+    type=click.IntRange(0),
+    help="How many of the 76 units of weights stay on the card, the others are streamed; default: as fits.",
+)
+@click.option(
+    "--blocks-to-swap",
+    type=click.IntRange(0),
+    help="N blocks, 2 N units, are streamed: sd-scripts' way to say it; default: as fits.",
+)
+@click.option("--slots", type=click.IntRange(2), help="Places on the card for streamed units; default: as fits.")
+@click.option("--steps", type=click.IntRange(3), default=20, show_default=True, help="Timed steps a setting.")
+@click.option("--limit-vram", metavar="TEXT", help="Have no more of the card than this, like 12GiB.")
+@click.option("--limit-bus", metavar="TEXT", help="Imitate a slower bus, like 12GB/s, by repeating copies.")
+@click.option("--out", type=Path, metavar="FILE", help="Also write the result there as JSON, for bench compare.")
+@JSON
+def steps(
+    matrix: str | None,
+    steps: int,
+    limit_vram: str | None,
+    limit_bus: str | None,
+    out: Path | None,
+    as_json: bool,
+    **given: Any,
+) -> None:
+    """Training steps of full-size FLUX.1 dev with random weights: it/s, pictures/s, TFLOP/s, peak memory, energy.
+
+    Nothing is downloaded. Without a card the bundled toy is measured in its place.
+    """
+    _begin(as_json)
+    from fluxq.bench_steps import bench_steps
+
+    _print(bench_steps(given, matrix, steps, limit_vram, limit_bus, out), as_json)
+
+
+@bench.command()
+@click.argument("files", nargs=-1, required=True, type=Path, metavar="FILES...")
+@click.option("--out", type=Path, metavar="FILE", help="Also draw a plot there, as PNG.")
+@JSON
+def compare(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
+    """Results of bench steps side by side, with the published speeds of other trainers beside them."""
+    _begin(as_json, computes=False)
+    from fluxq.bench_compare import compare_results
+
+    _print(compare_results(files, out), as_json)
 
 
 def _begin(as_json: bool, computes: bool = True) -> None:

@@ -9,7 +9,8 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fluxq import bench, tuning
+from fluxq import bench_kernels as bench
+from fluxq import tuning
 from fluxq.cli import main
 from fluxq.errors import WrongRequest
 from fluxq.kernels import backend

@@ -38,6 +38,9 @@ OPTIONS = {
     "demo": "--out --format --compute --json",
     "profile": "--card --format --size --compute --policy --rank --batch --t5-length --slots --out --json",
     "bench kernels": "--tune --json",
+    "bench steps": "--matrix --format --compute --policy --size --batch --rank --t5-length --resident-units "
+    "--blocks-to-swap --slots --steps --limit-vram --limit-bus --out --json",
+    "bench compare": "--out --json",
 }
 
 

@@ -13,10 +13,10 @@ from torch import Tensor
 
 from benchmarks.cases import Case, Skip, target
 from benchmarks.kernel_cases.setting import LAYERS, Setting, nbytes, tensors, twice_rule
-from benchmarks.measure import timed
 from benchmarks.peers import peft_lora
 from benchmarks.roofline import predicted_ms
 from fluxq.kernels import Activations, Weight, dequantize, lora_linear, quantize, wants
+from fluxq.timing import timed
 
 SAMPLE = 256
 """Rows of y and of dx that are compared with fp64, spread over all."""

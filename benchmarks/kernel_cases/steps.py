@@ -13,9 +13,9 @@ from torch import Tensor
 
 from benchmarks.cases import Case, target
 from benchmarks.kernel_cases.setting import Setting, comparable, nbytes, tensors, twice_rule
-from benchmarks.measure import timed
 from benchmarks.roofline import predicted_ms
 from fluxq.kernels import Activations, Wants, reference
+from fluxq.timing import timed
 
 
 @dataclass(frozen=True)

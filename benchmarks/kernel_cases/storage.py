@@ -12,9 +12,9 @@ from torch import Tensor
 
 from benchmarks.cases import Case, target
 from benchmarks.kernel_cases.setting import Setting, nbytes, tensors, twice_rule
-from benchmarks.measure import timed
 from benchmarks.roofline import predicted_ms
 from fluxq.kernels import NF4Weight, RowScaled, quantize, reference
+from fluxq.timing import timed
 
 INT8, FP8 = torch.int8, torch.float8_e4m3fn
 BITS = {INT8: "int8", FP8: "fp8"}

@@ -124,7 +124,7 @@ def write_quantized(
                 tensor = next(tensors)
                 for stored in _quantized(name, tensor.to(device), format if unit != REST else "bf16", inspect):
                     place = next(parts)
-                    _view(buffer, place).copy_(stored)
+                    view(buffer, place).copy_(stored)
                 done += tensor.nbytes
                 progress(done, source.nbytes)
             file.write(buffer.numpy().data)
@@ -182,7 +182,7 @@ def _header(units: dict[str, tuple[list[Place], int]], description: dict[str, An
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def _view(buffer: Tensor, place: Place) -> Tensor:
+def view(buffer: Tensor, place: Place) -> Tensor:
     """The tensor at `place` in a unit's flat `buffer`."""
     return buffer[place.start : place.start + place.nbytes].view(place.dtype).view(place.shape)
 
@@ -327,6 +327,10 @@ class QuantizedFile:
                 raise ValueError(f"tensors of {unit} overlap")
         return cls(path, about["format"], config, about["source"], units, checkpoint)
 
+    def length(self, unit: str) -> int:
+        """The unit's bytes, counted."""
+        return self.checkpoint.shape(unit)[0]
+
     def read(self, unit: str) -> Tensor:
         """The unit's bytes, flat uint8, by one read."""
         return self.checkpoint.get(unit)
@@ -337,7 +341,7 @@ class QuantizedFile:
 
     def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of every tensor of `unit` in its bytes `flat`, wherever they lie."""
-        return ((place.name, _view(flat, place)) for place in self.units[unit])
+        return ((place.name, view(flat, place)) for place in self.units[unit])
 
 
 def load_quantized(file: QuantizedFile, device: torch.device) -> Flux:

@@ -2,19 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable, Iterator
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fluxq.formats.quantized import QuantizedFile, assign
+from fluxq.formats.quantized import assign
+from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.offload import Schedule, StreamingRing, Streams
 from fluxq.offload.arena import Arena, streams_for
 
 
+class StoredUnits(Protocol):
+    """Where units come from: a QuantizedFile, or what is drawn at random (fluxq/random_model.py)."""
+
+    @property
+    def config(self) -> FluxConfig: ...
+
+    @property
+    def units(self) -> Iterable[str]: ...
+
+    def length(self, unit: str) -> int: ...
+
+    def read(self, unit: str) -> Tensor: ...
+
+    def read_into(self, unit: str, out: Tensor) -> None: ...
+
+    def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]: ...
+
+
 def load_streamed(
-    file: QuantizedFile,
+    file: StoredUnits,
     device: torch.device,
     resident: Collection[str] = (),
     slots: int = 8,
@@ -22,13 +42,15 @@ def load_streamed(
     poison: bool = False,
     say: Callable[[str], None] = lambda line: None,
     ahead: bool = True,
+    through: Callable[[Streams], Streams] = lambda streams: streams,
 ) -> Flux:
     """The transformer of `file`, whose blocks' units but `resident` are streamed to `device` through `slots` slots.
 
     What lies outside the blocks is on `device`. Modulation is streamed for passes of its own where it is computed
     `ahead` (fluxq/model/modulation.py), else in each step, before its block. `flux.ring.close()` before the model is
     let go. Tell the ring which blocks train with `expect_training`. Frozen weights are then only to be read inside
-    `resident`, and the model is not to be moved or cast. `streams` and `poison`: see StreamingRing.
+    `resident`, and the model is not to be moved or cast. `streams` and `poison`: see StreamingRing. `through`
+    may put something between the ring and its streams.
     """
     with torch.device("meta"):
         flux = Flux(file.config)
@@ -38,7 +60,7 @@ def load_streamed(
     else:
         visits = (v for unit, units in zip(modulations, flux.blocks_units, strict=True) for v in ((unit,), units))
         schedule = Schedule(tuple(visits), frozenset(resident), slots)
-    arena = Arena({unit: file.checkpoint.shape(unit)[0] for unit in schedule.slot}, file.read_into)
+    arena = Arena({unit: file.length(unit) for unit in schedule.slot}, file.read_into)
 
     def place(unit: str, flat: Tensor) -> None:
         assign(flux, dict(file.tensors(unit, flat)))
@@ -47,7 +69,7 @@ def load_streamed(
         if unit not in schedule.slot:
             place(unit, file.read(unit).to(device))
     streams = streams or streams_for(arena, device, say)
-    flux.ring = StreamingRing(schedule, arena, place, device, streams, poison)
+    flux.ring = StreamingRing(schedule, arena, place, device, through(streams), poison)
     return flux.eval()
 
 

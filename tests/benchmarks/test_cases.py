@@ -11,8 +11,8 @@ import pytest
 import torch
 
 from benchmarks.cases import in_words, summary, supervise, target
-from benchmarks.measure import spread, timed
 from benchmarks.roofline import block_ms, predicted_ms
+from fluxq.timing import spread, timed
 
 ROOT = Path(__file__).parent.parent.parent
 SCRIPT = """

@@ -85,9 +85,15 @@ def test_blocks_are_right_under_every_policy_and_compute(run):
 def test_steps_take_their_choices_from_the_command_line(run):
     options = ["--sizes=64", "--steps=1", "--format", "nf4", "int8", "--compute=int8", "--policy=keep_qkv"]
     rows = run("gpu", *options, "--vram=12GiB", "--seconds=1")
-    assert list(rows) == [f"steps: 64 px, {format}, int8, keep_qkv" for format in ("nf4", "int8")]
-    for row in rows.values():
+    ours = [f"steps: 64 px, {format}, int8, keep_qkv" for format in ("nf4", "int8")]
+    assert list(rows) == [*ours, "steps: 64 px, published QLoRA recipe"]
+    for name in ours:
+        row = rows[name]
         assert row["ms"]["step"]["runs"] == 1 and row["loss"] > 0 and row["bound_ms"] > 0
+        assert row["predicted_peak_bytes"] > 0
+    recipe = rows["steps: 64 px, published QLoRA recipe"]
+    if "skipped" not in recipe:
+        assert recipe["ok"] and [(t["wanted"], t["met"]) for t in recipe["targets"]] == [(">= 2", None)]
 
 
 def test_tests_are_counted_file_by_file(run):

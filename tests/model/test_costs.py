@@ -93,7 +93,8 @@ def test_kept_bytes_by_hand(policy):
 # a step the last block runs backward: the 56 others keep what they keep, the block has 22 U (x, dout, modulated 1 each,
 # q k v 3, attention's output 1, hidden 4, GELU's output with attention 5, dy 1, dx 5) and 32 columns of room
 # behind modulated, GELU's output and dx; the decode scratch is 3072 x (15,360 + 32) x 2 = 94.6 MB. Modulation's rows of
-# one step are 2.1 MB, those of coming steps wait on the host. With keep_all8 the last block's forward pass is more, 23 U: x and modulated 1 each, its qkv 3,
+# one step are 2.1 MB, those of coming steps wait on the host. With keep_all8 the last block's forward pass is more,
+# 23 U: x and modulated 1 each, its qkv 3,
 # q k v 3, hidden 4 and in 8 bits 2, attention's output 1, GELU's 5, the sum's parts 1 and 1, and the double blocks'
 # outputs 1, which wait for the end of the pass. What stays are embedders and the last layer, 128 MB.
 ROWS = [  # pixels, text tokens, format, policy, resident units, slots, rank, batch

@@ -6,8 +6,6 @@ second-level cache flushed before each run; on a processor the reference is time
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
@@ -21,11 +19,11 @@ from fluxq.errors import WrongRequest
 from fluxq.kernels import FORMATS, dequantize, ops, quantize, reference
 from fluxq.kernels.dispatch import triton_installed
 from fluxq.report import console
+from fluxq.timing import milliseconds
 from fluxq.tuning import tuned_file, use_tuned
 
 RANK, SCALE = 16, 0.7
 LARGE, FEW = (2816, 12288, 3072), (1, 18432, 3072)  # M, N, K: the MLP at 768 x 768 pixels, and modulation
-HEAD_START = 2_000_000  # cycles, about a millisecond: the card waits until all launches have been handed to it
 GAIN = 0.98  # what a choice must beat the one in use by: less is noise
 
 
@@ -197,27 +195,3 @@ def check(case: Case) -> None:
     ours, expected = case.run().float(), case.expected().float()
     error = float((ours - expected).norm() / expected.norm())
     assert error <= 4 * torch.finfo(torch.bfloat16).eps, f"{case.op} is off by {error:.2%}"
-
-
-def milliseconds(run: Callable[[], Any], device: torch.device, runs: int) -> float:
-    """The median time of `run`, after three that do not count."""
-    if device.type != "cuda":
-        return statistics.median(_wall(run) for _ in range(min(runs, 5) + 1))
-    flush, times = torch.empty(1 << 28, dtype=torch.uint8, device=device), []
-    for i in range(runs + 3):
-        flush.zero_()
-        torch.cuda._sleep(HEAD_START)
-        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        run()
-        stop.record()
-        torch.cuda.synchronize(device)
-        if i >= 3:
-            times.append(start.elapsed_time(stop))
-    return statistics.median(times)
-
-
-def _wall(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    run()
-    return 1e3 * (time.perf_counter() - start)

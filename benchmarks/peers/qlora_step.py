@@ -1,0 +1,106 @@
+"""The whole training step of the published QLoRA recipe: diffusers' FLUX.1 in bitsandbytes' NF4, peft's LoRA in fp32
+under bf16 autocast, every block checkpointed.
+
+The recipe is Hugging Face's (its blog's flux-qlora, and train_dreambooth_lora_flux_miniature.py in diffusers): all
+linear layers in NF4 without double quantisation, what is not quantised in fp32 (`prepare_model_for_kbit_training`). It
+is given fluxq's layers to train, its pictures, captions, optimiser and clipping in place of the recipe's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from benchmarks.peers import need, peft_lora
+from benchmarks.peers.bnb_nf4 import nf4_linear
+from fluxq.config import TrainingConfig
+from fluxq.flow import sample_noise, sample_timesteps
+from fluxq.formats.keys import module_split
+from fluxq.formats.shapes import flux_shapes
+from fluxq.model import FluxConfig
+from fluxq.model.costs import chosen
+from fluxq.model.embed import image_ids, pack, text_ids, unpack
+from fluxq.optim import build_optimizer
+from fluxq.timed_step import TARGETS, Setting, random_batch
+
+
+def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:
+    """diffusers' transformer of that size with random weights, ready to train. Skip where a package is missing."""
+    models = need("diffusers.models.transformers.transformer_flux")
+    need("bitsandbytes"), need("peft")
+    with torch.device("meta"):
+        model = models.FluxTransformer2DModel(
+            in_channels=config.in_channels,
+            num_layers=config.depth,
+            num_single_layers=config.depth_single_blocks,
+            attention_head_dim=config.head_dim,
+            num_attention_heads=config.num_heads,
+            joint_attention_dim=config.context_in_dim,
+            pooled_projection_dim=config.vec_in_dim,
+            guidance_embeds=config.guidance_embed,
+            axes_dims_rope=config.axes_dim,
+        )
+    draw(model, device)
+    model.requires_grad_(False)
+    model.enable_gradient_checkpointing()
+    paths = [name.removesuffix(".weight") for name, shape in flux_shapes(config).items() if len(shape) == 2]
+    names = [name for path in chosen(paths, TARGETS) for name, *_ in module_split(path, config)]
+    peft_lora.add(model, rank, rank, names, adapters="fp32 under autocast")
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.requires_grad_(True)
+    return model.to(device).train()
+
+
+def draw(module: nn.Module, device: torch.device) -> None:
+    """Give what lies below `module` random weights, a layer at a time: matrices in NF4, the rest in fp32."""
+    for name, child in module.named_children():
+        if isinstance(child, nn.Linear):
+            n, k = child.weight.shape
+            weight = torch.randn(n, k, device=device, dtype=torch.bfloat16).mul_(k**-0.5)
+            layer = nf4_linear(weight, None if child.bias is None else 0.02 * torch.randn(n, device=device))
+            setattr(module, name, layer)
+        else:
+            draw(child, device)
+    for name, parameter in list(module.named_parameters(recurse=False)):
+        if parameter.is_meta:
+            setattr(module, name, nn.Parameter(torch.ones(parameter.shape, device=device)))
+
+
+def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: str) -> Callable[[int], float]:
+    """As fluxq.timed_step.trainer, of which this is the twin: training step `index`, which gives its loss."""
+    training, parameters = TrainingConfig(), peft_lora.trained(model)
+    updates = build_optimizer(optimizer, parameters, training.rate, training.weight_decay)
+    batch, device, side = random_batch(config, setting), parameters[0].device, setting.size // 16
+    img_ids, txt_ids = image_ids(side, side, device), text_ids(setting.t5_length, device)
+    guidance = torch.full((setting.batch,), training.guidance, device=device) if config.guidance_embed else None
+
+    def loss_of(index: int) -> Tensor:
+        noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
+        t = sample_timesteps(training.timesteps, training.seed, index, batch.examples, side**2, training.shift)
+        latents, noise, txt, pooled, t = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled, t))
+        mix = t[:, None, None, None]
+        with torch.autocast(device.type, torch.bfloat16):
+            (out,) = model(
+                hidden_states=pack((1 - mix) * latents + mix * noise).bfloat16(),
+                encoder_hidden_states=txt,
+                pooled_projections=pooled.bfloat16(),
+                timestep=t,
+                guidance=guidance,
+                img_ids=img_ids,
+                txt_ids=txt_ids,
+                return_dict=False,
+            )
+        return (unpack(out, 2 * side, 2 * side).float() - (noise - latents)).square().mean()
+
+    def step(index: int) -> float:
+        loss = loss_of(index)
+        loss.backward()
+        float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
+        updates.step()
+        updates.zero_grad()
+        return float(loss.detach())
+
+    return step
