@@ -48,7 +48,7 @@ def fused(format: str, shape: str = "large") -> Launch:
 
     def launch(rows: int, rank: int) -> None:
         # As where the layer's input has room, and where it has not.
-        for room in (0, -(-rank // 32) * 32):
+        for room in (0, ops.room(rank)):
             x = torch.empty(rows if shape == "large" else rows % 64 + 1, K + room, dtype=torch.bfloat16)
             s, up = x[:, :rank].contiguous(), torch.empty(N, rank, dtype=torch.bfloat16)
             matmul.linear(x[:, :K], weight, up[:, 0].contiguous(), s, up, tiles)
@@ -75,7 +75,7 @@ def bf16(*shape: int) -> Tensor:
 
 def steps(length: int, rank: int) -> dict[str, Callable[[], object]]:
     """Each memory-bound step, as a block of FLUX calls it."""
-    room = -(-rank // 32) * 32
+    room = ops.room(rank)
     x, wide, h = bf16(1, length, K), bf16(1, length, K + room), bf16(1, length, 4 * K)
     shift, scale, gate = bf16(1, 6 * K)[:, None].chunk(6, -1)[:3]
     eight = Wants(dtype=torch.int8, down=bf16(rank, K))

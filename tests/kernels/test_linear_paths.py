@@ -90,7 +90,7 @@ def taking(path, format, **changes):
 @pytest.mark.parametrize(("format", "dtype"), CASES)
 @pytest.mark.parametrize("rank", [32, 40])
 def test_extended(format, dtype, rank):
-    """One product for base, LoRA and bias; with rank 32 the bias has no free column."""
+    """One product for base, LoRA and bias."""
     layer = Layer(format, dtype, rank=rank)
     with taking("extended", format, chunk=64):
         check(layer, layer.run(layer.with_room()))
@@ -231,5 +231,14 @@ def test_the_scratch_is_one_and_grows():
     assert [t.numel() for t in linear._scratches.values()] == [20 * 64]
 
 
-def test_room_is_a_multiple_of_32():
-    assert [linear.room(rank) for rank in (0, 1, 16, 32, 33, 100)] == [0, 32, 32, 32, 64, 128]
+def test_room_is_a_multiple_of_32_and_has_a_column_for_the_bias():
+    assert [linear.room(rank) for rank in (1, 16, 31, 32, 64, 100, 128)] == [32, 32, 32, 64, 96, 128, 160]
+
+
+@pytest.mark.parametrize(("path", "products"), [("extended", 1), ("plain", 3)])
+def test_a_bias_without_lora_takes_one_product_unless_the_table_says_otherwise(path, products, monkeypatch):
+    layer, calls, product = Layer("nf4", torch.float32), [], linear._product
+    monkeypatch.setattr(linear, "_product", lambda *a: calls.append(1) or product(*a))
+    with taking(path, "nf4", chunk=64):
+        linear.lora_linear(layer.x, layer.weight, layer.bias, None, None, 1.0)
+    assert len(calls) == products

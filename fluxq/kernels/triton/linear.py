@@ -20,12 +20,14 @@ from fluxq.kernels.triton.storage import dequantize
 from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 
-LANES = 32  # the room is a multiple, so that every row begins on 64 bytes
+LANES = 32  # the room is a multiple of as many columns, so that every row begins on 64 bytes
 
 
 def room(rank: int) -> int:
-    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank."""
-    return -(-rank // LANES) * LANES
+    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank: one for
+    each of x down^T, and one for the 1 that the bias is multiplied by.
+    """
+    return -(-(rank + 1) // LANES) * LANES
 
 
 def lora_linear(
@@ -47,7 +49,10 @@ def lora_linear(
     elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
         y = _extended(rows, weight, bias, s, up, scale, choice.chunk or n)
     else:
-        y = _plain(rows[:, :k], weight, bias, s, up, scale, choice.chunk or n)
+        # A bias is free where the result is in one piece, which is what it is without chunks; added to some of its
+        # columns, it is written to them first and read again. Only a row of the table that says "plain" decides anew.
+        whole = bias is not None and choice.path == "extended"
+        y = _plain(rows[:, :k], weight, bias, s, up, scale, n if whole else choice.chunk or n)
     return y.view(*x.shape[:-1], n), s if s is None else s.view(*x.shape[:-1], -1)
 
 
@@ -93,19 +98,18 @@ def _extended(
     """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
     (n, k), width, rank = weight.shape, rows.shape[1], up.shape[1]
     rows[:, k : k + rank] = s
-    if rank < width - k:  # to the end, for what was there may be NaN, which no zero in the scratch would take away
-        rows[:, k + rank :] = F.pad(rows.new_ones(1), (0, width - k - rank - 1))
+    # To the end, for what was there may be NaN, which no zero in the scratch would take away.
+    rows[:, k + rank :] = F.pad(rows.new_ones(1), (0, width - k - rank - 1))
     tail = _tail(up, scale, width - k)
-    if bias is not None and rank < width - k:
-        # A bias in the product costs nothing. Added to part of a result's columns, it costs a pass over them first.
-        tail[:, rank], bias = bias, None
+    if bias is not None:
+        tail[:, rank] = bias
     y = rows.new_empty(len(rows), n)
     for start in range(0, n, chunk):
         part = slice(start, min(start + chunk, n))
         w = _scratch(part.stop - start, width, rows)
         dequantize(weight[part], w.dtype, w[:, :k])
         w[:, k:] = tail[part]
-        _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
+        torch.mm(rows, w.t(), out=y[:, part])
     return y
 
 
