@@ -25,9 +25,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
-CAPABILITIES = (80, 86, 89, 90, 120)
+sys.path.insert(0, str(ROOT.parent))
+
+from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES  # noqa: E402  (as a script it has no parent)
+from fluxq.kernels.triton.shipped import SHARED_KIB  # noqa: E402
+
 CARDS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # that one block may have (CUDA programming guide, table 24)
 SHARED_SM_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}
 WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 120: 48}
 
@@ -182,9 +185,10 @@ def expected_products(dots: Sequence[Product], capability: int, warps: int) -> C
 
 
 def cases() -> list[Case]:
-    sys.path.insert(0, str(ROOT.parent))
     names = sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "aot_cases")]))
-    return [case for name in names for case in importlib.import_module(f"benchmarks.aot_cases.{name}").CASES]
+    found = [case for name in names for case in importlib.import_module(f"benchmarks.aot_cases.{name}").CASES]
+    places = {case.name: i for i, case in reversed([*enumerate(found)])}
+    return sorted(found, key=lambda case: places[case.name])  # the cards of a kernel one after another
 
 
 def table(reports: Sequence[Report]) -> str:

@@ -92,7 +92,7 @@ def taking(path, format, **changes):
 def test_extended(format, dtype, rank):
     """One product for base, LoRA and bias."""
     layer = Layer(format, dtype, rank=rank)
-    with taking("extended", format, chunk=64):
+    with taking("extended", format, chunk=64 * K):
         check(layer, layer.run(layer.with_room()))
 
 
@@ -100,7 +100,7 @@ def test_extended(format, dtype, rank):
 @pytest.mark.parametrize("room", [False, True])
 def test_plain(format, dtype, room):
     layer = Layer(format, dtype)
-    with taking("plain", format, chunk=64):
+    with taking("plain", format, chunk=64 * K):
         check(layer, layer.run(layer.with_room() if room else layer.x))
 
 
@@ -222,6 +222,18 @@ def test_layers_may_share_an_input_with_room():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("n", "k"), [(9216, 3072), (12288, 3072), (3072, 15360), (18432, 3072), (160, 192), (33, 64)])
+def test_parts_are_even_and_of_about_one_size(n, k):
+    chunk = 9 << 20
+    for length, width in ((n, k), (k, n)):
+        parts = list(linear._parts(length, width, chunk))
+        assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])] and parts[-1].stop == length
+        sizes = [p.stop - p.start for p in parts]
+        assert all(size % 64 == 0 for size in sizes[:-1])
+        assert max(sizes) * width <= chunk + 64 * width and min(sizes) >= max(sizes) // 2
+        assert list(linear._parts(length, width, 0)) == [slice(0, length)]
+
+
 def test_the_scratch_is_one_and_grows():
     linear._scratches.clear()
     like = torch.empty(1)
@@ -239,6 +251,6 @@ def test_room_is_a_multiple_of_32_and_has_a_column_for_the_bias():
 def test_a_bias_without_lora_takes_one_product_unless_the_table_says_otherwise(path, products, monkeypatch):
     layer, calls, product = Layer("nf4", torch.float32), [], linear._product
     monkeypatch.setattr(linear, "_product", lambda *a: calls.append(1) or product(*a))
-    with taking(path, "nf4", chunk=64):
+    with taking(path, "nf4", chunk=64 * K):
         linear.lora_linear(layer.x, layer.weight, layer.bias, None, None, 1.0)
     assert len(calls) == products

@@ -11,6 +11,8 @@ fused     The weight is decoded inside the product's loop (matmul.py): few rows,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -47,12 +49,12 @@ def lora_linear(
     if choice.path == "fused" and x.dtype != torch.float64:
         y = matmul.linear(rows[:, :k], weight, bias, s, None if up is None else up * scale, choice)
     elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
-        y = _extended(rows, weight, bias, s, up, scale, choice.chunk or n)
+        y = _extended(rows, weight, bias, s, up, scale, choice.chunk)
     else:
         # A bias is free where the result is in one piece, which is what it is without chunks; added to some of its
         # columns, it is written to them first and read again. Only a row of the table that says "plain" decides anew.
         whole = bias is not None and choice.path == "extended"
-        y = _plain(rows[:, :k], weight, bias, s, up, scale, n if whole else choice.chunk or n)
+        y = _plain(rows[:, :k], weight, bias, s, up, scale, 0 if whole else choice.chunk)
     return y.view(*x.shape[:-1], n), s if s is None else s.view(*x.shape[:-1], -1)
 
 
@@ -104,9 +106,8 @@ def _extended(
     if bias is not None:
         tail[:, rank] = bias
     y = rows.new_empty(len(rows), n)
-    for start in range(0, n, chunk):
-        part = slice(start, min(start + chunk, n))
-        w = _scratch(part.stop - start, width, rows)
+    for part in _parts(n, k, chunk):
+        w = _scratch(part.stop - part.start, width, rows)
         dequantize(weight[part], w.dtype, w[:, :k])
         w[:, k:] = tail[part]
         torch.mm(rows, w.t(), out=y[:, part])
@@ -128,9 +129,8 @@ def _plain(
         y = F.linear(rows, weight.to(rows.dtype), bias)
     else:
         y = rows.new_empty(len(rows), n)
-        for start in range(0, n, chunk):
-            part = slice(start, min(start + chunk, n))
-            w = _scratch(part.stop - start, k, rows)
+        for part in _parts(n, k, chunk):
+            w = _scratch(part.stop - part.start, k, rows)
             dequantize(weight[part], w.dtype, w)
             _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
     return y if s is None or up is None else y.addmm_(s, up.t(), alpha=scale)
@@ -148,23 +148,31 @@ def _dx(rows: Tensor, weight: Weight, tail: Tensor | None) -> Tensor:
             torch.mm(rows, tail, out=dx[:, k:])
         return dx
     chunk = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows)).chunk
-    for start in range(0, k, chunk):
-        stop = min(start + chunk, k)
-        last = width if stop == k else 0
-        w = _scratch(n, stop - start + last, rows)
-        dequantize(_columns(weight, start, stop), w.dtype, w[:, : stop - start])
+    for part in _parts(k, n, chunk):
+        columns, last = part.stop - part.start, width if part.stop == k else 0
+        w = _scratch(n, columns + last, rows)
+        dequantize(_columns(weight, part), w.dtype, w[:, :columns])
         if tail is not None and last:
-            w[:, stop - start :] = tail
-        torch.mm(rows, w, out=dx[:, start : stop + last])
+            w[:, columns:] = tail
+        torch.mm(rows, w, out=dx[:, part.start : part.stop + last])
     return dx
 
 
-def _columns(weight: NF4Weight | RowScaled, start: int, stop: int) -> Weight:
-    """Columns of a weight, multiples of 64: a view."""
+def _parts(length: int, width: int, chunk: int) -> Iterator[slice]:
+    """A side of a weight cut into parts of about `chunk` numbers, 0 for no cut, each `width` numbers wide: multiples of
+    64, as even as these can be, so that no product is left with a sliver.
+    """
+    count = max(1, -(-length * width // chunk)) if chunk else 1
+    step = -(-length // (count * NF4_BLOCK)) * NF4_BLOCK
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _columns(weight: NF4Weight | RowScaled, part: slice) -> Weight:
+    """Columns of a weight, multiples of 64 of NF4: a view."""
     if isinstance(weight, NF4Weight):
-        blocks = slice(start // NF4_BLOCK, stop // NF4_BLOCK)
-        return NF4Weight(weight.codes[:, start // 2 : stop // 2], weight.absmax[:, blocks])
-    return RowScaled(weight.values[:, start:stop], weight.scale)
+        blocks = slice(part.start // NF4_BLOCK, part.stop // NF4_BLOCK)
+        return NF4Weight(weight.codes[:, part.start // 2 : part.stop // 2], weight.absmax[:, blocks])
+    return RowScaled(weight.values[:, part], weight.scale)
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
