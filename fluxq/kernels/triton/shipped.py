@@ -21,7 +21,7 @@ STREAMING = (
     *("gated_add", "gated_add_backward", "gated_add_backward_sums"),
     *("gelu_tanh", "gelu_tanh_8bit", "gelu_tanh_8bit_down", "gelu_tanh_backward"),
     *("qk_norm_rope", "qk_norm_rope_backward"),
-    *("dequantize", "dequantize_transposed", "nf4_quantize", "row_quantize"),
+    *("dequantize", "dequantize_transposed", "nf4_quantize", "row_quantize", "fill_room", "fill_tail"),
 )
 """Ops that wait for memory: one path each, and tiles that only have to keep enough of it on its way."""
 
@@ -158,6 +158,8 @@ def _storage() -> Rows:
     yield from row("dequantize_transposed", "large", ALL, 64, 64, 4, why)
     why = "measured: with tiles of 4 rows the tests of stored weights take a quarter longer"
     yield from row("dequantize dequantize_transposed", "large", HERE, 64, 1024, 4, why)
+    why = "a row's 32 columns are 4 stores of 128 bits; as many rows as give each thread two of them"
+    yield from row("fill_room fill_tail", "large", (*ALL, *HERE), 64, 32, 4, why)
     why = "32 weights a thread, so that codes too leave 128 bits at a time; block_m counts blocks of 64"
     yield from row("nf4_quantize", "large", (*ALL, *HERE), 64, 0, 4, why)
     # The narrowest class that holds a row.
