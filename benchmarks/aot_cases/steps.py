@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from benchmarks.aot import CAPABILITIES, Case
+from benchmarks.aot import CAPABILITIES, Case, Product
 from fluxq.kernels.triton.table import SHIPPED
 
 # by their full names: the package gives the public functions the names of their modules
@@ -29,9 +29,26 @@ def case(name: str, kernel: Any, op: str, card: int, constants: Mapping[str, Any
     names = [n for n in kernel.arg_names if n not in constants]
     types = {n: POINTERS.get(n, "*bf16") if n.endswith("_ptr") else "i32" for n in names}
     aligned = tuple(n for n in names if types[n] == "i32" and n not in RUNTIME)
+    dots = (Product(tile.block_m, constants["BLOCK_R"], tile.block_k, "bf16"),) if "down_ptr" in names else ()
     return Case(
-        name, kernel, types, constants, tile.warps, tile.stages, aligned=aligned, capabilities=(card,), vector=True
+        name,
+        kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        aligned,
+        (card,),
+        dots,
+        vector=share_of_wide_accesses(name),
     )
+
+
+def share_of_wide_accesses(name: str) -> float:
+    """What is not wide: a row's scale or 1 / rms, and with `down` s, and what 16 warps have of 16 rows at a time."""
+    if "down" in name:
+        return 0.78 if "modulate" in name else 0.37
+    return 0.82 if "qk" in name else 0.84 if "int8" in name or "fp8" in name else 1.0
 
 
 def modulates(card: int) -> list[Case]:

@@ -78,7 +78,7 @@ def test_candidates_fit_the_card_and_start_with_the_row_in_use(op, card, shape):
     found = table.candidates(op, card, shape)
     shipped = table.SHIPPED.get((op, card, shape)) or table.SHIPPED[op, card, "large"]
     assert replace(found[0], word=shipped.word, why=shipped.why) == shipped
-    assert {c.path for c in found} == set(table.PATHS[op])
+    assert {c.path for c in found} == set(table.paths(op, card))
     assert len(set(found)) == len(found) > 1
     assert op not in table.STREAMING or len(found) <= 9, "each is compiled and checked"
 
@@ -111,6 +111,7 @@ def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
         (dict(card=75), "sm_75"),
         (dict(shape="middling"), "middling"),
         (dict(path="cuda"), "cuda"),
+        (dict(op="matmul_fp8", path="scaled"), "no matmul_fp8 scaled"),
         (dict(block_m=48), "tiles"),
         (dict(block_m="64"), "sizes"),
         (dict(warps=3), "3 warps"),

@@ -31,12 +31,12 @@ def fill_tail(out: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> Non
     )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["M", "width", "R", "s_stride"])
+@triton.jit(do_not_specialize=["M", "R", "s_stride"])
 def _fill_room(
     out_ptr,  # (M, width) out, rows out_stride apart
     s_ptr,  # (M, R)
     M,
-    width,
+    width,  # a multiple of 32 in use, so that all who have some are one kernel
     R,
     out_stride,
     s_stride,
@@ -50,7 +50,7 @@ def _fill_room(
     tl.store(out_ptr + row * out_stride + column, x.to(out_ptr.dtype.element_ty), mask=(row < M) & (column < width))
 
 
-@triton.jit(do_not_specialize=["N", "width", "R", "up_stride"])
+@triton.jit(do_not_specialize=["N", "R", "up_stride"])
 def _fill_tail(
     out_ptr,  # (N, width) out, rows out_stride apart
     up_ptr,  # (N, R) any float

@@ -29,7 +29,7 @@ PATHS = {
     **{f"lora_linear_{format}": ("extended", "plain", "fused") for format in FORMATS},
     **{f"lora_linear_backward_{format}": ("extended",) for format in FORMATS[:3]},
     "matmul_int8": ("triton",),
-    "matmul_fp8": ("triton",),
+    "matmul_fp8": ("triton", "scaled"),
     **dict.fromkeys(STREAMING, ("triton",)),
 }
 """Op -> the paths there are; the op's own file says what each is."""
@@ -63,6 +63,11 @@ Rows = Iterator[tuple[Key, Choice]]
 
 def shape_classes(op: str) -> tuple[str, ...]:
     return (*map(str, WIDTHS), "wider") if op == "row_quantize" else ("few", "large")
+
+
+def paths(op: str, card: int) -> tuple[str, ...]:
+    """Those of `op` that there are on a card of that generation."""
+    return tuple(path for path in PATHS[op] if path != "scaled" or card >= 120)
 
 
 def _row(ops: str, cards: tuple[int, ...], shape: str, choice: Choice) -> Rows:
@@ -112,6 +117,8 @@ def _products() -> Rows:
     both = "matmul_int8 matmul_fp8"
     why = "neither spills nor permutes bytes; each byte read takes part in 128 products"
     yield from _row(both, (80, 86, 89, 120), "large", Choice("triton", 128, 128, 64, 8, 3, why=why))
+    why += "; with block scales at full rate, without at half of it (OneTrainer, measured on Blackwell)"
+    yield from _row("matmul_fp8", (120,), "large", Choice("scaled", 128, 128, 64, 8, 3, why=why))
     why = "a warp group multiplies 64 rows at once; a deep tile pays for its barriers"
     yield from _row(both, (90,), "large", Choice("triton", 128, 128, 128, 8, 4, why=why))
     why = "tests have a hundred rows and still want several programs"
@@ -140,7 +147,8 @@ def _steps() -> Rows:
     yield from row("gelu_tanh gelu_tanh_backward", 4, 1024, 0, 4, 0, why)
     why = "a row of 15,360 in 64 registers a thread: two rows in flight on a multiprocessor"
     yield from row("gelu_tanh_8bit", 1, 0, 0, 16, 0, why)
-    why = "16 rows share a reading of `down`; at 8 warps Triton 3.6 spills"
+    why = "16 rows share a reading of `down`; at 8 warps Triton 3.6 spills; 256 columns would be read 128 bits at a time, "
+    why += "but above rank 16 their 80 KiB of shared memory halve what GeForce has in flight"
     yield from row("gelu_tanh_8bit_down", 16, 0, 128, 16, 0, why)
     why = "24 heads of 128 are 12 numbers a thread, and each of q, k and v two loads"
     yield from row("qk_norm_rope qk_norm_rope_backward", 0, 0, 0, 8, 0, why)

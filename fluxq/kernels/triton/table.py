@@ -32,6 +32,7 @@ from fluxq.kernels.triton.shipped import (
     WIDTHS,
     Choice,
     Key,
+    paths,
     shape_classes,
 )
 
@@ -100,7 +101,7 @@ def candidates(op: str, card: int, shape: str = "large") -> list[Choice]:
     shipped = SHIPPED.get((op, card, shape)) or SHIPPED[op, card, "large"]
     tiles = itertools.product((16,) if shape == "few" else (64, 128, 256), (32, 64, 128, 256), (32, 64, 128), (4, 8))
     found = [shipped, *(_neighbours(shipped) if op in STREAMING else ())]
-    for path in PATHS[op] if op not in STREAMING else ():
+    for path in paths(op, card) if op not in STREAMING else ():
         if path in ("extended", "plain"):
             found += [replace(shipped, path=path, chunk=n * MILLION) for n in (4, 9, 18, 27, 45)]
             continue
@@ -157,13 +158,18 @@ def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
     key = (row["op"], row["card"], row["shape"])
     choice = Choice(**{field.name: row[field.name] for field in fields(Choice)})
     op, card, shape = key
-    if op not in PATHS or card not in GENERATIONS or shape not in shape_classes(op) or choice.path not in PATHS[op]:
+    if (
+        op not in PATHS
+        or card not in GENERATIONS
+        or shape not in shape_classes(op)
+        or choice.path not in paths(op, card)
+    ):
         raise ValueError(f"there is no {op} {choice.path} for {shape} shapes on sm_{card}")
     sizes = (choice.block_m, choice.block_n, choice.block_k, choice.step, choice.warps, choice.stages, choice.chunk)
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"the sizes of {op} are {sizes}")
     shipped = SHIPPED.get(key) or SHIPPED[op, card, "large"]
-    tiles = sizes[:3] if choice.path in ("fused", "triton") else ()
+    tiles = sizes[:3] if choice.path in ("fused", "triton", "scaled") else ()
     wrong = any(size not in (16, 32, 64, 128, 256) for size in tiles) or choice.warps not in (1, 2, 4, 8, 16)
     if _wrong_sizes(choice, shipped) if op in STREAMING else wrong:
         raise ValueError(f"{op} has tiles {sizes[:4]} and {choice.warps} warps")
