@@ -79,6 +79,8 @@ def test_candidates_fit_the_card_and_start_with_the_row_in_use(op, card, shape):
     shipped = table.SHIPPED.get((op, card, shape)) or table.SHIPPED[op, card, "large"]
     assert replace(found[0], word=shipped.word, why=shipped.why) == shipped
     assert {c.path for c in found} == set(table.paths(op, card))
+    tiled = {path: {c.block_m for c in found[1:] if c.path == path} for path in ("triton", "scaled")}
+    assert "scaled" not in table.paths(op, card) or tiled["triton"] == tiled["scaled"], "each path in all tiles"
     assert len(set(found)) == len(found) > 1
     assert op not in table.STREAMING or len(found) <= 9, "each is compiled and checked"
 

@@ -99,7 +99,8 @@ def nearest(capability: int) -> int:
 def candidates(op: str, card: int, shape: str = "large") -> list[Choice]:
     """What is worth measuring for `op` on a card of that generation, the row in use first."""
     shipped = SHIPPED.get((op, card, shape)) or SHIPPED[op, card, "large"]
-    tiles = itertools.product((16,) if shape == "few" else (64, 128, 256), (32, 64, 128, 256), (32, 64, 128), (4, 8))
+    rows = (16,) if shape == "few" else (64, 128, 256)
+    tiles = [*itertools.product(rows, (32, 64, 128, 256), (32, 64, 128), (4, 8))]
     found = [shipped, *(_neighbours(shipped) if op in STREAMING else ())]
     for path in paths(op, card) if op not in STREAMING else ():
         if path in ("extended", "plain"):
