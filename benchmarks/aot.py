@@ -25,16 +25,19 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).parent
-CAPABILITIES = (80, 86, 89, 90, 120)
+sys.path.insert(0, str(ROOT.parent))
+
+from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES  # noqa: E402  (as a script it has no parent)
+from fluxq.kernels.triton.shipped import SHARED_KIB  # noqa: E402
+
 CARDS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # that one block may have (CUDA programming guide, table 24)
 SHARED_SM_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}
 WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 120: 48}
 
 
 @dataclass(frozen=True)
 class Product:
-    """One `tl.dot` of a (m, k) by a (k, n) tile, of numbers of `kind`: "bf16", "int8" or "fp8"."""
+    """One `tl.dot` of a (m, k) by a (k, n) tile, of numbers of `kind`: "bf16", "int8", "fp8" or "fp8 scaled"."""
 
     m: int
     n: int
@@ -48,8 +51,9 @@ class Case:
 
     types: each argument's Triton type ("*bf16", "i32", "fp32"); `constants`: the constexpr arguments. Pointers and the
     integers named in `aligned` are multiples of 16. `dots`: the products in the code, each as often as it stands there.
-    `vector`: it is memory-bound, and moves data 128 bits at a time. `permutes`: the most byte permutes (PRMT) there may
-    be.
+    `vector`: the least share of its loads and stores of global memory that move 128 bits at a time, counted as they
+    stand in the code (a row's scale counts as much as a row's numbers); 0 where it is not memory-bound. `permutes`: the
+    most byte permutes (PRMT) there may be.
     """
 
     name: str
@@ -61,7 +65,7 @@ class Case:
     aligned: tuple[str, ...] = ()
     capabilities: tuple[int, ...] = CAPABILITIES
     dots: tuple[Product, ...] = ()
-    vector: bool = False
+    vector: float = 0.0
     permutes: int | None = None
 
 
@@ -146,16 +150,23 @@ def broken_promises(case: Case, report: Report) -> list[str]:
         broken.append(f"{report.registers} registers")
     if report.shared > SHARED_KIB[report.capability] * 1024:
         broken.append(f"{report.shared / 1024:.0f} KiB of shared memory, {SHARED_KIB[report.capability]} at most")
-    if case.vector and not (count("LDG", ".128") or count("LDGSTS", ".128")):
-        broken.append("no 128-bit load")
-    if case.vector and not count("STG", ".128"):
-        broken.append("no 128-bit store")
+    (wide_loads, loads), (wide_stores, stores) = accesses(report.opcodes)
+    if wide_loads + wide_stores < case.vector * (loads + stores):
+        broken.append(f"{wide_loads} of {loads} loads and {wide_stores} of {stores} stores move 128 bits")
     for opcode, wanted in expected_products(case.dots, report.capability, case.warps).items():
         if count(opcode) != wanted:
             broken.append(f"{count(opcode)} {opcode}, not {wanted}")
     if case.permutes is not None and count("PRMT") > case.permutes:
         broken.append(f"{count('PRMT')} PRMT, {case.permutes} at most")
     return broken
+
+
+def accesses(opcodes: Mapping[str, int]) -> tuple[tuple[int, int], tuple[int, int]]:
+    """How many loads from global memory there are, of 128 bits and in all; and stores."""
+    count = total(opcodes)
+    loads, stores = (tuple(count(opcode, part) for part in (".128", "")) for opcode in ("LDG", "STG"))
+    copies = tuple(count("LDGSTS", part) for part in (".128", ""))
+    return (loads[0] + copies[0], loads[1] + copies[1]), (stores[0], stores[1])
 
 
 def total(opcodes: Mapping[str, int]) -> Any:
@@ -168,23 +179,25 @@ def total(opcodes: Mapping[str, int]) -> Any:
 def expected_products(dots: Sequence[Product], capability: int, warps: int) -> Counter[str]:
     """How many tensor-core instructions of which opcode one warp needs for `dots`.
 
-    One multiplies 16 x 8 x 16 (bf16) or 16 x 8 x 32 (8 bits) for a warp; on sm_90, 64 x n x 16 or 32 for four warps.
+    One multiplies 16 x 8 x 16 (bf16) or 16 x 8 x 32 (8 bits) for a warp; on sm_90, where there are 64 rows or more,
+    64 x n x 16 or 32 for four warps. Warps that find no 16 x 8 of their own multiply what another does.
     """
-    depth = {"bf16": 16, "int8": 32, "fp8": 32}
-    letter = {"bf16": "H", "int8": "I", "fp8": "Q"}
+    opcode = {"bf16": "HMMA", "int8": "IMMA", "fp8": "QMMA", "fp8 scaled": "QMMA.SF"}
     wanted: Counter[str] = Counter()
     for dot in dots:
-        if capability == 90:
-            wanted[letter[dot.kind] + "GMMA"] += dot.m // (64 * (warps // 4)) * (dot.k // depth[dot.kind])
+        steps = dot.k // (16 if dot.kind == "bf16" else 32)
+        if capability == 90 and dot.m >= 64:
+            wanted[opcode[dot.kind].replace("MMA", "GMMA")] += dot.m // (64 * (warps // 4)) * steps
         else:
-            wanted[letter[dot.kind] + "MMA"] += dot.m * dot.n * dot.k // (16 * 8 * depth[dot.kind]) // warps
+            wanted[opcode[dot.kind]] += -(-dot.m * dot.n // (16 * 8 * warps)) * steps
     return wanted
 
 
 def cases() -> list[Case]:
-    sys.path.insert(0, str(ROOT.parent))
     names = sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "aot_cases")]))
-    return [case for name in names for case in importlib.import_module(f"benchmarks.aot_cases.{name}").CASES]
+    found = [case for name in names for case in importlib.import_module(f"benchmarks.aot_cases.{name}").CASES]
+    places = {case.name: i for i, case in reversed([*enumerate(found)])}
+    return sorted(found, key=lambda case: places[case.name])  # the cards of a kernel one after another
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -197,14 +210,14 @@ def table(reports: Sequence[Report]) -> str:
         f"Triton {triton.__version__}. Nothing here was run: registers, shared memory and opcodes are the compiler's,",
         "occupancy is predicted from them. `make aot` writes this page.",
         "",
-        "| kernel | card | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores | PRMT "
-        "| occupancy (predicted) |",
+        "| kernel | card | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores of all "
+        "| PRMT | occupancy (predicted) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in reports:
         count = total(r.opcodes)
         products = ", ".join(f"{n} {name}" for name, n in r.opcodes.items() if "MMA" in name) or "-"
-        wide = f"{count('LDG', '.128') + count('LDGSTS', '.128')}, {count('STG', '.128')}"
+        wide = ", ".join(f"{wide} of {number}" for wide, number in accesses(r.opcodes))
         lines.append(
             f"| {r.case} | sm_{r.capability} ({CARDS[r.capability]}) | {r.warps} | {r.stages} | {r.registers} "
             f"| {r.shared / 1024:.1f} | {products} | {wide} | {count('PRMT')} | {r.occupancy:.0%} |"

@@ -35,22 +35,26 @@ def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
     )
 
 
-def product(kind: str, card: int, choice: Choice) -> Case:
-    """An 8-bit product with everything in its epilogue."""
+def product(kind: str, card: int, choice: Choice, dx: bool = False) -> Case:
+    """An 8-bit product with everything in its epilogue; or that of the gradient, without scales of columns and bias."""
     m, n = choice.block_m, choice.block_n
+    absent = dict(b_scale_ptr=None, bias_ptr=None) if dx else {}
     eight = "*i8" if kind == "int8" else "*fp8e4nv"
     return Case(
-        name=f"matmul_{kind}",
+        name=f"matmul_{kind}{'_dx' if dx else ''}",
         kernel=_matmul_8bit,
-        types=dict(a_ptr=eight, b_ptr=eight, a_scale_ptr="*fp32", b_scale_ptr="*fp32", s_ptr="*fp32", up_ptr="*bf16")
-        | dict(bias_ptr="*bf16", y_ptr="*bf16")
+        types=dict(a_ptr=eight, b_ptr=eight, a_scale_ptr="*fp32", b_scale_ptr="*fp32", up_ptr="*fp32")
+        | dict(s_ptr="*bf16" if dx else "*fp32", bias_ptr="*bf16", y_ptr="*bf16")
         | dict.fromkeys(("M", "N", "K", "R", "a_stride", "b_stride", "s_stride", "up_stride"), "i32"),
-        constants=blocks(choice) | dict(EVEN_K=True),
+        constants=blocks(choice) | absent | dict(EVEN_K=True, SCALED=choice.path == "scaled"),
         warps=choice.warps,
         stages=choice.stages,
         aligned=("N", "K", "a_stride", "b_stride"),
         capabilities=(card,),
-        dots=(Product(m, n, choice.block_k, kind), Product(m, n, 16, "bf16")),
+        dots=(
+            Product(m, n, choice.block_k, "fp8 scaled" if choice.path == "scaled" else kind),
+            Product(m, n, 16, "bf16"),
+        ),
         permutes=64,
     )
 
@@ -66,7 +70,8 @@ CASES = [
     for shape in ("large", "few")
     for card in CAPABILITIES
 ] + [
-    product(kind, card, SHIPPED[f"matmul_{kind}", card, "large"])
+    product(kind, card, SHIPPED[f"matmul_{kind}", card, "large"], dx)
+    for dx in (False, True)
     for kind, cards in (("int8", CAPABILITIES), ("fp8", (89, 90, 120)))
     for card in cards
 ]

@@ -6,7 +6,8 @@ from collections.abc import Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from benchmarks.aot import Case
+from benchmarks.aot import CAPABILITIES, Case, Product
+from fluxq.kernels.triton.table import SHIPPED
 
 # by their full names: the package gives the public functions the names of their modules
 gelu, modulate, qk_norm_rope = (
@@ -16,89 +17,104 @@ gelu, modulate, qk_norm_rope = (
 POINTERS = {"values_ptr": "*u8", "row_scale_ptr": "*fp32", "s_ptr": "*fp32", "sums_ptr": "*fp32", "rstd_ptr": "*fp32"}
 POINTERS |= {"cos_ptr": "*fp32", "sin_ptr": "*fp32"}
 RUNTIME = {"L", "R", "start", "length"}  # the other numbers are strides, and those of FLUX's rows multiples of 16
+ROW, INNER = dict(D=3072, BLOCK=4096), dict(W=12288)
 
 
-def case(name: str, kernel: Any, constants: Mapping[str, Any], warps: int, absent: Sequence[str] = ()) -> Case:
-    """A case in bf16, without the pointers in `absent`."""
-    constants = dict(constants) | {f"{n}_ptr": None for n in absent}
+def case(name: str, kernel: Any, op: str, card: int, constants: Mapping[str, Any], absent: Sequence[str] = ()) -> Case:
+    """A case in bf16 at the tile of `op` on that card, without the pointers in `absent`."""
+    tile = SHIPPED[op, card, "large"]
+    sizes = {"ROWS": tile.block_m, "STEP": tile.step, "BLOCK": tile.block_n, "BLOCK_K": tile.block_k}
+    given = {n: size for n, size in sizes.items() if n in kernel.arg_names}
+    constants = given | dict(constants) | {f"{n}_ptr": None for n in absent}
     names = [n for n in kernel.arg_names if n not in constants]
     types = {n: POINTERS.get(n, "*bf16") if n.endswith("_ptr") else "i32" for n in names}
     aligned = tuple(n for n in names if types[n] == "i32" and n not in RUNTIME)
-    return Case(name, kernel, types, constants, warps, aligned=aligned, vector=True)
+    dots = (Product(tile.block_m, constants["BLOCK_R"], tile.block_k, "bf16"),) if "down_ptr" in names else ()
+    return Case(
+        name,
+        kernel,
+        types,
+        constants,
+        tile.warps,
+        tile.stages,
+        aligned,
+        (card,),
+        dots,
+        vector=share_of_wide_accesses(name),
+    )
 
 
-def modulates() -> list[Case]:
+def share_of_wide_accesses(name: str) -> float:
+    """What is not wide: a row's scale or 1 / rms, and with `down` s, and what 16 warps have of 16 rows at a time."""
+    if "down" in name:
+        return 0.78 if "modulate" in name else 0.37
+    return 0.82 if "qk" in name else 0.84 if "int8" in name or "fp8" in name else 1.0
+
+
+def modulates(card: int) -> list[Case]:
     found = []
     for gated, absent in (("", ("gate", "add", "sum")), ("gated_add_", ())):
         for form in ("", "_int8", "_fp8"):
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
                 if down and not form:
                     continue
-                rows, step, warps = modulate._TILES["down" if down else "8 bits" if form else "plain"]
-                constants = dict(D=3072, BLOCK=4096, ROWS=rows, STEP=step, INT8=form == "_int8")
-                constants |= dict(BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee")
+                op = "modulate" + ("_8bit" if form else "") + ("_down" if down else "")
+                constants = ROW | dict(INT8=form == "_int8", BLOCK_R=block_r, PRECISION="ieee")
                 left_out = (*absent, *(() if form else ("values", "row_scale")), *(() if down else ("down", "s")))
                 name = f"{gated}modulate{form}{down}"
-                found.append(case(name, modulate._modulate, constants, warps, left_out))
+                found.append(case(name, modulate._modulate, op, card, constants, left_out))
     return found
 
 
-def modulate_backwards() -> list[Case]:
+def modulate_backwards(card: int) -> list[Case]:
     frozen, gate = ("add", "sums"), ("gate", "d_add", "dx")
     shapes = {
-        "modulate_backward": (frozen + gate, "backward", False),
-        "modulate_backward_rows": (("add", *gate), "sums", True),
-        "gated_add_modulate_backward": (frozen, "backward", False),
-        "gated_add_modulate_backward_rows": ((), "sums", True),
+        "modulate_backward": (frozen + gate, "", False),
+        "modulate_backward_rows": (("add", *gate), "_sums", True),
+        "gated_add_modulate_backward": (frozen, "", False),
+        "gated_add_modulate_backward_rows": ((), "_sums", True),
     }
-    found = []
-    for name, (absent, kind, shift) in shapes.items():
-        rows, step, warps = modulate._TILES[kind]
-        constants = dict(D=3072, BLOCK=4096, ROWS=rows, STEP=step, SHIFT=shift)
-        found.append(case(name, modulate._modulate_backward, constants, warps, absent))
-    return found
-
-
-def gated_adds() -> list[Case]:
-    rows, step, warps = modulate._TILES["gated_add"]
-    constants = dict(D=3072, BLOCK=1024, ROWS=rows)
-    found = [case("gated_add", modulate._gated_add, constants, warps)]
-    backward = modulate._gated_add_backward
-    found.append(case("gated_add_backward", backward, constants | dict(STEP=step), warps, ("y", "sums")))
-    rows, step, warps = modulate._TILES["gated_sums"]
-    found.append(case("gated_add_backward_rows", backward, constants | dict(ROWS=rows, STEP=step), warps))
-    return found
-
-
-def qk_norm_ropes() -> list[Case]:
-    forward, backward, warps = qk_norm_rope._forward, qk_norm_rope._backward, qk_norm_rope._WARPS
-    heads = dict(H=24, W=128, HEADS=32)
+    kernel = modulate._modulate_backward
     return [
-        case("qk_norm_rope", forward, heads, warps["forward"]),
-        case("qk_norm_rope_backward", backward, heads, warps["backward"], ("qkv",)),
-        case("qk_norm_rope_backward_inputs", backward, heads, warps["backward"]),
+        case(name, kernel, f"modulate_backward{kind}", card, ROW | dict(SHIFT=shift), absent)
+        for name, (absent, kind, shift) in shapes.items()
     ]
 
 
-def gelus() -> list[Case]:
-    rows, warps = gelu._TILES["plain"]
-    tile = dict(W=12288, BLOCK=1024, ROWS=rows)
+def gated_adds(card: int) -> list[Case]:
+    width, backward = dict(D=3072), modulate._gated_add_backward
+    return [
+        case("gated_add", modulate._gated_add, "gated_add", card, width),
+        case("gated_add_backward", backward, "gated_add_backward", card, width, ("y", "sums")),
+        case("gated_add_backward_rows", backward, "gated_add_backward_sums", card, width),
+    ]
+
+
+def qk_norm_ropes(card: int) -> list[Case]:
+    forward, backward, heads = qk_norm_rope._forward, qk_norm_rope._backward, dict(H=24, W=128, HEADS=32)
+    return [
+        case("qk_norm_rope", forward, "qk_norm_rope", card, heads),
+        case("qk_norm_rope_backward", backward, "qk_norm_rope_backward", card, heads, ("qkv",)),
+        case("qk_norm_rope_backward_inputs", backward, "qk_norm_rope_backward", card, heads),
+    ]
+
+
+def gelus(card: int) -> list[Case]:
     found = [
-        case("gelu_tanh", gelu._gelu, tile | dict(D=0), warps, ("beside",)),
-        case("gelu_tanh_beside", gelu._gelu, tile | dict(D=3072), warps),
+        case("gelu_tanh", gelu._gelu, "gelu_tanh", card, INNER | dict(D=0), ("beside",)),
+        case("gelu_tanh_beside", gelu._gelu, "gelu_tanh", card, INNER | dict(D=3072)),
+        case("gelu_tanh_backward", gelu._gelu_backward, "gelu_tanh_backward", card, INNER),
     ]
-    rows, warps = gelu._TILES["backward"]
-    found.append(case("gelu_tanh_backward", gelu._gelu_backward, tile | dict(ROWS=rows), warps))
     for form in ("_int8", "_fp8"):
         for beside, width in (("", 0), ("_beside", 3072)):
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
-                rows, warps = gelu._TILES["down" if down else "8 bits"]
-                constants = dict(W=12288, D=width, BLOCK_W=16384, BLOCK_D=4096 if width else 16, ROWS=rows)
-                constants |= dict(INT8=form == "_int8", BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee")
+                constants = INNER | dict(D=width, BLOCK_W=16384, BLOCK_D=4096 if width else 16)
+                constants |= dict(INT8=form == "_int8", BLOCK_R=block_r, PRECISION="ieee")
                 left_out = (*(() if down else ("down", "s")), *(() if beside else ("beside",)))
-                name = f"gelu_tanh{beside}{form}{down}"
-                found.append(case(name, gelu._gelu_8_bits, constants, warps, left_out))
+                name, op = f"gelu_tanh{beside}{form}{down}", "gelu_tanh_8bit" + ("_down" if down else "")
+                found.append(case(name, gelu._gelu_8_bits, op, card, constants, left_out))
     return found
 
 
-CASES = [*modulates(), *modulate_backwards(), *gated_adds(), *qk_norm_ropes(), *gelus()]
+TOPICS = (modulates, modulate_backwards, gated_adds, qk_norm_ropes, gelus)
+CASES = [case for topic in TOPICS for card in CAPABILITIES for case in topic(card)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Any
 
-from benchmarks.aot import Case
+from benchmarks.aot import CAPABILITIES, Case
 from fluxq.kernels.triton import nf4, rows, storage
 from fluxq.kernels.triton.stored import LARGEST
+from fluxq.kernels.triton.table import SHIPPED, Choice, shape_class
 
 TYPES = {"nf4": "*i32", "int8": "*u8", "fp8": "*u8", "bytes": "*u8", "bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
 CONVERSIONS = [
@@ -33,13 +34,15 @@ def plain(form: str) -> str:
     return "float" if TYPES[form] == "*" + form else form
 
 
-def conversion(form: str, to: str, transposed: bool) -> Case:
+def conversion(card: int, form: str, to: str, transposed: bool) -> Case:
+    # Levels, scales of NF4's blocks and most scales of rows are read 32 bits at a time.
+    vector = {"nf4": 0.28 if to in LARGEST else 0.35, "int8": 0.5}.get(form, 1.0)
     divisor = {"divisor_ptr": "*fp32"} if to in LARGEST else {}
     types, constants = pointers(
         form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", absmax_stride="i32", out_stride="i32", **divisor
     )
     constants = {name: value for name, value in constants.items() if name != "columns_ptr"}
-    tile = storage._TILES[transposed]
+    tile = SHIPPED["dequantize_transposed" if transposed else "dequantize", card, "large"]
     return Case(
         f"{form} to {to}{' transposed' if transposed else ''}",
         storage._convert,
@@ -49,22 +52,22 @@ def conversion(form: str, to: str, transposed: bool) -> Case:
             "FROM": plain(form),
             "TO": plain(to),
             "TRANSPOSED": transposed,
-            "ROWS": tile["ROWS"],
-            "COLUMNS": tile["COLUMNS"],
+            "ROWS": tile.block_m,
+            "COLUMNS": tile.block_n,
         },
-        warps=tile["num_warps"],
+        **launched(card, tile),
         aligned=("N", "K", "stride", "absmax_stride", "out_stride"),
-        vector=True,
+        vector=vector,
         permutes=96,  # three for each of a thread's 32 numbers
     )
 
 
-def row_case(form: str, to: str, width: int, columns: bool = False, values: bool = True) -> Case:
+def row_case(card: int, form: str, to: str, width: int, columns: bool = False, values: bool = True) -> Case:
     given = {"columns_ptr": "*fp32"} if columns else {}
     given |= {"out_ptr": "*u8"} if values else {}
     types, constants = pointers(form, scales_ptr="*fp32", N="i32", K="i32", stride="i32", absmax_stride="i32", **given)
     constants = {name: value for name, value in constants.items() if name != "divisor_ptr"}
-    tile = next((t for t in rows._TILES if t["COLUMNS"] >= width), rows._PIECE)
+    tile = SHIPPED["row_quantize", card, shape_class("row_quantize", width)]
     return Case(
         f"rows of {width} {form} {'to' if values else 'scales for'} {to}{' times columns' if columns else ''}",
         rows._rows,
@@ -74,17 +77,18 @@ def row_case(form: str, to: str, width: int, columns: bool = False, values: bool
             "FROM": plain(form),
             "TO": to,
             "LARGEST": LARGEST[to],
-            "ONCE": tile["COLUMNS"] >= width,
-            "COLUMNS": tile["COLUMNS"],
+            "ONCE": tile.block_n >= width,
+            "COLUMNS": tile.block_n,
         },
-        warps=tile["num_warps"],
+        **launched(card, tile),
         aligned=("K", "stride"),
-        vector=values,  # scales alone store 4 bytes a program
+        vector={"nf4": 0.37, "int8": 0.66, "fp8": 0.66}.get(form, 0.85) if values else 0.0,  # the rest: scales
         permutes=64,  # two for each of a thread's 32 numbers
     )
 
 
-def quantiser(dtype: str) -> Case:
+def quantiser(card: int, dtype: str) -> Case:
+    tile = SHIPPED["nf4_quantize", card, "large"]
     return Case(
         f"{dtype} to nf4",
         nf4._quantize,
@@ -95,22 +99,30 @@ def quantiser(dtype: str) -> Case:
             "midpoints_ptr": "*fp32",
             "blocks": "i32",
         },
-        {"BLOCKS": nf4._TILE["BLOCKS"]},
-        warps=nf4._TILE["num_warps"],
+        {"BLOCKS": tile.block_m},
+        **launched(card, tile),
         aligned=("blocks",),
-        vector=True,
+        vector=0.7,  # the rest: midpoints, and scales of blocks
     )
 
 
-# A width stands for all that take the same tile.
-CASES = [
-    *[conversion(*c) for c in CONVERSIONS],
-    *[row_case("bf16", to, width) for to in LARGEST for width in (3072, 15360, 21504)],
-    *[row_case("bf16", to, width, columns=True) for to in LARGEST for width in (3072, 12288, 21504)],
-    *[row_case("nf4", to, width) for to in LARGEST for width in (3072, 15360)],
-    row_case("nf4", "int8", 15360, values=False),
-    row_case("int8", "fp8", 3072),
-    row_case("fp8", "int8", 3072),
-    row_case("fp32", "int8", 40000),
-    *[quantiser(dtype) for dtype in ("bf16", "fp32")],
-]
+def launched(card: int, tile: Choice) -> dict[str, Any]:
+    return dict(warps=tile.warps, stages=tile.stages, capabilities=(card,))
+
+
+def on(card: int) -> list[Case]:
+    """A width stands for all that take the same tile."""
+    return [
+        *[conversion(card, *c) for c in CONVERSIONS],
+        *[row_case(card, "bf16", to, width) for to in LARGEST for width in (3072, 15360, 21504)],
+        *[row_case(card, "bf16", to, width, columns=True) for to in LARGEST for width in (3072, 12288, 21504)],
+        *[row_case(card, "nf4", to, width) for to in LARGEST for width in (3072, 15360)],
+        row_case(card, "nf4", "int8", 15360, values=False),
+        row_case(card, "int8", "fp8", 3072),
+        row_case(card, "fp8", "int8", 3072),
+        row_case(card, "fp32", "int8", 40000),
+        *[quantiser(card, dtype) for dtype in ("bf16", "fp32")],
+    ]
+
+
+CASES = [case for card in CAPABILITIES for case in on(card)]

@@ -3,28 +3,37 @@
     python tests/kernels/compiles.py
 
 Each of LAUNCHES calls an op at one layer shape in one dtype. Triton works out from the arguments under which key it
-would look for the compiled kernel; keys are counted, and nothing is compiled or run. Prints {kernel: keys} as JSON.
-An author of a kernel adds a launch of it; kernels in several formats are told apart by the launch's name.
+would look for the compiled kernel; keys are counted, and nothing is compiled or run. Prints {kernel: keys} as JSON. A
+whole small FLUX calls most kernels for several layer shapes; what counts there is by how many times one picture's keys
+grow. An author of a kernel adds a launch of it; kernels in several formats are told apart by the launch's name.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import sys
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
+from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
+sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import triton
+from helpers import randomise, tiny_config
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
-from fluxq.kernels import Wants, quantize
+from fluxq.kernels import Wants, backend, dequantize, quantize
 from fluxq.kernels import triton as ops
 from fluxq.kernels.triton import matmul, table
 from fluxq.kernels.triton.matmul_8bit import matmul_8bit
+from fluxq.model import Flux, add_lora
+from fluxq.model.embed import image_ids, text_ids
+from fluxq.model.linear import Linear
 
 CARD = 89
 RANKS = (4, 16, 32, 100)
@@ -48,7 +57,7 @@ def fused(format: str, shape: str = "large") -> Launch:
 
     def launch(rows: int, rank: int) -> None:
         # As where the layer's input has room, and where it has not.
-        for room in (0, -(-rank // 32) * 32):
+        for room in (0, ops.room(rank)):
             x = torch.empty(rows if shape == "large" else rows % 64 + 1, K + room, dtype=torch.bfloat16)
             s, up = x[:, :rank].contiguous(), torch.empty(N, rank, dtype=torch.bfloat16)
             matmul.linear(x[:, :K], weight, up[:, 0].contiguous(), s, up, tiles)
@@ -68,6 +77,59 @@ def eight_bits(dtype: torch.dtype) -> Launch:
     return launch
 
 
+def flux(policy: str, compute: str) -> Launch:
+    """Forward and backward of a small FLUX in NF4, with an eighth of the tokens."""
+
+    @cache
+    def model(rank: int) -> Flux:
+        made = randomise(Flux(tiny_config(depth=1, depth_single_blocks=1)))
+        add_lora(made, rank=rank, alpha=rank, targets="all")
+        for module in made.modules():
+            if isinstance(module, Linear):
+                module.store(quantize(module.weight, "nf4" if module.in_features % 64 == 0 else "bf16"))
+        made.set_policy(policy)
+        made.set_compute(compute)
+        return made
+
+    def launch(rows: int, rank: int) -> None:
+        made, tokens = model(rank), (rows - TEXT) // 8
+        img, txt, vec = bf16(1, tokens, 16), bf16(1, TEXT // 8, 40), bf16(1, 24)
+        ids = image_ids(1, tokens), text_ids(TEXT // 8)
+        with backend("triton"):
+            out = made(img, ids[0], txt, ids[1], torch.ones(1), vec, torch.ones(1))
+            torch.autograd.grad(out, list(made.parameters()), torch.ones_like(out))
+
+    return launch
+
+
+def rows_in_8_bits(format: str) -> Launch:
+    """A weight into rows, and a gradient whose columns are multiplied by their scales."""
+    weight = quantize(torch.randn(N, K), format)
+
+    def launch(rows: int, rank: int) -> None:
+        _, scale = ops.to_rows(weight, torch.int8, transposed=True)
+        ops.row_quantize(bf16(rows, N), torch.int8, scale)
+
+    return launch
+
+
+def hidden_rows(rows: int, rank: int) -> None:
+    """The hidden layer into int8 rows and back, as keep_all8 keeps it."""
+    values, scale = ops.row_quantize(bf16(rows, 4 * K), torch.int8)
+    ops.row_dequantize(values, scale, torch.bfloat16)
+
+
+def decoded(format: str) -> Launch:
+    """A weight into the scratch beside LoRAs of several ranks."""
+    weight = quantize(torch.randn(N, K), format)
+
+    def launch(rows: int, rank: int) -> None:
+        dequantize(weight, torch.bfloat16)
+        ops.dequantize(weight, torch.bfloat16, bf16(N, K + ops.room(rank))[:, :K])
+
+    return launch
+
+
 def bf16(*shape: int) -> Tensor:
     """Memory that nobody touches."""
     return torch.empty(shape, dtype=torch.bfloat16)
@@ -75,7 +137,7 @@ def bf16(*shape: int) -> Tensor:
 
 def steps(length: int, rank: int) -> dict[str, Callable[[], object]]:
     """Each memory-bound step, as a block of FLUX calls it."""
-    room = -(-rank // 32) * 32
+    room = ops.room(rank)
     x, wide, h = bf16(1, length, K), bf16(1, length, K + room), bf16(1, length, 4 * K)
     shift, scale, gate = bf16(1, 6 * K)[:, None].chunk(6, -1)[:3]
     eight = Wants(dtype=torch.int8, down=bf16(rank, K))
@@ -112,6 +174,14 @@ LAUNCHES: dict[str, Callable[[], Launch]] = {
     "linear, int8, few rows": lambda: fused("int8", "few"),
     "matmul, int8": lambda: eight_bits(torch.int8),
     "matmul, fp8": lambda: eight_bits(torch.float8_e4m3fn),
+    "rows, from nf4": lambda: rows_in_8_bits("nf4"),
+    "rows, from int8": lambda: rows_in_8_bits("int8"),
+    "rows, kept": lambda: hidden_rows,
+    "decoded, nf4": lambda: decoded("nf4"),
+    "decoded, fp8": lambda: decoded("fp8"),
+    "flux, recompute in bf16": lambda: flux("recompute", "bf16"),
+    "flux, keep_all8 in int8_dx": lambda: flux("keep_all8", "int8_dx"),
+    "flux, keep_all8 in fp8": lambda: flux("keep_all8", "fp8"),
     **{name: lambda name=name: lambda rows, rank: steps(rows, rank)[name]() for name in steps(TEXT + 1, 1)},
 }
 
@@ -130,12 +200,12 @@ class NoCard:
 
 
 def count() -> dict[str, int]:
-    """How many keys each kernel of each launch has over all sizes and ranks."""
-    keys: dict[str, set[str]] = defaultdict(set)
-    launching = ""
+    """How many keys each kernel of each launch has over all sizes and ranks, for each that it has for one of them."""
+    keys: dict[str, dict[tuple[int, int], set[str]]] = defaultdict(lambda: defaultdict(set))
+    launching, case = "", (0, 0)
 
     def remember(*, key: str, fn, **_) -> bool:
-        keys[f"{launching}: {fn.name}"].add(str(key))
+        keys[f"{launching}: {fn.name}"][case].add(str(key))
         return True  # it is taken as compiled, and the launch ends here
 
     triton.runtime.driver.set_active(NoCard())
@@ -145,8 +215,14 @@ def count() -> dict[str, int]:
         launch = make()
         for width, height in SIZES:
             for rank in RANKS:
-                launch(TEXT + width * height // 256, rank)
-    return {name: len(found) for name, found in keys.items()}
+                case = TEXT + width * height // 256, rank  # (read by `remember`)
+                launch(*case)
+    return {name: growth(name, found) for name, found in keys.items()}
+
+
+def growth(name: str, found: dict[tuple[int, int], set[str]]) -> int:
+    together = len(set().union(*found.values()))
+    return -(-together // max(map(len, found.values()))) if name.startswith("flux") else together
 
 
 if __name__ == "__main__":

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 
 import pytest
 import torch
 from helpers import relative_error
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fluxq.kernels import Activations, lora_linear, quantize, reference, wants
 
@@ -80,6 +82,29 @@ def check(layer, results, slack=2.0):
         assert ours <= slack * theirs + floor, f"{name}: {ours:.2e}, plain {theirs:.2e}"
 
 
+class Launches(TorchDispatchMode):
+    """Counts inside it what a card would be told to do: kernels, and PyTorch's operations that are no views."""
+
+    def __init__(self, monkeypatch):
+        super().__init__()
+        self.counts = Counter()
+        run = triton.runtime.interpreter.GridExecutor.__call__
+
+        def counted(executor, *args, **kwargs):
+            self.counts[executor.fn.__name__] += 1
+            with _disable_current_modes():
+                return run(executor, *args, **kwargs)
+
+        monkeypatch.setattr(triton.runtime.interpreter.GridExecutor, "__call__", counted)
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func._schema.name.removeprefix("aten::")
+        view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
+        if not view and "empty" not in name:
+            self.counts[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
 def taking(path, format, **changes):
     """The row of large shapes in use, with that path."""
     op = f"lora_linear_{format}"
@@ -90,17 +115,48 @@ def taking(path, format, **changes):
 @pytest.mark.parametrize(("format", "dtype"), CASES)
 @pytest.mark.parametrize("rank", [32, 40])
 def test_extended(format, dtype, rank):
-    """One product for base, LoRA and bias; with rank 32 the bias has no free column."""
+    """One product for base, LoRA and bias."""
     layer = Layer(format, dtype, rank=rank)
-    with taking("extended", format, chunk=64):
+    with taking("extended", format, chunk=64 * K):
         check(layer, layer.run(layer.with_room()))
+
+
+def test_extended_launches_nothing_but_products_decoding_and_what_stands_beside(monkeypatch, device):
+    """In three parts forward and three backward, with a LoRA in fp32. On a processor d_down and d_up cast besides."""
+    if device.type == "cuda":
+        pytest.skip("the interpreter counts")
+    layer = Layer("nf4", torch.bfloat16)
+    layer.up, x, launches = layer.up.float(), layer.with_room(), Launches(monkeypatch)
+    args = (layer.down, layer.up, layer.scale)
+    with taking("extended", "nf4", chunk=64 * K), launches:
+        _, s = linear.lora_linear(x, layer.weight, layer.bias, *args)
+        forward, launches.counts = launches.counts, Counter()
+        linear.lora_linear_backward(layer.dy, layer.weight, x, s, *args)
+    assert forward == {"mm": 4, "_fill_room": 1, "_convert": 3, "_fill_tail": 3}
+    del launches.counts["_to_copy"]
+    assert launches.counts == {"mm": 5, "_convert": 3, "_fill_tail": 1, "addmm_": 1, "mul_": 1}
+
+
+@pytest.mark.parametrize("up", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("path", ["extended", "plain", "fused"])
+def test_up_may_be_wider_than_the_input(path, up):
+    layer = Layer("nf4", torch.bfloat16)
+    exact = layer.up.float() + 2**-12 * torch.randn_like(layer.up.float())
+    with taking(path, "nf4"):
+        layer.up = exact.to(up)
+        x = layer.with_room() if path == "extended" else layer.x
+        y, _, dx, *_ = layer.run(x)
+        layer.up = exact.bfloat16()
+        expected, _, dx_expected, *_ = layer.run(x)
+    assert y.dtype == dx.dtype == torch.bfloat16
+    assert relative_error(y, expected) < 2**-7 and relative_error(dx[..., :K], dx_expected[..., :K]) < 2**-7
 
 
 @pytest.mark.parametrize(("format", "dtype"), CASES)
 @pytest.mark.parametrize("room", [False, True])
 def test_plain(format, dtype, room):
     layer = Layer(format, dtype)
-    with taking("plain", format, chunk=64):
+    with taking("plain", format, chunk=64 * K):
         check(layer, layer.run(layer.with_room() if room else layer.x))
 
 
@@ -222,6 +278,18 @@ def test_layers_may_share_an_input_with_room():
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize(("n", "k"), [(9216, 3072), (12288, 3072), (3072, 15360), (18432, 3072), (160, 192), (33, 64)])
+def test_parts_are_even_and_of_about_one_size(n, k):
+    chunk = 9 << 20
+    for length, width in ((n, k), (k, n)):
+        parts = list(linear._parts(length, width, chunk))
+        assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])] and parts[-1].stop == length
+        sizes = [p.stop - p.start for p in parts]
+        assert all(size % 64 == 0 for size in sizes[:-1])
+        assert max(sizes) * width <= chunk + 64 * width and min(sizes) >= max(sizes) // 2
+        assert list(linear._parts(length, width, 0)) == [slice(0, length)]
+
+
 def test_the_scratch_is_one_and_grows():
     linear._scratches.clear()
     like = torch.empty(1)
@@ -231,5 +299,14 @@ def test_the_scratch_is_one_and_grows():
     assert [t.numel() for t in linear._scratches.values()] == [20 * 64]
 
 
-def test_room_is_a_multiple_of_32():
-    assert [linear.room(rank) for rank in (0, 1, 16, 32, 33, 100)] == [0, 32, 32, 32, 64, 128]
+def test_room_is_a_multiple_of_32_and_has_a_column_for_the_bias():
+    assert [linear.room(rank) for rank in (1, 16, 31, 32, 64, 100, 128)] == [32, 32, 32, 64, 96, 128, 160]
+
+
+@pytest.mark.parametrize(("path", "products"), [("extended", 1), ("plain", 3)])
+def test_a_bias_without_lora_takes_one_product_unless_the_table_says_otherwise(path, products, monkeypatch):
+    layer, calls, product = Layer("nf4", torch.float32), [], linear._product
+    monkeypatch.setattr(linear, "_product", lambda *a: calls.append(1) or product(*a))
+    with taking(path, "nf4", chunk=64 * K):
+        linear.lora_linear(layer.x, layer.weight, layer.bias, None, None, 1.0)
+    assert len(calls) == products

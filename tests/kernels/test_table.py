@@ -27,17 +27,25 @@ def on_ada(monkeypatch):
     monkeypatch.setattr(table, "generation", lambda device: 89)
 
 
+def shapes(op):
+    """The shape classes that an op must have rows for."""
+    return table.shape_classes(op) if op == "row_quantize" else ("large",)
+
+
+EVERY = [(op, shape) for op in table.PATHS for shape in table.shape_classes(op)]
+
+
 @pytest.mark.parametrize("op", table.PATHS)
 @pytest.mark.parametrize("card", [*table.GENERATIONS, table.INTERPRETED])
 def test_every_op_has_a_row_for_every_card_and_a_reason(op, card):
-    choice = table.SHIPPED[op, card, "large"]
-    assert choice.path in table.PATHS[op]
-    assert choice.word in ("predicted", "measured") and choice.why
+    for choice in (table.SHIPPED[op, card, shape] for shape in shapes(op)):
+        assert choice.path in table.PATHS[op]
+        assert choice.word in ("predicted", "measured") and choice.why
 
 
 def test_no_row_is_for_an_op_or_shape_that_is_not_there():
     for op, card, shape in table.SHIPPED:
-        assert op in table.PATHS and shape in table.SHAPES
+        assert op in table.PATHS and shape in table.shape_classes(op)
         assert card in (*table.GENERATIONS, table.INTERPRETED)
 
 
@@ -59,22 +67,28 @@ def test_an_unknown_card_takes_the_nearest_and_says_so_once(card, nearest, caplo
     assert all(f"{card / 10}" in line and f"{nearest / 10}" in line for line in lines)
 
 
-@pytest.mark.parametrize("op", table.PATHS)
+def test_rows_are_quantised_in_the_narrowest_tile_that_holds_one(on_ada):
+    tiles = [table.choose("row_quantize", CPU, width).block_n for width in (64, 1024, 3072, 15360, 32768, 40000)]
+    assert tiles == [1024, 1024, 4096, 16384, 32768, 8192]
+
+
+@pytest.mark.parametrize(("op", "shape"), EVERY)
 @pytest.mark.parametrize("card", table.GENERATIONS)
-@pytest.mark.parametrize("shape", table.SHAPES)
 def test_candidates_fit_the_card_and_start_with_the_row_in_use(op, card, shape):
     found = table.candidates(op, card, shape)
     shipped = table.SHIPPED.get((op, card, shape)) or table.SHIPPED[op, card, "large"]
     assert replace(found[0], word=shipped.word, why=shipped.why) == shipped
-    assert {c.path for c in found} == set(table.PATHS[op])
+    assert {c.path for c in found} == set(table.paths(op, card))
+    tiled = {path: {c.block_m for c in found[1:] if c.path == path} for path in ("triton", "scaled")}
+    assert "scaled" not in table.paths(op, card) or tiled["triton"] == tiled["scaled"], "each path in all tiles"
     assert len(set(found)) == len(found) > 1
+    assert op not in table.STREAMING or len(found) <= 9, "each is compiled and checked"
 
 
-@pytest.mark.parametrize("op", table.PATHS)
+@pytest.mark.parametrize(("op", "shape"), EVERY)
 @pytest.mark.parametrize("card", table.GENERATIONS)
-@pytest.mark.parametrize("shape", table.SHAPES)
 def test_every_candidate_can_be_kept_and_read_again(op, card, shape, tmp_path):
-    for choice in table.candidates(op, card, shape)[::7]:
+    for choice in table.candidates(op, card, shape)[:: 1 if op in table.STREAMING else 7]:
         rows = {(op, card, shape): choice}
         table.write(tmp_path / "kernels.json", rows, "a card")
         assert table.read(tmp_path / "kernels.json") == rows
@@ -99,6 +113,7 @@ def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
         (dict(card=75), "sm_75"),
         (dict(shape="middling"), "middling"),
         (dict(path="cuda"), "cuda"),
+        (dict(op="matmul_fp8", path="scaled"), "no matmul_fp8 scaled"),
         (dict(block_m=48), "tiles"),
         (dict(block_m="64"), "sizes"),
         (dict(warps=3), "3 warps"),
@@ -108,8 +123,27 @@ def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
     ],
 )
 def test_a_file_with_a_wrong_row_is_refused_by_name(tmp_path, change, said):
-    file = tmp_path / "kernels.json"
-    table.write(file, {("matmul_int8", 89, "large"): table.SHIPPED["matmul_int8", 89, "large"]}, "RTX 4090")
+    refuse(tmp_path / "kernels.json", ("matmul_int8", 89, "large"), change, said)
+
+
+@pytest.mark.parametrize(
+    ("op", "change"),
+    [
+        ("modulate", dict(block_m=3)),
+        ("modulate", dict(step=2)),
+        ("modulate", dict(block_n=1024)),
+        ("modulate_8bit_down", dict(block_m=8)),
+        ("gelu_tanh", dict(block_n=0)),
+        ("dequantize", dict(block_n=32)),
+        ("qk_norm_rope", dict(warps=6)),
+    ],
+)
+def test_a_tile_that_a_streaming_kernel_cannot_take_is_refused(tmp_path, op, change):
+    refuse(tmp_path / "kernels.json", (op, 89, "large"), change, "tiles")
+
+
+def refuse(file, key, change, said):
+    table.write(file, {key: table.SHIPPED[key]}, "RTX 4090")
     content = json.loads(file.read_text())
     content["rows"][0] |= change
     file.write_text(json.dumps(content))
@@ -122,8 +156,8 @@ def test_a_file_with_a_wrong_row_is_refused_by_name(tmp_path, change, said):
     [
         ("{", "Expecting"),
         ("[]", "indices"),
-        ('{"version": 9, "rows": []}', "version 9, not 1"),
-        ('{"version": 1, "rows": [{}]}', "no 'op'"),
+        ('{"version": 9, "rows": []}', "version 9, not 2"),
+        ('{"version": 2, "rows": [{}]}', "no 'op'"),
     ],
 )
 def test_another_file_is_refused(tmp_path, text, said):

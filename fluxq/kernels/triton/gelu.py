@@ -18,15 +18,7 @@ from torch import Tensor
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
 from fluxq.kernels.triton.layout import with_whole_rows
-
-# What -> rows of a program, warps, on every card. All predicted, from registers at widths of 12,288 and 3,072:
-_TILES = {
-    "plain": (4, 4),  # 32 numbers a thread, and no two programs share a line of memory
-    "backward": (4, 4),
-    "8 bits": (1, 16),  # a row of 15,360 in 64 registers a thread: two rows in flight on a multiprocessor
-    "down": (16, 16),  # 16 rows share a reading of `down`; at 8 warps Triton 3.6 spills
-}
-_BLOCK = 1024  # columns of a program where rows need not be whole: it divides FLUX's widths
+from fluxq.kernels.triton.table import choose
 
 
 def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
@@ -36,18 +28,20 @@ def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
     made = outputs(h, left + width, wants)
     strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), made.x.stride(1))
     if made.values is None:
-        rows, warps = _TILES["plain"]
-        block = min(_BLOCK, triton.next_power_of_2(width))
+        tile = choose("gelu_tanh", h.device)
+        rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
         _gelu[triton.cdiv(left, block) + triton.cdiv(width, block), triton.cdiv(length, rows), batch](
-            h, beside, made.x, *strides, length, W=width, D=left, BLOCK=block, ROWS=rows, num_warps=warps
-        )
+            h, beside, made.x, *strides, length,
+            W=width, D=left, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
+        )  # fmt: skip
         return made
     down, block_r = down_and_block(wants, h)
-    rows, warps = _TILES["8 bits" if down is None else "down"]
-    _gelu_8_bits[triton.cdiv(length, rows), batch](
+    tile = choose("gelu_tanh_8bit" if down is None else "gelu_tanh_8bit_down", h.device)
+    _gelu_8_bits[triton.cdiv(length, tile.block_m), batch](
         h, beside, made.x, made.values, made.scale, down, made.s, *strides, length, 0 if down is None else len(down),
         W=width, D=left, BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(max(left, 16)),
-        ROWS=rows, INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee", num_warps=warps,
+        ROWS=tile.block_m, INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=tile.block_k, PRECISION="ieee",
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return named(made, wants)
 
@@ -56,11 +50,12 @@ def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
     """The gradient of h (B, L, W) for the columns of dy (B, L, W) that gelu(h) was written to."""
     (batch, length, width), dy, h = h.shape, with_whole_rows(dy), with_whole_rows(h)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    rows, warps = _TILES["backward"]
-    block = min(_BLOCK, triton.next_power_of_2(width))
+    tile = choose("gelu_tanh_backward", h.device)
+    rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
     _gelu_backward[triton.cdiv(width, block), triton.cdiv(length, rows), batch](
-        dy, h, dh, *dy.stride()[:2], *h.stride()[:2], length, W=width, BLOCK=block, ROWS=rows, num_warps=warps
-    )
+        dy, h, dh, *dy.stride()[:2], *h.stride()[:2], length,
+        W=width, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return dh
 
 

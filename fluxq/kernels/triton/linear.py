@@ -11,21 +11,26 @@ fused     The weight is decoded inside the product's loop (matmul.py): few rows,
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from fluxq.kernels.triton import matmul
+from fluxq.kernels.triton.extension import fill_room, fill_tail
 from fluxq.kernels.triton.storage import dequantize
 from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 
-LANES = 32  # the room is a multiple, so that every row begins on 64 bytes
+LANES = 32  # the room is a multiple of as many columns, so that every row begins on 64 bytes
 
 
 def room(rank: int) -> int:
-    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank."""
-    return -(-rank // LANES) * LANES
+    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank: one for
+    each of x down^T, and one for the 1 that the bias is multiplied by.
+    """
+    return -(-(rank + 1) // LANES) * LANES
 
 
 def lora_linear(
@@ -34,7 +39,7 @@ def lora_linear(
     """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
 
     x (..., K) or with room behind each row, which is written to; weight (N, K) as stored; down (R, K), up (N, R), bias
-    (N,) in x's dtype.
+    (N,) in x's dtype, or up in a wider one, which is rounded once it is scaled.
     """
     n, k = weight.shape
     # Several layers may share an input, each filling the room anew. What autograd keeps of x is not in the room, so it
@@ -45,9 +50,12 @@ def lora_linear(
     if choice.path == "fused" and x.dtype != torch.float64:
         y = matmul.linear(rows[:, :k], weight, bias, s, None if up is None else up * scale, choice)
     elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
-        y = _extended(rows, weight, bias, s, up, scale, choice.chunk or n)
+        y = _extended(rows, weight, bias, s, up, scale, choice.chunk)
     else:
-        y = _plain(rows[:, :k], weight, bias, s, up, scale, choice.chunk or n)
+        # A bias is free where the result is in one piece, which is what it is without chunks; added to some of its
+        # columns, it is written to them first and read again. Only a row of the table that says "plain" decides anew.
+        whole = bias is not None and choice.path == "extended"
+        y = _plain(rows[:, :k], weight, bias, s, up, scale, 0 if whole else choice.chunk)
     return y.view(*x.shape[:-1], n), s if s is None else s.view(*x.shape[:-1], -1)
 
 
@@ -67,11 +75,11 @@ def lora_linear_backward(
     """
     rows = dy.reshape(-1, dy.shape[-1])
     if x is None or s is None or down is None or up is None:
-        return None if weight is None else _dx(rows, weight, None).view(*dy.shape[:-1], -1), None, None
+        return None if weight is None else _dx(rows, weight, None, scale, 0).view(*dy.shape[:-1], -1), None, None
     rank, k = down.shape
     room = x.shape[-1] - k
-    dx = None if weight is None else _dx(rows, weight, _tail(up, scale, room) if room else None)
-    ds = dx[:, k : k + rank] if dx is not None and room else torch.mm(rows, up * scale)
+    dx = None if weight is None else _dx(rows, weight, up, scale, room)
+    ds = dx[:, k : k + rank] if dx is not None and room else torch.mm(rows, (up * scale).to(rows.dtype))
     if dx is not None:
         dx[:, :k].addmm_(ds, down)
     d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1])[:, :k])
@@ -91,29 +99,15 @@ def _extended(
     rows: Tensor, weight: Weight, bias: Tensor | None, s: Tensor, up: Tensor, scale: float, chunk: int
 ) -> Tensor:
     """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
-    (n, k), width, rank = weight.shape, rows.shape[1], up.shape[1]
-    rows[:, k : k + rank] = s
-    if rank < width - k:  # to the end, for what was there may be NaN, which no zero in the scratch would take away
-        rows[:, k + rank :] = F.pad(rows.new_ones(1), (0, width - k - rank - 1))
-    tail = _tail(up, scale, width - k)
-    if bias is not None and rank < width - k:
-        # A bias in the product costs nothing. Added to part of a result's columns, it costs a pass over them first.
-        tail[:, rank], bias = bias, None
+    (n, k), width = weight.shape, rows.shape[1]
+    fill_room(rows, k, s)  # to its end, for what was there may be NaN, which no zero in the scratch would take away
     y = rows.new_empty(len(rows), n)
-    for start in range(0, n, chunk):
-        part = slice(start, min(start + chunk, n))
-        w = _scratch(part.stop - start, width, rows)
+    for part in _parts(n, k, chunk):
+        w = _scratch(part.stop - part.start, width, rows)
         dequantize(weight[part], w.dtype, w[:, :k])
-        w[:, k:] = tail[part]
-        _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
+        fill_tail(w[:, k:], up[part], scale, None if bias is None else bias[part])
+        torch.mm(rows, w.t(), out=y[:, part])
     return y
-
-
-def _tail(up: Tensor, scale: float, width: int) -> Tensor:
-    """[scale up | 0] (N, width)."""
-    tail = up.new_zeros(up.shape[0], width)
-    torch.mul(up, scale, out=tail[:, : up.shape[1]])
-    return tail
 
 
 def _plain(
@@ -124,43 +118,52 @@ def _plain(
         y = F.linear(rows, weight.to(rows.dtype), bias)
     else:
         y = rows.new_empty(len(rows), n)
-        for start in range(0, n, chunk):
-            part = slice(start, min(start + chunk, n))
-            w = _scratch(part.stop - start, k, rows)
+        for part in _parts(n, k, chunk):
+            w = _scratch(part.stop - part.start, k, rows)
             dequantize(weight[part], w.dtype, w)
             _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
-    return y if s is None or up is None else y.addmm_(s, up.t(), alpha=scale)
+    return y if s is None or up is None else y.addmm_(s, up.t().to(s.dtype), alpha=scale)
 
 
-def _dx(rows: Tensor, weight: Weight, tail: Tensor | None) -> Tensor:
-    """dy [W | tail], (M, K + its width). For some columns of W at a time: their parts of the result are final, and none
-    is rounded twice.
+def _dx(rows: Tensor, weight: Weight, up: Tensor | None, scale: float, room: int) -> Tensor:
+    """dy [W | scale up | 0], (M, K + room). For some columns of W at a time: their parts of the result are final, and
+    none is rounded twice.
     """
-    (n, k), width = weight.shape, 0 if tail is None else tail.shape[1]
-    dx = rows.new_empty(len(rows), k + width)
+    n, k = weight.shape
+    dx = rows.new_empty(len(rows), k + room)
     if isinstance(weight, Tensor):
         torch.mm(rows, weight.to(rows.dtype), out=dx[:, :k])
-        if tail is not None:
+        if up is not None and room:
+            tail = rows.new_empty(n, room)
+            fill_tail(tail, up, scale, None)
             torch.mm(rows, tail, out=dx[:, k:])
         return dx
     chunk = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows)).chunk
-    for start in range(0, k, chunk):
-        stop = min(start + chunk, k)
-        last = width if stop == k else 0
-        w = _scratch(n, stop - start + last, rows)
-        dequantize(_columns(weight, start, stop), w.dtype, w[:, : stop - start])
-        if tail is not None and last:
-            w[:, stop - start :] = tail
-        torch.mm(rows, w, out=dx[:, start : stop + last])
+    for part in _parts(k, n, chunk):
+        columns, last = part.stop - part.start, room if part.stop == k else 0
+        w = _scratch(n, columns + last, rows)
+        dequantize(_columns(weight, part), w.dtype, w[:, :columns])
+        if up is not None and last:
+            fill_tail(w[:, columns:], up, scale, None)
+        torch.mm(rows, w, out=dx[:, part.start : part.stop + last])
     return dx
 
 
-def _columns(weight: NF4Weight | RowScaled, start: int, stop: int) -> Weight:
-    """Columns of a weight, multiples of 64: a view."""
+def _parts(length: int, width: int, chunk: int) -> Iterator[slice]:
+    """A side of a weight cut into parts of about `chunk` numbers, 0 for no cut, each `width` numbers wide: multiples of
+    64, as even as these can be, so that no product is left with a sliver.
+    """
+    count = max(1, -(-length * width // chunk)) if chunk else 1
+    step = -(-length // (count * NF4_BLOCK)) * NF4_BLOCK
+    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def _columns(weight: NF4Weight | RowScaled, part: slice) -> Weight:
+    """Columns of a weight, multiples of 64 of NF4: a view."""
     if isinstance(weight, NF4Weight):
-        blocks = slice(start // NF4_BLOCK, stop // NF4_BLOCK)
-        return NF4Weight(weight.codes[:, start // 2 : stop // 2], weight.absmax[:, blocks])
-    return RowScaled(weight.values[:, start:stop], weight.scale)
+        blocks = slice(part.start // NF4_BLOCK, part.stop // NF4_BLOCK)
+        return NF4Weight(weight.codes[:, part.start // 2 : part.stop // 2], weight.absmax[:, blocks])
+    return RowScaled(weight.values[:, part], weight.scale)
 
 
 def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:

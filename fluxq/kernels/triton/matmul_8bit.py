@@ -2,11 +2,19 @@
 
 Sums are exact in int32, or in fp32; a tile is scaled, has LoRA and bias added in fp32, and is rounded once. Done after
 the product, those passes over its int32 result would take half as long again (predicted, for RTX 40).
+
+Paths, chosen by the table:
+
+triton  The plain product.
+scaled  fp8 on RTX 50 and its like, whose units multiply e4m3 at full rate only as numbers in blocks of 32 with a scale
+        each (OneTrainer measured half of it without): every block's scale is 1, so that the numbers are the same.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
+
+from functools import cache
 
 import torch
 import triton
@@ -64,9 +72,16 @@ def matmul_8bit(
         BLOCK_N=choice.block_n,
         BLOCK_K=choice.block_k,
         num_warps=choice.warps,
+        SCALED=choice.path == "scaled" and _has_scaled_dot(),
         num_stages=choice.stages,
     )
     return y
+
+
+@cache
+def _has_scaled_dot() -> bool:
+    """Whether Triton compiles a scaled product of fp8 to the card's own; before 3.6 it does not."""
+    return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
 @triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from picture to picture, LoRA to LoRA
@@ -91,6 +106,7 @@ def _matmul_8bit(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
+    SCALED: tl.constexpr,
 ):
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large pictures) once a program.
@@ -108,8 +124,13 @@ def _matmul_8bit(
         else:
             a = tl.load(a_ptrs, mask=start + k < K, other=0.0)
             b = tl.load(b_ptrs, mask=start + k < K, other=0.0)
-        # Hopper's fp8 units keep 14 bits of a sum; after each tile it goes into a real fp32 one.
-        acc = tl.dot(a, b.trans(), acc, max_num_imprecise_acc=BLOCK_K, out_dtype=acc_type)
+        if SCALED:
+            a_unit = tl.full((BLOCK_M, BLOCK_K // 32), 127, tl.uint8)
+            b_unit = tl.full((BLOCK_N, BLOCK_K // 32), 127, tl.uint8)
+            acc = tl.dot_scaled(a, a_unit, "e4m3", b.trans(), b_unit, "e4m3", acc)
+        else:
+            # Hopper's fp8 units keep 14 bits of a sum; after each tile it goes into a real fp32 one.
+            acc = tl.dot(a, b.trans(), acc, max_num_imprecise_acc=BLOCK_K, out_dtype=acc_type)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
     y = acc.to(tl.float32) * tl.load(a_scale_ptr + first_m + m, mask=inside_m, other=0.0)[:, None]

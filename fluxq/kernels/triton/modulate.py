@@ -19,17 +19,7 @@ from torch import Tensor
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
 from fluxq.kernels.triton.layout import with_whole_rows
-
-# What -> rows of a program, rows at a time, warps, on every card. All predicted, from registers at a width of 3,072:
-_TILES = {
-    "plain": (1, 1, 4),  # 24 numbers a thread, 5 rows or more in flight on a multiprocessor
-    "8 bits": (1, 1, 8),  # 8-bit rows are stored 16 numbers a thread: 8 warps for 4,096 of them
-    "down": (16, 2, 8),  # what a tensor core multiplies; two rows hide the sums of one another
-    "backward": (1, 1, 8),  # at 4 warps 91 registers, and a third less in flight
-    "sums": (16, 1, 8),  # 158 registers for the sums: the rarer case, and 1/16 of a row is written for each row
-    "gated_add": (4, 4, 4),  # four rows share the gate
-    "gated_sums": (16, 2, 4),
-}
+from fluxq.kernels.triton.table import choose
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
@@ -53,13 +43,15 @@ def _forward(
     shift, scale = with_whole_rows(shift), with_whole_rows(scale)
     made = outputs(x, width, wants)
     down, block_r = down_and_block(wants, x)
-    rows, step, warps = _TILES["down" if down is not None else "plain" if wants.dtype is None else "8 bits"]
-    _modulate[triton.cdiv(length, rows), batch](
+    form = "" if wants.dtype is None else "_8bit" if down is None else "_8bit_down"
+    tile = choose(f"modulate{form}", x.device)
+    _modulate[triton.cdiv(length, tile.block_m), batch](
         x, gate, y, total, shift, scale, made.x, made.values, made.scale, down, made.s,
         x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
         shift.stride(0), scale.stride(0), made.x.stride(1), length, 0 if down is None else len(down),
-        D=width, BLOCK=triton.next_power_of_2(width), ROWS=rows, STEP=step, INT8=wants.dtype == torch.int8,
-        BLOCK_R=block_r, BLOCK_K=128, PRECISION="ieee", num_warps=warps,
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
+        INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=tile.block_k, PRECISION="ieee",
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return named(made, wants)
 
@@ -90,14 +82,15 @@ def _backward(
     dx, gate, y = (t if t is None else with_whole_rows(t) for t in (dx, gate, y))
     d_residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_y = None if gate is None else torch.empty_like(d_residual)
-    tile, step, warps = _TILES["sums" if rows or y is not None else "backward"]
-    grid = triton.cdiv(length, tile), batch
+    tile = choose("modulate_backward_sums" if rows or y is not None else "modulate_backward", x.device)
+    grid = triton.cdiv(length, tile.block_m), batch
     sums = _partial_sums(2 * rows + (y is not None), grid, x)
     _modulate_backward[grid](
         dx, dy, x, gate, y, scale, d_residual, d_y, sums,
         *(0 if t is None else t.stride(i) for t in (dx, dy, x, y) for i in (0, 1)),
         0 if gate is None else gate.stride(0), scale.stride(0), length,
-        D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile, STEP=step, SHIFT=rows, num_warps=warps,
+        D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step, SHIFT=rows,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     found = _summed(sums, x.dtype)
     d_shift, d_scale = (found[0], found[1]) if rows else (None, None)
@@ -109,12 +102,12 @@ def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     batch, length, width = residual.shape
     residual, gate, y = with_whole_rows(residual), with_whole_rows(gate), with_whole_rows(y)
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    rows, _, warps = _TILES["gated_add"]
-    block = min(1024, triton.next_power_of_2(width))
+    tile = choose("gated_add", residual.device)
+    rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
     _gated_add[triton.cdiv(width, block), triton.cdiv(length, rows), batch](
         residual, gate, y, out,
         residual.stride(0), residual.stride(1), gate.stride(0), y.stride(0), y.stride(1), length,
-        D=width, BLOCK=block, ROWS=rows, num_warps=warps,
+        D=width, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return out
 
@@ -124,14 +117,14 @@ def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Te
     batch, length, width = dout.shape
     dout, gate, y = with_whole_rows(dout), with_whole_rows(gate), y if y is None else with_whole_rows(y)
     dy = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
-    rows, step, warps = _TILES["gated_add" if y is None else "gated_sums"]
-    block = min(1024, triton.next_power_of_2(width))
-    programs = triton.cdiv(length, rows)
+    tile = choose("gated_add_backward" if y is None else "gated_add_backward_sums", dout.device)
+    block = min(tile.block_n, triton.next_power_of_2(width))
+    programs = triton.cdiv(length, tile.block_m)
     sums = _partial_sums(int(y is not None), (programs, batch), dout)
     _gated_add_backward[triton.cdiv(width, block), programs, batch](
         dout, gate, y, dy, sums,
         *(0 if t is None else t.stride(i) for t in (dout, y) for i in (0, 1)), gate.stride(0), length,
-        D=width, BLOCK=block, ROWS=rows, STEP=step, num_warps=warps,
+        D=width, BLOCK=block, ROWS=tile.block_m, STEP=tile.step, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return dy, None if y is None else _summed(sums, dout.dtype)[0]
 

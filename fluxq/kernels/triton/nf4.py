@@ -1,7 +1,7 @@
 """NF4 codes of a matrix, bitsandbytes' bytes (Dettmers et al. 2023, appendix E); decoding is in storage.py."""
 
-# A kernel's constexpr arguments are given plain values.
-# pyright: reportArgumentType=false
+# A kernel is called with constexpr arguments as plain values, and with num_warps:
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -11,10 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxq.kernels.triton.bits import nf4_midpoints, nf4_shifts
+from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import NF4_BLOCK
-
-# Blocks of 64 weights that a program takes. Predicted: 32 weights a thread, so that codes too leave 128 bits at a time.
-_TILE = {"BLOCKS": 64, "num_warps": 4}
 
 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -23,8 +21,11 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     flat = w.contiguous()  # weights are read from files whole; blocks run through rows
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(rows, columns // NF4_BLOCK, dtype=torch.float32, device=w.device)
-    grid = (triton.cdiv(absmax.numel(), _TILE["BLOCKS"]),)
-    _quantize[grid](flat, codes.view(torch.int32), absmax, nf4_midpoints(w.device), absmax.numel(), **_TILE)
+    tile = choose("nf4_quantize", w.device)
+    _quantize[(triton.cdiv(absmax.numel(), tile.block_m),)](
+        flat, codes.view(torch.int32), absmax, nf4_midpoints(w.device), absmax.numel(),
+        BLOCKS=tile.block_m, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
     return codes, absmax
 
 

@@ -18,9 +18,7 @@ from torch import Tensor
 
 from fluxq.kernels.reference import Stream
 from fluxq.kernels.triton.layout import with_whole_rows
-
-# Direction -> warps. Predicted: 24 heads of 128 are 12 numbers a thread at 8 warps, and each of q, k and v two loads.
-_WARPS = {"forward": 8, "backward": 8}
+from fluxq.kernels.triton.table import choose
 
 
 def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -34,13 +32,13 @@ def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[T
     q, k, v = (qkv.new_empty(batch, length, heads, width) for _ in range(3))
     rstd = qkv.new_empty(2, batch, length, heads, dtype=torch.float32)
     cos, sin = cos.contiguous(), sin.contiguous()  # which they are, unless a caller expanded them
-    start = 0
+    tile, start = choose("qk_norm_rope", qkv.device), 0
     for qkv, q_scale, k_scale in streams:
         qkv = with_whole_rows(qkv)
         _forward[qkv.shape[1], batch](
             qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, q, k, v, rstd,
             qkv.stride(0), qkv.stride(1), _per_picture(cos), start, length,
-            H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=_WARPS["forward"],
+            H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         start += qkv.shape[1]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rstd
@@ -67,14 +65,14 @@ def qk_norm_rope_backward(
     joint = [with_whole_rows(t) for t in (dq, dk, dv, q, k)]
     strides = [stride for t in joint for stride in t.stride()[:3]]
     cos, sin = cos.contiguous(), sin.contiguous()
-    grads, start = [], 0
+    tile, grads, start = choose("qk_norm_rope_backward", q.device), [], 0
     for i, ((q_scale, k_scale), length) in enumerate(zip(scales, lengths, strict=True)):
         grad = q.new_empty(batch, length, 3 * heads * width)
         qkv = None if inputs is None else with_whole_rows(inputs[i])
         _backward[length, batch](
             *joint, qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, rstd, grad,
             *strides, *((0, 0) if qkv is None else qkv.stride()[:2]), _per_picture(cos), start, total, length,
-            H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=_WARPS["backward"],
+            H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         grads.append(grad)
         start += length

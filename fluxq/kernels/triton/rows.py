@@ -3,8 +3,8 @@
 A program has a row in registers, and so reads it once; rows too wide for that are read again.
 """
 
-# A kernel's constexpr arguments are given plain values.
-# pyright: reportArgumentType=false, reportGeneralTypeIssues=false
+# A kernel is called with constexpr arguments as plain values, and with num_warps:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 
 from __future__ import annotations
 
@@ -15,16 +15,8 @@ from torch import Tensor
 
 from fluxq.kernels.triton.bits import nf4_level
 from fluxq.kernels.triton.stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
+from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import Weight
-
-# What a program has at a time; the narrowest that holds a row is taken. Predicted: with 32 numbers a thread bytes leave
-# 128 bits at a time, and the kernel needs so few registers (64 at most) that half of a card's threads can run, two
-# thirds on GeForce.
-_TILES = tuple(
-    {"COLUMNS": columns, "num_warps": warps}
-    for columns, warps in ((1024, 1), (2048, 2), (4096, 4), (8192, 8), (16384, 16), (32768, 32))
-)
-_PIECE = _TILES[3]  # of a row wider than any of them
 
 
 def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -55,11 +47,12 @@ def _launch(weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: 
     numbers, absmax, levels, scale, form = stored(weight)
     rows, width = weight.shape
     scales = torch.empty(rows, dtype=torch.float32, device=numbers.device)
-    tile = next((t for t in _TILES if t["COLUMNS"] >= width), _PIECE)
+    tile = choose("row_quantize", numbers.device, width)
     _rows[(rows,)](
         numbers, absmax, levels, scale, columns, None if values is None else bytes_of(values), scales,
         rows, width, numbers.stride(0), 0 if absmax is None else absmax.stride(0),
-        FROM=form, TO=FORMS[dtype], LARGEST=LARGEST[FORMS[dtype]], ONCE=tile["COLUMNS"] >= width, **tile,
+        FROM=form, TO=FORMS[dtype], LARGEST=LARGEST[FORMS[dtype]], ONCE=tile.block_n >= width, COLUMNS=tile.block_n,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return scales
 

@@ -4,8 +4,8 @@ One kernel takes any stored form to any other tile by tile, and writes the tile 
 scales are not known yet, rows.py finds them. A large layer can be decoded in parts: `weight[a:b]` is a view.
 """
 
-# A kernel's constexpr arguments are given plain values.
-# pyright: reportArgumentType=false
+# A kernel is called with constexpr arguments as plain values, and with num_warps:
+# pyright: reportArgumentType=false, reportCallIssue=false
 
 from __future__ import annotations
 
@@ -16,15 +16,8 @@ from torch import Tensor
 
 from fluxq.kernels.triton.rows import row_scales, weight_rows
 from fluxq.kernels.triton.stored import FORMS, bytes_of, encode, read, stored
+from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import RowScaled, Weight
-
-# The tile of a program, by whether it is written transposed. Predicted: with 32 weights a thread the kernel needs so
-# few registers (40) that all of a card's threads can run; a transposed tile is square, so that both its sides are whole
-# sectors of memory.
-_TILES = {
-    False: {"ROWS": 4, "COLUMNS": 1024, "num_warps": 4},
-    True: {"ROWS": 64, "COLUMNS": 64, "num_warps": 4},
-}
 
 
 def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, transposed: bool = False) -> Tensor:
@@ -71,12 +64,12 @@ def _write(weight: Weight, divisor: Tensor | None, out: Tensor, transposed: bool
     to = FORMS.get(out.dtype, "float")
     if form == to != "float":  # the same 8 bits move as they are
         form, to, scale, divisor = "bytes", "bytes", None, None
-    tile = _TILES[transposed]
-    grid = (triton.cdiv(rows, tile["ROWS"]), triton.cdiv(columns, tile["COLUMNS"]))
-    _convert[grid](
+    tile = choose("dequantize_transposed" if transposed else "dequantize", out.device)
+    _convert[triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n)](
         numbers, absmax, levels, scale, divisor, bytes_of(out), rows, columns,
         numbers.stride(0), 0 if absmax is None else absmax.stride(0), out.stride(0),
-        FROM=form, TO=to, TRANSPOSED=transposed, **tile,
+        FROM=form, TO=to, TRANSPOSED=transposed, ROWS=tile.block_m, COLUMNS=tile.block_n,
+        num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 

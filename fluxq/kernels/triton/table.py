@@ -1,11 +1,8 @@
 """Which path an op takes and in what tiles: one table, by op, card generation and shape class.
 
-The rows below are shipped. Rows that were measured on a user's card are laid over them (`lay_over`), read from a file
-that `write` made; what is worth measuring is in `candidates`. Nothing is searched at run time.
-
-A generation is a compute capability as one number, 89 for 8.9. An unknown card takes the nearest generation's rows and
-says so once. Shapes are of two classes, `few` rows of input (up to 64: modulation, embedders) and `large`; none finer
-without a measurement that asks for it.
+Its rows lie in shipped.py. Rows that were measured on a user's card are laid over them (`lay_over`), read from a file
+that `write` made; what is worth measuring is in `candidates`. Nothing is searched at run time. An unknown card takes
+the nearest generation's rows and says so once.
 """
 
 from __future__ import annotations
@@ -16,108 +13,52 @@ import logging
 import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields, replace
+from dataclasses import asdict, fields, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
-GENERATIONS = (80, 86, 89, 90, 120)
-INTERPRETED = 0  # Triton's interpreter on a processor: tiles as small as tests want them
-FEW_ROWS = 64
-SHAPES = ("few", "large")
-SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # that one block may have (CUDA programming guide, table 24)
-FILE_VERSION = 1
+from fluxq.kernels.lora_linear import FEW_ROWS
+from fluxq.kernels.triton.shipped import (
+    GENERATIONS,
+    INTERPRETED,
+    MILLION,
+    PATHS,
+    SHARED_KIB,
+    SHIPPED,
+    STREAMING,
+    WIDTHS,
+    Choice,
+    Key,
+    paths,
+    shape_classes,
+)
 
-PATHS = {
-    **{f"lora_linear_{format}": ("extended", "plain", "fused") for format in ("nf4", "fp8", "int8", "bf16")},
-    **{f"lora_linear_backward_{format}": ("extended",) for format in ("nf4", "fp8", "int8")},
-    "matmul_int8": ("triton",),
-    "matmul_fp8": ("triton",),
-}
-"""Op -> the paths there are; the op's own file says what each is."""
+FILE_VERSION = 2  # 1 counted chunks in rows
 
-
-@dataclass(frozen=True)
-class Choice:
-    """A path and its sizes; 0 where the path has no such size.
-
-    block_m, block_n, block_k: a program's tile of output rows, columns, and what it contracts over at a time. warps and
-    stages as Triton means them. chunk: rows of a weight decoded at a time (columns in the backward pass). word: whether
-    the row was `predicted` or `measured`; why: from what.
-    """
-
-    path: str
-    block_m: int = 0
-    block_n: int = 0
-    block_k: int = 0
-    warps: int = 4
-    stages: int = 1
-    chunk: int = 0
-    word: str = "predicted"
-    why: str = ""
-
-
-Key = tuple[str, int, str]
-"""Op, generation, shape class."""
-
-
-def _rows() -> Iterator[tuple[Key, Choice]]:
-    def row(ops: str, cards: tuple[int, ...], shape: str, choice: Choice) -> Iterator[tuple[Key, Choice]]:
-        return (((op, card, shape), choice) for op in ops.split() for card in cards)
-
-    stored, geforce = "lora_linear_nf4 lora_linear_fp8 lora_linear_int8", (86, 89, 120)
-    # bf16 products: the tiles are those of the fused kernel, for whoever asks for that path.
-    why = "decoding once beats decoding in the loop above 512 rows on every card (bitsandbytes' measured dispatch)"
-    long = f"{why}; much memory and many multiprocessors want long products"
-    yield from row(stored, geforce, "large", Choice("extended", 128, 128, 64, 8, 3, 3072, why=why))
-    yield from row(stored, (80, 90), "large", Choice("extended", 128, 128, 64, 8, 3, 12288, why=long))
-    spills = "; with Triton 3.6 a fused tile twice as wide spills"
-    yield from row("lora_linear_nf4", geforce, "large", Choice("extended", 128, 64, 64, 8, 3, 3072, why=why + spills))
-    yield from row("lora_linear_nf4", (80,), "large", Choice("extended", 128, 64, 64, 8, 3, 12288, why=long + spills))
-    why = "a weight in 16 bits needs no decoding, and copying it costs what the LoRA's own pass over y does"
-    yield from row("lora_linear_bf16", (80, 90), "large", Choice("plain", 128, 128, 64, 8, 3, why=why))
-    yield from row("lora_linear_bf16", geforce, "large", Choice("plain", 128, 128, 32, 8, 3, why=why))
-    why = "reading the weight is all the work, so it is read as it is stored; narrow tiles fill the card"
-    yield from row(stored, GENERATIONS, "few", Choice("fused", 16, 32, 64, 4, 4, why=why))
-    why = "a vendor's product of few rows reads the weight at the memory's speed"
-    yield from row("lora_linear_bf16", GENERATIONS, "few", Choice("plain", 16, 32, 64, 4, 4, why=why))
-    # Their gradient has no choice where weights are in 16 bits.
-    backward = "lora_linear_backward_nf4 lora_linear_backward_fp8 lora_linear_backward_int8"
-    why = "as forward; chunks are of columns, since the sum over rows must be rounded once"
-    yield from row(backward, geforce, "large", Choice("extended", chunk=3072, why=why))
-    yield from row(backward, (80, 90), "large", Choice("extended", chunk=12288, why=why))
-
-    # 8-bit products.
-    why = "neither spills nor permutes bytes; each byte read takes part in 128 products"
-    yield from row("matmul_int8 matmul_fp8", (80, 86, 89, 120), "large", Choice("triton", 128, 128, 64, 8, 3, why=why))
-    why = "a warp group multiplies 64 rows at once; a deep tile pays for its barriers"
-    yield from row("matmul_int8 matmul_fp8", (90,), "large", Choice("triton", 128, 128, 128, 8, 4, why=why))
-
-    why = "tests have a hundred rows and still want several programs"
-    here = (INTERPRETED,)
-    yield from row(stored, here, "large", Choice("extended", 32, 32, 64, chunk=64, why=why))
-    yield from row(stored, here, "few", Choice("fused", 16, 32, 64, why=why))
-    yield from row("lora_linear_bf16", here, "large", Choice("plain", 32, 32, 64, why=why))
-    yield from row(backward, here, "large", Choice("extended", chunk=64, why=why))
-    yield from row("matmul_int8 matmul_fp8", here, "large", Choice("triton", 32, 32, 64, why=why))
-
-
-SHIPPED: Mapping[Key, Choice] = dict(_rows())
 _measured: dict[Key, Choice] = {}
 _forced: dict[str, Choice] = {}
 
 
-def choose(op: str, device: torch.device, rows: int) -> Choice:
-    """The row for an input of that many rows on the card `device`; that of large inputs where few have none."""
+def choose(op: str, device: torch.device, size: int = FEW_ROWS + 1) -> Choice:
+    """The row for an input of that many rows (for `row_quantize`, of that width) on the card `device`; that of large
+    inputs where few have none.
+    """
     if op in _forced:
         return _forced[op]
     card = generation(device)
-    key = (op, card, "few" if rows <= FEW_ROWS else "large")
+    key = (op, card, shape_class(op, size))
     if key not in _measured and key not in SHIPPED:
         key = (op, card, "large")
     return _measured.get(key) or SHIPPED[key]
+
+
+def shape_class(op: str, size: int) -> str:
+    if op == "row_quantize":
+        return next((str(width) for width in WIDTHS if width >= size), "wider")
+    return "few" if size <= FEW_ROWS else "large"
 
 
 @contextmanager
@@ -158,11 +99,12 @@ def nearest(capability: int) -> int:
 def candidates(op: str, card: int, shape: str = "large") -> list[Choice]:
     """What is worth measuring for `op` on a card of that generation, the row in use first."""
     shipped = SHIPPED.get((op, card, shape)) or SHIPPED[op, card, "large"]
-    tiles = itertools.product((16,) if shape == "few" else (64, 128, 256), (32, 64, 128, 256), (32, 64, 128), (4, 8))
-    found = [shipped]
-    for path in PATHS[op]:
+    rows = (16,) if shape == "few" else (64, 128, 256)
+    tiles = [*itertools.product(rows, (32, 64, 128, 256), (32, 64, 128), (4, 8))]
+    found = [shipped, *(_neighbours(shipped) if op in STREAMING else ())]
+    for path in paths(op, card) if op not in STREAMING else ():
         if path in ("extended", "plain"):
-            found += [replace(shipped, path=path, chunk=chunk) for chunk in (1536, 3072, 6144, 12288, 24576)]
+            found += [replace(shipped, path=path, chunk=n * MILLION) for n in (4, 9, 18, 27, 45)]
             continue
         for (m, n, k, warps), stages in itertools.product(tiles, (2, 3, 4)):
             choice = Choice(path, m, n, k, warps, stages, shipped.chunk)
@@ -170,6 +112,18 @@ def candidates(op: str, card: int, shape: str = "large") -> list[Choice]:
             if _fits(op, card, choice) and enough and m * n <= 128 * 32 * warps and not (k < 64 and "nf4" in op):
                 found.append(choice)
     return list(dict.fromkeys(replace(choice, word="measured", why="") for choice in found))
+
+
+def _neighbours(tile: Choice) -> Iterator[Choice]:
+    """One size twice or half of what it is, as far as the kernels take it: their tiles wait for memory, and little
+    depends on them.
+    """
+    for name in ("warps", "block_m", "block_n", "step"):
+        size = getattr(tile, name)
+        for other in (size // 2, size * 2):
+            choice = replace(tile, **{name: other})
+            if size and not (name == "block_n" and not tile.block_m) and not _wrong_sizes(choice, tile):
+                yield choice
 
 
 def write(path: Path, rows: Mapping[Key, Choice], card: str) -> None:
@@ -205,19 +159,38 @@ def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
     key = (row["op"], row["card"], row["shape"])
     choice = Choice(**{field.name: row[field.name] for field in fields(Choice)})
     op, card, shape = key
-    if op not in PATHS or card not in GENERATIONS or shape not in SHAPES or choice.path not in PATHS[op]:
+    if (
+        op not in PATHS
+        or card not in GENERATIONS
+        or shape not in shape_classes(op)
+        or choice.path not in paths(op, card)
+    ):
         raise ValueError(f"there is no {op} {choice.path} for {shape} shapes on sm_{card}")
-    sizes = (choice.block_m, choice.block_n, choice.block_k, choice.warps, choice.stages, choice.chunk)
+    sizes = (choice.block_m, choice.block_n, choice.block_k, choice.step, choice.warps, choice.stages, choice.chunk)
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"the sizes of {op} are {sizes}")
-    tiles = sizes[:3] if choice.path in ("fused", "triton") else ()
-    if any(size not in (16, 32, 64, 128, 256) for size in tiles) or choice.warps not in (1, 2, 4, 8, 16):
-        raise ValueError(f"{op} has tiles {tiles} and {choice.warps} warps")
+    shipped = SHIPPED.get(key) or SHIPPED[op, card, "large"]
+    tiles = sizes[:3] if choice.path in ("fused", "triton", "scaled") else ()
+    wrong = any(size not in (16, 32, 64, 128, 256) for size in tiles) or choice.warps not in (1, 2, 4, 8, 16)
+    if _wrong_sizes(choice, shipped) if op in STREAMING else wrong:
+        raise ValueError(f"{op} has tiles {sizes[:4]} and {choice.warps} warps")
     if choice.chunk % 64:
         raise ValueError(f"{op} has chunks of {choice.chunk}, not of a multiple of 64")
-    if not 1 <= choice.stages <= 8 or not _fits(op, card, choice):
+    if not 1 <= choice.stages <= 8 or op not in STREAMING and not _fits(op, card, choice):
         raise ValueError(f"the tiles of {op} do not fit the shared memory of sm_{card}")
     return key, choice
+
+
+def _wrong_sizes(choice: Choice, shipped: Choice) -> bool:
+    """Whether a kernel that waits for memory cannot take these sizes: each a power of two, or 0 where `shipped` has
+    none; 16 rows at least for a tensor core, and columns that blocks of NF4 divide where there are so many.
+    """
+    sizes = [(getattr(choice, name), getattr(shipped, name)) for name in ("block_m", "block_n", "block_k", "step")]
+    powers = all((size > 0 and size & (size - 1) == 0) if theirs else size == 0 for size, theirs in sizes)
+    least = 16 if shipped.block_k else 1
+    fine = choice.block_m >= max(choice.step, least if shipped.block_m else 0)
+    fine &= min(64, shipped.block_n) <= choice.block_n <= 65536
+    return not (powers and fine and choice.block_m <= 256 and choice.warps in (1, 2, 4, 8, 16, 32))
 
 
 def _fits(op: str, card: int, choice: Choice) -> bool:

@@ -1,0 +1,74 @@
+"""What stands beside x and W where base, LoRA and bias are one product (linear.py): a kernel for each, and no more."""
+
+# A kernel is called with constexpr arguments as plain values, and with num_warps:
+# pyright: reportArgumentType=false, reportCallIssue=false
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.triton.stored import along_rows
+from fluxq.kernels.triton.table import choose
+
+
+def fill_room(rows: Tensor, k: int, s: Tensor) -> None:
+    """[s | 1 | 0] into the columns of `rows` (M, ...) from k on. s (M, R)."""
+    tile, width, s = choose("fill_room", rows.device), rows.shape[1] - k, along_rows(s)
+    _fill_room[triton.cdiv(len(rows), tile.block_m), triton.cdiv(width, tile.block_n)](
+        rows[:, k:], s, len(rows), width, s.shape[1], rows.stride(0), s.stride(0),
+        ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+def fill_tail(out: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> None:
+    """[scale up | bias | 0] into `out` (N, ...). up (N, R) of any float dtype; bias (N,), or None for zeros."""
+    tile, up = choose("fill_tail", out.device), along_rows(up)
+    _fill_tail[triton.cdiv(len(out), tile.block_m), triton.cdiv(out.shape[1], tile.block_n)](
+        out, up, bias, scale, *out.shape, up.shape[1], out.stride(0), up.stride(0),
+        ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "R", "s_stride"])
+def _fill_room(
+    out_ptr,  # (M, width) out, rows out_stride apart
+    s_ptr,  # (M, R)
+    M,
+    width,  # a multiple of 32 in use, so that all who have some are one kernel
+    R,
+    out_stride,
+    s_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    x = tl.load(s_ptr + row * s_stride + column, mask=(row < M) & (column < R), other=0.0).to(tl.float32)
+    x = tl.where(column == R, 1.0, x)
+    tl.store(out_ptr + row * out_stride + column, x.to(out_ptr.dtype.element_ty), mask=(row < M) & (column < width))
+
+
+@triton.jit(do_not_specialize=["N", "R", "up_stride"])
+def _fill_tail(
+    out_ptr,  # (N, width) out, rows out_stride apart
+    up_ptr,  # (N, R) any float
+    bias_ptr,  # (N,) any float, or None
+    scale,
+    N,
+    width,
+    R,
+    out_stride,
+    up_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    up = tl.load(up_ptr + row * up_stride + column, mask=(row < N) & (column < R), other=0.0).to(tl.float32)
+    x = up * scale
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
+        x = tl.where(column == R, bias, x)
+    tl.store(out_ptr + row * out_stride + column, x.to(out_ptr.dtype.element_ty), mask=(row < N) & (column < width))
