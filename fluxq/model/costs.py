@@ -53,11 +53,11 @@ def flux_costs(
     txt_tokens: int = 512,
     optimizer: str = "adamw8bit",
     accumulates: bool = False,
-    chunk: int = 3072,
+    chunk: int = 9 << 20,
 ) -> Costs:
     """The table for steps of `batch` pictures of `img_tokens` with captions of `txt_tokens`.
 
-    chunk: rows of a weight that the Triton kernels decode at a time.
+    chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/triton/shipped.py).
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}

@@ -14,7 +14,7 @@ from fluxq.kernels.lora_linear import FEW_ROWS
 from fluxq.kernels.replay import POLICIES
 
 LANES = 32
-"""The room for LoRA behind each row of an input is a multiple of so many columns."""
+"""The room for LoRA and bias behind each row of an input is a multiple of so many columns."""
 
 
 class Live:
@@ -71,7 +71,7 @@ class Product:
     @property
     def room(self) -> int:
         """Columns that are left free behind each row of its input."""
-        return -(-self.rank // LANES) * LANES if self.produced and self.compute == "bf16" else 0
+        return -(-(self.rank + 1) // LANES) * LANES if self.rank and self.produced and self.compute == "bf16" else 0
 
     @property
     def x(self) -> int:
@@ -164,17 +164,23 @@ class Shape:
 
 
 def scratch(products: Collection[Product], chunk: int) -> int:
-    """Bytes of the scratch that decoded weights lie in, `chunk` rows at a time, or columns in the backward pass: it
-    stays.
+    """Bytes of the scratch that decoded weights lie in, about `chunk` numbers at a time (rows, or columns in the
+    backward pass) and the LoRA's beside them: it stays. Where there is no room for the bias, a weight lies there whole.
     """
     sizes = [0]
     for p in products:
         if p.stored == 2 or p.eight_bits_back:
             continue
         if not p.eight_bits:
-            sizes.append(min(p.n, chunk) * (p.k + p.room) * 2)
-        sizes.append(p.n * (min(p.k, chunk) + p.room) * 2)
+            sizes.append((_part(p.n, p.k, chunk) if p.room else p.n) * (p.k + p.room) * 2)
+        sizes.append(p.n * (_part(p.k, p.n, chunk) + p.room) * 2)
     return max(sizes)
+
+
+def _part(length: int, width: int, chunk: int) -> int:
+    """The longest part of a side, as fluxq/kernels/triton/linear.py cuts it."""
+    count = max(1, -(-length * width // chunk))
+    return min(length, -(-length // (count * 64)) * 64)
 
 
 def forward_peak(shape: Shape, policy: str) -> int:

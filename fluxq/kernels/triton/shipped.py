@@ -117,8 +117,6 @@ def _products() -> Rows:
     both = "matmul_int8 matmul_fp8"
     why = "neither spills nor permutes bytes; each byte read takes part in 128 products"
     yield from _row(both, (80, 86, 89, 120), "large", Choice("triton", 128, 128, 64, 8, 3, why=why))
-    why += "; with block scales at full rate, without at half of it (OneTrainer, measured on Blackwell)"
-    yield from _row("matmul_fp8", (120,), "large", Choice("scaled", 128, 128, 64, 8, 3, why=why))
     why = "a warp group multiplies 64 rows at once; a deep tile pays for its barriers"
     yield from _row(both, (90,), "large", Choice("triton", 128, 128, 128, 8, 4, why=why))
     why = "tests have a hundred rows and still want several programs"
