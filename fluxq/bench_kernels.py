@@ -6,40 +6,26 @@ second-level cache flushed before each run; on a processor the reference is time
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import math
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.kernels import FORMATS, dequantize, ops, quantize, reference
+from fluxq.kernel_cases import RANK, Case, cases
 from fluxq.kernels.dispatch import triton_installed
 from fluxq.report import console
 from fluxq.timing import milliseconds
 from fluxq.tuning import tuned_file, use_tuned
 
-RANK, SCALE = 16, 0.7
-LARGE, FEW = (2816, 12288, 3072), (1, 18432, 3072)  # M, N, K: the MLP at 768 x 768 pixels, and modulation
 GAIN = 0.98  # what a choice must beat the one in use by: less is noise
 
 
-@dataclass(frozen=True)
-class Case:
-    """One op at one shape: how to run it, and what plain PyTorch gives for the same."""
-
-    op: str
-    shape_class: str
-    shape: tuple[int, int, int]
-    run: Callable[[], Tensor]
-    expected: Callable[[], Tensor]
-
-
 def bench_kernels(tune: bool = False, runs: int = 20) -> dict[str, Any]:
-    """A row an op and shape: milliseconds, TFLOP/s, and the time of a plain product in 16 bits over it.
+    """A row an op and shape: milliseconds, TFLOP/s, and over them the time of a plain product in 16 bits, or for what
+    waits for memory of a copy of its largest tensor.
 
     With `tune`, what is worth trying is tried, and what is faster is kept for every later run on this card. Raises
     WrongRequest where there is nothing to tune.
@@ -86,76 +72,15 @@ def keep(choices: dict[Any, Any], card: str) -> None:
     table.write(tuned_file(card), choices, card)
 
 
-def cases(device: torch.device) -> Iterator[Case]:
-    """What is measured, a shape at a time: operands are made when they are asked for."""
-    small = device.type != "cuda"
-    for shape_class, (m, n, k) in (("large", LARGE), ("few", FEW)):
-        shape = (max(1, m // 8), n // 8, k // 4) if small else (m, n, k)
-        for format in FORMATS:
-            yield from linear_cases(format, shape_class, shape, device)
-        for format, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-            if shape_class == "large" and (format == "int8" or small or _has_fp8(device)):
-                yield product_case(format, dtype, shape, device)
-
-
-def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], device: torch.device) -> Iterator[Case]:
-    """The layer over a weight in `format`, and for large inputs the way back."""
-    m, n, k = shape
-    x, dy, bias, down, up = (randn(*s, device=device) for s in ((m, k), (m, n), (n,), (RANK, k), (n, RANK)))
-    stored = quantize(randn(n, k, device=device) * k**-0.5, format)
-    exact, s, wide = dequantize(stored, torch.bfloat16), F.linear(x, down), F.pad(x, (0, ops(x).room(RANK)))
-
-    def forward() -> Tensor:
-        return ops(x).lora_linear(wide, stored, bias, down, up, SCALE)[0]
-
-    def backward() -> Tensor:
-        return ops(x).lora_linear_backward(dy, stored, wide, s, down, up, SCALE)[0][:, :k]
-
-    yield Case(
-        f"lora_linear_{format}", shape_class, shape, forward, lambda: F.linear(x, exact, bias) + SCALE * F.linear(s, up)
-    )
-    if shape_class == "large" and format != "bf16":
-        yield Case(
-            f"lora_linear_backward_{format}",
-            shape_class,
-            shape,
-            backward,
-            lambda: dy @ exact + SCALE * (dy @ up) @ down,
-        )
-
-
-def product_case(format: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device) -> Case:
-    """The product of 8-bit rows."""
-    m, n, k = shape
-    (a, a_scale), (b, b_scale) = (ops(x).row_quantize(x, dtype) for x in (randn(r, k, device=device) for r in (m, n)))
-
-    def expected() -> Tensor:
-        x, w = (reference.row_dequantize(*pair, torch.float32) for pair in ((a, a_scale), (b, b_scale)))
-        return x @ w.t()
-
-    return Case(
-        f"matmul_{format}", "large", shape, lambda: ops(a).matmul_8bit(a, a_scale, b, b_scale, torch.bfloat16), expected
-    )
-
-
-def randn(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(*shape, device=device).bfloat16()
-
-
-def _has_fp8(device: torch.device) -> bool:
-    return torch.cuda.get_device_capability(device) >= (8, 9)
-
-
 def timed(case: Case, device: torch.device, runs: int, found: tuple[Any, Any] | None) -> dict[str, Any]:
     """The row of a case, run by the choice that was found for it, or by the one in use."""
-    m, n, k = case.shape
-    x, w = (torch.randn(a, k, device=device).bfloat16() for a in (m, n))
-    plain = milliseconds(lambda: F.linear(x, w), device, runs)
+    plain = milliseconds(case.plain, device, runs)
     with _using(case.op, found):
         check(case)
         ms = milliseconds(case.run, device, runs)
     row = {"op": case.op, "shape_class": case.shape_class, "shape": case.shape, "ms": ms, "plain_ms": plain}
-    return row | {"tflops": 2e-9 * m * n * k / ms, "ratio": plain / ms}
+    product = 2 * math.prod(case.shape) if len(case.shape) == 3 else 0
+    return row | {"tflops": 1e-9 * product / ms, "ratio": plain / ms}
 
 
 def best_choice(case: Case, device: torch.device, runs: int) -> tuple[Any, Any] | None:
@@ -166,7 +91,7 @@ def best_choice(case: Case, device: torch.device, runs: int) -> tuple[Any, Any] 
 
     card = table.generation(device)
     check(case)
-    in_use = table.choose(case.op, device, case.shape[0])
+    in_use = table.choose(case.op, device, case.size)
     best, fastest = None, GAIN * milliseconds(case.run, device, runs)
     for choice in table.candidates(case.op, card, case.shape_class):
         if replace(choice, word=in_use.word, why=in_use.why) == in_use:

@@ -10,7 +10,7 @@ import torch
 from click.testing import CliRunner
 
 from fluxq import bench_kernels as bench
-from fluxq import tuning
+from fluxq import kernel_cases, tuning
 from fluxq.cli import main
 from fluxq.errors import WrongRequest
 from fluxq.kernels import backend
@@ -18,8 +18,8 @@ from fluxq.kernels import backend
 
 @pytest.fixture
 def small(monkeypatch):
-    monkeypatch.setattr(bench, "LARGE", (8 * 96, 8 * 192, 4 * 256))
-    monkeypatch.setattr(bench, "FEW", (1, 8 * 192, 4 * 256))
+    monkeypatch.setattr(kernel_cases, "LARGE", (8 * 96, 8 * 192, 4 * 256))
+    monkeypatch.setattr(kernel_cases, "FEW", (1, 8 * 192, 4 * 256))
 
 
 def test_every_op_is_checked_and_timed_on_any_machine(small):

@@ -22,7 +22,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"nano", "config", "flow", "optim", "state", "report", "hub"},
     {"tuning", "timing", "random_model"},
     {"models", "timed_step"},
-    {"defaults", "memory"},
+    {"defaults", "memory", "kernel_cases"},
     {"run"},
     {"cache", "check", "quantize", "bench_kernels", "bench_steps", "profile"},
     {"sample", "bench_compare"},

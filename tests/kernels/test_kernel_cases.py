@@ -1,0 +1,21 @@
+"""What `fluxq bench kernels` measures is right on the Triton backend too, and covers every op that has a choice."""
+
+from __future__ import annotations
+
+from fluxq import kernel_cases
+from fluxq.bench_kernels import check
+from fluxq.kernel_cases import cases
+
+WITHIN_OTHERS = {"fill_room", "fill_tail"}  # parts of lora_linear
+
+
+def test_every_case_is_right_and_every_op_with_a_choice_has_one(triton_ops, device, monkeypatch):
+    from fluxq.kernels.triton.shipped import PATHS
+
+    monkeypatch.setattr(kernel_cases, "LARGE", (8 * 96, 8 * 192, 4 * 256))
+    monkeypatch.setattr(kernel_cases, "FEW", (1, 8 * 192, 4 * 256))
+    seen = set()
+    for case in cases(device):
+        check(case)
+        seen.add(case.op)
+    assert seen | WITHIN_OTHERS == set(PATHS)
