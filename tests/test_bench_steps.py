@@ -51,6 +51,7 @@ def test_nano_is_benched_without_a_card_and_what_that_is_worth_is_said(tmp_path:
     assert answer["about"]["model"] == "nano" and answer["about"]["optimizer"] == "adamw8bit"
 
 
+@pytest.mark.slow
 @on_processor
 def test_a_matrix_has_streamed_rows_and_its_results_stand_side_by_side(tmp_path: Path):
     small = ("--size", 32, "--t5-length", 4, "--rank", 2, "--steps", 3)

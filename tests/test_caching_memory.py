@@ -26,6 +26,8 @@ from fluxq.model import AutoEncoderConfig, FluxConfig
 from fluxq.model.text import STATES_BYTES
 from fluxq.models import Models
 
+pytestmark = pytest.mark.slow
+
 GIB = 2**30
 META = torch.device("meta")
 TOKENIZERS = ((nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt"), (nano.T5_TOKENIZER,))

@@ -15,6 +15,8 @@ from benchmarks.roofline import block_ms, predicted_ms
 from fluxq.timing import spread, timed
 
 ROOT = Path(__file__).parent.parent.parent
+pytestmark = pytest.mark.slow
+
 SCRIPT = """
 import os
 from benchmarks.cases import Case, Skip, parser, run_part

@@ -139,6 +139,7 @@ def test_streaming_changes_no_bit(format, policy, files):
             assert_equal(with_lora(flux, "attention+mlp", policy), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("told", [True, False])
 def test_streaming_changes_no_bit_where_only_some_blocks_train(told, targets, files):
