@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -60,13 +60,18 @@ def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tupl
     """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
     units = {}
     for unit, names in by_unit(shapes).items():
-        places, end = [], 0
-        for name in names:
-            for part, dtype, shape in _stored(name, shapes[name], format if unit != REST else "bf16"):
-                places.append(Place(part, dtype, shape, end))
-                end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
-        units[unit] = (places, end)
+        stored = (_stored(name, shapes[name], format if unit != REST else "bf16") for name in names)
+        units[unit] = placed(part for parts in stored for part in parts)
     return units
+
+
+def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[Place], int]:
+    """The places of (name, dtype, shape) one after another, and the length of them all."""
+    places, end = [], 0
+    for name, dtype, shape in parts:
+        places.append(Place(name, dtype, shape, end))
+        end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
 
 
 def _stored(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

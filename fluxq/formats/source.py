@@ -82,6 +82,13 @@ class Source(Generic[Config]):
             row += rows
         return result
 
+    def read_into(self, name: str, out: Tensor) -> None:
+        """Fill `out`, flat uint8 of the tensor's length, with the bytes of `get(name)`."""
+        if len(pieces := self._pieces[name]) == 1:
+            self._shards.read_into(pieces[0].key, out)
+        else:
+            out.copy_(self.get(name).view(-1).view(torch.uint8))
+
     def scale(self, name: str) -> Tensor | None:
         """What `get(name)` is to be multiplied by: fp32, () or (rows, 1); None for 1, which every plain file has."""
         if name not in self._scales:
@@ -199,6 +206,9 @@ class Shards:
 
     def get(self, key: str, begin: int = 0, end: int | None = None) -> Tensor:
         return self._owners[key].get(key, begin, end)
+
+    def read_into(self, key: str, out: Tensor) -> None:
+        self._owners[key].read_into(key, out)
 
     def rows(self, key: str, indices: Sequence[int]) -> Tensor:
         return self._owners[key].rows(key, indices)
