@@ -246,12 +246,14 @@ class Models:
             raise WrongRequest(f"{path} holds {file.format}, not {self.config.format}; pass --format {file.format}")
         return file
 
-    def load_autoencoder(self) -> AutoEncoder:
-        return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band)
+    def load_autoencoder(self, band: int | None = None) -> AutoEncoder:
+        """Working on `band` rows at a time (None: on all), unless the user says on how many."""
+        return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band or band)
 
-    def load_text_encoders(self) -> TextEncoders:
+    def load_text_encoders(self, room: int | None = None) -> TextEncoders:
+        """Within `room` bytes of the card, if any are said."""
         files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()
-        return load_text_encoders(*files, self.t5_length, self.device)
+        return load_text_encoders(*files, self.t5_length, self.device, room=room)
 
     def _find(self, part: str) -> Served:
         if self.is_nano:

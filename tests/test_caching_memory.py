@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import write_hollow
 from live_bytes import LiveBytes
 from PIL import Image
@@ -94,6 +95,23 @@ def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, 
     block = (4 * 4096 + 3 * 10240) * 4096
     slots = SLOTS[place] * block * T5_STORED[stored].itemsize
     assert states + block * dtype.itemsize + slots < peaks[0] == peaks[1] < most
+
+
+@pytest.mark.parametrize("stored", ["fp16", "scaled fp8"])
+@pytest.mark.parametrize("gib", [1.5, 1.75, 2.5])
+def test_the_text_encoders_keep_to_the_room_of_the_card(gib, stored, tmp_path, monkeypatch):
+    """By taking fewer captions at a time: as many as fit, within one batch. Attention is one operator there."""
+    monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES["cuda"])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: torch.empty_like(q))
+    clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
+    t5, room = hollow_t5(tmp_path / "t5.safetensors", 3, stored), int(gib * GIB)
+    with LiveBytes(device="meta") as bytes:
+        encoders = load_text_encoders(clip, t5, *TOKENIZERS, 512, META, torch.bfloat16, room=room)
+        encoders.encode(["a red star "] * encoders.group)
+    caption = 512 * 4096 * 2
+    print(f"{encoders.group} captions with T5 in {stored}, {gib} GiB: {bytes.peak / GIB:.3f} GiB")
+    assert bytes.peak <= room
+    assert encoders.group == STATES_BYTES["cuda"] // caption or bytes.peak > room - 16 * caption
 
 
 @pytest.mark.parametrize(("batch", "side"), [(1, 1024), (4, 512)])

@@ -76,7 +76,7 @@ def test_every_model_lies_where_it_is_asked_to_and_answers_as_on_the_processor()
         picture = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)).to(device)
         latents = autoencoder.encode(picture)
         texts = {"x": Text(encoded.t5[0].cpu(), encoded.clip[0].cpu(), "x", 5, False)}
-        drawn = draw(models.load_flux(), autoencoder, texts, [Shot("x", 1, 96, 96, steps=2)])[0]
+        drawn = draw(models.load_flux(), models.load_autoencoder, texts, [Shot("x", 1, 96, 96, steps=2)])[0]
         answers[device] = [encoded.t5, encoded.clip, latents, autoencoder.decode(latents), to_tensor(drawn)]
     for host, card in zip(answers["cpu"], answers["cuda"], strict=True):
         assert relative_error(card.cpu(), host) < 0.03

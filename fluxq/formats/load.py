@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from fluxq.formats.detect import CLIP, EXAMPLES
 from fluxq.formats.files import refuse, strict_load
-from fluxq.formats.source import open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.source import Source, open_autoencoder, open_clip, open_flux, open_t5
 from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxq.formats.weights import StoredWeights, streamed
 from fluxq.kernels import quantize
@@ -17,7 +19,7 @@ from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
 from fluxq.model.text import CLIP_LENGTH, STATES_BYTES, TextEncoders
-from fluxq.model.text_layers import ClipEncoder, T5Encoder, clip_units, t5_units
+from fluxq.model.text_layers import TOKENS_PER_BATCH, ClipEncoder, T5Encoder, clip_units, t5_units
 from fluxq.offload import Streams
 
 ENCODER_SLOTS = 2  # a block of T5-XXL takes 386 MB; reading the file is one pipe, which more would not widen
@@ -64,13 +66,15 @@ def load_text_encoders(
     slots: int | None = None,
     streams: Streams | None = None,
     poison: bool = False,
+    room: int | None = None,
 ) -> TextEncoders:
     """CLIP-L (fp32) and T5's encoder with their tokenizers, at a T5 length of `length` tokens.
 
     Their blocks pass through one ring of `slots` slots, by default of 2; with 0, the default on processors, each block
     is read when it is computed with. T5 computes in `dtype`: by default in bf16, and in fp32 on processors that have no
     fast bf16. The tokenizers' files are as `find_tokenizers` gives them. Raises WrongRequest for a file that is not
-    what its name says. `streams` and `poison`: see StreamingRing.
+    what its name says. `streams` and `poison`: see StreamingRing. They take at most `room` bytes of the device, if any
+    are said, by taking fewer captions at a time; one at least.
     """
     if dtype is None:
         mkldnn = torch.backends.mkldnn.is_available()  # absent on some Arm builds
@@ -93,5 +97,24 @@ def load_text_encoders(
     t5 = T5Encoder(weights[1], sizes["num_layers"], sizes["num_heads"])
 
     clip_tokenize, clip_ids = load_clip_tokenizer(clip_tokenizer)
-    group = max(1, STATES_BYTES.get(device.type, STATES_BYTES["cpu"]) // (length * sizes["d_model"] * dtype.itemsize))
+    states = STATES_BYTES.get(device.type, STATES_BYTES["cpu"])
+    if room is not None:
+        states = min(states, room - encoder_bytes(t5_source, length, dtype, slots))
+    group = max(1, states // (length * sizes["d_model"] * dtype.itemsize))
     return TextEncoders(t5, clip, load_t5_tokenizer(t5_tokenizer), clip_tokenize, clip_ids, length, group)
+
+
+def encoder_bytes(t5: Source[dict[str, Any]], length: int, dtype: torch.dtype, slots: int) -> int:
+    """What T5 takes of the device beside the states: the ring's slots, a block's values, and what comes and goes.
+
+    Of a batch of tokens that are in its feed-forward layers the states, normed too, the gate twice and what it is
+    multiplied by; and the bias of the scores.
+    """
+    sizes = t5.config
+    width, hidden = sizes["d_model"], sizes["d_ff"]
+    (block,) = set(t5_units(1))
+    numbers = {n: math.prod(s) for n, s in t5.shapes.items() if n.startswith(f"{block}.") and "bias" not in n}
+    stored = sum(count * t5.dtypes[name].itemsize for name, count in numbers.items())
+    tokens = max(1, TOKENS_PER_BATCH // length) * length
+    passing = tokens * (2 * width + 3 * hidden) + sizes["num_heads"] * length**2
+    return slots * stored + (sum(numbers.values()) + passing) * dtype.itemsize

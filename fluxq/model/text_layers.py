@@ -8,7 +8,7 @@ All captions go through a block before the next is asked for, in batches. T5 is 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
@@ -89,13 +89,17 @@ class T5Encoder:
 
 def t5_block(x: Tensor, layers: Layers, heads: int, bias: Tensor) -> Tensor:
     """x (B, L, D) one block on. `layers` are those of T5_BLOCK; bias (1, H, L, L) is added to the scores."""
-    norm1, to_q, to_k, to_v, to_out, norm2, gate, up, down = (layers[name] for name in T5_BLOCK)
-    h = _rms_norm(x, *norm1)
-    q, k, v = (_heads(F.linear(h, *layer), heads) for layer in (to_q, to_k, to_v))
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D/H)
-    x = x + F.linear(attended.transpose(1, 2).flatten(2), *to_out)
+    norm1, *attention, norm2, gate, up, down = (layers[name] for name in T5_BLOCK)
+    x = x + t5_attention(_rms_norm(x, *norm1), attention, heads, bias)
     h = _rms_norm(x, *norm2)
     return x + F.linear(F.gelu(F.linear(h, *gate), approximate="tanh").mul_(F.linear(h, *up)), *down)
+
+
+def t5_attention(h: Tensor, layers: Sequence[tuple[Tensor, ...]], heads: int, bias: Tensor) -> Tensor:
+    *inputs, to_out = layers
+    q, k, v = (_heads(F.linear(h, *layer), heads) for layer in inputs)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D/H)
+    return F.linear(attended.transpose(1, 2).flatten(2), *to_out)
 
 
 def t5_buckets(length: int, buckets: int = 32) -> Tensor:
