@@ -165,11 +165,11 @@ def test_the_command_stays_under_3_gib_on_a_processor(stored, tmp_path, monkeypa
     config, peaks = config_from_dict({"model": model, "data": data}, "a test"), {"pictures": [], "captions": []}
     load_text_encoders = Models.load_text_encoders
 
-    def after_the_pictures(models):
+    def after_the_pictures(models, *room):
         assert bytes.live < 1 << 20  # the autoencoder is gone
         peaks["pictures"].append(bytes.peak)
         bytes.reset_peak()
-        return load_text_encoders(models)
+        return load_text_encoders(models, *room)
 
     monkeypatch.setattr(Models, "load_text_encoders", after_the_pictures)
     for layers in (2, 4):
