@@ -31,12 +31,12 @@ from fluxq.flow import conditioning, euler, resolution_shift, schedule, velocity
 from fluxq.formats.files import atomic_path
 from fluxq.formats.lora import Adapter, load_lora
 from fluxq.formats.stream import expect_sampling
+from fluxq.memory import Placement, blocks_units
 from fluxq.model.autoencoder import AutoEncoder, within_memory
 from fluxq.model.flux import Flux
 from fluxq.model.lora import set_lora
 from fluxq.model.modulation import Lookahead
 from fluxq.models import Models
-from fluxq.offload import StreamingRing
 from fluxq.report import console, progress_bar
 from fluxq.turns import TOKENS_PER_BATCH, Turns, band_for, place_drawing, room_of
 
@@ -246,61 +246,81 @@ def sample_command(
     samples = config.samples
     if not samples.prompts:
         raise WrongRequest('nothing to draw: give at least one --prompt "TEXT"')
+    _require_writable(out)
+    models = Models(config.model, say=console.print)
+    wanted = shots(samples, samples.prompts, models.default_size[0])
+    chosen = [_strength_of(lora) for lora in loras]
+    read = [(load_lora(path, models.flux_config)[0], strength) for path, strength in chosen]
+    adapters = [a for own, _ in read for a in own.values()]
+    ranks = [max((a.rank for a in own.values()), default=0) for own, _ in read]
+    nbytes = sum(4 * (a.down.numel() + a.up.numel()) for a in adapters)
+    placement, turns = place_drawing(config, models, [(s.width, s.height) for s in wanted], ranks, nbytes)
+    across = (list(strengths) or [0.0, 0.5, 1.0]) if grid else [1.0]
+    rows = [[pair] for pair in read or [({}, 1.0)]] if grid else [read]
+    passes = [[(own, strength * factor) for own, strength in row] for row in rows for factor in across]
+
+    # the turns
+    texts = _encoded(config, models)
+    latents = _drawn(models, placement, texts, wanted, passes, turns.tokens)
+    pictures = develop(models.load_autoencoder, latents, turns.room, console.print)
+
+    files = []
+    for i, shot in enumerate(wanted):
+        own = pictures[i :: len(wanted)]  # by row, then by column
+        if grid:
+            cells = [own[start : start + len(across)] for start in range(0, len(own), len(across))]
+            labels = [path.stem for path, _ in chosen] or ["no LoRA"]
+            files.append(out / f"grid_{i:02}.png")
+            save_picture(labelled_grid(cells, labels, [f"strength {f:g}" for f in across]), files[-1], shot)
+        else:
+            names = ", ".join(f"{path.stem} ({strength:g})" for path, strength in chosen)
+            files.append(out / f"{i:02}_seed{shot.seed}.png")
+            save_picture(own[0], files[-1], shot, **({"LoRA": names} if names else {}))
+    console.print("\n".join(map(str, files)))
+    return {"files": [str(file) for file in files]}
+
+
+def _require_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise WrongRequest(f"{out} cannot be written to ({error.strerror}); choose another --out") from error
-    models = Models(config.model, say=console.print)
-    wanted = shots(samples, samples.prompts, models.default_size[0])
-    chosen = [_strength_of(lora) for lora in loras]
-    read = [(load_lora(path, models.flux_config)[0], strength) for path, strength in chosen]
-    prompts = list(dict.fromkeys((*samples.prompts, samples.negative)))
-    placement, turns = place_drawing(
-        config,
-        models,
-        [(shot.width, shot.height) for shot in wanted],
-        [max((a.rank for a in adapters.values()), default=0) for adapters, _ in read],
-        sum(4 * (a.down.numel() + a.up.numel()) for adapters, _ in read for a in adapters.values()),
-    )
+
+
+def _encoded(config: TrainConfig, models: Models) -> dict[str, Text]:
+    """The prompts and the negative one, encoded; what was cut of them is said."""
+    prompts = list(dict.fromkeys((*config.samples.prompts, config.samples.negative)))
     with progress_bar() as progress:
         texts = cache_texts(config.data.cache, models, prompts, progress, room_of(config.memory, models.device))
     cuts = {prompt: (text.truncated, text.clip_truncated) for prompt, text in texts.items()}
     for line in cut_notes(cuts, {}, models.t5_length):
         console.print(line)
-    across = (list(strengths) or [0.0, 0.5, 1.0]) if grid else [1.0]
-    rows = [[pair] for pair in read or [({}, 1.0)]] if grid else [read]
+    return texts
+
+
+def _drawn(
+    models: Models,
+    placement: Placement,
+    texts: Mapping[str, Text],
+    wanted: Sequence[Shot],
+    passes: Sequence[Sequence[tuple[Mapping[str, Adapter], float]]],
+    tokens: int,
+) -> list[Tensor]:
+    """The latents of all shots with the LoRAs of each pass, one pass after the other; then the transformer is gone."""
+    if (resident := placement.resident) is not None:
+        units = sum(map(len, blocks_units(models.flux_config)))
+        console.print(f"{len(resident)} of {units} units stay, the others stream through {placement.slots} slots")
+    latents = list[Tensor]()
     with progress_bar() as progress:
         flux = models.load_flux(placement.resident, placement.slots)
         expect_sampling(flux)
-        latents = list[Tensor]()  # of all pictures: by row, then by column
-        for number, (loras_of_row, factor) in enumerate(((row, factor) for row in rows for factor in across), start=1):
-            attach(flux, [(adapters, strength * factor) for adapters, strength in loras_of_row])
-            stage = f"{number} of {len(rows) * len(across)}" if grid else "sampling"
-            latents += walk(flux, texts, wanted, partial(progress, stage), turns.tokens)
-    if isinstance(flux.ring, StreamingRing):
-        flux.ring.close()
-    del flux  # the card is the autoencoder's now
-    pictures = develop(models.load_autoencoder, latents, turns.room, console.print)
-    names = [path.stem for path, _ in chosen]
-    files: list[str] = []
-
-    def save(picture: Image.Image, name: str, shot: Shot, **facts: str) -> None:
-        save_picture(picture, out / name, shot, **facts)
-        files.append(str(out / name))
-
-    for i, shot in enumerate(wanted):
-        own = pictures[i :: len(wanted)]
-        if grid:
-            cells = [own[start : start + len(across)] for start in range(0, len(own), len(across))]
-            sheet = labelled_grid(cells, names or ["no LoRA"], [f"strength {f:g}" for f in across])
-            save(sheet, f"grid_{i:02}.png", shot)
-        else:
-            applied = ", ".join(f"{path.stem} ({strength:g})" for path, strength in chosen)
-            save(own[0], f"{i:02}_seed{shot.seed}.png", shot, **({"LoRA": applied} if applied else {}))
-    console.print("\n".join(files))
-    return {"files": files}
+        for number, loras in enumerate(passes, start=1):
+            attach(flux, loras)
+            stage = f"{number} of {len(passes)}" if len(passes) > 1 else "sampling"
+            latents += walk(flux, texts, wanted, partial(progress, stage), tokens)
+    return latents
 
 
 def attach(flux: Flux, loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:

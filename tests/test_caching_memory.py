@@ -98,13 +98,13 @@ def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, 
 
 
 @pytest.mark.parametrize("stored", ["fp16", "scaled fp8"])
-@pytest.mark.parametrize("gib", [1.5, 1.75, 2.5])
+@pytest.mark.parametrize("gib", [1.5, 1.75])
 def test_the_text_encoders_keep_to_the_room_of_the_card(gib, stored, tmp_path, monkeypatch):
     """By taking fewer captions at a time: as many as fit, within one batch. Attention is one operator there."""
     monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES["cuda"])
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: torch.empty_like(q))
     clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
-    t5, room = hollow_t5(tmp_path / "t5.safetensors", 3, stored), int(gib * GIB)
+    t5, room = hollow_t5(tmp_path / "t5.safetensors", 2, stored), int(gib * GIB)
     with LiveBytes(device="meta") as bytes:
         encoders = load_text_encoders(clip, t5, *TOKENIZERS, 512, META, torch.bfloat16, room=room)
         encoders.encode(["a red star "] * encoders.group)

@@ -17,9 +17,11 @@ from fluxq.config import SamplesConfig
 from fluxq.data.store import Text
 from fluxq.formats.lora import Adapter
 from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
+from fluxq.model.costs import AUTOENCODER, TILES
 from fluxq.model.lora import lora_strength
 from fluxq.models import Models
 from fluxq.sample import Shot, attach, draw, labelled_grid, save_picture, shots
+from fluxq.turns import Turns
 
 
 @pytest.fixture
@@ -50,6 +52,23 @@ def test_progress_counts_every_step_of_every_picture(models):
     draw(*models, [Shot("a", 1, 32, 32, 3), Shot("b", 2, 48, 32, 2)], lambda done, total: calls.append((done, total)))
     assert calls[-1] == (5, 5)
     assert [total for _, total in calls] == [5] * len(calls)
+
+
+def test_the_autoencoder_is_loaded_when_all_is_drawn_and_for_the_largest_picture(models):
+    flux, load, texts = models
+    loads, done = [], []
+    wanted = [Shot("a", 1, 32, 32, 3), Shot("b", 2, 64, 32, 2)]
+    least = AUTOENCODER + int(TILES[0][1] * 64 * 32 * 128 * 4)
+    for room in (least, least - 1):
+        draw(
+            flux,
+            lambda band: loads.append((band, done[-1])) or load(band),
+            texts,
+            wanted,
+            lambda steps, total: done.append(steps),
+            Turns(room=room),
+        )
+    assert loads == [(None, 5), (TILES[1][0], 5)]
 
 
 def test_true_guidance_moves_away_from_the_negative_prompt(models):
@@ -99,6 +118,7 @@ def test_streamed_units_draw_the_very_same_pictures(grid, tmp_path):
     for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
         result = CliRunner().invoke(main, [*common, *more, "--out", str(tmp_path / name)])
         assert result.exit_code == 0, result.output
+        assert ("units stay, the others stream through 2 slots" in result.output) == (name == "streamed")
     files = sorted(path.name for path in (tmp_path / "resident").iterdir())
     assert len(files) == 2
     for name in files:
