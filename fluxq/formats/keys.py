@@ -1,4 +1,4 @@
-"""The names that diffusers gives to the tensors of FLUX.1 and of its autoencoder.
+"""The names that others give to tensors: diffusers to those of FLUX.1 and of its autoencoder, llama.cpp to T5's.
 
 The original files (BFL) fuse q, k, v and the MLP's input into one matrix where diffusers has several, and order the two
 halves of the last modulation the other way round. Both are said by one rule: a diffusers module is the concatenation,
@@ -66,6 +66,29 @@ AUTOENCODER = {
     r"\.(down|up)\.(\d+)\.(down|up)sample\.": r".\1_blocks.\2.\3samplers.0.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
+
+# Applied in turn to the names of T5's encoder in a GGUF, which are llama.cpp's.
+T5_GGUF = {
+    r"^enc\.output_norm\.": "encoder.final_layer_norm.",
+    r"^enc\.blk\.": "encoder.block.",
+    r"\.attn_([qkvo])\.": r".layer.0.SelfAttention.\1.",
+    r"\.attn_rel_b\.": ".layer.0.SelfAttention.relative_attention_bias.",
+    r"\.attn_norm\.": ".layer.0.layer_norm.",
+    r"\.ffn_gate\.": ".layer.1.DenseReluDense.wi_0.",
+    r"\.ffn_up\.": ".layer.1.DenseReluDense.wi_1.",
+    r"\.ffn_down\.": ".layer.1.DenseReluDense.wo.",
+    r"\.ffn_norm\.": ".layer.1.layer_norm.",
+}
+
+
+def gguf_name(name: str) -> str:
+    """The name that a GGUF's tensor has elsewhere: transformers' where it is of T5's encoder, else its own."""
+    if name == "token_embd.weight":
+        return "shared.weight"
+    if name.startswith("enc."):
+        for pattern, replacement in T5_GGUF.items():
+            name = re.sub(pattern, replacement, name)
+    return name
 
 
 def module_split(module: str, config: FluxConfig) -> list[tuple[str, int, int]]:

@@ -20,10 +20,12 @@ from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, flux_shapes
 from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.formats.load import load_autoencoder, load_flux
 from fluxq.formats.source import OPENERS, open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.kernels import RowScaled
 from fluxq.model.embed import image_ids, text_ids
 
 CONFIG = tiny_config()
 CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
 
 
 def own_flux(dtype: torch.dtype = torch.float32, config=CONFIG) -> dict[str, torch.Tensor]:
@@ -41,12 +43,9 @@ def assert_holds(source, tensors) -> None:
     assert source.shapes.keys() == tensors.keys()
     for name, wanted in tensors.items():
         found = source.get(name)
-        assert (source.shapes[name], source.dtypes[name]) == (
-            tuple(wanted.shape),
-            wanted.dtype,
-        ) and found.is_contiguous()
+        assert isinstance(found, torch.Tensor) and found.is_contiguous()
+        assert source.shapes[name] == tuple(wanted.shape) and found.dtype == wanted.dtype
         assert torch.equal(found.view(torch.uint8), wanted.contiguous().view(torch.uint8)), name
-        assert source.scale(name) is None
 
 
 def refusal(opener, path: Path) -> str:
@@ -238,9 +237,12 @@ def test_scales_of_fp8_text_encoders_are_kept_beside_their_bytes(tmp_path, rows,
     assert source.precision == "fp8 e4m3, scaled" and source.shapes.keys() == values.keys()
     for name, value in values.items():
         assert torch.equal(source.value(name, torch.float32), value), name
-        assert source.get(name).dtype == source.dtypes[name] == stored[prefix + name].dtype
-    scale = source.scale("encoder.block.2.layer.1.DenseReluDense.wo.weight")
-    assert scale is not None and scale.shape == ((24, 1) if rows else ()) and source.scale("shared.weight") is None
+        kept = source.get(name)
+        assert isinstance(kept, RowScaled) == (stored[prefix + name].dtype == torch.float8_e4m3fn)
+        if isinstance(kept, RowScaled):
+            scale = stored[f"{prefix}{name.removesuffix('weight')}{key}"].reshape(-1)
+            assert torch.equal(kept.values.view(torch.uint8), stored[prefix + name].view(torch.uint8))
+            assert torch.equal(kept.scale, scale.expand(len(value)))
 
 
 def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
@@ -255,7 +257,7 @@ def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
             lambda t: t.update({f"{layer}.scale_weight": torch.tensor(1)}),
             f"({layer}.scale_weight of (24, 56) is () I64)",
         ),
-        (lambda t: t.update({"x.scale_weight": torch.tensor(1.0)}), "1 scale without its weight (x.scale_weight)"),
+        (lambda t: t.update({"x.scale_weight": torch.tensor(1.0)}), "1 unexpected (x.scale_weight)"),
     ):
         stored, _ = scaled_t5()
         change(stored)
@@ -264,10 +266,10 @@ def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
 
 def test_a_scaled_transformer_beside_it_is_no_matter_to_t5(tmp_path):
     tensors = all_in_one() | {"model.diffusion_model.scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
-    tensors |= {"model.diffusion_model.img_in.scale_weight": torch.tensor(0.5)}
+    tensors["model.diffusion_model.txt_in.weight"] = tensors["model.diffusion_model.txt_in.weight"].to(FP8)
     path = write(tmp_path / "all.safetensors", tensors)
     assert open_t5(path).precision == "bf16"
-    assert "is a file of 8-bit weights with scales of their own" in refusal(open_flux, path)
+    assert "1 without a scale (model.diffusion_model.txt_in.weight)" in refusal(open_flux, path)
 
 
 # --- bad input ---
@@ -333,7 +335,7 @@ def test_two_files_for_one_part_are_both_named(tmp_path):
     sentence = refusal(open_flux, tmp_path)
     assert "holds a FLUX.1 transformer in one.safetensors and in two.safetensors; name the one to use" in sentence
     assert open_autoencoder(tmp_path).path == tmp_path / nano.AE.name
-    assert f"{tmp_path} holds no .safetensors file with a T5 text encoder" in refusal(open_t5, tmp_path)
+    assert f"{tmp_path} holds no .safetensors or .gguf file with a T5 text encoder" in refusal(open_t5, tmp_path)
 
 
 FILES = {FLUX: nano.FLUX, AUTOENCODER: nano.AE, CLIP: nano.CLIP_L, T5: nano.T5XXL}
@@ -362,7 +364,7 @@ def test_every_tensor_of_a_text_encoder_must_be_there(tmp_path, opener):
     ("settings", "sentence"),
     [
         ({"_class_name": "ChromaTransformer2DModel"}, "is of the class ChromaTransformer2DModel"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "says that a FLUX.1 transformer was quantised"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "says that torchao quantised a FLUX.1 transformer"),
         ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56] where heads are 32 wide"),
         ({"axes_dims_rope": "x"}, "has axes_dims_rope x"),
     ],
@@ -388,7 +390,6 @@ FOREIGN = {
     "is a nunchaku": {"transformer_blocks.0.qkv_proj.qweight": (2, 2)},
     "is a Stable Diffusion model": {"model.diffusion_model.input_blocks.0.0.weight": (2, 2)},
     "is a LoRA": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (2, 2)},
-    "is a file that bitsandbytes": {"double_blocks.0.img_mod.lin.weight.quant_state.bitsandbytes__nf4": (2,)},
     "is a file that quanto or torchao": {"single_transformer_blocks.0.proj_out.weight._data": (2, 2)},
     "is HunyuanVideo": {"txt_in.individual_token_refiner.x": (2,), "double_blocks.0.x": (2,)},
 }
