@@ -104,14 +104,15 @@ class _Reader:
 
     def sizes(self, name: str) -> tuple[Shape, str, int]:
         """The next tensor's shape, type and bytes: its rows are whole blocks."""
-        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType  # 0.1 s that only GGUF files cost
+        from gguf import GGML_QUANT_SIZES  # 0.1 s that only GGUF files cost
 
         dimensions = self.number("I")
         if not 0 < dimensions <= MAX_DIMENSIONS:
             self.damaged(f"{printable(name)} has {dimensions:,} dimensions, 1 to {MAX_DIMENSIONS} are possible")
         reverse = [self.number("Q") for _ in range(dimensions)]
         number = self.number("I")
-        if number not in GGMLQuantizationType or (kind := GGMLQuantizationType(number)) not in GGML_QUANT_SIZES:
+        kind = next((kind for kind in GGML_QUANT_SIZES if kind.value == number), None)
+        if kind is None:
             self.damaged(f"{printable(name)} is of the unknown type {number}")
         block, block_bytes = GGML_QUANT_SIZES[kind]
         count = math.prod(reverse)
