@@ -25,6 +25,7 @@ CLIP = "a CLIP text encoder"
 T5 = "a T5 text encoder"
 LORA = "a LoRA"
 DIFFUSERS_FLUX = "a FLUX.1 transformer in diffusers' layout"
+OPENCLIP = "a CLIP text encoder in OpenCLIP's layout"
 DIFFUSERS_OTHER = "a model in diffusers' layout (an autoencoder or a UNet)"
 
 EXAMPLES = {
@@ -43,7 +44,7 @@ T5_PREFIXES = ("", "text_encoders.t5xxl.transformer.")
 MARKERS = {
     FLUX: (FLUX_PREFIXES, r"(double|single)_blocks\.\d|single_transformer_blocks\.\d"),
     AUTOENCODER: (AUTOENCODER_PREFIXES, r"decoder\.up(_blocks)?\.\d"),
-    CLIP: (CLIP_PREFIXES, r"embeddings\.position_embedding\."),
+    CLIP: (CLIP_PREFIXES, r"embeddings\.position_embedding\.|transformer\.resblocks\.\d"),
     T5: (T5_PREFIXES, r"encoder\.block\.\d"),
 }
 
@@ -70,7 +71,7 @@ KINDS = {
     r"(^|\.)decoder\.up\.\d": AUTOENCODER,
     r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias": "UMT5, another model than T5",
     r"\.SelfAttention\.|\.DenseReluDense\.": T5,
-    r"\.resblocks\.\d": "a CLIP text encoder in OpenCLIP's layout",
+    r"(^|\.)resblocks\.\d": OPENCLIP,
     r"(^|\.)embeddings\.position_embedding\.": CLIP,
 }
 

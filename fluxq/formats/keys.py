@@ -1,4 +1,5 @@
-"""The names that others give to tensors: diffusers to those of FLUX.1 and of its autoencoder, llama.cpp to T5's.
+"""The names that others give to tensors: diffusers to FLUX.1's and its autoencoder's, OpenCLIP to CLIP's, llama.cpp to
+T5's.
 
 The original files (BFL) fuse q, k, v and the MLP's input into one matrix where diffusers has several, and order the two
 halves of the last modulation the other way round. Both are said by one rule: a diffusers module is the concatenation,
@@ -65,6 +66,21 @@ AUTOENCODER = {
     r"\.(down|up)\.(\d+)\.block\.": r".\1_blocks.\2.resnets.",
     r"\.(down|up)\.(\d+)\.(down|up)sample\.": r".\1_blocks.\2.\3samplers.0.",
     r"\.nin_shortcut\.": ".conv_shortcut.",
+}
+
+OPENCLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+OPENCLIP_LAYER = {
+    "ln_1": ("layer_norm1",),
+    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj": ("self_attn.out_proj",),
+    "ln_2": ("layer_norm2",),
+    "mlp.c_fc": ("mlp.fc1",),
+    "mlp.c_proj": ("mlp.fc2",),
 }
 
 # Applied in turn to the names of T5's encoder in a GGUF, which are llama.cpp's.
@@ -147,6 +163,20 @@ def flux_pieces(config: FluxConfig) -> Mapping[str, tuple[Piece, ...]]:
             found.setdefault(key, []).append((start, Piece(name, filled.get(name, 0), end - start)))
             filled[name] = filled.get(name, 0) + end - start
     return {key: tuple(piece for _, piece in sorted(pieces)) for key, pieces in found.items()}
+
+
+def openclip_pieces(shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+    """transformers' name -> the rows of the one tensor that it is, for a CLIP text model under OpenCLIP's names."""
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    for key, shape in shapes.items():
+        if key in OPENCLIP:
+            pieces[OPENCLIP[key]] = (Piece(key, 0, shape[0]),)
+        elif layer := re.fullmatch(r"transformer\.resblocks\.(\d{1,3})\.(.+)[._](weight|bias)", key):
+            names = OPENCLIP_LAYER.get(layer[2], ())
+            for i, name in enumerate(names):
+                first, end = (shape[0] * n // len(names) for n in (i, i + 1))
+                pieces[f"encoder.layers.{layer[1]}.{name}.{layer[3]}"] = (Piece(key, first, end - first),)
+    return pieces
 
 
 def flux_diffusers_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:

@@ -9,6 +9,7 @@ positioned reads of just its bytes. A folder is diffusers' layout: the part's ow
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -31,6 +32,11 @@ from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
 BAND = 1 << 24
 """Weights that are decoded at a time: 64 MiB of fp32."""
+
+# What lies beside the text model in OpenCLIP's own files: the picture side, and what no weight of ours is.
+OPENCLIP_BESIDE = re.compile(
+    r"visual\.|logit_(scale|bias)$|text_projection$|attn_mask$|(input_resolution|context_length|vocab_size)$"
+)
 
 Config = TypeVar("Config")
 
@@ -155,14 +161,24 @@ def open_clip(path: str | Path) -> Source[dict[str, Any]]:
     """The CLIP text model at `path`, under transformers 5's names; config is `detect.clip_config`. Raises
     WrongRequest.
     """
-    return _open_text(path, CLIP, detect.clip_keys, detect.clip_config, clip_shapes)
+    shards = Shards(locate(path, CLIP))
+    if detect.kind(shards.shapes) != detect.OPENCLIP:
+        return _open_text(shards, CLIP, detect.clip_keys, detect.clip_config, clip_shapes)
+    pieces = keys.openclip_pieces(shards.shapes)
+    used = {piece.key for parts in pieces.values() for piece in parts}
+    shards.require_readable(used)
+    own = {name: (piece.rows, *shards.shapes[piece.key][1:]) for name, (piece,) in pieces.items()}
+    own |= {key: shape for key, shape in shards.shapes.items() if key not in used and not OPENCLIP_BESIDE.match(key)}
+    config = detect.clip_config(own, shards.path)
+    detect.compare(own, clip_shapes(config), CLIP, shards.path)
+    return Source(shards, config, pieces, clip_shapes(config))
 
 
 def open_t5(path: str | Path) -> Source[dict[str, Any]]:
     """The T5 encoder at `path`, its embedding once, as `shared.weight`; config is `detect.t5_config`. Raises
     WrongRequest.
     """
-    return _open_text(path, T5, detect.t5_keys, detect.t5_config, t5_shapes)
+    return _open_text(Shards(locate(path, T5)), T5, detect.t5_keys, detect.t5_config, t5_shapes)
 
 
 OPENERS = {FLUX: open_flux, AUTOENCODER: open_autoencoder, CLIP: open_clip, T5: open_t5}
@@ -179,8 +195,7 @@ def _whole(
     return Source(shards, config, pieces, shapes, diffusers)
 
 
-def _open_text(path: str | Path, wanted: str, keys_of: Any, config_of: Any, shapes_of: Any) -> Source[dict[str, Any]]:
-    shards = Shards(locate(path, wanted))
+def _open_text(shards: Shards, wanted: str, keys_of: Any, config_of: Any, shapes_of: Any) -> Source[dict[str, Any]]:
     names: dict[str, str] = keys_of(shards.shapes, shards.path)
     shards.require_readable(names.values())
     _settings(shards, None, wanted)

@@ -20,8 +20,10 @@ from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, flux_shapes
 from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.formats.load import load_autoencoder, load_flux
 from fluxq.formats.source import OPENERS, open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.weights import StoredWeights
 from fluxq.kernels import RowScaled
 from fluxq.model.embed import image_ids, text_ids
+from fluxq.model.text_layers import ClipEncoder
 
 CONFIG = tiny_config()
 CPU = torch.device("cpu")
@@ -406,3 +408,55 @@ def test_fill_and_canny_are_refused_by_their_inputs(tmp_path):
         tensors = own_flux(torch.bfloat16) | {"img_in.weight": torch.zeros(64, inputs, dtype=torch.bfloat16)}
         sentence = refusal(open_flux, write(tmp_path / "a.safetensors", tensors))
         assert f"has {inputs} inputs as of {name}" in sentence
+
+
+# --- CLIP under OpenCLIP's names ---
+
+
+class OpenClipBlock(torch.nn.Module):
+    """A layer as OpenAI's and OpenCLIP's code have it: torch's own attention, and fc, GELU, projection."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.mlp = torch.nn.ModuleDict({"c_fc": torch.nn.Linear(width, inner), "c_proj": torch.nn.Linear(inner, width)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, mask = self.ln_1(x), torch.full((x.shape[1],) * 2, float("-inf")).triu(1)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
+        h = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
+
+
+class OpenClip(torch.nn.Module):
+    def __init__(self, width: int = 128, inner: int = 192, layers: int = 2) -> None:
+        super().__init__()
+        self.token_embedding = torch.nn.Embedding(70, width)
+        self.positional_embedding = torch.nn.Parameter(torch.randn(20, width))
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList(OpenClipBlock(width, inner) for _ in range(layers))
+        self.ln_final = torch.nn.LayerNorm(width)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return self.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)]
+
+
+def test_clip_is_read_under_openclips_names(tmp_path):
+    theirs = randomise(OpenClip()).eval()
+    beside = {"text_projection": torch.randn(128, 64), "logit_scale": torch.tensor(4.6), "visual.proj": torch.ones(2)}
+    beside |= {"visual.transformer.resblocks.0.ln_1.weight": torch.ones(9), "visual.conv1.weight": torch.ones(2, 2)}
+    tensors = theirs.state_dict() | beside
+    source = open_clip(write(tmp_path / "a.safetensors", tensors))
+    assert source.config["num_hidden_layers"] == 2 and source.config["hidden_size"] == 128
+    ours = ClipEncoder(StoredWeights(source, CPU, torch.float32), 2, 2)
+    ids = torch.tensor([[68, 4, 5, 69, 1, 1], [68, 1, 69, 2, 2, 2]])
+    with torch.no_grad():
+        assert relative_error(ours(ids, ids.argmax(-1)), theirs(ids)) < 1e-5
+
+    del tensors["transformer.resblocks.1.attn.in_proj_bias"]
+    sentence = refusal(open_clip, write(tmp_path / "a.safetensors", tensors | {"strange": torch.ones(1)}))
+    assert "3 missing (encoder.layers.1.self_attn.q_proj.bias; " in sentence and "1 unexpected (strange)" in sentence
