@@ -37,7 +37,7 @@ def open_file(path: Path) -> Checkpoint | GgufFile:
 
 class Shards:
     """One checkpoint in one file or in several, whose index `path` then is. shapes are by the files' own keys, of the
-    tensors that are stood for; metadata is the one file's.
+    tensors that are stood for; nbytes is what all take together; metadata is the one file's.
 
     Raises WrongRequest for a missing shard, and for shards that hold other keys than the index says.
     """
@@ -51,6 +51,7 @@ class Shards:
         else:
             self._owners = dict(_sharded(path))
         self.files = tuple(dict.fromkeys(owner.path for owner in self._owners.values())) or (path,)
+        self.nbytes = sum(owner.size(key) for key, owner in self._owners.items())
         self.tensors = stored_tensors(self._owners)
         self.shapes = {key: stored.shape for key, stored in self.tensors.items()}
 

@@ -77,9 +77,9 @@ class Scaled(Stored):
     def __init__(self, plain: Plain, scale: Plain) -> None:
         self.plain, self.scale = plain, scale
         self.shape, self.nbytes, self.bits = plain.shape, plain.nbytes, plain.bits
-        self.kind = f"{plain.kind}, scaled"
         of, by = plain.shape, scale.shape
         in_blocks = len(of) == 2 and len(by) == 3 and by[::2] == (of[0], 1) and by[1] and of[1] % by[1] == 0
+        self.kind = f"{plain.kind}, scaled" + (" in blocks" if in_blocks else "")
         fits = math.prod(by) == 1 or by in (of[:1], (*of[:1], 1)) or in_blocks
         if not fits or len(of) != 2 or scale.dtype in FP8 or scale.dtype not in PRECISIONS:
             self.wrong = _misfit(scale, of)
