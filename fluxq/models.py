@@ -19,7 +19,6 @@ from fluxq import nano
 from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
-from fluxq.formats.files import Checkpoint
 from fluxq.formats.find import Found, choose, choose_flux, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
 from fluxq.formats.quantized import (
@@ -28,11 +27,13 @@ from fluxq.formats.quantized import (
     cached,
     cached_path,
     fingerprint,
+    is_quantized,
     load_quantized,
     require_room,
     stored_bytes,
 )
-from fluxq.formats.source import OPENERS, Source, locate
+from fluxq.formats.shards import locate
+from fluxq.formats.source import OPENERS, Source
 from fluxq.formats.stream import load_streamed
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
@@ -239,7 +240,7 @@ class Models:
         wanted.
         """
         path = self.flux_file
-        if path.suffix == ".json" or "fluxq" not in Checkpoint(path).metadata:
+        if not is_quantized(path):
             return None
         file = QuantizedFile.open(path)
         if file.format != self.config.format:

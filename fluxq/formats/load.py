@@ -5,15 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
 from fluxq.formats.detect import CLIP, EXAMPLES
 from fluxq.formats.files import refuse, strict_load
-from fluxq.formats.source import Source, open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.source import open_autoencoder, open_clip, open_flux, open_t5
 from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxq.formats.weights import StoredWeights, streamed
+from fluxq.formats.weights import StoredWeights, StreamedWeights, streamed
 from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.flux import Flux
@@ -99,22 +98,22 @@ def load_text_encoders(
     clip_tokenize, clip_ids = load_clip_tokenizer(clip_tokenizer)
     states = STATES_BYTES.get(device.type, STATES_BYTES["cpu"])
     if room is not None:
-        states = min(states, room - encoder_bytes(t5_source, length, dtype, slots))
+        states = min(states, room - encoder_bytes(weights[1], length))
     group = max(1, states // (length * sizes["d_model"] * dtype.itemsize))
     return TextEncoders(t5, clip, load_t5_tokenizer(t5_tokenizer), clip_tokenize, clip_ids, length, group)
 
 
-def encoder_bytes(t5: Source[dict[str, Any]], length: int, dtype: torch.dtype, slots: int) -> int:
+def encoder_bytes(t5: StoredWeights, length: int) -> int:
     """What T5 takes of the device beside the states: the ring's slots, a block's values, and what comes and goes.
 
     Of a batch of tokens that are in its feed-forward layers the states, normed too, the gate twice and what it is
     multiplied by; and the bias of the scores.
     """
-    sizes = t5.config
+    sizes, shapes = t5.source.config, t5.source.shapes
     width, hidden = sizes["d_model"], sizes["d_ff"]
-    (block,) = set(t5_units(1))
-    numbers = {n: math.prod(s) for n, s in t5.shapes.items() if n.startswith(f"{block}.") and "bias" not in n}
-    stored = sum(count * t5.dtypes[name].itemsize for name, count in numbers.items())
+    (layers,) = t5_units(1).values()
+    block = sum(math.prod(shapes[name]) for own in layers.values() for name in own)
     tokens = max(1, TOKENS_PER_BATCH // length) * length
     passing = tokens * (2 * width + 3 * hidden) + sizes["num_heads"] * length**2
-    return slots * stored + (sum(numbers.values()) + passing) * dtype.itemsize
+    slots = t5.ring.slot_bytes if isinstance(t5, StreamedWeights) else 0
+    return slots + (block + passing) * t5.dtype.itemsize

@@ -8,9 +8,9 @@ captions, mostly once in all, so an arena of them would only be one more copy, a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
@@ -20,8 +20,9 @@ from torch import Tensor
 from fluxq.formats.files import refuse
 from fluxq.formats.quantized import Place, placed, view
 from fluxq.formats.source import Source
+from fluxq.kernels import Weight, dequantize
 from fluxq.model.text_layers import Units
-from fluxq.offload import Piece, Ring, Schedule, Stored, StreamingRing, Streams
+from fluxq.offload import Piece, Schedule, Stored, StreamingRing, Streams
 from fluxq.offload.arena import streams_from_files
 
 
@@ -53,19 +54,30 @@ class StreamedWeights(StoredWeights):
     tensor as it is stored, in its unit's slot.
     """
 
-    ring: Ring
-    views: Mapping[str, Tensor]
+    ring: StreamingRing
+    views: Mapping[str, Weight]
 
     def resident(self, unit: str) -> AbstractContextManager[None]:
         return self.ring.resident((unit,))
 
     def read(self, name: str) -> Tensor:
-        if name not in self.views:
-            return super().read(name)
-        tensor, scale = self.views[name], self.views.get(_scale(name))
-        if scale is None:
-            return tensor.to(self.dtype)
-        return tensor.to(torch.float32, copy=True).mul_(scale).to(self.dtype)
+        return dequantize(self.views[name], self.dtype) if name in self.views else super().read(name)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor in its unit: from which byte on, where what it is stored as lies behind that, the length of all of it.
+    kind makes a weight of the tensors in `places`.
+    """
+
+    begin: int
+    places: list[Place]
+    length: int
+    kind: Callable[..., Weight]
+
+    def weight(self, flat: Tensor) -> Weight:
+        own = flat[self.begin : self.begin + self.length]
+        return self.kind(*(view(own, place) for place in self.places))
 
 
 def streamed(
@@ -78,16 +90,16 @@ def streamed(
     """These models' weights through one ring, which passes through them in this order, again and again. Unit names
     differ between them. `streams` and `poison`: see StreamingRing.
     """
-    stored, places = dict[str, Stored](), dict[str, list[Place]]()
+    stored, parts = dict[str, Stored](), dict[str, dict[str, _Part]]()
     for weights, units in models:
         for unit, layers in units.items():
             names = [name for own in layers.values() for name in own]
-            places[unit], stored[unit] = _stored(weights.source, names)
+            parts[unit], stored[unit] = _stored(weights, names)
     schedule = Schedule(tuple((unit,) for unit in stored), frozenset(), slots)
-    views: dict[str, Tensor] = {}
+    views: dict[str, Weight] = {}
 
     def place(unit: str, flat: Tensor) -> None:
-        views.update((p.name, view(flat, p)) for p in places[unit])
+        views.update((name, part.weight(flat)) for name, part in parts[unit].items())
 
     longest = max(piece.length for unit in stored.values() for piece in unit.pieces)
     streams = streams or streams_from_files(longest, device)
@@ -96,21 +108,39 @@ def streamed(
     return [StreamedWeights(w.source, w.device, w.dtype, ring, views) for w, _ in models]
 
 
-def _stored(source: Source[Any], names: Sequence[str]) -> tuple[list[Place], Stored]:
-    """How a unit of these tensors lies in its slot, each with the scale of its 8 bits behind it, and what reads it."""
-    scales = {_scale(name): scale for name in names if (scale := source.scale(name)) is not None}
-    parts = [(name, source.dtypes[name], source.shapes[name]) for name in names]
-    parts += [(name, scale.dtype, tuple(scale.shape)) for name, scale in scales.items()]
-    places, length = placed(parts)
-
-    def read(name: str, out: Tensor) -> None:
-        if name in scales:
-            out.copy_(scales[name].reshape(-1).view(torch.uint8))
-        else:
-            source.read_into(name, out)
-
-    return places, Stored(length, tuple(Piece(p.start, p.nbytes, partial(read, p.name)) for p in places))
+def _stored(weights: StoredWeights, names: Sequence[str]) -> tuple[dict[str, _Part], Stored]:
+    """How a unit of these tensors lies in its slot, and what reads it."""
+    parts, pieces, end = dict[str, _Part](), list[Piece](), 0
+    for name in names:
+        parts[name] = part = _part(weights, name, end)
+        end += part.length
+        pieces.append(Piece(part.begin, part.length, partial(_read, weights.source, name, part)))
+    return parts, Stored(end, tuple(pieces))
 
 
-def _scale(name: str) -> str:
-    return f"{name}, scale"
+def _part(weights: StoredWeights, name: str, begin: int) -> _Part:
+    """What its first row tells. What comes as fp32, as all does that has to be decoded on the host, travels in the
+    dtype to compute in.
+    """
+    rows, first = weights.source.shapes[name][0], weights.source.get(name, range(1))
+    dtypes = [
+        weights.dtype if isinstance(first, Tensor) and t.dtype == torch.float32 else t.dtype for t in _tensors(first)
+    ]
+    kind = (lambda tensor: tensor) if isinstance(first, Tensor) else type(first)
+    shapes = ((name, dtype, (rows, *t.shape[1:])) for dtype, t in zip(dtypes, _tensors(first), strict=True))
+    places, length = placed(shapes)
+    return _Part(begin, places, length, kind)
+
+
+def _read(source: Source[Any], name: str, part: _Part, out: Tensor) -> None:
+    targets = [view(out, place) for place in part.places]
+    if len(targets) == 1 and source.is_plain(name, targets[0].dtype):
+        source.read_into(name, out[: targets[0].nbytes])
+        return
+    for rows in source.bands(name):
+        for target, tensor in zip(targets, _tensors(source.get(name, rows)), strict=True):
+            target[rows.start : rows.stop] = tensor
+
+
+def _tensors(weight: Weight) -> list[Tensor]:
+    return [weight] if isinstance(weight, Tensor) else [getattr(weight, field.name) for field in fields(weight)]

@@ -34,6 +34,9 @@ class NF4Weight:
     def __getitem__(self, rows: slice) -> NF4Weight:
         return NF4Weight(self.codes[rows], self.absmax[rows])
 
+    def to(self, device: torch.device | str) -> NF4Weight:
+        return NF4Weight(self.codes.to(device), self.absmax.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class RowScaled:
@@ -51,6 +54,9 @@ class RowScaled:
 
     def __getitem__(self, rows: slice) -> RowScaled:
         return RowScaled(self.values[rows], self.scale[rows])
+
+    def to(self, device: torch.device | str) -> RowScaled:
+        return RowScaled(self.values.to(device), self.scale.to(device))
 
 
 Weight = Tensor | NF4Weight | RowScaled

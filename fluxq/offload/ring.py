@@ -91,6 +91,11 @@ class StreamingRing:
         """The slot of a streamed unit."""
         return self._slots[self.schedule.slot[unit]].memory
 
+    @property
+    def slot_bytes(self) -> int:
+        """What the slots take of the device."""
+        return sum(slot.memory.nbytes for slot in self._slots)
+
     def expect(self, backward: Collection[int] | None = None) -> None:
         """Say which blocks, by number, training steps go back through: all of them, unless it is said."""
         self._rounds: tuple[tuple[Visit, ...], ...] = (self.schedule.step(backward), self.schedule.forward)

@@ -1,0 +1,229 @@
+"""How files store tensors, and how stored rows become weights: one small class a kind.
+
+    Plain     numbers of 8 to 64 bits
+    Scaled    Comfy's scaled fp8: `<layer>.scale_weight` or `.weight_scale` beside the weight
+    FourBits  bitsandbytes' NF4 and FP4: `.absmax`, nested or not, `.quant_map` and `.quant_state.*` beside the weight
+    EightBits bitsandbytes' int8: `<layer>.SCB` beside the weight
+    Blocks    GGUF's quantised types, decoded by the gguf package
+    Foreign   what fluxq does not read; it says so by name
+
+What has a container in fluxq/kernels/weights.py comes as the very bytes in the file, all else as fp32.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import fields
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from fluxq.formats.files import DTYPE_NAMES, TensorFile, printable, refuse
+from fluxq.formats.gguf import GgufFile
+from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, unnest_absmax
+from fluxq.kernels.reference import NF4_LEVELS
+from fluxq.kernels.weights import NF4_BLOCK
+
+PRECISIONS = {
+    torch.float32: "fp32",
+    torch.bfloat16: "bf16",
+    torch.float16: "fp16",
+    torch.float8_e4m3fn: "fp8 e4m3",
+    torch.float8_e5m2: "fp8 e5m2",
+}
+FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
+NESTED = ("nested_absmax", "nested_quant_map")
+
+Seen = Callable[[Tensor], object]
+"""Is given the bytes of every weight as they are read."""
+
+
+def unseen(data: Tensor) -> None:
+    pass
+
+
+class Stored(ABC):
+    """One tensor of a checkpoint: the shape that it stands for, its kind for people, its bits a weight, its bytes."""
+
+    shape: tuple[int, ...]
+    kind: str
+    bits: float
+    nbytes: int
+    wrong: str | None = None
+    """What does not fit about a scale."""
+
+    @abstractmethod
+    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
+        """The slices at `rows` of the first dimension; nothing else is read. A number alone counts as one row."""
+
+
+class Plain(Stored):
+    def __init__(self, file: TensorFile, key: str, dtype: torch.dtype) -> None:
+        self.file, self.key, self.dtype, self.shape = file, key, dtype, file.shape(key)
+        self.nbytes, self.bits = file.size(key), dtype.itemsize * 8
+        self.kind = PRECISIONS.get(dtype, DTYPE_NAMES[dtype])
+
+    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Tensor:
+        data = _rows(self.file, self.key, rows, self.nbytes // max((*self.shape, 1)[0], 1), seen).view(self.dtype)
+        return data.reshape(len(rows), *self.shape[1:]) if self.shape else data.reshape(())
+
+
+class Scaled(Stored):
+    """A matrix that its scale multiplies: one number, one a row, or (rows, n, 1), one for each n-th of a row."""
+
+    def __init__(self, plain: Plain, scale: Plain) -> None:
+        self.plain, self.scale = plain, scale
+        self.shape, self.nbytes, self.bits = plain.shape, plain.nbytes, plain.bits
+        of, by = plain.shape, scale.shape
+        in_blocks = len(of) == 2 and len(by) == 3 and by[::2] == (of[0], 1) and by[1] and of[1] % by[1] == 0
+        self.kind = f"{plain.kind}, scaled" + (" in blocks" if in_blocks else "")
+        fits = math.prod(by) == 1 or by in (of[:1], (*of[:1], 1)) or in_blocks
+        if not fits or len(of) != 2 or scale.dtype in FP8 or scale.dtype not in PRECISIONS:
+            self.wrong = _misfit(scale, of)
+
+    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
+        values, scale = self.plain.rows(rows, seen), self.scale.file.read(self.scale.key)
+        seen(scale)
+        scale = scale.view(self.scale.dtype).float().reshape(self.scale.shape)
+        if scale.numel() == 1:
+            scale = scale.reshape(1).expand(len(rows)).contiguous()
+        else:
+            scale = scale[rows.start : rows.stop] if isinstance(rows, range) else scale[list(rows)]
+        if scale.ndim == 3:
+            return values.float().unflatten(1, (scale.shape[1], -1)).mul_(scale).flatten(1)
+        if values.dtype == torch.float8_e4m3fn:
+            return RowScaled(values, scale.reshape(-1))
+        return values.float().mul_(scale.reshape(-1, 1))
+
+
+class FourBits(Stored):
+    """Two codes a byte, high nibble first; each is a level of the table times its block's absmax."""
+
+    """state is the JSON beside it; the other parts lie in the files of `owners`."""
+
+    def __init__(self, file: TensorFile, key: str, type: str, state: Any, owners: Mapping[str, TensorFile]) -> None:
+        self.file, self.key, self.type, self.owners = file, key, type, owners
+        self.block, shape, self.is_nested = state.get("blocksize"), state.get("shape"), f"{key}.nested_absmax" in owners
+        whole = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
+        if not whole or not isinstance(self.block, int) or self.block % NF4_BLOCK or self.block <= 0:
+            damaged(file, f"{key}.quant_state", f"shape {shape}, blocks of {self.block}")
+        if shape[1] % self.block:
+            what = f"stores {printable(key)} in blocks of {self.block} that run over the ends of rows of {shape[1]}"
+            refuse(file.path, what, "give a 16-bit version")
+        self.shape: tuple[int, ...] = tuple(shape)
+        self.nbytes, self.bits = math.prod(shape) // 2, 4
+        self.kind = self.type + (", nested" if self.is_nested else "")
+        blocks = math.prod(shape) // self.block
+        self.offset = state.get("nested_offset", 0.0)
+        self.nested_block = state.get("nested_blocksize", 256)
+        if not isinstance(self.offset, (int, float)) or not isinstance(self.nested_block, int) or self.nested_block < 1:
+            damaged(file, f"{key}.quant_state", f"offset {self.offset}, nested blocks of {self.nested_block}")
+        sizes = {key: self.nbytes, f"{key}.absmax": blocks * (1 if self.is_nested else 4), f"{key}.quant_map": 64}
+        if self.is_nested:
+            nested = -(-blocks // self.nested_block) * 4
+            sizes |= {f"{key}.nested_absmax": nested, f"{key}.nested_quant_map": 1024}
+        for name, size in sizes.items():
+            if name not in owners or owners[name].size(name) != size:
+                found = f"{owners[name].size(name):,} bytes" if name in owners else "missing"
+                damaged(file, name, f"{found}, {size:,} bytes are wanted for {tuple(shape)}")
+
+    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
+        codes = _rows(self.file, self.key, rows, self.shape[1] // 2, seen).view(len(rows), -1)
+        absmax, levels = self._absmax(rows, seen), self._floats("quant_map", seen)
+        if self.type == "nf4" and torch.allclose(levels, torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6):
+            return NF4Weight(codes, absmax.repeat_interleave(self.block // NF4_BLOCK, 1))
+        pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
+        values = pairs[codes.int()].view(len(rows), -1, self.block)
+        return values.mul_(absmax[..., None]).view(len(rows), -1)
+
+    def _absmax(self, rows: Sequence[int], seen: Seen) -> Tensor:
+        """(rows, blocks of a row) fp32, out of its nested form where it has one."""
+        name, count = f"{self.key}.absmax", self.shape[1] // self.block
+        data = _rows(self.owners[name], name, rows, count * (1 if self.is_nested else 4), seen)
+        if not self.is_nested:
+            return data.view(torch.float32).view(len(rows), count)
+        index = torch.tensor(rows)[:, None] * count + torch.arange(count)
+        nested, table = (self._floats(part, seen) for part in NESTED)
+        found = unnest_absmax(data, table, nested[index.view(-1) // self.nested_block], self.offset, block=1)
+        return found.view(len(rows), count)
+
+    def _floats(self, part: str, seen: Seen) -> Tensor:
+        data = self.owners[f"{self.key}.{part}"].read(f"{self.key}.{part}")
+        seen(data)
+        return data.view(torch.float32)
+
+
+class EightBits(Stored):
+    """int8 rows, each times its largest magnitude / 127."""
+
+    def __init__(self, plain: Plain, largest: Plain) -> None:
+        self.plain, self.largest, self.shape = plain, largest, plain.shape
+        self.nbytes, self.bits, self.kind = plain.nbytes, 8, "int8"
+        if (plain.dtype, largest.dtype, largest.shape) != (torch.int8, torch.float32, plain.shape[:1]):
+            self.wrong = _misfit(largest, plain.shape)
+
+    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> RowScaled:
+        values = self.plain.rows(rows, seen)
+        largest = self.largest.rows(rows, seen)
+        return RowScaled(values, largest / 127)
+
+
+class Blocks(Stored):
+    def __init__(self, file: GgufFile, key: str) -> None:
+        self.file, self.key, self.type, self.shape = file, key, file.types[key], file.shape(key)
+        self.nbytes, self.kind = file.size(key), file.types[key]
+        self.bits = 8 * self.nbytes / max(math.prod(self.shape), 1)
+
+    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Tensor:
+        from gguf import GGMLQuantizationType
+        from gguf.quants import dequantize
+
+        size = self.nbytes // math.prod(self.shape[:-1])
+        data = _rows(self.file, self.key, rows, self.nbytes // self.shape[0], seen).view(-1, size)
+        return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType[self.type])).view(
+            len(rows), *self.shape[1:]
+        )
+
+
+class Foreign(Stored):
+    """A tensor that is stored as fluxq does not read it."""
+
+    def __init__(self, file: TensorFile, key: str, kind: str) -> None:
+        self.kind, self.shape, self.nbytes = kind, file.shape(key), file.size(key)
+        self.bits = 8 * self.nbytes / max(math.prod(self.shape), 1)
+
+    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> NoReturn:
+        raise TypeError(f"{self.kind} is not read")
+
+
+def joined(parts: Sequence[Weight]) -> Weight:
+    """The rows of `parts` one after another: the same bytes where all are of one kind, else numbers in fp32."""
+    if len(parts) == 1:
+        return parts[0]
+    tensors = [[p] if isinstance(p, Tensor) else [getattr(p, field.name) for field in fields(p)] for p in parts]
+    if len({(type(part), *(t.dtype for t in own)) for part, own in zip(parts, tensors, strict=True)}) > 1:
+        return torch.cat([dequantize(part, torch.float32) for part in parts])
+    whole = [torch.cat(same) for same in zip(*tensors, strict=True)]
+    return whole[0] if isinstance(parts[0], Tensor) else type(parts[0])(*whole)
+
+
+def damaged(file: TensorFile, key: str, what: str) -> NoReturn:
+    refuse(file.path, f"has a damaged {printable(key)} ({what})", "download it again")
+
+
+def _misfit(scale: Plain, of: tuple[int, ...]) -> str:
+    return f"{printable(scale.key)} of {of} is {scale.shape} {DTYPE_NAMES[scale.dtype]}"
+
+
+def _rows(file: TensorFile, key: str, rows: Sequence[int], size: int, seen: Seen) -> Tensor:
+    """The bytes of `rows`, of `size` bytes each; neighbours by one read."""
+    if isinstance(rows, range):
+        spans = [(rows.start * size, rows.stop * size)]
+    else:
+        spans = [(i * size, (i + 1) * size) for i in rows]
+    data = file.read(key, spans)
+    seen(data)
+    return data
