@@ -20,6 +20,7 @@ CAPTIONS = ["A red circle at the top", "", "blue and red " * 30]
 CLIP = dict(vocab_size=1000, hidden_size=128, intermediate_size=192, num_hidden_layers=3, max_position_embeddings=77)
 T5 = dict(vocab_size=1000, d_model=64, d_kv=16, d_ff=96, num_layers=4, num_heads=3, relative_attention_num_buckets=32)
 UNITS = 3 + 4
+VECTORS = {name for name, shape in t5_shapes(T5).items() if len(shape) < 2}
 STORED = {
     "fp32": torch.float32,
     "fp16": torch.float16,
@@ -51,12 +52,10 @@ def folder(tmp_path):
     for stored, dtype in STORED.items():
         tensors = random(t5_shapes(T5), dtype)
         if "scaled" in stored:
-            matrices = [name for name, tensor in tensors.items() if tensor.ndim > 1]
-            rows = {name: (len(tensors[name]), 1) if i % 2 else () for i, name in enumerate(matrices)}
-            tensors |= {
-                f"{name.removesuffix('.weight')}.scale_weight": torch.rand(rows.get(name, ())) + 0.5
-                for name in t5_shapes(T5)
-            }
+            for i, name in enumerate(name for name, tensor in list(tensors.items()) if tensor.ndim > 1):
+                rows = (len(tensors[name]), 1) if i % 2 else ()
+                tensors[f"{name.removesuffix('.weight')}.scale_weight"] = torch.rand(rows) + 0.5
+            tensors |= {name: tensor.half() for name, tensor in tensors.items() if name in VECTORS}
         write_safetensors(tmp_path / f"{stored}.safetensors", tensors)
     return tmp_path
 
