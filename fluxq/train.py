@@ -23,7 +23,7 @@ from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.formats.stream import expect_training
-from fluxq.memory import place
+from fluxq.memory import Placement, place
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
@@ -34,7 +34,7 @@ from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, 
 from fluxq.run import Result, Run, metadata_of
 from fluxq.sample import draw, save_picture, shots
 from fluxq.state import load_state, save_state
-from fluxq.turns import Turns, preview_turns, room_of
+from fluxq.turns import preview_turns, room_of
 
 CALIBRATION_BATCHES = 2
 
@@ -50,7 +50,6 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     run = Run(config)
     run.check(resume, overwrite)
     placement = place(config, models, say)
-    turns = preview_turns(config, models, placement)
     training, steps, data = config.training, config.training.steps, config.data
     assert steps and data.size and config.lora.alpha, "resolve fills these in"
 
@@ -145,7 +144,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
             stop, save_every, every = asked_to_stop(), config.output.save_every, config.samples.every
             if every and (done % every == 0 or done == steps):
                 texts = {prompt: store.text(key) for prompt, key in everything.prompts.items()}
-                preview(run, models, flux, texts, prompts, done, say, turns)
+                preview(run, models, flux, placement, texts, prompts, done, say)
             if stop or done == steps or (save_every and done % save_every == 0):
                 report.sync()
                 run.save_lora(flux, done, metadata(done, began, time.time()))
@@ -184,15 +183,16 @@ def preview(
     run: Run,
     models: Models,
     flux: Flux,
+    placement: Placement,
     texts: Mapping[str, Text],
     prompts: Sequence[str],
     step: int,
     say: Say,
-    turns: Turns,
 ) -> None:
-    """Draw `prompts` into samples/, with the LoRA as it is after `step` steps; `turns`: within which memory. A failure
-    is said, and training goes on.
+    """Draw `prompts` into samples/, with the LoRA as it is after `step` steps, in the memory of a step. A failure is
+    said, and training goes on.
     """
+    turns = preview_turns(run.config, models, placement)
     wanted = shots(run.config.samples, prompts, run.config.data.size or 0)
     try:
         for i, picture in enumerate(draw(flux, models.load_autoencoder, texts, wanted, turns=turns, say=say)):

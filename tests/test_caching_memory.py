@@ -47,9 +47,9 @@ def t5_xxl(layers: int) -> dict[str, tuple[int, ...]]:
 
 def hollow_t5(path: Path, layers: int, stored: str) -> Path:
     shapes = t5_xxl(layers)
-    dtypes = dict.fromkeys(shapes, T5_STORED[stored])
+    dtypes = {name: T5_STORED[stored] if len(shape) > 1 else torch.float16 for name, shape in shapes.items()}
     if stored == "scaled fp8":
-        scales = [f"{name.removesuffix('.weight')}.scale_weight" for name in shapes]
+        scales = [f"{name.removesuffix('.weight')}.scale_weight" for name, shape in shapes.items() if len(shape) > 1]
         shapes |= dict.fromkeys(scales, ())
         dtypes |= dict.fromkeys(scales, torch.float32)
     return write_hollow(path, dtypes, shapes)
