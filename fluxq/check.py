@@ -278,7 +278,8 @@ def check_file(path: Path) -> Answer:
             parts[part] = about = _about(source) | {"use": _use(part, source)}
             console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it by {FLAGS[part]}")
             console.print(f"             {about['use']}")
-    title = shards.metadata.get("modelspec.title") or shards.metadata.get("ss_output_name")
+    titles = (shards.metadata.get(name) for name in ("modelspec.title", "ss_output_name", "general.name"))
+    title = next(filter(None, titles), None)
     if title:
         console.print(f"title        {title}")
     if kind == detect.LORA:

@@ -210,13 +210,12 @@ def _whole(
 def _open_text(shards: Shards, wanted: str, keys_of: Any, config_of: Any, shapes_of: Any) -> Source[dict[str, Any]]:
     names: dict[str, str] = keys_of(shards.shapes, shards.path)
     shards.require_readable(names.values())
-    _settings(shards, None, wanted)
     config = config_of(shards.shapes, shards.path)
     detect.compare({name: shards.shapes[key] for name, key in names.items()}, shapes_of(config), wanted, shards.path)
     return _whole(shards, config, names, shapes_of(config))
 
 
-def _settings(shards: Shards, wanted: str | None, what: str) -> dict[str, Any]:
+def _settings(shards: Shards, wanted: str, what: str) -> dict[str, Any]:
     """The config.json beside diffusers' files, {} without one. Raises WrongRequest where it is of another class."""
     path = shards.path.parent / "config.json"
     if not path.is_file():
@@ -224,7 +223,7 @@ def _settings(shards: Shards, wanted: str | None, what: str) -> dict[str, Any]:
     settings = read_json(path)
     if settings.get("quantization_config") and (method := _method(settings["quantization_config"])) != "bitsandbytes":
         refuse(path, f"says that {method} quantised {what}", f"give {EXAMPLES[what]}, or the folder of a 16-bit model")
-    if wanted and (found := settings.get("_class_name", wanted)) != wanted:
+    if (found := settings.get("_class_name", wanted)) != wanted:
         refuse(path, f"is of the class {printable(str(found))}, not {wanted}", f"give {EXAMPLES[what]}")
     return settings
 

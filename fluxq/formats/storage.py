@@ -45,7 +45,10 @@ def stored_tensors(owners: Mapping[str, TensorFile]) -> dict[str, Stored]:
 def _of_gguf(file: GgufFile, key: str) -> Stored:
     if file.types[key] in GGUF_PLAIN:
         return Plain(file, key, GGUF_PLAIN[file.types[key]])
-    return Blocks(file, key) if file.types[key] in GGUF_BLOCKS else Foreign(file, key, f"GGUF's {file.types[key]}")
+    dimensions = len(file.shape(key))
+    if file.types[key] in GGUF_BLOCKS and dimensions == 2:
+        return Blocks(file, key)
+    return Foreign(file, key, f"GGUF's {file.types[key]}" + (f" in {dimensions} dimensions" if dimensions != 2 else ""))
 
 
 def _of_safetensors(

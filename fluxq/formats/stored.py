@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +24,7 @@ from fluxq.formats.files import DTYPE_NAMES, TensorFile, printable, refuse
 from fluxq.formats.gguf import GgufFile
 from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, unnest_absmax
 from fluxq.kernels.reference import NF4_LEVELS
-from fluxq.kernels.weights import NF4_BLOCK
+from fluxq.kernels.weights import NF4_BLOCK, of_parts, parts_of
 
 PRECISIONS = {
     torch.float32: "fp32",
@@ -72,7 +71,7 @@ class Plain(Stored):
 
 
 class Scaled(Stored):
-    """A matrix that its scale multiplies: one number, one a row, or (rows, n, 1), one for each n-th of a row."""
+    """A tensor that one number multiplies, or a matrix with one a row, or (rows, n, 1), one for each n-th of a row."""
 
     def __init__(self, plain: Plain, scale: Plain) -> None:
         self.plain, self.scale = plain, scale
@@ -80,8 +79,8 @@ class Scaled(Stored):
         of, by = plain.shape, scale.shape
         in_blocks = len(of) == 2 and len(by) == 3 and by[::2] == (of[0], 1) and by[1] and of[1] % by[1] == 0
         self.kind = f"{plain.kind}, scaled" + (" in blocks" if in_blocks else "")
-        fits = math.prod(by) == 1 or by in (of[:1], (*of[:1], 1)) or in_blocks
-        if not fits or len(of) != 2 or scale.dtype in FP8 or scale.dtype not in PRECISIONS:
+        fits = math.prod(by) == 1 or in_blocks or (len(of) == 2 and by in (of[:1], (*of[:1], 1)))
+        if not fits or scale.dtype in FP8 or scale.dtype not in PRECISIONS:
             self.wrong = _misfit(scale, of)
 
     def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
@@ -94,41 +93,50 @@ class Scaled(Stored):
             scale = scale[rows.start : rows.stop] if isinstance(rows, range) else scale[list(rows)]
         if scale.ndim == 3:
             return values.float().unflatten(1, (scale.shape[1], -1)).mul_(scale).flatten(1)
-        if values.dtype == torch.float8_e4m3fn:
+        if values.dtype == torch.float8_e4m3fn and values.ndim == 2:
             return RowScaled(values, scale.reshape(-1))
-        return values.float().mul_(scale.reshape(-1, 1))
+        return values.float().mul_(scale.reshape(-1, *(1,) * (values.ndim - 1)))
 
 
 class FourBits(Stored):
-    """Two codes a byte, high nibble first; each is a level of the table times its block's absmax."""
+    """Two codes a byte, high nibble first; each is a level of the table times its block's absmax.
 
-    """state is the JSON beside it; the other parts lie in the files of `owners`."""
+    state is the JSON that lies beside it; the other parts lie in the files of `owners`.
+    """
 
     def __init__(self, file: TensorFile, key: str, type: str, state: Any, owners: Mapping[str, TensorFile]) -> None:
         self.file, self.key, self.type, self.owners = file, key, type, owners
-        self.block, shape, self.is_nested = state.get("blocksize"), state.get("shape"), f"{key}.nested_absmax" in owners
-        whole = isinstance(shape, list) and len(shape) == 2 and all(isinstance(n, int) and n > 0 for n in shape)
-        if not whole or not isinstance(self.block, int) or self.block % NF4_BLOCK or self.block <= 0:
-            damaged(file, f"{key}.quant_state", f"shape {shape}, blocks of {self.block}")
-        if shape[1] % self.block:
-            what = f"stores {printable(key)} in blocks of {self.block} that run over the ends of rows of {shape[1]}"
+        self.is_nested = f"{key}.nested_absmax" in owners
+        self.kind = type + (", nested" if self.is_nested else "")
+        self.shape, self.block = state.get("shape"), state.get("blocksize")
+        self.offset, self.nested_block = state.get("nested_offset", 0.0), state.get("nested_blocksize", 256)
+        if not isinstance(self.shape, list) or len(self.shape) != 2 or not all(map(_is_count, self.shape)):
+            damaged(file, f"{key}.quant_state", f"shape {printable(str(self.shape))}")
+        if not _is_count(self.block) or self.block % NF4_BLOCK:
+            damaged(file, f"{key}.quant_state", f"blocks of {printable(str(self.block))}")
+        if not _is_count(self.nested_block) or not isinstance(self.offset, float) or not math.isfinite(self.offset):
+            found = f"offset {self.offset}, nested blocks of {self.nested_block}"
+            damaged(file, f"{key}.quant_state", printable(found))
+        self.shape = tuple(self.shape)
+        if self.shape[1] % self.block:
+            what = (
+                f"stores {printable(key)} in blocks of {self.block} that run over the ends of rows of {self.shape[1]}"
+            )
             refuse(file.path, what, "give a 16-bit version")
-        self.shape: tuple[int, ...] = tuple(shape)
-        self.nbytes, self.bits = math.prod(shape) // 2, 4
-        self.kind = self.type + (", nested" if self.is_nested else "")
-        blocks = math.prod(shape) // self.block
-        self.offset = state.get("nested_offset", 0.0)
-        self.nested_block = state.get("nested_blocksize", 256)
-        if not isinstance(self.offset, (int, float)) or not isinstance(self.nested_block, int) or self.nested_block < 1:
-            damaged(file, f"{key}.quant_state", f"offset {self.offset}, nested blocks of {self.nested_block}")
-        sizes = {key: self.nbytes, f"{key}.absmax": blocks * (1 if self.is_nested else 4), f"{key}.quant_map": 64}
+        self.nbytes, self.bits = math.prod(self.shape) // 2, 4
+        self._check_sizes()
+
+    def _check_sizes(self) -> None:
+        """Raise unless each part is there and as long as the shape wants it."""
+        blocks = math.prod(self.shape) // self.block
+        sizes = {"": self.nbytes, ".quant_map": 64, ".absmax": blocks * (1 if self.is_nested else 4)}
         if self.is_nested:
-            nested = -(-blocks // self.nested_block) * 4
-            sizes |= {f"{key}.nested_absmax": nested, f"{key}.nested_quant_map": 1024}
-        for name, size in sizes.items():
-            if name not in owners or owners[name].size(name) != size:
-                found = f"{owners[name].size(name):,} bytes" if name in owners else "missing"
-                damaged(file, name, f"{found}, {size:,} bytes are wanted for {tuple(shape)}")
+            sizes |= {".nested_absmax": -(-blocks // self.nested_block) * 4, ".nested_quant_map": 1024}
+        for part, size in sizes.items():
+            name = f"{self.key}{part}"
+            if name not in self.owners or self.owners[name].size(name) != size:
+                found = f"{self.owners[name].size(name):,} bytes" if name in self.owners else "missing"
+                damaged(self.file, name, f"{found}, {size:,} bytes are wanted for {self.shape}")
 
     def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
         codes = _rows(self.file, self.key, rows, self.shape[1] // 2, seen).view(len(rows), -1)
@@ -172,6 +180,8 @@ class EightBits(Stored):
 
 
 class Blocks(Stored):
+    """A matrix in blocks of 32 or 256 numbers, whole ones in each row."""
+
     def __init__(self, file: GgufFile, key: str) -> None:
         self.file, self.key, self.type, self.shape = file, key, file.types[key], file.shape(key)
         self.nbytes, self.kind = file.size(key), file.types[key]
@@ -181,11 +191,8 @@ class Blocks(Stored):
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        size = self.nbytes // math.prod(self.shape[:-1])
-        data = _rows(self.file, self.key, rows, self.nbytes // self.shape[0], seen).view(-1, size)
-        return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType[self.type])).view(
-            len(rows), *self.shape[1:]
-        )
+        data = _rows(self.file, self.key, rows, self.nbytes // self.shape[0], seen).view(len(rows), -1)
+        return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType[self.type]))
 
 
 class Foreign(Stored):
@@ -203,15 +210,17 @@ def joined(parts: Sequence[Weight]) -> Weight:
     """The rows of `parts` one after another: the same bytes where all are of one kind, else numbers in fp32."""
     if len(parts) == 1:
         return parts[0]
-    tensors = [[p] if isinstance(p, Tensor) else [getattr(p, field.name) for field in fields(p)] for p in parts]
-    if len({(type(part), *(t.dtype for t in own)) for part, own in zip(parts, tensors, strict=True)}) > 1:
+    if len({(type(part), *(tensor.dtype for tensor in parts_of(part))) for part in parts}) > 1:
         return torch.cat([dequantize(part, torch.float32) for part in parts])
-    whole = [torch.cat(same) for same in zip(*tensors, strict=True)]
-    return whole[0] if isinstance(parts[0], Tensor) else type(parts[0])(*whole)
+    return of_parts(parts[0], [torch.cat(same) for same in zip(*map(parts_of, parts), strict=True)])
 
 
 def damaged(file: TensorFile, key: str, what: str) -> NoReturn:
     refuse(file.path, f"has a damaged {printable(key)} ({what})", "download it again")
+
+
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and 0 < value < 1 << 31
 
 
 def _misfit(scale: Plain, of: tuple[int, ...]) -> str:

@@ -15,12 +15,13 @@ from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from helpers import randomise, tiny_config
 from safetensors.torch import load_file, save_file
 
+from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats import source as sources
 from fluxq.formats.keys import to_diffusers
 from fluxq.formats.quantized import QuantizedFile, cached, load_quantized, write_quantized
 from fluxq.formats.shapes import flux_shapes
-from fluxq.formats.source import open_flux, open_t5
+from fluxq.formats.source import OPENERS, open_flux, open_t5
 from fluxq.kernels import NF4Weight, RowScaled
 
 CONFIG = tiny_config(  # every width a multiple of the block of 64: bitsandbytes decodes others wrongly on processors
@@ -67,8 +68,7 @@ def write(path: Path, tensors) -> Path:
     return path
 
 
-@pytest.mark.parametrize("band", [1 << 24, 1 << 12])
-@pytest.mark.parametrize("storage", [torch.uint8, torch.bfloat16])
+@pytest.mark.parametrize(("storage", "band"), [(torch.uint8, 1 << 12), (torch.bfloat16, 1 << 24)])
 @pytest.mark.parametrize(
     "options",
     [
@@ -123,6 +123,17 @@ def test_nf4_keeps_its_very_bytes(tmp_path, monkeypatch, nested, band):
             found = flux.get_submodule(name.removesuffix(".weight")).weight
             assert torch.equal(found, unpacked(name, tensors).bfloat16())
     assert kept == 10 + 2 * 3
+
+
+def test_an_all_in_one_file_gives_each_model_as_it_is_stored(tmp_path):
+    """As in lllyasviel's files: the transformer in NF4, T5 in fp8, CLIP and the autoencoder in 16 and 32 bits."""
+    tensors = single_file(quant_type="nf4", compress_statistics=True)
+    tensors |= {f"vae.{key}": tensor.float() for key, tensor in load_file(nano.AE).items()}
+    for part, path, dtype in (("clip_l", nano.CLIP_L, torch.half), ("t5xxl", nano.T5XXL, torch.float8_e4m3fn)):
+        tensors |= {f"text_encoders.{part}.transformer.{k}": t.to(dtype) for k, t in load_file(path).items()}
+    path = write(tmp_path / "a.safetensors", tensors)
+    found = [opener(path).precision for opener in OPENERS.values()]
+    assert found == ["nf4, nested", "fp32", "fp16", "fp8 e4m3"]
 
 
 def test_another_format_is_made_of_the_decoded_values(tmp_path):
@@ -250,9 +261,11 @@ def changed_state(tensors, **changes) -> None:
         (lambda t: t.pop(f"{LAYER}.quant_map"), "quant_map (missing, 64 bytes are wanted"),
         (lambda t: t.update({f"{LAYER}.absmax": t[f"{LAYER}.absmax"][1:]}), "absmax (1,279 bytes, 1,280 bytes are"),
         (lambda t: t.update({LAYER: t[LAYER][1:]}), f"has a damaged {LAYER} (40,959 bytes, 40,960 bytes are wanted"),
-        (lambda t: changed_state(t, shape=[128, 1 << 40]), "(40,960 bytes, 70,368,744,177,664 bytes are wanted for"),
-        (lambda t: changed_state(t, shape=[128, -640]), "quant_state (shape [128, -640], blocks of 64)"),
-        (lambda t: changed_state(t, shape="x"), "quant_state (shape x, blocks of 64)"),
+        (lambda t: changed_state(t, shape=[128, 640 << 20]), "(40,960 bytes, 42,949,672,960 bytes are wanted for"),
+        (lambda t: changed_state(t, shape=[128, -640]), "quant_state (shape [128, -640])"),
+        (lambda t: changed_state(t, shape=[128, 10**4000]), "quant_state (shape [128, 1000"),
+        (lambda t: changed_state(t, nested_offset=float("nan")), "quant_state (offset nan"),
+        (lambda t: changed_state(t, shape="x"), "quant_state (shape x)"),
         (lambda t: changed_state(t, shape=[256, 320]), "1 wrong shape (single_blocks.1.linear2.weight is (256, 320)"),
         (lambda t: changed_state(t, blocksize=0), "blocks of 0)"),
         (lambda t: changed_state(t, blocksize=None), "blocks of None)"),

@@ -196,6 +196,16 @@ def test_types_that_fluxq_does_not_read_are_named(tmp_path):
         open_flux(write(tmp_path / "a.gguf", tensors))
 
 
+def test_a_vector_in_blocks_is_refused(tmp_path):
+    """No program makes one; its blocks are not the vector's rows."""
+    tensors, values = transformer("Q8_0")
+    tensors["img_in.bias"] = stored_as("Q8_0", tuple(values["img_in.bias"].shape))[0], "Q8_0"
+    with pytest.raises(
+        WrongRequest, match=r"\(img_in\.bias; \.\.\.\) as GGUF's Q8_0 in 1 dimensions, which fluxq does not read"
+    ):
+        open_flux(write(tmp_path / "a.gguf", tensors))
+
+
 def test_a_gguf_without_a_tensor_is_refused_by_its_name(tmp_path):
     tensors, _ = transformer("F16")
     del tensors[LAYER]
