@@ -30,7 +30,7 @@ from fluxq.offload.streams import CudaStreams, Immediate, Streams, drain
 INPUTS = "inputs"
 
 
-class _Stored:
+class _Waiting:
     """One block's inputs: in `host`, and until they are let go also on the card, flat, in `card`.
 
     `passed` is an event: the last copy from or to the card has been made.
@@ -62,7 +62,7 @@ class HostInputs:
     def __init__(self, streams: Streams, buffer: Callable[[int], Arena], poison: bool = False) -> None:
         self._streams, self._buffer, self._poison = streams, buffer, poison
         self._free: list[Arena] = []
-        self._on_card: deque[_Stored] = deque()  # they lie there until compute has waited for their copies
+        self._on_card: deque[_Waiting] = deque()  # they lie there until compute has waited for their copies
         weakref.finalize(self, drain, streams).atexit = False  # only then may buffers and what is on the card be freed
 
     def begin(self) -> Pass:
@@ -75,44 +75,44 @@ class HostInputs:
         while self._on_card:
             self._let_go(self._on_card[0])
 
-    def store(self, tensors: Sequence[Tensor]) -> _Stored:
-        stored = _Stored(tensors, self._buffer_of(sum(_up(t.nbytes) for t in tensors)), self._free)
+    def store(self, tensors: Sequence[Tensor]) -> _Waiting:
+        waiting = _Waiting(tensors, self._buffer_of(sum(_up(t.nbytes) for t in tensors)), self._free)
         self._streams.copy_waits(self._streams.computed())  # store(i) waits until compute(i - 1) has made it
-        for place, flat in zip(stored.places, stored.card or (), strict=True):
-            self._streams.copy(stored.host[place], flat)
-        self._travels(stored)
+        for place, flat in zip(waiting.places, waiting.card or (), strict=True):
+            self._streams.copy(waiting.host[place], flat)
+        self._travels(waiting)
         while len(self._on_card) > 1 + BUFFERS:
             self._let_go(self._on_card[0])
-        return stored
+        return waiting
 
-    def fetch(self, stored: _Stored) -> None:
-        """Have `stored` on the card, or on its way."""
-        if stored.card is None:
-            flat = torch.empty(len(stored.host), dtype=torch.uint8, device=stored.device)
+    def fetch(self, waiting: _Waiting) -> None:
+        """Have `waiting` on the card, or on its way."""
+        if waiting.card is None:
+            flat = torch.empty(len(waiting.host), dtype=torch.uint8, device=waiting.device)
             self._streams.copy_waits(self._streams.computed())  # fetch(i) waits until compute has left that memory
-            self._streams.copy(flat, stored.host)
-            stored.card = [flat[place] for place in stored.places]
-            self._travels(stored)
+            self._streams.copy(flat, waiting.host)
+            waiting.card = [flat[place] for place in waiting.places]
+            self._travels(waiting)
 
-    def take(self, stored: _Stored) -> list[Tensor]:
+    def take(self, waiting: _Waiting) -> list[Tensor]:
         """The inputs, fetched before; they are the caller's now."""
-        self._on_card.remove(stored)
-        self._streams.compute_waits(stored.passed)  # compute(i) waits until fetch(i) has arrived, or store(i) has left
+        self._on_card.remove(waiting)
+        self._streams.compute_waits(waiting.passed)  # compute(i) waits until fetch(i) has arrived, or store(i) has left
         if self._poison:
-            stored.host.fill_(0xFF)
-        stored.give_back()
-        return stored.tensors()
+            waiting.host.fill_(0xFF)
+        waiting.give_back()
+        return waiting.tensors()
 
-    def _travels(self, stored: _Stored) -> None:
-        stored.passed = self._streams.copied()
-        self._on_card.append(stored)
+    def _travels(self, waiting: _Waiting) -> None:
+        waiting.passed = self._streams.copied()
+        self._on_card.append(waiting)
 
-    def _let_go(self, stored: _Stored) -> None:
-        self._on_card.remove(stored)
-        self._streams.compute_waits(stored.passed)  # compute(i) waits until store(i - 1 - BUFFERS) has left its memory
-        for flat in stored.card or () if self._poison else ():
+    def _let_go(self, waiting: _Waiting) -> None:
+        self._on_card.remove(waiting)
+        self._streams.compute_waits(waiting.passed)  # compute(i) waits until store(i - 1 - BUFFERS) has left its memory
+        for flat in waiting.card or () if self._poison else ():
             flat.fill_(0xFF)
-        stored.card = None
+        waiting.card = None
 
     def _buffer_of(self, nbytes: int) -> Arena:
         """A buffer of at least that length: one that is free, or a new one, in place of all that are free and too
@@ -132,7 +132,7 @@ class Pass:
     """What one pass forward stores, for the one back through it."""
 
     def __init__(self, owner: HostInputs) -> None:
-        self._owner, self._stored = owner, list[_Stored | None]()
+        self._owner, self._stored = owner, list[_Waiting | None]()
 
     def store(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Send the inputs of the block that runs next to the host. What comes back gives them back, once: call it

@@ -20,7 +20,9 @@ from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.lora import lora_layers
 from fluxq.model.modulation import Lookahead, is_known_ahead
 from fluxq.model.units import unit_of
-from fluxq.offload import AllResident, Immediate, Late, Staged
+from fluxq.offload import AllResident, HostInputs, Immediate, Late, Staged
+from fluxq.offload.arena import Arena
+from fluxq.offload.inputs import INPUTS
 
 CPU = torch.device("cpu")
 UNITS = ("double_blocks.0.img", "double_blocks.0.txt", "double_blocks.1.img", "double_blocks.1.txt")
@@ -120,6 +122,12 @@ def train_sample_train(flux: Flux) -> list[torch.Tensor]:
     return [*found, *gradients(flux, 5, ahead), *gradients(flux, 6, ahead), *gradients(flux, 6)]
 
 
+def on_the_host(flux: Flux, streams) -> Flux:
+    """With block inputs that wait on the host; what is given up of them is NaN."""
+    flux.inputs = HostInputs(streams, lambda n: Arena({INPUTS: n}, lambda unit, out: None), poison=True)
+    return flux
+
+
 def assert_equal(flux: Flux, expected: list[torch.Tensor]) -> None:
     found = train_sample_train(flux)
     assert len(found) == len(expected)
@@ -167,6 +175,45 @@ def test_a_staging_thread_changes_no_bit(files):
     flux = load_streamed(files("nf4"), CPU, (), 3, Staged(Immediate(), buffers), poison=True)
     assert_equal(with_lora(flux, "attention+mlp", "recompute"), expected)
     flux.ring.close()
+
+
+@pytest.mark.parametrize("streams", [Immediate, Late])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_inputs_on_the_host_change_no_bit(policy, streams, files):
+    """With all weights resident and with all streamed. Poison would show a reference that somebody else has kept."""
+    resident = with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", policy)
+    expected = train_sample_train(resident)
+    streamed = with_lora(load_streamed(files("nf4"), CPU, (), 2, streams(), poison=True), "attention+mlp", policy)
+    for flux in (resident, streamed):
+        assert_equal(on_the_host(flux, streams()), expected)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_inputs_on_the_host_change_no_bit_where_only_some_blocks_train(targets, files):
+    flux = with_lora(load_quantized(files("nf4"), CPU), TARGETS[targets], "keep_attention")
+    expected = train_sample_train(flux)
+    assert_equal(on_the_host(flux, Late()), expected)
+
+
+@pytest.mark.parametrize("at", ["forward 1", "forward 3", "backward 3", "backward 0"])
+def test_a_step_that_fails_leaves_the_next_one_as_it_was(at, files):
+    """Out of memory in a block, on the way forward or back, with weights and inputs on the host."""
+    expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", "recompute"))
+    flux = load_streamed(files("nf4"), CPU, (), 2, Late(), poison=True)
+    on_the_host(with_lora(flux, "attention+mlp", "recompute"), Late())
+    direction, number = at.split()
+    block, calls = flux.blocks[int(number)], []
+
+    def fail(*_) -> None:
+        calls.append(1)
+        if len(calls) == (1 if direction == "forward" else 2):  # the second time is the replay
+            raise torch.OutOfMemoryError("injected")
+
+    hook = block.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        gradients(flux, 7)
+    hook.remove()
+    assert_equal(flux, expected)
 
 
 @pytest.mark.parametrize("targets", TARGETS)
