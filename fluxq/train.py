@@ -122,21 +122,11 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     # the loop
     with Report(run.folder, start, steps, config.output.plot_seconds) as report, stop_request(say) as asked_to_stop:
         for step in range(start, steps):
-            clock, losses = time.perf_counter(), []
-            for index in range(step * training.accumulate, (step + 1) * training.accumulate):
-                loss = loss_of(index, lookahead.rows(index))
-                (loss / training.accumulate).backward()
-                losses.append(loss.detach())
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.clip or torch.inf))
-            if not math.isfinite(norm):
-                raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --rate")
+            clock = time.perf_counter()
             rate = training.rate * rate_factor(training.schedule, step, steps, training.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            done, mean = step + 1, float(torch.stack(losses).mean())
-            report.step(done, mean, rate, norm, time.perf_counter() - clock)
+            loss, norm = optimizer_step(optimizer, ahead_loss_of, step, training.accumulate, rate, training.clip)
+            done = step + 1
+            report.step(done, loss, rate, norm, time.perf_counter() - clock)
 
             # now and then
             stop, save_every, every = asked_to_stop(), config.output.save_every, config.samples.every

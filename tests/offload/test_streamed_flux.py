@@ -13,7 +13,7 @@ from helpers import randomise, tiny_config
 from live_bytes import LiveBytes
 
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
-from fluxq.formats.stream import expect_training, load_streamed
+from fluxq.formats.stream import expect_training, load_streamed, place_units
 from fluxq.kernels import FORMATS, POLICIES
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.embed import image_ids, text_ids
@@ -287,3 +287,40 @@ def test_what_is_not_streamed_lies_in_memory_of_its_own(format, files):
         streamed = unit_of(name) in UNITS[2:] + MODULATION
         assert (buffer.untyped_storage().data_ptr() in slots) == streamed, name
     assert sum(p.numel() for p in flux.parameters()) == 0
+
+
+def test_units_are_placed_anew_in_a_model_that_trains(files):
+    """From all resident to all streamed and back up, LoRA and its optimiser untouched; and once it fails half-way."""
+    file = files("nf4")
+    expected = train_sample_train(with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv"))
+    flux = with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv")
+    parameters = list(flux.parameters())
+    for resident, slots in ((UNITS[2:], 3), (UNITS[:1], 2), ((), 4), (UNITS[3:5], 2), (UNITS, 2)):
+        place_units(flux, file, CPU, resident, slots, Late(), poison=True)
+        expect_training(flux)
+        assert_equal(flux, expected)
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def read_into(self, unit, out):
+            raise torch.OutOfMemoryError(unit)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        place_units(flux, Failing(), CPU, UNITS[:2], 2)
+    place_units(flux, file, CPU, (), 2, Late(), poison=True)
+    assert_equal(flux, expected)
+    assert all(a is b for a, b in zip(flux.parameters(), parameters, strict=True))
+
+
+def test_placing_units_anew_takes_no_more_than_before_or_after(files):
+    file = files("nf4")
+    flux = load_streamed(file, CPU, UNITS[:3], 3, Immediate())
+    held = [*flux.buffers(), flux.ring.host._memory, *(slot.memory for slot in flux.ring._slots)]
+    live = LiveBytes(held, "cpu")
+    held.clear()
+    with live:
+        before = live.live
+        place_units(flux, file, CPU, UNITS[:1], 2, Immediate())
+        assert live.live < before and live.peak <= before
