@@ -62,13 +62,14 @@ def optimizer_step(
         (loss / accumulate).backward()
         losses.append(loss.detach())
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf))
+    mean = float(torch.stack(losses).mean())  # nothing may fail once weights have been updated
     if not math.isfinite(norm):
         raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --rate")
     for group in optimizer.param_groups:
         group["lr"] = rate
     update(optimizer)
     optimizer.zero_grad()
-    return float(torch.stack(losses).mean()), norm
+    return mean, norm
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:

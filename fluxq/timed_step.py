@@ -1,7 +1,7 @@
 """The trainer's own step, timed on random pictures: what `fluxq bench steps` and `make gpu` measure.
 
 A step is what fluxq/train.py makes of a batch: noise and times drawn, the batch moved to the card, flow_loss, backward,
-clipping, the optimiser, and the loss read back, on the host's clock. Left out are reading the cache, previews and
+clipping, the loss read back and the optimiser, on the host's clock. Left out are reading the cache, previews and
 saving, and under int8 the look for outliers: with random weights no layer rotates its input. The pass that computes
 modulation for 64 coming pictures falls into the warm-up, and into one timed step of 64; the median does not show it.
 """
@@ -111,7 +111,9 @@ def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callabl
 
     def step(index: int) -> float:
         loss, _ = optimizer_step(updates, loss_of, index, 1, training.rate, training.clip)
-        return loss  # read back, so that the optimiser is waited for too: a stream does its work in order
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # this measures: the clock stops when the optimiser is done
+        return loss
 
     return step
 

@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import math
+from contextlib import ExitStack
 
 import pytest
 import torch
 from live_bytes import LiveBytes
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from fluxq import optim
 from fluxq.errors import WrongRequest
 from fluxq.optim import build_optimizer, optimizer_step, rate_factor, update
 
@@ -122,6 +125,23 @@ def test_an_update_without_room_changes_nothing_or_says_that_it_did(name, monkey
     monkeypatch.setattr(optimizer, "step", fail_half_way)
     with pytest.raises(WrongRequest, match="the last save is good"):
         update(optimizer)
+
+
+def test_nothing_is_computed_once_weights_are_updated(monkeypatch):
+    """It could run out of memory, and the step be made twice."""
+    parameters = bowls()
+    optimizer = build_optimizer("adamw", parameters, 0.05, 0.1)
+    real, after = optim.update, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            after.extend([op] * (op.namespace == "aten"))
+            return op(*args, **(kwargs or {}))
+
+    with ExitStack() as stack:
+        monkeypatch.setattr(optim, "update", lambda o: (real(o), stack.enter_context(Watch())))
+        optimizer_step(optimizer, lambda index: slope(parameters), 0, 2, 1e-3, 1.0)
+    assert after == []
 
 
 def test_what_adamw_needs_for_a_moment_is_asked_for_before_anything_changes(monkeypatch):
