@@ -171,21 +171,21 @@ def assert_undisturbed(result, out: Path, undisturbed, times: int = 1) -> None:
 
 # A micro-step runs each of nano's two double and two single blocks forward, and replays it on the way back: 8 calls a
 # kind in an optimiser step of two micro-steps.
-@pytest.mark.parametrize("kind", [DoubleStreamBlock, SingleStreamBlock])
-@pytest.mark.parametrize(("call", "more"), [
-    (1, ()),  # forward, the very first
-    (2 * 4 + 4, ("--policy", "keep_attention")),  # backward, of the second step's first micro-step
-    (16 + 6, ("--policy", "recompute")),  # forward of its third step's second one
-    (8 + 7, ("--policy", "recompute", "--offload")),  # then units are streamed
-    (8 + 8, ("--policy", "recompute", "--offload", "--resident-units", "3", "--slots", "2")),
+@pytest.mark.parametrize(("kind", "call", "more"), [
+    (DoubleStreamBlock, 1, ()),  # forward, the very first
+    (SingleStreamBlock, 2 * 4 + 4, ("--policy", "keep_attention")),  # back, in the second step's first micro-step
+    (DoubleStreamBlock, 16 + 6, ("--policy", "recompute")),  # forward, in the third step's second one
+    (DoubleStreamBlock, 8 + 7, ("--policy", "recompute", "--offload")),  # back; then units are streamed
+    (SingleStreamBlock, 8 + 7, ("--policy", "recompute", "--offload", "--resident-units", "3", "--slots", "2")),
 ])  # fmt: skip
-def test_a_step_that_runs_out_of_memory_is_repeated(call, more, kind, photos, undisturbed, tmp_path, monkeypatch):
+def test_a_step_that_runs_out_of_memory_is_repeated(kind, call, more, photos, undisturbed, tmp_path, monkeypatch):
     Shortage(monkeypatch, kind, "forward", {call})
     result = run(photos, tmp_path, *more)
     assert_undisturbed(result, tmp_path, undisturbed)
     assert f"out of memory in step {1 + (call - 1) // 8} (CUDA out of memory); again with" in result.output
 
 
+@pytest.mark.slow
 def test_shortage_after_shortage_goes_down_the_whole_ladder(photos, undisturbed, tmp_path, monkeypatch):
     """And where even placing the weights anew runs out of memory, that is one more."""
     Shortage(monkeypatch, SingleStreamBlock, "forward", {3, 8, 10, 15, 20, 21})
@@ -236,6 +236,7 @@ def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path,
     assert "4 x keep_all," in result.output and len(list((tmp_path / "samples").glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_a_preview_that_nothing_makes_small_enough_is_given_up(photos, undisturbed, tmp_path, monkeypatch):
     Shortage(monkeypatch, AutoEncoder, "decode", set(range(1000)))
     result = run(photos, tmp_path, "--sample-every", 2, "--sample-steps", 1)
