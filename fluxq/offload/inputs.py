@@ -152,11 +152,17 @@ class Pass:
         return self._owner.take(stored)
 
 
-def inputs_for(device: torch.device, say: Callable[[str], None]) -> HostInputs:
-    """For a model on `device`. Where the driver pins no memory for it, that is said, once: copies are slow then."""
+def inputs_for(
+    device: torch.device,
+    say: Callable[[str], None],
+    through: Callable[[Streams], Streams] = lambda streams: streams,
+) -> HostInputs:
+    """For a model on `device`. Where the driver pins no memory for it, that is said, once: copies are slow then.
+    `through` may put something between it and its streams.
+    """
     if device.type != "cuda":
-        return HostInputs(Immediate(), _buffer)
-    return HostInputs(CudaStreams(device), PinnedBuffers(device, say))
+        return HostInputs(through(Immediate()), _buffer)
+    return HostInputs(through(CudaStreams(device)), PinnedBuffers(device, say))
 
 
 class PinnedBuffers:
