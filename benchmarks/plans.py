@@ -31,7 +31,6 @@ ROWS = (  # card, GiB of RAM beside it
     ("rtx3090", 32),
     ("rtx4090", 32),
 )
-PINS = Pins(offload=False)  # what fluxq train does today: inputs of blocks stay on the card
 FORMATS, COMPUTES = ("nf4", "int8"), ("bf16", "int8")
 
 HEADER = f"""# Plans, predicted
@@ -42,8 +41,7 @@ seconds from nominal rates of the cards and assumed efficiencies (fluxq/offload/
 slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out (CUDA's own, and what an allocator loses), and RAM of
 common size is beside it. Made by `make plans`.
 
-units: resident + streamed through slots. host: the inputs of blocks wait in RAM, which
-fluxq train does not do yet. Peak: tensors, without what is left
+units: resident + streamed through slots. host: the inputs of blocks wait in RAM. Peak: tensors, without what is left
 out. waits: the share of the step in which compute waits for copies.
 """
 
@@ -75,7 +73,7 @@ def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
             for size in SIZES:
                 costs = [tables[size, format, compute] for format in FORMATS]
                 try:
-                    cells = row(plan(costs, CARDS[name], ram=ram * GIB, pins=PINS))
+                    cells = row(plan(costs, CARDS[name], ram=ram * GIB))
                 except WrongRequest as error:
                     cells = str(error)
                 lines.append(f"| {name} | {CARDS[name].memory_gib:g} | {size} | {cells} |")

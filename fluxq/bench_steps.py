@@ -34,6 +34,7 @@ from fluxq.models import Models
 from fluxq.offload import Streams
 from fluxq.offload.cards import GIB, Card, measure, with_bus
 from fluxq.offload.costs import Costs
+from fluxq.offload.inputs import inputs_for
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, counted
 from fluxq.random_model import random_flux
@@ -226,7 +227,6 @@ def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Pl
         blocks_to_swap=setting.blocks_to_swap,
         policy=setting.policy,
         slots=setting.slots,
-        offload=False,
     )
     vram = min(limit or 1 << 62, free_on_card() or card.vram)
     return plan([costs], card, vram, (memory() or (0, None))[1], pins)
@@ -241,6 +241,8 @@ def planned_flux(setting: Setting, made: Plan, device: torch.device, slower: flo
     flux = random_flux(FluxConfig.dev(), setting.format, device, setting.rank, resident, made.slots, **through)
     flux.set_policy(made.policies)
     flux.set_compute(setting.compute)
+    if made.offload:
+        flux.inputs = inputs_for(device, lambda line: None, **through)
     return flux
 
 
@@ -265,6 +267,7 @@ def predicted(made: Plan) -> dict[str, Any]:
         "resident": len(made.resident),
         "streamed": made.streamed,
         "slots": made.slots,
+        "offload": made.offload,
     }
 
 

@@ -175,6 +175,11 @@ class MemoryConfig:
     slots: int | None = option(
         None, "places on the card for streamed units; more hide copies better; default: as fits", "--slots", least=2
     )
+    offload: bool | None = option(
+        None,
+        "inputs of blocks wait in host memory for the backward pass: less of the card, more copies; default: as fits",
+        "--offload",
+    )
 
 
 @dataclass(frozen=True)

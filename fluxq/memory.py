@@ -24,7 +24,7 @@ from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.models import Models
 from fluxq.offload import spread
-from fluxq.offload.cards import measure
+from fluxq.offload.cards import Card, measure
 from fluxq.offload.costs import Costs
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, describe
@@ -35,20 +35,33 @@ UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "m": 2**20, "mib": 2*
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a plan is made from beside the card's bytes: a step's costs, the card, bytes of RAM, the user's pins."""
+
+    costs: Costs
+    card: Card
+    ram: int | None
+    pins: Pins
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where frozen weights are and what blocks keep. resident: the units that stay on the card, None for all; slots:
-    for the others; policies: one for every block, or one for each. `plan`: what they come from, if it was made.
+    for the others; policies: one for every block, or one for each; offload: block inputs wait on the host.
+    `plan` and `budget`: what they come from, if a plan was made.
     """
 
     resident: tuple[str, ...] | None = None
     slots: int = SLOTS
     policies: str | tuple[str, ...] = "recompute"
+    offload: bool = False
     plan: Plan | None = None
+    budget: Budget | None = None
 
     def save(self, folder: Path) -> None:
         """Write plan.json: the plan with its predictions, or the bare choices."""
-        bare = {"predicted": False, "resident": self.resident, "slots": self.slots, "policies": self.policies}
-        content = self.plan.to_json() if self.plan else bare
+        bare = {name: getattr(self, name) for name in ("resident", "slots", "policies", "offload")}
+        content = self.plan.to_json() if self.plan else {"predicted": False, **bare}
         with atomic_path(folder / "plan.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -63,7 +76,8 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
         if vram or ram:
             raise WrongRequest("--vram and --ram plan for a CUDA card, and this machine has none; leave them out")
         policies = wishes.policy or ("keep_all" if models.is_nano else "recompute")
-        return Placement(resident_by_hand(wishes, models), wishes.slots or SLOTS, policies)
+        resident = resident_by_hand(wishes, models)
+        return Placement(resident, wishes.slots or SLOTS, policies, bool(wishes.offload))
     pins = Pins(
         format=config.model.format,
         compute=models.compute,
@@ -71,17 +85,20 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
         blocks_to_swap=wishes.blocks_to_swap,
         policy=wishes.policy or ("keep_all" if models.is_nano else None),
         slots=wishes.slots,
-        offload=False,  # inputs of blocks do not wait on the host yet
+        offload=wishes.offload,
     )
     size = config.data.size or 0
     smaller = {f"--size {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
-    card = measure(cache_folder())
-    found = plan(
-        [costs_of(config, models, size)], card, vram or free_on_card(), ram or (memory() or (0, None))[1], pins, smaller
-    )
+    budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (memory() or (0, None))[1], pins)
+    found = plan([budget.costs], budget.card, vram or free_on_card(), budget.ram, pins, smaller)
     say(describe(found))
-    whole = found.streamed == 0 and (not found.look_ahead or config.model.format == "bf16")  # bf16 is not streamed yet
-    return Placement(None if whole else found.resident, found.slots, found.policies, found)
+    return placed(found, budget)
+
+
+def placed(found: Plan, budget: Budget) -> Placement:
+    """The placement that a plan says."""
+    whole = found.streamed == 0 and (not found.look_ahead or found.format == "bf16")  # bf16 is not streamed yet
+    return Placement(None if whole else found.resident, found.slots, found.policies, found.offload, found, budget)
 
 
 def costs_of(config: TrainConfig, models: Models, size: int) -> Costs:

@@ -34,7 +34,7 @@ from fluxq.formats.quantized import (
 )
 from fluxq.formats.shards import locate
 from fluxq.formats.source import OPENERS, Source
-from fluxq.formats.stream import load_streamed
+from fluxq.formats.stream import load_streamed, place_units
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
@@ -209,7 +209,7 @@ class Models:
         device, the others are streamed through `slots`; None for all. `ahead`: see load_streamed.
         """
         use_tuned(self.device, self._say)
-        if self.config.format == "bf16" and self.quantised is None:
+        if not self.streams:
             if resident is not None:
                 raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
             flux = load_flux(self.flux_file, "bf16", self.device)
@@ -219,6 +219,15 @@ class Models:
             flux = load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
         flux.set_compute(self.compute)
         return flux
+
+    @property
+    def streams(self) -> bool:
+        """Whether the transformer's frozen weights can be streamed as they are stored."""
+        return self.config.format != "bf16" or self.quantised is not None
+
+    def place_units(self, flux: Flux, resident: Collection[str], slots: int, ahead: bool) -> None:
+        """Have what `load_flux` gave keep these units on the device and stream the others; see there."""
+        place_units(flux, self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
 
     def _stored_flux(self) -> QuantizedFile:
         """A file of `fluxq quantize` as it is, any other quantised once.

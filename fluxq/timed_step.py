@@ -1,7 +1,7 @@
 """The trainer's own step, timed on random pictures: what `fluxq bench steps` and `make gpu` measure.
 
 A step is what fluxq/train.py makes of a batch: noise and times drawn, the batch moved to the card, flow_loss, backward,
-clipping, the optimiser, and the loss read back, on the host's clock. Left out are reading the cache, previews and
+clipping, the loss read back and the optimiser, on the host's clock. Left out are reading the cache, previews and
 saving, and under int8 the look for outliers: with random weights no layer rotates its input. The pass that computes
 modulation for 64 coming pictures falls into the warm-up, and into one timed step of 64; the median does not show it.
 """
@@ -25,7 +25,7 @@ from fluxq.model.costs import flux_costs
 from fluxq.model.modulation import Lookahead
 from fluxq.offload.cards import GIB, Card
 from fluxq.offload.costs import Costs, Work
-from fluxq.optim import build_optimizer
+from fluxq.optim import build_optimizer, optimizer_step
 from fluxq.timing import spread, wall
 
 WARM_UP, LEAST = 3, 3
@@ -93,8 +93,7 @@ def clock_steps(
 def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callable[[int], float]:
     """A function that makes training step `index` on a random batch, and gives its loss once the step is done."""
     training, device = TrainingConfig(), flux.device
-    parameters = [p for p in flux.parameters() if p.requires_grad]
-    updates = build_optimizer(optimizer, parameters, training.rate, training.weight_decay)
+    updates = build_optimizer(optimizer, flux.parameters(), training.rate, training.weight_decay)
     batch = random_batch(flux.config, setting)
     tokens = (setting.size // 16) ** 2
 
@@ -105,15 +104,16 @@ def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callabl
         flux, lambda index: conditioning(flux, times_of(index), batch.pooled, training.guidance), setting.batch
     )
 
-    def step(index: int) -> float:
+    def loss_of(index: int) -> Tensor:
         noise, t = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples), times_of(index)
         latents, noise, txt, pooled = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        loss = flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, lookahead.rows(index)).mean()
-        loss.backward()
-        float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
-        updates.step()
-        updates.zero_grad()
-        return float(loss.detach())  # waits for the optimiser too: a stream does its work in order
+        return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, lookahead.rows(index)).mean()
+
+    def step(index: int) -> float:
+        loss, _ = optimizer_step(updates, loss_of, index, 1, training.rate, training.clip)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # this measures: the clock stops when the optimiser is done
+        return loss
 
     return step
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from fluxq.errors import WrongRequest
 from fluxq.kernels import FORMATS, dequantize
 from fluxq.model import FluxConfig
 from fluxq.model.linear import Linear
+from fluxq.offload import HostInputs
 from fluxq.offload.cards import CARDS
 from fluxq.offload.costs import Work
 from fluxq.offload.streams import Immediate
@@ -194,11 +196,21 @@ def test_on_a_card_a_plan_places_the_weights_and_its_predictions_stand_beside_wh
     row = row_of(setting, CPU, replace(CARDS["rtx4090"], name="imagined"), 3, None)
     assert row["ok"] and row["policies"] == {"recompute": 4}
     assert row["predicted_peak_gib"] > 0 and row["predicted_s"] > 0 and 0 < row["share_of_peak"] < 1
-    assert row["streamed"] + row["resident"] == 6
+    assert row["streamed"] + row["resident"] == 6 and not row["offload"]
     assert (row["resident"], row["slots"]) == (0, 2) if copies else row["resident"] > 0
     assert "imagined" not in line_of(row) and f"{row['predicted_peak_gib']:.2f}" in line_of(row)
     refused = row_of(setting, CPU, CARDS["rtx4090"], 3, 1 << 20)
     assert "GiB" in refused["not_run"] and "ms" not in refused
+
+
+def test_inputs_wait_on_the_host_where_a_plan_says_so(monkeypatch):
+    monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
+    stored, store = [], HostInputs.store
+    monkeypatch.setattr(HostInputs, "store", lambda self, tensors: stored.append(1) or store(self, tensors))
+    pins = partial(bench_steps.Pins, offload=True)
+    monkeypatch.setattr(bench_steps, "Pins", pins)
+    row = row_of(replace(TINY, policy="recompute"), CPU, CARDS["rtx4090"], 3, None, 1.5)
+    assert row["ok"] and row["offload"] and len(stored) == 4 * (3 + timed_step.WARM_UP)
 
 
 def test_a_slower_bus_is_copies_made_again(monkeypatch):

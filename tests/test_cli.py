@@ -25,7 +25,7 @@ MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --format --compute --
 DATA = "--trigger --size --skip-bad --cache"
 SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
-MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots"
+MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offload"
 OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --steps --batch --accumulate "
     "--rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume --overwrite "

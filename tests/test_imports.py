@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"tuning", "timing", "random_model"},
     {"models", "timed_step"},
     {"defaults", "memory", "kernel_cases"},
-    {"run", "turns"},
+    {"run", "turns", "room"},
     {"cache", "check", "quantize", "bench_kernels", "bench_steps", "profile"},
     {"sample", "bench_compare"},
     {"train"},
