@@ -267,6 +267,20 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
     return value
 
 
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """ "FILE" or "FILE=STRENGTH" of a LoRA. Raises WrongRequest where the strength is no number."""
+    path, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise WrongRequest(f"the strength in {text} is no number; write FILE=0.8")
+    return Path(path), strength
+
+
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 

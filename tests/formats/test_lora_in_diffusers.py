@@ -11,7 +11,9 @@ from helpers import relative_error
 
 from fluxq.formats.detect import flux_shapes
 from fluxq.formats.keys import to_diffusers
-from fluxq.formats.lora import Adapter, load_lora, save_lora
+from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_algebra import Adapter
+from fluxq.formats.lora_write import save_lora
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.sample import attach
@@ -91,7 +93,7 @@ def test_diffusers_draws_what_fluxq_draws(tmp_path, models, dialect, alpha):
 
     attach(flux, [])
     base = flux(**inputs())
-    attach(flux, [(load_lora(path, CONFIG)[0], 1.0)])
+    attach(flux, [(load_lora(path, CONFIG).adapters, 1.0)])
     ours = flux(**inputs())
     assert relative_error(their_velocity(pipeline), base) <= 1e-5
     pipeline.load_lora_weights(path)
