@@ -436,6 +436,93 @@ def compare(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
     _print(compare_results(files, out), as_json)
 
 
+@main.group(cls=click.Group)
+def lora() -> None:
+    """Convert, inspect, resize, merge and extract LoRA files of any program."""
+
+
+TO = click.option(
+    "--to",
+    type=click.Choice(["kohya", "diffusers", "comfy", "peft"]),
+    default="kohya",
+    show_default=True,
+    help="For whom: kohya is read by ComfyUI, Forge, sd-scripts and diffusers; diffusers splits fused layers, at one "
+    "rank; comfy has the original's names; peft is a folder for PeftModel.",
+)
+PRECISION = click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    help="Type of the numbers  [default: as they are in the source]",
+)
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the file that is to be written.")
+
+
+@lora.command()
+@click.argument("source", type=Path, metavar="SRC")
+@click.argument("target", type=Path, metavar="DST")
+@TO
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Bring every layer down to this rank, by SVD; default: all is kept, so parts with matrices of their own make "
+    "a fused layer of the sum of their ranks.",
+)
+@PRECISION
+@OVERWRITE
+@JSON
+def convert(
+    source: Path, target: Path, to: str, rank: int | None, precision: str | None, overwrite: bool, as_json: bool
+) -> None:
+    """Write the LoRA SRC, from any program, as DST, for another one. The error is measured and printed."""
+    _begin(as_json, computes=False)
+    from fluxq.lora.convert import convert_command
+
+    _print(convert_command(source, target, to, rank, precision, overwrite), as_json)
+
+
+@lora.command()
+@click.argument("source", type=Path, metavar="SRC")
+@click.argument("target", type=Path, metavar="DST")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Bring every layer down to this rank, by SVD.")
+@click.option(
+    "--energy",
+    type=click.FloatRange(0, 1, min_open=True),
+    metavar="X",
+    help="Or keep this share, like 0.95, of each layer's sum of squares, at the least rank that does.",
+)
+@TO
+@PRECISION
+@OVERWRITE
+@JSON
+def resize(
+    source: Path,
+    target: Path,
+    rank: int | None,
+    energy: float | None,
+    to: str,
+    precision: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Write the LoRA SRC as DST at a lower rank. The error is measured and printed."""
+    _begin(as_json, computes=False)
+    from fluxq.lora.convert import resize_command
+
+    _print(resize_command(source, target, rank, energy, to, precision, overwrite), as_json)
+
+
+@lora.command()
+@click.argument("file", type=Path, metavar="FILE")
+@JSON
+def info(file: Path, as_json: bool) -> None:
+    """Tell a LoRA's dialect, ranks and norms by layer, metadata and trigger, and which programs will read it."""
+    _begin(as_json, computes=False)
+    from fluxq.lora.info import info_command
+
+    _print(info_command(file), as_json)
+
+
 def _begin(as_json: bool, computes: bool = True) -> None:
     """Say first, on stderr, what the user of this machine should know; raise WrongRequest where the command `computes`
     and the card cannot. With --json, everything meant for people goes to stderr.

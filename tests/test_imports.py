@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"models", "timed_step"},
     {"defaults", "memory", "kernel_cases"},
     {"run"},
-    {"cache", "check", "quantize", "bench_kernels", "bench_steps", "profile"},
+    {"cache", "check", "lora", "quantize", "bench_kernels", "bench_steps", "profile"},
     {"sample", "bench_compare"},
     {"train"},
     {"demo"},

@@ -50,7 +50,8 @@ class Lora:
     """What a LoRA file holds. adapters are by BFL module, `clip` by CLIP-L module as transformers 5 names it.
 
     alphas tells where the strengths came from: any of "tensors", "settings"; spellings, any of "A/B", "down/up";
-    notes are sentences for the user about what was not taken as it stands.
+    part_ranks, how many ranks the file's own modules have; notes are sentences for the user about what was not taken
+    as it stands.
     """
 
     path: Path
@@ -61,6 +62,7 @@ class Lora:
     metadata: dict[str, str]
     spellings: frozenset[str] = frozenset()
     alphas: frozenset[str] = frozenset()
+    part_ranks: int = 1
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -96,6 +98,7 @@ def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
         dict(file.checkpoint.metadata),
         frozenset(name for name, p in SPELLINGS.items() if any(re.search(p, key) for key in file.checkpoint.shapes)),
         file.alphas,
+        len({file.rank(base) for base in found}),
         file.notes,
     )
     parts: dict[str, list[tuple[str, Part]]] = {}
@@ -192,6 +195,9 @@ class _LoraFile:
         what = "for FLUX.2 dev, another model" if (6144,) in width else "for a model of other sizes"
         if wrong:
             refuse(self.path, f"was made {what}: {listed(wrong_shape=wrong)}", GIVE)
+
+    def rank(self, base: str) -> int:
+        return self.checkpoint.shape(self._bases[base]["down"])[0]
 
     def adapter(self, base: str) -> Adapter:
         """The adapter of `base`, at its strength."""

@@ -44,8 +44,9 @@ class Adapter:
         return abs(self.scale) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
     def folded(self) -> Adapter:
-        """The same with alpha = rank: its strength goes into up, in fp32 unless it is 1."""
-        up = self.up if self.scale == 1 else self.up.float() * self.scale
+        """The same with alpha = rank: its strength goes into up, in fp32 or wider unless it is 1."""
+        wide = torch.promote_types(self.up.dtype, torch.float32)
+        up = self.up if self.scale == 1 else self.up.to(wide) * self.scale
         return Adapter(self.down, up, float(self.rank))
 
     def to(self, dtype: torch.dtype) -> Adapter:
