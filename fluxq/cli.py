@@ -513,6 +513,71 @@ def resize(
 
 
 @lora.command()
+@click.argument("files", nargs=-1, required=True, metavar="FILE[=STRENGTH]...")
+@click.option("--out", type=Path, required=True, metavar="PATH", help="The file to write, or folder where it is one.")
+@click.option(
+    "--base",
+    type=Path,
+    metavar="PATH",
+    help="Merge into a copy of this transformer, in its own layout and precision; default: into one LoRA.",
+)
+@click.option(
+    "--to",
+    type=click.Choice(["kohya", "diffusers", "comfy", "peft"]),
+    help="For whom a merged LoRA is written, as in convert  [default: kohya]",
+)
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Bring a merged LoRA down to this rank, by SVD; default: the ranks of all add up and nothing is lost.",
+)
+@PRECISION
+@OVERWRITE
+@JSON
+def merge(
+    files: tuple[str, ...],
+    out: Path,
+    base: Path | None,
+    to: str | None,
+    rank: int | None,
+    precision: str | None,
+    overwrite: bool,
+    as_json: bool,
+) -> None:
+    """Merge LoRAs, each at its strength, into one LoRA or into a transformer. The error is measured and printed."""
+    _begin(as_json, computes=False)
+    from fluxq.lora.merge import merge_command
+
+    _print(merge_command(files, out, base, to, rank, precision, overwrite), as_json)
+
+
+@lora.command()
+@click.argument("base", type=Path, metavar="BASE")
+@click.argument("tuned", type=Path, metavar="TUNED")
+@click.argument("target", type=Path, metavar="DST")
+@click.option("--rank", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Rank of every layer.")
+@TO
+@click.option(
+    "--precision",
+    type=click.Choice(["bf16", "fp16", "fp32"]),
+    default="bf16",
+    show_default=True,
+    help="Type of the numbers.",
+)
+@OVERWRITE
+@JSON
+def extract(
+    base: Path, tuned: Path, target: Path, rank: int, to: str, precision: str, overwrite: bool, as_json: bool
+) -> None:
+    """Write as DST the LoRA that comes nearest to what makes the transformer BASE into TUNED, and print how near."""
+    _begin(as_json)
+    from fluxq.lora.extract import extract_command
+
+    _print(extract_command(base, tuned, target, rank, to, precision, overwrite), as_json)
+
+
+@lora.command()
 @click.argument("file", type=Path, metavar="FILE")
 @JSON
 def info(file: Path, as_json: bool) -> None:

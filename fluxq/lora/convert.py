@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
-from fluxq.lora.files import described, read, refuse_existing, shortened, write
+from fluxq.lora.files import described, dtype_of, read, refuse_existing, shortened, write
 from fluxq.report import console
 
 
@@ -21,7 +21,7 @@ def convert_command(
     lora = read(source)
     console.print(f"{source}: {lora.dialect}, {described(lora)}")
     made = lora if rank is None else shortened(lora, rank)
-    return {"source_dialect": lora.dialect, **write(target, made, to, precision, lora)}
+    return {"source_dialect": lora.dialect, **write(target, made, to, dtype_of(precision, lora), lora)}
 
 
 def resize_command(
@@ -39,4 +39,4 @@ def resize_command(
     refuse_existing(target, overwrite)
     lora = read(source)
     console.print(f"{source}: {lora.dialect}, {described(lora)}")
-    return write(target, shortened(lora, rank, energy), to, precision, lora)
+    return write(target, shortened(lora, rank, energy), to, dtype_of(precision, lora), lora)

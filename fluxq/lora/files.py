@@ -37,14 +37,17 @@ def refuse_existing(target: Path, overwrite: bool) -> None:
         raise WrongRequest(f"{target} exists; choose another name, or replace it by --overwrite")
 
 
-def write(target: Path, made: Lora, to: str, precision: str | None = None, like: Lora | None = None) -> dict[str, Any]:
-    """Write `made` as `to`; read it again, and tell how far its change of weights is from that of `like`, or its own.
+def dtype_of(precision: str | None, *loras: Lora) -> torch.dtype:
+    """That of `precision`, a key of PRECISIONS, or else the one that all `loras` have, fp32 where they differ."""
+    if precision:
+        return PRECISIONS[precision]
+    dtypes = {lora.dtype for lora in loras}
+    return dtypes.pop() if len(dtypes) == 1 and dtypes <= set(PRECISIONS.values()) else torch.float32
 
-    precision: a key of PRECISIONS; None for that of `like`.
-    """
+
+def write(target: Path, made: Lora, to: str, dtype: torch.dtype, like: Lora | None = None) -> dict[str, Any]:
+    """Write `made` as `to`, read it again, and tell how far its change of weights is from that of `like` or `made`."""
     like = like or made
-    dtype = PRECISIONS[precision] if precision else like.dtype
-    dtype = dtype if dtype in PRECISIONS.values() else torch.float32
     clip = {} if to == "peft" else made.clip
     if len(clip) < len(made.clip):
         console.print(f"its CLIP-L part ({len(made.clip)} modules) is left out: a PEFT folder holds one model's")
