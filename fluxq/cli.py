@@ -114,9 +114,19 @@ JSON = click.option(
 )
 
 
+BASE_LORA = click.option(
+    "--base-lora",
+    "model__base_loras",
+    multiple=True,
+    metavar="FILE[=STRENGTH]",
+    help="LoRA to merge into the frozen transformer before it is quantised; may be given again.",
+)
+
+
 @main.command()
 @FOLDERS
 @options("model", "data", "lora", "training", "memory", "samples", "output")
+@BASE_LORA
 @click.option(
     "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Prompt of a preview; may be given again."
 )
@@ -178,6 +188,7 @@ def cache(
 
 @main.command()
 @options("model", "samples", renamed={"--sample-steps": "--steps", "--sample-seed": "--seed", "--sample-every": ""})
+@BASE_LORA
 @click.option("--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="What to draw; may be given again.")
 @click.option(
     "--lora",
@@ -487,7 +498,7 @@ def convert(
 @click.option("--rank", type=click.IntRange(1), metavar="N", help="Bring every layer down to this rank, by SVD.")
 @click.option(
     "--energy",
-    type=click.FloatRange(0, 1, min_open=True),
+    type=float,
     metavar="X",
     help="Or keep this share, like 0.95, of each layer's sum of squares, at the least rank that does.",
 )

@@ -154,7 +154,7 @@ def metadata_of(
         training, size = config.training, cast(int, config.data.size)
         return lora_metadata(
             name=cast(str, config.output.name),
-            rank=config.lora.rank,
+            rank=cast(int, config.lora.rank),
             alpha=cast(float, config.lora.alpha),
             steps=step,
             epochs=-(-step * training.accumulate // batches),

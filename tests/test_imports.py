@@ -21,7 +21,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"data"},
     {"nano", "config", "flow", "optim", "state", "report", "hub"},
     {"tuning", "timing", "random_model"},
-    {"models", "timed_step"},
+    {"models", "timed_step", "from_lora"},
     {"defaults", "memory", "kernel_cases"},
     {"run"},
     {"cache", "check", "lora", "quantize", "bench_kernels", "bench_steps", "profile"},

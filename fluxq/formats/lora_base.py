@@ -12,6 +12,7 @@ import math
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b
 from pathlib import Path
 
 import torch
@@ -21,6 +22,7 @@ from fluxq.formats import detect, keys
 from fluxq.formats.detect import DIFFUSERS_FLUX, FLUX
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint, atomic_path, refuse, safetensors_data, safetensors_header
 from fluxq.formats.keys import Piece
+from fluxq.formats.lora import PEFT_FILES
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.quantized import require_room
 from fluxq.formats.source import BESIDE_SCALES, SCALE, Shards, Source, locate
@@ -30,11 +32,30 @@ HOLDS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torc
 GIVE = "give a transformer in 16 or 32 bits or in fp8, a BFL file or a diffusers folder"
 
 
+def identity(loras: Iterable[tuple[Path, float]]) -> str:
+    """What tells these LoRAs, at these strengths, from any others: hashes of their files; "" for none."""
+    lines = []
+    for path, strength in loras:
+        digest = blake2b(digest_size=16)
+        for file in [path / name for name in PEFT_FILES] if path.is_dir() else [path, path.parent / PEFT_FILES[1]]:
+            if file == path or file.is_file():
+                digest.update(_contents(file))
+        lines.append(f"{digest.hexdigest()} {strength!r}")
+    return "\n".join(lines)
+
+
+def _contents(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        refuse(path, f"cannot be read ({error.strerror or error})", "check the path")
+
+
 class MergedSource(Source[FluxConfig]):
     """`source` with the changes of `adapters`, by BFL module, in its weights. Merged matrices are fp32."""
 
     def __init__(self, source: Source[FluxConfig], adapters: Mapping[str, Adapter]) -> None:
-        vars(self).update(vars(source))
+        vars(self).update({key: value for key, value in vars(source).items() if key not in ("nbytes", "dtype")})
         self.original, self.adapters = source, adapters
         merged = {f"{module}.weight": torch.float32 for module in adapters}
         self.dtypes = source.dtypes | merged
@@ -86,9 +107,9 @@ class Base:
             own = Adapter(adapter.down, adapter.up[start : start + piece.rows], adapter.alpha)
             change[piece.first : piece.first + piece.rows] = own.change()
         scale = self._scale(key)
-        wanted = stored.float().mul_(scale).add_(change)
+        wanted = stored.float() * scale + change
         result = _rounded(wanted / scale, stored.dtype)
-        errors.add(result.float().mul_(scale).sub_(wanted), change)
+        errors.add(result.float() * scale - wanted, change)
         return result
 
     def _scale(self, key: str) -> Tensor:

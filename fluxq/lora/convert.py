@@ -36,6 +36,8 @@ def resize_command(
     """Write `source` with every module at `rank`, or at the least rank that keeps `energy` of its sum of squares."""
     if (rank is None) == (energy is None):
         raise WrongRequest("give either --rank N or --energy X")
+    if energy is not None and not 0 < energy <= 1:
+        raise WrongRequest(f"--energy is a share above 0 and up to 1, not {energy}")
     refuse_existing(target, overwrite)
     lora = read(source)
     console.print(f"{source}: {lora.dialect}, {described(lora)}")
