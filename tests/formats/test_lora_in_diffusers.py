@@ -5,6 +5,7 @@ Its converter for kohya files fixes FLUX.1's real width of 3072, so the model he
 
 from __future__ import annotations
 
+import copy
 import re
 
 import pytest
@@ -22,6 +23,7 @@ from fluxq.sample import attach
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 CONFIG = FluxConfig(64, 64, 64, 96, 3072, 4.0, 24, 1, 1, (16, 56, 56), 10_000, True, True)
 MODULES = [
@@ -144,3 +146,32 @@ def test_what_peft_trained_is_the_same_in_every_dialect(tmp_path, models, dialec
     path = tmp_path / "written.safetensors"
     save_lora(path, lora.adapters, CONFIG, dialect, torch.float32)
     assert relative_error(velocity_with(pipeline, path, dialect) - base, theirs - base) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "comfy"])
+@torch.no_grad()
+def test_the_clip_part_reaches_the_text_encoder(tmp_path, models, dialect):
+    _, pipeline = models
+    sizes = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, vocab_size=500)
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, eos_token_id=499)).eval()
+    shapes = {"self_attn.q_proj": (64, 64), "self_attn.out_proj": (64, 64), "mlp.fc2": (64, 256)}
+    clip = {
+        f"encoder.layers.1.{name}": Adapter(torch.randn(2, inputs), torch.randn(out, 2), 3.0)
+        for name, (out, inputs) in shapes.items()
+    }
+    merged, ids = copy.deepcopy(encoder), torch.randint(0, 499, (1, 9))
+    for module, adapter in clip.items():
+        merged.get_submodule(module).weight += adapter.change()
+    base, wanted = encoder(ids).last_hidden_state, merged(ids).last_hidden_state
+    down, up = torch.randn(2, 3072), torch.randn(3072, 2)
+    path = tmp_path / "lora.safetensors"
+    save_lora(
+        path, {"double_blocks.0.img_attn.proj": Adapter(down, up, 2.0)}, CONFIG, dialect, torch.float32, clip=clip
+    )
+    pipeline.text_encoder = encoder
+    pipeline.load_lora_weights(path)
+    theirs = encoder(ids).last_hidden_state
+    pipeline.unload_lora_weights()
+    pipeline.text_encoder = None
+    assert relative_error(theirs - base, wanted - base) <= 1e-4
