@@ -14,7 +14,7 @@ from fluxq import sample
 from fluxq.cli import main
 from fluxq.config import SamplesConfig
 from fluxq.data.store import Text
-from fluxq.formats.lora import Adapter
+from fluxq.formats.lora_algebra import Adapter
 from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
 from fluxq.model.lora import lora_strength
 from fluxq.sample import Shot, attach, draw, labelled_grid, save_picture, shots
