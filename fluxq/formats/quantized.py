@@ -34,6 +34,7 @@ from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.shards import open_file
 from fluxq.formats.source import Source
 from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, dequantize, quantize
+from fluxq.kernels.weights import parts_of
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
@@ -169,8 +170,7 @@ def _quantized(name: str, w: Weight, format: str, inspect: Callable[[str, Weight
         return [dequantize(w, torch.bfloat16)]
     weight = quantize(w, format)
     inspect(name, w, weight)
-    assert not isinstance(weight, Tensor)
-    return [getattr(weight, field.name) for field in dataclasses.fields(weight)]
+    return list(parts_of(weight))
 
 
 def _header(units: dict[str, tuple[list[Place], int]], description: dict[str, Any]) -> bytes:

@@ -15,7 +15,6 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from typing import Any, NoReturn
 
 import torch
@@ -25,7 +24,7 @@ from fluxq.formats.files import DTYPE_NAMES, TensorFile, printable, refuse
 from fluxq.formats.gguf import GgufFile
 from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, unnest_absmax
 from fluxq.kernels.reference import NF4_LEVELS
-from fluxq.kernels.weights import NF4_BLOCK
+from fluxq.kernels.weights import NF4_BLOCK, of_parts, parts_of
 
 PRECISIONS = {
     torch.float32: "fp32",
@@ -72,7 +71,7 @@ class Plain(Stored):
 
 
 class Scaled(Stored):
-    """A matrix that its scale multiplies: one number, one a row, or (rows, n, 1), one for each n-th of a row."""
+    """A tensor that one number multiplies, or a matrix with one a row, or (rows, n, 1), one for each n-th of a row."""
 
     def __init__(self, plain: Plain, scale: Plain) -> None:
         self.plain, self.scale = plain, scale
@@ -80,8 +79,8 @@ class Scaled(Stored):
         of, by = plain.shape, scale.shape
         in_blocks = len(of) == 2 and len(by) == 3 and by[::2] == (of[0], 1) and by[1] and of[1] % by[1] == 0
         self.kind = f"{plain.kind}, scaled" + (" in blocks" if in_blocks else "")
-        fits = math.prod(by) == 1 or by in (of[:1], (*of[:1], 1)) or in_blocks
-        if not fits or len(of) != 2 or scale.dtype in FP8 or scale.dtype not in PRECISIONS:
+        fits = math.prod(by) == 1 or in_blocks or (len(of) == 2 and by in (of[:1], (*of[:1], 1)))
+        if not fits or scale.dtype in FP8 or scale.dtype not in PRECISIONS:
             self.wrong = _misfit(scale, of)
 
     def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
@@ -94,9 +93,9 @@ class Scaled(Stored):
             scale = scale[rows.start : rows.stop] if isinstance(rows, range) else scale[list(rows)]
         if scale.ndim == 3:
             return values.float().unflatten(1, (scale.shape[1], -1)).mul_(scale).flatten(1)
-        if values.dtype == torch.float8_e4m3fn:
+        if values.dtype == torch.float8_e4m3fn and values.ndim == 2:
             return RowScaled(values, scale.reshape(-1))
-        return values.float().mul_(scale.reshape(-1, 1))
+        return values.float().mul_(scale.reshape(-1, *(1,) * (values.ndim - 1)))
 
 
 class FourBits(Stored):
@@ -211,11 +210,9 @@ def joined(parts: Sequence[Weight]) -> Weight:
     """The rows of `parts` one after another: the same bytes where all are of one kind, else numbers in fp32."""
     if len(parts) == 1:
         return parts[0]
-    tensors = [[p] if isinstance(p, Tensor) else [getattr(p, field.name) for field in fields(p)] for p in parts]
-    if len({(type(part), *(t.dtype for t in own)) for part, own in zip(parts, tensors, strict=True)}) > 1:
+    if len({(type(part), *(tensor.dtype for tensor in parts_of(part))) for part in parts}) > 1:
         return torch.cat([dequantize(part, torch.float32) for part in parts])
-    whole = [torch.cat(same) for same in zip(*tensors, strict=True)]
-    return whole[0] if isinstance(parts[0], Tensor) else type(parts[0])(*whole)
+    return of_parts(parts[0], [torch.cat(same) for same in zip(*map(parts_of, parts), strict=True)])
 
 
 def damaged(file: TensorFile, key: str, what: str) -> NoReturn:

@@ -86,7 +86,9 @@ def test_older_files_are_read_with_scales_of_any_shape(tmp_path, prefix, dtype, 
     stored |= {f"{prefix}{layer}.scale_input": torch.tensor(7.0) for layer in LAYERS}
     stored[f"{prefix}scaled_fp8"] = torch.empty(2, dtype=dtype)
     assert_values(write(tmp_path / "a.safetensors", stored), values)
-    assert open_flux(tmp_path / "a.safetensors").precision in ("fp8 e4m3, scaled", "fp8 e5m2, scaled")
+    kind = "e4m3" if dtype == torch.float8_e4m3fn else "e5m2"
+    in_blocks = " in blocks" if len(scale_shape(64, 64)) == 3 else ""
+    assert open_flux(tmp_path / "a.safetensors").precision == f"fp8 {kind}, scaled{in_blocks}"
 
 
 @pytest.mark.parametrize("where", ["beside", "header", "nowhere"])
@@ -100,6 +102,15 @@ def test_newer_files_are_read_wherever_they_say_their_format(tmp_path, where):
     elif where == "header":
         metadata = {"_quantization_metadata": json.dumps({"layers": dict.fromkeys(LAYERS, about)})}
     assert_values(write(tmp_path / "a.safetensors", stored, **metadata), values)
+
+
+def test_a_vector_may_have_one_number_for_a_scale(tmp_path):
+    stored, values = scaled()
+    name = "single_blocks.1.norm.key_norm.weight"  # as Comfy spells it
+    own = stored.pop(name.replace("weight", "scale")).to(torch.float8_e4m3fn)
+    stored |= {name: own, name.replace("weight", "scale_weight"): torch.tensor(0.3)}
+    values[name.replace("weight", "scale")] = torch.from_numpy(fp8_numbers(own.dtype)[own.view(torch.uint8)]) * 0.3
+    assert_values(write(tmp_path / "a.safetensors", stored), values)
 
 
 def test_unscaled_layers_of_a_newer_file_are_what_they_are(tmp_path):
