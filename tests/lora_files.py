@@ -50,6 +50,7 @@ MODULES = {
     "txt_in": ({"context_embedder": 192}, (192, 128)),
     "time_in.out_layer": ({"time_text_embed.timestep_embedder.linear_2": 192}, (192, 192)),
     "final_layer.linear": ({"proj_out": 64}, (64, 192)),
+    "final_layer.adaLN_modulation.1": ({"norm_out.linear": 384}, (384, 192)),
 }
 ATTENTION = {m: v for m, v in MODULES.items() if "attn" in m or "linear1" in m or "linear2" in m}
 RANK, ALPHA = 4, 2.6
@@ -84,6 +85,8 @@ def split(prefix: str, flat: bool, down: str, up: str, alpha: bool, scale=1.0, s
             tensors |= {f"{name}.alpha": torch.tensor(ALPHA)} if alpha else {}
             deltas.append((ALPHA / RANK if alpha else scale) * b.double() @ a.double())
         changes[module] = torch.cat(deltas)
+        if "adaLN" in module:  # diffusers has scale before shift
+            changes[module] = changes[module].roll(192, 0)
     return tensors, changes
 
 

@@ -22,13 +22,14 @@ from fluxq.formats import detect, keys
 from fluxq.formats.detect import DIFFUSERS_FLUX, FLUX
 from fluxq.formats.files import DTYPE_NAMES, Checkpoint, atomic_path, refuse, safetensors_data, safetensors_header
 from fluxq.formats.keys import Piece
-from fluxq.formats.lora import PEFT_FILES
 from fluxq.formats.lora_algebra import Adapter
+from fluxq.formats.lora_peft import PEFT_FILES
 from fluxq.formats.quantized import require_room
 from fluxq.formats.source import BESIDE_SCALES, SCALE, Shards, Source, locate
 from fluxq.model.config import FluxConfig
 
 HOLDS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+SLAB = 4096  # rows that are merged at a time
 GIVE = "give a transformer in 16 or 32 bits or in fp8, a BFL file or a diffusers folder"
 
 
@@ -97,20 +98,19 @@ class Base:
                 refuse(located, f"stores {key} as {DTYPE_NAMES[dtype]}", GIVE)
 
     def merged(self, key: str, stored: Tensor, adapters: Mapping[str, Adapter], errors: Errors) -> Tensor:
-        """What is stored under `key` once it has the changes of `adapters`, in the same dtype, by the same scale."""
-        rows = [place for place in self.places.get(key, ()) if place[1] in adapters]
-        if not rows:
-            return stored
-        change = torch.zeros(stored.shape)
-        for piece, module, start in rows:
-            adapter = adapters[module]
-            own = Adapter(adapter.down, adapter.up[start : start + piece.rows], adapter.alpha)
-            change[piece.first : piece.first + piece.rows] = own.change()
+        """`stored` with the changes of `adapters` in it, in place, in the same dtype and by the same scale."""
         scale = self._scale(key)
-        wanted = stored.float() * scale + change
-        result = _rounded(wanted / scale, stored.dtype)
-        errors.add(result.float() * scale - wanted, change)
-        return result
+        for piece, module, start in self.places.get(key, ()):
+            for first in range(0, piece.rows if module in adapters else 0, SLAB):
+                count, adapter = min(SLAB, piece.rows - first), adapters[module]
+                rows = slice(piece.first + first, piece.first + first + count)
+                own = scale[rows] if scale.ndim else scale
+                up = adapter.up[start + first : start + first + count]
+                change = Adapter(adapter.down, up, adapter.alpha).change()
+                wanted = stored[rows].float() * own + change
+                stored[rows] = _rounded(wanted / own, stored.dtype)
+                errors.add(stored[rows].float() * own - wanted, change)
+        return stored
 
     def _scale(self, key: str) -> Tensor:
         layer = key.removesuffix(".weight")

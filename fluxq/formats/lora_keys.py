@@ -60,6 +60,7 @@ CLIP_KEYS = (
     r"(lora_te1?_text_model_|text_encoder\.text_model\.|text_encoder\.|text_encoders\.clip_l\.transformer\.text_model\.)"
     r"encoder[._]layers[._](\d+)[._](self_attn[._][qkv]_proj|self_attn[._]out_proj|mlp[._]fc[12])"
 )
+CLIP_REST = r"(lora_te1?_|text_encoder\.|text_encoders\.clip_l\.(transformer\.)?)text_projection"
 T5_KEYS = r"(lora_te[23]_|text_encoder_2\.|text_encoders\.t5xxl\.transformer\.)"
 EMBEDDINGS = r"bundle_emb\."  # OneTrainer's textual inversions
 

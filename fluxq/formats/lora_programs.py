@@ -64,4 +64,4 @@ def _row(lora: Lora) -> str:
         return "diffusers, alpha in metadata"
     if "tensors" in lora.alphas:
         return "diffusers, down/up" if "down/up" in lora.spellings else "diffusers, alpha tensors"
-    return "diffusers, mixed ranks" if lora.part_ranks > 1 else "diffusers, strength 1"
+    return "diffusers, mixed ranks" if len(lora.file_ranks) > 1 else "diffusers, strength 1"

@@ -22,9 +22,9 @@ import torch
 from torch import Tensor
 
 from fluxq.formats.files import refuse, write_safetensors
-from fluxq.formats.lora import PEFT_FILES, PEFT_METADATA
 from fluxq.formats.lora_algebra import Adapter, padded, split
 from fluxq.formats.lora_keys import split_rows
+from fluxq.formats.lora_peft import PEFT_FILES, PEFT_METADATA
 from fluxq.formats.metadata import sshs_hashes
 from fluxq.model.config import FluxConfig
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -60,7 +60,13 @@ def write(target: Path, made: Lora, to: str, dtype: torch.dtype, like: Lora | No
     error = relative_error(changes(written), changes(like if to != "peft" else replace(like, clip={})))
     name = next(name for name, d in PRECISIONS.items() if d == dtype)
     console.print(f"{target}: {to}, {name}, {described(written)}; relative error of the weight change {error:.2g}")
-    return {"file": str(target), "dialect": to, "precision": name, "ranks": written.ranks, "relative_error": error}
+    return {
+        "file": str(target),
+        "dialect": to,
+        "precision": name,
+        "ranks": [*written.file_ranks],
+        "relative_error": error,
+    }
 
 
 def changes(lora: Lora) -> dict[str, Adapter]:
@@ -69,10 +75,16 @@ def changes(lora: Lora) -> dict[str, Adapter]:
 
 
 def described(lora: Lora) -> str:
-    """ "304 modules of rank 16"."""
-    ranks = lora.ranks
-    spread = f"rank {ranks[0]}" if len(ranks) == 1 else f"ranks {ranks[0]} to {ranks[-1]}" if ranks else "no rank"
-    return f"{len(lora.adapters)} modules of {spread}" + (f", {len(lora.clip)} of CLIP-L" if lora.clip else "")
+    """ "304 modules of rank 16", and of which ranks the file's own are where it has them in parts."""
+    parts = f" (its own: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
+    clip = f", {len(lora.clip)} of CLIP-L" if lora.clip else ""
+    return f"{len(lora.adapters)} modules of {_spread(lora.ranks)}{parts}{clip}"
+
+
+def _spread(ranks: Sequence[int]) -> str:
+    if len(ranks) > 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"rank {ranks[0]}" if ranks else "no rank"
 
 
 def relative_error(found: Mapping[str, Adapter], wanted: Mapping[str, Adapter]) -> float:

@@ -108,10 +108,12 @@ def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
     a, b = torch.randn(3, 64), torch.randn(64, 3)
     tensors |= {keys.format(parts[0]): a, keys.format(parts[1]): b}
     tensors |= {f"{t5}.lora_down.weight": a, f"{t5}.lora_up.weight": b, "bundle_emb.x.t5_out": a}
+    tensors |= {f"lora_te1_text_projection.lora_{part}.weight": a for part in ("down", "up")}
     write_safetensors(tmp_path / "x", tensors)
     lora = load_lora(tmp_path / "x")
     assert list(lora.clip) == ["encoder.layers.3.self_attn.q_proj"]
     assert any(note.startswith("its T5 part (1 modules) is left out") for note in lora.notes)
+    assert any(note.startswith("its text projection part (1 modules)") for note in lora.notes)
     assert any("bundle_emb" in note for note in lora.notes)
     save_lora(tmp_path / "y", lora.adapters, CONFIG, written, torch.float32, clip=lora.clip)
     again = load_lora(tmp_path / "y")
@@ -197,6 +199,7 @@ REFUSED = {
         kohya() | named("diffusion_model.double_blocks.0.img_attn.proj", inputs=192),
         "adapts double_blocks.0.img_at",
     ),
+    "two_spellings": (one("lora_A.weight"), f"has one tensor under two names ({PROJ}.lora_"),
     "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(2, 2)}, "is a LoKr (LyCORIS)"),
     "loha": (one("hada_w1_a"), "is a LoHa (LyCORIS)"),
     "dora": (one("dora_scale"), "is a DoRA"),

@@ -158,13 +158,13 @@ def test_the_randomised_decomposition_is_near_the_exact_one(shape):
 
 
 PROGRAMS = {
-    "kohya": {"ComfyUI": "yes", "Forge": "yes", "diffusers": "all but 3 modules outside", "sd-scripts": "yes"},
+    "kohya": {"ComfyUI": "yes", "Forge": "yes", "diffusers": "all but 4 modules outside", "sd-scripts": "yes"},
     "ai-toolkit": {"ComfyUI": "yes", "diffusers": "yes", "sd-scripts": "after its convert"},
     "diffusers with alpha": {"ComfyUI": "yes", "diffusers": "yes", "sd-scripts": "wrong"},
     "diffusers with metadata": {"ComfyUI": "wrong", "Forge": "wrong", "diffusers": "yes"},
     "diffusers down/up": {"ComfyUI": "yes", "diffusers": "wrong"},
     "comfy A/B": {"ComfyUI": "yes", "diffusers": "no: applies nothing"},
-    "comfy down/up": {"ComfyUI": "yes", "diffusers": "all but 3 modules outside"},
+    "comfy down/up": {"ComfyUI": "yes", "diffusers": "all but 4 modules outside"},
     "OneTrainer legacy": {"ComfyUI": "yes", "diffusers": "attention only"},
     "fal Kontext": {"ComfyUI": "no"},
     "XLabs": {"ComfyUI": "only if", "Forge": "no", "diffusers": "yes"},
@@ -187,7 +187,7 @@ def test_info_groups_layers_and_finds_the_trigger(tmp_path):
         tmp_path / "x", "kohya", torch.float16, **{"modelspec.trigger_phrase": "zqx [b]", "ss_steps": "70"}
     )
     told = answer("lora", "info", tmp_path / "x")
-    assert (told["dialect"], told["precision"], told["modules"], told["trigger"]) == ("kohya", "float16", 14, "zqx [b]")
+    assert (told["dialect"], told["precision"], told["modules"], told["trigger"]) == ("kohya", "float16", 15, "zqx [b]")
     row = told["layers"]["double_blocks.*.txt_mlp.2"]
     assert (row["count"], row["ranks"]) == (1, [RANK]) and row["scales"][0] == pytest.approx(ALPHA / RANK)
     assert row["norm_mean"] == pytest.approx(wanted["double_blocks.0.txt_mlp.2"].norm().item(), rel=1e-2)
