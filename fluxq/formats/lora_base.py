@@ -20,12 +20,16 @@ from torch import Tensor
 
 from fluxq.formats import detect, keys
 from fluxq.formats.detect import DIFFUSERS_FLUX, FLUX
-from fluxq.formats.files import DTYPE_NAMES, Checkpoint, atomic_path, refuse, safetensors_data, safetensors_header
+from fluxq.formats.files import Checkpoint, atomic_path, refuse, safetensors_data, safetensors_header
+from fluxq.formats.gguf import GgufFile
 from fluxq.formats.keys import Piece
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_peft import PEFT_FILES
 from fluxq.formats.quantized import require_room
-from fluxq.formats.source import BESIDE_SCALES, SCALE, Shards, Source, locate
+from fluxq.formats.shards import Shards, locate
+from fluxq.formats.source import Source
+from fluxq.formats.stored import Plain, Scaled, Seen, unseen
+from fluxq.kernels import Weight, dequantize
 from fluxq.model.config import FluxConfig
 
 HOLDS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
@@ -56,19 +60,15 @@ class MergedSource(Source[FluxConfig]):
     """`source` with the changes of `adapters`, by BFL module, in its weights. Merged matrices are fp32."""
 
     def __init__(self, source: Source[FluxConfig], adapters: Mapping[str, Adapter]) -> None:
-        vars(self).update({key: value for key, value in vars(source).items() if key not in ("nbytes", "dtype")})
+        vars(self).update(vars(source))
         self.original, self.adapters = source, adapters
-        merged = {f"{module}.weight": torch.float32 for module in adapters}
-        self.dtypes = source.dtypes | merged
 
-    def get(self, name: str) -> Tensor:
-        adapter = self.adapters.get(name.removesuffix(".weight"))
+    def get(self, name: str, rows: range | None = None, seen: Seen = unseen) -> Weight:
+        weight, adapter = self.original.get(name, rows, seen), self.adapters.get(name.removesuffix(".weight"))
         if adapter is None:
-            return self.original.get(name)
-        return self.original.value(name, torch.float32).add_(adapter.change())
-
-    def scale(self, name: str) -> Tensor | None:
-        return None if name.removesuffix(".weight") in self.adapters else self.original.scale(name)
+            return weight
+        up = adapter.up if rows is None else adapter.up[rows.start : rows.stop]
+        return dequantize(weight, torch.float32).add_(Adapter(adapter.down, up, adapter.alpha).change())
 
 
 class Base:
@@ -79,10 +79,10 @@ class Base:
 
     def __init__(self, path: Path) -> None:
         located = locate(path, FLUX)
-        if located.suffix.lower() != ".json" and "fluxq" in Checkpoint(located).metadata:
-            refuse(path, "is quantised by fluxq", "merge into the original file, or train on it with --base-lora")
         self.is_folder, self.shards = path.is_dir() or located.suffix.lower() == ".json", Shards(located)
-        shapes = {k: s for k, s in self.shards.shapes.items() if not (SCALE.fullmatch(k) or BESIDE_SCALES.fullmatch(k))}
+        if "fluxq" in self.shards.metadata:
+            refuse(path, "is quantised by fluxq", "merge into the original file, or train on it with --base-lora")
+        shapes = self.shards.shapes
         pieces: Mapping[str, tuple[Piece, ...]]
         if detect.kind(shapes) == DIFFUSERS_FLUX:
             self.config = detect.flux_sizes(keys.flux_telling(shapes), located)
@@ -94,8 +94,9 @@ class Base:
             pieces = {name: (Piece(key, 0, (*shapes[key], 1)[0]),) for name, key in names.items()}
         self.places = _places(pieces)
         for key in self.places:
-            if (dtype := self.shards.dtype(key)) not in HOLDS:
-                refuse(located, f"stores {key} as {DTYPE_NAMES[dtype]}", GIVE)
+            plain = stored.plain if isinstance(stored := self.shards.tensors[key], Scaled) else stored
+            if not isinstance(plain, Plain) or plain.dtype not in HOLDS or isinstance(plain.file, GgufFile):
+                refuse(located, f"stores {key} as {stored.kind}", GIVE)
 
     def merged(self, key: str, stored: Tensor, adapters: Mapping[str, Adapter], errors: Errors) -> Tensor:
         """`stored` with the changes of `adapters` in it, in place, in the same dtype and by the same scale."""
@@ -113,15 +114,12 @@ class Base:
         return stored
 
     def _scale(self, key: str) -> Tensor:
-        layer = key.removesuffix(".weight")
-        found = [
-            f"{layer}.{name}" for name in ("scale_weight", "weight_scale") if f"{layer}.{name}" in self.shards.shapes
-        ]
-        if not found:
+        stored = self.shards.tensors.get(key)
+        if not isinstance(stored, Scaled):
             return torch.ones(())
-        scale, out = self.shards.get(found[0]).float(), self.shards.shapes[key][0]
-        if scale.numel() not in (1, out) or not (scale > 0).all():
-            refuse(self.shards.path, f"has a scale {found[0]} of {tuple(scale.shape)} that does not fit", GIVE)
+        scale = stored.scale.rows(range((*stored.scale.shape, 1)[0])).float()
+        if scale.numel() not in (1, stored.shape[0]) or not (scale > 0).all():
+            refuse(self.shards.path, f"has a scale {stored.scale.key} of {tuple(scale.shape)} that does not fit", GIVE)
         return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
 
 

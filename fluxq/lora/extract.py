@@ -60,7 +60,7 @@ def extracted(
         for name, shape in first.shapes.items():
             is_block = len(shape) == 2 and "_blocks." in name
             difference = second.value(name, torch.float32, device).sub_(first.value(name, torch.float32, device))
-            done += second.dtypes[name].itemsize * difference.numel()
+            done += second.sizes[name]
             progress(done, second.nbytes)
             if not difference.isfinite().all():
                 raise WrongRequest(f"{name} is not finite in {first.path} or {second.path}; download them again")
