@@ -151,7 +151,7 @@ def test_what_a_lora_cannot_be_merged_into_is_refused(tmp_path, weights):
     bnb = {f"{n}.absmax" if i == 9 else n: t for i, (n, t) in enumerate(weights.items())}
     whole = {n: t.to(torch.int8) if n.endswith("linear1.weight") else t for n, t in weights.items()}
     cases = {
-        "bitsandbytes has quantised": write(tmp_path / "bnb.safetensors", bnb),
+        "1 unexpected": write(tmp_path / "bnb.safetensors", bnb),
         "quantised by fluxq; merge into the original": write(tmp_path / "own.safetensors", weights, {"fluxq": "{}"}),
         "stores single_blocks.0.linear1.weight as I8": write(tmp_path / "int8.safetensors", whole),
         "is a LoRA, where": write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(1)}),
