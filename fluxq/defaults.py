@@ -8,22 +8,30 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from fluxq.config import DataConfig, FolderConfig, TrainConfig
+from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, FolderConfig, TrainConfig
 from fluxq.data.pictures import picture_files
 from fluxq.errors import WrongRequest
+from fluxq.formats.lora import Lora
+from fluxq.from_lora import settings_of
 from fluxq.models import Models
 
 Say = Callable[[str], None]
 
 
-def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
-    """`config` with nothing left open. Raises WrongRequest for settings that cannot be met together."""
+def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = None) -> TrainConfig:
+    """`config` with nothing left open; `start` is the LoRA that is trained on, if any. Raises WrongRequest for settings
+    that cannot be met together.
+    """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     data = resolve_data(config.data, models, say)
-    if lora.rank == defaults.lora.rank:
+    if start is not None:
+        lora = settings_of(start, lora, models.flux_config, say)
+    if lora.rank is None:
+        lora = replace(lora, rank=DEFAULT_RANK)
         say(f"rank {lora.rank}: enough for a person or a product; a style can do with less")
+    lora = replace(lora, targets=DEFAULT_TARGETS if lora.targets is None else lora.targets)
     if lora.alpha is None:
-        lora = replace(lora, alpha=float(lora.rank))
+        lora = replace(lora, alpha=float(cast(int, lora.rank)))
         say(f"alpha {lora.alpha:g}: equal to rank, which leaves the LoRA unscaled and exact in every program")
     if training.steps is None:
         pictures = sum(len(picture_files(f.path)) for f in data.folders if f.path.is_dir())

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from fluxq.config import MemoryConfig, TrainConfig
+from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
 from fluxq.formats.quantized import cache_folder
@@ -108,8 +108,8 @@ def costs_of(config: TrainConfig, models: Models, size: int) -> Costs:
         models.flux_config,
         config.model.format,
         models.compute,
-        config.lora.rank,
-        config.lora.targets,
+        config.lora.rank or DEFAULT_RANK,
+        config.lora.targets or DEFAULT_TARGETS,
         training.batch,
         (size // 16) ** 2,
         models.t5_length,

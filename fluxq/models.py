@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from fluxq import nano
-from fluxq.config import ModelConfig
+from fluxq.config import ModelConfig, file_and_strength
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
 from fluxq.formats.find import Found, choose, choose_flux, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
+from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_algebra import combined
+from fluxq.formats.lora_base import MergedSource, identity
 from fluxq.formats.quantized import (
     QuantizedFile,
     cache_folder,
@@ -100,12 +103,17 @@ class Models:
         """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it, and
         with the `compute` in use.
         """
+        base_loras = tuple(f"{path.absolute()}={strength!r}" for path, strength in self.base_loras)
         if self.is_nano:
-            return replace(self.config, compute=self.compute)
+            return replace(self.config, compute=self.compute, base_loras=base_loras)
         named = {part: self.served(part).path for part in PARTS}
         named |= {key: path for key in TOKENIZERS if (path := getattr(self.config, key))}
         return replace(
-            self.config, compute=self.compute, models=None, **{key: path.absolute() for key, path in named.items()}
+            self.config,
+            compute=self.compute,
+            models=None,
+            base_loras=base_loras,
+            **{key: path.absolute() for key, path in named.items()},
         )
 
     @cached_property
@@ -162,8 +170,10 @@ class Models:
                 if misfit := self.misfit(part, source.config):
                     raise WrongRequest(f"{source.path} {misfit}; use one model's files")
 
+        if self.base_loras:
+            _ = self._merged(self._say)
         if not self.is_quantised:
-            place = cached_path(self.files("flux"), self.config.format)
+            place = cached_path(self.files("flux"), self.config.format, self._identity)
             require_room(place, stored_bytes(self.open("flux").shapes, self.config.format))
 
     def misfit(self, part: str, config: Any) -> str | None:
@@ -184,15 +194,37 @@ class Models:
         return self.config.t5_length or (nano.T5_LENGTH if self.is_nano else T5_LENGTHS[self.variant])
 
     def fingerprint(self) -> str:
-        """What tells this transformer's file from any other."""
-        return fingerprint(self.files("flux"))
+        """What tells this transformer's file, and what is merged into it, from any other."""
+        return fingerprint(self.files("flux"), self._identity)
+
+    @cached_property
+    def base_loras(self) -> list[tuple[Path, float]]:
+        """What is merged into the transformer, each LoRA at its strength."""
+        return [file_and_strength(lora) for lora in self.config.base_loras]
+
+    @cached_property
+    def _identity(self) -> str:
+        return identity(self.base_loras)
+
+    def _merged(self, say: Callable[[str], None] = lambda line: None) -> Source[FluxConfig]:
+        """The transformer's tensors with `base_loras` in them. Raises WrongRequest where those do not fit."""
+        source = self.open("flux")
+        if not self.base_loras:
+            return source
+        read = [(load_lora(path, source.config), strength) for path, strength in self.base_loras]
+        for lora, strength in read:
+            clip = [f"its CLIP-L part ({len(lora.clip)} modules) is left out"] if lora.clip else []
+            say(f"{lora.path.name}: {len(lora.adapters)} layers are merged into the transformer at {strength:g}")
+            for note in (*lora.notes, *clip):
+                say(f"{lora.path.name}: {note}")
+        return MergedSource(source, combined([(lora.adapters, strength) for lora, strength in read]))
 
     @property
     def is_quantised(self) -> bool:
         """Whether the transformer only has to be read: it was quantised before, or is not to be."""
         if self.config.format == "bf16" or self.quantised is not None:
             return True
-        return cached_path(self.files("flux"), self.config.format).is_file()
+        return cached_path(self.files("flux"), self.config.format, self._identity).is_file()
 
     @property
     def default_size(self) -> tuple[int, str]:
@@ -212,7 +244,7 @@ class Models:
         if not self.streams:
             if resident is not None:
                 raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
-            flux = load_flux(self.flux_file, "bf16", self.device)
+            flux = load_flux(self._merged(), "bf16", self.device)
         elif resident is None:
             flux = load_quantized(self._stored_flux(), self.device)
         else:
@@ -236,12 +268,12 @@ class Models:
         """
         if (own := self.quantised) is not None:
             return own
-        source = self.open("flux")
+        source = self.open("flux") if self.is_quantised else self._merged()
         if not self.is_quantised:
             room = stored_bytes(source.shapes, self.config.format) / 1e9
             self._say(f"quantising {source.path.name} to {self.config.format}, once: {room:.1f} GB in {cache_folder()}")
         with byte_bar("quantising") as progress:
-            return cached(source, self.config.format, self.device, progress)
+            return cached(source, self.config.format, self.device, progress, self._identity)
 
     @cached_property
     def quantised(self) -> QuantizedFile | None:
@@ -254,6 +286,8 @@ class Models:
         file = QuantizedFile.open(path)
         if file.format != self.config.format:
             raise WrongRequest(f"{path} holds {file.format}, not {self.config.format}; pass --format {file.format}")
+        if self.base_loras:
+            raise WrongRequest(f"{path} is quantised, so --base-lora cannot be merged into it; give the original file")
         return file
 
     def load_autoencoder(self, band: int | None = None) -> AutoEncoder:

@@ -25,6 +25,7 @@ from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.formats.stream import expect_training
+from fluxq.from_lora import read_start, start_from
 from fluxq.memory import place
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
@@ -49,12 +50,14 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     """
     models = Models(config.model, say=say)
     models.check()
-    config = resolve(config, models, (lambda line: None) if resume else say)
+    start_lora = read_start(config.lora, models.flux_config, say) if config.lora.from_lora and not resume else None
+    config = resolve(config, models, (lambda line: None) if resume else say, start_lora)
     run = Run(config)
     run.check(resume, overwrite)
     placement = place(config, models, say)
     training, steps, data = config.training, config.training.steps, config.data
-    assert steps and data.size and config.lora.alpha, "resolve fills these in"
+    lora = config.lora
+    assert steps and data.size and lora.rank and lora.alpha and lora.targets is not None, "resolve fills these in"
 
     # what is trained on: encoded pictures and captions
     prompts = preview_prompts(config, models)
@@ -71,10 +74,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
 
     # what is trained: LoRA on the frozen model
     reset_peak()
-    ahead = is_known_ahead(models.flux_config, config.lora.targets)
+    ahead = is_known_ahead(models.flux_config, lora.targets)
     flux = models.load_flux(placement.resident, placement.slots, ahead)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
-    layers = add_lora(flux, config.lora.rank, config.lora.alpha, config.lora.targets, init)
+    layers = add_lora(flux, lora.rank, lora.alpha, lora.targets, init)
+    if start_lora is not None:
+        start_from(start_lora, layers, say)
     expect_training(flux)
     room = Room(placement, models, flux, ahead, say)
     optimizer = build_optimizer(training.optimizer, flux.parameters(), training.rate, training.weight_decay)

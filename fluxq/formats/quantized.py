@@ -200,9 +200,10 @@ def cached(
     format: str,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    merged: str = "",
 ) -> QuantizedFile:
-    """`source` in `format`: from the cache folder, or quantised into it once."""
-    path = cached_path(source.files, format)
+    """`source` in `format`: from the cache folder, or quantised into it once. `merged`: see `fingerprint`."""
+    path = cached_path(source.files, format, merged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -215,7 +216,7 @@ def cached(
                 return QuantizedFile.open(path)
         for left_by_a_crash in path.parent.glob(f".{glob.escape(path.stem)}.tmp-*"):
             left_by_a_crash.unlink(missing_ok=True)
-        about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
+        about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files, merged)}
         write_quantized(path, source, format, about, device, progress)
         return QuantizedFile.open(path)
 
@@ -225,10 +226,10 @@ def stored_bytes(shapes: Mapping[str, tuple[int, ...]], format: str) -> int:
     return sum(length for _, length in layout(shapes, format).values())
 
 
-def cached_path(files: Sequence[Path], format: str) -> Path:
-    """Where the transformer in `files` is kept in `format`."""
+def cached_path(files: Sequence[Path], format: str, merged: str = "") -> Path:
+    """Where the transformer in `files`, with `merged` in it, is kept in `format`."""
     name = files[0].stem if len(files) == 1 else files[0].parent.name
-    return cache_folder() / f"{name}-{format}-v{LAYOUT_VERSION}-{fingerprint(files)}.safetensors"
+    return cache_folder() / f"{name}-{format}-v{LAYOUT_VERSION}-{fingerprint(files, merged)}.safetensors"
 
 
 def cache_folder() -> Path:
@@ -239,9 +240,9 @@ def cache_folder() -> Path:
     return Path(base or Path.home() / ".cache") / "fluxq"
 
 
-def fingerprint(files: Sequence[Path]) -> str:
+def fingerprint(files: Sequence[Path], merged: str = "") -> str:
     """What tells files from others without reading them whole: their lengths, headers, vectors, and 2,048 pieces of
-    each; and in diffusers' layout the config.json beside them.
+    each; and in diffusers' layout the config.json beside them. `merged` tells what was merged into them (LoRAs).
 
     In FLUX.1 every matrix is sampled, and all vectors are 6 MB. Files that were moved or copied stay the same.
     """
@@ -254,6 +255,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     settings = files[0].parent / "config.json"
     if True in layouts and settings.is_file():
         digest.update(settings.read_bytes())
+    digest.update(merged.encode())
     return digest.hexdigest()
 
 
