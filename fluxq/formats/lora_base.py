@@ -29,7 +29,7 @@ from fluxq.formats.source import BESIDE_SCALES, SCALE, Shards, Source, locate
 from fluxq.model.config import FluxConfig
 
 HOLDS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
-SLAB = 4096  # rows that are merged at a time
+SLAB = 512  # rows that are merged at a time: few enough that they stay in the caches
 GIVE = "give a transformer in 16 or 32 bits or in fp8, a BFL file or a diffusers folder"
 
 
