@@ -117,6 +117,9 @@ class DataConfig:
     cache: Path = option(Path("cache"), "folder where encoded pictures and captions are kept", "--cache")
 
 
+DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # where neither the user nor a LoRA to start from says
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """[lora] What is trained."""
@@ -297,9 +300,6 @@ def file_and_strength(text: str) -> tuple[Path, float]:
     if not math.isfinite(strength):
         raise WrongRequest(f"the strength in {text} is no number; write FILE=0.8")
     return Path(path), strength
-
-
-DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}

@@ -56,6 +56,8 @@ def settings_of(lora: Lora, asked: LoraConfig, flux: FluxConfig, say: Say) -> Lo
             "leave lora.targets open to train what it adapts, or add them"
         )
     say(f"from {lora.path.name}: {len(lora.adapters)} layers; rank {rank}, alpha {alpha:g}")
+    if asked.rank is None and rank > max(lora.file_ranks):
+        say(f"rank {rank}: its fused layers are in parts, whose ranks add up; --rank {max(lora.file_ranks)} needs less")
     return replace(asked, rank=rank, alpha=alpha, targets=targets, from_lora=lora.path.absolute())
 
 

@@ -8,6 +8,7 @@ import re
 import pytest
 import torch
 from click.testing import CliRunner
+from lora_files import WRITERS
 from PIL import Image
 
 from fluxq import nano
@@ -104,6 +105,15 @@ def test_targets_are_the_files_or_more_but_never_less(tmp_path):
         WrongRequest, match=r"adapts 1 layers that the targets leave out, such as single_blocks\.0\.linear2"
     ):
         settings_of(lora, LoraConfig(targets=(re.escape(PAIR[0]),)), CONFIG, silent)
+
+
+def test_parts_whose_ranks_add_up_are_said(tmp_path):
+    tensors, _, _ = WRITERS["ai-toolkit"]()
+    write_safetensors(tmp_path / "x", tensors)
+    lines = []
+    settings = settings_of(load_lora(tmp_path / "x", CONFIG), LoraConfig(), CONFIG, lines.append)
+    assert settings.rank == 16
+    assert lines[1] == "rank 16: its fused layers are in parts, whose ranks add up; --rank 4 needs less"
 
 
 def test_a_preset_is_known_again(tmp_path):

@@ -246,3 +246,17 @@ def test_overwrite_replaces_even_the_source(tmp_path):
     assert run("lora", "convert", tmp_path / "x", tmp_path / "x", "--overwrite").exit_code == 0
     assert load_lora(tmp_path / "x").dialect == "kohya"
     assert distance(load_lora(tmp_path / "x").adapters, wanted) <= 1e-6
+
+
+def test_a_lora_of_the_text_encoder_alone_goes_where_there_is_room_for_it(tmp_path):
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
+    parts = {"lora_down.weight": torch.randn(3, 64), "lora_up.weight": torch.randn(256, 3), "alpha": torch.tensor(1.5)}
+    write_safetensors(tmp_path / "x", {f"{name}.{part}": tensor for part, tensor in parts.items()})
+    assert answer("lora", "info", tmp_path / "x")["clip_modules"] == 1
+    for to in ("kohya", "diffusers", "comfy"):
+        assert answer("lora", "convert", tmp_path / "x", tmp_path / to, "--to", to)["relative_error"] <= 1e-6
+        wanted = 0.5 * parts["lora_up.weight"].double() @ parts["lora_down.weight"].double()
+        assert distance(load_lora(tmp_path / to).clip, {"encoder.layers.0.mlp.fc1": wanted}) <= 1e-6
+    refused = run("lora", "convert", tmp_path / "x", tmp_path / "peft", "--to", "peft")
+    assert refused.exit_code == 2 and "adapts the text encoder only" in refused.stderr
+    assert not (tmp_path / "peft").exists()
