@@ -102,14 +102,12 @@ class _LoRALinear(torch.autograd.Function):
         weight = ctx.weight if ctx.needs_input_grad[0] else None
         cast_s, cast_down, cast_up = (t if t is None else t.to(dy.dtype) for t in (s, down, up))
         if weight is not None and ctx.compute.endswith("_dx"):
-            dx = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute), ctx.rotation)
-            weight = None
+            dx, ds = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute), ctx.rotation)
+            gradients = (None, None) if ds is None else ops(dy).lora_gradients(dy, x, cast_s, ds, ctx.scale)
         else:
-            dx = None
-        dx2, d_down, d_up = ops(dy).lora_linear_backward(dy, weight, x, cast_s, cast_down, cast_up, ctx.scale)
-        if d_down is not None:
-            d_down, d_up = d_down.to(down.dtype), d_up.to(up.dtype)
-        return dx if dx2 is None else dx2, None, None, None, d_down, d_up, None, None, None, None
+            dx, *gradients = ops(dy).lora_linear_backward(dy, weight, x, cast_s, cast_down, cast_up, ctx.scale)
+        d_down, d_up = (d if d is None else d.to(t.dtype) for d, t in zip(gradients, (down, up), strict=True))
+        return dx, None, None, None, d_down, d_up, None, None, None, None
 
 
 def _dtype(compute: str) -> torch.dtype:
@@ -140,9 +138,9 @@ def _forward_8bit(
 
 def _dx_8bit(
     dy: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, dtype: torch.dtype, rotation: int
-) -> Tensor:
-    """The gradient of the input, in 8 bits: it contracts over W's rows, so their scales go into dy before dy is rounded
-    (folding costs no second copy of W and no accuracy).
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the input, in 8 bits, and that of s: it contracts over W's rows, so their scales go into dy
+    before dy is rounded (folding costs no second copy of W and no accuracy).
     """
     rows = dy.flatten(0, -2)
     w, w_scale = _rows(weight, dtype, dy, rotation, transposed=True)  # (K, N)
@@ -150,11 +148,11 @@ def _dx_8bit(
     ds = None if up is None else rows @ (up * scale).to(dy.dtype)
     if not rotation:
         dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
-        return dx.view(*dy.shape[:-1], -1)
+        return dx.view(*dy.shape[:-1], -1), ds
     dx = rotate(ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype), rotation)
     if ds is not None and down is not None:
         dx.addmm_(ds, down.to(dy.dtype))
-    return dx.view(*dy.shape[:-1], -1)
+    return dx.view(*dy.shape[:-1], -1), ds
 
 
 def _rows(

@@ -207,9 +207,12 @@ def lora_linear_backward(
     ds = scale * (dy @ up)  # (..., R)
     if dx is not None:
         dx = F.pad(dx + ds @ down, (0, x.shape[-1] - dx.shape[-1]))
-    d_down = ds.flatten(0, -2).mT @ x[..., : down.shape[1]].flatten(0, -2)
-    d_up = scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
-    return dx, d_down, d_up
+    return dx, *lora_gradients(dy, x[..., : down.shape[1]], s, ds.flatten(0, -2), scale)
+
+
+def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Those of down and up. dy (..., N), x (..., K), s (..., R), and its gradient ds (M, R), scale dy up."""
+    return ds.mT @ x.flatten(0, -2), scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
 
 
 def matmul_8bit(

@@ -1,7 +1,7 @@
 """The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py."""
 
 from fluxq.kernels.triton.gelu import gelu_tanh, gelu_tanh_backward
-from fluxq.kernels.triton.linear import lora_linear, lora_linear_backward, room
+from fluxq.kernels.triton.linear import lora_gradients, lora_linear, lora_linear_backward, room
 from fluxq.kernels.triton.matmul_8bit import matmul_8bit
 from fluxq.kernels.triton.modulate import (
     gated_add,
@@ -24,6 +24,7 @@ __all__ = [
     "gated_add_modulate_backward",
     "gelu_tanh",
     "gelu_tanh_backward",
+    "lora_gradients",
     "lora_linear",
     "lora_linear_backward",
     "matmul_8bit",
