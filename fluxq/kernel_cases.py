@@ -136,6 +136,8 @@ def step_cases(device: torch.device, small: bool) -> Iterator[Case]:
         ),
         "dequantize": (w, lambda o: o.dequantize(stored, torch.bfloat16)),
         "dequantize_transposed": (w, lambda o: o.dequantize(stored, torch.bfloat16, transposed=True)),
+        "dequantize_transposed_rotated": (w, lambda o: o.to_rows(stored, int8, True, 256)),
+        "rotate": (x, lambda o: o.rotate(x, 256)),
         "nf4_quantize": (w, lambda o: o.nf4_quantize(w)),
         "row_quantize": (x, lambda o: Activations(x[..., :1], *o.row_quantize(x[0], int8))),
     }

@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.dispatch import ops
 from fluxq.kernels.replay import nothing, unread
-from fluxq.kernels.rotation import rotate
 from fluxq.kernels.weights import Weight
 
 COMPUTES = ("bf16", "int8", "int8_dx", "fp8", "fp8_dx")
@@ -128,10 +127,10 @@ def _forward_8bit(
     x, values, row_scale, s = given
     rows = x.flatten(0, -2)
     if values is None or row_scale is None:
-        values, row_scale = ops(x).row_quantize(rotate(rows, rotation) if rotation else rows, dtype)
+        values, row_scale = ops(x).row_quantize(rows, dtype, rotation=rotation)
     if s is None and down is not None:
         s = rows @ down.t()
-    w, w_scale = _rows(weight, dtype, x, rotation)
+    w, w_scale = ops(x).to_rows(weight, dtype, rotation=rotation)
     y = ops(x).matmul_8bit(values, row_scale, w, w_scale, x.dtype, s, None if up is None else up * scale, bias)
     return y.view(*x.shape[:-1], -1), None if s is None else s.view(*x.shape[:-1], -1)
 
@@ -140,25 +139,15 @@ def _dx_8bit(
     dy: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, dtype: torch.dtype, rotation: int
 ) -> tuple[Tensor, Tensor | None]:
     """The gradient of the input, in 8 bits, and that of s: it contracts over W's rows, so their scales go into dy
-    before dy is rounded (folding costs no second copy of W and no accuracy).
+    before dy is rounded (folding costs no second copy of W and no accuracy). Over a rotated W it comes out rotated; so
+    LoRA's part joins it rotated, and the sum is turned back.
     """
     rows = dy.flatten(0, -2)
-    w, w_scale = _rows(weight, dtype, dy, rotation, transposed=True)  # (K, N)
+    w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True, rotation=rotation)  # (K, N)
     values, row_scale = ops(dy).row_quantize(rows, dtype, w_scale)
     ds = None if up is None else rows @ (up * scale).to(dy.dtype)
-    if not rotation:
-        dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
-        return dx.view(*dy.shape[:-1], -1), ds
-    dx = rotate(ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype), rotation)
-    if ds is not None and down is not None:
-        dx.addmm_(ds, down.to(dy.dtype))
+    if down is not None and rotation:
+        down = ops(dy).rotate(down, rotation)
+    dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
+    dx = ops(dy).rotate(dx, rotation) if rotation else dx
     return dx.view(*dy.shape[:-1], -1), ds
-
-
-def _rows(
-    weight: Weight, dtype: torch.dtype, like: Tensor, rotation: int, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`weight`, rotated if asked, as 8-bit values (N, K), or (K, N) if `transposed`, and row scales (N,)."""
-    if rotation:
-        weight = rotate(ops(like).dequantize(weight, torch.bfloat16), rotation)
-    return ops(like).to_rows(weight, dtype, transposed)

@@ -124,6 +124,12 @@ def rows_in_8_bits(format: str) -> Launch:
     return launch
 
 
+def rotated_rows(rows: int, rank: int) -> None:
+    """An input into rotated rows, and its gradient back."""
+    ops.row_quantize(bf16(rows, K), torch.int8, rotation=256)
+    ops.rotate(bf16(rows, K), 256)
+
+
 def hidden_rows(rows: int, rank: int) -> None:
     """The hidden layer into int8 rows and back, as keep_all8 keeps it."""
     values, scale = ops.row_quantize(bf16(rows, 4 * K), torch.int8)
@@ -189,6 +195,7 @@ LAUNCHES: dict[str, Callable[[], Launch]] = {
     "matmul, fp8": lambda: eight_bits(torch.float8_e4m3fn),
     "rows, from nf4": lambda: rows_in_8_bits("nf4"),
     "rows, from int8": lambda: rows_in_8_bits("int8"),
+    "rows, rotated": lambda: rotated_rows,
     "rows, kept": lambda: hidden_rows,
     "decoded, nf4": lambda: decoded("nf4"),
     "decoded, fp8": lambda: decoded("fp8"),

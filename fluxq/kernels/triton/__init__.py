@@ -13,6 +13,7 @@ from fluxq.kernels.triton.modulate import (
 )
 from fluxq.kernels.triton.nf4 import nf4_quantize
 from fluxq.kernels.triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
+from fluxq.kernels.triton.rotation import rotate
 from fluxq.kernels.triton.rows import row_quantize
 from fluxq.kernels.triton.storage import dequantize, row_dequantize, to_rows
 
@@ -34,6 +35,7 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_backward",
     "room",
+    "rotate",
     "row_dequantize",
     "row_quantize",
     "to_rows",

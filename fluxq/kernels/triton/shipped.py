@@ -21,7 +21,7 @@ STREAMING = (
     *("gated_add", "gated_add_backward", "gated_add_backward_sums"),
     *("gelu_tanh", "gelu_tanh_8bit", "gelu_tanh_8bit_down", "gelu_tanh_backward"),
     *("qk_norm_rope", "qk_norm_rope_backward"),
-    *("dequantize", "dequantize_transposed", "nf4_quantize", "row_quantize"),
+    *("dequantize", "dequantize_transposed", "dequantize_transposed_rotated", "nf4_quantize", "row_quantize", "rotate"),
     *("fill_room", "fill_tail", "sum_shares"),
 )
 """Ops that wait for memory: one path each, and tiles that only have to keep enough of it on its way."""
@@ -174,6 +174,9 @@ def _storage() -> Rows:
     yield from row("dequantize", "large", ALL, 4, 1024, 4, why)
     why = "a square tile: both its sides are whole sectors of memory"
     yield from row("dequantize_transposed", "large", ALL, 64, 64, 4, why)
+    why = "as wide as a rotation's block, and 32 rows, so that what is written across them is whole sectors too"
+    yield from row("dequantize_transposed_rotated", "large", (*ALL, *HERE), 32, 256, 8, why)
+    yield from row("rotate", "large", (*ALL, *HERE), 0, 4096, 4, "32 numbers a thread, as rows are quantised")
     why = "measured: with tiles of 4 rows the tests of stored weights take a quarter longer"
     yield from row("dequantize dequantize_transposed", "large", HERE, 64, 1024, 4, why)
     why = "a row's 32 columns are 4 stores of 128 bits; as many rows as give each thread two of them"

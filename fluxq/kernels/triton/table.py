@@ -184,13 +184,14 @@ def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
 
 def _wrong_sizes(choice: Choice, shipped: Choice) -> bool:
     """Whether a kernel that waits for memory cannot take these sizes: each a power of two, or 0 where `shipped` has
-    none; 16 rows at least for a tensor core, and columns that blocks of NF4 divide where there are so many.
+    none; 16 rows at least for a tensor core, and columns that blocks of NF4 and of rotations divide where there are
+    so many.
     """
     sizes = [(getattr(choice, name), getattr(shipped, name)) for name in ("block_m", "block_n", "block_k", "step")]
     powers = all((size > 0 and size & (size - 1) == 0) if theirs else size == 0 for size, theirs in sizes)
     least = 16 if shipped.block_k else 1
     fine = choice.block_m >= max(choice.step, least if shipped.block_m else 0)
-    fine &= min(64, shipped.block_n) <= choice.block_n <= 65536
+    fine &= min(256, shipped.block_n) <= choice.block_n <= 65536
     return not (powers and fine and choice.block_m <= 256 and choice.warps in (1, 2, 4, 8, 16, 32))
 
 
