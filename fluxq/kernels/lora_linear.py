@@ -24,7 +24,7 @@ FEW_ROWS = 64
 def wants(compute: str, down: Tensor | None, like: Tensor, rotation: int = 0) -> Wants:
     """The form in which a layer with LoRA `down` (R, K), or none, wants an input that lies where `like` lies."""
     if compute != "bf16":
-        return Wants() if rotation else Wants(dtype=_dtype(compute), down=down)
+        return Wants(dtype=_dtype(compute), down=None if rotation else down, rotation=rotation)
     return Wants(room=0 if down is None else ops(like).room(down.shape[0]))
 
 

@@ -252,7 +252,7 @@ def activations(x: Tensor, wants: Wants) -> Activations:
         return Activations(F.pad(x, (0, wants.room)) if wants.room else x)
     rows = x.flatten(0, -2)
     s = None if wants.down is None else rows.float() @ wants.down.float().t()
-    return Activations(x, *row_quantize(rows, wants.dtype), s)
+    return Activations(x, *row_quantize(rows, wants.dtype, rotation=wants.rotation), s)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:

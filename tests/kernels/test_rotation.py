@@ -6,7 +6,21 @@ import pytest
 import torch
 from helpers import relative_error
 
-from fluxq.kernels import NF4Weight, RowScaled, backend, dequantize, lora_linear, ops, quantize, reference
+from fluxq.kernels import (
+    NF4Weight,
+    RowScaled,
+    Wants,
+    backend,
+    dequantize,
+    gated_add_modulate,
+    gelu_tanh,
+    lora_linear,
+    modulate,
+    ops,
+    quantize,
+    reference,
+    wants,
+)
 from fluxq.kernels.rotation import BLOCKS, rotate, rotation_block
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
@@ -151,3 +165,36 @@ def test_the_reference_rotates_before_it_rounds():
     turned = rotate(dequantize(weight, torch.float32), 256)
     error = relative_error(reference.dequantize(RowScaled(values, scale), torch.float32), turned)
     assert 0.001 < error < 0.012, "rounded once"
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("to", DTYPES)
+@pytest.mark.parametrize("block", BLOCKS)
+def test_the_op_before_rotates_what_it_rounds(block, to, device):
+    """Rows of the layer's input, not of less: exact up to the rounding of the input itself, which comes too."""
+    width, wanted = WIDTHS[block], Wants(dtype=DTYPES[to], rotation=block)
+    x, y, shift, scale, gate = (torch.randn(2, n, width, device=device) for n in (9, 9, 1, 1, 1))
+    x[..., 3] *= 9
+    made = [modulate(x, shift, scale, wanted), gated_add_modulate(x, gate, y, shift, scale, wanted)[1]]
+    made += [gelu_tanh(x, None, wanted), gelu_tanh(x, y, wanted)]
+    for found in made:
+        assert found.values is not None and found.scale is not None and found.s is None
+        assert_rounded(found.values, found.scale, rotate(found.x.flatten(0, 1).double(), block))
+
+
+@pytest.mark.usefixtures("either_backend")
+def test_a_block_across_two_inputs_is_right_too(device):
+    """64 columns from attention and 192 from the MLP: one block of 256."""
+    h, beside, down = (torch.randn(*s, device=device) for s in ((1, 70, 192), (1, 70, 64), (5, 256)))
+    weight, up = stored("int8", (33, 256), device), torch.randn(33, 5, device=device)
+    given = gelu_tanh(h, beside, wants("int8", down, h, 256))
+    y = lora_linear(given, weight, None, down, up, 0.7, "int8", rotation=256)
+    x = given.x.double()
+    exact = x @ dequantize(weight, torch.float32).double().t() + 0.7 * (x @ down.double().t()) @ up.double().t()
+    assert relative_error(y, exact) < 0.015
+
+
+def test_only_a_rotated_layer_makes_loras_product_itself():
+    down = torch.randn(5, 256)
+    assert wants("int8", down, down).down is down
+    assert wants("int8", down, down, 256) == Wants(dtype=torch.int8, rotation=256)
