@@ -89,7 +89,9 @@ class _LoRALinear(torch.autograd.Function):
             y, s = ops(x).lora_linear(x, weight, cast_bias, cast_down, cast_up, scale)
         else:
             y, s = _forward_8bit(given, weight, cast_bias, cast_down, up, scale, _dtype(compute), rotation)
-        ctx.save_for_backward(x if down is not None else None, s, down, up)
+        # The gradient multiplies by the rounded LoRA too: it is not rounded again for that.
+        ctx.save_for_backward(x if down is not None else None, s, cast_down, cast_up)
+        ctx.dtypes = [t if t is None else t.dtype for t in (down, up)]
         ctx.weight, ctx.scale, ctx.compute, ctx.rotation = weight, scale, compute, rotation
         return y
 
@@ -99,13 +101,13 @@ class _LoRALinear(torch.autograd.Function):
         (dy,) = grad_outputs
         x, s, down, up = ctx.saved_tensors
         weight = ctx.weight if ctx.needs_input_grad[0] else None
-        cast_s, cast_down, cast_up = (t if t is None else t.to(dy.dtype) for t in (s, down, up))
+        s = s if s is None else s.to(dy.dtype)
         if weight is not None and ctx.compute.endswith("_dx"):
             dx, ds = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute), ctx.rotation)
-            gradients = (None, None) if ds is None else ops(dy).lora_gradients(dy, x, cast_s, ds, ctx.scale)
+            gradients = (None, None) if ds is None else ops(dy).lora_gradients(dy, x, s, ds, ctx.scale)
         else:
-            dx, *gradients = ops(dy).lora_linear_backward(dy, weight, x, cast_s, cast_down, cast_up, ctx.scale)
-        d_down, d_up = (d if d is None else d.to(t.dtype) for d, t in zip(gradients, (down, up), strict=True))
+            dx, *gradients = ops(dy).lora_linear_backward(dy, weight, x, s, down, up, ctx.scale)
+        d_down, d_up = (d if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, None, None, None, d_down, d_up, None, None, None, None
 
 
@@ -145,7 +147,7 @@ def _dx_8bit(
     rows = dy.flatten(0, -2)
     w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True, rotation=rotation)  # (K, N)
     values, row_scale = ops(dy).row_quantize(rows, dtype, w_scale)
-    ds = None if up is None else rows @ (up * scale).to(dy.dtype)
+    ds = None if up is None else rows @ (up * scale)
     if down is not None and rotation:
         down = ops(dy).rotate(down, rotation)
     dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
