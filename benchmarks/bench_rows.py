@@ -15,6 +15,7 @@ from torch import Tensor
 
 from benchmarks.memory_bound import DEVICE, HIDDEN, TOKENS, WIDTH, Step, nbytes, print_shares, random, run
 from fluxq.kernels import RowScaled, Weight, ops, quantize, reference
+from fluxq.kernels.rotation import rotate
 
 DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 WIDTHS = (WIDTH, HIDDEN) if DEVICE.type == "cpu" else (WIDTH, HIDDEN, 15360, 21504)
@@ -37,11 +38,12 @@ def activations(tokens: int) -> dict[str, Step]:
     for width in WIDTHS:
         x = random(tokens, width)
         for name, dtype in DTYPES.items():
-            steps[f"{name} rows of {width}"] = Step(
-                lambda x=x, dtype=dtype: ops(x).row_quantize(x, dtype),
-                lambda x=x, dtype=dtype: plain_rows(x, dtype),
-                nbytes(x) * 3 // 2,
-            )
+            for rotation, way in ((0, ""), (256, ", rotated")):
+                steps[f"{name} rows of {width}{way}"] = Step(
+                    lambda x=x, dtype=dtype, r=rotation: ops(x).row_quantize(x, dtype, rotation=r),
+                    lambda x=x, dtype=dtype, r=rotation: plain_rows(rotate(x, r) if r else x, dtype),
+                    nbytes(x) * 3 // 2,
+                )
     dy, columns = random(tokens, HIDDEN), torch.rand(HIDDEN, device=DEVICE) + 0.5
     steps["int8 rows times columns"] = Step(
         lambda: ops(dy).row_quantize(dy, torch.int8, columns),
@@ -52,10 +54,16 @@ def activations(tokens: int) -> dict[str, Step]:
 
 
 CONVERSIONS = {
-    f"{form} to {to}{' transposed' if transposed else ''}": (form, to, transposed)
+    f"{form} to {to}{' transposed' if transposed else ''}{' rotated' if rotation else ''}": (
+        form,
+        to,
+        transposed,
+        rotation,
+    )
     for form in ("nf4", "int8", "fp8", "bf16")
     for to in DTYPES
     for transposed in (False, True)
+    for rotation in ((0, 256) if form == "nf4" else (0,))
     if transposed or form != to
 }
 
@@ -67,20 +75,21 @@ def weights() -> dict[str, Step]:
     bits = {"nf4": 4.5, "int8": 8, "fp8": 8, "bf16": 16}  # a weight
     return {
         name: Step(
-            lambda q=stored[form], dtype=DTYPES[to], t=transposed: ops(w).to_rows(q, dtype, t),
-            lambda q=stored[form], dtype=DTYPES[to], t=transposed: plain_to_rows(q, dtype, t),
+            lambda q=stored[form], dtype=DTYPES[to], t=transposed, r=rotation: ops(w).to_rows(q, dtype, t, r),
+            lambda q=stored[form], dtype=DTYPES[to], t=transposed, r=rotation: plain_to_rows(q, dtype, t, r),
             int(w.numel() * (bits[form] * (2 if transposed and form != to else 1) + 8)) // 8,  # scales come first
         )
-        for name, (form, to, transposed) in CONVERSIONS.items()
+        for name, (form, to, transposed, rotation) in CONVERSIONS.items()
     }
 
 
-def plain_to_rows(weight: Weight, dtype: torch.dtype, transposed: bool) -> tuple[Tensor, Tensor]:
+def plain_to_rows(weight: Weight, dtype: torch.dtype, transposed: bool, rotation: int) -> tuple[Tensor, Tensor]:
     """Through a copy in fp32, but where the bytes are kept."""
     if isinstance(weight, RowScaled) and weight.values.dtype == dtype:
         values, scale = weight.values, weight.scale
     else:
-        values, scale = plain_rows(reference.dequantize(weight, torch.float32), dtype)
+        w = reference.dequantize(weight, torch.float32)
+        values, scale = plain_rows(rotate(w, rotation) if rotation else w, dtype)
     return (values.view(torch.uint8).t().contiguous().view(dtype) if transposed else values), scale
 
 

@@ -52,7 +52,7 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], device: torch.device) -> Iterator[Case]:
-    """The layer over a weight in `format`, and for large inputs the way back."""
+    """The layer over a weight in `format`, and the way back."""
     m, n, k = shape
     x, dy, bias, down, up = (randn(*s, device=device) for s in ((m, k), (m, n), (n,), (RANK, k), (n, RANK)))
     stored = quantize(randn(n, k, device=device) * k**-0.5, format)
@@ -68,15 +68,14 @@ def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], dev
         return F.linear(x, exact, bias) + SCALE * F.linear(s, up)
 
     yield Case(f"lora_linear_{format}", shape_class, shape, forward, expected, lambda: F.linear(x, exact))
-    if shape_class == "large" and format != "bf16":
-        yield Case(
-            f"lora_linear_backward_{format}",
-            shape_class,
-            shape,
-            backward,
-            lambda: dy @ exact + SCALE * (dy @ up) @ down,
-            lambda: dy @ exact,
-        )
+    yield Case(
+        f"lora_linear_backward_{format}",
+        shape_class,
+        shape,
+        backward,
+        lambda: dy @ exact + SCALE * (dy @ up) @ down,
+        lambda: dy @ exact,
+    )
 
 
 def product_case(format: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device) -> Case:
@@ -137,6 +136,8 @@ def step_cases(device: torch.device, small: bool) -> Iterator[Case]:
         ),
         "dequantize": (w, lambda o: o.dequantize(stored, torch.bfloat16)),
         "dequantize_transposed": (w, lambda o: o.dequantize(stored, torch.bfloat16, transposed=True)),
+        "dequantize_transposed_rotated": (w, lambda o: o.to_rows(stored, int8, True, 256)),
+        "rotate": (x, lambda o: o.rotate(x, 256)),
         "nf4_quantize": (w, lambda o: o.nf4_quantize(w)),
         "row_quantize": (x, lambda o: Activations(x[..., :1], *o.row_quantize(x[0], int8))),
     }

@@ -18,6 +18,7 @@ from torch import Tensor
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
 from fluxq.kernels.triton.layout import with_whole_rows
+from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.table import choose
 
 
@@ -25,6 +26,8 @@ def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
     """gelu(h), tanh's approximation, for the layer that `wants` it; with `beside` (B, L, D) to its left."""
     (batch, length, width), h = h.shape, with_whole_rows(h)
     beside, left = (None, 0) if beside is None else (with_whole_rows(beside), beside.shape[-1])
+    if wants.rotation and left % wants.rotation:
+        wants = Wants()  # a block would lie across both parts: the layer rotates what it is given
     made = outputs(h, left + width, wants)
     strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), made.x.stride(1))
     if made.values is None:
@@ -40,8 +43,8 @@ def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
     _gelu_8_bits[triton.cdiv(length, tile.block_m), batch](
         h, beside, made.x, made.values, made.scale, down, made.s, *strides, length, 0 if down is None else len(down),
         W=width, D=left, BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(max(left, 16)),
-        ROWS=tile.block_m, INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=tile.block_k, PRECISION="ieee",
-        num_warps=tile.warps, num_stages=tile.stages,
+        ROWS=tile.block_m, INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r,
+        BLOCK_K=tile.block_k, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return named(made, wants)
 
@@ -118,6 +121,7 @@ def _gelu_8_bits(
     BLOCK_D: tl.constexpr,
     ROWS: tl.constexpr,
     INT8: tl.constexpr,
+    ROTATION: tl.constexpr,  # the block of 8-bit rows, or 0
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -131,12 +135,14 @@ def _gelu_8_bits(
         h = tl.load(h_ptr + b * h_b + row * h_l + column, mask=mask, other=0.0).to(tl.float32)
         rounded = (h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + m * y_l + D + column, rounded, mask=mask)
-        y = rounded.to(tl.float32)
+        y = rounded.to(tl.float32)  # gelu(0) = 0: nothing comes from beyond the width
+        y = rotated(y, ROTATION) if ROTATION else y
         largest = tl.max(tl.abs(y), axis=1)
         if beside_ptr is not None:
             x = tl.load(beside_ptr + b * beside_b + row * beside_l + left, mask=left_mask, other=0.0)
             tl.store(y_ptr + m * y_l + left, x, mask=left_mask)
             x = x.to(tl.float32)
+            x = rotated(x, ROTATION) if ROTATION else x
             largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
         row_scale = scale_of(largest, INT8)
         tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)

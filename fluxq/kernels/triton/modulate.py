@@ -19,6 +19,7 @@ from torch import Tensor
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
 from fluxq.kernels.triton.layout import with_whole_rows
+from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.table import choose
 
 
@@ -50,8 +51,8 @@ def _forward(
         x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
         shift.stride(0), scale.stride(0), made.x.stride(1), length, 0 if down is None else len(down),
         D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
-        INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=tile.block_k, PRECISION="ieee",
-        num_warps=tile.warps, num_stages=tile.stages,
+        INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return named(made, wants)
 
@@ -168,6 +169,7 @@ def _modulate(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     INT8: tl.constexpr,
+    ROTATION: tl.constexpr,  # the block of 8-bit rows, or 0
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -192,6 +194,7 @@ def _modulate(
         tl.store(y_ptr + m * y_l + column, y, mask=mask)
         if values_ptr is not None:
             y = tl.where(mask, y.to(tl.float32), 0.0)
+            y = rotated(y, ROTATION) if ROTATION else y
             row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
             tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
             if down_ptr is None:
