@@ -304,7 +304,8 @@ def _moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[t
     for block, policy in zip(costs.blocks, policies, strict=True):
         cost = block.policies.get(policy)
         peak, own = (cost.forward_peak, cost.kept) if cost else (block.forward_peak, 0)
-        yield before + own + travelling, peak - own, gradients
+        outputs = min(block.inputs, peak - own) if cost else 0  # what comes next keeps them
+        yield before + own + outputs + travelling, peak - own - outputs, gradients
         kept.append(before)
         before += _kept(block, policy, offload) if cost else 0
     for block, policy, held in reversed([*zip(costs.blocks, policies, kept, strict=True)]):
