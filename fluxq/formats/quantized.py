@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-import math
 import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -32,57 +31,14 @@ from fluxq.formats.detect import DIFFUSERS_FLUX, kind
 from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, atomic_path
 from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import Source
-from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, quantize
+from fluxq.kernels import NF4Weight, RowScaled, Weight, quantize
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
+from fluxq.model.layout import ALIGNMENT, Place, layout
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
 
-ALIGNMENT = 256
 LAYOUT_VERSION = 1
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in its unit: `start` in bytes, a multiple of ALIGNMENT."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
-    """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
-    units = {}
-    for unit, names in by_unit(shapes).items():
-        places, end = [], 0
-        for name in names:
-            for part, dtype, shape in _stored(name, shapes[name], format if unit != REST else "bf16"):
-                places.append(Place(part, dtype, shape, end))
-                end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
-        units[unit] = (places, end)
-    return units
-
-
-def _stored(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """What the tensor `name` is stored as: (name, dtype, shape) of one tensor, or of the two that a container has."""
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
-    if len(shape) < 2 or format == "bf16":
-        return [(name, torch.bfloat16, shape)]
-    layer, (rows, columns) = name.removesuffix(".weight"), shape
-    if format == "nf4":
-        return [
-            (f"{layer}.codes", torch.uint8, (rows, columns // 2)),
-            (f"{layer}.absmax", torch.float32, (rows, columns // 64)),
-        ]
-    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
-    return [(f"{layer}.values", dtype, shape), (f"{layer}.scale", torch.float32, (rows,))]
 
 
 def write_quantized(
