@@ -13,7 +13,7 @@ LANES = 32
 
 MILLION = 1 << 20
 CHUNKS = {80: 45 * MILLION, 86: 9 * MILLION, 89: 9 * MILLION, 90: 45 * MILLION, 120: 9 * MILLION}
-"""Compute capability -> how many numbers of a weight are decoded at a time; fluxq/kernels/triton/shipped.py says why."""
+"""Compute capability -> numbers of a weight that are decoded at a time; fluxq/kernels/triton/shipped.py says why."""
 
 
 def room(rank: int) -> int:
