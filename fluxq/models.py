@@ -49,6 +49,7 @@ NANO = {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T
 ENCODERS = {"ae": "z_channels", "clip_l": "hidden_size", "t5xxl": "d_model"}  # and what must fit the transformer
 ENVIRONMENT = "FLUXQ_MODELS"
 TOKENIZERS = ("clip_tokenizer", "t5_tokenizer")
+LEANEST = "nf4"
 T5_LENGTHS = {"dev": 512, "schnell": 256}
 
 
@@ -63,6 +64,9 @@ class Served:
 class Models:
     """What `config` names, on `device`. Files are looked up when they are asked for; nothing is kept once loaded.
 
+    A format that `config` leaves open is that of the transformer's file, if it is quantised, else the leanest until
+    `use_format` is told another.
+
     With `fetch` false nothing is fetched from the hub: `hub.NotFetched` is raised in its place.
     """
 
@@ -73,7 +77,8 @@ class Models:
         say: Callable[[str], None] = print,
         fetch: bool = True,
     ) -> None:
-        self.config, self._say, self._fetch = config, say, fetch
+        self.config, self.format, self.format_is_open = config, config.format or LEANEST, config.format is None
+        self._say, self._fetch = say, fetch
         self._served: dict[str, Served] = {}
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_nano = config.name == "nano"
@@ -97,15 +102,14 @@ class Models:
 
     def resolved(self) -> ModelConfig:
         """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it, and
-        with the `compute` in use.
+        with the `format` and `compute` in use.
         """
+        config = replace(self.config, format=self.format, compute=self.compute)
         if self.is_nano:
-            return replace(self.config, compute=self.compute)
+            return config
         named = {part: self.served(part).path for part in PARTS}
         named |= {key: path for key in TOKENIZERS if (path := getattr(self.config, key))}
-        return replace(
-            self.config, compute=self.compute, models=None, **{key: path.absolute() for key, path in named.items()}
-        )
+        return replace(config, models=None, **{key: path.absolute() for key, path in named.items()})
 
     @cached_property
     def compute(self) -> str:
@@ -162,8 +166,8 @@ class Models:
                     raise WrongRequest(f"{source.path} {misfit}; use one model's files")
 
         if not self.is_quantised:
-            place = cached_path(self.files("flux"), self.config.format)
-            require_room(place, stored_bytes(self.open("flux").shapes, self.config.format))
+            place = cached_path(self.files("flux"), self.format)
+            require_room(place, stored_bytes(self.open("flux").shapes, self.format))
 
     def misfit(self, part: str, config: Any) -> str | None:
         """What is wrong with an encoder of this config in the place of `part`; None if it fits the transformer."""
@@ -189,9 +193,26 @@ class Models:
     @property
     def is_quantised(self) -> bool:
         """Whether the transformer only has to be read: it was quantised before, or is not to be."""
-        if self.config.format == "bf16" or self.quantised is not None:
+        if self.format == "bf16" or self.quantised is not None:
             return True
-        return cached_path(self.files("flux"), self.config.format).is_file()
+        return cached_path(self.files("flux"), self.format).is_file()
+
+    def use_format(self, format: str) -> None:
+        """Store the transformer's weights so from now on; perhaps another of the files found serves then."""
+        self.format, self.format_is_open = format, False
+        self._served.pop("flux", None)
+        self.__dict__.pop("quantised", None)
+
+    def has_room_for(self, format: str) -> bool:
+        """Whether the transformer is there in `format`, or there is room on the disk to quantise it."""
+        place = cached_path(self.files("flux"), format)
+        if format == "bf16" or place.is_file():
+            return True
+        try:
+            require_room(place, stored_bytes(self.open("flux").shapes, format))
+        except WrongRequest:
+            return False
+        return True
 
     @property
     def default_size(self) -> tuple[int, str]:
@@ -208,7 +229,7 @@ class Models:
         device, the others are streamed through `slots`; None for all. `ahead`: see load_streamed.
         """
         use_tuned(self.device, self._say)
-        if self.config.format == "bf16" and self.quantised is None:
+        if self.format == "bf16" and self.quantised is None:
             if resident is not None:
                 raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
             flux = load_flux(self.flux_file, "bf16", self.device)
@@ -228,10 +249,10 @@ class Models:
             return own
         source = self.open("flux")
         if not self.is_quantised:
-            room = stored_bytes(source.shapes, self.config.format) / 1e9
-            self._say(f"quantising {source.path.name} to {self.config.format}, once: {room:.1f} GB in {cache_folder()}")
+            room = stored_bytes(source.shapes, self.format) / 1e9
+            self._say(f"quantising {source.path.name} to {self.format}, once: {room:.1f} GB in {cache_folder()}")
         with byte_bar("quantising") as progress:
-            return cached(source, self.config.format, self.device, progress)
+            return cached(source, self.format, self.device, progress)
 
     @cached_property
     def quantised(self) -> QuantizedFile | None:
@@ -242,8 +263,10 @@ class Models:
         if path.suffix == ".json" or "fluxq" not in Checkpoint(path).metadata:
             return None
         file = QuantizedFile.open(path)
-        if file.format != self.config.format:
-            raise WrongRequest(f"{path} holds {file.format}, not {self.config.format}; pass --format {file.format}")
+        if self.format_is_open:
+            self.format, self.format_is_open = file.format, False
+        if file.format != self.format:
+            raise WrongRequest(f"{path} holds {file.format}, not {self.format}; pass --format {file.format}")
         return file
 
     def load_autoencoder(self) -> AutoEncoder:
@@ -295,7 +318,7 @@ class Models:
                 fitting.append(source)
         try:
             if part == "flux":
-                chosen = choose_flux(self.found, self.config.format)
+                chosen = choose_flux(self.found, self.format)
             else:
                 chosen = choose(fitting, PARTS[part], place) if fitting else None
         except WrongRequest as error:

@@ -15,6 +15,7 @@ from functools import lru_cache
 import torch
 
 from fluxq.kernels.cutting import CHUNKS
+from fluxq.kernels.lora_linear import FEW_ROWS
 from fluxq.kernels.replay import POLICIES
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
@@ -76,7 +77,9 @@ def flux_costs(
         gradients = sum(4 * r * sum(layers[p]) for p, r in own.items())
         blocks.append(_block(name, units, shape, trained, first, gradients))
         every += shape.products
-    ahead = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
+    streams = format != "bf16"  # whole files in bf16 are loaded whole, modulation too
+    modulation = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
+    window = max(1, FEW_ROWS // batch)
     weights = {p: r * sum(layers[p]) for p, r in lora.items()}
     total, outer = sum(weights.values()), {p for p in lora if unit_of(p) == REST}
     rows, angles = batch * (img_tokens + txt_tokens), (img_tokens + txt_tokens) * config.head_dim * 4
@@ -84,11 +87,14 @@ def flux_costs(
         format=format,
         compute=compute,
         error=math.hypot(ERRORS[format], ERRORS[compute.removesuffix("_dx")]),
-        units={u: size for u, size in sizes.items() if u != REST and u not in ahead},
+        units={u: size for u, size in sizes.items() if u != REST and u not in modulation},
         blocks=tuple(blocks),
-        ahead=ahead,
+        ahead=modulation if streams else {},
         ahead_step=batch * 2 * sum(s[0] for p, s in layers.items() if unit_of(p).endswith(".mod")),
-        stays=sizes[REST],
+        ahead_peak=window * batch * 2 * 2 * 12 * config.hidden_size,  # a block's rows, and its halves before they join
+        window=window if streams and modulation else 0,
+        streams=streams,
+        stays=sizes[REST] + (0 if streams else sum(modulation.values())),
         lora=4 * total,
         gradients=4 * sum(weights[p] for p in outer),
         optimiser=int(total * OPTIMIZER_BYTES[optimizer]),

@@ -28,7 +28,7 @@ from fluxq.model.costs import flux_costs
 from fluxq.model.modulation import is_known_ahead
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
-from fluxq.offload.planner import Setting, peak_by_owner
+from fluxq.offload.footprint import Setting, peak_by_owner
 from fluxq.offload.streams import Immediate
 from fluxq.random_model import RandomUnits
 
@@ -200,10 +200,10 @@ def test_predicted_bytes_are_those_of_the_step_owner_by_owner(case):
     config = replace(FluxConfig.dev(), depth=case.blocks[0], depth_single_blocks=case.blocks[1])
     costs, everything = costs_of(case, config), case.resident is None
     resident = spread([b.units for b in costs.blocks], len(costs.units) if everything else case.resident)
-    setting = Setting(0 if everything else case.slots, tuple(resident), 64 if costs.ahead else 0)
+    setting = Setting(0 if everything else case.slots, tuple(resident), costs.window)
     expected = peak_by_owner(costs, [case.policy if b.policies else "" for b in costs.blocks], False, setting)
-    if everything:
-        expected["weights"] += sum(costs.ahead.values())  # modulation's weights stay too
+    if everything:  # modulation's weights too
+        expected["weights"] += sum(costs.ahead.values())
     real = counted(case, config, resident)
     total = sum(real.values())
     assert (real["activations"] >= 0.5 * total) == case.mostly_kept
