@@ -224,12 +224,15 @@ class _Search:
 
     def _passing(self, setting: Setting) -> tuple[float, int]:
         """Seconds and bytes, a step's share of a pass ahead, at the least: it reads each unit and, but for those in the
-        slots when it begins, waits for their copies. In the search it stands for the pass.
+        slots when it begins, waits for their copies; then what it has taken the slots from comes back. In the search it
+        stands for the pass.
         """
         sizes, window = self.costs.ahead.values(), max(1, setting.ahead)
         copied = max(0, sum(sizes) - setting.slots * self.costs.slot)
         seconds = max(sum(_reading(self.card, size) for size in sizes), copied / (self.card.bus_gb_s * 1e9))
-        return seconds / window, copied // window
+        streamed = sorted(size for unit, size in self.costs.units.items() if unit not in setting.resident)
+        back = sum(streamed[: setting.slots]) if sizes else 0
+        return seconds / window, (copied + back) // window
 
     def _least_moved(self, setting: Setting, offload: bool) -> int:
         """The fewest bytes that a step copies to the card: all streamed units each way, but for those that a turn finds
