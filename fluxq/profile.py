@@ -23,11 +23,11 @@ from fluxq.kernels.cutting import chunk_of
 from fluxq.measured_row import measured_row
 from fluxq.model import FluxConfig
 from fluxq.offload.cards import CARDS, GIB, Card, measure
-from fluxq.offload.clock import Timeline
 from fluxq.offload.costs import OWNERS
 from fluxq.offload.footprint import Setting as Held
 from fluxq.offload.planner import plan, timeline
 from fluxq.offload.plans import Pins, Plan
+from fluxq.offload.steps import Timeline
 from fluxq.report import console
 from fluxq.timed_step import Setting, costs_of
 

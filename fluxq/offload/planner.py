@@ -4,7 +4,7 @@ function.
 `plan` reads tables of bytes and FLOPs (fluxq/offload/costs.py), one for each way of holding and multiplying the weights
 that is allowed, and a card. For each it draws up what the blocks can keep (mixtures.py), and with every number of slots
 and of resident units takes what fits (footprint.py). Candidates are tried the most promising first: the ring itself,
-under a virtual clock (clock.py), says how long a step takes. Of what fits, the fastest is taken; among plans within 1 %
+under a virtual clock (steps.py), says how long a step takes. Of what fits, the fastest is taken; among plans within 1 %
 of it the one whose weights are most faithful. Every figure is a prediction.
 """
 
@@ -20,12 +20,12 @@ from typing import NamedTuple
 
 from fluxq.errors import WrongRequest
 from fluxq.offload.cards import GIB, Card
-from fluxq.offload.clock import Timeline, run_steps
 from fluxq.offload.costs import BUFFERS, Costs
 from fluxq.offload.footprint import Setting, fixed, host_bytes, peak_by_owner
 from fluxq.offload.mixtures import Point, points
 from fluxq.offload.plans import Pins, Plan, gib, gib_up
 from fluxq.offload.schedule import Schedule, spread
+from fluxq.offload.steps import Timeline, run_steps
 
 SLOTS = (2, 3, 4, 8)
 """How many are tried: a double block holds two, and more than eight hide nothing more."""
