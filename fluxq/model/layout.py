@@ -7,7 +7,7 @@ name, in 16 bits. Each begins at a multiple of ALIGNMENT bytes.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -36,16 +36,21 @@ def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tupl
     """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
     units = {}
     for unit, names in by_unit(shapes).items():
-        places, end = [], 0
-        for name in names:
-            for part, dtype, shape in _stored(name, shapes[name], format if unit != REST else "bf16"):
-                places.append(Place(part, dtype, shape, end))
-                end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
-        units[unit] = (places, end)
+        stored = (stored_parts(name, shapes[name], format if unit != REST else "bf16") for name in names)
+        units[unit] = placed(part for parts in stored for part in parts)
     return units
 
 
-def _stored(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[Place], int]:
+    """The places of (name, dtype, shape) one after another, and the length of them all."""
+    places, end = [], 0
+    for name, dtype, shape in parts:
+        places.append(Place(name, dtype, shape, end))
+        end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
+
+
+def stored_parts(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
     """What the tensor `name` is stored as: (name, dtype, shape) of one tensor, or of the two that a container has."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from fluxq.offload.streams import Bytes
+
 
 class Race(RuntimeError):
     """Two lanes use the same memory, and no event orders them."""
@@ -77,7 +79,7 @@ class TimedStreams:
         if self._run_ahead is not None and len(lane.spans) > self._run_ahead:
             self.host_time = lane.spans[-1 - self._run_ahead].end
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
+    def copy(self, slot: Tensor, source: Bytes) -> None:
         lane = self.lanes["copy"]
         lane.wait_until(max(self.host_time, self.bus_until))
         lane.run(self._label(source), self.copy_seconds(len(source)))
@@ -97,7 +99,7 @@ class TimedStreams:
     def host_waits(self, event: Any) -> None:
         """The host's time is not counted."""
 
-    def _label(self, source: Tensor | None) -> str:
+    def _label(self, source: Bytes | None) -> str:
         return "nothing" if source is None else self._labels.get(id(source), "a unit")
 
 
@@ -134,7 +136,7 @@ class WatchedLane(Lane):
 class _Memory:
     """Who used a slot last: operations by their numbers. Before the ring it was somebody else's on the compute lane."""
 
-    source: Tensor | None = None
+    source: Bytes | None = None
     written: int = 0
     read: int = 1
 
@@ -162,7 +164,7 @@ class VirtualStreams(TimedStreams):
         for slot, _ in reads:
             self._of(slot).read = lane.seen["compute"]
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
+    def copy(self, slot: Tensor, source: Bytes) -> None:
         lane, memory = self.lanes["copy"], self._of(slot)
         if not lane.knows("compute", memory.read):
             raise Race(f"{self._label(source)} overwrites {self._label(memory.source)} before its slot is free")
