@@ -31,18 +31,20 @@ ROWS = (  # card, GiB of RAM beside it
     ("rtx3090", 32),
     ("rtx4090", 32),
 )
-FORMATS, COMPUTES = ("nf4", "int8"), ("bf16", "int8")
+FORMATS, COMPUTES = ("nf4", "int8", "bf16"), ("bf16", "int8")
 
 HEADER = f"""# Plans, predicted
 
 What fluxq's planner chooses for FLUX.1 dev, one picture a step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
-MLP, adamw8bit, in nf4 or int8. **Every figure is predicted, none is measured**: bytes by the planner's own count,
-seconds from nominal rates of the cards and assumed efficiencies (fluxq/offload/cards.py). Each card is in the widest
-slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out (CUDA's own, and what an allocator loses), and RAM of
-common size is beside it. Made by `make plans`.
+MLP, adamw8bit, in nf4, int8 or bf16, the most faithful of those as fast. **Every figure is predicted, none is
+measured**: bytes by the planner's own count, seconds from nominal rates of the cards and assumed efficiencies
+(fluxq/offload/cards.py). Each card is in the widest slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out
+(CUDA's own, and what an allocator loses), and RAM of common size is beside it. Made by `make plans`.
 
-units: resident + streamed through slots. host: the inputs of blocks wait in RAM. Peak: tensors, without what is left
-out. waits: the share of the step in which compute waits for copies.
+units: resident + streamed through slots; of plans as fast the one that copies least is taken, as long as it leaves a
+tenth of the memory free. host: the inputs of blocks wait in RAM. Peak: tensors, without what is left out. waits: the
+share of the step in which compute waits for copies, by the ring under a virtual clock, with the passes that compute
+modulation ahead.
 """
 
 

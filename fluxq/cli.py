@@ -315,7 +315,20 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
 
 
 @main.command()
-@click.option("--card", required=True, help="Predict for this card, like rtx3060; an unknown name lists those known.")
+@click.option(
+    "--card",
+    metavar="NAME",
+    help="Predict for this card, like rtx3060; an unknown name lists those known. Default: this machine's, which is "
+    "measured too.",
+)
+@click.option(
+    "--weights",
+    type=click.Choice(["random"]),
+    default="random",
+    show_default=True,
+    help="What is measured: FLUX.1 dev with weights drawn at random as they are stored; no file is needed.",
+)
+@click.option("--steps", type=click.IntRange(3), default=5, show_default=True, help="Timed steps a row.")
 @click.option(
     "--format",
     "formats",
@@ -355,8 +368,10 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
 @click.option("--out", type=Path, metavar="DIR", help="Also write two plots and the rows as JSON there.")
 @JSON
 def profile(as_json: bool, **given: Any) -> None:
-    """Predict memory and speed of every block-swap setting for a card, which need not be there."""
-    _begin(as_json, computes=False)
+    """Memory and speed of every block-swap setting: predicted for a card, which need not be there, and on this
+    machine's card also measured.
+    """
+    _begin(as_json, computes=given["card"] is None)
     from fluxq.profile import profile_command
 
     _print(profile_command(**given), as_json)

@@ -13,6 +13,7 @@ from fluxq.data.pictures import picture_files
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora import Lora
 from fluxq.from_lora import settings_of
+from fluxq.memory import choose_format
 from fluxq.models import Models
 
 Say = Callable[[str], None]
@@ -48,8 +49,18 @@ def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = 
     output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} holds the pictures; choose another folder for the run by --out")
-    model = replace(models.resolved(), t5_length=models.t5_length)
-    return replace(config, model=model, data=data, lora=lora, training=training, output=output)
+    config = replace(config, data=data, lora=lora, training=training, output=output)
+    resolve_format(config, models, say)
+    return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
+
+
+def resolve_format(config: TrainConfig, models: Models, say: Say) -> None:
+    """Have `models` store weights in the best format for this card, where that was left open and matters."""
+    _ = models.quantised  # a quantised file has a format
+    if models.format_is_open and models.device.type == "cuda" and not models.is_nano:
+        found = choose_format(config, models)
+        models.use_format(found.format)
+        say(f"format {found.format}: the most faithful of those that train as fast as any on this card, as predicted")
 
 
 def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:

@@ -19,6 +19,7 @@ from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfi
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
 from fluxq.formats.quantized import cache_folder
+from fluxq.kernels.cutting import chunk_of
 from fluxq.machine import free_on_card, memory
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
@@ -79,7 +80,7 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
         resident = resident_by_hand(wishes, models)
         return Placement(resident, wishes.slots or SLOTS, policies, bool(wishes.offload))
     pins = Pins(
-        format=config.model.format,
+        format=models.format,
         compute=models.compute,
         resident_units=wishes.resident_units,
         blocks_to_swap=wishes.blocks_to_swap,
@@ -97,16 +98,35 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
 
 def placed(found: Plan, budget: Budget) -> Placement:
     """The placement that a plan says."""
-    whole = found.streamed == 0 and (not found.look_ahead or found.format == "bf16")  # bf16 is not streamed yet
-    return Placement(None if whole else found.resident, found.slots, found.policies, found.offload, found, budget)
+    return Placement(found.placed, found.slots, found.policies, found.offload, found, budget)
 
 
-def costs_of(config: TrainConfig, models: Models, size: int) -> Costs:
-    """The table of costs of a run's steps with pictures of the area of size x size pixels."""
+def choose_format(config: TrainConfig, models: Models) -> Plan:
+    """The plan of a run whose format is left open: the most faithful of those that are as fast as any on this card.
+
+    Candidates are nf4, 8 bits and bf16, as far as the disk has room for the quantised file. 8 bits are int8, which
+    rounds a third as much as fp8 does and takes as much room, but where fp8 is what is multiplied.
+    """
+    wishes, eight_bits = config.memory, "fp8" if models.compute.startswith("fp8") else "int8"
+    pins = Pins(
+        resident_units=wishes.resident_units,
+        blocks_to_swap=wishes.blocks_to_swap,
+        policy=wishes.policy,
+        slots=wishes.slots,
+        offload=wishes.offload,
+    )
+    formats = [format for format in ("nf4", eight_bits, "bf16") if models.has_room_for(format)]
+    tables = [costs_of(config, models, config.data.size or 0, format) for format in formats or ["nf4"]]
+    vram, ram = nbytes(wishes.vram, "--vram"), nbytes(wishes.ram, "--ram")
+    return plan(tables, measure(cache_folder()), vram or free_on_card(), ram or (memory() or (0, None))[1], pins)
+
+
+def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
+    """The table of costs of a run's steps with pictures of the area of size x size pixels, on the card at hand."""
     training = config.training
     return flux_costs(
         models.flux_config,
-        config.model.format,
+        format or models.format,
         models.compute,
         config.lora.rank or DEFAULT_RANK,
         config.lora.targets or DEFAULT_TARGETS,
@@ -115,6 +135,7 @@ def costs_of(config: TrainConfig, models: Models, size: int) -> Costs:
         models.t5_length,
         training.optimizer,
         training.accumulate > 1,
+        chunk_of(measure(cache_folder()).capability),
     )
 
 
@@ -122,14 +143,8 @@ def resident_by_hand(wishes: MemoryConfig, models: Models) -> tuple[str, ...] | 
     """The units that stay where the user said how many, None for all of them."""
     blocks = blocks_units(models.flux_config)
     total = sum(map(len, blocks))
-    if wishes.resident_units is not None and wishes.blocks_to_swap is not None:
-        raise WrongRequest("--resident-units and --blocks-to-swap say the same in two ways; give one of them")
-    count = total if wishes.resident_units is None else wishes.resident_units
-    if wishes.blocks_to_swap is not None:
-        count = total - 2 * wishes.blocks_to_swap
-    if not 0 <= count <= total:
-        raise WrongRequest(f"this model has {total} units to keep or stream; {total - count} cannot be streamed")
-    return None if count == total else tuple(spread(blocks, count))
+    count = Pins(resident_units=wishes.resident_units, blocks_to_swap=wishes.blocks_to_swap).resident(total)
+    return None if count in (None, total) else tuple(spread(blocks, count))
 
 
 def blocks_units(config: FluxConfig) -> tuple[tuple[str, ...], ...]:

@@ -20,6 +20,7 @@ from torch import Tensor
 from fluxq.config import TrainingConfig
 from fluxq.data.batches import Batch
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps
+from fluxq.kernels.cutting import CHUNKS
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.model.modulation import Lookahead
@@ -90,10 +91,14 @@ def clock_steps(
     return row
 
 
-def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callable[[int], float]:
-    """A function that makes training step `index` on a random batch, and gives its loss once the step is done."""
+def trainer(
+    flux: Flux, setting: Setting, optimizer: str = OPTIMIZER, updates: torch.optim.Optimizer | None = None
+) -> Callable[[int], float]:
+    """A function that makes training step `index` on a random batch, and gives its loss once the step is done. updates:
+    an optimiser of the LoRA's weights, else one is made.
+    """
     training, device = TrainingConfig(), flux.device
-    updates = build_optimizer(optimizer, flux.parameters(), training.rate, training.weight_decay)
+    updates = updates or build_optimizer(optimizer, flux.parameters(), training.rate, training.weight_decay)
     batch = random_batch(flux.config, setting)
     tokens = (setting.size // 16) ** 2
 
@@ -131,10 +136,10 @@ def random_batch(config: FluxConfig, setting: Setting) -> Batch:
     return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
 
 
-def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER) -> Costs:
-    s = setting
+def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER, chunk: int = CHUNKS[86]) -> Costs:
+    s, tokens = setting, (setting.size // 16) ** 2
     return flux_costs(
-        config, s.format, s.compute, s.rank, TARGETS, s.batch, (s.size // 16) ** 2, s.t5_length, optimizer
+        config, s.format, s.compute, s.rank, TARGETS, s.batch, tokens, s.t5_length, optimizer, chunk=chunk
     )
 
 

@@ -116,7 +116,7 @@ def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_pat
         (["--limit-vram", "12GiB"], "--limit-vram and --limit-bus hold back a CUDA card"),
         (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA card"),
         (["--limit-vram", "much"], "must be an amount of memory like 12GiB"),
-        (["--blocks-to-swap", 9], "18 cannot be streamed"),
+        (["--blocks-to-swap", 9], "--blocks-to-swap must be 0 to 3, not 9"),
         (["--blocks-to-swap", 1, "--resident-units", 2], "say the same in two ways"),
     ],
 )
@@ -134,7 +134,7 @@ def test_out_of_memory_and_what_cannot_be_run_are_rows(monkeypatch):
     assert row["out_of_memory"] == "CUDA out of memory" and "ms" not in row
     assert line_of(row).endswith("out of memory")
     row = row_of(replace(TINY, blocks_to_swap=30), CPU, None, 3, None)
-    assert "cannot be streamed" in row["not_run"] and "not run: " in line_of(row)
+    assert "must be 0 to 3, not 30" in row["not_run"] and "not run: " in line_of(row)
 
 
 def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():

@@ -36,7 +36,8 @@ OPTIONS = {
     "check": f"{MODEL} {DATA} --config --set --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
-    "profile": "--card --format --size --compute --policy --rank --batch --t5-length --slots --out --json",
+    "profile": "--card --format --size --compute --policy --rank --batch --t5-length --slots --weights --steps --out "
+    "--json",
     "bench kernels": "--tune --json",
     "bench steps": "--matrix --format --compute --policy --size --batch --rank --t5-length --resident-units "
     "--blocks-to-swap --slots --steps --limit-vram --limit-bus --out --json",

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 from fluxq.offload.arena import ALIGNMENT, Arena, clear_error
-from fluxq.offload.simulate import BUFFERS
+from fluxq.offload.costs import BUFFERS
 from fluxq.offload.streams import CudaStreams, Immediate, Streams, drain
 
 INPUTS = "inputs"

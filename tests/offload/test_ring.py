@@ -22,7 +22,8 @@ from fluxq.offload import (
     StreamingRing,
     spread,
 )
-from fluxq.offload.clock import Race, VirtualStreams, run_steps
+from fluxq.offload.clock import Race, VirtualStreams
+from fluxq.offload.steps import run_steps
 
 SINGLE = tuple((f"s{i}",) for i in range(7))
 MIXED = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",), ("s2",))

@@ -1,7 +1,8 @@
 """The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py."""
 
+from fluxq.kernels.cutting import room
 from fluxq.kernels.triton.gelu import gelu_tanh, gelu_tanh_backward
-from fluxq.kernels.triton.linear import lora_gradients, lora_linear, lora_linear_backward, room
+from fluxq.kernels.triton.linear import lora_gradients, lora_linear, lora_linear_backward
 from fluxq.kernels.triton.matmul_8bit import matmul_8bit
 from fluxq.kernels.triton.modulate import (
     gated_add,

@@ -11,27 +11,17 @@ fused     The weight is decoded in the product's loop (matmul.py, few_rows.py): 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxq.kernels.cutting import parts
 from fluxq.kernels.triton import matmul
 from fluxq.kernels.triton.extension import fill_room, fill_tail
 from fluxq.kernels.triton.few_rows import input_gradient
 from fluxq.kernels.triton.storage import dequantize
 from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
-
-LANES = 32  # the room is a multiple of as many columns, so that every row begins on 64 bytes
-
-
-def room(rank: int) -> int:
-    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank: one for
-    each of x down^T, and one for the 1 that the bias is multiplied by.
-    """
-    return -(-(rank + 1) // LANES) * LANES
 
 
 def lora_linear(
@@ -104,7 +94,7 @@ def _extended(
     (n, k), width = weight.shape, rows.shape[1]
     fill_room(rows, k, s)  # to its end, for what was there may be NaN, which no zero in the scratch would take away
     y = rows.new_empty(len(rows), n)
-    for part in _parts(n, k, chunk):
+    for part in parts(n, k, chunk):
         w = _scratch(part.stop - part.start, width, rows)
         dequantize(weight[part], w.dtype, w[:, :k])
         fill_tail(w[:, k:], up[part], scale, None if bias is None else bias[part])
@@ -120,7 +110,7 @@ def _plain(
         y = F.linear(rows, weight.to(rows.dtype), bias)
     else:
         y = rows.new_empty(len(rows), n)
-        for part in _parts(n, k, chunk):
+        for part in parts(n, k, chunk):
             w = _scratch(part.stop - part.start, k, rows)
             dequantize(weight[part], w.dtype, w)
             _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
@@ -164,22 +154,13 @@ def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, sca
             fill_tail(tail, up, scale, None)
             torch.mm(rows, tail, out=dx[:, k:])
         return
-    for part in _parts(k, n, chunk):
+    for part in parts(k, n, chunk):
         columns, last = part.stop - part.start, room if part.stop == k else 0
         w = _scratch(n, columns + last, rows)
         dequantize(_columns(weight, part), w.dtype, w[:, :columns])
         if up is not None and last:
             fill_tail(w[:, columns:], up, scale, None)
         torch.mm(rows, w, out=dx[:, part.start : part.stop + last])
-
-
-def _parts(length: int, width: int, chunk: int) -> Iterator[slice]:
-    """A side of a weight cut into parts of about `chunk` numbers, 0 for no cut, each `width` numbers wide: multiples of
-    64, as even as these can be, so that no product is left with a sliver.
-    """
-    count = max(1, -(-length * width // chunk)) if chunk else 1
-    step = -(-length // (count * NF4_BLOCK)) * NF4_BLOCK
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _columns(weight: NF4Weight | RowScaled, part: slice) -> Weight:

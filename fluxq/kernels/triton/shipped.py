@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from fluxq.kernels.cutting import CHUNKS
+
 GENERATIONS = (80, 86, 89, 90, 120)
 INTERPRETED = 0
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # that one block may have (CUDA programming guide, table 24)
@@ -76,7 +78,6 @@ def _row(ops: str, cards: tuple[int, ...], shape: str, choice: Choice) -> Rows:
     return (((op, card, shape), choice) for op in ops.split() for card in cards)
 
 
-MILLION = 1 << 20
 ALL, GEFORCE, BIG, HERE = GENERATIONS, (86, 89, 120), (80, 90), (INTERPRETED,)
 STORED = "lora_linear_nf4 lora_linear_fp8 lora_linear_int8"
 BACKWARD = "lora_linear_backward_nf4 lora_linear_backward_fp8 lora_linear_backward_int8"
@@ -85,7 +86,7 @@ BACKWARD_BF16 = "lora_linear_backward_bf16"
 
 def _linear_layers() -> Rows:
     """Products in 16 bits: the tiles are those of the fused kernel, for whoever asks for that path."""
-    small, whole = 9 * MILLION, 45 * MILLION
+    small, whole = CHUNKS[86], CHUNKS[90]
     why = "decoding once beats decoding in the loop above 512 rows on every card (bitsandbytes' measured dispatch); "
     short = why + "19 MB at a time stay in the second-level cache of most cards until they are multiplied"
     long = why + "each of FLUX's layers in one piece, 94 MB: many multiprocessors want long products"
@@ -107,9 +108,9 @@ def _linear_layers() -> Rows:
     yield from _row(BACKWARD, GEFORCE, "large", Choice("extended", 64, 128, 64, 8, 3, small, why=why))
     yield from _row(BACKWARD, BIG, "large", Choice("extended", 64, 128, 64, 8, 3, whole, why=why))
     why = "as forward; 32 weights a thread, and shares of 1,024 rows make 432 programs of modulation's layer"
-    yield from _row(BACKWARD, GEFORCE, "few", Choice("fused", 16, 128, 64, 8, 3, MILLION // 8, why=why))
+    yield from _row(BACKWARD, GEFORCE, "few", Choice("fused", 16, 128, 64, 8, 3, 1 << 17, why=why))
     why = "as forward; shares of 512 rows make 864 programs of modulation's layer, and fast memory wants more stages"
-    yield from _row(BACKWARD, BIG, "few", Choice("fused", 16, 128, 64, 8, 5, MILLION // 16, why=why))
+    yield from _row(BACKWARD, BIG, "few", Choice("fused", 16, 128, 64, 8, 5, 1 << 16, why=why))
     why = "a weight in 16 bits needs no decoding, and a vendor's product reads it at the memory's speed"
     yield from _row(BACKWARD_BF16, ALL, "large", Choice("extended", 64, 128, 64, 8, 3, why=why))
 

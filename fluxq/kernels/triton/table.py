@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from fluxq.kernels.cutting import MILLION
 from fluxq.kernels.lora_linear import FEW_ROWS
 from fluxq.kernels.triton.shipped import (
     GENERATIONS,
     INTERPRETED,
-    MILLION,
     PATHS,
     SHARED_KIB,
     SHIPPED,
