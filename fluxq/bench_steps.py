@@ -97,7 +97,7 @@ def bench_steps(
 def hold_to(limit: int, device: torch.device) -> None:
     """Let this process have no more than `limit` bytes of the card for tensors; CUDA's own come on top."""
     share = limit / torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share), device)
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # of the card in use: it takes no `cuda` without number
 
 
 def on_slower_bus(card: Card, text: str) -> tuple[Card, float]:

@@ -127,13 +127,15 @@ def notes(machine: Machine) -> list[str]:
 
 
 def free_on_card() -> int | None:
-    """Free bytes of the card that a run would use; None without one, or where it does not say."""
+    """Bytes of the card that a run could use: the driver's free ones, and those that torch has taken and does not use;
+    None without a card, or where it does not say.
+    """
     import torch
 
     if not torch.cuda.is_available():
         return None
     try:
-        return torch.cuda.mem_get_info()[0]
+        return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
     except RuntimeError:  # another program may have it for itself
         return None
 

@@ -24,7 +24,6 @@ from fluxq.measured_row import measured_row
 from fluxq.model import FluxConfig
 from fluxq.offload.cards import CARDS, GIB, Card, measure
 from fluxq.offload.costs import OWNERS
-from fluxq.offload.footprint import Setting as Held
 from fluxq.offload.planner import plan, timeline
 from fluxq.offload.plans import Pins, Plan
 from fluxq.offload.steps import Timeline
@@ -182,7 +181,7 @@ def step_of(made: Plan, row: dict[str, Any], card: Card, base: Setting) -> Timel
     """What compute and copies do in one step of a plan, by the shipped ring under the virtual clock."""
     setting = replace(base, format=row["format"], size=row["size"])
     costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(card.capability))
-    return timeline(costs, card, Held(made.slots, made.resident, made.look_ahead), made.policies, run_ahead=1)
+    return timeline(costs, card, made.setting, made.policies, run_ahead=1)
 
 
 def plot_speeds(rows: Sequence[dict[str, Any]], card: Card, path: Path) -> None:

@@ -16,13 +16,14 @@ import torch
 from fluxq.config import MemoryConfig, TrainConfig
 from fluxq.errors import WrongRequest
 from fluxq.machine import free_on_card
-from fluxq.memory import SLOTS, Placement, costs_of, nbytes, resident_by_hand
+from fluxq.memory import SLOTS, Placement, nbytes, resident_by_hand
 from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
 from fluxq.models import Models
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
+from fluxq.offload.footprint import fixed
 from fluxq.offload.planner import MARGIN
-from fluxq.offload.plans import Plan, gib, gib_up
+from fluxq.offload.plans import gib, gib_up
 
 TOKENS_PER_BATCH = 4608  # of one picture of 1024 x 1024 pixels with 512 text tokens: so many are drawn at once
 DRAWING_SLOTS = 4  # hide copies nearly as well as eight (benchmarks/results/plans.md), and leave room for residents
@@ -129,18 +130,11 @@ def preview_turns(config: TrainConfig, models: Models, placement: Placement) -> 
     """How a run draws previews beside what stays of it: no more pictures at once than a step has, and the autoencoder
     in the room of a step's activations.
     """
-    if placement.plan is None:
+    if placement.plan is None or placement.budget is None:
         return Turns()
     size = config.data.size or 0
-    costs = costs_of(config, models, size)
     step = config.training.batch * ((size // 16) ** 2 + models.t5_length)
-    return Turns(min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - held(costs, placement.plan))
-
-
-def held(costs: Costs, plan: Plan) -> int:
-    """The bytes that a run of this plan has on the card between its steps."""
-    weights = costs.stays + sum(costs.units[u] for u in plan.resident) + plan.slots * costs.slot
-    return weights + costs.lora + costs.optimiser + costs.scratch + costs.ahead_step
+    return Turns(min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.setting))
 
 
 def _forward(costs: Costs) -> int:

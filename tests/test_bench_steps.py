@@ -16,7 +16,7 @@ from PIL import Image
 
 from fluxq import bench_steps, timed_step
 from fluxq.bench_compare import ANCHORS, AXES
-from fluxq.bench_steps import KIND, SlowBus, line_of, on_slower_bus, row_of, settings
+from fluxq.bench_steps import KIND, SlowBus, hold_to, line_of, on_slower_bus, row_of, settings
 from fluxq.cli import main
 from fluxq.errors import WrongRequest
 from fluxq.kernels import FORMATS, dequantize
@@ -211,6 +211,17 @@ def test_inputs_wait_on_the_host_where_a_plan_says_so(monkeypatch):
     monkeypatch.setattr(bench_steps, "Pins", pins)
     row = row_of(replace(TINY, policy="recompute"), CPU, CARDS["rtx4090"], 3, None, 1.5)
     assert row["ok"] and row["offload"] and len(stored) == 4 * (3 + timed_step.WARM_UP)
+
+
+def test_a_process_is_held_to_a_part_of_the_card_in_use(monkeypatch):
+    held = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 << 30))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda.memory, "_lazy_init", lambda: None)
+    monkeypatch.setattr(torch._C, "_cuda_setMemoryFraction", lambda *given: held.append(given), raising=False)
+    for gib in (12, 48):
+        hold_to(gib << 30, torch.device("cuda"))
+    assert held == [(0.5, 0), (1.0, 0)]
 
 
 def test_a_slower_bus_is_copies_made_again(monkeypatch):

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 import pytest
+import torch
 from click.testing import CliRunner
 
 from fluxq import machine
@@ -109,6 +110,13 @@ def test_this_machine_is_read():
     assert seen.torch and isinstance(notes(seen), list)
     if has is not None:
         assert 0 < has[1] <= has[0]
+
+
+def test_what_torch_has_taken_and_nothing_lies_in_is_free(monkeypatch):
+    said = dict(is_available=True, mem_get_info=(6 << 30, 8 << 30), memory_reserved=2 << 30, memory_allocated=1 << 30)
+    for name, value in said.items():
+        monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
+    assert free_on_card() == 7 << 30
 
 
 def test_every_command_says_it_once_on_stderr(tmp_path, monkeypatch):

@@ -21,7 +21,7 @@ from fluxq.model.costs import flux_costs
 from fluxq.nano import pictures
 from fluxq.offload import HostInputs
 from fluxq.offload.cards import CARDS
-from fluxq.offload.planner import plan
+from fluxq.offload.planner import GRAIN, plan
 from fluxq.offload.plans import Pins
 from fluxq.room import described, smaller
 
@@ -89,7 +89,7 @@ def test_on_a_card_plans_are_made_anew_each_smaller_than_the_last(name, format, 
     peaks = [p.peak_bytes for p in made]
     assert len(peaks) > 5 and all(b <= 0.95 * a for a, b in zip(peaks, peaks[1:], strict=False))
     assert made[-1].offload and not made[-1].resident, "at last, nothing stays that need not"
-    assert [p.seconds for p in made] == sorted(p.seconds for p in made) or rounds
+    assert rounds or all(a.seconds <= GRAIN * b.seconds for a, b in zip(made, made[1:], strict=False))
 
 
 def test_pins_hold_as_long_as_they_can(short_blocks):
@@ -226,7 +226,7 @@ def test_where_nothing_smaller_is_left_it_says_so_and_the_last_save_is_good(phot
 def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path, monkeypatch):
     """Units go to the host; what blocks keep has nothing to do with it, and stays."""
     Shortage(monkeypatch, Flux, "forward", {2})  # in the validation before
-    Shortage(monkeypatch, AutoEncoder, "decode", {1})
+    Shortage(monkeypatch, AutoEncoder, "decode", {1, 2, 3})  # whole, on 32 rows at a time, and on 8
     more = ["--sample-every", 3, "--sample-steps", 2, "--set", f"data.validation=['{photos}']"]
     result = run(photos, tmp_path, *more)
     assert_undisturbed(result, tmp_path, undisturbed, 2)
@@ -238,7 +238,7 @@ def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path,
 def test_a_preview_that_nothing_makes_small_enough_is_given_up(photos, undisturbed, tmp_path, monkeypatch):
     Shortage(monkeypatch, AutoEncoder, "decode", set(range(1000)))
     result = run(photos, tmp_path, "--sample-every", 2, "--sample-steps", 1)
-    assert_undisturbed(result, tmp_path, undisturbed, 6)
+    assert_undisturbed(result, tmp_path, undisturbed, 5)
     assert result.output.count("no preview at step") == 2
 
 

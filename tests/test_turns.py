@@ -20,12 +20,13 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.load import load_autoencoder
 from fluxq.formats.quantized import assign, layout, view
 from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
-from fluxq.memory import Placement
+from fluxq.memory import Budget, Placement, placed
 from fluxq.model import AutoEncoderConfig, Flux, FluxConfig, add_lora
 from fluxq.model.blocks import Scale
 from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
 from fluxq.offload import Immediate, Schedule, Stored, StreamingRing
 from fluxq.offload.cards import CARDS
+from fluxq.offload.footprint import fixed
 from fluxq.offload.planner import MARGIN, plan
 from fluxq.offload.plans import Pins
 from fluxq.sample import Shot, develop, walk
@@ -35,7 +36,6 @@ from fluxq.turns import (
     Turns,
     band_for,
     drawing,
-    held,
     least_for_drawing,
     place_drawing,
     preview_turns,
@@ -121,7 +121,7 @@ def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, car
     """
     costs, made = a_plan(pixels, resident)
     config = config_from_dict({"data": {"size": pixels}}, "a test")
-    own = preview_turns(config, Full(), Placement(made.resident, made.slots, made.policies, made))
+    own = preview_turns(config, Full(), placed(made, Budget(costs, CARDS["h200"], None, Pins())))
     shots = [Shot("x", seed, pixels, pixels, steps=2, cfg=2.0, negative="x") for seed in (1, 2)]
     flux = skeleton()
     with hollow(), LiveBytes(device="meta") as live:
@@ -130,7 +130,7 @@ def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, car
         state = torch.empty(made.peak["optimiser"], dtype=torch.uint8, device=META)
         latents = walk(flux, texts(), shots, tokens=own.tokens)
         gc.collect()
-        assert live.live == pytest.approx(held(costs, made), rel=0.01)
+        assert live.live == pytest.approx(fixed(costs, made.setting), rel=0.01)
         drawing_peak, copies = live.peak, getattr(flux.ring, "copies", 0)
         live.reset_peak()
         with patch("fluxq.sample.to_picture", lambda x: x):

@@ -253,7 +253,7 @@ class _Search:
     def _plan(self, chosen: _Candidate) -> Plan:
         costs, setting, point, offload = self.costs, chosen.setting, chosen.point, chosen.offload
         timing, peak = self._timeline(chosen), peak_by_owner(costs, point.policies, offload, setting)
-        left = self.room - sum(v for k, v in peak.items() if k not in ("activations", "workspace"))
+        left = sum(peak.values()) - fixed(costs, setting)  # previews are developed in what a step takes for a while
         tiles = next((band for band, size in costs.tiles if size <= left), costs.tiles[-1][0] if costs.tiles else None)
         return Plan(
             costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),

@@ -9,6 +9,7 @@ from typing import Any
 
 from fluxq.errors import WrongRequest
 from fluxq.offload.cards import GIB
+from fluxq.offload.footprint import Setting
 
 
 @dataclass(frozen=True)
@@ -44,9 +45,10 @@ class Plan:
     """All choices for a training step, and what is predicted of it.
 
     resident: units that always stay; slots: for the others; policies: of each block, "" where it has no backward pass;
-    offload: block inputs wait on the host; tiles: rows of the autoencoder at a time, None for all; look_ahead: steps
-    whose modulation is computed in one pass, 0 where it is part of the step. peak: bytes by owner at the moment of the
-    most; seconds a step, of which `stall` waits for copies; moved: bytes copied to the card a step; host: bytes of RAM.
+    offload: block inputs wait on the host; tiles: rows that the autoencoder works on at a time for a preview, in what a
+    step takes of the card and gives back, None for all; look_ahead: steps whose modulation is computed in one pass, 0
+    where it is part of the step. peak: bytes by owner at the moment of the most; seconds a step, of which `stall` waits
+    for copies; moved: bytes copied to the card a step; host: bytes of RAM.
     """
 
     format: str
@@ -71,6 +73,11 @@ class Plan:
     def placed(self) -> tuple[str, ...] | None:
         """The resident units, or None where nothing passes through slots: all weights stay."""
         return self.resident if self.slots else None
+
+    @property
+    def setting(self) -> Setting:
+        """What does not depend on the policies."""
+        return Setting(self.slots, self.resident, self.look_ahead)
 
     @property
     def peak_bytes(self) -> int:

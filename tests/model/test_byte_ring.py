@@ -19,7 +19,7 @@ from hollow import hollow
 from live_bytes import LiveBytes
 from torch import Tensor
 
-from fluxq import timed_step
+from fluxq import optim, timed_step
 from fluxq.formats.quantized import assign
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
@@ -121,7 +121,7 @@ def a_meta_step(keeps_gradients: bool) -> Iterator[None]:
         return torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else to_host(tensor)
 
     with (
-        patch.object(timed_step, "float", lambda tensor: 0.0, create=True),
+        patch.object(optim, "float", lambda tensor: 0.0, create=True),
         patch.object(torch.Tensor, "cpu", host),
         patch.object(torch.optim.Optimizer, "zero_grad", (lambda self: None) if keeps_gradients else zero_grad),
     ):
@@ -145,7 +145,7 @@ def owners_told(live: LiveBytes, flux: Flux) -> Iterator[None]:
         live.belongs("lora", [p.grad for p in flux.parameters() if p.grad is not None])
         return 0.0
 
-    with patch.object(timed_step, "flow_loss", told_loss), patch.object(timed_step, "float", told_number):
+    with patch.object(timed_step, "flow_loss", told_loss), patch.object(optim, "float", told_number):
         yield
 
 
