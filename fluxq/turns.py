@@ -134,7 +134,9 @@ def preview_turns(config: TrainConfig, models: Models, placement: Placement) -> 
         return Turns()
     size = config.data.size or 0
     step = config.training.batch * ((size // 16) ** 2 + models.t5_length)
-    return Turns(min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.setting))
+    return Turns(
+        min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.setting)
+    )
 
 
 def _forward(costs: Costs) -> int:

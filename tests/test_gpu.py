@@ -21,7 +21,7 @@ from fluxq.model.modulation import Lookahead
 from fluxq.models import Models
 from fluxq.nano import pictures
 from fluxq.offload import CudaStreams, Staged
-from fluxq.offload.arena import Arena, clear_error, streams_for
+from fluxq.offload.arena import Arena, streams_for
 from fluxq.sample import Shot, draw
 from fluxq.train import train
 
@@ -188,7 +188,6 @@ class Refusing:
 def test_a_refused_pin_leaves_no_error_behind():
     arena = Arena({"a": 1 << 20}, lambda unit, out: out.fill_(7))
     assert arena.pin(Refusing())
-    clear_error(torch.device("cuda"))
     assert float(torch.ones(4, device="cuda").sum()) == 4
     said = []
     streams = streams_for(arena, torch.device("cuda"), said.append)

@@ -11,6 +11,7 @@ from __future__ import annotations
 import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
+from contextlib import suppress
 from typing import Any
 
 import torch
@@ -74,6 +75,7 @@ class Arena(Mapping[str, Tensor]):
             self._registered.append(base + start)
         if failure:
             self.unpin()
+            _clear_error()
         return failure
 
     def unpin(self) -> None:
@@ -89,6 +91,13 @@ def _unregister(cudart: Any, registered: list[int]) -> None:
         raise RuntimeError(f"pinned memory could not be given back (CUDA error {max(errors)})")
 
 
+def _clear_error() -> None:
+    """What the driver refused stays its last error, which the next kernel would be blamed for: it is this one."""
+    if torch.cuda.is_available():
+        with suppress(RuntimeError):
+            torch.zeros(1, device="cuda").add_(1)
+
+
 def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
@@ -99,11 +108,10 @@ def streams_for(arena: Arena, device: torch.device, say: Callable[[str], None]) 
         return Immediate()
     longest = max(arena.values(), key=len)
     direct, size = CudaStreams(device), f"{arena.nbytes / 1e9:.1f} GB of weights wait in host memory"
-    staged = staged_on(direct, len(longest), pin=True)
+    staged = staged_on(direct, len(longest), device)
     target = torch.empty(len(longest), dtype=torch.uint8, device=device)
     rates = {"staged": copy_rate(staged, target, longest)}
     if failure := arena.pin():
-        clear_error(device)
         say(f"{size}, copied through pinned buffers at {rates['staged'] / 1e9:.1f} GB/s: {failure}")
         return staged
     rates["pinned"] = copy_rate(direct, target, longest)
@@ -116,10 +124,10 @@ def streams_for(arena: Arena, device: torch.device, say: Callable[[str], None]) 
     return staged
 
 
-def staged_on(streams: Streams, longest: int, pin: bool) -> Staged:
+def staged_on(streams: Streams, longest: int, device: torch.device) -> Staged:
     """`streams`, reached through buffers for pieces of up to `longest` bytes: what is not pinned, or lies in files."""
     buffers = Arena({f"buffer {i}": longest for i in range(STAGING_BUFFERS)}, lambda unit, out: None)
-    if pin:
+    if device.type == "cuda":
         buffers.pin()  # where even that is refused, copies are slow and right
     return Staged(streams, buffers.values())
 
@@ -128,11 +136,7 @@ def streams_from_files(longest: int, device: torch.device) -> Streams:
     """The streams for a ring on `device` whose units are read from files, in pieces of up to `longest` bytes, by a
     thread: the host holds a few pieces, and its cache of files is the arena that gives way when memory is short.
     """
-    if device.type != "cuda":
-        return staged_on(Immediate(), longest, pin=False)
-    streams = staged_on(CudaStreams(device), longest, pin=True)
-    clear_error(device)
-    return streams
+    return staged_on(CudaStreams(device) if device.type == "cuda" else Immediate(), longest, device)
 
 
 def copy_rate(streams: Streams, target: Tensor, source: Tensor, copies: int = 6) -> float:
@@ -145,11 +149,3 @@ def copy_rate(streams: Streams, target: Tensor, source: Tensor, copies: int = 6)
         streams.copy(target, source)
     streams.host_waits(streams.copied())  # this measures: the clock stops when the last copy is done
     return copies * len(source) / (time.perf_counter() - began)
-
-
-def clear_error(device: torch.device) -> None:
-    """What the driver refused stays its last error, which the next kernel would be blamed for: it is this one."""
-    try:
-        torch.zeros(1, device=device).add_(1)
-    except RuntimeError:
-        return

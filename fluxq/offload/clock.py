@@ -99,6 +99,8 @@ class TimedStreams:
     def host_waits(self, event: Any) -> None:
         """The host's time is not counted."""
 
+    def hold(self, held: object) -> None: ...
+
     def _label(self, source: Bytes | None) -> str:
         return "nothing" if source is None else self._labels.get(id(source), "a unit")
 
@@ -184,4 +186,5 @@ class VirtualStreams(TimedStreams):
         self.lanes["compute"].wait(event)
 
     def _of(self, slot: Tensor) -> _Memory:
-        return self._memory.setdefault(id(slot), (slot, _Memory()))[1]
+        key = slot.untyped_storage()._cdata  # a copy may be given a view of the slot
+        return self._memory.setdefault(key, (slot, _Memory()))[1]

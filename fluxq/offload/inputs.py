@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxq.offload.arena import ALIGNMENT, Arena, clear_error
+from fluxq.offload.arena import ALIGNMENT, Arena
 from fluxq.offload.costs import BUFFERS
 from fluxq.offload.streams import CudaStreams, Immediate, Streams, drain
 
@@ -63,7 +63,7 @@ class HostInputs:
         self._streams, self._buffer, self._poison = streams, buffer, poison
         self._free: list[Arena] = []
         self._on_card: deque[_Waiting] = deque()  # they lie there until compute has waited for their copies
-        weakref.finalize(self, drain, streams).atexit = False  # only then may buffers and what is on the card be freed
+        weakref.finalize(self, streams.hold, (self._free, self._on_card)).atexit = False
 
     def begin(self) -> Pass:
         """A pass forward, whose blocks are to store their inputs in it."""
@@ -162,20 +162,19 @@ def inputs_for(
     """
     if device.type != "cuda":
         return HostInputs(through(Immediate()), _buffer)
-    return HostInputs(through(CudaStreams(device)), PinnedBuffers(device, say))
+    return HostInputs(through(CudaStreams(device)), PinnedBuffers(say))
 
 
 class PinnedBuffers:
     """Allocates buffers on the host that the driver pins, until it refuses one; cudart: see Arena.pin."""
 
-    def __init__(self, device: torch.device, say: Callable[[str], None], cudart: Any = None) -> None:
-        self._device, self._say, self._cudart, self._refused = device, say, cudart, False
+    def __init__(self, say: Callable[[str], None], cudart: Any = None) -> None:
+        self._say, self._cudart, self._refused = say, cudart, False
 
     def __call__(self, nbytes: int) -> Arena:
         buffer = _buffer(nbytes)
         if not self._refused and (failure := buffer.pin(self._cudart)):
             self._refused = True
-            clear_error(self._device)
             self._say(f"inputs of blocks wait in memory that is not pinned, and compute waits for them: {failure}")
         return buffer
 

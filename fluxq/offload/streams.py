@@ -8,10 +8,14 @@ take no time at all.
 
 from __future__ import annotations
 
+import threading
+import weakref
 from collections import deque
 from collections.abc import Callable, Collection
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass
+from functools import partial
+from queue import SimpleQueue
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -72,6 +76,12 @@ class Streams(Protocol):
         """The caller waits for `event`."""
         ...
 
+    def hold(self, held: object) -> None:
+        """`held` is freed once all copies so far are over, and not before. The garbage collector may call this in any
+        thread, in the midst of anything.
+        """
+        ...
+
 
 def drain(streams: Streams) -> None:
     """The caller waits for all copies: what they read and write may be freed after this, and not before."""
@@ -95,6 +105,8 @@ class Immediate:
 
     def host_waits(self, event: None) -> None: ...
 
+    def hold(self, held: object) -> None: ...
+
 
 class Late(Immediate):
     """Copies are done when they are waited for, and no sooner: as late as they can be."""
@@ -117,6 +129,9 @@ class Late(Immediate):
 
     def host_waits(self, event: int) -> None:
         self.compute_waits(event)
+
+    def hold(self, held: object) -> None:
+        self.host_waits(self.copied())
 
 
 class CudaStreams:
@@ -145,6 +160,9 @@ class CudaStreams:
     def host_waits(self, event: torch.cuda.Event) -> None:
         event.synchronize()
 
+    def hold(self, held: object) -> None:
+        self._copies.synchronize()
+
 
 class Staged:
     """`streams`, with a thread that brings every piece of a source into one of `buffers` before it is copied on.
@@ -152,11 +170,16 @@ class Staged:
     The copy lane is given its work by that thread, in order; so an event of it is a Future, and whoever waits for it
     waits until the thread has got there. An error of the thread's is raised there, and again by all that computes
     later; nothing is being copied then.
+
+    The thread's queue is one that takes work in the midst of taking work, as when a ring is collected just then. What
+    the thread is given for a ring that is gone it does all the same, and frees the ring's memory last; so nobody waits.
     """
 
     def __init__(self, streams: Streams, buffers: Collection[Tensor]) -> None:
         self._owner = buffers  # of their memory, perhaps
-        self._streams, self._worker = streams, ThreadPoolExecutor(1, thread_name_prefix="staging")
+        self._streams, self._work = streams, SimpleQueue[Callable[[], None] | None]()
+        threading.Thread(target=_work_off, args=(self._work,), name="staging", daemon=True).start()
+        weakref.finalize(self, self._work.put, None)
         self._buffers: deque[tuple[Tensor, Any]] = deque((buffer, None) for buffer in buffers)
         self._failure: BaseException | None = None
 
@@ -188,8 +211,19 @@ class Staged:
         if event.exception() is None:
             self._streams.host_waits(event.result())
 
+    def hold(self, held: object) -> None:
+        self._submit(lambda: self._streams.hold(held))
+
     def _submit(self, work: Callable[[], T]) -> Future[T]:
-        return self._worker.submit(self._unless_failed, work)
+        future = Future[T]()
+        self._work.put(partial(self._fulfil, future, work))
+        return future
+
+    def _fulfil(self, future: Future[T], work: Callable[[], T]) -> None:
+        try:
+            future.set_result(self._unless_failed(work))
+        except BaseException as error:
+            future.set_exception(error)
 
     def _unless_failed(self, work: Callable[[], T]) -> T:
         if self._failure is None:
@@ -201,6 +235,13 @@ class Staged:
         if isinstance(self._failure, WrongRequest):
             raise WrongRequest(str(self._failure)) from self._failure
         raise RuntimeError("a weight could not be brought to the card") from self._failure
+
+
+def _work_off(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Do what comes, until None does; nothing of it is kept while nothing comes."""
+    while (work := queue.get()) is not None:
+        work()
+        del work
 
 
 def _pieces(source: Bytes) -> tuple[Piece, ...]:

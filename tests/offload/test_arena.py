@@ -127,7 +127,6 @@ def test_the_way_to_the_card_is_measured_and_said_in_a_line(limit, pinned, stage
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(*shape, **options))
     monkeypatch.setattr(module, "CudaStreams", lambda device: Paced(pinned, staged))
-    monkeypatch.setattr(module, "clear_error", lambda device: None)
     arena = Arena(SIZES, fill, 4096)
     streams = streams_for(arena, torch.device("cuda"), said.append)
     assert type(streams) is chosen and len(said) == 1 and words in said[0]

@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fluxq.offload import HostInputs, Immediate, Late
 from fluxq.offload.arena import Arena
-from fluxq.offload.clock import Event, Lane
+from fluxq.offload.clock import Event, WatchedLane
+from fluxq.offload.costs import BUFFERS
 from fluxq.offload.inputs import INPUTS, PinnedBuffers, inputs_for
-from fluxq.offload.simulate import BUFFERS
 
 CPU = torch.device("cpu")
 
@@ -137,7 +137,7 @@ class Clock:
     """
 
     def __init__(self, side: str = "", number: int = -1):
-        self.lanes = {name: Lane(name) for name in ("compute", "second", "host")}
+        self.lanes = {name: WatchedLane(name) for name in ("compute", "second", "host")}
         self.dropped, self.waits, self.races = (side, number), Counter(), []
         self.needed: list[tuple[str, int]] = []  # waits that earlier ones do not imply
         self.made: dict[int, int] = {}  # a storage on the card -> the operation of compute that made it
@@ -153,9 +153,9 @@ class Clock:
 
     def make(self, tensors: list[Tensor]) -> list[Tensor]:
         """Compute makes these."""
-        number = self.lanes["compute"].run("make", 1.0)
+        self.lanes["compute"].run("make", 1.0)
         for tensor in tensors:
-            self.made[self._watch(tensor, "compute")] = number
+            self.made[self._watch(tensor, "compute")] = self.lanes["compute"].seen["compute"]
         return tensors
 
     def read(self, tensors: list[Tensor]) -> None:
@@ -171,7 +171,8 @@ class Clock:
         card = source if outwards else slot
         if not second.knows("compute", self.made[key_of(card)] if outwards else compute.seen["compute"]):
             self.races.append("stored before it is made" if outwards else "overwrites what compute still uses")
-        number = second.run("store" if outwards else "fetch", 1.5)
+        second.run("store" if outwards else "fetch", 1.5)
+        number = second.seen["second"]
         if not outwards:
             self.fetched[self._watch(card, "compute")] = number
         self.used[key_of(slot)] = self.used[key_of(source)] = number
@@ -190,6 +191,9 @@ class Clock:
 
     def host_waits(self, event: Event) -> None:
         self._wait("host", event)
+
+    def hold(self, held: object) -> None:
+        self.host_waits(self.copied())
 
     def _wait(self, side: str, event: Event) -> None:
         lane, number = self.lanes[side], self.waits[side]
@@ -293,7 +297,7 @@ class Driver:
 @pytest.mark.parametrize("limit", [0, 3, 100])
 def test_where_pinning_is_refused_it_is_said_once_and_inputs_come_back_all_the_same(limit):
     driver, said = Driver(limit), []
-    inputs = HostInputs(Late(), PinnedBuffers(CPU, said.append, driver), poison=True)
+    inputs = HostInputs(Late(), PinnedBuffers(said.append, driver), poison=True)
     for _ in range(2):
         assert_back(forward(inputs, 33), 33)
     assert len(driver.pinned) == min(limit, 7) and driver.asked == min(limit + 1, 7)

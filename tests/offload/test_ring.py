@@ -6,6 +6,7 @@ import gc
 import random
 import threading
 import weakref
+from concurrent.futures import Future, _base
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from fluxq.offload import (
     StreamingRing,
     spread,
 )
+from fluxq.offload import streams as streams_module
 from fluxq.offload.clock import Race, VirtualStreams
 from fluxq.offload.steps import run_steps
 
@@ -191,6 +193,17 @@ def test_a_ring_that_is_let_go_waits_for_its_copies_first():
     assert late.copied() == late._done == 3
 
 
+def test_a_closed_ring_gives_its_slots_back_at_once():
+    """Not when its thread gets there: whatever comes next may need the room."""
+    streams = Staged(Immediate(), [torch.empty(300, dtype=torch.uint8)])
+    reader = Reader(Schedule(SINGLE, frozenset(), 3), streams)
+    slots = [weakref.ref(slot.memory) for slot in reader.ring._slots]
+    reader.ring.close()
+    streams._submit(threading.Event().wait)  # the thread is stuck
+    reader.ring = reader.placed = None
+    assert not any(slot() for slot in slots)
+
+
 def test_a_model_that_fits_needs_no_ring():
     with AllResident().resident(["anything"]):
         pass
@@ -265,6 +278,58 @@ def test_a_ring_whose_units_cannot_be_read_says_why_and_is_let_go():
     del ring
     gc.collect()
     assert left() is None
+
+
+def test_a_ring_may_be_collected_in_the_very_thread_that_copies_for_it():
+    """And its slots live until it has done all it was given."""
+    rings, host, slots, over = [], {}, [], threading.Event()
+
+    def read(out):
+        rings.clear()  # as the garbage collector would, sooner or later
+        out.fill_(7)
+
+    class Watching(Immediate):
+        def hold(self, held):
+            assert all((slot == 7).all() for slot in held[0]) and all(slot() is not None for slot in slots)
+            over.set()
+
+    streams = Staged(Watching(), [torch.empty(8, dtype=torch.uint8) for _ in range(2)])
+    for unit in ("s0", "s1", "s2"):
+        host[unit] = Stored(8, (Piece(0, 8, lambda out: read(out)),))
+    schedule, started = Schedule(SINGLE[:3], frozenset(), 2), threading.Event()
+    streams._submit(started.wait)
+    rings.append(StreamingRing(schedule, host, lambda unit, flat: slots.append(weakref.ref(flat)), CPU, streams))
+    slots[:] = [weakref.ref(slot.memory) for slot in rings[0]._slots]
+    started.set()
+    assert over.wait(10)
+
+
+def test_a_ring_may_be_collected_while_its_thread_is_given_work(monkeypatch):
+    streams = Staged(Immediate(), [torch.empty(8, dtype=torch.uint8)])
+    host = {unit: torch.zeros(8, dtype=torch.uint8) for unit in ("s0", "s1", "s2")}
+    rings = [StreamingRing(Schedule(SINGLE[:3], frozenset(), 2), host, lambda unit, flat: None, CPU, streams)]
+
+    class Collecting(Future):
+        def __init__(self):
+            super().__init__()
+            rings.clear()
+
+    for module in (_base, streams_module):  # wherever the one that is used is looked up
+        monkeypatch.setattr(module, "Future", Collecting, raising=False)
+    thread = threading.Thread(target=streams.copied, daemon=True)
+    thread.start()
+    thread.join(10)
+    assert not thread.is_alive() and not rings
+
+
+def test_the_thread_ends_with_its_streams():
+    before = {thread.ident for thread in threading.enumerate()}
+    streams = Staged(Immediate(), [torch.empty(8, dtype=torch.uint8)])
+    (own,) = [thread for thread in threading.enumerate() if thread.ident not in before]
+    streams.copied().result()
+    del streams
+    own.join(10)
+    assert not own.is_alive()
 
 
 def test_a_unit_in_pieces_is_copied_whole_through_smaller_buffers():
@@ -371,16 +436,12 @@ def staged(side: str = "", number: int = -1) -> Staging:
 
 def test_through_a_staging_thread_there_is_no_race_and_every_wait_is_needed():
     complete = staged()
-    gc.disable()  # a ring that failed waits for its thread when it is collected, which must not be inside `submit`
-    try:
-        for side in ("copy", "compute"):
-            assert len(complete.waits[side]) >= 8
-            for number in sorted(set(complete.waits[side]))[::2]:
-                with pytest.raises(RuntimeError) as caught:
-                    staged(side, number)
-                assert isinstance(caught.value, Race) or isinstance(caught.value.__cause__, Race)
-    finally:
-        gc.enable()
+    for side in ("copy", "compute"):
+        assert len(complete.waits[side]) >= 8
+        for number in sorted(set(complete.waits[side]))[::2]:
+            with pytest.raises(RuntimeError) as caught:
+                staged(side, number)
+            assert isinstance(caught.value, Race) or isinstance(caught.value.__cause__, Race)
 
 
 def test_the_clock_finds_wrong_bytes_too():
