@@ -119,8 +119,9 @@ def run_steps(
 
 
 class _Inputs:
-    """Block inputs that wait on the host, as fluxq/offload/inputs.py has them: one lane both ways, in order. Beside the
-    block's own, those of BUFFERS more may be on the card.
+    """The waits of fluxq/offload/inputs.py without its tensors, since a search makes many thousands of steps
+    (tests/offload/test_inputs.py holds the two together): one lane both ways, in order. Beside the block's own inputs,
+    those of BUFFERS more may be on the card.
 
     They come back over the bus that units take too: of two copies the one that was asked for first goes first.
     """

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import gc
+import random
 import weakref
 from collections import Counter
+from collections.abc import Mapping
 
 import pytest
 import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 
-from fluxq.offload import HostInputs, Immediate, Late
+from fluxq.offload import HostInputs, Immediate, Late, Schedule, spread, steps
 from fluxq.offload.arena import Arena
-from fluxq.offload.clock import Event, WatchedLane
+from fluxq.offload.clock import Event, TimedStreams, WatchedLane
 from fluxq.offload.costs import BUFFERS
 from fluxq.offload.inputs import INPUTS, PinnedBuffers, inputs_for
+from fluxq.offload.steps import run_steps
 
 CPU = torch.device("cpu")
 
@@ -311,3 +314,82 @@ def test_where_pinning_is_refused_it_is_said_once_and_inputs_come_back_all_the_s
 
 def test_without_a_card_nothing_is_pinned():
     assert_back(forward(inputs_for(CPU, print), 33), 33)
+
+
+# --- what the planner counts with
+
+
+class InputsLane(Immediate):
+    """The second lane of a clock on which units are copied too: what is fetched comes over their bus."""
+
+    def __init__(self, clock: TimedStreams):
+        self.clock, self.lane, self.fetched = clock, clock.lanes["inputs"], 0
+
+    def copy(self, slot: Tensor, source: Tensor) -> None:
+        fetches = source.device == CPU
+        if fetches:
+            self.lane.wait_until(self.clock.lanes["copy"].time)
+            self.fetched += len(source)
+        self.lane.run("fetch" if fetches else "store", self.clock.copy_seconds(len(source)))
+        self.clock.bus_until = self.lane.time if fetches else self.clock.bus_until
+
+    def copied(self) -> float:
+        return self.lane.time
+
+    def computed(self) -> float:
+        return self.clock.lanes["compute"].time
+
+    def copy_waits(self, event: float) -> None:
+        self.lane.wait_until(max(event, self.clock.host_time))
+
+    def compute_waits(self, event: float) -> None:
+        self.clock.lanes["compute"].wait_until(event)
+
+
+class Shipped:
+    """HostInputs in the place of what the planner counts with in its stead, which makes no tensors."""
+
+    def __init__(self, clock: TimedStreams, sizes: Mapping[int, int]):
+        self.lane, self.sizes, self.takes = InputsLane(clock), sizes, {}
+        self.inputs = HostInputs(self.lane, Buffers())
+
+    def store(self, number: int) -> None:
+        if number in self.sizes:
+            self.away = self.away if self.takes else self.inputs.begin()
+            made = torch.empty(self.sizes[number], dtype=torch.uint8, device="meta")
+            self.takes[number] = self.away.store([made])
+
+    def take(self, number: int) -> None:
+        if number in self.sizes:
+            self.takes.pop(number)()
+
+    @property
+    def fetched(self) -> int:
+        return self.lane.fetched
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_planner_counts_with_the_waits_that_are_made(seed, monkeypatch):
+    """Beside units that stream, from whichever block on there is a backward pass, and with any host."""
+    draw = random.Random(seed)
+    blocks = tuple((f"b{i}",) for i in range(draw.randint(3, 9)))
+    first = draw.randrange(len(blocks) - 1)
+    trained = range(first, len(blocks))
+    schedule = Schedule(blocks, spread(blocks, draw.randrange(len(blocks))), draw.randint(2, 4))
+    forward = [draw.uniform(0.5, 2) for _ in blocks]
+    backward = {i: 2 * forward[i] * draw.uniform(0.5, 2) for i in trained}
+    sizes = {i: 256 * draw.randint(1, 6) for i in trained}
+    bus, run_ahead = draw.choice([200, 600, 2000]), draw.choice([None, 0, 1])
+
+    def timeline():
+        nbytes = {unit: 512 for (unit,) in blocks}
+        options = dict(steps=2, warmup=2, tail=0.3, run_ahead=run_ahead, inputs=sizes)
+        return run_steps(schedule, nbytes, forward, backward, lambda n: n / bus, **options)
+
+    counted = timeline()
+    monkeypatch.setattr(steps, "_Inputs", Shipped)
+    made = timeline()
+    assert (made.seconds, made.stalled) == pytest.approx((counted.seconds, counted.stalled))
+    assert made.copied == counted.copied
+    for lane, spans in made.spans.items():
+        assert [s.end for s in spans] == pytest.approx([s.end for s in counted.spans[lane]]), lane
