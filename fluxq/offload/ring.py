@@ -78,13 +78,13 @@ class StreamingRing:
         self.schedule, self.copies, self.bytes_copied = schedule, 0, 0
         self.host, self._streams, self._poison = host, streams, poison
         self._known = set(schedule.units)
-        self._guard: weakref.finalize | None = None
         length = max((len(host[unit]) for unit in schedule.slot), default=0)
         memory = [torch.empty(length, dtype=torch.uint8, device=device) for _ in range(schedule.slots)]
         free = streams.computed()  # the first copies wait for whatever had this memory before
         self._slots = [_Slot(m, free) for m in memory]
         for unit in schedule.slot:
             place(unit, self.memory(unit)[: len(host[unit])])
+        weakref.finalize(self, streams.hold, (memory, host)).atexit = False  # what copies are under way for outlives it
         self.expect()
 
     def memory(self, unit: str) -> Tensor:
@@ -127,9 +127,6 @@ class StreamingRing:
         self._rounds, self._round, self._next = ((), ()), (), None
         self._detour.clear()
         drain(self._streams)
-        if self._guard is not None:
-            self._guard.detach()
-            self._guard = None
 
     def _streamed(self, units: Sequence[str]) -> Visit:
         return tuple(unit for unit in units if unit in self.schedule.slot)
@@ -180,10 +177,6 @@ class StreamingRing:
                 yield from visit
 
     def _load(self, unit: str, slot: _Slot) -> None:
-        if self._guard is None:  # should the ring be collected, slots and host outlive the copies under way
-            memory = [slot.memory for slot in self._slots]
-            self._guard = weakref.finalize(self, self._streams.hold, (memory, self.host))
-            self._guard.atexit = False
         if self._poison:
             slot.memory.fill_(0xFF)
             slot.free = self._streams.computed()

@@ -24,6 +24,7 @@ from torch import Tensor
 from fluxq.errors import WrongRequest
 
 T = TypeVar("T")
+STAGING = "staging"
 
 
 class Piece(NamedTuple):
@@ -171,14 +172,14 @@ class Staged:
     waits until the thread has got there. An error of the thread's is raised there, and again by all that computes
     later; nothing is being copied then.
 
-    The thread's queue is one that takes work in the midst of taking work, as when a ring is collected just then. What
-    the thread is given for a ring that is gone it does all the same, and frees the ring's memory last; so nobody waits.
+    The thread's queue is one that takes work in the midst of taking work, as when a ring is collected just then. Where
+    the thread itself collects it, it cannot wait for what it has yet to do: there it does that, and frees it after.
     """
 
     def __init__(self, streams: Streams, buffers: Collection[Tensor]) -> None:
         self._owner = buffers  # of their memory, perhaps
         self._streams, self._work = streams, SimpleQueue[Callable[[], None] | None]()
-        threading.Thread(target=_work_off, args=(self._work,), name="staging", daemon=True).start()
+        threading.Thread(target=_work_off, args=(self._work,), name=STAGING, daemon=True).start()
         weakref.finalize(self, self._work.put, None)
         self._buffers: deque[tuple[Tensor, Any]] = deque((buffer, None) for buffer in buffers)
         self._failure: BaseException | None = None
@@ -212,7 +213,10 @@ class Staged:
             self._streams.host_waits(event.result())
 
     def hold(self, held: object) -> None:
-        self._submit(lambda: self._streams.hold(held))
+        if threading.current_thread().name == STAGING:
+            self._submit(lambda: self._streams.hold(held))
+        else:
+            drain(self)  # the caller has them meanwhile
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
         future = Future[T]()

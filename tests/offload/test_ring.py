@@ -193,17 +193,6 @@ def test_a_ring_that_is_let_go_waits_for_its_copies_first():
     assert late.copied() == late._done == 3
 
 
-def test_a_closed_ring_gives_its_slots_back_at_once():
-    """Not when its thread gets there: whatever comes next may need the room."""
-    streams = Staged(Immediate(), [torch.empty(300, dtype=torch.uint8)])
-    reader = Reader(Schedule(SINGLE, frozenset(), 3), streams)
-    slots = [weakref.ref(slot.memory) for slot in reader.ring._slots]
-    reader.ring.close()
-    streams._submit(threading.Event().wait)  # the thread is stuck
-    reader.ring = reader.placed = None
-    assert not any(slot() for slot in slots)
-
-
 def test_a_model_that_fits_needs_no_ring():
     with AllResident().resident(["anything"]):
         pass
