@@ -22,6 +22,7 @@ from fluxq.models import Models
 from fluxq.nano import pictures
 from fluxq.offload import CudaStreams, Staged
 from fluxq.offload.arena import Arena, streams_for
+from fluxq.offload.inputs import inputs_for
 from fluxq.sample import Shot, draw
 from fluxq.train import train
 
@@ -176,6 +177,18 @@ def test_streaming_differs_no_more_than_two_runs_do(poison, slots, way, streamed
     assert len(said) == (way == "as measured")
     for a, b, c in zip(found, expected, again, strict=True):
         assert relative_error(a, b) <= 2 * relative_error(c, b)
+
+
+def test_inputs_that_wait_on_the_host_change_nothing(streamed_file):
+    """Nor do units that stream beside them, over the same bus."""
+    card, said = torch.device("cuda"), []
+    expected, again = (steps_and_samples(load_quantized(streamed_file, card)) for _ in range(2))
+    for flux in (load_quantized(streamed_file, card), load_streamed(streamed_file, card, (), 2)):
+        flux.inputs = inputs_for(card, said.append)
+        found = steps_and_samples(flux)
+        assert not said, "the driver pins what they wait in"
+        for a, b, c in zip(found, expected, again, strict=True):
+            assert relative_error(a, b) <= 2 * relative_error(c, b)
 
 
 class Refusing:
