@@ -179,8 +179,9 @@ class Staged:
     def __init__(self, streams: Streams, buffers: Collection[Tensor]) -> None:
         self._owner = buffers  # of their memory, perhaps
         self._streams, self._work = streams, SimpleQueue[Callable[[], None] | None]()
-        threading.Thread(target=_work_off, args=(self._work,), name=STAGING, daemon=True).start()
-        weakref.finalize(self, self._work.put, None)
+        thread = threading.Thread(target=_work_off, args=(self._work,), name=STAGING, daemon=True)
+        thread.start()
+        weakref.finalize(self, _end, self._work, thread)  # at the latest when the program ends
         self._buffers: deque[tuple[Tensor, Any]] = deque((buffer, None) for buffer in buffers)
         self._failure: BaseException | None = None
 
@@ -246,6 +247,13 @@ def _work_off(queue: SimpleQueue[Callable[[], None] | None]) -> None:
     while (work := queue.get()) is not None:
         work()
         del work
+
+
+def _end(queue: SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
+    """Have the thread end, and wait until it has."""
+    queue.put(None)
+    if threading.current_thread().name != STAGING:
+        thread.join()
 
 
 def _pieces(source: Bytes) -> tuple[Piece, ...]:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import random
+import subprocess
+import sys
 import threading
 import weakref
 from concurrent.futures import Future, _base
@@ -317,8 +319,20 @@ def test_the_thread_ends_with_its_streams():
     (own,) = [thread for thread in threading.enumerate() if thread.ident not in before]
     streams.copied().result()
     del streams
-    own.join(10)
     assert not own.is_alive()
+
+
+def test_a_program_that_ends_waits_for_what_its_thread_is_doing():
+    """A thread that computes while the program is torn down may take it with it."""
+    program = """
+import time, torch
+from fluxq.offload import Immediate, Staged
+streams = Staged(Immediate(), [torch.empty(8, dtype=torch.uint8)])
+streams._submit(lambda: (time.sleep(0.5), print("done", flush=True)))
+raise KeyboardInterrupt
+"""
+    ended = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, timeout=60)
+    assert ended.stdout == "done\n" and "KeyboardInterrupt" in ended.stderr
 
 
 def test_a_unit_in_pieces_is_copied_whole_through_smaller_buffers():
