@@ -314,9 +314,9 @@ class Models:
         """Working on `band` rows at a time (None: on all), unless the user says on how many."""
         return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band or band)
 
-    def load_clip(self) -> Clip:
-        """CLIP-L as it is trained, all of it on the device."""
-        return load_clip(self.clip_l_file, self.tokenizer_files()[0], self.device)
+    def load_clip(self, dtype: torch.dtype | None = None) -> Clip:
+        """CLIP-L as it is trained, all of it on the device; in `dtype`, by default as it trains there."""
+        return load_clip(self.clip_l_file, self.tokenizer_files()[0], self.device, dtype)
 
     def load_text_encoders(self, room: int | None = None) -> TextEncoders:
         """Within `room` bytes of the card, if any are said."""

@@ -307,10 +307,12 @@ Loras = Sequence[tuple[Lora, float]]
 
 
 def _told(models: Models, texts: Texts, passes: Sequence[Loras]) -> list[Texts]:
-    """For each pass the prompts as CLIP-L tells them with its LoRAs; CLIP-L is loaded only where one adapts it."""
+    """For each pass the prompts as CLIP-L tells them with its LoRAs; CLIP-L is loaded only where one adapts it, in
+    fp32, in which `texts` were encoded.
+    """
     if not any(lora.clip for loras in passes for lora, _ in loras):
         return [texts] * len(passes)
-    clip, told = models.load_clip(), list[Texts]()
+    clip, told = models.load_clip(torch.float32), list[Texts]()
     for loras in passes:
         attach(clip, [(lora.clip, strength) for lora, strength in loras])
         told.append(told_by(clip, texts))
