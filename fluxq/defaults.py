@@ -24,7 +24,7 @@ def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = 
     that cannot be met together.
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
-    refuse_text_encoders(config)
+    check_text_encoder(config, models)
     data = resolve_data(config.data, models, say)
     if start is not None:
         lora = settings_of(start, lora, models.flux_config, say)
@@ -58,14 +58,16 @@ def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = 
     return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
 
 
-def refuse_text_encoders(config: TrainConfig) -> None:
-    """Raise WrongRequest for a text encoder that is not trained, and for a rate of none."""
+def check_text_encoder(config: TrainConfig, models: Models) -> None:
+    """Raise WrongRequest for a text encoder that is not trained, one that is not there, and for a rate of none."""
     if config.lora.text_encoder == "t5xxl":
         raise WrongRequest(
             "T5-XXL is not trained: its 4.7 billion weights would have to pass through the card in every step, forward "
             "and backward, in place of states that are encoded once; CLIP-L can be, by --text-encoder clip_l"
         )
-    if config.training.text_rate is not None and not config.lora.text_encoder:
+    if config.lora.text_encoder:
+        _ = models.open("clip_l")  # a complete cache does not do without it
+    elif config.training.text_rate is not None:
         raise WrongRequest(
             "--text-rate is of a text encoder that is trained; add --text-encoder clip_l, or leave it out"
         )

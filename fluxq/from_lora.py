@@ -28,16 +28,16 @@ Say = Callable[[str], None]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes, say: Say) -> Lora:
-    """The LoRA that `asked.from_lora` names, its CLIP-L part only where that encoder is trained. Raises WrongRequest
-    where it does not fit the transformer, or CLIP-L, whose tensors have the shapes `clip`.
+def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes | None, say: Say) -> Lora:
+    """The LoRA that `asked.from_lora` names. Raises WrongRequest where it does not fit the transformer, or CLIP-L, whose
+    tensors have the shapes `clip`; None where it is not trained: then that part is left out.
     """
     path = Path(asked.from_lora or "")
     lora = load_lora(path, flux)
     if not lora.adapters:
         raise WrongRequest(f"{path} adapts no layer of the transformer; begin without --from-lora")
     notes = list(lora.notes)
-    if asked.text_encoder:
+    if clip is not None:
         lora.check_clip(clip)
     elif lora.clip:
         notes.append(f"its CLIP-L part ({len(lora.clip)} modules) is left out; --text-encoder clip_l trains it on")

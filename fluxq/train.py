@@ -54,7 +54,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     models.check()
     start_lora = None
     if config.lora.from_lora and not resume:
-        start_lora = read_start(config.lora, models.flux_config, models.open("clip_l").shapes, say)
+        clip_shapes = models.open("clip_l").shapes if config.lora.text_encoder else None
+        start_lora = read_start(config.lora, models.flux_config, clip_shapes, say)
     config = resolve(config, models, (lambda line: None) if resume else say, start_lora)
     run = Run(config)
     run.check(resume, overwrite)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 
 import pytest
@@ -215,3 +216,20 @@ def test_resume_refuses_to_train_another_encoder_or_at_another_rate(tmp_path, ph
     run(tmp_path, photos)
     with pytest.raises(WrongRequest, match=r"was begun with (lora.text_encoder|training.text_rate) = "):
         run(tmp_path, photos, resume=True, **section)
+
+
+def test_a_complete_cache_does_not_do_without_the_encoder_that_is_trained(tmp_path, photos):
+    files = tmp_path / "models"
+    shutil.copytree(nano.WEIGHTS, files)
+    parts = {part: str(files / own.name) for part, own in nano_files().items()}
+    model = {"name": None, "t5_length": 32, **parts}
+    sections = {"model": model, "data": {"size": 96}, "training": {"steps": 1}}
+    run(tmp_path, photos, **sections)
+    (files / nano.CLIP_L.name).unlink()
+    with pytest.raises(WrongRequest, match=f"{nano.CLIP_L.name} does not exist"):
+        run(tmp_path, photos, "other", **sections)
+    run(tmp_path, photos, "other", **sections, lora={"text_encoder": None})
+
+
+def nano_files() -> dict[str, Path]:
+    return {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T5XXL}
