@@ -29,8 +29,8 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes | None, say: Say) -> Lora:
-    """The LoRA that `asked.from_lora` names. Raises WrongRequest where it does not fit the transformer, or CLIP-L, whose
-    tensors have the shapes `clip`; None where it is not trained: then that part is left out.
+    """The LoRA that `asked.from_lora` names. Raises WrongRequest where it does not fit the transformer, or CLIP-L
+    with tensors of the shapes `clip`; None where it is not trained: then that part is left out.
     """
     path = Path(asked.from_lora or "")
     lora = load_lora(path, flux)

@@ -14,7 +14,8 @@ from helpers import relative_error
 from fluxq import nano
 from fluxq import train as module
 from fluxq.cli import main
-from fluxq.config import config_from_dict
+from fluxq.config import ModelConfig, config_from_dict
+from fluxq.data.store import Store
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import Checkpoint
 from fluxq.formats.lora import Lora, load_lora
@@ -22,6 +23,7 @@ from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_write import save_lora
 from fluxq.formats.source import open_clip
 from fluxq.model import FluxConfig
+from fluxq.models import Models
 from fluxq.nano import pictures
 from fluxq.run import Result
 from fluxq.train import train
@@ -209,6 +211,15 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(tmp_
     result = CliRunner().invoke(main, [*common, *(a.format(tmp=tmp_path) for a in arguments)])
     assert result.exit_code == 2 and sentence in result.stderr and "Traceback" not in result.output, result.output
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
+
+
+def test_captions_are_told_as_they_were_cached_before_anything_is_learnt(tmp_path, photos):
+    run(tmp_path, photos, data={"trigger": "zqx"})
+    store, clip = Store(tmp_path / "cache"), Models(ModelConfig(name="nano")).load_clip()
+    texts = [store.text(record.stem) for record in store.records("text")]
+    assert len(texts) == 7 and sum("zqx" in text.caption for text in texts) == 6
+    with torch.no_grad():
+        assert relative_error(clip.pooled([t.caption for t in texts]), torch.stack([t.clip for t in texts])) <= 1e-5
 
 
 @pytest.mark.parametrize("section", [{"lora": {"text_encoder": None}}, {"training": {"text_rate": 1e-5}}])
