@@ -93,6 +93,7 @@ def test_a_new_word_is_learnt_by_clip_alone(tmp_path):
     assert losses[3e-3][1] < 0.9 * losses[3e-3][0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_resume_is_bit_exact_whatever_ran_between(tmp_path, photos, optimizer):
     """Previews on in one run and not in the other, which goes on; both rates follow the schedule."""
