@@ -10,6 +10,8 @@ from fluxq.kernels.triton.stored import LARGEST
 from fluxq.kernels.triton.table import SHIPPED, Choice, shape_class
 
 TYPES = {"nf4": "*i32", "int8": "*u8", "fp8": "*u8", "bytes": "*u8", "bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
+# One number of a row, or of a block of 64; and tables of 16, a thread reading one.
+FEW = ("scale_ptr", "scales_ptr", "divisor_ptr", "absmax_ptr", "levels_ptr", "midpoints_ptr")
 CONVERSIONS = [
     *[(form, "bf16", transposed) for form in ("nf4", "int8", "fp8") for transposed in (False, True)],
     *[(form, to, True) for form in ("nf4", "bf16") for to in ("int8", "fp8")],
@@ -35,8 +37,6 @@ def plain(form: str) -> str:
 
 
 def conversion(card: int, form: str, to: str, transposed: bool) -> Case:
-    # Levels, scales of NF4's blocks and most scales of rows are read 32 bits at a time.
-    vector = {"nf4": 0.28 if to in LARGEST else 0.35, "int8": 0.5}.get(form, 1.0)
     divisor = {"divisor_ptr": "*fp32"} if to in LARGEST else {}
     types, constants = pointers(
         form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", absmax_stride="i32", out_stride="i32", **divisor
@@ -57,7 +57,7 @@ def conversion(card: int, form: str, to: str, transposed: bool) -> Case:
         },
         **launched(card, tile),
         aligned=("N", "K", "stride", "absmax_stride", "out_stride"),
-        vector=vector,
+        narrow=FEW,
         permutes=96,  # three for each of a thread's 32 numbers
     )
 
@@ -82,7 +82,7 @@ def row_case(card: int, form: str, to: str, width: int, columns: bool = False, v
         },
         **launched(card, tile),
         aligned=("K", "stride"),
-        vector={"nf4": 0.37, "int8": 0.66, "fp8": 0.66}.get(form, 0.85) if values else 0.0,  # the rest: scales
+        narrow=FEW,
         permutes=64,  # two for each of a thread's 32 numbers
     )
 
@@ -102,7 +102,7 @@ def quantiser(card: int, dtype: str) -> Case:
         {"BLOCKS": tile.block_m},
         **launched(card, tile),
         aligned=("blocks",),
-        vector=0.7,  # the rest: midpoints, and scales of blocks
+        narrow=FEW,
     )
 
 

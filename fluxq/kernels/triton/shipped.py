@@ -145,11 +145,9 @@ def _steps() -> Rows:
     yield from row("gelu_tanh gelu_tanh_backward", 4, 1024, 0, 4, 0, why)
     why = "a row of 15,360 in 64 registers a thread: two rows in flight on a multiprocessor"
     yield from row("gelu_tanh_8bit", 1, 0, 0, 16, 0, why)
-    why = (
-        "16 rows share a reading of `down`; at 8 warps Triton 3.6 spills; 256 columns would be read 128 bits at a time "
-    )
-    why += "(128: 64), but above rank 16 their 80 KiB of shared memory halve what GeForce has in flight"
-    yield from row("gelu_tanh_8bit_down", 16, 0, 128, 16, 0, why)
+    why = "16 rows share a reading of `down`; 8 warps read 128 columns of them 128 bits at a time, and 128 registers "
+    why += "hold a row"
+    yield from row("gelu_tanh_8bit_down", 16, 0, 128, 8, 0, why)
     why = "24 heads of 128 are 12 numbers a thread, and each of q, k and v two loads"
     yield from row("qk_norm_rope qk_norm_rope_backward", 0, 0, 0, 8, 0, why)
 
