@@ -96,10 +96,11 @@ def _linear_layers() -> Rows:
     why = "a weight in 16 bits needs no decoding, and copying it costs what the LoRA's own pass over y does"
     yield from _row("lora_linear_bf16", BIG, "large", Choice("plain", 128, 128, 64, 8, 3, why=why))
     yield from _row("lora_linear_bf16", GEFORCE, "large", Choice("plain", 128, 128, 32, 8, 3, why=why))
-    why = "reading the weight is all the work, so it is read as it is stored; narrow tiles fill the card"
-    yield from _row(STORED, ALL, "few", Choice("fused", 16, 32, 64, 4, 4, why=why))
+    why = "reading the weight is all the work, so it is read as it is stored; narrow tiles fill the card, and 2 warps "
+    why += "read even NF4 128 bits at a time"
+    yield from _row(STORED, ALL, "few", Choice("fused", 16, 32, 64, 2, 4, why=why))
     why = "a vendor's product of few rows reads the weight at the memory's speed"
-    yield from _row("lora_linear_bf16", ALL, "few", Choice("plain", 16, 32, 64, 4, 4, why=why))
+    yield from _row("lora_linear_bf16", ALL, "few", Choice("plain", 16, 32, 64, 2, 4, why=why))
     # Their gradient has no choice where weights are in 16 bits.
     why = "as forward; chunks are of columns, since the sum over rows must be rounded once"
     yield from _row(BACKWARD, GEFORCE, "large", Choice("extended", chunk=small, why=why))
