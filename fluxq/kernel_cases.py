@@ -1,9 +1,14 @@
-"""The kernels that are worth measuring, each at FLUX's shapes and with what plain PyTorch gives for the same."""
+"""The kernels that are worth measuring, each at FLUX's shapes: the one list that measurements take their cases from.
+
+`fluxq bench kernels` times all of it and tunes by it; `make gpu-kernels` holds the steps and the stored weights against
+fp64 and against a copy of as many bytes; benchmarks/bench_*.py hand each op's cases to pytest-benchmark.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -11,51 +16,272 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxq.kernels import FORMATS, Activations, Wants, dequantize, ops, quantize, reference
+from fluxq.kernels import FORMATS, Activations, NF4Weight, RowScaled, Wants, dequantize, ops, quantize, reference
 
 RANK, SCALE = 16, 0.7
 LARGE, FEW = (2816, 12288, 3072), (1, 18432, 3072)  # M, N, K: the MLP at 768 x 768 pixels, and modulation
-HEAD = 128
+EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """FLUX.1's at 768 x 768 pixels, where nothing else is said. `tokens`: of text and image together."""
+
+    device: torch.device
+    tokens: int = LARGE[0]
+    width: int = LARGE[2]
+    heads: int = 24
+    text: int = 512
+    rank: int = RANK
+
+    def randn(self, *shape: int, std: float = 1.0) -> Tensor:
+        return (torch.randn(shape, device=self.device) * std).bfloat16()
+
+
+@dataclass(frozen=True)
+class Step:
+    """An op that waits for memory, on fixed inputs: `call(ops, wants, inputs)` gives its outputs.
+
+    width: that of its Activations, without room; 0 where it feeds no linear layer. dtype: of the 8-bit rows wanted of
+    it; inputs["down"] is the LoRA whose product is wanted beside them. extra: bytes that outputs have and are not
+    written.
+    """
+
+    op: str
+    inputs: Mapping[str, Any]
+    call: Callable[[ModuleType, Wants, Mapping[str, Any]], Any]
+    width: int = 0
+    dtype: torch.dtype | None = None
+    extra: int = 0
+
+    def run(self, on: ModuleType, room: int = 0) -> Any:
+        return self.call(on, Wants(room, self.dtype, self.inputs.get("down")), self.inputs)
+
+    def moved(self, outputs: Any) -> int:
+        """Bytes: every input read once, every output written once, what is left as room not."""
+        written = sum(
+            nbytes([t]) * (self.width / t.shape[-1] if self.width and t.ndim == 3 and t.shape[-1] > self.width else 1)
+            for t in tensors(outputs)
+        )
+        return nbytes(tensors(list(self.inputs.values()))) + int(written) - self.extra
+
+
+def modulate(s: Sizes) -> Step:
+    return Step(
+        "modulate",
+        _rows(s, "x") | _vectors(s, "shift", "scale"),
+        lambda o, wants, i: o.modulate(i["x"], i["shift"], i["scale"], wants),
+        s.width,
+    )
+
+
+def modulate_backward(s: Sizes, sums: bool = False) -> Step:
+    return Step(
+        "modulate_backward" + "_sums" * sums,
+        _rows(s, "dy", "x") | _vectors(s, "scale"),
+        lambda o, _, i: o.modulate_backward(i["dy"], i["x"], i["scale"], sums),
+    )
+
+
+def gated_add(s: Sizes) -> Step:
+    given = _rows(s, "residual", "y") | _vectors(s, "gate")
+    return Step("gated_add", given, lambda o, _, i: o.gated_add(i["residual"], i["gate"], i["y"]))
+
+
+def gated_add_backward(s: Sizes, sums: bool = False) -> Step:
+    given = _rows(s, "dout", *["y"] * sums) | _vectors(s, "gate")
+    call = lambda o, _, i: o.gated_add_backward(i["dout"], i["gate"], i.get("y"))  # noqa: E731
+    return Step("gated_add_backward" + "_sums" * sums, given, call)
+
+
+def gated_add_modulate(s: Sizes) -> Step:
+    return Step(
+        "modulate",
+        _rows(s, "residual", "y") | _vectors(s, "gate", "shift", "scale"),
+        lambda o, wants, i: o.gated_add_modulate(*(i[n] for n in ("residual", "gate", "y", "shift", "scale")), wants),
+        s.width,
+    )
+
+
+def gated_add_modulate_backward(s: Sizes) -> Step:
+    def call(o: ModuleType, _: Wants, i: Mapping[str, Any]) -> Any:
+        return o.gated_add_modulate_backward(i["dx"], i["dy"], i["x"], i["gate"], None, i["scale"], False)
+
+    return Step("modulate_backward", _rows(s, "dx", "dy", "x") | _vectors(s, "gate", "scale"), call)
+
+
+def qk_norm_rope(s: Sizes, streams: int = 1) -> Step:
+    """Of one stream, or of text and image."""
+    head = s.width // s.heads
+    angles = torch.rand(1, 1, s.tokens, head // 2, device=s.device) * 6
+    given = {f"qkv{n}": s.randn(1, length, 3 * s.width) for n, length in enumerate(_lengths(s, streams))}
+    given |= {f"{x}_scale{n}": 1 + s.randn(head, std=0.1) for n in range(streams) for x in "qk"}
+    given |= {"cos": angles.cos(), "sin": angles.sin()}
+
+    def call(o: ModuleType, _: Wants, i: Mapping[str, Any]) -> Any:
+        joined = [(i[f"qkv{n}"], i[f"q_scale{n}"], i[f"k_scale{n}"]) for n in range(streams)]
+        return o.qk_norm_rope(joined, i["cos"], i["sin"])
+
+    return Step("qk_norm_rope", given, call)
+
+
+def qk_norm_rope_backward(s: Sizes, streams: int = 1) -> Step:
+    made = qk_norm_rope(s, streams)
+    q, k, _, rstd = made.run(reference)
+    given = {f"d{n}": s.randn(*q.transpose(1, 2).shape).transpose(1, 2) for n in "qkv"} | dict(q=q, k=k, rstd=rstd)
+    given |= {name: t for name, t in made.inputs.items() if not name.startswith("qkv")}
+
+    def call(o: ModuleType, _: Wants, i: Mapping[str, Any]) -> Any:
+        scales = [(i[f"q_scale{n}"], i[f"k_scale{n}"]) for n in range(streams)]
+        tensors = (i[n] for n in ("dq", "dk", "dv", "q", "k", "rstd"))
+        return o.qk_norm_rope_backward(*tensors, scales, _lengths(s, streams), i["cos"], i["sin"], None)
+
+    return Step("qk_norm_rope_backward", given, call)
+
+
+def gelu_tanh(s: Sizes, beside: bool = False) -> Step:
+    given = {"h": s.randn(1, s.tokens, 4 * s.width)} | (_rows(s, "beside") if beside else {})
+    call = lambda o, wants, i: o.gelu_tanh(i["h"], i.get("beside"), wants)  # noqa: E731
+    return Step("gelu_tanh", given, call, (4 + beside) * s.width)
+
+
+def gelu_tanh_backward(s: Sizes) -> Step:
+    given = {name: s.randn(1, s.tokens, 4 * s.width) for name in ("dy", "h")}
+    return Step("gelu_tanh_backward", given, lambda o, _, i: o.gelu_tanh_backward(i["dy"], i["h"]))
+
+
+def in_8_bits(make: Callable[[Sizes], Step], dtype: torch.dtype, down: bool, s: Sizes) -> Step:
+    """That step for a layer that multiplies in 8 bits."""
+    step = make(s)
+    given = {"down": s.randn(s.rank, step.width, std=step.width**-0.5)} if down else {}
+    return replace(step, op=step.op + "_8bit" + "_down" * down, inputs={**step.inputs, **given}, dtype=dtype)
+
+
+FEEDING: dict[str, Callable[[Sizes], Step]] = {
+    "modulate": modulate,
+    "gated_add_modulate": gated_add_modulate,
+    "gelu_tanh": gelu_tanh,
+    "gelu_tanh, attention beside": partial(gelu_tanh, beside=True),
+}
+STEPS: dict[str, Callable[[Sizes], Step]] = {
+    **FEEDING,
+    **{
+        f"{name} for {bits}{'' if down else ', no LoRA'}": partial(in_8_bits, make, dtype, down)
+        for name, make in FEEDING.items()
+        for bits, dtype in EIGHT_BITS.items()
+        for down in (True, False)
+        if down or (bits == "int8" and make in (modulate, gelu_tanh))
+    },
+    "modulate_backward": modulate_backward,
+    "modulate_backward, with sums": partial(modulate_backward, sums=True),
+    "gated_add": gated_add,
+    "gated_add_backward": gated_add_backward,
+    "gated_add_backward, with sums": partial(gated_add_backward, sums=True),
+    "gated_add_modulate_backward": gated_add_modulate_backward,
+    "qk_norm_rope, one stream": qk_norm_rope,
+    "qk_norm_rope, two streams": partial(qk_norm_rope, streams=2),
+    "qk_norm_rope_backward, one stream": qk_norm_rope_backward,
+    "qk_norm_rope_backward, two streams": partial(qk_norm_rope_backward, streams=2),
+    "gelu_tanh_backward": gelu_tanh_backward,
+}
+"""By name, what stands between the products of a block."""
+
+
+def decode(s: Sizes, n: int, k: int, format: str, transposed: bool = False, wide: bool = False) -> Step:
+    """A weight (N, K) to bf16; `wide`: into a scratch that has LoRA's columns too."""
+    weight, out = _stored(s, n, k, format), s.randn(n, k + 32)[:, :k] if wide else None
+    call = lambda o, _, i: o.dequantize(i["weight"], torch.bfloat16, out, transposed)  # noqa: E731
+    return Step("dequantize" + "_transposed" * transposed, {"weight": weight}, call)
+
+
+def to_rows(s: Sizes, n: int, k: int, format: str, bits: str, transposed: bool = False) -> Step:
+    """A weight to 8-bit rows. The scales of a weight that has such rows already are handed on, neither read nor
+    written.
+    """
+    weight, extra = _stored(s, n, k, format), 8 * n if format == bits else 0
+    call = lambda o, _, i: o.to_rows(i["weight"], EIGHT_BITS[bits], transposed)  # noqa: E731
+    return Step("dequantize_transposed" if transposed else "row_quantize", {"weight": weight}, call, extra=extra)
+
+
+def to_nf4(s: Sizes, n: int, k: int) -> Step:
+    return Step("nf4_quantize", {"w": s.randn(n, k, std=k**-0.5)}, lambda o, _, i: o.nf4_quantize(i["w"]))
+
+
+def row_quantize(s: Sizes, n: int, k: int, bits: str) -> Step:
+    given = {"x": s.randn(n, k)}
+    return Step("row_quantize", given, lambda o, _, i: o.row_quantize(i["x"], EIGHT_BITS[bits]))
+
+
+STORAGE: dict[str, Callable[[Sizes, int, int], Step]] = {
+    **{f"bf16 -> {bits}": partial(row_quantize, bits=bits) for bits in EIGHT_BITS},
+    **{f"{format} -> bf16": partial(decode, format=format) for format in ("nf4", "int8", "fp8")},
+    "nf4 -> bf16 into a wider scratch": partial(decode, format="nf4", wide=True),
+    "nf4 -> bf16, transposed": partial(decode, format="nf4", transposed=True),
+    **{
+        f"{format} -> {bits}{', transposed' * transposed}": partial(
+            to_rows, format=format, bits=bits, transposed=transposed
+        )
+        for format in ("nf4", "int8", "fp8")
+        for bits in EIGHT_BITS
+        for transposed in (False, True)
+        if (format == "nf4" or format == bits) and (transposed or format != bits)
+    },
+    "bf16 -> nf4": to_nf4,
+}
+"""By name, a stored weight (N, K) made from another form of it."""
 
 
 @dataclass(frozen=True)
 class Case:
     """One op at one shape: how to run it, what it should give, and the plain thing whose time it is compared with.
 
-    shape: (M, N, K) of a product, else of the tensor that matters.
+    shape: (M, N, K) of a product, else of the tensor that matters. moved: bytes of a step.
     """
 
     op: str
     shape_class: str
     shape: tuple[int, ...]
-    run: Callable[[], Tensor]
-    expected: Callable[[], Tensor]
-    plain: Callable[[], Tensor]
+    run: Callable[[], Any]
+    expected: Callable[[], Any]
+    plain: Callable[[], Any]
+    moved: int = 0
 
     @property
     def size(self) -> int:
         """What the table of choices tells shapes apart by."""
         return self.shape[-1] if self.op == "row_quantize" else self.shape[0]
 
+    @property
+    def operations(self) -> int:
+        """Multiplications and additions of a product."""
+        m, n, k = self.shape if len(self.shape) == 3 else (0, 0, 0)
+        return 2 * m * n * k
+
 
 def cases(device: torch.device) -> Iterator[Case]:
-    """What is measured, a shape at a time: operands are made when they are asked for."""
+    """One for each op that has a choice and each of its classes of shape; operands are made when they are asked for."""
     small = device.type != "cuda"
     for shape_class, (m, n, k) in (("large", LARGE), ("few", FEW)):
         shape = (max(1, m // 8), n // 8, k // 4) if small else (m, n, k)
         for format in FORMATS:
             yield from linear_cases(format, shape_class, shape, device)
-        for format, dtype in (("int8", torch.int8), ("fp8", torch.float8_e4m3fn)):
-            if shape_class == "large" and (format == "int8" or small or _has_fp8(device)):
-                yield product_case(format, dtype, shape, device)
-    yield from step_cases(device, small)
+        for format in EIGHT_BITS:
+            if shape_class == "large" and (format == "int8" or small or has_fp8(device)):
+                yield product_case(format, shape, device)
+    sizes = Sizes(device, 48, 256, 2, 16) if small else Sizes(device)
+    seen: set[str] = set()
+    for make in (*STEPS.values(), *(partial(storage_step, make=make) for make in STORAGE.values())):
+        step = make(sizes)
+        if step.op not in seen:
+            seen.add(step.op)
+            yield case_of(step)
 
 
 def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], device: torch.device) -> Iterator[Case]:
     """The layer over a weight in `format`, and for large inputs the way back."""
-    m, n, k = shape
-    x, dy, bias, down, up = (randn(*s, device=device) for s in ((m, k), (m, n), (n,), (RANK, k), (n, RANK)))
-    stored = quantize(randn(n, k, device=device) * k**-0.5, format)
+    sizes, (m, n, k) = Sizes(device), shape
+    x, dy, bias, down, up = (sizes.randn(*s) for s in ((m, k), (m, n), (n,), (RANK, k), (n, RANK)))
+    stored = quantize(sizes.randn(n, k, std=k**-0.5), format)
     exact, s, wide = dequantize(stored, torch.bfloat16), F.linear(x, down), F.pad(x, (0, ops(x).room(RANK)))
 
     def forward() -> Tensor:
@@ -79,16 +305,16 @@ def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], dev
         )
 
 
-def product_case(format: str, dtype: torch.dtype, shape: tuple[int, int, int], device: torch.device) -> Case:
+def product_case(format: str, shape: tuple[int, int, int], device: torch.device) -> Case:
     """The product of 8-bit rows."""
-    m, n, k = shape
-    (a, a_scale), (b, b_scale) = (ops(x).row_quantize(x, dtype) for x in (randn(r, k, device=device) for r in (m, n)))
+    sizes, (m, n, k) = Sizes(device), shape
+    x, w = sizes.randn(m, k), sizes.randn(n, k)
+    (a, a_scale), (b, b_scale) = (ops(t).row_quantize(t, EIGHT_BITS[format]) for t in (x, w))
 
     def expected() -> Tensor:
-        x, w = (reference.row_dequantize(*pair, torch.float32) for pair in ((a, a_scale), (b, b_scale)))
-        return x @ w.t()
+        rows = (reference.row_dequantize(*pair, torch.float32) for pair in ((a, a_scale), (b, b_scale)))
+        return next(rows) @ next(rows).t()
 
-    x, w = randn(m, k, device=device), randn(n, k, device=device)
     return Case(
         f"matmul_{format}",
         "large",
@@ -99,71 +325,80 @@ def product_case(format: str, dtype: torch.dtype, shape: tuple[int, int, int], d
     )
 
 
-def step_cases(device: torch.device, small: bool) -> Iterator[Case]:
-    """What waits for memory, for one picture: each op as the backend has it, and as the reference has it."""
-    tokens, width = (48, 2 * HEAD) if small else (LARGE[0], LARGE[2])
-
-    def make(*shape: int) -> Tensor:
-        return randn(*shape, device=device)
-
-    x, y, dy, hidden, dh = (make(1, tokens, w) for w in (width, width, width, 4 * width, 4 * width))
-    shift, scale, gate = (make(1, 1, width) for _ in range(3))
-    qkv, w = make(1, tokens, 3 * width), make(4 * width, width)
-    norms = 1 + 0.1 * make(HEAD), 1 + 0.1 * make(HEAD)
-    angles = torch.rand(1, 1, tokens, HEAD // 2, device=device)
-    cos, sin = angles.cos(), angles.sin()
-    q, k, _, rstd = reference.qk_norm_rope([(qkv, *norms)], cos, sin)
-    dq, dk, dv = (torch.randn_like(q) for _ in range(3))
-    stored = quantize(w, "nf4")
-    int8, down, wide_down = torch.int8, make(RANK, width), make(RANK, 4 * width)
-
-    calls: dict[str, tuple[Tensor, Callable[[ModuleType], Any]]] = {
-        "modulate": (x, lambda o: o.modulate(x, shift, scale, Wants())),
-        "modulate_8bit": (x, lambda o: o.modulate(x, shift, scale, Wants(dtype=int8))),
-        "modulate_8bit_down": (x, lambda o: o.modulate(x, shift, scale, Wants(dtype=int8, down=down))),
-        "modulate_backward": (x, lambda o: o.modulate_backward(dy, x, scale, False)),
-        "modulate_backward_sums": (x, lambda o: o.modulate_backward(dy, x, scale, True)),
-        "gated_add": (x, lambda o: o.gated_add(x, gate, y)),
-        "gated_add_backward": (x, lambda o: o.gated_add_backward(dy, gate, None)),
-        "gated_add_backward_sums": (x, lambda o: o.gated_add_backward(dy, gate, y)),
-        "gelu_tanh": (hidden, lambda o: o.gelu_tanh(hidden, None, Wants())),
-        "gelu_tanh_8bit": (hidden, lambda o: o.gelu_tanh(hidden, None, Wants(dtype=int8))),
-        "gelu_tanh_8bit_down": (hidden, lambda o: o.gelu_tanh(hidden, None, Wants(dtype=int8, down=wide_down))),
-        "gelu_tanh_backward": (hidden, lambda o: o.gelu_tanh_backward(dh, hidden)),
-        "qk_norm_rope": (qkv, lambda o: o.qk_norm_rope([(qkv, *norms)], cos, sin)[:3]),
-        "qk_norm_rope_backward": (
-            qkv,
-            lambda o: o.qk_norm_rope_backward(dq, dk, dv, q, k, rstd, [norms], [tokens], cos, sin, None),
-        ),
-        "dequantize": (w, lambda o: o.dequantize(stored, torch.bfloat16)),
-        "dequantize_transposed": (w, lambda o: o.dequantize(stored, torch.bfloat16, transposed=True)),
-        "nf4_quantize": (w, lambda o: o.nf4_quantize(w)),
-        "row_quantize": (x, lambda o: Activations(x[..., :1], *o.row_quantize(x[0], int8))),
-    }
-    for op, (largest, call) in calls.items():
-        yield Case(
-            op,
-            str(1 << (width - 1).bit_length()) if op == "row_quantize" else "large",
-            (tokens, largest.shape[-1]),
-            lambda call=call: joined(call(ops(x))),
-            lambda call=call: joined(call(reference)),
-            largest.clone,
-        )
+def storage_step(s: Sizes, make: Callable[[Sizes, int, int], Step]) -> Step:
+    """Of the MLP's first layer."""
+    return make(s, 4 * s.width, s.width)
 
 
-def joined(answer: Any) -> Tensor:
-    """All numbers of an op's answer in one row; 8-bit rows as what they stand for."""
-    if isinstance(answer, Tensor):
-        return answer.float().flatten()
-    if isinstance(answer, Activations) and answer.values is not None and answer.scale is not None:
-        rows = reference.row_dequantize(answer.values, answer.scale, torch.float32)
-        answer = (answer.x, rows, answer.s)
-    return torch.cat([part.float().flatten() for part in answer if part is not None])
+def case_of(step: Step) -> Case:
+    """The step as the backend has it, against the reference and a copy of as many bytes."""
+    given = next(iter(step.inputs.values()))  # the tensor that matters comes first
+    first, width = tensors(given)[0], given.shape[-1]
+    moved = step.moved(step.run(ops(first)))
+    source = torch.empty(moved // 2, dtype=torch.uint8, device=first.device).random_()
+    return Case(
+        step.op,
+        str(1 << (width - 1).bit_length()) if step.op == "row_quantize" else "large",
+        (given.shape[-2], width),
+        lambda: step.run(ops(first)),
+        lambda: step.run(reference),
+        source.clone,
+        moved,
+    )
 
 
-def randn(*shape: int, device: torch.device) -> Tensor:
-    return torch.randn(*shape, device=device).bfloat16()
+def joined(outputs: Any) -> Tensor:
+    """All numbers of an op's outputs in one row."""
+    return torch.cat([part.float().flatten() for part in comparable(outputs)])
 
 
-def _has_fp8(device: torch.device) -> bool:
+def comparable(outputs: Any, width: int | None = None) -> list[Tensor]:
+    """Every output as numbers: the room behind rows of `width` cut off, 8-bit rows times their scales."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, Activations):
+        rows = [] if outputs.values is None else [_matrix(outputs.values, outputs.scale)]
+        return [outputs.x[..., :width], *rows, *([] if outputs.s is None else [outputs.s])]
+    if len(outputs) == 2 and isinstance(outputs[0], Tensor) and outputs[0].dtype in EIGHT_BITS.values():
+        return [_matrix(*outputs)]
+    return [t for part in outputs if part is not None for t in comparable(part, width)]
+
+
+def _matrix(values: Tensor, scale: Tensor | None) -> Tensor:
+    """8-bit rows, or those of a matrix turned, times their scales."""
+    assert scale is not None
+    return values.double() * (scale.double()[:, None] if len(values) == len(scale) else scale.double())
+
+
+def tensors(outputs: Any) -> list[Tensor]:
+    """Every tensor in an op's inputs or outputs, which may be nested, or None here and there."""
+    if isinstance(outputs, Tensor):
+        return [outputs]
+    if isinstance(outputs, NF4Weight | RowScaled):
+        return [getattr(outputs, field.name) for field in fields(outputs)]
+    return [t for part in outputs if part is not None for t in tensors(part)]
+
+
+def nbytes(parts: Sequence[Tensor]) -> int:
+    """Bytes that reading or writing each of `parts` once moves; what is expanded has none of its own."""
+    return sum(t.numel() * t.element_size() for t in parts if t.numel() and 0 not in t.stride())
+
+
+def has_fp8(device: torch.device) -> bool:
     return torch.cuda.get_device_capability(device) >= (8, 9)
+
+
+def _rows(s: Sizes, *names: str) -> dict[str, Tensor]:
+    return {name: s.randn(1, s.tokens, s.width) for name in names}
+
+
+def _vectors(s: Sizes, *names: str) -> dict[str, Tensor]:
+    return {name: s.randn(1, 1, s.width) for name in names}
+
+
+def _lengths(s: Sizes, streams: int) -> list[int]:
+    return [s.tokens] if streams == 1 else [s.text, s.tokens - s.text]
+
+
+def _stored(s: Sizes, n: int, k: int, format: str) -> Any:
+    return quantize(s.randn(n, k, std=k**-0.5), format)
