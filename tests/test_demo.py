@@ -25,39 +25,52 @@ main(["demo", "--json", "--out", sys.argv[1], *sys.argv[2:]])
 """
 
 
-def run_demo(out: Path, format: str, compute: str = "bf16") -> dict:
+def run_demo(out: Path, format: str, compute: str) -> dict:
     command = [sys.executable, "-c", OFFLINE, str(out), "--format", format, "--compute", compute]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
+RUNS = [("nf4", "bf16"), ("fp8", "bf16"), ("int8", "bf16"), ("bf16", "bf16"), ("nf4", "int8_dx"), ("nf4", "fp8_dx")]
+
+
 @pytest.fixture(scope="module")
-def demos(tmp_path_factory) -> dict[str, dict]:
+def demos(tmp_path_factory) -> dict[tuple[str, str], dict]:
+    """What demos came to, by format and compute."""
     folder = tmp_path_factory.mktemp("demo")
-    return {format: run_demo(folder / format, format) for format in ("nf4", "fp8", "int8", "bf16")}
+    return {run: run_demo(folder.joinpath(*run), *run) for run in RUNS}
 
 
 def test_the_demo_teaches_the_creature_and_keeps_the_rest(demos):
-    assert demos["nf4"]["concept_change"] <= -0.25
-    assert demos["nf4"]["ordinary_change"] <= 0.10
+    assert demos["nf4", "bf16"]["concept_change"] <= -0.25
+    assert demos["nf4", "bf16"]["ordinary_change"] <= 0.10
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
 def test_every_format_ends_within_3_percent_of_bf16(format, demos):
     """The loss of what is taught. Same seeds, so the same pictures, noise and times; only the storage differs."""
-    assert demos[format]["concept_after"] <= 1.03 * demos["bf16"]["concept_after"]
+    assert demos[format, "bf16"]["concept_after"] <= 1.03 * demos["bf16", "bf16"]["concept_after"]
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
 def test_ordinary_captions_lose_no_more_than_the_format_itself_costs(format, demos):
     """What rounding the frozen weights costs before any training (22 % in NF4, 2 % in 8 bits) only shrinks."""
-    before, after = (demos[format][key] / demos["bf16"][key] for key in ("ordinary_before", "ordinary_after"))
+    before, after = (
+        demos[format, "bf16"][key] / demos["bf16", "bf16"][key] for key in ("ordinary_before", "ordinary_after")
+    )
     assert after <= before
 
 
+@pytest.mark.parametrize("compute", ["int8_dx", "fp8_dx"])
+def test_eight_bits_both_ways_end_within_3_percent_of_bf16(compute, demos):
+    """From NF4: the loss of what is taught, and of ordinary pictures. Only the arithmetic differs."""
+    for loss in ("concept_after", "ordinary_after"):
+        assert demos["nf4", compute][loss] <= 1.03 * demos["nf4", "bf16"][loss]
+
+
 def test_the_demo_leaves_what_it_promises(demos):
-    summary = demos["nf4"]
+    summary = demos["nf4", "bf16"]
     run = Path(summary["lora"]).parent
     for name in ("config.toml", "log.jsonl", "result.json", "state/state.safetensors"):
         assert (run / name).stat().st_size > 0
