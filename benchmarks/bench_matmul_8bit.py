@@ -15,7 +15,8 @@ import pytest
 from benchmarks import roofline
 from benchmarks.pytest_cases import CARD, DEVICE, LAYERS, SHAPES, product
 from fluxq.bench_kernels import check
-from fluxq.kernel_cases import EIGHT_BITS, Case, has_fp8, product_case
+from fluxq.kernel_cases import Case, has_fp8, product_case
+from fluxq.kernel_steps import EIGHT_BITS
 
 KINDS = [kind for kind in EIGHT_BITS if kind == "int8" or not CARD or has_fp8(DEVICE)]
 

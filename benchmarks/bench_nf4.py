@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from benchmarks.pytest_cases import CARD, LAYERS, of_weights
-from fluxq.kernel_cases import STORAGE
+from fluxq.kernel_steps import STORAGE
 from fluxq.kernels import dequantize, quantize
 from fluxq.quiet import quiet_imports
 

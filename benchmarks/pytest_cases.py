@@ -14,7 +14,8 @@ import pytest
 import torch
 
 from fluxq.bench_kernels import check
-from fluxq.kernel_cases import Case, Sizes, Step, case_of
+from fluxq.kernel_cases import Case, case_of
+from fluxq.kernel_steps import Sizes, Step
 from fluxq.timing import FLUSH_BYTES, timed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")

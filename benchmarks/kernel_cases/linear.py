@@ -15,7 +15,7 @@ from benchmarks.cases import Case, Skip, target
 from benchmarks.kernel_cases.setting import LAYERS, Setting, twice_rule
 from benchmarks.peers import peft_lora
 from benchmarks.roofline import predicted_ms
-from fluxq.kernel_cases import nbytes
+from fluxq.kernel_steps import nbytes
 from fluxq.kernels import Activations, Weight, dequantize, lora_linear, quantize, wants
 from fluxq.timing import timed
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from benchmarks.cases import Case, target
 from benchmarks.kernel_cases.setting import Setting, twice_rule
 from benchmarks.roofline import predicted_ms
-from fluxq.kernel_cases import STEPS, STORAGE, Sizes, Step, comparable
+from fluxq.kernel_cases import comparable
+from fluxq.kernel_steps import STEPS, STORAGE, Sizes, Step
 from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, reference
 from fluxq.timing import timed
 
