@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.data.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
 from fluxq.data.dataset import Dataset
+from fluxq.data.encode import PIXELS_PER_BATCH
 from fluxq.data.examples import Folder
 from fluxq.data.store import Store, Text
 from fluxq.defaults import resolve_data
 from fluxq.models import Models
 from fluxq.report import console, progress_bar
+from fluxq.turns import band_for, room_of
 
 
 def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False) -> dict[str, Any]:
@@ -37,8 +40,9 @@ def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False
         return answer
     models = Models(config.model, say=console.print)
     data = resolve_data(config.data, models, console.print)
+    room = room_of(config.memory, models.device)
     with progress_bar() as progress:
-        dataset = cache_folders(data, models, config.samples.prompts, progress)
+        dataset = cache_folders(data, models, config.samples.prompts, progress, room)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
     console.print(f"{len(dataset.examples)} pictures are ready in {data.cache}")
@@ -50,15 +54,20 @@ def cache_folders(
     models: Models,
     prompts: Sequence[str],
     progress: Callable[[str, int, int], None],
+    room: int | None = None,
 ) -> Dataset:
-    """The dataset of all folders of `data`, which is resolved, held-out ones included; what is missing is encoded."""
+    """The dataset of all folders of `data`, which is resolved, held-out ones included; what is missing is encoded, one
+    encoder after the other, each within `room` bytes of the card if any are said.
+    """
+    size = cast(int, data.size)
+    band = band_for(max(PIXELS_PER_BATCH, size**2), room)
     return build_cache(
         [Folder(f.path, f.repeats, f.trigger) for f in (*data.folders, *data.validation)],
         data.cache,
         _encoder_files(models, data.cache),
-        models.load_autoencoder,
-        models.load_text_encoders,
-        resolution=cast(int, data.size),
+        partial(models.load_autoencoder, band),
+        partial(models.load_text_encoders, room),
+        resolution=size,
         min_side=cast(int, data.min_side),
         max_side=cast(int, data.max_side),
         step=data.step,
@@ -67,14 +76,19 @@ def cache_folders(
         prompts=prompts,
         skip_bad=data.skip_bad,
         progress=progress,
+        say=console.print,
     )
 
 
 def cache_texts(
-    cache: Path, models: Models, prompts: Sequence[str], progress: Callable[[str, int, int], None]
+    cache: Path,
+    models: Models,
+    prompts: Sequence[str],
+    progress: Callable[[str, int, int], None],
+    room: int | None = None,
 ) -> dict[str, Text]:
-    """Each prompt, encoded; `progress` is told as `build_cache` tells it."""
-    files, load = _encoder_files(models, cache), models.load_text_encoders
+    """Each prompt, encoded; `progress` and `room` as of `cache_folders`."""
+    files, load = _encoder_files(models, cache), partial(models.load_text_encoders, room)
     return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
 
 

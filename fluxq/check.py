@@ -16,16 +16,23 @@ from fluxq.data.examples import Folder, scan
 from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
-from fluxq.formats.files import DTYPE_NAMES, Checkpoint
 from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
 from fluxq.formats.shapes import flux_shapes
+from fluxq.formats.shards import Shards
 from fluxq.formats.source import OPENERS, Source
 from fluxq.hub import NotFetched, hub_cache
+from fluxq.kernels import FORMATS
 from fluxq.machine import Card, free_on_card, memory, notes, obstacle, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models import FLAGS, PARTS, Models
 from fluxq.report import console
 
+KEPT = {  # format -> the precisions that are that already
+    "nf4": ("nf4", "nf4, nested"),
+    "fp8": ("fp8 e4m3", "fp8 e4m3, scaled"),
+    "int8": ("int8",),
+    "bf16": ("bf16",),
+}
 PROGRAM_BYTES = 2 << 30  # Python, torch, activations of the small tensors, one tensor on its way
 Answer = dict[str, Any]
 
@@ -245,29 +252,34 @@ def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
 
 
 def check_file(path: Path) -> Answer:
-    """One screen about one file: its kind, parts and precision, and what fluxq does with it or why it refuses.
+    """One screen about one file, or the index of shards: its kind, parts and precision, and what fluxq does with it or
+    why it refuses.
 
-    Raises WrongRequest for what is no complete safetensors file.
+    Raises WrongRequest for what is no complete safetensors or GGUF file.
     """
-    checkpoint = Checkpoint(path)
-    if "fluxq" in checkpoint.metadata:
+    shards = Shards(path)
+    if "fluxq" in shards.metadata:
         about = _about_quantised(file := QuantizedFile.open(path))
         console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
         console.print(f"             use it by --flux with --format {file.format}")
         return {"ready": True, "kind": detect.FLUX, "path": str(path), "parts": {"flux": about}, "reasons": []}
-    kind = detect.kind(checkpoint.keys())
-    dtypes = Counter(DTYPE_NAMES[checkpoint.dtype(key)] for key in checkpoint.keys())
-    stored = ", ".join(f"{count} {name}" for name, count in dtypes.most_common())
-    console.print(f"file         {path}, {_size(path.stat().st_size)}, {len(checkpoint.shapes)} tensors ({stored})")
-    parts, reasons, meant = {}, [], detect.meant(checkpoint.keys())
+    kind, meant, nbytes = detect.kind(shards.shapes), detect.meant(shards.shapes), shards.nbytes
+    stored = Counter(tensor.kind for tensor in shards.tensors.values())
+    listed = ", ".join(f"{count} {precision}" for precision, count in stored.most_common())
+    console.print(f"file         {path}, {_size(nbytes)}, {len(shards.shapes)} tensors ({listed})")
+    parts, reasons = {}, []
     for part, wanted in PARTS.items():
         if wanted in meant:
             try:
-                parts[part] = about = _about(OPENERS[wanted](path))
-                console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it by {FLAGS[part]}")
+                source = OPENERS[wanted](path)
             except WrongRequest as error:
                 reasons.append(str(error))
-    title = checkpoint.metadata.get("modelspec.title") or checkpoint.metadata.get("ss_output_name")
+                continue
+            parts[part] = about = _about(source) | {"use": _use(part, source)}
+            console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it by {FLAGS[part]}")
+            console.print(f"             {about['use']}")
+    titles = (shards.metadata.get(name) for name in ("modelspec.title", "ss_output_name", "general.name"))
+    title = next(filter(None, titles), None)
     if title:
         console.print(f"title        {title}")
     if kind == detect.LORA:
@@ -276,8 +288,22 @@ def check_file(path: Path) -> Answer:
         reasons.append(f"{path} is {kind}; fluxq has no use for it")
     for reason in reasons:
         console.print(f"refused      {reason}")
-    answer = {"ready": bool(parts) or kind == detect.LORA, "kind": kind, "path": str(path), "dtypes": dict(dtypes)}
-    return answer | {"bytes": checkpoint.nbytes, "title": title, "parts": parts, "reasons": reasons}
+    answer = {"ready": bool(parts) or kind == detect.LORA, "kind": kind, "path": str(path), "stored": dict(stored)}
+    return answer | {"bytes": nbytes, "title": title, "parts": parts, "reasons": reasons}
+
+
+def _use(part: str, source: Source) -> str:
+    """What fluxq does with the weights of a part."""
+    if part == "ae":
+        return "all of it is read, in fp32"
+    if part != "flux":
+        return "a block at a time is read and decoded"
+    kept = next((format for format, like in KEPT.items() if source.precision in like), None)
+    others = ", ".join(f"{format} {_size(stored_bytes(source.shapes, format))}" for format in FORMATS if format != kept)
+    if kept is None:
+        return f"it is decoded in bands of rows, and stored once in the --format of a run: {others}"
+    size = _size(stored_bytes(source.shapes, kept))
+    return f"--format {kept} keeps its matrices' very bytes ({size}); made from their values: {others}"
 
 
 def _size(nbytes: int) -> str:

@@ -21,6 +21,10 @@ from fluxq.errors import WrongRequest
 
 SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
 
+OF_A_STEP = ("--policy", "--ram")
+OF_STREAMING = ("--resident-units", "--blocks-to-swap", "--slots")
+DRAWING = {"--sample-steps": "--steps", "--sample-seed": "--seed", "--sample-every": "", **dict.fromkeys(OF_A_STEP, "")}
+
 
 def options(*sections: str, renamed: dict[str, str] | None = None) -> Callable:
     """The command-line options of these sections of the config, and --config and --set for everything else in them.
@@ -150,7 +154,7 @@ def train(
 
 @main.command()
 @FOLDERS
-@options("model", "data")
+@options("model", "data", "memory", renamed=dict.fromkeys(OF_A_STEP + OF_STREAMING, ""))
 @click.option(
     "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Also encode this prompt; may be given again."
 )
@@ -177,7 +181,7 @@ def cache(
 
 
 @main.command()
-@options("model", "samples", renamed={"--sample-steps": "--steps", "--sample-seed": "--seed", "--sample-every": ""})
+@options("model", "samples", "memory", renamed=DRAWING)
 @click.option("--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="What to draw; may be given again.")
 @click.option(
     "--lora",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import shutil
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from PIL import Image
@@ -108,7 +109,7 @@ def draw_pictures(folder: Path) -> None:
 def before_and_after(config: TrainConfig, lora: Path, path: Path) -> Path:
     """A labelled sheet: every prompt down; without the LoRA and with it, two seeds each, across."""
     models = Models(config.model)
-    flux, autoencoder = models.load_flux(), models.load_autoencoder()
+    flux = models.load_flux()
     adapters, _ = load_lora(lora, flux.config)
     attach(flux, [(adapters, 1.0)])
     side = models.default_size[0]
@@ -118,9 +119,7 @@ def before_and_after(config: TrainConfig, lora: Path, path: Path) -> Path:
         texts = cache_texts(config.data.cache, models, PROMPTS, progress)
         for name, strength in (("before", 0.0), ("after", 1.0)):
             with lora_strength(flux, strength):
-                drawn[name] = draw(
-                    flux, autoencoder, texts, wanted, lambda done, total, name=name: progress(name, done, total)
-                )
+                drawn[name] = draw(flux, models.load_autoencoder, texts, wanted, partial(progress, name))
     rows = [[drawn[name][r * len(SEEDS) + s] for name in drawn for s in range(len(SEEDS))] for r in range(len(PROMPTS))]
     columns = [f"{name}, seed {seed}" for name in drawn for seed in SEEDS]
     save_picture(labelled_grid(rows, PROMPTS, columns), path)

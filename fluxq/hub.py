@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.source import FOLDERS, OPENERS, locate
+from fluxq.formats.shards import FOLDERS, locate
+from fluxq.formats.source import OPENERS
 
 
 class NotFetched(WrongRequest):

@@ -80,8 +80,8 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
         [costs_of(config, models, size)], card, vram or free_on_card(), ram or (memory() or (0, None))[1], pins, smaller
     )
     say(describe(found))
-    everything = found.streamed == 0
-    return Placement(None if everything else found.resident, found.slots, found.policies, found)
+    whole = found.streamed == 0 and (not found.look_ahead or config.model.format == "bf16")  # bf16 is not streamed yet
+    return Placement(None if whole else found.resident, found.slots, found.policies, found)
 
 
 def costs_of(config: TrainConfig, models: Models, size: int) -> Costs:

@@ -19,7 +19,6 @@ from fluxq import nano
 from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
-from fluxq.formats.files import Checkpoint
 from fluxq.formats.find import Found, choose, choose_flux, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
 from fluxq.formats.quantized import (
@@ -28,11 +27,13 @@ from fluxq.formats.quantized import (
     cached,
     cached_path,
     fingerprint,
+    is_quantized,
     load_quantized,
     require_room,
     stored_bytes,
 )
-from fluxq.formats.source import OPENERS, Source, locate
+from fluxq.formats.shards import locate
+from fluxq.formats.source import OPENERS, Source
 from fluxq.formats.stream import load_streamed
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
@@ -239,19 +240,21 @@ class Models:
         wanted.
         """
         path = self.flux_file
-        if path.suffix == ".json" or "fluxq" not in Checkpoint(path).metadata:
+        if not is_quantized(path):
             return None
         file = QuantizedFile.open(path)
         if file.format != self.config.format:
             raise WrongRequest(f"{path} holds {file.format}, not {self.config.format}; pass --format {file.format}")
         return file
 
-    def load_autoencoder(self) -> AutoEncoder:
-        return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band)
+    def load_autoencoder(self, band: int | None = None) -> AutoEncoder:
+        """Working on `band` rows at a time (None: on all), unless the user says on how many."""
+        return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band or band)
 
-    def load_text_encoders(self) -> TextEncoders:
+    def load_text_encoders(self, room: int | None = None) -> TextEncoders:
+        """Within `room` bytes of the card, if any are said."""
         files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()
-        return load_text_encoders(*files, self.t5_length, self.device)
+        return load_text_encoders(*files, self.t5_length, self.device, room=room)
 
     def _find(self, part: str) -> Served:
         if self.is_nano:

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.quantized import fingerprint, stored_bytes, write_quantized
@@ -57,10 +56,10 @@ class Errors:
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}
 
-    def add(self, name: str, w: Tensor, q: Weight) -> None:
+    def add(self, name: str, w: Weight, q: Weight) -> None:
         kind = re.sub(r"\.\d+\.", ".*.", name.removesuffix(".weight"), count=1)
         sums = self._sums.setdefault(kind, [0.0, 0.0])
-        exact = w.float()
+        exact = dequantize(w, torch.float32)
         sums[0] += float((dequantize(q, torch.float32) - exact).square().sum())
         sums[1] += float(exact.square().sum())
 

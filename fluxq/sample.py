@@ -1,14 +1,15 @@
 """Pictures from the model: `fluxq sample`, and the previews that a run makes of itself.
 
 A picture is fixed by its prompt, seed, steps, guidance and size: its noise is addressed by the seed alone. Pictures of
-one shape are drawn together, as many as fit the tokens of one large picture.
+one shape are drawn together, as many as fit the tokens of one large picture. Text encoders, transformer and autoencoder
+take turns: prompts are encoded before the transformer is loaded, and latents wait on the host until it has drawn all.
 """
 
 from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -29,14 +30,17 @@ from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, euler, resolution_shift, schedule, velocity
 from fluxq.formats.files import atomic_path
 from fluxq.formats.lora import Adapter, load_lora
-from fluxq.model.autoencoder import AutoEncoder
+from fluxq.formats.stream import expect_sampling
+from fluxq.memory import Placement, blocks_units
+from fluxq.model.autoencoder import AutoEncoder, within_memory
 from fluxq.model.flux import Flux
 from fluxq.model.lora import set_lora
 from fluxq.model.modulation import Lookahead
 from fluxq.models import Models
 from fluxq.report import console, progress_bar
+from fluxq.turns import TOKENS_PER_BATCH, Turns, band_for, place_drawing, room_of
 
-TOKENS_PER_BATCH = 4608  # of one picture of 1024 x 1024 pixels with 512 text tokens
+Say = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -68,19 +72,34 @@ def shots(samples: SamplesConfig, prompts: Sequence[str], size: int) -> list[Sho
     return [Shot(prompt, samples.seed + i, width, height, *settings) for i, prompt in enumerate(prompts)]
 
 
-@torch.no_grad()
 def draw(
     flux: Flux,
-    autoencoder: AutoEncoder,
+    load: Callable[[int | None], AutoEncoder],
     texts: Mapping[str, Text],
     shots: Sequence[Shot],
     progress: Callable[[int, int], None] = lambda done, total: None,
+    turns: Turns | None = None,
+    say: Say = lambda line: None,
 ) -> list[Image.Image]:
     """The pictures of `shots`, in order; `texts` holds every prompt and negative prompt.
 
-    progress is called with (steps done, of how many) after every step.
+    progress is called with (steps done, of how many) after every step. `load` gives the autoencoder, working on so many
+    rows at a time, once the transformer has done its part.
     """
-    pictures: dict[int, Image.Image] = {}
+    turns = turns or Turns()
+    return develop(load, walk(flux, texts, shots, progress, turns.tokens), turns.room, say)
+
+
+@torch.no_grad()
+def walk(
+    flux: Flux,
+    texts: Mapping[str, Text],
+    shots: Sequence[Shot],
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    tokens: int = TOKENS_PER_BATCH,
+) -> list[Tensor]:
+    """The latents (16, H/8, W/8) of `shots`, on the host; as many at once as have `tokens` tokens, but at least one."""
+    found: dict[int, Tensor] = {}
     total, done = sum(shot.steps for shot in shots), 0
 
     def count(steps: int) -> None:
@@ -88,20 +107,29 @@ def draw(
         done += steps
         progress(done, total)
 
-    for members in _batches(shots, texts):
+    for members in _batches(shots, texts, tokens):
         latents = _walk(flux, texts, [shots[i] for i in members], partial(count, len(members)))
-        for i, latent in zip(members, latents, strict=True):
-            pictures[i] = to_picture(decode(autoencoder, latent[None])[0])
-    return [pictures[i] for i in range(len(shots))]
+        found |= zip(members, latents.cpu(), strict=True)
+    return [found[i] for i in range(len(shots))]
 
 
-def _batches(shots: Sequence[Shot], texts: Mapping[str, Text]) -> Iterator[list[int]]:
+@torch.no_grad()
+def develop(
+    load: Callable[[int | None], AutoEncoder], latents: Iterable[Tensor], room: int | None, say: Say
+) -> list[Image.Image]:
+    """The pictures of latents (16, H/8, W/8), one at a time, within `room` bytes of the card if any are said."""
+    latents = list(latents)
+    autoencoder = load(band_for(max(x[0].numel() for x in latents) * 64, room))
+    return [to_picture(within_memory(autoencoder, partial(decode, autoencoder, x[None]), say)[0]) for x in latents]
+
+
+def _batches(shots: Sequence[Shot], texts: Mapping[str, Text], most: int) -> Iterator[list[int]]:
     """Which of `shots` are drawn together, by index."""
     for _, group in groupby(sorted(range(len(shots)), key=lambda i: _shape(shots[i])), key=lambda i: _shape(shots[i])):
         members = list(group)
         first = shots[members[0]]
         tokens = first.width // 16 * (first.height // 16) + texts[first.prompt].t5.shape[0]
-        size = max(1, TOKENS_PER_BATCH // tokens)
+        size = max(1, most // tokens)
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
 
@@ -218,54 +246,81 @@ def sample_command(
     samples = config.samples
     if not samples.prompts:
         raise WrongRequest('nothing to draw: give at least one --prompt "TEXT"')
+    _require_writable(out)
+    models = Models(config.model, say=console.print)
+    wanted = shots(samples, samples.prompts, models.default_size[0])
+    chosen = [_strength_of(lora) for lora in loras]
+    read = [(load_lora(path, models.flux_config)[0], strength) for path, strength in chosen]
+    adapters = [a for own, _ in read for a in own.values()]
+    ranks = [max((a.rank for a in own.values()), default=0) for own, _ in read]
+    nbytes = sum(4 * (a.down.numel() + a.up.numel()) for a in adapters)
+    placement, turns = place_drawing(config, models, [(s.width, s.height) for s in wanted], ranks, nbytes)
+    across = (list(strengths) or [0.0, 0.5, 1.0]) if grid else [1.0]
+    rows = [[pair] for pair in read or [({}, 1.0)]] if grid else [read]
+    passes = [[(own, strength * factor) for own, strength in row] for row in rows for factor in across]
+
+    # the turns
+    texts = _encoded(config, models)
+    latents = _drawn(models, placement, texts, wanted, passes, turns.tokens)
+    pictures = develop(models.load_autoencoder, latents, turns.room, console.print)
+
+    files = []
+    for i, shot in enumerate(wanted):
+        own = pictures[i :: len(wanted)]  # by row, then by column
+        if grid:
+            cells = [own[start : start + len(across)] for start in range(0, len(own), len(across))]
+            labels = [path.stem for path, _ in chosen] or ["no LoRA"]
+            files.append(out / f"grid_{i:02}.png")
+            save_picture(labelled_grid(cells, labels, [f"strength {f:g}" for f in across]), files[-1], shot)
+        else:
+            names = ", ".join(f"{path.stem} ({strength:g})" for path, strength in chosen)
+            files.append(out / f"{i:02}_seed{shot.seed}.png")
+            save_picture(own[0], files[-1], shot, **({"LoRA": names} if names else {}))
+    console.print("\n".join(map(str, files)))
+    return {"files": [str(file) for file in files]}
+
+
+def _require_writable(out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise WrongRequest(f"{out} cannot be written to ({error.strerror}); choose another --out") from error
-    models = Models(config.model, say=console.print)
-    wanted = shots(samples, samples.prompts, models.default_size[0])
-    chosen = [_strength_of(lora) for lora in loras]
-    read = [(load_lora(path, models.flux_config)[0], strength) for path, strength in chosen]
-    prompts = list(dict.fromkeys((*samples.prompts, samples.negative)))
+
+
+def _encoded(config: TrainConfig, models: Models) -> dict[str, Text]:
+    """The prompts and the negative one, encoded; what was cut of them is said."""
+    prompts = list(dict.fromkeys((*config.samples.prompts, config.samples.negative)))
     with progress_bar() as progress:
-        texts = cache_texts(config.data.cache, models, prompts, progress)
+        texts = cache_texts(config.data.cache, models, prompts, progress, room_of(config.memory, models.device))
     cuts = {prompt: (text.truncated, text.clip_truncated) for prompt, text in texts.items()}
     for line in cut_notes(cuts, {}, models.t5_length):
         console.print(line)
-    flux, autoencoder = models.load_flux(), models.load_autoencoder()
-    files: list[str] = []
+    return texts
 
-    def save(picture: Image.Image, name: str, shot: Shot | None = None, **facts: str) -> None:
-        save_picture(picture, out / name, shot, **facts)
-        files.append(str(out / name))
 
+def _drawn(
+    models: Models,
+    placement: Placement,
+    texts: Mapping[str, Text],
+    wanted: Sequence[Shot],
+    passes: Sequence[Sequence[tuple[Mapping[str, Adapter], float]]],
+    tokens: int,
+) -> list[Tensor]:
+    """The latents of all shots with the LoRAs of each pass, one pass after the other; then the transformer is gone."""
+    if (resident := placement.resident) is not None:
+        units = sum(map(len, blocks_units(models.flux_config)))
+        console.print(f"{len(resident)} of {units} units stay, the others stream through {placement.slots} slots")
+    latents = list[Tensor]()
     with progress_bar() as progress:
-        if not grid:
-            attach(flux, read)
-            names = ", ".join(f"{path.stem} ({strength:g})" for path, strength in chosen)
-            pictures = draw(flux, autoencoder, texts, wanted, lambda done, total: progress("sampling", done, total))
-            for i, (picture, shot) in enumerate(zip(pictures, wanted, strict=True)):
-                save(picture, f"{i:02}_seed{shot.seed}.png", shot, **({"LoRA": names} if names else {}))
-        else:
-            across = list(strengths) or [0.0, 0.5, 1.0]
-            sheets: list[list[list[Image.Image]]] = [[] for _ in wanted]
-            for row, (adapters, strength) in enumerate(read or [({}, 1.0)]):
-                columns = []
-                for column, factor in enumerate(across):
-                    attach(flux, [(adapters, strength * factor)])
-                    stage = f"{row * len(across) + column + 1} of {len(across) * max(1, len(read))}"
-                    columns.append(
-                        draw(flux, autoencoder, texts, wanted, lambda d, t, stage=stage: progress(stage, d, t))
-                    )
-                for sheet, pictures in zip(sheets, zip(*columns, strict=True), strict=True):
-                    sheet.append(list(pictures))
-            labels = [path.stem for path, _ in chosen] or ["no LoRA"]
-            for i, (sheet, shot) in enumerate(zip(sheets, wanted, strict=True)):
-                save(labelled_grid(sheet, labels, [f"strength {f:g}" for f in across]), f"grid_{i:02}.png", shot)
-    console.print("\n".join(files))
-    return {"files": files}
+        flux = models.load_flux(placement.resident, placement.slots)
+        expect_sampling(flux)
+        for number, loras in enumerate(passes, start=1):
+            attach(flux, loras)
+            stage = f"{number} of {len(passes)}" if len(passes) > 1 else "sampling"
+            latents += walk(flux, texts, wanted, partial(progress, stage), tokens)
+    return latents
 
 
 def attach(flux: Flux, loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:

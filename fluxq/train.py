@@ -23,7 +23,7 @@ from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.formats.stream import expect_training
-from fluxq.memory import place
+from fluxq.memory import Placement, place
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
@@ -34,6 +34,7 @@ from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, 
 from fluxq.run import Result, Run, metadata_of
 from fluxq.sample import draw, save_picture, shots
 from fluxq.state import load_state, save_state
+from fluxq.turns import preview_turns, room_of
 
 CALIBRATION_BATCHES = 2
 
@@ -55,7 +56,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     # what is trained on: encoded pictures and captions
     prompts = preview_prompts(config, models)
     with progress_bar() as progress:
-        everything = cache_folders(data, models, (*prompts, config.samples.negative), progress)
+        room = room_of(config.memory, models.device)
+        everything = cache_folders(data, models, (*prompts, config.samples.negative), progress, room)
     for line in (*everything.notes, *everything.skipped):
         say(line)
     dataset = everything.part([f.path for f in data.folders])
@@ -142,7 +144,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
             stop, save_every, every = asked_to_stop(), config.output.save_every, config.samples.every
             if every and (done % every == 0 or done == steps):
                 texts = {prompt: store.text(key) for prompt, key in everything.prompts.items()}
-                preview(run, models, flux, texts, prompts, done, say)
+                preview(run, models, flux, placement, texts, prompts, done, say)
             if stop or done == steps or (save_every and done % save_every == 0):
                 report.sync()
                 run.save_lora(flux, done, metadata(done, began, time.time()))
@@ -178,14 +180,22 @@ def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
 
 
 def preview(
-    run: Run, models: Models, flux: Flux, texts: Mapping[str, Text], prompts: Sequence[str], step: int, say: Say
+    run: Run,
+    models: Models,
+    flux: Flux,
+    placement: Placement,
+    texts: Mapping[str, Text],
+    prompts: Sequence[str],
+    step: int,
+    say: Say,
 ) -> None:
-    """Draw `prompts` into samples/, with the LoRA as it is after `step` steps. A failure is said, and training goes
-    on.
+    """Draw `prompts` into samples/, with the LoRA as it is after `step` steps, in the memory of a step. A failure is
+    said, and training goes on.
     """
+    turns = preview_turns(run.config, models, placement)
     wanted = shots(run.config.samples, prompts, run.config.data.size or 0)
     try:
-        for i, picture in enumerate(draw(flux, models.load_autoencoder(), texts, wanted)):
+        for i, picture in enumerate(draw(flux, models.load_autoencoder, texts, wanted, turns=turns, say=say)):
             save_picture(picture, run.folder / "samples" / f"{step:06}_{i:02}.png", wanted[i], Step=str(step))
     except (WrongRequest, torch.OutOfMemoryError) as error:
         say(f"no preview at step {step}: {error}")

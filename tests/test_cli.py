@@ -30,9 +30,9 @@ OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --steps --batch --accumulate "
     "--rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume --overwrite "
     "--config --set --json",
-    "cache": f"{MODEL} {DATA} --prompt --verify --prune --config --set --json",
+    "cache": f"{MODEL} {DATA} --vram --prompt --verify --prune --config --set --json",
     "sample": f"{MODEL} --prompt --width --height --steps --guidance --cfg --negative --seed --lora --strength --grid "
-    "--cache --out --config --set --json",
+    "--vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
     "check": f"{MODEL} {DATA} --config --set --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",

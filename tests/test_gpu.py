@@ -11,6 +11,7 @@ from helpers import randomise, relative_error, tiny_config
 
 from fluxq.config import ModelConfig, config_from_dict
 from fluxq.data.store import Text
+from fluxq.formats.load import load_text_encoders
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.kernels import dequantize, quantize
@@ -76,10 +77,21 @@ def test_every_model_lies_where_it_is_asked_to_and_answers_as_on_the_processor()
         picture = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)).to(device)
         latents = autoencoder.encode(picture)
         texts = {"x": Text(encoded.t5[0].cpu(), encoded.clip[0].cpu(), "x", 5, False)}
-        drawn = draw(models.load_flux(), autoencoder, texts, [Shot("x", 1, 96, 96, steps=2)])[0]
+        drawn = draw(models.load_flux(), models.load_autoencoder, texts, [Shot("x", 1, 96, 96, steps=2)])[0]
         answers[device] = [encoded.t5, encoded.clip, latents, autoencoder.decode(latents), to_tensor(drawn)]
     for host, card in zip(answers["cpu"], answers["cuda"], strict=True):
         assert relative_error(card.cpu(), host) < 0.03
+
+
+def test_text_encoders_through_the_ring_are_the_same_to_the_bit():
+    models = Models(ModelConfig(name="nano"), torch.device("cuda"))
+    files = models.clip_l_file, models.t5xxl_file, *models.tokenizer_files()
+    captions = [f"a {colour} star" for colour in ("red", "green", "blue")]
+    expected = load_text_encoders(*files, models.t5_length, models.device, slots=0).encode(captions)
+    ours = load_text_encoders(*files, models.t5_length, models.device, poison=True)
+    for _ in range(3):
+        found = ours.encode(captions)
+        assert torch.equal(found.t5, expected.t5) and torch.equal(found.clip, expected.clip)
 
 
 def to_tensor(picture) -> torch.Tensor:

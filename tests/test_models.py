@@ -244,7 +244,7 @@ def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
 def test_the_search_has_limits(tmp_path, monkeypatch):
     comfy(tmp_path)
     monkeypatch.setattr(find, "MAX_FILES", 2)
-    assert "holds more than 2 .safetensors files; name a folder further down" in refusal(models=tmp_path)
+    assert "holds more than 2 model files; name a folder further down" in refusal(models=tmp_path)
     monkeypatch.setattr(find, "MAX_FILES", 100)
     monkeypatch.setattr(find, "MAX_FOLDERS", 3)
     assert "holds more than 3 folders" in refusal(models=tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -16,8 +17,11 @@ from fluxq.config import SamplesConfig
 from fluxq.data.store import Text
 from fluxq.formats.lora import Adapter
 from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
+from fluxq.model.costs import AUTOENCODER, TILES
 from fluxq.model.lora import lora_strength
+from fluxq.models import Models
 from fluxq.sample import Shot, attach, draw, labelled_grid, save_picture, shots
+from fluxq.turns import Turns
 
 
 @pytest.fixture
@@ -25,7 +29,7 @@ def models():
     flux = randomise(Flux(tiny_config(in_channels=64, out_channels=64)))
     autoencoder = randomise(AutoEncoder(AutoEncoderConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, groups=2)))
     texts = {p: Text(torch.randn(5, 40), torch.randn(24), p, 3, False) for p in ("a", "b", "")}
-    return flux, autoencoder, texts
+    return flux, autoencoder.in_bands, texts
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
@@ -48,6 +52,23 @@ def test_progress_counts_every_step_of_every_picture(models):
     draw(*models, [Shot("a", 1, 32, 32, 3), Shot("b", 2, 48, 32, 2)], lambda done, total: calls.append((done, total)))
     assert calls[-1] == (5, 5)
     assert [total for _, total in calls] == [5] * len(calls)
+
+
+def test_the_autoencoder_is_loaded_when_all_is_drawn_and_for_the_largest_picture(models):
+    flux, load, texts = models
+    loads, done = [], []
+    wanted = [Shot("a", 1, 32, 32, 3), Shot("b", 2, 64, 32, 2)]
+    least = AUTOENCODER + int(TILES[0][1] * 64 * 32 * 128 * 4)
+    for room in (least, least - 1):
+        draw(
+            flux,
+            lambda band: loads.append((band, done[-1])) or load(band),
+            texts,
+            wanted,
+            lambda steps, total: done.append(steps),
+            Turns(room=room),
+        )
+    assert loads == [(None, 5), (TILES[1][0], 5)]
 
 
 def test_true_guidance_moves_away_from_the_negative_prompt(models):
@@ -88,6 +109,47 @@ def test_shots_take_open_sides_from_the_training_size():
     samples = SamplesConfig(prompts=("a", "b"), width=64, seed=5)
     made = shots(samples, samples.prompts, 96)
     assert [(s.prompt, s.seed, s.width, s.height) for s in made] == [("a", 5, 64, 96), ("b", 6, 64, 96)]
+
+
+@pytest.mark.parametrize("grid", [[], ["--grid", "--strength", "0", "--strength", "1"]])
+def test_streamed_units_draw_the_very_same_pictures(grid, tmp_path):
+    common = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "2", *grid]
+    common += ["--cache", str(tmp_path / "cache")]
+    for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
+        result = CliRunner().invoke(main, [*common, *more, "--out", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        assert ("units stay, the others stream through 2 slots" in result.output) == (name == "streamed")
+    files = sorted(path.name for path in (tmp_path / "resident").iterdir())
+    assert len(files) == 2
+    for name in files:
+        assert (tmp_path / "resident" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+
+
+def test_the_transformer_is_gone_when_the_autoencoder_comes(tmp_path, monkeypatch):
+    """And the text encoders when the transformer does: they take turns."""
+    there, loads = weakref.WeakValueDictionary(), []
+
+    def watch(name):
+        load = getattr(Models, name)
+
+        def watched(models, *arguments):
+            loads.append((name, sorted(there)))
+            there[name] = loaded = load(models, *arguments)
+            return loaded
+
+        monkeypatch.setattr(Models, name, watched)
+
+    for name in ("load_text_encoders", "load_flux", "load_autoencoder"):
+        watch(name)
+    arguments = ["sample", "--model", "nano", "--prompt", "a red star", "--steps", "1", "--resident-units", "0"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert loads == [("load_text_encoders", []), ("load_flux", []), ("load_autoencoder", [])]
+
+
+def test_an_amount_of_memory_that_cannot_be_kept_to_is_refused(tmp_path):
+    result = CliRunner().invoke(main, ["sample", "--model", "nano", "--prompt", "x", "--vram", "8GiB"])
+    assert result.exit_code == 2 and "--vram is about a CUDA card, and this machine has none" in result.output
 
 
 def test_settings_are_in_the_png(tmp_path):

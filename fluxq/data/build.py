@@ -49,6 +49,7 @@ def build_cache(
     prompts: Sequence[str] = (),
     skip_bad: bool = False,
     progress: Progress | None = None,
+    say: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """The dataset of `folders`, with every record that it names in the store; its file lies in `<store_dir>/datasets`.
 
@@ -56,6 +57,7 @@ def build_cache(
     `.config.scale_factor` and `.shift_factor`; load_text a `TextEncoder` of `t5_length` tokens. Each is called at most
     once, and the first is let go before the second is called. `prompts` and the empty caption are encoded beside the
     examples' captions. `progress` is told (stage, done, total); the stages are "hashing", "pictures" and "captions".
+    `say` is told where the autoencoder has to work on fewer rows at a time than it was loaded with.
     Raises WrongRequest for what `scan` refuses, for an undecodable picture (unless `skip_bad`), and if something needs
     encoding while a file of its encoder is missing.
     """
@@ -82,7 +84,7 @@ def build_cache(
         _require(encoders.ae, f"{len(missing_pictures)} pictures")
         return load_autoencoder()
 
-    bad = encode_pictures(store, missing_pictures, checked_autoencoder, skip_bad, progress)
+    bad = encode_pictures(store, missing_pictures, checked_autoencoder, skip_bad, progress, say)
     if missing_captions:
         encode_captions(store, missing_captions, load_text(), t5_length, progress)
 

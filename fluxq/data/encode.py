@@ -1,6 +1,7 @@
 """Runs the encoders: pictures to latents records, captions to text records."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from fluxq.data.examples import Example
 from fluxq.data.pictures import open_picture, prepare
 from fluxq.data.store import Store, Text
 from fluxq.errors import WrongRequest
+from fluxq.model.autoencoder import within_memory
 from fluxq.model.text import CLIP_LENGTH
 
 PIXELS_PER_BATCH = 1 << 20  # pictures of one bucket are encoded together up to this many; a larger one goes alone
@@ -41,12 +43,15 @@ def encode_pictures(
     load: Callable[[], Any],
     skip_bad: bool,
     progress: Progress,
+    say: Callable[[str], None] = lambda line: None,
 ) -> dict[str, str]:
     """Encodes `pictures`, given by key. Returns the keys of those that cannot be decoded, each with its reason.
 
     `load` gives a module with `.encoder(x (B, 3, H, W))` -> moments (B, 32, H/8, W/8), `.config.scale_factor` and
     `.config.shift_factor`. It is called when the first picture has been decoded: bad pictures alone need no
-    autoencoder. Raises WrongRequest for a picture that cannot be decoded, unless `skip_bad`.
+    autoencoder. Where the card has too little memory for pictures, they are encoded on fewer rows at a time, which
+    `say` is told. Raises WrongRequest for a picture that cannot be decoded, unless `skip_bad`, and where the card has
+    too little memory all the same.
     """
     bad: dict[str, str] = {}
     autoencoder, done = None, 0
@@ -62,7 +67,11 @@ def encode_pictures(
         if decoded:
             if autoencoder is None:
                 autoencoder = load()
-            means, spreads = _latents(autoencoder, torch.stack(list(decoded.values())))
+            x = torch.stack(list(decoded.values()))
+            try:
+                means, spreads = within_memory(autoencoder, partial(_latents, autoencoder, x), say)
+            except torch.OutOfMemoryError as error:
+                raise WrongRequest(_too_large(batch[0][1])) from error
             for key, mean, spread in zip(decoded, means, spreads, strict=True):
                 store.put_latents(key, mean, spread, pictures[key].name)
         done += len(batch)
@@ -111,6 +120,12 @@ def cut_notes(cuts: Mapping[str, tuple[bool, bool]], names: Mapping[str, str], t
 def _called(caption: str, names: Mapping[str, str]) -> str:
     short = caption if len(caption) <= 60 else f"{caption[:60]}..."
     return f"the caption of {names[caption]}, {short!r}," if caption in names else f"the prompt {short!r}"
+
+
+def _too_large(example: Example) -> str:
+    width, height = example.bucket
+    what = f"{example.path} in {width} x {height} pixels takes more memory than the card has left, in bands of rows too"
+    return f"{what}; choose a smaller --size, or close other programs that use the card"
 
 
 def _by_bucket(pictures: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:

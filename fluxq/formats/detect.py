@@ -8,10 +8,12 @@ does not fit is refused by the name of what it is. The other spelling, diffusers
 
 import re
 from collections.abc import Iterable, Mapping
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 from fluxq.formats.files import listed, printable, refuse
+from fluxq.formats.keys import autoencoder_diffusers_shapes, flux_diffusers_shapes
 from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
 from fluxq.formats.shapes import clip_shapes as clip_shapes
 from fluxq.formats.shapes import t5_shapes as t5_shapes
@@ -25,6 +27,7 @@ CLIP = "a CLIP text encoder"
 T5 = "a T5 text encoder"
 LORA = "a LoRA"
 DIFFUSERS_FLUX = "a FLUX.1 transformer in diffusers' layout"
+OPENCLIP = "a CLIP text encoder in OpenCLIP's layout"
 DIFFUSERS_OTHER = "a model in diffusers' layout (an autoencoder or a UNet)"
 
 EXAMPLES = {
@@ -43,7 +46,7 @@ T5_PREFIXES = ("", "text_encoders.t5xxl.transformer.")
 MARKERS = {
     FLUX: (FLUX_PREFIXES, r"(double|single)_blocks\.\d|single_transformer_blocks\.\d"),
     AUTOENCODER: (AUTOENCODER_PREFIXES, r"decoder\.up(_blocks)?\.\d"),
-    CLIP: (CLIP_PREFIXES, r"embeddings\.position_embedding\."),
+    CLIP: (CLIP_PREFIXES, r"embeddings\.position_embedding\.|transformer\.resblocks\.\d"),
     T5: (T5_PREFIXES, r"encoder\.block\.\d"),
 }
 
@@ -59,21 +62,28 @@ KINDS = {
     r"^(lora|lycoris)_|\.lora_(A|B|up|down)\b|[._]lora\d?\.(up|down)\.": LORA,
     r"(^|\.)distilled_guidance_layer\.": "Chroma, which is another model than FLUX.1",
     r"(^|\.)(double_stream_modulation|single_stream_modulation)": "FLUX.2, which is another model than FLUX.1",
-    r"\.quant_state\.bitsandbytes__|\.absmax$|\.SCB$": "a file that bitsandbytes has quantised",
     r"\.weight(\._data|\._scale|_qdata)$": "a file that quanto or torchao has quantised",
-    r"(^|\.)scaled_fp8$|\.(scale_weight|weight_scale|comfy_quant)$": "a file of 8-bit weights with scales of their own",
+    r"(^|\.)(controlnet_blocks|controlnet_x_embedder|input_hint_block)\.": "a ControlNet",
+    r"(^|[._])ip_adapter[._]|^image_proj\.": "an IP-Adapter",
+    r"^redux_(up|down)\.": "FLUX.1 Redux, which makes prompts of pictures",
+    r"^pulid_": "PuLID, which puts a face into pictures",
     r"(^|\.)txt_in\.individual_token_refiner\.": "HunyuanVideo, which is another model than FLUX.1",
     r"(^|\.)(double_blocks|single_blocks)\.\d": FLUX,
     r"(^|\.)single_transformer_blocks\.\d": DIFFUSERS_FLUX,
     r"(^|\.)(input_blocks|label_emb|time_embedding)\.": "a Stable Diffusion model (1.x, 2.x or XL)",
     r"(^|\.)joint_blocks\.\d": "Stable Diffusion 3",
+    r"(^|\.)transformer_blocks\.\d+\.(img|txt)_mod\.": "Qwen-Image, which is another model than FLUX.1",
+    r"(^|\.)blocks\.\d+\.cross_attn\.": "a video model such as Wan",
+    r"(^|\.)cap_embedder\.": "Lumina 2 or Z-Image, which are other models than FLUX.1",
     r"(^|\.)(quant_conv|post_quant_conv)\.": "the autoencoder of another model (Stable Diffusion or FLUX.2)",
     r"(^|\.)(mid_block|down_blocks|up_blocks)\.": DIFFUSERS_OTHER,
     r"(^|\.)decoder\.up\.\d": AUTOENCODER,
     r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias": "UMT5, another model than T5",
     r"\.SelfAttention\.|\.DenseReluDense\.": T5,
-    r"\.resblocks\.\d": "a CLIP text encoder in OpenCLIP's layout",
+    r"(^|\.)resblocks\.\d": OPENCLIP,
     r"(^|\.)embeddings\.position_embedding\.": CLIP,
+    r"^(encoder|decoder)\.(layers\.)?\d+\.": "a tiny autoencoder (TAESD), made for previews",
+    r"^blk\.\d+\.attn_": "a language model",
 }
 
 # --- the transformer ---
@@ -257,7 +267,48 @@ def kind(keys: Iterable[str]) -> str:
     for pattern, name in KINDS.items():
         if any(re.search(pattern, key) for key in keys):
             return name
-    return f"no model that fluxq knows (its first key is {printable(keys[0])})" if keys else "empty: it has no tensors"
+    return f"no model that fluxq knows ({_nearest(keys)})" if keys else "empty: it has no tensors"
+
+
+def _nearest(keys: list[str]) -> str:
+    """Which model has the most names in common with `keys`, blocks' numbers aside, and the first that differ."""
+    own = _by_unnumbered(keys)
+    common, wanted = max(((len(own.keys() & names), wanted) for wanted, names in _templates().items()))
+    if common == 0:
+        return f"its first key is {printable(keys[0])}"
+    names = _templates()[wanted]
+    missing = [name for unnumbered, name in names.items() if unnumbered not in own]
+    strange = [printable(key) for unnumbered, key in own.items() if unnumbered not in names]
+    return f"nearest to {wanted}: {listed(missing=missing, unexpected=strange)}"
+
+
+@cache
+def _templates() -> dict[str, dict[str, str]]:
+    """For each model and layout the names of the public file's tensors, by what they are without numbers."""
+    flux, autoencoder = FluxConfig.dev(), AutoEncoderConfig()
+    clip = {"vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1}
+    t5 = {"vocab_size": 1, "d_model": 1, "d_ff": 1, "d_kv": 1, "num_heads": 1, "num_layers": 1}
+    shapes = {
+        FLUX: flux_shapes(flux),
+        DIFFUSERS_FLUX: flux_diffusers_shapes(flux),
+        AUTOENCODER: autoencoder_shapes(autoencoder),
+        f"{AUTOENCODER} in diffusers' layout": autoencoder_diffusers_shapes(autoencoder),
+        CLIP: clip_shapes(clip | {"max_position_embeddings": 1}),
+        T5: t5_shapes(t5 | {"relative_attention_num_buckets": 1}),
+    }
+    return {wanted: _by_unnumbered(own) for wanted, own in shapes.items()}
+
+
+def _by_unnumbered(keys: Iterable[str]) -> dict[str, str]:
+    """The first of `keys` that is each without its number."""
+    found: dict[str, str] = {}
+    for key in keys:
+        found.setdefault(_unnumbered(key), key)
+    return found
+
+
+def _unnumbered(key: str) -> str:
+    return re.sub(r"\.\d+\.", ".#.", key)
 
 
 def _without_prefix(keys: Iterable[str], wanted: str, source: str | Path) -> dict[str, str]:

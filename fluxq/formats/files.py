@@ -63,7 +63,8 @@ OTHER_MAGIC = {
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
 WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS}
 
-_Entry = tuple[torch.dtype, tuple[int, ...], tuple[int, int]]  # dtype, shape, (begin, end) in the data section
+Span = tuple[int, int]  # first byte, byte after the last
+_Entry = tuple[torch.dtype, tuple[int, ...], Span]  # the span is within the data section
 
 
 @contextlib.contextmanager
@@ -141,72 +142,49 @@ def safetensors_data(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-class Checkpoint:
-    """A safetensors file whose header has been read and found to fit the file.
+class TensorFile:
+    """A file whose header has been read and found to fit it; its tensors are read by position, bytes as they lie.
 
-    metadata is the header's `__metadata__`, {} without one; shapes maps each key to its shape; nbytes is the size of
-    all tensors together. Raises WrongRequest for all but a complete safetensors file, saying what is wrong with it.
+    shapes maps each key to its shape; nbytes is the size of all tensors together; metadata is text about the file.
     """
 
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        file_size, self._data_start, header = _read_header(self.path)
-        self.metadata: dict[str, str] = _checked_metadata(self.path, header.pop("__metadata__", {}))
-        self._entries = {key: _checked_entry(self.path, key, entry) for key, entry in header.items()}
-        self.shapes: dict[str, tuple[int, ...]] = {key: shape for key, (_, shape, _) in self._entries.items()}
-        self.nbytes = _checked_nbytes(self.path, file_size, self._data_start, self._entries)
+    def __init__(
+        self, path: Path, shapes: Mapping[str, tuple[int, ...]], spans: Mapping[str, Span], metadata: dict[str, str]
+    ):
+        """spans are [begin, end) in the file."""
+        self.path, self.shapes, self.metadata, self._spans = path, shapes, metadata, spans
 
     def keys(self) -> KeysView[str]:
-        return self._entries.keys()
+        return self.shapes.keys()
 
     def shape(self, key: str) -> tuple[int, ...]:
-        return self._entry(key)[1]
+        self._span(key)
+        return self.shapes[key]
 
-    def dtype(self, key: str) -> torch.dtype:
-        return self._entry(key)[0]
+    def size(self, key: str) -> int:
+        """The tensor's bytes, counted."""
+        begin, end = self._span(key)
+        return end - begin
 
-    def get(self, key: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """The tensor, or its rows from `begin` to before `end`, in the file's own dtype, in memory of its own.
-
-        Just these bytes are read.
-        """
-        _, shape, (start, stop) = self._entry(key)
-        if shape and (begin or end is not None):
-            end = shape[0] if end is None else end
-            if not 0 <= begin <= end <= shape[0]:
-                raise ValueError(f"{printable(key)} has {shape[0]} rows, not those from {begin} to {end}")
-            row = (stop - start) // max(shape[0], 1)
-            start, stop, shape = start + begin * row, start + end * row, (end - begin, *shape[1:])
-        return self._read(key, [(start, stop)]).reshape(shape)
-
-    def rows(self, key: str, indices: Sequence[int]) -> torch.Tensor:
-        """The slices of a tensor at `indices` of its first dimension; nothing else is read. Raises IndexError."""
-        _, shape, (begin, end) = self._entry(key)
-        if not all(0 <= i < shape[0] for i in indices):
-            raise IndexError(f"{key} has {shape[0]:,} rows, {min(indices):,} to {max(indices):,} were asked for")
-        size = (end - begin) // shape[0]
-        spans = [(begin + i * size, begin + (i + 1) * size) for i in indices]
-        return self._read(key, spans).reshape(len(indices), *shape[1:])
+    def read(self, key: str, spans: Sequence[Span] | None = None) -> torch.Tensor:
+        """The tensor's bytes, flat uint8 in memory of their own; of `spans`, [begin, end) within it, only those."""
+        spans = [(0, self.size(key))] if spans is None else spans
+        data = torch.empty(sum(end - begin for begin, end in spans), dtype=torch.uint8)
+        self._fill(key, spans, data)
+        return data
 
     def read_into(self, key: str, out: torch.Tensor) -> None:
         """Fill `out`, flat uint8 of the tensor's length, with its bytes. Raises ValueError for another length."""
-        begin, end = self._entry(key)[2]
-        if len(out) != end - begin:
-            raise ValueError(f"{printable(key)} has {end - begin:,} bytes, not {len(out):,}")
-        self._fill(key, [(begin, end)], out)
+        if len(out) != self.size(key):
+            raise ValueError(f"{printable(key)} has {self.size(key):,} bytes, not {len(out):,}")
+        self._fill(key, [(0, len(out))], out)
 
-    def _read(self, key: str, spans: Sequence[tuple[int, int]]) -> torch.Tensor:
-        """The bytes of `spans` of the data section, one after another, in the dtype of `key`."""
-        data = torch.empty(sum(end - begin for begin, end in spans), dtype=torch.uint8)
-        self._fill(key, spans, data)
-        return data.view(self.dtype(key))
-
-    def _fill(self, key: str, spans: Sequence[tuple[int, int]], out: torch.Tensor) -> None:
-        view, done, wanted = out.numpy().data, 0, 0
+    def _fill(self, key: str, spans: Sequence[Span], out: torch.Tensor) -> None:
+        view, done, wanted, start = out.numpy().data, 0, 0, self._span(key)[0]
         try:
             with open(self.path, "rb", buffering=0) as file:
                 for begin, end in spans:
-                    file.seek(self._data_start + begin)
+                    file.seek(start + begin)
                     wanted += end - begin
                     while done < wanted and (count := file.readinto(view[done:wanted])):  # at most 2 GiB a call
                         done += count
@@ -216,10 +194,46 @@ class Checkpoint:
             what = f"{done:,} of the {len(view):,} bytes of {printable(key)} are left"
             refuse(self.path, f"has become shorter while it was read: {what}", "start again")
 
-    def _entry(self, key: str) -> _Entry:
-        if key not in self._entries:
+    def _span(self, key: str) -> Span:
+        if key not in self._spans:
             refuse(self.path, f"has no tensor {printable(key)}", "give a file that has it")
-        return self._entries[key]
+        return self._spans[key]
+
+
+class Checkpoint(TensorFile):
+    """A safetensors file; metadata is the header's `__metadata__`, {} without one.
+
+    Raises WrongRequest for all but a complete safetensors file, saying what is wrong with it.
+    """
+
+    def __init__(self, path: str | Path):
+        path = Path(path)
+        file_size, start, header = _read_header(path)
+        metadata = _checked_metadata(path, header.pop("__metadata__", {}))
+        entries = {key: _checked_entry(path, key, entry) for key, entry in header.items()}
+        self.nbytes = _checked_nbytes(path, file_size, start, entries)
+        self._dtypes = {key: dtype for key, (dtype, _, _) in entries.items()}
+        shapes = {key: shape for key, (_, shape, _) in entries.items()}
+        spans = {key: (start + begin, start + end) for key, (_, _, (begin, end)) in entries.items()}
+        super().__init__(path, shapes, spans, metadata)
+
+    def dtype(self, key: str) -> torch.dtype:
+        self._span(key)
+        return self._dtypes[key]
+
+    def get(self, key: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
+        """The tensor, or its rows from `begin` to before `end`, in the file's own dtype, in memory of its own.
+
+        Just these bytes are read.
+        """
+        shape = self.shape(key)
+        if not shape or (begin == 0 and end is None):
+            return self.read(key).view(self.dtype(key)).reshape(shape)
+        end = shape[0] if end is None else end
+        if not 0 <= begin <= end <= shape[0]:
+            raise ValueError(f"{printable(key)} has {shape[0]} rows, not those from {begin} to {end}")
+        row = self.size(key) // max(shape[0], 1)
+        return self.read(key, [(begin * row, end * row)]).view(self.dtype(key)).reshape(end - begin, *shape[1:])
 
 
 def strict_load(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str | Path) -> None:

@@ -14,9 +14,10 @@ from pathlib import Path
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import FLUX
-from fluxq.formats.files import Checkpoint, refuse
-from fluxq.formats.quantized import QuantizedFile, fingerprint
-from fluxq.formats.source import OPENERS, Source, meant, units
+from fluxq.formats.files import refuse
+from fluxq.formats.quantized import QuantizedFile, fingerprint, is_quantized
+from fluxq.formats.shards import meant, units
+from fluxq.formats.source import OPENERS, Source
 
 MAX_DEPTH = 8
 MAX_FOLDERS = 20_000
@@ -47,7 +48,7 @@ def search(place: Path) -> Found:
             continue
         seen.add(real)
         if len(seen) > MAX_FILES:
-            refuse(place, f"holds more than {MAX_FILES:,} .safetensors files", "name a folder further down")
+            refuse(place, f"holds more than {MAX_FILES:,} model files", "name a folder further down")
         try:
             parts = meant(unit)
         except WrongRequest as error:
@@ -55,7 +56,7 @@ def search(place: Path) -> Found:
             continue
         for part in parts:
             try:
-                if part == FLUX and unit.suffix != ".json" and "fluxq" in Checkpoint(unit).metadata:
+                if part == FLUX and is_quantized(unit):
                     found.quantised.append(QuantizedFile.open(unit))
                 else:
                     found.sources[part].append(OPENERS[part](unit))
@@ -111,8 +112,8 @@ def choose_flux(found: Found, format: str) -> tuple[Path, str] | None:
     return source.path, why + "".join(f"; {file.path.name} is it in {file.format}" for file in forms)
 
 
-def _merit(source: Source) -> tuple[int, bool, bool]:
-    return source.dtype.itemsize, source.alone, not source.diffusers
+def _merit(source: Source) -> tuple[float, bool, bool]:
+    return source.bits, source.alone, not source.diffusers
 
 
 def _units_below(folder: Path) -> Iterator[Path]:

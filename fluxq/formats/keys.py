@@ -1,4 +1,5 @@
-"""The names that diffusers gives to the tensors of FLUX.1 and of its autoencoder.
+"""The names that others give to tensors: diffusers to FLUX.1's and its autoencoder's, OpenCLIP to CLIP's, llama.cpp to
+T5's.
 
 The original files (BFL) fuse q, k, v and the MLP's input into one matrix where diffusers has several, and order the two
 halves of the last modulation the other way round. Both are said by one rule: a diffusers module is the concatenation,
@@ -67,6 +68,44 @@ AUTOENCODER = {
     r"\.nin_shortcut\.": ".conv_shortcut.",
 }
 
+OPENCLIP = {
+    "token_embedding.weight": "embeddings.token_embedding.weight",
+    "positional_embedding": "embeddings.position_embedding.weight",
+    "ln_final.weight": "final_layer_norm.weight",
+    "ln_final.bias": "final_layer_norm.bias",
+}
+OPENCLIP_LAYER = {
+    "ln_1": ("layer_norm1",),
+    "attn.in_proj": ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+    "attn.out_proj": ("self_attn.out_proj",),
+    "ln_2": ("layer_norm2",),
+    "mlp.c_fc": ("mlp.fc1",),
+    "mlp.c_proj": ("mlp.fc2",),
+}
+
+# Applied in turn to the names of T5's encoder in a GGUF, which are llama.cpp's.
+T5_GGUF = {
+    r"^enc\.output_norm\.": "encoder.final_layer_norm.",
+    r"^enc\.blk\.": "encoder.block.",
+    r"\.attn_([qkvo])\.": r".layer.0.SelfAttention.\1.",
+    r"\.attn_rel_b\.": ".layer.0.SelfAttention.relative_attention_bias.",
+    r"\.attn_norm\.": ".layer.0.layer_norm.",
+    r"\.ffn_gate\.": ".layer.1.DenseReluDense.wi_0.",
+    r"\.ffn_up\.": ".layer.1.DenseReluDense.wi_1.",
+    r"\.ffn_down\.": ".layer.1.DenseReluDense.wo.",
+    r"\.ffn_norm\.": ".layer.1.layer_norm.",
+}
+
+
+def gguf_name(name: str) -> str:
+    """The name that a GGUF's tensor has elsewhere: transformers' where it is of T5's encoder, else its own."""
+    if name == "token_embd.weight":
+        return "shared.weight"
+    if name.startswith("enc."):
+        for pattern, replacement in T5_GGUF.items():
+            name = re.sub(pattern, replacement, name)
+    return name
+
 
 def module_split(module: str, config: FluxConfig) -> list[tuple[str, int, int]]:
     """The diffusers modules that a BFL module becomes: (name, first row, row after the last), in diffusers' order.
@@ -124,6 +163,20 @@ def flux_pieces(config: FluxConfig) -> Mapping[str, tuple[Piece, ...]]:
             found.setdefault(key, []).append((start, Piece(name, filled.get(name, 0), end - start)))
             filled[name] = filled.get(name, 0) + end - start
     return {key: tuple(piece for _, piece in sorted(pieces)) for key, pieces in found.items()}
+
+
+def openclip_pieces(shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+    """transformers' name -> the rows of the one tensor that it is, for a CLIP text model under OpenCLIP's names."""
+    pieces: dict[str, tuple[Piece, ...]] = {}
+    for key, shape in shapes.items():
+        if key in OPENCLIP:
+            pieces[OPENCLIP[key]] = (Piece(key, 0, shape[0]),)
+        elif layer := re.fullmatch(r"transformer\.resblocks\.(\d{1,3})\.(.+)[._](weight|bias)", key):
+            names = OPENCLIP_LAYER.get(layer[2], ())
+            for i, name in enumerate(names):
+                first, end = (shape[0] * n // len(names) for n in (i, i + 1))
+                pieces[f"encoder.layers.{layer[1]}.{name}.{layer[3]}"] = (Piece(key, first, end - first),)
+    return pieces
 
 
 def flux_diffusers_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -11,13 +12,16 @@ from fluxq.formats.detect import CLIP, EXAMPLES
 from fluxq.formats.files import refuse, strict_load
 from fluxq.formats.source import open_autoencoder, open_clip, open_flux, open_t5
 from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxq.formats.weights import StoredWeights
+from fluxq.formats.weights import StoredWeights, StreamedWeights, streamed
 from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
 from fluxq.model.text import CLIP_LENGTH, STATES_BYTES, TextEncoders
-from fluxq.model.text_layers import ClipEncoder, T5Encoder
+from fluxq.model.text_layers import TOKENS_PER_BATCH, ClipEncoder, T5Encoder, clip_units, t5_units
+from fluxq.offload import Streams
+
+ENCODER_SLOTS = 2  # a block of T5-XXL takes 386 MB; reading the file is one pipe, which more would not widen
 
 
 def load_flux(path: Path, format: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Flux:
@@ -58,12 +62,18 @@ def load_text_encoders(
     length: int,
     device: torch.device,
     dtype: torch.dtype | None = None,
+    slots: int | None = None,
+    streams: Streams | None = None,
+    poison: bool = False,
+    room: int | None = None,
 ) -> TextEncoders:
     """CLIP-L (fp32) and T5's encoder with their tokenizers, at a T5 length of `length` tokens.
 
-    Headers alone are read: the encoders read their weights block by block when captions are given to them. T5 computes
-    in `dtype`: by default in bf16, and in fp32 on processors that have no fast bf16. The tokenizers' files are as
-    `find_tokenizers` gives them. Raises WrongRequest for a file that is not what its name says.
+    Their blocks pass through one ring of `slots` slots, by default of 2; with 0, the default on processors, each block
+    is read when it is computed with. T5 computes in `dtype`: by default in bf16, and in fp32 on processors that have no
+    fast bf16. The tokenizers' files are as `find_tokenizers` gives them. Raises WrongRequest for a file that is not
+    what its name says. `streams` and `poison`: see StreamingRing. They take at most `room` bytes of the device, if any
+    are said, by taking fewer captions at a time; one at least.
     """
     if dtype is None:
         mkldnn = torch.backends.mkldnn.is_available()  # absent on some Arm builds
@@ -75,11 +85,35 @@ def load_text_encoders(
     if sizes["max_position_embeddings"] < CLIP_LENGTH:
         what = f"has {sizes['max_position_embeddings']} positions, where {CLIP_LENGTH} are wanted"
         refuse(clip_l, what, f"give {EXAMPLES[CLIP]}")
-    weights = StoredWeights(clip_source, device, torch.float32)
-    clip = ClipEncoder(weights, sizes["num_hidden_layers"], sizes["num_attention_heads"])
+    weights = [StoredWeights(clip_source, device, torch.float32), StoredWeights(t5_source, device, dtype)]
+    if slots is None:
+        slots = 0 if device.type == "cpu" else ENCODER_SLOTS
+    if slots:
+        units = clip_units(sizes["num_hidden_layers"]), t5_units(t5_source.config["num_layers"])
+        weights = streamed(list(zip(weights, units, strict=True)), device, slots, streams, poison)
+    clip = ClipEncoder(weights[0], sizes["num_hidden_layers"], sizes["num_attention_heads"])
     sizes = t5_source.config
-    t5 = T5Encoder(StoredWeights(t5_source, device, dtype), sizes["num_layers"], sizes["num_heads"])
+    t5 = T5Encoder(weights[1], sizes["num_layers"], sizes["num_heads"])
 
     clip_tokenize, clip_ids = load_clip_tokenizer(clip_tokenizer)
-    group = max(1, STATES_BYTES.get(device.type, STATES_BYTES["cpu"]) // (length * sizes["d_model"] * dtype.itemsize))
+    states = STATES_BYTES.get(device.type, STATES_BYTES["cpu"])
+    if room is not None:
+        states = min(states, room - encoder_bytes(weights[1], length))
+    group = max(1, states // (length * sizes["d_model"] * dtype.itemsize))
     return TextEncoders(t5, clip, load_t5_tokenizer(t5_tokenizer), clip_tokenize, clip_ids, length, group)
+
+
+def encoder_bytes(t5: StoredWeights, length: int) -> int:
+    """What T5 takes of the device beside the states: the ring's slots, a block's values, and what comes and goes.
+
+    Of a batch of tokens that are in its feed-forward layers the states, normed too, the gate twice and what it is
+    multiplied by; and the bias of the scores.
+    """
+    sizes, shapes = t5.source.config, t5.source.shapes
+    width, hidden = sizes["d_model"], sizes["d_ff"]
+    (layers,) = t5_units(1).values()
+    block = sum(math.prod(shapes[name]) for own in layers.values() for name in own)
+    tokens = max(1, TOKENS_PER_BATCH // length) * length
+    passing = tokens * (2 * width + 3 * hidden) + sizes["num_heads"] * length**2
+    slots = t5.ring.slot_bytes if isinstance(t5, StreamedWeights) else 0
+    return slots + (block + passing) * t5.dtype.itemsize

@@ -14,7 +14,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -29,10 +29,12 @@ from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import DIFFUSERS_FLUX, kind
-from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, atomic_path
+from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, atomic_path
 from fluxq.formats.shapes import flux_shapes
+from fluxq.formats.shards import open_file
 from fluxq.formats.source import Source
-from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, quantize
+from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, dequantize, quantize
+from fluxq.kernels.weights import parts_of
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
@@ -40,6 +42,7 @@ from fluxq.model.units import REST, by_unit
 
 ALIGNMENT = 256
 LAYOUT_VERSION = 1
+MAX_VECTOR_BYTES = 1 << 17  # the longest vector of FLUX.1 is 86 KB in fp32; absmax of a matrix 590 KB and more
 
 
 @dataclass(frozen=True)
@@ -60,13 +63,18 @@ def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tupl
     """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
     units = {}
     for unit, names in by_unit(shapes).items():
-        places, end = [], 0
-        for name in names:
-            for part, dtype, shape in _stored(name, shapes[name], format if unit != REST else "bf16"):
-                places.append(Place(part, dtype, shape, end))
-                end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
-        units[unit] = (places, end)
+        stored = (_stored(name, shapes[name], format if unit != REST else "bf16") for name in names)
+        units[unit] = placed(part for parts in stored for part in parts)
     return units
+
+
+def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[Place], int]:
+    """The places of (name, dtype, shape) one after another, and the length of them all."""
+    places, end = [], 0
+    for name, dtype, shape in parts:
+        places.append(Place(name, dtype, shape, end))
+        end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
 
 
 def _stored(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
@@ -92,12 +100,13 @@ def write_quantized(
     about: dict[str, Any],
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
-    inspect: Callable[[str, Tensor, Weight], None] = lambda name, w, q: None,
+    inspect: Callable[[str, Weight, Weight], None] = lambda name, w, q: None,
 ) -> None:
-    """Quantise `source` into `path`, one tensor at a time, on `device`.
+    """Quantise `source` into `path` on `device`, one tensor at a time, or a band of its rows where it is large.
 
-    `about` is JSON that goes into the metadata; progress is told (bytes read, of all); `inspect` sees every matrix and
-    what it became. Raises WrongRequest, before anything is read, where the disk has too little room.
+    `about` is JSON that goes into the metadata; progress is told (bytes read, of all); `inspect` sees every matrix,
+    or each band of it, and what that became. Raises WrongRequest, before anything is read, where the disk has too
+    little room.
     """
     units = layout(source.shapes, format)
     description = {
@@ -117,15 +126,17 @@ def write_quantized(
     with atomic_path(path, needed) as temporary, temporary.open("wb") as file:
         file.write(header)
         names = by_unit(source.shapes)
-        tensors = _read_ahead(source, [name for unit in units for name in names[unit]], digest)
+        bands = _read_ahead(source, [name for unit in units for name in names[unit]], digest)
         for unit, (places, length) in units.items():
             buffer, parts = torch.zeros(length, dtype=torch.uint8), iter(places)
+            own = format if unit != REST else "bf16"
             for name in names[unit]:
-                tensor = next(tensors)
-                for stored in _quantized(name, tensor.to(device), format if unit != REST else "bf16", inspect):
-                    place = next(parts)
-                    view(buffer, place).copy_(stored)
-                done += tensor.nbytes
+                targets = [view(buffer, next(parts)) for _ in _stored(name, source.shapes[name], own)]
+                for rows in source.bands(name):
+                    weight = next(bands).to(device)
+                    for target, made in zip(targets, _quantized(name, weight, own, inspect), strict=True):
+                        target[rows.start : rows.stop].copy_(made)
+                done += source.sizes[name]
                 progress(done, source.nbytes)
             file.write(buffer.numpy().data)
         final = _header(units, {**description, "source": {**about, "hash": digest.hexdigest()}})
@@ -143,31 +154,28 @@ def require_room(path: Path, needed: int) -> None:
         raise WrongRequest(f"{path} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room there")
 
 
-def _read_ahead(source: Source[FluxConfig], names: Sequence[str], digest: Any) -> Iterator[Tensor]:
-    """The tensors of `names` in order; while one is worked on, a thread reads the next and adds it to `digest`."""
+def _read_ahead(source: Source[FluxConfig], names: Sequence[str], digest: Any) -> Iterator[Weight]:
+    """The bands of `names` in order; while one is worked on, a thread reads the next and adds its bytes to `digest`."""
 
-    def read(name: str) -> Tensor:
-        tensor = source.get(name)
+    def read(name: str, rows: range) -> Weight:
         digest.update(name.encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-        return tensor
+        return source.get(name, rows, lambda data: digest.update(data.numpy().data))
 
+    bands = [(name, rows) for name in names for rows in source.bands(name)]
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, names[0])
-        for name in names[1:]:
-            tensor, coming = coming.result(), reader.submit(read, name)
-            yield tensor
+        coming = reader.submit(read, *bands[0])
+        for band in bands[1:]:
+            weight, coming = coming.result(), reader.submit(read, *band)
+            yield weight
         yield coming.result()
 
 
-def _quantized(name: str, w: Tensor, format: str, inspect: Callable[[str, Tensor, Weight], None]) -> list[Tensor]:
-    if w.ndim < 2 or format == "bf16":
-        return [w.to(torch.bfloat16)]
-    keeps = format == "fp8" and w.dtype == torch.float8_e4m3fn
-    weight = quantize(w if keeps else w.to(torch.bfloat16) if w.dtype.itemsize == 1 else w, format)
+def _quantized(name: str, w: Weight, format: str, inspect: Callable[[str, Weight, Weight], None]) -> list[Tensor]:
+    if format == "bf16" or (isinstance(w, Tensor) and w.ndim < 2):
+        return [dequantize(w, torch.bfloat16)]
+    weight = quantize(w, format)
     inspect(name, w, weight)
-    assert not isinstance(weight, Tensor)
-    return [getattr(weight, field.name) for field in dataclasses.fields(weight)]
+    return list(parts_of(weight))
 
 
 def _header(units: dict[str, tuple[list[Place], int]], description: dict[str, Any]) -> bytes:
@@ -252,24 +260,32 @@ def fingerprint(files: Sequence[Path]) -> str:
 @lru_cache(maxsize=64)
 def _sampled(path: Path, length: int, mtime_ns: int, samples: int = 2048, size: int = 1 << 12) -> tuple[bytes, bool]:
     """The hash of one file's part in a fingerprint, and whether its keys are diffusers'."""
-    digest, checkpoint = blake2b(str(length).encode(), digest_size=16), Checkpoint(path)
+    digest, opened = blake2b(str(length).encode(), digest_size=16), open_file(path)
     with path.open("rb", buffering=0) as file:
         digest.update(file.read(1 << 20))
         for i in range(samples):
             file.seek(i * max(0, length - size) // (samples - 1))
             digest.update(file.read(size))
-    for vector in _vectors(checkpoint):
-        digest.update(vector.view(-1).view(torch.uint8).numpy().data)
-    return digest.digest(), kind(checkpoint.keys()) == DIFFUSERS_FLUX
+    for vector in _vectors(opened):
+        digest.update(vector.numpy().data)
+    return digest.digest(), kind(opened.keys()) == DIFFUSERS_FLUX
 
 
-def _vectors(checkpoint: Checkpoint) -> Iterator[Tensor]:
-    """All that has one dimension or none; in a quantised file these lie within its units."""
-    if "fluxq" not in checkpoint.metadata:
-        yield from (checkpoint.get(key) for key, shape in checkpoint.shapes.items() if len(shape) < 2)
+def _vectors(file: TensorFile) -> Iterator[Tensor]:
+    """The bytes of all that has one dimension or none, and is no 4-bit matrix's absmax, by far the longest of these; in
+    a quantised file the vectors lie within its units.
+    """
+    if "fluxq" not in file.metadata:
+        small = (key for key, shape in file.shapes.items() if len(shape) < 2 and file.size(key) <= MAX_VECTOR_BYTES)
+        yield from map(file.read, small)
         return
-    for unit, places in QuantizedFile.open(checkpoint.path).units.items():
-        yield from (checkpoint.get(unit, p.start, p.start + p.nbytes) for p in places if len(p.shape) < 2)
+    for unit, places in QuantizedFile.open(file.path).units.items():
+        yield from (file.read(unit, [(p.start, p.start + p.nbytes)]) for p in places if len(p.shape) < 2)
+
+
+def is_quantized(path: Path) -> bool:
+    """Whether `path` is a file of `write_quantized`. Raises WrongRequest where it is no model file."""
+    return path.suffix.lower() != ".json" and "fluxq" in open_file(path).metadata
 
 
 @dataclass(frozen=True)

@@ -73,6 +73,12 @@ def load_streamed(
     return flux.eval()
 
 
+def expect_sampling(flux: Flux) -> None:
+    """Tell the ring of a streamed model that forward passes are all that comes."""
+    if isinstance(flux.ring, StreamingRing):
+        flux.ring.expect(backward=())
+
+
 def expect_training(flux: Flux) -> None:
     """Tell the ring of a streamed model which blocks have a backward pass, as LoRA is now."""
     if isinstance(flux.ring, StreamingRing):

@@ -1,15 +1,29 @@
-"""A source's tensors as numbers to compute with: on a device, in one dtype, each read when it is asked for."""
+"""A source's tensors as numbers to compute with: on a device, in one dtype.
+
+`StoredWeights` reads each from its file when it is asked for. `StreamedWeights` has the same tensors come through a
+ring: they travel as they are stored, a thread reads the next unit while the one before is computed with, and the values
+are made on the device. Only pieces of a unit lie on the host, none of it for long: the files are read once for many
+captions, mostly once in all, so an arena of them would only be one more copy, and 10 GB of RAM.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, fields
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluxq.formats.files import refuse
+from fluxq.formats.quantized import Place, placed, view
 from fluxq.formats.source import Source
+from fluxq.kernels import Weight, dequantize
+from fluxq.model.text_layers import Units
+from fluxq.offload import Piece, Schedule, Stored, StreamingRing, Streams
+from fluxq.offload.arena import streams_from_files
 
 
 @dataclass(frozen=True)
@@ -20,6 +34,9 @@ class StoredWeights:
     device: torch.device
     dtype: torch.dtype
 
+    def resident(self, unit: str) -> AbstractContextManager[None]:
+        return nullcontext()
+
     def read(self, name: str) -> Tensor:
         return self.source.value(name, self.dtype, self.device)
 
@@ -29,3 +46,101 @@ class StoredWeights:
             what = f"has {count:,} rows in {name}, but the tokenizer gives the number {int(indices.max()):,}"
             refuse(self.source.path, what, "use the tokenizer that belongs to it")
         return self.source.rows(name, indices.tolist(), self.dtype, self.device)
+
+
+@dataclass(frozen=True)
+class StreamedWeights(StoredWeights):
+    """Those whose `units` come through `ring`; what belongs to none is read when it is asked for. views: name -> the
+    tensor as it is stored, in its unit's slot.
+    """
+
+    ring: StreamingRing
+    views: Mapping[str, Weight]
+
+    def resident(self, unit: str) -> AbstractContextManager[None]:
+        return self.ring.resident((unit,))
+
+    def read(self, name: str) -> Tensor:
+        return dequantize(self.views[name], self.dtype) if name in self.views else super().read(name)
+
+
+@dataclass(frozen=True)
+class _Part:
+    """A tensor in its unit: from which byte on, where what it is stored as lies behind that, the length of all of it.
+    kind makes a weight of the tensors in `places`.
+    """
+
+    begin: int
+    places: list[Place]
+    length: int
+    kind: Callable[..., Weight]
+
+    def weight(self, flat: Tensor) -> Weight:
+        own = flat[self.begin : self.begin + self.length]
+        return self.kind(*(view(own, place) for place in self.places))
+
+
+def streamed(
+    models: Sequence[tuple[StoredWeights, Units]],
+    device: torch.device,
+    slots: int,
+    streams: Streams | None = None,
+    poison: bool = False,
+) -> list[StreamedWeights]:
+    """These models' weights through one ring, which passes through them in this order, again and again. Unit names
+    differ between them. `streams` and `poison`: see StreamingRing.
+    """
+    stored, parts = dict[str, Stored](), dict[str, dict[str, _Part]]()
+    for weights, units in models:
+        for unit, layers in units.items():
+            names = [name for own in layers.values() for name in own]
+            parts[unit], stored[unit] = _stored(weights, names)
+    schedule = Schedule(tuple((unit,) for unit in stored), frozenset(), slots)
+    views: dict[str, Weight] = {}
+
+    def place(unit: str, flat: Tensor) -> None:
+        views.update((name, part.weight(flat)) for name, part in parts[unit].items())
+
+    longest = max(piece.length for unit in stored.values() for piece in unit.pieces)
+    streams = streams or streams_from_files(longest, device)
+    ring = StreamingRing(schedule, stored, place, device, streams, poison)
+    ring.expect(backward=())
+    return [StreamedWeights(w.source, w.device, w.dtype, ring, views) for w, _ in models]
+
+
+def _stored(weights: StoredWeights, names: Sequence[str]) -> tuple[dict[str, _Part], Stored]:
+    """How a unit of these tensors lies in its slot, and what reads it."""
+    parts, pieces, end = dict[str, _Part](), list[Piece](), 0
+    for name in names:
+        parts[name] = part = _part(weights, name, end)
+        end += part.length
+        pieces.append(Piece(part.begin, part.length, partial(_read, weights.source, name, part)))
+    return parts, Stored(end, tuple(pieces))
+
+
+def _part(weights: StoredWeights, name: str, begin: int) -> _Part:
+    """What its first row tells. What comes as fp32, as all does that has to be decoded on the host, travels in the
+    dtype to compute in.
+    """
+    rows, first = weights.source.shapes[name][0], weights.source.get(name, range(1))
+    dtypes = [
+        weights.dtype if isinstance(first, Tensor) and t.dtype == torch.float32 else t.dtype for t in _tensors(first)
+    ]
+    kind = (lambda tensor: tensor) if isinstance(first, Tensor) else type(first)
+    shapes = ((name, dtype, (rows, *t.shape[1:])) for dtype, t in zip(dtypes, _tensors(first), strict=True))
+    places, length = placed(shapes)
+    return _Part(begin, places, length, kind)
+
+
+def _read(source: Source[Any], name: str, part: _Part, out: Tensor) -> None:
+    targets = [view(out, place) for place in part.places]
+    if len(targets) == 1 and source.is_plain(name, targets[0].dtype):
+        source.read_into(name, out[: targets[0].nbytes])
+        return
+    for rows in source.bands(name):
+        for target, tensor in zip(targets, _tensors(source.get(name, rows)), strict=True):
+            target[rows.start : rows.stop] = tensor
+
+
+def _tensors(weight: Weight) -> list[Tensor]:
+    return [weight] if isinstance(weight, Tensor) else [getattr(weight, field.name) for field in fields(weight)]

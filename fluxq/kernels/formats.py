@@ -9,22 +9,30 @@ from fluxq.kernels.dispatch import ops
 from fluxq.kernels.weights import FORMATS, NF4_BLOCK, NF4Weight, RowScaled, Weight
 
 
-def quantize(w: Tensor, format: str) -> Weight:
-    """The (N, K) matrix `w`, any float dtype, stored as `format`.
+def quantize(w: Weight, format: str) -> Weight:
+    """The (N, K) matrix `w`, of any float dtype or stored in any format, stored as `format`.
 
-    Raises ValueError for an unknown format, and for NF4 where K is no multiple of 64.
+    What is in that format already keeps its bytes; e4m3 without scales counts as fp8 whose scales are 1. Raises
+    ValueError for an unknown format, and for NF4 where K is no multiple of 64.
     """
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     if format == "bf16":
-        return w.to(torch.bfloat16)
-    if format == "nf4":
-        if w.ndim != 2 or w.shape[1] % NF4_BLOCK:
-            raise ValueError(f"nf4 stores matrices whose width is a multiple of {NF4_BLOCK}, not {tuple(w.shape)}")
-        return NF4Weight(*ops(w).nf4_quantize(w))
-    if format == "fp8" and w.dtype == torch.float8_e4m3fn:
+        return dequantize(w, torch.bfloat16)
+    if isinstance(w, NF4Weight) and format == "nf4":
+        return w
+    eight_bits = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}.get(format)
+    if isinstance(w, RowScaled) and w.values.dtype == eight_bits:
+        return w
+    if isinstance(w, Tensor) and w.dtype == torch.float8_e4m3fn == eight_bits:
         return RowScaled(w, torch.ones(w.shape[0], device=w.device))
-    if format in ("fp8", "int8"):
-        return RowScaled(*ops(w).row_quantize(w, torch.int8 if format == "int8" else torch.float8_e4m3fn))
-    raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
+    if not isinstance(w, Tensor) or w.dtype.itemsize == 1:
+        w = dequantize(w, torch.float32)
+    if eight_bits is not None:
+        return RowScaled(*ops(w).row_quantize(w, eight_bits))
+    if w.ndim != 2 or w.shape[1] % NF4_BLOCK:
+        raise ValueError(f"nf4 stores matrices whose width is a multiple of {NF4_BLOCK}, not {tuple(w.shape)}")
+    return NF4Weight(*ops(w).nf4_quantize(w))
 
 
 def dequantize(q: Weight, dtype: torch.dtype) -> Tensor:

@@ -8,7 +8,8 @@ bf16   a plain tensor
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -34,6 +35,9 @@ class NF4Weight:
     def __getitem__(self, rows: slice) -> NF4Weight:
         return NF4Weight(self.codes[rows], self.absmax[rows])
 
+    def to(self, device: torch.device | str) -> NF4Weight:
+        return NF4Weight(self.codes.to(device), self.absmax.to(device))
+
 
 @dataclass(frozen=True, eq=False)
 class RowScaled:
@@ -52,6 +56,19 @@ class RowScaled:
     def __getitem__(self, rows: slice) -> RowScaled:
         return RowScaled(self.values[rows], self.scale[rows])
 
+    def to(self, device: torch.device | str) -> RowScaled:
+        return RowScaled(self.values.to(device), self.scale.to(device))
+
 
 Weight = Tensor | NF4Weight | RowScaled
 """An (N, K) matrix as it is stored; `weight[a:b]` is its rows a to b, a view."""
+
+
+def parts_of(weight: Weight) -> tuple[Tensor, ...]:
+    """The tensors that a weight is made of, in the order of its fields."""
+    return (weight,) if isinstance(weight, Tensor) else tuple(getattr(weight, field.name) for field in fields(weight))
+
+
+def of_parts(like: Weight, parts: Sequence[Tensor]) -> Weight:
+    """The weight of the kind of `like` that is made of `parts`."""
+    return parts[0] if isinstance(like, Tensor) else type(like)(*parts)

@@ -7,6 +7,9 @@ A convolutional encoder and decoder with one attention layer in the middle (Esse
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import TypeVar
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -161,6 +164,28 @@ class Decoder(nn.Module):
         for level in reversed(self.up):
             x = level(x)
         return self.conv_out(F.silu(self.norm_out(x)))
+
+
+T = TypeVar("T")
+BANDS = (32, 8)  # rows at a time; fewer take no less memory
+
+
+def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], say: Callable[[str], None]) -> T:
+    """run(), which computes with `autoencoder`; where the card has too little memory for it, again on fewer rows at a
+    time, from now on. Raises torch.OutOfMemoryError where that does not help.
+    """
+    while True:
+        try:
+            return run()
+        except torch.OutOfMemoryError:
+            before = autoencoder.encoder.band
+            if before is not None and before <= BANDS[-1]:
+                raise
+        band = next(
+            band for band in BANDS if before is None or band < before
+        )  # the attempt's maps went with its frames
+        autoencoder.in_bands(band)
+        say(f"the card has too little memory for the autoencoder; it works on {band} rows at a time from here on")
 
 
 class AutoEncoder(nn.Module):

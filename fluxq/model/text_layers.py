@@ -1,6 +1,6 @@
-"""T5's encoder and CLIP's text model, run one block at a time: only one block's weights are in memory.
+"""T5's encoder and CLIP's text model, run one block at a time: each is a unit, and only a few need be in memory.
 
-All captions go through a block before the next is read, in batches. T5 is version 1.1 (Raffel et al. 2020; Shazeer
+All captions go through a block before the next is asked for, in batches. T5 is version 1.1 (Raffel et al. 2020; Shazeer
 2020): gated GELU, no biases, attention without a scale and with a learned bias by distance. CLIP is OpenAI's
 (Radford et al. 2021). No padding is masked, as FLUX.1 was trained.
 """
@@ -8,7 +8,8 @@ All captions go through a block before the next is read, in batches. T5 is versi
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -36,6 +37,9 @@ CLIP_BLOCK = (
 Layers = Mapping[str, tuple[Tensor, ...]]
 """The weights of a block by layer: its weight, and its bias where it has one."""
 
+Units = Mapping[str, Mapping[str, tuple[str, ...]]]
+"""The names of each block's weights by layer, by unit, in the order of need."""
+
 Tick = Callable[[int, int], None]
 """Called after each block with (blocks done, of how many)."""
 
@@ -43,11 +47,20 @@ Tick = Callable[[int, int], None]
 class Weights(Protocol):
     """The tensors of a model by name, read when they are asked for: on the device, in the dtype to compute in."""
 
+    def resident(self, unit: str) -> AbstractContextManager[None]:
+        """Inside, the tensors of this unit may be read and used."""
+        ...
+
     def read(self, name: str) -> Tensor: ...
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """The rows of a matrix at `indices` (n,); WrongRequest if it has fewer."""
         ...
+
+
+def t5_units(layers: int) -> Units:
+    blocks = (f"encoder.block.{i}" for i in range(layers))
+    return {block: {layer: (f"{block}.{layer}.weight",) for layer in T5_BLOCK} for block in blocks}
 
 
 @dataclass(frozen=True)
@@ -63,11 +76,11 @@ class T5Encoder:
         table = self.weights.read(f"{first}.relative_attention_bias.weight")  # (buckets, H)
         bias = table[t5_buckets(ids.shape[1], len(table)).to(table.device)].permute(2, 0, 1)
         bias = bias[None].contiguous()  # (1, H, L, L)
-        for i in range(self.layers):
-            block = partial(t5_block, heads=self.heads, bias=bias)
-            names = {layer: (f"encoder.block.{i}.{layer}.weight",) for layer in T5_BLOCK}
-            _through(block, x, self.weights, names)
-            tick(i + 1, self.layers)
+        block = partial(t5_block, heads=self.heads, bias=bias)
+        for done, (unit, names) in enumerate(t5_units(self.layers).items(), start=1):
+            with self.weights.resident(unit):
+                _through(block, x, self.weights, names)
+            tick(done, self.layers)
         norm = self.weights.read("encoder.final_layer_norm.weight")
         for part in _batches(x):
             part.copy_(_rms_norm(part, norm))
@@ -76,13 +89,17 @@ class T5Encoder:
 
 def t5_block(x: Tensor, layers: Layers, heads: int, bias: Tensor) -> Tensor:
     """x (B, L, D) one block on. `layers` are those of T5_BLOCK; bias (1, H, L, L) is added to the scores."""
-    norm1, to_q, to_k, to_v, to_out, norm2, gate, up, down = (layers[name] for name in T5_BLOCK)
-    h = _rms_norm(x, *norm1)
-    q, k, v = (_heads(F.linear(h, *layer), heads) for layer in (to_q, to_k, to_v))
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D/H)
-    x = x + F.linear(attended.transpose(1, 2).flatten(2), *to_out)
+    norm1, *attention, norm2, gate, up, down = (layers[name] for name in T5_BLOCK)
+    x = x + t5_attention(_rms_norm(x, *norm1), attention, heads, bias)
     h = _rms_norm(x, *norm2)
     return x + F.linear(F.gelu(F.linear(h, *gate), approximate="tanh").mul_(F.linear(h, *up)), *down)
+
+
+def t5_attention(h: Tensor, layers: Sequence[tuple[Tensor, ...]], heads: int, bias: Tensor) -> Tensor:
+    *inputs, to_out = layers
+    q, k, v = (_heads(F.linear(h, *layer), heads) for layer in inputs)
+    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D/H)
+    return F.linear(attended.transpose(1, 2).flatten(2), *to_out)
 
 
 def t5_buckets(length: int, buckets: int = 32) -> Tensor:
@@ -98,6 +115,11 @@ def t5_buckets(length: int, buckets: int = 32) -> Tensor:
     return bucket + half * (distance > 0)
 
 
+def clip_units(layers: int) -> Units:
+    blocks = (f"encoder.layers.{i}" for i in range(layers))
+    return {block: {layer: _affine(f"{block}.{layer}") for layer in CLIP_BLOCK} for block in blocks}
+
+
 @dataclass(frozen=True)
 class ClipEncoder:
     weights: Weights
@@ -108,10 +130,10 @@ class ClipEncoder:
         """Pooled vectors (B, D): the last states at the tokens `ends` (B,) of token ids (B, L)."""
         positions = self.weights.read("embeddings.position_embedding.weight")
         x = _embedded(self.weights, "embeddings.token_embedding.weight", ids) + positions[: ids.shape[1]]
-        for i in range(self.layers):
-            block = partial(clip_block, heads=self.heads)
-            names = {layer: _affine(f"encoder.layers.{i}.{layer}") for layer in CLIP_BLOCK}
-            _through(block, x, self.weights, names)
+        block = partial(clip_block, heads=self.heads)
+        for unit, names in clip_units(self.layers).items():
+            with self.weights.resident(unit):
+                _through(block, x, self.weights, names)
         x = x[torch.arange(len(x), device=x.device), ends.to(x.device)]
         return _layer_norm(x, *map(self.weights.read, _affine("final_layer_norm")))
 

@@ -2,7 +2,7 @@
 
 from fluxq.offload.ring import AllResident, Ring, StreamingRing
 from fluxq.offload.schedule import Copy, Schedule, spread
-from fluxq.offload.streams import CudaStreams, Immediate, Late, Staged, Streams
+from fluxq.offload.streams import CudaStreams, Immediate, Late, Piece, Staged, Stored, Streams
 
 __all__ = [
     "AllResident",
@@ -10,9 +10,11 @@ __all__ = [
     "CudaStreams",
     "Immediate",
     "Late",
+    "Piece",
     "Ring",
     "Schedule",
     "Staged",
+    "Stored",
     "Streams",
     "StreamingRing",
     "spread",

@@ -99,9 +99,7 @@ def streams_for(arena: Arena, device: torch.device, say: Callable[[str], None]) 
         return Immediate()
     longest = max(arena.values(), key=len)
     direct, size = CudaStreams(device), f"{arena.nbytes / 1e9:.1f} GB of weights wait in host memory"
-    buffers = Arena({f"buffer {i}": len(longest) for i in range(STAGING_BUFFERS)}, lambda unit, out: None)
-    buffers.pin()  # where even that is refused, copies are slow and right
-    staged = Staged(direct, buffers.values())
+    staged = staged_on(direct, len(longest), pin=True)
     target = torch.empty(len(longest), dtype=torch.uint8, device=device)
     rates = {"staged": copy_rate(staged, target, longest)}
     if failure := arena.pin():
@@ -116,6 +114,25 @@ def streams_for(arena: Arena, device: torch.device, say: Callable[[str], None]) 
     arena.unpin()
     say(f"{size}, copied through pinned buffers: {told}")
     return staged
+
+
+def staged_on(streams: Streams, longest: int, pin: bool) -> Staged:
+    """`streams`, reached through buffers for pieces of up to `longest` bytes: what is not pinned, or lies in files."""
+    buffers = Arena({f"buffer {i}": longest for i in range(STAGING_BUFFERS)}, lambda unit, out: None)
+    if pin:
+        buffers.pin()  # where even that is refused, copies are slow and right
+    return Staged(streams, buffers.values())
+
+
+def streams_from_files(longest: int, device: torch.device) -> Streams:
+    """The streams for a ring on `device` whose units are read from files, in pieces of up to `longest` bytes, by a
+    thread: the host holds a few pieces, and its cache of files is the arena that gives way when memory is short.
+    """
+    if device.type != "cuda":
+        return staged_on(Immediate(), longest, pin=False)
+    streams = staged_on(CudaStreams(device), longest, pin=True)
+    clear_error(device)
+    return streams
 
 
 def copy_rate(streams: Streams, target: Tensor, source: Tensor, copies: int = 6) -> float:

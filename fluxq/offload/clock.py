@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fluxq.offload.ring import StreamingRing
 from fluxq.offload.schedule import Schedule
+from fluxq.offload.streams import Bytes
 
 
 class Race(RuntimeError):
@@ -71,7 +72,7 @@ class Lane:
 class _Memory:
     """Who used a slot last: operations by their numbers. Before the ring it was somebody else's on the compute lane."""
 
-    source: Tensor | None = None
+    source: Bytes | None = None
     written: int = 0
     read: int = 1
 
@@ -111,7 +112,7 @@ class VirtualStreams:
         if self._run_ahead is not None and len(lane.spans) > self._run_ahead:
             self._host_time = lane.spans[-1 - self._run_ahead].end
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
+    def copy(self, slot: Tensor, source: Bytes) -> None:
         lane, memory = self.lanes["copy"], self._of(slot)
         if not lane.knows("compute", memory.read):
             raise Race(f"{self._label(source)} overwrites {self._label(memory.source)} before its slot is free")
@@ -136,7 +137,7 @@ class VirtualStreams:
     def _of(self, slot: Tensor) -> _Memory:
         return self._memory.setdefault(id(slot), (slot, _Memory()))[1]
 
-    def _label(self, source: Tensor | None) -> str:
+    def _label(self, source: Bytes | None) -> str:
         return "nothing" if source is None else self._labels.get(id(source), "a unit")
 
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fluxq.offload.schedule import Schedule, Visit
-from fluxq.offload.streams import Streams
+from fluxq.offload.streams import Bytes, Streams
 
 
 class Ring(Protocol):
@@ -60,7 +60,8 @@ class _Slot:
 class StreamingRing:
     """Streams the units of `schedule` that are not resident through its slots, host to device only.
 
-    host: each streamed unit's bytes, flat uint8, pinned if `streams` are those of a card. `place(unit, flat)` is called
+    host: each streamed unit's bytes: flat uint8, pinned if `streams` are a card's own, or read out of files as they are
+    copied. `place(unit, flat)` is called
     once for each streamed unit, with the memory in which its bytes will always lie. `poison` fills a slot with 0xFF
     (NaN in every float format) when its unit is given up. Slots are allocated here and never again.
     """
@@ -68,7 +69,7 @@ class StreamingRing:
     def __init__(
         self,
         schedule: Schedule,
-        host: Mapping[str, Tensor],
+        host: Mapping[str, Bytes],
         place: Callable[[str, Tensor], None],
         device: torch.device,
         streams: Streams,
@@ -89,6 +90,11 @@ class StreamingRing:
     def memory(self, unit: str) -> Tensor:
         """The slot of a streamed unit."""
         return self._slots[self.schedule.slot[unit]].memory
+
+    @property
+    def slot_bytes(self) -> int:
+        """What the slots take of the device."""
+        return sum(slot.memory.nbytes for slot in self._slots)
 
     def expect(self, backward: Collection[int] | None = None) -> None:
         """Say which blocks, by number, training steps go back through: all of them, unless it is said."""

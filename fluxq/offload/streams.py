@@ -2,7 +2,8 @@
 
 Each lane does in order what it is given; between lanes nothing is ordered but by events. `CudaStreams` are those of a
 card; `Immediate` and `Late` are the two extremes of what timing can do, on the processor; `Staged` copies through
-pinned buffers where the host's memory is not pinned. fluxq/offload/clock.py has lanes that take no time at all.
+pinned buffers where the host's memory is not pinned, or where units lie in files. fluxq/offload/clock.py has lanes that
+take no time at all.
 """
 
 from __future__ import annotations
@@ -10,19 +11,45 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Collection
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import Any, Protocol, TypeVar
+from dataclasses import dataclass
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
+from fluxq.errors import WrongRequest
+
 T = TypeVar("T")
+
+
+class Piece(NamedTuple):
+    """`length` bytes of a unit from its byte `begin` on. `read(out)` fills `out`, flat uint8 on the host, with them."""
+
+    begin: int
+    length: int
+    read: Callable[[Tensor], Any]
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A unit of `length` bytes that lies in files: each of its pieces is read when it is copied."""
+
+    length: int
+    pieces: tuple[Piece, ...]
+
+    def __len__(self) -> int:
+        return self.length
+
+
+Bytes = Tensor | Stored
+"""A unit on the host: flat uint8, or what reads it."""
 
 
 class Streams(Protocol):
     """An event stands for all that its lane had been given when it was recorded."""
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
-        """The copy lane copies `source` to the beginning of `slot`, both flat uint8."""
+    def copy(self, slot: Tensor, source: Bytes) -> None:
+        """The copy lane copies `source` to the beginning of `slot`, flat uint8."""
         ...
 
     def copied(self) -> Any:
@@ -49,8 +76,9 @@ class Streams(Protocol):
 class Immediate:
     """Everything is done at once: copies as early as they can be."""
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
-        slot[: len(source)].copy_(source)
+    def copy(self, slot: Tensor, source: Bytes) -> None:
+        for begin, length, read in _pieces(source):
+            read(slot[begin : begin + length])
 
     def copied(self) -> None: ...
 
@@ -67,10 +95,10 @@ class Late(Immediate):
     """Copies are done when they are waited for, and no sooner: as late as they can be."""
 
     def __init__(self) -> None:
-        self._queue: deque[tuple[Tensor, Tensor]] = deque()
+        self._queue: deque[tuple[Tensor, Bytes]] = deque()
         self._enqueued = self._done = 0
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
+    def copy(self, slot: Tensor, source: Bytes) -> None:
         self._queue.append((slot, source))
         self._enqueued += 1
 
@@ -92,7 +120,8 @@ class CudaStreams:
     def __init__(self, device: torch.device) -> None:
         self._device, self._copies = device, torch.cuda.Stream(device)
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
+    def copy(self, slot: Tensor, source: Bytes) -> None:
+        assert isinstance(source, Tensor), "what lies in files is staged"
         with torch.cuda.stream(self._copies), torch.no_grad():
             slot[: len(source)].copy_(source, non_blocking=True)
 
@@ -113,10 +142,11 @@ class CudaStreams:
 
 
 class Staged:
-    """`streams`, with a thread that brings every source into one of `buffers` before it is copied on.
+    """`streams`, with a thread that brings every piece of a source into one of `buffers` before it is copied on.
 
     The copy lane is given its work by that thread, in order; so an event of it is a Future, and whoever waits for it
-    waits until the thread has got there. An error of the thread's is raised there, and again by all that waits later.
+    waits until the thread has got there. An error of the thread's is raised there, and again by all that computes
+    later; nothing is being copied then.
     """
 
     def __init__(self, streams: Streams, buffers: Collection[Tensor]) -> None:
@@ -125,15 +155,16 @@ class Staged:
         self._buffers: deque[tuple[Tensor, Any]] = deque((buffer, None) for buffer in buffers)
         self._failure: BaseException | None = None
 
-    def copy(self, slot: Tensor, source: Tensor) -> None:
-        self._submit(lambda: self._copy(slot, source))
+    def copy(self, slot: Tensor, source: Bytes) -> None:
+        for piece in _pieces(source):
+            self._submit(lambda piece=piece: self._copy(slot, *piece))
 
-    def _copy(self, slot: Tensor, source: Tensor) -> None:
+    def _copy(self, slot: Tensor, begin: int, length: int, read: Callable[[Tensor], Any]) -> None:
         buffer, emptied = self._buffers.popleft()
         if emptied is not None:
             self._streams.host_waits(emptied)  # the thread waits until the copy out of this buffer has been done
-        staged = buffer[: len(source)].copy_(source)
-        self._streams.copy(slot, staged)
+        read(staged := buffer[:length])
+        self._streams.copy(slot[begin:], staged)
         self._buffers.append((buffer, self._streams.copied()))
 
     def copied(self) -> Future[Any]:
@@ -149,7 +180,8 @@ class Staged:
         self._streams.compute_waits(event.result())
 
     def host_waits(self, event: Future[Any]) -> None:
-        self._streams.host_waits(event.result())
+        if event.exception() is None:
+            self._streams.host_waits(event.result())
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
         return self._worker.submit(self._unless_failed, work)
@@ -160,4 +192,11 @@ class Staged:
                 return work()
             except BaseException as error:
                 self._failure = error
+                self._streams.host_waits(self._streams.copied())
+        if isinstance(self._failure, WrongRequest):
+            raise WrongRequest(str(self._failure)) from self._failure
         raise RuntimeError("a weight could not be brought to the card") from self._failure
+
+
+def _pieces(source: Bytes) -> tuple[Piece, ...]:
+    return source.pieces if isinstance(source, Stored) else (Piece(0, len(source), lambda out: out.copy_(source)),)

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import shutil
 import weakref
 from pathlib import Path
 from types import SimpleNamespace
@@ -376,6 +377,43 @@ def test_picture_that_cannot_be_decoded_is_named_or_skipped(workshop):
     assert [Path(line.split(" cannot")[0]).name for line in dataset.skipped] == ["2.png", "1.png"]
     workshop.delete_encoders()
     assert workshop.build(skip_bad=True) == dataset and workshop.loads == []
+
+
+class Encoder:
+    """A toy's, on a card that has memory for bands of up to `most` rows."""
+
+    def __init__(self, toy: ToyAutoencoder, most: int):
+        self.toy, self.most, self.band = toy, most, None
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if self.band is None or self.band > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ToyAutoencoder.encoder(self.toy, x)
+
+
+class Short(ToyAutoencoder):
+    def __init__(self, calls: list, most: int):
+        super().__init__(calls)
+        self.encoder = Encoder(self, most)
+
+    def in_bands(self, band: int | None) -> None:
+        self.encoder.band = band
+
+
+def test_pictures_too_large_for_the_card_are_encoded_in_bands_which_is_said_once(workshop):
+    said, wanted = [], workshop.build()
+    shutil.rmtree(workshop.store_dir)
+    dataset = workshop.build(load_autoencoder=lambda: Short(workshop.pictures, 32), say=said.append)
+    assert dataset == wanted and sum(shape[0] for shape in workshop.pictures) == 4
+    assert said == ["the card has too little memory for the autoencoder; it works on 32 rows at a time from here on"]
+
+
+def test_pictures_too_large_in_bands_too_are_refused_by_name(workshop):
+    with pytest.raises(
+        WrongRequest, match=r"\.png in \d+ x \d+ pixels takes more memory than the card has left, in bands"
+    ):
+        workshop.build(load_autoencoder=lambda: Short([], 1))
+    assert Store(workshop.store_dir).datasets() == []
 
 
 def test_only_bad_pictures_are_refused_even_when_skipping(workshop):

@@ -149,8 +149,6 @@ FOREIGN = {
     "sdxl": ({"model.diffusion_model.input_blocks.0.0.weight": (1,)}, "is a Stable Diffusion model"),
     "sd3": ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is Stable Diffusion 3"),
     "unet": ({"down_blocks.0.resnets.0.conv1.weight": (1,)}, "is a model in diffusers' layout"),
-    "bnb": (dict(DEV) | {"img_in.weight.absmax": (8,)}, "is a file that bitsandbytes has quantised"),
-    "scaled_fp8": (dict(DEV) | {"scaled_fp8": (0,)}, "is a file of 8-bit weights with scales of their own"),
     "nothing": ({}, "is empty: it has no tensors"),
     "unknown": ({"layers.0.weight": (3,)}, "is no model that fluxq knows (its first key is layers.0.weight)"),
     "prefix": (

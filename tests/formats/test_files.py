@@ -260,15 +260,16 @@ def test_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
         checkpoint.get("y")
 
 
-def test_rows_are_read_alone_in_the_order_asked(tmp_path):
+def test_spans_are_read_alone_in_the_order_asked(tmp_path):
     cube = torch.randn(5, 3, 2).bfloat16()
     write_safetensors(tmp_path / "x.safetensors", {"cube": cube, "other": torch.ones(7)})
     checkpoint = Checkpoint(tmp_path / "x.safetensors")
-    assert torch.equal(checkpoint.rows("cube", [4, 0, 4]), cube[[4, 0, 4]])
-    assert checkpoint.rows("cube", []).shape == (0, 3, 2)
-    for beyond in (5, -1):
-        with pytest.raises(IndexError, match="cube has 5 rows"):
-            checkpoint.rows("cube", [0, beyond])
+    read = checkpoint.read("cube", [(48, 60), (0, 12), (48, 60)]).view(torch.bfloat16)
+    assert torch.equal(read.view(3, 3, 2), cube[[4, 0, 4]])
+    assert checkpoint.read("cube", []).numel() == 0
+    assert torch.equal(checkpoint.get("cube", 1, 4), cube[1:4])
+    with pytest.raises(ValueError, match="cube has 5 rows, not those from 2 to 6"):
+        checkpoint.get("cube", 2, 6)
 
 
 def test_header_with_the_pickle_magic_for_its_length_is_read(tmp_path):

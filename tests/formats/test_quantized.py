@@ -47,9 +47,21 @@ class Tensors:
     def nbytes(self):
         return sum(t.nbytes for t in self.tensors.values())
 
-    def get(self, name):
-        self.asked.append(name)
-        return self.tensors[name]
+    @property
+    def sizes(self):
+        return {name: t.nbytes for name, t in self.tensors.items()}
+
+    def bands(self, name):
+        """Halves, so that a seam is in every tensor."""
+        rows = len(self.tensors[name])
+        return [range(0, rows // 2), range(rows // 2, rows)]
+
+    def get(self, name, rows, seen):
+        if rows.start == 0:
+            self.asked.append(name)
+        tensor = self.tensors[name][rows.start : rows.stop]
+        seen(tensor.reshape(-1).view(torch.uint8))
+        return tensor
 
 
 @pytest.fixture

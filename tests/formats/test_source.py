@@ -20,10 +20,14 @@ from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, flux_shapes
 from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.formats.load import load_autoencoder, load_flux
 from fluxq.formats.source import OPENERS, open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.weights import StoredWeights
+from fluxq.kernels import RowScaled
 from fluxq.model.embed import image_ids, text_ids
+from fluxq.model.text_layers import ClipEncoder
 
 CONFIG = tiny_config()
 CPU = torch.device("cpu")
+FP8 = torch.float8_e4m3fn
 
 
 def own_flux(dtype: torch.dtype = torch.float32, config=CONFIG) -> dict[str, torch.Tensor]:
@@ -41,12 +45,9 @@ def assert_holds(source, tensors) -> None:
     assert source.shapes.keys() == tensors.keys()
     for name, wanted in tensors.items():
         found = source.get(name)
-        assert (source.shapes[name], source.dtypes[name]) == (
-            tuple(wanted.shape),
-            wanted.dtype,
-        ) and found.is_contiguous()
+        assert isinstance(found, torch.Tensor) and found.is_contiguous()
+        assert source.shapes[name] == tuple(wanted.shape) and found.dtype == wanted.dtype
         assert torch.equal(found.view(torch.uint8), wanted.contiguous().view(torch.uint8)), name
-        assert source.scale(name) is None
 
 
 def refusal(opener, path: Path) -> str:
@@ -238,9 +239,12 @@ def test_scales_of_fp8_text_encoders_are_kept_beside_their_bytes(tmp_path, rows,
     assert source.precision == "fp8 e4m3, scaled" and source.shapes.keys() == values.keys()
     for name, value in values.items():
         assert torch.equal(source.value(name, torch.float32), value), name
-        assert source.get(name).dtype == source.dtypes[name] == stored[prefix + name].dtype
-    scale = source.scale("encoder.block.2.layer.1.DenseReluDense.wo.weight")
-    assert scale is not None and scale.shape == ((24, 1) if rows else ()) and source.scale("shared.weight") is None
+        kept = source.get(name)
+        assert isinstance(kept, RowScaled) == (stored[prefix + name].dtype == torch.float8_e4m3fn)
+        if isinstance(kept, RowScaled):
+            scale = stored[f"{prefix}{name.removesuffix('weight')}{key}"].reshape(-1)
+            assert torch.equal(kept.values.view(torch.uint8), stored[prefix + name].view(torch.uint8))
+            assert torch.equal(kept.scale, scale.expand(len(value)))
 
 
 def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
@@ -255,7 +259,7 @@ def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
             lambda t: t.update({f"{layer}.scale_weight": torch.tensor(1)}),
             f"({layer}.scale_weight of (24, 56) is () I64)",
         ),
-        (lambda t: t.update({"x.scale_weight": torch.tensor(1.0)}), "1 scale without its weight (x.scale_weight)"),
+        (lambda t: t.update({"x.scale_weight": torch.tensor(1.0)}), "1 unexpected (x.scale_weight)"),
     ):
         stored, _ = scaled_t5()
         change(stored)
@@ -264,10 +268,10 @@ def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
 
 def test_a_scaled_transformer_beside_it_is_no_matter_to_t5(tmp_path):
     tensors = all_in_one() | {"model.diffusion_model.scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
-    tensors |= {"model.diffusion_model.img_in.scale_weight": torch.tensor(0.5)}
+    tensors["model.diffusion_model.txt_in.weight"] = tensors["model.diffusion_model.txt_in.weight"].to(FP8)
     path = write(tmp_path / "all.safetensors", tensors)
     assert open_t5(path).precision == "bf16"
-    assert "is a file of 8-bit weights with scales of their own" in refusal(open_flux, path)
+    assert "1 without a scale (model.diffusion_model.txt_in.weight)" in refusal(open_flux, path)
 
 
 # --- bad input ---
@@ -333,7 +337,7 @@ def test_two_files_for_one_part_are_both_named(tmp_path):
     sentence = refusal(open_flux, tmp_path)
     assert "holds a FLUX.1 transformer in one.safetensors and in two.safetensors; name the one to use" in sentence
     assert open_autoencoder(tmp_path).path == tmp_path / nano.AE.name
-    assert f"{tmp_path} holds no .safetensors file with a T5 text encoder" in refusal(open_t5, tmp_path)
+    assert f"{tmp_path} holds no .safetensors or .gguf file with a T5 text encoder" in refusal(open_t5, tmp_path)
 
 
 FILES = {FLUX: nano.FLUX, AUTOENCODER: nano.AE, CLIP: nano.CLIP_L, T5: nano.T5XXL}
@@ -362,7 +366,7 @@ def test_every_tensor_of_a_text_encoder_must_be_there(tmp_path, opener):
     ("settings", "sentence"),
     [
         ({"_class_name": "ChromaTransformer2DModel"}, "is of the class ChromaTransformer2DModel"),
-        ({"quantization_config": {"quant_method": "bitsandbytes"}}, "says that a FLUX.1 transformer was quantised"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "says that torchao quantised a FLUX.1 transformer"),
         ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56] where heads are 32 wide"),
         ({"axes_dims_rope": "x"}, "has axes_dims_rope x"),
     ],
@@ -388,7 +392,6 @@ FOREIGN = {
     "is a nunchaku": {"transformer_blocks.0.qkv_proj.qweight": (2, 2)},
     "is a Stable Diffusion model": {"model.diffusion_model.input_blocks.0.0.weight": (2, 2)},
     "is a LoRA": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (2, 2)},
-    "is a file that bitsandbytes": {"double_blocks.0.img_mod.lin.weight.quant_state.bitsandbytes__nf4": (2,)},
     "is a file that quanto or torchao": {"single_transformer_blocks.0.proj_out.weight._data": (2, 2)},
     "is HunyuanVideo": {"txt_in.individual_token_refiner.x": (2,), "double_blocks.0.x": (2,)},
 }
@@ -405,3 +408,55 @@ def test_fill_and_canny_are_refused_by_their_inputs(tmp_path):
         tensors = own_flux(torch.bfloat16) | {"img_in.weight": torch.zeros(64, inputs, dtype=torch.bfloat16)}
         sentence = refusal(open_flux, write(tmp_path / "a.safetensors", tensors))
         assert f"has {inputs} inputs as of {name}" in sentence
+
+
+# --- CLIP under OpenCLIP's names ---
+
+
+class OpenClipBlock(torch.nn.Module):
+    """A layer as OpenAI's and OpenCLIP's code have it: torch's own attention, and fc, GELU, projection."""
+
+    def __init__(self, width: int, inner: int) -> None:
+        super().__init__()
+        self.attn = torch.nn.MultiheadAttention(width, width // 64, batch_first=True)
+        self.ln_1, self.ln_2 = torch.nn.LayerNorm(width), torch.nn.LayerNorm(width)
+        self.mlp = torch.nn.ModuleDict({"c_fc": torch.nn.Linear(width, inner), "c_proj": torch.nn.Linear(inner, width)})
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        h, mask = self.ln_1(x), torch.full((x.shape[1],) * 2, float("-inf")).triu(1)
+        x = x + self.attn(h, h, h, need_weights=False, attn_mask=mask)[0]
+        h = self.mlp["c_fc"](self.ln_2(x))
+        return x + self.mlp["c_proj"](h * torch.sigmoid(1.702 * h))
+
+
+class OpenClip(torch.nn.Module):
+    def __init__(self, width: int = 128, inner: int = 192, layers: int = 2) -> None:
+        super().__init__()
+        self.token_embedding = torch.nn.Embedding(70, width)
+        self.positional_embedding = torch.nn.Parameter(torch.randn(20, width))
+        self.transformer = torch.nn.Module()
+        self.transformer.resblocks = torch.nn.ModuleList(OpenClipBlock(width, inner) for _ in range(layers))
+        self.ln_final = torch.nn.LayerNorm(width)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.token_embedding(ids) + self.positional_embedding[: ids.shape[1]]
+        for block in self.transformer.resblocks:
+            x = block(x)
+        return self.ln_final(x)[torch.arange(len(ids)), ids.argmax(-1)]
+
+
+def test_clip_is_read_under_openclips_names(tmp_path):
+    theirs = randomise(OpenClip()).eval()
+    beside = {"text_projection": torch.randn(128, 64), "logit_scale": torch.tensor(4.6), "visual.proj": torch.ones(2)}
+    beside |= {"visual.transformer.resblocks.0.ln_1.weight": torch.ones(9), "visual.conv1.weight": torch.ones(2, 2)}
+    tensors = theirs.state_dict() | beside
+    source = open_clip(write(tmp_path / "a.safetensors", tensors))
+    assert source.config["num_hidden_layers"] == 2 and source.config["hidden_size"] == 128
+    ours = ClipEncoder(StoredWeights(source, CPU, torch.float32), 2, 2)
+    ids = torch.tensor([[68, 4, 5, 69, 1, 1], [68, 1, 69, 2, 2, 2]])
+    with torch.no_grad():
+        assert relative_error(ours(ids, ids.argmax(-1)), theirs(ids)) < 1e-5
+
+    del tensors["transformer.resblocks.1.attn.in_proj_bias"]
+    sentence = refusal(open_clip, write(tmp_path / "a.safetensors", tensors | {"strange": torch.ones(1)}))
+    assert "3 missing (encoder.layers.1.self_attn.q_proj.bias; " in sentence and "1 unexpected (strange)" in sentence

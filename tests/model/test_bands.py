@@ -8,6 +8,7 @@ from helpers import randomise, relative_error
 from live_bytes import LiveBytes
 
 from fluxq.model import AutoEncoder, AutoEncoderConfig
+from fluxq.model.autoencoder import within_memory
 
 SMALL = AutoEncoderConfig(ch=16, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, groups=4)
 SHALLOW = AutoEncoderConfig(ch=8, ch_mult=(1, 3), num_res_blocks=1, z_channels=5, groups=2)
@@ -58,6 +59,38 @@ def test_encode_and_back_to_the_whole_again():
     banded = autoencoder.in_bands(8).encode(pictures, torch.Generator().manual_seed(5))
     assert relative_error(banded, drawn) <= 1e-5 and not banded.requires_grad
     assert torch.equal(autoencoder.in_bands(None).encode(pictures, torch.Generator().manual_seed(5)), drawn)
+
+
+class Small:
+    """A card that whole maps do not fit on, nor bands of more than `most` rows."""
+
+    def __init__(self, autoencoder, most):
+        self.autoencoder, self.most, self.tried = autoencoder, most, []
+
+    def run(self):
+        band = self.autoencoder.encoder.band
+        self.tried.append(band)
+        if band is None or band > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return band
+
+
+@pytest.mark.parametrize(
+    ("begins", "most", "tried"), [(None, 40, [None, 32]), (None, 8, [None, 32, 8]), (64, 10, [64, 32, 8])]
+)
+def test_where_memory_is_short_it_goes_on_in_narrower_bands_and_says_so(begins, most, tried):
+    said, autoencoder = [], AutoEncoder(SHALLOW).in_bands(begins)
+    card = Small(autoencoder, most)
+    assert within_memory(autoencoder, card.run, said.append) == tried[-1] == autoencoder.decoder.band
+    assert card.tried == tried and len(said) == len(tried) - 1 and f"on {tried[-1]} rows at a time" in said[-1]
+    assert within_memory(autoencoder, card.run, said.append) == tried[-1]
+    assert card.tried == [*tried, tried[-1]] and len(said) == len(tried) - 1  # what was learnt is kept
+
+
+def test_where_the_narrowest_bands_do_not_help_it_is_out_of_memory():
+    autoencoder = AutoEncoder(SHALLOW)
+    with pytest.raises(torch.OutOfMemoryError):
+        within_memory(autoencoder, Small(autoencoder, 7).run, print)
 
 
 @pytest.mark.slow

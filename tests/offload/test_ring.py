@@ -2,13 +2,26 @@
 
 from __future__ import annotations
 
+import gc
 import random
 import threading
+import weakref
 
 import pytest
 import torch
 
-from fluxq.offload import AllResident, Immediate, Late, Schedule, Staged, StreamingRing, spread
+from fluxq.errors import WrongRequest
+from fluxq.offload import (
+    AllResident,
+    Immediate,
+    Late,
+    Piece,
+    Schedule,
+    Staged,
+    Stored,
+    StreamingRing,
+    spread,
+)
 from fluxq.offload.clock import Race, VirtualStreams, run_steps
 
 SINGLE = tuple((f"s{i}",) for i in range(7))
@@ -234,6 +247,36 @@ def test_an_error_of_the_staging_thread_is_raised_where_its_copy_is_waited_for()
     assert isinstance(caught.value.__cause__, RuntimeError)
     with pytest.raises(RuntimeError, match="could not be brought"):
         staged.compute_waits(staged.copied())
+    staged.host_waits(staged.copied())  # whoever only wants the memory back is not told again
+
+
+def test_a_ring_whose_units_cannot_be_read_says_why_and_is_let_go():
+    def read(out):
+        raise WrongRequest("the file has become shorter")
+
+    streams, host = Staged(Immediate(), [torch.empty(8, dtype=torch.uint8)]), {}
+    for unit in ("s0", "s1", "s2"):
+        host[unit] = Stored(8, (Piece(0, 8, read),))
+    ring = StreamingRing(Schedule(SINGLE[:3], frozenset(), 2), host, lambda unit, flat: None, CPU, streams)
+    with pytest.raises(WrongRequest, match="^the file has become shorter$"), ring.resident(("s0",)):
+        pass
+    left = weakref.ref(ring)
+    del ring
+    gc.collect()
+    assert left() is None
+
+
+def test_a_unit_in_pieces_is_copied_whole_through_smaller_buffers():
+    streams = Staged(Immediate(), [torch.empty(5, dtype=torch.uint8) for _ in range(2)])
+    bytes = torch.randint(0, 255, (12,), dtype=torch.uint8)
+    ends = [(0, 5), (5, 7), (8, 12)]
+    pieces = tuple(Piece(a, b - a, lambda out, a=a, b=b: out.copy_(bytes[a:b])) for a, b in ends)
+    for lanes in (streams, Immediate(), Late()):
+        slot = torch.zeros(16, dtype=torch.uint8)
+        lanes.copy(slot, Stored(12, pieces))
+        lanes.compute_waits(lanes.copied())
+        assert torch.equal(slot[:7], bytes[:7]) and torch.equal(slot[8:12], bytes[8:])
+        assert not slot[12:].any() and not slot[7]
 
 
 # --- the virtual clock

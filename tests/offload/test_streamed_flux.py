@@ -13,7 +13,7 @@ from helpers import randomise, tiny_config
 from live_bytes import LiveBytes
 
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
-from fluxq.formats.stream import expect_training, load_streamed
+from fluxq.formats.stream import expect_sampling, expect_training, load_streamed
 from fluxq.kernels import FORMATS, POLICIES
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.embed import image_ids, text_ids
@@ -205,6 +205,24 @@ def test_a_tile_takes_each_of_modulations_weights_once(files):
     assert asked[:4] == [(unit,) for unit in MODULATION] and not set(asked[4:]) & set(asked[:4])
     step, passed = schedule.step(), tuple((unit,) for unit in MODULATION)
     assert flux.ring.copies - before == len(schedule.copies(passed + step)) == 4 + 2 + 8
+
+
+@pytest.mark.parametrize("resident", RESIDENT[:3])
+@pytest.mark.parametrize("slots", [2, 3])
+def test_drawing_takes_each_unit_once_a_forward_pass(slots, resident, files):
+    """And modulation's once in all. Where a slot has one unit alone it keeps it."""
+    flux = load_streamed(files("nf4"), CPU, resident, slots, Immediate(), poison=True)
+    expect_sampling(flux)
+    ahead, ring, counts = lookahead(flux), flux.ring, []
+    with torch.no_grad():
+        for _ in range(5):
+            before = ring.copies
+            forward(flux, 0, ahead)
+            counts.append(ring.copies - before)
+    streamed = [unit for unit in UNITS if unit not in resident]
+    alone = sum(len(streamed[slot::slots]) == 1 for slot in range(slots))
+    assert counts[1:] == [len(streamed) - alone] * 4
+    assert counts[0] <= len(MODULATION) + len(streamed) + slots
 
 
 def test_poison_shows_where_weights_are_read_outside_their_time(files):
