@@ -116,7 +116,10 @@ def compile_case(case: Case, capability: int) -> Report:
         usage["STACK"],
         shared,
         dict(sorted(opcodes.items())),
-        {n: sorted(bits) for n, bits in widths(compiled.asm["llir"], [n for n in names if n in case.types]).items()},
+        {
+            n: sorted(bits)
+            for n, bits in widths(compiled.asm["llir"], [n for n in names if n not in case.constants]).items()
+        },
         occupancy(capability, case.warps, usage["REG"], shared),
     )
     unknown = {p.name for p in case.kernel.params if p.do_not_specialize}.intersection(case.aligned)
