@@ -198,7 +198,7 @@ def expected_products(dots: Sequence[Product], capability: int, warps: int) -> C
     for dot in dots:
         steps = dot.k // (16 if dot.kind == "bf16" else 32)
         if capability == 90 and dot.m >= 64:
-            wanted[opcode[dot.kind].replace("MMA", "GMMA")] += dot.m // (64 * (warps // 4)) * steps
+            wanted[opcode[dot.kind].replace("MMA", "GMMA")] += -(-dot.m // (64 * (warps // 4))) * steps
         else:
             wanted[opcode[dot.kind]] += -(-dot.m * dot.n // (16 * 8 * warps)) * steps
     return wanted

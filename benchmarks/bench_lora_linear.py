@@ -19,12 +19,13 @@ from fluxq.bench_kernels import check
 from fluxq.kernel_cases import Case, linear_cases
 from fluxq.kernels import FORMATS
 
+MODULATION = ("modulation", 1)
 PATHS = ("extended", "plain", "fused") if CARD else ("reference",)
 
 
 @lru_cache(maxsize=1)
 def made(layer: str, tokens: int, format: str) -> list[Case]:
-    return list(linear_cases(format, "large", (tokens, *LAYERS[layer]), DEVICE))
+    return list(linear_cases(format, "few" if tokens == 1 else "large", (tokens, *LAYERS[layer]), DEVICE))
 
 
 def by(path: str, op: str, tokens: int):
@@ -37,7 +38,7 @@ def by(path: str, op: str, tokens: int):
 
 @pytest.mark.parametrize("path", PATHS)
 @pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("layer", "tokens"), SHAPES)
+@pytest.mark.parametrize(("layer", "tokens"), [*SHAPES, MODULATION])
 def test_forward(benchmark, layer, tokens, format, path):
     case = made(layer, tokens, format)[0]
     with by(path, case.op, tokens):
@@ -45,15 +46,17 @@ def test_forward(benchmark, layer, tokens, format, path):
         product(benchmark, case.run, layer, tokens, "forward")
 
 
-@pytest.mark.parametrize("format", [format for format in FORMATS if format != "bf16"])
-@pytest.mark.parametrize(("layer", "tokens"), SHAPES)
-def test_backward(benchmark, layer, tokens, format):
+@pytest.mark.parametrize("path", PATHS)
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(("layer", "tokens"), [*SHAPES, MODULATION])
+def test_backward(benchmark, layer, tokens, format, path):
     case = made(layer, tokens, format)[1]
-    check(case)
-    product(benchmark, case.run, layer, tokens, "backward")
+    with by("fused" if path == "fused" else "extended", case.op, tokens) if CARD else nullcontext():
+        check(case)
+        product(benchmark, case.run, layer, tokens, "backward")
 
 
 @pytest.mark.parametrize("what", ["forward", "backward"])
-@pytest.mark.parametrize(("layer", "tokens"), SHAPES)
+@pytest.mark.parametrize(("layer", "tokens"), [*SHAPES, MODULATION])
 def test_plain_product(benchmark, layer, tokens, what):
     product(benchmark, made(layer, tokens, "nf4")[what == "backward"].plain, layer, tokens, what)

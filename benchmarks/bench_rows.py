@@ -10,9 +10,12 @@ from fluxq.kernel_steps import EIGHT_BITS, STORAGE, row_quantize
 
 WIDTHS = (3072, 12288, 15360, 21504)
 ACTIVATIONS = {
-    f"{bits} rows of {width}": of_tokens(lambda s, k=width, bits=bits: row_quantize(s, s.tokens, k, bits))
+    f"{bits} rows of {width}{', rotated' * rotated}": of_tokens(
+        lambda s, k=width, bits=bits, rotated=rotated: row_quantize(s, s.tokens, k, bits, rotated)
+    )
     for width in WIDTHS
     for bits in EIGHT_BITS
+    for rotated in (False, True)
 }
 WEIGHTS = {name: make for name, make in STORAGE.items() if not name.startswith("bf16") and "-> bf16" not in name}
 

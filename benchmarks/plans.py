@@ -31,20 +31,20 @@ ROWS = (  # card, GiB of RAM beside it
     ("rtx3090", 32),
     ("rtx4090", 32),
 )
-PINS = Pins(offload=False)  # what fluxq train does today: inputs of blocks stay on the card
-FORMATS, COMPUTES = ("nf4", "int8"), ("bf16", "int8")
+FORMATS, COMPUTES = ("nf4", "int8", "bf16"), ("bf16", "int8")
 
 HEADER = f"""# Plans, predicted
 
 What fluxq's planner chooses for FLUX.1 dev, one picture a step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
-MLP, adamw8bit, in nf4 or int8. **Every figure is predicted, none is measured**: bytes by the planner's own count,
-seconds from nominal rates of the cards and assumed efficiencies (fluxq/offload/cards.py). Each card is in the widest
-slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out (CUDA's own, and what an allocator loses), and RAM of
-common size is beside it. Made by `make plans`.
+MLP, adamw8bit, in nf4, int8 or bf16, the most faithful of those as fast. **Every figure is predicted, none is
+measured**: bytes by the planner's own count, seconds from nominal rates of the cards and assumed efficiencies
+(fluxq/offload/cards.py). Each card is in the widest slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out
+(CUDA's own, and what an allocator loses), and RAM of common size is beside it. Made by `make plans`.
 
-units: resident + streamed through slots. host: the inputs of blocks wait in RAM, which
-fluxq train does not do yet. Peak: tensors, without what is left
-out. waits: the share of the step in which compute waits for copies.
+units: resident + streamed through slots; of plans as fast the one that copies least is taken, as long as it leaves a
+tenth of the memory free. host: the inputs of blocks wait in RAM. Peak: tensors, without what is left out. waits: the
+share of the step in which compute waits for copies, by the ring under a virtual clock, with the passes that compute
+modulation ahead.
 """
 
 
@@ -75,7 +75,7 @@ def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
             for size in SIZES:
                 costs = [tables[size, format, compute] for format in FORMATS]
                 try:
-                    cells = row(plan(costs, CARDS[name], ram=ram * GIB, pins=PINS))
+                    cells = row(plan(costs, CARDS[name], ram=ram * GIB))
                 except WrongRequest as error:
                     cells = str(error)
                 lines.append(f"| {name} | {CARDS[name].memory_gib:g} | {size} | {cells} |")

@@ -28,8 +28,12 @@ LAYERS = {  # (N, K)
     "mlp_down": (3072, 12288),
     "linear1": (21504, 3072),
     "linear2": (3072, 15360),
+    "modulation": (18432, 3072),
 }
-SHAPES = [(layer, tokens) for layer in (LAYERS if CARD else ("qkv",)) for tokens in TOKENS]
+OF_TOKENS = (
+    [layer for layer in LAYERS if layer != "modulation"] if CARD else ["qkv"]
+)  # modulation has one row a picture
+SHAPES = [(layer, tokens) for layer in OF_TOKENS for tokens in TOKENS]
 SIDES = ("ours", "reference", "copy") if CARD else ("ours", "copy")
 
 

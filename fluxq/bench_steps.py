@@ -27,6 +27,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
+from fluxq.kernels.cutting import chunk_of
 from fluxq.machine import free_on_card, memory
 from fluxq.memory import SLOTS, blocks_units, nbytes, resident_by_hand
 from fluxq.model import Flux, FluxConfig, add_lora
@@ -36,7 +37,7 @@ from fluxq.offload.cards import GIB, Card, measure, with_bus
 from fluxq.offload.costs import Costs
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, counted
-from fluxq.random_model import random_flux
+from fluxq.random_model import planned_flux
 from fluxq.report import console
 from fluxq.timed_step import OPTIMIZER, TARGETS, Setting, costs_of, measure_steps, rates
 from fluxq.tuning import use_tuned
@@ -131,8 +132,7 @@ def save(answer: dict[str, Any], path: Path) -> None:
 def settings(matrix: str | None, given: dict[str, Any], full_size: bool) -> list[Setting]:
     """The settings to measure: one, or those of a matrix, in which what is given replaces the matrix's own."""
     given = {name: value for name, value in given.items() if value is not None}
-    if "resident_units" in given and "blocks_to_swap" in given:
-        raise WrongRequest("--resident-units and --blocks-to-swap say the same in two ways; give one of them")
+    Pins(resident_units=given.get("resident_units"), blocks_to_swap=given.get("blocks_to_swap")).resident(1 << 30)
     if given.get("size", 16) % 16:
         raise WrongRequest(f"--size must be a multiple of 16, not {given['size']}")
     fixed = {"resident_units": None} if "blocks_to_swap" in given else {}
@@ -188,9 +188,10 @@ def row_of(
             flux, made = nano_flux(setting), None
             costs = costs_of(setting, flux.config)
         else:
-            costs = costs_of(setting, FluxConfig.dev())
+            costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(card.capability))
             made = planned(setting, costs, card, limit)
-            flux = planned_flux(setting, made, device, slower)
+            bus: dict[str, Any] = {} if slower == 1 else {"through": lambda streams: SlowBus(streams, slower)}
+            flux = planned_flux(FluxConfig.dev(), made, setting.rank, device, **bus)
     except (WrongRequest, torch.OutOfMemoryError) as error:
         _release(device)
         return row | failed(error)
@@ -226,22 +227,9 @@ def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Pl
         blocks_to_swap=setting.blocks_to_swap,
         policy=setting.policy,
         slots=setting.slots,
-        offload=False,
     )
     vram = min(limit or 1 << 62, free_on_card() or card.vram)
     return plan([costs], card, vram, (memory() or (0, None))[1], pins)
-
-
-def planned_flux(setting: Setting, made: Plan, device: torch.device, slower: float) -> Flux:
-    """FLUX.1 dev with random weights, placed as the plan says."""
-    resident = made.resident if made.streamed else None
-    if resident is not None and setting.format == "bf16":
-        raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
-    through: dict[str, Any] = {} if slower == 1 else {"through": lambda streams: SlowBus(streams, slower)}
-    flux = random_flux(FluxConfig.dev(), setting.format, device, setting.rank, resident, made.slots, **through)
-    flux.set_policy(made.policies)
-    flux.set_compute(setting.compute)
-    return flux
 
 
 def nano_flux(setting: Setting) -> Flux:
@@ -265,6 +253,7 @@ def predicted(made: Plan) -> dict[str, Any]:
         "resident": len(made.resident),
         "streamed": made.streamed,
         "slots": made.slots,
+        "offload": made.offload,
     }
 
 

@@ -59,9 +59,9 @@ def check_run(config: TrainConfig) -> Answer:
     data = _data(config.data, models, reasons) if config.data.folders else None
     if data is None and not config.data.folders:
         console.print("pictures     none were named, so the models alone were checked")
-    ram = _ram(flux, config.model.format, models.device.type == "cuda", parts, reasons)
+    ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
     machine = read_machine()
-    card = _card(flux, config.model.format, machine.card, reasons)
+    card = _card(flux, models.format, machine.card, reasons)
     disk = _disk(flux, config, models, data, fetched, reasons)
     if problem := obstacle(machine):
         reasons.append(problem)
@@ -217,7 +217,7 @@ def _disk(
     """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
     if flux is None:
         return None
-    weights = 0 if models.is_quantised else stored_bytes(flux_shapes(flux), config.model.format)
+    weights = 0 if models.is_quantised else stored_bytes(flux_shapes(flux), models.format)
     needed = {"weights": weights, "downloads": fetched, "cache": 0}
     if data is not None:
         caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4

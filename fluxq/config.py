@@ -69,8 +69,12 @@ class ModelConfig:
         least=2,
         most=512,
     )
-    format: str = option(
-        "nf4", "how frozen weights are stored: nf4 is the leanest", "--format", ("nf4", "fp8", "int8", "bf16")
+    format: str | None = option(
+        None,
+        "how frozen weights are stored: nf4 is the leanest; default: on a card the most faithful that trains as fast, "
+        "else nf4",
+        "--format",
+        ("nf4", "fp8", "int8", "bf16"),
     )
     compute: str = option(
         "bf16",
@@ -78,6 +82,7 @@ class ModelConfig:
         "--compute",
         ("bf16", "int8", "int8_dx", "fp8", "fp8_dx"),
     )
+    base_loras: tuple[str, ...] = option((), "LoRAs to merge into the frozen transformer, as FILE or FILE=STRENGTH")
     ae_band: int | None = option(
         None,
         "rows of the autoencoder's feature maps that are worked on at a time: the same result in less memory, slower; "
@@ -116,14 +121,29 @@ class DataConfig:
     cache: Path = option(Path("cache"), "folder where encoded pictures and captions are kept", "--cache")
 
 
+DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # where neither the user nor a LoRA to start from says
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """[lora] What is trained."""
 
-    rank: int = option(16, "rank of the LoRA; file size and trainable weights grow with it", "--rank", least=1)
-    alpha: float | None = option(None, "the LoRA is scaled by alpha / rank; default: rank", "--alpha", least=1e-09)
-    targets: tuple[str, ...] = option(
-        ("attention+mlp",), "attention, attention+mlp, all, or regular expressions on layer paths"
+    rank: int | None = option(
+        None,
+        "rank of the LoRA; file size and trainable weights grow with it; default: 16, or that of --from-lora",
+        "--rank",
+        least=1,
+    )
+    alpha: float | None = option(
+        None, "the LoRA is scaled by alpha / rank; default: rank, or as in --from-lora", "--alpha", least=1e-09
+    )
+    targets: tuple[str, ...] | None = option(
+        None,
+        "attention, attention+mlp, all, or regular expressions on layer paths; default: attention+mlp, or what "
+        "--from-lora adapts",
+    )
+    from_lora: Path | None = option(
+        None, "start from this LoRA, of any program, in place of one that does nothing yet", "--from-lora"
     )
     file_format: str = option(
         "kohya", "names in the LoRA file: kohya loads everywhere", "--lora-format", ("kohya", "diffusers")
@@ -174,6 +194,11 @@ class MemoryConfig:
     )
     slots: int | None = option(
         None, "places on the card for streamed units; more hide copies better; default: as fits", "--slots", least=2
+    )
+    offload: bool | None = option(
+        None,
+        "inputs of blocks wait in host memory for the backward pass: less of the card, more copies; default: as fits",
+        "--offload",
     )
 
 
@@ -265,6 +290,20 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
         most = f" and at most {allowed['most']}" if allowed["most"] < math.inf else ""
         raise WrongRequest(f"{source}: {key} must be at least {least}{most}, not {value!r}")
     return value
+
+
+def file_and_strength(text: str) -> tuple[Path, float]:
+    """ "FILE" or "FILE=STRENGTH" of a LoRA. Raises WrongRequest where the strength is no number."""
+    path, equals, number = text.rpartition("=")
+    if not equals or Path(text).exists():
+        return Path(text), 1.0
+    try:
+        strength = float(number)
+    except ValueError:
+        strength = math.nan
+    if not math.isfinite(strength):
+        raise WrongRequest(f"the strength in {text} is no number; write FILE=0.8")
+    return Path(path), strength
 
 
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}

@@ -8,22 +8,31 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
-from fluxq.config import DataConfig, FolderConfig, TrainConfig
+from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, FolderConfig, TrainConfig
 from fluxq.data.pictures import picture_files
 from fluxq.errors import WrongRequest
+from fluxq.formats.lora import Lora
+from fluxq.from_lora import settings_of
+from fluxq.memory import choose_format
 from fluxq.models import Models
 
 Say = Callable[[str], None]
 
 
-def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
-    """`config` with nothing left open. Raises WrongRequest for settings that cannot be met together."""
+def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = None) -> TrainConfig:
+    """`config` with nothing left open; `start` is the LoRA that is trained on, if any. Raises WrongRequest for settings
+    that cannot be met together.
+    """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     data = resolve_data(config.data, models, say)
-    if lora.rank == defaults.lora.rank:
+    if start is not None:
+        lora = settings_of(start, lora, models.flux_config, say)
+    if lora.rank is None:
+        lora = replace(lora, rank=DEFAULT_RANK)
         say(f"rank {lora.rank}: enough for a person or a product; a style can do with less")
+    lora = replace(lora, targets=DEFAULT_TARGETS if lora.targets is None else lora.targets)
     if lora.alpha is None:
-        lora = replace(lora, alpha=float(lora.rank))
+        lora = replace(lora, alpha=float(cast(int, lora.rank)))
         say(f"alpha {lora.alpha:g}: equal to rank, which leaves the LoRA unscaled and exact in every program")
     if training.steps is None:
         pictures = sum(len(picture_files(f.path)) for f in data.folders if f.path.is_dir())
@@ -40,8 +49,18 @@ def resolve(config: TrainConfig, models: Models, say: Say) -> TrainConfig:
     output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} holds the pictures; choose another folder for the run by --out")
-    model = replace(models.resolved(), t5_length=models.t5_length)
-    return replace(config, model=model, data=data, lora=lora, training=training, output=output)
+    config = replace(config, data=data, lora=lora, training=training, output=output)
+    resolve_format(config, models, say)
+    return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
+
+
+def resolve_format(config: TrainConfig, models: Models, say: Say) -> None:
+    """Have `models` store weights in the best format for this card, where that was left open and matters."""
+    _ = models.quantised  # a quantised file has a format
+    if models.format_is_open and models.device.type == "cuda" and not models.is_nano:
+        found = choose_format(config, models)
+        models.use_format(found.format)
+        say(f"format {found.format}: the most faithful of those that train as fast as any on this card, as predicted")
 
 
 def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:

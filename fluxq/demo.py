@@ -110,7 +110,7 @@ def before_and_after(config: TrainConfig, lora: Path, path: Path) -> Path:
     """A labelled sheet: every prompt down; without the LoRA and with it, two seeds each, across."""
     models = Models(config.model)
     flux = models.load_flux()
-    adapters, _ = load_lora(lora, flux.config)
+    adapters = load_lora(lora, flux.config).adapters
     attach(flux, [(adapters, 1.0)])
     side = models.default_size[0]
     wanted = [Shot(prompt, seed, side, side) for prompt in PROMPTS for seed in SEEDS]

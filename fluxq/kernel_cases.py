@@ -26,7 +26,8 @@ LARGE, FEW = (2816, 12288, 3072), (1, 18432, 3072)  # M, N, K: the MLP at 768 x 
 class Case:
     """One op at one shape: how to run it, what it should give, and the plain thing whose time it is compared with.
 
-    shape: (M, N, K) of a product, else of the tensor that matters. moved: bytes of a step.
+    shape: (M, N, K) of a product, else of the tensor that matters. moved: bytes of a step. exact: what a product should
+    give in fp64.
     """
 
     op: str
@@ -36,6 +37,7 @@ class Case:
     expected: Callable[[], Any]
     plain: Callable[[], Any]
     moved: int = 0
+    exact: Callable[[], Any] | None = None
 
     @property
     def size(self) -> int:
@@ -69,11 +71,11 @@ def cases(device: torch.device) -> Iterator[Case]:
 
 
 def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], device: torch.device) -> Iterator[Case]:
-    """The layer over a weight in `format`, and for large inputs the way back."""
+    """The layer over a weight in `format`, and the way back."""
     sizes, (m, n, k) = Sizes(device), shape
     x, dy, bias, down, up = (sizes.randn(*s) for s in ((m, k), (m, n), (n,), (RANK, k), (n, RANK)))
     stored = quantize(sizes.randn(n, k, std=k**-0.5), format)
-    exact, s, wide = dequantize(stored, torch.bfloat16), F.linear(x, down), F.pad(x, (0, ops(x).room(RANK)))
+    decoded, s, wide = dequantize(stored, torch.bfloat16), F.linear(x, down), F.pad(x, (0, ops(x).room(RANK)))
 
     def forward() -> Tensor:
         return ops(x).lora_linear(wide, stored, bias, down, up, SCALE)[0]
@@ -81,19 +83,19 @@ def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], dev
     def backward() -> Tensor:
         return ops(x).lora_linear_backward(dy, stored, wide, s, down, up, SCALE)[0][:, :k]
 
-    def expected() -> Tensor:
-        return F.linear(x, exact, bias) + SCALE * F.linear(s, up)
+    def expected(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        rows, w, added, a, b = (t.to(dtype) for t in (x, decoded, bias, down, up))
+        return F.linear(rows, w, added) + SCALE * F.linear(F.linear(rows, a), b)
 
-    yield Case(f"lora_linear_{format}", shape_class, shape, forward, expected, lambda: F.linear(x, exact))
-    if shape_class == "large" and format != "bf16":
-        yield Case(
-            f"lora_linear_backward_{format}",
-            shape_class,
-            shape,
-            backward,
-            lambda: dy @ exact + SCALE * (dy @ up) @ down,
-            lambda: dy @ exact,
-        )
+    def expected_back(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        rows, w, a, b = (t.to(dtype) for t in (dy, decoded, down, up))
+        return rows @ w + SCALE * (rows @ b) @ a
+
+    op = f"lora_linear_{format}", f"lora_linear_backward_{format}"
+    plain = lambda: F.linear(x, decoded), lambda: dy @ decoded  # noqa: E731
+    exact = partial(expected, torch.float64), partial(expected_back, torch.float64)
+    yield Case(op[0], shape_class, shape, forward, expected, plain[0], exact=exact[0])
+    yield Case(op[1], shape_class, shape, backward, expected_back, plain[1], exact=exact[1])
 
 
 def product_case(format: str, shape: tuple[int, int, int], device: torch.device) -> Case:
@@ -102,8 +104,8 @@ def product_case(format: str, shape: tuple[int, int, int], device: torch.device)
     x, w = sizes.randn(m, k), sizes.randn(n, k)
     (a, a_scale), (b, b_scale) = (ops(t).row_quantize(t, EIGHT_BITS[format]) for t in (x, w))
 
-    def expected() -> Tensor:
-        rows = (reference.row_dequantize(*pair, torch.float32) for pair in ((a, a_scale), (b, b_scale)))
+    def expected(dtype: torch.dtype = torch.bfloat16) -> Tensor:
+        rows = (values.to(dtype) * scale.to(dtype)[:, None] for values, scale in ((a, a_scale), (b, b_scale)))
         return next(rows) @ next(rows).t()
 
     return Case(
@@ -113,6 +115,7 @@ def product_case(format: str, shape: tuple[int, int, int], device: torch.device)
         lambda: ops(a).matmul_8bit(a, a_scale, b, b_scale, torch.bfloat16),
         expected,
         lambda: F.linear(x, w),
+        exact=partial(expected, torch.float64),
     )
 
 

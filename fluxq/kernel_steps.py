@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fluxq.kernels import NF4Weight, RowScaled, Wants, quantize, reference
+from fluxq.kernels.rotation import rotation_block
 
 EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
@@ -40,8 +41,8 @@ class Step:
     """An op that waits for memory, on fixed inputs: `call(ops, wants, inputs)` gives its outputs.
 
     width: that of its Activations, without room; 0 where it feeds no linear layer. dtype: of the 8-bit rows wanted of
-    it; inputs["down"] is the LoRA whose product is wanted beside them. extra: bytes that outputs have and are not
-    written.
+    it; inputs["down"] is the LoRA whose product is wanted beside them. rotation: the block in which those rows are
+    rotated, 0 for none. extra: bytes that outputs have and are not written.
     """
 
     op: str
@@ -49,10 +50,11 @@ class Step:
     call: Callable[[ModuleType, Wants, Mapping[str, Any]], Any]
     width: int = 0
     dtype: torch.dtype | None = None
+    rotation: int = 0
     extra: int = 0
 
     def run(self, on: ModuleType, room: int = 0) -> Any:
-        return self.call(on, Wants(room, self.dtype, self.inputs.get("down")), self.inputs)
+        return self.call(on, Wants(room, self.dtype, self.inputs.get("down"), self.rotation), self.inputs)
 
     def moved(self, outputs: Any) -> int:
         """Bytes: every input read once, every output written once, what is left as room not."""
@@ -147,11 +149,17 @@ def gelu_tanh_backward(s: Sizes) -> Step:
     return Step("gelu_tanh_backward", given, lambda o, _, i: o.gelu_tanh_backward(i["dy"], i["h"]))
 
 
-def in_8_bits(make: Callable[[Sizes], Step], dtype: torch.dtype, down: bool, s: Sizes) -> Step:
+def rotate(s: Sizes) -> Step:
+    return Step("rotate", _rows(s, "x"), lambda o, _, i: o.rotate(i["x"], rotation_block(s.width)))
+
+
+def in_8_bits(make: Callable[[Sizes], Step], dtype: torch.dtype, down: bool, rotated: bool, s: Sizes) -> Step:
     """That step for a layer that multiplies in 8 bits."""
     step = make(s)
+    rotation = rotation_block(step.width) if rotated else 0
     given = {"down": s.randn(s.rank, step.width, std=step.width**-0.5)} if down else {}
-    return replace(step, op=step.op + "_8bit" + "_down" * down, inputs={**step.inputs, **given}, dtype=dtype)
+    op, given = step.op + "_8bit" + "_down" * down, {**step.inputs, **given}
+    return replace(step, op=op, inputs=given, dtype=dtype, rotation=rotation)
 
 
 FEEDING: dict[str, Callable[[Sizes], Step]] = {
@@ -163,12 +171,16 @@ FEEDING: dict[str, Callable[[Sizes], Step]] = {
 STEPS: dict[str, Callable[[Sizes], Step]] = {
     **FEEDING,
     **{
-        f"{name} for {bits}{'' if down else ', no LoRA'}": partial(in_8_bits, make, dtype, down)
+        f"{name} for {bits}{'' if down else ', no LoRA'}": partial(in_8_bits, make, dtype, down, False)
         for name, make in FEEDING.items()
         for bits, dtype in EIGHT_BITS.items()
         for down in (True, False)
         if down or (bits == "int8" and make in (modulate, gelu_tanh))
     },
+    **{
+        f"{name} for int8, rotated": partial(in_8_bits, make, torch.int8, False, True) for name, make in FEEDING.items()
+    },
+    "rotate": rotate,
     "modulate_backward": modulate_backward,
     "modulate_backward, with sums": partial(modulate_backward, sums=True),
     "gated_add": gated_add,
@@ -191,37 +203,45 @@ def decode(s: Sizes, n: int, k: int, format: str, transposed: bool = False, wide
     return Step("dequantize" + "_transposed" * transposed, {"weight": weight}, call)
 
 
-def to_rows(s: Sizes, n: int, k: int, format: str, bits: str, transposed: bool = False) -> Step:
+def to_rows(s: Sizes, n: int, k: int, format: str, bits: str, transposed: bool = False, rotated: bool = False) -> Step:
     """A weight to 8-bit rows. The scales of a weight that has such rows already are handed on, neither read nor
     written.
     """
     weight, extra = _stored(s, n, k, format), 8 * n if format == bits else 0
-    call = lambda o, _, i: o.to_rows(i["weight"], EIGHT_BITS[bits], transposed)  # noqa: E731
-    return Step("dequantize_transposed" if transposed else "row_quantize", {"weight": weight}, call, extra=extra)
+    rotation = rotation_block(k) if rotated else 0
+    call = lambda o, _, i: o.to_rows(i["weight"], EIGHT_BITS[bits], transposed, rotation)  # noqa: E731
+    op = "dequantize_transposed" + "_rotated" * rotated if transposed else "row_quantize"
+    return Step(op, {"weight": weight}, call, rotation=rotation, extra=extra)
 
 
 def to_nf4(s: Sizes, n: int, k: int) -> Step:
     return Step("nf4_quantize", {"w": s.randn(n, k, std=k**-0.5)}, lambda o, _, i: o.nf4_quantize(i["w"]))
 
 
-def row_quantize(s: Sizes, n: int, k: int, bits: str) -> Step:
-    given = {"x": s.randn(n, k)}
-    return Step("row_quantize", given, lambda o, _, i: o.row_quantize(i["x"], EIGHT_BITS[bits]))
+def row_quantize(s: Sizes, n: int, k: int, bits: str, rotated: bool = False) -> Step:
+    given, rotation = {"x": s.randn(n, k)}, rotation_block(k) if rotated else 0
+    call = lambda o, _, i: o.row_quantize(i["x"], EIGHT_BITS[bits], rotation=rotation)  # noqa: E731
+    return Step("row_quantize", given, call, rotation=rotation)
 
 
 STORAGE: dict[str, Callable[[Sizes, int, int], Step]] = {
-    **{f"bf16 -> {bits}": partial(row_quantize, bits=bits) for bits in EIGHT_BITS},
+    **{
+        f"bf16 -> {bits}{', rotated' * rotated}": partial(row_quantize, bits=bits, rotated=rotated)
+        for bits in EIGHT_BITS
+        for rotated in (False, True)
+    },
     **{f"{format} -> bf16": partial(decode, format=format) for format in ("nf4", "int8", "fp8")},
     "nf4 -> bf16 into a wider scratch": partial(decode, format="nf4", wide=True),
     "nf4 -> bf16, transposed": partial(decode, format="nf4", transposed=True),
     **{
-        f"{format} -> {bits}{', transposed' * transposed}": partial(
-            to_rows, format=format, bits=bits, transposed=transposed
+        f"{format} -> {bits}{', transposed' * transposed}{', rotated' * rotated}": partial(
+            to_rows, format=format, bits=bits, transposed=transposed, rotated=rotated
         )
         for format in ("nf4", "int8", "fp8")
         for bits in EIGHT_BITS
         for transposed in (False, True)
-        if (format == "nf4" or format == bits) and (transposed or format != bits)
+        for rotated in (False, True)
+        if (format == "nf4" or (format == bits and not rotated)) and (transposed or format != bits)
     },
     "bf16 -> nf4": to_nf4,
 }

@@ -13,6 +13,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 LIBCUDA = tuple(f"{folder}/libcuda.so.1" for folder in ("/usr/lib/wsl/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib64"))
 DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux' own driver, and of Windows' in WSL
@@ -135,6 +136,65 @@ def free_on_card() -> int | None:
         return torch.cuda.mem_get_info()[0]
     except RuntimeError:  # another program may have it for itself
         return None
+
+
+SPILL_LEAST = 256 << 20
+"""Less than so many bytes beyond what the card had free may be rounding, and the driver's own."""
+
+
+class CardBytes(NamedTuple):
+    """Of a card: its own memory, what of it is free, and what torch has taken from the driver."""
+
+    total: int
+    free: int
+    reserved: int
+
+
+def spilled(before: CardBytes, now: CardBytes) -> int:
+    """Bytes that torch has taken since `before` and that cannot lie on the card: more than was free, or on a card that
+    is full more than its free memory went down by. 0 where they are few.
+    """
+    taken = now.reserved - before.reserved
+    beyond = taken - before.free
+    if now.free < now.total // 20:
+        beyond = max(beyond, taken - (before.free - now.free))
+    return beyond if beyond > SPILL_LEAST else 0
+
+
+class SpillWatch:
+    """Tells once when the driver has put into system memory what should be on the card, which on Windows and in WSL it
+    does without a word, instead of running out. To be made before a run puts anything on the card.
+    """
+
+    def __init__(self, read: Callable[[], CardBytes | None] | None = None) -> None:
+        self._read = read or _card_bytes
+        self._before = self._read()
+
+    def note(self) -> str | None:
+        """What to tell the user, if it has happened and was not told yet."""
+        if self._before is None or (now := self._read()) is None or not (nbytes := spilled(self._before, now)):
+            return None
+        self._before = None
+        return (
+            f"about {nbytes / 2**30:.1f} GiB that should be on the card lie in system memory, where the driver has put "
+            "them without a word: steps take many times as long. Lower --vram by as much or close what else uses the "
+            'card; "CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback" in the NVIDIA Control Panel turns it off'
+        )
+
+
+def _card_bytes() -> CardBytes | None:
+    """Those of the card in use, where its driver may spill."""
+    import torch
+
+    if not torch.cuda.is_available() or not may_spill(platform.system(), platform.release()):
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return CardBytes(total, free, torch.cuda.memory_reserved())
+
+
+def may_spill(system: str, release: str) -> bool:
+    """Whether the NVIDIA driver of this system lends system memory to programs that need more than the card has."""
+    return system == "Windows" or "microsoft" in release.lower()
 
 
 def memory() -> tuple[int, int] | None:

@@ -15,16 +15,17 @@ from pathlib import Path
 
 import torch
 
-from fluxq.config import MemoryConfig, TrainConfig
+from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
 from fluxq.formats.quantized import cache_folder
+from fluxq.kernels.cutting import chunk_of
 from fluxq.machine import free_on_card, memory
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.models import Models
 from fluxq.offload import spread
-from fluxq.offload.cards import measure
+from fluxq.offload.cards import Card, measure
 from fluxq.offload.costs import Costs
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, describe
@@ -35,20 +36,33 @@ UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "m": 2**20, "mib": 2*
 
 
 @dataclass(frozen=True)
+class Budget:
+    """What a plan is made from beside the card's bytes: a step's costs, the card, bytes of RAM, the user's pins."""
+
+    costs: Costs
+    card: Card
+    ram: int | None
+    pins: Pins
+
+
+@dataclass(frozen=True)
 class Placement:
     """Where frozen weights are and what blocks keep. resident: the units that stay on the card, None for all; slots:
-    for the others; policies: one for every block, or one for each. `plan`: what they come from, if it was made.
+    for the others; policies: one for every block, or one for each; offload: block inputs wait on the host.
+    `plan` and `budget`: what they come from, if a plan was made.
     """
 
     resident: tuple[str, ...] | None = None
     slots: int = SLOTS
     policies: str | tuple[str, ...] = "recompute"
+    offload: bool = False
     plan: Plan | None = None
+    budget: Budget | None = None
 
     def save(self, folder: Path) -> None:
         """Write plan.json: the plan with its predictions, or the bare choices."""
-        bare = {"predicted": False, "resident": self.resident, "slots": self.slots, "policies": self.policies}
-        content = self.plan.to_json() if self.plan else bare
+        bare = {name: getattr(self, name) for name in ("resident", "slots", "policies", "offload")}
+        content = self.plan.to_json() if self.plan else {"predicted": False, **bare}
         with atomic_path(folder / "plan.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
@@ -63,41 +77,65 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
         if vram or ram:
             raise WrongRequest("--vram and --ram plan for a CUDA card, and this machine has none; leave them out")
         policies = wishes.policy or ("keep_all" if models.is_nano else "recompute")
-        return Placement(resident_by_hand(wishes, models), wishes.slots or SLOTS, policies)
+        resident = resident_by_hand(wishes, models)
+        return Placement(resident, wishes.slots or SLOTS, policies, bool(wishes.offload))
     pins = Pins(
-        format=config.model.format,
+        format=models.format,
         compute=models.compute,
         resident_units=wishes.resident_units,
         blocks_to_swap=wishes.blocks_to_swap,
         policy=wishes.policy or ("keep_all" if models.is_nano else None),
         slots=wishes.slots,
-        offload=False,  # inputs of blocks do not wait on the host yet
+        offload=wishes.offload,
     )
     size = config.data.size or 0
     smaller = {f"--size {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
-    card = measure(cache_folder())
-    found = plan(
-        [costs_of(config, models, size)], card, vram or free_on_card(), ram or (memory() or (0, None))[1], pins, smaller
-    )
+    budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (memory() or (0, None))[1], pins)
+    found = plan([budget.costs], budget.card, vram or free_on_card(), budget.ram, pins, smaller)
     say(describe(found))
-    whole = found.streamed == 0 and (not found.look_ahead or config.model.format == "bf16")  # bf16 is not streamed yet
-    return Placement(None if whole else found.resident, found.slots, found.policies, found)
+    return placed(found, budget)
 
 
-def costs_of(config: TrainConfig, models: Models, size: int) -> Costs:
-    """The table of costs of a run's steps with pictures of the area of size x size pixels."""
+def placed(found: Plan, budget: Budget) -> Placement:
+    """The placement that a plan says."""
+    return Placement(found.placed, found.slots, found.policies, found.offload, found, budget)
+
+
+def choose_format(config: TrainConfig, models: Models) -> Plan:
+    """The plan of a run whose format is left open: the most faithful of those that are as fast as any on this card.
+
+    Candidates are nf4, 8 bits and bf16, as far as the disk has room for the quantised file. 8 bits are int8, which
+    rounds a third as much as fp8 does and takes as much room, but where fp8 is what is multiplied.
+    """
+    wishes, eight_bits = config.memory, "fp8" if models.compute.startswith("fp8") else "int8"
+    pins = Pins(
+        resident_units=wishes.resident_units,
+        blocks_to_swap=wishes.blocks_to_swap,
+        policy=wishes.policy,
+        slots=wishes.slots,
+        offload=wishes.offload,
+    )
+    formats = [format for format in ("nf4", eight_bits, "bf16") if models.has_room_for(format)]
+    tables = [costs_of(config, models, config.data.size or 0, format) for format in formats or ["nf4"]]
+    vram, ram = nbytes(wishes.vram, "--vram"), nbytes(wishes.ram, "--ram")
+    return plan(tables, measure(cache_folder()), vram or free_on_card(), ram or (memory() or (0, None))[1], pins)
+
+
+def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
+    """The table of costs of a run's steps with pictures of the area of size x size pixels, on the card at hand."""
     training = config.training
     return flux_costs(
         models.flux_config,
-        config.model.format,
+        format or models.format,
         models.compute,
-        config.lora.rank,
-        config.lora.targets,
+        config.lora.rank or DEFAULT_RANK,
+        config.lora.targets or DEFAULT_TARGETS,
         training.batch,
         (size // 16) ** 2,
         models.t5_length,
         training.optimizer,
         training.accumulate > 1,
+        chunk_of(measure(cache_folder()).capability),
     )
 
 
@@ -105,14 +143,8 @@ def resident_by_hand(wishes: MemoryConfig, models: Models) -> tuple[str, ...] | 
     """The units that stay where the user said how many, None for all of them."""
     blocks = blocks_units(models.flux_config)
     total = sum(map(len, blocks))
-    if wishes.resident_units is not None and wishes.blocks_to_swap is not None:
-        raise WrongRequest("--resident-units and --blocks-to-swap say the same in two ways; give one of them")
-    count = total if wishes.resident_units is None else wishes.resident_units
-    if wishes.blocks_to_swap is not None:
-        count = total - 2 * wishes.blocks_to_swap
-    if not 0 <= count <= total:
-        raise WrongRequest(f"this model has {total} units to keep or stream; {total - count} cannot be streamed")
-    return None if count == total else tuple(spread(blocks, count))
+    count = Pins(resident_units=wishes.resident_units, blocks_to_swap=wishes.blocks_to_swap).resident(total)
+    return None if count in (None, total) else tuple(spread(blocks, count))
 
 
 def blocks_units(config: FluxConfig) -> tuple[tuple[str, ...], ...]:

@@ -16,11 +16,14 @@ from typing import Any
 import torch
 
 from fluxq import nano
-from fluxq.config import ModelConfig
+from fluxq.config import ModelConfig, file_and_strength
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
 from fluxq.formats.find import Found, choose, choose_flux, search
 from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
+from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_algebra import combined
+from fluxq.formats.lora_base import MergedSource, identity
 from fluxq.formats.quantized import (
     QuantizedFile,
     cache_folder,
@@ -34,7 +37,7 @@ from fluxq.formats.quantized import (
 )
 from fluxq.formats.shards import locate
 from fluxq.formats.source import OPENERS, Source
-from fluxq.formats.stream import load_streamed
+from fluxq.formats.stream import load_streamed, place_units
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
@@ -50,6 +53,7 @@ NANO = {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T
 ENCODERS = {"ae": "z_channels", "clip_l": "hidden_size", "t5xxl": "d_model"}  # and what must fit the transformer
 ENVIRONMENT = "FLUXQ_MODELS"
 TOKENIZERS = ("clip_tokenizer", "t5_tokenizer")
+LEANEST = "nf4"
 T5_LENGTHS = {"dev": 512, "schnell": 256}
 
 
@@ -64,6 +68,9 @@ class Served:
 class Models:
     """What `config` names, on `device`. Files are looked up when they are asked for; nothing is kept once loaded.
 
+    A format that `config` leaves open is that of the transformer's file, if it is quantised, else the leanest until
+    `use_format` is told another.
+
     With `fetch` false nothing is fetched from the hub: `hub.NotFetched` is raised in its place.
     """
 
@@ -74,7 +81,8 @@ class Models:
         say: Callable[[str], None] = print,
         fetch: bool = True,
     ) -> None:
-        self.config, self._say, self._fetch = config, say, fetch
+        self.config, self.format, self.format_is_open = config, config.format or LEANEST, config.format is None
+        self._say, self._fetch = say, fetch
         self._served: dict[str, Served] = {}
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_nano = config.name == "nano"
@@ -98,15 +106,15 @@ class Models:
 
     def resolved(self) -> ModelConfig:
         """The config with every part named by its absolute path, as a run that is resumed elsewhere needs it, and
-        with the `compute` in use.
+        with the `format` and `compute` in use.
         """
+        base_loras = tuple(f"{path.absolute()}={strength!r}" for path, strength in self.base_loras)
+        config = replace(self.config, format=self.format, compute=self.compute, base_loras=base_loras)
         if self.is_nano:
-            return replace(self.config, compute=self.compute)
+            return config
         named = {part: self.served(part).path for part in PARTS}
         named |= {key: path for key in TOKENIZERS if (path := getattr(self.config, key))}
-        return replace(
-            self.config, compute=self.compute, models=None, **{key: path.absolute() for key, path in named.items()}
-        )
+        return replace(config, models=None, **{key: path.absolute() for key, path in named.items()})
 
     @cached_property
     def compute(self) -> str:
@@ -162,9 +170,11 @@ class Models:
                 if misfit := self.misfit(part, source.config):
                     raise WrongRequest(f"{source.path} {misfit}; use one model's files")
 
+        if self.base_loras:
+            _ = self._merged(self._say)
         if not self.is_quantised:
-            place = cached_path(self.files("flux"), self.config.format)
-            require_room(place, stored_bytes(self.open("flux").shapes, self.config.format))
+            place = cached_path(self.files("flux"), self.format, self._identity)
+            require_room(place, stored_bytes(self.open("flux").shapes, self.format))
 
     def misfit(self, part: str, config: Any) -> str | None:
         """What is wrong with an encoder of this config in the place of `part`; None if it fits the transformer."""
@@ -184,15 +194,54 @@ class Models:
         return self.config.t5_length or (nano.T5_LENGTH if self.is_nano else T5_LENGTHS[self.variant])
 
     def fingerprint(self) -> str:
-        """What tells this transformer's file from any other."""
-        return fingerprint(self.files("flux"))
+        """What tells this transformer's file, and what is merged into it, from any other."""
+        return fingerprint(self.files("flux"), self._identity)
+
+    @cached_property
+    def base_loras(self) -> list[tuple[Path, float]]:
+        """What is merged into the transformer, each LoRA at its strength."""
+        return [file_and_strength(lora) for lora in self.config.base_loras]
+
+    @cached_property
+    def _identity(self) -> str:
+        return identity(self.base_loras)
+
+    def _merged(self, say: Callable[[str], None] = lambda line: None) -> Source[FluxConfig]:
+        """The transformer's tensors with `base_loras` in them. Raises WrongRequest where those do not fit."""
+        source = self.open("flux")
+        if not self.base_loras:
+            return source
+        read = [(load_lora(path, source.config), strength) for path, strength in self.base_loras]
+        for lora, strength in read:
+            clip = [f"its CLIP-L part ({len(lora.clip)} modules) is left out"] if lora.clip else []
+            say(f"{lora.path.name}: {len(lora.adapters)} layers are merged into the transformer at {strength:g}")
+            for note in (*lora.notes, *clip):
+                say(f"{lora.path.name}: {note}")
+        return MergedSource(source, combined([(lora.adapters, strength) for lora, strength in read]))
 
     @property
     def is_quantised(self) -> bool:
         """Whether the transformer only has to be read: it was quantised before, or is not to be."""
-        if self.config.format == "bf16" or self.quantised is not None:
+        if self.format == "bf16" or self.quantised is not None:
             return True
-        return cached_path(self.files("flux"), self.config.format).is_file()
+        return cached_path(self.files("flux"), self.format, self._identity).is_file()
+
+    def use_format(self, format: str) -> None:
+        """Store the transformer's weights so from now on; perhaps another of the files found serves then."""
+        self.format, self.format_is_open = format, False
+        self._served.pop("flux", None)
+        self.__dict__.pop("quantised", None)
+
+    def has_room_for(self, format: str) -> bool:
+        """Whether the transformer is there in `format`, or there is room on the disk to quantise it."""
+        place = cached_path(self.files("flux"), format, self._identity)
+        if format == "bf16" or place.is_file():
+            return True
+        try:
+            require_room(place, stored_bytes(self.open("flux").shapes, format))
+        except WrongRequest:
+            return False
+        return True
 
     @property
     def default_size(self) -> tuple[int, str]:
@@ -209,16 +258,25 @@ class Models:
         device, the others are streamed through `slots`; None for all. `ahead`: see load_streamed.
         """
         use_tuned(self.device, self._say)
-        if self.config.format == "bf16" and self.quantised is None:
+        if not self.streams:
             if resident is not None:
                 raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
-            flux = load_flux(self.flux_file, "bf16", self.device)
+            flux = load_flux(self._merged(), "bf16", self.device)
         elif resident is None:
             flux = load_quantized(self._stored_flux(), self.device)
         else:
             flux = load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
         flux.set_compute(self.compute)
         return flux
+
+    @property
+    def streams(self) -> bool:
+        """Whether the transformer's frozen weights can be streamed as they are stored."""
+        return self.format != "bf16" or self.quantised is not None
+
+    def place_units(self, flux: Flux, resident: Collection[str], slots: int, ahead: bool) -> None:
+        """Have what `load_flux` gave keep these units on the device and stream the others; see there."""
+        place_units(flux, self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
 
     def _stored_flux(self) -> QuantizedFile:
         """A file of `fluxq quantize` as it is, any other quantised once.
@@ -227,12 +285,12 @@ class Models:
         """
         if (own := self.quantised) is not None:
             return own
-        source = self.open("flux")
+        source = self.open("flux") if self.is_quantised else self._merged()
         if not self.is_quantised:
-            room = stored_bytes(source.shapes, self.config.format) / 1e9
-            self._say(f"quantising {source.path.name} to {self.config.format}, once: {room:.1f} GB in {cache_folder()}")
+            room = stored_bytes(source.shapes, self.format) / 1e9
+            self._say(f"quantising {source.path.name} to {self.format}, once: {room:.1f} GB in {cache_folder()}")
         with byte_bar("quantising") as progress:
-            return cached(source, self.config.format, self.device, progress)
+            return cached(source, self.format, self.device, progress, self._identity)
 
     @cached_property
     def quantised(self) -> QuantizedFile | None:
@@ -243,8 +301,12 @@ class Models:
         if not is_quantized(path):
             return None
         file = QuantizedFile.open(path)
-        if file.format != self.config.format:
-            raise WrongRequest(f"{path} holds {file.format}, not {self.config.format}; pass --format {file.format}")
+        if self.format_is_open:
+            self.format, self.format_is_open = file.format, False
+        if file.format != self.format:
+            raise WrongRequest(f"{path} holds {file.format}, not {self.format}; pass --format {file.format}")
+        if self.base_loras:
+            raise WrongRequest(f"{path} is quantised, so --base-lora cannot be merged into it; give the original file")
         return file
 
     def load_autoencoder(self, band: int | None = None) -> AutoEncoder:
@@ -298,7 +360,7 @@ class Models:
                 fitting.append(source)
         try:
             if part == "flux":
-                chosen = choose_flux(self.found, self.config.format)
+                chosen = choose_flux(self.found, self.format)
             else:
                 chosen = choose(fitting, PARTS[part], place) if fitting else None
         except WrongRequest as error:

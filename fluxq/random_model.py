@@ -19,6 +19,8 @@ from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.lora import lora_layers
 from fluxq.model.units import REST
 from fluxq.offload import Streams
+from fluxq.offload.inputs import inputs_for
+from fluxq.offload.plans import Plan
 
 SPREAD = {"nf4": 0.518, "int8": 73.6, "fp8": 1.0}
 """Standard deviation of what codes and values stand for before they are scaled, drawn as `fill` does."""
@@ -52,6 +54,22 @@ def random_flux(
     for layer in lora_layers(flux).values():
         nn.init.normal_(layer.get_parameter("lora_up"), std=0.01)
     expect_training(flux)
+    return flux
+
+
+def planned_flux(
+    config: FluxConfig,
+    made: Plan,
+    rank: int,
+    device: torch.device,
+    through: Callable[[Streams], Streams] = lambda streams: streams,
+) -> Flux:
+    """The transformer with random weights, stored, placed and multiplied as the plan says."""
+    flux = random_flux(config, made.format, device, rank, made.placed, made.slots, through=through)
+    flux.set_policy(made.policies)
+    flux.set_compute(made.compute)
+    if made.offload:
+        flux.inputs = inputs_for(device, lambda line: None, through)
     return flux
 
 

@@ -29,6 +29,7 @@ from rich.progress import (
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
+from fluxq.machine import SpillWatch
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
@@ -114,6 +115,8 @@ class Report:
 
     def step(self, step: int, loss: float, rate: float, grad: float, seconds: float) -> None:
         """One optimiser step is done: `step` of them altogether; `seconds` is what it took."""
+        if note := _spill.note():
+            console.print(note)
         peak = peak_bytes()
         record = {
             "step": step,
@@ -192,8 +195,13 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
     return result
 
 
+_spill = SpillWatch(lambda: None)
+
+
 def reset_peak() -> None:
-    """Count the peak on the card from now on; what is in use counts."""
+    """Count the peak on the card from now on; what is in use counts. A run does so before it puts anything there."""
+    global _spill
+    _spill = SpillWatch()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()

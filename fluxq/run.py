@@ -18,14 +18,15 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal, cast
+from typing import cast
 
 from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import read_caption
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
-from fluxq.formats.lora import Adapter, save_lora
+from fluxq.formats.lora_algebra import Adapter
+from fluxq.formats.lora_write import save_lora
 from fluxq.formats.metadata import lora_metadata
 from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
@@ -129,13 +130,7 @@ class Run:
             if layer.lora_down is not None and layer.lora_up is not None
         }
         path = self.lora_file(step)
-        save_lora(
-            path,
-            adapters,
-            flux.config,
-            cast(Literal["kohya", "diffusers"], self.config.lora.file_format),
-            metadata=metadata,
-        )
+        save_lora(path, adapters, flux.config, self.config.lora.file_format, metadata=metadata)
         if self.config.output.keep:
             for old in self.steps_saved()[: -self.config.output.keep]:
                 old.unlink()
@@ -159,7 +154,7 @@ def metadata_of(
         training, size = config.training, cast(int, config.data.size)
         return lora_metadata(
             name=cast(str, config.output.name),
-            rank=config.lora.rank,
+            rank=cast(int, config.lora.rank),
             alpha=cast(float, config.lora.alpha),
             steps=step,
             epochs=-(-step * training.accumulate // batches),

@@ -7,7 +7,6 @@ take turns: prompts are encoded before the transformer is loaded, and latents wa
 
 from __future__ import annotations
 
-import math
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from fluxq.cache import cache_texts
-from fluxq.config import SamplesConfig, TrainConfig
+from fluxq.config import SamplesConfig, TrainConfig, file_and_strength
 from fluxq.data.encode import cut_notes
 from fluxq.data.randomness import normal
 from fluxq.data.store import Text
@@ -29,7 +28,8 @@ from fluxq.defaults import side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, euler, resolution_shift, schedule, velocity
 from fluxq.formats.files import atomic_path
-from fluxq.formats.lora import Adapter, load_lora
+from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_algebra import Adapter, combined
 from fluxq.formats.stream import expect_sampling
 from fluxq.memory import Placement, blocks_units
 from fluxq.model.autoencoder import AutoEncoder, within_memory
@@ -249,8 +249,8 @@ def sample_command(
     _require_writable(out)
     models = Models(config.model, say=console.print)
     wanted = shots(samples, samples.prompts, models.default_size[0])
-    chosen = [_strength_of(lora) for lora in loras]
-    read = [(load_lora(path, models.flux_config)[0], strength) for path, strength in chosen]
+    chosen = [file_and_strength(lora) for lora in loras]
+    read = [(_adapters(path, models), strength) for path, strength in chosen]
     adapters = [a for own, _ in read for a in own.values()]
     ranks = [max((a.rank for a in own.values()), default=0) for own, _ in read]
     nbytes = sum(4 * (a.down.numel() + a.up.numel()) for a in adapters)
@@ -324,25 +324,14 @@ def _drawn(
 
 
 def attach(flux: Flux, loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:
-    """Give `flux` these LoRAs, each at its strength, added up; they replace what it had.
-
-    Several on one layer become one of the sum of their ranks: downs below each other, ups, scaled, beside each other.
-    """
-    parts: dict[str, list[tuple[Tensor, Tensor]]] = {}
-    for adapters, strength in loras:
-        for path, a in adapters.items():
-            parts.setdefault(path, []).append((a.down.float(), a.up.float() * (strength * a.alpha / a.rank)))
-    set_lora(flux, {p: (torch.cat([d for d, _ in s]), torch.cat([u for _, u in s], 1), 1.0) for p, s in parts.items()})
+    """Give `flux` these LoRAs, each at its strength, added up; they replace what it had."""
+    set_lora(flux, {path: (a.down, a.up, a.scale) for path, a in combined(loras).items()})
 
 
-def _strength_of(lora: str) -> tuple[Path, float]:
-    path, equals, text = lora.rpartition("=")
-    if not equals or Path(lora).exists():
-        return Path(lora), 1.0
-    try:
-        strength = float(text)
-    except ValueError:
-        strength = math.nan
-    if not math.isfinite(strength):
-        raise WrongRequest(f"the strength in --lora {lora} is no number; write FILE=0.8")
-    return Path(path), strength
+def _adapters(path: Path, models: Models) -> dict[str, Adapter]:
+    """What of the LoRA at `path` is drawn with: what it does to the transformer. The rest is said."""
+    lora = load_lora(path, models.flux_config)
+    notes = [*lora.notes, f"its CLIP-L part ({len(lora.clip)} modules) is not drawn with"] if lora.clip else lora.notes
+    for note in notes:
+        console.print(f"{path.name}: {note}")
+    return lora.adapters

@@ -1,7 +1,7 @@
 """The trainer's own step, timed on random pictures: what `fluxq bench steps` and `make gpu` measure.
 
 A step is what fluxq/train.py makes of a batch: noise and times drawn, the batch moved to the card, flow_loss, backward,
-clipping, the optimiser, and the loss read back, on the host's clock. Left out are reading the cache, previews and
+clipping, the loss read back and the optimiser, on the host's clock. Left out are reading the cache, previews and
 saving, and under int8 the look for outliers: with random weights no layer rotates its input. The pass that computes
 modulation for 64 coming pictures falls into the warm-up, and into one timed step of 64; the median does not show it.
 """
@@ -20,12 +20,13 @@ from torch import Tensor
 from fluxq.config import TrainingConfig
 from fluxq.data.batches import Batch
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps
+from fluxq.kernels.cutting import CHUNKS
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.model.modulation import Lookahead
 from fluxq.offload.cards import GIB, Card
 from fluxq.offload.costs import Costs, Work
-from fluxq.optim import build_optimizer
+from fluxq.optim import build_optimizer, optimizer_step
 from fluxq.timing import spread, wall
 
 WARM_UP, LEAST = 3, 3
@@ -90,11 +91,14 @@ def clock_steps(
     return row
 
 
-def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callable[[int], float]:
-    """A function that makes training step `index` on a random batch, and gives its loss once the step is done."""
+def trainer(
+    flux: Flux, setting: Setting, optimizer: str = OPTIMIZER, updates: torch.optim.Optimizer | None = None
+) -> Callable[[int], float]:
+    """A function that makes training step `index` on a random batch, and gives its loss once the step is done. updates:
+    an optimiser of the LoRA's weights, else one is made.
+    """
     training, device = TrainingConfig(), flux.device
-    parameters = [p for p in flux.parameters() if p.requires_grad]
-    updates = build_optimizer(optimizer, parameters, training.rate, training.weight_decay)
+    updates = updates or build_optimizer(optimizer, flux.parameters(), training.rate, training.weight_decay)
     batch = random_batch(flux.config, setting)
     tokens = (setting.size // 16) ** 2
 
@@ -105,15 +109,16 @@ def trainer(flux: Flux, setting: Setting, optimizer: str = OPTIMIZER) -> Callabl
         flux, lambda index: conditioning(flux, times_of(index), batch.pooled, training.guidance), setting.batch
     )
 
-    def step(index: int) -> float:
+    def loss_of(index: int) -> Tensor:
         noise, t = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples), times_of(index)
         latents, noise, txt, pooled = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        loss = flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, lookahead.rows(index)).mean()
-        loss.backward()
-        float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
-        updates.step()
-        updates.zero_grad()
-        return float(loss.detach())  # waits for the optimiser too: a stream does its work in order
+        return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, lookahead.rows(index)).mean()
+
+    def step(index: int) -> float:
+        loss, _ = optimizer_step(updates, loss_of, index, 1, training.rate, training.clip)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # this measures: the clock stops when the optimiser is done
+        return loss
 
     return step
 
@@ -131,10 +136,10 @@ def random_batch(config: FluxConfig, setting: Setting) -> Batch:
     return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
 
 
-def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER) -> Costs:
-    s = setting
+def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER, chunk: int = CHUNKS[86]) -> Costs:
+    s, tokens = setting, (setting.size // 16) ** 2
     return flux_costs(
-        config, s.format, s.compute, s.rank, TARGETS, s.batch, (s.size // 16) ** 2, s.t5_length, optimizer
+        config, s.format, s.compute, s.rank, TARGETS, s.batch, tokens, s.t5_length, optimizer, chunk=chunk
     )
 
 

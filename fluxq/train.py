@@ -8,8 +8,10 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from functools import partial
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from fluxq.cache import cache_folders
@@ -23,14 +25,16 @@ from fluxq.defaults import Say, resolve, side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.formats.stream import expect_training
-from fluxq.memory import Placement, place
+from fluxq.from_lora import read_start, start_from
+from fluxq.memory import place
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
 from fluxq.model.modulation import Conditioning, Lookahead, is_known_ahead
 from fluxq.models import Models
-from fluxq.optim import build_optimizer, rate_factor
+from fluxq.optim import build_optimizer, optimizer_step, rate_factor
 from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, stop_request
+from fluxq.room import Room
 from fluxq.run import Result, Run, metadata_of
 from fluxq.sample import draw, save_picture, shots
 from fluxq.state import load_state, save_state
@@ -46,18 +50,20 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     """
     models = Models(config.model, say=say)
     models.check()
-    config = resolve(config, models, (lambda line: None) if resume else say)
+    start_lora = read_start(config.lora, models.flux_config, say) if config.lora.from_lora and not resume else None
+    config = resolve(config, models, (lambda line: None) if resume else say, start_lora)
     run = Run(config)
     run.check(resume, overwrite)
     placement = place(config, models, say)
     training, steps, data = config.training, config.training.steps, config.data
-    assert steps and data.size and config.lora.alpha, "resolve fills these in"
+    lora = config.lora
+    assert steps and data.size and lora.rank and lora.alpha and lora.targets is not None, "resolve fills these in"
 
     # what is trained on: encoded pictures and captions
     prompts = preview_prompts(config, models)
     with progress_bar() as progress:
-        room = room_of(config.memory, models.device)
-        everything = cache_folders(data, models, (*prompts, config.samples.negative), progress, room)
+        texts, free = (*prompts, config.samples.negative), room_of(config.memory, models.device)
+        everything = cache_folders(data, models, texts, progress, free)
     for line in (*everything.notes, *everything.skipped):
         say(line)
     dataset = everything.part([f.path for f in data.folders])
@@ -68,17 +74,19 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
 
     # what is trained: LoRA on the frozen model
     reset_peak()
-    ahead = is_known_ahead(models.flux_config, config.lora.targets)
+    ahead = is_known_ahead(models.flux_config, lora.targets)
     flux = models.load_flux(placement.resident, placement.slots, ahead)
-    flux.set_policy(placement.policies)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
-    layers = add_lora(flux, config.lora.rank, config.lora.alpha, config.lora.targets, init)
+    layers = add_lora(flux, lora.rank, lora.alpha, lora.targets, init)
+    if start_lora is not None:
+        start_from(start_lora, layers, say)
     expect_training(flux)
-    parameters = list(flux.parameters())
-    optimizer = build_optimizer(training.optimizer, parameters, training.rate, training.weight_decay)
+    room = Room(placement, models, flux, ahead, say)
+    optimizer = build_optimizer(training.optimizer, flux.parameters(), training.rate, training.weight_decay)
+    trainable = sum(p.numel() for p in flux.parameters())
     say(
-        f"FLUX.1 {models.variant} in {config.model.format}: {sum(p.numel() for p in parameters):,} trainable weights "
-        f"in {len(layers)} layers; {len(dataset.examples)} pictures, {len(batches)} batches an epoch, {steps} steps"
+        f"FLUX.1 {models.variant} in {config.model.format}: {trainable:,} trainable weights in {len(layers)} layers; "
+        f"{len(dataset.examples)} pictures, {len(batches)} batches an epoch, {steps} steps"
     )
 
     def validate() -> dict[str, float]:
@@ -110,51 +118,48 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
         spent, before, rotated = facts["seconds"], facts["validation"], facts["rotated"]
         say(f"resumed after step {start}")
     elif config.model.compute.startswith("int8"):
-        rotated = calibrate(flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
+        look = partial(calibrate, flux, lambda: [loss_of(index) for index in range(CALIBRATION_BATCHES)])
+        rotated = room.repeat("the look for outliers", look, training=False)
         say(f"int8: {len(rotated)} layers have outlying inputs, and rotate them before they are rounded")
     set_rotations(flux, rotated)
     lookahead = Lookahead(flux, conditioning_of, training.batch)
+
+    def step_loss(index: int) -> Tensor:
+        return loss_of(index, lookahead.rows(index))
+
     if held_out and not resume:
-        before = validate()
+        before = room.repeat("validation", validate, training=False)
         say("validation before: " + described(before))
     began = time.time() - spent
     run.begin(resume)
-    placement.save(run.folder)
+    room.placement.save(run.folder)
 
     # the loop
     with Report(run.folder, start, steps, config.output.plot_seconds) as report, stop_request(say) as asked_to_stop:
         for step in range(start, steps):
-            clock, losses = time.perf_counter(), []
-            for index in range(step * training.accumulate, (step + 1) * training.accumulate):
-                loss = loss_of(index, lookahead.rows(index))
-                (loss / training.accumulate).backward()
-                losses.append(loss.detach())
-            norm = float(torch.nn.utils.clip_grad_norm_(parameters, training.clip or torch.inf))
-            if not math.isfinite(norm):
-                raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --rate")
+            clock, done = time.perf_counter(), step + 1
             rate = training.rate * rate_factor(training.schedule, step, steps, training.warmup)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
-            optimizer.step()
-            optimizer.zero_grad()
-            done, mean = step + 1, float(torch.stack(losses).mean())
-            report.step(done, mean, rate, norm, time.perf_counter() - clock)
+            work = partial(optimizer_step, optimizer, step_loss, step, training.accumulate, rate, training.clip)
+            loss, norm = room.repeat(f"step {done}", work)
+            report.step(done, loss, rate, norm, time.perf_counter() - clock)
 
             # now and then
             stop, save_every, every = asked_to_stop(), config.output.save_every, config.samples.every
             if every and (done % every == 0 or done == steps):
                 texts = {prompt: store.text(key) for prompt, key in everything.prompts.items()}
-                preview(run, models, flux, placement, texts, prompts, done, say)
+                preview(run, models, flux, room, texts, prompts, done, say)
             if stop or done == steps or (save_every and done % save_every == 0):
                 report.sync()
                 run.save_lora(flux, done, metadata(done, began, time.time()))
                 facts = {"seconds": time.time() - began, "validation": before, "rotated": rotated, **identity}
                 save_state(run.state_file, done, layers, optimizer, facts)
+                room.placement.save(run.folder)
             if stop:
                 raise KeyboardInterrupt(f"after step {done}; go on with: fluxq train --resume {run.folder}")
 
     # what came of it
-    peak, after = peak_bytes(), validate() if held_out else None
+    peak = peak_bytes()
+    after = room.repeat("validation", validate, training=False) if held_out else None
     if after:
         say("validation after:  " + described(after))
     losses = [record["loss"] for record in report.records] or [math.nan]
@@ -183,7 +188,7 @@ def preview(
     run: Run,
     models: Models,
     flux: Flux,
-    placement: Placement,
+    room: Room,
     texts: Mapping[str, Text],
     prompts: Sequence[str],
     step: int,
@@ -192,10 +197,14 @@ def preview(
     """Draw `prompts` into samples/, with the LoRA as it is after `step` steps, in the memory of a step. A failure is
     said, and training goes on.
     """
-    turns = preview_turns(run.config, models, placement)
     wanted = shots(run.config.samples, prompts, run.config.data.size or 0)
+
+    def pictures() -> list[Image]:
+        turns = preview_turns(run.config, models, room.placement)
+        return draw(flux, models.load_autoencoder, texts, wanted, turns=turns, say=say)
+
     try:
-        for i, picture in enumerate(draw(flux, models.load_autoencoder, texts, wanted, turns=turns, say=say)):
+        for i, picture in enumerate(room.repeat(f"the preview at step {step}", pictures, training=False)):
             save_picture(picture, run.folder / "samples" / f"{step:06}_{i:02}.png", wanted[i], Step=str(step))
     except (WrongRequest, torch.OutOfMemoryError) as error:
         say(f"no preview at step {step}: {error}")

@@ -81,7 +81,7 @@ def place_drawing(
         tables = [
             flux_costs(
                 models.flux_config,
-                config.model.format,
+                models.format,
                 models.compute,
                 rank=max(1, sum(ranks)),
                 targets="attention+mlp" if ranks else (),

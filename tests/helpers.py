@@ -6,6 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -74,3 +75,39 @@ def write_hollow(path: Path, dtypes: Mapping[str, torch.dtype], shapes: Mapping[
         file.write(len(text).to_bytes(8, "little") + text)
         file.truncate(8 + len(text) + start)
     return path
+
+
+@dataclass
+class Tensors:
+    """A source of a transformer that lies in memory; `asked` are the names that it was asked for."""
+
+    config: FluxConfig
+    tensors: dict[str, Tensor]
+    files: tuple[Path, ...] = ()
+
+    def __post_init__(self):
+        self.asked: list[str] = []
+
+    @property
+    def shapes(self):
+        return {name: tuple(t.shape) for name, t in self.tensors.items()}
+
+    @property
+    def nbytes(self):
+        return sum(t.nbytes for t in self.tensors.values())
+
+    @property
+    def sizes(self):
+        return {name: t.nbytes for name, t in self.tensors.items()}
+
+    def bands(self, name):
+        """Halves, so that a seam is in every tensor."""
+        rows = len(self.tensors[name])
+        return [range(0, rows // 2), range(rows // 2, rows)]
+
+    def get(self, name, rows, seen):
+        if rows.start == 0:
+            self.asked.append(name)
+        tensor = self.tensors[name][rows.start : rows.stop]
+        seen(tensor.reshape(-1).view(torch.uint8))
+        return tensor

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -21,6 +22,7 @@ from fluxq.errors import WrongRequest
 from fluxq.kernels import FORMATS, dequantize
 from fluxq.model import FluxConfig
 from fluxq.model.linear import Linear
+from fluxq.offload import HostInputs
 from fluxq.offload.cards import CARDS
 from fluxq.offload.costs import Work
 from fluxq.offload.streams import Immediate
@@ -114,7 +116,7 @@ def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_pat
         (["--limit-vram", "12GiB"], "--limit-vram and --limit-bus hold back a CUDA card"),
         (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA card"),
         (["--limit-vram", "much"], "must be an amount of memory like 12GiB"),
-        (["--blocks-to-swap", 9], "18 cannot be streamed"),
+        (["--blocks-to-swap", 9], "--blocks-to-swap must be 0 to 3, not 9"),
         (["--blocks-to-swap", 1, "--resident-units", 2], "say the same in two ways"),
     ],
 )
@@ -132,7 +134,7 @@ def test_out_of_memory_and_what_cannot_be_run_are_rows(monkeypatch):
     assert row["out_of_memory"] == "CUDA out of memory" and "ms" not in row
     assert line_of(row).endswith("out of memory")
     row = row_of(replace(TINY, blocks_to_swap=30), CPU, None, 3, None)
-    assert "cannot be streamed" in row["not_run"] and "not run: " in line_of(row)
+    assert "must be 0 to 3, not 30" in row["not_run"] and "not run: " in line_of(row)
 
 
 def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():
@@ -194,11 +196,21 @@ def test_on_a_card_a_plan_places_the_weights_and_its_predictions_stand_beside_wh
     row = row_of(setting, CPU, replace(CARDS["rtx4090"], name="imagined"), 3, None)
     assert row["ok"] and row["policies"] == {"recompute": 4}
     assert row["predicted_peak_gib"] > 0 and row["predicted_s"] > 0 and 0 < row["share_of_peak"] < 1
-    assert row["streamed"] + row["resident"] == 6
+    assert row["streamed"] + row["resident"] == 6 and not row["offload"]
     assert (row["resident"], row["slots"]) == (0, 2) if copies else row["resident"] > 0
     assert "imagined" not in line_of(row) and f"{row['predicted_peak_gib']:.2f}" in line_of(row)
     refused = row_of(setting, CPU, CARDS["rtx4090"], 3, 1 << 20)
     assert "GiB" in refused["not_run"] and "ms" not in refused
+
+
+def test_inputs_wait_on_the_host_where_a_plan_says_so(monkeypatch):
+    monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
+    stored, store = [], HostInputs.store
+    monkeypatch.setattr(HostInputs, "store", lambda self, tensors: stored.append(1) or store(self, tensors))
+    pins = partial(bench_steps.Pins, offload=True)
+    monkeypatch.setattr(bench_steps, "Pins", pins)
+    row = row_of(replace(TINY, policy="recompute"), CPU, CARDS["rtx4090"], 3, None, 1.5)
+    assert row["ok"] and row["offload"] and len(stored) == 4 * (3 + timed_step.WARM_UP)
 
 
 def test_a_slower_bus_is_copies_made_again(monkeypatch):

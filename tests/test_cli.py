@@ -25,22 +25,28 @@ MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --format --compute --
 DATA = "--trigger --size --skip-bad --cache"
 SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
-MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots"
+MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offload"
 OPTIONS = {
-    "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --steps --batch --accumulate "
-    "--rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume --overwrite "
-    "--config --set --json",
+    "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
+    "--accumulate --rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
+    "--overwrite --config --set --json",
     "cache": f"{MODEL} {DATA} --vram --prompt --verify --prune --config --set --json",
-    "sample": f"{MODEL} --prompt --width --height --steps --guidance --cfg --negative --seed --lora --strength --grid "
-    "--vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
+    "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
+    "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
     "check": f"{MODEL} {DATA} --config --set --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
-    "profile": "--card --format --size --compute --policy --rank --batch --t5-length --slots --out --json",
+    "profile": "--card --format --size --compute --policy --rank --batch --t5-length --slots --weights --steps --out "
+    "--json",
     "bench kernels": "--tune --json",
     "bench steps": "--matrix --format --compute --policy --size --batch --rank --t5-length --resident-units "
     "--blocks-to-swap --slots --steps --limit-vram --limit-bus --out --json",
     "bench compare": "--out --json",
+    "lora convert": "--to --rank --precision --overwrite --json",
+    "lora resize": "--to --rank --energy --precision --overwrite --json",
+    "lora merge": "--out --base --to --rank --precision --overwrite --json",
+    "lora extract": "--to --rank --precision --overwrite --json",
+    "lora info": "--json",
 }
 
 

@@ -111,7 +111,7 @@ def test_nothing_is_kept_alive_or_left_behind():
     assert bytes.live == a.nbytes
     del a  # outside too
     gc.collect()
-    assert bytes.live == 0 and not bytes._known and not bytes._sizes
+    assert bytes.live == 0 and not bytes._known and not bytes._numbers
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
@@ -126,3 +126,20 @@ def test_meta_counts_like_the_processor(device):
     assert (bytes.live, bytes.peak) == (3 * features, 4 * features)  # y and z; and z in bf16
     del y, z
     assert bytes.live == 0
+
+
+def test_the_peak_is_known_by_owner_even_if_that_is_said_later():
+    weight = mib(1)
+    with LiveBytes(before=[weight]) as bytes:
+        bytes.belongs("weights", [weight[5:]])
+        early = mib(7)
+        del early
+        bytes.reset_peak()
+        kept = mib(2)
+        passing = mib(3)
+        del passing
+        bytes.belongs("activations")  # what is there and nobody's: kept alone
+        last = mib(2)
+        del kept, last
+    assert bytes.peak == 6 * MIB
+    assert bytes.peak_by_owner() == {"weights": MIB, "activations": 2 * MIB, "": 3 * MIB}

@@ -9,7 +9,20 @@ from click.testing import CliRunner
 
 from fluxq import machine
 from fluxq.cli import main
-from fluxq.machine import Card, Machine, free_on_card, has_nvidia_driver, memory, notes, obstacle, read_machine
+from fluxq.machine import (
+    Card,
+    CardBytes,
+    Machine,
+    SpillWatch,
+    free_on_card,
+    has_nvidia_driver,
+    may_spill,
+    memory,
+    notes,
+    obstacle,
+    read_machine,
+    spilled,
+)
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120")
 ADA = Card("RTX 4090", (8, 9), 24 << 30)
@@ -115,3 +128,39 @@ def test_a_card_that_cannot_be_used_stops_every_command_but_check(tmp_path, monk
         assert result.exit_code == 2 and "cannot compute in bf16" in result.stderr, command
     result = CliRunner().invoke(main, ["check", "--model", "nano", "--json"])
     assert result.exit_code == 0 or "cannot compute in bf16" in result.stdout
+
+
+GIB = 1 << 30
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "expected"),
+    [
+        ((12, 11, 0), (12, 1, 9.5), 0),  # all of it on the card
+        ((12, 11, 0), (12, 0.1, 10.8), 0),  # full to the brim
+        ((12, 11, 0), (12, 0.1, 13), 2.1),  # more than the card has
+        ((12, 9, 0), (12, 0.2, 10), 1.2),  # others have 3 GiB, and keep them
+        ((12, 9, 0), (12, 2, 9.9), 0.9),  # more than was free, whatever is free now
+        ((12, 9, 0), (12, 4, 7), 0),  # others have given some back meanwhile: the card is not full
+        ((12, 9, 1), (12, 0.1, 9.9), 0),
+        ((12, 10, 0), (12, 0.1, 10.1), 0),  # too little to tell
+    ],
+)
+def test_what_cannot_lie_on_the_card_has_been_spilled(before, now, expected):
+    before, now = (CardBytes(*(int(n * GIB) for n in numbers)) for numbers in (before, now))
+    assert spilled(before, now) == pytest.approx(expected * GIB, abs=0.01 * GIB)
+
+
+def test_a_spill_is_told_once_with_what_to_do():
+    states = iter([CardBytes(12 * GIB, 11 * GIB, 0), CardBytes(12 * GIB, 5 * GIB, 6 * GIB)])
+    watch = SpillWatch(lambda: next(states, CardBytes(12 * GIB, 0, 14 * GIB)))
+    assert watch.note() is None
+    note = watch.note()
+    assert note and "about 3.0 GiB" in note and "--vram" in note and "Prefer No Sysmem Fallback" in note
+    assert watch.note() is None
+    assert SpillWatch(lambda: None).note() is None
+
+
+def test_windows_and_wsl_may_spill():
+    assert may_spill("Windows", "11") and may_spill("Linux", "5.15.153.1-microsoft-standard-WSL2")
+    assert not may_spill("Linux", "6.8.0-45-generic")

@@ -12,8 +12,9 @@ from click.testing import CliRunner
 from fluxq import memory, nano
 from fluxq.cli import main
 from fluxq.config import MemoryConfig, ModelConfig, TrainConfig, config_from_dict
+from fluxq.defaults import resolve_format
 from fluxq.errors import WrongRequest
-from fluxq.memory import Placement, nbytes, place, resident_by_hand
+from fluxq.memory import Placement, costs_of, nbytes, place, resident_by_hand
 from fluxq.model import FluxConfig
 from fluxq.models import Models
 from fluxq.nano import pictures
@@ -39,8 +40,14 @@ def test_other_amounts_are_refused_by_name(text):
 class Full:
     """Models of FLUX.1 dev's shape that are never loaded, on a card that is not there."""
 
-    flux_config, compute, is_nano, t5_length = FluxConfig.dev(), "bf16", False, 512
-    device = torch.device("cuda")
+    flux_config, format, compute, is_nano, t5_length = FluxConfig.dev(), "nf4", "bf16", False, 512
+    device, quantised, format_is_open, disk = torch.device("cuda"), None, True, ("nf4", "int8", "fp8", "bf16")
+
+    def has_room_for(self, format: str) -> bool:
+        return format in self.disk
+
+    def use_format(self, format: str) -> None:
+        self.format, self.format_is_open = format, False
 
 
 def test_units_stay_or_stream_as_they_are_counted():
@@ -50,7 +57,7 @@ def test_units_stay_or_stream_as_they_are_counted():
     assert resident_by_hand(MemoryConfig(resident_units=total), models) is None
     assert len(resident_by_hand(MemoryConfig(resident_units=1), models)) == 1
     assert len(resident_by_hand(MemoryConfig(blocks_to_swap=16), Full())) == 76 - 32
-    with pytest.raises(WrongRequest, match="76 units"):
+    with pytest.raises(WrongRequest, match="must be 0 to 38, not 39: this model has 76 units"):
         resident_by_hand(MemoryConfig(blocks_to_swap=39), Full())
     with pytest.raises(WrongRequest, match="the same in two ways"):
         resident_by_hand(MemoryConfig(blocks_to_swap=1, resident_units=1), Full())
@@ -66,6 +73,42 @@ def a_4060ti(monkeypatch):
 def planned(**wishes) -> Placement:
     values = {"data": {"size": 1024, "folders": ["x"]}, "memory": wishes}
     return place(config_from_dict(values, "a test"), Full(), lambda line: None)
+
+
+def chosen_format(size: int = 1024, models: Full | None = None, **wishes) -> str:
+    models = models or Full()
+    values = {"data": {"size": size, "folders": ["x"]}, "memory": wishes}
+    resolve_format(config_from_dict(values, "a test"), models, lambda line: None)
+    return models.format
+
+
+def test_a_format_left_open_is_the_most_faithful_that_is_as_fast(a_4060ti):
+    """The bus of a 4060 Ti hides int8 behind 1,024 px; what is pinned, or read from a quantised file, stays."""
+    assert chosen_format(1024) == "int8"
+    pinned = Full()
+    pinned.format_is_open = False
+    assert chosen_format(1024, pinned) == "nf4"
+
+
+@pytest.mark.slow
+def test_card_ram_and_disk_have_to_hold_the_format(a_4060ti, monkeypatch):
+    assert chosen_format(512, slots=4, policy="keep_all") == "nf4", "the bus does not hide int8"
+    assert chosen_format(1024, ram="10GiB") == "nf4"
+    full = Full()
+    full.disk = ("nf4",)
+    assert chosen_format(1024, full) == "nf4"
+    monkeypatch.setattr(memory, "measure", lambda folder: CARDS["h200"])
+    assert chosen_format(1024, vram="130GiB") == "bf16"
+    eight = Full()
+    eight.compute, eight.disk = "fp8", ("nf4", "fp8")
+    assert chosen_format(1024, eight, vram="20GiB") == "fp8"
+
+
+def test_a_plan_knows_how_much_this_card_decodes_at_a_time(a_4060ti, monkeypatch):
+    config = config_from_dict({"data": {"folders": ["x"]}}, "a test")
+    geforce = costs_of(config, Full(), 1024).scratch
+    monkeypatch.setattr(memory, "measure", lambda folder: CARDS["h100"])
+    assert costs_of(config, Full(), 1024).scratch - geforce > 50e6
 
 
 def test_a_card_gets_a_plan_that_keeps_to_what_it_may_use(a_4060ti):

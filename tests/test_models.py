@@ -20,6 +20,7 @@ from fluxq import nano
 from fluxq.config import ModelConfig, config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats import find
+from fluxq.formats import quantized as quantized_module
 from fluxq.formats.find import search
 from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.hub import NotFetched
@@ -161,9 +162,28 @@ def test_a_quantised_file_alone_serves_in_its_format(tmp_path):
     files["flux"].unlink()
     path, said = found_flux(models=tmp_path, format="int8")
     assert path == made and said.endswith(f"(the only one in {tmp_path} in int8)")
-    assert f"{made} holds int8, not nf4; pass --format int8" in refusal(models=tmp_path)
+    assert f"{made} holds int8, not nf4; pass --format int8" in refusal(models=tmp_path, format="nf4")
+    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), say=lambda line: None)
+    assert models.quantised and models.format == models.resolved().format == "int8" and not models.format_is_open
     again = place(made, tmp_path / "models/unet/again.safetensors")  # the same file twice is the same model
     assert found_flux(models=tmp_path, format="int8")[0] in (made, again)
+
+
+def test_a_format_that_is_chosen_later_is_served_by_what_was_quantised_in_it(tmp_path):
+    files = comfy(tmp_path)
+    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
+    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), say=lambda line: None)
+    assert models.flux_file == files["flux"] and models.format == "nf4" and models.quantised is None
+    assert all(models.has_room_for(format) for format in ("nf4", "int8", "bf16"))
+    models.use_format("int8")
+    assert models.flux_file == made and models.quantised and models.resolved().format == "int8"
+
+
+def test_a_format_that_the_disk_cannot_hold_is_no_candidate(tmp_path, monkeypatch):
+    models = Models(ModelConfig(models=comfy(tmp_path)["flux"].parents[2]), torch.device("cpu"), say=lambda line: None)
+    monkeypatch.setattr(quantized_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
+    assert [f for f in ("nf4", "int8", "bf16") if models.has_room_for(f)] == ["bf16"]
 
 
 def test_the_original_is_chosen_first_then_its_form(tmp_path):

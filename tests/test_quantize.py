@@ -46,7 +46,7 @@ def test_a_quantised_file_is_a_base_like_any_other(tmp_path):
     pictures.concept(1, 1)[0][0].save(photos / "a.png")
     common = ["train", photos, "--flux", path, *nano_files, "--size", 96, "--t5-length", 32, "--steps", 1]
     common += ["--cache", tmp_path / "cache", "--out", tmp_path / "run", "--trigger", "zqx"]
-    refused = run(*common)
+    refused = run(*common, "--format", "nf4")
     assert refused.exit_code == 2
     assert "holds int8, not nf4; pass --format int8" in refused.stderr
     trained = run(*common, "--format", "int8")

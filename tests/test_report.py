@@ -7,6 +7,8 @@ import signal
 import pytest
 from PIL import Image
 
+from fluxq import report as module
+from fluxq.machine import CardBytes, SpillWatch
 from fluxq.report import Report, console, read_log, smoothed, stop_request
 
 
@@ -57,3 +59,19 @@ def test_the_first_ctrl_c_asks_and_the_second_stops():
         assert asked()
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)
+
+
+def test_memory_that_the_driver_has_spilled_is_told_after_the_step_that_shows_it(tmp_path, monkeypatch, capsys):
+    states = iter([CardBytes(100 << 30, 90 << 30, 0), CardBytes(100 << 30, 50 << 30, 40 << 30)])
+    full = CardBytes(100 << 30, 0, 120 << 30)
+    monkeypatch.setattr(console, "stderr", False)
+    monkeypatch.setattr(module, "SpillWatch", lambda: SpillWatch(lambda: next(states, full)))
+    module.reset_peak()
+    with Report(tmp_path, 0, 3, 0) as running:
+        for step in (1, 2, 3):
+            running.step(step, 1.0, 1e-4, 0.5, 1.0)
+    lines = capsys.readouterr().out.splitlines()
+    told = ["about 30.0 GiB" in line for line in lines if "system memory" in line or line.startswith("step")]
+    assert told == [False, True, False, False]
+    monkeypatch.undo()
+    module.reset_peak()

@@ -9,13 +9,15 @@ import pytest
 import torch
 from click.testing import CliRunner
 from helpers import randomise, tiny_config
+from lora_files import WRITERS
 from PIL import Image
 
 from fluxq import sample
 from fluxq.cli import main
 from fluxq.config import SamplesConfig
 from fluxq.data.store import Text
-from fluxq.formats.lora import Adapter
+from fluxq.formats.files import write_safetensors
+from fluxq.formats.lora_algebra import Adapter
 from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
 from fluxq.model.costs import AUTOENCODER, TILES
 from fluxq.model.lora import lora_strength
@@ -187,3 +189,22 @@ def test_prompts_that_are_too_long_are_said(tmp_path):
     prompt = f"the prompt {('red star ' * 7)[:60]!r}".removesuffix("'") + "...'"
     assert f"{prompt} is longer than 32 T5 tokens; what is beyond was cut off" in lines
     assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines
+
+
+def test_any_dialect_is_drawn_with_and_what_is_not_is_said(tmp_path):
+    """OneTrainer's parts, and with them a CLIP-L part, which only the transformer's picture does not show."""
+    tensors, _, _ = WRITERS["OneTrainer legacy"]()
+    tensors = {key: tensor if key.endswith(".alpha") else tensor * 0.1 for key, tensor in tensors.items()}
+    tensors |= {
+        f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{p}.weight": torch.ones(4, 4) for p in ("down", "up")
+    }
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    runner, drawn = CliRunner(), []
+    assert runner.invoke(main, ["lora", "convert", *(str(tmp_path / n) for n in ("x.safetensors", "y"))]).exit_code == 0
+    common = ["sample", "--model", "nano", "--prompt", "a red star", "--steps", "1", "--cache", str(tmp_path / "cache")]
+    for lora in (["--lora", str(tmp_path / "x.safetensors")], ["--lora", str(tmp_path / "y")], []):
+        result = runner.invoke(main, [*common, "--out", str(tmp_path / "out"), *lora])
+        assert result.exit_code == 0, result.output
+        assert ("its CLIP-L part (1 modules) is not drawn with" in " ".join(result.output.split())) == bool(lora)
+        drawn.append(Image.open(tmp_path / "out/00_seed42.png").copy())
+    assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])

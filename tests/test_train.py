@@ -146,7 +146,8 @@ def test_photographs_from_an_empty_cache_to_a_lora(tmp_path):
     run = tmp_path / "runs" / "photos"
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], Path(result["lora"]).name) == (3, "zqx.safetensors")
-    adapters, metadata = load_lora(run / "zqx.safetensors", FluxConfig.nano())
+    lora = load_lora(run / "zqx.safetensors", FluxConfig.nano())
+    adapters, metadata = lora.adapters, lora.metadata
     assert len(adapters) == 2 * 8 + 2 * 2
     assert all(a.up.abs().max() > 0 for a in adapters.values())
     assert metadata["modelspec.trigger_phrase"] == "zqx"

@@ -101,6 +101,7 @@ def texts() -> dict[str, Text]:
 class Full:
     """Models of FLUX.1 dev's shape that are never loaded, on a card that is not there."""
 
+    format = "nf4"
     flux_config, compute, is_nano, t5_length = DEV, "bf16", False, 512
     device = torch.device("cuda")
 

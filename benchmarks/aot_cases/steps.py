@@ -49,12 +49,13 @@ def case(name: str, kernel: Any, op: str, card: int, constants: Mapping[str, Any
 def modulates(card: int) -> list[Case]:
     found = []
     for gated, absent in (("", ("gate", "add", "sum")), ("gated_add_", ())):
-        for form in ("", "_int8", "_fp8"):
+        for form in ("", "_int8", "_fp8", "_int8_rotated"):
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
-                if down and not form:
+                if down and form not in ("_int8", "_fp8"):
                     continue
                 op = "modulate" + ("_8bit" if form else "") + ("_down" if down else "")
-                constants = ROW | dict(INT8=form == "_int8", BLOCK_R=block_r, PRECISION="ieee")
+                constants = ROW | dict(INT8="_int8" in form, ROTATION=256 if "rotated" in form else 0)
+                constants |= dict(BLOCK_R=block_r, PRECISION="ieee")
                 left_out = (*absent, *(() if form else ("values", "row_scale")), *(() if down else ("down", "s")))
                 name = f"{gated}modulate{form}{down}"
                 found.append(case(name, modulate._modulate, op, card, constants, left_out))
@@ -100,11 +101,14 @@ def gelus(card: int) -> list[Case]:
         case("gelu_tanh_beside", gelu._gelu, "gelu_tanh", card, INNER | dict(D=3072)),
         case("gelu_tanh_backward", gelu._gelu_backward, "gelu_tanh_backward", card, INNER),
     ]
-    for form in ("_int8", "_fp8"):
+    for form in ("_int8", "_fp8", "_int8_rotated"):
         for beside, width in (("", 0), ("_beside", 3072)):
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
+                if down and "rotated" in form:
+                    continue
                 constants = INNER | dict(D=width, BLOCK=16384)
-                constants |= dict(INT8=form == "_int8", BLOCK_R=block_r, PRECISION="ieee")
+                constants |= dict(INT8="_int8" in form, ROTATION=256 if "rotated" in form else 0)
+                constants |= dict(BLOCK_R=block_r, PRECISION="ieee")
                 left_out = (*(() if down else ("down", "s")), *(() if beside else ("beside",)))
                 name, op = f"gelu_tanh{beside}{form}{down}", "gelu_tanh_8bit" + ("_down" if down else "")
                 found.append(case(name, gelu._gelu_8_bits, op, card, constants, left_out))

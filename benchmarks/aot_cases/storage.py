@@ -6,6 +6,7 @@ from typing import Any
 
 from benchmarks.aot import CAPABILITIES, Case
 from fluxq.kernels.triton import nf4, rows, storage
+from fluxq.kernels.triton.rotation import _rotate
 from fluxq.kernels.triton.stored import LARGEST
 from fluxq.kernels.triton.table import SHIPPED, Choice, shape_class
 
@@ -36,21 +37,23 @@ def plain(form: str) -> str:
     return "float" if TYPES[form] == "*" + form else form
 
 
-def conversion(card: int, form: str, to: str, transposed: bool) -> Case:
+def conversion(card: int, form: str, to: str, transposed: bool, rotation: int = 0) -> Case:
     divisor = {"divisor_ptr": "*fp32"} if to in LARGEST else {}
     types, constants = pointers(
         form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", absmax_stride="i32", out_stride="i32", **divisor
     )
     constants = {name: value for name, value in constants.items() if name != "columns_ptr"}
-    tile = SHIPPED["dequantize_transposed" if transposed else "dequantize", card, "large"]
+    way = f"{'_transposed' if transposed else ''}{'_rotated' if rotation else ''}"
+    tile = SHIPPED[f"dequantize{way}", card, "large"]
     return Case(
-        f"{form} to {to}{' transposed' if transposed else ''}",
+        f"{form} to {to}{way.replace('_', ' ')}",
         storage._convert,
         types,
         {
             **constants,
             "FROM": plain(form),
             "TO": plain(to),
+            "ROTATION": rotation,
             "TRANSPOSED": transposed,
             "ROWS": tile.block_m,
             "COLUMNS": tile.block_n,
@@ -58,24 +61,28 @@ def conversion(card: int, form: str, to: str, transposed: bool) -> Case:
         **launched(card, tile),
         aligned=("N", "K", "stride", "absmax_stride", "out_stride"),
         narrow=FEW,
-        permutes=96,  # three for each of a thread's 32 numbers
+        permutes=112,  # three for each of a thread's 32 numbers, and some to rotate
     )
 
 
-def row_case(card: int, form: str, to: str, width: int, columns: bool = False, values: bool = True) -> Case:
+def row_case(
+    card: int, form: str, to: str, width: int, columns: bool = False, values: bool = True, rotation: int = 0
+) -> Case:
     given = {"columns_ptr": "*fp32"} if columns else {}
     given |= {"out_ptr": "*u8"} if values else {}
     types, constants = pointers(form, scales_ptr="*fp32", N="i32", K="i32", stride="i32", absmax_stride="i32", **given)
     constants = {name: value for name, value in constants.items() if name != "divisor_ptr"}
     tile = SHIPPED["row_quantize", card, shape_class("row_quantize", width)]
     return Case(
-        f"rows of {width} {form} {'to' if values else 'scales for'} {to}{' times columns' if columns else ''}",
+        f"rows of {width} {form} {'to' if values else 'scales for'} {to}{' times columns' if columns else ''}"
+        + (f" rotated by {rotation}" if rotation else ""),
         rows._rows,
         types,
         {
             **constants,
             "FROM": plain(form),
             "TO": to,
+            "ROTATION": rotation,
             "LARGEST": LARGEST[to],
             "ONCE": tile.block_n >= width,
             "COLUMNS": tile.block_n,
@@ -83,7 +90,7 @@ def row_case(card: int, form: str, to: str, width: int, columns: bool = False, v
         **launched(card, tile),
         aligned=("K", "stride"),
         narrow=FEW,
-        permutes=64,  # two for each of a thread's 32 numbers
+        permutes=112 if rotation else 64,  # two for each of a thread's 32 numbers, rotated three
     )
 
 
@@ -106,6 +113,13 @@ def quantiser(card: int, dtype: str) -> Case:
     )
 
 
+def rotate(card: int, dtype: str) -> Case:
+    tile = SHIPPED["rotate", card, "large"]
+    pointers = dict(x_ptr=TYPES[dtype], y_ptr=TYPES[dtype], blocks="i32")
+    sizes = dict(BLOCK=256, NUMBERS=tile.block_n)
+    return Case(f"rotate {dtype}", _rotate, pointers, sizes, **launched(card, tile), narrow=())
+
+
 def launched(card: int, tile: Choice) -> dict[str, Any]:
     return dict(warps=tile.warps, stages=tile.stages, capabilities=(card,))
 
@@ -121,6 +135,13 @@ def on(card: int) -> list[Case]:
         row_case(card, "int8", "fp8", 3072),
         row_case(card, "fp8", "int8", 3072),
         row_case(card, "fp32", "int8", 40000),
+        *[conversion(card, form, "int8", True, rotation=256) for form in ("nf4", "fp8", "int8", "bf16")],
+        *[row_case(card, "bf16", "int8", width, rotation=256) for width in (3072, 15360)],
+        *[row_case(card, "nf4", "int8", width, rotation=256) for width in (3072, 15360)],
+        *[row_case(card, "nf4", "int8", width, values=False, rotation=256) for width in (3072, 15360)],
+        row_case(card, "int8", "int8", 3072, rotation=64),
+        row_case(card, "fp8", "fp8", 3072, rotation=256),
+        *[rotate(card, dtype) for dtype in ("bf16", "fp32")],
         *[quantiser(card, dtype) for dtype in ("bf16", "fp32")],
     ]
 

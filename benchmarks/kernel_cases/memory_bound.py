@@ -16,6 +16,7 @@ from benchmarks.roofline import predicted_ms
 from fluxq.kernel_cases import comparable
 from fluxq.kernel_steps import STEPS, STORAGE, Sizes, Step
 from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, reference
+from fluxq.kernels.rotation import rotate
 from fluxq.timing import timed
 
 SHAPES = ("mlp.0", "linear2")
@@ -48,12 +49,14 @@ def measure_step(s: Setting, make: Callable[[], Step]) -> dict[str, Any]:
 
 
 def in_full(outputs: Any, step: Step, down: Tensor | None) -> Any:
-    """Exact outputs beside 8-bit ones: the rows unrounded, and their product with `down`."""
+    """Exact outputs beside 8-bit ones: the rows unrounded, rotated where those are; and their product with `down`."""
     if step.dtype is None or isinstance(outputs, Tensor):
         return outputs
     if isinstance(outputs, Activations):
         rows = outputs.x.flatten(0, -2)
-        return Activations(outputs.x, rows, rows.new_ones(len(rows)), None if down is None else rows @ down.t())
+        s = None if down is None else rows @ down.t()
+        rows = rotate(rows, step.rotation) if step.rotation else rows
+        return Activations(outputs.x, rows, rows.new_ones(len(rows)), s)
     return tuple(in_full(part, step, down) for part in outputs)
 
 
@@ -63,6 +66,7 @@ def measure_storage(s: Setting, make: Callable[[], Step]) -> dict[str, Any]:
     ours, plain = step.run(s.ours), step.run(reference)
     found, theirs = (exact(NF4Weight(*o) if step.op == "nf4_quantize" else comparable(o)[0]) for o in (ours, plain))
     given = exact(next(iter(step.inputs.values())))
+    given = rotate(given, step.rotation) if step.rotation else given
     checked = twice_rule([found], [theirs], [given if given.shape == found.shape else given.t()])
     if step.op == "nf4_quantize":
         checked["ok"] = checked["ok"] and all(torch.equal(a, b) for a, b in zip(ours, plain, strict=True))

@@ -10,11 +10,12 @@ import torch
 
 from fluxq.formats.detect import CLIP, EXAMPLES
 from fluxq.formats.files import refuse, strict_load
-from fluxq.formats.source import open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.source import Source, open_autoencoder, open_clip, open_flux, open_t5
 from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxq.formats.weights import StoredWeights, StreamedWeights, streamed
 from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
+from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
 from fluxq.model.text import CLIP_LENGTH, STATES_BYTES, TextEncoders
@@ -24,13 +25,15 @@ from fluxq.offload import Streams
 ENCODER_SLOTS = 2  # a block of T5-XXL takes 386 MB; reading the file is one pipe, which more would not widen
 
 
-def load_flux(path: Path, format: str, device: torch.device, dtype: torch.dtype = torch.bfloat16) -> Flux:
-    """The transformer at `path`, a file or a folder in either layout, computing in `dtype`.
+def load_flux(
+    path: Path | Source[FluxConfig], format: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
+) -> Flux:
+    """The transformer at `path`, a file or a folder in either layout, or of a source, computing in `dtype`.
 
     The matrices of the blocks are stored as `format`; what lies outside the blocks, and every vector, stays in `dtype`.
     One tensor at a time is read, moved to `device` and quantised there. Raises WrongRequest as `open_flux` does.
     """
-    source = open_flux(path)
+    source = open_flux(path) if isinstance(path, Path) else path
     with torch.device("meta"):
         flux = Flux(source.config)
     for name in source.shapes:

@@ -1,194 +1,126 @@
-"""LoRA files, written and read in two dialects; in both, W becomes W + alpha / rank * up @ down.
+"""A LoRA from any program's file, as one adapter a module of the original transformer: `load_lora`.
 
-kohya      lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, .lora_up.weight, .alpha: the original model's fused
-           modules, dots as underscores. The default: ComfyUI, Forge, sd-scripts and diffusers all read it exactly.
-diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight, .lora_B.weight: fused modules split, all parts with
-           the same lora_A; alpha / rank folded into lora_B; one rank; and neither alpha tensors nor adapter metadata,
-           which some programs ignore and others refuse together.
+Whatever a file's dialect is, its tensors are parts: a change of some rows of a module. The parts of a module are
+stacked into one adapter (fluxq/formats/lora_algebra.py), at the strength at which the file was trained. CLIP-L's
+modules come along, T5's are left out.
 """
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from fluxq.formats.detect import kind
-from fluxq.formats.files import Checkpoint, listed, printable, refuse, write_safetensors
-from fluxq.formats.keys import module_split
-from fluxq.formats.metadata import sshs_hashes
-from fluxq.formats.shapes import flux_shapes
+from fluxq.formats.files import printable, refuse
+from fluxq.formats.lora_algebra import Adapter, Part, split, stacked
+from fluxq.formats.lora_file import LoraFile
+from fluxq.formats.lora_keys import SPELLINGS, matrices, split_rows
 from fluxq.model.config import FluxConfig
 
-KOHYA_PREFIX = "lora_unet_"
-KOHYA_PARTS = ("lora_down.weight", "lora_up.weight", "alpha")
-DIFFUSERS_PREFIX = "transformer."
-DIFFUSERS_PARTS = ("lora_A.weight", "lora_B.weight")
-READABLE = "a FLUX.1 LoRA that fluxq or sd-scripts has written"
 
+@dataclass
+class Lora:
+    """What a LoRA file holds. adapters are by BFL module, `clip` by CLIP-L module as transformers 5 names it.
 
-@dataclass(frozen=True)
-class Adapter:
-    """A LoRA of one module: down (rank, in), up (out, rank), strength alpha / rank."""
+    alphas tells where the strengths came from: any of "tensors", "settings"; spellings, any of "A/B", "down/up";
+    file_ranks are those of the file's own modules, which may be parts of these; notes are sentences for the user about
+    what was not taken as it stands.
+    """
 
-    down: torch.Tensor
-    up: torch.Tensor
-    alpha: float
+    path: Path
+    config: FluxConfig
+    dialect: str
+    adapters: dict[str, Adapter]
+    clip: dict[str, Adapter]
+    metadata: dict[str, str]
+    spellings: frozenset[str] = frozenset()
+    alphas: frozenset[str] = frozenset()
+    file_ranks: tuple[int, ...] = ()
+    notes: list[str] = field(default_factory=list)
 
     @property
-    def rank(self) -> int:
-        return self.down.shape[0]
+    def dtype(self) -> torch.dtype:
+        """The narrowest floating-point type that holds all of its tensors."""
+        dtype = torch.float8_e4m3fn
+        for adapter in (*self.adapters.values(), *self.clip.values()):
+            for tensor in (adapter.down, adapter.up):
+                dtype = tensor.dtype if dtype.itemsize == 1 else torch.promote_types(dtype, tensor.dtype)
+        return dtype
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({adapter.rank for adapter in self.adapters.values()})
 
 
-def save_lora(
-    path: str | Path,
-    adapters: Mapping[str, Adapter],
-    config: FluxConfig,
-    dialect: Literal["kohya", "diffusers"] = "kohya",
-    dtype: torch.dtype = torch.bfloat16,
-    metadata: Mapping[str, str] | None = None,
-) -> None:
-    """Writes `adapters`, keyed by the path of a BFL module ("double_blocks.0.img_attn.qkv"), and adds sshs_* hashes.
+def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
+    """The LoRA in a .safetensors file or a PEFT folder, in any dialect of `lora_keys`, for a transformer of `config`.
 
-    alpha is stored in fp32 whatever `dtype` is. Raises WrongRequest if the file cannot be written, and for ranks that
-    differ if the dialect is diffusers'.
+    Without a config it is that of FLUX.1 or of nano, whichever fits. Tensors keep their dtype, 8-bit ones become bf16.
+    Raises WrongRequest for adapters of other kinds or of other models, and for missing, unmatched, ill-shaped or
+    non-finite tensors.
     """
-    if dialect == "diffusers" and len(ranks := sorted({adapter.rank for adapter in adapters.values()})) > 1:
-        refuse(path, f"would have ranks {', '.join(map(str, ranks))}, and diffusers wants one", "save it as kohya")
-    tensors = _to_kohya(adapters, dtype) if dialect == "kohya" else _to_diffusers(adapters, config, dtype)
-    metadata = dict(metadata or {})
-    write_safetensors(path, tensors, metadata | sshs_hashes(tensors, metadata))
+    file = LoraFile(Path(path))
+    config = config or file.guess()
+    found = file.placed(config)
+    lora = Lora(
+        file.path,
+        config,
+        Counter(place.dialect for place in found.values()).most_common(1)[0][0] if found else "text encoder only",
+        {},
+        {},
+        dict(file.checkpoint.metadata),
+        frozenset(name for name, p in SPELLINGS.items() if any(re.search(p, key) for key in file.checkpoint.shapes)),
+        file.alphas,
+        tuple(sorted({file.rank(base) for base in found})),
+        file.notes,
+    )
+    parts: dict[str, list[tuple[str, Part]]] = {}
+    for base, place in found.items():
+        parts.setdefault(place.module, []).append((base, Part(place.rows, file.adapter(base))))
+    for module, out in matrices(config).items():
+        if module in parts:
+            _refuse_twice(file.path, module, parts[module])
+            lora.adapters[module] = stacked([part for _, part in parts[module]], out)
+    lora.clip = {module: file.adapter(base) for module, base in file.clip.items()}
+    _correct_split_qkv(lora)
+    return lora
 
 
-def load_lora(path: str | Path, config: FluxConfig) -> tuple[dict[str, Adapter], dict[str, str]]:
-    """The adapters of a file in either dialect, keyed by BFL module, in the file's dtype; and the file's metadata.
+def _refuse_twice(path: Path, module: str, parts: list[tuple[str, Part]]) -> None:
+    covered: list[tuple[int, int, str]] = sorted((*r, base) for base, part in parts for r in part.rows)
+    for before, after in zip(covered, covered[1:], strict=False):
+        if after[0] < before[1]:
+            what = f"adapts {module} twice, as {printable(before[2])} and as {printable(after[2])}"
+            refuse(path, what, "remove either")
 
-    Raises WrongRequest for any other dialect, a LoRA of another model, and a missing, unmatched or ill-shaped tensor.
+
+def _correct_split_qkv(lora: Lora) -> None:
+    """Give the modules that sd-scripts' split_qkv merged the strength that they were trained at.
+
+    It stacks the n parts of a module into rank n * r and leaves alpha at that of a part (networks/lora_flux.py), so
+    that every reader applies a third or a quarter of the LoRA.
     """
-    checkpoint = Checkpoint(path)
-    modules = [key.removesuffix(".weight") for key, shape in flux_shapes(config).items() if len(shape) == 2]
-    if any(key.startswith(KOHYA_PREFIX) for key in checkpoint.shapes):
-        adapters = _from_kohya(checkpoint, modules, config)
-    elif any(key.startswith(DIFFUSERS_PREFIX) and ".lora_A." in key for key in checkpoint.shapes):
-        adapters = _from_diffusers(checkpoint, modules, config)
-    elif (found := kind(checkpoint.shapes)) == "a LoRA":
-        first = printable(next(iter(checkpoint.shapes)))
-        refuse(path, f"is a LoRA in a dialect that fluxq does not read (its first key is {first})", f"give {READABLE}")
-    else:
-        refuse(path, f"is {found}, where a LoRA is wanted", f"give {READABLE}")
-    return adapters, checkpoint.metadata
-
-
-def _to_kohya(adapters: Mapping[str, Adapter], dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for module, adapter in adapters.items():
-        name = _kohya_name(module)
-        tensors[f"{name}.lora_down.weight"] = adapter.down.to("cpu", dtype)
-        tensors[f"{name}.lora_up.weight"] = adapter.up.to("cpu", dtype)
-        tensors[f"{name}.alpha"] = torch.tensor(adapter.alpha, dtype=torch.float32)  # bf16 would round 10.3 to 10.3125
-    return tensors
-
-
-def _to_diffusers(adapters: Mapping[str, Adapter], config: FluxConfig, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for module, adapter in adapters.items():
-        up = (adapter.up.to("cpu", torch.float32) * (adapter.alpha / adapter.rank)).to(dtype)
-        for name, start, end in module_split(module, config):
-            down_key, up_key = (f"{DIFFUSERS_PREFIX}{name}.{part}" for part in DIFFUSERS_PARTS)
-            tensors[down_key] = adapter.down.to("cpu", dtype)
-            piece = up[start:end]
-            tensors[up_key] = torch.cat([tensors[up_key], piece]) if up_key in tensors else piece
-    return tensors
-
-
-def _from_kohya(checkpoint: Checkpoint, modules: list[str], config: FluxConfig) -> dict[str, Adapter]:
-    shapes = flux_shapes(config)
-    names = {_kohya_name(module): module for module in modules}
-    sizes = {name: shapes[f"{module}.weight"] for name, module in names.items()}
-    adapters: dict[str, Adapter] = {}
-    for name in _checked_modules(checkpoint, sizes, KOHYA_PARTS):
-        down, up, alpha = (checkpoint.get(f"{name}.{part}") for part in KOHYA_PARTS)
-        if not math.isfinite(float(alpha)):
-            refuse(checkpoint.path, f"has an alpha of {float(alpha)} in {name}", "it is spoilt: use an earlier one")
-        adapters[names[name]] = Adapter(down, up, float(alpha))
-    return adapters
-
-
-def _from_diffusers(checkpoint: Checkpoint, modules: list[str], config: FluxConfig) -> dict[str, Adapter]:
-    if "lora_adapter_metadata" in checkpoint.metadata:
-        refuse(checkpoint.path, "keeps its alpha in metadata, which most programs ignore", f"give {READABLE}")
-    shapes = flux_shapes(config)
-    splits = {module: module_split(module, config) for module in modules}
-    sizes: dict[str, tuple[int, ...]] = {}
-    for module, pieces in splits.items():
-        for name, start, end in pieces:
-            name = DIFFUSERS_PREFIX + name
-            sizes[name] = (sizes.get(name, (0,))[0] + end - start, shapes[f"{module}.weight"][1])
-    present = _checked_modules(checkpoint, sizes, DIFFUSERS_PARTS)
-    adapters: dict[str, Adapter] = {}
-    for module, pieces in splits.items():
-        names = [name for name, _, _ in pieces if DIFFUSERS_PREFIX + name in present]
-        if len(names) == len(pieces):
-            adapters[module] = _fused(checkpoint, pieces, shapes[f"{module}.weight"][0])
-        elif names:
-            absent = [name for name, _, _ in pieces if name not in names]
-            refuse(checkpoint.path, f"adapts {names[0]} but not {', '.join(absent)}", f"give {READABLE}")
-    return adapters
-
-
-def _fused(checkpoint: Checkpoint, pieces: list[tuple[str, int, int]], rows: int) -> Adapter:
-    """One adapter of the parts that `pieces` names: their common lora_A, their lora_B each in its rows."""
-    down_part, up_part = DIFFUSERS_PARTS
-    names = list(dict.fromkeys(name for name, _, _ in pieces))
-    downs = [checkpoint.get(f"{DIFFUSERS_PREFIX}{name}.{down_part}") for name in names]
-    if not all(torch.equal(downs[0], down) for down in downs):
-        refuse(checkpoint.path, f"has another lora_A in {names[0]} than in {names[1]}", f"give {READABLE}")
-    unread = {name: checkpoint.get(f"{DIFFUSERS_PREFIX}{name}.{up_part}") for name in names}
-    rank = downs[0].shape[0]
-    up = torch.empty(rows, rank, dtype=unread[names[0]].dtype)
-    for name, start, end in pieces:
-        up[start:end] = unread[name][: end - start]
-        unread[name] = unread[name][end - start :]
-    return Adapter(downs[0], up, float(rank))
-
-
-def _checked_modules(
-    checkpoint: Checkpoint, sizes: Mapping[str, tuple[int, ...]], parts: tuple[str, ...]
-) -> dict[str, set[str]]:
-    """The modules in a file, once all of its tensors are found to be `parts` of modules of these (out, in) sizes."""
-    found: dict[str, set[str]] = {}
-    foreign: list[str] = []
-    for key in checkpoint.shapes:
-        part = next((part for part in parts if key.endswith("." + part)), None)
-        if part is None:
-            foreign.append(printable(key))
-        else:
-            found.setdefault(key.removesuffix("." + part), set()).add(part)
-    unmatched = [printable(name) for name in found if name not in sizes]
-    if found and len(unmatched) == len(found):
-        what = f"is a LoRA of another model: none of its {len(found):,} modules (such as {unmatched[0]}) is in this one"
-        refuse(checkpoint.path, what, "give one that was trained on FLUX.1")
-    missing = [f"{name}.{part}" for name in found if name in sizes for part in parts if part not in found[name]]
-    if problems := listed(missing=missing, unmatched_modules=unmatched, unexpected=foreign):
-        refuse(checkpoint.path, f"is no LoRA that fits this model: {problems}", f"give {READABLE}")
-    wrong = [problem for name in found for problem in _shape_problems(checkpoint, name, sizes[name], parts)]
-    if wrong:
-        refuse(checkpoint.path, f"was made for a model of other sizes: {listed(wrong_shape=wrong)}", f"give {READABLE}")
-    return found
-
-
-def _shape_problems(checkpoint: Checkpoint, name: str, size: tuple[int, ...], parts: tuple[str, ...]) -> list[str]:
-    """Of the down, up and alpha of a module of size (out, in), those that are not (r, in), (out, r) and ()."""
-    rank = max(1, *checkpoint.shape(f"{name}.{parts[0]}")[:1], 0)
-    wanted = ((rank, size[1]), (size[0], rank), ())
-    return [
-        f"{name}.{part} is {checkpoint.shape(f'{name}.{part}')}, not {shape}"
-        for part, shape in zip(parts, wanted, strict=False)
-        if checkpoint.shape(f"{name}.{part}") != shape
-    ]
-
-
-def _kohya_name(module: str) -> str:
-    return KOHYA_PREFIX + module.replace(".", "_")
+    try:
+        arguments = json.loads(lora.metadata.get("ss_network_args") or "{}")
+    except ValueError:
+        return
+    if not isinstance(arguments, dict) or str(arguments.get("split_qkv", "")).lower() != "true":
+        return
+    corrected = 0
+    for module, adapter in lora.adapters.items():
+        pieces = split_rows(module, lora.config)
+        own = split(adapter, pieces)
+        equal = adapter.rank % len(pieces) == 0 and adapter.rank >= sum(part.rank for part in own.values())
+        if len(pieces) > 1 and equal:
+            lora.adapters[module] = replace(adapter, alpha=adapter.alpha * len(pieces))
+            corrected += 1
+    if corrected:
+        del lora.metadata["ss_network_args"]
+        lora.notes.append(
+            f"{corrected} modules were trained with sd-scripts' split_qkv, whose files are too weak: "
+            "they get the strength at which they were trained"
+        )

@@ -6,6 +6,7 @@ text, equal arguments give equal metadata, and of the user's folders and files o
 
 import hashlib
 import json
+from collections import Counter
 from collections.abc import Mapping
 from datetime import UTC, datetime
 from pathlib import Path
@@ -97,6 +98,42 @@ def lora_metadata(
     if trigger:
         values["modelspec.trigger_phrase"] = trigger
     return {key: str(value) for key, value in values.items()}
+
+
+def converted_metadata(metadata: Mapping[str, str], ranks: set[int], alphas: set[float]) -> dict[str, str]:
+    """The metadata of a LoRA that was made from another file's: that file's, true to what is in it now.
+
+    What sd-scripts and Forge know a FLUX LoRA by is added where it is missing; ranks and alphas that differ are
+    "Dynamic", as sd-scripts has it; hashes are left to `save_lora`.
+    """
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
+    known = {
+        "ss_v2": "False",
+        "ss_base_model_version": "flux1",
+        "ss_network_args": "{}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.implementation": IMPLEMENTATION,
+    }
+    now = {
+        "ss_network_module": "networks.lora_flux",
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic",
+    }
+    return known | kept | now
+
+
+def trigger_of(metadata: Mapping[str, str]) -> str | None:
+    """The word that calls a LoRA's concept: what the file says, else the most frequent part of its captions."""
+    if phrase := metadata.get("modelspec.trigger_phrase"):
+        return phrase
+    counts: Counter[str] = Counter()
+    try:
+        for tags in json.loads(metadata.get("ss_tag_frequency") or "{}").values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None  # not as sd-scripts writes it
+    return counts.most_common(1)[0][0] if counts else None
 
 
 def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:

@@ -11,10 +11,9 @@ from __future__ import annotations
 import dataclasses
 import glob
 import json
-import math
 import os
 import shutil
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -33,64 +32,16 @@ from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, ato
 from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.shards import open_file
 from fluxq.formats.source import Source
-from fluxq.kernels import FORMATS, NF4Weight, RowScaled, Weight, dequantize, quantize
+from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, quantize
 from fluxq.kernels.weights import parts_of
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
+from fluxq.model.layout import ALIGNMENT, Place, layout, stored_parts
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
 
-ALIGNMENT = 256
 LAYOUT_VERSION = 1
 MAX_VECTOR_BYTES = 1 << 17  # the longest vector of FLUX.1 is 86 KB in fp32; absmax of a matrix 590 KB and more
-
-
-@dataclass(frozen=True)
-class Place:
-    """Where a tensor lies in its unit: `start` in bytes, a multiple of ALIGNMENT."""
-
-    name: str
-    dtype: torch.dtype
-    shape: tuple[int, ...]
-    start: int
-
-    @property
-    def nbytes(self) -> int:
-        return math.prod(self.shape) * self.dtype.itemsize
-
-
-def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
-    """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
-    units = {}
-    for unit, names in by_unit(shapes).items():
-        stored = (_stored(name, shapes[name], format if unit != REST else "bf16") for name in names)
-        units[unit] = placed(part for parts in stored for part in parts)
-    return units
-
-
-def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[Place], int]:
-    """The places of (name, dtype, shape) one after another, and the length of them all."""
-    places, end = [], 0
-    for name, dtype, shape in parts:
-        places.append(Place(name, dtype, shape, end))
-        end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
-    return places, end
-
-
-def _stored(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """What the tensor `name` is stored as: (name, dtype, shape) of one tensor, or of the two that a container has."""
-    if format not in FORMATS:
-        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
-    if len(shape) < 2 or format == "bf16":
-        return [(name, torch.bfloat16, shape)]
-    layer, (rows, columns) = name.removesuffix(".weight"), shape
-    if format == "nf4":
-        return [
-            (f"{layer}.codes", torch.uint8, (rows, columns // 2)),
-            (f"{layer}.absmax", torch.float32, (rows, columns // 64)),
-        ]
-    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
-    return [(f"{layer}.values", dtype, shape), (f"{layer}.scale", torch.float32, (rows,))]
 
 
 def write_quantized(
@@ -131,7 +82,7 @@ def write_quantized(
             buffer, parts = torch.zeros(length, dtype=torch.uint8), iter(places)
             own = format if unit != REST else "bf16"
             for name in names[unit]:
-                targets = [view(buffer, next(parts)) for _ in _stored(name, source.shapes[name], own)]
+                targets = [view(buffer, next(parts)) for _ in stored_parts(name, source.shapes[name], own)]
                 for rows in source.bands(name):
                     weight = next(bands).to(device)
                     for target, made in zip(targets, _quantized(name, weight, own, inspect), strict=True):
@@ -200,9 +151,10 @@ def cached(
     format: str,
     device: torch.device,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    merged: str = "",
 ) -> QuantizedFile:
-    """`source` in `format`: from the cache folder, or quantised into it once."""
-    path = cached_path(source.files, format)
+    """`source` in `format`: from the cache folder, or quantised into it once. `merged`: see `fingerprint`."""
+    path = cached_path(source.files, format, merged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -215,7 +167,7 @@ def cached(
                 return QuantizedFile.open(path)
         for left_by_a_crash in path.parent.glob(f".{glob.escape(path.stem)}.tmp-*"):
             left_by_a_crash.unlink(missing_ok=True)
-        about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files)}
+        about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files, merged)}
         write_quantized(path, source, format, about, device, progress)
         return QuantizedFile.open(path)
 
@@ -225,10 +177,10 @@ def stored_bytes(shapes: Mapping[str, tuple[int, ...]], format: str) -> int:
     return sum(length for _, length in layout(shapes, format).values())
 
 
-def cached_path(files: Sequence[Path], format: str) -> Path:
-    """Where the transformer in `files` is kept in `format`."""
+def cached_path(files: Sequence[Path], format: str, merged: str = "") -> Path:
+    """Where the transformer in `files`, with `merged` in it, is kept in `format`."""
     name = files[0].stem if len(files) == 1 else files[0].parent.name
-    return cache_folder() / f"{name}-{format}-v{LAYOUT_VERSION}-{fingerprint(files)}.safetensors"
+    return cache_folder() / f"{name}-{format}-v{LAYOUT_VERSION}-{fingerprint(files, merged)}.safetensors"
 
 
 def cache_folder() -> Path:
@@ -239,9 +191,9 @@ def cache_folder() -> Path:
     return Path(base or Path.home() / ".cache") / "fluxq"
 
 
-def fingerprint(files: Sequence[Path]) -> str:
+def fingerprint(files: Sequence[Path], merged: str = "") -> str:
     """What tells files from others without reading them whole: their lengths, headers, vectors, and 2,048 pieces of
-    each; and in diffusers' layout the config.json beside them.
+    each; and in diffusers' layout the config.json beside them. `merged` tells what was merged into them (LoRAs).
 
     In FLUX.1 every matrix is sampled, and all vectors are 6 MB. Files that were moved or copied stay the same.
     """
@@ -254,6 +206,7 @@ def fingerprint(files: Sequence[Path]) -> str:
     settings = files[0].parent / "config.json"
     if True in layouts and settings.is_file():
         digest.update(settings.read_bytes())
+    digest.update(merged.encode())
     return digest.hexdigest()
 
 

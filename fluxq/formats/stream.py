@@ -11,7 +11,8 @@ from torch import Tensor
 from fluxq.formats.quantized import assign
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
-from fluxq.offload import Schedule, StreamingRing, Streams
+from fluxq.model.units import unit_of
+from fluxq.offload import AllResident, Schedule, StreamingRing, Streams
 from fluxq.offload.arena import Arena, streams_for
 
 
@@ -54,23 +55,51 @@ def load_streamed(
     """
     with torch.device("meta"):
         flux = Flux(file.config)
+    place_units(flux, file, device, resident, slots, streams, poison, say, ahead, through)
+    return flux.eval()
+
+
+def place_units(
+    flux: Flux,
+    file: StoredUnits,
+    device: torch.device,
+    resident: Collection[str] = (),
+    slots: int = 8,
+    streams: Streams | None = None,
+    poison: bool = False,
+    say: Callable[[str], None] = lambda line: None,
+    ahead: bool = True,
+    through: Callable[[Streams], Streams] = lambda streams: streams,
+) -> None:
+    """Have a transformer whose frozen weights are those of `file`, or on `meta`, hold them as `load_streamed` says.
+
+    What it held of streamed units goes before anything comes, so that it never takes more than before or after; what
+    stays, stays where it is, and so does LoRA. Where it fails it can be called again.
+    """
     modulations = tuple(block.modulation_unit for block in flux.blocks)
     if ahead:
         schedule = Schedule(flux.blocks_units, frozenset(resident), slots, modulations)
     else:
         visits = (v for unit, units in zip(modulations, flux.blocks_units, strict=True) for v in ((unit,), units))
         schedule = Schedule(tuple(visits), frozenset(resident), slots)
-    arena = Arena({unit: file.length(unit) for unit in schedule.slot}, file.read_into)
 
     def place(unit: str, flat: Tensor) -> None:
         assign(flux, dict(file.tensors(unit, flat)))
 
+    leaving = set(schedule.slot)
+    if isinstance(flux.ring, StreamingRing):
+        leaving |= set(flux.ring.schedule.slot)
+        flux.ring.close()
+    flux.ring = AllResident()
+    for unit in leaving:
+        place(unit, torch.empty(file.length(unit), dtype=torch.uint8, device="meta"))
+    absent = {unit_of(name) for name, buffer in flux.named_buffers() if buffer.is_meta}
     for unit in file.units:
-        if unit not in schedule.slot:
+        if unit in absent and unit not in schedule.slot:
             place(unit, file.read(unit).to(device))
+    arena = Arena({unit: file.length(unit) for unit in schedule.slot}, file.read_into)
     streams = streams or streams_for(arena, device, say)
     flux.ring = StreamingRing(schedule, arena, place, device, through(streams), poison)
-    return flux.eval()
 
 
 def expect_sampling(flux: Flux) -> None:

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from fluxq.formats.files import refuse
-from fluxq.formats.quantized import Place, placed, view
+from fluxq.formats.quantized import view
 from fluxq.formats.source import Source
 from fluxq.kernels import Weight, dequantize
+from fluxq.model.layout import Place, placed
 from fluxq.model.text_layers import Units
 from fluxq.offload import Piece, Schedule, Stored, StreamingRing, Streams
 from fluxq.offload.arena import streams_from_files

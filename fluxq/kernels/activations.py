@@ -17,11 +17,14 @@ class Wants:
         (the K-extension, README.md).
     dtype: torch.int8 or torch.float8_e4m3fn where the layer multiplies in 8 bits: the producer gives those rows, each
         with its scale, and with `down` (R, K) their product with it, in the same pass.
+    rotation: the block of columns in which 8-bit rows are rotated before they are rounded, 0 for none (rotation.py).
+        Such a layer does not ask for a product with `down`, which sees rows as they are, but makes it itself.
     """
 
     room: int = 0
     dtype: torch.dtype | None = None
     down: Tensor | None = None
+    rotation: int = 0
 
 
 class Activations(NamedTuple):

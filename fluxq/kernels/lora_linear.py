@@ -12,7 +12,6 @@ from torch.autograd.function import once_differentiable
 from fluxq.kernels.activations import Activations, Wants
 from fluxq.kernels.dispatch import ops
 from fluxq.kernels.replay import nothing, unread
-from fluxq.kernels.rotation import rotate
 from fluxq.kernels.weights import Weight
 
 COMPUTES = ("bf16", "int8", "int8_dx", "fp8", "fp8_dx")
@@ -25,7 +24,7 @@ FEW_ROWS = 64
 def wants(compute: str, down: Tensor | None, like: Tensor, rotation: int = 0) -> Wants:
     """The form in which a layer with LoRA `down` (R, K), or none, wants an input that lies where `like` lies."""
     if compute != "bf16":
-        return Wants() if rotation else Wants(dtype=_dtype(compute), down=down)
+        return Wants(dtype=_dtype(compute), down=None if rotation else down, rotation=rotation)
     return Wants(room=0 if down is None else ops(like).room(down.shape[0]))
 
 
@@ -90,7 +89,9 @@ class _LoRALinear(torch.autograd.Function):
             y, s = ops(x).lora_linear(x, weight, cast_bias, cast_down, cast_up, scale)
         else:
             y, s = _forward_8bit(given, weight, cast_bias, cast_down, up, scale, _dtype(compute), rotation)
-        ctx.save_for_backward(x if down is not None else None, s, down, up)
+        # The gradient multiplies by the rounded LoRA too: it is not rounded again for that.
+        ctx.save_for_backward(x if down is not None else None, s, cast_down, cast_up)
+        ctx.dtypes = [t if t is None else t.dtype for t in (down, up)]
         ctx.weight, ctx.scale, ctx.compute, ctx.rotation = weight, scale, compute, rotation
         return y
 
@@ -100,16 +101,14 @@ class _LoRALinear(torch.autograd.Function):
         (dy,) = grad_outputs
         x, s, down, up = ctx.saved_tensors
         weight = ctx.weight if ctx.needs_input_grad[0] else None
-        cast_s, cast_down, cast_up = (t if t is None else t.to(dy.dtype) for t in (s, down, up))
+        s = s if s is None else s.to(dy.dtype)
         if weight is not None and ctx.compute.endswith("_dx"):
-            dx = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute), ctx.rotation)
-            weight = None
+            dx, ds = _dx_8bit(dy, weight, down, up, ctx.scale, _dtype(ctx.compute), ctx.rotation)
+            gradients = (None, None) if ds is None else ops(dy).lora_gradients(dy, x, s, ds, ctx.scale)
         else:
-            dx = None
-        dx2, d_down, d_up = ops(dy).lora_linear_backward(dy, weight, x, cast_s, cast_down, cast_up, ctx.scale)
-        if d_down is not None:
-            d_down, d_up = d_down.to(down.dtype), d_up.to(up.dtype)
-        return dx if dx2 is None else dx2, None, None, None, d_down, d_up, None, None, None, None
+            dx, *gradients = ops(dy).lora_linear_backward(dy, weight, x, s, down, up, ctx.scale)
+        d_down, d_up = (d if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True))
+        return dx, None, None, None, d_down, d_up, None, None, None, None
 
 
 def _dtype(compute: str) -> torch.dtype:
@@ -130,37 +129,27 @@ def _forward_8bit(
     x, values, row_scale, s = given
     rows = x.flatten(0, -2)
     if values is None or row_scale is None:
-        values, row_scale = ops(x).row_quantize(rotate(rows, rotation) if rotation else rows, dtype)
+        values, row_scale = ops(x).row_quantize(rows, dtype, rotation=rotation)
     if s is None and down is not None:
         s = rows @ down.t()
-    w, w_scale = _rows(weight, dtype, x, rotation)
+    w, w_scale = ops(x).to_rows(weight, dtype, rotation=rotation)
     y = ops(x).matmul_8bit(values, row_scale, w, w_scale, x.dtype, s, None if up is None else up * scale, bias)
     return y.view(*x.shape[:-1], -1), None if s is None else s.view(*x.shape[:-1], -1)
 
 
 def _dx_8bit(
     dy: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, dtype: torch.dtype, rotation: int
-) -> Tensor:
-    """The gradient of the input, in 8 bits: it contracts over W's rows, so their scales go into dy before dy is rounded
-    (folding costs no second copy of W and no accuracy).
+) -> tuple[Tensor, Tensor | None]:
+    """The gradient of the input, in 8 bits, and that of s: it contracts over W's rows, so their scales go into dy
+    before dy is rounded (folding costs no second copy of W and no accuracy). Over a rotated W it comes out rotated; so
+    LoRA's part joins it rotated, and the sum is turned back.
     """
     rows = dy.flatten(0, -2)
-    w, w_scale = _rows(weight, dtype, dy, rotation, transposed=True)  # (K, N)
+    w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True, rotation=rotation)  # (K, N)
     values, row_scale = ops(dy).row_quantize(rows, dtype, w_scale)
-    ds = None if up is None else rows @ (up * scale).to(dy.dtype)
-    if not rotation:
-        dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
-        return dx.view(*dy.shape[:-1], -1)
-    dx = rotate(ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype), rotation)
-    if ds is not None and down is not None:
-        dx.addmm_(ds, down.to(dy.dtype))
-    return dx.view(*dy.shape[:-1], -1)
-
-
-def _rows(
-    weight: Weight, dtype: torch.dtype, like: Tensor, rotation: int, transposed: bool = False
-) -> tuple[Tensor, Tensor]:
-    """`weight`, rotated if asked, as 8-bit values (N, K), or (K, N) if `transposed`, and row scales (N,)."""
-    if rotation:
-        weight = rotate(ops(like).dequantize(weight, torch.bfloat16), rotation)
-    return ops(like).to_rows(weight, dtype, transposed)
+    ds = None if up is None else rows @ (up * scale)
+    if down is not None and rotation:
+        down = ops(dy).rotate(down, rotation)
+    dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())
+    dx = ops(dy).rotate(dx, rotation) if rotation else dx
+    return dx.view(*dy.shape[:-1], -1), ds

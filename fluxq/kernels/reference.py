@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxq.kernels.activations import Activations, Wants
+from fluxq.kernels.rotation import rotate
 from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, Weight
 
 # The 16 quantiles of a normal distribution that NF4 stores, as bitsandbytes has them (Dettmers et al. 2023, appendix
@@ -79,16 +80,17 @@ def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, tr
     return row_dequantize(weight.values, weight.scale, dtype, out)
 
 
-def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False) -> tuple[Tensor, Tensor]:
+def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """`weight` as a matrix of 8-bit values (N, K), or (K, N) if `transposed`, and its row scales (N,) fp32.
 
     8-bit tensor cores before sm_100 read both factors along K; the gradient of the input contracts over N instead, and
-    so wants the transposed matrix. A weight stored in that dtype keeps its values.
+    so wants the transposed matrix. A weight stored in that dtype keeps its values. `rotation`: the block of columns in
+    which rows are rotated before they are rounded (fluxq/kernels/rotation.py), 0 for none.
     """
-    if not isinstance(weight, (Tensor, NF4Weight)) and weight.values.dtype == dtype:
+    if not rotation and not isinstance(weight, (Tensor, NF4Weight)) and weight.values.dtype == dtype:
         values, scale = weight.values, weight.scale
     else:
-        values, scale = row_quantize(dequantize(weight, torch.float32), dtype)
+        values, scale = row_quantize(dequantize(weight, torch.float32), dtype, rotation=rotation)
     return (values.view(torch.uint8).t().contiguous().view(dtype) if transposed else values), scale
 
 
@@ -114,11 +116,14 @@ def _nf4_pairs(device: torch.device) -> Tensor:
     return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)
 
 
-def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def row_quantize(
+    w: Tensor, dtype: torch.dtype, columns: Tensor | None = None, rotation: int = 0
+) -> tuple[Tensor, Tensor]:
     """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that bring each row back.
 
     A row's largest magnitude becomes the largest number of the type; int8 rounds half to even and never uses -128.
-    columns (K,) fp32, if given, multiplies every row first.
+    columns (K,) fp32, if given, multiplies every row first; then `rotation`, if not 0, is the block of columns in which
+    it is rotated (fluxq/kernels/rotation.py).
     """
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     values, scale = torch.empty_like(w, dtype=dtype), torch.empty(w.shape[0], device=w.device)
@@ -126,6 +131,7 @@ def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -
     for start in range(0, w.shape[0], step):
         rows = w[start : start + step].float()
         rows = rows if columns is None else rows * columns
+        rows = rotate(rows, rotation) if rotation else rows
         scale[start : start + step] = rows.abs().amax(dim=1).clamp(min=1e-30) / largest
         scaled = (rows / scale[start : start + step, None]).clamp_(-largest, largest)
         values[start : start + step] = scaled.round_().to(dtype) if dtype == torch.int8 else scaled.to(dtype)
@@ -207,9 +213,12 @@ def lora_linear_backward(
     ds = scale * (dy @ up)  # (..., R)
     if dx is not None:
         dx = F.pad(dx + ds @ down, (0, x.shape[-1] - dx.shape[-1]))
-    d_down = ds.flatten(0, -2).mT @ x[..., : down.shape[1]].flatten(0, -2)
-    d_up = scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
-    return dx, d_down, d_up
+    return dx, *lora_gradients(dy, x[..., : down.shape[1]], s, ds.flatten(0, -2), scale)
+
+
+def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Those of down and up. dy (..., N), x (..., K), s (..., R), and its gradient ds (M, R), scale dy up."""
+    return ds.mT @ x.flatten(0, -2), scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
 
 
 def matmul_8bit(
@@ -243,7 +252,7 @@ def activations(x: Tensor, wants: Wants) -> Activations:
         return Activations(F.pad(x, (0, wants.room)) if wants.room else x)
     rows = x.flatten(0, -2)
     s = None if wants.down is None else rows.float() @ wants.down.float().t()
-    return Activations(x, *row_quantize(rows, wants.dtype), s)
+    return Activations(x, *row_quantize(rows, wants.dtype, rotation=wants.rotation), s)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:

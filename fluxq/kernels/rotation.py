@@ -1,8 +1,9 @@
 """Rotation of a layer's input and weight together, which spreads outlying channels before both are rounded to 8 bits.
 
 x W^T = (x H)(W H)^T for any orthogonal H. Here H is a block-diagonal of regular Hadamard matrices (ConvRot,
-arXiv 2512.03673): entries of one magnitude, symmetric, its own inverse. Stored weights are never rotated, only what is
-decoded from them; the LoRA sees the input as it is.
+arXiv 2512.03673), Kronecker products of the 4 x 4 matrix that has -1/2 on its diagonal and 1/2 beside it: entries of
+one magnitude, symmetric, its own inverse. Stored weights are never rotated, only what is decoded from them; the LoRA
+sees the input as it is.
 """
 
 from __future__ import annotations
@@ -29,8 +30,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
 @cache
 def _hadamard(block: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Its entries are +-1 / sqrt(block), exact in every float dtype: block is a power of 4."""
-    four = torch.tensor([[1, 1, 1, -1], [1, 1, -1, 1], [1, -1, 1, 1], [-1, 1, 1, 1]], dtype=torch.float64) / 2
-    matrix = torch.ones(1, 1, dtype=torch.float64)
+    four, matrix = 0.5 - torch.eye(4, dtype=torch.float64), torch.ones(1, 1, dtype=torch.float64)
     while len(matrix) < block:
         matrix = torch.kron(matrix, four)
     return matrix.to(device, dtype)

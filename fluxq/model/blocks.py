@@ -29,9 +29,10 @@ from fluxq.kernels import (
 from fluxq.kernels.steps import divides_out
 from fluxq.model.config import FluxConfig
 from fluxq.model.linear import Linear
-from fluxq.offload import Ring
+from fluxq.offload import Pass, Ring
 
 Rope = tuple[Tensor, Tensor]  # cos, sin
+BESIDE = 3  # what follows the streams among a block's inputs: rows, cos, sin
 
 
 class Modulation(nn.Module):
@@ -184,14 +185,15 @@ class LastLayer(nn.Module):
 Block = DoubleStreamBlock | SingleStreamBlock
 
 
-def run_block(block: Block, ring: Ring, *inputs: Tensor) -> Any:
+def run_block(block: Block, ring: Ring, *inputs: Tensor, away: Pass | None = None) -> Any:
     """block(*inputs) inside `ring.resident(block.units)`, forward and backward. inputs: streams, rows, cos, sin.
 
-    Between the two it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py).
+    Between the two it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py). Streams wait in
+    `away` where there is one (fluxq/offload/inputs.py).
     """
-    *_, rows, _, _ = inputs
+    rows = inputs[-BESIDE]
     parts = [part for part in block.children() if not isinstance(part, Modulation)]
-    return _run(block, ring, block.units, parts, Tape(block.policy, gates=rows.requires_grad), inputs)
+    return _run(block, ring, block.units, parts, Tape(block.policy, gates=rows.requires_grad), inputs, away)
 
 
 def run_modulation(block: Block, ring: Ring, vec: Tensor) -> Tensor:
@@ -207,6 +209,7 @@ def _run(
     parts: Sequence[nn.Module],
     tape: Tape,
     inputs: tuple[Tensor, ...],
+    away: Pass | None = None,
 ) -> Any:
     """run(*inputs), which computes with `parts`, whose frozen weights are `units`.
 
@@ -217,7 +220,7 @@ def _run(
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *parameters)):
         with ring.resident(units):
             return run(*inputs)
-    return _Block.apply(run, lambda: ring.resident(units), tape, len(inputs), *inputs, *parameters)
+    return _Block.apply(run, lambda: ring.resident(units), tape, away, len(inputs), *inputs, *parameters)
 
 
 class _Block(torch.autograd.Function):
@@ -231,19 +234,22 @@ class _Block(torch.autograd.Function):
         block: Callable[..., Any],
         resident: Callable[[], AbstractContextManager[None]],
         tape: Tape,
+        away: Pass | None,
         count: int,
         *tensors: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
         ctx.block, ctx.resident, ctx.tape, ctx.count = block, resident, tape, count
-        ctx.save_for_backward(*tensors)
+        leaving = 0 if away is None else count - BESIDE
+        ctx.take_back = tuple if away is None else away.store(tensors[:leaving])
+        ctx.save_for_backward(*tensors[leaving:])
         with resident(), tape.record():
             return block(*tensors[:count])
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        needed = ctx.needs_input_grad[4:]
-        saved = ctx.saved_tensors
+        needed = ctx.needs_input_grad[5:]
+        saved = (*ctx.take_back(), *ctx.saved_tensors)
         inputs = [t.detach().requires_grad_(n) for t, n in zip(saved[: ctx.count], needed, strict=False)]
         with ctx.resident(), torch.enable_grad():
             with ctx.tape.replay():
@@ -253,4 +259,4 @@ class _Block(torch.autograd.Function):
             outputs, grads = zip(*((out, grad) for out, grad in pairs if out.requires_grad), strict=True)
             wanted = [t for t, n in zip((*inputs, *saved[ctx.count :]), needed, strict=True) if n]
             found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-        return (None, None, None, None, *(next(found) if n else None for n in needed))
+        return (None, None, None, None, None, *(next(found) if n else None for n in needed))

@@ -14,15 +14,17 @@ from functools import lru_cache
 
 import torch
 
+from fluxq.kernels.cutting import CHUNKS
+from fluxq.kernels.lora_linear import FEW_ROWS
 from fluxq.kernels.replay import POLICIES
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
+from fluxq.model.layout import layout
 from fluxq.model.lora import TARGETS
-from fluxq.model.units import REST, by_unit, unit_of
+from fluxq.model.units import REST, unit_of
 from fluxq.model.working_set import Product, Shape, backward_peak, forward_peak, scratch
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
 
-ALIGNMENT = 256
 BYTES = {"nf4": 0.5625, "fp8": 1.0, "int8": 1.0, "bf16": 2.0}
 """Of a weight in each format, with NF4's scales."""
 
@@ -53,17 +55,17 @@ def flux_costs(
     txt_tokens: int = 512,
     optimizer: str = "adamw8bit",
     accumulates: bool = False,
-    chunk: int = 9 << 20,
+    chunk: int = CHUNKS[86],
 ) -> Costs:
     """The table for steps of `batch` pictures of `img_tokens` with captions of `txt_tokens`.
 
-    chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/triton/shipped.py).
+    chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/cutting.py).
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     lora = dict.fromkeys(chosen(tuple(layers), targets), rank)
     gates = any(unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora)
-    sizes = {unit: stored_bytes({n: shapes[n] for n in names}, unit, format) for unit, names in by_unit(shapes).items()}
+    sizes = {unit: length for unit, (_, length) in layout(shapes, format).items()}
 
     trained, blocks, every = any("_in." in f".{p}." or p.endswith("_in") for p in lora), [], []
     for name in _blocks(config):
@@ -75,7 +77,9 @@ def flux_costs(
         gradients = sum(4 * r * sum(layers[p]) for p, r in own.items())
         blocks.append(_block(name, units, shape, trained, first, gradients))
         every += shape.products
-    ahead = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
+    streams = format != "bf16"  # whole files in bf16 are loaded whole, modulation too
+    modulation = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
+    window = max(1, FEW_ROWS // batch)
     weights = {p: r * sum(layers[p]) for p, r in lora.items()}
     total, outer = sum(weights.values()), {p for p in lora if unit_of(p) == REST}
     rows, angles = batch * (img_tokens + txt_tokens), (img_tokens + txt_tokens) * config.head_dim * 4
@@ -83,11 +87,14 @@ def flux_costs(
         format=format,
         compute=compute,
         error=math.hypot(ERRORS[format], ERRORS[compute.removesuffix("_dx")]),
-        units={u: size for u, size in sizes.items() if u != REST and u not in ahead},
+        units={u: size for u, size in sizes.items() if u != REST and u not in modulation},
         blocks=tuple(blocks),
-        ahead=ahead,
+        ahead=modulation if streams else {},
         ahead_step=batch * 2 * sum(s[0] for p, s in layers.items() if unit_of(p).endswith(".mod")),
-        stays=sizes[REST],
+        ahead_peak=window * batch * 2 * 2 * 12 * config.hidden_size,  # a block's rows, and its halves before they join
+        window=window if streams and modulation else 0,
+        streams=streams,
+        stays=sizes[REST] + (0 if streams else sum(modulation.values())),
         lora=4 * total,
         gradients=4 * sum(weights[p] for p in outer),
         optimiser=int(total * OPTIMIZER_BYTES[optimizer]),
@@ -105,21 +112,6 @@ def tensors(config: FluxConfig) -> Mapping[str, tuple[int, ...]]:
     """Name and shape of every frozen tensor."""
     with torch.device("meta"):
         return {name: tuple(b.shape) for name, b in Flux(config).named_buffers()}
-
-
-def stored_bytes(shapes: Mapping[str, tuple[int, ...]], unit: str, format: str) -> int:
-    """The length of `unit` with these tensors: each part begins at a multiple of 256 bytes."""
-    total = 0
-    for shape in shapes.values():
-        numbers = math.prod(shape)
-        if len(shape) < 2 or format == "bf16" or unit == REST:
-            parts = [2 * numbers]
-        elif format == "nf4":
-            parts = [numbers // 2, numbers // 64 * 4]
-        else:
-            parts = [numbers, 4 * shape[0]]
-        total += sum(-(-part // ALIGNMENT) * ALIGNMENT for part in parts)
-    return total
 
 
 def chosen(paths: Sequence[str], targets: str | Sequence[str]) -> list[str]:

@@ -22,7 +22,7 @@ from fluxq.model.blocks import (
 from fluxq.model.config import FluxConfig
 from fluxq.model.embed import MLPEmbedder, rope_angles, sinusoid
 from fluxq.model.linear import Linear
-from fluxq.offload import AllResident, Ring
+from fluxq.offload import AllResident, HostInputs, Ring
 
 
 class Flux(nn.Module):
@@ -36,6 +36,7 @@ class Flux(nn.Module):
         super().__init__()
         self.config = config
         self.ring: Ring = AllResident()
+        self.inputs: HostInputs | None = None  # where block inputs wait for the backward pass, if not on the card
         width = config.hidden_size
         self.img_in = Linear(config.in_channels, width)
         self.txt_in = Linear(config.context_in_dim, width)
@@ -136,12 +137,13 @@ class Flux(nn.Module):
         img = self.img_in(img.to(self.dtype))
         txt = self.txt_in(txt.to(self.dtype))
 
+        away = None if self.inputs is None else self.inputs.begin()
         for block in self.double_blocks:
-            img, txt = run_block(block, self.ring, img, txt, next(rows), cos, sin)  # type: ignore[arg-type]
+            img, txt = run_block(block, self.ring, img, txt, next(rows), cos, sin, away=away)  # type: ignore[arg-type]
         x, length = torch.cat([txt, img], dim=1), txt.shape[1]
         del img, txt
         for block in self.single_blocks:
-            x = run_block(block, self.ring, x, next(rows), cos, sin)  # type: ignore[arg-type]
+            x = run_block(block, self.ring, x, next(rows), cos, sin, away=away)  # type: ignore[arg-type]
         return self.final_layer(x[:, length:], next(rows))
 
     def modulation_rows(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Iterator[Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -36,26 +36,29 @@ def add_lora(
     """
     if rank < 1:
         raise WrongRequest(f"rank must be at least 1, not {rank}")
+    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
+    chosen = {path: layers[path] for path in targeted(layers, targets)}
+    for layer in chosen.values():
+        layer.add_lora(rank, alpha, generator)
+    return chosen
+
+
+def targeted(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
+    """Those of `paths`, in their order, that `targets` match, as in `add_lora`."""
     if not targets:
         raise WrongRequest(f"no targets were given for the LoRA; presets are {', '.join(TARGETS)}")
-    expressions = [TARGETS.get(t, t) for t in ([targets] if isinstance(targets, str) else targets)]
-    layers = {path: module for path, module in model.named_modules() if isinstance(module, Linear)}
-    chosen: dict[str, Linear] = {}
-    for expression in expressions:
+    paths, chosen = list(paths), set()
+    for expression in (TARGETS.get(t, t) for t in ([targets] if isinstance(targets, str) else targets)):
         try:
-            matched = {path: layer for path, layer in layers.items() if re.fullmatch(expression, path)}
+            matched = {path for path in paths if re.fullmatch(expression, path)}
         except re.error as error:
             raise WrongRequest(f"the target {expression!r} is no regular expression: {error}") from error
         if not matched:
             raise WrongRequest(
-                f"the target {expression!r} matches no layer; presets are {', '.join(TARGETS)}, "
-                f"a path is {next(iter(layers))}"
+                f"the target {expression!r} matches no layer; presets are {', '.join(TARGETS)}, a path is {paths[0]}"
             )
         chosen |= matched
-    chosen = {path: layer for path, layer in layers.items() if path in chosen}
-    for layer in chosen.values():
-        layer.add_lora(rank, alpha, generator)
-    return chosen
+    return [path for path in paths if path in chosen]
 
 
 def lora_layers(model: nn.Module) -> dict[str, Linear]:

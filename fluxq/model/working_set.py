@@ -10,11 +10,9 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
+from fluxq.kernels.cutting import parts, room
 from fluxq.kernels.lora_linear import FEW_ROWS
 from fluxq.kernels.replay import POLICIES
-
-LANES = 32
-"""The room for LoRA and bias behind each row of an input is a multiple of so many columns."""
 
 
 class Live:
@@ -71,7 +69,7 @@ class Product:
     @property
     def room(self) -> int:
         """Columns that are left free behind each row of its input."""
-        return -(-(self.rank + 1) // LANES) * LANES if self.rank and self.produced and self.compute == "bf16" else 0
+        return room(self.rank) if self.rank and self.produced and self.compute == "bf16" else 0
 
     @property
     def x(self) -> int:
@@ -178,9 +176,8 @@ def scratch(products: Collection[Product], chunk: int) -> int:
 
 
 def _part(length: int, width: int, chunk: int) -> int:
-    """The longest part of a side, as fluxq/kernels/triton/linear.py cuts it."""
-    count = max(1, -(-length * width // chunk))
-    return min(length, -(-length // (count * 64)) * 64)
+    """The longest part of a side."""
+    return max(part.stop - part.start for part in parts(length, width, chunk))
 
 
 def forward_peak(shape: Shape, policy: str) -> int:

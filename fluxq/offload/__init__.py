@@ -1,5 +1,6 @@
 """Streaming of frozen weights between host and card, for any module with buffers."""
 
+from fluxq.offload.inputs import HostInputs, Pass
 from fluxq.offload.ring import AllResident, Ring, StreamingRing
 from fluxq.offload.schedule import Copy, Schedule, spread
 from fluxq.offload.streams import CudaStreams, Immediate, Late, Piece, Staged, Stored, Streams
@@ -8,8 +9,10 @@ __all__ = [
     "AllResident",
     "Copy",
     "CudaStreams",
+    "HostInputs",
     "Immediate",
     "Late",
+    "Pass",
     "Piece",
     "Ring",
     "Schedule",

@@ -40,11 +40,12 @@ MEASURED = Efficiency(bf16=1.0, eight_bits=1.0, attention=0.75, attention_backwa
 @dataclass(frozen=True)
 class Card:
     """Rates of a card: TFLOP/s of bf16, int8 and fp8 products (0: it has none), GB/s of its memory and of copies from
-    pinned host memory, and its GiB. word: whether the rates are `nominal` or `measured`.
+    pinned host memory, and its GiB. capability: compute capability as one number, 89 for 8.9. word: whether the rates
+    are `nominal` or `measured`.
     """
 
     name: str
-    generation: str
+    capability: int
     bf16: float
     int8: float
     fp8: float
@@ -76,25 +77,25 @@ class Card:
 PCIE_3_X16, PCIE_4_X8, PCIE_4_X16, PCIE_5_X8, PCIE_5_X16 = 12.3, 12.5, 24.5, 25.0, 50.0  # GB/s from pinned memory
 
 _TABLE = (
-    # name, generation, bf16, int8, fp8 with sums in fp32, memory GB/s, GiB, bus
-    ("rtx3060", "ampere", 25.3, 101, 0, 360, 12, PCIE_4_X16),
-    ("rtx3070", "ampere", 40.6, 163, 0, 448, 8, PCIE_4_X16),
-    ("rtx3080", "ampere", 59.5, 238, 0, 760, 10, PCIE_4_X16),
-    ("rtx3090", "ampere", 71, 284, 0, 936, 24, PCIE_4_X16),
-    ("rtx4060", "ada", 30.2, 121, 60, 272, 8, PCIE_4_X8),
-    ("rtx4060ti", "ada", 44.1, 176, 88, 288, 16, PCIE_4_X8),
-    ("rtx4070", "ada", 58.3, 233, 117, 504, 12, PCIE_4_X16),
-    ("rtx4070tisuper", "ada", 88.2, 353, 176, 672, 16, PCIE_4_X16),
-    ("rtx4080", "ada", 97.5, 390, 195, 717, 16, PCIE_4_X16),
-    ("rtx4090", "ada", 165.2, 661, 330, 1008, 24, PCIE_4_X16),
-    ("rtx5060ti", "blackwell", 47.4, 190, 95, 448, 16, PCIE_5_X8),
-    ("rtx5070ti", "blackwell", 87.9, 352, 176, 896, 16, PCIE_5_X16),
-    ("rtx5080", "blackwell", 112.6, 450, 225, 960, 16, PCIE_5_X16),
-    ("rtx5090", "blackwell", 209.5, 838, 419, 1792, 32, PCIE_5_X16),
-    ("a100", "ampere", 312, 624, 0, 2039, 80, PCIE_4_X16),
-    ("l40s", "ada", 362, 733, 733, 864, 48, PCIE_4_X16),
-    ("h100", "hopper", 989, 1979, 1979, 3350, 80, PCIE_5_X16),
-    ("h200", "hopper", 989, 1979, 1979, 4800, 141, PCIE_5_X16),
+    # name, compute capability, bf16, int8, fp8 with sums in fp32, memory GB/s, GiB, bus
+    ("rtx3060", 86, 25.3, 101, 0, 360, 12, PCIE_4_X16),
+    ("rtx3070", 86, 40.6, 163, 0, 448, 8, PCIE_4_X16),
+    ("rtx3080", 86, 59.5, 238, 0, 760, 10, PCIE_4_X16),
+    ("rtx3090", 86, 71, 284, 0, 936, 24, PCIE_4_X16),
+    ("rtx4060", 89, 30.2, 121, 60, 272, 8, PCIE_4_X8),
+    ("rtx4060ti", 89, 44.1, 176, 88, 288, 16, PCIE_4_X8),
+    ("rtx4070", 89, 58.3, 233, 117, 504, 12, PCIE_4_X16),
+    ("rtx4070tisuper", 89, 88.2, 353, 176, 672, 16, PCIE_4_X16),
+    ("rtx4080", 89, 97.5, 390, 195, 717, 16, PCIE_4_X16),
+    ("rtx4090", 89, 165.2, 661, 330, 1008, 24, PCIE_4_X16),
+    ("rtx5060ti", 120, 47.4, 190, 95, 448, 16, PCIE_5_X8),
+    ("rtx5070ti", 120, 87.9, 352, 176, 896, 16, PCIE_5_X16),
+    ("rtx5080", 120, 112.6, 450, 225, 960, 16, PCIE_5_X16),
+    ("rtx5090", 120, 209.5, 838, 419, 1792, 32, PCIE_5_X16),
+    ("a100", 80, 312, 624, 0, 2039, 80, PCIE_4_X16),
+    ("l40s", 89, 362, 733, 733, 864, 48, PCIE_4_X16),
+    ("h100", 90, 989, 1979, 1979, 3350, 80, PCIE_5_X16),
+    ("h200", 90, 989, 1979, 1979, 4800, 141, PCIE_5_X16),
 )
 CARDS = {row[0]: Card(*row) for row in _TABLE}
 """Name -> card, each in the widest slot it can use; one in a narrower slot is measured."""
@@ -107,7 +108,7 @@ def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float
     """
     import torch
 
-    name, generation, memory = _identity(device)
+    name, capability, memory = _identity(device)
     slug = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}".lower())
     path = folder / f"card-{slug}.json"
     with suppress(OSError, ValueError, TypeError):
@@ -120,7 +121,7 @@ def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float
     host = torch.zeros(copied, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
     bus = _rate(lambda: target.copy_(host, non_blocking=True), copied, device, seconds) / 1e9
     found = {k: round(rates.get(k, 0.0), 3) for k in ("bf16", "int8", "fp8")}
-    card = Card(name, generation, **found, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
+    card = Card(name, capability, **found, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
                 bus_gb_s=round(bus, 2), word="measured", efficiency=MEASURED)  # fmt: skip
     with suppress(OSError):  # a folder that cannot be written to: it is measured again next time
         folder.mkdir(parents=True, exist_ok=True)
@@ -130,19 +131,14 @@ def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float
     return card
 
 
-def _identity(device: str) -> tuple[str, str, int]:
-    """(name, generation, bytes of memory)."""
+def _identity(device: str) -> tuple[str, int, int]:
+    """(name, compute capability, bytes of memory)."""
     import torch
 
     if not device.startswith("cuda"):
-        return device, "processor", 0
+        return device, 0, 0
     about = torch.cuda.get_device_properties(torch.device(device))
-    names = {(8, 9): "ada", (8, 0): "ampere", (8, 6): "ampere", (9, 0): "hopper"}
-    return (
-        about.name,
-        names.get((about.major, about.minor), "blackwell" if about.major >= 10 else "older"),
-        (about.total_memory),
-    )
+    return about.name, 10 * about.major + about.minor, about.total_memory
 
 
 def _products(size: int, device: str) -> dict[str, Callable[[], Any]]:

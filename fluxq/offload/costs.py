@@ -13,6 +13,9 @@ OWNERS: tuple[str, ...] = ("weights", "slots", "lora", "optimiser", "activations
 """Whose bytes they are. weights: frozen ones that stay on the card; slots: those that pass through; lora: its weights
 and gradients; activations: what is kept for the backward pass; workspace: all that comes and goes."""
 
+BUFFERS = 2
+"""Block inputs that may be on the card while they travel to the host or back, beside those of the block that runs."""
+
 
 @dataclass(frozen=True)
 class Work:
@@ -73,8 +76,9 @@ class BlockCost:
 class Costs:
     """One way of holding and multiplying a model's weights, for one batch of pictures.
 
-    units: bytes of each unit, in the order in which the forward pass needs them. ahead: bytes of each unit whose
-    results are computed for several steps at once, apart from the blocks; a step's results take `ahead_step` bytes.
+    units: bytes of each unit, in the order in which the forward pass needs them; not `streams`: all of them stay.
+    ahead: bytes of each unit whose results are computed for `window` steps at once, apart from the blocks; a step's
+    results take `ahead_step` bytes, and computing them `ahead_peak`.
     stays: frozen bytes that are always on the card; lora, gradients and optimiser: trained weights, gradients outside
     the blocks, the optimiser's state; scratch: workspace held all the time. outside: the step's work outside the
     blocks, and `optimiser_peak` the bytes that come and go in the optimiser's step. accumulates: gradients of an
@@ -90,6 +94,9 @@ class Costs:
     blocks: tuple[BlockCost, ...]
     ahead: Mapping[str, int] = field(default_factory=dict)
     ahead_step: int = 0
+    ahead_peak: int = 0
+    window: int = 0
+    streams: bool = True
     stays: int = 0
     lora: int = 0
     gradients: int = 0

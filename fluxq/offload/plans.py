@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from fluxq.errors import WrongRequest
 from fluxq.offload.cards import GIB
 
 
@@ -21,6 +22,21 @@ class Pins:
     policy: str | None = None
     slots: int | None = None
     offload: bool | None = None
+
+    def resident(self, units: int) -> int | None:
+        """How many of `units` stay, None where that is left open. Raises WrongRequest for what cannot be."""
+        if self.resident_units is not None and self.blocks_to_swap is not None:
+            raise WrongRequest("--resident-units and --blocks-to-swap say the same in two ways; give one of them")
+        if self.resident_units is not None and not 0 <= self.resident_units <= units:
+            raise WrongRequest(f"--resident-units must be 0 to {units}, not {self.resident_units}: so many there are")
+        if self.blocks_to_swap is None:
+            return self.resident_units
+        if not 0 <= 2 * self.blocks_to_swap <= units:
+            raise WrongRequest(
+                f"--blocks-to-swap must be 0 to {units // 2}, not {self.blocks_to_swap}: this model has {units} units, "
+                "and a block is two"
+            )
+        return units - 2 * self.blocks_to_swap
 
 
 @dataclass(frozen=True)
@@ -50,6 +66,11 @@ class Plan:
     card: str
     vram: int
     about: Mapping[str, object] = field(default_factory=dict)
+
+    @property
+    def placed(self) -> tuple[str, ...] | None:
+        """The resident units, or None where nothing passes through slots: all weights stay."""
+        return self.resident if self.slots else None
 
     @property
     def peak_bytes(self) -> int:

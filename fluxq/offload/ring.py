@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from fluxq.offload.schedule import Schedule, Visit
-from fluxq.offload.streams import Bytes, Streams
+from fluxq.offload.streams import Bytes, Streams, drain
 
 
 class Ring(Protocol):
@@ -84,7 +84,7 @@ class StreamingRing:
         self._slots = [_Slot(m, free) for m in memory]
         for unit in schedule.slot:
             place(unit, self.memory(unit)[: len(host[unit])])
-        weakref.finalize(self, _drain, streams).atexit = False  # only then may slots and host be freed
+        weakref.finalize(self, drain, streams).atexit = False  # only then may slots and host be freed
         self.expect()
 
     def memory(self, unit: str) -> Tensor:
@@ -126,7 +126,7 @@ class StreamingRing:
         """Fetch nothing ahead any more, and wait until nothing is being copied: the host's bytes may then be freed."""
         self._rounds, self._round, self._next = ((), ()), (), None
         self._detour.clear()
-        _drain(self._streams)
+        drain(self._streams)
 
     def _streamed(self, units: Sequence[str]) -> Visit:
         return tuple(unit for unit in units if unit in self.schedule.slot)
@@ -204,8 +204,3 @@ class StreamingRing:
         likely = [(r, i) for r, i in places if r[i - 1] == last] or places
         self._round, self._next = (likely[0][0], (likely[0][1] + 1) % len(likely[0][0])) if likely else ((), None)
         return False
-
-
-def _drain(streams: Streams) -> None:
-    """The caller waits for all copies: what they read and write may be freed after this, and not before."""
-    streams.host_waits(streams.copied())

@@ -73,6 +73,11 @@ class Streams(Protocol):
         ...
 
 
+def drain(streams: Streams) -> None:
+    """The caller waits for all copies: what they read and write may be freed after this, and not before."""
+    streams.host_waits(streams.copied())
+
+
 class Immediate:
     """Everything is done at once: copies as early as they can be."""
 

@@ -1,173 +1,235 @@
-"""LoRA files in both dialects: exact round trips, and one clear sentence for what cannot be read."""
+"""LoRA files: every dialect is read as the change of weights that it stands for, and refused in one clear sentence."""
 
-import os
+from __future__ import annotations
+
+import json
 
 import pytest
 import torch
+from lora_files import ALPHA, CONFIG, RANK, WRITERS, fused, split
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import flux_shapes
-from fluxq.formats.files import Checkpoint, write_safetensors
-from fluxq.formats.lora import Adapter, load_lora, save_lora
-from fluxq.formats.metadata import sshs_hashes
+from fluxq.formats.files import write_safetensors
+from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_write import WRITTEN, save_lora
 from fluxq.model.config import FluxConfig
 
-CONFIG = FluxConfig.nano()
-MODULES = [key.removesuffix(".weight") for key, shape in flux_shapes(CONFIG).items() if len(shape) == 2]
+
+def assert_same_change(adapters, changes, tolerance=1e-5):
+    assert adapters.keys() == changes.keys()
+    for module, wanted in changes.items():
+        found = adapters[module].scale * adapters[module].up.double() @ adapters[module].down.double()
+        assert (found - wanted).norm() <= tolerance * wanted.norm(), module
 
 
-def random_adapters(rank=3, alpha=1.7, modules=MODULES, config=CONFIG) -> dict[str, Adapter]:
-    torch.manual_seed(0)
-    shapes = {module: flux_shapes(config)[f"{module}.weight"] for module in modules}
-    return {m: Adapter(torch.randn(rank, k), torch.randn(n, rank), alpha) for m, (n, k) in shapes.items()}
+@pytest.mark.parametrize("dialect", WRITERS)
+def test_every_dialect_is_read_as_the_change_that_it_stands_for(tmp_path, dialect):
+    tensors, changes, metadata = WRITERS[dialect]()
+    write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
+    lora = load_lora(tmp_path / "x.safetensors")
+    assert lora.config == CONFIG and not lora.notes
+    assert_same_change(lora.adapters, changes)
 
 
-def delta(adapter: Adapter) -> torch.Tensor:
-    return adapter.alpha / adapter.rank * (adapter.up.double() @ adapter.down.double())
+@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("dialect", WRITERS)
+def test_what_is_written_from_any_dialect_is_the_same_change(tmp_path, dialect, written):
+    tensors, changes, metadata = WRITERS[dialect]()
+    write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
+    lora, out = load_lora(tmp_path / "x.safetensors"), tmp_path / "y"
+    save_lora(out, lora.adapters, lora.config, written, torch.float32, lora.metadata)
+    again = load_lora(out)
+    assert_same_change(again.adapters, changes)
+    assert "lora_adapter_metadata" not in again.metadata
+    save_lora(tmp_path / "z", again.adapters, again.config, "kohya", torch.bfloat16)
+    assert_same_change(load_lora(tmp_path / "z").adapters, changes, tolerance=2**-7)  # two factors of 8 bits
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_kohya_round_trip_is_exact(tmp_path, dtype):
-    adapters = random_adapters() | random_adapters(rank=5, alpha=8, modules=MODULES[7:9])
-    save_lora(tmp_path / "x.safetensors", adapters, CONFIG, dtype=dtype, metadata={"ss_steps": "7"})
-    read, metadata = load_lora(tmp_path / "x.safetensors", CONFIG)
-    assert sorted(read) == sorted(MODULES) and metadata["ss_steps"] == "7"
-    for module, adapter in adapters.items():
-        assert torch.equal(read[module].down, adapter.down.to(dtype)) and read[module].down.dtype == dtype
-        assert torch.equal(read[module].up, adapter.up.to(dtype))
-        assert read[module].alpha == torch.tensor(adapter.alpha, dtype=torch.float32).item()
+def test_one_down_makes_one_rank_and_own_downs_their_sum(tmp_path):
+    for shared, rank in ((True, RANK), (False, 3 * RANK)):
+        write_safetensors(
+            tmp_path / "x", split("transformer.", False, ".lora_A.weight", ".lora_B.weight", False, 1.0, shared)[0]
+        )
+        assert load_lora(tmp_path / "x").adapters["double_blocks.0.img_attn.qkv"].rank == rank
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("alpha", [3, 1.5])
-def test_diffusers_round_trip_is_exact_where_the_fold_is(tmp_path, dtype, alpha):
-    """alpha / rank of 1 or a power of two folds without rounding; the swapped and the split modules come back whole."""
-    adapters = random_adapters(rank=3, alpha=alpha)
-    save_lora(tmp_path / "x.safetensors", adapters, CONFIG, "diffusers", dtype)
-    read, _ = load_lora(tmp_path / "x.safetensors", CONFIG)
-    assert sorted(read) == sorted(MODULES)
-    for module, adapter in adapters.items():
-        assert torch.equal(read[module].down, adapter.down.to(dtype))
-        assert torch.equal(read[module].up, (adapter.up * (alpha / 3)).to(dtype))
-        assert read[module].alpha == 3
+def test_parts_that_are_not_adapted_keep_their_rows(tmp_path):
+    tensors, changes = split("transformer.", False, ".lora_A.weight", ".lora_B.weight", False)
+    left = {key: tensor for key, tensor in tensors.items() if "attn.to_k" not in key}
+    write_safetensors(tmp_path / "x", left)
+    changes["double_blocks.0.img_attn.qkv"][192:384] = 0
+    changes["single_blocks.1.linear1"][192:384] = 0
+    lora = load_lora(tmp_path / "x")
+    assert_same_change(lora.adapters, changes)
+    save_lora(tmp_path / "y", lora.adapters, CONFIG, "diffusers", torch.float32)
+    assert load_lora(tmp_path / "y").adapters["double_blocks.0.img_attn.qkv"].rank == 2 * RANK
 
 
-def test_both_dialects_hold_the_same_delta(tmp_path):
-    adapters = random_adapters(rank=4, alpha=3)
-    deltas = []
-    for dialect in ("kohya", "diffusers"):
-        save_lora(tmp_path / dialect, adapters, CONFIG, dialect, torch.float32)
-        deltas.append({module: delta(adapter) for module, adapter in load_lora(tmp_path / dialect, CONFIG)[0].items()})
-    for module in MODULES:
-        torch.testing.assert_close(deltas[0][module], deltas[1][module], rtol=1e-6, atol=1e-6)
+def test_a_peft_folder_is_read_with_its_strengths(tmp_path):
+    tensors, changes = split("base_model.model.", False, ".lora_A.weight", ".lora_B.weight", False, scale=8 / RANK)
+    folder = tmp_path / "adapter"
+    write_safetensors(folder / "adapter_model.safetensors", tensors)
+    settings = {"peft_type": "LORA", "r": RANK, "lora_alpha": 8, "alpha_pattern": {"context_embedder": 1.5}}
+    (folder / "adapter_config.json").write_text(json.dumps(settings))
+    changes["txt_in"] *= 1.5 / 8
+    for path in (folder, folder / "adapter_model.safetensors"):
+        assert_same_change(load_lora(path).adapters, changes)
+    (folder / "adapter_config.json").write_text(json.dumps(settings | {"use_rslora": True}))
+    rooted = {module: change * RANK**0.5 for module, change in changes.items()}
+    assert_same_change(load_lora(folder).adapters, rooted)
 
 
-def test_kohya_file_has_the_names_of_sd_scripts_and_an_alpha_each(tmp_path):
-    modules = ["double_blocks.0.txt_mlp.2", "single_blocks.1.modulation.lin"]
-    save_lora(tmp_path / "x", random_adapters(modules=modules), CONFIG)
-    checkpoint = Checkpoint(tmp_path / "x")
-    assert set(checkpoint.keys()) == {
-        f"lora_unet_{name}.{part}"
-        for name in ("double_blocks_0_txt_mlp_2", "single_blocks_1_modulation_lin")
-        for part in ("lora_down.weight", "lora_up.weight", "alpha")
-    }
-    assert checkpoint.shape("lora_unet_double_blocks_0_txt_mlp_2.alpha") == ()
-    assert checkpoint.dtype("lora_unet_double_blocks_0_txt_mlp_2.lora_up.weight") == torch.bfloat16
+def test_alphas_in_tensors_and_metadata_count_once(tmp_path):
+    tensors, changes, _ = WRITERS["diffusers with alpha"]()
+    write_safetensors(tmp_path / "x", tensors, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 99})})
+    lora = load_lora(tmp_path / "x")
+    assert_same_change(lora.adapters, changes)
+    assert "the tensors count" in lora.notes[0]
 
 
-def test_diffusers_file_splits_rows_copies_lora_a_and_has_no_alpha(tmp_path):
-    adapters = random_adapters(rank=4, alpha=2, modules=["single_blocks.0.linear1"])
-    save_lora(tmp_path / "x", adapters, CONFIG, "diffusers", torch.float32)
-    checkpoint, up = Checkpoint(tmp_path / "x"), adapters["single_blocks.0.linear1"].up / 2
-    base = "transformer.single_transformer_blocks.0."
-    rows = {"attn.to_q": (0, 192), "attn.to_k": (192, 384), "attn.to_v": (384, 576), "proj_mlp": (576, 1344)}
-    assert set(checkpoint.keys()) == {f"{base}{name}.lora_{part}.weight" for name in rows for part in "AB"}
-    for name, (start, end) in rows.items():
-        assert torch.equal(checkpoint.get(f"{base}{name}.lora_B.weight"), up[start:end])
-    assert "lora_adapter_metadata" not in checkpoint.metadata
+@pytest.mark.parametrize(
+    ("keys", "t5"),
+    [
+        (
+            "lora_te1_text_model_encoder_layers_3_self_attn_q_proj.lora_{}.weight",
+            "lora_te3_encoder_block_0_layer_0_SelfAttention_q",
+        ),
+        ("text_encoder.text_model.encoder.layers.3.self_attn.q_proj.lora_{}.weight", "text_encoder_2.encoder.block.0"),
+        (
+            "text_encoders.clip_l.transformer.text_model.encoder.layers.3.self_attn.q_proj.lora_{}.weight",
+            "lora_te2_encoder_block_0_layer_0_SelfAttention_q",
+        ),
+    ],
+)
+@pytest.mark.parametrize("written", ["kohya", "diffusers", "comfy"])
+def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
+    tensors, changes = fused("lora_unet_", True, ".lora_down.weight", ".lora_up.weight", True)
+    parts = ("A", "B") if "." in keys.removesuffix(".lora_{}.weight") and "te1" not in keys else ("down", "up")
+    a, b = torch.randn(3, 64), torch.randn(64, 3)
+    tensors |= {keys.format(parts[0]): a, keys.format(parts[1]): b}
+    tensors |= {f"{t5}.lora_down.weight": a, f"{t5}.lora_up.weight": b, "bundle_emb.x.t5_out": a}
+    tensors |= {f"lora_te1_text_projection.lora_{part}.weight": a for part in ("down", "up")}
+    write_safetensors(tmp_path / "x", tensors)
+    lora = load_lora(tmp_path / "x")
+    assert list(lora.clip) == ["encoder.layers.3.self_attn.q_proj"]
+    assert any(note.startswith("its T5 part (1 modules) is left out") for note in lora.notes)
+    assert any(note.startswith("its text projection part (1 modules)") for note in lora.notes)
+    assert any("bundle_emb" in note for note in lora.notes)
+    save_lora(tmp_path / "y", lora.adapters, CONFIG, written, torch.float32, clip=lora.clip)
+    again = load_lora(tmp_path / "y")
+    assert_same_change(again.clip, {"encoder.layers.3.self_attn.q_proj": b.double() @ a.double()})
+    assert_same_change(again.adapters, changes)
 
 
-def test_file_carries_the_hashes_of_its_own_tensors(tmp_path):
-    save_lora(tmp_path / "x", random_adapters(), CONFIG, metadata={"ss_steps": "7", "modelspec.title": "t"})
-    checkpoint = Checkpoint(tmp_path / "x")
-    hashes = sshs_hashes({key: checkpoint.get(key) for key in checkpoint.shapes}, {"ss_steps": "7"})
-    assert checkpoint.metadata == {"ss_steps": "7", "modelspec.title": "t"} | hashes
+def test_split_qkv_of_sd_scripts_gets_its_strength_back(tmp_path):
+    """LoRANetwork.state_dict stacks the parts block-diagonally and keeps the alpha of one part."""
+    wanted, tensors = {}, {}
+    for module, n, out in (("double_blocks.0.img_attn.qkv", 3, 576), ("single_blocks.0.linear1", 4, 1344)):
+        rows = [192, 192, 192, out - 576][:n]
+        downs, ups = [torch.randn(RANK, 192) for _ in rows], [torch.randn(r, RANK) for r in rows]
+        name = "lora_unet_" + module.replace(".", "_")
+        tensors |= {f"{name}.lora_down.weight": torch.cat(downs), f"{name}.lora_up.weight": torch.block_diag(*ups)}
+        tensors[f"{name}.alpha"] = torch.tensor(ALPHA)
+        wanted[module] = torch.cat([ALPHA / RANK * u.double() @ d.double() for u, d in zip(ups, downs, strict=True)])
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    a, b = torch.randn(RANK, 192), torch.randn(192, RANK)
+    tensors |= {f"{name}.lora_down.weight": a, f"{name}.lora_up.weight": b, f"{name}.alpha": torch.tensor(ALPHA)}
+    wanted["double_blocks.0.img_attn.proj"] = ALPHA / RANK * b.double() @ a.double()
+    write_safetensors(tmp_path / "x", tensors, {"ss_network_args": json.dumps({"split_qkv": "True"})})
+    lora = load_lora(tmp_path / "x")
+    assert_same_change(lora.adapters, wanted)
+    assert lora.notes[0].startswith("2 modules were trained with sd-scripts' split_qkv")
+    save_lora(tmp_path / "y", lora.adapters, CONFIG, "kohya", torch.float32, lora.metadata)
+    assert_same_change(load_lora(tmp_path / "y").adapters, wanted)  # not corrected a second time
+    write_safetensors(tmp_path / "z", tensors)
+    assert load_lora(tmp_path / "z").adapters["single_blocks.0.linear1"].alpha == torch.tensor(ALPHA).item()
 
 
-def test_mixed_ranks_are_refused_for_diffusers_and_nothing_is_written(tmp_path):
-    adapters = random_adapters() | random_adapters(rank=5, modules=MODULES[:1])
-    with pytest.raises(WrongRequest, match="would have ranks 3, 5, and diffusers wants one; save it as kohya"):
-        save_lora(tmp_path / "x", adapters, CONFIG, "diffusers")
-    assert not os.listdir(tmp_path)
+def test_a_kernel_of_1_x_1_and_fp8_are_read(tmp_path):
+    tensors, _, _ = WRITERS["kohya"]()
+    for dtype in (torch.float8_e4m3fn, torch.float16):
+        cast = {k: v if k.endswith("alpha") else v.to(dtype)[:, :, None, None] for k, v in tensors.items()}
+        write_safetensors(tmp_path / "x", cast)
+        change = {m: a.change() for m, a in load_lora(tmp_path / "x").adapters.items()}
+        down, up = (cast[f"lora_unet_txt_in.lora_{part}.weight"][:, :, 0, 0].double() for part in ("down", "up"))
+        torch.testing.assert_close(change["txt_in"].double(), ALPHA / RANK * up @ down, rtol=1e-4, atol=1e-4)
 
 
-def kohya_tensors(modules=("double_blocks_0_img_attn_proj", "single_blocks_1_linear2")) -> dict[str, torch.Tensor]:
-    tensors: dict[str, torch.Tensor] = {}
-    for name, inputs in zip(modules, (192, 960), strict=True):
-        tensors[f"lora_unet_{name}.lora_down.weight"] = torch.ones(4, inputs)
-        tensors[f"lora_unet_{name}.lora_up.weight"] = torch.ones(192, 4)
-        tensors[f"lora_unet_{name}.alpha"] = torch.tensor(4.0)
-    return tensors
+# --- what is refused ---
 
 
-def diffusers_tensors(names=("to_q", "to_k", "to_v")) -> dict[str, torch.Tensor]:
-    base = "transformer.transformer_blocks.0.attn."
-    tensors = {f"{base}{name}.lora_A.weight": torch.ones(4, 192) for name in names}
-    return tensors | {f"{base}{name}.lora_B.weight": torch.ones(192, 4) for name in names}
+def kohya(**changes):
+    """One plain module of a kohya file; a part by name is replaced, or left out by None."""
+    name = "lora_unet_double_blocks_0_img_attn_proj"
+    parts = {"lora_down.weight": torch.ones(4, 192), "lora_up.weight": torch.ones(192, 4), "alpha": torch.tensor(4.0)}
+    parts |= {part.replace("__", "."): value for part, value in changes.items()}
+    return {f"{name}.{part}": value for part, value in parts.items() if value is not None}
 
 
-def changed(tensors, **changes):
-    """`tensors` with every key that contains a name (dots as double underscores) replaced, or removed by None."""
-    for part, value in changes.items():
-        for key in [key for key in tensors if part.replace("__", ".") in key]:
-            if value is None:
-                del tensors[key]
-            else:
-                tensors[key] = value
-    return tensors
+def named(*names, inputs=64):
+    """Modules of rank 2 and no alpha."""
+    downs = {f"{name}.lora_down.weight": torch.ones(2, inputs) for name in names}
+    return downs | {f"{name}.lora_up.weight": torch.ones(inputs, 2) for name in names}
 
 
-KOHYA_PROJ = "lora_unet_double_blocks_0_img_attn_proj"
-UNREADABLE = {
-    "no_alpha": (changed(kohya_tensors(), proj__alpha=None), f"1 missing ({KOHYA_PROJ}.alpha)"),
-    "no_up": (changed(kohya_tensors(), proj__lora_up=None), f"1 missing ({KOHYA_PROJ}.lora_up.weight)"),
-    "no_down": (changed(kohya_tensors(), proj__lora_down=None), f"1 missing ({KOHYA_PROJ}.lora_down.weight)"),
-    "spoilt_alpha": (
-        changed(kohya_tensors(), proj__alpha=torch.tensor(float("nan"))),
-        f"an alpha of nan in {KOHYA_PROJ}",
+def one(key):
+    return kohya() | {f"lora_unet_double_blocks_0_img_attn_proj.{key}": torch.ones(4, 4)}
+
+
+PROJ = "lora_unet_double_blocks_0_img_attn_proj"
+REFUSED = {
+    "no_up": (kohya(lora_up__weight=None), f"1 halves missing ({PROJ} has no up)"),
+    "no_down": (kohya(lora_down__weight=None), f"1 halves missing ({PROJ} has no down)"),
+    "alpha_alone": (
+        kohya() | {"lora_unet_img_in.alpha": torch.tensor(1.0)},
+        "2 halves missing (lora_unet_img_in has no",
     ),
-    "vector_alpha": (changed(kohya_tensors(), proj__alpha=torch.ones(1)), f"{KOHYA_PROJ}.alpha is (1,), not ()"),
-    "wrong_width": (changed(kohya_tensors(), proj__lora_down=torch.ones(4, 3072)), "is (4, 3072), not (4, 192)"),
-    "wrong_rank": (changed(kohya_tensors(), proj__lora_up=torch.ones(192, 5)), "is (192, 5), not (192, 4)"),
-    "rank_0": (changed(kohya_tensors(), proj__lora_down=torch.ones(0, 192)), "is (0, 192), not (1, 192)"),
-    "scalar_down": (changed(kohya_tensors(), proj__lora_down=torch.tensor(1.0)), "is (), not (1, 192)"),
-    "text_encoder": (
-        kohya_tensors() | {"lora_te1_text_model_x.alpha": torch.tensor(1.0)},
-        "1 unmatched modules (lora_te1_text_model_x)",
+    "wrong_width": (kohya(lora_down__weight=torch.ones(4, 3072)), "is (4, 3072), not (4, 192)"),
+    "ranks_disagree": (kohya(lora_up__weight=torch.ones(192, 5)), f"{PROJ}.lora_up.weight is (192, 5), not (192, 4)"),
+    "rank_0": (kohya(lora_down__weight=torch.ones(0, 192)), "is (0, 192), not (1, 192)"),
+    "scalar": (kohya(lora_down__weight=torch.tensor(1.0)), "is (), not (1, 192)"),
+    "kernel": (kohya(lora_down__weight=torch.ones(4, 192, 3, 3)), "is (4, 192, 3, 3), not (4, 192)"),
+    "whole_numbers": (kohya(lora_up__weight=torch.ones(192, 4, dtype=torch.int64)), "is I64, not floating point"),
+    "long_alpha": (kohya(alpha=torch.ones(2)), f"{PROJ}.alpha is (2,), not one number"),
+    "nan": (kohya(lora_up__weight=torch.full((192, 4), torch.nan)), f"not finite in {PROJ}.lora_up.weight"),
+    "infinite_alpha": (kohya(alpha=torch.tensor(torch.inf)), f"not finite in {PROJ}.alpha"),
+    "later_block": (kohya() | named("lora_unet_single_blocks_37_linear2"), "1 unmatched modules (lora_unet_single_b"),
+    "strange": (kohya() | {"something.else": torch.ones(1)}, "1 unexpected (something.else)"),
+    "twice": (
+        kohya() | named("diffusion_model.double_blocks.0.img_attn.proj", inputs=192),
+        "adapts double_blocks.0.img_at",
     ),
-    "later_block": (
-        kohya_tensors() | {"lora_unet_single_blocks_37_linear2.alpha": torch.tensor(1.0)},
-        "1 unmatched modules (lora_unet_single_blocks_37_linear2)",
+    "two_spellings": (one("lora_A.weight"), f"has one tensor under two names ({PROJ}.lora_"),
+    "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": torch.ones(2, 2)}, "is a LoKr (LyCORIS)"),
+    "loha": (one("hada_w1_a"), "is a LoHa (LyCORIS)"),
+    "dora": (one("dora_scale"), "is a DoRA"),
+    "oft": (one("oft_blocks"), "is an OFT"),
+    "mid": (one("lora_mid.weight"), "is a LoCon with a third factor"),
+    "diff": (one("diff_b"), "is no plain LoRA: it replaces whole tensors"),
+    "control": (
+        {"double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(4, 192), "img_in.lora_B.bias": torch.ones(192)},
+        "as BFL's control LoRAs (Canny, Depth) do: img_in.lora_B.bias",
     ),
-    "dora": (kohya_tensors() | {f"{KOHYA_PROJ}.dora_scale": torch.ones(1)}, f"1 unexpected ({KOHYA_PROJ}.dora_scale)"),
     "sdxl": (
-        kohya_tensors(("down_blocks_1_attentions_0_proj_in", "mid_block_attentions_0_proj_in")),
-        "is a LoRA of another model: none of its 2 modules (such as lora_unet_down_blocks_1_attentions_0_proj_in) is",
+        named("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q", "lora_te1_text_model_x"),
+        "another model, Stable Diffusion XL (lora_unet_down_blocks_1",
     ),
-    "half_a_qkv": (diffusers_tensors(("to_q", "to_v")), "adapts transformer_blocks.0.attn.to_q but not transformer_bl"),
-    "own_lora_a": (
-        changed(diffusers_tensors(), to_k__lora_A=torch.zeros(4, 192)),
-        "has another lora_A in transformer_blocks.0.attn.to_q than in transformer_blocks.0.attn.to_k",
+    "sd15": (
+        named("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"),
+        "Stable Diffusion 1.x or 2.x",
     ),
-    "alpha_tensor": (
-        diffusers_tensors() | {"transformer.transformer_blocks.0.attn.to_q.alpha": torch.tensor(1.0)},
-        "1 unexpected (transformer.transformer_blocks.0.attn.to_q.alpha)",
+    "sd3": (named("lora_unet_joint_blocks_0_x_block_attn_qkv"), "another model, Stable Diffusion 3"),
+    "chroma": (kohya() | named("lora_unet_distilled_guidance_layer_in_proj"), "another model, Chroma"),
+    "flux2": (named("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj"), "another model, FLUX.2"),
+    "flux2_shapes": (named("lora_unet_double_blocks_0_img_attn_proj", inputs=6144), "was made for FLUX.2 dev, another"),
+    "qwen": (named("transformer.transformer_blocks.3.img_mlp.net.2"), "another model, Qwen-Image"),
+    "wan": (named("diffusion_model.blocks.3.self_attn.q"), "another model, Wan"),
+    "hunyuan": (named("transformer.double_blocks.3.img_attn_qkv"), "another model, HunyuanVideo"),
+    "nobody_knows": (named("lora_unet_something"), "none of its 1 modules (such as lora_unet_something) is in FLUX.1"),
+    "only_t5": (
+        named("lora_te3_encoder_block_0_layer_0_SelfAttention_q"),
+        "no adapter of the transformer or of CLIP-L",
     ),
-    "comfy": (
-        {"diffusion_model.double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(1)},
-        "in a dialect that fluxq",
-    ),
-    "peft": ({"base_model.model.proj_out.lora_A.weight": torch.ones(1)}, "in a dialect that fluxq does not read (its"),
     "a_base_model": (
         {"double_blocks.0.img_attn.qkv.weight": torch.ones(1)},
         "is a FLUX.1 transformer, where a LoRA is",
@@ -176,9 +238,9 @@ UNREADABLE = {
 }
 
 
-@pytest.mark.parametrize("what", UNREADABLE)
-def test_unreadable_lora_is_one_sentence(tmp_path, what):
-    tensors, sentence = UNREADABLE[what]
+@pytest.mark.parametrize("what", REFUSED)
+def test_what_is_no_lora_of_this_model_is_one_sentence(tmp_path, what):
+    tensors, sentence = REFUSED[what]
     path = tmp_path / f"{what}.safetensors"
     write_safetensors(path, tensors)
     with pytest.raises(WrongRequest) as caught:
@@ -186,13 +248,50 @@ def test_unreadable_lora_is_one_sentence(tmp_path, what):
     assert str(caught.value).startswith(str(path)) and sentence in str(caught.value) and "; " in str(caught.value)
 
 
-def test_the_tables_files_are_readable_unchanged(tmp_path):
-    for tensors in (kohya_tensors(), diffusers_tensors()):
-        write_safetensors(tmp_path / "x", tensors)
-        assert load_lora(tmp_path / "x", CONFIG)[0]
+def test_the_tables_own_file_is_readable_unchanged(tmp_path):
+    write_safetensors(tmp_path / "x", kohya())
+    assert load_lora(tmp_path / "x", CONFIG).adapters
 
 
-def test_alpha_hidden_in_metadata_is_refused(tmp_path):
-    write_safetensors(tmp_path / "x", diffusers_tensors(), {"lora_adapter_metadata": "{}"})
-    with pytest.raises(WrongRequest, match="keeps its alpha in metadata, which most programs ignore"):
+def test_metadata_that_names_another_model_is_believed(tmp_path):
+    """A LoRA of Chroma that leaves modulation alone has FLUX.1's names and shapes."""
+    write_safetensors(tmp_path / "x", kohya(), {"modelspec.architecture": "chroma/lora"})
+    with pytest.raises(WrongRequest, match=r"another model, Chroma \(its metadata says so\)"):
         load_lora(tmp_path / "x", CONFIG)
+    write_safetensors(tmp_path / "x", kohya(), {"modelspec.architecture": "Flux.1-dev/lora"})
+    assert load_lora(tmp_path / "x", CONFIG).adapters
+
+
+def test_the_full_size_is_told_from_the_toy(tmp_path):
+    names = named("lora_unet_double_blocks_18_img_attn_proj", inputs=3072)
+    write_safetensors(tmp_path / "x", names)
+    assert load_lora(tmp_path / "x").config == FluxConfig.dev()
+    with pytest.raises(WrongRequest, match="none of its 1 modules"):
+        load_lora(tmp_path / "x", CONFIG)
+
+
+@pytest.mark.parametrize(
+    ("config", "sentence"),
+    [
+        ("[]", "is no valid adapter_config.json"),
+        ('{"lora_alpha": "x"}', "is no valid adapter_config.json"),
+        ('{"lora_alpha": 1e999}', "is no valid adapter_config.json"),
+        ('{"peft_type": "LOKR"}', "is of a LOKR adapter, not a LoRA"),
+        ('{"use_dora": true}', "is of a DoRA"),
+    ],
+)
+def test_settings_that_cannot_be_followed_are_refused(tmp_path, config, sentence):
+    write_safetensors(tmp_path / "adapter_model.safetensors", named("base_model.model.proj_out"))
+    (tmp_path / "adapter_config.json").write_text(config)
+    with pytest.raises(WrongRequest, match=sentence):
+        load_lora(tmp_path)
+
+
+def test_metadata_that_is_no_settings_is_refused(tmp_path):
+    write_safetensors(
+        tmp_path / "x",
+        split("transformer.", False, ".lora_A.weight", ".lora_B.weight", False)[0],
+        {"lora_adapter_metadata": "{"},
+    )
+    with pytest.raises(WrongRequest, match="has no valid JSON in lora_adapter_metadata"):
+        load_lora(tmp_path / "x")

@@ -1,9 +1,12 @@
-"""diffusers itself loads both dialects, as they are written by default, and draws what fluxq draws with them.
+"""diffusers and peft themselves load what is written for them, and draw what fluxq draws with it.
 
 Its converter for kohya files fixes FLUX.1's real width of 3072, so the model here has it, with one block of each kind.
 """
 
 from __future__ import annotations
+
+import copy
+import re
 
 import pytest
 import torch
@@ -11,12 +14,16 @@ from helpers import relative_error
 
 from fluxq.formats.detect import flux_shapes
 from fluxq.formats.keys import to_diffusers
-from fluxq.formats.lora import Adapter, load_lora, save_lora
+from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_algebra import Adapter
+from fluxq.formats.lora_write import save_lora
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.sample import attach
 
 diffusers = pytest.importorskip("diffusers")
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
 
 CONFIG = FluxConfig(64, 64, 64, 96, 3072, 4.0, 24, 1, 1, (16, 56, 56), 10_000, True, True)
 MODULES = [
@@ -74,9 +81,22 @@ def their_velocity(pipeline) -> torch.Tensor:
     )[0]
 
 
+def velocity_with(pipeline, path, dialect) -> torch.Tensor:
+    """What diffusers draws with the LoRA at `path`, which is taken out again."""
+    if dialect == "peft":
+        wrapped = peft.PeftModel.from_pretrained(pipeline.transformer, path)
+        velocity = their_velocity(pipeline)
+        pipeline.transformer = wrapped.unload()
+        return velocity
+    pipeline.load_lora_weights(path)
+    velocity = their_velocity(pipeline)
+    pipeline.unload_lora_weights()
+    return velocity
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("alpha", [2, 3])  # alpha / rank a power of two, and not
-@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "comfy", "peft"])
 @torch.no_grad()
 def test_diffusers_draws_what_fluxq_draws(tmp_path, models, dialect, alpha):
     flux, pipeline = models
@@ -91,16 +111,67 @@ def test_diffusers_draws_what_fluxq_draws(tmp_path, models, dialect, alpha):
 
     attach(flux, [])
     base = flux(**inputs())
-    attach(flux, [(load_lora(path, CONFIG)[0], 1.0)])
+    attach(flux, [(load_lora(path, CONFIG).adapters, 1.0)])
     ours = flux(**inputs())
     assert relative_error(their_velocity(pipeline), base) <= 1e-5
-    pipeline.load_lora_weights(path)
-    theirs = their_velocity(pipeline)
-    pipeline.unload_lora_weights()
+    theirs = velocity_with(pipeline, path, dialect)
     assert (ours - base).norm() > 0.05 * base.norm()
     # diffusers folds kohya's alpha / rank into the bf16 factors: exact for a power of two, else rounded once more
-    rounding = 2**-8 if (dialect, alpha) == ("kohya", 3) else 1e-4
+    rounding = 2**-8 if alpha == 3 and dialect in ("kohya", "comfy") else 1e-4
     assert relative_error(theirs - base, ours - base) <= rounding
     # and what the file says is what was trained, within bf16's rounding of its two factors
     attach(flux, [(adapters, 1.0)])
     assert relative_error(ours - base, flux(**inputs()) - base) <= 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "comfy", "peft"])
+@torch.no_grad()
+def test_what_peft_trained_is_the_same_in_every_dialect(tmp_path, models, dialect):
+    """An adapter made and saved by peft, with parts of their own and alpha / rank not 1, read and written by fluxq."""
+    flux, pipeline = models
+    names = ["attn.to_q", "attn.to_v", "attn.add_k_proj", "proj_mlp", "attn.to_out.0", "ff.net.0.proj", "norm.linear"]
+    targets = rf".*transformer_blocks\.0\.({'|'.join(map(re.escape, names))})"
+    wrapped = peft.get_peft_model(
+        pipeline.transformer, peft.LoraConfig(r=3, lora_alpha=2, target_modules=targets, init_lora_weights=False)
+    )
+    theirs = their_velocity(pipeline)
+    wrapped.save_pretrained(tmp_path / "saved")
+    pipeline.transformer = wrapped.unload()
+    attach(flux, [])
+    base = flux(**inputs())
+    lora = load_lora(tmp_path / "saved", CONFIG)
+    attach(flux, [(lora.adapters, 1.0)])
+    assert relative_error(flux(**inputs()) - base, theirs - base) <= 1e-4
+    path = tmp_path / "written.safetensors"
+    save_lora(path, lora.adapters, CONFIG, dialect, torch.float32)
+    assert relative_error(velocity_with(pipeline, path, dialect) - base, theirs - base) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers", "comfy"])
+@torch.no_grad()
+def test_the_clip_part_reaches_the_text_encoder(tmp_path, models, dialect):
+    _, pipeline = models
+    sizes = dict(hidden_size=64, intermediate_size=256, num_hidden_layers=2, num_attention_heads=1, vocab_size=500)
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**sizes, eos_token_id=499)).eval()
+    shapes = {"self_attn.q_proj": (64, 64), "self_attn.out_proj": (64, 64), "mlp.fc2": (64, 256)}
+    clip = {
+        f"encoder.layers.1.{name}": Adapter(torch.randn(2, inputs), torch.randn(out, 2), 3.0)
+        for name, (out, inputs) in shapes.items()
+    }
+    merged, ids = copy.deepcopy(encoder), torch.randint(0, 499, (1, 9))
+    for module, adapter in clip.items():
+        merged.get_submodule(module).weight += adapter.change()
+    base, wanted = encoder(ids).last_hidden_state, merged(ids).last_hidden_state
+    down, up = torch.randn(2, 3072), torch.randn(3072, 2)
+    path = tmp_path / "lora.safetensors"
+    save_lora(
+        path, {"double_blocks.0.img_attn.proj": Adapter(down, up, 2.0)}, CONFIG, dialect, torch.float32, clip=clip
+    )
+    pipeline.text_encoder = encoder
+    pipeline.load_lora_weights(path)
+    theirs = encoder(ids).last_hidden_state
+    pipeline.unload_lora_weights()
+    pipeline.text_encoder = None
+    assert relative_error(theirs - base, wanted - base) <= 1e-4

@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 import struct
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomise, relative_error, tiny_config
+from helpers import Tensors, randomise, relative_error, tiny_config
 from safetensors.torch import load_file, save_file
 
 from fluxq import nano
@@ -26,42 +25,6 @@ from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
 
 CPU = torch.device("cpu")
-
-
-@dataclass
-class Tensors:
-    """A source that counts what is asked of it."""
-
-    config: FluxConfig
-    tensors: dict[str, torch.Tensor]
-    files: tuple[Path, ...]
-
-    def __post_init__(self):
-        self.asked: list[str] = []
-
-    @property
-    def shapes(self):
-        return {name: tuple(t.shape) for name, t in self.tensors.items()}
-
-    @property
-    def nbytes(self):
-        return sum(t.nbytes for t in self.tensors.values())
-
-    @property
-    def sizes(self):
-        return {name: t.nbytes for name, t in self.tensors.items()}
-
-    def bands(self, name):
-        """Halves, so that a seam is in every tensor."""
-        rows = len(self.tensors[name])
-        return [range(0, rows // 2), range(rows // 2, rows)]
-
-    def get(self, name, rows, seen):
-        if rows.start == 0:
-            self.asked.append(name)
-        tensor = self.tensors[name][rows.start : rows.stop]
-        seen(tensor.reshape(-1).view(torch.uint8))
-        return tensor
 
 
 @pytest.fixture

@@ -65,6 +65,17 @@ def fused(format: str, shape: str = "large") -> Launch:
     return launch
 
 
+def few_rows(format: str) -> Launch:
+    """The gradient of an input of up to 64 rows."""
+    weight = quantize(torch.randn(N, K), format)
+
+    def launch(rows: int, rank: int) -> None:
+        x, dy = bf16(rows % 64 + 1, K), bf16(rows % 64 + 1, N)
+        ops.lora_linear_backward(dy, weight, x, bf16(len(x), rank), bf16(rank, K), bf16(N, rank), 1.0)
+
+    return launch
+
+
 def eight_bits(dtype: torch.dtype) -> Launch:
     """The forward product; that of the gradient, without scales of columns and bias, is another layer's."""
     b, scale, bias = torch.empty(N, K).to(dtype), torch.empty(N), torch.empty(N, dtype=torch.bfloat16)
@@ -111,6 +122,12 @@ def rows_in_8_bits(format: str) -> Launch:
         ops.row_quantize(bf16(rows, N), torch.int8, scale)
 
     return launch
+
+
+def rotated_rows(rows: int, rank: int) -> None:
+    """An input into rotated rows, and its gradient back."""
+    ops.row_quantize(bf16(rows, K), torch.int8, rotation=256)
+    ops.rotate(bf16(rows, K), 256)
 
 
 def hidden_rows(rows: int, rank: int) -> None:
@@ -172,10 +189,13 @@ LAUNCHES: dict[str, Callable[[], Launch]] = {
     "linear, bf16": lambda: fused("bf16"),
     "linear, nf4, few rows": lambda: fused("nf4", "few"),
     "linear, int8, few rows": lambda: fused("int8", "few"),
+    "few rows back, nf4": lambda: few_rows("nf4"),
+    "few rows back, fp8": lambda: few_rows("fp8"),
     "matmul, int8": lambda: eight_bits(torch.int8),
     "matmul, fp8": lambda: eight_bits(torch.float8_e4m3fn),
     "rows, from nf4": lambda: rows_in_8_bits("nf4"),
     "rows, from int8": lambda: rows_in_8_bits("int8"),
+    "rows, rotated": lambda: rotated_rows,
     "rows, kept": lambda: hidden_rows,
     "decoded, nf4": lambda: decoded("nf4"),
     "decoded, fp8": lambda: decoded("fp8"),

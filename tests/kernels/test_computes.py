@@ -7,7 +7,6 @@ import torch
 from helpers import relative_error
 
 from fluxq.kernels import COMPUTES, FORMATS, dequantize, gelu_tanh, lora_linear, modulate, quantize, wants
-from fluxq.kernels.rotation import BLOCKS, rotate, rotation_block
 
 EIGHT_BITS = [c for c in COMPUTES if c != "bf16"]
 M, N, K, R = 128, 192, 256, 5
@@ -92,32 +91,3 @@ def test_the_op_before_gives_the_same_rows_as_the_layer_makes_itself(compute):
 def test_a_few_rows_are_multiplied_exactly(compute):
     x, weight, bias, *_ = operands()
     torch.testing.assert_close(lora_linear(x[:4], weight, bias, compute=compute), x[:4] @ weight.t() + bias)
-
-
-@pytest.mark.parametrize("block", BLOCKS)
-def test_a_rotation_is_orthogonal_and_undoes_itself(block):
-    x = torch.randn(3, 2 * block, dtype=torch.float64)
-    turned = rotate(x, block)
-    torch.testing.assert_close(rotate(turned, block), x)
-    torch.testing.assert_close(turned.norm(dim=1), x.norm(dim=1))
-    spike = torch.zeros(1, block, dtype=torch.float64)
-    spike[0, 7] = 1.0
-    assert rotate(spike, block).abs().unique().numel() == 1, "one outlier is spread evenly over its block"
-    assert (rotation_block(3072), rotation_block(12288), rotation_block(320), rotation_block(96)) == (256, 256, 64, 0)
-
-
-@pytest.mark.parametrize(("width", "block"), [(512, 256), (320, 64)])
-def test_rotation_brings_outliers_down_to_the_error_of_even_rows(width, block):
-    x, weight, bias, down, up = operands("outliers", width=width)
-    exact = x @ weight.t() + bias + 0.7 * (x @ down.t()) @ up.t()
-    stored = quantize(weight, "bf16")
-
-    def run(rotation):
-        y = lora_linear(x, stored, bias, down, up, 0.7, "int8_dx", rotation=rotation)
-        return y, *torch.autograd.grad(y, (x, down, up), torch.ones_like(y))
-
-    plain, turned = run(0), run(block)
-    gradients = torch.autograd.grad(exact, (x, down, up), torch.ones_like(exact))
-    errors = [relative_error(a, b) for a, b in zip(turned, (exact, *gradients), strict=True)]
-    assert errors[0] < relative_error(plain[0], exact) / 2
-    assert max(errors[:2]) < 0.025 and max(errors[2:]) < 1e-5, "the LoRA sees the input as it is"

@@ -11,10 +11,13 @@ from helpers import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fluxq.kernels import Activations, lora_linear, quantize, reference, wants
+from fluxq.kernels.cutting import CHUNKS, chunk_of, parts, room
 
 triton = pytest.importorskip("triton")
 
+
 from fluxq.kernels.triton import linear, table  # noqa: E402  (where there is Triton)
+from fluxq.kernels.triton.shipped import SHIPPED  # noqa: E402
 
 FORMATS = ("nf4", "fp8", "int8", "bf16")
 CASES = [  # every format, every dtype, and NF4, which is what most will use, in all
@@ -53,8 +56,8 @@ class Layer:
 
     def with_room(self):
         """x with NaN in the room behind each row."""
-        room = linear.room(len(self.down))
-        wide = self.x.new_full((*self.x.shape[:-1], self.x.shape[-1] + room), torch.nan)
+        columns = room(len(self.down))
+        wide = self.x.new_full((*self.x.shape[:-1], self.x.shape[-1] + columns), torch.nan)
         wide[..., : self.x.shape[-1]] = self.x
         return wide
 
@@ -282,12 +285,12 @@ def test_layers_may_share_an_input_with_room():
 def test_parts_are_even_and_of_about_one_size(n, k):
     chunk = 9 << 20
     for length, width in ((n, k), (k, n)):
-        parts = list(linear._parts(length, width, chunk))
-        assert [p.start for p in parts] == [0, *(p.stop for p in parts[:-1])] and parts[-1].stop == length
-        sizes = [p.stop - p.start for p in parts]
+        cut = list(parts(length, width, chunk))
+        assert [p.start for p in cut] == [0, *(p.stop for p in cut[:-1])] and cut[-1].stop == length
+        sizes = [p.stop - p.start for p in cut]
         assert all(size % 64 == 0 for size in sizes[:-1])
         assert max(sizes) * width <= chunk + 64 * width and min(sizes) >= max(sizes) // 2
-        assert list(linear._parts(length, width, 0)) == [slice(0, length)]
+        assert list(parts(length, width, 0)) == [slice(0, length)]
 
 
 def test_the_scratch_is_one_and_grows():
@@ -300,7 +303,7 @@ def test_the_scratch_is_one_and_grows():
 
 
 def test_room_is_a_multiple_of_32_and_has_a_column_for_the_bias():
-    assert [linear.room(rank) for rank in (1, 16, 31, 32, 64, 100, 128)] == [32, 32, 32, 64, 96, 128, 160]
+    assert [room(rank) for rank in (1, 16, 31, 32, 64, 100, 128)] == [32, 32, 32, 64, 96, 128, 160]
 
 
 @pytest.mark.parametrize(("path", "products"), [("extended", 1), ("plain", 3)])
@@ -310,3 +313,11 @@ def test_a_bias_without_lora_takes_one_product_unless_the_table_says_otherwise(p
     with taking(path, "nf4", chunk=64 * K):
         linear.lora_linear(layer.x, layer.weight, layer.bias, None, None, 1.0)
     assert len(calls) == products
+
+
+def test_what_predicts_memory_knows_how_much_is_decoded_at_a_time():
+    for generation, chunk in CHUNKS.items():
+        for op in ("lora_linear_nf4", "lora_linear_int8", "lora_linear_backward_nf4", "lora_linear_backward_fp8"):
+            assert SHIPPED[op, generation, "large"].chunk == chunk
+        assert chunk_of(generation) == chunk
+    assert [chunk_of(capability) for capability in (75, 88, 100, 121)] == [CHUNKS[c] for c in (80, 89, 90, 120)]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxq.kernels import backend, lora_linear, quantize
 
@@ -68,6 +69,49 @@ def test_autograd_keeps_no_frozen_weight(format):
         lora_linear(x, quantize(weight, format), bias, down, up)
     assert torch.Size((33, 64)) not in kept
     assert sorted(kept) == sorted([x.shape, down.shape, up.shape, torch.Size((2, 5, 3))])
+
+
+class Launches(TorchDispatchMode):
+    """Inside it, each operation's name and the shape of what it gives."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        self.seen.append((func._schema.name.removeprefix("aten::"), tuple(getattr(out, "shape", ()))))
+        return out
+
+
+@pytest.mark.parametrize("compute", ["bf16", "int8_dx"])
+def test_the_gradient_multiplies_by_up_once_and_rounds_no_lora_again(compute):
+    """With LoRA in fp32 and an input in bf16, of more rows than few."""
+    x, weight, bias, down, up = operands(torch.float32, rank=7, shape=(70,))
+    x = x.detach().bfloat16().requires_grad_()
+    y = lora_linear(x, quantize(weight, "int8"), bias, down, up, 0.7, compute)
+    with Launches() as launches:
+        torch.autograd.grad(y, (x, down, up), torch.ones_like(y))
+    assert [name for name, shape in launches.seen if shape == (70, 7) and "mm" in name] == ["mm"]
+    cast = [shape for name, shape in launches.seen if name == "_to_copy"]
+    # d_down and d_up, where they are not in fp32 already
+    assert all(cast.count(shape) <= 1 for shape in (down.shape, up.shape)), cast
+
+
+def test_the_gradient_is_of_the_lora_that_was_multiplied():
+    """An optimiser that steps in between, in place, does not reach into it; the next product has what it wrote."""
+    x, weight, bias, down, up = operands(torch.float32)
+    x = x.detach().bfloat16().requires_grad_()
+
+    def run():
+        return lora_linear(x, weight.bfloat16(), bias, down, up, 0.7)
+
+    expected = torch.autograd.grad(run().sum(), x)[0]
+    y = run()
+    with torch.no_grad():
+        down.mul_(2)
+    assert torch.equal(torch.autograd.grad(y.sum(), x)[0], expected)
+    assert not torch.equal(run(), y)
 
 
 def test_mismatched_widths_name_both_numbers():

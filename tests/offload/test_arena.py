@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import gc
+import threading
+import time
 
 import pytest
 import torch
 
-from fluxq.offload import Immediate
+import fluxq.offload.arena as module
+from fluxq.offload import Immediate, Staged
 from fluxq.offload.arena import Arena, copy_rate, streams_for
 
 SIZES = {"a": 5000, "b": 256, "c": 1, "d": 12_288, "e": 300}
@@ -96,6 +99,48 @@ def test_an_error_of_reading_is_passed_on():
 def test_no_units_need_no_memory():
     arena = Arena({}, fill)
     assert len(arena) == 0 and arena.nbytes == 0 and arena.pin(Driver()) is None
+
+
+class Paced(Immediate):
+    """A card's lanes whose copies take so long, of pinned sources and of those that a thread stages."""
+
+    def __init__(self, pinned: float, staged: float):
+        self.seconds = {True: pinned, False: staged}
+
+    def copy(self, slot, source):
+        super().copy(slot, source)
+        time.sleep(self.seconds[threading.current_thread() is threading.main_thread()])
+
+
+@pytest.mark.parametrize(
+    ("limit", "pinned", "staged", "chosen", "words"),
+    [
+        (100, 0.0, 0.01, Paced, "GB/s pinned, "),
+        (100, 0.01, 0.0, Staged, "copied through pinned buffers: "),
+        (2, 0.0, 0.01, Staged, "the driver pinned 0.0 of 0.0 GB (error 2)"),
+        (0, 0.0, 0.01, Staged, "the driver pinned 0.0 of 0.0 GB (error 2)"),
+    ],
+)
+def test_the_way_to_the_card_is_measured_and_said_in_a_line(limit, pinned, staged, chosen, words, monkeypatch):
+    """On the processor, which is told that it is a card. limit: so many ranges are pinned; the buffers are one."""
+    driver, said, empty = Driver(limit), [], torch.empty
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
+    monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(*shape, **options))
+    monkeypatch.setattr(module, "CudaStreams", lambda device: Paced(pinned, staged))
+    monkeypatch.setattr(module, "clear_error", lambda device: None)
+    arena = Arena(SIZES, fill, 4096)
+    streams = streams_for(arena, torch.device("cuda"), said.append)
+    assert type(streams) is chosen and len(said) == 1 and words in said[0]
+    if chosen is Staged:
+        assert len(driver.pinned) == min(limit, 1), "only the buffers"
+    slot = torch.zeros(20_000, dtype=torch.uint8)
+    streams.copy(slot, arena["d"])
+    streams.compute_waits(streams.copied())
+    assert (slot[:12_288] == ord("d")).all() and not slot[12_288:].any()
+    del streams
+    gc.collect()
+    arena.close()
+    assert not driver.pinned
 
 
 def test_without_a_card_copies_are_plain():

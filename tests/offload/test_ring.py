@@ -22,7 +22,8 @@ from fluxq.offload import (
     StreamingRing,
     spread,
 )
-from fluxq.offload.clock import Race, VirtualStreams, run_steps
+from fluxq.offload.clock import Race, VirtualStreams
+from fluxq.offload.steps import run_steps
 
 SINGLE = tuple((f"s{i}",) for i in range(7))
 MIXED = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",), ("s2",))
@@ -341,6 +342,45 @@ def test_no_race_and_every_single_wait_is_needed(blocks, slots, odd):
         for number in sorted(set(complete.waits[side])):
             with pytest.raises(Race, match=error):
                 clocked(blocks, slots, Dropping(side, number), odd)
+
+
+class Staging(Dropping):
+    """A clock behind a staging thread: what is copied is told by its bytes, which come out of a buffer."""
+
+    def __init__(self, sources: dict[int, torch.Tensor], side: str = "", number: int = -1):
+        super().__init__(side, number)
+        self.sources = sources
+
+    def copy(self, slot, source):
+        super().copy(slot, self.sources[int(source[0])])
+
+
+def staged(side: str = "", number: int = -1) -> Staging:
+    """Three steps through a staging thread with two buffers. Raises Race, or what the thread makes of it."""
+    schedule = Schedule(SINGLE, frozenset(), 3)
+    host = host_of(schedule)
+    clock = Staging({int(source[0]): source for source in host.values()}, side, number)
+    lanes = Staged(clock, [torch.empty(1024, dtype=torch.uint8) for _ in range(2)])
+    ring = StreamingRing(schedule, host, lambda unit, flat: None, CPU, lanes)
+    for (unit,) in [*SINGLE, *reversed(SINGLE)] * 3:
+        with ring.resident((unit,)):
+            clock.compute(unit, 1.0, [(ring.memory(unit), host[unit])])
+    ring.close()
+    return clock
+
+
+def test_through_a_staging_thread_there_is_no_race_and_every_wait_is_needed():
+    complete = staged()
+    gc.disable()  # a ring that failed waits for its thread when it is collected, which must not be inside `submit`
+    try:
+        for side in ("copy", "compute"):
+            assert len(complete.waits[side]) >= 8
+            for number in sorted(set(complete.waits[side]))[::2]:
+                with pytest.raises(RuntimeError) as caught:
+                    staged(side, number)
+                assert isinstance(caught.value, Race) or isinstance(caught.value.__cause__, Race)
+    finally:
+        gc.enable()
 
 
 def test_the_clock_finds_wrong_bytes_too():

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import itertools
-from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
-from helpers import randomise, tiny_config
+from helpers import Tensors, randomise, tiny_config
 from live_bytes import LiveBytes
 
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
-from fluxq.formats.stream import expect_sampling, expect_training, load_streamed
+from fluxq.formats.stream import expect_sampling, expect_training, load_streamed, place_units
 from fluxq.kernels import FORMATS, POLICIES
-from fluxq.model import Flux, FluxConfig, add_lora
+from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.lora import lora_layers
 from fluxq.model.modulation import Lookahead, is_known_ahead
 from fluxq.model.units import unit_of
-from fluxq.offload import AllResident, Immediate, Late, Staged
+from fluxq.offload import AllResident, HostInputs, Immediate, Late, Staged
+from fluxq.offload.arena import Arena
+from fluxq.offload.inputs import INPUTS
 
 CPU = torch.device("cpu")
 UNITS = ("double_blocks.0.img", "double_blocks.0.txt", "double_blocks.1.img", "double_blocks.1.txt")
@@ -37,24 +37,6 @@ TARGETS = {
     "the last block": [r"single_blocks\.1\.linear1"],
     "nothing after the middle": [r"double_blocks\.0\.txt_attn\.proj"],
 }
-
-
-@dataclass
-class Tensors:
-    config: FluxConfig
-    tensors: dict[str, torch.Tensor]
-    files: tuple[Path, ...] = ()
-
-    @property
-    def shapes(self):
-        return {name: tuple(t.shape) for name, t in self.tensors.items()}
-
-    @property
-    def nbytes(self):
-        return sum(t.nbytes for t in self.tensors.values())
-
-    def get(self, name):
-        return self.tensors[name]
 
 
 @pytest.fixture(scope="module")
@@ -120,6 +102,12 @@ def train_sample_train(flux: Flux) -> list[torch.Tensor]:
     return [*found, *gradients(flux, 5, ahead), *gradients(flux, 6, ahead), *gradients(flux, 6)]
 
 
+def on_the_host(flux: Flux, streams) -> Flux:
+    """With block inputs that wait on the host; what is given up of them is NaN."""
+    flux.inputs = HostInputs(streams, lambda n: Arena({INPUTS: n}, lambda unit, out: None), poison=True)
+    return flux
+
+
 def assert_equal(flux: Flux, expected: list[torch.Tensor]) -> None:
     found = train_sample_train(flux)
     assert len(found) == len(expected)
@@ -167,6 +155,45 @@ def test_a_staging_thread_changes_no_bit(files):
     flux = load_streamed(files("nf4"), CPU, (), 3, Staged(Immediate(), buffers), poison=True)
     assert_equal(with_lora(flux, "attention+mlp", "recompute"), expected)
     flux.ring.close()
+
+
+@pytest.mark.parametrize("streams", [Immediate, Late])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_inputs_on_the_host_change_no_bit(policy, streams, files):
+    """With all weights resident and with all streamed. Poison would show a reference that somebody else has kept."""
+    resident = with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", policy)
+    expected = train_sample_train(resident)
+    streamed = with_lora(load_streamed(files("nf4"), CPU, (), 2, streams(), poison=True), "attention+mlp", policy)
+    for flux in (resident, streamed):
+        assert_equal(on_the_host(flux, streams()), expected)
+
+
+@pytest.mark.parametrize("targets", TARGETS)
+def test_inputs_on_the_host_change_no_bit_where_only_some_blocks_train(targets, files):
+    flux = with_lora(load_quantized(files("nf4"), CPU), TARGETS[targets], "keep_attention")
+    expected = train_sample_train(flux)
+    assert_equal(on_the_host(flux, Late()), expected)
+
+
+@pytest.mark.parametrize("at", ["forward 1", "forward 3", "backward 3", "backward 0"])
+def test_a_step_that_fails_leaves_the_next_one_as_it_was(at, files):
+    """Out of memory in a block, on the way forward or back, with weights and inputs on the host."""
+    expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", "recompute"))
+    flux = load_streamed(files("nf4"), CPU, (), 2, Late(), poison=True)
+    on_the_host(with_lora(flux, "attention+mlp", "recompute"), Late())
+    direction, number = at.split()
+    block, calls = flux.blocks[int(number)], []
+
+    def fail(*_) -> None:
+        calls.append(1)
+        if len(calls) == (1 if direction == "forward" else 2):  # the second time is the replay
+            raise torch.OutOfMemoryError("injected")
+
+    hook = block.register_forward_pre_hook(fail)
+    with pytest.raises(torch.OutOfMemoryError, match="injected"):
+        gradients(flux, 7)
+    hook.remove()
+    assert_equal(flux, expected)
 
 
 @pytest.mark.parametrize("targets", TARGETS)
@@ -258,3 +285,40 @@ def test_what_is_not_streamed_lies_in_memory_of_its_own(format, files):
         streamed = unit_of(name) in UNITS[2:] + MODULATION
         assert (buffer.untyped_storage().data_ptr() in slots) == streamed, name
     assert sum(p.numel() for p in flux.parameters()) == 0
+
+
+def test_units_are_placed_anew_in_a_model_that_trains(files):
+    """From all resident to all streamed and back up, LoRA and its optimiser untouched; and once it fails half-way."""
+    file = files("nf4")
+    expected = train_sample_train(with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv"))
+    flux = with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv")
+    parameters = list(flux.parameters())
+    for resident, slots in ((UNITS[2:], 3), (UNITS[:1], 2), ((), 4), (UNITS[3:5], 2), (UNITS, 2)):
+        place_units(flux, file, CPU, resident, slots, Late(), poison=True)
+        expect_training(flux)
+        assert_equal(flux, expected)
+
+    class Failing:
+        def __getattr__(self, name):
+            return getattr(file, name)
+
+        def read_into(self, unit, out):
+            raise torch.OutOfMemoryError(unit)
+
+    with pytest.raises(torch.OutOfMemoryError):
+        place_units(flux, Failing(), CPU, UNITS[:2], 2)
+    place_units(flux, file, CPU, (), 2, Late(), poison=True)
+    assert_equal(flux, expected)
+    assert all(a is b for a, b in zip(flux.parameters(), parameters, strict=True))
+
+
+def test_placing_units_anew_takes_no_more_than_before_or_after(files):
+    file = files("nf4")
+    flux = load_streamed(file, CPU, UNITS[:3], 3, Immediate())
+    held = [*flux.buffers(), flux.ring.host._memory, *(slot.memory for slot in flux.ring._slots)]
+    live = LiveBytes(held, "cpu")
+    held.clear()
+    with live:
+        before = live.live
+        place_units(flux, file, CPU, UNITS[:1], 2, Immediate())
+        assert live.live < before and live.peak <= before

@@ -1,7 +1,8 @@
 """The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py."""
 
+from fluxq.kernels.cutting import room
 from fluxq.kernels.triton.gelu import gelu_tanh, gelu_tanh_backward
-from fluxq.kernels.triton.linear import lora_linear, lora_linear_backward, room
+from fluxq.kernels.triton.linear import lora_gradients, lora_linear, lora_linear_backward
 from fluxq.kernels.triton.matmul_8bit import matmul_8bit
 from fluxq.kernels.triton.modulate import (
     gated_add,
@@ -13,6 +14,7 @@ from fluxq.kernels.triton.modulate import (
 )
 from fluxq.kernels.triton.nf4 import nf4_quantize
 from fluxq.kernels.triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
+from fluxq.kernels.triton.rotation import rotate
 from fluxq.kernels.triton.rows import row_quantize
 from fluxq.kernels.triton.storage import dequantize, row_dequantize, to_rows
 
@@ -24,6 +26,7 @@ __all__ = [
     "gated_add_modulate_backward",
     "gelu_tanh",
     "gelu_tanh_backward",
+    "lora_gradients",
     "lora_linear",
     "lora_linear_backward",
     "matmul_8bit",
@@ -33,6 +36,7 @@ __all__ = [
     "qk_norm_rope",
     "qk_norm_rope_backward",
     "room",
+    "rotate",
     "row_dequantize",
     "row_quantize",
     "to_rows",

@@ -26,6 +26,7 @@ from fluxq.kernels.triton.eight_bits import (
     to_8_bits,
 )
 from fluxq.kernels.triton.layout import with_whole_rows
+from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.table import choose
 
 
@@ -49,8 +50,8 @@ def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
         h, beside, made.x, made.values, made.scale, down, made.s,
         *strides[:4], length, 0 if down is None else len(down),
         W=width, D=left, BLOCK=triton.next_power_of_2(left + width), ROWS=tile.block_m,
-        INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=tile.block_k, PRECISION="ieee",
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
+        INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
     return named(made, wants)
 
@@ -125,6 +126,7 @@ def _gelu_8_bits(
     BLOCK: tl.constexpr,  # D + W at least
     ROWS: tl.constexpr,
     INT8: tl.constexpr,
+    ROTATION: tl.constexpr,  # the block of 8-bit rows, or 0
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -141,7 +143,8 @@ def _gelu_8_bits(
         h = tl.load(h_ptr + b * h_b + row * h_l + column - D, mask=inside & (column >= D), other=x).to(tl.float32)
         rounded = tl.where(left, h, h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + to, rounded, mask=inside)
-        y = rounded.to(tl.float32)
+        y = rounded.to(tl.float32)  # gelu(0) = 0: nothing comes from beyond the width
+        y = rotated(y, ROTATION) if ROTATION else y
         row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
         tl.store(row_scale_ptr + b * L + row + tl.arange(0, 1), row_scale)
         tl.store(values_ptr + to, to_8_bits(y, row_scale, INT8), mask=inside)

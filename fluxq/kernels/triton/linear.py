@@ -6,31 +6,22 @@ extended  The weight is decoded, some rows at a time, into a scratch [W | scale 
           [x | x down^T | 1] where its producer left room behind each row. Base, LoRA and bias are then one product of
           the vendor's library, and backward dy [W | scale up] is the input's gradient and LoRA's inner one.
 plain     No room, or a weight that needs no decoding: the products one after the other.
-fused     The weight is decoded inside the product's loop (matmul.py): few rows, or no memory for a scratch.
+fused     The weight is decoded in the product's loop (matmul.py, few_rows.py): few rows, or no memory for a scratch.
 """
 
 from __future__ import annotations
-
-from collections.abc import Iterator
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from fluxq.kernels.cutting import parts
 from fluxq.kernels.triton import matmul
 from fluxq.kernels.triton.extension import fill_room, fill_tail
+from fluxq.kernels.triton.few_rows import input_gradient
 from fluxq.kernels.triton.storage import dequantize
 from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
-
-LANES = 32  # the room is a multiple of as many columns, so that every row begins on 64 bytes
-
-
-def room(rank: int) -> int:
-    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank: one for
-    each of x down^T, and one for the 1 that the bias is multiplied by.
-    """
-    return -(-(rank + 1) // LANES) * LANES
 
 
 def lora_linear(
@@ -73,18 +64,19 @@ def lora_linear_backward(
     weight None: the gradient of x is not wanted; s None: there is no LoRA, and x is not needed. Those of down and up
     are summed and returned in fp32.
     """
-    rows = dy.reshape(-1, dy.shape[-1])
+    rows, room = dy.reshape(-1, dy.shape[-1]), 0 if x is None or down is None else x.shape[-1] - down.shape[1]
+    dx, ds = (None, None) if weight is None else _dx(rows, weight, down, up, scale, room)
+    dx = None if dx is None else dx.view(*dy.shape[:-1], -1)
     if x is None or s is None or down is None or up is None:
-        return None if weight is None else _dx(rows, weight, None, scale, 0).view(*dy.shape[:-1], -1), None, None
-    rank, k = down.shape
-    room = x.shape[-1] - k
-    dx = None if weight is None else _dx(rows, weight, up, scale, room)
-    ds = dx[:, k : k + rank] if dx is not None and room else torch.mm(rows, (up * scale).to(rows.dtype))
-    if dx is not None:
-        dx[:, :k].addmm_(ds, down)
-    d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1])[:, :k])
-    d_up = _mm_fp32(rows.t(), s.reshape(-1, rank)).mul_(scale)
-    return None if dx is None else dx.view(*dy.shape[:-1], -1), d_down, d_up
+        return dx, None, None
+    ds = _ds(rows, up, scale) if ds is None else ds
+    return dx, *lora_gradients(dy, x[..., : down.shape[1]], s, ds, scale)
+
+
+def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Those of down and up, in fp32. dy (..., N), x (..., K), s (..., R), and its gradient ds (M, R)."""
+    d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1]))
+    return d_down, _mm_fp32(dy.reshape(-1, dy.shape[-1]).t(), s.reshape(-1, s.shape[-1])).mul_(scale)
 
 
 def _format(weight: Weight) -> str:
@@ -102,7 +94,7 @@ def _extended(
     (n, k), width = weight.shape, rows.shape[1]
     fill_room(rows, k, s)  # to its end, for what was there may be NaN, which no zero in the scratch would take away
     y = rows.new_empty(len(rows), n)
-    for part in _parts(n, k, chunk):
+    for part in parts(n, k, chunk):
         w = _scratch(part.stop - part.start, width, rows)
         dequantize(weight[part], w.dtype, w[:, :k])
         fill_tail(w[:, k:], up[part], scale, None if bias is None else bias[part])
@@ -118,44 +110,57 @@ def _plain(
         y = F.linear(rows, weight.to(rows.dtype), bias)
     else:
         y = rows.new_empty(len(rows), n)
-        for part in _parts(n, k, chunk):
+        for part in parts(n, k, chunk):
             w = _scratch(part.stop - part.start, k, rows)
             dequantize(weight[part], w.dtype, w)
             _product(rows, w.t(), None if bias is None else bias[part], y[:, part])
     return y if s is None or up is None else y.addmm_(s, up.t().to(s.dtype), alpha=scale)
 
 
-def _dx(rows: Tensor, weight: Weight, up: Tensor | None, scale: float, room: int) -> Tensor:
-    """dy [W | scale up | 0], (M, K + room). For some columns of W at a time: their parts of the result are final, and
-    none is rounded twice.
+def _dx(
+    rows: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, room: int
+) -> tuple[Tensor, Tensor | None]:
+    """dy W + ds down, (M, K + room), and ds = scale dy up, (M, R), where there is LoRA."""
+    k = weight.shape[1]
+    choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows))
+    dx = rows.new_empty(len(rows), k + room)
+    if choice.path == "fused" and rows.dtype != torch.float64:
+        ds = None if up is None else _ds(rows, up, scale)
+        input_gradient(rows, weight, ds, down, dx[:, :k], choice)
+        dx[:, k:] = 0
+        return dx, ds
+    _decoded_dx(dx, rows, weight, up, scale, choice.chunk)
+    if up is None or down is None:
+        return dx, None
+    ds = dx[:, k : k + len(down)] if room else _ds(rows, up, scale)
+    dx[:, :k].addmm_(ds, down)
+    return dx, ds
+
+
+def _ds(rows: Tensor, up: Tensor, scale: float) -> Tensor:
+    return torch.mm(rows, (up * scale).to(rows.dtype))
+
+
+def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, scale: float, chunk: int) -> None:
+    """dy [W | scale up | 0] into `dx` (M, K + room). For some columns of W at a time: their parts of the result are
+    final, and none is rounded twice.
     """
     n, k = weight.shape
-    dx = rows.new_empty(len(rows), k + room)
+    room = dx.shape[1] - k
     if isinstance(weight, Tensor):
         torch.mm(rows, weight.to(rows.dtype), out=dx[:, :k])
         if up is not None and room:
             tail = rows.new_empty(n, room)
             fill_tail(tail, up, scale, None)
             torch.mm(rows, tail, out=dx[:, k:])
-        return dx
-    chunk = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows)).chunk
-    for part in _parts(k, n, chunk):
+        return
+    for part in parts(k, n, chunk):
         columns, last = part.stop - part.start, room if part.stop == k else 0
         w = _scratch(n, columns + last, rows)
         dequantize(_columns(weight, part), w.dtype, w[:, :columns])
         if up is not None and last:
             fill_tail(w[:, columns:], up, scale, None)
         torch.mm(rows, w, out=dx[:, part.start : part.stop + last])
-    return dx
-
-
-def _parts(length: int, width: int, chunk: int) -> Iterator[slice]:
-    """A side of a weight cut into parts of about `chunk` numbers, 0 for no cut, each `width` numbers wide: multiples of
-    64, as even as these can be, so that no product is left with a sliver.
-    """
-    count = max(1, -(-length * width // chunk)) if chunk else 1
-    step = -(-length // (count * NF4_BLOCK)) * NF4_BLOCK
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
 
 
 def _columns(weight: NF4Weight | RowScaled, part: slice) -> Weight:

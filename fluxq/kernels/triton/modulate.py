@@ -27,6 +27,7 @@ from fluxq.kernels.triton.eight_bits import (
     to_8_bits,
 )
 from fluxq.kernels.triton.layout import with_whole_rows
+from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.table import choose
 
 
@@ -58,8 +59,8 @@ def _forward(
         x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
         shift.stride(0), scale.stride(0), made.x.stride(1), length, 0 if down is None else len(down),
         D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
-        INT8=wants.dtype == torch.int8, BLOCK_R=block_r, BLOCK_K=tile.block_k, PRECISION="ieee",
-        num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
+        INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
     return named(made, wants)
 
@@ -176,6 +177,7 @@ def _modulate(
     ROWS: tl.constexpr,
     STEP: tl.constexpr,
     INT8: tl.constexpr,
+    ROTATION: tl.constexpr,  # the block of 8-bit rows, or 0
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -200,6 +202,7 @@ def _modulate(
         tl.store(y_ptr + m * y_l + column, y, mask=mask)
         if values_ptr is not None:
             y = tl.where(mask, y.to(tl.float32), 0.0)
+            y = rotated(y, ROTATION) if ROTATION else y
             row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
             tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
             tl.store(values_ptr + m * D + column, to_8_bits(y, row_scale, INT8), mask=mask)

@@ -14,35 +14,41 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxq.kernels.triton.bits import nf4_level
+from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
 from fluxq.kernels.triton.table import choose
 from fluxq.kernels.weights import Weight
 
 
-def row_quantize(w: Tensor, dtype: torch.dtype, columns: Tensor | None = None) -> tuple[Tensor, Tensor]:
+def row_quantize(
+    w: Tensor, dtype: torch.dtype, columns: Tensor | None = None, rotation: int = 0
+) -> tuple[Tensor, Tensor]:
     """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that bring each row back.
 
-    columns (K,) fp32, if given, multiplies every row first.
+    columns (K,) fp32, if given, multiplies every row first; then `rotation`, if not 0, is the block of columns in which
+    it is rotated (rotation.py).
     """
-    return _quantize(w, dtype, columns)
+    return _quantize(w, dtype, columns, rotation)
 
 
-def weight_rows(weight: Weight, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+def weight_rows(weight: Weight, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
     """`weight` (N, K) of any stored form as 8-bit values (N, K) and row scales (N,)."""
-    return _quantize(weight, dtype, None)
+    return _quantize(weight, dtype, None, rotation)
 
 
-def row_scales(weight: Weight, dtype: torch.dtype) -> Tensor:
+def row_scales(weight: Weight, dtype: torch.dtype, rotation: int) -> Tensor:
     """The scales (N,) of `weight_rows`, without the values."""
-    return _launch(weight, dtype, None, None)
+    return _launch(weight, dtype, None, None, rotation)
 
 
-def _quantize(weight: Weight, dtype: torch.dtype, columns: Tensor | None) -> tuple[Tensor, Tensor]:
+def _quantize(weight: Weight, dtype: torch.dtype, columns: Tensor | None, rotation: int) -> tuple[Tensor, Tensor]:
     values = torch.empty(weight.shape, dtype=dtype, device=stored(weight).numbers.device)
-    return values, _launch(weight, dtype, columns, values)
+    return values, _launch(weight, dtype, columns, values, rotation)
 
 
-def _launch(weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: Tensor | None) -> Tensor:
+def _launch(
+    weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: Tensor | None, rotation: int = 0
+) -> Tensor:
     """Writes into `values` if given."""
     numbers, absmax, levels, scale, form = stored(weight)
     rows, width = weight.shape
@@ -51,8 +57,8 @@ def _launch(weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: 
     _rows[(rows,)](
         numbers, absmax, levels, scale, columns, None if values is None else bytes_of(values), scales,
         rows, width, numbers.stride(0), 0 if absmax is None else absmax.stride(0),
-        FROM=form, TO=FORMS[dtype], LARGEST=LARGEST[FORMS[dtype]], ONCE=tile.block_n >= width, COLUMNS=tile.block_n,
-        num_warps=tile.warps, num_stages=tile.stages,
+        FROM=form, TO=FORMS[dtype], ROTATION=rotation, LARGEST=LARGEST[FORMS[dtype]],
+        ONCE=tile.block_n >= width, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return scales
 
@@ -72,19 +78,21 @@ def _rows(
     absmax_stride,
     FROM: tl.constexpr,
     TO: tl.constexpr,
+    ROTATION: tl.constexpr,  # the block, or 0
     LARGEST: tl.constexpr,
     ONCE: tl.constexpr,  # a row is no wider than COLUMNS
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
     x, largest = _piece(
-        numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr, row, 0, N, K, stride, absmax_stride, FROM, COLUMNS
-    )
+        numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
+        row, 0, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
+    )  # fmt: skip
     if not ONCE:
         for first in range(COLUMNS, K, COLUMNS):
             _, here = _piece(
                 numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
-                row, first, N, K, stride, absmax_stride, FROM, COLUMNS,
+                row, first, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
             )  # fmt: skip
             largest = tl.maximum(largest, here)
     scale = tl.div_rn(tl.maximum(largest, 1e-30), LARGEST)
@@ -97,7 +105,7 @@ def _rows(
             for first in range(0, K, COLUMNS):
                 x, _ = _piece(
                     numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
-                    row, first, N, K, stride, absmax_stride, FROM, COLUMNS,
+                    row, first, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
                 )  # fmt: skip
                 _write(x * inverse, out_ptr, row, first, K, TO, COLUMNS)
 
@@ -116,6 +124,7 @@ def _piece(
     stride,
     absmax_stride,
     FROM: tl.constexpr,
+    ROTATION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     """(1, COLUMNS) fp32 of a row, and the largest magnitude in them."""
@@ -127,7 +136,8 @@ def _piece(
     if columns_ptr is not None:
         column = first + tl.arange(0, COLUMNS)[None, :]
         x *= tl.load(columns_ptr + column, mask=column < K, other=0.0)
-    if FROM == "nf4":
+    x = rotated(x, ROTATION) if ROTATION else x
+    if FROM == "nf4" and ROTATION == 0:
         largest = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS)
     else:
         largest = tl.max(tl.abs(x))

@@ -10,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
+from fluxq.kernels.cutting import CHUNKS
+
 GENERATIONS = (80, 86, 89, 90, 120)
 INTERPRETED = 0
 SHARED_KIB = {80: 163, 86: 99, 89: 99, 90: 227, 120: 99}  # that one block may have (CUDA programming guide, table 24)
@@ -21,13 +23,14 @@ STREAMING = (
     *("gated_add", "gated_add_backward", "gated_add_backward_sums"),
     *("gelu_tanh", "gelu_tanh_8bit", "gelu_tanh_8bit_down", "gelu_tanh_backward"),
     *("qk_norm_rope", "qk_norm_rope_backward"),
-    *("dequantize", "dequantize_transposed", "nf4_quantize", "row_quantize", "fill_room", "fill_tail"),
+    *("dequantize", "dequantize_transposed", "dequantize_transposed_rotated", "nf4_quantize", "row_quantize", "rotate"),
+    *("fill_room", "fill_tail", "sum_shares"),
 )
 """Ops that wait for memory: one path each, and tiles that only have to keep enough of it on its way."""
 
 PATHS = {
     **{f"lora_linear_{format}": ("extended", "plain", "fused") for format in FORMATS},
-    **{f"lora_linear_backward_{format}": ("extended",) for format in FORMATS[:3]},
+    **{f"lora_linear_backward_{format}": ("extended", "fused") for format in FORMATS},
     "matmul_int8": ("triton",),
     "matmul_fp8": ("triton", "scaled"),
     **dict.fromkeys(STREAMING, ("triton",)),
@@ -41,7 +44,8 @@ class Choice:
 
     block_m, block_n, block_k: a program's tile of rows and columns, and what it contracts over at a time. step: how
     many of its rows it has in registers at a time. warps and stages as Triton means them. chunk: how many numbers of a
-    weight are decoded at a time. word: whether the row was `predicted` or `measured`; why: from what.
+    weight are decoded at a time, or by one program. word: whether the row was `predicted` or `measured`; why: from
+    what.
     """
 
     path: str
@@ -74,15 +78,15 @@ def _row(ops: str, cards: tuple[int, ...], shape: str, choice: Choice) -> Rows:
     return (((op, card, shape), choice) for op in ops.split() for card in cards)
 
 
-MILLION = 1 << 20
 ALL, GEFORCE, BIG, HERE = GENERATIONS, (86, 89, 120), (80, 90), (INTERPRETED,)
 STORED = "lora_linear_nf4 lora_linear_fp8 lora_linear_int8"
 BACKWARD = "lora_linear_backward_nf4 lora_linear_backward_fp8 lora_linear_backward_int8"
+BACKWARD_BF16 = "lora_linear_backward_bf16"
 
 
 def _linear_layers() -> Rows:
     """Products in 16 bits: the tiles are those of the fused kernel, for whoever asks for that path."""
-    small, whole = 9 * MILLION, 45 * MILLION
+    small, whole = CHUNKS[86], CHUNKS[90]
     why = "decoding once beats decoding in the loop above 512 rows on every card (bitsandbytes' measured dispatch); "
     short = why + "19 MB at a time stay in the second-level cache of most cards until they are multiplied"
     long = why + "each of FLUX's layers in one piece, 94 MB: many multiprocessors want long products"
@@ -101,16 +105,23 @@ def _linear_layers() -> Rows:
     yield from _row(STORED, ALL, "few", Choice("fused", 16, 32, 64, 2, 4, why=why))
     why = "a vendor's product of few rows reads the weight at the memory's speed"
     yield from _row("lora_linear_bf16", ALL, "few", Choice("plain", 16, 32, 64, 2, 4, why=why))
-    # Their gradient has no choice where weights are in 16 bits.
     why = "as forward; chunks are of columns, since the sum over rows must be rounded once"
-    yield from _row(BACKWARD, GEFORCE, "large", Choice("extended", chunk=small, why=why))
-    yield from _row(BACKWARD, BIG, "large", Choice("extended", chunk=whole, why=why))
+    yield from _row(BACKWARD, GEFORCE, "large", Choice("extended", 64, 128, 64, 8, 3, small, why=why))
+    yield from _row(BACKWARD, BIG, "large", Choice("extended", 64, 128, 64, 8, 3, whole, why=why))
+    why = "as forward; dy too comes 128 bits at a time; shares of 1,024 rows make 864 programs of modulation's layer"
+    yield from _row(BACKWARD, GEFORCE, "few", Choice("fused", 16, 64, 64, 4, 3, 1 << 16, why=why))
+    why = "as forward; shares of 512 rows make 1,728 programs of modulation's layer, and fast memory wants more stages"
+    yield from _row(BACKWARD, BIG, "few", Choice("fused", 16, 64, 64, 4, 5, 1 << 15, why=why))
+    why = "a weight in 16 bits needs no decoding, and a vendor's product reads it at the memory's speed"
+    yield from _row(BACKWARD_BF16, ALL, "large", Choice("extended", 64, 128, 64, 8, 3, why=why))
 
     why = "tests have a hundred rows and still want several programs"
     yield from _row(STORED, HERE, "large", Choice("extended", 32, 32, 64, chunk=64 * 192, why=why))
     yield from _row(STORED, HERE, "few", Choice("fused", 16, 32, 64, why=why))
     yield from _row("lora_linear_bf16", HERE, "large", Choice("plain", 32, 32, 64, why=why))
-    yield from _row(BACKWARD, HERE, "large", Choice("extended", chunk=64 * 192, why=why))
+    yield from _row(BACKWARD, HERE, "large", Choice("extended", 32, 64, 32, chunk=64 * 192, why=why))
+    yield from _row(BACKWARD, HERE, "few", Choice("fused", 16, 64, 32, chunk=64 * 64, why=why))
+    yield from _row(BACKWARD_BF16, HERE, "large", Choice("extended", 32, 64, 32, why=why))
 
 
 def _products() -> Rows:
@@ -163,10 +174,15 @@ def _storage() -> Rows:
     yield from row("dequantize", "large", ALL, 4, 1024, 4, why)
     why = "a square tile: both its sides are whole sectors of memory"
     yield from row("dequantize_transposed", "large", ALL, 64, 64, 4, why)
+    why = "as wide as a rotation's block, and 32 rows, so that what is written across them is whole sectors too"
+    yield from row("dequantize_transposed_rotated", "large", (*ALL, *HERE), 32, 256, 8, why)
+    yield from row("rotate", "large", (*ALL, *HERE), 0, 4096, 4, "32 numbers a thread, as rows are quantised")
     why = "measured: with tiles of 4 rows the tests of stored weights take a quarter longer"
     yield from row("dequantize dequantize_transposed", "large", HERE, 64, 1024, 4, why)
     why = "a row's 32 columns are 4 stores of 128 bits; as many rows as give each thread two of them"
     yield from row("fill_room fill_tail", "large", (*ALL, *HERE), 64, 32, 4, why)
+    why = "narrow, so that a gradient of 3,072 columns is 96 programs; block_n divides FLUX's widths"
+    yield from row("sum_shares", "large", (*ALL, *HERE), 16, 32, 4, why)
     why = "32 weights a thread, so that codes too leave 128 bits at a time; block_m counts blocks of 64"
     yield from row("nf4_quantize", "large", (*ALL, *HERE), 64, 0, 4, why)
     # The narrowest class that holds a row.

@@ -14,6 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.rows import row_scales, weight_rows
 from fluxq.kernels.triton.stored import FORMS, bytes_of, encode, read, stored
 from fluxq.kernels.triton.table import choose
@@ -31,7 +32,7 @@ def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, tr
     if out is None:
         device = stored(weight).numbers.device
         out = torch.empty((columns, rows) if transposed else (rows, columns), dtype=dtype, device=device)
-    _write(weight, None, out, transposed)
+    _write(weight, None, out, transposed, 0)
     return out
 
 
@@ -40,35 +41,36 @@ def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tenso
     return dequantize(RowScaled(values, scale), dtype, out)
 
 
-def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False) -> tuple[Tensor, Tensor]:
+def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """`weight` as a matrix of 8-bit values (N, K), or (K, N) if `transposed`, and its row scales (N,) fp32.
 
     Transposed it takes two passes, since no tile has a whole row: the first finds the scales and writes nothing else.
+    `rotation`: the block of columns in which rows are rotated before they are rounded (rotation.py), 0 for none.
     """
-    if isinstance(weight, RowScaled) and weight.values.dtype == dtype:
+    if not rotation and isinstance(weight, RowScaled) and weight.values.dtype == dtype:
         if not transposed:
             return weight.values, weight.scale
         scale = weight.scale
     elif transposed:
-        scale = row_scales(weight, dtype)
+        scale = row_scales(weight, dtype, rotation)
     else:
-        return weight_rows(weight, dtype)
+        return weight_rows(weight, dtype, rotation)
     values = torch.empty(weight.shape[::-1], dtype=dtype, device=scale.device)
-    _write(weight, scale, values, transposed=True)
+    _write(weight, scale, values, True, rotation)
     return values, scale
 
 
-def _write(weight: Weight, divisor: Tensor | None, out: Tensor, transposed: bool) -> None:
-    """`weight` into `out`, its rows divided by `divisor` (N,) where given."""
+def _write(weight: Weight, divisor: Tensor | None, out: Tensor, transposed: bool, rotation: int) -> None:
+    """`weight` into `out`, rotated if asked, its rows divided by `divisor` (N,) where given."""
     (rows, columns), (numbers, absmax, levels, scale, form) = weight.shape, stored(weight)
     to = FORMS.get(out.dtype, "float")
-    if form == to != "float":  # the same 8 bits move as they are
+    if form == to != "float" and not rotation:  # the same 8 bits move as they are
         form, to, scale, divisor = "bytes", "bytes", None, None
-    tile = choose("dequantize_transposed" if transposed else "dequantize", out.device)
+    tile = choose(f"dequantize{'_transposed' if transposed else ''}{'_rotated' if rotation else ''}", out.device)
     _convert[triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n)](
         numbers, absmax, levels, scale, divisor, bytes_of(out), rows, columns,
         numbers.stride(0), 0 if absmax is None else absmax.stride(0), out.stride(0),
-        FROM=form, TO=to, TRANSPOSED=transposed, ROWS=tile.block_m, COLUMNS=tile.block_n,
+        FROM=form, TO=to, ROTATION=rotation, TRANSPOSED=transposed, ROWS=tile.block_m, COLUMNS=tile.block_n,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -88,6 +90,7 @@ def _convert(
     out_stride,
     FROM: tl.constexpr,
     TO: tl.constexpr,
+    ROTATION: tl.constexpr,  # the block, or 0
     TRANSPOSED: tl.constexpr,
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
@@ -97,6 +100,8 @@ def _convert(
     x = read(numbers_ptr, absmax_ptr, levels_ptr, rows, first, N, K, stride, absmax_stride, FROM, COLUMNS)
     if scale_ptr is not None:
         x *= tl.load(scale_ptr + rows, mask=rows < N, other=0.0)[:, None]
+    if ROTATION:
+        x = rotated(x, ROTATION)
     if divisor_ptr is not None:
         x *= (1.0 / tl.load(divisor_ptr + rows, mask=rows < N, other=1.0))[:, None]
     y = encode(x, TO, out_ptr.dtype.element_ty)

@@ -20,11 +20,11 @@ from typing import Any
 
 import torch
 
+from fluxq.kernels.cutting import MILLION
 from fluxq.kernels.lora_linear import FEW_ROWS
 from fluxq.kernels.triton.shipped import (
     GENERATIONS,
     INTERPRETED,
-    MILLION,
     PATHS,
     SHARED_KIB,
     SHIPPED,
@@ -109,7 +109,7 @@ def candidates(op: str, card: int, shape: str = "large") -> list[Choice]:
         for (m, n, k, warps), stages in itertools.product(tiles, (2, 3, 4)):
             choice = Choice(path, m, n, k, warps, stages, shipped.chunk)
             enough = m * n >= 32 * 32 * warps if shape == "large" else n >= 8 * warps
-            if _fits(op, card, choice) and enough and m * n <= 128 * 32 * warps and not (k < 64 and "nf4" in op):
+            if _fits(op, card, choice) and enough and m * n <= 128 * 32 * warps and _holds_blocks(op, choice):
                 found.append(choice)
     return list(dict.fromkeys(replace(choice, word="measured", why="") for choice in found))
 
@@ -172,6 +172,7 @@ def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
     shipped = SHIPPED.get(key) or SHIPPED[op, card, "large"]
     tiles = sizes[:3] if choice.path in ("fused", "triton", "scaled") else ()
     wrong = any(size not in (16, 32, 64, 128, 256) for size in tiles) or choice.warps not in (1, 2, 4, 8, 16)
+    wrong |= choice.path == "fused" and not _holds_blocks(op, choice)
     if _wrong_sizes(choice, shipped) if op in STREAMING else wrong:
         raise ValueError(f"{op} has tiles {sizes[:4]} and {choice.warps} warps")
     if choice.chunk % 64:
@@ -183,14 +184,22 @@ def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
 
 def _wrong_sizes(choice: Choice, shipped: Choice) -> bool:
     """Whether a kernel that waits for memory cannot take these sizes: each a power of two, or 0 where `shipped` has
-    none; 16 rows at least for a tensor core, and columns that blocks of NF4 divide where there are so many.
+    none; 16 rows at least for a tensor core, and columns that blocks of NF4 and of rotations divide where there are
+    so many.
     """
     sizes = [(getattr(choice, name), getattr(shipped, name)) for name in ("block_m", "block_n", "block_k", "step")]
     powers = all((size > 0 and size & (size - 1) == 0) if theirs else size == 0 for size, theirs in sizes)
     least = 16 if shipped.block_k else 1
     fine = choice.block_m >= max(choice.step, least if shipped.block_m else 0)
-    fine &= min(64, shipped.block_n) <= choice.block_n <= 65536
+    fine &= min(256, shipped.block_n) <= choice.block_n <= 65536
     return not (powers and fine and choice.block_m <= 256 and choice.warps in (1, 2, 4, 8, 16, 32))
+
+
+def _holds_blocks(op: str, choice: Choice) -> bool:
+    """Whether tiles of an NF4 weight hold whole blocks of 64, which lie along what is contracted over; backward they
+    lie along the columns.
+    """
+    return "nf4" not in op or (choice.block_n if "backward" in op else choice.block_k) >= 64
 
 
 def _fits(op: str, card: int, choice: Choice) -> bool:

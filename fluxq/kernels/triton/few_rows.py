@@ -1,0 +1,114 @@
+"""The gradient of a linear layer's input where it has few rows, over the weight as it is stored.
+
+Reading the weight is all the work, so it is read once and decoded in the loop. It lies along K and the gradient sums
+over N: a program takes some columns of W and a share of its rows, so that programs are many and what they read lies
+together. Shares are summed by a second kernel, always in the same order; atomic additions would need no second one, but
+would round differently from run to run.
+"""
+
+# A kernel is called with constexpr arguments as plain values, and with num_warps:
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fluxq.kernels.triton.stored import along_rows, read, stored
+from fluxq.kernels.triton.table import Choice, choose
+from fluxq.kernels.weights import Weight
+
+
+def input_gradient(
+    dy: Tensor, weight: Weight, ds: Tensor | None, down: Tensor | None, out: Tensor, tile: Choice
+) -> None:
+    """dy W + ds down into `out` (M, K), rows of any stride. dy (M, N), ds (M, R), down (R, K); or no LoRA."""
+    (m, n), k = dy.shape, weight.shape[1]
+    numbers, absmax, levels, scale, form = stored(weight)
+    dy = along_rows(dy)
+    rows = tile.block_m if m <= tile.block_m else 64  # all of them at once, so that no weight is read again
+    share = max(tile.chunk // tile.block_n, tile.block_k)
+    sums = torch.empty(triton.cdiv(n, share), m, k, dtype=torch.float32, device=dy.device)
+    _shares[triton.cdiv(k, tile.block_n), len(sums), triton.cdiv(m, rows)](
+        dy, numbers, absmax, levels, scale, sums, m, n, k,
+        dy.stride(0), numbers.stride(0), 0 if absmax is None else absmax.stride(0),
+        FORM=form, SHARE=share, BLOCK_M=rows, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+    ds, down = (None, None) if ds is None or down is None else (along_rows(ds), along_rows(down))
+    tile = choose("sum_shares", dy.device)
+    _sum_shares[triton.cdiv(k, tile.block_n), triton.cdiv(m, tile.block_m)](
+        sums, ds, down, out, len(sums), m, k, 0 if ds is None else ds.shape[1],
+        0 if ds is None else ds.stride(0), 0 if down is None else down.stride(0), out.stride(0),
+        ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M"])
+def _shares(
+    dy_ptr,  # (M, N) any float, rows dy_stride apart
+    w_ptr,  # (N, K/8) int32 of NF4, (N, K) uint8 of 8 bits, else (N, K); rows w_stride apart
+    absmax_ptr,  # (N, K/64) fp32 of NF4, rows absmax_stride apart
+    levels_ptr,  # (16,) fp32 of NF4
+    scale_ptr,  # (N,) fp32 of 8 bits
+    sums_ptr,  # (shares, M, K) fp32 out
+    M,
+    N,
+    K,
+    dy_stride,
+    w_stride,
+    absmax_stride,
+    FORM: tl.constexpr,
+    SHARE: tl.constexpr,  # how many rows of W make one
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    first, share = tl.program_id(0) * BLOCK_N, tl.program_id(1)
+    m = tl.program_id(2) * BLOCK_M + tl.arange(0, BLOCK_M)
+    row, inside_m = m.to(tl.int64)[:, None], (m < M)[:, None]
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    for start in range(share * SHARE, tl.minimum(share * SHARE + SHARE, N), BLOCK_K):
+        n = start + tl.arange(0, BLOCK_K)
+        dy = tl.load(dy_ptr + row * dy_stride + n[None, :], mask=inside_m & (n < N)[None, :], other=0.0)
+        w = read(w_ptr, absmax_ptr, levels_ptr, n, first, N, K, w_stride, absmax_stride, FORM, BLOCK_N)
+        if scale_ptr is not None:
+            w *= tl.load(scale_ptr + n, mask=n < N, other=0.0)[:, None]
+        acc = tl.dot(dy, w.to(dy.dtype), acc, input_precision="ieee")
+    column = first + tl.arange(0, BLOCK_N)[None, :]
+    tl.store(sums_ptr + (share.to(tl.int64) * M + row) * K + column, acc, mask=inside_m & (column < K))
+
+
+@triton.jit(do_not_specialize=["shares", "M", "R", "ds_stride"])
+def _sum_shares(
+    sums_ptr,  # (shares, M, K) fp32
+    ds_ptr,  # (M, R) any float, or None
+    down_ptr,  # (R, K) as ds, or None
+    out_ptr,  # (M, K) any float, rows out_stride apart
+    shares,
+    M,
+    K,
+    R,
+    ds_stride,
+    down_stride,
+    out_stride,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    row = tl.program_id(1).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    inside = (row < M) & (column < K)
+    acc = tl.zeros((ROWS, COLUMNS), tl.float32)
+    for share in range(shares):
+        acc += tl.load(sums_ptr + (share * M + row) * K + column, mask=inside, other=0.0)
+    if ds_ptr is not None:
+        for start in range(0, R, 16):
+            r = start + tl.arange(0, 16)
+            ds = tl.load(ds_ptr + row * ds_stride + r[None, :], mask=(row < M) & (r < R)[None, :], other=0.0)
+            down = tl.load(
+                down_ptr + r[:, None] * down_stride + column, mask=(r < R)[:, None] & (column < K), other=0.0
+            )
+            acc = tl.dot(ds, down, acc, input_precision="ieee")
+    tl.store(out_ptr + row * out_stride + column, acc.to(out_ptr.dtype.element_ty), mask=inside)

@@ -1,0 +1,1 @@
+"""`fluxq lora`: what can be done to LoRA files, one command a file."""

@@ -1,0 +1,66 @@
+"""How a unit's tensors lie in its bytes: in the quantised file, in the arena, and in a slot on the card.
+
+A matrix in NF4 is `<layer>.codes` and `.absmax`, in 8 bits `<layer>.values` and `.scale`; every other tensor keeps its
+name, in 16 bits. Each begins at a multiple of ALIGNMENT bytes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+
+import torch
+
+from fluxq.kernels import FORMATS
+from fluxq.model.units import REST, by_unit
+
+ALIGNMENT = 256
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a tensor lies in its unit: `start` in bytes, a multiple of ALIGNMENT."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    start: int
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
+    """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
+    units = {}
+    for unit, names in by_unit(shapes).items():
+        stored = (stored_parts(name, shapes[name], format if unit != REST else "bf16") for name in names)
+        units[unit] = placed(part for parts in stored for part in parts)
+    return units
+
+
+def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[Place], int]:
+    """The places of (name, dtype, shape) one after another, and the length of them all."""
+    places, end = [], 0
+    for name, dtype, shape in parts:
+        places.append(Place(name, dtype, shape, end))
+        end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
+    return places, end
+
+
+def stored_parts(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
+    """What the tensor `name` is stored as: (name, dtype, shape) of one tensor, or of the two that a container has."""
+    if format not in FORMATS:
+        raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
+    if len(shape) < 2 or format == "bf16":
+        return [(name, torch.bfloat16, shape)]
+    layer, (rows, columns) = name.removesuffix(".weight"), shape
+    if format == "nf4":
+        return [
+            (f"{layer}.codes", torch.uint8, (rows, columns // 2)),
+            (f"{layer}.absmax", torch.float32, (rows, columns // 64)),
+        ]
+    dtype = torch.int8 if format == "int8" else torch.float8_e4m3fn
+    return [(f"{layer}.values", dtype, shape), (f"{layer}.scale", torch.float32, (rows,))]

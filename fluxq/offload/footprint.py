@@ -1,0 +1,74 @@
+"""What a setting takes of the card and of the host: which bytes, whose, and when there are most of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+from fluxq.offload.cards import GIB
+from fluxq.offload.costs import BUFFERS, OWNERS, BlockCost, Costs
+
+HOST = 3 * GIB
+"""Bytes of RAM beside the weights: the program, its libraries, pictures read ahead."""
+
+
+class Setting(NamedTuple):
+    """What does not depend on the policies: slots, resident units, and steps that one pass ahead serves (0: none)."""
+
+    slots: int
+    resident: tuple[str, ...]
+    ahead: int
+
+
+def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Setting) -> dict[str, int]:
+    """Owner -> bytes at the moment of the most."""
+    found: dict[str, int] = dict.fromkeys(OWNERS, 0)
+    found["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
+    found["slots"] = setting.slots * costs.slot
+    found["optimiser"] = costs.optimiser
+    activations, workspace, gradients = max(moments(costs, policies, offload), key=sum)
+    found["lora"] = costs.lora + gradients
+    found["activations"] = activations
+    found["workspace"] = workspace + costs.scratch + costs.ahead_step
+    return found
+
+
+def fixed(costs: Costs, setting: Setting) -> int:
+    """Bytes on the card that are there all the time."""
+    held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
+    return held + costs.stays + costs.lora + costs.optimiser + costs.scratch + costs.ahead_step
+
+
+def moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
+    """(activations, workspace, gradients) in bytes while each block runs, forward and backward, while results are
+    computed ahead, and in the optimiser's step. Inputs that are on their way to or from the host take `BUFFERS` more
+    places.
+    """
+    total = costs.gradients + sum(b.gradients for b in costs.blocks)
+    before, gradients = 0, total if costs.accumulates else 0
+    travelling = BUFFERS * max((b.inputs for b in costs.blocks), default=0) if offload else 0
+    earlier = []
+    for block, policy in zip(costs.blocks, policies, strict=True):
+        cost = block.policies.get(policy)
+        peak, own = (cost.forward_peak, cost.kept) if cost else (block.forward_peak, 0)
+        outputs = min(block.inputs, peak - own) if cost else 0  # what comes next keeps them
+        yield before + own + outputs + travelling, peak - own - outputs, gradients
+        earlier.append(before)
+        before += kept(block, policy, offload) if cost else 0
+    for block, policy, held in reversed([*zip(costs.blocks, policies, earlier, strict=True)]):
+        if cost := block.policies.get(policy):
+            yield held + cost.kept + travelling, cost.backward_peak - cost.kept, gradients
+            gradients += 0 if costs.accumulates else block.gradients
+    yield 0, costs.ahead_peak, total if costs.accumulates else 0
+    yield 0, costs.optimiser_peak, total
+
+
+def kept(block: BlockCost, policy: str, offload: bool) -> int:
+    return block.policies[policy].kept - (block.inputs if offload else 0)
+
+
+def host_bytes(costs: Costs, setting: Setting, offload: bool) -> int:
+    """Bytes of RAM: the arena with the units that pass through slots, and the inputs and results that wait there."""
+    arena = sum(costs.units.values()) - sum(costs.units[u] for u in setting.resident) + sum(costs.ahead.values())
+    inputs = sum(b.inputs for b in costs.blocks if b.policies) if offload else 0
+    return HOST + arena + setting.ahead * costs.ahead_step + inputs

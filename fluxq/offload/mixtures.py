@@ -1,0 +1,117 @@
+"""What the blocks can keep, all together: the mixtures of policies that no other beats in both bytes and seconds."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+from fluxq.errors import WrongRequest
+from fluxq.offload.cards import Card
+from fluxq.offload.costs import Costs
+from fluxq.offload.footprint import kept, moments
+
+POINTS = 250
+"""So many mixtures are looked at in drawing up the best of them, evenly apart in bytes; of those 64."""
+
+
+class Point(NamedTuple):
+    """One way for the blocks to keep things: seconds of the blocks' compute, the most bytes (activations and workspace
+    and gradients that have come up by then), each block's policy, and how many blocks round what they keep.
+    """
+
+    seconds: float
+    peak: int
+    policies: tuple[str, ...]
+    rounded: int = 0
+
+
+Option = tuple[int, float, str]
+"""What a policy costs a block: bytes that are kept, seconds backward, and its name."""
+
+
+def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[Point]:
+    """The ways for the blocks to keep things that none beats in both seconds and bytes, the fastest first.
+
+    Blocks that cost the same are alike, so that it only counts how many of them have each policy; they are mixed
+    evenly. Without a card only the leanest matters: seconds are FLOPs then.
+    """
+    alike = _alike(costs, card, policy, offload)
+    front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
+    for members, options in alike:
+        for _ in members:
+            front = _unbeaten([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
+
+    forward = sum(card.seconds(b.forward) if card else b.forward.flops for b in costs.blocks)
+    leanest, found = math.inf, list[Point]()
+    for point in sorted(_point(costs, alike, s + forward, chain, offload) for _, s, chain in front):
+        if point.peak < leanest:  # the fastest first, then only what is leaner
+            found.append(point)
+            leanest = point.peak
+    last = len(found) - 1
+    return [found[round(i * last / 63)] for i in range(64)] if last > 63 else found
+
+
+def _alike(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
+    """The blocks that are trained, by number, those together that cost the same, and their options."""
+    members: dict[tuple[Any, ...], list[int]] = {}
+    options: dict[tuple[Any, ...], list[Option]] = {}
+    for number, block in enumerate(costs.blocks):
+        own = []
+        for name, cost in block.policies.items():
+            work = cost.replay + block.backward
+            own.append((kept(block, name, offload), card.seconds(work) if card else work.flops, name))
+        if policy is not None and own:
+            own = [option for option in own if option[2] == policy]
+            if not own:
+                raise WrongRequest(f"the policy must be one of {', '.join(block.policies)}, not {policy!r}")
+        key = (*own, block.forward_peak, *((p.forward_peak, p.backward_peak) for p in block.policies.values()))
+        if own:
+            members.setdefault(key, []).append(number)
+            options[key] = own
+    return [(members[key], options[key]) for key in members]
+
+
+def _point(
+    costs: Costs, alike: Sequence[tuple[list[int], list[Option]]], seconds: float, chain: Any, offload: bool
+) -> Point:
+    """The point of a mixture; `chain`: (the mixture without its last name, that name), over all members in order."""
+    names = []
+    while chain is not None:
+        chain, name = chain
+        names.append(name)
+    policies, names = [""] * len(costs.blocks), names[::-1]
+    for members, _ in alike:
+        own, names = names[: len(members)], names[len(members) :]
+        for number, name in zip(members, _mixed(own), strict=True):
+            policies[number] = name
+    peak = max(sum(moment) for moment in moments(costs, policies, offload))
+    rounded = sum(n in b.policies and not b.policies[n].exact for b, n in zip(costs.blocks, policies, strict=True))
+    return Point(seconds, peak, tuple(policies), rounded)
+
+
+def _unbeaten(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
+    """Those that no other beats in both bytes and seconds; of very many about `POINTS`."""
+    found.sort(key=lambda f: f[:2])
+    front, fastest = list[tuple[int, float, Any]](), math.inf
+    for option in found:
+        if option[1] < fastest - 1e-12:
+            front.append(option)
+            fastest = option[1]
+    if len(front) <= POINTS:
+        return front
+    step = (front[-1][0] - front[0][0]) / POINTS
+    thinned = front[:1]
+    for option, after in zip(front[1:], [*front[2:], None], strict=True):
+        if after is None or int(after[0] / step) > int(option[0] / step):
+            thinned.append(option)
+    return thinned
+
+
+def _mixed(names: Sequence[str]) -> list[str]:
+    """`names` in an order in which each lies evenly among the others."""
+    places = []
+    for name in dict.fromkeys(names):
+        number = names.count(name)
+        places += [((i + 0.5) / number, name) for i in range(number)]
+    return [name for _, name in sorted(places)]

@@ -1,0 +1,156 @@
+"""Training steps of the ring that trains under a virtual clock (clock.py): what a step takes in the long run, and when
+compute waits for copies of units, of block inputs, or of what is computed ahead.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from fluxq.offload.clock import Span, TimedStreams
+from fluxq.offload.costs import BUFFERS
+from fluxq.offload.ring import StreamingRing
+from fluxq.offload.schedule import Schedule
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """One training step in the long run: its seconds, those that compute waits for copies, and what the lanes did.
+
+    Spans begin at the step's own zero. `copied` are the bytes that were moved.
+    """
+
+    seconds: float
+    stalled: float
+    copied: int
+    spans: dict[str, list[Span]]
+
+    @property
+    def stall(self) -> float:
+        """The share of the step in which compute waits."""
+        return self.stalled / self.seconds if self.seconds else 0.0
+
+    def busy(self, lane: str) -> float:
+        """The share of the step in which a lane works; copies may have been begun in the step before."""
+        spans = ((max(0.0, s.start), min(self.seconds, s.end)) for s in self.spans[lane])
+        return sum(max(0.0, end - start) for start, end in spans) / self.seconds if self.seconds else 0.0
+
+
+SETTLES = 2
+"""After a pass aside, steps until they are alike again: the first has other units in the slots."""
+
+
+def run_steps(
+    schedule: Schedule,
+    nbytes: Mapping[str, int],
+    forward: Sequence[float],
+    backward: Mapping[int, float],
+    copy_seconds: Callable[[int], float],
+    steps: int = 1,
+    warmup: int = 1,
+    tail: float = 0.0,
+    run_ahead: int | None = None,
+    ahead: Mapping[str, float] | None = None,
+    every: int = 0,
+    inputs: Mapping[int, int] | None = None,
+    streams: type[TimedStreams] = TimedStreams,
+) -> Timeline:
+    """The mean of training steps in the long run, by the ring itself.
+
+    nbytes: the length of each unit; forward: seconds of each block; backward: block's number -> seconds, replay
+    included; tail: seconds of computing between steps (the optimiser, embedders) in which copies can go on; run_ahead:
+    see TimedStreams. ahead: seconds with each unit aside, which are visited before one step of `every`. inputs: block's
+    number -> bytes that wait on the host until it runs backward. `steps` are looked at after `warmup`; their spans are
+    returned.
+    """
+    host = {unit: torch.empty(nbytes[unit], dtype=torch.uint8, device="meta") for unit in schedule.slot}
+    clock = streams(copy_seconds, {id(source): unit for unit, source in host.items()}, run_ahead)
+    ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), clock)
+    ring.expect(backward)
+    settles = min(SETTLES, every)
+    waiting, compute = _Inputs(clock, inputs or {}), clock.lanes["compute"]
+
+    def visit(units: Sequence[str], label: str, seconds: float) -> None:
+        with ring.resident(units):
+            clock.compute(label, seconds, [(ring.memory(unit), host[unit]) for unit in units if unit in host])
+
+    def step() -> None:
+        for number, seconds in enumerate(forward):
+            waiting.store(number)
+            visit(schedule.blocks[number], f"forward {number}", seconds)
+        for number in sorted(backward, reverse=True):
+            waiting.take(number)
+            visit(schedule.blocks[number], f"backward {number}", backward[number])
+        compute.run("tail", tail)
+
+    def repeat(times: int) -> None:
+        for _ in range(times):
+            step()
+
+    def passes() -> None:
+        ring.foresee([(unit,) for unit in ahead or ()])
+        for unit, seconds in (ahead or {}).items():
+            visit((unit,), f"ahead {unit}", seconds)
+        repeat(settles)
+
+    def counted(run: Callable[[], None]) -> tuple[float, float, int]:
+        before = compute.time, compute.stalled, ring.bytes_copied + waiting.fetched
+        run()
+        after = compute.time, compute.stalled, ring.bytes_copied + waiting.fetched
+        return after[0] - before[0], after[1] - before[1], after[2] - before[2]
+
+    if ahead and every:
+        passes()  # the one that counts meets what this one has left
+    repeat(warmup)
+    start = compute.time
+    seconds, stalled, copied = (x / steps for x in counted(lambda: repeat(steps)))
+    spans = {
+        name: [Span(s.label, s.start - start, s.end - start) for s in lane.spans if s.end > start]
+        for name, lane in clock.lanes.items()
+    }
+    if ahead and every:
+        more = counted(passes)
+        seconds += (more[0] - settles * seconds) / every
+        stalled += (more[1] - settles * stalled) / every
+        copied += (more[2] - settles * copied) / every
+    return Timeline(seconds, stalled, round(copied), spans)
+
+
+class _Inputs:
+    """Block inputs that wait on the host, as fluxq/offload/inputs.py has them: one lane both ways, in order. Beside the
+    block's own, those of BUFFERS more may be on the card.
+
+    They come back over the bus that units take too: of two copies the one that was asked for first goes first.
+    """
+
+    def __init__(self, streams: TimedStreams, sizes: Mapping[int, int]) -> None:
+        self._streams, self._sizes, self._lane = streams, sizes, streams.lanes["inputs"]
+        self._on_card: dict[int, float] = {}  # block -> when its last copy is done
+        self.fetched = 0
+
+    def store(self, number: int) -> None:
+        """Before block `number` runs forward."""
+        if number in self._sizes:
+            self._copy(number, f"store {number}")
+            while len(self._on_card) > 1 + BUFFERS:
+                oldest = next(iter(self._on_card))
+                self._streams.lanes["compute"].wait_until(self._on_card.pop(oldest))
+
+    def take(self, number: int) -> None:
+        """Before block `number` runs backward."""
+        if number not in self._sizes:
+            return
+        for ahead in range(number, number - BUFFERS - 1, -1):
+            if ahead in self._sizes and ahead not in self._on_card:
+                self._lane.wait_until(self._streams.lanes["copy"].time)
+                self._copy(ahead, f"fetch {ahead}")
+                self._streams.bus_until = self._lane.time
+                self.fetched += self._sizes[ahead]
+        self._streams.lanes["compute"].wait_until(self._on_card.pop(number))
+
+    def _copy(self, number: int, label: str) -> None:
+        self._lane.wait_until(max(self._streams.lanes["compute"].time, self._streams.host_time))
+        self._lane.run(label, self._streams.copy_seconds(self._sizes[number]))
+        self._on_card[number] = self._lane.time
