@@ -47,9 +47,10 @@ def sum_shares(card: int) -> Case:
         dict(ROWS=tile.block_m, COLUMNS=tile.block_n),
         tile.warps,
         tile.stages,
-        ("K", "down_stride", "out_stride"),
-        (card,),
+        aligned=("K", "down_stride", "out_stride"),
+        capabilities=(card,),
         dots=(Product(tile.block_m, tile.block_n, 16, "bf16"),),
+        narrow=("ds_ptr",),  # R of a row for any R
     )
 
 

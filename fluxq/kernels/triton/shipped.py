@@ -181,8 +181,9 @@ def _storage() -> Rows:
     yield from row("dequantize dequantize_transposed", "large", HERE, 64, 1024, 4, why)
     why = "a row's 32 columns are 4 stores of 128 bits; as many rows as give each thread two of them"
     yield from row("fill_room fill_tail", "large", (*ALL, *HERE), 64, 32, 4, why)
-    why = "narrow, so that a gradient of 3,072 columns is 96 programs; block_n divides FLUX's widths"
-    yield from row("sum_shares", "large", (*ALL, *HERE), 16, 32, 4, why)
+    why = "narrow, so that a gradient of 3,072 columns is 96 programs, of threads that store 128 bits at a time; "
+    why += "block_n divides FLUX's widths"
+    yield from row("sum_shares", "large", (*ALL, *HERE), 16, 32, 2, why)
     why = "32 weights a thread, so that codes too leave 128 bits at a time; block_m counts blocks of 64"
     yield from row("nf4_quantize", "large", (*ALL, *HERE), 64, 0, 4, why)
     # The narrowest class that holds a row.
