@@ -13,6 +13,8 @@ from typing import Any
 
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.data.examples import Folder, scan
+from fluxq.data.imports import imported
+from fluxq.data.store import Store
 from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
@@ -144,6 +146,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
         sides = (resolved.size, resolved.min_side, resolved.max_side, resolved.step)
         found = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        foreign = imported(Store(resolved.cache), found.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
@@ -157,9 +160,12 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
         "skipped": found.skipped,
+        "imported": foreign,
     }
     shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
     console.print(f"pictures     {answer['pictures']}, {answer['captions']} different captions; {shapes}")
+    if foreign:
+        console.print(f"             {foreign}")
     for line in found.skipped:
         console.print(f"skipped      {line}")
     return answer
