@@ -1,4 +1,4 @@
-"""`fluxq check`: whether a run could start, and what one file is. Headers alone are read, and nothing is written.
+"""`fluxq check`: whether a run could start, and what one file is. Of models headers alone are read; nothing is written.
 
 `check_run` looks at everything that a run needs and gathers every reason against it, not just the first.
 """
@@ -18,6 +18,9 @@ from fluxq.data.store import Store
 from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
+from fluxq.formats.lora import described, load_lora
+from fluxq.formats.lora_peft import PEFT_FILES, is_adapter
+from fluxq.formats.lora_programs import programs
 from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
 from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.shards import Shards
@@ -41,7 +44,7 @@ Answer = dict[str, Any]
 
 def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
     """Of one file: what it is. Else: whether a run on the folders `paths` could start. `ready` is the verdict."""
-    if len(paths) == 1 and not paths[0].is_dir():
+    if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
     return check_run(config)
 
@@ -258,12 +261,12 @@ def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
 
 
 def check_file(path: Path) -> Answer:
-    """One screen about one file, or the index of shards: its kind, parts and precision, and what fluxq does with it or
-    why it refuses.
+    """One screen about one file, the index of shards, or a PEFT adapter's folder: its kind, parts and precision, and
+    what fluxq does with it or why it refuses. A LoRA is read whole.
 
     Raises WrongRequest for what is no complete safetensors or GGUF file.
     """
-    shards = Shards(path)
+    shards = Shards(path / PEFT_FILES[0] if path.is_dir() else path)
     if "fluxq" in shards.metadata:
         about = _about_quantised(file := QuantizedFile.open(path))
         console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
@@ -289,13 +292,32 @@ def check_file(path: Path) -> Answer:
     if title:
         console.print(f"title        {title}")
     if kind == detect.LORA:
-        console.print("holds        a LoRA; draw with it by fluxq sample --lora")
+        try:
+            parts["lora"] = _lora(path)
+        except WrongRequest as error:
+            reasons.append(str(error))
     elif not meant:
         reasons.append(f"{path} is {kind}; fluxq has no use for it")
     for reason in reasons:
         console.print(f"refused      {reason}")
-    answer = {"ready": bool(parts) or kind == detect.LORA, "kind": kind, "path": str(path), "stored": dict(stored)}
+    answer = {"ready": bool(parts), "kind": kind, "path": str(path), "stored": dict(stored)}
     return answer | {"bytes": nbytes, "title": title, "parts": parts, "reasons": reasons}
+
+
+def _lora(path: Path) -> Answer:
+    """What a LoRA is, and who reads it. Raises WrongRequest where fluxq does not."""
+    lora = load_lora(path)
+    verdicts = programs(lora)
+    readers = [program for program, verdict in verdicts.items() if verdict == "yes"]
+    others = ", ".join(program for program in verdicts if program not in readers)
+    console.print(
+        f"holds        a LoRA, {lora.dialect}, {described(lora)}; use it by --lora, --from-lora or --base-lora"
+    )
+    limits = f"; not, or not all of it, by {others}" if others else ""
+    console.print(f"             read as it is by {', '.join(readers) or 'no other program'}{limits}")
+    console.print(f"             more: fluxq lora info {path}", markup=False)
+    about = {"what": described(lora), "dialect": lora.dialect, "ranks": lora.ranks, "modules": len(lora.adapters)}
+    return about | {"programs": verdicts, "use": "fluxq lora info"}
 
 
 def _use(part: str, source: Source) -> str:

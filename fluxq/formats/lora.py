@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -88,6 +89,19 @@ def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
     lora.clip = {module: file.adapter(base) for module, base in file.clip.items()}
     _correct_split_qkv(lora)
     return lora
+
+
+def described(lora: Lora) -> str:
+    """ "304 modules of rank 16", and of which ranks the file's own are where it has them in parts."""
+    parts = f" (its own: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
+    clip = f", {len(lora.clip)} of CLIP-L" if lora.clip else ""
+    return f"{len(lora.adapters)} modules of {_spread(lora.ranks)}{parts}{clip}"
+
+
+def _spread(ranks: Sequence[int]) -> str:
+    if len(ranks) > 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"rank {ranks[0]}" if ranks else "no rank"
 
 
 def _refuse_twice(path: Path, module: str, parts: list[tuple[str, Part]]) -> None:

@@ -56,6 +56,11 @@ def _matches(pattern: str, base: str) -> bool:
         return False
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is the folder of a PEFT adapter."""
+    return (path / PEFT_FILES[0]).is_file()
+
+
 def read_settings(path: Path) -> PeftSettings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

@@ -9,11 +9,10 @@ from typing import Any
 
 from rich.table import Table
 
-from fluxq.formats.lora import load_lora
+from fluxq.formats.lora import described, load_lora
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_programs import programs
 from fluxq.formats.metadata import trigger_of
-from fluxq.lora.files import described
 from fluxq.report import console
 
 SHOWN = {  # of the metadata, on the screen; --json has all of it
