@@ -146,7 +146,10 @@ class LoraConfig:
         None, "start from this LoRA, of any program, in place of one that does nothing yet", "--from-lora"
     )
     file_format: str = option(
-        "kohya", "names in the LoRA file: kohya loads everywhere", "--lora-format", ("kohya", "diffusers")
+        "kohya",
+        "names in the LoRA: kohya loads everywhere; peft writes folders, <name>.peft, for PeftModel",
+        "--lora-format",
+        ("kohya", "diffusers", "comfy", "peft"),
     )
 
 
