@@ -18,6 +18,7 @@ from fluxq.data.store import Store
 from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
+from fluxq.formats.files import printable
 from fluxq.formats.lora import described, load_lora
 from fluxq.formats.lora_peft import PEFT_FILES, is_adapter
 from fluxq.formats.lora_programs import programs
@@ -290,7 +291,7 @@ def check_file(path: Path) -> Answer:
     titles = (shards.metadata.get(name) for name in ("modelspec.title", "ss_output_name", "general.name"))
     title = next(filter(None, titles), None)
     if title:
-        console.print(f"title        {title}")
+        console.print(f"title        {printable(title)}")
     if kind == detect.LORA:
         try:
             parts["lora"] = _lora(path)
@@ -315,7 +316,7 @@ def _lora(path: Path) -> Answer:
     )
     limits = f"; not, or not all of it, by {others}" if others else ""
     console.print(f"             read as it is by {', '.join(readers) or 'no other program'}{limits}")
-    console.print(f"             more: fluxq lora info {path}", markup=False)
+    console.print(f"             more: fluxq lora info {path}")
     about = {"what": described(lora), "dialect": lora.dialect, "ranks": lora.ranks, "modules": len(lora.adapters)}
     return about | {"programs": verdicts, "use": "fluxq lora info"}
 

@@ -28,8 +28,8 @@ class Lora:
     """What a LoRA file holds. adapters are by BFL module, `clip` by CLIP-L module as transformers 5 names it.
 
     alphas tells where the strengths came from: any of "tensors", "settings"; spellings, any of "A/B", "down/up";
-    file_ranks are those of the file's own modules, which may be parts of these; notes are sentences for the user about
-    what was not taken as it stands.
+    file_ranks are those of the file's own modules, which may be parts of these; too_weak, whether other programs apply
+    less than was trained; notes are sentences for the user about what was not taken as it stands.
     """
 
     path: Path
@@ -41,6 +41,7 @@ class Lora:
     spellings: frozenset[str] = frozenset()
     alphas: frozenset[str] = frozenset()
     file_ranks: tuple[int, ...] = ()
+    too_weak: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -77,7 +78,7 @@ def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
         frozenset(name for name, p in SPELLINGS.items() if any(re.search(p, key) for key in file.checkpoint.shapes)),
         file.alphas,
         tuple(sorted({file.rank(base) for base in found})),
-        file.notes,
+        notes=file.notes,
     )
     parts: dict[str, list[tuple[str, Part]]] = {}
     for base, place in found.items():
@@ -120,7 +121,7 @@ def _correct_split_qkv(lora: Lora) -> None:
     """
     try:
         arguments = json.loads(lora.metadata.get("ss_network_args") or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if not isinstance(arguments, dict) or str(arguments.get("split_qkv", "")).lower() != "true":
         return
@@ -134,6 +135,7 @@ def _correct_split_qkv(lora: Lora) -> None:
             corrected += 1
     if corrected:
         del lora.metadata["ss_network_args"]
+        lora.too_weak = True
         lora.notes.append(
             f"{corrected} modules were trained with sd-scripts' split_qkv, whose files are too weak: "
             "they get the strength at which they were trained"

@@ -61,6 +61,15 @@ def is_adapter(path: Path) -> bool:
     return (path / PEFT_FILES[0]).is_file()
 
 
+def adapter_files(path: Path) -> tuple[Path, Path | None]:
+    """Where the tensors of the LoRA at `path` are; and its settings, which may be missing, where it is a PEFT adapter:
+    a folder, or the file in it.
+    """
+    if path.is_dir():
+        return path / PEFT_FILES[0], path / PEFT_FILES[1]
+    return path, path.parent / PEFT_FILES[1] if path.name == PEFT_FILES[0] else None
+
+
 def read_settings(path: Path) -> PeftSettings:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))

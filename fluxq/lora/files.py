@@ -25,7 +25,7 @@ def read(path: Path, config: FluxConfig | None = None) -> Lora:
     """The LoRA at `path`; what the user should know of it is printed."""
     lora = load_lora(path, config)
     for note in lora.notes:
-        console.print(f"{path.name}: {note}", markup=False)
+        console.print(f"{path.name}: {note}")
     return lora
 
 

@@ -37,7 +37,7 @@ def merge_command(
     checkpoint = None if base is None else Base(base)
     loras = [(read(path, checkpoint.config if checkpoint else None), strength) for path, strength in chosen]
     for lora, strength in loras:
-        console.print(f"{lora.path}: {lora.dialect}, {described(lora)}, at {strength:g}", markup=False)
+        console.print(f"{lora.path}: {lora.dialect}, {described(lora)}, at {strength:g}")
     whole = _together(loras)
     if checkpoint is None:
         made = whole if rank is None else shortened(whole, rank)
