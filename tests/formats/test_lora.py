@@ -11,6 +11,7 @@ from lora_files import ALPHA, CONFIG, RANK, WRITERS, fused, split
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import write_safetensors
 from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_peft import PeftSettings
 from fluxq.formats.lora_write import WRITTEN, save_lora
 from fluxq.model.config import FluxConfig
 
@@ -295,3 +296,10 @@ def test_metadata_that_is_no_settings_is_refused(tmp_path):
     )
     with pytest.raises(WrongRequest, match="has no valid JSON in lora_adapter_metadata"):
         load_lora(tmp_path / "x")
+
+
+@pytest.mark.parametrize("pattern", ["(.*.*)*x", "(a+)+b", "(.?){99}{99}", ".*" * 9 + "x"])
+def test_patterns_that_take_for_ever_are_refused(pattern):
+    with pytest.raises(ValueError, match="may take for ever"):
+        PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {pattern: 3}})
+    PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {r"(.*\.)?transformer_blocks\.\d+\.attn\.(to_q|to_k)": 3}})
