@@ -33,7 +33,7 @@ class PeftSettings:
             raise TypeError(f"a {type(settings).__name__} in place of an object")
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         default = own.get("lora_alpha")
-        patterns = {str(key): float(value) for key, value in (own.get("alpha_pattern") or {}).items()}
+        patterns = {key: float(value) for key, value in dict(own.get("alpha_pattern") or {}).items()}
         if slow := next((p for p in patterns if re.search(r"\)[*+{]", p) or len(re.findall(r"[*+{]", p)) > 4), None):
             raise ValueError(f"the pattern {slow} may take for ever")
         values = (*patterns.values(), 0.0 if default is None else float(default))
