@@ -12,17 +12,24 @@ from fluxq.data.build import EncoderFiles, build_cache, cache_prompts, prune_cac
 from fluxq.data.dataset import Dataset
 from fluxq.data.encode import PIXELS_PER_BATCH
 from fluxq.data.examples import Folder
+from fluxq.data.foreign import Wanted
+from fluxq.data.imports import import_caches
 from fluxq.data.store import Store, Text
 from fluxq.defaults import resolve_data
+from fluxq.errors import WrongRequest
 from fluxq.models import Models
 from fluxq.report import console, progress_bar
 from fluxq.turns import band_for, room_of
 
 
-def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False) -> dict[str, Any]:
-    """Encode what `config.data` names; or with `verify` and `prune` check the cache and clear it of what nothing
-    uses.
+def cache_command(
+    config: TrainConfig, verify: bool = False, prune: bool = False, imports: bool = False
+) -> dict[str, Any]:
+    """Encode what `config.data` names, where `imports` does not take it from other programs' caches; or with `verify`
+    and `prune` check the cache and clear it of what nothing uses.
     """
+    if imports and (verify or prune):
+        raise WrongRequest("--import fills the cache, --verify and --prune look after it; do one after the other")
     answer: dict[str, Any] = {}
     if verify:
         report = verify_cache(config.data.cache)
@@ -31,6 +38,9 @@ def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False
         for path, count in report.missing.items():
             console.print(f"{path.name} lacks {count} records; run fluxq cache on its folders again")
         console.print(f"{report.records} records read, {len(report.bad)} were damaged")
+        if report.imported:
+            console.print(report.imported)
+        answer |= {"imported": report.imported}
         answer |= {"records": report.records, "damaged": len(report.bad), "incomplete_datasets": len(report.missing)}
     if prune:
         files, nbytes = prune_cache(config.data.cache)
@@ -41,12 +51,32 @@ def cache_command(config: TrainConfig, verify: bool = False, prune: bool = False
     models = Models(config.model, say=console.print)
     data = resolve_data(config.data, models, console.print)
     room = room_of(config.memory, models.device)
+    imported = import_folders(data, models) if imports else (0, 0)
     with progress_bar() as progress:
         dataset = cache_folders(data, models, config.samples.prompts, progress, room)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
     console.print(f"{len(dataset.examples)} pictures are ready in {data.cache}")
-    return {"pictures": len(dataset.examples), "skipped": list(dataset.skipped), "notes": list(dataset.notes)}
+    answer = {"pictures": len(dataset.examples), "skipped": list(dataset.skipped), "notes": list(dataset.notes)}
+    return answer | {"imported_pictures": imported[0], "imported_captions": imported[1]}
+
+
+def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
+    """How many (pictures, captions) of all folders of `data`, which is resolved, other programs had encoded. Raises
+    WrongRequest where none had, and for files that are damaged or do not fit.
+    """
+    flux = models.flux_config
+    wanted = Wanted(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim)
+    with progress_bar() as progress:
+        return import_caches(
+            _folders(data),
+            data.cache,
+            wanted,
+            **_shapes(data),
+            skip_bad=data.skip_bad,
+            progress=progress,
+            say=console.print,
+        )
 
 
 def cache_folders(
@@ -59,19 +89,14 @@ def cache_folders(
     """The dataset of all folders of `data`, which is resolved, held-out ones included; what is missing is encoded, one
     encoder after the other, each within `room` bytes of the card if any are said.
     """
-    size = cast(int, data.size)
-    band = band_for(max(PIXELS_PER_BATCH, size**2), room)
+    band = band_for(max(PIXELS_PER_BATCH, cast(int, data.size) ** 2), room)
     return build_cache(
-        [Folder(f.path, f.repeats, f.trigger) for f in (*data.folders, *data.validation)],
+        _folders(data),
         data.cache,
         _encoder_files(models, data.cache),
         partial(models.load_autoencoder, band),
         partial(models.load_text_encoders, room),
-        resolution=size,
-        min_side=cast(int, data.min_side),
-        max_side=cast(int, data.max_side),
-        step=data.step,
-        upscale=data.upscale,
+        **_shapes(data),
         t5_length=models.t5_length,
         prompts=prompts,
         skip_bad=data.skip_bad,
@@ -92,6 +117,20 @@ def cache_texts(
     return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
 
 
+def _folders(data: DataConfig) -> list[Folder]:
+    return [Folder(f.path, f.repeats, f.trigger) for f in (*data.folders, *data.validation)]
+
+
+def _shapes(data: DataConfig) -> dict[str, Any]:
+    """At which shapes pictures are trained."""
+    sides = {"resolution": data.size, "min_side": data.min_side, "max_side": data.max_side}
+    return {**sides, "step": data.step, "upscale": data.upscale}
+
+
 def _encoder_files(models: Models, cache: Path) -> EncoderFiles:
-    clip, t5 = models.tokenizer_files(Store(cache).hashes.knows)
-    return EncoderFiles(models.files("ae"), models.files("clip_l"), models.files("t5xxl"), (*clip, *t5))
+    """Tokenizers are not looked for where a text encoder is neither there nor known."""
+    known = Store(cache).hashes.knows
+    ae, clip_l, t5xxl = (models.files(part) for part in ("ae", "clip_l", "t5xxl"))
+    is_there = all(path.is_file() or known(path) for path in (*clip_l, *t5xxl))
+    clip, t5 = models.tokenizer_files(known) if is_there else ((), ())
+    return EncoderFiles(ae, clip_l, t5xxl, (*clip, *t5))

@@ -1,4 +1,4 @@
-"""`fluxq check`: whether a run could start, and what one file is. Headers alone are read, and nothing is written.
+"""`fluxq check`: whether a run could start, and what one file is. Of models headers alone are read; nothing is written.
 
 `check_run` looks at everything that a run needs and gathers every reason against it, not just the first.
 """
@@ -13,9 +13,15 @@ from typing import Any
 
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.data.examples import Folder, scan
+from fluxq.data.imports import imported
+from fluxq.data.store import Store
 from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect
+from fluxq.formats.files import printable
+from fluxq.formats.lora import described, load_lora
+from fluxq.formats.lora_peft import PEFT_FILES, is_adapter
+from fluxq.formats.lora_programs import programs
 from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
 from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.shards import Shards
@@ -39,7 +45,7 @@ Answer = dict[str, Any]
 
 def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
     """Of one file: what it is. Else: whether a run on the folders `paths` could start. `ready` is the verdict."""
-    if len(paths) == 1 and not paths[0].is_dir():
+    if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
     return check_run(config)
 
@@ -144,6 +150,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
         sides = (resolved.size, resolved.min_side, resolved.max_side, resolved.step)
         found = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        foreign = imported(Store(resolved.cache), found.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
@@ -157,9 +164,12 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
         "skipped": found.skipped,
+        "imported": foreign,
     }
     shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
     console.print(f"pictures     {answer['pictures']}, {answer['captions']} different captions; {shapes}")
+    if foreign:
+        console.print(f"             {foreign}")
     for line in found.skipped:
         console.print(f"skipped      {line}")
     return answer
@@ -252,12 +262,12 @@ def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
 
 
 def check_file(path: Path) -> Answer:
-    """One screen about one file, or the index of shards: its kind, parts and precision, and what fluxq does with it or
-    why it refuses.
+    """One screen about one file, the index of shards, or a PEFT adapter's folder: its kind, parts and precision, and
+    what fluxq does with it or why it refuses. A LoRA is read whole.
 
     Raises WrongRequest for what is no complete safetensors or GGUF file.
     """
-    shards = Shards(path)
+    shards = Shards(path / PEFT_FILES[0] if path.is_dir() else path)
     if "fluxq" in shards.metadata:
         about = _about_quantised(file := QuantizedFile.open(path))
         console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
@@ -281,15 +291,34 @@ def check_file(path: Path) -> Answer:
     titles = (shards.metadata.get(name) for name in ("modelspec.title", "ss_output_name", "general.name"))
     title = next(filter(None, titles), None)
     if title:
-        console.print(f"title        {title}")
+        console.print(f"title        {printable(title)}")
     if kind == detect.LORA:
-        console.print("holds        a LoRA; draw with it by fluxq sample --lora")
+        try:
+            parts["lora"] = _lora(path)
+        except WrongRequest as error:
+            reasons.append(str(error))
     elif not meant:
         reasons.append(f"{path} is {kind}; fluxq has no use for it")
     for reason in reasons:
         console.print(f"refused      {reason}")
-    answer = {"ready": bool(parts) or kind == detect.LORA, "kind": kind, "path": str(path), "stored": dict(stored)}
+    answer = {"ready": bool(parts), "kind": kind, "path": str(path), "stored": dict(stored)}
     return answer | {"bytes": nbytes, "title": title, "parts": parts, "reasons": reasons}
+
+
+def _lora(path: Path) -> Answer:
+    """What a LoRA is, and who reads it. Raises WrongRequest where fluxq does not."""
+    lora = load_lora(path)
+    verdicts = programs(lora)
+    readers = [program for program, verdict in verdicts.items() if verdict == "yes"]
+    others = ", ".join(program for program in verdicts if program not in readers)
+    console.print(
+        f"holds        a LoRA, {lora.dialect}, {described(lora)}; use it by --lora, --from-lora or --base-lora"
+    )
+    limits = f"; not, or not all of it, by {others}" if others else ""
+    console.print(f"             read as it is by {', '.join(readers) or 'no other program'}{limits}")
+    console.print(f"             more: fluxq lora info {path}")
+    about = {"what": described(lora), "dialect": lora.dialect, "ranks": lora.ranks, "modules": len(lora.adapters)}
+    return about | {"programs": verdicts, "use": "fluxq lora info"}
 
 
 def _use(part: str, source: Source) -> str:

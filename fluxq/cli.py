@@ -168,6 +168,13 @@ def train(
 @click.option(
     "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Also encode this prompt; may be given again."
 )
+@click.option(
+    "--import",
+    "imports",
+    is_flag=True,
+    help="First take what sd-scripts (*_flux.npz, *_flux_te.npz) or ai-toolkit (_latent_cache, _t_e_cache) encoded of "
+    "FOLDERS.",
+)
 @click.option("--verify", is_flag=True, help="Instead: read every record of the cache and delete damaged ones.")
 @click.option("--prune", is_flag=True, help="Instead: delete records that no dataset uses any more.")
 @JSON
@@ -175,6 +182,7 @@ def cache(
     folders: tuple[Path, ...],
     config_file: Path | None,
     assignments: tuple[str, ...],
+    imports: bool,
     verify: bool,
     prune: bool,
     as_json: bool,
@@ -187,7 +195,7 @@ def cache(
     _begin(as_json)
     from fluxq.cache import cache_command
 
-    _print(cache_command(config, verify, prune), as_json)
+    _print(cache_command(config, verify, prune, imports), as_json)
 
 
 @main.command()

@@ -152,7 +152,10 @@ class LoraConfig:
         ("clip_l", "t5xxl"),
     )
     file_format: str = option(
-        "kohya", "names in the LoRA file: kohya loads everywhere", "--lora-format", ("kohya", "diffusers")
+        "kohya",
+        "names in the LoRA: kohya loads everywhere; peft writes folders, <name>.peft, for PeftModel",
+        "--lora-format",
+        ("kohya", "diffusers", "comfy", "peft"),
     )
 
 

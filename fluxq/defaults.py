@@ -59,11 +59,17 @@ def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = 
 
 
 def check_text_encoder(config: TrainConfig, models: Models) -> None:
-    """Raise WrongRequest for a text encoder that is not trained, one that is not there, and for a rate of none."""
+    """Raise WrongRequest for a text encoder that is not trained, is not there, or has no room in the file, and for a
+    rate of none.
+    """
     if config.lora.text_encoder == "t5xxl":
         raise WrongRequest(
             "T5-XXL is not trained: its 4.7 billion weights would have to pass through the card in every step, forward "
             "and backward, in place of states that are encoded once; CLIP-L can be, by --text-encoder clip_l"
+        )
+    if config.lora.text_encoder and config.lora.file_format == "peft":
+        raise WrongRequest(
+            "a PEFT folder holds one model's LoRA, and --text-encoder trains two; choose --lora-format kohya"
         )
     if config.lora.text_encoder:
         _ = models.open("clip_l")  # a complete cache does not do without it

@@ -6,13 +6,14 @@ loss.png      the loss so far
 result.json   what came of it
 samples/      previews
 state/        what --resume needs
-<name>.safetensors, and <name>-step00000250.safetensors ... on the way
+<name>.safetensors, and <name>-step00000250.safetensors ... on the way; folders <name>.peft ... for PEFT
 """
 
 from __future__ import annotations
 
 import glob
 import json
+import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -28,6 +29,7 @@ from fluxq.data.examples import read_caption
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import atomic_path
 from fluxq.formats.lora_algebra import Adapter
+from fluxq.formats.lora_peft import is_adapter
 from fluxq.formats.lora_write import save_lora
 from fluxq.formats.metadata import lora_metadata
 from fluxq.model.clip import Clip
@@ -61,6 +63,7 @@ class Run:
         self.config = config
         self.folder = cast(Path, config.output.out)
         self.name = cast(str, config.output.name)
+        self.suffix = ".peft" if config.lora.file_format == "peft" else ".safetensors"
         self.state_file = self.folder / "state" / "state.safetensors"
 
     def check(self, resume: bool, overwrite: bool) -> None:
@@ -89,13 +92,13 @@ class Run:
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 left_by_a_crash.unlink(missing_ok=True)
         for path in [] if resume else self._results():
-            path.unlink(missing_ok=True)
+            _remove(path)
         with atomic_path(self.folder / "config.toml") as temporary:
             temporary.write_text(to_toml(self.config), encoding="utf-8")
 
     def _results(self) -> list[Path]:
         """What a run of this name leaves: the files that a new one would replace."""
-        names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}.safetensors")
+        names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
         return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
 
     def _refuse_changes(self, before: TrainConfig) -> None:
@@ -119,11 +122,11 @@ class Run:
     def lora_file(self, step: int) -> Path:
         """<name>.safetensors for the last step, <name>-step00000250.safetensors before."""
         last = step == self.config.training.steps
-        return self.folder / (f"{self.name}.safetensors" if last else f"{self.name}-step{step:08}.safetensors")
+        return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
 
     def steps_saved(self) -> list[Path]:
         """The LoRAs saved on the way, oldest first."""
-        return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????.safetensors"))
+        return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))
 
     def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
         """Write the LoRA of `flux`, and of `clip` if it is trained, as it is after `step` steps; older ones beyond
@@ -131,13 +134,23 @@ class Run:
         """
         path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
         of_clip = {} if clip is None else adapters_of(clip, alpha)
+        if is_adapter(path):  # of before a crash: folders are not replaced in one move, as files are
+            _remove(path)
         save_lora(
             path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
         )
         if self.config.output.keep:
             for old in self.steps_saved()[: -self.config.output.keep]:
-                old.unlink()
+                _remove(old)
         return path
+
+
+def _remove(path: Path) -> None:
+    """Delete what a run left, a file or a PEFT adapter's folder, if it is there."""
+    if is_adapter(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
 
 
 def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:

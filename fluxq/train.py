@@ -67,7 +67,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     # what is trained on: encoded pictures and captions
     prompts = preview_prompts(config, models)
     with progress_bar() as progress:
-        texts, free = (*prompts, config.samples.negative), room_of(config.memory, models.device)
+        texts, free = (*prompts, config.samples.negative) if prompts else (), room_of(config.memory, models.device)
         everything = cache_folders(data, models, texts, progress, free)
     for line in (*everything.notes, *everything.skipped):
         say(line)

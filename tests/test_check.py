@@ -17,6 +17,7 @@ from bitsandbytes.functional import quantize_4bit
 from click.testing import CliRunner
 from helpers import tiny_config, write_hollow
 from huggingface_hub import constants
+from lora_files import WRITERS
 from PIL import Image
 from safetensors.torch import save, save_file
 
@@ -26,6 +27,8 @@ from fluxq.cli import main
 from fluxq.formats.detect import flux_shapes
 from fluxq.formats.files import write_safetensors
 from fluxq.formats.load import load_flux
+from fluxq.formats.lora_algebra import Adapter
+from fluxq.formats.lora_write import save_lora
 from fluxq.formats.quantized import stored_bytes
 from fluxq.hub import NotFetched
 from fluxq.machine import Card, Machine
@@ -34,6 +37,7 @@ from fluxq.models import PARTS, Models
 from fluxq.quantize import quantize_command
 
 ROOT = Path(__file__).parent.parent
+NANO = FluxConfig.nano()
 WIDE = tiny_config(in_channels=64, out_channels=64, vec_in_dim=64, context_in_dim=64, depth=1, depth_single_blocks=1)
 
 
@@ -263,15 +267,47 @@ def test_a_file_is_described_with_its_use(part):
     assert f"holds        {PARTS[part]}" in lines and f"use it by --{part.replace('_', '-')}" in lines
 
 
-def test_a_lora_is_known_and_other_files_are_refused_with_the_reason(tmp_path):
-    save_file(
-        {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)},
-        tmp_path / "lora.safetensors",
-        {"ss_output_name": "zqx"},
-    )
-    code, answer, lines = run(tmp_path / "lora.safetensors")
-    assert code == 0 and answer["kind"] == "a LoRA" and answer["title"] == "zqx" and "fluxq sample --lora" in lines
+@pytest.mark.parametrize(
+    ("dialect", "what", "reads"),
+    [
+        (
+            "kohya",
+            "kohya, 15 modules of rank",
+            "read as it is by ComfyUI, Forge, sd-scripts; not, or not all of it, by diff",
+        ),
+        (
+            "ai-toolkit",
+            "diffusers, ",
+            "read as it is by ComfyUI, Forge, diffusers; not, or not all of it, by sd-scripts",
+        ),
+        ("fal Kontext", "peft, ", "read as it is by no other program; not, or not all of it, by ComfyUI, Forge, diff"),
+    ],
+)
+def test_a_lora_is_told_with_what_reads_it(tmp_path, dialect, what, reads):
+    tensors, _, metadata = WRITERS[dialect]()
+    write_safetensors(tmp_path / "x.safetensors", tensors, {**metadata, "ss_output_name": "zqx"})
+    code, answer, lines = run(tmp_path / "x.safetensors")
+    lines = " ".join(lines.split())
+    assert code == 0 and answer["kind"] == "a LoRA" and answer["title"] == "zqx"
+    assert f"holds a LoRA, {what}" in lines and reads in lines and "fluxq lora info" in lines
+    assert answer["parts"]["lora"]["ranks"] and answer["parts"]["lora"]["programs"]["ComfyUI"]
 
+
+def test_a_peft_folder_is_a_lora_too(tmp_path):
+    save_lora(tmp_path / "peft", {"txt_in": Adapter(torch.ones(2, 128), torch.ones(192, 2), 1.0)}, NANO, "peft")
+    code, answer, _ = run(tmp_path / "peft")
+    assert code == 0 and answer["parts"]["lora"]["dialect"] == "peft" and answer["parts"]["lora"]["ranks"] == [2]
+
+
+def test_loras_that_fluxq_does_not_read_are_refused_with_the_reason(tmp_path):
+    name = "lora_unet_double_blocks_0_img_attn_qkv"
+    for suffix, reason in (("lora_down.weight", "has no up"), ("lokr_w1", "is a LoKr (LyCORIS)")):
+        save_file({f"{name}.{suffix}": torch.ones(2, 192)}, tmp_path / "x.safetensors")
+        code, answer, lines = run(tmp_path / "x.safetensors")
+        assert code == 2 and reason in answer["reasons"][0] and not answer["ready"] and "refused" in lines
+
+
+def test_other_files_are_refused_with_the_reason(tmp_path):
     fill = {name: torch.zeros(shape).bfloat16() for name, shape in flux_shapes(tiny_config()).items()}
     write_safetensors(tmp_path / "fill.safetensors", fill | {"img_in.weight": torch.zeros(64, 96)})
     code, answer, lines = run(tmp_path / "fill.safetensors")

@@ -31,7 +31,7 @@ OPTIONS = {
     "--text-encoder --text-rate "
     "--accumulate --rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
     "--overwrite --config --set --json",
-    "cache": f"{MODEL} {DATA} --vram --prompt --verify --prune --config --set --json",
+    "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --json",
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
     "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
     "check": f"{MODEL} {DATA} --config --set --json",

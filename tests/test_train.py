@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import fields
 from pathlib import Path
 
 import pytest
@@ -17,10 +18,11 @@ from helpers import place_sensitive
 from PIL import Image
 
 from fluxq import nano
-from fluxq.config import config_from_dict
+from fluxq.config import LoraConfig, config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import Checkpoint
 from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_write import WRITTEN
 from fluxq.model import FluxConfig
 from fluxq.nano import pictures
 from fluxq.report import read_log
@@ -195,6 +197,27 @@ def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
     ):
         train(config)
     assert (tmp_path / "run" / "test.safetensors").read_bytes() == before
+
+
+def test_every_lora_format_is_the_same_lora_and_replaces_only_its_own(tmp_path, photos):
+    formats = next(f for f in fields(LoraConfig) if f.name == "file_format").metadata["choices"]
+    assert formats == WRITTEN
+    found = {}
+    for name in formats:
+        out = tmp_path / f"run {name}"
+        changes = {"lora": {"file_format": name}, "output": {"out": str(out), "save_every": 1, "keep": 1}}
+        changes["training"] = {"steps": 3}
+        for overwrite in (False, True)[: 2 if name == "peft" else 1]:  # the second time over what is there
+            result = train(configured(tmp_path, photos, **changes), overwrite=overwrite)
+        suffix = ".peft" if name == "peft" else ".safetensors"
+        saved = sorted(path.name for path in out.iterdir() if path.name.startswith("test"))
+        assert saved == [f"test-step00000002{suffix}", f"test{suffix}"]
+        found[name] = load_lora(result.lora, FluxConfig.nano())
+        assert found[name].dialect == name
+    for name in formats[1:]:
+        for module, adapter in found["kohya"].adapters.items():
+            # bf16 in every file; diffusers' and PEFT's have alpha / rank, 1 here, in lora_B
+            torch.testing.assert_close(found[name].adapters[module].change(), adapter.change(), rtol=1e-5, atol=1e-7)
 
 
 def test_somebody_elses_lora_in_the_folder_is_kept(tmp_path, photos):

@@ -193,6 +193,7 @@ def test_a_run_goes_on_from_clips_part_only_where_it_is_trained(tmp_path, photos
     ("arguments", "sentence"),
     [
         (["--text-encoder", "t5xxl"], "T5-XXL is not trained: its 4.7 billion weights"),
+        (["--text-encoder", "clip_l", "--lora-format", "peft"], "a PEFT folder holds one model's LoRA"),
         (["--text-rate", "1e-4"], "--text-rate is of a text encoder that is trained; add --text-encoder clip_l"),
         (
             ["--text-encoder", "clip_l", "--from-lora", "{tmp}/x.safetensors"],

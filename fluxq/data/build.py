@@ -2,12 +2,13 @@
 
 Every record's key is worked out first, from file hashes alone; then only what the store lacks is encoded, and an
 encoder is loaded only if there is something for it to do. What is done stays done: an interrupted run is continued by
-the next.
+the next. Where fluxq has no record of its own, one that was imported (fluxq/data/imports.py) serves, and an encoder
+whose records are all imported need not be there.
 """
 
 import os
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,17 @@ from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.encode import Progress, TextEncoder, cut_notes, encode_captions, encode_pictures
 from fluxq.data.examples import Example, Folder, scan
-from fluxq.data.store import KINDS, Store, Text, latents_key, text_key
+from fluxq.data.store import (
+    KINDS,
+    Store,
+    Text,
+    imported_latents_key,
+    imported_line,
+    imported_text_key,
+    is_imported,
+    latents_key,
+    text_key,
+)
 from fluxq.errors import WrongRequest
 
 
@@ -55,30 +66,30 @@ def build_cache(
 
     load_autoencoder gives a module with `.encoder(x (B, 3, H, W) in [-1, 1])` -> moments (B, 32, H/8, W/8) and
     `.config.scale_factor` and `.shift_factor`; load_text a `TextEncoder` of `t5_length` tokens. Each is called at most
-    once, and the first is let go before the second is called. `prompts` and the empty caption are encoded beside the
-    examples' captions. `progress` is told (stage, done, total); the stages are "hashing", "pictures" and "captions".
-    `say` is told where the autoencoder has to work on fewer rows at a time than it was loaded with.
+    once, and the first is let go before the second is called. `prompts` are encoded beside the examples' captions, and
+    the empty caption too where the text encoders are there. `progress` is told (stage, done, total); the stages are
+    "hashing", "pictures" and "captions". `say` is told where the autoencoder has to work on fewer rows at a time than
+    it was loaded with.
     Raises WrongRequest for what `scan` refuses, for an undecodable picture (unless `skip_bad`), and if something needs
     encoding while a file of its encoder is missing.
     """
     store, progress = Store(store_dir), progress or _silent
     found = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
     captions = list(dict.fromkeys((*(example.caption for example in found.examples), "", *prompts)))
-    _require([path for path in encoders.ae if not store.hashes.knows(path)], f"{len(found.examples)} pictures")
-    hashes = _hashes(store, encoders, captions, [*encoders.ae, *(example.path for example in found.examples)], progress)
+    hashes = _hashes(store, encoders, len(captions), [example.path for example in found.examples], progress)
+    if not hashes.keys() >= set(encoders.text()) and "" not in prompts:
+        captions.remove("")
 
-    text_keys = _text_keys(captions, encoders, hashes, t5_length)
+    text_keys = _text_keys(store, captions, encoders, hashes, t5_length)
     missing_captions = _missing_captions(store, encoders, text_keys)  # asked first, so that nothing is encoded in vain
-    autoencoder = _joined(hashes, encoders.ae)
-    latents_keys = {
-        example.name: latents_key(hashes[example.path], example.resized, example.bucket, autoencoder)
-        for example in found.examples
-    }
+    latents_keys = {example.name: _latents_keys(store, example, encoders, hashes) for example in found.examples}
     missing_pictures = {
-        latents_keys[example.name]: example
+        latents_keys[example.name][0]: example
         for example in found.examples
-        if not store.has("latents", latents_keys[example.name])
+        if not store.has("latents", latents_keys[example.name][0])
     }
+    if missing_pictures:
+        _require([path for path in encoders.ae if path not in hashes], f"{len(missing_pictures)} pictures")
 
     def checked_autoencoder() -> Any:
         _require(encoders.ae, f"{len(missing_pictures)} pictures")
@@ -92,15 +103,17 @@ def build_cache(
     names = {example.caption: example.name for example in reversed(found.examples)}  # of equal captions the first
     dataset = Dataset(
         examples=tuple(
-            _entry(example, latents_keys[example.name], text_keys[example.caption])
+            _entry(store, example, latents_keys[example.name], text_keys[example.caption])
             for example in found.examples
-            if latents_keys[example.name] not in bad
+            if latents_keys[example.name][0] not in bad
         ),
-        prompts={prompt: text_keys[prompt] for prompt in ("", *prompts)},
+        prompts={prompt: text_keys[prompt] for prompt in ("", *prompts) if prompt in text_keys},
         t5_length=t5_length,
         skipped=(*found.skipped, *bad.values()),
         notes=(*found.notes, *cut_notes(cuts, names, t5_length)),
     )
+    if imported := imported_line(store, dataset.records()):
+        dataset = replace(dataset, notes=(*dataset.notes, imported))
     if not dataset.examples:
         raise WrongRequest(f"no usable picture is left, all were skipped; the first: {dataset.skipped[0]}")
     request = (
@@ -127,7 +140,8 @@ def cache_prompts(
     Raises WrongRequest if something needs encoding while an encoder's file is missing.
     """
     store, progress = Store(store_dir), progress or _silent
-    keys = _text_keys(prompts, encoders, _hashes(store, encoders, prompts, [], progress), t5_length)
+    hashes = _hashes(store, encoders, len(prompts), None, progress)
+    keys = _text_keys(store, prompts, encoders, hashes, t5_length)
     missing = _missing_captions(store, encoders, keys)
     if missing:
         encode_captions(store, missing, load_text(), t5_length, progress)
@@ -141,6 +155,7 @@ class CacheReport:
     records: int  # how many were read
     bad: dict[Path, str]  # record -> what is wrong with it
     missing: dict[Path, int]  # dataset file -> how many of its records are not there (any more)
+    imported: str | None = None  # what to say of records that other programs encoded
 
 
 def verify_cache(store_dir: str | Path, remove: bool = True) -> CacheReport:
@@ -153,7 +168,8 @@ def verify_cache(store_dir: str | Path, remove: bool = True) -> CacheReport:
         lacking = sum(not store.has(kind, key) for kind, key in Dataset.load(path).records())
         if lacking:
             missing[path] = lacking
-    return CacheReport(records, bad, missing)
+    sound = [(kind, path.stem) for kind in KINDS for path in store.records(kind) if path not in bad]
+    return CacheReport(records, bad, missing, imported_line(store, sound))
 
 
 def prune_cache(store_dir: str | Path, keep: Sequence[Path] = ()) -> tuple[int, int]:
@@ -167,11 +183,20 @@ def prune_cache(store_dir: str | Path, keep: Sequence[Path] = ()) -> tuple[int, 
 
 
 def _hashes(
-    store: Store, encoders: EncoderFiles, captions: Sequence[str], others: Sequence[Path], progress: Progress
+    store: Store, encoders: EncoderFiles, captions: int, pictures: Sequence[Path] | None, progress: Progress
 ) -> dict[Path, str]:
-    """The hashes of the text encoders' files and of `others`. What is newly read is saved, even if interrupted."""
-    _require([path for path in encoders.text() if not store.hashes.knows(path)], f"{len(captions)} captions")
-    paths = [*encoders.text(), *others]
+    """The hashes of `pictures` and of the encoders' files, the autoencoder's only where there are any pictures.
+
+    An encoder that is neither there nor remembered is left out where the store has imported records of its kind, else
+    WrongRequest is raised before anything is read. What is newly read is saved, even if interrupted.
+    """
+    paths = list(pictures or ())
+    kinds = [] if pictures is None else [("latents", encoders.ae, f"{len(pictures)} pictures")]
+    for kind, files, what in (*kinds, ("text", encoders.text(), f"{captions} captions")):
+        absent = [path for path in files if not store.hashes.knows(path) and not path.is_file()]
+        if absent and not any(is_imported(record.stem) for record in store.records(kind)):
+            _require(absent, what)
+        paths += [] if absent else files
     hashes: dict[Path, str] = {}
     try:
         for done, path in enumerate(paths, start=1):
@@ -183,11 +208,33 @@ def _hashes(
 
 
 def _text_keys(
-    captions: Sequence[str], encoders: EncoderFiles, hashes: dict[Path, str], t5_length: int
+    store: Store, captions: Sequence[str], encoders: EncoderFiles, hashes: dict[Path, str], t5_length: int
 ) -> dict[str, str]:
-    """caption -> key"""
+    """caption -> key of fluxq's own record, or of an imported one where only that is there or can be"""
+    imported = {caption: imported_text_key(caption, t5_length) for caption in captions}
+    if not hashes.keys() >= set(encoders.text()):
+        return imported
     t5, clip, tokenizers = (_joined(hashes, f) for f in (encoders.t5xxl, encoders.clip_l, encoders.tokenizers))
-    return {caption: text_key(caption, t5, clip, tokenizers, t5_length) for caption in captions}
+    own = {caption: text_key(caption, t5, clip, tokenizers, t5_length) for caption in captions}
+    return {c: imported[c] if _serves(store, "text", own[c], imported[c]) else own[c] for c in captions}
+
+
+def _latents_keys(store: Store, example: Example, encoders: EncoderFiles, hashes: dict[Path, str]) -> tuple[str, ...]:
+    """The key of fluxq's own record; or, where only those are there or can be, the imported ones: of the picture, and
+    of its mirror image where there is one.
+    """
+    request = hashes[example.path], example.resized, example.bucket
+    imported, mirrored = (imported_latents_key(*request, variant) for variant in (0, 1))
+    if hashes.keys() >= set(encoders.ae):
+        own = latents_key(*request, _joined(hashes, encoders.ae))
+        if not _serves(store, "latents", own, imported):
+            return (own,)
+    return (imported, mirrored) if store.has("latents", mirrored) else (imported,)
+
+
+def _serves(store: Store, kind: str, own: str, imported: str) -> bool:
+    """Whether the imported record is there, and fluxq's own is not."""
+    return not store.has(kind, own) and store.has(kind, imported)
 
 
 def _joined(hashes: dict[Path, str], files: Sequence[Path]) -> str:
@@ -209,7 +256,7 @@ def _require(files: Sequence[Path], what: str) -> None:
             raise WrongRequest(f"{what} must be encoded, but {path} does not exist; put it back, or check the path")
 
 
-def _entry(example: Example, latents: str, text: str) -> Entry:
+def _entry(store: Store, example: Example, latents: tuple[str, ...], text: str) -> Entry:
     status = example.path.stat()
     return Entry(
         name=example.name,
@@ -217,8 +264,8 @@ def _entry(example: Example, latents: str, text: str) -> Entry:
         size=status.st_size,
         mtime_ns=status.st_mtime_ns,
         repeats=example.repeats,
-        bucket=example.bucket,
-        latents=(latents,),
+        bucket=store.latents_size(latents[0]) if is_imported(latents[0]) else example.bucket,
+        latents=latents,
         text=(text,),
     )
 

@@ -26,21 +26,31 @@ class Hashes:
         Raises WrongRequest if the file is gone and was never hashed, or cannot be read.
         """
         name = os.path.abspath(path)
-        known = self._known.get(name)
         try:
+            if known := self.remembered(path):
+                return known
             status = os.stat(name)
-            if known and (known["size"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns):
-                return known["hash"]
             with open(name, "rb") as file:
                 digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
         except (FileNotFoundError, NotADirectoryError) as error:
-            if known:
-                return known["hash"]
             raise WrongRequest(f"{path} does not exist; check the path") from error
         except OSError as error:
             raise WrongRequest(f"{path} cannot be read ({error.strerror}); check that it is a readable file") from error
         self._known[name] = self._new[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "hash": digest}
         return digest
+
+    def remembered(self, path: str | Path) -> str | None:
+        """The hash of a file that is as it was or gone; None where it would have to be read. Raises OSError where it
+        cannot be looked at.
+        """
+        known = self._known.get(os.path.abspath(path))
+        try:
+            status = os.stat(path) if known else None
+        except (FileNotFoundError, NotADirectoryError):
+            status = None
+        if known and (status is None or (known["size"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns)):
+            return known["hash"]
+        return None
 
     def knows(self, path: str | Path) -> bool:
         """Whether this path was hashed before, be the file still there or not."""

@@ -9,6 +9,9 @@ A key is a hash of all that a record depends on: the picture's bytes, its transf
 caption, the encoder and tokenizer files and the token length. So a changed input is another key, nothing is ever stale,
 and what several pictures or runs share is stored once. A record is written under a temporary name and renamed when
 complete.
+
+What another program encoded (fluxq/data/imports.py) is found by the same picture or caption in the same request, but by
+no encoder, for which one it was is not known. Such keys begin with `imported-`.
 """
 
 import json
@@ -27,6 +30,7 @@ from fluxq.formats.files import Checkpoint, write_safetensors
 
 RECORD_VERSION = 1  # part of every key: raise it when a record's tensors change their meaning
 KINDS = {"latents": ("mean", "spread"), "text": ("t5", "clip")}
+IMPORTED = "imported-"  # how keys of records begin that other programs encoded
 
 
 @dataclass(frozen=True)
@@ -43,6 +47,14 @@ class Text:
     clip_truncated: bool = False
 
 
+@dataclass(frozen=True)
+class Origin:
+    """Which program encoded a record, and whether it is known that it did so from this very picture or caption."""
+
+    program: str
+    verified: bool
+
+
 class Store:
     """A cache folder. Nothing is created before the first record is written."""
 
@@ -54,8 +66,10 @@ class Store:
         """Whether a record of `kind`, "latents" or "text", is there; then it is also complete."""
         return self._path(kind, key).is_file()
 
-    def put_latents(self, key: str, mean: torch.Tensor, spread: torch.Tensor, picture: str) -> None:
-        """Stores mean and spread, both (16, h, w). `picture` is a name for people.
+    def put_latents(
+        self, key: str, mean: torch.Tensor, spread: torch.Tensor, picture: str, origin: Origin | None = None
+    ) -> None:
+        """Stores mean and spread, both (16, h, w). `picture` is a name for people; `origin` another program.
 
         ValueError if a number is not finite.
         """
@@ -63,21 +77,29 @@ class Store:
             raise ValueError(
                 f"latents need mean and spread of one shape (16, h, w), not {tuple(mean.shape)}, {tuple(spread.shape)}"
             )
-        self._write("latents", key, {"mean": mean.float(), "spread": spread.float()}, {"picture": picture})
+        metadata = {"picture": picture, **_origin_metadata(origin)}
+        self._write("latents", key, {"mean": mean.float(), "spread": spread.float()}, metadata)
 
     def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         """mean and spread, (16, h, w) fp32. Raises WrongRequest if the record is missing or damaged."""
         record = self._open("latents", key)
         return record.get("mean"), record.get("spread")
 
-    def put_text(self, key: str, text: Text) -> None:
-        """Stores one encoded caption. ValueError if a number is not finite."""
+    def latents_size(self, key: str) -> tuple[int, int]:
+        """(w, h) in pixels of the picture whose latents these are. Reads the header alone."""
+        _, height, width = self._open("latents", key).shape("mean")
+        return 8 * width, 8 * height
+
+    def put_text(self, key: str, text: Text, origin: Origin | None = None) -> None:
+        """Stores one encoded caption, by fluxq or by another program, `origin`. ValueError if a number is not
+        finite.
+        """
         if text.t5.ndim != 2 or text.clip.ndim != 1:
             raise ValueError(
                 f"a text record needs t5 (L, D) and clip (D2,), not {tuple(text.t5.shape)}, {tuple(text.clip.shape)}"
             )
         metadata = {"caption": text.caption, "tokens": str(text.tokens), "truncated": str(text.truncated).lower()}
-        metadata["clip_truncated"] = str(text.clip_truncated).lower()
+        metadata |= {"clip_truncated": str(text.clip_truncated).lower(), **_origin_metadata(origin)}
         self._write("text", key, {"t5": text.t5.bfloat16(), "clip": text.clip.float()}, metadata)
 
     def text(self, key: str) -> Text:
@@ -93,6 +115,11 @@ class Store:
         """Whether the caption has more tokens than T5's length, and more than CLIP's. Reads the header alone."""
         about = _about_text(self._open("text", key))
         return about["truncated"], about["clip_truncated"]
+
+    def origin(self, kind: str, key: str) -> Origin | None:
+        """Which other program encoded a record; None if fluxq did. Reads the header alone."""
+        about = self._open(kind, key).metadata if is_imported(key) else {}
+        return Origin(about["imported"], about.get("verified") == "true") if "imported" in about else None
 
     def verify(self, remove: bool = False) -> dict[Path, str]:
         """Reads every record whole and says of each bad one what is wrong. With `remove` the bad ones are deleted."""
@@ -152,9 +179,37 @@ class Store:
         return record
 
 
+def imported_line(store: Store, records: Iterable[tuple[str, str]]) -> str | None:
+    """What to say of those `records`, (kind, key), that other programs encoded; None where there are none."""
+    found = [(kind, origin) for kind, key in sorted(records) if (origin := store.origin(kind, key))]
+    if not found:
+        return None
+    count = {kind: sum(k == kind for k, _ in found) for kind in KINDS}
+    programs = " and ".join(sorted({origin.program for _, origin in found}))
+    unverified = sum(not origin.verified for _, origin in found)
+    what = f"{count['latents']} latents and {count['text']} captions imported from {programs}"
+    return f"{what}, {unverified} of these {len(found)} records unverified"
+
+
 def latents_key(picture_hash: str, resized: tuple[int, int], bucket: tuple[int, int], autoencoder_hash: str) -> str:
     """The key of a picture's latents. Two pictures with equal bytes share a record."""
     return _key("latents", picture_hash, *resized, *bucket, TRANSFORM_VERSION, autoencoder_hash)
+
+
+def imported_latents_key(picture_hash: str, resized: tuple[int, int], bucket: tuple[int, int], variant: int) -> str:
+    """The key of latents that another program made of a picture that fluxq would bring to `bucket`; of its mirror image
+    where `variant` is 1. Their own size may be another.
+    """
+    return IMPORTED + latents_key(picture_hash, resized, bucket, f"another program's, {variant}")
+
+
+def imported_text_key(caption: str, length: int) -> str:
+    """The key of a caption's embeddings by another program."""
+    return IMPORTED + text_key(caption, "", "", "", length)
+
+
+def is_imported(key: str) -> bool:
+    return key.startswith(IMPORTED)
 
 
 def text_key(caption: str, t5_hash: str, clip_hash: str, tokenizer_hash: str, length: int) -> str:
@@ -172,6 +227,10 @@ def _checksum(tensors: dict[str, torch.Tensor]) -> str:
         digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
         digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
     return digest.hexdigest()
+
+
+def _origin_metadata(origin: Origin | None) -> dict[str, str]:
+    return {"imported": origin.program, "verified": str(origin.verified).lower()} if origin else {}
 
 
 def _about_text(record: Checkpoint) -> dict:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -28,8 +28,8 @@ class Lora:
     """What a LoRA file holds. adapters are by BFL module, `clip` by CLIP-L module as transformers 5 names it.
 
     alphas tells where the strengths came from: any of "tensors", "settings"; spellings, any of "A/B", "down/up";
-    file_ranks are those of the file's own modules, which may be parts of these; notes are sentences for the user about
-    what was not taken as it stands.
+    file_ranks are those of the file's own modules, which may be parts of these; too_weak, whether other programs apply
+    less than was trained; notes are sentences for the user about what was not taken as it stands.
     """
 
     path: Path
@@ -41,6 +41,7 @@ class Lora:
     spellings: frozenset[str] = frozenset()
     alphas: frozenset[str] = frozenset()
     file_ranks: tuple[int, ...] = ()
+    too_weak: bool = False
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -93,7 +94,7 @@ def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
         frozenset(name for name, p in SPELLINGS.items() if any(re.search(p, key) for key in file.checkpoint.shapes)),
         file.alphas,
         tuple(sorted({file.rank(base) for base in found})),
-        file.notes,
+        notes=file.notes,
     )
     parts: dict[str, list[tuple[str, Part]]] = {}
     for base, place in found.items():
@@ -105,6 +106,19 @@ def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
     lora.clip = {module: file.adapter(base) for module, base in file.clip.items()}
     _correct_split_qkv(lora)
     return lora
+
+
+def described(lora: Lora) -> str:
+    """ "304 modules of rank 16", and of which ranks the file's own are where it has them in parts."""
+    parts = f" (its own: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
+    clip = f", {len(lora.clip)} of CLIP-L" if lora.clip else ""
+    return f"{len(lora.adapters)} modules of {_spread(lora.ranks)}{parts}{clip}"
+
+
+def _spread(ranks: Sequence[int]) -> str:
+    if len(ranks) > 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"rank {ranks[0]}" if ranks else "no rank"
 
 
 def _refuse_twice(path: Path, module: str, parts: list[tuple[str, Part]]) -> None:
@@ -123,7 +137,7 @@ def _correct_split_qkv(lora: Lora) -> None:
     """
     try:
         arguments = json.loads(lora.metadata.get("ss_network_args") or "{}")
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if not isinstance(arguments, dict) or str(arguments.get("split_qkv", "")).lower() != "true":
         return
@@ -137,6 +151,7 @@ def _correct_split_qkv(lora: Lora) -> None:
             corrected += 1
     if corrected:
         del lora.metadata["ss_network_args"]
+        lora.too_weak = True
         lora.notes.append(
             f"{corrected} modules were trained with sd-scripts' split_qkv, whose files are too weak: "
             "they get the strength at which they were trained"

@@ -18,13 +18,14 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fluxq.errors import WrongRequest
 from fluxq.formats import detect, keys
 from fluxq.formats.detect import DIFFUSERS_FLUX, FLUX
 from fluxq.formats.files import Checkpoint, atomic_path, refuse, safetensors_data, safetensors_header
 from fluxq.formats.gguf import GgufFile
 from fluxq.formats.keys import Piece
 from fluxq.formats.lora_algebra import Adapter
-from fluxq.formats.lora_peft import PEFT_FILES
+from fluxq.formats.lora_peft import adapter_files
 from fluxq.formats.quantized import require_room
 from fluxq.formats.shards import Shards, locate
 from fluxq.formats.source import Source
@@ -42,9 +43,9 @@ def identity(loras: Iterable[tuple[Path, float]]) -> str:
     lines = []
     for path, strength in loras:
         digest = blake2b(digest_size=16)
-        for file in [path / name for name in PEFT_FILES] if path.is_dir() else [path, path.parent / PEFT_FILES[1]]:
-            if file == path or file.is_file():
-                digest.update(_hash(file))
+        tensors, settings = adapter_files(path)
+        for file in (tensors, settings) if settings and settings.is_file() else (tensors,):
+            digest.update(_hash(file))
         lines.append(f"{digest.hexdigest()} {strength!r}")
     return "\n".join(lines)
 
@@ -69,7 +70,9 @@ class MergedSource(Source[FluxConfig]):
         if adapter is None:
             return weight
         up = adapter.up if rows is None else adapter.up[rows.start : rows.stop]
-        return dequantize(weight, torch.float32).add_(Adapter(adapter.down, up, adapter.alpha).change())
+        merged = dequantize(weight, torch.float32).add_(Adapter(adapter.down, up, adapter.alpha).change())
+        _require_finite(merged, name)
+        return merged
 
 
 class Base:
@@ -110,6 +113,7 @@ class Base:
                 up = adapter.up[start + first : start + first + count]
                 change = Adapter(adapter.down, up, adapter.alpha).change()
                 wanted = stored[rows].float() * own + change
+                _require_finite(wanted, key)
                 stored[rows] = _rounded(wanted / own, stored.dtype)
                 errors.add(stored[rows].float() * own - wanted, change)
         return stored
@@ -131,8 +135,8 @@ class Errors:
         self.lost = self.whole = 0.0
 
     def add(self, lost: Tensor, change: Tensor) -> None:
-        self.lost += float(lost.square().sum(dtype=torch.float64))
-        self.whole += float(change.square().sum(dtype=torch.float64))
+        self.lost += float(lost.double().square().sum())
+        self.whole += float(change.double().square().sum())
 
     @property
     def relative(self) -> float:
@@ -210,6 +214,11 @@ def _places(pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, list[tuple[Pie
                 found.setdefault(piece.key, []).append((piece, name.removesuffix(".weight"), row))
             row += piece.rows
     return found
+
+
+def _require_finite(merged: Tensor, key: str) -> None:
+    if not merged.isfinite().all():
+        raise WrongRequest(f"{key} is not finite with the LoRA in it: the change is too large; use a lower strength")
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:

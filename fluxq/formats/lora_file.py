@@ -30,7 +30,15 @@ from fluxq.formats.lora_keys import (
     places,
     role,
 )
-from fluxq.formats.lora_peft import GIVE, PEFT_FILES, PEFT_METADATA, PeftSettings, read_settings
+from fluxq.formats.lora_peft import (
+    GIVE,
+    PEFT_FILES,
+    PEFT_METADATA,
+    PeftSettings,
+    adapter_files,
+    is_adapter,
+    read_settings,
+)
 from fluxq.formats.shapes import flux_shapes
 from fluxq.model.config import FluxConfig
 
@@ -41,13 +49,10 @@ class LoraFile:
     """The tensors of a file by the base of their keys: base -> "down" | "up" | "alpha" -> key."""
 
     def __init__(self, path: Path) -> None:
-        self.path, settings = path, None
-        if path.is_dir():
-            path, settings = path / PEFT_FILES[0], path / PEFT_FILES[1]
-            if not path.is_file():
-                refuse(self.path, f"is a folder without {PEFT_FILES[0]}", "name a LoRA file or a PEFT adapter's folder")
-        elif path.name == PEFT_FILES[0]:
-            settings = path.parent / PEFT_FILES[1]
+        self.path = path
+        if path.is_dir() and not is_adapter(path):
+            refuse(path, f"is a folder without {PEFT_FILES[0]}", "name a LoRA file or a PEFT adapter's folder")
+        path, settings = adapter_files(path)
         self.checkpoint = Checkpoint(path)
         self.notes: list[str] = []
         self.clip: dict[str, str] = {}
@@ -120,10 +125,15 @@ class LoraFile:
             for base, place in found.items()
         }
         wrong = [p for base in (*found, *self.clip.values()) for p in self._misshapen(base, sizes.get(base))]
-        width = {self.checkpoint.shape(self._bases[base]["down"])[1:2] for base in found}
-        what = "for FLUX.2 dev, another model" if (6144,) in width else "for a model of other sizes"
-        if wrong:
-            refuse(self.path, f"was made {what}: {listed(wrong_shape=wrong)}", GIVE)
+        if not wrong:
+            return
+        own = {b: tuple(self.checkpoint.shape(self._bases[b][part]) for part in ("up", "down")) for b in found}
+        if all((up[:1], down[1:2]) == ((sizes[b][0],), (sizes[b][1],)) for b, (up, down) in own.items()):
+            refuse(self.path, f"is damaged: {listed(wrong_tensor=wrong)}", "export it again, or use an earlier one")
+        what = (
+            "FLUX.2 dev, another model" if any(d[1:2] == (6144,) for _, d in own.values()) else "a model of other sizes"
+        )
+        refuse(self.path, f"was made for {what}: {listed(wrong_shape=wrong)}", GIVE)
 
     def rank(self, base: str) -> int:
         return self.checkpoint.shape(self._bases[base]["down"])[0]

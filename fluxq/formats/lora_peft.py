@@ -33,7 +33,9 @@ class PeftSettings:
             raise TypeError(f"a {type(settings).__name__} in place of an object")
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         default = own.get("lora_alpha")
-        patterns = {str(key): float(value) for key, value in (own.get("alpha_pattern") or {}).items()}
+        patterns = {key: float(value) for key, value in dict(own.get("alpha_pattern") or {}).items()}
+        if slow := next((p for p in patterns if re.search(r"\)[*+{]", p) or len(re.findall(r"[*+{]", p)) > 4), None):
+            raise ValueError(f"the pattern {slow} may take for ever")
         values = (*patterns.values(), 0.0 if default is None else float(default))
         if not all(map(math.isfinite, values)):
             raise ValueError(f"an alpha of {values}")
@@ -54,6 +56,20 @@ def _matches(pattern: str, base: str) -> bool:
         return re.match(rf"(.*\.)?({pattern})$", base) is not None
     except re.error:
         return False
+
+
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is the folder of a PEFT adapter."""
+    return (path / PEFT_FILES[0]).is_file()
+
+
+def adapter_files(path: Path) -> tuple[Path, Path | None]:
+    """Where the tensors of the LoRA at `path` are; and its settings, which may be missing, where it is a PEFT adapter:
+    a folder, or the file in it.
+    """
+    if path.is_dir():
+        return path / PEFT_FILES[0], path / PEFT_FILES[1]
+    return path, path.parent / PEFT_FILES[1] if path.name == PEFT_FILES[0] else None
 
 
 def read_settings(path: Path) -> PeftSettings:

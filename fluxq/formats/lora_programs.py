@@ -47,7 +47,7 @@ def programs(lora: Lora) -> dict[str, str]:
     outside = [module for module in lora.adapters if "_blocks." not in module]
     if outside and lora.dialect in ("kohya", "comfy") and answer["diffusers"] == "yes":
         answer["diffusers"] = f"all but {len(outside)} modules outside the blocks, which it drops"
-    if any("split_qkv" in note for note in lora.notes):
+    if lora.too_weak:
         weak = "wrong: too weak; convert it to kohya"
         answer = {program: "yes" if program == "sd-scripts" else weak for program in PROGRAMS}
     return answer

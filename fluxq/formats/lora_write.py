@@ -21,7 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxq.formats.files import refuse, write_safetensors
+from fluxq.formats.files import DTYPE_NAMES, refuse, write_safetensors
 from fluxq.formats.lora_algebra import Adapter, padded, split
 from fluxq.formats.lora_keys import split_rows
 from fluxq.formats.lora_peft import PEFT_FILES, PEFT_METADATA
@@ -44,13 +44,13 @@ def save_lora(
     """Write `adapters`, by BFL module, and `clip`, by CLIP-L module, and add sshs_* hashes to `metadata`.
 
     alpha is stored in fp32 whatever `dtype` is. For "peft" `path` is a new folder, and has no room for `clip`. Raises
-    WrongRequest if it cannot be written.
+    WrongRequest if it cannot be written, and for numbers that `dtype` does not hold; nothing is written then.
     """
     clip = clip or {}
     metadata = {key: value for key, value in (metadata or {}).items() if key != PEFT_METADATA}
     if dialect == "peft":
-        return _save_folder(Path(path), _split(adapters, config, "base_model.model.", dtype), metadata)
-    if dialect == "diffusers":
+        tensors = _split(adapters, config, "base_model.model.", dtype)
+    elif dialect == "diffusers":
         tensors = _split(adapters, config, "transformer.", dtype)
         tensors |= _one_rank({f"text_encoder.text_model.{module}": a for module, a in clip.items()}, dtype)
     elif dialect == "kohya":
@@ -61,6 +61,10 @@ def save_lora(
         named = {f"diffusion_model.{module}": a for module, a in adapters.items()}
         named |= {f"text_encoders.clip_l.transformer.text_model.{module}": a for module, a in clip.items()}
         tensors = _with_alpha(named, dtype)
+    if spoilt := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        refuse(path, f"was not written: {spoilt} has numbers beyond {DTYPE_NAMES[dtype]}", "choose a wider type")
+    if dialect == "peft":
+        return _save_folder(Path(path), tensors, metadata)
     write_safetensors(path, tensors, metadata | sshs_hashes(tensors, metadata))
 
 

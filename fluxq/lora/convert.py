@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
-from fluxq.lora.files import described, dtype_of, read, refuse_existing, shortened, write
+from fluxq.formats.lora import described
+from fluxq.lora.files import dtype_of, read, refuse_existing, shortened, write
 from fluxq.report import console
 
 

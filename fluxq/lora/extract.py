@@ -62,8 +62,9 @@ def extracted(
             difference = second.value(name, torch.float32, device).sub_(first.value(name, torch.float32, device))
             done += second.sizes[name]
             progress(done, second.nbytes)
-            if not difference.isfinite().all():
-                raise WrongRequest(f"{name} is not finite in {first.path} or {second.path}; download them again")
+            if not torch.linalg.vector_norm(difference).isfinite():
+                what = f"{name} is not finite, or nearly so, in {first.path} or {second.path}"
+                raise WrongRequest(f"{what}; download them again")
             if not difference.any():
                 continue
             if not is_block:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.lora import Lora, load_lora
+from fluxq.formats.lora import Lora, described, load_lora
 from fluxq.formats.lora_algebra import Adapter, combined, resized
 from fluxq.formats.lora_write import save_lora
 from fluxq.formats.metadata import converted_metadata
@@ -25,7 +25,7 @@ def read(path: Path, config: FluxConfig | None = None) -> Lora:
     """The LoRA at `path`; what the user should know of it is printed."""
     lora = load_lora(path, config)
     for note in lora.notes:
-        console.print(f"{path.name}: {note}", markup=False)
+        console.print(f"{path.name}: {note}")
     return lora
 
 
@@ -67,19 +67,6 @@ def write(target: Path, made: Lora, to: str, dtype: torch.dtype, like: Lora | No
         "ranks": [*written.file_ranks],
         "relative_error": error,
     }
-
-
-def described(lora: Lora) -> str:
-    """ "304 modules of rank 16", and of which ranks the file's own are where it has them in parts."""
-    parts = f" (its own: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
-    clip = f", {len(lora.clip)} of CLIP-L" if lora.clip else ""
-    return f"{len(lora.adapters)} modules of {_spread(lora.ranks)}{parts}{clip}"
-
-
-def _spread(ranks: Sequence[int]) -> str:
-    if len(ranks) > 1:
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"rank {ranks[0]}" if ranks else "no rank"
 
 
 def relative_error(found: Mapping[str, Adapter], wanted: Mapping[str, Adapter]) -> float:

@@ -9,11 +9,11 @@ from typing import Any
 
 from rich.table import Table
 
-from fluxq.formats.lora import load_lora
+from fluxq.formats.files import printable
+from fluxq.formats.lora import described, load_lora
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_programs import programs
 from fluxq.formats.metadata import trigger_of
-from fluxq.lora.files import described
 from fluxq.report import console
 
 SHOWN = {  # of the metadata, on the screen; --json has all of it
@@ -35,7 +35,7 @@ def info_command(path: Path) -> dict[str, Any]:
     layers = by_layer(lora.adapters) | {f"CLIP-L {name}": row for name, row in by_layer(lora.clip).items()}
     trigger, readers = trigger_of(lora.metadata), programs(lora)
     precision = str(lora.dtype).removeprefix("torch.")
-    console.print(f"{path}: a LoRA, {lora.dialect}, {precision}, {described(lora)}", markup=False)
+    console.print(f"{path}: a LoRA, {lora.dialect}, {precision}, {described(lora)}")
     table = Table("layer", "count", "rank", "alpha / rank", "norm: mean", "largest", box=None, pad_edge=False)
     for name, row in layers.items():
         cells = (row["count"], _span(row["ranks"]), _span(row["scales"]), row["norm_mean"], row["norm_largest"])
@@ -44,11 +44,11 @@ def info_command(path: Path) -> dict[str, Any]:
     facts = {label: lora.metadata[key] for key, label in SHOWN.items() if lora.metadata.get(key, "None") != "None"}
     facts = {"trigger": trigger or "none is named", **facts}
     for label, value in facts.items():
-        console.print(f"{label:12}{value[:200]}", markup=False)
+        console.print(f"{label:12}{printable(value)}")
     for program, verdict in readers.items():
         console.print(f"{program:12}{verdict}")
     for note in lora.notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}")
     answer = {"file": str(path), "dialect": lora.dialect, "precision": precision, "modules": len(lora.adapters)}
     answer |= {"clip_modules": len(lora.clip), "ranks": lora.ranks, "layers": layers, "trigger": trigger}
     return {**answer, "programs": readers, "metadata": lora.metadata, "notes": lora.notes}

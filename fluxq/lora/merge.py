@@ -9,10 +9,10 @@ from typing import Any
 
 from fluxq.config import file_and_strength
 from fluxq.errors import WrongRequest
-from fluxq.formats.lora import Lora
+from fluxq.formats.lora import Lora, described
 from fluxq.formats.lora_algebra import combined
 from fluxq.formats.lora_base import Base, merge_into
-from fluxq.lora.files import described, dtype_of, read, refuse_existing, shortened, write
+from fluxq.lora.files import dtype_of, read, refuse_existing, shortened, write
 from fluxq.report import byte_bar, console
 
 
@@ -37,7 +37,7 @@ def merge_command(
     checkpoint = None if base is None else Base(base)
     loras = [(read(path, checkpoint.config if checkpoint else None), strength) for path, strength in chosen]
     for lora, strength in loras:
-        console.print(f"{lora.path}: {lora.dialect}, {described(lora)}, at {strength:g}", markup=False)
+        console.print(f"{lora.path}: {lora.dialect}, {described(lora)}, at {strength:g}")
     whole = _together(loras)
     if checkpoint is None:
         made = whole if rank is None else shortened(whole, rank)

@@ -11,6 +11,7 @@ from lora_files import ALPHA, CONFIG, RANK, WRITERS, fused, split
 from fluxq.errors import WrongRequest
 from fluxq.formats.files import write_safetensors
 from fluxq.formats.lora import load_lora
+from fluxq.formats.lora_peft import PeftSettings, read_settings
 from fluxq.formats.lora_write import WRITTEN, save_lora
 from fluxq.model.config import FluxConfig
 
@@ -295,3 +296,17 @@ def test_metadata_that_is_no_settings_is_refused(tmp_path):
     )
     with pytest.raises(WrongRequest, match="has no valid JSON in lora_adapter_metadata"):
         load_lora(tmp_path / "x")
+
+
+@pytest.mark.parametrize("pattern", ["(.*.*)*x", "(a+)+b", "(.?){99}{99}", ".*" * 9 + "x"])
+def test_patterns_that_take_for_ever_are_refused(pattern):
+    with pytest.raises(ValueError, match="may take for ever"):
+        PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {pattern: 3}})
+    PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {r"(.*\.)?transformer_blocks\.\d+\.attn\.(to_q|to_k)": 3}})
+
+
+@pytest.mark.parametrize("patterns", [[1], "x", 3])
+def test_patterns_that_are_no_table_are_refused(tmp_path, patterns):
+    (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "alpha_pattern": patterns}))
+    with pytest.raises(WrongRequest, match="is no valid adapter_config.json"):
+        read_settings(tmp_path / "adapter_config.json")

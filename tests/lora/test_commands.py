@@ -195,8 +195,17 @@ def test_info_groups_layers_and_finds_the_trigger(tmp_path):
     assert "zqx [b]" in screen and "steps       70" in screen
     written(tmp_path / "y", "kohya", ss_tag_frequency='{"a": {"red": 9}, "b": {"red": 1, "zqx": 12}}')
     assert answer("lora", "info", tmp_path / "y")["trigger"] == "zqx"
-    written(tmp_path / "z", "kohya", ss_tag_frequency="[1]")
-    assert answer("lora", "info", tmp_path / "z")["trigger"] is None
+    for nonsense in ("[1]", "[" * 100_000):
+        written(tmp_path / "z", "kohya", ss_tag_frequency=nonsense, ss_network_args=nonsense)
+        assert answer("lora", "info", tmp_path / "z")["trigger"] is None
+
+
+def test_info_shows_what_a_stranger_wrote_as_plain_text(tmp_path):
+    written(tmp_path / "x", "kohya", **{"modelspec.title": "[/b]\x1b[31m", "modelspec.trigger_phrase": "[red]zqx"})
+    screen = run("lora", "info", tmp_path / "x").output
+    assert "'[/b]\\x1b[31m'" in screen and "[red]zqx" in screen and "\x1b" not in screen
+    screen = run("check", tmp_path / "x").output
+    assert "'[/b]\\x1b[31m'" in screen and "\x1b" not in screen
 
 
 @pytest.mark.parametrize(
@@ -209,6 +218,13 @@ def test_info_groups_layers_and_finds_the_trigger(tmp_path):
         (["convert", "{tmp}/there", "{tmp}/y"], "there"),
         (["convert", "{tmp}/lies", "{tmp}/y"], "has a damaged header"),
         (["convert", "{tmp}/nan", "{tmp}/y"], "numbers that are not finite"),
+        (["convert", "{tmp}/large", "{tmp}/large", "--overwrite", "--precision", "fp16"], "has numbers beyond F16"),
+        (["convert", "{tmp}/large", "{tmp}/y", "--to", "peft", "--precision", "fp16"], "has numbers beyond F16"),
+        (
+            ["convert", "{tmp}/ranks", "{tmp}/y"],
+            "is damaged: 1 wrong tensor (lora_unet_txt_in.lora_up.weight is (192, 4)",
+        ),
+        (["merge", "{tmp}/large=1e300", "--base", nano.FLUX, "--out", "{tmp}/y"], "is not finite with the LoRA in it"),
         (["resize", "{tmp}/x", "{tmp}/y"], "give either --rank N or --energy X"),
         (["resize", "{tmp}/x", "{tmp}/y", "--rank", "2", "--energy", "0.5"], "give either --rank N or --energy X"),
         (["resize", "{tmp}/x", "{tmp}/y", "--energy", "nan"], "energy"),
@@ -234,6 +250,10 @@ def test_wrong_requests_are_one_sentence_and_write_nothing(tmp_path, arguments, 
     spoilt, _, _ = WRITERS["kohya"]()
     spoilt["lora_unet_txt_in.lora_up.weight"][3, 1] = torch.nan
     write_safetensors(tmp_path / "nan", spoilt)
+    large, _, _ = WRITERS["kohya"]()
+    large["lora_unet_txt_in.lora_up.weight"] *= 1e6
+    write_safetensors(tmp_path / "large", large)
+    write_safetensors(tmp_path / "ranks", large | {"lora_unet_txt_in.lora_down.weight": torch.ones(5, 128)})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     result = run("lora", *(str(a).format(tmp=tmp_path) for a in arguments))
     assert result.exit_code == 2, result.output
