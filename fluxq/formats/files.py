@@ -23,6 +23,8 @@ import torch
 from fluxq.errors import WrongRequest
 
 MAX_HEADER_BYTES = 32 << 20  # real headers are below 1 MB; embedded preview pictures add a few more
+MAX_TENSORS = 1 << 16  # real files have up to a few thousand
+MAX_HEADER_ITEMS = 16 * MAX_TENSORS  # commas and brackets: 8 a tensor, the rest for metadata that is JSON in itself
 MAX_DIMENSIONS = 8
 
 # In the order in which the safetensors library ranks them; a file stores the tensors of the last of these first.
@@ -289,12 +291,16 @@ def _read_header(path: Path) -> tuple[int, int, dict]:
             text = file.read(length)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if sum(map(text.count, b",[{")) > MAX_HEADER_ITEMS:  # each would take 60 bytes and more
+        _refuse_header(path, f"it lists more than {MAX_HEADER_ITEMS:,} things")
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         _refuse_header(path, printable(str(error)))
     if not isinstance(header, dict):
         _refuse_header(path, f"it is a JSON {type(header).__name__}, not an object")
+    if len(header) > MAX_TENSORS:
+        _refuse_header(path, f"it lists {len(header):,} tensors, the most that are read is {MAX_TENSORS:,}")
     return size, 8 + length, header
 
 

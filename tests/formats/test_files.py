@@ -272,6 +272,30 @@ def test_spans_are_read_alone_in_the_order_asked(tmp_path):
         checkpoint.get("cube", 2, 6)
 
 
+BOMBS = {
+    "lists": (b'{"x":[' + b"[]," * (8 << 20) + b"0]}", "lists more than 1,048,576 things"),
+    "objects": (b'{"x":[' + b"{}," * (8 << 20) + b"0]}", "lists more than 1,048,576 things"),
+    "numbers": (b'{"x":[' + b"1000," * (5 << 20) + b"0]}", "lists more than 1,048,576 things"),
+    "text": (json.dumps({"__metadata__": {"x": "[]," * (8 << 20)}}).encode(), "lists more than 1,048,576 things"),
+    "tensors": (
+        b"{%s}" % b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(65_537)),
+        "lists 65,537 tensors, the most that are read is 65,536",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_header_that_unpacks_to_much_more_is_refused_in_little_memory(tmp_path, bomb):
+    text, sentence = BOMBS[bomb]
+    (path := tmp_path / "x.safetensors").write_bytes(packed(text))
+    tracemalloc.start()
+    with pytest.raises(WrongRequest, match=sentence):
+        Checkpoint(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80 << 20  # the text itself, up to 32 MiB, and its items
+
+
 def test_header_with_the_pickle_magic_for_its_length_is_read(tmp_path):
     path = tmp_path / "x.safetensors"
     for magic in (b"\x80\x02", b"BM", b"<\0"):
