@@ -260,9 +260,9 @@ class QuantizedFile:
             raise WrongRequest(f"{path} was not written by fluxq quantize; give it a model file to quantise first")
         try:
             return cls._checked(path, checkpoint, json.loads(checkpoint.metadata["fluxq"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, WrongRequest):
-                raise
+        except WrongRequest:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise WrongRequest(f"{path} has a damaged header of fluxq's ({error}); quantise it anew") from error
 
     @classmethod
@@ -270,16 +270,23 @@ class QuantizedFile:
         """Raises ValueError and the like where the layout is not the one that this config and format have."""
         if about["version"] != LAYOUT_VERSION:
             raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantise it anew")
-        config = FluxConfig(**{**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])})
+        sizes = {**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])}
+        if any(isinstance(size, float) for name, size in sizes.items() if name != "mlp_ratio"):
+            raise ValueError("its config has fractions for sizes")
+        config = FluxConfig(**sizes)
         units = {
-            unit: [Place(name, DTYPES[dtype], tuple(shape), start) for name, dtype, shape, start in places]
+            unit: [
+                Place(name, DTYPES[dtype], tuple(map(int, shape)), int(start)) for name, dtype, shape, start in places
+            ]
             for unit, places in about["layout"].items()
         }
-        if not isinstance(about["source"], dict):
+        if not isinstance(about["source"], dict) or not isinstance(about["source"].get("fingerprint", ""), str):
             raise ValueError("it does not say what it was made from")
         names = [place.name for places in units.values() for place in places]
         if len(units) == 0 or len(set(names)) != len(names):
             raise ValueError("its layout names a tensor twice")
+        if config.depth + config.depth_single_blocks > len(units):  # before as many are listed
+            raise ValueError("its units are not those of its config")
         expected = layout(dict(flux_shapes(config)), about["format"])
         if expected.keys() != units.keys():
             raise ValueError("its units are not those of its config")

@@ -258,7 +258,13 @@ def test_the_file_is_a_safetensors_file_like_any_other(source, tmp_path):
         lambda about: about["layout"]["single_blocks.0"].pop(),
         lambda about: about["layout"]["single_blocks.0"][0].__setitem__(3, 1 << 40),
         lambda about: about["layout"]["single_blocks.0"][1].__setitem__(3, 0),
+        lambda about: about["layout"]["single_blocks.0"][0].__setitem__(3, "x"),
         lambda about: about["config"].update(depth=7),
+        lambda about: about["config"].update(depth=10**12),
+        lambda about: about["config"].update(depth_single_blocks=2.0),
+        lambda about: about["config"].update(num_heads=0),
+        lambda about: about["config"].update(mlp_ratio=float("inf")),
+        lambda about: about.update(source={"fingerprint": []}),
         lambda about: about.update(format="fp2"),
         lambda about: about.update(source="somewhere"),
     ],
@@ -272,6 +278,13 @@ def test_a_lying_header_is_refused(damage, source, tmp_path):
     write_safetensors(path, {unit: checkpoint.get(unit) for unit in checkpoint.keys()}, {"fluxq": json.dumps(about)})
     with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantise it anew"):
         QuantizedFile.open(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
+def test_a_header_without_a_layout_is_refused(text, tmp_path):
+    write_safetensors(tmp_path / "q.safetensors", {"x": torch.zeros(1)}, {"fluxq": text})
+    with pytest.raises(WrongRequest, match=r"q\.safetensors has a damaged header of fluxq's .*quantise it anew"):
+        QuantizedFile.open(tmp_path / "q.safetensors")
 
 
 def test_a_damaged_file_in_the_cache_is_made_anew(source, tmp_path, monkeypatch):
