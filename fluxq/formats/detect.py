@@ -122,6 +122,8 @@ def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
     head_dim = _shape(own, "double_blocks.0.img_attn.norm.query_norm.scale", 1, source)[0]
     if head_dim % 32 or hidden % head_dim:
         refuse(source, f"has heads of {head_dim} in a width of {hidden}", "the head's width must be a multiple of 32")
+    if not any(name.startswith("single_blocks.") for name in own):
+        refuse(source, "lacks all of its single_blocks", "download it again")
     return FluxConfig(
         in_channels=in_channels,
         out_channels=out_channels,
@@ -222,8 +224,12 @@ def clip_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, An
 
 
 def t5_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
-    """T5's encoder names, each with the key in `source`; the embedding once, as `shared.weight`."""
+    """T5's encoder names, each with the key in `source`; the embedding once, as `shared.weight`.
+
+    ComfyUI's CLIPSave leaves a `logit_scale` beside it, which is none of T5's.
+    """
     found = _without_prefix(keys, T5, source)
+    found.pop("logit_scale", None)
     tied = found.pop("encoder.embed_tokens.weight", None)
     return found if tied is None else {"shared.weight": tied} | found
 

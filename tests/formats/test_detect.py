@@ -160,6 +160,10 @@ FOREIGN = {
         {f"model.{name}": shape for name, shape in DEV.items()} | {"x.y": (1,)},
         "beside it: 1 unexpected (x.y)",
     ),
+    "no singles": (
+        {name: shape for name, shape in DEV.items() if not name.startswith("single_")},
+        "lacks all of its single_blocks; download it again",
+    ),
     "headless": (
         without(DEV, "double_blocks.0.img_attn.norm.query_norm.scale"),
         "lacks the tensor double_blocks.0.img_",
@@ -250,6 +254,7 @@ def test_t5_is_read_with_either_name_of_its_embedding(tmp_path, prefix, embeddin
         if not name.endswith(("shared.weight", "embed_tokens.weight"))
     }
     tensors |= {f"{prefix}{name}.weight": original.shared.weight.detach() for name in embeddings}
+    tensors |= {"logit_scale": torch.tensor(4.6)}  # ComfyUI's CLIPSave writes it beside
     read = loaded(tmp_path, tensors, t5_keys, lambda shapes: T5EncoderModel(T5Config(**t5_config(shapes))))
     ids = torch.randint(1, 40, (2, 50))
     assert torch.equal(original(ids).last_hidden_state, read(ids).last_hidden_state)
