@@ -315,6 +315,7 @@ def test_missing_shards_and_shards_that_disagree_are_named(tmp_path):
     ("index", "sentence"),
     [
         ("{", "is no valid JSON"),
+        (" " * (17 << 20), "has 17,825,792 bytes, the most that are read is 16,777,216"),
         ("[]", "is a JSON list, not an object"),
         ("{}", "has no weight_map"),
         (
