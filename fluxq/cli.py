@@ -101,6 +101,14 @@ class Commands(click.Group):
                 err=True,
             )
             ctx.exit(1)
+        except OSError as error:  # a file or folder that is locked, closed to us, too long a name, on a drive that went
+            if error.filename is None:
+                raise
+            click.echo(
+                f"error: {error.filename} cannot be used ({error.strerror}); check the path and its permissions",
+                err=True,
+            )
+            ctx.exit(2)
         except KeyboardInterrupt as stop:
             click.echo(f"stopped{': ' if str(stop) else ''}{stop}", err=True)
             ctx.exit(130)

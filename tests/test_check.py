@@ -392,6 +392,32 @@ def test_a_bad_file_costs_one_sentence(tmp_path, what, command):
     assert [file.name for file in tmp_path.iterdir()] == [path.name]
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="POSIX")
+def test_a_pipe_is_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.safetensors")
+    result = CliRunner().invoke(main, ["check", str(tmp_path / "pipe.safetensors")])
+    assert result.exit_code == 2 and "does not exist" in result.stderr
+
+
+@pytest.mark.parametrize("command", ["check", "quantize", "train --flux"])
+def test_a_path_that_the_system_refuses_is_one_sentence(command, tmp_path, monkeypatch):
+    """As for a file in a folder that is closed to us, or on a drive that went."""
+
+    def closed(path, *args, **options):
+        if "closed" in str(path):
+            raise PermissionError(13, "Permission denied", str(path))
+        return stat(path, *args, **options)
+
+    stat = os.stat
+    monkeypatch.setattr(os, "stat", closed)
+    others = ["--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL]
+    more = {"check": [], "quantize": [tmp_path / "new"], "train --flux": others}[command]
+    for path, sentence in ((tmp_path / "closed", "(Permission denied); check"), (tmp_path / ("n" * 300), "n")):
+        result = CliRunner().invoke(main, [*command.split(), str(path), *map(str, more)])
+        assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.exception
+        assert sentence in result.stderr and len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
+
+
 @pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is GGUF of version"), (None, "does not exist")])
 def test_what_is_no_safetensors_file_is_one_sentence(tmp_path, content, sentence):
     if content:
