@@ -21,7 +21,7 @@ from fluxq.errors import WrongRequest
 
 SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
 
-OF_A_STEP = ("--policy", "--ram")
+OF_A_STEP = ("--policy", "--ram", "--offload")
 OF_STREAMING = ("--resident-units", "--blocks-to-swap", "--slots")
 DRAWING = {"--sample-steps": "--steps", "--sample-seed": "--seed", "--sample-every": "", **dict.fromkeys(OF_A_STEP, "")}
 
