@@ -257,7 +257,7 @@ def check(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Tell what FILE is, or whether a run on FOLDERS could start: which file serves which part, and what is missing.
+    """Tell what a model FILE, or a folder of them, is, or whether a run on FOLDERS could start: which file serves which part, and what is missing.
 
     Nothing is loaded, fetched or written. Exit code 0: a run could start, 2: not, and why.
     """
