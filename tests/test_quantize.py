@@ -6,6 +6,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from fluxq import nano
 from fluxq.cli import main
@@ -67,6 +68,18 @@ def test_training_quantises_once_and_says_what_room_that_takes(tmp_path, monkeyp
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
+@pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
+@pytest.mark.parametrize("name", ["single_blocks.1.linear1.weight", "img_in.weight", "double_blocks.0.txt_mlp.2.bias"])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, format, name, number):
+    tensors = load_file(nano.FLUX)
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, tmp_path / "spoilt.safetensors")
+    result = run("quantize", tmp_path / "spoilt.safetensors", tmp_path / "x.safetensors", "--format", format)
+    assert result.exit_code == 2 and f"holds numbers that are not finite in {name}; it is spoilt" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -74,14 +87,17 @@ def test_training_quantises_once_and_says_what_room_that_takes(tmp_path, monkeyp
         (["{tmp}/absent.safetensors", "{tmp}/x.safetensors"], "absent.safetensors"),
         (["{flux}", "{tmp}/there.safetensors"], "there.safetensors exists"),
         (["{flux}", "{flux}", "--overwrite"], "is a folder or the source itself"),
-        (["{flux}", "{tmp}", "--overwrite"], "is a folder or the source itself"),
+        (["{flux}", "{tmp}/a.safetensors", "--overwrite"], "is a folder or the source itself"),
+        (["{flux}", "{tmp}/x.ckpt"], "x.ckpt would be a safetensors file; name it so, x.safetensors"),
+        (["{flux}", "{tmp}", "--overwrite"], "would be a safetensors file"),
     ],
 )
 def test_wrong_requests_write_nothing(arguments, sentence, tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"mine")
+    (tmp_path / "a.safetensors").mkdir()
     names = {"ae": nano.AE, "flux": nano.FLUX, "tmp": tmp_path}
     result = run("quantize", *(a.format(**names) for a in arguments))
     assert result.exit_code == 2
     assert sentence in result.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["there.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "there.safetensors"]
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"

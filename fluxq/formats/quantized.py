@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import DIFFUSERS_FLUX, kind
-from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, atomic_path
+from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, atomic_path, refuse
 from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.shards import open_file
 from fluxq.formats.source import Source
@@ -57,7 +57,7 @@ def write_quantized(
 
     `about` is JSON that goes into the metadata; progress is told (bytes read, of all); `inspect` sees every matrix,
     or each band of it, and what that became. Raises WrongRequest, before anything is read, where the disk has too
-    little room.
+    little room, and for numbers that are not finite.
     """
     units = layout(source.shapes, format)
     description = {
@@ -87,6 +87,9 @@ def write_quantized(
                     weight = next(bands).to(device)
                     for target, made in zip(targets, _quantized(name, weight, own, inspect), strict=True):
                         target[rows.start : rows.stop].copy_(made)
+                for target in targets:  # of a matrix the scales tell
+                    if target.dtype in (torch.float32, torch.bfloat16) and not target.isfinite().all():
+                        refuse(source.path, f"holds numbers that are not finite in {name}", "it is spoilt: use another")
                 done += source.sizes[name]
                 progress(done, source.nbytes)
             file.write(buffer.numpy().data)
