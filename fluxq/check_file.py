@@ -14,6 +14,7 @@ from fluxq.formats import detect
 from fluxq.formats.lora_file import LoraFile
 from fluxq.formats.quantized import QuantizedFile, stored_bytes
 from fluxq.formats.shards import FOLDERS, Shards, units
+from fluxq.formats.sizes import variant
 from fluxq.formats.source import OPENERS, Source
 from fluxq.kernels import FORMATS
 from fluxq.model.config import FluxConfig
@@ -147,7 +148,7 @@ def _sizes(config: Any) -> str:
     """The sizes of one of the four models, for people."""
     if isinstance(config, FluxConfig):
         blocks = f"{config.depth} + {config.depth_single_blocks} blocks"
-        return f"{detect.variant(config)}, {blocks}, {config.hidden_size} wide"
+        return f"{variant(config)}, {blocks}, {config.hidden_size} wide"
     if isinstance(config, dict):
         layers = config.get("num_hidden_layers") or config.get("num_layers")
         return f"{layers} layers, {config.get('hidden_size') or config.get('d_model')} wide"

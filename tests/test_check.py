@@ -19,9 +19,9 @@ from PIL import Image
 from fluxq import check as checks
 from fluxq import nano
 from fluxq.cli import main
-from fluxq.formats.detect import flux_shapes
 from fluxq.formats.load import load_flux
 from fluxq.formats.quantized import stored_bytes
+from fluxq.formats.shapes import flux_shapes
 from fluxq.hub import NotFetched
 from fluxq.machine import Card, Machine
 from fluxq.model import FluxConfig

@@ -59,7 +59,10 @@ def test_a_lora_is_described_with_its_uses(tmp_path):
 
 
 LORAS = {
-    "SDXL": ({"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight": (4, 640)}, "is a LoRA of another model, Stable Diff"),
+    "SDXL": (
+        {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight": (4, 640)},
+        "is a LoRA of another model, Stable Diff",
+    ),
     "FLUX.2": (
         {f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{half}.weight": s for half, s in
          (("A", (4, 6144)), ("B", (18432, 4)))},
@@ -242,7 +245,7 @@ def test_a_path_that_the_system_refuses_is_one_sentence(command, tmp_path, monke
     stat = os.stat
     monkeypatch.setattr(os, "stat", closed)
     others = ["--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL]
-    more = {"check": [], "quantize": [tmp_path / "new"], "train --flux": others}[command]
+    more = {"check": [], "quantize": [tmp_path / "new.safetensors"], "train --flux": others}[command]
     for path, sentence in ((tmp_path / "closed", "(Permission denied); check"), (tmp_path / ("n" * 300), "n")):
         result = CliRunner().invoke(main, [*command.split(), str(path), *map(str, more)])
         assert result.exit_code == 2 and isinstance(result.exception, SystemExit), result.exception

@@ -12,11 +12,11 @@ import pytest
 import torch
 from helpers import relative_error
 
-from fluxq.formats.detect import flux_shapes
 from fluxq.formats.keys import to_diffusers
 from fluxq.formats.lora import load_lora
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_write import save_lora
+from fluxq.formats.shapes import flux_shapes
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.sample import attach

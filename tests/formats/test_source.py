@@ -16,9 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fluxq import nano
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, flux_shapes
+from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5
 from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.formats.load import load_autoencoder, load_flux
+from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import OPENERS, open_autoencoder, open_clip, open_flux, open_t5
 from fluxq.formats.weights import StoredWeights
 from fluxq.kernels import RowScaled
