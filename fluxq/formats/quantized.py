@@ -27,8 +27,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.detect import DIFFUSERS_FLUX, kind
-from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, atomic_path, refuse
+from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
 from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.shards import open_file
 from fluxq.formats.source import Source

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fluxq.errors import WrongRequest
 from fluxq.formats import files
-from fluxq.formats.files import DTYPES, Checkpoint, atomic_path, strict_load, write_safetensors
+from fluxq.formats.files import DTYPES, Checkpoint, strict_load, write_safetensors
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -79,28 +79,6 @@ def test_equal_tensors_give_equal_files(tmp_path):
 # --- writing ---
 
 
-def test_atomic_path_keeps_the_suffix_and_makes_folders(tmp_path):
-    with atomic_path(tmp_path / "new" / "folder" / "loss.png") as temporary:
-        assert temporary.suffix == ".png" and temporary.parent == tmp_path / "new" / "folder"
-        temporary.write_text("new")
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["loss.png"]
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_interrupted_write_keeps_the_old_file(tmp_path, interruption):
-    path = tmp_path / "x.json"
-    path.write_text("old")
-
-    def write_half():
-        with atomic_path(path) as temporary:
-            temporary.write_text("ne")
-            raise interruption
-
-    with pytest.raises(interruption):
-        write_half()
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
-
-
 def test_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
@@ -150,13 +128,6 @@ def test_unwritable_place_is_a_clear_sentence(tmp_path):
     with pytest.raises(WrongRequest, match=r"taken\.safetensors cannot be written"):
         write_safetensors(tmp_path / "taken.safetensors", {})
     assert sorted(os.listdir(tmp_path)) == ["file", "taken.safetensors"]
-
-
-def test_error_about_another_file_stays_what_it_is(tmp_path):
-    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "x"):
-        Path("/nowhere/elsewhere").read_bytes()
-    with pytest.raises(TimeoutError), atomic_path(tmp_path / "x"):
-        raise TimeoutError("a server")
 
 
 # --- reading what is damaged ---
