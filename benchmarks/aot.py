@@ -27,7 +27,8 @@ from typing import Any
 ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent))
 
-from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES  # noqa: E402  (as a script it has no parent)
+from benchmarks.accesses import widths  # noqa: E402  (as a script it has no parent)
+from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES  # noqa: E402
 from fluxq.kernels.triton.shipped import SHARED_KIB  # noqa: E402
 
 CARDS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
@@ -50,10 +51,11 @@ class Case:
     """A kernel at the tile sizes in use, and what is expected of its compilation.
 
     types: each argument's Triton type ("*bf16", "i32", "fp32"); `constants`: the constexpr arguments. Pointers and the
-    integers named in `aligned` are multiples of 16. `dots`: the products in the code, each as often as it stands there.
-    `vector`: the least share of its loads and stores of global memory that move 128 bits at a time, counted as they
-    stand in the code (a row's scale counts as much as a row's numbers); 0 where it is not memory-bound. `permutes`: the
-    most byte permutes (PRMT) there may be.
+    integers named in `aligned` are multiples of 16. `registers`: the most that the compiler is told to use (maxnreg).
+    `dots`: the products in the code, each as often as it stands there; where there is one, the assembler may unroll the
+    loop around it. `narrow`: where the kernel waits for memory, the pointers through which it may move fewer than 128
+    bits at a time, since what lies there is a few numbers of each row or block; through every other pointer each access
+    is of 128. None: it does not wait for memory. `permutes`: the most byte permutes (PRMT) there may be.
     """
 
     name: str
@@ -62,10 +64,11 @@ class Case:
     constants: Mapping[str, Any] = field(default_factory=dict)
     warps: int = 4
     stages: int = 3
+    registers: int | None = None
     aligned: tuple[str, ...] = ()
     capabilities: tuple[int, ...] = CAPABILITIES
     dots: tuple[Product, ...] = ()
-    vector: float = 0.0
+    narrow: tuple[str, ...] | None = None
     permutes: int | None = None
 
 
@@ -81,6 +84,7 @@ class Report:
     stack: int
     shared: int
     opcodes: dict[str, int]
+    widths: dict[str, list[int]]
     occupancy: float
     broken: list[str] = field(default_factory=list)
 
@@ -99,7 +103,7 @@ def compile_case(case: Case, capability: int) -> Report:
         constexprs={(names.index(n),): v for n, v in case.constants.items()},
         attrs={i: [["tt.divisibility", 16]] for i in divisible},
     )
-    options = {"num_warps": case.warps, "num_stages": case.stages}
+    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
     compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
     usage, opcodes = read_cubin(compiled.asm["cubin"])
     shared = compiled.metadata.shared
@@ -112,9 +116,15 @@ def compile_case(case: Case, capability: int) -> Report:
         usage["STACK"],
         shared,
         dict(sorted(opcodes.items())),
+        {
+            n: sorted(bits)
+            for n, bits in widths(compiled.asm["llir"], [n for n in names if n not in case.constants]).items()
+        },
         occupancy(capability, case.warps, usage["REG"], shared),
     )
-    report.broken = broken_promises(case, report)
+    unknown = {p.name for p in case.kernel.params if p.do_not_specialize}.intersection(case.aligned)
+    report.broken = [f"{name} is aligned, but not specialised" for name in sorted(unknown)]
+    report.broken += broken_promises(case, report)
     return report
 
 
@@ -150,11 +160,12 @@ def broken_promises(case: Case, report: Report) -> list[str]:
         broken.append(f"{report.registers} registers")
     if report.shared > SHARED_KIB[report.capability] * 1024:
         broken.append(f"{report.shared / 1024:.0f} KiB of shared memory, {SHARED_KIB[report.capability]} at most")
-    (wide_loads, loads), (wide_stores, stores) = accesses(report.opcodes)
-    if wide_loads + wide_stores < case.vector * (loads + stores):
-        broken.append(f"{wide_loads} of {loads} loads and {wide_stores} of {stores} stores move 128 bits")
+    if case.narrow is not None:
+        too_narrow = {n: bits for n, bits in report.widths.items() if bits != [128] and n not in case.narrow}
+        broken += [f"{'- and '.join(map(str, bits))}-bit accesses through {n}" for n, bits in too_narrow.items()]
     for opcode, wanted in expected_products(case.dots, report.capability, case.warps).items():
-        if count(opcode) != wanted:
+        unrolled = len(case.dots) == 1 and count(opcode) and count(opcode) % wanted == 0
+        if count(opcode) != wanted and not unrolled:
             broken.append(f"{count(opcode)} {opcode}, not {wanted}")
     if case.permutes is not None and count("PRMT") > case.permutes:
         broken.append(f"{count('PRMT')} PRMT, {case.permutes} at most")
@@ -211,16 +222,17 @@ def table(reports: Sequence[Report]) -> str:
         "occupancy is predicted from them. `make aot` writes this page.",
         "",
         "| kernel | card | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores of all "
-        "| PRMT | occupancy (predicted) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| bits of narrower ones | PRMT | occupancy (predicted) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in reports:
         count = total(r.opcodes)
         products = ", ".join(f"{n} {name}" for name, n in r.opcodes.items() if "MMA" in name) or "-"
         wide = ", ".join(f"{wide} of {number}" for wide, number in accesses(r.opcodes))
+        narrow = ", ".join(f"{n.removesuffix('_ptr')} {bits[0]}" for n, bits in r.widths.items() if bits[0] < 128)
         lines.append(
             f"| {r.case} | sm_{r.capability} ({CARDS[r.capability]}) | {r.warps} | {r.stages} | {r.registers} "
-            f"| {r.shared / 1024:.1f} | {products} | {wide} | {count('PRMT')} | {r.occupancy:.0%} |"
+            f"| {r.shared / 1024:.1f} | {products} | {wide} | {narrow or '-'} | {count('PRMT')} | {r.occupancy:.0%} |"
         )
     return "\n".join(lines) + "\n"
 

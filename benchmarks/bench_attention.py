@@ -18,11 +18,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.memory_bound import DEVICE, HEADS, TOKENS, flush, random, synchronize
+from benchmarks.pytest_cases import CARD, SIZES, TOKENS, run
 from fluxq.kernels import attention
 
-CARD = DEVICE.type == "cuda"
-ROUNDS = 30 if CARD else 3
 WIDTH = 128
 TEXT = 512
 SOME = slice(7, 7 + 32)
@@ -32,9 +30,9 @@ SOME = slice(7, 7 + 32)
 def operands(tokens: int, masked: bool) -> tuple[list[Tensor], Tensor | None]:
     """q, k, v and the gradient of the output, (B, H, L, D); and which keys (B, L) there are."""
     torch.manual_seed(0)
-    batch, heads = 1 + masked, HEADS if CARD else 2
-    given = [random(batch, tokens, heads, WIDTH).transpose(1, 2) for _ in range(4)]
-    there = torch.arange(tokens, device=DEVICE) >= torch.tensor([[0], [TEXT // 2]], device=DEVICE)
+    batch, heads = 1 + masked, SIZES.heads if CARD else 2
+    given = [SIZES.randn(batch, tokens, heads, WIDTH).transpose(1, 2) for _ in range(4)]
+    there = torch.arange(tokens, device=SIZES.device) >= torch.tensor([[0], [TEXT // 2]], device=SIZES.device)
     return given, there if masked else None
 
 
@@ -64,13 +62,13 @@ def check(tokens: int, masked: bool) -> None:
     q.requires_grad_()
     exact = plain(q, k, v, mask)
     (dq,) = torch.autograd.grad(exact, q, dout.transpose(1, 2).flatten(2))
-    ours, theirs = (run(side, tokens, masked) for side in SIDES)
+    ours, theirs = (some(side, tokens, masked) for side in SIDES)
     for name, a, b, truth in zip(("output", "dq"), ours, theirs, (exact.detach(), dq), strict=True):
         allowed = 2 * (b.double() - truth).norm() + 2**-12 * truth.norm()
         assert (a.double() - truth).norm() <= allowed, name
 
 
-def run(side: str, tokens: int, masked: bool) -> tuple[Tensor, Tensor]:
+def some(side: str, tokens: int, masked: bool) -> tuple[Tensor, Tensor]:
     forward, backward = passes(side, tokens, masked)
     return forward().detach()[:, SOME], backward()[0][:, :, SOME]
 
@@ -83,7 +81,7 @@ def test_speed(benchmark, tokens, masked, direction, side):
     check(tokens, masked)
     call = passes(side, tokens, masked)[direction == "backward"]
     benchmark.group = f"attention {'masked ' if masked else ''}{direction}, {tokens}"
-    benchmark.pedantic(lambda: (call(), synchronize()), setup=flush, rounds=ROUNDS, warmup_rounds=2 if CARD else 1)
+    run(benchmark, call, 30)
     (q, *_), _ = operands(tokens, masked)
     products = 2 if direction == "forward" else 5  # of q k^T's size; backward works it out again
     benchmark.extra_info["tflop"] = products * 2 * q.shape[0] * q.shape[1] * tokens**2 * WIDTH / 1e12

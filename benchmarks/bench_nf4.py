@@ -3,22 +3,20 @@
     pytest benchmarks/bench_nf4.py
 
 The bytes are compared before anything is timed. `test_ratio` prints medians of alternating runs on the processor and
-their ratio; `test_shares` every way of decoding beside plain PyTorch and a copy of as many bytes, on a card if there is
-one.
+their ratio; `test_share_of_a_copy` quantiser and decoders beside plain PyTorch and a copy, on a card if there is one.
 """
 
 from __future__ import annotations
 
 import statistics
 import time
-from functools import lru_cache
 
 import pytest
 import torch
 
-from benchmarks.memory_bound import DEVICE, Step, print_shares, run
-from fluxq.kernels import dequantize, ops, quantize
-from fluxq.kernels.reference import NF4_LEVELS
+from benchmarks.pytest_cases import CARD, LAYERS, of_weights
+from fluxq.kernel_steps import STORAGE
+from fluxq.kernels import dequantize, quantize
 from fluxq.quiet import quiet_imports
 
 with quiet_imports():
@@ -74,40 +72,7 @@ def test_ratio(weight, capsys):
         )
 
 
-SHAPES = ((3072, 3072), (12288, 3072), (3072, 15360), (21504, 3072)) if DEVICE.type == "cuda" else ((3072, 3072),)
-DECODERS = ("decode", "decode transposed", "decode beside LoRA's columns")
-
-
-@lru_cache(maxsize=1)
-def decoding(shape: tuple[int, int]) -> dict[str, Step]:
-    """To bf16. Plain PyTorch looks levels up, multiplies in fp32 and rounds."""
-    rows, columns = shape
-    weight = quantize(torch.randn(shape, device=DEVICE) * 0.02, "nf4")
-    kernels, levels = ops(weight.codes), torch.tensor(NF4_LEVELS, device=DEVICE)
-    scratch = torch.zeros(rows, columns + 32, dtype=torch.bfloat16, device=DEVICE)
-
-    def ours(out: torch.Tensor | None = None, transposed: bool = False) -> tuple[torch.Tensor]:
-        return (kernels.dequantize(weight, torch.bfloat16, out, transposed=transposed),)
-
-    def plain() -> torch.Tensor:
-        codes = torch.stack([weight.codes >> 4, weight.codes & 15], -1).view(rows, columns)
-        return (levels[codes.int()].view(-1, 64) * weight.absmax.view(-1, 1)).bfloat16().view(rows, columns)
-
-    moved = rows * columns * (9 / 16 + 2)
-    return {
-        "decode": Step(ours, lambda: (plain(),), int(moved)),
-        "decode transposed": Step(lambda: ours(transposed=True), lambda: (plain().t().contiguous(),), int(moved)),
-        "decode beside LoRA's columns": Step(lambda: ours(scratch[:, :columns]), lambda: (plain(),), int(moved)),
-    }
-
-
-@pytest.mark.parametrize("side", ["ours", "plain"])
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("shape", SHAPES)
-def test_decoding(benchmark, shape, name, side):
-    run(benchmark, decoding(shape)[name], side)
-
-
-@pytest.mark.parametrize("shape", SHAPES)
-def test_shares(shape, capsys):
-    print_shares(decoding(shape), capsys)
+test_speed, test_share_of_a_copy = of_weights(
+    {name: make for name, make in STORAGE.items() if "nf4" in name and "bf16" in name},
+    list(LAYERS) if CARD else ["qkv"],
+)

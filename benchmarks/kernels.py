@@ -18,12 +18,12 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, parser, run_part
-from benchmarks.kernel_cases import eight_bits, errors, linear, steps, storage
+from benchmarks.kernel_cases import eight_bits, errors, linear, memory_bound
 from benchmarks.kernel_cases.setting import Setting
 from benchmarks.roofline import measure_ceilings
 
 TINY_ROWS = (136,)
-TOPICS = (steps, storage, linear, eight_bits, errors)
+TOPICS = (memory_bound, linear, eight_bits, errors)
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"formats"},
     {"data"},
     {"nano", "config", "flow", "optim", "state", "report", "hub"},
-    {"tuning", "timing", "random_model"},
+    {"tuning", "timing", "random_model", "kernel_steps"},
     {"models", "timed_step", "from_lora"},
     {"memory", "kernel_cases", "measured_row"},
     {"defaults"},

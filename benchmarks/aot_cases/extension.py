@@ -8,27 +8,33 @@ from benchmarks.aot import CAPABILITIES, Case
 from fluxq.kernels.triton import extension
 from fluxq.kernels.triton.table import SHIPPED
 
+KERNELS = {
+    "fill_room": (extension._fill_room, dict(out_ptr="*bf16", s_ptr="*bf16")),
+    "fill_tail": (extension._fill_tail, dict(out_ptr="*bf16", up_ptr="*fp32", bias_ptr="*bf16", scale="fp32")),
+}
 
-# Stores are wide; s and up, R numbers wide for any R, are read one by one: they are in the cache, or few.
-def case(card: int, op: str, kernel: Any, types: dict[str, str]) -> Case:
+
+def case(card: int, op: str, kernel: Any, types: dict[str, str], eights: bool) -> Case:
+    """For ranks that are multiples of eight, or for any: those rows begin anywhere and are read number by number."""
     tile = SHIPPED[op, card, "large"]
     numbers = {n: "i32" for n in kernel.arg_names if n not in types}
-    constants = dict(ROWS=tile.block_m, COLUMNS=tile.block_n)
+    constants = dict(EIGHTS=eights, ROWS=tile.block_m, COLUMNS=tile.block_n)
     return Case(
-        op, kernel, numbers | types, constants, tile.warps, tile.stages, ("out_stride", "width"), (card,), vector=0.1
+        op if eights else f"{op}_any_rank",
+        kernel,
+        numbers | types,
+        constants,
+        tile.warps,
+        tile.stages,
+        aligned=("out_stride", "width"),
+        capabilities=(card,),
+        narrow=("bias_ptr",) if eights else ("bias_ptr", "s_ptr", "up_ptr"),  # a bias has one number of a row
     )
 
 
 CASES = [
-    made
+    case(card, op, kernel, types, eights)
+    for op, (kernel, types) in KERNELS.items()
+    for eights in (True, False)
     for card in CAPABILITIES
-    for made in (
-        case(card, "fill_room", extension._fill_room, dict(out_ptr="*bf16", s_ptr="*bf16")),
-        case(
-            card,
-            "fill_tail",
-            extension._fill_tail,
-            dict(out_ptr="*bf16", up_ptr="*fp32", bias_ptr="*bf16", scale="fp32"),
-        ),
-    )
 ]

@@ -3,27 +3,35 @@
 from __future__ import annotations
 
 from benchmarks.aot import CAPABILITIES, Case, Product
-from benchmarks.aot_cases.matmul import FORMATS, WEIGHT, blocks
+from benchmarks.aot_cases.matmul import FEW, FORMATS, WEIGHT, blocks
 from fluxq.kernels.triton import few_rows
-from fluxq.kernels.triton.table import SHIPPED
+from fluxq.kernels.triton.table import SHIPPED, Choice
+
+
+def tile_of(format: str, card: int) -> Choice:
+    """bf16 takes the vendor's product and has no row for few; who asks for this path gets the tile of large inputs."""
+    op = f"lora_linear_backward_{FORMATS[format]}"
+    return SHIPPED.get((op, card, "few")) or SHIPPED[op, card, "large"]
 
 
 def shares(format: str, card: int, rows: int) -> Case:
-    # Numbers of 8 bits come 64 bits at a time at 16 rows, as the tensor cores want to read them; scales one by one.
-    tile = SHIPPED["lora_linear_backward_nf4", card, "few"]  # bf16 has no row of its own, but may be asked for
+    # Numbers of 8 bits go 64 bits at a time to where the tensor cores read them across rows.
+    tile = tile_of(format, card)
     absent = {name: None for name in ("scale_ptr", "absmax_ptr", "levels_ptr") if name not in WEIGHT[format]}
     numbers = dict.fromkeys(("M", "N", "K", "dy_stride", "w_stride", "absmax_stride"), "i32")
     return Case(
         name=f"few_rows_backward_{FORMATS[format]}_{rows}",
         kernel=few_rows._shares,
         types=dict(dy_ptr="*bf16", sums_ptr="*fp32") | WEIGHT[format] | numbers,
-        constants=blocks(tile) | absent | dict(FORM=format, SHARE=tile.chunk // tile.block_n, BLOCK_M=rows),
+        constants=blocks(tile)
+        | absent
+        | dict(FORM=format, SHARE=max(tile.chunk // tile.block_n, tile.block_k), BLOCK_M=rows),
         warps=tile.warps,
         stages=tile.stages,
         aligned=("N", "K", "dy_stride", "w_stride", "absmax_stride"),
         capabilities=(card,),
         dots=(Product(rows, tile.block_n, tile.block_k, "bf16"),),
-        vector={"nf4": 0.35, "float": 0.75}.get(format, 0.0),
+        narrow=FEW if format in ("nf4", "float") else (*FEW, "w_ptr"),
         permutes=64,
     )
 
@@ -39,11 +47,18 @@ def sum_shares(card: int) -> Case:
         dict(ROWS=tile.block_m, COLUMNS=tile.block_n),
         tile.warps,
         tile.stages,
-        ("K", "down_stride", "out_stride"),
-        (card,),
+        aligned=("K", "down_stride", "out_stride"),
+        capabilities=(card,),
         dots=(Product(tile.block_m, tile.block_n, 16, "bf16"),),
+        narrow=("ds_ptr",),  # R of a row for any R
     )
 
 
-CASES = [shares(format, card, rows) for format in FORMATS for rows in (16, 64) for card in CAPABILITIES]
+CASES = [
+    shares(format, card, rows)
+    for format in FORMATS
+    for rows in (16, 64)
+    for card in CAPABILITIES
+    if rows >= tile_of(format, card).block_m
+]
 CASES += [sum_shares(card) for card in CAPABILITIES]

@@ -12,6 +12,8 @@ from fluxq.kernels.triton.table import SHIPPED, Choice
 LINEAR = dict(x_ptr="*bf16", bias_ptr="*bf16", s_ptr="*bf16", up_ptr="*bf16", y_ptr="*bf16") | dict.fromkeys(
     ("M", "N", "K", "R", "x_stride", "w_stride", "absmax_stride", "s_stride", "up_stride"), "i32"
 )
+# One number of a row, or of a block of 64; R of a row for any R; NF4's table of 16.
+FEW = ("scale_ptr", "absmax_ptr", "levels_ptr", "bias_ptr", "s_ptr", "up_ptr")
 WEIGHT = {
     "float": dict(w_ptr="*bf16"),
     "fp8": dict(w_ptr="*u8", scale_ptr="*fp32"),
@@ -33,6 +35,7 @@ def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
         aligned=("N", "K", "x_stride", "w_stride", "absmax_stride"),
         capabilities=(card,),
         dots=(Product(m, n, choice.block_k, "bf16"), Product(m, n, 16, "bf16")),
+        narrow=FEW if shape == "few" else None,
         permutes=128,
     )
 

@@ -7,6 +7,7 @@ from importlib import import_module
 from typing import Any
 
 from benchmarks.aot import CAPABILITIES, Case, Product
+from fluxq.kernels.triton import eight_bits
 from fluxq.kernels.triton.table import SHIPPED
 
 # by their full names: the package gives the public functions the names of their modules
@@ -37,18 +38,12 @@ def case(name: str, kernel: Any, op: str, card: int, constants: Mapping[str, Any
         constants,
         tile.warps,
         tile.stages,
+        eight_bits.registers(tile.warps) if "INT8" in kernel.arg_names else None,
         aligned,
         (card,),
         dots,
-        vector=share_of_wide_accesses(name),
+        narrow=("row_scale_ptr", "rstd_ptr", "s_ptr"),  # one number of a row, of a head, R of a row for any R
     )
-
-
-def share_of_wide_accesses(name: str) -> float:
-    """What is not wide: a row's scale or 1 / rms, and with `down` s, and what 16 warps have of 16 rows at a time."""
-    if "down" in name:
-        return 0.78 if "modulate" in name else 0.37
-    return 0.82 if "qk" in name else 0.84 if "int8" in name or "fp8" in name else 1.0
 
 
 def modulates(card: int) -> list[Case]:
@@ -111,7 +106,7 @@ def gelus(card: int) -> list[Case]:
             for down, block_r in (("", 16), ("_down_r16", 16), ("_down", 64)):
                 if down and "rotated" in form:
                     continue
-                constants = INNER | dict(D=width, BLOCK_W=16384, BLOCK_D=4096 if width else 16)
+                constants = INNER | dict(D=width, BLOCK=16384)
                 constants |= dict(INT8="_int8" in form, ROTATION=256 if "rotated" in form else 0)
                 constants |= dict(BLOCK_R=block_r, PRECISION="ieee")
                 left_out = (*(() if down else ("down", "s")), *(() if beside else ("beside",)))

@@ -11,8 +11,8 @@ from fluxq.kernels.triton.stored import LARGEST
 from fluxq.kernels.triton.table import SHIPPED, Choice, shape_class
 
 TYPES = {"nf4": "*i32", "int8": "*u8", "fp8": "*u8", "bytes": "*u8", "bf16": "*bf16", "fp16": "*fp16", "fp32": "*fp32"}
-ROWS = {"nf4": 0.37, "int8": 0.66, "fp8": 0.66}  # of accesses that are wide; the rest: scales
-ROTATED_NF4 = 0.07  # to rotate, neighbours in a row lie in neighbouring threads, and each reads its blocks' scales
+# One number of a row, or of a block of 64; and tables of 16, a thread reading one.
+FEW = ("scale_ptr", "scales_ptr", "divisor_ptr", "absmax_ptr", "levels_ptr", "midpoints_ptr")
 CONVERSIONS = [
     *[(form, "bf16", transposed) for form in ("nf4", "int8", "fp8") for transposed in (False, True)],
     *[(form, to, True) for form in ("nf4", "bf16") for to in ("int8", "fp8")],
@@ -38,9 +38,6 @@ def plain(form: str) -> str:
 
 
 def conversion(card: int, form: str, to: str, transposed: bool, rotation: int = 0) -> Case:
-    # Levels, scales of NF4's blocks and most scales of rows are read 32 bits at a time.
-    vector = {"nf4": 0.28 if to in LARGEST else 0.35, "int8": 0.5}.get(form, 1.0)
-    vector = {"nf4": ROTATED_NF4}.get(form, 0.5) if rotation else vector
     divisor = {"divisor_ptr": "*fp32"} if to in LARGEST else {}
     types, constants = pointers(
         form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", absmax_stride="i32", out_stride="i32", **divisor
@@ -63,7 +60,7 @@ def conversion(card: int, form: str, to: str, transposed: bool, rotation: int = 
         },
         **launched(card, tile),
         aligned=("N", "K", "stride", "absmax_stride", "out_stride"),
-        vector=vector,
+        narrow=FEW,
         permutes=112,  # three for each of a thread's 32 numbers, and some to rotate
     )
 
@@ -92,7 +89,7 @@ def row_case(
         },
         **launched(card, tile),
         aligned=("K", "stride"),
-        vector=(ROTATED_NF4 if rotation and form == "nf4" else ROWS.get(form, 0.85)) if values else 0.0,
+        narrow=FEW,
         permutes=112 if rotation else 64,  # two for each of a thread's 32 numbers, rotated three
     )
 
@@ -112,7 +109,7 @@ def quantiser(card: int, dtype: str) -> Case:
         {"BLOCKS": tile.block_m},
         **launched(card, tile),
         aligned=("blocks",),
-        vector=0.7,  # the rest: midpoints, and scales of blocks
+        narrow=FEW,
     )
 
 
@@ -120,7 +117,7 @@ def rotate(card: int, dtype: str) -> Case:
     tile = SHIPPED["rotate", card, "large"]
     pointers = dict(x_ptr=TYPES[dtype], y_ptr=TYPES[dtype], blocks="i32")
     sizes = dict(BLOCK=256, NUMBERS=tile.block_n)
-    return Case(f"rotate {dtype}", _rotate, pointers, sizes, **launched(card, tile), vector=1.0)
+    return Case(f"rotate {dtype}", _rotate, pointers, sizes, **launched(card, tile), narrow=())
 
 
 def launched(card: int, tile: Choice) -> dict[str, Any]:

@@ -12,9 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case, Skip, target
-from benchmarks.kernel_cases.setting import LAYERS, Setting, nbytes, tensors, twice_rule
+from benchmarks.kernel_cases.setting import LAYERS, Setting, twice_rule
 from benchmarks.peers import peft_lora
 from benchmarks.roofline import predicted_ms
+from fluxq.kernel_steps import nbytes
 from fluxq.kernels import Activations, Weight, dequantize, lora_linear, quantize, wants
 from fluxq.timing import timed
 
@@ -88,7 +89,7 @@ def measure(s: Setting, layer: str, rows: int, format: str) -> dict[str, Any]:
     if theirs:
         targets.append(target("the faster of bitsandbytes + peft, over ours", ">= 1.3", min(theirs) / median["both"]))
     n, k = weight.shape
-    moved = nbytes(tensors([o.x, o.dy, o.dy, o.x])) + 2 * n * k * 4  # the decoded weight is written and read
+    moved = nbytes([o.x, o.dy, o.dy, o.x]) + 2 * n * k * 4  # the decoded weight is written and read
     operations = 4.0 * rows * n * k + 12.0 * rows * s.rank * (n + k) / 2
     return {
         **checked,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.roofline import Ceilings
-from fluxq.kernels import Activations, ops
+from fluxq.kernels import ops
 
 LAYERS = {"qkv": (3, 1), "proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4), "linear2": (1, 5)}
 """A block's layers as multiples of the width D: (N, K). A single block calls linear1 as qkv and as mlp.0."""
@@ -71,27 +71,3 @@ def twice_rule(ours: Sequence[Tensor], plain: Sequence[Tensor], exact: Sequence[
     ]
     fine = [row["ours"] <= 2 * row["plain"] + 1e-6 for row in rows]  # NaN is never fine
     return {"ok": all(fine), "errors": rows}
-
-
-def tensors(outputs: Any) -> list[Tensor]:
-    """Every tensor in an op's outputs, which may be nested, or None here and there."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    return [t for part in outputs if part is not None for t in tensors(part)]
-
-
-def comparable(outputs: Any, width: int) -> list[Tensor]:
-    """Every output as one matrix of numbers: the room behind rows cut off, 8-bit rows times their scales."""
-    if isinstance(outputs, Tensor):
-        return [outputs]
-    if isinstance(outputs, Activations):
-        found = [outputs.x[..., :width]]
-        if outputs.values is not None and outputs.scale is not None:
-            found.append(outputs.values.double() * outputs.scale.double()[:, None])
-        return found if outputs.s is None else [*found, outputs.s]
-    return [t for part in outputs if part is not None for t in comparable(part, width)]
-
-
-def nbytes(parts: Sequence[Tensor]) -> int:
-    """Bytes that reading or writing each of `parts` once moves; what is expanded has none of its own."""
-    return sum(t.numel() * t.element_size() for t in parts if t.numel() and 0 not in t.stride())

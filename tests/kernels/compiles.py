@@ -159,6 +159,7 @@ def steps(length: int, rank: int) -> dict[str, Callable[[], object]]:
     shift, scale, gate = bf16(1, 6 * K)[:, None].chunk(6, -1)[:3]
     eight = Wants(dtype=torch.int8, down=bf16(rank, K))
     both = Wants(dtype=torch.int8, down=bf16(rank, 5 * K))
+    rotated = Wants(dtype=torch.int8, rotation=256)
     streams = [(bf16(1, n, 3 * K), bf16(128), bf16(128)) for n in (TEXT, length - TEXT)]
     cos = torch.empty(1, 1, length, 64)
     q = bf16(1, length, HEADS, 128).transpose(1, 2)
@@ -167,6 +168,7 @@ def steps(length: int, rank: int) -> dict[str, Callable[[], object]]:
     return {
         "modulate": lambda: ops.modulate(x, shift, scale, Wants(room=room)),
         "modulate, 8 bits": lambda: ops.modulate(x, shift, scale, eight),
+        "modulate, rotated": lambda: ops.modulate(x, shift, scale, rotated),
         "modulate_backward": lambda: ops.modulate_backward(wide, x, scale, False),
         "gated_add": lambda: ops.gated_add(x, gate, x),
         "gated_add_backward": lambda: ops.gated_add_backward(x, gate, None),
@@ -178,6 +180,7 @@ def steps(length: int, rank: int) -> dict[str, Callable[[], object]]:
         "gelu_tanh": lambda: ops.gelu_tanh(h, None, Wants(room=room)),
         "gelu_tanh, beside": lambda: ops.gelu_tanh(h, x, Wants(room=room)),
         "gelu_tanh, 8 bits": lambda: ops.gelu_tanh(h, x, both),
+        "gelu_tanh, rotated": lambda: ops.gelu_tanh(h, x, rotated),
         "gelu_tanh_backward": lambda: ops.gelu_tanh_backward(dboth, h),
     }
 

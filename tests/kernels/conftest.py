@@ -1,4 +1,6 @@
-"""Where kernels are tested: on the card if there is one, else in Triton's interpreter, made right for bf16."""
+"""Where kernels are tested: on the card if there is one, else in Triton's interpreter, made right for bf16 and able to
+multiply in scaled blocks.
+"""
 
 from __future__ import annotations
 
@@ -20,6 +22,7 @@ def triton_ops(device):
     pytest.importorskip("triton")
     if device.type == "cpu":
         mend_interpreted_dot()
+        add_interpreted_dot_scaled()
     with backend("triton"):
         from fluxq.kernels import triton
 
@@ -58,3 +61,32 @@ def mend_interpreted_dot() -> None:
 
     create_dot.mended = True
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def add_interpreted_dot_scaled() -> None:
+    """Triton's interpreter has `tl.dot_scaled` from 3.8 on; here for e4m3 on both sides, each 32 numbers along K times
+    two to the power of their scale less 127, summed in fp32.
+    """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter.InterpreterBuilder, "create_dot_scaled"):
+        return
+    original = TritonSemantic.dot_scaled
+
+    def with_constant_formats(self, a, a_scale, a_format, b, b_scale, b_format, *rest):
+        a_format, b_format = tl.constexpr(a_format), tl.constexpr(b_format)  # as the compiler hands them on
+        return original(self, a, a_scale, a_format, b, b_scale, b_format, *rest)
+
+    def widened(handle, scale, axis):
+        numbers = torch.from_numpy(handle.data).view(torch.float8_e4m3fn).float().numpy()
+        powers = np.exp2(scale.data.astype(np.float32) - 127).repeat(32, axis=1)
+        return numbers * (powers if axis == 1 else powers.T)
+
+    def create_dot_scaled(self, a, a_scale, a_format, b, b_scale, b_format, fast_math, a_k_pack, b_k_pack, acc):
+        product = widened(a, a_scale, 1) @ widened(b, b_scale, 0)  # b is (K, N), its scales (N, K/32)
+        return interpreter.TensorHandle(product + acc.data, acc.dtype.scalar)
+
+    TritonSemantic.dot_scaled = with_constant_formats
+    interpreter.InterpreterBuilder.create_dot_scaled = create_dot_scaled

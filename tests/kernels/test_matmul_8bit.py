@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from helpers import relative_error
@@ -85,6 +87,24 @@ def test_rows_may_lie_apart(matmul_8bit, kind, device):
     expected = truth(a[:, :192], a_scale, b[:, :192], b_scale)
     y = matmul_8bit(a[:, :192], a_scale, b[:, :192], b_scale, torch.float32)
     assert relative_error(y, expected) < 2e-4
+
+
+@pytest.mark.parametrize("k", [192, 208])
+@pytest.mark.parametrize("dx", [False, True])
+def test_products_in_scaled_blocks_are_those_without(triton_ops, device, dx, k):
+    """Only RTX 50 and its like multiply so; every block's scale stands for 1."""
+    from fluxq.kernels.triton import table
+
+    if device.type == "cuda" and torch.cuda.get_device_capability(device) < (12, 0):
+        pytest.skip("this card has no products in scaled blocks")
+    a, a_scale, b, b_scale = factors(torch.float8_e4m3fn, device, k=k)
+    arguments = (a, a_scale, b, None if dx else b_scale, torch.float32)
+    arguments += (torch.randn(33, 5, device=device), torch.randn(97, 5, device=device))
+    scaled = replace(table.choose("matmul_fp8", device), path="scaled")
+    with table.using("matmul_fp8", scaled):
+        y = triton_ops.matmul_8bit(*arguments)
+    assert relative_error(y, truth(*arguments[:4], *arguments[5:])) < 2e-4
+    torch.testing.assert_close(y, triton_ops.matmul_8bit(*arguments), rtol=1e-5, atol=1e-5 * float(y.abs().max()))
 
 
 @pytest.mark.parametrize("compute", ["int8_dx", "fp8_dx"])

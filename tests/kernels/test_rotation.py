@@ -188,6 +188,8 @@ def test_a_block_across_two_inputs_is_right_too(device):
     h, beside, down = (torch.randn(*s, device=device) for s in ((1, 70, 192), (1, 70, 64), (5, 256)))
     weight, up = stored("int8", (33, 256), device), torch.randn(33, 5, device=device)
     given = gelu_tanh(h, beside, wants("int8", down, h, 256))
+    assert given.values is not None and given.scale is not None
+    assert_rounded(given.values, given.scale, rotate(given.x.flatten(0, 1).double(), 256))
     y = lora_linear(given, weight, None, down, up, 0.7, "int8", rotation=256)
     x = given.x.double()
     exact = x @ dequantize(weight, torch.float32).double().t() + 0.7 * (x @ down.double().t()) @ up.double().t()

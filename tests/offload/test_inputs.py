@@ -14,8 +14,8 @@ from torch import Tensor
 from fluxq.offload import HostInputs, Immediate, Late
 from fluxq.offload.arena import Arena
 from fluxq.offload.clock import Event, Lane
+from fluxq.offload.costs import BUFFERS
 from fluxq.offload.inputs import INPUTS, PinnedBuffers, inputs_for
-from fluxq.offload.simulate import BUFFERS
 
 CPU = torch.device("cpu")
 

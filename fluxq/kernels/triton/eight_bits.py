@@ -40,6 +40,13 @@ def down_and_block(wants: Wants, like: Tensor) -> tuple[Tensor | None, int]:
     return wants.down.to(like.dtype).contiguous(), 16 if wants.down.shape[0] <= 16 else 64
 
 
+def registers(warps: int) -> int:
+    """The most that a thread may have if two programs are to run on a multiprocessor at a time, so that one works while
+    the other waits for memory. Left alone, the compiler takes more than its work needs.
+    """
+    return min(65536 // (2 * 32 * warps), 255)
+
+
 @triton.jit
 def scale_of(largest, INT8: tl.constexpr):
     """The scale of a row whose largest magnitude is `largest`."""
@@ -54,35 +61,28 @@ def to_8_bits(y, scale, INT8: tl.constexpr):
 
 
 @triton.jit
-def to_8_bits_with_down(
-    y_ptr,  # (ROWS, K) what this program has written, rows y_l apart
-    values_ptr,  # (ROWS, K) out
-    scale_ptr,  # (ROWS,) fp32, which this program has written
+def multiply_by_down(
+    y_ptr,  # (ROWS, K) what this program has written
     down_ptr,  # (R, K)
     s_ptr,  # (ROWS, R) fp32 out
-    y_l,
     rows,  # how many of ROWS there are
     R,
     K: tl.constexpr,
     ROWS: tl.constexpr,
-    INT8: tl.constexpr,
     BLOCK_R: tl.constexpr,
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """The 8-bit values of a tile of rows, and s = y down^T; y comes back from the cache that it has just gone to."""
+    """s = y down^T for a tile of rows; y comes back from the cache that it has just gone to."""
     tl.debug_barrier()  # other threads of this program wrote what is read here
-    row = tl.arange(0, ROWS)
-    scale = tl.load(scale_ptr + row, mask=row < rows, other=1.0)
-    row, here = row[:, None], (row < rows)[:, None]
+    row = tl.arange(0, ROWS)[:, None]
+    here = row < rows
     for first in range(0, R, BLOCK_R):
         rank = first + tl.arange(0, BLOCK_R)
         s = tl.zeros([ROWS, BLOCK_R], tl.float32)
         for start in range(0, K, BLOCK_K):
             k = start + tl.arange(0, BLOCK_K)[None, :]
-            y = tl.load(y_ptr + row * y_l + k, mask=here & (k < K), other=0.0)
+            y = tl.load(y_ptr + row * K + k, mask=here & (k < K), other=0.0)
             down = tl.load(down_ptr + rank[:, None] * K + k, mask=(rank < R)[:, None] & (k < K), other=0.0)
             s = tl.dot(y, tl.trans(down), s, input_precision=PRECISION)
-            values = to_8_bits(y.to(tl.float32), scale, INT8)
-            tl.store(values_ptr + row * K + k, values, mask=here & (k < K) & (first == 0))
         tl.store(s_ptr + row * R + rank[None, :], s, mask=here & (rank < R)[None, :])

@@ -18,7 +18,7 @@ def fill_room(rows: Tensor, k: int, s: Tensor) -> None:
     tile, width, s = choose("fill_room", rows.device), rows.shape[1] - k, along_rows(s)
     _fill_room[triton.cdiv(len(rows), tile.block_m), triton.cdiv(width, tile.block_n)](
         rows[:, k:], s, len(rows), width, s.shape[1], rows.stride(0), s.stride(0),
-        ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+        EIGHTS=_by_eights(s), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
@@ -27,8 +27,19 @@ def fill_tail(out: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> Non
     tile, up = choose("fill_tail", out.device), along_rows(up)
     _fill_tail[triton.cdiv(len(out), tile.block_m), triton.cdiv(out.shape[1], tile.block_n)](
         out, up, bias, scale, *out.shape, up.shape[1], out.stride(0), up.stride(0),
-        ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+        EIGHTS=_by_eights(up), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
+
+
+def _by_eights(factor: Tensor) -> bool:
+    """Whether the rows of s or of `up` can be read eight numbers at a time, as those of common ranks can."""
+    return factor.shape[1] % 8 == 0 and factor.stride(0) % 8 == 0
+
+
+@triton.jit
+def _multiple(n, EIGHTS: tl.constexpr):
+    """n, which the compiler sees to be a multiple of eight where it is said to be one."""
+    return n // 8 * 8 if EIGHTS else n
 
 
 @triton.jit(do_not_specialize=["M", "R", "s_stride"])
@@ -40,11 +51,13 @@ def _fill_room(
     R,
     out_stride,
     s_stride,
+    EIGHTS: tl.constexpr,  # R and s_stride are multiples of eight
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    R, s_stride = _multiple(R, EIGHTS), _multiple(s_stride, EIGHTS)
     x = tl.load(s_ptr + row * s_stride + column, mask=(row < M) & (column < R), other=0.0).to(tl.float32)
     x = tl.where(column == R, 1.0, x)
     tl.store(out_ptr + row * out_stride + column, x.to(out_ptr.dtype.element_ty), mask=(row < M) & (column < width))
@@ -61,11 +74,13 @@ def _fill_tail(
     R,
     out_stride,
     up_stride,
+    EIGHTS: tl.constexpr,  # R and up_stride are multiples of eight
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
+    R, up_stride = _multiple(R, EIGHTS), _multiple(up_stride, EIGHTS)
     up = tl.load(up_ptr + row * up_stride + column, mask=(row < N) & (column < R), other=0.0).to(tl.float32)
     x = up * scale
     if bias_ptr is not None:

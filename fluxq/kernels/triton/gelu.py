@@ -16,7 +16,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
+from fluxq.kernels.triton.eight_bits import (
+    down_and_block,
+    multiply_by_down,
+    named,
+    outputs,
+    registers,
+    scale_of,
+    to_8_bits,
+)
 from fluxq.kernels.triton.layout import with_whole_rows
 from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.table import choose
@@ -26,8 +34,6 @@ def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
     """gelu(h), tanh's approximation, for the layer that `wants` it; with `beside` (B, L, D) to its left."""
     (batch, length, width), h = h.shape, with_whole_rows(h)
     beside, left = (None, 0) if beside is None else (with_whole_rows(beside), beside.shape[-1])
-    if wants.rotation and left % wants.rotation:
-        wants = Wants()  # a block would lie across both parts: the layer rotates what it is given
     made = outputs(h, left + width, wants)
     strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), made.x.stride(1))
     if made.values is None:
@@ -41,10 +47,11 @@ def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
     down, block_r = down_and_block(wants, h)
     tile = choose("gelu_tanh_8bit" if down is None else "gelu_tanh_8bit_down", h.device)
     _gelu_8_bits[triton.cdiv(length, tile.block_m), batch](
-        h, beside, made.x, made.values, made.scale, down, made.s, *strides, length, 0 if down is None else len(down),
-        W=width, D=left, BLOCK_W=triton.next_power_of_2(width), BLOCK_D=triton.next_power_of_2(max(left, 16)),
-        ROWS=tile.block_m, INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r,
-        BLOCK_K=tile.block_k, PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        h, beside, made.x, made.values, made.scale, down, made.s,
+        *strides[:4], length, 0 if down is None else len(down),
+        W=width, D=left, BLOCK=triton.next_power_of_2(left + width), ROWS=tile.block_m,
+        INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
     return named(made, wants)
 
@@ -103,7 +110,7 @@ def _gelu(
 def _gelu_8_bits(
     h_ptr,  # (B, L, W)
     beside_ptr,  # (B, L, D), or None
-    y_ptr,  # (B, L, D + W) out, rows y_l apart
+    y_ptr,  # (B, L, D + W) out
     values_ptr,  # (B L, D + W) out: bytes of int8 or e4m3
     row_scale_ptr,  # (B L,) fp32 out
     down_ptr,  # (R, D + W), or None
@@ -112,13 +119,11 @@ def _gelu_8_bits(
     h_l,
     beside_b,
     beside_l,
-    y_l,
     L,
     R,
     W: tl.constexpr,
     D: tl.constexpr,
-    BLOCK_W: tl.constexpr,
-    BLOCK_D: tl.constexpr,
+    BLOCK: tl.constexpr,  # D + W at least
     ROWS: tl.constexpr,
     INT8: tl.constexpr,
     ROTATION: tl.constexpr,  # the block of 8-bit rows, or 0
@@ -127,35 +132,27 @@ def _gelu_8_bits(
     PRECISION: tl.constexpr,
 ):
     first, b = tl.program_id(0) * ROWS, tl.program_id(1).to(tl.int64)
-    column, left = tl.arange(0, BLOCK_W)[None, :], tl.arange(0, BLOCK_D)[None, :]
-    for step in range(ROWS):
-        token = first + step + tl.arange(0, 1)
-        row, m = token.to(tl.int64)[:, None], (b * L + token)[:, None]
-        mask, left_mask = (token < L)[:, None] & (column < W), (token < L)[:, None] & (left < D)
-        h = tl.load(h_ptr + b * h_b + row * h_l + column, mask=mask, other=0.0).to(tl.float32)
-        rounded = (h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty)
-        tl.store(y_ptr + m * y_l + D + column, rounded, mask=mask)
+    column = tl.arange(0, BLOCK)[None, :]
+    left, inside = column < D, column < D + W
+    for step in range(tl.minimum(L - first, ROWS)):
+        row = first.to(tl.int64) + step
+        to = (b * L + row) * (D + W) + column
+        x = tl.zeros([1, BLOCK], h_ptr.dtype.element_ty)
+        if beside_ptr is not None:
+            x = tl.load(beside_ptr + b * beside_b + row * beside_l + column, mask=left, other=0.0)
+        h = tl.load(h_ptr + b * h_b + row * h_l + column - D, mask=inside & (column >= D), other=x).to(tl.float32)
+        rounded = tl.where(left, h, h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty)
+        tl.store(y_ptr + to, rounded, mask=inside)
         y = rounded.to(tl.float32)  # gelu(0) = 0: nothing comes from beyond the width
         y = rotated(y, ROTATION) if ROTATION else y
-        largest = tl.max(tl.abs(y), axis=1)
-        if beside_ptr is not None:
-            x = tl.load(beside_ptr + b * beside_b + row * beside_l + left, mask=left_mask, other=0.0)
-            tl.store(y_ptr + m * y_l + left, x, mask=left_mask)
-            x = x.to(tl.float32)
-            x = rotated(x, ROTATION) if ROTATION else x
-            largest = tl.maximum(largest, tl.max(tl.abs(x), axis=1))
-        row_scale = scale_of(largest, INT8)
-        tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
-        if down_ptr is None:
-            tl.store(values_ptr + m * (D + W) + D + column, to_8_bits(y, row_scale, INT8), mask=mask)
-            if beside_ptr is not None:
-                tl.store(values_ptr + m * (D + W) + left, to_8_bits(x, row_scale, INT8), mask=left_mask)
+        row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
+        tl.store(row_scale_ptr + b * L + row + tl.arange(0, 1), row_scale)
+        tl.store(values_ptr + to, to_8_bits(y, row_scale, INT8), mask=inside)
     if down_ptr is not None:
         m = b * L + first
-        to_8_bits_with_down(
-            y_ptr + m * y_l, values_ptr + m * (D + W), row_scale_ptr + m, down_ptr, s_ptr + m * R,
-            y_l, L - first, R, D + W, ROWS, INT8, BLOCK_R, BLOCK_K, PRECISION,
-        )  # fmt: skip
+        multiply_by_down(
+            y_ptr + m * (D + W), down_ptr, s_ptr + m * R, L - first, R, D + W, ROWS, BLOCK_R, BLOCK_K, PRECISION
+        )
 
 
 @triton.jit(do_not_specialize=["L"])

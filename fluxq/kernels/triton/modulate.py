@@ -17,7 +17,15 @@ import triton.language as tl
 from torch import Tensor
 
 from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.triton.eight_bits import down_and_block, named, outputs, scale_of, to_8_bits, to_8_bits_with_down
+from fluxq.kernels.triton.eight_bits import (
+    down_and_block,
+    multiply_by_down,
+    named,
+    outputs,
+    registers,
+    scale_of,
+    to_8_bits,
+)
 from fluxq.kernels.triton.layout import with_whole_rows
 from fluxq.kernels.triton.rotation import rotated
 from fluxq.kernels.triton.table import choose
@@ -52,7 +60,7 @@ def _forward(
         shift.stride(0), scale.stride(0), made.x.stride(1), length, 0 if down is None else len(down),
         D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
         INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
-        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
     return named(made, wants)
 
@@ -197,14 +205,10 @@ def _modulate(
             y = rotated(y, ROTATION) if ROTATION else y
             row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
             tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
-            if down_ptr is None:
-                tl.store(values_ptr + m * D + column, to_8_bits(y, row_scale, INT8), mask=mask)
+            tl.store(values_ptr + m * D + column, to_8_bits(y, row_scale, INT8), mask=mask)
     if down_ptr is not None:
         m = b * L + first
-        to_8_bits_with_down(
-            y_ptr + m * y_l, values_ptr + m * D, row_scale_ptr + m, down_ptr, s_ptr + m * R,
-            y_l, L - first, R, D, ROWS, INT8, BLOCK_R, BLOCK_K, PRECISION,
-        )  # fmt: skip
+        multiply_by_down(y_ptr + m * y_l, down_ptr, s_ptr + m * R, L - first, R, D, ROWS, BLOCK_R, BLOCK_K, PRECISION)
 
 
 @triton.jit

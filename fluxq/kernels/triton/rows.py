@@ -84,44 +84,34 @@ def _rows(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    x = _row(
+    x, largest = _piece(
         numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
         row, 0, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
     )  # fmt: skip
-    if FROM == "nf4" and ROTATION == 0:
-        largest = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, 0, N, K, stride, absmax_stride, COLUMNS)
-    else:
-        largest = tl.max(tl.abs(x))
     if not ONCE:
         for first in range(COLUMNS, K, COLUMNS):
-            if FROM == "nf4" and ROTATION == 0:
-                here = _nf4_largest(
-                    numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS
-                )
-            else:
-                x = _row(
-                    numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
-                    row, first, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
-                )  # fmt: skip
-                here = tl.max(tl.abs(x))
+            _, here = _piece(
+                numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
+                row, first, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
+            )  # fmt: skip
             largest = tl.maximum(largest, here)
     scale = tl.div_rn(tl.maximum(largest, 1e-30), LARGEST)
+    tl.store(scales_ptr + row, scale)
     if out_ptr is not None:
         inverse = 1.0 / scale
         if ONCE:
             _write(x * inverse, out_ptr, row, 0, K, TO, COLUMNS)
         else:
             for first in range(0, K, COLUMNS):
-                x = _row(
+                x, _ = _piece(
                     numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
                     row, first, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
                 )  # fmt: skip
                 _write(x * inverse, out_ptr, row, first, K, TO, COLUMNS)
-    tl.store(scales_ptr + row, scale)
 
 
 @triton.jit
-def _row(
+def _piece(
     numbers_ptr,
     absmax_ptr,
     levels_ptr,
@@ -137,7 +127,7 @@ def _row(
     ROTATION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """(1, COLUMNS) fp32."""
+    """(1, COLUMNS) fp32 of a row, and the largest magnitude in them."""
     x = read(
         numbers_ptr, absmax_ptr, levels_ptr, row + tl.arange(0, 1), first, N, K, stride, absmax_stride, FROM, COLUMNS
     )
@@ -146,7 +136,12 @@ def _row(
     if columns_ptr is not None:
         column = first + tl.arange(0, COLUMNS)[None, :]
         x *= tl.load(columns_ptr + column, mask=column < K, other=0.0)
-    return rotated(x, ROTATION) if ROTATION else x
+    x = rotated(x, ROTATION) if ROTATION else x
+    if FROM == "nf4" and ROTATION == 0:
+        largest = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS)
+    else:
+        largest = tl.max(tl.abs(x))
+    return x, largest
 
 
 @triton.jit

@@ -100,17 +100,18 @@ def _linear_layers() -> Rows:
     why = "a weight in 16 bits needs no decoding, and copying it costs what the LoRA's own pass over y does"
     yield from _row("lora_linear_bf16", BIG, "large", Choice("plain", 128, 128, 64, 8, 3, why=why))
     yield from _row("lora_linear_bf16", GEFORCE, "large", Choice("plain", 128, 128, 32, 8, 3, why=why))
-    why = "reading the weight is all the work, so it is read as it is stored; narrow tiles fill the card"
-    yield from _row(STORED, ALL, "few", Choice("fused", 16, 32, 64, 4, 4, why=why))
+    why = "reading the weight is all the work, so it is read as it is stored; narrow tiles fill the card, and 2 warps "
+    why += "read even NF4 128 bits at a time"
+    yield from _row(STORED, ALL, "few", Choice("fused", 16, 32, 64, 2, 4, why=why))
     why = "a vendor's product of few rows reads the weight at the memory's speed"
-    yield from _row("lora_linear_bf16", ALL, "few", Choice("plain", 16, 32, 64, 4, 4, why=why))
+    yield from _row("lora_linear_bf16", ALL, "few", Choice("plain", 16, 32, 64, 2, 4, why=why))
     why = "as forward; chunks are of columns, since the sum over rows must be rounded once"
     yield from _row(BACKWARD, GEFORCE, "large", Choice("extended", 64, 128, 64, 8, 3, small, why=why))
     yield from _row(BACKWARD, BIG, "large", Choice("extended", 64, 128, 64, 8, 3, whole, why=why))
-    why = "as forward; 32 weights a thread, and shares of 1,024 rows make 432 programs of modulation's layer"
-    yield from _row(BACKWARD, GEFORCE, "few", Choice("fused", 16, 128, 64, 8, 3, 1 << 17, why=why))
-    why = "as forward; shares of 512 rows make 864 programs of modulation's layer, and fast memory wants more stages"
-    yield from _row(BACKWARD, BIG, "few", Choice("fused", 16, 128, 64, 8, 5, 1 << 16, why=why))
+    why = "as forward; dy too comes 128 bits at a time; shares of 1,024 rows make 864 programs of modulation's layer"
+    yield from _row(BACKWARD, GEFORCE, "few", Choice("fused", 16, 64, 64, 4, 3, 1 << 16, why=why))
+    why = "as forward; shares of 512 rows make 1,728 programs of modulation's layer, and fast memory wants more stages"
+    yield from _row(BACKWARD, BIG, "few", Choice("fused", 16, 64, 64, 4, 5, 1 << 15, why=why))
     why = "a weight in 16 bits needs no decoding, and a vendor's product reads it at the memory's speed"
     yield from _row(BACKWARD_BF16, ALL, "large", Choice("extended", 64, 128, 64, 8, 3, why=why))
 
@@ -156,11 +157,9 @@ def _steps() -> Rows:
     yield from row("gelu_tanh gelu_tanh_backward", 4, 1024, 0, 4, 0, why)
     why = "a row of 15,360 in 64 registers a thread: two rows in flight on a multiprocessor"
     yield from row("gelu_tanh_8bit", 1, 0, 0, 16, 0, why)
-    why = (
-        "16 rows share a reading of `down`; at 8 warps Triton 3.6 spills; 256 columns would be read 128 bits at a time "
-    )
-    why += "(128: 64), but above rank 16 their 80 KiB of shared memory halve what GeForce has in flight"
-    yield from row("gelu_tanh_8bit_down", 16, 0, 128, 16, 0, why)
+    why = "16 rows share a reading of `down`; 8 warps read 128 columns of them 128 bits at a time, and 128 registers "
+    why += "hold a row"
+    yield from row("gelu_tanh_8bit_down", 16, 0, 128, 8, 0, why)
     why = "24 heads of 128 are 12 numbers a thread, and each of q, k and v two loads"
     yield from row("qk_norm_rope qk_norm_rope_backward", 0, 0, 0, 8, 0, why)
 
@@ -182,8 +181,9 @@ def _storage() -> Rows:
     yield from row("dequantize dequantize_transposed", "large", HERE, 64, 1024, 4, why)
     why = "a row's 32 columns are 4 stores of 128 bits; as many rows as give each thread two of them"
     yield from row("fill_room fill_tail", "large", (*ALL, *HERE), 64, 32, 4, why)
-    why = "narrow, so that a gradient of 3,072 columns is 96 programs; block_n divides FLUX's widths"
-    yield from row("sum_shares", "large", (*ALL, *HERE), 16, 32, 4, why)
+    why = "narrow, so that a gradient of 3,072 columns is 96 programs, of threads that store 128 bits at a time; "
+    why += "block_n divides FLUX's widths"
+    yield from row("sum_shares", "large", (*ALL, *HERE), 16, 32, 2, why)
     why = "32 weights a thread, so that codes too leave 128 bits at a time; block_m counts blocks of 64"
     yield from row("nf4_quantize", "large", (*ALL, *HERE), 64, 0, 4, why)
     # The narrowest class that holds a row.
