@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 
 from fluxq import nano
 from fluxq.cli import main
 from fluxq.config import ModelConfig
-from fluxq.formats.quantized import QuantizedFile, cache_folder
+from fluxq.errors import WrongRequest
+from fluxq.formats.quantized import QuantizedFile, cache_folder, write_quantized
+from fluxq.formats.source import open_flux
 from fluxq.models import Models
 
 
@@ -66,6 +72,19 @@ def test_training_quantises_once_and_says_what_room_that_takes(tmp_path, monkeyp
         f"quantising flux1-nano.safetensors to nf4, once: 0.0 GB in {cache_folder()}"
     ]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_a_file_that_is_replaced_while_it_is_read_makes_nothing(tmp_path):
+    """Half of one model and half of another would be kept under the first one's name."""
+    source = open_flux(Path(shutil.copy(nano.FLUX, tmp_path / "flux.safetensors")))
+
+    def replaced(done, total):
+        if done == total:
+            os.utime(source.path, ns=(0, source.path.stat().st_mtime_ns + 2_000_000_000))
+
+    with pytest.raises(WrongRequest, match=r"flux\.safetensors was replaced or changed while it was read; start again"):
+        write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, torch.device("cpu"), replaced)
+    assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])

@@ -74,6 +74,7 @@ def write_quantized(
     header = _header(units, {**description, "source": {**about, "hash": blank}})
     needed = len(header) + sum(length for _, length in units.values())
     require_room(path, needed)
+    versions = _versions(source.files)
     digest, done = blake2b(digest_size=16), 0
     with atomic_path(path, needed) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -94,9 +95,16 @@ def write_quantized(
                 done += source.sizes[name]
                 progress(done, source.nbytes)
             file.write(buffer.numpy().data)
+        if _versions(source.files) != versions:
+            refuse(source.path, "was replaced or changed while it was read", "start again")
         final = _header(units, {**description, "source": {**about, "hash": digest.hexdigest()}})
         file.seek(0)
         file.write(final)
+
+
+def _versions(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """What changes where one of `files` is replaced or written to."""
+    return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
 
 
 def require_room(path: Path, needed: int) -> None:
