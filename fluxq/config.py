@@ -145,6 +145,12 @@ class LoraConfig:
     from_lora: Path | None = option(
         None, "start from this LoRA, of any program, in place of one that does nothing yet", "--from-lora"
     )
+    text_encoder: str | None = option(
+        None,
+        "train this text encoder too: captions are then encoded anew in every step; default: none",
+        "--text-encoder",
+        ("clip_l", "t5xxl"),
+    )
     file_format: str = option(
         "kohya", "names in the LoRA file: kohya loads everywhere", "--lora-format", ("kohya", "diffusers")
     )
@@ -158,6 +164,9 @@ class TrainingConfig:
     batch: int = option(1, "pictures a forward pass", "--batch", least=1)
     accumulate: int = option(1, "forward passes an optimiser step", "--accumulate", least=1)
     rate: float = option(1e-4, "learning rate", "--rate", least=0)
+    text_rate: float | None = option(
+        None, "learning rate of --text-encoder; default: half of --rate", "--text-rate", least=0
+    )
     optimizer: str = option(
         "adamw8bit", "adamw8bit keeps its state in 2 bytes a weight, adamw in 8", "--optimizer", ("adamw", "adamw8bit")
     )

@@ -24,6 +24,7 @@ def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = 
     that cannot be met together.
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
+    check_text_encoder(config, models)
     data = resolve_data(config.data, models, say)
     if start is not None:
         lora = settings_of(start, lora, models.flux_config, say)
@@ -40,6 +41,9 @@ def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = 
         say(f"steps {training.steps}: about 100 a picture ({pictures} pictures), within 1,000 to 3,000")
     if training.rate == defaults.training.rate:
         say(f"rate {training.rate:g}: the usual one where alpha equals rank")
+    if lora.text_encoder and training.text_rate is None:
+        training = replace(training, text_rate=training.rate / 2)
+        say(f"text rate {training.text_rate:g}: half of the other; sd-scripts too advises less for a text encoder")
     if training.timesteps == "shift" and training.shift == defaults.training.shift:
         say(f"shift {training.shift:g}: more of the timesteps near noise, where the layout of a picture is decided")
     if training.warmup >= cast(int, training.steps):
@@ -52,6 +56,21 @@ def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = 
     config = replace(config, data=data, lora=lora, training=training, output=output)
     resolve_format(config, models, say)
     return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
+
+
+def check_text_encoder(config: TrainConfig, models: Models) -> None:
+    """Raise WrongRequest for a text encoder that is not trained, one that is not there, and for a rate of none."""
+    if config.lora.text_encoder == "t5xxl":
+        raise WrongRequest(
+            "T5-XXL is not trained: its 4.7 billion weights would have to pass through the card in every step, forward "
+            "and backward, in place of states that are encoded once; CLIP-L can be, by --text-encoder clip_l"
+        )
+    if config.lora.text_encoder:
+        _ = models.open("clip_l")  # a complete cache does not do without it
+    elif config.training.text_rate is not None:
+        raise WrongRequest(
+            "--text-rate is of a text encoder that is trained; add --text-encoder clip_l, or leave it out"
+        )
 
 
 def resolve_format(config: TrainConfig, models: Models, say: Say) -> None:

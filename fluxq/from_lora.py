@@ -25,16 +25,24 @@ from fluxq.model.linear import Linear
 from fluxq.model.lora import TARGETS, targeted
 
 Say = Callable[[str], None]
+Shapes = Mapping[str, tuple[int, ...]]
 
 
-def read_start(asked: LoraConfig, flux: FluxConfig, say: Say) -> Lora:
-    """The LoRA that `asked.from_lora` names. Raises WrongRequest where it does not fit the transformer."""
+def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes | None, say: Say) -> Lora:
+    """The LoRA that `asked.from_lora` names. Raises WrongRequest where it does not fit the transformer, or CLIP-L
+    with tensors of the shapes `clip`; None where it is not trained: then that part is left out.
+    """
     path = Path(asked.from_lora or "")
     lora = load_lora(path, flux)
     if not lora.adapters:
         raise WrongRequest(f"{path} adapts no layer of the transformer; begin without --from-lora")
-    notes = [f"its CLIP-L part ({len(lora.clip)} modules) is left out"] if lora.clip else []
-    for note in (*lora.notes, *notes):
+    notes = list(lora.notes)
+    if clip is not None:
+        lora.check_clip(clip)
+    elif lora.clip:
+        notes.append(f"its CLIP-L part ({len(lora.clip)} modules) is left out; --text-encoder clip_l trains it on")
+        lora.clip = {}
+    for note in notes:
         say(f"{path.name}: {note}")
     return lora
 
@@ -44,9 +52,9 @@ def settings_of(lora: Lora, asked: LoraConfig, flux: FluxConfig, say: Say) -> Lo
 
     Raises WrongRequest where the file adapts what the targets that were asked for leave out.
     """
-    scales = {adapter.scale for adapter in lora.adapters.values()}
+    scales = {adapter.scale for adapter in lora.everything.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
-    rank = asked.rank or lora.ranks[-1]
+    rank = asked.rank or max(adapter.rank for adapter in lora.everything.values())
     alpha = asked.alpha or (scale * rank if scale > 0 else float(rank))
     targets = asked.targets or presets_of(lora, flux)
     beyond = sorted(set(lora.adapters) - set(targeted(matrices(flux), targets)))
@@ -55,8 +63,8 @@ def settings_of(lora: Lora, asked: LoraConfig, flux: FluxConfig, say: Say) -> Lo
             f"{lora.path} adapts {len(beyond)} layers that the targets leave out, such as {beyond[0]}; "
             "leave lora.targets open to train what it adapts, or add them"
         )
-    say(f"from {lora.path.name}: {len(lora.adapters)} layers; rank {rank}, alpha {alpha:g}")
-    if asked.rank is None and rank > max(lora.file_ranks):
+    say(f"from {lora.path.name}: {len(lora.everything)} layers; rank {rank}, alpha {alpha:g}")
+    if asked.rank is None and lora.ranks[-1] > max(lora.file_ranks):
         say(f"rank {rank}: its fused layers are in parts, whose ranks add up; --rank {max(lora.file_ranks)} needs less")
     return replace(asked, rank=rank, alpha=alpha, targets=targets, from_lora=lora.path.absolute())
 
@@ -71,9 +79,11 @@ def presets_of(lora: Lora, flux: FluxConfig) -> tuple[str, ...]:
 
 @torch.no_grad()
 def start_from(lora: Lora, layers: Mapping[str, Linear], say: Say) -> None:
-    """Put the file's weights into `layers`, which have a fresh LoRA of the run's rank and strength."""
+    """Put the file's weights into `layers`, CLIP-L's among them where it is trained, which have a fresh LoRA of the
+    run's rank and strength.
+    """
     lost = whole = 0.0
-    for path, adapter in lora.adapters.items():
+    for path, adapter in lora.everything.items():
         layer = layers[path]
         assert layer.lora_down is not None and layer.lora_up is not None, "add_lora was called"
         fitting = resized(adapter, len(layer.lora_down))
@@ -82,5 +92,5 @@ def start_from(lora: Lora, layers: Mapping[str, Linear], say: Say) -> None:
         layer.lora_up[:, : own.rank] = own.up.to(layer.lora_up) * (own.scale / layer.lora_scale)
     if lost:
         say(f"{lora.path.name} was brought to the rank asked for; relative error {math.sqrt(lost / whole):.2g}")
-    if fresh := len(layers) - len(lora.adapters):
+    if fresh := len(layers) - len(lora.everything):
         say(f"{fresh} layers are not in {lora.path.name} and begin anew")

@@ -136,6 +136,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         training.optimizer,
         training.accumulate > 1,
         chunk_of(measure(cache_folder()).capability),
+        models.open("clip_l").shapes if config.lora.text_encoder else None,
     )
 
 

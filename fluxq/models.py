@@ -20,7 +20,7 @@ from fluxq.config import ModelConfig, file_and_strength
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5
 from fluxq.formats.find import Found, choose, choose_flux, search
-from fluxq.formats.load import load_autoencoder, load_flux, load_text_encoders
+from fluxq.formats.load import load_autoencoder, load_clip, load_flux, load_text_encoders
 from fluxq.formats.lora import load_lora
 from fluxq.formats.lora_algebra import combined
 from fluxq.formats.lora_base import MergedSource, identity
@@ -42,6 +42,7 @@ from fluxq.formats.stream import load_streamed, place_units
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
+from fluxq.model.clip import Clip
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.text import TextEncoders
@@ -313,6 +314,10 @@ class Models:
     def load_autoencoder(self, band: int | None = None) -> AutoEncoder:
         """Working on `band` rows at a time (None: on all), unless the user says on how many."""
         return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band or band)
+
+    def load_clip(self, dtype: torch.dtype | None = None) -> Clip:
+        """CLIP-L as it is trained, all of it on the device; in `dtype`, by default as it trains there."""
+        return load_clip(self.clip_l_file, self.tokenizer_files()[0], self.device, dtype)
 
     def load_text_encoders(self, room: int | None = None) -> TextEncoders:
         """Within `room` bytes of the card, if any are said."""

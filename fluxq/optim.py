@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +15,18 @@ from fluxq.quiet import quiet_imports
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine")
 
+Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
+
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter], rate: float, weight_decay: float
+    name: str, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
     """`adamw` (states in fp32, 8 bytes a weight) or `adamw8bit` (bitsandbytes; 2 bytes a weight), at learning rate
-    `rate`. Its state is there from the start: a first step that has no room for it would stop half-way.
+    `rate`, or in groups with rates of their own ("params" and "lr", as torch has them). Its state is there from the
+    start: a first step that has no room for it would stop half-way.
     """
     if name == "adamw":
-        optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay)
+        optimizer = _full_rates(torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay))
         for p in parameters_of(optimizer):
             optimizer.state[p] = {
                 "step": torch.tensor(0.0),
@@ -34,7 +38,7 @@ def build_optimizer(
         with quiet_imports():  # late: on some processors this import looks for kernels on a hub
             from bitsandbytes.optim import AdamW8bit
 
-        optimizer = AdamW8bit(parameters, lr=rate, weight_decay=weight_decay)
+        optimizer = _full_rates(AdamW8bit(parameters, lr=rate, weight_decay=weight_decay))
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
                 optimizer.init_state(group, p, g, i)
@@ -42,21 +46,29 @@ def build_optimizer(
     raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
 
 
+def _full_rates(optimizer: Optimizer) -> Optimizer:
+    """Have every group remember its rate, which schedules multiply."""
+    for group in optimizer.param_groups:
+        group["initial_lr"] = group["lr"]
+    return optimizer
+
+
 def optimizer_step(
     optimizer: torch.optim.Optimizer,
     loss_of: Callable[[int], Tensor],
     step: int,
     accumulate: int,
-    rate: float,
+    factor: float,
     clip: float,
 ) -> tuple[float, float]:
     """Optimiser step `step`, from 0: its mean loss, and the norm of its gradient before that is clipped to `clip`.
 
-    loss_of(index) is the loss of a micro-step; they are counted over the whole run, `accumulate` a step. clip 0: no
-    limit. Whatever fails before the update leaves weights and state as they were. Raises WrongRequest for a gradient
-    that is not finite.
+    loss_of(index) is the loss of a micro-step; they are counted over the whole run, `accumulate` a step. Every rate is
+    multiplied by `factor`. clip 0: no limit. Whatever fails before the update leaves weights and state as they were.
+    Raises WrongRequest for a gradient that is not finite.
     """
     parameters, losses = parameters_of(optimizer), []
+    optimizer.zero_grad()  # an attempt that ran out of memory may have left some
     for index in range(step * accumulate, (step + 1) * accumulate):
         loss = loss_of(index)
         (loss / accumulate).backward()
@@ -66,7 +78,7 @@ def optimizer_step(
     if not math.isfinite(norm):
         raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --rate")
     for group in optimizer.param_groups:
-        group["lr"] = rate
+        group["lr"] = group["initial_lr"] * factor
     update(optimizer)
     optimizer.zero_grad()
     return mean, norm

@@ -20,6 +20,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import cast
 
+from torch import nn
+
 from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import read_caption
@@ -28,6 +30,7 @@ from fluxq.formats.files import atomic_path
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_write import save_lora
 from fluxq.formats.metadata import lora_metadata
+from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models import Models
@@ -122,19 +125,28 @@ class Run:
         """The LoRAs saved on the way, oldest first."""
         return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????.safetensors"))
 
-    def save_lora(self, flux: Flux, step: int, metadata: Mapping[str, str]) -> Path:
-        """Write the LoRA of `flux` as it is after `step` steps; older ones beyond `output.keep` are removed."""
-        adapters = {
-            path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), cast(float, self.config.lora.alpha))
-            for path, layer in lora_layers(flux).items()
-            if layer.lora_down is not None and layer.lora_up is not None
-        }
-        path = self.lora_file(step)
-        save_lora(path, adapters, flux.config, self.config.lora.file_format, metadata=metadata)
+    def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
+        """Write the LoRA of `flux`, and of `clip` if it is trained, as it is after `step` steps; older ones beyond
+        `output.keep` are removed.
+        """
+        path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
+        of_clip = {} if clip is None else adapters_of(clip, alpha)
+        save_lora(
+            path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
+        )
         if self.config.output.keep:
             for old in self.steps_saved()[: -self.config.output.keep]:
                 old.unlink()
         return path
+
+
+def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
+    """The LoRA of `model`, by layer, as it is written."""
+    return {
+        path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), alpha)
+        for path, layer in lora_layers(model).items()
+        if layer.lora_down is not None and layer.lora_up is not None
+    }
 
 
 def metadata_of(
@@ -159,6 +171,7 @@ def metadata_of(
             steps=step,
             epochs=-(-step * training.accumulate // batches),
             learning_rate=training.rate,
+            text_rate=training.text_rate,
             seed=training.seed,
             resolution=(size, size),
             variant=models.variant,

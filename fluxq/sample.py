@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -17,7 +17,7 @@ from pathlib import Path
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxq.cache import cache_texts
 from fluxq.config import SamplesConfig, TrainConfig, file_and_strength
@@ -28,11 +28,12 @@ from fluxq.defaults import side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, euler, resolution_shift, schedule, velocity
 from fluxq.formats.files import atomic_path
-from fluxq.formats.lora import load_lora
+from fluxq.formats.lora import Lora, load_lora
 from fluxq.formats.lora_algebra import Adapter, combined
 from fluxq.formats.stream import expect_sampling
 from fluxq.memory import Placement, blocks_units
 from fluxq.model.autoencoder import AutoEncoder, within_memory
+from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.lora import set_lora
 from fluxq.model.modulation import Lookahead
@@ -41,6 +42,7 @@ from fluxq.report import console, progress_bar
 from fluxq.turns import TOKENS_PER_BATCH, Turns, band_for, place_drawing, room_of
 
 Say = Callable[[str], None]
+Texts = Mapping[str, Text]
 
 
 @dataclass(frozen=True)
@@ -250,17 +252,17 @@ def sample_command(
     models = Models(config.model, say=console.print)
     wanted = shots(samples, samples.prompts, models.default_size[0])
     chosen = [file_and_strength(lora) for lora in loras]
-    read = [(_adapters(path, models), strength) for path, strength in chosen]
-    adapters = [a for own, _ in read for a in own.values()]
-    ranks = [max((a.rank for a in own.values()), default=0) for own, _ in read]
+    read = [(_read(path, models), strength) for path, strength in chosen]
+    adapters = [a for lora, _ in read for a in lora.adapters.values()]
+    ranks = [max(lora.ranks, default=0) for lora, _ in read]
     nbytes = sum(4 * (a.down.numel() + a.up.numel()) for a in adapters)
     placement, turns = place_drawing(config, models, [(s.width, s.height) for s in wanted], ranks, nbytes)
     across = (list(strengths) or [0.0, 0.5, 1.0]) if grid else [1.0]
-    rows = [[pair] for pair in read or [({}, 1.0)]] if grid else [read]
-    passes = [[(own, strength * factor) for own, strength in row] for row in rows for factor in across]
+    rows = [[pair] for pair in read] or [[]] if grid else [read]
+    passes = [[(lora, strength * factor) for lora, strength in row] for row in rows for factor in across]
 
     # the turns
-    texts = _encoded(config, models)
+    texts = _told(models, _encoded(config, models), passes)
     latents = _drawn(models, placement, texts, wanted, passes, turns.tokens)
     pictures = develop(models.load_autoencoder, latents, turns.room, console.print)
 
@@ -300,12 +302,35 @@ def _encoded(config: TrainConfig, models: Models) -> dict[str, Text]:
     return texts
 
 
+Loras = Sequence[tuple[Lora, float]]
+"""LoRAs that are applied together, each at its strength."""
+
+
+def _told(models: Models, texts: Texts, passes: Sequence[Loras]) -> list[Texts]:
+    """For each pass the prompts as CLIP-L tells them with its LoRAs; CLIP-L is loaded only where one adapts it, in
+    fp32, in which `texts` were encoded.
+    """
+    if not any(lora.clip for loras in passes for lora, _ in loras):
+        return [texts] * len(passes)
+    clip, told = models.load_clip(torch.float32), list[Texts]()
+    for loras in passes:
+        attach(clip, [(lora.clip, strength) for lora, strength in loras])
+        told.append(told_by(clip, texts))
+    return told
+
+
+@torch.no_grad()
+def told_by(clip: Clip, texts: Texts) -> Texts:
+    """`texts` with the pooled vectors that `clip` gives as it is now."""
+    return {prompt: replace(text, clip=clip.pooled([prompt])[0].cpu()) for prompt, text in texts.items()}
+
+
 def _drawn(
     models: Models,
     placement: Placement,
-    texts: Mapping[str, Text],
+    texts: Sequence[Texts],
     wanted: Sequence[Shot],
-    passes: Sequence[Sequence[tuple[Mapping[str, Adapter], float]]],
+    passes: Sequence[Loras],
     tokens: int,
 ) -> list[Tensor]:
     """The latents of all shots with the LoRAs of each pass, one pass after the other; then the transformer is gone."""
@@ -316,22 +341,23 @@ def _drawn(
     with progress_bar() as progress:
         flux = models.load_flux(placement.resident, placement.slots)
         expect_sampling(flux)
-        for number, loras in enumerate(passes, start=1):
-            attach(flux, loras)
+        for number, (loras, told) in enumerate(zip(passes, texts, strict=True), start=1):
+            attach(flux, [(lora.adapters, strength) for lora, strength in loras])
             stage = f"{number} of {len(passes)}" if len(passes) > 1 else "sampling"
-            latents += walk(flux, texts, wanted, partial(progress, stage), tokens)
+            latents += walk(flux, told, wanted, partial(progress, stage), tokens)
     return latents
 
 
-def attach(flux: Flux, loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:
-    """Give `flux` these LoRAs, each at its strength, added up; they replace what it had."""
-    set_lora(flux, {path: (a.down, a.up, a.scale) for path, a in combined(loras).items()})
+def attach(model: nn.Module, loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:
+    """Give `model` these LoRAs, each at its strength, added up; they replace what it had."""
+    set_lora(model, {path: (a.down, a.up, a.scale) for path, a in combined(loras).items()})
 
 
-def _adapters(path: Path, models: Models) -> dict[str, Adapter]:
-    """What of the LoRA at `path` is drawn with: what it does to the transformer. The rest is said."""
+def _read(path: Path, models: Models) -> Lora:
+    """The LoRA at `path`; what of it is not drawn with is said."""
     lora = load_lora(path, models.flux_config)
-    notes = [*lora.notes, f"its CLIP-L part ({len(lora.clip)} modules) is not drawn with"] if lora.clip else lora.notes
-    for note in notes:
+    if lora.clip:
+        lora.check_clip(models.open("clip_l").shapes)
+    for note in lora.notes:
         console.print(f"{path.name}: {note}")
-    return lora.adapters
+    return lora

@@ -115,7 +115,7 @@ def trainer(
         return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, lookahead.rows(index)).mean()
 
     def step(index: int) -> float:
-        loss, _ = optimizer_step(updates, loss_of, index, 1, training.rate, training.clip)
+        loss, _ = optimizer_step(updates, loss_of, index, 1, 1.0, training.clip)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # this measures: the clock stops when the optimiser is done
         return loss

@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from fluxq.cache import cache_folders
 from fluxq.config import TrainConfig
-from fluxq.data.batches import Batches, held_out_batches
+from fluxq.data.batches import Batch, Batches, held_out_batches
 from fluxq.data.examples import read_caption, with_trigger
 from fluxq.data.pictures import picture_files
 from fluxq.data.randomness import generator
@@ -28,15 +29,16 @@ from fluxq.formats.stream import expect_training
 from fluxq.from_lora import read_start, start_from
 from fluxq.memory import place
 from fluxq.model.calibration import calibrate, set_rotations
+from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
 from fluxq.model.modulation import Conditioning, Lookahead, is_known_ahead
 from fluxq.models import Models
-from fluxq.optim import build_optimizer, optimizer_step, rate_factor
+from fluxq.optim import build_optimizer, optimizer_step, parameters_of, rate_factor
 from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, stop_request
 from fluxq.room import Room
 from fluxq.run import Result, Run, metadata_of
-from fluxq.sample import draw, save_picture, shots
+from fluxq.sample import draw, save_picture, shots, told_by
 from fluxq.state import load_state, save_state
 from fluxq.turns import preview_turns, room_of
 
@@ -50,7 +52,10 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     """
     models = Models(config.model, say=say)
     models.check()
-    start_lora = read_start(config.lora, models.flux_config, say) if config.lora.from_lora and not resume else None
+    start_lora = None
+    if config.lora.from_lora and not resume:
+        clip_shapes = models.open("clip_l").shapes if config.lora.text_encoder else None
+        start_lora = read_start(config.lora, models.flux_config, clip_shapes, say)
     config = resolve(config, models, (lambda line: None) if resume else say, start_lora)
     run = Run(config)
     run.check(resume, overwrite)
@@ -72,25 +77,36 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     batches = Batches(dataset, store, training.batch, training.seed)
     metadata = metadata_of(config, models, dataset, len(batches))
 
-    # what is trained: LoRA on the frozen model
+    # what is trained: LoRA on the frozen model, and on CLIP-L where it is asked for
     reset_peak()
-    ahead = is_known_ahead(models.flux_config, lora.targets)
+    ahead = is_known_ahead(models.flux_config, lora.targets) and not lora.text_encoder
     flux = models.load_flux(placement.resident, placement.slots, ahead)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_lora(flux, lora.rank, lora.alpha, lora.targets, init)
+    groups = [{"params": [*flux.parameters()], "lr": training.rate}]
+    clip = models.load_clip() if lora.text_encoder else None
+    if clip is not None:
+        of_clip = add_lora(clip, lora.rank, lora.alpha, CLIP_TARGETS, init)
+        layers |= {f"clip.{path}": layer for path, layer in of_clip.items()}
+        groups.append({"params": [*clip.parameters()], "lr": training.text_rate})
+        flux.trains_y = True
     if start_lora is not None:
         start_from(start_lora, layers, say)
     expect_training(flux)
     room = Room(placement, models, flux, ahead, say)
-    optimizer = build_optimizer(training.optimizer, flux.parameters(), training.rate, training.weight_decay)
-    trainable = sum(p.numel() for p in flux.parameters())
+    optimizer = build_optimizer(training.optimizer, groups, training.rate, training.weight_decay)
+    trainable = sum(p.numel() for p in parameters_of(optimizer))
     say(
         f"FLUX.1 {models.variant} in {config.model.format}: {trainable:,} trainable weights in {len(layers)} layers; "
         f"{len(dataset.examples)} pictures, {len(batches)} batches an epoch, {steps} steps"
     )
 
+    def told(batch: Batch) -> Batch:
+        """With the pooled vectors that CLIP-L gives as it is now, where it is trained."""
+        return batch if clip is None else replace(batch, pooled=clip.pooled(batch.captions))
+
     def validate() -> dict[str, float]:
-        sets = {name: held_out_batches(examples, store, training.batch) for name, examples in held_out.items()}
+        sets = {n: map(told, held_out_batches(examples, store, training.batch)) for n, examples in held_out.items()}
         return {name: validation_loss(flux, some, training.shift, training.guidance) for name, some in sets.items()}
 
     def times_of(index: int) -> Tensor:
@@ -104,7 +120,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
 
     def loss_of(index: int, modulation: Sequence[Tensor] | None = None) -> Tensor:
         """The mean loss of batch `index` at its own noise and timesteps."""
-        batch, t = batches.batch(index), times_of(index)
+        batch, t = told(batches.batch(index)), times_of(index)
         noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
         return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, modulation).mean()
@@ -138,19 +154,20 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     with Report(run.folder, start, steps, config.output.plot_seconds) as report, stop_request(say) as asked_to_stop:
         for step in range(start, steps):
             clock, done = time.perf_counter(), step + 1
-            rate = training.rate * rate_factor(training.schedule, step, steps, training.warmup)
-            work = partial(optimizer_step, optimizer, step_loss, step, training.accumulate, rate, training.clip)
+            factor = rate_factor(training.schedule, step, steps, training.warmup)
+            work = partial(optimizer_step, optimizer, step_loss, step, training.accumulate, factor, training.clip)
             loss, norm = room.repeat(f"step {done}", work)
-            report.step(done, loss, rate, norm, time.perf_counter() - clock)
+            report.step(done, loss, training.rate * factor, norm, time.perf_counter() - clock)
 
             # now and then
             stop, save_every, every = asked_to_stop(), config.output.save_every, config.samples.every
             if every and (done % every == 0 or done == steps):
                 texts = {prompt: store.text(key) for prompt, key in everything.prompts.items()}
+                texts = texts if clip is None else told_by(clip, texts)
                 preview(run, models, flux, room, texts, prompts, done, say)
             if stop or done == steps or (save_every and done % save_every == 0):
                 report.sync()
-                run.save_lora(flux, done, metadata(done, began, time.time()))
+                run.save_lora(flux, clip, done, metadata(done, began, time.time()))
                 facts = {"seconds": time.time() - began, "validation": before, "rotated": rotated, **identity}
                 save_state(run.state_file, done, layers, optimizer, facts)
                 room.placement.save(run.folder)

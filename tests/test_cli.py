@@ -28,6 +28,7 @@ FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl
 MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offload"
 OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
+    "--text-encoder --text-rate "
     "--accumulate --rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
     "--overwrite --config --set --json",
     "cache": f"{MODEL} {DATA} --vram --prompt --verify --prune --config --set --json",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,19 @@ def test_a_plan_knows_how_much_this_card_decodes_at_a_time(a_4060ti, monkeypatch
     assert costs_of(config, Full(), 1024).scratch - geforce > 50e6
 
 
+def test_a_text_encoder_that_is_trained_has_its_room(a_4060ti):
+    """With the sizes of nano's: they are read from the file."""
+
+    class WithClip(Full):
+        def open(self, part: str):
+            return Models(ModelConfig(name="nano")).open(part)
+
+    plain, more = ({"data": {"folders": ["x"]}, "lora": {"text_encoder": e}} for e in (None, "clip_l"))
+    plain, more = (costs_of(config_from_dict(values, "a test"), WithClip(), 512) for values in (plain, more))
+    assert more.stays - plain.stays == 2 * sum(math.prod(s) for s in WithClip().open("clip_l").shapes.values())
+    assert plain.ahead and not more.ahead
+
+
 def test_a_card_gets_a_plan_that_keeps_to_what_it_may_use(a_4060ti):
     small, large = planned(vram="6GiB"), planned(vram="16GiB")
     assert small.plan.peak_bytes < 6 * GIB < large.plan.peak_bytes < 16 * GIB
@@ -135,8 +149,8 @@ def test_a_processor_has_nothing_to_plan_with():
     assert place(TrainConfig(), models, print).policies == "keep_all"
 
 
-@pytest.mark.parametrize("targets", ["attention+mlp", "all"])
-def test_a_streamed_run_ends_in_the_very_same_lora(targets, tmp_path: Path):
+@pytest.mark.parametrize("what", [(), ("--set", "lora.targets=all"), ("--text-encoder", "clip_l")])
+def test_a_streamed_run_ends_in_the_very_same_lora(what, tmp_path: Path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, (picture, caption) in enumerate(pictures.concept(seed=1, count=2)):
@@ -147,7 +161,7 @@ def test_a_streamed_run_ends_in_the_very_same_lora(targets, tmp_path: Path):
         out = tmp_path / name
         arguments = ["train", photos, "--model", "nano", "--steps", 3, "--out", out, "--cache", tmp_path / "cache"]
         arguments += ["--name", "x", "--size", nano.SIZE, "--sample-every", 3, "--sample-steps", 2]
-        arguments += ["--set", f"lora.targets={targets}", *more]
+        arguments += [*what, *more]
         result = CliRunner().invoke(main, [str(a) for a in arguments])
         assert result.exit_code == 0, result.output
         loras[name] = (out / "x.safetensors").read_bytes()

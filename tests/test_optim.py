@@ -162,3 +162,22 @@ def test_what_adamw_needs_for_a_moment_is_asked_for_before_anything_changes(monk
     with pytest.raises(torch.OutOfMemoryError):
         update(optimizer)
     assert all(map(torch.equal, before, parameters))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_groups_keep_their_own_rates_under_one_schedule(name):
+    """Adam's first update moves every weight by its rate."""
+    weights = [nn.Parameter(torch.full((64, 128), 2.0)) for _ in range(2)]
+    groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.02}]
+    optimizer = build_optimizer(name, groups, 9.0, 0.0)
+    optimizer_step(optimizer, lambda index: sum((w.sum() for w in weights), torch.zeros(())), 0, 1, 0.5, 0.0)
+    assert [float(2 - w.detach().mean()) for w in weights] == pytest.approx([0.05, 0.01], rel=1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
+
+
+def test_what_an_attempt_without_memory_left_behind_does_not_count():
+    parameters = bowls()[:1]
+    optimizer = build_optimizer("adamw", parameters, 1.0, 0.0)
+    parameters[0].grad = torch.full_like(parameters[0], 7.0)
+    _, norm = optimizer_step(optimizer, lambda index: parameters[0].sum(), 0, 1, 1.0, 0.0)
+    assert norm == pytest.approx(8192**0.5, rel=1e-5)

@@ -8,21 +8,22 @@ from contextlib import nullcontext
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import randomise, tiny_config
+from helpers import randomise, relative_error, tiny_config
 from lora_files import WRITERS
 from PIL import Image
 
 from fluxq import sample
 from fluxq.cli import main
-from fluxq.config import SamplesConfig
+from fluxq.config import ModelConfig, SamplesConfig
 from fluxq.data.store import Text
 from fluxq.formats.files import write_safetensors
+from fluxq.formats.lora import Lora
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
 from fluxq.model.costs import AUTOENCODER, TILES
 from fluxq.model.lora import lora_strength
 from fluxq.models import Models
-from fluxq.sample import Shot, attach, draw, labelled_grid, save_picture, shots
+from fluxq.sample import Shot, _told, attach, draw, labelled_grid, save_picture, shots
 from fluxq.turns import Turns
 
 
@@ -191,20 +192,45 @@ def test_prompts_that_are_too_long_are_said(tmp_path):
     assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines
 
 
-def test_any_dialect_is_drawn_with_and_what_is_not_is_said(tmp_path):
-    """OneTrainer's parts, and with them a CLIP-L part, which only the transformer's picture does not show."""
+def test_any_dialect_is_drawn_with_and_clips_part_too(tmp_path):
+    """OneTrainer's parts, as they are, converted and without CLIP-L's part; not at all."""
     tensors, _, _ = WRITERS["OneTrainer legacy"]()
     tensors = {key: tensor if key.endswith(".alpha") else tensor * 0.1 for key, tensor in tensors.items()}
-    tensors |= {
-        f"lora_te1_text_model_encoder_layers_0_mlp_fc1.lora_{p}.weight": torch.ones(4, 4) for p in ("down", "up")
-    }
+    write_safetensors(tmp_path / "without.safetensors", tensors)
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora"
+    tensors |= {f"{name}_down.weight": torch.randn(4, 64), f"{name}_up.weight": torch.randn(256, 4)}
     write_safetensors(tmp_path / "x.safetensors", tensors)
     runner, drawn = CliRunner(), []
     assert runner.invoke(main, ["lora", "convert", *(str(tmp_path / n) for n in ("x.safetensors", "y"))]).exit_code == 0
     common = ["sample", "--model", "nano", "--prompt", "a red star", "--steps", "1", "--cache", str(tmp_path / "cache")]
-    for lora in (["--lora", str(tmp_path / "x.safetensors")], ["--lora", str(tmp_path / "y")], []):
+    for lora in (*(["--lora", str(tmp_path / n)] for n in ("x.safetensors", "y", "without.safetensors")), []):
         result = runner.invoke(main, [*common, "--out", str(tmp_path / "out"), *lora])
         assert result.exit_code == 0, result.output
-        assert ("its CLIP-L part (1 modules) is not drawn with" in " ".join(result.output.split())) == bool(lora)
         drawn.append(Image.open(tmp_path / "out/00_seed42.png").copy())
-    assert same(drawn[0], drawn[1]) and not same(drawn[0], drawn[2])
+    assert same(drawn[0], drawn[1])
+    assert not any(same(drawn[i], drawn[j]) for i, j in ((0, 2), (0, 3), (2, 3)))
+
+
+def test_prompts_are_told_by_the_clip_of_each_pass(tmp_path):
+    """As a CLIP-L with the LoRAs merged into its weights tells them; CLIP-L is not loaded for passes without."""
+    models, texts, loras = Models(ModelConfig(name="nano")), dict[str, Text](), list[Lora]()
+    with torch.no_grad():
+        texts = {p: Text(torch.zeros(2, 3), models.load_clip().pooled([p])[0], p, 1, False) for p in ("red", "a star")}
+    for rank in (2, 3):
+        torch.manual_seed(rank)
+        clip = {"encoder.layers.0.mlp.fc1": Adapter(torch.randn(rank, 64), 0.1 * torch.randn(256, rank), 5.0)}
+        clip |= {"encoder.layers.1.self_attn.q_proj": Adapter(torch.randn(rank, 64), torch.randn(64, rank), 1.0)}
+        loras.append(Lora(tmp_path, models.flux_config, "kohya", {}, clip, {}))
+    told = _told(models, texts, [[(loras[0], 0.5), (loras[1], 2.0)], [], [(loras[1], 1.0)]])
+    for pass_, strengths in zip(told, [(0.5, 2.0), (0.0, 0.0), (0.0, 1.0)], strict=True):
+        merged = models.load_clip()
+        for lora, strength in zip(loras, strengths, strict=True):
+            for module, adapter in lora.clip.items():
+                layer = merged.get_submodule(module)
+                layer.weight = layer.weight + strength * adapter.change()
+        assert pass_.keys() == texts.keys()
+        for prompt, text in pass_.items():
+            assert relative_error(text.clip, merged.pooled([prompt])[0]) <= 1e-5
+            assert text.t5 is texts[prompt].t5
+    assert relative_error(told[0]["red"].clip, texts["red"].clip) > 0.01
+    assert _told(Models(ModelConfig()), texts, [[], []]) == [texts, texts]

@@ -6,7 +6,7 @@ batch of a bucket may be short.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import groupby
@@ -22,13 +22,15 @@ from fluxq.data.store import Store, Text
 class Batch:
     """One micro-batch, on the host.
 
-    `examples` names its B items, each once in an epoch: "<folder>/<file>", with "#2", "#3" ... for repeats.
+    `examples` names its B items, each once in an epoch: "<folder>/<file>", with "#2", "#3" ... for repeats. `captions`
+    are what txt and pooled come from, where they come from captions.
     """
 
     latents: torch.Tensor  # (B, 16, h, w) fp32
     txt: torch.Tensor  # (B, L, D) bf16
     pooled: torch.Tensor  # (B, D2) fp32
     examples: list[str]
+    captions: Sequence[str] = ()
 
 
 class Batches:
@@ -63,7 +65,7 @@ class Batches:
             texts.append(self._texts.get(self._variant("caption", index, name, entry.text)))
             names.append(name)
         txt, pooled = torch.stack([text.t5 for text in texts]), torch.stack([text.clip for text in texts])
-        return Batch(torch.stack(latents), txt, pooled, names)
+        return Batch(torch.stack(latents), txt, pooled, names, [text.caption for text in texts])
 
     def bucket_of(self, index: int) -> tuple[int, int]:
         """(w, h) in pixels of the pictures in micro-batch `index`. Reads nothing."""
@@ -111,6 +113,7 @@ def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterato
                 torch.stack([text.t5 for text in texts]),
                 torch.stack([text.clip for text in texts]),
                 [entry.name for entry in some],
+                [text.caption for text in texts],
             )
 
 

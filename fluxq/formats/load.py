@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -15,10 +16,11 @@ from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxq.formats.weights import StoredWeights, StreamedWeights, streamed
 from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
+from fluxq.model.clip import Clip
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.linear import Linear
-from fluxq.model.text import CLIP_LENGTH, STATES_BYTES, TextEncoders
+from fluxq.model.text import CLIP_LENGTH, STATES_BYTES, TextEncoders, clip_tokens
 from fluxq.model.text_layers import TOKENS_PER_BATCH, ClipEncoder, T5Encoder, clip_units, t5_units
 from fluxq.offload import Streams
 
@@ -55,6 +57,19 @@ def load_autoencoder(path: Path, device: torch.device, dtype: torch.dtype = torc
         autoencoder = AutoEncoder(source.config)
     strict_load(autoencoder, {name: source.value(name, dtype, device) for name in source.shapes}, source.path)
     return autoencoder.eval().requires_grad_(False)
+
+
+def load_clip(clip_l: Path, tokenizer: Sequence[Path], device: torch.device, dtype: torch.dtype | None = None) -> Clip:
+    """CLIP-L with its tokenizer, all of it on `device`, to be trained; in bf16 on a card, as the transformer computes,
+    else in fp32. The tokenizer's files are as `find_tokenizers` gives them. Raises WrongRequest as `open_clip` does.
+    """
+    dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
+    source = open_clip(clip_l)
+    tokenize, special = load_clip_tokenizer(tokenizer)
+    with torch.device("meta"):
+        clip = Clip(source.config, partial(clip_tokens, tokenize=tokenize, special=special))
+    strict_load(clip, {name: source.value(name, dtype, device) for name in source.shapes}, source.path)
+    return clip.eval()
 
 
 def load_text_encoders(

@@ -10,12 +10,13 @@ from __future__ import annotations
 import json
 import re
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
-from fluxq.formats.files import printable, refuse
+from fluxq.formats.files import listed, printable, refuse
 from fluxq.formats.lora_algebra import Adapter, Part, split, stacked
 from fluxq.formats.lora_file import LoraFile
 from fluxq.formats.lora_keys import SPELLINGS, matrices, split_rows
@@ -46,10 +47,26 @@ class Lora:
     def dtype(self) -> torch.dtype:
         """The narrowest floating-point type that holds all of its tensors."""
         dtype = torch.float8_e4m3fn
-        for adapter in (*self.adapters.values(), *self.clip.values()):
+        for adapter in self.everything.values():
             for tensor in (adapter.down, adapter.up):
                 dtype = tensor.dtype if dtype.itemsize == 1 else torch.promote_types(dtype, tensor.dtype)
         return dtype
+
+    @property
+    def everything(self) -> dict[str, Adapter]:
+        """The adapters of the transformer and of CLIP-L, whose modules begin with "clip."."""
+        return self.adapters | {f"clip.{module}": adapter for module, adapter in self.clip.items()}
+
+    def check_clip(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises WrongRequest where `clip` does not fit the CLIP-L whose tensors have these shapes."""
+        wrong = [
+            f"{module} is ({adapter.up.shape[0]}, {adapter.down.shape[1]}), not {shapes.get(f'{module}.weight')}"
+            for module, adapter in self.clip.items()
+            if (adapter.up.shape[0], adapter.down.shape[1]) != shapes.get(f"{module}.weight")
+        ]
+        if wrong:
+            what = f"has a CLIP-L part for a text encoder of other sizes: {listed(wrong_shape=wrong)}"
+            refuse(self.path, what, "give a LoRA that was trained on FLUX.1")
 
     @property
     def ranks(self) -> list[int]:

@@ -42,11 +42,13 @@ def lora_metadata(
     shift: float,
     guidance: float,
     precision: str,
+    text_rate: float | None = None,
 ) -> dict[str, str]:
     """The metadata of a trained LoRA, without the hashes, which `save_lora` adds.
 
     variant: "dev" or "schnell"; datasets: folder -> (repeats, pictures); tag_frequency: folder -> caption part -> how
-    often; buckets: (width, height) -> pictures; started, finished: seconds since 1970; precision: "bf16" and the like.
+    often; buckets: (width, height) -> pictures; started, finished: seconds since 1970; precision: "bf16" and the like;
+    text_rate: the learning rate of CLIP-L, where it was trained.
     """
     labels = _folder_labels(datasets)
     dirs = {labels[folder]: {"n_repeats": n, "img_count": count} for folder, (n, count) in datasets.items()}
@@ -95,6 +97,8 @@ def lora_metadata(
         "modelspec.resolution": size,
         "modelspec.date": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
     }
+    if text_rate is not None:
+        values |= {"ss_unet_lr": learning_rate, "ss_text_encoder_lr": text_rate}
     if trigger:
         values["modelspec.trigger_phrase"] = trigger
     return {key: str(value) for key, value in values.items()}

@@ -57,7 +57,7 @@ def write(target: Path, made: Lora, to: str, dtype: torch.dtype, like: Lora | No
     metadata = converted_metadata(made.metadata, {a.rank for a in everything}, {a.alpha for a in everything})
     save_lora(target, made.adapters, made.config, to, dtype, metadata, clip)
     written = load_lora(target, made.config)
-    error = relative_error(changes(written), changes(like if to != "peft" else replace(like, clip={})))
+    error = relative_error(written.everything, (like if to != "peft" else replace(like, clip={})).everything)
     name = next(name for name, d in PRECISIONS.items() if d == dtype)
     console.print(f"{target}: {to}, {name}, {described(written)}; relative error of the weight change {error:.2g}")
     return {
@@ -67,11 +67,6 @@ def write(target: Path, made: Lora, to: str, dtype: torch.dtype, like: Lora | No
         "ranks": [*written.file_ranks],
         "relative_error": error,
     }
-
-
-def changes(lora: Lora) -> dict[str, Adapter]:
-    """All adapters of a file, CLIP-L's too."""
-    return lora.adapters | {f"clip.{module}": adapter for module, adapter in lora.clip.items()}
 
 
 def described(lora: Lora) -> str:

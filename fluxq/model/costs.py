@@ -11,6 +11,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
@@ -21,6 +22,7 @@ from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.layout import layout
 from fluxq.model.lora import TARGETS
+from fluxq.model.text import CLIP_LENGTH
 from fluxq.model.units import REST, unit_of
 from fluxq.model.working_set import Product, Shape, backward_peak, forward_peak, scratch
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
@@ -56,18 +58,23 @@ def flux_costs(
     optimizer: str = "adamw8bit",
     accumulates: bool = False,
     chunk: int = CHUNKS[86],
+    clip: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Costs:
     """The table for steps of `batch` pictures of `img_tokens` with captions of `txt_tokens`.
 
+    clip: name and shape of every tensor of CLIP-L, where it is trained (fluxq/model/clip.py).
     chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/cutting.py).
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     lora = dict.fromkeys(chosen(tuple(layers), targets), rank)
-    gates = any(unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora)
+    encoder = _encoder(clip or {}, rank, batch)
+    gates = encoder.trained > 0 or any(
+        unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora
+    )
     sizes = {unit: length for unit, (_, length) in layout(shapes, format).items()}
 
-    trained, blocks, every = any("_in." in f".{p}." or p.endswith("_in") for p in lora), [], []
+    trained, blocks, every = encoder.trained > 0 or any("_in." in f".{p}." or p.endswith("_in") for p in lora), [], []
     for name in _blocks(config):
         own = {p: r for p, r in lora.items() if p.startswith(f"{name}.")}
         shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates)
@@ -81,7 +88,7 @@ def flux_costs(
     modulation = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
     window = max(1, FEW_ROWS // batch)
     weights = {p: r * sum(layers[p]) for p, r in lora.items()}
-    total, outer = sum(weights.values()), {p for p in lora if unit_of(p) == REST}
+    total, outer = sum(weights.values()) + encoder.trained, {p for p in lora if unit_of(p) == REST}
     rows, angles = batch * (img_tokens + txt_tokens), (img_tokens + txt_tokens) * config.head_dim * 4
     return Costs(
         format=format,
@@ -94,16 +101,40 @@ def flux_costs(
         ahead_peak=window * batch * 2 * 2 * 12 * config.hidden_size,  # a block's rows, and its halves before they join
         window=window if streams and modulation else 0,
         streams=streams,
-        stays=sizes[REST] + (0 if streams else sum(modulation.values())),
+        stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
         lora=4 * total,
-        gradients=4 * sum(weights[p] for p in outer),
+        gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
         optimiser=int(total * OPTIMIZER_BYTES[optimizer]),
         optimiser_peak=4 * total if optimizer == "adamw" else 0,
-        scratch=scratch(every, chunk) + angles,
-        outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows),
+        scratch=scratch(every, chunk) + angles + encoder.activations,
+        outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows) + encoder.work,
         accumulates=accumulates,
         tiles=tuple((band, AUTOENCODER + int(maps * img_tokens * 256 * 128 * 4)) for band, maps in TILES),
         about=dict(rank=rank, batch=batch, img_tokens=img_tokens, txt_tokens=txt_tokens, optimizer=optimizer),
+    )
+
+
+class _Encoder(NamedTuple):
+    """CLIP-L's share: bytes of its frozen weights, in bf16, and of what it keeps for its backward pass, which is there
+    all the while the transformer runs; its trained weights; the work of both passes.
+    """
+
+    frozen: int
+    trained: int
+    activations: int
+    work: Work
+
+
+def _encoder(clip: Mapping[str, tuple[int, ...]], rank: int, batch: int) -> _Encoder:
+    layers = [s for name, s in clip.items() if len(s) == 2 and name.startswith("encoder.")]
+    mlps = [s for name, s in clip.items() if name.endswith("fc1.weight")]
+    tokens, weights = batch * CLIP_LENGTH, sum(n * k for n, k in layers)
+    return _Encoder(
+        frozen=2 * sum(map(math.prod, clip.values())),
+        trained=rank * sum(n + k for n, k in layers),
+        # of a block: x twice, normed twice, q, k, v, attention; hidden, its sigmoid, their product
+        activations=2 * tokens * sum(8 * width + 3 * hidden for hidden, width in mlps),
+        work=Work(bf16=4.0 * tokens * weights, moved=2.0 * 2 * weights),
     )
 
 

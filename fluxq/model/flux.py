@@ -37,6 +37,7 @@ class Flux(nn.Module):
         self.config = config
         self.ring: Ring = AllResident()
         self.inputs: HostInputs | None = None  # where block inputs wait for the backward pass, if not on the card
+        self.trains_y = False  # whether gradients are wanted of y: CLIP's LoRA, upstream of it, trains
         width = config.hidden_size
         self.img_in = Linear(config.in_channels, width)
         self.txt_in = Linear(config.context_in_dim, width)
@@ -72,10 +73,10 @@ class Flux(nn.Module):
     @property
     def blocks_with_backward(self) -> range:
         """The numbers of the blocks that have a backward pass: from the first that something trainable lies in, or all
-        where that lies upstream of the blocks. The inputs themselves are taken to need no gradient.
+        where that lies upstream of the blocks. Of the inputs only y may need a gradient (`trains_y`).
         """
         upstream = (self.img_in, self.txt_in, self.time_in, self.vector_in, self.guidance_in)
-        trains = [_trains(*upstream), *(_trains(block) for block in self.blocks)]
+        trains = [self.trains_y or _trains(*upstream), *(_trains(block) for block in self.blocks)]
         first = trains.index(True) if True in trains else len(trains)
         return range(max(0, first - 1), len(self.blocks))
 
@@ -83,7 +84,8 @@ class Flux(nn.Module):
     def trains_modulation(self) -> bool:
         """Whether anything trainable lies upstream of `vec` or in what reads it: then rows change from step to step."""
         modulations = (m for m in self.modules() if isinstance(m, Modulation))
-        return _trains(self.time_in, self.vector_in, self.guidance_in, self.final_layer.adaLN_modulation, *modulations)
+        embedders = (self.time_in, self.vector_in, self.guidance_in)
+        return self.trains_y or _trains(*embedders, self.final_layer.adaLN_modulation, *modulations)
 
     @property
     def units_with_backward(self) -> frozenset[str]:
@@ -91,7 +93,8 @@ class Flux(nn.Module):
         embedders = (self.time_in, self.vector_in, self.guidance_in)
         found = {unit for i in self.blocks_with_backward for unit in self.blocks[i].units}
         for block in self.blocks:
-            if _trains(*embedders, *(part for part in block.children() if isinstance(part, Modulation))):
+            modulations = (part for part in block.children() if isinstance(part, Modulation))
+            if self.trains_y or _trains(*embedders, *modulations):
                 found.add(block.modulation_unit)
         return frozenset(found)
 

@@ -55,15 +55,26 @@ class TextEncoders:
     @torch.no_grad()
     def encode(self, captions: Sequence[str], tick: Tick = lambda done, total: None) -> Encoded:
         """`tick` is called after each of T5's blocks."""
-        begin, end = self.clip_ids
-        clip_tokens = [self.clip_tokenize(caption) for caption in captions]
-        clip_ids = [[begin, *ids[: CLIP_LENGTH - 2], end] for ids in clip_tokens]
-        ends = torch.tensor([ids.index(end) for ids in clip_ids])
-        clip = self.clip(torch.tensor([ids + [end] * (CLIP_LENGTH - len(ids)) for ids in clip_ids]), ends)
+        ids, ends, clip_truncated = clip_tokens(captions, self.clip_tokenize, self.clip_ids)
+        clip = self.clip(ids, ends)
 
         t5_tokens = [self.t5_tokenize(caption) for caption in captions]
         t5_ids = [[*ids[: self.length - 1], 1] for ids in t5_tokens]
         t5 = self.t5(torch.tensor([ids + [0] * (self.length - len(ids)) for ids in t5_ids]), tick)
         counts = [len(ids) + 1 for ids in t5_tokens]
-        clip_truncated = [len(ids) + 2 > CLIP_LENGTH for ids in clip_tokens]
         return Encoded(t5, clip, counts, [n > self.length for n in counts], clip_truncated)
+
+
+def clip_tokens(
+    captions: Sequence[str], tokenize: Tokenize, special: tuple[int, int]
+) -> tuple[Tensor, Tensor, list[bool]]:
+    """CLIP's token ids (B, CLIP_LENGTH), the places of their end tokens (B,), and whether captions were cut to them.
+
+    special: the (begin, end) tokens; padding is the end token.
+    """
+    begin, end = special
+    tokens = [tokenize(caption) for caption in captions]
+    ids = [[begin, *own[: CLIP_LENGTH - 2], end] for own in tokens]
+    ends = torch.tensor([own.index(end) for own in ids])
+    padded = torch.tensor([own + [end] * (CLIP_LENGTH - len(own)) for own in ids])
+    return padded, ends, [len(own) + 2 > CLIP_LENGTH for own in tokens]

@@ -26,6 +26,7 @@ T5_BLOCK = (
     "layer.1.layer_norm",
     *(f"layer.1.DenseReluDense.{part}" for part in ("wi_0", "wi_1", "wo")),
 )
+CLIP_EPS = 1e-5
 CLIP_BLOCK = (
     "layer_norm1",
     *(f"self_attn.{part}_proj" for part in ("q", "k", "v", "out")),
@@ -130,23 +131,27 @@ class ClipEncoder:
         """Pooled vectors (B, D): the last states at the tokens `ends` (B,) of token ids (B, L)."""
         positions = self.weights.read("embeddings.position_embedding.weight")
         x = _embedded(self.weights, "embeddings.token_embedding.weight", ids) + positions[: ids.shape[1]]
-        block = partial(clip_block, heads=self.heads)
+
+        def block(x: Tensor, layers: Layers) -> Tensor:
+            apply = {name: partial(_layer_norm if "norm" in name else _linear, own=own) for name, own in layers.items()}
+            return clip_block(x, apply, self.heads)
+
         for unit, names in clip_units(self.layers).items():
             with self.weights.resident(unit):
                 _through(block, x, self.weights, names)
         x = x[torch.arange(len(x), device=x.device), ends.to(x.device)]
-        return _layer_norm(x, *map(self.weights.read, _affine("final_layer_norm")))
+        return _layer_norm(x, tuple(map(self.weights.read, _affine("final_layer_norm"))))
 
 
-def clip_block(x: Tensor, layers: Layers, heads: int) -> Tensor:
-    """x (B, L, D) one block on. `layers` are those of CLIP_BLOCK."""
+def clip_block(x: Tensor, layers: Mapping[str, Callable[[Tensor], Tensor]], heads: int) -> Tensor:
+    """x (B, L, D) one block on. `layers` are those of CLIP_BLOCK, each as what it does to vectors."""
     norm1, to_q, to_k, to_v, to_out, norm2, fc1, fc2 = (layers[name] for name in CLIP_BLOCK)
-    h = _layer_norm(x, *norm1)
-    q, k, v = (_heads(F.linear(h, *layer), heads) for layer in (to_q, to_k, to_v))
+    h = norm1(x)
+    q, k, v = (_heads(layer(h), heads) for layer in (to_q, to_k, to_v))
     attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    x = x + F.linear(attended.transpose(1, 2).flatten(2), *to_out)
-    h = F.linear(_layer_norm(x, *norm2), *fc1)
-    return x + F.linear(h * torch.sigmoid(1.702 * h), *fc2)
+    x = x + to_out(attended.transpose(1, 2).flatten(2))
+    h = fc1(norm2(x))
+    return x + fc2(h * torch.sigmoid(1.702 * h))
 
 
 def _embedded(weights: Weights, name: str, ids: Tensor) -> Tensor:
@@ -183,5 +188,9 @@ def _rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return F.rms_norm(x, weight.shape, weight, eps=1e-6)
 
 
-def _layer_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    return F.layer_norm(x, weight.shape, weight, bias, eps=1e-5)
+def _layer_norm(x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
+    return F.layer_norm(x, own[0].shape, *own, eps=CLIP_EPS)
+
+
+def _linear(x: Tensor, own: tuple[Tensor, ...]) -> Tensor:
+    return F.linear(x, *own)

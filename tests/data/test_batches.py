@@ -85,6 +85,7 @@ def test_batch_holds_latents_text_and_names_of_its_examples(store):
         for n, name in enumerate(batch.examples):
             number = float(name.removeprefix("photos/").removesuffix(".png"))
             assert (batch.txt[n] == number).all() and (batch.pooled[n] == number).all()
+            assert batch.captions[n] == f"caption {number:g}"
             noise = normal(batch.latents.shape[1:], 3, "latents", index, name)
             assert torch.equal(batch.latents[n], number + 0.5 * noise)
 

@@ -12,13 +12,18 @@ import pytest
 import torch
 from helpers import relative_error
 
+from fluxq import nano
 from fluxq.formats.keys import to_diffusers
+from fluxq.formats.load import load_clip
 from fluxq.formats.lora import load_lora
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_write import save_lora
 from fluxq.formats.shapes import flux_shapes
-from fluxq.model import Flux, FluxConfig
+from fluxq.formats.source import open_clip
+from fluxq.model import Flux, FluxConfig, add_lora
+from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.embed import image_ids, text_ids
+from fluxq.run import adapters_of
 from fluxq.sample import attach
 
 diffusers = pytest.importorskip("diffusers")
@@ -174,4 +179,31 @@ def test_the_clip_part_reaches_the_text_encoder(tmp_path, models, dialect):
     theirs = encoder(ids).last_hidden_state
     pipeline.unload_lora_weights()
     pipeline.text_encoder = None
+    assert relative_error(theirs - base, wanted - base) <= 1e-4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
+@torch.no_grad()
+def test_diffusers_tells_prompts_as_the_clip_that_was_trained(tmp_path, models, dialect):
+    """nano's CLIP-L with LoRA on all of its layers, as a run saves it."""
+    _, pipeline = models
+    tokenizer = (nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt")
+    clip, source = load_clip(nano.CLIP_L, tokenizer, torch.device("cpu")), open_clip(nano.CLIP_L)
+    encoder = transformers.CLIPTextModel(transformers.CLIPTextConfig(**source.config, bos_token_id=None)).eval()
+    encoder.load_state_dict(clip.state_dict(), strict=True)
+    torch.manual_seed(0)
+    for layer in add_lora(clip, RANK, 3, CLIP_TARGETS).values():
+        torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.3)
+    adapter = Adapter(torch.randn(2, 3072), torch.randn(3072, 2), 2.0)
+    path, of_flux = tmp_path / "lora.safetensors", {"double_blocks.0.img_attn.proj": adapter}
+    save_lora(path, of_flux, CONFIG, dialect, torch.float32, clip=adapters_of(clip, 3.0))
+    ids, ends, _ = clip._tokens(["a red star", "a blue circle at the top"])
+    base, wanted = encoder(ids).pooler_output, clip(ids, ends)
+    pipeline.text_encoder = encoder
+    pipeline.load_lora_weights(path)
+    theirs = encoder(ids).pooler_output
+    pipeline.unload_lora_weights()
+    pipeline.text_encoder = None
+    assert relative_error(wanted, base) > 0.05
     assert relative_error(theirs - base, wanted - base) <= 1e-4
