@@ -29,8 +29,8 @@ import torch
 
 from benchmarks.measure import about, write
 from fluxq import nano
-from fluxq.formats.detect import autoencoder_shapes, flux_shapes
 from fluxq.formats.files import DTYPE_NAMES, atomic_path
+from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model import AutoEncoderConfig, FluxConfig
 
 Shapes = Mapping[str, tuple[int, ...]]

@@ -14,7 +14,7 @@ from typing import Any
 
 from fluxq.bench_steps import KIND
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 from fluxq.offload.plans import counted
 from fluxq.report import console
 

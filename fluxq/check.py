@@ -1,6 +1,7 @@
-"""`fluxq check`: whether a run could start, and what one file is. Of models headers alone are read; nothing is written.
+"""`fluxq check`: whether a run could start. Headers alone are read, and nothing is written.
 
-`check_run` looks at everything that a run needs and gathers every reason against it, not just the first.
+Everything that a run needs is looked at, and every reason against it gathered, not just the first. What one file is:
+fluxq/check_file.py.
 """
 
 from __future__ import annotations
@@ -11,46 +12,35 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fluxq.check_file import about_quantised, about_source, check_file, check_files, model_files, size
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.data.examples import Folder, scan
 from fluxq.data.imports import imported
 from fluxq.data.store import Store
 from fluxq.defaults import resolve_data
 from fluxq.errors import WrongRequest
-from fluxq.formats import detect
-from fluxq.formats.files import printable
-from fluxq.formats.lora import described, load_lora
-from fluxq.formats.lora_peft import PEFT_FILES, is_adapter
-from fluxq.formats.lora_programs import programs
-from fluxq.formats.quantized import QuantizedFile, cache_folder, stored_bytes
+from fluxq.formats.lora_peft import is_adapter
+from fluxq.formats.quantized import cache_folder, stored_bytes
 from fluxq.formats.shapes import flux_shapes
-from fluxq.formats.shards import Shards
-from fluxq.formats.source import OPENERS, Source
 from fluxq.hub import NotFetched, hub_cache
-from fluxq.kernels import FORMATS
 from fluxq.machine import Card, free_on_card, memory, notes, obstacle, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models import FLAGS, PARTS, Models
 from fluxq.report import console
 
-KEPT = {  # format -> the precisions that are that already
-    "nf4": ("nf4", "nf4, nested"),
-    "fp8": ("fp8 e4m3", "fp8 e4m3, scaled"),
-    "int8": ("int8",),
-    "bf16": ("bf16",),
-}
 PROGRAM_BYTES = 2 << 30  # Python, torch, activations of the small tensors, one tensor on its way
 Answer = dict[str, Any]
 
 
 def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
-    """Of one file: what it is. Else: whether a run on the folders `paths` could start. `ready` is the verdict."""
+    """Of a model file, a LoRA, or a folder of models: what it is. Else: whether a run on the folders `paths` could
+    start. `ready` is the verdict.
+    """
     if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
+    if len(paths) == 1 and (files := model_files(paths[0])):
+        return check_files(files)
     return check_run(config)
-
-
-# --- a run ---
 
 
 def check_run(config: TrainConfig) -> Answer:
@@ -85,9 +75,9 @@ def _part(models: Models, part: str, reasons: list[str]) -> Answer:
         served = models.served(part)
         about: Answer = {"path": str(served.path), "why": served.why}
         if part == "flux" and models.quantised is not None:
-            return about | _about_quantised(models.quantised)
+            return about | about_quantised(models.quantised)
         source = models.open(part)
-        about |= _about(source)
+        about |= about_source(source)
         if part != "flux" and (misfit := models.misfit(part, source.config)):
             raise WrongRequest(f"{source.path} {misfit}; use one model's files")
         return about
@@ -98,35 +88,10 @@ def _part(models: Models, part: str, reasons: list[str]) -> Answer:
         return {"path": None, "why": None}
 
 
-def _about_quantised(file: QuantizedFile) -> Answer:
-    about = {"what": _sizes(file.config), "precision": f"{file.format}, by fluxq", "files": [str(file.path)]}
-    return about | {"bytes": file.checkpoint.nbytes}
-
-
-def _about(source: Source) -> Answer:
-    return {
-        "what": _sizes(source.config),
-        "precision": source.precision,
-        "bytes": source.nbytes,
-        "files": [str(path) for path in source.files],
-    }
-
-
-def _sizes(config: Any) -> str:
-    """The sizes of one of the four models, for people."""
-    if isinstance(config, FluxConfig):
-        blocks = f"{config.depth} + {config.depth_single_blocks} blocks"
-        return f"{detect.variant(config)}, {blocks}, {config.hidden_size} wide"
-    if isinstance(config, dict):
-        layers = config.get("num_hidden_layers") or config.get("num_layers")
-        return f"{layers} layers, {config.get('hidden_size') or config.get('d_model')} wide"
-    return f"{config.z_channels} channels"
-
-
 def _print_part(part: str, about: Answer) -> None:
     name = FLAGS[part].lstrip("-")
     if "precision" in about:
-        what = f"{about['what']}, {about['precision']}, {_size(about['bytes'])}"
+        what = f"{about['what']}, {about['precision']}, {size(about['bytes'])}"
         console.print(f"{name:<12} {about['path']} ({about['why']}): {what}")
     else:
         console.print(f"{name:<12} {about['why'] or 'nothing serves it, see below'}")
@@ -187,13 +152,13 @@ def _ram(
         PROGRAM_BYTES + max(0 if on_card else stored_bytes(flux_shapes(flux), format), encoders),
         memory(),
     )
-    line = f"memory       {_size(needed)} of RAM needed, the transformer in {format}"
+    line = f"memory       {size(needed)} of RAM needed, the transformer in {format}"
     if has is not None:
-        line += f"; {_size(has[1])} of {_size(has[0])} are free"
+        line += f"; {size(has[1])} of {size(has[0])} are free"
         if needed > has[0]:
             reasons.append(
-                f"{_size(needed)} of RAM are needed with the transformer in {format}, this machine has "
-                f"{_size(has[0])}; use a leaner --format or another machine"
+                f"{size(needed)} of RAM are needed with the transformer in {format}, this machine has "
+                f"{size(has[0])}; use a leaner --format or another machine"
             )
     console.print(line)
     return {"needed": needed, "all": has and has[0], "free": has and has[1]}
@@ -205,14 +170,14 @@ def _card(flux: FluxConfig | None, format: str, card: Card | None, reasons: list
         console.print("card         none that torch can use, so training runs on the processor")
         return None
     free, capability = free_on_card(), ".".join(map(str, card.capability))
-    room = f"{_size(card.nbytes)}" if free is None else f"{_size(free)} of {_size(card.nbytes)} free"
+    room = f"{size(card.nbytes)}" if free is None else f"{size(free)} of {size(card.nbytes)} free"
     line, needed = f"card         {card.name}, {room}, compute capability {capability}", None
     if flux is not None:
         needed = stored_bytes(flux_shapes(flux), format)
-        line += f"; training in {format} needs {_size(needed)} of it for the weights alone"
+        line += f"; training in {format} needs {size(needed)} of it for the weights alone"
         if needed > card.nbytes:
             reasons.append(
-                f"the {card.name} has {_size(card.nbytes)}, and the transformer's weights alone take {_size(needed)} "
+                f"the {card.name} has {size(card.nbytes)}, and the transformer's weights alone take {size(needed)} "
                 f"in {format}; use {'another card' if format == 'nf4' else '--format nf4 or another card'}, or hide "
                 "it with CUDA_VISIBLE_DEVICES=-1 and train on the processor"
             )
@@ -237,11 +202,11 @@ def _disk(
     for place, names in _by_disk(places).items():
         total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
         free = min(free, left)
-        listed = ", ".join(f"{name} {_size(needed[name])}" for name in names if needed[name])
-        console.print(f"disk         {_size(total)} needed ({listed or 'nothing'}), {_size(left)} free at {place}")
+        listed = ", ".join(f"{name} {size(needed[name])}" for name in names if needed[name])
+        console.print(f"disk         {size(total)} needed ({listed or 'nothing'}), {size(left)} free at {place}")
         if total > left:
             reasons.append(
-                f"{_size(total)} of disk are needed at {place}, {_size(left)} are free; "
+                f"{size(total)} of disk are needed at {place}, {size(left)} are free; "
                 "make room, or choose another --cache, FLUXQ_CACHE or HF_HOME"
             )
     return {"needed": sum(needed.values()), "free": free, **needed}
@@ -256,84 +221,3 @@ def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
             raise WrongRequest(f"{place} lies on a drive that is not there; choose another place")
         disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
     return dict(disks.values())
-
-
-# --- a file ---
-
-
-def check_file(path: Path) -> Answer:
-    """One screen about one file, the index of shards, or a PEFT adapter's folder: its kind, parts and precision, and
-    what fluxq does with it or why it refuses. A LoRA is read whole.
-
-    Raises WrongRequest for what is no complete safetensors or GGUF file.
-    """
-    shards = Shards(path / PEFT_FILES[0] if path.is_dir() else path)
-    if "fluxq" in shards.metadata:
-        about = _about_quantised(file := QuantizedFile.open(path))
-        console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
-        console.print(f"             use it by --flux with --format {file.format}")
-        return {"ready": True, "kind": detect.FLUX, "path": str(path), "parts": {"flux": about}, "reasons": []}
-    kind, meant, nbytes = detect.kind(shards.shapes), detect.meant(shards.shapes), shards.nbytes
-    stored = Counter(tensor.kind for tensor in shards.tensors.values())
-    listed = ", ".join(f"{count} {precision}" for precision, count in stored.most_common())
-    console.print(f"file         {path}, {_size(nbytes)}, {len(shards.shapes)} tensors ({listed})")
-    parts, reasons = {}, []
-    for part, wanted in PARTS.items():
-        if wanted in meant:
-            try:
-                source = OPENERS[wanted](path)
-            except WrongRequest as error:
-                reasons.append(str(error))
-                continue
-            parts[part] = about = _about(source) | {"use": _use(part, source)}
-            console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it by {FLAGS[part]}")
-            console.print(f"             {about['use']}")
-    titles = (shards.metadata.get(name) for name in ("modelspec.title", "ss_output_name", "general.name"))
-    title = next(filter(None, titles), None)
-    if title:
-        console.print(f"title        {printable(title)}")
-    if kind == detect.LORA:
-        try:
-            parts["lora"] = _lora(path)
-        except WrongRequest as error:
-            reasons.append(str(error))
-    elif not meant:
-        reasons.append(f"{path} is {kind}; fluxq has no use for it")
-    for reason in reasons:
-        console.print(f"refused      {reason}")
-    answer = {"ready": bool(parts), "kind": kind, "path": str(path), "stored": dict(stored)}
-    return answer | {"bytes": nbytes, "title": title, "parts": parts, "reasons": reasons}
-
-
-def _lora(path: Path) -> Answer:
-    """What a LoRA is, and who reads it. Raises WrongRequest where fluxq does not."""
-    lora = load_lora(path)
-    verdicts = programs(lora)
-    readers = [program for program, verdict in verdicts.items() if verdict == "yes"]
-    others = ", ".join(program for program in verdicts if program not in readers)
-    console.print(
-        f"holds        a LoRA, {lora.dialect}, {described(lora)}; use it by --lora, --from-lora or --base-lora"
-    )
-    limits = f"; not, or not all of it, by {others}" if others else ""
-    console.print(f"             read as it is by {', '.join(readers) or 'no other program'}{limits}")
-    console.print(f"             more: fluxq lora info {path}")
-    about = {"what": described(lora), "dialect": lora.dialect, "ranks": lora.ranks, "modules": len(lora.adapters)}
-    return about | {"programs": verdicts, "use": "fluxq lora info"}
-
-
-def _use(part: str, source: Source) -> str:
-    """What fluxq does with the weights of a part."""
-    if part == "ae":
-        return "all of it is read, in fp32"
-    if part != "flux":
-        return "a block at a time is read and decoded"
-    kept = next((format for format, like in KEPT.items() if source.precision in like), None)
-    others = ", ".join(f"{format} {_size(stored_bytes(source.shapes, format))}" for format in FORMATS if format != kept)
-    if kept is None:
-        return f"it is decoded in bands of rows, and stored once in the --format of a run: {others}"
-    size = _size(stored_bytes(source.shapes, kept))
-    return f"--format {kept} keeps its matrices' very bytes ({size}); made from their values: {others}"
-
-
-def _size(nbytes: int) -> str:
-    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 100 << 20 else f"{nbytes / 2**20:.1f} MiB"

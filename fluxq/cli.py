@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import sys
 import typing
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from typing import Any
 
 import click
 
-from fluxq.config import TrainConfig, config_from_dict, read_toml, set_values
+from fluxq.config import DEFAULT_RANK, TrainConfig, config_from_dict, read_toml, set_values
 from fluxq.errors import WrongRequest
 
 SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
@@ -65,6 +66,20 @@ def _option(flag: str, key: str, field: dataclasses.Field, hint: Any) -> Callabl
     return click.option(flag, name, type=kind, metavar=metavar, help=field.metadata["help"] + default)
 
 
+def as_config(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:
+    """An option that takes what the config's `key`, like "model.format", takes, `without` one of its choices. `name` is
+    that of the argument, by default the field's; `more` goes to click.
+    """
+    section, _, field = key.partition(".")
+    allowed = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == field).metadata
+    if allowed["choices"]:
+        kind: click.ParamType = click.Choice([choice for choice in allowed["choices"] if choice != without])
+    else:
+        kind = click.IntRange(allowed["least"], None if allowed["most"] == math.inf else allowed["most"])
+    shown = more.get("default") is not None
+    return click.option(allowed["flag"], name or field, type=kind, show_default=shown, help=help, **more)
+
+
 def read_config(
     config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any], base: Path | None = None
 ) -> TrainConfig:
@@ -101,6 +116,14 @@ class Commands(click.Group):
                 err=True,
             )
             ctx.exit(1)
+        except OSError as error:  # a file or folder that is locked, closed to us, too long a name, on a drive that went
+            if error.filename is None:
+                raise
+            click.echo(
+                f"error: {error.filename} cannot be used ({error.strerror}); check the path and its permissions",
+                err=True,
+            )
+            ctx.exit(2)
         except KeyboardInterrupt as stop:
             click.echo(f"stopped{': ' if str(stop) else ''}{stop}", err=True)
             ctx.exit(130)
@@ -257,7 +280,8 @@ def check(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Tell what FILE is, or whether a run on FOLDERS could start: which file serves which part, and what is missing.
+    """Tell what a model FILE, or a folder of them, is, or whether a run on FOLDERS could start: which file serves which
+    part, and what is missing.
 
     Nothing is loaded, fetched or written. Exit code 0: a run could start, 2: not, and why.
     """
@@ -275,14 +299,7 @@ def check(
 @main.command()
 @click.argument("source", type=Path, metavar="SRC")
 @click.argument("target", type=Path, metavar="DST")
-@click.option(
-    "--format",
-    "format",
-    type=click.Choice(["nf4", "fp8", "int8"]),
-    default="nf4",
-    show_default=True,
-    help="How weights are stored.",
-)
+@as_config("model.format", "How weights are stored.", without="bf16", default="nf4")
 @click.option("--report", is_flag=True, help="Also print the error of every type of layer; takes twice the time.")
 @click.option("--overwrite", is_flag=True, help="Replace DST.")
 @JSON
@@ -298,21 +315,8 @@ def quantize(source: Path, target: Path, format: str, report: bool, overwrite: b
 @click.option(
     "--out", type=Path, default=Path("runs/demo"), show_default=True, metavar="DIR", help="Run directory; replaced."
 )
-@click.option(
-    "--format",
-    "format",
-    type=click.Choice(["nf4", "fp8", "int8", "bf16"]),
-    default="nf4",
-    show_default=True,
-    help="How frozen weights are stored.",
-)
-@click.option(
-    "--compute",
-    type=click.Choice(["bf16", "int8", "int8_dx", "fp8", "fp8_dx"]),
-    default="bf16",
-    show_default=True,
-    help="How frozen weights are multiplied.",
-)
+@as_config("model.format", "How frozen weights are stored.", default="nf4")
+@as_config("model.compute", "How frozen weights are multiplied.", default="bf16")
 @JSON
 def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     """Teach the bundled toy model a new creature: cache, quantise, train, sample, in about a minute, without a GPU."""
@@ -337,14 +341,12 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     help="What is measured: FLUX.1 dev with weights drawn at random as they are stored; no file is needed.",
 )
 @click.option("--steps", type=click.IntRange(3), default=5, show_default=True, help="Timed steps a row.")
-@click.option(
-    "--format",
+@as_config(
+    "model.format",
+    "How frozen weights are stored; may be given several times.",
     "formats",
     multiple=True,
-    type=click.Choice(["nf4", "fp8", "int8", "bf16"]),
     default=("nf4", "int8"),
-    show_default=True,
-    help="How frozen weights are stored; may be given several times.",
 )
 @click.option(
     "--size",
@@ -355,24 +357,12 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     show_default=True,
     help="Pixels of a side; may be given several times.",
 )
-@click.option(
-    "--compute",
-    type=click.Choice(["bf16", "int8", "int8_dx", "fp8", "fp8_dx"]),
-    default="bf16",
-    show_default=True,
-    help="How frozen weights are multiplied.",
-)
-@click.option(
-    "--policy",
-    type=click.Choice(["recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"]),
-    default="recompute",
-    show_default=True,
-    help="What a block keeps for the backward pass.",
-)
-@click.option("--rank", type=click.IntRange(1), default=16, show_default=True, help="Rank of the LoRA.")
-@click.option("--batch", type=click.IntRange(1), default=1, show_default=True, help="Pictures a step.")
-@click.option("--t5-length", type=click.IntRange(2, 512), default=512, show_default=True, help="T5 tokens a caption.")
-@click.option("--slots", type=click.IntRange(2), default=8, show_default=True, help="Slots for streamed units.")
+@as_config("model.compute", "How frozen weights are multiplied.", default="bf16")
+@as_config("memory.policy", "What a block keeps for the backward pass.", default="recompute")
+@as_config("lora.rank", "Rank of the LoRA.", default=DEFAULT_RANK)
+@as_config("training.batch", "Pictures a step.", default=1)
+@as_config("model.t5_length", "T5 tokens a caption.", default=512)
+@as_config("memory.slots", "Slots for streamed units.", default=8)
 @click.option("--out", type=Path, metavar="DIR", help="Also write two plots and the rows as JSON there.")
 @JSON
 def profile(as_json: bool, **given: Any) -> None:
@@ -407,37 +397,19 @@ def kernels(tune: bool, as_json: bool) -> None:
     type=click.Choice(["quick", "full"]),
     help="A fixed list of settings in place of one; options that are given replace its own.",
 )
-@click.option(
-    "--format",
-    "format",
-    type=click.Choice(["nf4", "fp8", "int8", "bf16"]),
-    help="How frozen weights are stored  [default: nf4]",
-)
-@click.option(
-    "--compute",
-    type=click.Choice(["bf16", "int8", "int8_dx", "fp8", "fp8_dx"]),
-    help="How frozen weights are multiplied  [default: bf16]",
-)
-@click.option(
-    "--policy",
-    type=click.Choice(["recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"]),
-    help="What a block keeps for the backward pass; default: as fits.",
-)
+@as_config("model.format", "How frozen weights are stored  [default: nf4]")
+@as_config("model.compute", "How frozen weights are multiplied  [default: bf16]")
+@as_config("memory.policy", "What a block keeps for the backward pass; default: as fits.")
 @click.option("--size", type=click.IntRange(32, 2048), help="Pixels of a side  [default: 512; on a processor 96]")
-@click.option("--batch", type=click.IntRange(1), help="Pictures a step  [default: 1]")
-@click.option("--rank", type=click.IntRange(1), help="Rank of the LoRA  [default: 16]")
-@click.option("--t5-length", type=click.IntRange(2, 512), help="T5 tokens a caption  [default: 512; on a processor 32]")
-@click.option(
-    "--resident-units",
-    type=click.IntRange(0),
-    help="How many of the 76 units of weights stay on the card, the others are streamed; default: as fits.",
+@as_config("training.batch", "Pictures a step  [default: 1]")
+@as_config("lora.rank", "Rank of the LoRA  [default: 16]")
+@as_config("model.t5_length", "T5 tokens a caption  [default: 512; on a processor 32]")
+@as_config(
+    "memory.resident_units",
+    "How many of the 76 units of weights stay on the card, the others are streamed; default: as fits.",
 )
-@click.option(
-    "--blocks-to-swap",
-    type=click.IntRange(0),
-    help="N blocks, 2 N units, are streamed: sd-scripts' way to say it; default: as fits.",
-)
-@click.option("--slots", type=click.IntRange(2), help="Places on the card for streamed units; default: as fits.")
+@as_config("memory.blocks_to_swap", "N blocks, 2 N units, are streamed: sd-scripts' way to say it; default: as fits.")
+@as_config("memory.slots", "Places on the card for streamed units; default: as fits.")
 @click.option("--steps", type=click.IntRange(3), default=20, show_default=True, help="Timed steps a setting.")
 @click.option("--limit-vram", metavar="TEXT", help="Have no more of the card than this, like 12GiB.")
 @click.option("--limit-bus", metavar="TEXT", help="Imitate a slower bus, like 12GB/s, by repeating copies.")

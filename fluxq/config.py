@@ -292,6 +292,8 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
     if hint is Path and isinstance(value, str):
+        if "\0" in value:
+            raise WrongRequest(f"{source}: {key} must be a path, not {value!r}")
         value = Path(os.path.expanduser(value))
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
         raise WrongRequest(f"{source}: {key} must be {_NAMES[hint]}, not {value!r}")

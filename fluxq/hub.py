@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.shards import FOLDERS, locate
+from fluxq.formats.files import PICKLE_SUFFIXES
+from fluxq.formats.shards import FOLDERS, SUFFIXES, locate
 from fluxq.formats.source import OPENERS
 
 
@@ -23,10 +24,9 @@ class NotFetched(WrongRequest):
 def hub_id(path: Path) -> str | None:
     """`path` as owner/name where it can be read as one: what exists is always a path."""
     text = path.as_posix()
-    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text) and not text.endswith(
-        (".safetensors", ".json")
-    )
-    return text if is_id and not path.exists() else None
+    is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text)
+    is_file = path.suffix.lower() in {*SUFFIXES, *PICKLE_SUFFIXES, ".json"}
+    return text if is_id and not is_file and not path.exists() else None
 
 
 def hub_cache() -> Path:

@@ -18,7 +18,7 @@ import torch
 from fluxq import nano
 from fluxq.config import ModelConfig, file_and_strength
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, variant
+from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5
 from fluxq.formats.find import Found, choose, choose_flux, search
 from fluxq.formats.load import load_autoencoder, load_clip, load_flux, load_text_encoders
 from fluxq.formats.lora import load_lora
@@ -36,6 +36,7 @@ from fluxq.formats.quantized import (
     stored_bytes,
 )
 from fluxq.formats.shards import locate
+from fluxq.formats.sizes import variant
 from fluxq.formats.source import OPENERS, Source
 from fluxq.formats.stream import load_streamed, place_units
 from fluxq.formats.tokenizers import Kind, find_tokenizers

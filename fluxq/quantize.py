@@ -25,10 +25,13 @@ def quantize_command(
     """Write the transformer in `source` to `target` as `format`; with `report` measure the error of every matrix on the
     way.
 
-    Raises WrongRequest for a source that is no FLUX.1 transformer, an existing target, or a disk without the room.
+    Raises WrongRequest for a source that is no FLUX.1 transformer or holds numbers that are not finite, a target that
+    exists or has another suffix, or a disk without the room.
     """
     if target.exists() and not overwrite:
         raise WrongRequest(f"{target} exists; choose another name, or replace it by --overwrite")
+    if target.suffix != ".safetensors":
+        raise WrongRequest(f"{target} would be a safetensors file; name it so, {target.stem}.safetensors")
     original, errors = open_flux(source), Errors()
     if target.is_dir() or any(target.exists() and target.samefile(path) for path in original.files):
         raise WrongRequest(f"{target} is a folder or the source itself; name a new file")

@@ -28,7 +28,7 @@ from rich.progress import (
 )
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 from fluxq.machine import SpillWatch
 
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -1,4 +1,4 @@
-"""`fluxq check`: which file serves which part, what a run needs, every reason against it; and what one file is."""
+"""`fluxq check`: which file serves which part, what a run needs, every reason against it."""
 
 from __future__ import annotations
 
@@ -7,38 +7,28 @@ import os
 import shutil
 import subprocess
 import sys
-import tracemalloc
 from pathlib import Path
 
-import gguf
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
 from click.testing import CliRunner
-from helpers import tiny_config, write_hollow
+from helpers import write_hollow
 from huggingface_hub import constants
-from lora_files import WRITERS
 from PIL import Image
-from safetensors.torch import save, save_file
 
 from fluxq import check as checks
 from fluxq import nano
 from fluxq.cli import main
-from fluxq.formats.detect import flux_shapes
-from fluxq.formats.files import write_safetensors
 from fluxq.formats.load import load_flux
-from fluxq.formats.lora_algebra import Adapter
-from fluxq.formats.lora_write import save_lora
 from fluxq.formats.quantized import stored_bytes
+from fluxq.formats.shapes import flux_shapes
 from fluxq.hub import NotFetched
 from fluxq.machine import Card, Machine
 from fluxq.model import FluxConfig
-from fluxq.models import PARTS, Models
+from fluxq.models import Models
 from fluxq.quantize import quantize_command
 
 ROOT = Path(__file__).parent.parent
-NANO = FluxConfig.nano()
-WIDE = tiny_config(in_channels=64, out_channels=64, vec_in_dim=64, context_in_dim=64, depth=1, depth_single_blocks=1)
 
 
 @pytest.fixture(autouse=True)
@@ -254,183 +244,3 @@ def test_a_quantised_file_beside_its_original_is_named_with_the_reason(tmp_path)
     _, answer, lines = run("--models", tmp_path, "--format", "int8")
     assert answer["parts"]["flux"]["path"] == str(tmp_path / "flux1-nano.safetensors")
     assert f"(the only one in {tmp_path}; made.safetensors is it in nf4)" in lines
-
-
-# --- one file ---
-
-
-@pytest.mark.parametrize("part", PARTS)
-def test_a_file_is_described_with_its_use(part):
-    file = {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T5XXL}[part]
-    code, answer, lines = run(file)
-    assert code == 0 and list(answer["parts"]) == [part] and answer["parts"][part]["precision"] == "bf16"
-    assert f"holds        {PARTS[part]}" in lines and f"use it by --{part.replace('_', '-')}" in lines
-
-
-@pytest.mark.parametrize(
-    ("dialect", "what", "reads"),
-    [
-        (
-            "kohya",
-            "kohya, 15 modules of rank",
-            "read as it is by ComfyUI, Forge, sd-scripts; not, or not all of it, by diff",
-        ),
-        (
-            "ai-toolkit",
-            "diffusers, ",
-            "read as it is by ComfyUI, Forge, diffusers; not, or not all of it, by sd-scripts",
-        ),
-        ("fal Kontext", "peft, ", "read as it is by no other program; not, or not all of it, by ComfyUI, Forge, diff"),
-    ],
-)
-def test_a_lora_is_told_with_what_reads_it(tmp_path, dialect, what, reads):
-    tensors, _, metadata = WRITERS[dialect]()
-    write_safetensors(tmp_path / "x.safetensors", tensors, {**metadata, "ss_output_name": "zqx"})
-    code, answer, lines = run(tmp_path / "x.safetensors")
-    lines = " ".join(lines.split())
-    assert code == 0 and answer["kind"] == "a LoRA" and answer["title"] == "zqx"
-    assert f"holds a LoRA, {what}" in lines and reads in lines and "fluxq lora info" in lines
-    assert answer["parts"]["lora"]["ranks"] and answer["parts"]["lora"]["programs"]["ComfyUI"]
-
-
-def test_a_peft_folder_is_a_lora_too(tmp_path):
-    save_lora(tmp_path / "peft", {"txt_in": Adapter(torch.ones(2, 128), torch.ones(192, 2), 1.0)}, NANO, "peft")
-    code, answer, _ = run(tmp_path / "peft")
-    assert code == 0 and answer["parts"]["lora"]["dialect"] == "peft" and answer["parts"]["lora"]["ranks"] == [2]
-
-
-def test_loras_that_fluxq_does_not_read_are_refused_with_the_reason(tmp_path):
-    name = "lora_unet_double_blocks_0_img_attn_qkv"
-    for suffix, reason in (("lora_down.weight", "has no up"), ("lokr_w1", "is a LoKr (LyCORIS)")):
-        save_file({f"{name}.{suffix}": torch.ones(2, 192)}, tmp_path / "x.safetensors")
-        code, answer, lines = run(tmp_path / "x.safetensors")
-        assert code == 2 and reason in answer["reasons"][0] and not answer["ready"] and "refused" in lines
-
-
-def test_other_files_are_refused_with_the_reason(tmp_path):
-    fill = {name: torch.zeros(shape).bfloat16() for name, shape in flux_shapes(tiny_config()).items()}
-    write_safetensors(tmp_path / "fill.safetensors", fill | {"img_in.weight": torch.zeros(64, 96)})
-    code, answer, lines = run(tmp_path / "fill.safetensors")
-    assert code == 2 and "has 96 inputs as of Fill where 16 are wanted" in lines and answer["parts"] == {}
-
-    save_file({"layer.weight": torch.ones(2)}, tmp_path / "other.safetensors")
-    code, answer, _ = run(tmp_path / "other.safetensors")
-    assert code == 2 and "is no model that fluxq knows (its first key is layer.weight)" in answer["reasons"][0]
-
-    near = {"img_in.weight": torch.ones(2, 2), "txt_in.bias": torch.ones(2), "blocks.0.qkv.weight": torch.ones(2, 2)}
-    save_file(near, tmp_path / "near.safetensors")
-    code, answer, _ = run(tmp_path / "near.safetensors")
-    sentence = (
-        "nearest to a FLUX.1 transformer: 46 missing (img_in.bias; txt_in.weight; time_in.in_layer.weight; time_in.in"
-    )
-    assert code == 2 and sentence in answer["reasons"][0]
-    assert "1 unexpected (blocks.0.qkv.weight)" in answer["reasons"][0]
-
-
-def transformer() -> dict[str, torch.Tensor]:
-    return {name: torch.randn(shape).bfloat16() for name, shape in flux_shapes(WIDE).items()}
-
-
-def as_nf4() -> dict[str, torch.Tensor]:
-    tensors = transformer()
-    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
-        tensors[name], state = quantize_4bit(tensors[name], quant_type="nf4")
-        tensors |= {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
-    return tensors
-
-
-def as_scaled_fp8() -> dict[str, torch.Tensor]:
-    tensors = transformer()
-    for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
-        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
-        tensors[name.removesuffix("weight") + "scale_weight"] = torch.tensor(0.5)
-    return tensors
-
-
-def write_gguf(path: Path) -> Path:
-    writer = gguf.GGUFWriter(path, "flux")
-    for name, tensor in transformer().items():
-        kind = gguf.GGMLQuantizationType.Q8_0 if tensor.ndim == 2 else gguf.GGMLQuantizationType.F32
-        writer.add_tensor(name, gguf.quants.quantize(tensor.float().numpy(), kind), raw_dtype=kind)
-    writer.write_header_to_file()
-    writer.write_kv_data_to_file()
-    writer.write_tensors_to_file()
-    writer.close()
-    return path
-
-
-@pytest.mark.parametrize(
-    ("write", "precision", "use"),
-    [
-        (transformer, "bf16", "--format bf16 keeps its matrices' very bytes"),
-        (as_nf4, "nf4", "--format nf4 keeps its matrices' very bytes"),
-        (as_scaled_fp8, "fp8 e4m3, scaled", "--format fp8 keeps its matrices' very bytes"),
-        (None, "Q8_0", "it is decoded in bands of rows, and stored once in the --format of a run: nf4"),
-    ],
-)
-def test_a_stored_kind_is_named_with_what_becomes_of_it(tmp_path, write, precision, use):
-    path = tmp_path / "flux.safetensors"
-    save_file(write(), path) if write else write_gguf(path := tmp_path / "flux.gguf")
-    code, answer, lines = run(path)
-    assert code == 0 and answer["parts"]["flux"]["precision"] == precision
-    assert answer["parts"]["flux"]["use"].startswith(use) and use in lines
-    assert f"holds        a FLUX.1 transformer: dev, 1 + 1 blocks, 64 wide, {precision}; use it by --flux" in lines
-    assert len(lines.splitlines()) == 3
-
-
-REFUSED = {
-    "ControlNet": ("controlnet_blocks.0.weight", "double_blocks.0.img_attn.qkv.weight"),
-    "IP-Adapter": ("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",),
-    "FLUX.1 Redux": ("redux_up.weight", "redux_down.weight"),
-    "nunchaku": ("single_transformer_blocks.0.qkv_proj.qweight", "single_transformer_blocks.0.qkv_proj.wscales"),
-    "Chroma": ("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"),
-    "FLUX.2": ("double_stream_modulation_img.lin.weight", "double_blocks.0.img_attn.qkv.weight"),
-    "quanto or torchao": ("transformer_blocks.0.attn.to_q.weight._data", "single_transformer_blocks.0.x.weight._data"),
-    "nvfp4": ("double_blocks.0.img_attn.qkv.weight", "double_blocks.0.img_attn.qkv.weight_scale_2"),
-    "Qwen-Image": ("transformer_blocks.0.img_mod.1.weight", "txt_norm.weight"),
-    "a video model": ("blocks.0.cross_attn.k.weight", "patch_embedding.weight"),
-    "a tiny autoencoder": ("decoder.layers.1.weight", "encoder.layers.1.weight"),
-    "Stable Diffusion 3": ("model.diffusion_model.joint_blocks.0.x_block.attn.qkv.weight",),
-}
-
-
-@pytest.mark.parametrize("name", REFUSED)
-def test_what_fluxq_has_no_use_for_is_named(tmp_path, name):
-    save_file({key: torch.ones(2, 2) for key in REFUSED[name]}, tmp_path / "a.safetensors")
-    code, answer, lines = run(tmp_path / "a.safetensors")
-    assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 1 and name in answer["reasons"][0]
-    assert lines.count("refused ") == 1
-
-
-BAD = {
-    "strange keys": lambda: save({"layer.weight": torch.ones(2, 2)}),
-    "a twin": lambda: b'\x3a\0\0\0\0\0\0\0{"x":{"dtype":"U8","shape":[0],"data_offsets":[0,0]},"x":0}',
-    "cut": lambda: save(transformer())[:-9],
-    "a lying shape": lambda: save(transformer()).replace(b'"shape":[64,64]', b'"shape":[65,64]'),
-    "a lying count": lambda: b"GGUF\x03\0\0\0" + b"\xff" * 16,
-    "a state that lies": lambda: save(as_nf4()).replace(b'"blocksize": 64', b'"blocksize": 32'),
-    "no scale": lambda: save(as_scaled_fp8() | {"scaled_fp8": torch.empty(0), "txt_in.scale_weight": torch.ones(7)}),
-}
-
-
-@pytest.mark.parametrize("command", ["check", "quantize"])
-@pytest.mark.parametrize("what", BAD)
-def test_a_bad_file_costs_one_sentence(tmp_path, what, command):
-    """No traceback, no memory, and nothing is written."""
-    (path := tmp_path / "bad.safetensors").write_bytes(BAD[what]())
-    arguments = [command, str(path)] + ([str(tmp_path / "out.safetensors")] if command == "quantize" else [])
-    tracemalloc.start()
-    result = CliRunner().invoke(main, arguments)
-    peak = tracemalloc.get_traced_memory()[1]
-    tracemalloc.stop()
-    assert result.exit_code == 2 and isinstance(result.exception, SystemExit) and str(path) in result.output
-    assert "Traceback" not in result.output and len(result.output.splitlines()) <= 2 and peak < 16 << 20
-    assert [file.name for file in tmp_path.iterdir()] == [path.name]
-
-
-@pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is GGUF of version"), (None, "does not exist")])
-def test_what_is_no_safetensors_file_is_one_sentence(tmp_path, content, sentence):
-    if content:
-        (tmp_path / "x.safetensors").write_bytes(content * 9)
-    result = CliRunner().invoke(main, ["check", str(tmp_path / "x.safetensors")])
-    assert result.exit_code == 2 and sentence in result.stderr

@@ -86,6 +86,18 @@ def commands() -> dict[str, click.Command]:
     return found
 
 
+def test_an_option_takes_the_same_in_every_command():
+    """quantize alone has nothing to do for bf16."""
+    seen: dict[str, set[tuple[str, ...]]] = {}
+    for name, command in commands().items():
+        for parameter in command.params:
+            if parameter.opts[0] in ("--format", "--compute", "--policy") and isinstance(parameter.type, click.Choice):
+                seen.setdefault(f"{parameter.opts[0]}{' 8' * (name == 'quantize')}", set()).add(parameter.type.choices)
+    everywhere = seen.pop("--format")
+    assert seen.pop("--format 8") == {tuple(c for choices in everywhere for c in choices if c != "bf16")}
+    assert [len(choices) for choices in (everywhere, *seen.values())] == [1, 1, 1]
+
+
 @pytest.mark.parametrize("command", OPTIONS)
 def test_every_option_is_explained(command):
     assert run(*command.split(), "--help").exit_code == 0

@@ -38,6 +38,7 @@ def test_defaults_read_back_equal():
         ({"lora": {"rank": True}}, "my.toml: lora.rank must be a whole number, not True"),
         ({"lora": {"rank": 0}}, "my.toml: lora.rank must be at least 1, not 0"),
         ({"lora": 3}, "my.toml: lora must be a table, not 3"),
+        ({"model": {"flux": "a\0b"}}, "my.toml: model.flux must be a path, not 'a\\x00b'"),
         ({"training": {"rate": float("nan")}}, "my.toml: training.rate must be at least 0, not nan"),
         ({"training": {"rate": float("inf")}}, "my.toml: training.rate must be at least 0, not inf"),
         (

@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"models", "timed_step", "from_lora"},
     {"memory", "kernel_cases", "measured_row"},
     {"defaults"},
-    {"run", "turns", "room"},
+    {"run", "turns", "room", "check_file"},
     {"cache", "check", "lora", "quantize", "bench_kernels", "bench_steps", "profile"},
     {"sample", "bench_compare"},
     {"train"},

@@ -23,7 +23,7 @@ from fluxq.formats import find
 from fluxq.formats import quantized as quantized_module
 from fluxq.formats.find import search
 from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
-from fluxq.hub import NotFetched
+from fluxq.hub import NotFetched, hub_id
 from fluxq.model import FluxConfig
 from fluxq.models import NANO, PARTS, Models
 from fluxq.quantize import quantize_command
@@ -354,6 +354,24 @@ def test_a_hub_id_is_answered_from_the_cache_first(tmp_path):
     wanted = {part: snapshot / name for part, name in NAMES.items()}
     assert served(models=Path(REPOSITORY)) == wanted
     assert served(**{part: Path(REPOSITORY) for part in PARTS}) == wanted
+
+
+@pytest.mark.parametrize("name", ["flux.gguf", "flux.sft", "flux.safetensors", "FLUX.GGUF", "flux.ckpt", "a.json"])
+def test_the_name_of_a_file_is_no_hub_id(name):
+    assert hub_id(Path("models") / name) is None and hub_id(Path(REPOSITORY)) == REPOSITORY
+
+
+def test_files_that_end_in_sft_are_found(tmp_path):
+    file = place(nano.AE, tmp_path / "models/ae.sft")
+    assert [source.path for source in search(tmp_path / "models").sources[PARTS["ae"]]] == [file]
+
+
+def test_a_folder_of_models_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def closed(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert f"{tmp_path} cannot be read (Permission denied); check its permissions" in refusal(models=tmp_path)
 
 
 def test_a_path_that_exists_wins_over_a_hub_id(tmp_path):

@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import os
+import shutil
+from pathlib import Path
 
 import pytest
+import torch
 from click.testing import CliRunner
+from safetensors.torch import load_file, save_file
 
 from fluxq import nano
 from fluxq.cli import main
 from fluxq.config import ModelConfig
-from fluxq.formats.quantized import QuantizedFile, cache_folder
+from fluxq.errors import WrongRequest
+from fluxq.formats.quantized import QuantizedFile, cache_folder, write_quantized
+from fluxq.formats.source import open_flux
 from fluxq.models import Models
 
 
@@ -67,6 +74,31 @@ def test_training_quantises_once_and_says_what_room_that_takes(tmp_path, monkeyp
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
+def test_a_file_that_is_replaced_while_it_is_read_makes_nothing(tmp_path):
+    """Half of one model and half of another would be kept under the first one's name."""
+    source = open_flux(Path(shutil.copy(nano.FLUX, tmp_path / "flux.safetensors")))
+
+    def replaced(done, total):
+        if done == total:
+            os.utime(source.path, ns=(0, source.path.stat().st_mtime_ns + 2_000_000_000))
+
+    with pytest.raises(WrongRequest, match=r"flux\.safetensors was replaced or changed while it was read; start again"):
+        write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, torch.device("cpu"), replaced)
+    assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
+
+
+@pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
+@pytest.mark.parametrize("name", ["single_blocks.1.linear1.weight", "img_in.weight", "double_blocks.0.txt_mlp.2.bias"])
+@pytest.mark.parametrize("number", [float("nan"), float("-inf")])
+def test_numbers_that_are_not_finite_are_refused(tmp_path, format, name, number):
+    tensors = load_file(nano.FLUX)
+    tensors[name].view(-1)[-1] = number
+    save_file(tensors, tmp_path / "spoilt.safetensors")
+    result = run("quantize", tmp_path / "spoilt.safetensors", tmp_path / "x.safetensors", "--format", format)
+    assert result.exit_code == 2 and f"holds numbers that are not finite in {name}; it is spoilt" in result.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["spoilt.safetensors"]
+
+
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
@@ -74,14 +106,17 @@ def test_training_quantises_once_and_says_what_room_that_takes(tmp_path, monkeyp
         (["{tmp}/absent.safetensors", "{tmp}/x.safetensors"], "absent.safetensors"),
         (["{flux}", "{tmp}/there.safetensors"], "there.safetensors exists"),
         (["{flux}", "{flux}", "--overwrite"], "is a folder or the source itself"),
-        (["{flux}", "{tmp}", "--overwrite"], "is a folder or the source itself"),
+        (["{flux}", "{tmp}/a.safetensors", "--overwrite"], "is a folder or the source itself"),
+        (["{flux}", "{tmp}/x.ckpt"], "x.ckpt would be a safetensors file; name it so, x.safetensors"),
+        (["{flux}", "{tmp}", "--overwrite"], "would be a safetensors file"),
     ],
 )
 def test_wrong_requests_write_nothing(arguments, sentence, tmp_path):
     (tmp_path / "there.safetensors").write_bytes(b"mine")
+    (tmp_path / "a.safetensors").mkdir()
     names = {"ae": nano.AE, "flux": nano.FLUX, "tmp": tmp_path}
     result = run("quantize", *(a.format(**names) for a in arguments))
     assert result.exit_code == 2
     assert sentence in result.stderr
-    assert [p.name for p in tmp_path.iterdir()] == ["there.safetensors"]
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.safetensors", "there.safetensors"]
     assert (tmp_path / "there.safetensors").read_bytes() == b"mine"

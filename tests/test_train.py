@@ -319,9 +319,9 @@ def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkey
     """The system refuses to flush one file the second time it is saved: the first save is whole and can be resumed."""
     import errno
 
-    from fluxq.formats import files
+    from fluxq.formats import atomic
 
-    real, good = files._flush, tmp_path / "run" / "state" / "state.safetensors"
+    real, good = atomic._flush, tmp_path / "run" / "state" / "state.safetensors"
 
     def full(path, flags):
         final = path.name.split(".tmp-")[0].removeprefix(".")
@@ -330,7 +330,7 @@ def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkey
         return real(path, flags)
 
     settings = {"training": {"steps": 6}, "output": {"save_every": 2}}
-    monkeypatch.setattr(files, "_flush", full)
+    monkeypatch.setattr(atomic, "_flush", full)
     with pytest.raises(WrongRequest, match="disk|space|room"):
         train(configured(tmp_path, photos, **settings))
     monkeypatch.undo()

@@ -2,18 +2,12 @@
 
 A file is 8 bytes of header length, a JSON header, then the tensors back to back (github.com/huggingface/safetensors).
 Reading checks the whole header against the file's size before a single tensor is touched, and then reads one tensor at
-a time at its position: no memory map, so a file can be replaced while it is in use, also on Windows. Writing goes to a
-temporary name in the same folder and is renamed when complete: a crash or a full disk never costs the last good file.
+a time at its position: no memory map, so a file can be replaced while it is in use, also on Windows.
 """
 
-import contextlib
-import errno
 import json
 import math
 import os
-import secrets
-import shutil
-import time
 from collections.abc import Iterator, KeysView, Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
@@ -21,8 +15,11 @@ from typing import NoReturn
 import torch
 
 from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
 
 MAX_HEADER_BYTES = 32 << 20  # real headers are below 1 MB; embedded preview pictures add a few more
+MAX_TENSORS = 1 << 16  # real files have up to a few thousand
+MAX_HEADER_ITEMS = 16 * MAX_TENSORS  # commas and brackets: 8 a tensor, the rest for metadata that is JSON in itself
 MAX_DIMENSIONS = 8
 
 # In the order in which the safetensors library ranks them; a file stores the tensors of the last of these first.
@@ -60,50 +57,8 @@ OTHER_MAGIC = {
     b"version https://git-lfs": "a git-lfs pointer, not the file that it points to",
 }
 
-FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
-WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS}
-
 Span = tuple[int, int]  # first byte, byte after the last
 _Entry = tuple[torch.dtype, tuple[int, ...], Span]  # the span is within the data section
-
-
-@contextlib.contextmanager
-def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix, to be written and closed inside the block.
-
-    At the end of the block it is flushed to disk and renamed to `path`; on any error it is removed and `path` stays as
-    it was. Missing folders are created. `nbytes`, where known, is what the file needs: the message of a full disk says
-    it. Raises WrongRequest if `path` cannot be written.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary, os.O_RDWR)
-        _replace(temporary, path)
-        if os.name == "posix":
-            _flush(path.parent, os.O_RDONLY)
-    except OSError as error:
-        ours = error.filename is not None and Path(error.filename) in (temporary, path, *path.parents)
-        if not ours and (error.filename is not None or error.errno not in WRITE_ERRORS):
-            raise  # about something else that the block was doing, such as reading another file
-        raise _unwritable(path, nbytes, error) from error
-    finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-
-
-def _replace(temporary: Path, path: Path) -> None:
-    """os.replace, which on Windows fails while another program, such as a virus scanner, has `path` open: try for 5
-    s.
-    """
-    for pause in (0.02, 0.05, 0.1, 0.3, 0.5, 1.0, 1.0, 2.0) if os.name == "nt" else ():
-        try:
-            return os.replace(temporary, path)
-        except PermissionError:
-            time.sleep(pause)
-    os.replace(temporary, path)
 
 
 def write_safetensors(
@@ -289,12 +244,16 @@ def _read_header(path: Path) -> tuple[int, int, dict]:
             text = file.read(length)
     except OSError as error:
         raise _unreadable(path, error) from error
+    if sum(map(text.count, b",[{")) > MAX_HEADER_ITEMS:  # each would take 60 bytes and more
+        _refuse_header(path, f"it lists more than {MAX_HEADER_ITEMS:,} things")
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
         _refuse_header(path, printable(str(error)))
     if not isinstance(header, dict):
         _refuse_header(path, f"it is a JSON {type(header).__name__}, not an object")
+    if len(header) > MAX_TENSORS:
+        _refuse_header(path, f"it lists {len(header):,} tensors, the most that are read is {MAX_TENSORS:,}")
     return size, 8 + length, header
 
 
@@ -390,15 +349,6 @@ def _unreadable(path: Path, error: OSError) -> WrongRequest:
     return WrongRequest(f"{path} cannot be read ({error.strerror or error}); check its permissions and the disk")
 
 
-def _unwritable(path: Path, nbytes: int | None, error: OSError) -> WrongRequest:
-    if error.errno in FULL_DISK_ERRORS:
-        needed = f"{nbytes:,} bytes are needed, " if nbytes is not None else ""
-        free = f"{shutil.disk_usage(path.parent).free:,} are free" if path.parent.is_dir() else "none can be had"
-        kept = "; what it held before is untouched" if path.exists() else ""
-        return WrongRequest(f"{path} cannot be written, the disk is full ({needed}{free}){kept}; make room, try again")
-    return WrongRequest(f"{path} cannot be written ({error.strerror or error}); choose a folder that can be written to")
-
-
 def printable(text: str) -> str:
     """A name out of a file, short and fit for a console whatever it holds."""
     text = text if text.isprintable() else ascii(text)
@@ -408,11 +358,3 @@ def printable(text: str) -> str:
 def _storage_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
     """Names by falling dtype rank, then alphabetically: wide types first, so that every tensor is aligned."""
     return sorted(tensors, key=lambda name: (-DTYPE_RANK[tensors[name].dtype], name))
-
-
-def _flush(path: Path, flags: int) -> None:
-    descriptor = os.open(path, flags)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -128,6 +128,8 @@ def _units_below(folder: Path) -> Iterator[Path]:
                 yield from units(place)
                 inside = sorted(path for path in place.iterdir() if path.is_dir() and not path.name.startswith("."))
             except (WrongRequest, OSError):
+                if place == folder:
+                    raise
                 continue  # what may not be read holds nothing for us
             for path in inside:
                 if (real := os.path.realpath(path)) not in seen:

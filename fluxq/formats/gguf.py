@@ -12,10 +12,9 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import Span, TensorFile, printable, refuse
+from fluxq.formats.files import MAX_TENSORS, Span, TensorFile, printable, refuse
 
 MAX_BYTES = 32 << 20  # of a whole header; a vocabulary of 256,000 pieces with its merges takes about 12 MB
-MAX_TENSORS = 1 << 16  # real files have up to a few thousand
 MAX_NAME_BYTES = 1024  # GGML itself allows 64
 MAX_DIMENSIONS = 4  # as the format has it
 ALIGNMENT = 32  # where `general.alignment` says nothing else

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats import detect, keys
+from fluxq.formats import detect, keys, sizes
 from fluxq.formats.detect import DIFFUSERS_FLUX, FLUX
 from fluxq.formats.files import Checkpoint, atomic_path, refuse, safetensors_data, safetensors_header
 from fluxq.formats.gguf import GgufFile
@@ -89,12 +89,12 @@ class Base:
         shapes = self.shards.shapes
         pieces: Mapping[str, tuple[Piece, ...]]
         if detect.kind(shapes) == DIFFUSERS_FLUX:
-            self.config = detect.flux_sizes(keys.flux_telling(shapes), located)
-            detect.compare(shapes, keys.flux_diffusers_shapes(self.config), FLUX, located)
+            self.config = sizes.flux_sizes(keys.flux_telling(shapes), located)
+            sizes.compare(shapes, keys.flux_diffusers_shapes(self.config), FLUX, located)
             pieces = keys.flux_pieces(self.config)
         else:
-            self.config = detect.flux_config(shapes, located)
-            names = detect.flux_keys(shapes, located)
+            self.config = sizes.flux_config(shapes, located)
+            names = sizes.flux_keys(shapes, located)
             pieces = {name: (Piece(key, 0, (*shapes[key], 1)[0]),) for name, key in names.items()}
         self.places = _places(pieces)
         for key in self.places:

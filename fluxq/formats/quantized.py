@@ -27,8 +27,9 @@ from filelock import FileLock
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.detect import DIFFUSERS_FLUX, kind
-from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, atomic_path
+from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
 from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.shards import open_file
 from fluxq.formats.source import Source
@@ -57,7 +58,7 @@ def write_quantized(
 
     `about` is JSON that goes into the metadata; progress is told (bytes read, of all); `inspect` sees every matrix,
     or each band of it, and what that became. Raises WrongRequest, before anything is read, where the disk has too
-    little room.
+    little room, and for numbers that are not finite.
     """
     units = layout(source.shapes, format)
     description = {
@@ -73,6 +74,7 @@ def write_quantized(
     header = _header(units, {**description, "source": {**about, "hash": blank}})
     needed = len(header) + sum(length for _, length in units.values())
     require_room(path, needed)
+    versions = _versions(source.files)
     digest, done = blake2b(digest_size=16), 0
     with atomic_path(path, needed) as temporary, temporary.open("wb") as file:
         file.write(header)
@@ -87,12 +89,22 @@ def write_quantized(
                     weight = next(bands).to(device)
                     for target, made in zip(targets, _quantized(name, weight, own, inspect), strict=True):
                         target[rows.start : rows.stop].copy_(made)
+                for target in targets:  # of a matrix the scales tell
+                    if target.dtype in (torch.float32, torch.bfloat16) and not target.isfinite().all():
+                        refuse(source.path, f"holds numbers that are not finite in {name}", "it is spoilt: use another")
                 done += source.sizes[name]
                 progress(done, source.nbytes)
             file.write(buffer.numpy().data)
+        if _versions(source.files) != versions:
+            refuse(source.path, "was replaced or changed while it was read", "start again")
         final = _header(units, {**description, "source": {**about, "hash": digest.hexdigest()}})
         file.seek(0)
         file.write(final)
+
+
+def _versions(files: Sequence[Path]) -> list[tuple[int, int]]:
+    """What changes where one of `files` is replaced or written to."""
+    return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
 
 
 def require_room(path: Path, needed: int) -> None:
@@ -260,9 +272,9 @@ class QuantizedFile:
             raise WrongRequest(f"{path} was not written by fluxq quantize; give it a model file to quantise first")
         try:
             return cls._checked(path, checkpoint, json.loads(checkpoint.metadata["fluxq"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            if isinstance(error, WrongRequest):
-                raise
+        except WrongRequest:
+            raise
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
             raise WrongRequest(f"{path} has a damaged header of fluxq's ({error}); quantise it anew") from error
 
     @classmethod
@@ -270,16 +282,23 @@ class QuantizedFile:
         """Raises ValueError and the like where the layout is not the one that this config and format have."""
         if about["version"] != LAYOUT_VERSION:
             raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantise it anew")
-        config = FluxConfig(**{**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])})
+        sizes = {**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])}
+        if any(isinstance(size, float) for name, size in sizes.items() if name != "mlp_ratio"):
+            raise ValueError("its config has fractions for sizes")
+        config = FluxConfig(**sizes)
         units = {
-            unit: [Place(name, DTYPES[dtype], tuple(shape), start) for name, dtype, shape, start in places]
+            unit: [
+                Place(name, DTYPES[dtype], tuple(map(int, shape)), int(start)) for name, dtype, shape, start in places
+            ]
             for unit, places in about["layout"].items()
         }
-        if not isinstance(about["source"], dict):
+        if not isinstance(about["source"], dict) or not isinstance(about["source"].get("fingerprint", ""), str):
             raise ValueError("it does not say what it was made from")
         names = [place.name for places in units.values() for place in places]
         if len(units) == 0 or len(set(names)) != len(names):
             raise ValueError("its layout names a tensor twice")
+        if config.depth + config.depth_single_blocks > len(units):  # before as many are listed
+            raise ValueError("its units are not those of its config")
         expected = layout(dict(flux_shapes(config)), about["format"])
         if expected.keys() != units.keys():
             raise ValueError("its units are not those of its config")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -22,16 +23,17 @@ from fluxq.formats.stored import FP8, PRECISIONS, Foreign, Plain, Scaled, Stored
 FOLDERS = {FLUX: "transformer", AUTOENCODER: "vae", CLIP: "text_encoder", T5: "text_encoder_2"}
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # of a file's stem
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
-SUFFIXES = (".safetensors", ".gguf")
+SUFFIXES = (".safetensors", ".sft", ".gguf")
+MAX_JSON_BYTES = 16 << 20  # the index of FLUX.1 dev has 121 KB
 
 
 def open_file(path: Path) -> Checkpoint | GgufFile:
     """The file's header, read; which of the two kinds it is its first bytes say."""
-    try:
-        with open(path, "rb") as file:
-            is_gguf = file.read(4) == b"GGUF"
-    except OSError:
-        is_gguf = False  # Checkpoint says what is the matter
+    is_gguf = False
+    with suppress(OSError):  # Checkpoint says what is the matter
+        if path.is_file():  # a pipe would be waited for
+            with open(path, "rb") as file:
+                is_gguf = file.read(4) == b"GGUF"
     return GgufFile(path) if is_gguf else Checkpoint(path)
 
 
@@ -160,12 +162,18 @@ def _weight_map(index: Path) -> dict[str, str]:
 
 
 def read_json(path: Path) -> dict[str, Any]:
+    """The object that a JSON file is."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        nbytes = path.stat().st_size
+        text = path.read_bytes() if nbytes <= MAX_JSON_BYTES else b""
     except FileNotFoundError:
         refuse(path, "does not exist", "check the path")
     except OSError as error:
         refuse(path, f"cannot be read ({error.strerror})", "check its permissions")
+    if nbytes > MAX_JSON_BYTES:
+        refuse(path, f"has {nbytes:,} bytes, the most that are read is {MAX_JSON_BYTES:,}", "download it again")
+    try:
+        content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
         refuse(path, f"is no valid JSON ({printable(str(error))})", "download it again")
     if not isinstance(content, dict):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats import detect, keys
+from fluxq.formats import detect, keys, sizes
 from fluxq.formats.detect import AUTOENCODER, CLIP, DIFFUSERS_FLUX, DIFFUSERS_OTHER, EXAMPLES, FLUX, T5
 from fluxq.formats.files import printable, refuse
 from fluxq.formats.keys import Piece
@@ -55,7 +55,7 @@ class Source(Generic[Config]):
         shards: Shards,
         config: Config,
         pieces: Mapping[str, tuple[Piece, ...]],
-        shapes: detect.Shapes,
+        shapes: sizes.Shapes,
         diffusers: bool = False,
     ) -> None:
         self.config, self.path, self.files, self.diffusers = config, shards.path, shards.files, diffusers
@@ -134,16 +134,16 @@ def open_flux(path: str | Path) -> Source[FluxConfig]:
         what = "is quantised by fluxq already"
         refuse(shards.path, what, "give it by --flux, with the --format that it was made with")
     if detect.kind(shards.shapes) != DIFFUSERS_FLUX:
-        names = detect.flux_keys(shards.shapes, shards.path)
+        names = sizes.flux_keys(shards.shapes, shards.path)
         shards.require_readable(names.values())
-        config = detect.flux_config(shards.shapes, shards.path)
+        config = sizes.flux_config(shards.shapes, shards.path)
         return _whole(shards, config, names, flux_shapes(config))
     settings = _settings(shards, "FluxTransformer2DModel", FLUX)
     shards.require_readable(shards.shapes)
-    config = detect.flux_sizes(keys.flux_telling(shards.shapes), shards.path)
+    config = sizes.flux_sizes(keys.flux_telling(shards.shapes), shards.path)
     if axes := settings.get("axes_dims_rope"):
         config = _with_axes(config, axes, shards.path)
-    detect.compare(shards.shapes, keys.flux_diffusers_shapes(config), FLUX, shards.path)
+    sizes.compare(shards.shapes, keys.flux_diffusers_shapes(config), FLUX, shards.path)
     return Source(shards, config, keys.flux_pieces(config), flux_shapes(config), diffusers=True)
 
 
@@ -151,46 +151,46 @@ def open_autoencoder(path: str | Path) -> Source[AutoEncoderConfig]:
     """The autoencoder at `path`. Raises WrongRequest for everything that is no whole FLUX.1 autoencoder."""
     shards = Shards(locate(path, AUTOENCODER))
     if detect.kind(shards.shapes) != DIFFUSERS_OTHER or "decoder.conv_in.weight" not in shards.shapes:
-        names = detect.autoencoder_keys(shards.shapes, shards.path)
+        names = sizes.autoencoder_keys(shards.shapes, shards.path)
         shards.require_readable(names.values())
-        config = detect.autoencoder_config(shards.shapes, shards.path)
+        config = sizes.autoencoder_config(shards.shapes, shards.path)
         return _whole(shards, config, names, autoencoder_shapes(config))
     settings = _settings(shards, "AutoencoderKL", AUTOENCODER)
     shards.require_readable(shards.shapes)
-    config = detect.autoencoder_sizes(keys.autoencoder_telling(shards.shapes), shards.path)
+    config = sizes.autoencoder_sizes(keys.autoencoder_telling(shards.shapes), shards.path)
     if isinstance(groups := settings.get("norm_num_groups"), int):
         config = replace(config, groups=groups)
     for ours, theirs in (("scale_factor", "scaling_factor"), ("shift_factor", "shift_factor")):
         if settings.get(theirs, getattr(config, ours)) != getattr(config, ours):
             what = f"is the autoencoder of another model ({theirs} {settings[theirs]}, not {getattr(config, ours)})"
             refuse(shards.path.parent / "config.json", what, "give FLUX.1's")
-    detect.compare(shards.shapes, keys.autoencoder_diffusers_shapes(config), AUTOENCODER, shards.path)
+    sizes.compare(shards.shapes, keys.autoencoder_diffusers_shapes(config), AUTOENCODER, shards.path)
     names = keys.autoencoder_diffusers_names(config)
     return _whole(shards, config, names, autoencoder_shapes(config), diffusers=True)
 
 
 def open_clip(path: str | Path) -> Source[dict[str, Any]]:
-    """The CLIP text model at `path`, under transformers 5's names; config is `detect.clip_config`. Raises
+    """The CLIP text model at `path`, under transformers 5's names; config is `sizes.clip_config`. Raises
     WrongRequest.
     """
     shards = Shards(locate(path, CLIP))
     if detect.kind(shards.shapes) != detect.OPENCLIP:
-        return _open_text(shards, CLIP, detect.clip_keys, detect.clip_config, clip_shapes)
+        return _open_text(shards, CLIP, sizes.clip_keys, sizes.clip_config, clip_shapes)
     pieces = keys.openclip_pieces(shards.shapes)
     used = {piece.key for parts in pieces.values() for piece in parts}
     shards.require_readable(used)
     own = {name: (piece.rows, *shards.shapes[piece.key][1:]) for name, (piece,) in pieces.items()}
     own |= {key: shape for key, shape in shards.shapes.items() if key not in used and not OPENCLIP_BESIDE.match(key)}
-    config = detect.clip_config(own, shards.path)
-    detect.compare(own, clip_shapes(config), CLIP, shards.path)
+    config = sizes.clip_config(own, shards.path)
+    sizes.compare(own, clip_shapes(config), CLIP, shards.path)
     return Source(shards, config, pieces, clip_shapes(config))
 
 
 def open_t5(path: str | Path) -> Source[dict[str, Any]]:
-    """The T5 encoder at `path`, its embedding once, as `shared.weight`; config is `detect.t5_config`. Raises
+    """The T5 encoder at `path`, its embedding once, as `shared.weight`; config is `sizes.t5_config`. Raises
     WrongRequest.
     """
-    return _open_text(Shards(locate(path, T5)), T5, detect.t5_keys, detect.t5_config, t5_shapes)
+    return _open_text(Shards(locate(path, T5)), T5, sizes.t5_keys, sizes.t5_config, t5_shapes)
 
 
 OPENERS = {FLUX: open_flux, AUTOENCODER: open_autoencoder, CLIP: open_clip, T5: open_t5}
@@ -200,7 +200,7 @@ OPENERS = {FLUX: open_flux, AUTOENCODER: open_autoencoder, CLIP: open_clip, T5: 
 
 
 def _whole(
-    shards: Shards, config: Config, names: Mapping[str, str], shapes: detect.Shapes, diffusers: bool = False
+    shards: Shards, config: Config, names: Mapping[str, str], shapes: sizes.Shapes, diffusers: bool = False
 ) -> Source[Config]:
     """A source each of whose tensors is one tensor of the files."""
     pieces = {name: (Piece(key, 0, (*shards.shapes[key], 1)[0]),) for name, key in names.items()}
@@ -211,7 +211,7 @@ def _open_text(shards: Shards, wanted: str, keys_of: Any, config_of: Any, shapes
     names: dict[str, str] = keys_of(shards.shapes, shards.path)
     shards.require_readable(names.values())
     config = config_of(shards.shapes, shards.path)
-    detect.compare({name: shards.shapes[key] for name, key in names.items()}, shapes_of(config), wanted, shards.path)
+    sizes.compare({name: shards.shapes[key] for name, key in names.items()}, shapes_of(config), wanted, shards.path)
     return _whole(shards, config, names, shapes_of(config))
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fluxq.formats.files import Checkpoint, TensorFile, printable
+from fluxq.formats.files import Checkpoint, TensorFile, printable, refuse
 from fluxq.formats.gguf import GgufFile
 from fluxq.formats.keys import gguf_name
 from fluxq.formats.stored import NESTED, Blocks, EightBits, Foreign, FourBits, Plain, Scaled, Stored, damaged
@@ -29,7 +29,8 @@ BESIDE_FOREIGN = ("weight_scale", "weight_scale_2", "pre_quant_scale", "smooth_f
 def stored_tensors(owners: Mapping[str, TensorFile]) -> dict[str, Stored]:
     """The tensors that the files' tensors stand for: what only serves another's storage is gone.
 
-    owners maps each key to its file. Raises WrongRequest where what lies beside a 4-bit weight is damaged.
+    owners maps each key to its file. Raises WrongRequest where what lies beside a 4-bit weight is damaged, and for two
+    names of one tensor.
     """
     found: dict[str, Stored] = {}
     beside = {key for key in owners if key.rpartition(".")[2] == "scaled_fp8"}
@@ -38,7 +39,10 @@ def stored_tensors(owners: Mapping[str, TensorFile]) -> dict[str, Stored]:
         if isinstance(file, Checkpoint):
             found[key] = _of_safetensors(file, key, owners, formats, beside)
         elif isinstance(file, GgufFile):
-            found[gguf_name(key)] = _of_gguf(file, key)
+            if (name := gguf_name(key)) in found:
+                what = f"has one tensor under two names ({printable(key)}, {printable(name)})"
+                refuse(file.path, what, "remove either")
+            found[name] = _of_gguf(file, key)
     return {key: stored for key, stored in found.items() if key not in beside}
 
 

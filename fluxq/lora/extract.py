@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import variant
 from fluxq.formats.lora import Lora
 from fluxq.formats.lora_algebra import Adapter
+from fluxq.formats.sizes import variant
 from fluxq.formats.source import Source, open_flux
 from fluxq.lora.files import PRECISIONS, refuse_existing, write
 from fluxq.model.config import FluxConfig

@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 
 from fluxq.errors import WrongRequest
 from fluxq.formats import files
-from fluxq.formats.files import DTYPES, Checkpoint, atomic_path, strict_load, write_safetensors
+from fluxq.formats.files import DTYPES, Checkpoint, strict_load, write_safetensors
 
 
 def some_tensors() -> dict[str, torch.Tensor]:
@@ -79,28 +79,6 @@ def test_equal_tensors_give_equal_files(tmp_path):
 # --- writing ---
 
 
-def test_atomic_path_keeps_the_suffix_and_makes_folders(tmp_path):
-    with atomic_path(tmp_path / "new" / "folder" / "loss.png") as temporary:
-        assert temporary.suffix == ".png" and temporary.parent == tmp_path / "new" / "folder"
-        temporary.write_text("new")
-    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["loss.png"]
-
-
-@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
-def test_interrupted_write_keeps_the_old_file(tmp_path, interruption):
-    path = tmp_path / "x.json"
-    path.write_text("old")
-
-    def write_half():
-        with atomic_path(path) as temporary:
-            temporary.write_text("ne")
-            raise interruption
-
-    with pytest.raises(interruption):
-        write_half()
-    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
-
-
 def test_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
@@ -150,13 +128,6 @@ def test_unwritable_place_is_a_clear_sentence(tmp_path):
     with pytest.raises(WrongRequest, match=r"taken\.safetensors cannot be written"):
         write_safetensors(tmp_path / "taken.safetensors", {})
     assert sorted(os.listdir(tmp_path)) == ["file", "taken.safetensors"]
-
-
-def test_error_about_another_file_stays_what_it_is(tmp_path):
-    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "x"):
-        Path("/nowhere/elsewhere").read_bytes()
-    with pytest.raises(TimeoutError), atomic_path(tmp_path / "x"):
-        raise TimeoutError("a server")
 
 
 # --- reading what is damaged ---
@@ -270,6 +241,30 @@ def test_spans_are_read_alone_in_the_order_asked(tmp_path):
     assert torch.equal(checkpoint.get("cube", 1, 4), cube[1:4])
     with pytest.raises(ValueError, match="cube has 5 rows, not those from 2 to 6"):
         checkpoint.get("cube", 2, 6)
+
+
+BOMBS = {
+    "lists": (b'{"x":[' + b"[]," * (8 << 20) + b"0]}", "lists more than 1,048,576 things"),
+    "objects": (b'{"x":[' + b"{}," * (8 << 20) + b"0]}", "lists more than 1,048,576 things"),
+    "numbers": (b'{"x":[' + b"1000," * (5 << 20) + b"0]}", "lists more than 1,048,576 things"),
+    "text": (json.dumps({"__metadata__": {"x": "[]," * (8 << 20)}}).encode(), "lists more than 1,048,576 things"),
+    "tensors": (
+        b"{%s}" % b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(65_537)),
+        "lists 65,537 tensors, the most that are read is 65,536",
+    ),
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_a_header_that_unpacks_to_much_more_is_refused_in_little_memory(tmp_path, bomb):
+    text, sentence = BOMBS[bomb]
+    (path := tmp_path / "x.safetensors").write_bytes(packed(text))
+    tracemalloc.start()
+    with pytest.raises(WrongRequest, match=sentence):
+        Checkpoint(path)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 80 << 20  # the text itself, up to 32 MiB, and its items
 
 
 def test_header_with_the_pickle_magic_for_its_length_is_read(tmp_path):

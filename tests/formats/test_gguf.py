@@ -196,6 +196,14 @@ def test_types_that_fluxq_does_not_read_are_named(tmp_path):
         open_flux(write(tmp_path / "a.gguf", tensors))
 
 
+@pytest.mark.parametrize("order", [1, -1])
+def test_one_tensor_under_two_makers_names_is_refused(tmp_path, order):
+    names = ["token_embd.weight", "shared.weight"][::order]
+    tensors = {name: stored_as("F16", (2, 32))[:1] + ("F16",) for name in names}
+    with pytest.raises(WrongRequest, match=r"a\.gguf has one tensor under two names \(.*shared\.weight\); remove"):
+        open_t5(write(tmp_path / "a.gguf", tensors, "t5encoder"))
+
+
 def test_a_vector_in_blocks_is_refused(tmp_path):
     """No program makes one; its blocks are not the vector's rows."""
     tensors, values = transformer("Q8_0")

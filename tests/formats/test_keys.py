@@ -7,8 +7,8 @@ import torch
 from diffusers import AutoencoderKL, FluxTransformer2DModel
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
-from fluxq.formats.detect import autoencoder_shapes, flux_shapes
 from fluxq.formats.keys import autoencoder_to_diffusers, module_split, to_diffusers
+from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
 

@@ -13,12 +13,12 @@ import torch
 from helpers import relative_error
 
 from fluxq import nano
-from fluxq.formats.detect import flux_shapes
 from fluxq.formats.keys import to_diffusers
 from fluxq.formats.load import load_clip
 from fluxq.formats.lora import load_lora
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_write import save_lora
+from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import open_clip
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.clip import CLIP_TARGETS

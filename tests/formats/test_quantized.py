@@ -76,7 +76,7 @@ def test_units_are_contiguous_and_aligned_in_the_file(format, source, tmp_path):
 
 def test_equal_units_have_one_size_at_full_width():
     """76 units of 113,246,208 weights, 63.7 MB each in NF4 and 113.2 MB in 8 bits, besides biases and norms."""
-    from fluxq.formats.detect import flux_shapes
+    from fluxq.formats.shapes import flux_shapes
 
     for format, expected in (("nf4", 113_246_208 * 9 / 16), ("int8", 113_246_208), ("bf16", 113_246_208 * 2)):
         units = layout(dict(flux_shapes(FluxConfig.dev())), format)
@@ -86,7 +86,7 @@ def test_equal_units_have_one_size_at_full_width():
 
 
 def test_every_tensor_has_one_unit():
-    from fluxq.formats.detect import flux_shapes
+    from fluxq.formats.shapes import flux_shapes
 
     shapes = flux_shapes(FluxConfig.dev())
     units = by_unit(shapes)
@@ -258,7 +258,13 @@ def test_the_file_is_a_safetensors_file_like_any_other(source, tmp_path):
         lambda about: about["layout"]["single_blocks.0"].pop(),
         lambda about: about["layout"]["single_blocks.0"][0].__setitem__(3, 1 << 40),
         lambda about: about["layout"]["single_blocks.0"][1].__setitem__(3, 0),
+        lambda about: about["layout"]["single_blocks.0"][0].__setitem__(3, "x"),
         lambda about: about["config"].update(depth=7),
+        lambda about: about["config"].update(depth=10**12),
+        lambda about: about["config"].update(depth_single_blocks=2.0),
+        lambda about: about["config"].update(num_heads=0),
+        lambda about: about["config"].update(mlp_ratio=float("inf")),
+        lambda about: about.update(source={"fingerprint": []}),
         lambda about: about.update(format="fp2"),
         lambda about: about.update(source="somewhere"),
     ],
@@ -272,6 +278,13 @@ def test_a_lying_header_is_refused(damage, source, tmp_path):
     write_safetensors(path, {unit: checkpoint.get(unit) for unit in checkpoint.keys()}, {"fluxq": json.dumps(about)})
     with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantise it anew"):
         QuantizedFile.open(path)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
+def test_a_header_without_a_layout_is_refused(text, tmp_path):
+    write_safetensors(tmp_path / "q.safetensors", {"x": torch.zeros(1)}, {"fluxq": text})
+    with pytest.raises(WrongRequest, match=r"q\.safetensors has a damaged header of fluxq's .*quantise it anew"):
+        QuantizedFile.open(tmp_path / "q.safetensors")
 
 
 def test_a_damaged_file_in_the_cache_is_made_anew(source, tmp_path, monkeypatch):

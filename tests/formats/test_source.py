@@ -16,9 +16,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from fluxq import nano
 from fluxq.errors import WrongRequest
-from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5, flux_shapes
+from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5
 from fluxq.formats.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.formats.load import load_autoencoder, load_flux
+from fluxq.formats.shapes import flux_shapes
 from fluxq.formats.source import OPENERS, open_autoencoder, open_clip, open_flux, open_t5
 from fluxq.formats.weights import StoredWeights
 from fluxq.kernels import RowScaled
@@ -315,6 +316,7 @@ def test_missing_shards_and_shards_that_disagree_are_named(tmp_path):
     ("index", "sentence"),
     [
         ("{", "is no valid JSON"),
+        (" " * (17 << 20), "has 17,825,792 bytes, the most that are read is 16,777,216"),
         ("[]", "is a JSON list, not an object"),
         ("{}", "has no weight_map"),
         (

@@ -1,0 +1,62 @@
+"""Files are written wholly or not at all."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+import pytest
+
+from fluxq.errors import WrongRequest
+from fluxq.formats import atomic
+from fluxq.formats.atomic import atomic_path
+
+
+def test_atomic_path_keeps_the_suffix_and_makes_folders(tmp_path):
+    with atomic_path(tmp_path / "new" / "folder" / "loss.png") as temporary:
+        assert temporary.suffix == ".png" and temporary.parent == tmp_path / "new" / "folder"
+        temporary.write_text("new")
+    assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["loss.png"]
+
+
+@pytest.mark.parametrize("interruption", [KeyboardInterrupt, RuntimeError])
+def test_interrupted_write_keeps_the_old_file(tmp_path, interruption):
+    path = tmp_path / "x.json"
+    path.write_text("old")
+
+    def write_half():
+        with atomic_path(path) as temporary:
+            temporary.write_text("ne")
+            raise interruption
+
+    with pytest.raises(interruption):
+        write_half()
+    assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
+
+
+def test_error_about_another_file_stays_what_it_is(tmp_path):
+    with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "x"):
+        Path("/nowhere/elsewhere").read_bytes()
+    with pytest.raises(TimeoutError), atomic_path(tmp_path / "x"):
+        raise TimeoutError("a server")
+
+
+@pytest.mark.parametrize("held_for", [3, 1000])
+def test_a_file_that_another_program_holds_open_is_waited_for(tmp_path, monkeypatch, held_for):
+    """On Windows nothing replaces what is open without sharing: a virus scanner lets go within a second."""
+    (path := tmp_path / "x.json").write_text("old")
+    tries, pauses, replace = [], [], os.replace
+
+    def held(source, target):
+        tries.append(source)
+        if len(tries) <= held_for:
+            raise PermissionError(13, "Access is denied", str(target))
+        replace(source, target)
+
+    monkeypatch.setattr(atomic, "IS_WINDOWS", True)
+    monkeypatch.setattr(atomic.time, "sleep", pauses.append)
+    monkeypatch.setattr(atomic.os, "replace", held)
+    refused = pytest.raises(WrongRequest, match=r"x\.json cannot be written \(Access is denied\); choose")
+    with refused if held_for > 3 else nullcontext(), atomic_path(path) as temporary:
+        temporary.write_text("new")
+    assert path.read_text() == ("old" if held_for > 3 else "new") and os.listdir(tmp_path) == ["x.json"]
+    assert len(pauses) == 3 if held_for == 3 else 4 < sum(pauses) < 6
