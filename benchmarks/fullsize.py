@@ -29,7 +29,8 @@ import torch
 
 from benchmarks.measure import about, write
 from fluxq import nano
-from fluxq.formats.files import DTYPE_NAMES, atomic_path
+from fluxq.formats.atomic import atomic_path
+from fluxq.formats.files import DTYPE_NAMES
 from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model import AutoEncoderConfig, FluxConfig
 

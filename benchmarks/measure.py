@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 
 PACKAGES = ("triton", "bitsandbytes", "peft", "diffusers", "torchao", "transformers")
 SMI_FIELDS = (

@@ -24,7 +24,7 @@ from torch import Tensor
 from fluxq import nano
 from fluxq.config import MemoryConfig, ModelConfig
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
 from fluxq.kernels.cutting import chunk_of

@@ -17,7 +17,7 @@ import torch
 
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.cutting import chunk_of
 from fluxq.machine import free_on_card, memory

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.cutting import chunk_of
 from fluxq.measured_row import measured_row

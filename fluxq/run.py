@@ -27,7 +27,7 @@ from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import read_caption
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.lora_algebra import Adapter
 from fluxq.formats.lora_peft import is_adapter
 from fluxq.formats.lora_write import save_lora

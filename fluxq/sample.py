@@ -27,7 +27,7 @@ from fluxq.data.store import Text
 from fluxq.defaults import side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, euler, resolution_shift, schedule, velocity
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.lora import Lora, load_lora
 from fluxq.formats.lora_algebra import Adapter, combined
 from fluxq.formats.stream import expect_sampling

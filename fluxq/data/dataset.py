@@ -10,7 +10,7 @@ from hashlib import blake2b
 from pathlib import Path
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 
 DATASET_VERSION = 1
 

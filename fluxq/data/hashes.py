@@ -9,7 +9,7 @@ from hashlib import blake2b, file_digest
 from pathlib import Path
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import atomic_path
+from fluxq.formats.atomic import atomic_path
 
 
 class Hashes:

@@ -20,8 +20,9 @@ from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.formats import detect, keys, sizes
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.detect import DIFFUSERS_FLUX, FLUX
-from fluxq.formats.files import Checkpoint, atomic_path, refuse, safetensors_data, safetensors_header
+from fluxq.formats.files import Checkpoint, refuse, safetensors_data, safetensors_header
 from fluxq.formats.gguf import GgufFile
 from fluxq.formats.keys import Piece
 from fluxq.formats.lora_algebra import Adapter
