@@ -186,6 +186,7 @@ def test_one_clock_times_everything():
     assert milliseconds(lambda: None, CPU, 3) >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("resident", "copies"), [(None, False), (0, True)])
 def test_on_a_card_a_plan_places_the_weights_and_its_predictions_stand_beside_what_was_measured(
     monkeypatch, resident, copies

@@ -222,6 +222,7 @@ def test_room_for_what_the_hub_gives_is_wanted_on_the_disk_of_the_hubs_cache(tmp
     assert f"8.4 GiB needed (downloads 8.4 GiB), 1.0 GiB free at {hub}" in lines
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
 )

@@ -112,6 +112,7 @@ def test_help_needs_no_torch():
     assert subprocess.run([sys.executable, "-c", code], stdout=subprocess.DEVNULL, check=False).returncode == 0
 
 
+@pytest.mark.slow
 def test_json_is_the_only_line_on_stdout(tmp_path, photos):
     command = [sys.executable, "-m", "fluxq.cli", *map(str, trained(tmp_path, photos, "--json"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)

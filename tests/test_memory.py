@@ -149,6 +149,7 @@ def test_a_processor_has_nothing_to_plan_with():
     assert place(TrainConfig(), models, print).policies == "keep_all"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", [(), ("--set", "lora.targets=all"), ("--text-encoder", "clip_l")])
 def test_a_streamed_run_ends_in_the_very_same_lora(what, tmp_path: Path):
     photos = tmp_path / "photos"

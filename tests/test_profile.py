@@ -26,6 +26,7 @@ def rows(*arguments: str) -> list[dict]:
     return answer["rows"]
 
 
+@pytest.mark.slow
 def test_every_setting_has_a_row_and_what_is_swapped_is_saved(tmp_path: Path):
     found = rows("--card", "rtx4060ti", "--size", "512", "--size", "1024", "--format", "nf4", "--out", str(tmp_path))
     assert [r["blocks_to_swap"] for r in found] == 2 * [0, 8, 16, 18, 22, 28, 35, 38]
@@ -62,6 +63,7 @@ def test_without_a_card_there_is_nothing_to_measure():
     assert result.exit_code == 2 and "no CUDA card to measure; name one by --card: rtx3060" in result.stderr
 
 
+@pytest.mark.slow
 def test_predicted_and_measured_stand_beside_each_other(monkeypatch, capsys):
     """Rows of nano on the processor, which is told that it is a card; its memory it does not tell."""
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)

@@ -73,6 +73,7 @@ def test_a_line_says_what_it_is_now():
     )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "format", "vram"), [("rtx4090", "nf4", 8), ("rtx3060", "nf4", 4), ("rtx4090", "int8", 5)]
 )
@@ -167,6 +168,7 @@ def assert_undisturbed(result, out: Path, undisturbed, times: int = 1) -> None:
     assert all(torch.equal(found[key], undisturbed[key]) for key in found)
 
 
+@pytest.mark.slow
 # A micro-step runs each of nano's two double and two single blocks forward, and replays it on the way back: 8 calls a
 # kind in an optimiser step of two micro-steps.
 @pytest.mark.parametrize(("kind", "call", "more"), [
@@ -195,6 +197,7 @@ def test_shortage_after_shortage_goes_down_the_whole_ladder(photos, undisturbed,
     assert '"offload": true' in (tmp_path / "plan.json").read_text()
 
 
+@pytest.mark.slow
 def test_a_step_that_runs_out_just_before_its_update_is_made_once(photos, undisturbed, tmp_path, monkeypatch):
     Shortage(monkeypatch, torch.nn.utils, "clip_grad_norm_", {2})
     assert_undisturbed(run(photos, tmp_path), tmp_path, undisturbed)
@@ -209,6 +212,7 @@ def test_half_an_update_cannot_be_repeated_and_the_last_save_is_good(photos, und
     assert_undisturbed(resumed, tmp_path, undisturbed, 0)
 
 
+@pytest.mark.slow
 def test_where_nothing_smaller_is_left_it_says_so_and_the_last_save_is_good(photos, undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         Shortage(patch, SingleStreamBlock, "forward", set(range(9, 1000)))
@@ -223,6 +227,7 @@ def test_where_nothing_smaller_is_left_it_says_so_and_the_last_save_is_good(phot
     assert_undisturbed(resumed, tmp_path, undisturbed, 0)
 
 
+@pytest.mark.slow
 def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path, monkeypatch):
     """Units go to the host; what blocks keep has nothing to do with it, and stays."""
     Shortage(monkeypatch, Flux, "forward", {2})  # in the validation before

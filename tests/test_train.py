@@ -199,6 +199,7 @@ def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
     assert (tmp_path / "run" / "test.safetensors").read_bytes() == before
 
 
+@pytest.mark.slow
 def test_every_lora_format_is_the_same_lora_and_replaces_only_its_own(tmp_path, photos):
     formats = next(f for f in fields(LoraConfig) if f.name == "file_format").metadata["choices"]
     assert formats == WRITTEN
@@ -255,6 +256,7 @@ def test_resume_notices_changed_pictures_and_captions(tmp_path, photos):
         train(configured(tmp_path, photos, training={"steps": 6}), resume=True)
 
 
+@pytest.mark.slow
 def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
     """And it is the untrained model's before, by folder, with the folder's own trigger or none."""
     losses = []
@@ -272,6 +274,7 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
     assert losses[0]["held_out"] == pytest.approx(losses[1]["held_out"], rel=2e-3)  # bf16 sums in another order
 
 
+@pytest.mark.slow
 def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
     train(configured(tmp_path, photos))
     with pytest.raises(WrongRequest, match=r"begun with lora.rank = 4, not 8; resume it without that change"):
@@ -284,6 +287,7 @@ def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
     assert_same_tensors(tmp_path / "run" / "test.safetensors", tmp_path / "straight" / "test.safetensors")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("accumulate", [1, 2])
 @pytest.mark.parametrize("rows", [64, 8])
 def test_resume_in_the_middle_of_what_is_computed_ahead_changes_no_bit(rows, accumulate, tmp_path, photos, monkeypatch):

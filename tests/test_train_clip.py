@@ -126,6 +126,7 @@ class _stopping:
         pass
 
 
+@pytest.mark.slow
 def test_a_step_that_runs_out_of_memory_half_way_is_made_again_to_the_bit(tmp_path, photos, monkeypatch):
     """What its first micro-step had left in CLIP's gradients does not count twice."""
     training = {"steps": 2, "accumulate": 2}

@@ -59,6 +59,7 @@ def peaks(flux: Flux, side: int, text: int, batch: int) -> tuple[int, int]:
     return live.peak, turn
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_live_bytes_fall_by_what_is_predicted(case):
     doubles, singles, policy, side, text, batch, targets = case

@@ -55,6 +55,7 @@ def test_copies_are_the_fewest_that_the_slots_allow(blocks, resident, slots):
         assert len(schedule.copies(visits)) == fewest(visits, own_slots(schedule), slots)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 3])
 def test_where_all_blocks_train_no_other_slots_would_do_with_fewer(slots):
     for blocks in (SINGLE[:5], MIXED[1:]):
