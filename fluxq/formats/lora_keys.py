@@ -77,12 +77,11 @@ OTHER_KINDS = {
 
 # LoRAs of other models, by a key that FLUX.1's never have; the first that fits names the file.
 OTHER_MODELS = {
-    r"lora_te2_text_model_|(down|up|mid|input|output|middle)_blocks?[._].*transformer_blocks[._][1-9]": (
+    # sd-scripts names the blocks of XL as Stability does, those of 1.x and 2.x as diffusers does
+    r"lora_te2_text_model_|(input|output|middle)_blocks?[._]|(down|up|mid)_blocks?[._].*transformer_blocks[._][1-9]": (
         "Stable Diffusion XL"
     ),
-    r"(down|up|mid|input|output|middle)_blocks?[._]\d?.*(attentions|resnets|proj_in|transformer_blocks)": (
-        "Stable Diffusion 1.x or 2.x"
-    ),
+    r"(down|up|mid)_blocks?[._]\d?.*(attentions|resnets|proj_in|transformer_blocks)": "Stable Diffusion 1.x or 2.x",
     r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn2[._]": "Stable Diffusion 3",
     r"distilled_guidance_layer": "Chroma",
     r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?[._]linear_in": "FLUX.2",

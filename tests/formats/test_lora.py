@@ -215,6 +215,10 @@ REFUSED = {
         named("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q", "lora_te1_text_model_x"),
         "another model, Stable Diffusion XL (lora_unet_down_blocks_1",
     ),
+    "sdxl_ldm": (
+        named("lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q"),
+        "another model, Stable Diffusion XL (lora_unet_input_blocks_4",
+    ),
     "sd15": (
         named("lora_unet_down_blocks_1_attentions_0_transformer_blocks_0_attn1_to_q"),
         "Stable Diffusion 1.x or 2.x",
