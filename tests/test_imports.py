@@ -20,7 +20,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"formats"},
     {"data"},
     {"nano", "config", "flow", "optim", "state", "report", "hub"},
-    {"tuning", "timing", "random_model", "kernel_steps"},
+    {"tuning", "timing", "random_model", "kernel_steps", "options"},
     {"models", "timed_step", "from_lora"},
     {"memory", "kernel_cases", "measured_row"},
     {"defaults"},
@@ -29,6 +29,7 @@ FLOORS = [  # from the ground up; what stands on one floor may import its own fo
     {"sample", "bench_compare"},
     {"train"},
     {"demo"},
+    {"cli_bench", "cli_lora"},
     {"cli"},
 ]
 MODULES = sorted(ROOT.rglob("*.py"))
