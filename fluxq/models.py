@@ -38,7 +38,7 @@ from fluxq.formats.quantized import (
 from fluxq.formats.shards import locate
 from fluxq.formats.sizes import variant
 from fluxq.formats.source import OPENERS, Source
-from fluxq.formats.stream import load_streamed, place_units
+from fluxq.formats.stream import load_streamed
 from fluxq.formats.tokenizers import Kind, find_tokenizers
 from fluxq.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
@@ -278,7 +278,7 @@ class Models:
 
     def place_units(self, flux: Flux, resident: Collection[str], slots: int, ahead: bool) -> None:
         """Have what `load_flux` gave keep these units on the device and stream the others; see there."""
-        place_units(flux, self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
+        load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead, into=flux)
 
     def _stored_flux(self) -> QuantizedFile:
         """A file of `fluxq quantize` as it is, any other quantised once.

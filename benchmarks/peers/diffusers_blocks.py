@@ -17,6 +17,22 @@ Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 """(img, txt, vec, cos, sin) -> (img, txt), both halves apart for either kind of block."""
 
 
+def transformer(config: FluxConfig) -> nn.Module:
+    """diffusers' transformer of these sizes, as it comes from the constructor. Skip where diffusers is missing."""
+    models = need("diffusers.models.transformers.transformer_flux")
+    return models.FluxTransformer2DModel(
+        in_channels=config.in_channels,
+        num_layers=config.depth,
+        num_single_layers=config.depth_single_blocks,
+        attention_head_dim=config.head_dim,
+        num_attention_heads=config.num_heads,
+        joint_attention_dim=config.context_in_dim,
+        pooled_projection_dim=config.vec_in_dim,
+        guidance_embeds=config.guidance_embed,
+        axes_dims_rope=config.axes_dim,
+    )
+
+
 def twin(
     kind: str, config: FluxConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, Linear]
 ) -> tuple[nn.Module, Run]:

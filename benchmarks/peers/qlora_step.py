@@ -13,7 +13,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from benchmarks.peers import need, peft_lora
+from benchmarks.peers import diffusers_blocks, need, peft_lora
 from benchmarks.peers.bnb_nf4 import nf4_linear
 from fluxq.config import TrainingConfig
 from fluxq.flow import sample_noise, sample_timesteps
@@ -28,20 +28,9 @@ from fluxq.timed_step import TARGETS, Setting, random_batch
 
 def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:
     """diffusers' transformer of that size with random weights, ready to train. Skip where a package is missing."""
-    models = need("diffusers.models.transformers.transformer_flux")
     need("bitsandbytes"), need("peft")
     with torch.device("meta"):
-        model = models.FluxTransformer2DModel(
-            in_channels=config.in_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single_blocks,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_in_dim,
-            pooled_projection_dim=config.vec_in_dim,
-            guidance_embeds=config.guidance_embed,
-            axes_dims_rope=config.axes_dim,
-        )
+        model = diffusers_blocks.transformer(config)
     draw(model, device)
     model.requires_grad_(False)
     model.enable_gradient_checkpointing()

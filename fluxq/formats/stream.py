@@ -44,6 +44,7 @@ def load_streamed(
     say: Callable[[str], None] = lambda line: None,
     ahead: bool = True,
     through: Callable[[Streams], Streams] = lambda streams: streams,
+    into: Flux | None = None,
 ) -> Flux:
     """The transformer of `file`, whose blocks' units but `resident` are streamed to `device` through `slots` slots.
 
@@ -52,30 +53,13 @@ def load_streamed(
     let go. Tell the ring which blocks train with `expect_training`. Frozen weights are then only to be read inside
     `resident`, and the model is not to be moved or cast. `streams` and `poison`: see StreamingRing. `through`
     may put something between the ring and its streams.
+
+    into: a model of these weights, which holds them anew: what it had of streamed units goes before anything comes, so
+    that it never takes more than before or after; what stays, stays where it is, and so does LoRA. Where that fails it
+    can be done again.
     """
     with torch.device("meta"):
-        flux = Flux(file.config)
-    place_units(flux, file, device, resident, slots, streams, poison, say, ahead, through)
-    return flux.eval()
-
-
-def place_units(
-    flux: Flux,
-    file: StoredUnits,
-    device: torch.device,
-    resident: Collection[str] = (),
-    slots: int = 8,
-    streams: Streams | None = None,
-    poison: bool = False,
-    say: Callable[[str], None] = lambda line: None,
-    ahead: bool = True,
-    through: Callable[[Streams], Streams] = lambda streams: streams,
-) -> None:
-    """Have a transformer whose frozen weights are those of `file`, or on `meta`, hold them as `load_streamed` says.
-
-    What it held of streamed units goes before anything comes, so that it never takes more than before or after; what
-    stays, stays where it is, and so does LoRA. Where it fails it can be called again.
-    """
+        flux = Flux(file.config).eval() if into is None else into
     modulations = tuple(block.modulation_unit for block in flux.blocks)
     if ahead:
         schedule = Schedule(flux.blocks_units, frozenset(resident), slots, modulations)
@@ -100,6 +84,7 @@ def place_units(
     arena = Arena({unit: file.length(unit) for unit in schedule.slot}, file.read_into)
     streams = streams or streams_for(arena, device, say)
     flux.ring = StreamingRing(schedule, arena, place, device, through(streams), poison)
+    return flux
 
 
 def expect_sampling(flux: Flux) -> None:

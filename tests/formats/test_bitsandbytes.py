@@ -15,6 +15,7 @@ from diffusers.quantizers.bitsandbytes import bnb_quantizer
 from helpers import randomise, tiny_config
 from safetensors.torch import load_file, save_file
 
+from benchmarks.peers.diffusers_blocks import transformer
 from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats import source as sources
@@ -158,17 +159,7 @@ def test_the_cache_of_quantised_files_tells_nf4_files_apart(tmp_path, monkeypatc
 
 
 def plain_folder(folder: Path) -> diffusers.FluxTransformer2DModel:
-    model = diffusers.FluxTransformer2DModel(
-        in_channels=CONFIG.in_channels,
-        num_layers=CONFIG.depth,
-        num_single_layers=CONFIG.depth_single_blocks,
-        attention_head_dim=CONFIG.head_dim,
-        num_attention_heads=CONFIG.num_heads,
-        joint_attention_dim=CONFIG.context_in_dim,
-        pooled_projection_dim=CONFIG.vec_in_dim,
-        guidance_embeds=True,
-        axes_dims_rope=CONFIG.axes_dim,
-    )
+    model = transformer(CONFIG)
     randomise(model).bfloat16().save_pretrained(folder)
     return model
 

@@ -4,32 +4,19 @@ import hashlib
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, FluxTransformer2DModel
+from diffusers import AutoencoderKL
 from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
 
+from benchmarks.peers.diffusers_blocks import transformer
 from fluxq.formats.keys import autoencoder_to_diffusers, module_split, to_diffusers
 from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
 
-def diffusers_transformer(config: FluxConfig) -> FluxTransformer2DModel:
-    return FluxTransformer2DModel(
-        in_channels=config.in_channels,
-        num_layers=config.depth,
-        num_single_layers=config.depth_single_blocks,
-        attention_head_dim=config.head_dim,
-        num_attention_heads=config.num_heads,
-        joint_attention_dim=config.context_in_dim,
-        pooled_projection_dim=config.vec_in_dim,
-        guidance_embeds=config.guidance_embed,
-        axes_dims_rope=config.axes_dim,
-    )
-
-
 @pytest.mark.parametrize("config", [FluxConfig.dev(), FluxConfig.schnell(), FluxConfig.nano()])
 def test_transformer_has_exactly_diffusers_names_and_shapes(config):
     with torch.device("meta"):
-        wanted = {name: tensor.shape for name, tensor in diffusers_transformer(config).state_dict().items()}
+        wanted = {name: tensor.shape for name, tensor in transformer(config).state_dict().items()}
         tensors = {name: torch.empty(shape) for name, shape in flux_shapes(config).items()}
     assert {name: tensor.shape for name, tensor in to_diffusers(tensors, config).items()} == wanted
 

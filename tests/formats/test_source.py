@@ -14,6 +14,7 @@ from helpers import randomise, relative_error, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
+from benchmarks.peers.diffusers_blocks import transformer
 from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats.detect import AUTOENCODER, CLIP, FLUX, T5
@@ -114,19 +115,7 @@ def test_all_four_models_come_from_one_file(tmp_path):
 def test_a_diffusers_transformer_is_mapped_back(tmp_path, changes, shard_size):
     """Its tensors under diffusers' names are what diffusers saved, and the model computes what diffusers computes."""
     config = tiny_config(**changes)
-    theirs = randomise(
-        diffusers.FluxTransformer2DModel(
-            in_channels=config.in_channels,
-            num_layers=config.depth,
-            num_single_layers=config.depth_single_blocks,
-            attention_head_dim=config.head_dim,
-            num_attention_heads=config.num_heads,
-            joint_attention_dim=config.context_in_dim,
-            pooled_projection_dim=config.vec_in_dim,
-            guidance_embeds=config.guidance_embed,
-            axes_dims_rope=config.axes_dim,
-        ).eval()
-    )
+    theirs = randomise(transformer(config).eval())
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size=shard_size)
     for path in (tmp_path, tmp_path / "transformer"):
         source = open_flux(path)

@@ -6,6 +6,7 @@ import pytest
 import torch
 from helpers import randomise, relative_error, tiny_config
 
+from benchmarks.peers.diffusers_blocks import transformer
 from fluxq.formats.keys import to_diffusers
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
@@ -23,18 +24,7 @@ CONFIGS = {
 def twin(flux: Flux):
     """The same model as diffusers builds it, frozen."""
     c = flux.config
-    theirs = diffusers.FluxTransformer2DModel(
-        patch_size=1,
-        in_channels=c.in_channels,
-        num_layers=c.depth,
-        num_single_layers=c.depth_single_blocks,
-        attention_head_dim=c.head_dim,
-        num_attention_heads=c.num_heads,
-        joint_attention_dim=c.context_in_dim,
-        pooled_projection_dim=c.vec_in_dim,
-        guidance_embeds=c.guidance_embed,
-        axes_dims_rope=c.axes_dim,
-    )
+    theirs = transformer(c)
     for block in (*theirs.transformer_blocks, *theirs.single_transformer_blocks):  # its class fixes the ratio at 4
         resize_mlp(block, c)
     theirs.load_state_dict(to_diffusers(flux.state_dict(), c))

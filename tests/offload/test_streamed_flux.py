@@ -11,7 +11,7 @@ from helpers import Tensors, randomise, tiny_config
 from live_bytes import LiveBytes
 
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
-from fluxq.formats.stream import expect_sampling, expect_training, load_streamed, place_units
+from fluxq.formats.stream import expect_sampling, expect_training, load_streamed
 from fluxq.kernels import FORMATS, POLICIES
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
@@ -294,7 +294,7 @@ def test_units_are_placed_anew_in_a_model_that_trains(files):
     flux = with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv")
     parameters = list(flux.parameters())
     for resident, slots in ((UNITS[2:], 3), (UNITS[:1], 2), ((), 4), (UNITS[3:5], 2), (UNITS, 2)):
-        place_units(flux, file, CPU, resident, slots, Late(), poison=True)
+        load_streamed(file, CPU, resident, slots, Late(), poison=True, into=flux)
         expect_training(flux)
         assert_equal(flux, expected)
 
@@ -306,8 +306,8 @@ def test_units_are_placed_anew_in_a_model_that_trains(files):
             raise torch.OutOfMemoryError(unit)
 
     with pytest.raises(torch.OutOfMemoryError):
-        place_units(flux, Failing(), CPU, UNITS[:2], 2)
-    place_units(flux, file, CPU, (), 2, Late(), poison=True)
+        load_streamed(Failing(), CPU, UNITS[:2], 2, into=flux)
+    load_streamed(file, CPU, (), 2, Late(), poison=True, into=flux)
     assert_equal(flux, expected)
     assert all(a is b for a, b in zip(flux.parameters(), parameters, strict=True))
 
@@ -320,5 +320,5 @@ def test_placing_units_anew_takes_no_more_than_before_or_after(files):
     held.clear()
     with live:
         before = live.live
-        place_units(flux, file, CPU, UNITS[:1], 2, Immediate())
+        load_streamed(file, CPU, UNITS[:1], 2, Immediate(), into=flux)
         assert live.live < before and live.peak <= before
