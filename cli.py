@@ -31,7 +31,7 @@ def main() -> int:
     if sys.version_info < (3, 11):  # noqa: UP036 - this file is what an older Python would start
         raise SystemExit(f"error: fluxq needs Python 3.11 or newer, and this is {sys.version.split()[0]}")
     if all(importlib.util.find_spec(name) for name in NEEDED):
-        from fluxq.cli import main as fluxq
+        from fluxq.cli.main import main as fluxq
 
         return fluxq()
     if Path(sys.prefix) == VENV:

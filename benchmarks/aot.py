@@ -28,8 +28,8 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent))
 
 from benchmarks.accesses import widths  # noqa: E402  (as a script it has no parent)
-from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES  # noqa: E402
-from fluxq.kernels.triton.shipped import SHARED_KIB  # noqa: E402
+from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES
+from fluxq.kernels.triton.shipped import SHARED_KIB
 
 CARDS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
 SHARED_SM_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}

@@ -15,8 +15,8 @@ from functools import lru_cache
 import pytest
 
 from benchmarks.pytest_cases import CARD, DEVICE, LAYERS, SHAPES, product
-from fluxq.bench_kernels import check
-from fluxq.kernel_cases import Case, linear_cases
+from fluxq.bench.kernels import check
+from fluxq.bench.kernel_cases import Case, linear_cases
 from fluxq.kernels import FORMATS
 
 MODULATION = ("modulation", 1)

@@ -14,9 +14,9 @@ import pytest
 
 from benchmarks import roofline
 from benchmarks.pytest_cases import CARD, DEVICE, LAYERS, SHAPES, product
-from fluxq.bench_kernels import check
-from fluxq.kernel_cases import Case, has_fp8, product_case
-from fluxq.kernel_steps import EIGHT_BITS
+from fluxq.bench.kernels import check
+from fluxq.bench.kernel_cases import Case, has_fp8, product_case
+from fluxq.bench.kernel_steps import EIGHT_BITS
 
 KINDS = [kind for kind in EIGHT_BITS if kind == "int8" or not CARD or has_fp8(DEVICE)]
 

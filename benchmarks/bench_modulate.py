@@ -6,7 +6,7 @@ pytest benchmarks/bench_modulate.py
 from __future__ import annotations
 
 from benchmarks.pytest_cases import measured, of_tokens
-from fluxq.kernel_steps import STEPS
+from fluxq.bench.kernel_steps import STEPS
 
 NAMES = [name for name in STEPS if "modulate" in name or "gated" in name]
 test_speed, test_share_of_a_copy = measured({name: of_tokens(STEPS[name]) for name in NAMES})

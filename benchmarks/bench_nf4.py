@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from benchmarks.pytest_cases import CARD, LAYERS, of_weights
-from fluxq.kernel_steps import STORAGE
+from fluxq.bench.kernel_steps import STORAGE
 from fluxq.kernels import dequantize, quantize
-from fluxq.quiet import quiet_imports
+from fluxq.training.quiet import quiet_imports
 
 with quiet_imports():
     from bitsandbytes import functional as bnb

@@ -6,7 +6,7 @@ pytest benchmarks/bench_rows.py
 from __future__ import annotations
 
 from benchmarks.pytest_cases import measured, of_tokens, of_weights
-from fluxq.kernel_steps import EIGHT_BITS, STORAGE, row_quantize
+from fluxq.bench.kernel_steps import EIGHT_BITS, STORAGE, row_quantize
 
 WIDTHS = (3072, 12288, 15360, 21504)
 ACTIVATIONS = {

@@ -37,8 +37,8 @@ from fluxq.model.embed import image_ids, rope_angles, text_ids
 from fluxq.model.linear import Linear
 from fluxq.model.lora import lora_layers
 from fluxq.offload import AllResident
-from fluxq.random_model import random_flux
-from fluxq.timing import timed
+from fluxq.bench.random_model import random_flux
+from fluxq.bench.timing import timed
 
 SEEN = ("output", "d_input", "d_lora")
 

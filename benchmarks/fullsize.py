@@ -30,8 +30,8 @@ import torch
 from benchmarks.measure import about, write
 from fluxq import nano
 from fluxq.formats.atomic import atomic_path
-from fluxq.formats.files import DTYPE_NAMES
-from fluxq.formats.shapes import autoencoder_shapes, flux_shapes
+from fluxq.formats.checkpoint.files import DTYPE_NAMES
+from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model import AutoEncoderConfig, FluxConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
@@ -80,7 +80,7 @@ def main() -> None:
 def measured(command: list[str]) -> dict[str, float]:
     """Run `fluxq` with these arguments; its seconds and the peak of its anonymous resident memory."""
     began, peak = time.monotonic(), 0
-    child = subprocess.Popen([sys.executable, "-m", "fluxq.cli", *command], stdout=sys.stderr)
+    child = subprocess.Popen([sys.executable, "-m", "fluxq.cli.main", *command], stdout=sys.stderr)
     while child.poll() is None:
         peak = max(peak, anonymous_bytes(child.pid))
         time.sleep(0.02)

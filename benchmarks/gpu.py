@@ -4,7 +4,7 @@
     python3 -m benchmarks.gpu --device cpu --tiny --out DIR          only tries the script out
 
 Everything resident, LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens. The steps are those of `fluxq bench
-steps` (fluxq/timed_step.py); here every policy is timed by itself, and the published QLoRA recipe in the same run.
+steps` (fluxq/bench/timed_step.py); here every policy is timed by itself, and the published QLoRA recipe in the same run.
 `--vram` lets the program have no more of the card than that; a combination that does not fit says so and does not count
 as failed.
 """
@@ -24,15 +24,15 @@ from benchmarks.cases import Case, Skip, last_only, parser, run_part, target
 from benchmarks.measure import version
 from benchmarks.peers import qlora_step
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
-from fluxq.bench_steps import hold_to
+from fluxq.bench.steps import hold_to
 from fluxq.kernels import COMPUTES, FORMATS, POLICIES
 from fluxq.kernels.cutting import chunk_of
 from fluxq.model import FluxConfig
 from fluxq.offload.cards import CARDS, GIB
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins
-from fluxq.random_model import random_flux
-from fluxq.timed_step import Setting, clock_steps, costs_of, measure_steps
+from fluxq.bench.random_model import random_flux
+from fluxq.bench.timed_step import Setting, clock_steps, costs_of, measure_steps
 
 RANK, T5_LENGTH, ENDLESS = 16, 512, 1 << 60
 RECIPE = "published QLoRA recipe"

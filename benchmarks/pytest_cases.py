@@ -1,4 +1,4 @@
-"""How pytest-benchmark measures the cases of fluxq/kernel_cases.py: what every benchmarks/bench_*.py is made of.
+"""How pytest-benchmark measures the cases of fluxq/bench/kernel_cases.py: what every benchmarks/bench_*.py is made of.
 
 Each case is checked, then timed with the card's L2 emptied before each run. Without a card the reference runs on the
 processor, at the smallest size.
@@ -13,10 +13,10 @@ from typing import Any
 import pytest
 import torch
 
-from fluxq.bench_kernels import check
-from fluxq.kernel_cases import Case, case_of
-from fluxq.kernel_steps import Sizes, Step
-from fluxq.timing import FLUSH_BYTES, timed
+from fluxq.bench.kernels import check
+from fluxq.bench.kernel_cases import Case, case_of
+from fluxq.bench.kernel_steps import Sizes, Step
+from fluxq.bench.timing import FLUSH_BYTES, timed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 CARD = DEVICE.type == "cuda"

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from fluxq.timing import timed
+from fluxq.bench.timing import timed
 
 KINDS = ("double", "single")
 REPLAYED = {"recompute": (8, 7, 1), "keep_attention": (8, 7, 0), "keep_qkv": (4, 4, 0)}

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from fluxq.data.batches import Batch
+from fluxq.caching.batches import Batch
 from fluxq.data.randomness import generator, normal
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 from fluxq.model.flux import Flux

@@ -5,6 +5,8 @@ Every step draws what it needs by its own number, so stopping and going on chang
 
 from __future__ import annotations
 
+from fluxq.training.previews import preview, preview_prompts
+
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -15,32 +17,39 @@ import torch
 from PIL.Image import Image
 from torch import Tensor
 
-from fluxq.cache import cache_folders
+from fluxq.caching.folders import cache_folders
 from fluxq.config import TrainConfig
-from fluxq.data.batches import Batch, Batches, held_out_batches
+from fluxq.caching.batches import Batch, Batches, held_out_batches
 from fluxq.data.examples import read_caption, with_trigger
-from fluxq.data.pictures import picture_files
+from fluxq.data.images import picture_files
 from fluxq.data.randomness import generator
-from fluxq.data.store import Store, Text
-from fluxq.defaults import Say, resolve, side
+from fluxq.caching.store import Store, Text
+from fluxq.console import Say
+from fluxq.training.defaults import resolve
+from fluxq.data.buckets import side
 from fluxq.errors import WrongRequest
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.formats.stream import expect_training
-from fluxq.from_lora import read_start, start_from
-from fluxq.memory import place
+from fluxq.training.from_lora import read_start, start_from
+from fluxq.memory.placement import place
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.flux import Flux
 from fluxq.model.lora import add_lora
 from fluxq.model.modulation import Conditioning, Lookahead, is_known_ahead
-from fluxq.models import Models
-from fluxq.optim import build_optimizer, optimizer_step, parameters_of, rate_factor
-from fluxq.report import Report, console, peak_bytes, progress_bar, reset_peak, stop_request
-from fluxq.room import Room
-from fluxq.run import Result, Run, metadata_of
-from fluxq.sample import draw, save_picture, shots, told_by
-from fluxq.state import load_state, save_state
-from fluxq.turns import preview_turns, room_of
+from fluxq.models.parts import Models
+from fluxq.training.optim import build_optimizer, optimizer_step, parameters_of, rate_factor
+from fluxq.training.report import Report, stop_request
+from fluxq.console import console, progress_bar
+from fluxq.memory.peak import peak_bytes, reset_peak
+from fluxq.memory.retry import Room
+from fluxq.training.run import Result, Run, metadata_of
+from fluxq.sampling.decoding import draw
+from fluxq.sampling.sheets import save_picture
+from fluxq.sampling.requests import shots
+from fluxq.sampling.denoising import told_by
+from fluxq.training.state import load_state, save_state
+from fluxq.memory.phases import preview_turns, room_of
 
 CALIBRATION_BATCHES = 2
 
@@ -187,44 +196,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, sa
     return result
 
 
-def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
-    """What previews draw: the prompts asked for, else the triggers, else three captions; () where there are none."""
-    samples, folders = config.samples, config.data.folders
-    if not samples.every:
-        return ()
-    for name, pixels in (("width", samples.width), ("height", samples.height)):
-        side(name, pixels or 16)
-    if not (autoencoder := models.served("ae").path).exists():
-        raise WrongRequest(f"previews need {autoencoder}, which is not there; put it back, or pass --sample-every 0")
-    triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
-    captions = (with_trigger(read_caption(p), f.trigger) for f in folders for p in picture_files(f.path))
-    return samples.prompts or tuple(triggers) or tuple(dict.fromkeys(captions))[:3]
 
 
-def preview(
-    run: Run,
-    models: Models,
-    flux: Flux,
-    room: Room,
-    texts: Mapping[str, Text],
-    prompts: Sequence[str],
-    step: int,
-    say: Say,
-) -> None:
-    """Draw `prompts` into samples/, with the LoRA as it is after `step` steps, in the memory of a step. A failure is
-    said, and training goes on.
-    """
-    wanted = shots(run.config.samples, prompts, run.config.data.size or 0)
-
-    def pictures() -> list[Image]:
-        turns = preview_turns(run.config, models, room.placement)
-        return draw(flux, models.load_autoencoder, texts, wanted, turns=turns, say=say)
-
-    try:
-        for i, picture in enumerate(room.repeat(f"the preview at step {step}", pictures, training=False)):
-            save_picture(picture, run.folder / "samples" / f"{step:06}_{i:02}.png", wanted[i], Step=str(step))
-    except (WrongRequest, torch.OutOfMemoryError) as error:
-        say(f"no preview at step {step}: {error}")
 
 
 def refuse_other_inputs(run: Run, identity: dict[str, str], saved: dict, start: int, steps: int) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn, no_grad
 
-from fluxq.formats.files import DTYPE_NAMES
+from fluxq.formats.checkpoint.files import DTYPE_NAMES
 from fluxq.model import Flux, FluxConfig
 
 

@@ -8,7 +8,15 @@ from pathlib import Path
 
 import pytest
 
-from fluxq.config import MemoryConfig, ModelConfig, TrainConfig, config_from_dict, read_toml, set_values, to_toml
+from fluxq.config import (
+    MemoryConfig,
+    ModelConfig,
+    TrainConfig,
+    config_from_dict,
+    read_toml,
+    set_values,
+    to_toml,
+)
 from fluxq.errors import WrongRequest
 
 

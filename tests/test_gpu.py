@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from helpers import randomise, relative_error, tiny_config
 
 from fluxq.config import ModelConfig, config_from_dict
-from fluxq.data.store import Text
+from fluxq.caching.store import Text
 from fluxq.formats.load import load_text_encoders
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.formats.stream import expect_training, load_streamed
@@ -18,12 +18,13 @@ from fluxq.kernels import dequantize, quantize
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.modulation import Lookahead
-from fluxq.models import Models
+from fluxq.models.parts import Models
 from fluxq.nano import pictures
 from fluxq.offload import CudaStreams, Staged
 from fluxq.offload.arena import Arena, streams_for
 from fluxq.offload.inputs import inputs_for
-from fluxq.sample import Shot, draw
+from fluxq.sampling.requests import Shot
+from fluxq.sampling.decoding import draw
 from fluxq.train import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]

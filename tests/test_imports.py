@@ -36,7 +36,7 @@ MODULES = sorted(ROOT.rglob("*.py"))
 
 
 def part(module: str) -> str | None:
-    """The file or folder of fluxq that a dotted name lies in: "fluxq.data.store" -> "data"."""
+    """The file or folder of fluxq that a dotted name lies in: "fluxq.caching.store" -> "data"."""
     pieces = module.split(".")
     return pieces[1] if pieces[0] == "fluxq" and len(pieces) > 1 else None
 
@@ -73,6 +73,6 @@ def test_importing_fluxq_works_without_triton_bitsandbytes_and_transformers():
         "import sys\n"
         "absent = 'triton', 'bitsandbytes', 'transformers', 'torchao', 'diffusers', 'peft', 'gguf'\n"
         "sys.modules |= dict.fromkeys(absent)\n"
-        "import fluxq.train, fluxq.sample, fluxq.demo\n"
+        "import fluxq.train, fluxq.commands.sample, fluxq.commands.demo\n"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0

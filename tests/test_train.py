@@ -20,12 +20,12 @@ from PIL import Image
 from fluxq import nano
 from fluxq.config import LoraConfig, config_from_dict
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import Checkpoint
-from fluxq.formats.lora import load_lora
-from fluxq.formats.lora_write import WRITTEN
+from fluxq.formats.checkpoint.files import Checkpoint
+from fluxq.formats.lora.read import load_lora
+from fluxq.formats.lora.write import WRITTEN
 from fluxq.model import FluxConfig
 from fluxq.nano import pictures
-from fluxq.report import read_log
+from fluxq.training.report import read_log
 from fluxq.train import train
 
 
@@ -103,7 +103,7 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
             "train",
             *(["--resume", str(killed)] if resumable else ["--config", str(config_file), "--overwrite"]),
         ]
-        process = subprocess.Popen([sys.executable, "-m", "fluxq.cli", *command], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "fluxq.cli.main", *command], stdout=subprocess.DEVNULL)
         if kills < 3:
             steps_before, patience = logged(killed), moments.randint(2, 8)
             while process.poll() is None and logged(killed) < steps_before + patience:
@@ -142,7 +142,7 @@ def test_photographs_from_an_empty_cache_to_a_lora(tmp_path):
         "train PHOTOS --trigger zqx --model nano --steps 3 --rank 4 --out runs/photos --sample-every 3 --sample-steps 2"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "fluxq.cli", *command.split()], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "fluxq.cli.main", *command.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "photos"

@@ -15,7 +15,7 @@ from benchmarks.kernel_cases.setting import LAYERS, Setting, cosine, relative_er
 from benchmarks.peers import torchao_8bit
 from benchmarks.roofline import predicted_ms, product
 from fluxq.kernels import COMPUTES, Activations, dequantize, lora_linear, quantize
-from fluxq.timing import timed
+from fluxq.bench.timing import timed
 
 HOPPER = {"int8": ">= 1.15", "int8_dx": ">= 1.4", "fp8_dx": ">= 1.4"}
 """compute -> what plain bf16's time should be over ours there."""

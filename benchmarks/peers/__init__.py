@@ -9,7 +9,7 @@ import importlib
 from types import ModuleType
 
 from benchmarks.cases import Skip
-from fluxq.quiet import quiet_imports
+from fluxq.training.quiet import quiet_imports
 
 
 def need(package: str) -> ModuleType:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import need, peft_lora
 from benchmarks.peers.bnb_nf4 import quantise_linears
-from fluxq.formats.keys import module_split, to_diffusers
+from fluxq.formats.checkpoint.keys import module_split, to_diffusers
 from fluxq.model import FluxConfig
 from fluxq.model.linear import Linear
 

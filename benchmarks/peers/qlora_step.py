@@ -17,13 +17,13 @@ from benchmarks.peers import diffusers_blocks, need, peft_lora
 from benchmarks.peers.bnb_nf4 import nf4_linear
 from fluxq.config import TrainingConfig
 from fluxq.flow import sample_noise, sample_timesteps
-from fluxq.formats.keys import module_split
-from fluxq.formats.shapes import flux_shapes
+from fluxq.formats.checkpoint.keys import module_split
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.model import FluxConfig
 from fluxq.model.costs import chosen
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
-from fluxq.optim import build_optimizer
-from fluxq.timed_step import TARGETS, Setting, random_batch
+from fluxq.training.optim import build_optimizer
+from fluxq.bench.timed_step import TARGETS, Setting, random_batch
 
 
 def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:

@@ -117,3 +117,11 @@ def _cut(side: float, step: int) -> int:
 
 def _ratio_error(width: int, height: int, aspect: float) -> float:
     return abs(width / height - aspect) if height else math.inf
+
+
+def side(name: str, pixels: int) -> int:
+    """`pixels`, if it is a multiple of 16: a token is 16 pixels wide."""
+    if pixels % 16:
+        nearest = " or ".join(str(p) for p in (pixels // 16 * 16, pixels // 16 * 16 + 16) if p)
+        raise WrongRequest(f"{name} must be a multiple of 16 pixels, not {pixels}; {nearest} would do")
+    return pixels

@@ -14,7 +14,7 @@ from itertools import chain, count
 from pathlib import Path
 
 from fluxq.data.buckets import Size, choose_bucket
-from fluxq.data.pictures import picture_files, picture_size
+from fluxq.data.images import picture_files, picture_size
 from fluxq.errors import WrongRequest
 
 CAPTION_SUFFIXES = (".txt", ".caption")

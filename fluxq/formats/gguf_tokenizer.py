@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fluxq.formats.files import refuse
-from fluxq.formats.gguf import read_gguf_values
+from fluxq.formats.checkpoint.files import refuse
+from fluxq.formats.checkpoint.gguf import read_gguf_values
 
 GGUF_T5 = ("t5", "t5encoder")  # the architectures whose files hold T5's tokenizer
 GGUF_KEYS = tuple(

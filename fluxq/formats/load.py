@@ -9,9 +9,9 @@ from pathlib import Path
 
 import torch
 
-from fluxq.formats.detect import CLIP, EXAMPLES
-from fluxq.formats.files import refuse, strict_load
-from fluxq.formats.source import Source, open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.checkpoint.detect import CLIP, EXAMPLES
+from fluxq.formats.checkpoint.files import refuse, strict_load
+from fluxq.formats.checkpoint.source import Source, open_autoencoder, open_clip, open_flux, open_t5
 from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from fluxq.formats.weights import StoredWeights, StreamedWeights, streamed
 from fluxq.kernels import quantize

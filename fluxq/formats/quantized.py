@@ -28,11 +28,11 @@ from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
-from fluxq.formats.detect import DIFFUSERS_FLUX, kind
-from fluxq.formats.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
-from fluxq.formats.shapes import flux_shapes
-from fluxq.formats.shards import open_file
-from fluxq.formats.source import Source
+from fluxq.formats.checkpoint.detect import DIFFUSERS_FLUX, kind
+from fluxq.formats.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
+from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.checkpoint.shards import open_file
+from fluxq.formats.checkpoint.source import Source
 from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, quantize
 from fluxq.kernels.weights import parts_of
 from fluxq.model.config import FluxConfig

@@ -17,7 +17,7 @@ from fluxq.offload.arena import Arena, streams_for
 
 
 class StoredUnits(Protocol):
-    """Where units come from: a QuantizedFile, or what is drawn at random (fluxq/random_model.py)."""
+    """Where units come from: a QuantizedFile, or what is drawn at random (fluxq/bench/random_model.py)."""
 
     @property
     def config(self) -> FluxConfig: ...

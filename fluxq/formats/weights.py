@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxq.formats.files import refuse
+from fluxq.formats.checkpoint.files import refuse
 from fluxq.formats.quantized import view
-from fluxq.formats.source import Source
+from fluxq.formats.checkpoint.source import Source
 from fluxq.kernels import Weight, dequantize
 from fluxq.model.layout import Place, placed
 from fluxq.model.text_layers import Units

@@ -17,15 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fluxq.kernels import (
-    Tape,
-    attention,
-    gated_add,
-    gated_add_modulate,
-    gelu_tanh,
-    modulate,
-    qk_norm_rope,
-)
+from fluxq.kernels import Tape, attention, gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
 from fluxq.kernels.steps import divides_out
 from fluxq.model.config import FluxConfig
 from fluxq.model.linear import Linear

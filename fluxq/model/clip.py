@@ -66,7 +66,7 @@ class ClipBlock(nn.Module):
 
 
 class Clip(nn.Module):
-    """The text model of `config` (fluxq/formats/detect.py). Fresh from the constructor its buffers are to be loaded."""
+    """The text model of `config` (fluxq/formats/checkpoint/detect.py). Fresh from the constructor its buffers are to be loaded."""
 
     def __init__(self, config: Mapping[str, int], tokens: Tokens) -> None:
         super().__init__()

@@ -12,7 +12,7 @@ import torch
 
 from benchmarks.cases import in_words, summary, supervise, target
 from benchmarks.roofline import block_ms, predicted_ms
-from fluxq.timing import spread, timed
+from fluxq.bench.timing import spread, timed
 
 ROOT = Path(__file__).parent.parent.parent
 pytestmark = pytest.mark.slow

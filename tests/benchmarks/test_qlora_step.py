@@ -9,11 +9,11 @@ import torch
 
 from benchmarks.cases import Skip
 from benchmarks.peers import peft_lora, qlora_step
-from fluxq.formats.keys import module_split
+from fluxq.formats.checkpoint.keys import module_split
 from fluxq.model import FluxConfig
 from fluxq.model.lora import lora_layers
-from fluxq.random_model import random_flux
-from fluxq.timed_step import Setting, clock_steps, trainer
+from fluxq.bench.random_model import random_flux
+from fluxq.bench.timed_step import Setting, clock_steps, trainer
 
 CPU, TINY, NANO = torch.device("cpu"), Setting(size=32, t5_length=4, rank=2), FluxConfig.nano()
 

@@ -15,10 +15,17 @@ from safetensors.torch import load_file, save_file
 from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats import quantized
-from fluxq.formats.files import Checkpoint, write_safetensors
-from fluxq.formats.keys import to_diffusers
-from fluxq.formats.quantized import QuantizedFile, cached, fingerprint, layout, load_quantized, write_quantized
-from fluxq.formats.source import open_flux
+from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
+from fluxq.formats.checkpoint.keys import to_diffusers
+from fluxq.formats.quantized import (
+    QuantizedFile,
+    cached,
+    fingerprint,
+    layout,
+    load_quantized,
+    write_quantized,
+)
+from fluxq.formats.checkpoint.source import open_flux
 from fluxq.kernels import FORMATS, dequantize, quantize
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.linear import Linear
@@ -76,7 +83,7 @@ def test_units_are_contiguous_and_aligned_in_the_file(format, source, tmp_path):
 
 def test_equal_units_have_one_size_at_full_width():
     """76 units of 113,246,208 weights, 63.7 MB each in NF4 and 113.2 MB in 8 bits, besides biases and norms."""
-    from fluxq.formats.shapes import flux_shapes
+    from fluxq.formats.checkpoint.shapes import flux_shapes
 
     for format, expected in (("nf4", 113_246_208 * 9 / 16), ("int8", 113_246_208), ("bf16", 113_246_208 * 2)):
         units = layout(dict(flux_shapes(FluxConfig.dev())), format)
@@ -86,7 +93,7 @@ def test_equal_units_have_one_size_at_full_width():
 
 
 def test_every_tensor_has_one_unit():
-    from fluxq.formats.shapes import flux_shapes
+    from fluxq.formats.checkpoint.shapes import flux_shapes
 
     shapes = flux_shapes(FluxConfig.dev())
     units = by_unit(shapes)

@@ -9,9 +9,9 @@ import torch
 
 from fluxq import nano
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import write_safetensors
+from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.formats.load import load_text_encoders
-from fluxq.formats.shapes import clip_shapes, t5_shapes
+from fluxq.formats.checkpoint.shapes import clip_shapes, t5_shapes
 from fluxq.offload import Immediate, Late, Staged, Streams
 
 CPU = torch.device("cpu")

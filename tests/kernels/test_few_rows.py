@@ -15,7 +15,7 @@ from fluxq.kernels import lora_linear, quantize, reference
 
 pytest.importorskip("triton")
 
-from fluxq.kernels.triton import linear, table  # noqa: E402  (where there is Triton)
+from fluxq.kernels.triton import linear, table
 
 N = 97
 SHARES = table.Choice("fused", 16, 64, 32, chunk=64 * 64)  # two shares of W's rows, the second ragged

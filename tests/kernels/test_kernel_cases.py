@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from fluxq import kernel_cases
-from fluxq.bench_kernels import check
-from fluxq.kernel_cases import cases
+from fluxq.bench import kernel_cases
+from fluxq.bench.kernels import check
+from fluxq.bench.kernel_cases import cases
 
 WITHIN_OTHERS = {"fill_room", "fill_tail", "sum_shares"}  # parts of lora_linear
 

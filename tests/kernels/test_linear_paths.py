@@ -16,8 +16,8 @@ from fluxq.kernels.cutting import CHUNKS, chunk_of, parts, room
 triton = pytest.importorskip("triton")
 
 
-from fluxq.kernels.triton import linear, table  # noqa: E402  (where there is Triton)
-from fluxq.kernels.triton.shipped import SHIPPED  # noqa: E402
+from fluxq.kernels.triton import linear, table
+from fluxq.kernels.triton.shipped import SHIPPED
 
 FORMATS = ("nf4", "fp8", "int8", "bf16")
 CASES = [  # every format, every dtype, and NF4, which is what most will use, in all

@@ -10,7 +10,7 @@ import torch
 
 pytest.importorskip("triton")
 
-from fluxq.kernels.triton import table  # noqa: E402  (where there is Triton)
+from fluxq.kernels.triton import table
 
 CPU = torch.device("cpu")
 

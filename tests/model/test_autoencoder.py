@@ -6,7 +6,7 @@ import pytest
 import torch
 from helpers import randomise, relative_error
 
-from fluxq.formats.keys import autoencoder_to_diffusers
+from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers
 from fluxq.model import AutoEncoder, AutoEncoderConfig
 
 diffusers = pytest.importorskip("diffusers")

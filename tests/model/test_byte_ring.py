@@ -1,6 +1,6 @@
 """The byte ring: what a training step is predicted to have on a card, owner by owner, against what it has.
 
-The trainer's own step (fluxq/timed_step.py) runs with full-width FLUX.1 on `meta`, over a backend that allocates as the
+The trainer's own step (fluxq/bench/timed_step.py) runs with full-width FLUX.1 on `meta`, over a backend that allocates as the
 kernels do and computes nothing (tests/hollow.py). The slots are those of the ring that `load_streamed` makes, the
 scratch is the kernels' own, and the optimiser's state is made by the optimiser.
 """
@@ -19,7 +19,8 @@ from hollow import hollow
 from live_bytes import LiveBytes
 from torch import Tensor
 
-from fluxq import optim, timed_step
+from fluxq.training import optim
+from fluxq.bench import timed_step
 from fluxq.formats.quantized import assign
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
@@ -30,7 +31,7 @@ from fluxq.offload import spread
 from fluxq.offload.costs import Costs
 from fluxq.offload.footprint import Setting, peak_by_owner
 from fluxq.offload.streams import Immediate
-from fluxq.random_model import RandomUnits
+from fluxq.bench.random_model import RandomUnits
 
 META = torch.device("meta")
 

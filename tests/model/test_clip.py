@@ -11,12 +11,12 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fluxq import nano
-from fluxq.formats.files import write_safetensors
+from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.formats.load import load_clip
-from fluxq.formats.lora import load_lora
-from fluxq.formats.lora_write import save_lora
+from fluxq.formats.lora.read import load_lora
+from fluxq.formats.lora.write import save_lora
 from fluxq.formats.quantized import cached, load_quantized
-from fluxq.formats.source import open_clip, open_flux
+from fluxq.formats.checkpoint.source import open_clip, open_flux
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.clip import CLIP_TARGETS, Clip
@@ -24,7 +24,7 @@ from fluxq.model.costs import flux_costs
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.lora import lora_layers
 from fluxq.offload import Immediate
-from fluxq.run import adapters_of
+from fluxq.training.run import adapters_of
 
 CPU = torch.device("cpu")
 TOKENIZER = (nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt")

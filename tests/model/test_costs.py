@@ -8,7 +8,7 @@ from __future__ import annotations
 import pytest
 
 from fluxq.formats.quantized import layout
-from fluxq.formats.shapes import flux_shapes
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs, tensors
 from fluxq.model.units import REST

@@ -7,7 +7,7 @@ import torch
 from helpers import randomise, relative_error, tiny_config
 
 from benchmarks.peers.diffusers_blocks import transformer
-from fluxq.formats.keys import to_diffusers
+from fluxq.formats.checkpoint.keys import to_diffusers
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 
@@ -114,7 +114,7 @@ def test_lora_gradients_equal_peft():
 
 def copy_peft_lora(flux, layers, theirs) -> dict:
     """Give our fused layers peft's split LoRA (one down for all parts of a layer); path -> [(peft module, rows)]."""
-    from fluxq.formats.keys import module_split
+    from fluxq.formats.checkpoint.keys import module_split
 
     given = {}
     for path, layer in layers.items():

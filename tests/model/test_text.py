@@ -13,7 +13,7 @@ from transformers.models.t5.modeling_t5 import T5Attention
 
 from fluxq import nano
 from fluxq.errors import WrongRequest
-from fluxq.formats.files import write_safetensors
+from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.formats.load import load_text_encoders
 from fluxq.model.text_layers import TOKENS_PER_BATCH, t5_buckets
 

@@ -1,0 +1,197 @@
+"""`fluxq bench compare`: results of `fluxq bench steps` side by side, and the published speeds of other trainers.
+
+A line is a setting, a column a machine. The published figures were made with settings of their own, which stand beside
+them as far as they are known: they are anchors to read by, not rows of one race.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from fluxq.bench.steps import KIND
+from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
+from fluxq.offload.plans import counted
+from fluxq.console import console
+
+AXES = (
+    "model",
+    "size",
+    "batch",
+    "t5_length",
+    "rank",
+    "format",
+    "compute",
+    "policy",
+    "resident_units",
+    "blocks_to_swap",
+    "slots",
+)
+"""What makes two rows the same setting."""
+
+NANO, PUBLISHED = "nano", "published by others"
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """A speed that somebody published: pictures trained on in a second, and all that is known of how."""
+
+    trainer: str
+    card: str
+    figure: str
+    pictures_s: float
+    conditions: str
+    source: str = "published, original not located"
+
+
+ANCHORS = (
+    Anchor("ai-toolkit", "A100", "0.348 it/s", 4 * 0.348, "batch 4; size and T5 length not stated"),
+    Anchor("ai-toolkit", "H100", "0.454 it/s", 4 * 0.454, "batch 4; size and T5 length not stated"),
+    Anchor("ai-toolkit", "RTX 4090", "0.438 it/s", 0.438, "batch 1; size and T5 length not stated"),
+    Anchor("ai-toolkit", "L40S", "0.838 it/s", 0.838, "batch 1; size and T5 length not stated"),
+    Anchor("ComfyUI-FluxTrainer", "RTX 4090", "2.42 s/it", 1 / 2.42, "768 px; batch not stated, taken as 1"),
+    Anchor(
+        "HF QLoRA recipe",
+        "RTX 4090",
+        "0.88 s/picture",
+        1 / 0.88,
+        "512 x 768 px, T5 77, rank 4, attention only",
+        "published",
+    ),
+)
+
+
+def compare_results(files: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
+    """The table as data; `out`: a PNG of it. Raises WrongRequest for a file that `fluxq bench steps` did not write."""
+    results = dict(zip(names(files, found := [read(path) for path in files]), found, strict=True))
+    lines = side_by_side(results)
+    show(results, lines)
+    if out is not None:
+        plot(results, lines, out)
+    machines = {name: result["about"] for name, result in results.items()}
+    return {"machines": machines, "rows": lines, "published": [asdict(anchor) for anchor in ANCHORS]}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A result, looked through so that nothing below meets a surprise."""
+    try:
+        result = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise WrongRequest(
+            f"{path} cannot be read ({error.strerror}); name files of fluxq bench steps --out"
+        ) from error
+    except ValueError:
+        result = None
+    if not (isinstance(result, dict) and result.get("kind") == KIND and _sound(result)):
+        raise WrongRequest(f"{path} is no result of fluxq bench steps; write one with fluxq bench steps --out FILE")
+    return result
+
+
+def _sound(result: dict[str, Any]) -> bool:
+    about, rows = result.get("about"), result.get("rows")
+    if not (
+        isinstance(about, dict)
+        and all(isinstance(about.get(name), str) for name in ("machine", "model"))
+        and isinstance(rows, list)
+    ):
+        return False
+    numbers = ("it_s", "pictures_s")
+    return all(
+        isinstance(row, dict)
+        and all(name in row for name in AXES[1:])
+        and ("ms" not in row or all(isinstance(row.get(name), int | float) for name in numbers))
+        for row in rows
+    )
+
+
+def names(files: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]:
+    """What each column is called: the machine, and the file where two are of one machine."""
+    machines = [result["about"]["machine"] for result in results]
+    chosen = [m if machines.count(m) == 1 else f"{m} [{p.stem}]" for m, p in zip(machines, files, strict=True)]
+    return [n if chosen.count(n) == 1 else f"{n} #{chosen[:i].count(n) + 1}" for i, n in enumerate(chosen)]
+
+
+def side_by_side(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
+    """A line for every setting that any machine has: the setting, and {machine: its row's figures}."""
+    lines: dict[tuple[Any, ...], dict[str, Any]] = {}
+    kept = ("it_s", "pictures_s", "ms", "tflops", "share_of_peak", "peak_gib", "out_of_memory", "not_run")
+    for name, result in results.items():
+        for row in ({"model": result["about"]["model"], **row} for row in result["rows"]):
+            key = tuple(row[axis] for axis in AXES)
+            line = lines.setdefault(key, {axis: row[axis] for axis in AXES} | {"machines": {}})
+            line["machines"][name] = {field: row[field] for field in kept if field in row}
+    return sorted(lines.values(), key=lambda line: (line["model"], line["size"], line["batch"], line["t5_length"]))
+
+
+def setting_in_words(line: dict[str, Any]) -> str:
+    words = ["nano"] if line["model"] == NANO else []
+    words += [f"{line['size']} px", f"batch {line['batch']}", f"T5 {line['t5_length']}", f"rank {line['rank']}"]
+    words += [f"{line['format']} {line['compute']}", *([line["policy"]] if line["policy"] else [])]
+    if line["resident_units"] is not None:
+        words.append(f"{line['resident_units']} units resident")
+    if line["blocks_to_swap"] is not None:
+        words.append(f"{line['blocks_to_swap']} blocks swapped")
+    return ", ".join([*words, *([f"{line['slots']} slots"] if line["slots"] else [])])
+
+
+def cell(figures: dict[str, Any] | None) -> str:
+    """What a machine's column says of a setting."""
+    if figures is None:
+        return "-"
+    if "pictures_s" not in figures:
+        return "out of memory" if "out_of_memory" in figures else "not run"
+    peak = figures.get("peak_gib")
+    return f"{figures['pictures_s']:.3f}" + ("" if peak is None else f" ({peak:.1f} GiB)")
+
+
+def show(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]]) -> None:
+    """The table on the console, and the anchors below it."""
+    console.print("pictures a second, and peak GiB where it was measured")
+    _table([["", *results], *([setting_in_words(x), *(cell(x["machines"].get(n)) for n in results)] for x in lines)])
+    console.print(f"\n{PUBLISHED}, not measured here, each under its own conditions; of FLUX.1, not of nano")
+    _table(
+        [
+            ["", "pictures/s", "as published", "under", "source"],
+            *([f"{a.trainer}, {a.card}", f"{a.pictures_s:.3f}", a.figure, a.conditions, a.source] for a in ANCHORS),
+        ]
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        console.print("  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True)).rstrip())
+
+
+def plot(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]], path: Path) -> None:
+    """Pictures a second as bars, a colour a machine; hatched: published, left out where all that was measured is
+    nano.
+    """
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    bars: list[tuple[str, float, str]] = [
+        (setting_in_words(line), line["machines"][name]["pictures_s"], name)
+        for line in lines
+        for name in results
+        if "pictures_s" in line["machines"].get(name, {})
+    ]
+    if any(line["model"] != NANO for line in lines):
+        bars += [(f"{a.trainer}, {a.card}: {a.conditions}", a.pictures_s, PUBLISHED) for a in ANCHORS]
+    figure = Figure(figsize=(11, 1.5 + 0.24 * len(bars)), layout="constrained")
+    axes = figure.add_subplot()
+    for series in counted([series for *_, series in bars]):
+        own = [(i, value) for i, (_, value, name) in enumerate(bars) if name == series]
+        look: dict[str, Any] = {"color": "#dddddd", "hatch": "///"} if series == PUBLISHED else {}
+        axes.barh([i for i, _ in own], [value for _, value in own], label=series, **look)
+    axes.set(yticks=range(len(bars)), xlabel="pictures a second", title="LoRA training: longer is faster")
+    axes.set_yticklabels([text for text, *_ in bars], fontsize=7)
+    axes.invert_yaxis()
+    axes.grid(alpha=0.3, axis="x")
+    axes.legend(fontsize=8)
+    with atomic_path(path) as temporary:
+        FigureCanvasAgg(figure).print_png(temporary)

@@ -1,0 +1,126 @@
+"""`fluxq bench kernels`: the linear layer's kernels at FLUX's shapes, and with --tune the choices that suit this card.
+
+Every case is checked against the reference before it is timed. Times are medians between events on the card, the
+second-level cache flushed before each run; on a processor the reference is timed by the wall clock.
+"""
+
+from __future__ import annotations
+
+from contextlib import nullcontext, suppress
+from dataclasses import asdict, replace
+from typing import Any
+
+import torch
+
+from fluxq.errors import WrongRequest
+from fluxq.bench.kernel_cases import RANK, Case, cases, joined
+from fluxq.kernels.dispatch import triton_installed
+from fluxq.console import console
+from fluxq.bench.timing import milliseconds
+from fluxq.models.tuning import tuned_file, use_tuned
+
+GAIN = 0.98  # what a choice must beat the one in use by: less is noise
+
+
+def bench_kernels(tune: bool = False, runs: int = 20) -> dict[str, Any]:
+    """A row an op and shape: milliseconds, TFLOP/s, and over them the time of a plain product in 16 bits, or for what
+    waits for memory of a copy of as many bytes.
+
+    With `tune`, what is worth trying is tried, and what is faster is kept for every later run on this card. Raises
+    WrongRequest where there is nothing to tune.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if tune and not (device.type == "cuda" and triton_installed()):
+        raise WrongRequest("--tune measures Triton kernels on a CUDA card; here is none, or Triton is not installed")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "processor"
+    better = earlier_choices(device) if tune else {}
+    if not tune:
+        use_tuned(device, console.print)
+    rows = []
+    for case in cases(device):
+        found = best_choice(case, device, runs) if tune else None
+        if found is not None:
+            better[found[0]] = found[1]
+            keep(better, name)
+        rows.append(timed(case, device, runs, found))
+        console.print(
+            "{op:24} {shape_class:6} {ms:9.3f} ms {tflops:8.1f} TFLOP/s  {ratio:5.2f}x plain".format(**rows[-1])
+        )
+    if tune:
+        keep(better, name)
+        console.print(f"{len(better)} measured choices in {tuned_file(name)}; every run on this card uses them")
+    about = {"card": name, "torch": torch.__version__, "rank": RANK}
+    return {**about, "rows": rows, "tuned": [[*key, asdict(choice)] for key, choice in better.items()]}
+
+
+def earlier_choices(device: torch.device) -> dict[Any, Any]:
+    """What was measured on this card before and stays in use until something beats it; nothing where it is damaged."""
+    from fluxq.kernels.triton import table
+
+    with suppress(OSError, ValueError):
+        rows = table.read(tuned_file(torch.cuda.get_device_name(device)))
+        table.lay_over(rows)
+        return rows
+    return {}
+
+
+def keep(choices: dict[Any, Any], card: str) -> None:
+    """Write them for every later run on this card. It is done after each op, so that a stop loses little."""
+    from fluxq.kernels.triton import table
+
+    table.write(tuned_file(card), choices, card)
+
+
+def timed(case: Case, device: torch.device, runs: int, found: tuple[Any, Any] | None) -> dict[str, Any]:
+    """The row of a case, run by the choice that was found for it, or by the one in use."""
+    plain = milliseconds(case.plain, device, runs)
+    with _using(case.op, found):
+        check(case)
+        ms = milliseconds(case.run, device, runs)
+    row = {"op": case.op, "shape_class": case.shape_class, "shape": case.shape, "ms": ms, "plain_ms": plain}
+    return row | {"tflops": 1e-9 * case.operations / ms, "ratio": plain / ms}
+
+
+def best_choice(case: Case, device: torch.device, runs: int) -> tuple[Any, Any] | None:
+    """((op, generation, shape class), choice) of the fastest right choice, or None where the one in use is it."""
+    from triton.errors import TritonError
+
+    from fluxq.kernels.triton import table
+
+    card = table.generation(device)
+    check(case)
+    in_use = table.choose(case.op, device, case.size)
+    best, fastest = None, GAIN * milliseconds(case.run, device, runs)
+    for choice in table.candidates(case.op, card, case.shape_class):
+        if replace(choice, word=in_use.word, why=in_use.why) == in_use:
+            continue
+        with table.using(case.op, choice):
+            try:
+                check(case)
+                ms = milliseconds(case.run, device, runs)
+            except (TritonError, RuntimeError, AssertionError):  # it does not fit this card, or is not right on it
+                continue
+        if ms < fastest:
+            best, fastest = choice, ms
+    return None if best is None else ((case.op, card, case.shape_class), best)
+
+
+def _using(op: str, found: tuple[Any, Any] | None) -> Any:
+    if found is None:
+        return nullcontext()
+    from fluxq.kernels.triton import table
+
+    return table.using(op, found[1])
+
+
+def check(case: Case) -> None:
+    """Raise AssertionError where the op's answer is not the one expected: a product's may be off by twice what plain
+    PyTorch's is in the same dtype, both held against fp64; any other's by a few roundings to bf16.
+    """
+    ours, expected = joined(case.run()), joined(case.expected())
+    exact, allowed = expected, 4 * torch.finfo(torch.bfloat16).eps
+    if case.exact is not None:
+        exact = joined(case.exact())
+        allowed = 2 * float((expected - exact).norm() / exact.norm()) + 2**-12
+    error = float((ours - exact).norm() / exact.norm())
+    assert error <= allowed, f"{case.op} is off by {error:.2%}, more than {allowed:.2%}"

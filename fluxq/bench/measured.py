@@ -1,0 +1,102 @@
+"""What a plan really takes: the trainer's steps on the card at hand, with the bytes of each owner and of the copies.
+
+Weights, slots, LoRA and the optimiser's state are tensors that can be counted. What is there beside them when a step
+turns from forward to backward are the activations; what the peak has beyond all that is the workspace. A processor
+tells neither.
+"""
+
+from __future__ import annotations
+
+import gc
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxq.config import TrainingConfig
+from fluxq.model import Flux, FluxConfig
+from fluxq.offload.cards import GIB
+from fluxq.offload.costs import OWNERS
+from fluxq.offload.plans import Plan
+from fluxq.training.optim import build_optimizer
+from fluxq.bench.random_model import planned_flux
+from fluxq.bench.timed_step import OPTIMIZER, Setting, clock_steps, trainer
+
+
+def measured_row(config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int) -> dict[str, Any]:
+    """it/s, GB moved a step and a second, the peak, and its bytes by owner, of `steps` steps of `made` with random
+    weights; or that the memory was not enough.
+    """
+    try:
+        return _measured(config, setting, made, device, steps)
+    except torch.OutOfMemoryError as error:
+        return {"out_of_memory": str(error).split(". ")[0]}
+    finally:
+        gc.collect()  # a model may lie in a cycle with its error
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _measured(config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int) -> dict[str, Any]:
+    flux = planned_flux(config, made, setting.rank, device)
+    training, copies, turns = TrainingConfig(), [0], [0]
+    updates = build_optimizer(OPTIMIZER, list(flux.parameters()), training.rate, training.weight_decay)
+    step = trainer(flux, setting, updates=updates)
+
+    def counted(index: int) -> float:
+        before = _copied(flux)
+        loss = step(index)
+        copies.append(_copied(flux) - before)
+        return loss
+
+    def at_the_turn(*_: Any) -> None:
+        turns.append(_allocated(device))
+
+    hook = flux.register_forward_hook(at_the_turn)
+    try:
+        figures = clock_steps(counted, device, setting.batch, steps)
+        owned = _owned(flux, updates)
+        moved = sum(copies[-steps:]) / steps
+        row = {
+            "it_s": figures["it_s"],
+            "ms": figures["ms"],
+            "gb_moved_per_step": moved / 1e9,
+            "gb_s": moved / 1e9 * figures["it_s"],
+        }
+        if (peak := figures.get("peak_gib")) is not None:
+            owned["activations"] = max(turns) - sum(owned.values()) + owned["lora"] // 2  # no gradients at the turn
+            owned["workspace"] = int(peak * GIB) - sum(owned.values())
+            row["peak_gib"] = peak
+        row["peak_gib_by_owner"] = {name: owned[name] / GIB for name in OWNERS if name in owned}
+        return row
+    finally:
+        hook.remove()
+        if hasattr(flux.ring, "close"):
+            flux.ring.close()  # type: ignore[attr-defined]
+
+
+def _owned(flux: Flux, updates: torch.optim.Optimizer) -> dict[str, int]:
+    """Owner -> bytes of what can be counted; LoRA with its gradients."""
+    slots = {slot.memory.untyped_storage().data_ptr(): slot.memory for slot in getattr(flux.ring, "_slots", ())}
+    weights = [b for b in flux.buffers() if b.untyped_storage().data_ptr() not in slots]
+    states = [t for state in updates.state.values() for t in state.values() if isinstance(t, Tensor)]
+    return {
+        "weights": _nbytes(weights),
+        "slots": _nbytes(slots.values()),
+        "lora": 2 * _nbytes(flux.parameters()),
+        "optimiser": _nbytes(t for t in states if t.device == flux.device),
+    }
+
+
+def _nbytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the storages of `tensors`, each once."""
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
+
+
+def _copied(flux: Flux) -> int:
+    return getattr(flux.ring, "bytes_copied", 0)
+
+
+def _allocated(device: torch.device) -> int:
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else 0

@@ -1,0 +1,119 @@
+"""FLUX.1 with random weights, drawn on the device directly as they are stored: no file is needed, none is written.
+
+Speed and memory do not depend on what weights say. They lie as those of a quantised file do
+(fluxq/formats/quantized.py) and are streamed by the same ring.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from fluxq.formats.quantized import Place, assign, layout, view
+from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.stream import expect_training, load_streamed
+from fluxq.model import Flux, FluxConfig, add_lora
+from fluxq.model.lora import lora_layers
+from fluxq.model.units import REST
+from fluxq.offload import Streams
+from fluxq.offload.inputs import inputs_for
+from fluxq.offload.plans import Plan
+
+SPREAD = {"nf4": 0.518, "int8": 73.6, "fp8": 1.0}
+"""Standard deviation of what codes and values stand for before they are scaled, drawn as `fill` does."""
+
+
+def random_flux(
+    config: FluxConfig,
+    format: str,
+    device: torch.device,
+    rank: int,
+    resident: Collection[str] | None = None,
+    slots: int = 8,
+    say: Callable[[str], None] = lambda line: None,
+    through: Callable[[Streams], Streams] = lambda streams: streams,
+) -> Flux:
+    """The transformer in `format`, with LoRA on attention and MLP, both halves random.
+
+    resident: the units that stay on the device, the others are streamed through `slots`; None for all. say,
+    through: see load_streamed.
+    """
+    units = RandomUnits(config, format, device)
+    if resident is None:
+        with torch.device("meta"):
+            flux = Flux(config)
+        for unit in units.units:
+            assign(flux, dict(units.tensors(unit, units.read(unit))))
+        flux.eval()
+    else:
+        flux = load_streamed(units, device, resident, slots, say=say, through=through)
+    add_lora(flux, rank, rank)
+    for layer in lora_layers(flux).values():
+        nn.init.normal_(layer.get_parameter("lora_up"), std=0.01)
+    expect_training(flux)
+    return flux
+
+
+def planned_flux(
+    config: FluxConfig,
+    made: Plan,
+    rank: int,
+    device: torch.device,
+    through: Callable[[Streams], Streams] = lambda streams: streams,
+) -> Flux:
+    """The transformer with random weights, stored, placed and multiplied as the plan says."""
+    flux = random_flux(config, made.format, device, rank, made.placed, made.slots, through=through)
+    flux.set_policy(made.policies)
+    flux.set_compute(made.compute)
+    if made.offload:
+        flux.inputs = inputs_for(device, lambda line: None, through)
+    return flux
+
+
+class RandomUnits:
+    """What a quantised file holds, drawn when it is read."""
+
+    def __init__(self, config: FluxConfig, format: str, device: torch.device) -> None:
+        self.config, self.format = config, format
+        self._shapes, self._device = dict(flux_shapes(config)), device
+        laid_out = layout(self._shapes, format)
+        self.units = {unit: places for unit, (places, _) in laid_out.items()}
+        self._lengths = {unit: length for unit, (_, length) in laid_out.items()}
+        self._generator = torch.Generator(device).manual_seed(0)
+
+    def length(self, unit: str) -> int:
+        return self._lengths[unit]
+
+    def read(self, unit: str) -> Tensor:
+        flat = torch.zeros(self.length(unit), dtype=torch.uint8, device=self._device)
+        for place in self.units[unit]:
+            self.fill(place, view(flat, place), self.format if unit != REST else "bf16")
+        return flat
+
+    def read_into(self, unit: str, out: Tensor) -> None:
+        out.copy_(self.read(unit))
+
+    def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
+        return ((place.name, view(flat, place)) for place in self.units[unit])
+
+    def fill(self, place: Place, out: Tensor, format: str) -> None:
+        """Matrices come out with a standard deviation of 1/sqrt(fan-in), biases of 0.02, scales around 1."""
+        layer, _, leaf = place.name.rpartition(".")
+        if leaf == "codes":
+            out.random_(0, 256, generator=self._generator)
+        elif leaf == "values" and place.dtype == torch.int8:
+            out.random_(-127, 128, generator=self._generator)
+        elif leaf == "values":
+            out.copy_(self._normal(out))
+        elif leaf in ("absmax", "scale") and f"{layer}.weight" in self._shapes:
+            out.fill_(1 / (SPREAD[format] * math.sqrt(self._shapes[f"{layer}.weight"][1])))
+        elif out.ndim == 2:
+            out.copy_(self._normal(out).mul_(out.shape[1] ** -0.5))
+        else:
+            out.copy_(self._normal(out).mul_(0.02).add_(1.0 if leaf == "scale" else 0.0))
+
+    def _normal(self, out: Tensor) -> Tensor:
+        return torch.randn(out.shape, generator=self._generator, device=self._device, dtype=torch.bfloat16)

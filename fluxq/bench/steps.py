@@ -1,0 +1,320 @@
+"""`fluxq bench steps`: how fast this machine trains, in steps and pictures a second.
+
+The step is the trainer's own (fluxq/bench/timed_step.py). On a card the weights are FLUX.1 dev's in size, drawn at random as
+they are stored, and placed by the plan that training would make; on a processor they are nano's.
+"""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import platform
+import re
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from datetime import UTC, datetime
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxq import nano
+from fluxq.config import MemoryConfig, ModelConfig
+from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
+from fluxq.formats.quantized import cache_folder
+from fluxq.formats.stream import expect_training
+from fluxq.kernels.cutting import chunk_of
+from fluxq.memory.machine import free_on_card, memory
+from fluxq.memory.placement import SLOTS, blocks_units, nbytes, resident_by_hand
+from fluxq.model import Flux, FluxConfig, add_lora
+from fluxq.models.parts import Models
+from fluxq.offload import Streams
+from fluxq.offload.cards import GIB, Card, measure, with_bus
+from fluxq.offload.costs import Costs
+from fluxq.offload.planner import plan
+from fluxq.offload.plans import Pins, Plan, counted
+from fluxq.bench.random_model import planned_flux
+from fluxq.console import console
+from fluxq.bench.timed_step import OPTIMIZER, TARGETS, Setting, costs_of, measure_steps, rates
+from fluxq.models.tuning import use_tuned
+
+KIND = "fluxq bench steps"
+WORTH = (
+    "no CUDA card: this benches nano, 2,900 times smaller than FLUX.1; it shows that all runs, not how fast cards train"
+)
+COLUMNS = "{px:>5} {batch:>5} {t5:>4} {weights:<13} {keeps:<14} {swap:>6} {it_s:>8} {spread:>13} {pictures_s:>10} {tflops:>7} {share:>6} {peak:>7} {predicted:>9} {joules:>7}"  # noqa: E501
+HEADINGS = dict(
+    px="px", batch="batch", t5="T5", weights="weights", keeps="blocks keep", swap="stream", it_s="it/s",
+    spread="p10-p90 ms", pictures_s="pictures/s", tflops="TFLOP/s", share="share", peak="GiB", predicted="predicted",
+    joules="J/step",
+)  # fmt: skip
+
+
+def bench_steps(
+    given: dict[str, Any],
+    matrix: str | None = None,
+    steps: int = 20,
+    limit_vram: str | None = None,
+    limit_bus: str | None = None,
+    out: Path | None = None,
+) -> dict[str, Any]:
+    """A row a setting. `given`: fields of Setting, which in a `matrix` ("quick", "full") replace its own. limit_vram
+    ("12GiB") and limit_bus ("12GB/s") hold the card back. out: a file for the answer, as JSON.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    limit = nbytes(limit_vram, "--limit-vram")
+    wanted = settings(matrix, given, device.type == "cuda")
+    card, slower = None, 1.0
+    if device.type == "cuda":
+        card = measure(cache_folder())
+        use_tuned(device, console.print)
+        if limit:
+            hold_to(limit, device)
+        if limit_bus:
+            card, slower = on_slower_bus(card, limit_bus)
+    else:
+        if limit or limit_bus:
+            raise WrongRequest("--limit-vram and --limit-bus hold back a CUDA card, and this machine has none")
+        console.print(WORTH)
+    about = about_machine(device, card) | {"steps": steps, "limit_vram_bytes": limit, "optimizer": OPTIMIZER}
+    about["limit_bus_gb_s"] = card.bus_gb_s if card and slower > 1 else None
+    console.print(COLUMNS.format(**HEADINGS))
+    answer: dict[str, Any] = {"kind": KIND, "about": about, "rows": []}
+    for setting in wanted:
+        answer["rows"].append(row := row_of(setting, device, card, steps, limit, slower))
+        if len(wanted) == 1 and "not_run" in row:
+            raise WrongRequest(row["not_run"])
+        console.print(line_of(row))
+        if out is not None:
+            save(answer, out)
+    return answer
+
+
+def hold_to(limit: int, device: torch.device) -> None:
+    """Let this process have no more than `limit` bytes of the card for tensors; CUDA's own come on top."""
+    share = limit / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # of the card in use: it takes no `cuda` without number
+
+
+def on_slower_bus(card: Card, text: str) -> tuple[Card, float]:
+    """`card` behind a bus as slow as "12GB/s", and how many times each copy is made for that."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gb/s)?\s*", text.lower())
+    if found is None or not 0 < (limit := float(found[1])) < card.bus_gb_s:
+        raise WrongRequest(f"--limit-bus must be a rate below this machine's {card.bus_gb_s:g} GB/s, not {text!r}")
+    return with_bus(card, limit), card.bus_gb_s / limit
+
+
+class SlowBus:
+    """`streams` whose copies are made `times` times over, the last one in part: a slower bus, to test predictions."""
+
+    def __init__(self, streams: Streams, times: float) -> None:
+        self._streams, self._times = streams, times
+
+    def copy(self, slot: Tensor, source: Tensor) -> None:
+        for _ in range(int(self._times)):
+            self._streams.copy(slot, source)
+        if part := int(len(source) * (self._times % 1)):
+            self._streams.copy(slot, source[:part])
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._streams, name)
+
+
+def save(answer: dict[str, Any], path: Path) -> None:
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(answer, indent=1) + "\n", encoding="utf-8")
+
+
+def settings(matrix: str | None, given: dict[str, Any], full_size: bool) -> list[Setting]:
+    """The settings to measure: one, or those of a matrix, in which what is given replaces the matrix's own."""
+    given = {name: value for name, value in given.items() if value is not None}
+    Pins(resident_units=given.get("resident_units"), blocks_to_swap=given.get("blocks_to_swap")).resident(1 << 30)
+    if given.get("size", 16) % 16:
+        raise WrongRequest(f"--size must be a multiple of 16, not {given['size']}")
+    fixed = {"resident_units": None} if "blocks_to_swap" in given else {}
+    base = Setting() if full_size else Setting(size=nano.SIZE, t5_length=nano.T5_LENGTH)
+    chosen = [base] if matrix is None else MATRICES[matrix](base, full_size)
+    return list(dict.fromkeys(replace(setting, **fixed, **given) for setting in chosen))
+
+
+def _quick(base: Setting, full_size: bool) -> list[Setting]:
+    """As planned at two sizes and two batches, and in 8 bits; then everything resident, and everything streamed."""
+    large = replace(base, size=1024) if full_size else base
+    eight_bits = dict(format="int8", compute="int8_dx")
+    return [
+        base,
+        large,
+        replace(base, batch=4),
+        replace(base, **eight_bits),
+        replace(large, **eight_bits),
+        *(replace(base, resident_units=units) for units in (all_units(full_size), 0)),
+    ]
+
+
+def _full(base: Setting, full_size: bool) -> list[Setting]:
+    """All pairs of format and compute that are of use, at three sizes and two batches; then none, half and all
+    streamed.
+    """
+    pairs = [("nf4", "bf16"), ("nf4", "int8_dx"), ("int8", "bf16"), ("int8", "int8_dx"), ("fp8", "fp8_dx")]
+    sizes = (512, 768, 1024) if full_size else (base.size,)
+    rows = [replace(base, format=f, compute=c, size=size, batch=b) for b, size, (f, c) in product((1, 4), sizes, pairs)]
+    every = all_units(full_size)
+    return rows + [
+        replace(base, format=f, compute=c, size=size, resident_units=units)
+        for size, (f, c), units in product(sizes, (pairs[0], pairs[3]), (every, every // 2, 0))
+    ]
+
+
+def all_units(full_size: bool) -> int:
+    return sum(map(len, blocks_units(FluxConfig.dev() if full_size else FluxConfig.nano())))
+
+
+MATRICES: dict[str, Callable[[Setting, bool], list[Setting]]] = {"quick": _quick, "full": _full}
+
+
+def row_of(
+    setting: Setting, device: torch.device, card: Card | None, steps: int, limit: int | None, slower: float = 1.0
+) -> dict[str, Any]:
+    """The figures of a setting; where it runs out of memory, or cannot be run, the row says so. card: None for nano on
+    the processor; limit: bytes of the card; slower: how many times each copy is made.
+    """
+    row = asdict(setting)
+    try:
+        if card is None:
+            flux, made = nano_flux(setting), None
+            costs = costs_of(setting, flux.config)
+        else:
+            costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(card.capability))
+            made = planned(setting, costs, card, limit)
+            bus: dict[str, Any] = {} if slower == 1 else {"through": lambda streams: SlowBus(streams, slower)}
+            flux = planned_flux(FluxConfig.dev(), made, setting.rank, device, **bus)
+    except (WrongRequest, torch.OutOfMemoryError) as error:
+        _release(device)
+        return row | failed(error)
+    try:
+        row |= measure_steps(flux, setting, steps)
+    except torch.OutOfMemoryError as error:
+        row |= failed(error)
+    finally:
+        if hasattr(flux.ring, "close"):
+            flux.ring.close()  # type: ignore[attr-defined]
+        policies = [block.policy for block in flux.blocks]
+        del flux
+        _release(device)
+    row |= {"policies": counted(policies)}
+    if made is not None:
+        row |= predicted(made)
+    if "ms" in row:
+        row |= rates(costs, policies, row["ms"]["median"], card)
+    return row
+
+
+def failed(error: Exception) -> dict[str, str]:
+    """A row's end where there is nothing to time: out of memory, or not to be had."""
+    if isinstance(error, torch.OutOfMemoryError):
+        return {"out_of_memory": str(error).split(". ")[0]}
+    return {"not_run": str(error)}
+
+
+def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Plan:
+    """The plan that `fluxq train` would make with the same pins. Raises WrongRequest where nothing fits."""
+    pins = Pins(
+        resident_units=setting.resident_units,
+        blocks_to_swap=setting.blocks_to_swap,
+        policy=setting.policy,
+        slots=setting.slots,
+    )
+    vram = min(limit or 1 << 62, free_on_card() or card.vram)
+    return plan([costs], card, vram, (memory() or (0, None))[1], pins)
+
+
+def nano_flux(setting: Setting) -> Flux:
+    """nano with its own weights and LoRA, on the processor."""
+    config = ModelConfig(name="nano", format=setting.format, compute=setting.compute)
+    models = Models(config, torch.device("cpu"), say=lambda line: None)
+    wishes = MemoryConfig(resident_units=setting.resident_units, blocks_to_swap=setting.blocks_to_swap)
+    flux = models.load_flux(resident_by_hand(wishes, models), setting.slots or SLOTS)
+    flux.set_policy(setting.policy or "keep_all")
+    add_lora(flux, setting.rank, setting.rank, TARGETS)
+    expect_training(flux)
+    return flux
+
+
+def predicted(made: Plan) -> dict[str, Any]:
+    """What the plan says of itself, beside what was measured."""
+    return {
+        "predicted_peak_gib": made.peak_bytes / GIB,
+        "predicted_s": made.seconds,
+        "predicted_stall": made.stall / made.seconds,
+        "resident": len(made.resident),
+        "streamed": made.streamed,
+        "slots": made.slots,
+        "offload": made.offload,
+    }
+
+
+def about_machine(device: torch.device, card: Card | None) -> dict[str, Any]:
+    """What the rows were measured on and with."""
+    about: dict[str, Any] = {
+        "machine": card.name if card else f"processor ({platform.machine()}), nano",
+        "model": "FLUX.1 dev, random weights" if card else "nano",
+        "fluxq": _version(),
+        "torch": torch.__version__,
+        "cuda": torch.version.cuda,
+        "threads": torch.get_num_threads(),
+        "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
+        "targets": TARGETS,
+    }
+    return about | ({"card": asdict(card)} if card else {})
+
+
+def _version() -> str | None:
+    try:
+        return importlib.metadata.version("fluxq")
+    except importlib.metadata.PackageNotFoundError:  # a checkout that is not installed
+        return None
+
+
+def line_of(row: dict[str, Any]) -> str:
+    """A row of the table."""
+    units = row.get("streamed") if "streamed" in row else swapped(row)
+    cells = dict(
+        px=row["size"],
+        batch=row["batch"],
+        t5=row["t5_length"],
+        weights=f"{row['format']} {row['compute']}",
+        keeps=", ".join(row.get("policies", {})) or row["policy"] or "-",
+        swap=units,
+    )
+    if "ms" not in row:
+        why = "out of memory" if "out_of_memory" in row else f"not run: {row['not_run']}"
+        return COLUMNS.split(" {it_s")[0].format(**cells) + f"  {why}"
+    number = lambda name, digits: "-" if row.get(name) is None else f"{row[name]:.{digits}f}"  # noqa: E731
+    return COLUMNS.format(
+        **cells,
+        it_s=number("it_s", 3),
+        spread=f"{row['ms']['p10']:.0f}-{row['ms']['p90']:.0f}",
+        pictures_s=number("pictures_s", 3),
+        tflops=f"{row['tflops']:.3g}",
+        share="-" if row.get("share_of_peak") is None else f"{row['share_of_peak']:.0%}",
+        peak=number("peak_gib", 2),
+        predicted=number("predicted_peak_gib", 2),
+        joules=number("joules", 0),
+    ) + ("" if row["ok"] else "  the loss is not finite")
+
+
+def swapped(row: dict[str, Any]) -> str:
+    """How a row says what is streamed where no plan does."""
+    if row["blocks_to_swap"] is not None:
+        return str(2 * row["blocks_to_swap"])
+    return "-" if row["resident_units"] is None else f"R{row['resident_units']}"
+
+
+def _release(device: torch.device) -> None:
+    gc.collect()  # what a row held may lie in a cycle with its error
+    if device.type == "cuda":
+        torch.cuda.empty_cache()

@@ -1,0 +1,184 @@
+"""The trainer's own step, timed on random pictures: what `fluxq bench steps` and `make gpu` measure.
+
+A step is what fluxq/train.py makes of a batch: noise and times drawn, the batch moved to the card, flow_loss, backward,
+clipping, the loss read back and the optimiser, on the host's clock. Left out are reading the cache, previews and
+saving, and under int8 the look for outliers: with random weights no layer rotates its input. The pass that computes
+modulation for 64 coming pictures falls into the warm-up, and into one timed step of 64; the median does not show it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fluxq.config import TrainingConfig
+from fluxq.caching.batches import Batch
+from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps
+from fluxq.kernels.cutting import CHUNKS
+from fluxq.model import Flux, FluxConfig
+from fluxq.model.costs import flux_costs
+from fluxq.model.modulation import Lookahead
+from fluxq.offload.cards import GIB, Card
+from fluxq.offload.costs import Costs, Work
+from fluxq.training.optim import build_optimizer, optimizer_step
+from fluxq.bench.timing import spread, wall
+
+WARM_UP, LEAST = 3, 3
+TARGETS = "attention+mlp"
+OPTIMIZER = TrainingConfig().optimizer
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What one row measures. policy, resident_units, blocks_to_swap and slots may be left to the planner, as in
+    training; blocks_to_swap N is 2 N streamed units.
+    """
+
+    format: str = "nf4"
+    compute: str = "bf16"
+    policy: str | None = None
+    size: int = 512
+    batch: int = 1
+    rank: int = 16
+    t5_length: int = 512
+    resident_units: int | None = None
+    blocks_to_swap: int | None = None
+    slots: int | None = None
+
+
+def measure_steps(
+    flux: Flux, setting: Setting, steps: int, seconds: float = math.inf, optimizer: str = OPTIMIZER
+) -> dict[str, Any]:
+    """The figures of training `flux` (see `clock_steps`)."""
+    try:
+        return clock_steps(trainer(flux, setting, optimizer), flux.device, setting.batch, steps, seconds)
+    finally:
+        flux.zero_grad(set_to_none=True)
+
+
+def clock_steps(
+    step: Callable[[int], float], device: torch.device, batch: int, steps: int, seconds: float = math.inf
+) -> dict[str, Any]:
+    """Milliseconds of `steps` training steps, or of as many as fit into `seconds` but at least LEAST, after WARM_UP
+    that do not count; their speed, the peak memory and, where the driver tells, the energy a step takes. `step(index)`
+    gives the loss, once all its work is done.
+    """
+    energy, cuda = energy_counter(device), device.type == "cuda"
+    if cuda:
+        torch.cuda.synchronize(device)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    for index in range(WARM_UP):
+        step(index)
+    before, losses, times = energy(), [], []
+    while len(times) < steps and (len(times) < LEAST or sum(times) < 1e3 * seconds):
+        times.append(wall(lambda: losses.append(step(WARM_UP + len(times)))))
+    after, figures = energy(), spread(times)
+    it_s = 1e3 / figures["median"]
+    row: dict[str, Any] = {"ok": math.isfinite(losses[-1]), "ms": figures, "it_s": it_s, "pictures_s": batch * it_s}
+    row |= {"loss": losses[-1], "joules": None if before is None or after is None else (after - before) / len(times)}
+    if cuda:
+        row |= {
+            "peak_gib": torch.cuda.max_memory_allocated(device) / GIB,
+            "reserved_gib": torch.cuda.max_memory_reserved(device) / GIB,
+        }
+    return row
+
+
+def trainer(
+    flux: Flux, setting: Setting, optimizer: str = OPTIMIZER, updates: torch.optim.Optimizer | None = None
+) -> Callable[[int], float]:
+    """A function that makes training step `index` on a random batch, and gives its loss once the step is done. updates:
+    an optimiser of the LoRA's weights, else one is made.
+    """
+    training, device = TrainingConfig(), flux.device
+    updates = updates or build_optimizer(optimizer, flux.parameters(), training.rate, training.weight_decay)
+    batch = random_batch(flux.config, setting)
+    tokens = (setting.size // 16) ** 2
+
+    def times_of(index: int) -> Tensor:
+        return sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
+
+    lookahead = Lookahead(
+        flux, lambda index: conditioning(flux, times_of(index), batch.pooled, training.guidance), setting.batch
+    )
+
+    def loss_of(index: int) -> Tensor:
+        noise, t = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples), times_of(index)
+        latents, noise, txt, pooled = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled))
+        return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, lookahead.rows(index)).mean()
+
+    def step(index: int) -> float:
+        loss, _ = optimizer_step(updates, loss_of, index, 1, 1.0, training.clip)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # this measures: the clock stops when the optimiser is done
+        return loss
+
+    return step
+
+
+def random_batch(config: FluxConfig, setting: Setting) -> Batch:
+    """Pictures and captions of the right shapes, all random."""
+    generator = torch.Generator().manual_seed(0)
+
+    def randn(*shape: int) -> Tensor:
+        return torch.randn(setting.batch, *shape, generator=generator)
+
+    side = setting.size // 8
+    txt = 0.1 * randn(setting.t5_length, config.context_in_dim)
+    names = [f"random/{i}" for i in range(setting.batch)]
+    return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
+
+
+def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER, chunk: int = CHUNKS[86]) -> Costs:
+    s, tokens = setting, (setting.size // 16) ** 2
+    return flux_costs(
+        config, s.format, s.compute, s.rank, TARGETS, s.batch, tokens, s.t5_length, optimizer, chunk=chunk
+    )
+
+
+def rates(costs: Costs, policies: Sequence[str], ms: float, card: Card | None) -> dict[str, Any]:
+    """TFLOP of a step, those of the policy's repeats among them, TFLOP/s, and the share of the card's measured peak: of
+    the step's time, what its products would take at the rate of a large product of their type.
+    """
+    work = costs.outside
+    for block, policy in zip(costs.blocks, policies, strict=True):
+        work += block.forward
+        if kept := block.policies.get(policy):
+            work += kept.replay + block.backward
+    share = None if card is None else ideal_seconds(work, card) / (ms / 1e3)
+    return {"tflop": work.flops / 1e12, "tflops": work.flops / (1e9 * ms), "share_of_peak": share}
+
+
+def ideal_seconds(work: Work, card: Card) -> float:
+    pairs = (
+        (work.bf16 + work.attention + work.attention_backward, card.bf16), (work.int8, card.int8), (work.fp8, card.fp8)
+    )  # fmt: skip
+    return sum(flops / (rate * 1e12) if rate else math.nan for flops, rate in pairs if flops)
+
+
+def energy_counter(device: torch.device) -> Callable[[], float | None]:
+    """A function that reads the card's energy counter, in joules; None where NVML does not tell (before Volta, WSL)."""
+    if device.type != "cuda":
+        return lambda: None
+    try:
+        nvml = ctypes.CDLL("nvml.dll" if hasattr(ctypes, "WinDLL") else "libnvidia-ml.so.1")
+        uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}".encode()
+        handle = ctypes.c_void_p()
+        if nvml.nvmlInit_v2() or nvml.nvmlDeviceGetHandleByUUID(uuid, ctypes.byref(handle)):
+            return lambda: None
+    except (OSError, AttributeError):
+        return lambda: None
+
+    def read() -> float | None:
+        millijoules = ctypes.c_ulonglong()
+        error = nvml.nvmlDeviceGetTotalEnergyConsumption(handle, ctypes.byref(millijoules))
+        return None if error else millijoules.value / 1e3
+
+    return read

@@ -1,0 +1,147 @@
+"""Runs the encoders: pictures to latents records, captions to text records."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from itertools import chain
+from typing import Any, Protocol
+
+import torch
+
+from fluxq.data.buckets import Size
+from fluxq.data.examples import Example
+from fluxq.data.images import open_picture, prepare
+from fluxq.caching.store import Store, Text
+from fluxq.errors import WrongRequest
+from fluxq.model.autoencoder import within_memory
+from fluxq.model.text import CLIP_LENGTH
+
+PIXELS_PER_BATCH = 1 << 20  # pictures of one bucket are encoded together up to this many; a larger one goes alone
+
+Progress = Callable[[str, int, int], None]  # (stage, done, total)
+
+
+class TextEncoder(Protocol):
+    @property
+    def group(self) -> int:
+        """How many captions are best given to one `encode`, in memory and in time."""
+        ...
+
+    def encode(
+        self, captions: list[str], tick: Callable[[int, int], None]
+    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool], Sequence[bool]]:
+        """(t5 (B, L, D), pooled (B, D2), how many T5 tokens each caption has, whether it was cut to L, whether CLIP's
+        were cut to CLIP_LENGTH).
+
+        `tick` is called with (parts done, of how many) on the way.
+        """
+        ...
+
+
+def encode_pictures(
+    store: Store,
+    pictures: dict[str, Example],
+    load: Callable[[], Any],
+    skip_bad: bool,
+    progress: Progress,
+    say: Callable[[str], None] = lambda line: None,
+) -> dict[str, str]:
+    """Encodes `pictures`, given by key. Returns the keys of those that cannot be decoded, each with its reason.
+
+    `load` gives a module with `.encoder(x (B, 3, H, W))` -> moments (B, 32, H/8, W/8), `.config.scale_factor` and
+    `.config.shift_factor`. It is called when the first picture has been decoded: bad pictures alone need no
+    autoencoder. Where the card has too little memory for pictures, they are encoded on fewer rows at a time, which
+    `say` is told. Raises WrongRequest for a picture that cannot be decoded, unless `skip_bad`, and where the card has
+    too little memory all the same.
+    """
+    bad: dict[str, str] = {}
+    autoencoder, done = None, 0
+    for batch in _by_bucket(pictures):
+        decoded: dict[str, torch.Tensor] = {}  # key -> (3, H, W)
+        for key, example in batch:
+            try:
+                decoded[key] = prepare(open_picture(example.path), example.resized, example.bucket)
+            except WrongRequest as error:
+                if not skip_bad:
+                    raise
+                bad[key] = str(error)
+        if decoded:
+            if autoencoder is None:
+                autoencoder = load()
+            x = torch.stack(list(decoded.values()))
+            try:
+                means, spreads = within_memory(autoencoder, partial(_latents, autoencoder, x), say)
+            except torch.OutOfMemoryError as error:
+                raise WrongRequest(_too_large(batch[0][1])) from error
+            for key, mean, spread in zip(decoded, means, spreads, strict=True):
+                store.put_latents(key, mean, spread, pictures[key].name)
+        done += len(batch)
+        progress("pictures", done, len(pictures))
+    return bad
+
+
+@torch.no_grad()
+def encode_captions(
+    store: Store, captions: dict[str, str], encoder: TextEncoder, t5_length: int, progress: Progress
+) -> None:
+    """Encodes `captions`, given by key, to records of `t5_length` tokens, which are written group by group."""
+    items, done = list(captions.items()), 0
+    while done < len(items):
+        batch = items[done : done + encoder.group]
+
+        def tick(parts: int, total: int, before: int = done, size: int = len(batch)) -> None:
+            if parts < total and (within := before + size * parts // total):
+                progress("captions", within, len(items))
+
+        t5, pooled, tokens, truncated, clip_truncated = encoder.encode([caption for _, caption in batch], tick)
+        if t5.shape[:2] != (len(batch), t5_length):
+            raise ValueError(f"the text encoder gave {tuple(t5.shape)} for {len(batch)} captions of {t5_length} tokens")
+        for n, (key, caption) in enumerate(batch):
+            cuts = bool(truncated[n]), bool(clip_truncated[n])
+            store.put_text(key, Text(t5[n], pooled[n], caption, int(tokens[n]), *cuts))
+        done += len(batch)
+        progress("captions", done, len(items))
+
+
+def cut_notes(cuts: Mapping[str, tuple[bool, bool]], names: Mapping[str, str], t5_length: int) -> list[str]:
+    """What to say of captions that are too long: a line for each that T5 does not see whole, and one line for all that
+    CLIP does not, which are most long ones.
+
+    cuts: caption -> whether T5's and CLIP's tokens of it were cut; names: caption -> its picture, where it has one.
+    """
+    t5, clip = ([caption for caption, cut in cuts.items() if cut[which]] for which in (0, 1))
+    notes = [f"{_called(c, names)} is longer than {t5_length} T5 tokens; what is beyond was cut off" for c in t5]
+    if clip:
+        are = f"and {len(clip) - 1} more are" if len(clip) > 1 else "is"
+        what = f"longer than {CLIP_LENGTH} CLIP tokens; what is beyond was left to T5"
+        notes.append(f"{_called(clip[0], names)} {are} {what}")
+    return notes
+
+
+def _called(caption: str, names: Mapping[str, str]) -> str:
+    short = caption if len(caption) <= 60 else f"{caption[:60]}..."
+    return f"the caption of {names[caption]}, {short!r}," if caption in names else f"the prompt {short!r}"
+
+
+def _too_large(example: Example) -> str:
+    width, height = example.bucket
+    what = f"{example.path} in {width} x {height} pixels takes more memory than the card has left, in bands of rows too"
+    return f"{what}; choose a smaller --size, or close other programs that use the card"
+
+
+def _by_bucket(pictures: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:
+    """Pictures that are encoded together: of one bucket, and of no more than PIXELS_PER_BATCH, but at least one."""
+    buckets: dict[Size, list[tuple[str, Example]]] = {}
+    for key, example in pictures.items():
+        buckets.setdefault(example.bucket, []).append((key, example))
+    for (width, height), items in sorted(buckets.items()):
+        size = max(1, PIXELS_PER_BATCH // (width * height))
+        yield from (items[start : start + size] for start in range(0, len(items), size))
+
+
+@torch.no_grad()
+def _latents(autoencoder: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """mean and spread (B, 16, h, w) fp32 of pictures (B, 3, H, W), in FLUX's units: latents = scale * (z - shift)."""
+    weight = next(chain(autoencoder.parameters(), autoencoder.buffers()))
+    mean, log_variance = autoencoder.encoder(x.to(weight.device, weight.dtype)).float().cpu().chunk(2, dim=1)
+    scale, shift = autoencoder.config.scale_factor, autoencoder.config.shift_factor
+    return scale * (mean - shift), scale * torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))

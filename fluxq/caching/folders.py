@@ -1,0 +1,95 @@
+"""What a run needs encoded."""
+
+from __future__ import annotations
+from collections.abc import Callable, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any, cast
+from fluxq.config import DataConfig, TrainConfig
+from fluxq.caching.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
+from fluxq.data.dataset import Dataset
+from fluxq.caching.encoding import PIXELS_PER_BATCH
+from fluxq.data.examples import Folder
+from fluxq.caching.foreign import Wanted
+from fluxq.caching.imports import import_caches
+from fluxq.caching.store import Store, Text
+from fluxq.training.defaults import resolve_data
+from fluxq.errors import WrongRequest
+from fluxq.models.parts import Models
+from fluxq.console import console, progress_bar
+from fluxq.memory.phases import band_for, room_of
+
+
+def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
+    """How many (pictures, captions) of all folders of `data`, which is resolved, other programs had encoded. Raises
+    WrongRequest where none had, and for files that are damaged or do not fit.
+    """
+    flux = models.flux_config
+    wanted = Wanted(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim)
+    with progress_bar() as progress:
+        return import_caches(
+            _folders(data),
+            data.cache,
+            wanted,
+            **_shapes(data),
+            skip_bad=data.skip_bad,
+            progress=progress,
+            say=console.print,
+        )
+
+
+def cache_folders(
+    data: DataConfig,
+    models: Models,
+    prompts: Sequence[str],
+    progress: Callable[[str, int, int], None],
+    room: int | None = None,
+) -> Dataset:
+    """The dataset of all folders of `data`, which is resolved, held-out ones included; what is missing is encoded, one
+    encoder after the other, each within `room` bytes of the card if any are said.
+    """
+    band = band_for(max(PIXELS_PER_BATCH, cast(int, data.size) ** 2), room)
+    return build_cache(
+        _folders(data),
+        data.cache,
+        _encoder_files(models, data.cache),
+        partial(models.load_autoencoder, band),
+        partial(models.load_text_encoders, room),
+        **_shapes(data),
+        t5_length=models.t5_length,
+        prompts=prompts,
+        skip_bad=data.skip_bad,
+        progress=progress,
+        say=console.print,
+    )
+
+
+def cache_texts(
+    cache: Path,
+    models: Models,
+    prompts: Sequence[str],
+    progress: Callable[[str, int, int], None],
+    room: int | None = None,
+) -> dict[str, Text]:
+    """Each prompt, encoded; `progress` and `room` as of `cache_folders`."""
+    files, load = _encoder_files(models, cache), partial(models.load_text_encoders, room)
+    return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
+
+
+def _folders(data: DataConfig) -> list[Folder]:
+    return [Folder(f.path, f.repeats, f.trigger) for f in (*data.folders, *data.validation)]
+
+
+def _shapes(data: DataConfig) -> dict[str, Any]:
+    """At which shapes pictures are trained."""
+    sides = {"resolution": data.size, "min_side": data.min_side, "max_side": data.max_side}
+    return {**sides, "step": data.step, "upscale": data.upscale}
+
+
+def _encoder_files(models: Models, cache: Path) -> EncoderFiles:
+    """Tokenizers are not looked for where a text encoder is neither there nor known."""
+    known = Store(cache).hashes.knows
+    ae, clip_l, t5xxl = (models.files(part) for part in ("ae", "clip_l", "t5xxl"))
+    is_there = all(path.is_file() or known(path) for path in (*clip_l, *t5xxl))
+    clip, t5 = models.tokenizer_files(known) if is_there else ((), ())
+    return EncoderFiles(ae, clip_l, t5xxl, (*clip, *t5))

@@ -1,0 +1,5 @@
+"""argv -> config -> one function."""
+
+from .main import main
+
+__all__ = ["main"]

@@ -1,0 +1,116 @@
+"""Command-line options made of the config's fields, and what every command begins and ends with."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import typing
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import click
+
+from fluxq.config import TrainConfig, config_from_dict, read_toml, set_values
+from fluxq.errors import WrongRequest
+
+SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
+JSON = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout; the rest goes to stderr."
+)
+
+
+def options(*sections: str, renamed: dict[str, str] | None = None) -> Callable:
+    """The command-line options of these sections of the config, and --config and --set for everything else in them.
+
+    `renamed` gives an option another name in this command, or none.
+    """
+
+    def decorate(command: Callable) -> Callable:
+        command = click.option(
+            "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key of the config file."
+        )(command)
+        command = click.option(
+            "--config", "config_file", type=Path, metavar="FILE", help="Read settings from a TOML file."
+        )(command)
+        for section in reversed(sections):
+            hints = typing.get_type_hints(SECTIONS[section])
+            for field in reversed(dataclasses.fields(SECTIONS[section])):
+                flag = field.metadata.get("flag") or ""
+                flag = (renamed or {}).get(flag, flag)
+                if flag:
+                    command = _option(flag, f"{section}.{field.name}", field, hints[field.name])(command)
+        return command
+
+    return decorate
+
+
+def _option(flag: str, key: str, field: dataclasses.Field, hint: Any) -> Callable:
+    """One click option for a config field. Left out on the command line it is None, so that files and defaults
+    count.
+    """
+    kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
+    default = "" if field.default is None or field.default is False else f"  [default: {field.default}]"
+    name = key.replace(".", "__")
+    if kinds[0] is bool:
+        return click.option(flag, name, is_flag=True, default=None, help=field.metadata["help"] + default)
+    kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
+    metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
+    return click.option(flag, name, type=kind, metavar=metavar, help=field.metadata["help"] + default)
+
+
+def as_config(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:
+    """An option that takes what the config's `key`, like "model.format", takes, `without` one of its choices. `name` is
+    that of the argument, by default the field's; `more` goes to click.
+    """
+    section, _, field = key.partition(".")
+    allowed = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == field).metadata
+    if allowed["choices"]:
+        kind: click.ParamType = click.Choice([choice for choice in allowed["choices"] if choice != without])
+    else:
+        kind = click.IntRange(allowed["least"], None if allowed["most"] == math.inf else allowed["most"])
+    shown = more.get("default") is not None
+    return click.option(allowed["flag"], name or field, type=kind, show_default=shown, help=help, **more)
+
+
+def read_config(
+    config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any], base: Path | None = None
+) -> TrainConfig:
+    """Defaults, then `base` (the config of a run to resume), then the file, then options, then --set."""
+    values: dict[str, Any] = read_toml(base) if base else {}
+    config_from_dict(values, str(base))
+    if config_file:
+        source = str(config_file)
+        for section, table in read_toml(config_file).items():
+            old = values.get(section)
+            values[section] = {**old, **table} if isinstance(old, dict) and isinstance(table, dict) else table
+        config_from_dict(values, source)
+    for key, value in given.items():
+        section, _, name = key.partition("__")
+        if value is not None and value != ():
+            table = values.setdefault(section, {})
+            table[name] = value
+    set_values(values, assignments)
+    return config_from_dict(values, "the command line")
+
+
+def begin(as_json: bool, computes: bool = True) -> None:
+    """Say first, on stderr, what the user of this machine should know; raise WrongRequest where the command `computes`
+    and the card cannot. With --json, everything meant for people goes to stderr.
+    """
+    from fluxq.memory.machine import notes, obstacle, read_machine
+    from fluxq.console import console
+
+    console.stderr = as_json
+    machine = read_machine()
+    for note in notes(machine):
+        click.echo(f"note: {note}", err=True)
+    if computes and (problem := obstacle(machine)):
+        raise WrongRequest(problem)
+
+
+def finish(result: Any, as_json: bool) -> None:
+    """With --json, print the command's result as one line."""
+    if as_json:
+        click.echo(json.dumps(result if isinstance(result, dict) else dataclasses.asdict(result)))

@@ -1,0 +1,223 @@
+"""`fluxq check`: whether a run could start. Headers alone are read, and nothing is written.
+
+Everything that a run needs is looked at, and every reason against it gathered, not just the first. What one file is:
+fluxq/models/check_file.py.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fluxq.models.check_file import about_quantised, about_source, check_file, check_files, model_files, size
+from fluxq.config import DataConfig, TrainConfig
+from fluxq.data.examples import Folder, scan
+from fluxq.caching.imports import imported
+from fluxq.caching.store import Store
+from fluxq.training.defaults import resolve_data
+from fluxq.errors import WrongRequest
+from fluxq.formats.lora.peft import is_adapter
+from fluxq.formats.quantized import cache_folder, stored_bytes
+from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.models.hub import NotFetched, hub_cache
+from fluxq.memory.machine import Card, free_on_card, memory, notes, obstacle, read_machine
+from fluxq.model.config import FluxConfig
+from fluxq.models.parts import FLAGS, PARTS, Models
+from fluxq.console import console
+
+PROGRAM_BYTES = 2 << 30  # Python, torch, activations of the small tensors, one tensor on its way
+Answer = dict[str, Any]
+
+
+def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
+    """Of a model file, a LoRA, or a folder of models: what it is. Else: whether a run on the folders `paths` could
+    start. `ready` is the verdict.
+    """
+    if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
+        return check_file(paths[0])
+    if len(paths) == 1 and (files := model_files(paths[0])):
+        return check_files(files)
+    return check_run(config)
+
+
+def check_run(config: TrainConfig) -> Answer:
+    """Everything that a run needs: which file serves which part and why, pictures, memory, disk, the card."""
+    models, reasons = Models(config.model, say=lambda line: None, fetch=False), []
+    parts = {part: _part(models, part, reasons) for part in PARTS}
+    fetched = sum(about.get("fetch_bytes", 0) for about in parts.values())
+    for part, about in parts.items():
+        _print_part(part, about)
+    _tokenizers(models, reasons)
+    flux = models.flux_config if "precision" in parts["flux"] else None
+    data = _data(config.data, models, reasons) if config.data.folders else None
+    if data is None and not config.data.folders:
+        console.print("pictures     none were named, so the models alone were checked")
+    ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
+    machine = read_machine()
+    card = _card(flux, models.format, machine.card, reasons)
+    disk = _disk(flux, config, models, data, fetched, reasons)
+    if problem := obstacle(machine):
+        reasons.append(problem)
+    reasons = list(dict.fromkeys(reasons))
+    for reason in reasons:
+        console.print(f"missing      {reason}")
+    console.print("not ready" if reasons else "ready: a run could start")
+    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "pictures": data, "ram": ram, "card": card}
+    return answer | {"disk": disk, "notes": notes(machine)}
+
+
+def _part(models: Models, part: str, reasons: list[str]) -> Answer:
+    """What serves a part and why, its kind, precision and size; what is in the way goes to `reasons`."""
+    try:
+        served = models.served(part)
+        about: Answer = {"path": str(served.path), "why": served.why}
+        if part == "flux" and models.quantised is not None:
+            return about | about_quantised(models.quantised)
+        source = models.open(part)
+        about |= about_source(source)
+        if part != "flux" and (misfit := models.misfit(part, source.config)):
+            raise WrongRequest(f"{source.path} {misfit}; use one model's files")
+        return about
+    except NotFetched as error:
+        return {"path": None, "why": f"{error}; a run fetches them first", "fetch_bytes": error.nbytes}
+    except WrongRequest as error:
+        reasons.append(str(error))
+        return {"path": None, "why": None}
+
+
+def _print_part(part: str, about: Answer) -> None:
+    name = FLAGS[part].lstrip("-")
+    if "precision" in about:
+        what = f"{about['what']}, {about['precision']}, {size(about['bytes'])}"
+        console.print(f"{name:<12} {about['path']} ({about['why']}): {what}")
+    else:
+        console.print(f"{name:<12} {about['why'] or 'nothing serves it, see below'}")
+
+
+def _tokenizers(models: Models, reasons: list[str]) -> None:
+    try:
+        files = models.tokenizer_files()
+        console.print(f"tokenizers   {', '.join(str(path) for kind in files for path in kind)}")
+    except NotFetched as error:
+        console.print(f"tokenizers   {error}; a run fetches them first")
+    except WrongRequest as error:
+        reasons.append(str(error))
+
+
+def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None:
+    """Pictures, captions and what they take in the cache."""
+    try:
+        resolved = resolve_data(data, models, lambda line: None)
+        assert resolved.size and resolved.min_side and resolved.max_side, "resolve_data fills these in"
+        folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
+        sides = (resolved.size, resolved.min_side, resolved.max_side, resolved.step)
+        found = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        foreign = imported(Store(resolved.cache), found.examples, models.t5_length)
+    except WrongRequest as error:
+        reasons.append(str(error))
+        return None
+    captions = {example.caption for example in found.examples}
+    buckets = Counter(example.bucket for example in found.examples)
+    answer = {
+        "pictures": len(found.examples),
+        "captions": len(captions),
+        "size": resolved.size,
+        "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
+        "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
+        "text_records": len(captions | {""}),
+        "skipped": found.skipped,
+        "imported": foreign,
+    }
+    shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
+    console.print(f"pictures     {answer['pictures']}, {answer['captions']} different captions; {shapes}")
+    if foreign:
+        console.print(f"             {foreign}")
+    for line in found.skipped:
+        console.print(f"skipped      {line}")
+    return answer
+
+
+def _ram(
+    flux: FluxConfig | None, format: str, on_card: bool, parts: dict[str, Answer], reasons: list[str]
+) -> Answer | None:
+    """The RAM that a run needs: frozen weights as they are stored, unless they lie on the card, or the largest other
+    part, and the program."""
+    if flux is None:
+        return None
+    encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
+    needed, has = (
+        PROGRAM_BYTES + max(0 if on_card else stored_bytes(flux_shapes(flux), format), encoders),
+        memory(),
+    )
+    line = f"memory       {size(needed)} of RAM needed, the transformer in {format}"
+    if has is not None:
+        line += f"; {size(has[1])} of {size(has[0])} are free"
+        if needed > has[0]:
+            reasons.append(
+                f"{size(needed)} of RAM are needed with the transformer in {format}, this machine has "
+                f"{size(has[0])}; use a leaner --format or another machine"
+            )
+    console.print(line)
+    return {"needed": needed, "all": has and has[0], "free": has and has[1]}
+
+
+def _card(flux: FluxConfig | None, format: str, card: Card | None, reasons: list[str]) -> Answer | None:
+    """The card, and the least that training needs on it: the frozen weights, all of which stay there."""
+    if card is None:
+        console.print("card         none that torch can use, so training runs on the processor")
+        return None
+    free, capability = free_on_card(), ".".join(map(str, card.capability))
+    room = f"{size(card.nbytes)}" if free is None else f"{size(free)} of {size(card.nbytes)} free"
+    line, needed = f"card         {card.name}, {room}, compute capability {capability}", None
+    if flux is not None:
+        needed = stored_bytes(flux_shapes(flux), format)
+        line += f"; training in {format} needs {size(needed)} of it for the weights alone"
+        if needed > card.nbytes:
+            reasons.append(
+                f"the {card.name} has {size(card.nbytes)}, and the transformer's weights alone take {size(needed)} "
+                f"in {format}; use {'another card' if format == 'nf4' else '--format nf4 or another card'}, or hide "
+                "it with CUDA_VISIBLE_DEVICES=-1 and train on the processor"
+            )
+    console.print(line)
+    about = {"name": card.name, "capability": list(card.capability), "free": free, "all": card.nbytes}
+    return about | {"weights": needed}
+
+
+def _disk(
+    flux: FluxConfig | None, config: TrainConfig, models: Models, data: Answer | None, fetched: int, reasons: list[str]
+) -> Answer | None:
+    """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
+    if flux is None:
+        return None
+    weights = 0 if models.is_quantised else stored_bytes(flux_shapes(flux), models.format)
+    needed = {"weights": weights, "downloads": fetched, "cache": 0}
+    if data is not None:
+        caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
+        needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
+    places = {"weights": cache_folder(), "downloads": hub_cache(), "cache": config.data.cache.absolute()}
+    free = math.inf
+    for place, names in _by_disk(places).items():
+        total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
+        free = min(free, left)
+        listed = ", ".join(f"{name} {size(needed[name])}" for name in names if needed[name])
+        console.print(f"disk         {size(total)} needed ({listed or 'nothing'}), {size(left)} free at {place}")
+        if total > left:
+            reasons.append(
+                f"{size(total)} of disk are needed at {place}, {size(left)} are free; "
+                "make room, or choose another --cache, FLUXQ_CACHE or HF_HOME"
+            )
+    return {"needed": sum(needed.values()), "free": free, **needed}
+
+
+def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
+    """A folder on each disk -> the names of those `places` that lie there, or would."""
+    disks: dict[int, tuple[Path, list[str]]] = {}
+    for name, place in places.items():
+        folder = next((f for f in (place, *place.absolute().parents) if f.is_dir()), None)
+        if folder is None:
+            raise WrongRequest(f"{place} lies on a drive that is not there; choose another place")
+        disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
+    return dict(disks.values())

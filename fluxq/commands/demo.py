@@ -1,0 +1,155 @@
+"""`fluxq demo`: teach the bundled toy model a creature that it has never seen, through the same code as any other run.
+
+Two dozen pictures of the creature, called by its trigger, are mixed with ordinary ones, which keep ordinary
+captions ordinary. Held-out pictures of both kinds, in colours that training never pairs, measure what was learnt and
+what was kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+from PIL import Image
+
+from fluxq.caching.folders import cache_texts
+from fluxq.config import TrainConfig, config_from_dict
+from fluxq.errors import WrongRequest
+from fluxq.formats.lora.read import load_lora
+from fluxq.model.lora import lora_strength
+from fluxq.models.parts import Models
+from fluxq.nano import pictures
+from fluxq.console import console, progress_bar
+from fluxq.training.run import Result
+from fluxq.sampling.requests import Shot
+from fluxq.sampling.denoising import attach
+from fluxq.sampling.decoding import draw
+from fluxq.sampling.sheets import labelled_grid, save_picture
+from fluxq.train import train
+
+TRIGGER = pictures.TRIGGER
+PROMPTS = (
+    f"a large red {TRIGGER} in the centre on a white background",
+    f"a large yellow {TRIGGER} at the top on a blue background",
+    f"a large green {TRIGGER} on the left on a pink background",
+    "a large red circle in the centre on a white background",
+    "a large yellow star at the top on a blue background",
+    "a large green heart on the left on a pink background",
+)
+SEEDS = (1, 2)
+
+
+@dataclass(frozen=True)
+class Demo:
+    """What the demo shows. Changes are of held-out validation losses, after / before - 1."""
+
+    lora: str
+    loss_plot: str
+    grid: str
+    seconds: float
+    concept_before: float
+    concept_after: float
+    concept_change: float
+    ordinary_before: float
+    ordinary_after: float
+    ordinary_change: float
+
+
+def demo(out: Path, format: str = "nf4", compute: str = "bf16") -> Demo:
+    """Run the demo in `out`, which is replaced if it holds an earlier one. Raises WrongRequest if it holds anything
+    else.
+    """
+    if out.is_dir() and any(out.iterdir()) and not (out / "pictures" / "creature").is_dir():
+        raise WrongRequest(f"{out} holds something else than a demo; choose another folder with --out")
+    if out.exists():
+        shutil.rmtree(out)
+    config = demo_config(out, format, compute)
+    draw_pictures(out / "pictures")
+    result = train(config, overwrite=True)
+    grid = before_and_after(config, Path(result.lora), out / "before_after.png")
+    return _summary(result, out, grid)
+
+
+def demo_config(out: Path, format: str, compute: str) -> TrainConfig:
+    """The settings of the demo: what `fluxq train` would be told on the command line."""
+    folder = out.absolute() / "pictures"
+    return config_from_dict(
+        {
+            "model": {"name": "nano", "format": format, "compute": compute},
+            "data": {
+                "folders": [
+                    {"path": str(folder / "creature"), "trigger": TRIGGER, "repeats": 4},
+                    {"path": str(folder / "ordinary")},
+                ],
+                "validation": [str(folder / "creature_held_out"), str(folder / "ordinary_held_out")],
+                "cache": str(out / "cache"),
+            },
+            "lora": {"rank": 32},
+            "training": {"steps": 400, "batch": 8, "rate": 1e-3, "schedule": "cosine", "seed": 1},
+            "output": {"out": str(out), "name": "demo", "save_every": 100},
+        },
+        "the demo",
+    )
+
+
+def draw_pictures(folder: Path) -> None:
+    """Write the four folders of captioned pictures."""
+    sets = {
+        "creature": pictures.concept(seed=1, count=24),
+        "ordinary": pictures.ordinary(seed=1, count=256),
+        "creature_held_out": pictures.concept(seed=2, count=24, held_out=True),
+        "ordinary_held_out": pictures.ordinary(seed=2, count=24, held_out=True),
+    }
+    for name, captioned in sets.items():
+        (folder / name).mkdir(parents=True)
+        for i, (picture, caption) in enumerate(captioned):
+            picture.save(folder / name / f"{i:02}.png")
+            (folder / name / f"{i:02}.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def before_and_after(config: TrainConfig, lora: Path, path: Path) -> Path:
+    """A labelled sheet: every prompt down; without the LoRA and with it, two seeds each, across."""
+    models = Models(config.model)
+    flux = models.load_flux()
+    adapters = load_lora(lora, flux.config).adapters
+    attach(flux, [(adapters, 1.0)])
+    side = models.default_size[0]
+    wanted = [Shot(prompt, seed, side, side) for prompt in PROMPTS for seed in SEEDS]
+    drawn: dict[str, list[Image.Image]] = {}
+    with progress_bar() as progress:
+        texts = cache_texts(config.data.cache, models, PROMPTS, progress)
+        for name, strength in (("before", 0.0), ("after", 1.0)):
+            with lora_strength(flux, strength):
+                drawn[name] = draw(flux, models.load_autoencoder, texts, wanted, partial(progress, name))
+    rows = [[drawn[name][r * len(SEEDS) + s] for name in drawn for s in range(len(SEEDS))] for r in range(len(PROMPTS))]
+    columns = [f"{name}, seed {seed}" for name in drawn for seed in SEEDS]
+    save_picture(labelled_grid(rows, PROMPTS, columns), path)
+    return path
+
+
+def _summary(result: Result, out: Path, grid: Path) -> Demo:
+    assert result.validation_before and result.validation_after, "the demo has held-out folders"
+    concept, ordinary = (
+        [v[f"{name}_held_out"] for v in (result.validation_before, result.validation_after)]
+        for name in ("creature", "ordinary")
+    )
+    summary = Demo(
+        lora=result.lora,
+        loss_plot=str(out / "loss.png"),
+        grid=str(grid),
+        seconds=result.seconds,
+        concept_before=concept[0],
+        concept_after=concept[1],
+        concept_change=concept[1] / concept[0] - 1,
+        ordinary_before=ordinary[0],
+        ordinary_after=ordinary[1],
+        ordinary_change=ordinary[1] / ordinary[0] - 1,
+    )
+    console.print(
+        f"\nheld-out loss of the creature    {concept[0]:.4f} -> {concept[1]:.4f}  ({summary.concept_change:+.1%})"
+        f"\nheld-out loss of ordinary shapes {ordinary[0]:.4f} -> {ordinary[1]:.4f}  ({summary.ordinary_change:+.1%})"
+        f"\nLoRA       {summary.lora}\nloss plot  {summary.loss_plot}\nbefore and after  {summary.grid}"
+    )
+    return summary

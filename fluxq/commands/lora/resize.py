@@ -1,0 +1,29 @@
+"""x"""
+
+from __future__ import annotations
+from pathlib import Path
+from typing import Any
+from fluxq.errors import WrongRequest
+from fluxq.formats.lora.read import described
+from fluxq.commands.lora.files import dtype_of, read, refuse_existing, shortened, write
+from fluxq.console import console
+
+
+def resize_command(
+    source: Path,
+    target: Path,
+    rank: int | None,
+    energy: float | None,
+    to: str,
+    precision: str | None,
+    overwrite: bool,
+) -> dict[str, Any]:
+    """Write `source` with every module at `rank`, or at the least rank that keeps `energy` of its sum of squares."""
+    if (rank is None) == (energy is None):
+        raise WrongRequest("give either --rank N or --energy X")
+    if energy is not None and not 0 < energy <= 1:
+        raise WrongRequest(f"--energy is a share above 0 and up to 1, not {energy}")
+    refuse_existing(target, overwrite)
+    lora = read(source)
+    console.print(f"{source}: {lora.dialect}, {described(lora)}")
+    return write(target, shortened(lora, rank, energy), to, dtype_of(precision, lora), lora)

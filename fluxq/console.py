@@ -1,0 +1,61 @@
+"""The console and its progress bars."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    MofNCompleteColumn,
+    Progress,
+    ProgressColumn,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
+
+console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+
+Notify = Callable[[str], None]
+"""Takes one line for the user: a choice and its reason, an event, a warning."""
+
+
+def silent(line: str) -> None:
+    """A Notify that shows nothing."""
+
+
+@contextmanager
+def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
+    """A function (stage, done, total) that draws one bar per stage."""
+    with progress_bars() as bars:
+        tasks: dict[str, TaskID] = {}
+
+        def show(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(stage, total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield show
+
+
+@contextmanager
+def byte_bar(stage: str) -> Iterator[Callable[[int, int], None]]:
+    """A function (bytes done, total bytes) that draws a bar with its speed."""
+    with progress_bars(DownloadColumn(), TransferSpeedColumn()) as bars:
+        task = bars.add_task(stage, total=None)
+        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+
+def progress_bars(*columns: ProgressColumn) -> Progress:
+    """rich's progress display in this program's style. It draws nothing where the output is not a terminal."""
+    shown = (
+        TextColumn("{task.description:>12}"),
+        BarColumn(),
+        *(columns or [MofNCompleteColumn()]),
+        TimeRemainingColumn(),
+    )
+    return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)

@@ -1,0 +1,224 @@
+"""How large each of the four models in a file is, from keys and shapes alone.
+
+For each model: `*_keys` gives the names that the model uses, mapped to the file's own keys, with aliases resolved, and
+`*_config` the sizes, once every tensor has been found to be one of `shapes`. The same rules read the full-size files
+and the bundled toy. The other spelling, diffusers', is in `keys`.
+"""
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+from fluxq.formats.checkpoint.detect import AUTOENCODER, CLIP, FLUX, T5, without_prefix
+from fluxq.formats.checkpoint.files import listed, printable, refuse
+from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
+from fluxq.model.config import AutoEncoderConfig, FluxConfig
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+# --- the transformer ---
+
+
+def flux_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
+    """The transformer's names, as the original file spells them, each with the key that it has in `source`.
+
+    `*_norm.weight`, which ComfyUI writes, stands for `*_norm.scale`; both at once is an error.
+    """
+    found = without_prefix(keys, FLUX, source)
+    names: dict[str, str] = {}
+    for name, key in found.items():
+        name = re.sub(r"(\.norm\.(query|key)_norm)\.weight$", r"\1.scale", name)
+        if name in names:
+            refuse(source, f"has one tensor under two names ({key}, {names[name]})", "remove either")
+        names[name] = key
+    return names
+
+
+def flux_config(shapes: Shapes, source: str | Path = "the file") -> FluxConfig:
+    """The sizes of the transformer in a file of these shapes, every one of whose tensors has been found to fit them."""
+    own = {name: shapes[key] for name, key in flux_keys(shapes, source).items()}
+    config = flux_sizes(own, source)
+    compare(own, flux_shapes(config), FLUX, source)
+    return config
+
+
+def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
+    """The sizes that the telling ones among `own`, shapes by the original's names, speak of."""
+    hidden, in_channels = _matrix(own, "img_in.weight", source)
+    out_channels = _matrix(own, "final_layer.linear.weight", source)[0]
+    if in_channels != out_channels:
+        kind = {2 * out_channels: " as of Canny or Depth", 6 * out_channels: " as of Fill"}.get(in_channels, "")
+        refuse(source, f"has {in_channels} inputs{kind} where {out_channels} are wanted", "give dev, schnell or Krea")
+    head_dim = _shape(own, "double_blocks.0.img_attn.norm.query_norm.scale", 1, source)[0]
+    if head_dim % 32 or hidden % head_dim:
+        refuse(source, f"has heads of {head_dim} in a width of {hidden}", "the head's width must be a multiple of 32")
+    if not any(name.startswith("single_blocks.") for name in own):
+        refuse(source, "lacks all of its single_blocks", "download it again")
+    return FluxConfig(
+        in_channels=in_channels,
+        out_channels=out_channels,
+        vec_in_dim=_matrix(own, "vector_in.in_layer.weight", source)[1],
+        context_in_dim=_matrix(own, "txt_in.weight", source)[1],
+        hidden_size=hidden,
+        mlp_ratio=_matrix(own, "double_blocks.0.img_mlp.0.weight", source)[0] / hidden,
+        num_heads=hidden // head_dim,
+        depth=_count(own, r"double_blocks\.(\d{1,3})\."),
+        depth_single_blocks=_count(own, r"single_blocks\.(\d{1,3})\."),
+        axes_dim=(head_dim // 8, head_dim * 7 // 16, head_dim * 7 // 16),
+        theta=10_000,
+        qkv_bias="double_blocks.0.img_attn.qkv.bias" in own,
+        guidance_embed=any(name.startswith("guidance_in.") for name in own),
+    )
+
+
+def variant(config: FluxConfig) -> str:
+    """ "dev" for a model that is told the guidance, "schnell" for one that is not."""
+    return "dev" if config.guidance_embed else "schnell"
+
+
+# --- the autoencoder ---
+
+
+def autoencoder_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
+    """The autoencoder's names, as ae.safetensors spells them, each with the key that it has in `source`."""
+    return without_prefix(keys, AUTOENCODER, source)
+
+
+def autoencoder_config(shapes: Shapes, source: str | Path = "the file") -> AutoEncoderConfig:
+    """The sizes of the autoencoder in a file of these shapes, every one of whose tensors has been found to fit them.
+
+    Shapes do not tell the norms' groups (ch / 4 here, which is 32 for ae.safetensors) nor scale_factor, shift_factor
+    and resolution, which are FLUX.1's.
+    """
+    own = {name: shapes[key] for name, key in autoencoder_keys(shapes, source).items()}
+    config = autoencoder_sizes(own, source)
+    compare(own, autoencoder_shapes(config), AUTOENCODER, source)
+    return config
+
+
+def autoencoder_sizes(own: Shapes, source: str | Path) -> AutoEncoderConfig:
+    """The sizes that the telling ones among `own`, shapes by the original's names, speak of."""
+    ch, in_channels, *_ = _shape(own, "encoder.conv_in.weight", 4, source)
+    widths = [
+        _shape(own, f"encoder.down.{level}.block.0.conv1.weight", 4, source)[0]
+        for level in range(_count(own, r"encoder\.down\.(\d{1,3})\."))
+    ]
+    if ch % 4 or any(width % ch for width in widths):
+        refuse(source, f"has levels of {widths} channels, no multiples of its first {ch}", "give ae.safetensors")
+    return AutoEncoderConfig(
+        in_channels=in_channels,
+        ch=ch,
+        out_ch=_shape(own, "decoder.conv_out.weight", 4, source)[0],
+        ch_mult=tuple(width // ch for width in widths),
+        num_res_blocks=_count(own, r"encoder\.down\.0\.block\.(\d{1,3})\."),
+        z_channels=_shape(own, "decoder.conv_in.weight", 4, source)[1],
+        groups=ch // 4,
+    )
+
+
+# --- the text encoders ---
+
+
+def clip_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
+    """CLIP's names without the `text_model.` prefix, as transformers 5 has them, each with the key in `source`.
+
+    What belongs to CLIP's picture side, and position_ids, which is no weight, are left out.
+    """
+    found = without_prefix(keys, CLIP, source)
+    return {
+        name: key for name, key in found.items() if not re.search(r"^(text_projection|logit_scale|vision)|ids$", name)
+    }
+
+
+def clip_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]:
+    """Arguments of transformers.CLIPTextConfig for a file of these shapes; heads are 64 wide, as in all of OpenAI's.
+
+    eos_token_id 2 makes transformers pool at the highest id, which is the end token in every CLIP vocabulary.
+    """
+    own = {name: shapes[key] for name, key in clip_keys(shapes, source).items()}
+    vocabulary, width = _matrix(own, "embeddings.token_embedding.weight", source)
+    if width % 64:
+        refuse(source, f"is {width} wide, which is no multiple of a head's 64", "give clip_l.safetensors")
+    return {
+        "vocab_size": vocabulary,
+        "hidden_size": width,
+        "intermediate_size": _matrix(own, "encoder.layers.0.mlp.fc1.weight", source)[0],
+        "num_hidden_layers": _count(own, r"encoder\.layers\.(\d{1,3})\."),
+        "num_attention_heads": width // 64,
+        "max_position_embeddings": _matrix(own, "embeddings.position_embedding.weight", source)[0],
+        "projection_dim": width,
+        "hidden_act": "quick_gelu",
+        "layer_norm_eps": 1e-5,
+        "eos_token_id": 2,
+    }
+
+
+def t5_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
+    """T5's encoder names, each with the key in `source`; the embedding once, as `shared.weight`.
+
+    ComfyUI's CLIPSave leaves a `logit_scale` beside it, which is none of T5's.
+    """
+    found = without_prefix(keys, T5, source)
+    found.pop("logit_scale", None)
+    tied = found.pop("encoder.embed_tokens.weight", None)
+    return found if tied is None else {"shared.weight": tied} | found
+
+
+def t5_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]:
+    """Arguments of transformers.T5Config for the encoder (of the 1.1 kind: gated GELU) in a file of these shapes."""
+    own = {name: shapes[key] for name, key in t5_keys(shapes, source).items()}
+    vocabulary, width = _matrix(own, "shared.weight", source)
+    attention = "encoder.block.0.layer.0.SelfAttention"
+    buckets, heads = _matrix(own, f"{attention}.relative_attention_bias.weight", source)
+    inner = _matrix(own, f"{attention}.q.weight", source)[0]
+    return {
+        "vocab_size": vocabulary,
+        "d_model": width,
+        "d_kv": inner // heads,
+        "d_ff": _matrix(own, "encoder.block.0.layer.1.DenseReluDense.wi_0.weight", source)[0],
+        "num_layers": _count(own, r"encoder\.block\.(\d{1,3})\."),
+        "num_heads": heads,
+        "relative_attention_num_buckets": buckets,
+        "relative_attention_max_distance": 128,
+        "dropout_rate": 0.0,
+        "layer_norm_epsilon": 1e-6,
+        "feed_forward_proj": "gated-gelu",
+        "is_encoder_decoder": False,
+        "use_cache": False,
+    }
+
+
+# --- shared by all ---
+
+
+def compare(own: Shapes, wanted: Shapes, what: str, source: str | Path) -> None:
+    """Raises WrongRequest, naming keys, unless `own` are exactly the `wanted` shapes."""
+    problems = listed(
+        missing=[name for name in wanted if name not in own],
+        unexpected=[printable(name) for name in own if name not in wanted],
+        wrong_shape=[
+            f"{name} is {own[name]}, not {shape}" for name, shape in wanted.items() if own.get(name, shape) != shape
+        ],
+    )
+    if problems:
+        refuse(source, f"is {what}, but of its {len(wanted):,} tensors {problems}", "download it again")
+
+
+def _shape(shapes: Shapes, name: str, dimensions: int, source: str | Path) -> tuple[int, ...]:
+    """A shape that is there, with that many dimensions, none of them 0."""
+    if name not in shapes:
+        refuse(source, f"lacks the tensor {name}", "download it again")
+    if len(shapes[name]) != dimensions or 0 in shapes[name]:
+        refuse(source, f"has {name} in shape {shapes[name]}, not in {dimensions} dimensions", "give the right file")
+    return shapes[name]
+
+
+def _matrix(shapes: Shapes, name: str, source: str | Path) -> tuple[int, ...]:
+    return _shape(shapes, name, 2, source)
+
+
+def _count(names: Iterable[str], pattern: str) -> int:
+    """One more than the highest index that `pattern` captures."""
+    return max((int(match[1]) + 1 for name in names if (match := re.match(pattern, name))), default=0)

@@ -1,0 +1,228 @@
+"""A LoRA merged into the transformer that it is for: for training on top of it, and into a checkpoint's own tensors.
+
+`MergedSource` gives a source's tensors as they are with LoRAs in them, so whatever reads a source reads the merged
+model. `merge_into` writes a checkpoint anew, one tensor at a time: every tensor keeps its key, shape and dtype, 8-bit
+weights keep their scales, and what rounding to that dtype loses is measured.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping
+from hashlib import blake2b, file_digest
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint import detect, keys, sizes
+from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.detect import DIFFUSERS_FLUX, FLUX
+from fluxq.formats.checkpoint.files import Checkpoint, refuse, safetensors_data, safetensors_header
+from fluxq.formats.checkpoint.gguf import GgufFile
+from fluxq.formats.checkpoint.keys import Piece
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.peft import adapter_files
+from fluxq.formats.quantized import require_room
+from fluxq.formats.checkpoint.shards import Shards, locate
+from fluxq.formats.checkpoint.source import Source
+from fluxq.formats.checkpoint.stored import Plain, Scaled, Seen, unseen
+from fluxq.kernels import Weight, dequantize
+from fluxq.model.config import FluxConfig
+
+HOLDS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+SLAB = 512  # rows that are merged at a time: few enough that they stay in the caches
+GIVE = "give a transformer in 16 or 32 bits or in fp8, a BFL file or a diffusers folder"
+
+
+def identity(loras: Iterable[tuple[Path, float]]) -> str:
+    """What tells these LoRAs, at these strengths, from any others: hashes of their files; "" for none."""
+    lines = []
+    for path, strength in loras:
+        digest = blake2b(digest_size=16)
+        tensors, settings = adapter_files(path)
+        for file in (tensors, settings) if settings and settings.is_file() else (tensors,):
+            digest.update(_hash(file))
+        lines.append(f"{digest.hexdigest()} {strength!r}")
+    return "\n".join(lines)
+
+
+def _hash(path: Path) -> bytes:
+    try:
+        with path.open("rb") as file:
+            return file_digest(file, "blake2b").digest()
+    except OSError as error:
+        refuse(path, f"cannot be read ({error.strerror or error})", "check the path")
+
+
+class MergedSource(Source[FluxConfig]):
+    """`source` with the changes of `adapters`, by BFL module, in its weights. Merged matrices are fp32."""
+
+    def __init__(self, source: Source[FluxConfig], adapters: Mapping[str, Adapter]) -> None:
+        vars(self).update(vars(source))
+        self.original, self.adapters = source, adapters
+
+    def get(self, name: str, rows: range | None = None, seen: Seen = unseen) -> Weight:
+        weight, adapter = self.original.get(name, rows, seen), self.adapters.get(name.removesuffix(".weight"))
+        if adapter is None:
+            return weight
+        up = adapter.up if rows is None else adapter.up[rows.start : rows.stop]
+        merged = dequantize(weight, torch.float32).add_(Adapter(adapter.down, up, adapter.alpha).change())
+        _require_finite(merged, name)
+        return merged
+
+
+class Base:
+    """A checkpoint to merge into: which rows of which of its tensors are which module. Only headers are read.
+
+    Raises WrongRequest for a file that is no whole FLUX.1 transformer in 16 or 32 bits or in fp8.
+    """
+
+    def __init__(self, path: Path) -> None:
+        located = locate(path, FLUX)
+        self.is_folder, self.shards = path.is_dir() or located.suffix.lower() == ".json", Shards(located)
+        if "fluxq" in self.shards.metadata:
+            refuse(path, "is quantised by fluxq", "merge into the original file, or train on it with --base-lora")
+        shapes = self.shards.shapes
+        pieces: Mapping[str, tuple[Piece, ...]]
+        if detect.kind(shapes) == DIFFUSERS_FLUX:
+            self.config = sizes.flux_sizes(keys.flux_telling(shapes), located)
+            sizes.compare(shapes, keys.flux_diffusers_shapes(self.config), FLUX, located)
+            pieces = keys.flux_pieces(self.config)
+        else:
+            self.config = sizes.flux_config(shapes, located)
+            names = sizes.flux_keys(shapes, located)
+            pieces = {name: (Piece(key, 0, (*shapes[key], 1)[0]),) for name, key in names.items()}
+        self.places = _places(pieces)
+        for key in self.places:
+            plain = stored.plain if isinstance(stored := self.shards.tensors[key], Scaled) else stored
+            if not isinstance(plain, Plain) or plain.dtype not in HOLDS or isinstance(plain.file, GgufFile):
+                refuse(located, f"stores {key} as {stored.kind}", GIVE)
+
+    def merged(self, key: str, stored: Tensor, adapters: Mapping[str, Adapter], errors: Errors) -> Tensor:
+        """`stored` with the changes of `adapters` in it, in place, in the same dtype and by the same scale."""
+        scale = self._scale(key)
+        for piece, module, start in self.places.get(key, ()):
+            for first in range(0, piece.rows if module in adapters else 0, SLAB):
+                count, adapter = min(SLAB, piece.rows - first), adapters[module]
+                rows = slice(piece.first + first, piece.first + first + count)
+                own = scale[rows] if scale.ndim else scale
+                up = adapter.up[start + first : start + first + count]
+                change = Adapter(adapter.down, up, adapter.alpha).change()
+                wanted = stored[rows].float() * own + change
+                _require_finite(wanted, key)
+                stored[rows] = _rounded(wanted / own, stored.dtype)
+                errors.add(stored[rows].float() * own - wanted, change)
+        return stored
+
+    def _scale(self, key: str) -> Tensor:
+        stored = self.shards.tensors.get(key)
+        if not isinstance(stored, Scaled):
+            return torch.ones(())
+        scale = stored.scale.rows(range((*stored.scale.shape, 1)[0])).float()
+        if scale.numel() not in (1, stored.shape[0]) or not (scale > 0).all():
+            refuse(self.shards.path, f"has a scale {stored.scale.key} of {tuple(scale.shape)} that does not fit", GIVE)
+        return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
+
+
+class Errors:
+    """What rounding took from a change: sums of squares over all merged tensors."""
+
+    def __init__(self) -> None:
+        self.lost = self.whole = 0.0
+
+    def add(self, lost: Tensor, change: Tensor) -> None:
+        self.lost += float(lost.double().square().sum())
+        self.whole += float(change.double().square().sum())
+
+    @property
+    def relative(self) -> float:
+        """|stored - wanted| / |change|."""
+        return math.sqrt(self.lost / self.whole) if self.whole else 0.0
+
+
+def merge_into(
+    base: Base,
+    target: Path,
+    adapters: Mapping[str, Adapter],
+    merged_from: str,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Errors:
+    """Write `base` with `adapters` in its weights to `target`, a file or, as the base is, a folder of shards.
+
+    progress is told (bytes written, of all). Whole or not at all. Raises WrongRequest where there is no room.
+    """
+    files = [Checkpoint(path) for path in base.shards.files]
+    errors, total, done = Errors(), sum(file.nbytes for file in files), 0
+    require_room(target, total)
+
+    def count(nbytes: int) -> None:
+        nonlocal done
+        done += nbytes
+        progress(done, total)
+
+    if not base.is_folder:
+        _write(files[0], target, base, adapters, merged_from, errors, count)
+        return errors
+    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
+    try:
+        for file in files:
+            _write(file, temporary / file.path.name, base, adapters, merged_from, errors, count)
+        for beside in (base.shards.path, base.shards.path.parent / "config.json"):
+            if beside.suffix == ".json" and beside.is_file():
+                shutil.copyfile(beside, temporary / beside.name)
+        temporary.rename(target)
+    except OSError as error:
+        refuse(target, f"cannot be written ({error.strerror or error})", "choose a folder that can be written to")
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return errors
+
+
+def _write(
+    file: Checkpoint,
+    target: Path,
+    base: Base,
+    adapters: Mapping[str, Adapter],
+    merged_from: str,
+    errors: Errors,
+    count: Callable[[int], None],
+) -> None:
+    """One file of `base` anew, tensor by tensor, in the order of its header."""
+    hollow = {key: torch.empty(file.shape(key), dtype=file.dtype(key), device="meta") for key in file.keys()}
+    header = safetensors_header(hollow, {**file.metadata, "modelspec.merged_from": merged_from})
+    order: Iterable[str] = (key for key in json.loads(header[8:]) if key != "__metadata__")
+    with atomic_path(target, len(header) + file.nbytes) as temporary, temporary.open("wb") as out:
+        out.write(header)
+        for key in order:
+            tensor = base.merged(key, file.get(key), adapters, errors)
+            for data in safetensors_data({key: tensor}):
+                out.write(data)
+            count(tensor.nbytes)
+
+
+def _places(pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, list[tuple[Piece, str, int]]]:
+    """Key of a matrix -> the pieces of it, each with the BFL module that it is of and where in that it begins."""
+    found: dict[str, list[tuple[Piece, str, int]]] = {}
+    for name, parts in pieces.items():
+        row = 0
+        for piece in parts:
+            if name.endswith(".weight"):
+                found.setdefault(piece.key, []).append((piece, name.removesuffix(".weight"), row))
+            row += piece.rows
+    return found
+
+
+def _require_finite(merged: Tensor, key: str) -> None:
+    if not merged.isfinite().all():
+        raise WrongRequest(f"{key} is not finite with the LoRA in it: the change is too large; use a lower strength")
+
+
+def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """`values` in `dtype`; what is beyond its range becomes its largest number: fp8 would make it NaN."""
+    largest = torch.finfo(dtype).max
+    return values.clamp_(-largest, largest).to(dtype)

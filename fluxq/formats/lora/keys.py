@@ -1,0 +1,180 @@
+"""How the programs of this field name the tensors of a LoRA, as tables; and how LoRAs of other models are known.
+
+A key is a prefix, a module's path in the original (BFL) or in diffusers' layout, with dots or underscores, and a suffix
+that says which of an adapter's tensors it is. One dialect is a prefix, a layout and a separator; every program's files
+are read by looking a key's base up in all of them at once.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from typing import NamedTuple
+
+from fluxq.formats.checkpoint.keys import module_split
+from fluxq.formats.lora.algebra import Rows
+from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.model.config import FluxConfig
+
+
+class Dialect(NamedTuple):
+    """prefix + path: paths are `original` or diffusers', their dots become `separator`."""
+
+    name: str
+    prefix: str
+    original: bool
+    separator: str
+
+
+DIALECTS = (
+    Dialect("kohya", "lora_unet_", True, "_"),
+    Dialect("comfy", "diffusion_model.", True, "."),
+    Dialect("original", "", True, "."),  # OneTrainer's ORIGINAL
+    Dialect("peft", "base_model.model.", True, "."),  # fal's Kontext trainer
+    Dialect("diffusers", "transformer.", False, "."),  # also ai-toolkit
+    Dialect("peft", "base_model.model.", False, "."),
+    Dialect("diffsynth", "", False, "."),
+    Dialect("onetrainer", "lora_transformer_", False, "_"),  # its legacy files
+    Dialect("lycoris", "lycoris_", False, "_"),  # SimpleTuner
+)
+
+# x-flux: attention only; 1 is the picture's half of a double block, 2 the text's.
+XLABS = {
+    "double_blocks.{}.processor.qkv_lora1": "double_blocks.{}.img_attn.qkv",
+    "double_blocks.{}.processor.proj_lora1": "double_blocks.{}.img_attn.proj",
+    "double_blocks.{}.processor.qkv_lora2": "double_blocks.{}.txt_attn.qkv",
+    "double_blocks.{}.processor.proj_lora2": "double_blocks.{}.txt_attn.proj",
+    "single_blocks.{}.processor.qkv_lora": "single_blocks.{}.linear1",
+    "single_blocks.{}.processor.proj_lora": "single_blocks.{}.linear2",
+}
+
+ROLES = {
+    "down": r"\.(lora_down\.weight|lora_A(\.[^.]+)??(\.weight)?|lora(_linear_layer)?\.down\.weight|down\.weight)",
+    "up": r"\.(lora_up\.weight|lora_B(\.[^.]+)??(\.weight)?|lora(_linear_layer)?\.up\.weight|up\.weight)",
+    "alpha": r"\.alpha",
+}
+SPELLINGS = {"A/B": r"\.lora_[AB]\b", "down/up": r"\.lora_(down|up)\."}
+
+CLIP_KEYS = (
+    r"(lora_te1?_text_model_|text_encoder\.text_model\.|text_encoder\.|text_encoders\.clip_l\.transformer\.text_model\.)"
+    r"encoder[._]layers[._](\d+)[._](self_attn[._][qkv]_proj|self_attn[._]out_proj|mlp[._]fc[12])"
+)
+CLIP_REST = r"(lora_te1?_|text_encoder\.|text_encoders\.clip_l\.(transformer\.)?)text_projection"
+T5_KEYS = r"(lora_te[23]_|text_encoder_2\.|text_encoders\.t5xxl\.transformer\.)"
+EMBEDDINGS = r"bundle_emb\."  # OneTrainer's textual inversions
+
+# Adapters of other kinds, by a key that only they have.
+OTHER_KINDS = {
+    r"\.lokr_w[12]": "a LoKr (LyCORIS)",
+    r"\.hada_w[12]": "a LoHa (LyCORIS)",
+    r"\.(dora_scale|lora_magnitude_vector)\b": "a DoRA",
+    r"\.(oft_blocks|oft_diag|oft_R|boft_R)\b": "an OFT",
+    r"\.lora_mid\.": "a LoCon with a third factor",
+    r"\.lora_B(\.\w+)?\.bias$": "a LoRA that also changes biases, as BFL's control LoRAs (Canny, Depth) do",
+    r"\.(diff|diff_b|set_weight|reshape_weight)$": "no plain LoRA: it replaces whole tensors (.diff, .set_weight)",
+}
+
+# LoRAs of other models, by a key that FLUX.1's never have; the first that fits names the file.
+OTHER_MODELS = {
+    # sd-scripts names the blocks of XL as Stability does, those of 1.x and 2.x as diffusers does
+    r"lora_te2_text_model_|(input|output|middle)_blocks?[._]|(down|up|mid)_blocks?[._].*transformer_blocks[._][1-9]": (
+        "Stable Diffusion XL"
+    ),
+    r"(down|up|mid)_blocks?[._]\d?.*(attentions|resnets|proj_in|transformer_blocks)": "Stable Diffusion 1.x or 2.x",
+    r"joint_blocks[._]\d|transformer_blocks[._]\d+[._]attn2[._]": "Stable Diffusion 3",
+    r"distilled_guidance_layer": "Chroma",
+    r"(double|single)_stream_modulation|to_qkv_mlp_proj|ff(_context)?[._]linear_in": "FLUX.2",
+    r"individual_token_refiner|double_blocks\.\d+\.(img|txt)_attn_": "HunyuanVideo",
+    r"transformer_blocks[._]\d+[._](img|txt)_(mlp|mod)[._]": "Qwen-Image",
+    r"(^|[._])blocks[._]\d+[._](self_attn|cross_attn|ffn)[._]": "Wan",
+    r"(^|[._])layers[._]\d+[._](attention|feed_forward)[._]": "Lumina or Z-Image",
+}
+OTHER_ARCHITECTURES = {
+    "chroma": "Chroma",
+    "flux-2": "FLUX.2",
+    "flux2": "FLUX.2",
+    "stable-diffusion-xl": "Stable Diffusion XL",
+    "sdxl": "Stable Diffusion XL",
+    "stable-diffusion-v": "Stable Diffusion 1.x or 2.x",
+    "stable-diffusion-3": "Stable Diffusion 3",
+}
+
+
+class Place(NamedTuple):
+    """What a base stands for: these rows of a BFL module, in a file of `dialect`."""
+
+    dialect: str
+    module: str
+    rows: Rows
+
+
+@lru_cache(maxsize=4)
+def places(config: FluxConfig) -> Mapping[str, Place]:
+    """Every base of a LoRA's keys, in every dialect, of a transformer of these sizes."""
+    found: dict[str, Place] = {}
+    for module, out in matrices(config).items():
+        pieces = split_rows(module, config)
+        for dialect in DIALECTS:
+            named = {module: ((0, out),)} if dialect.original else pieces
+            for path, rows in named.items():
+                found[dialect.prefix + path.replace(".", dialect.separator)] = Place(dialect.name, module, rows)
+        if module.endswith(".linear1"):  # ComfyUI's name for the rows of q, k and v alone
+            found[f"diffusion_model.{module}_qkv"] = Place("comfy", module, ((0, 3 * config.hidden_size),))
+    for blocks, count in (("double", config.depth), ("single", config.depth_single_blocks)):
+        for base, module in XLABS.items():
+            if base.startswith(blocks):
+                for index in range(count):
+                    path = module.format(index)
+                    rows = 3 * config.hidden_size if path.endswith("linear1") else matrices(config)[path]
+                    found[base.format(index)] = Place("xlabs", path, ((0, rows),))
+    return found
+
+
+@lru_cache(maxsize=4)
+def matrices(config: FluxConfig) -> Mapping[str, int]:
+    """BFL module -> its rows, of all that have a matrix."""
+    return {key.removesuffix(".weight"): shape[0] for key, shape in flux_shapes(config).items() if len(shape) == 2}
+
+
+def split_rows(module: str, config: FluxConfig) -> dict[str, Rows]:
+    """diffusers module -> the rows of the BFL `module` that it is, in its order."""
+    rows: dict[str, Rows] = {}
+    for name, start, end in module_split(module, config):
+        rows[name] = (*rows.get(name, ()), (start, end))
+    return rows
+
+
+def role(key: str) -> tuple[str, str] | None:
+    """(base, "down" | "up" | "alpha") of a LoRA's key; None for any other."""
+    for name, pattern in ROLES.items():
+        if match := re.search(f"{pattern}$", key):
+            return key[: match.start()], name
+    return None
+
+
+def clip_module(base: str) -> str | None:
+    """The module of CLIP-L that `base` names, as transformers 5 spells it; None for any other base."""
+    match = re.fullmatch(CLIP_KEYS, base)
+    if match is None:
+        return None
+    inner = re.sub(r"^(self_attn|mlp)_", r"\1.", match[3])
+    return f"encoder.layers.{match[2]}.{inner}"
+
+
+def other_kind(keys: Iterable[str]) -> str | None:
+    """What kind of adapter these are keys of, if it is none that is a plain LoRA."""
+    return _first(OTHER_KINDS, keys)
+
+
+def other_model(keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:
+    """The model, other than FLUX.1, that a LoRA with these keys and metadata belongs to."""
+    if found := _first(OTHER_MODELS, keys):
+        return found
+    said = " ".join(metadata.get(k, "") for k in ("modelspec.architecture", "ss_base_model_version")).lower()
+    return next((name for word, name in OTHER_ARCHITECTURES.items() if word in said), None)
+
+
+def _first(table: Mapping[str, str], keys: Iterable[str]) -> str | None:
+    keys = list(keys)
+    return next((name for pattern, name in table.items() if any(re.search(pattern, key) for key in keys)), None)

@@ -1,0 +1,170 @@
+"""What a LoRA file says about itself, in the words that ComfyUI, Forge, SwarmUI and sd-scripts read.
+
+`ss_*` and `sshs_*` follow kohya-ss/sd-scripts, `modelspec.*` follows github.com/Stability-AI/ModelSpec. All values are
+text, equal arguments give equal metadata, and of the user's folders and files only the last name is told.
+"""
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Mapping
+from datetime import UTC, datetime
+from pathlib import Path
+
+import torch
+
+from fluxq.formats.checkpoint.files import safetensors_data, safetensors_header
+
+IMPLEMENTATION = "https://github.com/black-forest-labs/flux"  # Forge knows a FLUX LoRA by this address
+
+
+def lora_metadata(
+    *,
+    name: str,
+    rank: int,
+    alpha: float,
+    steps: int,
+    epochs: int,
+    learning_rate: float,
+    seed: int,
+    resolution: tuple[int, int],
+    variant: str,
+    base_model: str | Path,
+    optimizer: str,
+    datasets: Mapping[str | Path, tuple[int, int]],
+    tag_frequency: Mapping[str | Path, Mapping[str, int]],
+    buckets: Mapping[tuple[int, int], int],
+    trigger: str | None,
+    title: str,
+    started: float,
+    finished: float,
+    timestep_sampling: str,
+    shift: float,
+    guidance: float,
+    precision: str,
+    text_rate: float | None = None,
+) -> dict[str, str]:
+    """The metadata of a trained LoRA, without the hashes, which `save_lora` adds.
+
+    variant: "dev" or "schnell"; datasets: folder -> (repeats, pictures); tag_frequency: folder -> caption part -> how
+    often; buckets: (width, height) -> pictures; started, finished: seconds since 1970; precision: "bf16" and the like;
+    text_rate: the learning rate of CLIP-L, where it was trained.
+    """
+    labels = _folder_labels(datasets)
+    dirs = {labels[folder]: {"n_repeats": n, "img_count": count} for folder, (n, count) in datasets.items()}
+    tags = {labels[folder]: dict(counts) for folder, counts in tag_frequency.items()}
+    bucket_info = {
+        "buckets": {
+            str(i): {"resolution": list(size), "count": count}
+            for i, (size, count) in enumerate(sorted(buckets.items()))
+        }
+    }
+    size = f"{resolution[0]}x{resolution[1]}"
+    values: dict[str, object] = {
+        "ss_v2": False,
+        "ss_base_model_version": "flux1",
+        "ss_model_type": "flux",
+        "ss_network_module": "networks.lora_flux",
+        "ss_network_dim": rank,
+        "ss_network_alpha": alpha,
+        "ss_network_args": json.dumps({}),
+        "ss_output_name": name,
+        "ss_sd_model_name": Path(base_model).name,
+        "ss_clip_skip": None,
+        "ss_resolution": f"({resolution[0]}, {resolution[1]})",
+        "ss_training_started_at": float(started),
+        "ss_training_finished_at": float(finished),
+        "ss_steps": steps,
+        "ss_epoch": epochs,
+        "ss_num_epochs": epochs,
+        "ss_num_train_images": sum(repeats * count for repeats, count in datasets.values()),
+        "ss_learning_rate": learning_rate,
+        "ss_optimizer": optimizer,
+        "ss_seed": seed,
+        "ss_mixed_precision": precision,
+        "ss_dataset_dirs": json.dumps(dirs),
+        "ss_tag_frequency": json.dumps(tags),
+        "ss_bucket_info": json.dumps(bucket_info),
+        "ss_timestep_sampling": timestep_sampling,
+        "ss_discrete_flow_shift": shift,
+        "ss_guidance_scale": guidance,
+        "ss_model_prediction_type": "raw",
+        "ss_apply_t5_attn_mask": False,
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": f"flux-1-{variant}/lora",
+        "modelspec.implementation": IMPLEMENTATION,
+        "modelspec.title": title,
+        "modelspec.resolution": size,
+        "modelspec.date": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
+    }
+    if text_rate is not None:
+        values |= {"ss_unet_lr": learning_rate, "ss_text_encoder_lr": text_rate}
+    if trigger:
+        values["modelspec.trigger_phrase"] = trigger
+    return {key: str(value) for key, value in values.items()}
+
+
+def converted_metadata(metadata: Mapping[str, str], ranks: set[int], alphas: set[float]) -> dict[str, str]:
+    """The metadata of a LoRA that was made from another file's: that file's, true to what is in it now.
+
+    What sd-scripts and Forge know a FLUX LoRA by is added where it is missing; ranks and alphas that differ are
+    "Dynamic", as sd-scripts has it; hashes are left to `save_lora`.
+    """
+    kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
+    known = {
+        "ss_v2": "False",
+        "ss_base_model_version": "flux1",
+        "ss_network_args": "{}",
+        "modelspec.sai_model_spec": "1.0.1",
+        "modelspec.architecture": "flux-1-dev/lora",
+        "modelspec.implementation": IMPLEMENTATION,
+    }
+    now = {
+        "ss_network_module": "networks.lora_flux",
+        "ss_network_dim": str(*ranks) if len(ranks) == 1 else "Dynamic",
+        "ss_network_alpha": str(*alphas) if len(alphas) == 1 else "Dynamic",
+    }
+    return known | kept | now
+
+
+def trigger_of(metadata: Mapping[str, str]) -> str | None:
+    """The word that calls a LoRA's concept: what the file says, else the most frequent part of its captions."""
+    if phrase := metadata.get("modelspec.trigger_phrase"):
+        return phrase
+    counts: Counter[str] = Counter()
+    try:
+        for tags in json.loads(metadata.get("ss_tag_frequency") or "{}").values():
+            counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
+    except (ValueError, TypeError, AttributeError, RecursionError):
+        return None  # not as sd-scripts writes it
+    return counts.most_common(1)[0][0] if counts else None
+
+
+def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
+    """The two hashes by which UIs recognise a LoRA whatever its metadata says later.
+
+    sshs_model_hash is the SHA-256 of the tensors' bytes as the file has them; sshs_legacy_hash the first 8 digits of
+    that of bytes 0x100000 to 0x110000 of the file as it would be with none but the ss_* entries.
+    """
+    model, legacy = hashlib.sha256(), hashlib.sha256()
+    ss_entries = {key: value for key, value in metadata.items() if key.startswith("ss_")}
+    position = len(header := safetensors_header(tensors, ss_entries))
+    legacy.update(header[0x100000:0x110000])
+    for data in safetensors_data(tensors):
+        model.update(data)
+        legacy.update(data[max(0x100000 - position, 0) : max(0x110000 - position, 0)])
+        position += len(data)
+    return {"sshs_model_hash": model.hexdigest(), "sshs_legacy_hash": legacy.hexdigest()[:8]}
+
+
+def _folder_labels(folders: Mapping[str | Path, object]) -> dict[str | Path, str]:
+    """Folder -> its last name, numbered where two are alike."""
+    labels: dict[str | Path, str] = {}
+    for folder in folders:
+        label = base = Path(folder).name or "pictures"
+        number = 1
+        while label in labels.values():
+            number += 1
+            label = f"{base} {number}"
+        labels[folder] = label
+    return labels

@@ -1,0 +1,158 @@
+"""A LoRA from any program's file, as one adapter a module of the original transformer: `load_lora`.
+
+Whatever a file's dialect is, its tensors are parts: a change of some rows of a module. The parts of a module are
+stacked into one adapter (fluxq/formats/lora/algebra.py), at the strength at which the file was trained. CLIP-L's
+modules come along, T5's are left out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import torch
+
+from fluxq.formats.checkpoint.files import listed, printable, refuse
+from fluxq.formats.lora.algebra import Adapter, Part, split, stacked
+from fluxq.formats.lora.file import LoraFile
+from fluxq.formats.lora.keys import SPELLINGS, matrices, split_rows
+from fluxq.model.config import FluxConfig
+
+
+@dataclass
+class Lora:
+    """What a LoRA file holds. adapters are by BFL module, `clip` by CLIP-L module as transformers 5 names it.
+
+    alphas tells where the strengths came from: any of "tensors", "settings"; spellings, any of "A/B", "down/up";
+    file_ranks are those of the file's own modules, which may be parts of these; too_weak, whether other programs apply
+    less than was trained; notes are sentences for the user about what was not taken as it stands.
+    """
+
+    path: Path
+    config: FluxConfig
+    dialect: str
+    adapters: dict[str, Adapter]
+    clip: dict[str, Adapter]
+    metadata: dict[str, str]
+    spellings: frozenset[str] = frozenset()
+    alphas: frozenset[str] = frozenset()
+    file_ranks: tuple[int, ...] = ()
+    too_weak: bool = False
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The narrowest floating-point type that holds all of its tensors."""
+        dtype = torch.float8_e4m3fn
+        for adapter in self.everything.values():
+            for tensor in (adapter.down, adapter.up):
+                dtype = tensor.dtype if dtype.itemsize == 1 else torch.promote_types(dtype, tensor.dtype)
+        return dtype
+
+    @property
+    def everything(self) -> dict[str, Adapter]:
+        """The adapters of the transformer and of CLIP-L, whose modules begin with "clip."."""
+        return self.adapters | {f"clip.{module}": adapter for module, adapter in self.clip.items()}
+
+    def check_clip(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
+        """Raises WrongRequest where `clip` does not fit the CLIP-L whose tensors have these shapes."""
+        wrong = [
+            f"{module} is ({adapter.up.shape[0]}, {adapter.down.shape[1]}), not {shapes.get(f'{module}.weight')}"
+            for module, adapter in self.clip.items()
+            if (adapter.up.shape[0], adapter.down.shape[1]) != shapes.get(f"{module}.weight")
+        ]
+        if wrong:
+            what = f"has a CLIP-L part for a text encoder of other sizes: {listed(wrong_shape=wrong)}"
+            refuse(self.path, what, "give a LoRA that was trained on FLUX.1")
+
+    @property
+    def ranks(self) -> list[int]:
+        return sorted({adapter.rank for adapter in self.adapters.values()})
+
+
+def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
+    """The LoRA in a .safetensors file or a PEFT folder, in any dialect of `lora_keys`, for a transformer of `config`.
+
+    Without a config it is that of FLUX.1 or of nano, whichever fits. Tensors keep their dtype, 8-bit ones become bf16.
+    Raises WrongRequest for adapters of other kinds or of other models, and for missing, unmatched, ill-shaped or
+    non-finite tensors.
+    """
+    file = LoraFile(Path(path))
+    config = config or file.guess()
+    found = file.placed(config)
+    lora = Lora(
+        file.path,
+        config,
+        Counter(place.dialect for place in found.values()).most_common(1)[0][0] if found else "text encoder only",
+        {},
+        {},
+        dict(file.checkpoint.metadata),
+        frozenset(name for name, p in SPELLINGS.items() if any(re.search(p, key) for key in file.checkpoint.shapes)),
+        file.alphas,
+        tuple(sorted({file.rank(base) for base in found})),
+        notes=file.notes,
+    )
+    parts: dict[str, list[tuple[str, Part]]] = {}
+    for base, place in found.items():
+        parts.setdefault(place.module, []).append((base, Part(place.rows, file.adapter(base))))
+    for module, out in matrices(config).items():
+        if module in parts:
+            _refuse_twice(file.path, module, parts[module])
+            lora.adapters[module] = stacked([part for _, part in parts[module]], out)
+    lora.clip = {module: file.adapter(base) for module, base in file.clip.items()}
+    _correct_split_qkv(lora)
+    return lora
+
+
+def described(lora: Lora) -> str:
+    """ "304 modules of rank 16", and of which ranks the file's own are where it has them in parts."""
+    parts = f" (its own: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
+    clip = f", {len(lora.clip)} of CLIP-L" if lora.clip else ""
+    return f"{len(lora.adapters)} modules of {_spread(lora.ranks)}{parts}{clip}"
+
+
+def _spread(ranks: Sequence[int]) -> str:
+    if len(ranks) > 1:
+        return f"ranks {ranks[0]} to {ranks[-1]}"
+    return f"rank {ranks[0]}" if ranks else "no rank"
+
+
+def _refuse_twice(path: Path, module: str, parts: list[tuple[str, Part]]) -> None:
+    covered: list[tuple[int, int, str]] = sorted((*r, base) for base, part in parts for r in part.rows)
+    for before, after in zip(covered, covered[1:], strict=False):
+        if after[0] < before[1]:
+            what = f"adapts {module} twice, as {printable(before[2])} and as {printable(after[2])}"
+            refuse(path, what, "remove either")
+
+
+def _correct_split_qkv(lora: Lora) -> None:
+    """Give the modules that sd-scripts' split_qkv merged the strength that they were trained at.
+
+    It stacks the n parts of a module into rank n * r and leaves alpha at that of a part (networks/lora_flux.py), so
+    that every reader applies a third or a quarter of the LoRA.
+    """
+    try:
+        arguments = json.loads(lora.metadata.get("ss_network_args") or "{}")
+    except (ValueError, RecursionError):
+        return
+    if not isinstance(arguments, dict) or str(arguments.get("split_qkv", "")).lower() != "true":
+        return
+    corrected = 0
+    for module, adapter in lora.adapters.items():
+        pieces = split_rows(module, lora.config)
+        own = split(adapter, pieces)
+        equal = adapter.rank % len(pieces) == 0 and adapter.rank >= sum(part.rank for part in own.values())
+        if len(pieces) > 1 and equal:
+            lora.adapters[module] = replace(adapter, alpha=adapter.alpha * len(pieces))
+            corrected += 1
+    if corrected:
+        del lora.metadata["ss_network_args"]
+        lora.too_weak = True
+        lora.notes.append(
+            f"{corrected} modules were trained with sd-scripts' split_qkv, whose files are too weak: "
+            "they get the strength at which they were trained"
+        )

@@ -1,1 +1,0 @@
-"""`fluxq lora`: what can be done to LoRA files, one command a file."""

@@ -1,0 +1,164 @@
+"""`fluxq check FILE`: what one file is, on one screen, and what fluxq does with it or why it refuses. Of models headers
+alone are read.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from fluxq.data.images import SUFFIXES
+from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint import detect
+from fluxq.formats.checkpoint.files import printable
+from fluxq.formats.lora.read import described, load_lora
+from fluxq.formats.lora.peft import PEFT_FILES
+from fluxq.formats.lora.programs import programs
+from fluxq.formats.quantized import QuantizedFile, stored_bytes
+from fluxq.formats.checkpoint.shards import FOLDERS, Shards, units
+from fluxq.formats.checkpoint.sizes import variant
+from fluxq.formats.checkpoint.source import OPENERS, Source
+from fluxq.kernels import FORMATS
+from fluxq.model.config import FluxConfig
+from fluxq.models.parts import FLAGS, PARTS
+from fluxq.console import console
+
+KEPT = {  # format -> the precisions that are that already
+    "nf4": ("nf4", "nf4, nested"),
+    "fp8": ("fp8 e4m3", "fp8 e4m3, scaled"),
+    "int8": ("int8",),
+    "bf16": ("bf16",),
+}
+TITLES = ("modelspec.title", "ss_output_name", "general.name")
+Answer = dict[str, Any]
+
+
+def model_files(folder: Path) -> list[Path]:
+    """The model files in `folder` and in the folders that diffusers' layout has below it; none where pictures are."""
+    if any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
+        return []
+    places = [folder, *(folder / name for name in FOLDERS.values())]
+    return [unit for place in places if place.is_dir() for unit in units(place)]
+
+
+def check_files(paths: list[Path]) -> Answer:
+    """`check_file` of each; what is no checkpoint at all is a reason against it."""
+    answers = {}
+    for path in paths:
+        try:
+            answers[str(path)] = check_file(path)
+        except WrongRequest as error:
+            console.print(f"refused      {error}")
+            answers[str(path)] = {"ready": False, "reasons": [str(error)]}
+    return {"ready": all(answer["ready"] for answer in answers.values()), "files": answers}
+
+
+def check_file(path: Path) -> Answer:
+    """One screen about one file, the index of shards, or a PEFT adapter's folder: its kind, parts and precision, and
+    what fluxq does with it or why it refuses.
+
+    Raises WrongRequest for what is no complete safetensors or GGUF file.
+    """
+    shards = Shards(path / PEFT_FILES[0] if path.is_dir() else path)
+    if "fluxq" in shards.metadata:
+        about = about_quantised(file := QuantizedFile.open(path))
+        console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
+        console.print(f"             use it by --flux with --format {file.format}")
+        return {"ready": True, "kind": detect.FLUX, "path": str(path), "parts": {"flux": about}, "reasons": []}
+    kind = detect.kind(shards.shapes)
+    stored = Counter(tensor.kind for tensor in shards.tensors.values())
+    listed = ", ".join(f"{count} {precision}" for precision, count in stored.most_common())
+    console.print(f"file         {path}, {size(shards.nbytes)}, {len(shards.shapes)} tensors ({listed})")
+    parts, lora, reasons = {}, None, []
+    if kind == detect.LORA:
+        lora = _lora(path, reasons)
+    else:
+        parts = _parts(path, detect.meant(shards.shapes) or [kind], reasons)
+    title = next(filter(None, map(shards.metadata.get, TITLES)), None)
+    if title:
+        console.print(f"title        {printable(title)}")
+    if not parts and not lora and not reasons:
+        reasons.append(f"{path} is {kind}; fluxq has no use for it")
+    for reason in reasons:
+        console.print(f"refused      {reason}")
+    answer = {"ready": bool(parts or lora), "kind": kind, "path": str(path), "stored": dict(stored), "lora": lora}
+    return answer | {"bytes": shards.nbytes, "title": title, "parts": parts, "reasons": reasons}
+
+
+def _parts(path: Path, meant: list[str], reasons: list[str]) -> Answer:
+    """Which of the models that the file is `meant` to hold it does hold; what is in the way goes to `reasons`."""
+    parts = {}
+    for part, wanted in PARTS.items():
+        if wanted not in meant:
+            continue
+        try:
+            source = OPENERS[wanted](path)
+        except WrongRequest as error:
+            reasons.append(str(error))
+            continue
+        parts[part] = about = about_source(source) | {"use": _use(part, source)}
+        console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it by {FLAGS[part]}")
+        console.print(f"             {about['use']}")
+    return parts
+
+
+def _lora(path: Path, reasons: list[str]) -> Answer | None:
+    """What a LoRA is, and who reads it; None where fluxq does not, which goes to `reasons`. It is read whole."""
+    try:
+        lora = load_lora(path)
+    except WrongRequest as error:
+        reasons.append(str(error))
+        return None
+    verdicts = programs(lora)
+    readers = [program for program, verdict in verdicts.items() if verdict == "yes"]
+    others = ", ".join(program for program in verdicts if program not in readers)
+    limits = f"; not, or not all of it, by {others}" if others else ""
+    console.print(f"holds        a LoRA, {lora.dialect}, {described(lora)}")
+    console.print(f"             read as it is by {', '.join(readers) or 'no other program'}{limits}")
+    console.print("             draw with it by fluxq sample --lora, train on by --from-lora; more: fluxq lora info")
+    about = {"dialect": lora.dialect, "modules": len(lora.adapters), "clip_modules": len(lora.clip)}
+    return about | {"ranks": lora.ranks, "programs": verdicts, "notes": lora.notes}
+
+
+def _use(part: str, source: Source) -> str:
+    """What fluxq does with the weights of a part."""
+    if part == "ae":
+        return "all of it is read, in fp32"
+    if part != "flux":
+        return "a block at a time is read and decoded"
+    kept = next((format for format, like in KEPT.items() if source.precision in like), None)
+    others = ", ".join(f"{format} {size(stored_bytes(source.shapes, format))}" for format in FORMATS if format != kept)
+    if kept is None:
+        return f"it is decoded in bands of rows, and stored once in the --format of a run: {others}"
+    same = size(stored_bytes(source.shapes, kept))
+    return f"--format {kept} keeps its matrices' very bytes ({same}); made from their values: {others}"
+
+
+def about_quantised(file: QuantizedFile) -> Answer:
+    about = {"what": _sizes(file.config), "precision": f"{file.format}, by fluxq", "files": [str(file.path)]}
+    return about | {"bytes": file.checkpoint.nbytes}
+
+
+def about_source(source: Source) -> Answer:
+    return {
+        "what": _sizes(source.config),
+        "precision": source.precision,
+        "bytes": source.nbytes,
+        "files": [str(path) for path in source.files],
+    }
+
+
+def _sizes(config: Any) -> str:
+    """The sizes of one of the four models, for people."""
+    if isinstance(config, FluxConfig):
+        blocks = f"{config.depth} + {config.depth_single_blocks} blocks"
+        return f"{variant(config)}, {blocks}, {config.hidden_size} wide"
+    if isinstance(config, dict):
+        layers = config.get("num_hidden_layers") or config.get("num_layers")
+        return f"{layers} layers, {config.get('hidden_size') or config.get('d_model')} wide"
+    return f"{config.z_channels} channels"
+
+
+def size(nbytes: int) -> str:
+    return f"{nbytes / 2**30:.1f} GiB" if nbytes >= 100 << 20 else f"{nbytes / 2**20:.1f} MiB"

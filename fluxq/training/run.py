@@ -1,0 +1,212 @@
+"""A run directory: how one is begun or gone on with, and what is saved into it.
+
+config.toml   every setting, defaults filled in
+log.jsonl     a line a step
+loss.png      the loss so far
+result.json   what came of it
+samples/      previews
+state/        what --resume needs
+<name>.safetensors, and <name>-step00000250.safetensors ... on the way; folders <name>.peft ... for PEFT
+"""
+
+from __future__ import annotations
+
+import glob
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import cast
+
+from torch import nn
+
+from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
+from fluxq.data.dataset import Dataset
+from fluxq.data.examples import read_caption
+from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.peft import is_adapter
+from fluxq.formats.lora.write import save_lora
+from fluxq.formats.lora.metadata import lora_metadata
+from fluxq.model.clip import Clip
+from fluxq.model.flux import Flux
+from fluxq.model.lora import lora_layers
+from fluxq.models.parts import Models
+
+
+@dataclass(frozen=True)
+class Result:
+    """What came of a run. Losses are of the flow; validation losses are by folder."""
+
+    steps: int
+    seconds: float
+    loss_first: float
+    loss_last: float
+    peak_bytes: int | None
+    lora: str
+    validation_before: dict[str, float] | None
+    validation_after: dict[str, float] | None
+
+    def save(self, folder: Path) -> None:
+        with atomic_path(folder / "result.json") as temporary:
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
+
+
+class Run:
+    """The directory of one run. `config` is resolved; `folder` is config.output.out."""
+
+    def __init__(self, config: TrainConfig) -> None:
+        self.config = config
+        self.folder = cast(Path, config.output.out)
+        self.name = cast(str, config.output.name)
+        self.suffix = ".peft" if config.lora.file_format == "peft" else ".safetensors"
+        self.state_file = self.folder / "state" / "state.safetensors"
+
+    def check(self, resume: bool, overwrite: bool) -> None:
+        """Raise WrongRequest where the folder cannot be written, where it holds results and neither `resume` nor
+        `overwrite` is set, and where `resume` would change what is computed. Nothing is changed."""
+        if resume:
+            written = self.folder / "config.toml"
+            self._refuse_changes(config_from_dict(read_toml(written), str(written)))
+        elif not overwrite and (present := [path for path in self._results() if path.exists()]):
+            raise WrongRequest(
+                f"{self.folder} already holds a run ({present[0].name}); go on with it by --resume {self.folder}, "
+                "replace it by --overwrite, or choose another --out"
+            )
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise WrongRequest(
+                f"{self.folder} cannot be written to ({error.strerror}); choose another --out"
+            ) from error
+
+    def begin(self, resume: bool) -> None:
+        """Write config.toml; unless `resume`, remove the results of the run that this one replaces."""
+        for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
+            for left_by_a_crash in folder.glob(".*.tmp-*"):
+                left_by_a_crash.unlink(missing_ok=True)
+        for path in [] if resume else self._results():
+            _remove(path)
+        with atomic_path(self.folder / "config.toml") as temporary:
+            temporary.write_text(to_toml(self.config), encoding="utf-8")
+
+    def _results(self) -> list[Path]:
+        """What a run of this name leaves: the files that a new one would replace."""
+        names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
+        return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
+
+    def _refuse_changes(self, before: TrainConfig) -> None:
+        if not self.state_file.is_file():
+            raise WrongRequest(
+                f"{self.folder} has saved no state yet, so it cannot be resumed; start it anew with --overwrite"
+            )
+        for section in ("model", "data", "lora", "training"):
+            was, now = asdict(getattr(before, section)), asdict(getattr(self.config, section))
+            for key in was:
+                moved = isinstance(was[key], Path) or isinstance(now[key], Path)
+                if was[key] == now[key] or moved or key == "ae_band":
+                    continue  # files may move, their contents are compared; bands change nothing
+                if key == "steps" and was["schedule"] == "constant":
+                    continue  # a shorter or longer run of the same beginning
+                raise WrongRequest(
+                    f"{self.folder} was begun with {section}.{key} = {was[key]}, not {now[key]}; "
+                    "resume it without that change, or begin another run with --out"
+                )
+
+    def lora_file(self, step: int) -> Path:
+        """<name>.safetensors for the last step, <name>-step00000250.safetensors before."""
+        last = step == self.config.training.steps
+        return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
+
+    def steps_saved(self) -> list[Path]:
+        """The LoRAs saved on the way, oldest first."""
+        return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))
+
+    def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
+        """Write the LoRA of `flux`, and of `clip` if it is trained, as it is after `step` steps; older ones beyond
+        `output.keep` are removed.
+        """
+        path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
+        of_clip = {} if clip is None else adapters_of(clip, alpha)
+        if is_adapter(path):  # of before a crash: folders are not replaced in one move, as files are
+            _remove(path)
+        save_lora(
+            path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
+        )
+        if self.config.output.keep:
+            for old in self.steps_saved()[: -self.config.output.keep]:
+                _remove(old)
+        return path
+
+
+def _remove(path: Path) -> None:
+    """Delete what a run left, a file or a PEFT adapter's folder, if it is there."""
+    if is_adapter(path):
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
+    """The LoRA of `model`, by layer, as it is written."""
+    return {
+        path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), alpha)
+        for path, layer in lora_layers(model).items()
+        if layer.lora_down is not None and layer.lora_up is not None
+    }
+
+
+def metadata_of(
+    config: TrainConfig, models: Models, dataset: Dataset, batches: int
+) -> Callable[[int, float, float], dict[str, str]]:
+    """A function (step, started, finished) -> the metadata of the LoRA at that step; `batches` is micro-batches an
+    epoch.
+    """
+    folders = config.data.folders
+    files = {f.path: [Path(e.path) for e in dataset.examples if Path(e.path).parent == f.path] for f in folders}
+    tags: dict[str | Path, Mapping[str, int]] = {path: _tag_frequency(pictures) for path, pictures in files.items()}
+    buckets = Counter({e.bucket: 0 for e in dataset.examples})
+    for example in dataset.examples:
+        buckets[example.bucket] += example.repeats
+
+    def at(step: int, started: float, finished: float) -> dict[str, str]:
+        training, size = config.training, cast(int, config.data.size)
+        return lora_metadata(
+            name=cast(str, config.output.name),
+            rank=cast(int, config.lora.rank),
+            alpha=cast(float, config.lora.alpha),
+            steps=step,
+            epochs=-(-step * training.accumulate // batches),
+            learning_rate=training.rate,
+            text_rate=training.text_rate,
+            seed=training.seed,
+            resolution=(size, size),
+            variant=models.variant,
+            base_model=models.flux_file,
+            optimizer=training.optimizer,
+            datasets={f.path: (f.repeats, len(files[f.path])) for f in folders},
+            tag_frequency=tags,
+            buckets=buckets,
+            trigger=next((f.trigger for f in folders if f.trigger), None),
+            title=cast(str, config.output.name),
+            started=started,
+            finished=finished,
+            timestep_sampling=training.timesteps,
+            shift=training.shift,
+            guidance=training.guidance,
+            precision="bf16",
+        )
+
+    return at
+
+
+def _tag_frequency(pictures: Sequence[Path]) -> dict[str, int]:
+    """How often each comma-separated part of the captions occurs, the most frequent first."""
+    parts = (part.strip() for picture in pictures for part in read_caption(picture).split(","))
+    return dict(Counter(part for part in parts if part).most_common())

@@ -1,0 +1,71 @@
+"""What a run needs to go on as if it had never stopped: the LoRA, the optimiser's state and the step, in one file.
+
+Everything else that a step depends on is addressed by its number. The file is a safetensors file, written whole or not
+at all.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
+from fluxq.model.linear import Linear
+
+
+def save_state(
+    path: Path, step: int, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer, facts: dict
+) -> None:
+    """Save the run as it is after `step` optimiser steps. `facts` is JSON of the caller's own."""
+    saved = optimizer.state_dict()
+    tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
+    scalars: dict[str, dict] = {}
+    for index, slots in saved["state"].items():
+        for key, value in slots.items():
+            if isinstance(value, dict):  # bitsandbytes wraps its tensors once more
+                tensors |= {f"optimizer.{index}.{key}.{inner}": tensor for inner, tensor in value.items()}
+            elif isinstance(value, Tensor):
+                tensors[f"optimizer.{index}.{key}"] = value
+            else:
+                scalars.setdefault(str(index), {})[key] = value
+    about = {"step": step, "scalars": scalars, "groups": saved["param_groups"], "facts": facts}
+    contiguous = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
+    write_safetensors(path, contiguous, {"fluxq_state": json.dumps(about)})
+
+
+def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
+    """Put the LoRA and the optimiser back as they were saved; returns the steps done and the caller's `facts`.
+
+    Raises WrongRequest for a file that is no state, or that belongs to another set of layers or ranks.
+    """
+    checkpoint = Checkpoint(path)
+    if "fluxq_state" not in checkpoint.metadata:
+        raise WrongRequest(f"{path} is no saved state of fluxq; give the run directory that holds state/")
+    about = json.loads(checkpoint.metadata["fluxq_state"])
+    parameters = _parameters(layers)
+    saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
+    if {n: tuple(p.shape) for n, p in parameters.items()} != {n: checkpoint.shape(k) for n, k in saved.items()}:
+        raise WrongRequest(f"{path} was saved with another rank or other targets; resume with the settings of that run")
+    with torch.no_grad():
+        for name, parameter in parameters.items():
+            parameter.copy_(checkpoint.get(saved[name]))
+    state: dict[int, dict] = {int(index): dict(slots) for index, slots in about["scalars"].items()}
+    for key in checkpoint.keys():
+        if key.startswith("optimizer."):
+            _, index, slot, *inner = key.split(".")
+            slots = state.setdefault(int(index), {})
+            (slots.setdefault(slot, {}) if inner else slots)[inner[0] if inner else slot] = checkpoint.get(key)
+    optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
+    return about["step"], about["facts"]
+
+
+def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
+    pairs = [
+        (f"{path}.{part}", getattr(layer, f"lora_{part}")) for path, layer in layers.items() for part in ("down", "up")
+    ]
+    return {name: parameter for name, parameter in pairs if parameter is not None}

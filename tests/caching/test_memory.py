@@ -1,0 +1,184 @@
+"""What `fluxq cache` has in memory at full width, counted: under 4 GiB on a card, under 3 GiB on a processor.
+
+The encoders run on `meta`, where what would lie on a card is counted and nothing is computed: the same code, files and
+group of captions. A slow test runs the whole command on the processor, with random weights.
+"""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from helpers import write_hollow
+from live_bytes import LiveBytes
+from PIL import Image
+
+from fluxq import nano
+from fluxq.commands.cache import cache_command
+from fluxq.config import config_from_dict
+from fluxq.caching.encoding import PIXELS_PER_BATCH
+from fluxq.formats.checkpoint.files import write_safetensors
+from fluxq.formats.load import ENCODER_SLOTS, load_autoencoder, load_text_encoders
+from fluxq.formats.checkpoint.shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
+from fluxq.model import AutoEncoderConfig, FluxConfig
+from fluxq.model.text import STATES_BYTES
+from fluxq.models.parts import Models
+
+pytestmark = pytest.mark.slow
+
+GIB = 2**30
+META = torch.device("meta")
+TOKENIZERS = ((nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt"), (nano.T5_TOKENIZER,))
+CLIP_L = clip_shapes(
+    dict(vocab_size=49408, hidden_size=768, intermediate_size=3072, num_hidden_layers=12, max_position_embeddings=77)
+)
+SLOTS = {"cuda": ENCODER_SLOTS, "cpu": 0}
+T5_STORED = {"fp16": torch.float16, "fp8": torch.float8_e4m3fn, "scaled fp8": torch.float8_e4m3fn}
+
+
+def t5_xxl(layers: int) -> dict[str, tuple[int, ...]]:
+    """The real one has 24 layers."""
+    sizes = dict(vocab_size=32128, d_model=4096, d_kv=64, d_ff=10240, num_heads=64, relative_attention_num_buckets=32)
+    return t5_shapes(sizes | {"num_layers": layers})
+
+
+def hollow_t5(path: Path, layers: int, stored: str) -> Path:
+    shapes = t5_xxl(layers)
+    dtypes = {name: T5_STORED[stored] if len(shape) > 1 else torch.float16 for name, shape in shapes.items()}
+    if stored == "scaled fp8":
+        scales = [f"{name.removesuffix('.weight')}.scale_weight" for name, shape in shapes.items() if len(shape) > 1]
+        shapes |= dict.fromkeys(scales, ())
+        dtypes |= dict.fromkeys(scales, torch.float32)
+    return write_hollow(path, dtypes, shapes)
+
+
+def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
+    """Matrices by 1/sqrt(fan-in), scales around 1; tensors of one shape are alike, to take less time."""
+    noise = {}
+    for shape in set(shapes.values()):
+        scale, around = (shape[1:].numel() ** -0.5, 0.0) if len(shape := torch.Size(shape)) > 1 else (0.1, 1.0)
+        noise[tuple(shape)] = (torch.randn(shape) * scale + around).to(dtype)
+    write_safetensors(path, {name: noise[shape] for name, shape in shapes.items()})
+
+
+@pytest.mark.parametrize(
+    ("place", "dtype", "stored", "most"),
+    [
+        ("cuda", torch.bfloat16, "fp16", 4 * GIB),
+        ("cuda", torch.bfloat16, "fp8", 4 * GIB),
+        ("cuda", torch.bfloat16, "scaled fp8", 4 * GIB),
+        ("cpu", torch.bfloat16, "fp8", 3 * GIB),
+        ("cpu", torch.float32, "fp16", 3 * GIB),  # where bf16 is slow
+    ],
+)
+def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, tmp_path, monkeypatch):
+    """512 tokens a caption, as many captions as there are in one call. On a card two blocks as they are stored lie in
+    the ring's slots beside the one that is computed with, on a processor there is only that one.
+    """
+    monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES[place])
+    clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
+    states, peaks = STATES_BYTES[place], []
+    for layers in (2, 4):
+        t5 = hollow_t5(tmp_path / f"{layers}.safetensors", layers, stored)
+        with LiveBytes(device="meta") as bytes:
+            encoders = load_text_encoders(clip, t5, *TOKENIZERS, 512, META, dtype, slots=SLOTS[place])
+            encoded = encoders.encode(["a red star "] * encoders.group)
+        assert encoders.group * 512 * 4096 * dtype.itemsize == states
+        assert encoded.t5.shape == (encoders.group, 512, 4096) and encoded.t5.device == META
+        peaks.append(bytes.peak)
+    print(
+        f"{encoders.group} captions through T5-XXL in {stored} and CLIP-L, {place}, {dtype}: {peaks[1] / GIB:.3f} GiB"
+    )
+    block = (4 * 4096 + 3 * 10240) * 4096
+    slots = SLOTS[place] * block * T5_STORED[stored].itemsize
+    assert states + block * dtype.itemsize + slots < peaks[0] == peaks[1] < most
+
+
+@pytest.mark.parametrize("stored", ["fp16", "scaled fp8"])
+@pytest.mark.parametrize("gib", [1.5, 1.75])
+def test_the_text_encoders_keep_to_the_room_of_the_card(gib, stored, tmp_path, monkeypatch):
+    """By taking fewer captions at a time: as many as fit, within one batch. Attention is one operator there."""
+    monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES["cuda"])
+    monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: torch.empty_like(q))
+    clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
+    t5, room = hollow_t5(tmp_path / "t5.safetensors", 2, stored), int(gib * GIB)
+    with LiveBytes(device="meta") as bytes:
+        encoders = load_text_encoders(clip, t5, *TOKENIZERS, 512, META, torch.bfloat16, room=room)
+        encoders.encode(["a red star "] * encoders.group)
+    caption = 512 * 4096 * 2
+    print(f"{encoders.group} captions with T5 in {stored}, {gib} GiB: {bytes.peak / GIB:.3f} GiB")
+    assert bytes.peak <= room
+    assert encoders.group == STATES_BYTES["cuda"] // caption or bytes.peak > room - 16 * caption
+
+
+@pytest.mark.parametrize(("batch", "side"), [(1, 1024), (4, 512)])
+def test_the_autoencoder_stays_under_4_gib_on_a_card(batch, side, tmp_path):
+    """With its weights, the decoder's too, in fp32; a convolution's workspace comes on top. In bands it takes less."""
+    assert batch * side * side == PIXELS_PER_BATCH
+    shapes = autoencoder_shapes(AutoEncoderConfig())
+    path = write_hollow(tmp_path / "ae.safetensors", dict.fromkeys(shapes, torch.float32), shapes)
+    peaks = []
+    for band in (None, 64):
+        with LiveBytes(device="meta") as bytes:
+            autoencoder = load_autoencoder(path, META).in_bands(band)
+            autoencoder.encoder(torch.zeros(batch, 3, side, side, device=META))
+        peaks.append(bytes.peak)
+        print(f"{batch} pictures of {side} x {side}, in bands of {band}: {bytes.peak / GIB:.3f} GiB on the card")
+    weight_bytes = sum(torch.Size(shape).numel() * 4 for shape in shapes.values())
+    assert weight_bytes < peaks[1] < 0.6 * peaks[0] < peaks[0] < 4 * GIB
+
+
+def test_meta_counts_what_the_processor_takes(tmp_path):
+    """The autoencoder at full width, small: the numbers above stand for memory that is really used."""
+    shapes = autoencoder_shapes(AutoEncoderConfig())
+    path = write_hollow(tmp_path / "ae.safetensors", dict.fromkeys(shapes, torch.float32), shapes)
+    peaks = []
+    for device in (META, torch.device("cpu")):
+        autoencoder = load_autoencoder(path, device)
+        with LiveBytes() as bytes, torch.no_grad():
+            autoencoder.encoder(torch.zeros(1, 3, 128, 128, device=device))
+        peaks.append(bytes.peak)
+    assert peaks[0] == peaks[1] > 5 * 128 * 128 * 128 * 4
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stored", ["fp16", "fp8"])
+def test_the_command_stays_under_3_gib_on_a_processor(stored, tmp_path, monkeypatch):
+    """All of `fluxq cache`, a picture of 512 x 512 with a caption of 512 tokens; T5 with 2 layers and with 4."""
+    write_hollow(
+        tmp_path / "flux.safetensors",
+        dict.fromkeys(flux := flux_shapes(FluxConfig.dev()), torch.bfloat16),
+        flux,
+    )
+    write_random(tmp_path / "ae.safetensors", autoencoder_shapes(AutoEncoderConfig()), torch.float32)
+    write_random(tmp_path / "clip_l.safetensors", CLIP_L, torch.float16)
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    Image.effect_mandelbrot((512, 512), (-2, -1, 1, 1), 20).convert("RGB").save(photos / "a.png")
+    (photos / "a.txt").write_text("a red star " * 300)
+    model = {part: str(tmp_path / f"{part}.safetensors") for part in ("flux", "ae", "clip_l", "t5xxl")}
+    model |= {"clip_tokenizer": str(nano.CLIP_TOKENIZER), "t5_tokenizer": str(nano.T5_TOKENIZER)}
+    data = {"folders": [str(photos)], "size": 512, "cache": str(tmp_path / "cache")}
+    config, peaks = config_from_dict({"model": model, "data": data}, "a test"), {"pictures": [], "captions": []}
+    load_text_encoders = Models.load_text_encoders
+
+    def after_the_pictures(models, *room):
+        assert bytes.live < 1 << 20  # the autoencoder is gone
+        peaks["pictures"].append(bytes.peak)
+        bytes.reset_peak()
+        return load_text_encoders(models, *room)
+
+    monkeypatch.setattr(Models, "load_text_encoders", after_the_pictures)
+    for layers in (2, 4):
+        write_random(tmp_path / "t5xxl.safetensors", t5_xxl(layers), T5_STORED[stored])
+        shutil.rmtree(tmp_path / "cache", ignore_errors=True)
+        with LiveBytes() as bytes:
+            answer = cache_command(config)
+        assert answer["pictures"] == 1 and "longer than 512 T5 tokens" in answer["notes"][0]
+        peaks["captions"].append(bytes.peak)
+    for stage, (few, more) in peaks.items():
+        print(f"fluxq cache with T5-XXL in {stored}, {stage}: {more / GIB:.3f} GiB of tensors")
+        assert few == pytest.approx(more, abs=1 << 20) and more < 3 * GIB

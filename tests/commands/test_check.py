@@ -1,0 +1,248 @@
+"""`fluxq check`: which file serves which part, what a run needs, every reason against it."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import write_hollow
+from huggingface_hub import constants
+from PIL import Image
+
+from fluxq.commands import check as checks
+from fluxq import nano
+from fluxq.cli.main import main
+from fluxq.formats.load import load_flux
+from fluxq.formats.quantized import stored_bytes
+from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.models.hub import NotFetched
+from fluxq.memory.machine import Card, Machine
+from fluxq.model import FluxConfig
+from fluxq.models.parts import Models
+from fluxq.commands.quantize import quantize_command
+
+ROOT = Path(__file__).parent.parent
+
+
+@pytest.fixture(autouse=True)
+def _empty_folder(monkeypatch, tmp_path):
+    monkeypatch.delenv("FLUXQ_MODELS", raising=False)
+    monkeypatch.chdir(tmp_path)
+
+
+def run(*arguments) -> tuple[int, dict, str]:
+    """Exit code, answer, and the lines meant for people."""
+    result = CliRunner().invoke(main, ["check", *map(str, arguments), "--json"])
+    return result.exit_code, json.loads(result.stdout), result.stderr
+
+
+@pytest.fixture
+def photos(tmp_path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for i, size in enumerate(((96, 96), (96, 96), (128, 64))):
+        Image.new("RGB", size, (i, 0, 0)).save(folder / f"{i}.png")
+    return folder
+
+
+def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_path, monkeypatch):
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "nothing quantised yet"))
+    before = sorted(tmp_path.rglob("*"))
+    code, answer, lines = run(photos, "--model", "nano")
+    assert code == 0 and answer["ready"] and answer["reasons"] == []
+    assert answer["parts"]["flux"] == {
+        "path": str(nano.FLUX),
+        "why": "the bundled toy",
+        "what": "dev, 2 + 2 blocks, 192 wide",
+        "precision": "bf16",
+        "bytes": answer["parts"]["flux"]["bytes"],
+        "files": [str(nano.FLUX)],
+    }
+    assert answer["pictures"]["pictures"] == 3 and answer["pictures"]["buckets"] == {"96x96": 2, "128x64": 1}
+    assert answer["disk"]["needed"] > answer["disk"]["cache"] > answer["pictures"]["latents_bytes"] > 0
+    assert "3, 1 different captions; 2 at 96x96, 1 at 128x64" in lines and lines.endswith("ready: a run could start\n")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_the_cache_takes_the_room_that_is_foretold(photos, tmp_path):
+    _, answer, _ = run(photos, "--model", "nano")
+    result = CliRunner().invoke(main, ["cache", str(photos), "--model", "nano", "--cache", str(tmp_path / "cache")])
+    assert result.exit_code == 0
+    records = [path.stat().st_size for kind in ("latents", "text") for path in (tmp_path / "cache" / kind).iterdir()]
+    assert answer["disk"]["cache"] == pytest.approx(sum(records), rel=0.15)  # headers are the rest
+
+
+@pytest.mark.parametrize("format", ["nf4", "bf16"])
+def test_stored_bytes_are_those_of_the_loaded_model(format):
+    flux = load_flux(nano.FLUX, format, torch.device("cpu"))
+    loaded = sum(buffer.nbytes for buffer in flux.buffers())
+    padding = 256 * len(list(flux.buffers()))
+    assert loaded <= stored_bytes(flux_shapes(flux.config), format) < loaded + padding
+
+
+def test_full_size_needs_what_is_known():
+    # the only tensor that 256 bytes do not divide is the last layer's bias: 64 numbers
+    assert stored_bytes(flux_shapes(FluxConfig.dev()), "bf16") == 2 * 11_901_408_320 + 128
+    assert 6.7e9 < stored_bytes(flux_shapes(FluxConfig.dev()), "nf4") < 6.9e9
+    assert 11.9e9 < stored_bytes(flux_shapes(FluxConfig.dev()), "int8") < 12.1e9
+
+
+def test_every_reason_is_given_at_once(tmp_path, photos):
+    models = tmp_path / "models"
+    models.mkdir()
+    shutil.copy(nano.FLUX, models)
+    shutil.copy(nano.AE, models)
+    (photos / "bad.png").write_bytes(b"\x89PNG no picture")
+    code, answer, lines = run(photos, "--models", models, "--t5xxl", nano.CLIP_L)
+    assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 3
+    text = "\n".join(answer["reasons"])
+    assert f"{models} holds no CLIP text encoder; name it by --clip-l" in text
+    assert "is a CLIP text encoder, where a T5 text encoder is wanted" in text and "bad.png" in text
+    assert answer["parts"]["ae"]["why"] == f"the only one in {models}"
+    assert lines.count("missing") == 3 and lines.endswith("not ready\n")
+
+
+def test_nothing_named_is_one_reason():
+    code, answer, _ = run()
+    assert code == 2 and len(answer["reasons"]) == 1 and "--models" in answer["reasons"][0]
+
+
+def test_too_little_memory_disk_or_card_is_a_reason(monkeypatch, photos):
+    card = Machine("2.13", "13.0", False, True, False, Card("old card", (6, 1), 1 << 20), ("sm_80",))
+    monkeypatch.setattr(checks, "memory", lambda: (1 << 30, 1 << 29))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(checks, "read_machine", lambda: card)
+    code, answer, _ = run(photos, "--model", "nano")
+    memory, card, disk, obstacle = answer["reasons"]
+    assert code == 2 and "2.0 GiB of RAM are needed with the transformer in nf4, this machine has 1.0 GiB" in memory
+    assert "the old card has 1.0 MiB, and the transformer's weights alone take 2.7 MiB in nf4; use another" in card
+    assert "of disk are needed at" in disk and "has no code for the old card (sm_61" in obstacle
+
+
+def machine_with(card: Card | None, monkeypatch, free: int | None = None) -> None:
+    seen = Machine("2.13", "13.0", False, True, False, card, ("sm_80", "sm_86", "sm_89"))
+    monkeypatch.setattr(checks, "read_machine", lambda: seen)
+    monkeypatch.setattr(checks, "free_on_card", lambda: free)
+
+
+@pytest.fixture(scope="module")
+def full_size(tmp_path_factory) -> Path:
+    """FLUX.1 dev as far as headers tell."""
+    shapes = flux_shapes(FluxConfig.dev())
+    return write_hollow(
+        tmp_path_factory.mktemp("full") / "flux1-dev.safetensors", dict.fromkeys(shapes, torch.bfloat16), shapes
+    )
+
+
+def test_the_card_is_described_with_what_training_needs_on_it(full_size, monkeypatch):
+    ada = Card("RTX 4090", (8, 9), 24 << 30)
+    machine_with(ada, monkeypatch, free=int(22.5 * 2**30))
+    _, answer, lines = run("--flux", full_size)
+    described = (
+        "card         RTX 4090, 22.5 GiB of 24.0 GiB free, compute capability 8.9; training in nf4 needs 6.3 GiB"
+    )
+    assert f"{described} of it for the weights alone\n" in lines
+    weights = stored_bytes(flux_shapes(FluxConfig.dev()), "nf4")
+    about = {"name": "RTX 4090", "capability": [8, 9], "free": int(22.5 * 2**30), "all": 24 << 30, "weights": weights}
+    assert answer["card"] == about
+    assert not any("RTX 4090" in reason for reason in answer["reasons"])
+
+
+@pytest.mark.parametrize(
+    ("format", "gib", "sentence"),
+    [
+        ("nf4", 6, "the laptop card has 6.0 GiB, and the transformer's weights alone take 6.3 GiB in nf4; use another"),
+        ("nf4", 8, None),
+        ("int8", 8, "the laptop card has 8.0 GiB, and the transformer's weights alone take 11.2 GiB in int8; use --fo"),
+        ("bf16", 24, None),
+    ],
+)
+def test_a_card_that_cannot_hold_the_weights_is_a_reason(format, gib, sentence, full_size, monkeypatch):
+    machine_with(Card("laptop card", (8, 6), gib << 30), monkeypatch)
+    _, answer, lines = run("--flux", full_size, "--format", format)
+    found = [reason for reason in answer["reasons"] if "laptop card" in reason]
+    assert len(found) == (sentence is not None) and (sentence is None or sentence in found[0])
+    assert f"card         laptop card, {gib}.0 GiB, compute capability 8.6; training in {format} needs" in lines
+
+
+def test_no_card_is_one_line(monkeypatch):
+    machine_with(None, monkeypatch)
+    code, answer, lines = run("--model", "nano")
+    assert code == 0 and answer["card"] is None
+    assert lines.count("card ") == 1 and "card         none that torch can use, so training runs on the proc" in lines
+
+
+def test_a_card_beside_missing_models_is_described_without_a_need(monkeypatch):
+    machine_with(Card("RTX 4090", (8, 9), 24 << 30), monkeypatch)
+    code, answer, lines = run()
+    assert code == 2 and answer["card"]["weights"] is None
+    assert "card         RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines
+
+
+def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
+    served = Models.served
+
+    def from_hub(self, part):
+        if part == "t5xxl":
+            raise NotFetched("someone/T5", ["a", "b"], 9_000_000_000)
+        return served(self, part)
+
+    monkeypatch.setattr(Models, "served", from_hub)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, 10**12))
+    code, answer, lines = run("--model", "nano")
+    assert code == 0 and answer["disk"]["downloads"] == 9_000_000_000
+    assert "t5xxl        2 files of someone/T5, 9.0 GB, are not in the hub's cache yet; a run fetches them" in lines
+
+
+def test_room_for_what_the_hub_gives_is_wanted_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatch):
+    """Every place a disk of its own here: the one of the hub's cache is full, home has room."""
+    hub, served = tmp_path / "other disk" / "hub", Models.served
+
+    def from_hub(self, part):
+        if part == "t5xxl":
+            raise NotFetched("someone/T5", ["a"], 9_000_000_000)
+        return served(self, part)
+
+    def disk_usage(place):
+        return shutil._ntuple_diskusage(10**12, 0, 1 << 30 if place == hub else 10**12)
+
+    monkeypatch.setattr(Models, "served", from_hub)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
+    monkeypatch.setattr(checks, "_by_disk", lambda places: {place: [name] for name, place in places.items()})
+    monkeypatch.setattr(checks.shutil, "disk_usage", disk_usage)
+    code, answer, lines = run("--model", "nano")
+    assert code == 2 and len(answer["reasons"]) == 1
+    assert f"8.4 GiB of disk are needed at {hub}, 1.0 GiB are free" in answer["reasons"][0]
+    assert f"8.4 GiB needed (downloads 8.4 GiB), 1.0 GiB free at {hub}" in lines
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
+)
+def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE")}
+    code = [sys.executable, "-c", "from fluxq.models.hub import hub_cache; print(hub_cache())"]
+    environment[variable] = str(tmp_path)
+    printed = subprocess.run(code, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
+    assert Path(printed.strip()) == tmp_path / inside
+
+
+def test_a_quantised_file_beside_its_original_is_named_with_the_reason(tmp_path):
+    for file in (nano.FLUX, nano.AE, nano.CLIP_L, nano.T5XXL):
+        shutil.copy(file, tmp_path)
+    made = tmp_path / "made.safetensors"
+    quantize_command(nano.FLUX, made, "nf4")
+    _, answer, lines = run("--models", tmp_path)
+    described = f"{made} (flux1-nano.safetensors in nf4 already): dev, 2 + 2 blocks, 192 wide, nf4, by fluxq"
+    assert f"flux         {described}" in lines and answer["parts"]["flux"]["path"] == str(made)
+    _, answer, lines = run("--models", tmp_path, "--format", "int8")
+    assert answer["parts"]["flux"]["path"] == str(tmp_path / "flux1-nano.safetensors")
+    assert f"(the only one in {tmp_path}; made.safetensors is it in nf4)" in lines

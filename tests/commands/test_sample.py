@@ -1,0 +1,240 @@
+"""Pictures: fixed by their seed alone, in any company; strengths, several LoRAs, grids, metadata."""
+
+from __future__ import annotations
+
+import weakref
+from contextlib import nullcontext
+
+import pytest
+import torch
+from click.testing import CliRunner
+from helpers import randomise, relative_error, tiny_config
+from lora_files import WRITERS
+from PIL import Image
+
+from fluxq.commands import sample
+from fluxq.cli.main import main
+from fluxq.config import ModelConfig, SamplesConfig
+from fluxq.caching.store import Text
+from fluxq.formats.checkpoint.files import write_safetensors
+from fluxq.formats.lora.read import Lora
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
+from fluxq.model.costs import AUTOENCODER, TILES
+from fluxq.model.lora import lora_strength
+from fluxq.models.parts import Models
+from fluxq.sampling.requests import Shot, shots
+from fluxq.commands.sample import _told
+from fluxq.sampling.denoising import attach
+from fluxq.sampling.decoding import draw
+from fluxq.sampling.sheets import labelled_grid, save_picture
+from fluxq.memory.phases import Turns
+
+
+@pytest.fixture
+def models():
+    flux = randomise(Flux(tiny_config(in_channels=64, out_channels=64)))
+    autoencoder = randomise(AutoEncoder(AutoEncoderConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, groups=2)))
+    texts = {p: Text(torch.randn(5, 40), torch.randn(24), p, 3, False) for p in ("a", "b", "")}
+    return flux, autoencoder.in_bands, texts
+
+
+def same(a: Image.Image, b: Image.Image) -> bool:
+    """Equal but for the last bit of a colour: a batch of another size may sum in another order."""
+    difference = torch.frombuffer(bytearray(a.tobytes()), dtype=torch.uint8).int()
+    return bool((difference - torch.frombuffer(bytearray(b.tobytes()), dtype=torch.uint8).int()).abs().max() <= 1)
+
+
+def test_a_picture_does_not_depend_on_its_company(models):
+    wanted = [Shot("a", 1, 48, 32, 3), Shot("b", 2, 32, 32, 3), Shot("b", 3, 48, 32, 3)]
+    together = draw(*models, wanted)
+    assert [p.size for p in together] == [(48, 32), (32, 32), (48, 32)]
+    for shot, picture in zip(wanted, together, strict=True):
+        assert same(draw(*models, [shot])[0], picture)
+    assert not same(together[0], together[2])
+
+
+def test_progress_counts_every_step_of_every_picture(models):
+    calls = []
+    draw(*models, [Shot("a", 1, 32, 32, 3), Shot("b", 2, 48, 32, 2)], lambda done, total: calls.append((done, total)))
+    assert calls[-1] == (5, 5)
+    assert [total for _, total in calls] == [5] * len(calls)
+
+
+def test_the_autoencoder_is_loaded_when_all_is_drawn_and_for_the_largest_picture(models):
+    flux, load, texts = models
+    loads, done = [], []
+    wanted = [Shot("a", 1, 32, 32, 3), Shot("b", 2, 64, 32, 2)]
+    least = AUTOENCODER + int(TILES[0][1] * 64 * 32 * 128 * 4)
+    for room in (least, least - 1):
+        draw(
+            flux,
+            lambda band: loads.append((band, done[-1])) or load(band),
+            texts,
+            wanted,
+            lambda steps, total: done.append(steps),
+            Turns(room=room),
+        )
+    assert loads == [(None, 5), (TILES[1][0], 5)]
+
+
+def test_true_guidance_moves_away_from_the_negative_prompt(models):
+    def picture(cfg, negative=""):
+        return draw(*models, [Shot("a", 1, 32, 32, 3, cfg=cfg, negative=negative)])[0]
+
+    assert same(picture(1.0), picture(1.0, "b"))  # not used at 1
+    assert same(picture(5.0, "a"), picture(1.0))  # away from itself is nowhere
+    assert not same(picture(5.0, "b"), picture(1.0))
+
+
+def adapters(flux, rank, seed):
+    generator = torch.Generator().manual_seed(seed)
+    layer = flux.single_blocks[0].linear1
+    down = torch.randn(rank, layer.in_features, generator=generator)
+    return {"single_blocks.0.linear1": Adapter(down, torch.randn(layer.out_features, rank, generator=generator), 2.0)}
+
+
+def test_loras_add_up_at_their_strengths(models):
+    flux, *_ = models
+    x = torch.randn(1, 4, 64)
+    layer = flux.single_blocks[0].linear1
+    base = layer(x)
+    one, two = adapters(flux, 3, 0), adapters(flux, 5, 1)
+    delta = {}
+    for name, lora in (("one", one), ("two", two)):
+        attach(flux, [(lora, 1.0)])
+        delta[name] = layer(x) - base
+    attach(flux, [(one, 0.5), (two, -2.0)])
+    torch.testing.assert_close(layer(x), base + 0.5 * delta["one"] - 2.0 * delta["two"], rtol=1e-4, atol=1e-3)
+    with lora_strength(flux, 0.0):
+        torch.testing.assert_close(layer(x), base)
+    attach(flux, [])
+    assert list(flux.parameters()) == []
+
+
+def test_shots_take_open_sides_from_the_training_size():
+    samples = SamplesConfig(prompts=("a", "b"), width=64, seed=5)
+    made = shots(samples, samples.prompts, 96)
+    assert [(s.prompt, s.seed, s.width, s.height) for s in made] == [("a", 5, 64, 96), ("b", 6, 64, 96)]
+
+
+@pytest.mark.parametrize("grid", [[], ["--grid", "--strength", "0", "--strength", "1"]])
+def test_streamed_units_draw_the_very_same_pictures(grid, tmp_path):
+    common = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "2", *grid]
+    common += ["--cache", str(tmp_path / "cache")]
+    for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
+        result = CliRunner().invoke(main, [*common, *more, "--out", str(tmp_path / name)])
+        assert result.exit_code == 0, result.output
+        assert ("units stay, the others stream through 2 slots" in result.output) == (name == "streamed")
+    files = sorted(path.name for path in (tmp_path / "resident").iterdir())
+    assert len(files) == 2
+    for name in files:
+        assert (tmp_path / "resident" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
+
+
+def test_the_transformer_is_gone_when_the_autoencoder_comes(tmp_path, monkeypatch):
+    """And the text encoders when the transformer does: they take turns."""
+    there, loads = weakref.WeakValueDictionary(), []
+
+    def watch(name):
+        load = getattr(Models, name)
+
+        def watched(models, *arguments):
+            loads.append((name, sorted(there)))
+            there[name] = loaded = load(models, *arguments)
+            return loaded
+
+        monkeypatch.setattr(Models, name, watched)
+
+    for name in ("load_text_encoders", "load_flux", "load_autoencoder"):
+        watch(name)
+    arguments = ["sample", "--model", "nano", "--prompt", "a red star", "--steps", "1", "--resident-units", "0"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert loads == [("load_text_encoders", []), ("load_flux", []), ("load_autoencoder", [])]
+
+
+def test_an_amount_of_memory_that_cannot_be_kept_to_is_refused(tmp_path):
+    result = CliRunner().invoke(main, ["sample", "--model", "nano", "--prompt", "x", "--vram", "8GiB"])
+    assert result.exit_code == 2 and "--vram is about a CUDA card, and this machine has none" in result.output
+
+
+def test_settings_are_in_the_png(tmp_path):
+    shot = Shot("a cat", 7, 32, 32, 4, guidance=2.5, cfg=2.0, negative="dog")
+    save_picture(Image.new("RGB", (32, 32)), tmp_path / "x.png", shot, LoRA="cat (0.8)")
+    assert Image.open(tmp_path / "x.png").text["parameters"] == (
+        "a cat\nNegative prompt: dog\nSteps: 4, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 2.5, Seed: 7, "
+        "Size: 32x32, LoRA: cat (0.8)"
+    )
+
+
+def test_a_grid_holds_every_picture_in_its_cell():
+    colours = [["red", "green"], ["blue", "yellow"], ["white", "black"]]
+    rows = [[Image.new("RGB", (96, 64), colour) for colour in row] for row in colours]
+    sheet = labelled_grid(rows, ["first row", "second", "a very long label of the third row"], ["left", "right"])
+    found = {colour for _, colour in sheet.getcolors(1 << 20)}
+    assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= found
+
+
+def test_encoding_of_prompts_shows_its_progress(tmp_path, monkeypatch):
+    """T5's file may take minutes to go through: its blocks are counted as captions done."""
+    calls = []
+    monkeypatch.setattr(sample, "progress_bar", lambda: nullcontext(lambda *call: calls.append(call)))
+    arguments = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "1"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    assert CliRunner().invoke(main, arguments).exit_code == 0
+    assert [call for call in calls if call[0] == "captions"] == [("captions", 1, 3), ("captions", 3, 3)]
+    assert calls[-1] == ("sampling", 2, 2)
+
+
+def test_prompts_that_are_too_long_are_said(tmp_path):
+    arguments = ["sample", "--model", "nano", "--prompt", "red star " * 50, "--steps", "1"]
+    arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
+    lines = CliRunner().invoke(main, arguments).output.splitlines()
+    prompt = f"the prompt {('red star ' * 7)[:60]!r}".removesuffix("'") + "...'"
+    assert f"{prompt} is longer than 32 T5 tokens; what is beyond was cut off" in lines
+    assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines
+
+
+def test_any_dialect_is_drawn_with_and_clips_part_too(tmp_path):
+    """OneTrainer's parts, as they are, converted and without CLIP-L's part; not at all."""
+    tensors, _, _ = WRITERS["OneTrainer legacy"]()
+    tensors = {key: tensor if key.endswith(".alpha") else tensor * 0.1 for key, tensor in tensors.items()}
+    write_safetensors(tmp_path / "without.safetensors", tensors)
+    name = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora"
+    tensors |= {f"{name}_down.weight": torch.randn(4, 64), f"{name}_up.weight": torch.randn(256, 4)}
+    write_safetensors(tmp_path / "x.safetensors", tensors)
+    runner, drawn = CliRunner(), []
+    assert runner.invoke(main, ["lora", "convert", *(str(tmp_path / n) for n in ("x.safetensors", "y"))]).exit_code == 0
+    common = ["sample", "--model", "nano", "--prompt", "a red star", "--steps", "1", "--cache", str(tmp_path / "cache")]
+    for lora in (*(["--lora", str(tmp_path / n)] for n in ("x.safetensors", "y", "without.safetensors")), []):
+        result = runner.invoke(main, [*common, "--out", str(tmp_path / "out"), *lora])
+        assert result.exit_code == 0, result.output
+        drawn.append(Image.open(tmp_path / "out/00_seed42.png").copy())
+    assert same(drawn[0], drawn[1])
+    assert not any(same(drawn[i], drawn[j]) for i, j in ((0, 2), (0, 3), (2, 3)))
+
+
+def test_prompts_are_told_by_the_clip_of_each_pass(tmp_path):
+    """As a CLIP-L with the LoRAs merged into its weights tells them; CLIP-L is not loaded for passes without."""
+    models, texts, loras = Models(ModelConfig(name="nano")), dict[str, Text](), list[Lora]()
+    with torch.no_grad():
+        texts = {p: Text(torch.zeros(2, 3), models.load_clip().pooled([p])[0], p, 1, False) for p in ("red", "a star")}
+    for rank in (2, 3):
+        torch.manual_seed(rank)
+        clip = {"encoder.layers.0.mlp.fc1": Adapter(torch.randn(rank, 64), 0.1 * torch.randn(256, rank), 5.0)}
+        clip |= {"encoder.layers.1.self_attn.q_proj": Adapter(torch.randn(rank, 64), torch.randn(64, rank), 1.0)}
+        loras.append(Lora(tmp_path, models.flux_config, "kohya", {}, clip, {}))
+    told = _told(models, texts, [[(loras[0], 0.5), (loras[1], 2.0)], [], [(loras[1], 1.0)]])
+    for pass_, strengths in zip(told, [(0.5, 2.0), (0.0, 0.0), (0.0, 1.0)], strict=True):
+        merged = models.load_clip()
+        for lora, strength in zip(loras, strengths, strict=True):
+            for module, adapter in lora.clip.items():
+                layer = merged.get_submodule(module)
+                layer.weight = layer.weight + strength * adapter.change()
+        assert pass_.keys() == texts.keys()
+        for prompt, text in pass_.items():
+            assert relative_error(text.clip, merged.pooled([prompt])[0]) <= 1e-5
+            assert text.t5 is texts[prompt].t5
+    assert relative_error(told[0]["red"].clip, texts["red"].clip) > 0.01
+    assert _told(Models(ModelConfig()), texts, [[], []]) == [texts, texts]

@@ -1,0 +1,235 @@
+"""Sampling within the memory of training: what is on the card while pictures are drawn, counted at full width."""
+
+from __future__ import annotations
+
+import gc
+import re
+from dataclasses import dataclass
+from unittest.mock import patch
+
+import pytest
+import torch
+from helpers import write_hollow
+from hollow import hollow
+from live_bytes import LiveBytes
+
+from fluxq.memory import phases as turns
+from fluxq.config import MemoryConfig, TrainConfig, config_from_dict
+from fluxq.caching.store import Text
+from fluxq.errors import WrongRequest
+from fluxq.formats.load import load_autoencoder
+from fluxq.formats.quantized import assign, layout, view
+from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
+from fluxq.memory.placement import Budget, Placement, placed
+from fluxq.model import AutoEncoderConfig, Flux, FluxConfig, add_lora
+from fluxq.model.blocks import Scale
+from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
+from fluxq.offload import Immediate, Schedule, Stored, StreamingRing
+from fluxq.offload.cards import CARDS
+from fluxq.offload.footprint import fixed
+from fluxq.offload.planner import MARGIN, plan
+from fluxq.offload.plans import Pins
+from fluxq.sampling.requests import Shot
+from fluxq.sampling.decoding import develop
+from fluxq.sampling.denoising import walk
+from fluxq.memory.phases import (
+    DRAWING_SLOTS,
+    TOKENS_PER_BATCH,
+    Turns,
+    band_for,
+    drawing,
+    least_for_drawing,
+    place_drawing,
+    preview_turns,
+    room_of,
+)
+
+GIB = 2**30
+DEV = FluxConfig.dev()
+META = torch.device("meta")
+UNITS = 76
+
+
+def skeleton() -> Flux:
+    with META:
+        return Flux(DEV)
+
+
+def filled(flux: Flux, resident, slots: int, format: str = "nf4") -> Flux:
+    """The transformer at full size on `meta`, as it is streamed: what stays in memory of its own, the rest in slots.
+    Nothing is on the host.
+    """
+    units = layout(flux_shapes(DEV), format)
+    if resident is None:
+        resident, slots = [unit for unit in units if not unit.endswith(".mod")], 0
+    mods = tuple(block.modulation_unit for block in flux.blocks)
+
+    def place(unit: str, flat: torch.Tensor) -> None:
+        assign(flux, {p.name: view(flat, p) for p in units[unit][0]})
+
+    stay = units if not slots else [u for u in units if u in set(resident) or u == "rest"]
+    for unit in stay:
+        place(unit, torch.empty(units[unit][1], dtype=torch.uint8, device=META))
+    if slots:
+        schedule = Schedule(flux.blocks_units, frozenset(resident), slots, mods)
+        host = {unit: Stored(units[unit][1], ()) for unit in schedule.slot}
+        flux.ring = StreamingRing(schedule, host, place, META, Immediate())
+    for module in flux.modules():
+        if isinstance(module, Scale):
+            module.__dict__["divides_out"] = True  # of no values this cannot be asked
+    return flux.eval()
+
+
+@pytest.fixture
+def cards(monkeypatch):
+    """Tensors that leave `meta` for the host have no values there."""
+    cpu = torch.Tensor.cpu
+    empty = lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else cpu(t)  # noqa: E731
+    monkeypatch.setattr(torch.Tensor, "cpu", empty)
+
+
+@pytest.fixture
+def autoencoder(tmp_path):
+    shapes = autoencoder_shapes(AutoEncoderConfig())
+    path = write_hollow(tmp_path / "ae.safetensors", dict.fromkeys(shapes, torch.float32), shapes)
+    return lambda band: load_autoencoder(path, META).in_bands(band)
+
+
+def texts() -> dict[str, Text]:
+    return {"x": Text(torch.zeros(512, 4096, dtype=torch.bfloat16), torch.zeros(768), "x", 5, False)}
+
+
+@dataclass
+class Full:
+    """Models of FLUX.1 dev's shape that are never loaded, on a card that is not there."""
+
+    format = "nf4"
+    flux_config, compute, is_nano, t5_length = DEV, "bf16", False, 512
+    device = torch.device("cuda")
+
+
+def a_plan(pixels: int, resident: int, **pins):
+    costs = flux_costs(DEV, "nf4", img_tokens=(pixels // 16) ** 2)
+    pins = Pins(resident_units=resident, policy="recompute", slots=pins.get("slots", 2 if resident < UNITS else None))
+    return costs, plan([costs], CARDS["h200"], pins=pins)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("resident", [UNITS, UNITS // 2, 0])
+@pytest.mark.parametrize("pixels", [512, 1024])
+def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, cards, autoencoder):
+    """Beside all that stays between steps, the optimiser's state too. The leanest policy leaves the least to draw in:
+    plans that keep more have a higher peak.
+    """
+    costs, made = a_plan(pixels, resident)
+    config = config_from_dict({"data": {"size": pixels}}, "a test")
+    own = preview_turns(config, Full(), placed(made, Budget(costs, CARDS["h200"], None, Pins())))
+    shots = [Shot("x", seed, pixels, pixels, steps=2, cfg=2.0, negative="x") for seed in (1, 2)]
+    flux = skeleton()
+    with hollow(), LiveBytes(device="meta") as live:
+        filled(flux, made.resident, made.slots)
+        add_lora(flux, 16, 16, "attention+mlp")
+        state = torch.empty(made.peak["optimiser"], dtype=torch.uint8, device=META)
+        latents = walk(flux, texts(), shots, tokens=own.tokens)
+        gc.collect()
+        assert live.live == pytest.approx(fixed(costs, made.setting), rel=0.01)
+        drawing_peak, copies = live.peak, getattr(flux.ring, "copies", 0)
+        live.reset_peak()
+        with patch("fluxq.sampling.decoding.to_picture", lambda x: x):
+            pictures = develop(autoencoder, latents, own.room, print)
+    names = {k: round(v / GIB, 2) for k, v in dict(drawing=drawing_peak, autoencoder=live.peak).items()}
+    print(f"{pixels} px, {resident} resident: {names} of {made.peak_bytes / GIB:.2f} GiB that a step is predicted")
+    assert state.nbytes and copies > 0 and pictures[0].shape == (3, pixels, pixels)
+    assert max(drawing_peak, live.peak) <= made.peak_bytes
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("gib", [2, 4, 6.5, 8, 24])
+def test_drawing_keeps_to_the_room_that_it_is_given(gib, cards):
+    """And leaves less than two units of it empty, unless all is resident."""
+    costs = flux_costs(DEV, "nf4", targets=())
+    room = int(gib * GIB)
+    resident, slots = drawing(costs, 0, room)
+    flux = skeleton()
+    with hollow(), LiveBytes(device="meta") as live:
+        filled(flux, resident, slots)
+        walk(flux, texts(), [Shot("x", 1, 1024, 1024, steps=2)])
+    print(f"{gib} GiB: {len(resident) if resident else resident} resident, {live.peak / GIB:.2f} GiB")
+    assert live.peak <= room
+    assert resident is None or len(resident) == UNITS or live.peak > room - 2 * costs.slot - 0.05 * GIB
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("run", ["encoder", "decode"])
+def test_the_autoencoder_takes_what_its_band_is_chosen_by(run, autoencoder):
+    """Weights and maps; what comes in, and a convolution's workspace, come on top."""
+    pixels = 1024 * 768
+    for band, maps in TILES:
+        claimed = AUTOENCODER + int(maps * pixels * 128 * 4)
+        assert band_for(pixels, claimed) == band
+        shape = (1, 3, 1024, 768) if run == "encoder" else (1, 16, 128, 96)
+        with LiveBytes(device="meta") as live, torch.no_grad():
+            loaded, x = autoencoder(band), torch.zeros(shape, device=META)
+            getattr(loaded, run)(x)
+        print(f"{run} in bands of {band}: {live.peak / GIB:.2f} GiB of {claimed / GIB:.2f}")
+        assert live.peak <= claimed + 2 * x.nbytes
+
+
+def test_the_band_is_the_widest_that_fits_and_the_narrowest_where_none_does():
+    assert band_for(1 << 20, None) is None
+    assert [band_for(1 << 20, gib * GIB) for gib in (8, 4, 2, 1)] == [None, None, 32, 32]
+    assert band_for(4 << 20, 8 * GIB) == 32
+
+
+def wishes(**values) -> TrainConfig:
+    return config_from_dict({"memory": values}, "a test")
+
+
+def place_at(pixels: int, pictures: int = 1, lora: int = 0, **values) -> tuple[Placement, Turns]:
+    return place_drawing(wishes(**values), Full(), [(pixels, pixels)] * pictures, [16] if lora else [], lora)
+
+
+def test_a_budget_decides_what_stays_and_how_many_are_drawn_at_once():
+    assert place_at(1024, vram="24GiB")[0].resident is None
+    few, more = place_at(1024, vram="4GiB")[0], place_at(1024, vram="6GiB")[0]
+    assert 0 < len(few.resident) < len(more.resident) < UNITS and few.slots == more.slots == DRAWING_SLOTS
+    assert len(place_at(1024, vram="4GiB", lora=GIB)[0].resident) < len(few.resident)
+    assert len(place_at(512, 3, vram="4GiB")[0].resident) < len(place_at(512, vram="4GiB")[0].resident)
+
+
+def test_where_several_pictures_do_not_fit_they_are_drawn_one_by_one():
+    costs = flux_costs(DEV, "nf4", targets=(), img_tokens=32 * 32)
+    least = least_for_drawing(costs, 0, None) + MARGIN
+    placement, own = place_at(512, 3, vram=f"{least // 2**20 + 1}MiB")
+    assert (own.tokens, placement.resident, placement.slots) == (0, (), 2)
+    assert place_at(512, 3, vram="4GiB")[1].tokens == TOKENS_PER_BATCH
+
+
+def test_where_one_picture_does_not_fit_it_says_what_would():
+    with pytest.raises(
+        WrongRequest, match=r"drawing takes at least .* GiB of the card, and 1.0 GiB may be used"
+    ) as told:
+        place_at(1024, vram="1GiB")
+    enough = re.search(r"--vram (\S+),", str(told.value))[1]
+    assert place_at(1024, vram=enough)[0].slots == 2
+
+
+def test_pins_of_drawing_are_kept():
+    assert len(place_at(1024, vram="8GiB", resident_units=10)[0].resident) == 10
+    assert len(place_at(1024, vram="8GiB", blocks_to_swap=30, slots=3)[0].resident) == 16
+    assert place_at(1024, vram="8GiB", slots=3)[0].slots == 3
+    with pytest.raises(WrongRequest, match="drawing takes at least"):
+        place_at(1024, vram="4GiB", resident_units=70)
+
+
+def test_without_an_amount_what_is_free_counts(monkeypatch):
+    monkeypatch.setattr(turns, "free_on_card", lambda: 9 * GIB)
+    assert room_of(MemoryConfig(), Full.device) == 9 * GIB - MARGIN
+    assert room_of(MemoryConfig(vram="3GiB"), Full.device) == 3 * GIB - MARGIN
+    assert room_of(MemoryConfig(), torch.device("cpu")) is None
+    with pytest.raises(WrongRequest, match="--vram is about a CUDA card"):
+        room_of(MemoryConfig(vram="3GiB"), torch.device("cpu"))
+
+
+def test_previews_of_a_run_without_a_plan_are_as_they_were():
+    assert preview_turns(TrainConfig(), Full(), Placement()) == Turns()

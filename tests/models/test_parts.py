@@ -1,0 +1,468 @@
+"""Where models are found: named, below a folder by their headers, in the hub's cache; and what is said when not."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+import torch
+from huggingface_hub import constants
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from fluxq import nano
+from fluxq.config import ModelConfig, config_from_dict
+from fluxq.errors import WrongRequest
+from fluxq.models import find
+from fluxq.formats import quantized as quantized_module
+from fluxq.models.find import search
+from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers, to_diffusers
+from fluxq.models.hub import NotFetched, hub_id
+from fluxq.model import FluxConfig
+from fluxq.models.parts import NANO, PARTS, Models
+from fluxq.commands.quantize import quantize_command
+from fluxq.train import train
+
+REPOSITORY = "someone/FLUX.1-toy"
+
+
+@pytest.fixture(autouse=True)
+def _no_models_of_ones_own(monkeypatch, tmp_path):
+    monkeypatch.delenv("FLUXQ_MODELS", raising=False)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.chdir(tmp_path)
+
+
+def place(file: Path, target: Path) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    return Path(shutil.copy(file, target))
+
+
+def comfy(folder: Path) -> dict[str, Path]:
+    """nano as ComfyUI's folders have models, under names that say nothing, among files that are none of ours."""
+    places = {"flux": "unet/a", "ae": "vae/b", "clip_l": "clip/c", "t5xxl": "text_encoders/sub/d"}
+    files = {part: place(NANO[part], folder / "models" / f"{name}.safetensors") for part, name in places.items()}
+    save_lora(folder / "models/loras/style.safetensors")
+    place(nano.T5_TOKENIZER, folder / "models/notes.txt")
+    return files
+
+
+def save_lora(path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": torch.ones(2, 2)}, path)
+
+
+def cast(part: str, path: Path, dtype: torch.dtype) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({key: tensor.to(dtype) for key, tensor in load_file(NANO[part]).items()}, path)
+    return path
+
+
+def served(**config) -> dict[str, Path]:
+    models = Models(ModelConfig(**config), torch.device("cpu"), say=lambda line: None)
+    models.check()
+    return {part: models.served(part).path for part in PARTS}
+
+
+def refusal(**config) -> str:
+    with pytest.raises(WrongRequest) as caught:
+        served(**config)
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+def test_a_folder_is_searched_by_headers(tmp_path, monkeypatch):
+    files = comfy(tmp_path)
+    assert served(models=tmp_path) == files
+    assert served(models=Path("models")) == {part: path.relative_to(tmp_path) for part, path in files.items()}
+    monkeypatch.setenv("FLUXQ_MODELS", str(tmp_path))
+    assert served() == files
+    other = place(nano.AE, tmp_path / "other" / "x.safetensors")
+    assert served(ae=other, models=tmp_path / "models")["ae"] == other  # what is named wins
+
+
+def test_what_was_found_and_why_is_said_once(tmp_path):
+    files, lines = comfy(tmp_path), []
+    models = Models(ModelConfig(models=tmp_path), say=lines.append)
+    models.check()
+    models.check()
+    assert lines[0] == f"flux: {files['flux']} (the only one in {tmp_path})" and len(lines) == 4
+
+
+def test_one_all_in_one_file_serves_every_part(tmp_path):
+    prefixes = {"flux": "model.diffusion_model.", "ae": "vae.", "clip_l": "text_encoders.clip_l.transformer."}
+    prefixes["t5xxl"] = "text_encoders.t5xxl.transformer."
+    path = tmp_path / "all.safetensors"
+    save_file({p + k: t for part, p in prefixes.items() for k, t in load_file(NANO[part]).items()}, path)
+    assert served(models=path) == dict.fromkeys(PARTS, path)
+    alone = place(nano.AE, tmp_path / "b.safetensors")
+    lines = []
+    models = Models(ModelConfig(models=tmp_path), say=lines.append)
+    assert models.served("ae").path == alone
+    assert lines[-1].endswith(f"of 2 in {tmp_path} the one with a file of its own)")
+
+
+def test_of_several_the_one_with_the_most_bits_serves(tmp_path):
+    files = comfy(tmp_path)
+    cast("t5xxl", tmp_path / "models/text_encoders/8.safetensors", torch.float8_e4m3fn)
+    lines = []
+    models = Models(ModelConfig(models=tmp_path), say=lines.append)
+    assert models.served("t5xxl").path == files["t5xxl"]
+    assert lines[-1].endswith(f"of 2 in {tmp_path} the one with the most bits, bf16)")
+
+
+def test_two_files_that_are_alike_are_both_named(tmp_path):
+    files = comfy(tmp_path)
+    second = place(nano.FLUX, tmp_path / "models/unet/finetune.safetensors")
+    sentence = refusal(models=tmp_path)
+    assert f"in {files['flux']} and in {second}, which are alike (bf16); name the one to use, by --flux" in sentence
+    assert served(models=tmp_path, flux=second)["flux"] == second
+
+
+# --- the transformer beside what fluxq quantise made of it ---
+
+
+def quantised(source: Path, target: Path, format: str) -> Path:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    quantize_command(source, target, format)
+    return target
+
+
+def found_flux(**config) -> tuple[Path, str]:
+    """The transformer's file and what is said of it."""
+    lines = []
+    models = Models(ModelConfig(**config), torch.device("cpu"), say=lines.append)
+    models.check()
+    return models.served("flux").path, lines[0]
+
+
+@pytest.mark.parametrize("format", ["nf4", "int8"])
+def test_a_quantised_file_serves_where_its_format_is_wanted(format, tmp_path):
+    """In place of its original, which is another form of the same model: no two files for one part."""
+    files = comfy(tmp_path)
+    made = {f: quantised(files["flux"], tmp_path / f"models/unet/{f}.safetensors", f) for f in ("nf4", "int8")}
+    assert found_flux(models=tmp_path, format=format) == (
+        made[format],
+        f"flux: {made[format]} (a.safetensors in {format} already)",
+    )
+    path, said = found_flux(models=tmp_path, format="fp8")
+    assert path == files["flux"]
+    assert said.endswith(f"(the only one in {tmp_path}; int8.safetensors is it in int8; nf4.safetensors is it in nf4)")
+
+
+def test_a_quantised_file_alone_serves_in_its_format(tmp_path):
+    files = comfy(tmp_path)
+    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
+    files["flux"].unlink()
+    path, said = found_flux(models=tmp_path, format="int8")
+    assert path == made and said.endswith(f"(the only one in {tmp_path} in int8)")
+    assert f"{made} holds int8, not nf4; pass --format int8" in refusal(models=tmp_path, format="nf4")
+    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), say=lambda line: None)
+    assert models.quantised and models.format == models.resolved().format == "int8" and not models.format_is_open
+    again = place(made, tmp_path / "models/unet/again.safetensors")  # the same file twice is the same model
+    assert found_flux(models=tmp_path, format="int8")[0] in (made, again)
+
+
+def test_a_format_that_is_chosen_later_is_served_by_what_was_quantised_in_it(tmp_path):
+    files = comfy(tmp_path)
+    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
+    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), say=lambda line: None)
+    assert models.flux_file == files["flux"] and models.format == "nf4" and models.quantised is None
+    assert all(models.has_room_for(format) for format in ("nf4", "int8", "bf16"))
+    models.use_format("int8")
+    assert models.flux_file == made and models.quantised and models.resolved().format == "int8"
+
+
+def test_a_format_that_the_disk_cannot_hold_is_no_candidate(tmp_path, monkeypatch):
+    models = Models(ModelConfig(models=comfy(tmp_path)["flux"].parents[2]), torch.device("cpu"), say=lambda line: None)
+    monkeypatch.setattr(quantized_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
+    assert [f for f in ("nf4", "int8", "bf16") if models.has_room_for(f)] == ["bf16"]
+
+
+def test_the_original_is_chosen_first_then_its_form(tmp_path):
+    """Of originals the one with the most bits serves as ever, whatever was quantised of the other."""
+    files = comfy(tmp_path)
+    fewer = cast("flux", tmp_path / "models/unet/8.safetensors", torch.float8_e4m3fn)
+    quantised(fewer, tmp_path / "models/unet/8-nf4.safetensors", "nf4")
+    assert found_flux(models=tmp_path, format="nf4")[0] == files["flux"]
+    files["flux"].unlink()
+    assert found_flux(models=tmp_path, format="nf4")[0].name == "8-nf4.safetensors"
+
+
+def test_two_originals_stay_an_ambiguity_whatever_is_quantised(tmp_path):
+    files = comfy(tmp_path)
+    second = place(nano.FLUX, tmp_path / "models/unet/finetune.safetensors")
+    quantised(second, tmp_path / "models/unet/made.safetensors", "nf4")
+    assert f"in {files['flux']} and in {second}, which are alike (bf16)" in refusal(models=tmp_path)
+
+
+def test_quantised_files_of_different_models_are_both_named(tmp_path):
+    files = comfy(tmp_path)
+    other = cast("flux", tmp_path / "elsewhere/other.safetensors", torch.float16)
+    first = quantised(other, tmp_path / "models/unet/first.safetensors", "nf4")
+    sentence = refusal(models=tmp_path / "models")
+    assert f"in {files['flux']}, and one in nf4 that was made from another file in {first}; name the one" in sentence
+    assert sentence.endswith("to use, by --flux")
+    assert found_flux(models=tmp_path / "models", format="int8")[0] == files["flux"]
+    second = quantised(files["flux"], tmp_path / "models/unet/second.safetensors", "nf4")
+    files["flux"].unlink()
+    assert f"in {first} and in {second}, which are alike (nf4); name" in refusal(models=tmp_path / "models")
+
+
+def test_a_damaged_quantised_file_is_passed_over(tmp_path):
+    files = comfy(tmp_path)
+    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "nf4")
+    made.write_bytes(made.read_bytes()[:-5])
+    assert found_flux(models=tmp_path)[0] == files["flux"]
+    files["flux"].unlink()
+    assert f"passed over: {made} is truncated" in refusal(models=tmp_path)
+
+
+def test_encoders_of_another_size_are_passed_over(tmp_path):
+    files = comfy(tmp_path)
+    ae = load_file(nano.AE)
+    tensors = {
+        key: tensor.repeat(1, 2, 1, 1) if key == "decoder.conv_in.weight" else tensor for key, tensor in ae.items()
+    }
+    for leaf in ("weight", "bias"):
+        tensors[f"encoder.conv_out.{leaf}"] = torch.cat([ae[f"encoder.conv_out.{leaf}"]] * 2)
+    wide = tmp_path / "wide.safetensors"
+    save_file(tensors, wide)
+    assert served(models=tmp_path)["ae"] == files["ae"]
+    files["ae"].unlink()
+    assert f"{wide} gives vectors of 32 where {files['flux']} takes 16" in refusal(models=tmp_path)
+
+
+def test_a_part_that_is_missing_is_named_with_what_was_passed_over(tmp_path):
+    files = comfy(tmp_path)
+    files["flux"].write_bytes(files["flux"].read_bytes()[:-5])
+    sentence = refusal(models=tmp_path)
+    assert (
+        f"{tmp_path} holds no FLUX.1 transformer; name it by --flux; passed over: {files['flux']} is truncated"
+        in sentence
+    )
+    assert "style" not in sentence
+
+
+def test_nothing_named_and_nowhere_to_look_names_every_way():
+    assert "no --flux, --ae, --clip-l, --t5xxl was given; name the files, or the folder to look for" in refusal()
+
+
+def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
+    assert f"{tmp_path / 'gone'} does not exist" in refusal(models=tmp_path / "gone")
+    monkeypatch.setenv("FLUXQ_MODELS", str(tmp_path / "gone"))
+    assert f"{tmp_path / 'gone'} does not exist" in refusal()
+
+
+def test_the_search_has_limits(tmp_path, monkeypatch):
+    comfy(tmp_path)
+    monkeypatch.setattr(find, "MAX_FILES", 2)
+    assert "holds more than 2 model files; name a folder further down" in refusal(models=tmp_path)
+    monkeypatch.setattr(find, "MAX_FILES", 100)
+    monkeypatch.setattr(find, "MAX_FOLDERS", 3)
+    assert "holds more than 3 folders" in refusal(models=tmp_path)
+    monkeypatch.setattr(find, "MAX_FOLDERS", 100)
+    monkeypatch.setattr(find, "MAX_DEPTH", 3)
+    assert "holds no T5 text encoder" in refusal(models=tmp_path)
+
+
+def test_links_are_followed_once(tmp_path):
+    """A link to a folder is searched, a circle of links ends, and a file is met once however it is reached."""
+    files = comfy(tmp_path / "real")
+    linked = tmp_path / "linked"
+    linked.mkdir()
+    try:
+        (linked / "models").symlink_to(tmp_path / "real" / "models")
+        (tmp_path / "real/models/vae/circle").symlink_to(linked)
+        (tmp_path / "real/models/vae/again.safetensors").symlink_to(files["ae"])
+    except OSError:
+        pytest.skip("links are not allowed here")
+    assert {part: len(sources) for part, sources in search(linked).sources.items()} == dict.fromkeys(PARTS.values(), 1)
+
+
+def test_a_resolved_config_names_every_file_absolutely(tmp_path):
+    comfy(tmp_path)
+    models = Models(ModelConfig(models=Path("models")), say=lambda line: None)
+    config = models.resolved()
+    assert config.models is None and config.flux == tmp_path / "models/unet/a.safetensors"
+    assert Models(config).served("t5xxl").path == tmp_path / "models/text_encoders/sub/d.safetensors"
+
+
+def test_a_run_from_a_diffusers_folder_is_the_run_from_single_files(tmp_path):
+    """Layout and shards change nothing: the same losses to the last bit, from caching to training."""
+    folder, photos = tmp_path / "diffusers", tmp_path / "photos"
+    flux = to_diffusers(load_file(nano.FLUX), FluxConfig.nano())
+    halves = {f"m-0000{i + 1}-of-00002.safetensors": sorted(flux)[i::2] for i in (0, 1)}
+    (folder / "transformer").mkdir(parents=True)
+    for name, keys in halves.items():
+        save_file({key: flux[key].contiguous() for key in keys}, folder / "transformer" / name)
+    listing = {key: name for name, keys in halves.items() for key in keys}
+    (folder / "transformer/m.safetensors.index.json").write_text(json.dumps({"weight_map": listing}))
+    (folder / "vae").mkdir()
+    ae = autoencoder_to_diffusers(load_file(nano.AE))
+    save_file({key: tensor.contiguous() for key, tensor in ae.items()}, folder / "vae/model.safetensors")
+    place(nano.CLIP_L, folder / "text_encoder/model.safetensors")
+    place(nano.T5XXL, folder / "text_encoder_2/model.safetensors")
+    shutil.copytree(nano.WEIGHTS / "tokenizer", folder / "tokenizer")
+    place(nano.T5_TOKENIZER, folder / "tokenizer_2/spiece.model")
+    photos.mkdir()
+    Image.effect_mandelbrot((96, 96), (-2, -1, 1, 1), 20).convert("RGB").save(photos / "0.png")
+
+    losses = []
+    for name, model in (("a", {"name": "nano"}), ("b", {"models": str(folder), "t5_length": 32})):
+        values = {"model": model, "data": {"folders": [str(photos)], "trigger": "zqx", "size": 96}}
+        values["data"]["cache"] = str(tmp_path / f"cache_{name}")
+        values |= {"lora": {"rank": 4}, "training": {"steps": 2}, "output": {"out": str(tmp_path / name)}}
+        result = train(config_from_dict(values, "a test"), say=lambda line: None)
+        losses.append((result.loss_first, result.loss_last))
+    assert losses[0] == losses[1]
+    written = tomllib.loads((tmp_path / "b/config.toml").read_text())["model"]
+    assert written["flux"] == str(folder / "transformer/m.safetensors.index.json") and "models" not in written
+
+
+# --- the hub, by its cache and by a hub that is made up here ---
+
+
+def cached(tmp_path: Path, names: dict[str, str]) -> Path:
+    """The hub's cache with these parts of REPOSITORY under these names."""
+    folder = tmp_path / "hub" / f"models--{REPOSITORY.replace('/', '--')}"
+    snapshot = folder / "snapshots" / ("0" * 40)
+    for part, name in names.items():
+        place(NANO[part], snapshot / name)
+    (folder / "refs").mkdir(parents=True)
+    (folder / "refs/main").write_text("0" * 40)
+    return snapshot
+
+
+NAMES = {
+    "flux": "flux.safetensors",
+    "ae": "vae/diffusion_pytorch_model.safetensors",
+    "clip_l": "text_encoder/model.safetensors",
+    "t5xxl": "text_encoder_2/model.safetensors",
+}
+
+
+def test_a_hub_id_is_answered_from_the_cache_first(tmp_path):
+    snapshot = cached(tmp_path, NAMES)
+    wanted = {part: snapshot / name for part, name in NAMES.items()}
+    assert served(models=Path(REPOSITORY)) == wanted
+    assert served(**{part: Path(REPOSITORY) for part in PARTS}) == wanted
+
+
+@pytest.mark.parametrize("name", ["flux.gguf", "flux.sft", "flux.safetensors", "FLUX.GGUF", "flux.ckpt", "a.json"])
+def test_the_name_of_a_file_is_no_hub_id(name):
+    assert hub_id(Path("models") / name) is None and hub_id(Path(REPOSITORY)) == REPOSITORY
+
+
+def test_files_that_end_in_sft_are_found(tmp_path):
+    file = place(nano.AE, tmp_path / "models/ae.sft")
+    assert [source.path for source in search(tmp_path / "models").sources[PARTS["ae"]]] == [file]
+
+
+def test_a_folder_of_models_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    def closed(folder):
+        raise PermissionError(13, "Permission denied", str(folder))
+
+    monkeypatch.setattr(Path, "iterdir", closed)
+    assert f"{tmp_path} cannot be read (Permission denied); check its permissions" in refusal(models=tmp_path)
+
+
+def test_a_path_that_exists_wins_over_a_hub_id(tmp_path):
+    cached(tmp_path, NAMES)
+    files = comfy(tmp_path / REPOSITORY)
+    assert served(models=Path(REPOSITORY)) == {part: path.relative_to(tmp_path) for part, path in files.items()}
+
+
+def test_offline_is_one_sentence(tmp_path):
+    snapshot = cached(tmp_path, {"flux": "flux.safetensors"})
+    sentence = refusal(models=Path(REPOSITORY))
+    assert f"{REPOSITORY} is neither a file or folder here nor wholly in the hub's cache" in sentence
+    assert sentence.endswith("go online once, or give paths")
+    assert snapshot.exists()
+
+
+class MadeUpHub:
+    """A hub that holds `files`: what fluxq asks for is put into the cache."""
+
+    def __init__(self, tmp_path: Path, files: dict[str, str], error: Exception | None = None) -> None:
+        self.tmp_path, self.files, self.error, self.fetched = tmp_path, files, error, []
+
+    def model_info(self, repository: str, files_metadata: bool):
+        if self.error:
+            raise self.error
+        names = [*self.files.values(), "vae/config.md", "README.md"]
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name, size=10**9) for name in names])
+
+    def snapshot_download(self, repository: str, local_files_only: bool = False, allow_patterns=None):
+        if local_files_only:
+            return self.cached(repository, local_files_only=True)
+        self.fetched += allow_patterns
+        shutil.rmtree(self.tmp_path / "hub", ignore_errors=True)
+        cached(self.tmp_path, {part: name for part, name in self.files.items() if name in self.fetched})
+        return None
+
+    def install(self, monkeypatch) -> None:
+        self.cached = huggingface_hub.snapshot_download
+        monkeypatch.setattr(huggingface_hub, "HfApi", lambda: self)
+        monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
+
+
+def test_just_the_needed_files_are_fetched_once(tmp_path, monkeypatch):
+    hub, lines = MadeUpHub(tmp_path, NAMES), []
+    hub.install(monkeypatch)
+    models = Models(ModelConfig(models=Path(REPOSITORY)), say=lines.append)
+    assert models.served("ae").path.parts[-2:] == ("vae", "diffusion_pytorch_model.safetensors")
+    assert hub.fetched == [NAMES["ae"]]
+    assert lines == [f"fetching 1 files of {REPOSITORY} for a FLUX.1 autoencoder, 1.0 GB, once"]
+    Models(ModelConfig(ae=Path(REPOSITORY), models=tmp_path)).served("ae")
+    assert hub.fetched == [NAMES["ae"]]
+    with pytest.raises(NotFetched, match=r"1 files of someone/FLUX.1-toy, 1.0 GB, are not in the hub's cache yet"):
+        Models(ModelConfig(models=Path(REPOSITORY)), fetch=False).served("t5xxl")
+
+
+ANSWER = SimpleNamespace(headers={}, request=None)  # of the hub, as its errors carry it
+
+
+@pytest.mark.parametrize(
+    ("error", "sentence"),
+    [
+        (lambda: GatedRepoError("gated", response=ANSWER), "asks you to accept its licence: do so on its page"),
+        (
+            lambda: RepositoryNotFoundError("none", response=ANSWER),
+            "is neither a file or folder here nor a model",
+        ),
+        (lambda: OSError("no route"), "the hub cannot be reached (no route); go online once, or give paths"),
+    ],
+)
+def test_what_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch, error, sentence):
+    hub = MadeUpHub(tmp_path, NAMES, error())
+    hub.install(monkeypatch)
+    found = refusal(models=Path(REPOSITORY))
+    assert found.startswith(REPOSITORY) and sentence in found
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_repository_of_many_loose_files_asks_for_one(tmp_path, monkeypatch):
+    MadeUpHub(tmp_path, {"flux": "a.safetensors", "t5xxl": "b.safetensors"}).install(monkeypatch)
+    sentence = refusal(flux=Path(REPOSITORY), models=tmp_path)
+    assert (
+        f"{REPOSITORY} has no folder transformer, and beside that a.safetensors, b.safetensors; download the one"
+        in sentence
+    )
+
+
+@pytest.mark.parametrize(("capability", "used"), [((8, 6), "int8_dx"), ((8, 9), "fp8_dx"), ((12, 0), "fp8_dx")])
+def test_a_card_without_fp8_computes_in_int8_and_says_so(capability, used, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
+    said: list[str] = []
+    models = Models(ModelConfig(name="nano", compute="fp8_dx"), torch.device("cuda"), say=said.append)
+    assert models.resolved().compute == models.compute == used
+    assert len(said) == (used != "fp8_dx")
+    assert Models(ModelConfig(name="nano", compute="fp8"), torch.device("cpu"), say=said.append).compute == "fp8"

@@ -1,0 +1,183 @@
+"""Schedules in closed form, and optimisers that start from the same place."""
+
+from __future__ import annotations
+
+import math
+from contextlib import ExitStack
+
+import pytest
+import torch
+from live_bytes import LiveBytes
+from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from fluxq.training import optim
+from fluxq.errors import WrongRequest
+from fluxq.training.optim import build_optimizer, optimizer_step, rate_factor, update
+
+
+def test_warmup_rises_linearly_to_the_full_rate():
+    assert [rate_factor("constant", s, 100, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+
+
+def test_linear_and_cosine_fall_from_the_end_of_warmup_to_zero():
+    for step, progress in ((10, 0.0), (55, 0.5), (100, 1.0)):
+        assert rate_factor("linear", step, 100, 10) == pytest.approx(1 - progress)
+        assert rate_factor("cosine", step, 100, 10) == pytest.approx((1 + math.cos(math.pi * progress)) / 2)
+
+
+def test_unknown_names_list_the_known_ones():
+    with pytest.raises(ValueError, match="constant, linear, cosine, not 'step'"):
+        rate_factor("step", 5, 10, 0)
+    with pytest.raises(ValueError, match="adamw, adamw8bit, not 'sgd'"):
+        build_optimizer("sgd", [], 1e-3, 0.0)
+
+
+def test_adamw8bit_follows_adamw_closely():
+    """On a quadratic bowl both land in the same place; 8 bits of state cost little."""
+    ends = {}
+    for name in ("adamw", "adamw8bit"):
+        torch.manual_seed(3)
+        target, p = torch.randn(64, 128), nn.Parameter(torch.randn(64, 128))
+        optimizer = build_optimizer(name, [p], 0.05, 0.0)
+        for _ in range(120):
+            (p - target).square().sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends[name] = ((p - target).norm() / target.norm()).item()
+        if name == "adamw8bit":
+            assert optimizer.state[p]["state1"].dtype == torch.uint8
+    assert ends["adamw8bit"] < ends["adamw"] + 0.02 < 0.2
+
+
+def bowls() -> list[nn.Parameter]:
+    """Of 8-bit state, of state that stays in fp32, and one that never gets a gradient."""
+    torch.manual_seed(3)
+    return [nn.Parameter(torch.randn(shape)) for shape in ((64, 128), (3, 5), (7,))]
+
+
+def slope(parameters: list[nn.Parameter]) -> torch.Tensor:
+    return sum((p.square().sum() for p in parameters[:2]), torch.zeros(()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_state_that_is_there_from_the_start_changes_no_bit(name):
+    found = []
+    for early in (True, False):
+        parameters = bowls()
+        optimizer = build_optimizer(name, parameters, 0.05, 0.1)
+        assert len(optimizer.state) == 3
+        if not early:
+            optimizer.state.clear()  # as the libraries leave it
+        for _ in range(3):
+            slope(parameters).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        found.append((parameters, [optimizer.state[p] for p in parameters[:2]]))
+    (first, states), (second, others) = found
+    assert all(map(torch.equal, first, second))
+    for state, other in zip(states, others, strict=True):
+        assert state.keys() == other.keys()
+        for key, value in state.items():
+            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
+            assert torch.as_tensor(value).dtype == torch.as_tensor(other[key]).dtype
+
+
+def test_a_step_is_the_mean_of_its_micro_steps_clipped():
+    parameters, seen = bowls()[:1], []
+    optimizer = build_optimizer("adamw", parameters, 1.0, 0.0)
+
+    def loss_of(index: int) -> torch.Tensor:
+        seen.append(index)
+        return index * parameters[0].sum()
+
+    start = parameters[0].detach().clone()
+    loss, norm = optimizer_step(optimizer, loss_of, 3, 2, 1e-3, 0.5)
+    assert seen == [6, 7] and loss == pytest.approx(6.5 * float(start.sum()), rel=1e-5)
+    assert norm == pytest.approx(6.5 * 8192**0.5, rel=1e-5)
+    torch.testing.assert_close(parameters[0].detach(), start - 1e-3)
+    assert float(optimizer.state[parameters[0]]["exp_avg"].norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)
+    assert parameters[0].grad is None
+    with pytest.raises(WrongRequest, match="the gradient of step 5 is inf; .*lower --rate"):
+        optimizer_step(optimizer, lambda index: parameters[0].sum() * math.inf, 4, 1, 1e-3, 0.0)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_an_update_without_room_changes_nothing_or_says_that_it_did(name, monkeypatch):
+    parameters = bowls()
+    optimizer = build_optimizer(name, parameters, 0.05, 0.1)
+    slope(parameters).backward()
+    before = [p.detach().clone() for p in parameters]
+
+    def fail(*_, **__) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(optimizer, "step", fail)
+        with pytest.raises(torch.OutOfMemoryError, match="injected"):
+            update(optimizer)
+    assert all(map(torch.equal, before, parameters))
+
+    def fail_half_way(*_, **__) -> None:
+        optimizer.state[parameters[0]]["step"] += 1
+        fail()
+
+    monkeypatch.setattr(optimizer, "step", fail_half_way)
+    with pytest.raises(WrongRequest, match="the last save is good"):
+        update(optimizer)
+
+
+def test_nothing_is_computed_once_weights_are_updated(monkeypatch):
+    """It could run out of memory, and the step be made twice."""
+    parameters = bowls()
+    optimizer = build_optimizer("adamw", parameters, 0.05, 0.1)
+    real, after = optim.update, []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            after.extend([op] * (op.namespace == "aten"))
+            return op(*args, **(kwargs or {}))
+
+    with ExitStack() as stack:
+        monkeypatch.setattr(optim, "update", lambda o: (real(o), stack.enter_context(Watch())))
+        optimizer_step(optimizer, lambda index: slope(parameters), 0, 2, 1e-3, 1.0)
+    assert after == []
+
+
+def test_what_adamw_needs_for_a_moment_is_asked_for_before_anything_changes(monkeypatch):
+    """Of many weights at once, as on a card: an allocator that refuses the roots refuses them before the update."""
+    parameters = bowls()[:2]
+    optimizer = build_optimizer("adamw", parameters, 0.05, 0.1)
+    optimizer.param_groups[0]["foreach"] = True
+    slope(parameters).backward()
+    with LiveBytes() as live:
+        optimizer.step()
+        assert live.peak == sum(p.nbytes for p in parameters)
+    before = [p.detach().clone() for p in parameters]
+
+    def refuse(*_, **__) -> None:
+        raise torch.OutOfMemoryError("injected")
+
+    monkeypatch.setattr(torch, "empty_like", refuse)
+    with pytest.raises(torch.OutOfMemoryError):
+        update(optimizer)
+    assert all(map(torch.equal, before, parameters))
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_groups_keep_their_own_rates_under_one_schedule(name):
+    """Adam's first update moves every weight by its rate."""
+    weights = [nn.Parameter(torch.full((64, 128), 2.0)) for _ in range(2)]
+    groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.02}]
+    optimizer = build_optimizer(name, groups, 9.0, 0.0)
+    optimizer_step(optimizer, lambda index: sum((w.sum() for w in weights), torch.zeros(())), 0, 1, 0.5, 0.0)
+    assert [float(2 - w.detach().mean()) for w in weights] == pytest.approx([0.05, 0.01], rel=1e-3)
+    assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
+
+
+def test_what_an_attempt_without_memory_left_behind_does_not_count():
+    parameters = bowls()[:1]
+    optimizer = build_optimizer("adamw", parameters, 1.0, 0.0)
+    parameters[0].grad = torch.full_like(parameters[0], 7.0)
+    _, norm = optimizer_step(optimizer, lambda index: parameters[0].sum(), 0, 1, 1.0, 0.0)
+    assert norm == pytest.approx(8192**0.5, rel=1e-5)

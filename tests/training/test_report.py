@@ -1,0 +1,78 @@
+"""The log and the plot: resumable, readable, drawn while it runs."""
+
+from __future__ import annotations
+
+import signal
+
+import pytest
+from PIL import Image
+
+from fluxq.training import report as module
+from fluxq.memory.machine import CardBytes, SpillWatch
+from fluxq.training.report import Report, read_log, smoothed, stop_request
+from fluxq.console import console
+
+
+def write(folder, start, steps, done):
+    with Report(folder, start, steps, plot_seconds=0) as report:
+        for step in range(start + 1, done + 1):
+            report.step(step, loss=1 / step, rate=1e-4, grad=0.5, seconds=0.1)
+
+
+def test_steps_after_the_last_save_are_dropped_on_resume(tmp_path):
+    write(tmp_path, 0, 10, 7)
+    write(tmp_path, 5, 10, 10)
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(1, 11))
+
+
+def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path):
+    write(tmp_path, 0, 3, 3)
+    with (tmp_path / "log.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo')
+    assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
+
+
+def test_one_console_line_a_step_with_its_columns(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(console, "stderr", False)
+    write(tmp_path, 0, 2000, 1)
+    (line,) = capsys.readouterr().out.strip().splitlines()
+    columns = [column.split()[0] for column in line.split(" | ")]
+    assert line.startswith("step     1/2000 | loss 1.0000 | lr 1.0e-04 | grad 0.50 | 10.00 it/s | ")
+    assert columns[-1] == "eta"
+
+
+def test_the_plot_is_a_picture(tmp_path):
+    write(tmp_path, 0, 3, 3)
+    with Image.open(tmp_path / "loss.png") as picture:
+        assert picture.size == (800, 450)
+
+
+def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
+    assert smoothed([3.0] * 5) == pytest.approx([3.0] * 5)
+    assert smoothed([2.0, 4.0])[0] == pytest.approx(2.0)
+    assert 2.0 < smoothed([2.0, 4.0])[1] < 4.0
+
+
+def test_the_first_ctrl_c_asks_and_the_second_stops():
+    with stop_request(lambda line: None) as asked:
+        assert not asked()
+        signal.raise_signal(signal.SIGINT)
+        assert asked()
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGINT)
+
+
+def test_memory_that_the_driver_has_spilled_is_told_after_the_step_that_shows_it(tmp_path, monkeypatch, capsys):
+    states = iter([CardBytes(100 << 30, 90 << 30, 0), CardBytes(100 << 30, 50 << 30, 40 << 30)])
+    full = CardBytes(100 << 30, 0, 120 << 30)
+    monkeypatch.setattr(console, "stderr", False)
+    monkeypatch.setattr(module, "SpillWatch", lambda: SpillWatch(lambda: next(states, full)))
+    module.reset_peak()
+    with Report(tmp_path, 0, 3, 0) as running:
+        for step in (1, 2, 3):
+            running.step(step, 1.0, 1e-4, 0.5, 1.0)
+    lines = capsys.readouterr().out.splitlines()
+    told = ["about 30.0 GiB" in line for line in lines if "system memory" in line or line.startswith("step")]
+    assert told == [False, True, False, False]
+    monkeypatch.undo()
+    module.reset_peak()

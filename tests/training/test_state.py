@@ -1,0 +1,58 @@
+"""Saved state: the same bits back, for both optimisers, and no other run's."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from helpers import randomise, tiny_config
+
+from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.files import write_safetensors
+from fluxq.model import Flux, add_lora
+from fluxq.training.optim import build_optimizer
+from fluxq.training.state import load_state, save_state
+
+
+def trained(optimizer_name: str, steps: int, rank: int = 64):
+    """Layers and optimiser after `steps` steps on random gradients; at rank 64 bitsandbytes keeps 8-bit states."""
+    torch.manual_seed(1)
+    layers = add_lora(randomise(Flux(tiny_config())), rank, 8, targets=r"single_blocks\.\d\.linear1")
+    parameters = [p for layer in layers.values() for p in (layer.lora_down, layer.lora_up)]
+    optimizer = build_optimizer(optimizer_name, parameters, 1e-2, 0.01)
+    advance(parameters, optimizer, 0, steps)
+    return layers, parameters, optimizer
+
+
+def advance(parameters, optimizer, start, stop):
+    for step in range(start, stop):
+        for i, p in enumerate(parameters):
+            p.grad = torch.randn(p.shape, generator=torch.Generator().manual_seed(100 * step + i))
+        optimizer.step()
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_training_on_from_a_saved_state_is_bit_exact(name, tmp_path):
+    path = tmp_path / "state.safetensors"
+    layers, parameters, optimizer = trained(name, 3)
+    save_state(path, 3, layers, optimizer, {"note": [1, 2]})
+    advance(parameters, optimizer, 3, 6)
+    layers2, parameters2, optimizer2 = trained(name, 0)
+    assert load_state(path, layers2, optimizer2) == (3, {"note": [1, 2]})
+    advance(parameters2, optimizer2, 3, 6)
+    for a, b in zip(parameters, parameters2, strict=True):
+        assert torch.equal(a, b)
+
+
+def test_another_rank_is_refused(tmp_path):
+    layers, _, optimizer = trained("adamw", 1)
+    save_state(tmp_path / "s.safetensors", 1, layers, optimizer, {})
+    other, _, optimizer = trained("adamw", 0, rank=4)
+    with pytest.raises(WrongRequest, match="another rank or other targets"):
+        load_state(tmp_path / "s.safetensors", other, optimizer)
+
+
+def test_a_file_that_is_no_state_is_refused(tmp_path):
+    write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
+    layers, _, optimizer = trained("adamw", 0)
+    with pytest.raises(WrongRequest, match="no saved state of fluxq"):
+        load_state(tmp_path / "x.safetensors", layers, optimizer)
