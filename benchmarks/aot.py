@@ -1,8 +1,8 @@
-"""Every kernel compiled ahead of time for the cards in use, on any machine, and held against what it promised.
+"""Every kernel compiled ahead of time for the GPUs in use, on any machine, and held against what it promised.
 
     python benchmarks/aot.py [--out benchmarks/results/aot.md] [--json FILE] [--only NAME]
 
-Triton compiles for a card that is not there; the `cuobjdump` inside its wheel reads registers, stack, shared memory and
+Triton compiles for a GPU that is not there; the `cuobjdump` inside its wheel reads registers, stack, shared memory and
 opcodes of the result. Occupancy is predicted from them. The cases lie in benchmarks/aot_cases/, a file a topic; this
 must run without TRITON_INTERPRET. Ends with 1 where a case broke a promise, and names it.
 """
@@ -28,10 +28,10 @@ ROOT = Path(__file__).parent
 sys.path.insert(0, str(ROOT.parent))
 
 from benchmarks.accesses import widths  # noqa: E402  (as a script it has no parent)
-from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES
-from fluxq.kernels.triton.shipped import SHARED_KIB
+from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES  # noqa: E402
+from fluxq.kernels.triton.shipped import SHARED_KIB  # noqa: E402
 
-CARDS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
+GPUS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
 SHARED_SM_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}
 WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 120: 48}
 
@@ -74,7 +74,7 @@ class Case:
 
 @dataclass
 class Report:
-    """What became of a case on one card."""
+    """What became of a case on one GPU."""
 
     case: str
     capability: int
@@ -123,7 +123,7 @@ def compile_case(case: Case, capability: int) -> Report:
         occupancy(capability, case.warps, usage["REG"], shared),
     )
     unknown = {p.name for p in case.kernel.params if p.do_not_specialize}.intersection(case.aligned)
-    report.broken = [f"{name} is aligned, but not specialised" for name in sorted(unknown)]
+    report.broken = [f"{name} is aligned, but not specialized" for name in sorted(unknown)]
     report.broken += broken_promises(case, report)
     return report
 
@@ -208,7 +208,7 @@ def cases() -> list[Case]:
     names = sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "aot_cases")]))
     found = [case for name in names for case in importlib.import_module(f"benchmarks.aot_cases.{name}").CASES]
     places = {case.name: i for i, case in reversed([*enumerate(found)])}
-    return sorted(found, key=lambda case: places[case.name])  # the cards of a kernel one after another
+    return sorted(found, key=lambda case: places[case.name])  # the GPUs of a kernel one after another
 
 
 def table(reports: Sequence[Report]) -> str:
@@ -221,7 +221,7 @@ def table(reports: Sequence[Report]) -> str:
         f"Triton {triton.__version__}. Nothing here was run: registers, shared memory and opcodes are the compiler's,",
         "occupancy is predicted from them. `make aot` writes this page.",
         "",
-        "| kernel | card | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores of all "
+        "| kernel | GPU | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores of all "
         "| bits of narrower ones | PRMT | occupancy (predicted) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
@@ -231,7 +231,7 @@ def table(reports: Sequence[Report]) -> str:
         wide = ", ".join(f"{wide} of {number}" for wide, number in accesses(r.opcodes))
         narrow = ", ".join(f"{n.removesuffix('_ptr')} {bits[0]}" for n, bits in r.widths.items() if bits[0] < 128)
         lines.append(
-            f"| {r.case} | sm_{r.capability} ({CARDS[r.capability]}) | {r.warps} | {r.stages} | {r.registers} "
+            f"| {r.case} | sm_{r.capability} ({GPUS[r.capability]}) | {r.warps} | {r.stages} | {r.registers} "
             f"| {r.shared / 1024:.1f} | {products} | {wide} | {narrow or '-'} | {count('PRMT')} | {r.occupancy:.0%} |"
         )
     return "\n".join(lines) + "\n"

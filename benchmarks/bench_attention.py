@@ -2,9 +2,9 @@
 
     pytest benchmarks/bench_attention.py
 
-On a card PyTorch's kernels for it, 24 heads of 128; elsewhere the processor's, 2 heads, at the smallest size. Some
+On a GPU PyTorch's kernels for it, 24 heads of 128; elsewhere the CPU's, 2 heads, at the smallest size. Some
 queries of each answer are held against fp64 before it is timed. Both sides give heads joined, as the next layer reads
-them, and take q, k and v as the joint buffers lie: (B, L, H, D) in memory. The masked case is a batch of two pictures
+them, and take q, k and v as the joint buffers lie: (B, L, H, D) in memory. The masked case is a batch of two images
 of which one has half as much text.
 """
 
@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.pytest_cases import CARD, SIZES, TOKENS, run
+from benchmarks.pytest_cases import GPU, SIZES, TOKENS, run
 from fluxq.kernels import attention
 
 WIDTH = 128
@@ -30,7 +30,7 @@ SOME = slice(7, 7 + 32)
 def operands(tokens: int, masked: bool) -> tuple[list[Tensor], Tensor | None]:
     """q, k, v and the gradient of the output, (B, H, L, D); and which keys (B, L) there are."""
     torch.manual_seed(0)
-    batch, heads = 1 + masked, SIZES.heads if CARD else 2
+    batch, heads = 1 + masked, SIZES.heads if GPU else 2
     given = [SIZES.randn(batch, tokens, heads, WIDTH).transpose(1, 2) for _ in range(4)]
     there = torch.arange(tokens, device=SIZES.device) >= torch.tensor([[0], [TEXT // 2]], device=SIZES.device)
     return given, there if masked else None

@@ -2,7 +2,7 @@
 
     pytest benchmarks/bench_lora_linear.py
 
-On a card every path of the Triton backend, in bf16 and with rank 16; elsewhere the reference at the smallest shape. The
+On a GPU every path of the Triton backend, in bf16 and with rank 16; elsewhere the reference at the smallest shape. The
 plain product is that with a bf16 weight, without LoRA: what the whole layer comes near to at best.
 """
 
@@ -14,13 +14,13 @@ from functools import lru_cache
 
 import pytest
 
-from benchmarks.pytest_cases import CARD, DEVICE, LAYERS, SHAPES, product
-from fluxq.bench.kernels import check
+from benchmarks.pytest_cases import DEVICE, GPU, LAYERS, SHAPES, product
 from fluxq.bench.kernel_cases import Case, linear_cases
+from fluxq.bench.kernels import check
 from fluxq.kernels import FORMATS
 
 MODULATION = ("modulation", 1)
-PATHS = ("extended", "plain", "fused") if CARD else ("reference",)
+PATHS = ("extended", "plain", "fused") if GPU else ("reference",)
 
 
 @lru_cache(maxsize=1)
@@ -51,7 +51,7 @@ def test_forward(benchmark, layer, tokens, format, path):
 @pytest.mark.parametrize(("layer", "tokens"), [*SHAPES, MODULATION])
 def test_backward(benchmark, layer, tokens, format, path):
     case = made(layer, tokens, format)[1]
-    with by("fused" if path == "fused" else "extended", case.op, tokens) if CARD else nullcontext():
+    with by("fused" if path == "fused" else "extended", case.op, tokens) if GPU else nullcontext():
         check(case)
         product(benchmark, case.run, layer, tokens, "backward")
 

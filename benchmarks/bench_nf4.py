@@ -1,9 +1,9 @@
-"""NF4: fluxq's quantiser and decoder against bitsandbytes', on a layer of FLUX.1 (12288 x 3072).
+"""NF4: fluxq's quantizer and decoder against bitsandbytes', on a layer of FLUX.1 (12288 x 3072).
 
     pytest benchmarks/bench_nf4.py
 
-The bytes are compared before anything is timed. `test_ratio` prints medians of alternating runs on the processor and
-their ratio; `test_share_of_a_copy` quantiser and decoders beside plain PyTorch and a copy, on a card if there is one.
+The bytes are compared before anything is timed. `test_ratio` prints medians of alternating runs on the CPU and
+their ratio; `test_share_of_a_copy` quantizer and decoders beside plain PyTorch and a copy, on a GPU if there is one.
 """
 
 from __future__ import annotations
@@ -14,10 +14,10 @@ import time
 import pytest
 import torch
 
-from benchmarks.pytest_cases import CARD, LAYERS, of_weights
+from benchmarks.pytest_cases import GPU, LAYERS, of_weights
 from fluxq.bench.kernel_steps import STORAGE
+from fluxq.console import quiet_imports
 from fluxq.kernels import dequantize, quantize
-from fluxq.training.quiet import quiet_imports
 
 with quiet_imports():
     from bitsandbytes import functional as bnb
@@ -67,12 +67,12 @@ def test_ratio(weight, capsys):
     ours, theirs = (statistics.median(times[name]) for name in ("fluxq", "bitsandbytes"))
     with capsys.disabled():
         print(
-            f"\nNF4 quantiser, 12288 x 3072 bf16, {torch.get_num_threads()} threads: fluxq {ours * 1e3:.0f} ms, "
+            f"\nNF4 quantizer, 12288 x 3072 bf16, {torch.get_num_threads()} threads: fluxq {ours * 1e3:.0f} ms, "
             f"bitsandbytes {theirs * 1e3:.0f} ms, ratio {theirs / ours:.1f}"
         )
 
 
 test_speed, test_share_of_a_copy = of_weights(
     {name: make for name, make in STORAGE.items() if "nf4" in name and "bf16" in name},
-    list(LAYERS) if CARD else ["qkv"],
+    list(LAYERS) if GPU else ["qkv"],
 )

@@ -6,7 +6,7 @@
 Ours over NF4 with LoRA of rank 16: every policy and every way of multiplying, and on the reference in plain PyTorch.
 Beside it diffusers' block with bitsandbytes' NF4 and peft's LoRA in bf16, eager, checkpointed and under torch.compile,
 with the same weights and LoRA. Correct means: in bf16 at most twice the error of plain autograd against fp32, in 8 bits
-a cosine of at least 0.99. The host's time counts. `bound_ms` is what the card's best products alone would take.
+a cosine of at least 0.99. The host's time counts. `bound_ms` is what the GPU's best products alone would take.
 """
 
 from __future__ import annotations
@@ -30,6 +30,8 @@ from benchmarks.kernel_cases.setting import Setting, cosine, relative_error
 from benchmarks.peers import diffusers_blocks
 from benchmarks.peers.peft_lora import trained
 from benchmarks.roofline import KINDS, block_ms, measure_ceilings
+from fluxq.bench.random_model import random_flux
+from fluxq.bench.timing import timed
 from fluxq.kernels import COMPUTES, POLICIES, backend, dequantize, quantize
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.blocks import Block, run_block, run_modulation
@@ -37,8 +39,6 @@ from fluxq.model.embed import image_ids, rope_angles, text_ids
 from fluxq.model.linear import Linear
 from fluxq.model.lora import lora_layers
 from fluxq.offload import AllResident
-from fluxq.bench.random_model import random_flux
-from fluxq.bench.timing import timed
 
 SEEN = ("output", "d_input", "d_lora")
 
@@ -288,7 +288,7 @@ def peer_seen(b: Bench, found: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Of one run, above what lay on the card before it."""
+    """Of one run, above what lay on the GPU before it."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

@@ -1,6 +1,6 @@
 """How a part of `make gpu` runs: case after case, each written down at once, and no case takes the others with it.
 
-The cases run in a process of their own. Where one breaks the card's context or the process, a new process goes on
+The cases run in a process of their own. Where one breaks the GPU's context or the process, a new process goes on
 behind it; where time runs out, what is left is written down as skipped.
 """
 
@@ -23,7 +23,7 @@ import torch
 from benchmarks.measure import about, nvidia_smi, result_path, write
 
 GO_ON = 75
-"""The exit code of a process whose card no longer answers: the rest of the cases needs a new one."""
+"""The exit code of a process whose GPU no longer answers: the rest of the cases needs a new one."""
 
 
 class Skip(Exception):
@@ -60,7 +60,7 @@ def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[s
         raise SystemExit(_work(arguments, prepare))
     device = torch.device(arguments.device)
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise SystemExit("no CUDA card was found; nothing was measured")
+        raise SystemExit("no CUDA GPU was found; nothing was measured")
     path = result_path(arguments.out, part, device)
     settings = {name: value for name, value in vars(arguments).items() if name not in ("worker", "deadline", "out")}
     write(path, {"part": part, "about": None, "settings": settings, "rows": []})
@@ -172,7 +172,7 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def last_only(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, which remembers what it made last, and lets go of that before it makes another: each may fill a card."""
+    """`make`, which remembers what it made last, and lets go of that before it makes another: each may fill a GPU."""
     kept: dict[tuple[Any, ...], Any] = {}
 
     def remembering(*key: Any) -> Any:

@@ -1,4 +1,4 @@
-"""The whole path at full width on this machine's processor, with random weights: does it fit, and how long does it
+"""The whole path at full width on this machine's CPU, with random weights: does it fit, and how long does it
 take?
 
     make fullsize                 the real depth: about 34 GB of files in build/fullsize, kept for the next time
@@ -6,7 +6,7 @@ take?
 
 Writes FLUX.1 dev (bf16), T5-XXL (fp16), CLIP-L (fp16) and the autoencoder (fp32) with random weights in the real files'
 layouts. Then the commands that a user runs: `quantize` to NF4, `cache` of two photographs with captions, `train` for
-one step at 256 x 256 pixels, with every unit streamed through a few slots, as on a small card; but here the slots and
+one step at 256 x 256 pixels, with every unit streamed through a few slots, as on a small GPU; but here the slots and
 the arena are one memory. Each command's anonymous resident memory (RssAnon: no mapped files, no page cache) is sampled
 every 20 ms. The JSON has peaks, seconds, versions and the commit.
 """
@@ -49,13 +49,19 @@ def main() -> None:
     folder = (arguments.folder / f"{double}_{single}").resolve()
     files = write_models(folder, double, single)
     shutil.rmtree(folder / "cache", ignore_errors=True)  # what is measured is encoding, not finding it done
-    quantised = folder / "flux-nf4.safetensors"
+    quantized = folder / "flux-nf4.safetensors"
     encoders = [f"--ae={files['ae']}", f"--clip-l={files['clip_l']}", f"--t5xxl={files['t5xxl']}"]
     tokenizers = [f"--set=model.clip_tokenizer={nano.CLIP_TOKENIZER}", f"--set=model.t5_tokenizer={nano.T5_TOKENIZER}"]
-    common = [*encoders, *tokenizers, f"--t5-length={arguments.t5_length}", "--size=256", f"--cache={folder / 'cache'}"]
-    common += [str(photographs(folder / "photos")), "--trigger=zqx", f"--flux={quantised}"]
+    common = [
+        *encoders,
+        *tokenizers,
+        f"--t5-length={arguments.t5_length}",
+        "--resolution=256",
+        f"--cache={folder / 'cache'}",
+    ]
+    common += [str(photographs(folder / "photos")), "--trigger=zqx", f"--flux={quantized}"]
     commands = {
-        "quantize": ["quantize", str(files["flux"]), str(quantised), "--format=nf4", "--overwrite"],
+        "quantize": ["quantize", str(files["flux"]), str(quantized), "--format=nf4", "--overwrite"],
         "cache": ["cache", *common],
         "train": ["train", *common, *STREAMED, "--steps=1", f"--out={folder / 'run'}", "--overwrite"],
     }
@@ -80,7 +86,7 @@ def main() -> None:
 def measured(command: list[str]) -> dict[str, float]:
     """Run `fluxq` with these arguments; its seconds and the peak of its anonymous resident memory."""
     began, peak = time.monotonic(), 0
-    child = subprocess.Popen([sys.executable, "-m", "fluxq.cli.main", *command], stdout=sys.stderr)
+    child = subprocess.Popen([sys.executable, "-m", "fluxq", *command], stdout=sys.stderr)
     while child.poll() is None:
         peak = max(peak, anonymous_bytes(child.pid))
         time.sleep(0.02)

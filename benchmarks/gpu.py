@@ -1,11 +1,11 @@
-"""Training steps of FLUX.1 dev on the card at hand, with random weights: seconds a step and peak memory.
+"""Training steps of FLUX.1 dev on the GPU at hand, with random weights: seconds a step and peak memory.
 
     python3 -m benchmarks.gpu --out DIR [--sizes 512 1024] [--policy keep_all ...] [--compute int8 ...] [--vram 12GiB]
     python3 -m benchmarks.gpu --device cpu --tiny --out DIR          only tries the script out
 
 Everything resident, LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens. The steps are those of `fluxq bench
 steps` (fluxq/bench/timed_step.py); here every policy is timed by itself, and the published QLoRA recipe in the same run.
-`--vram` lets the program have no more of the card than that; a combination that does not fit says so and does not count
+`--vram` lets the program have no more of the GPU than that; a combination that does not fit says so and does not count
 as failed.
 """
 
@@ -24,15 +24,15 @@ from benchmarks.cases import Case, Skip, last_only, parser, run_part, target
 from benchmarks.measure import version
 from benchmarks.peers import qlora_step
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
+from fluxq.bench.random_model import random_flux
 from fluxq.bench.steps import hold_to
+from fluxq.bench.timed_step import Setting, clock_steps, costs_of, measure_steps
 from fluxq.kernels import COMPUTES, FORMATS, POLICIES
 from fluxq.kernels.cutting import chunk_of
 from fluxq.model import FluxConfig
-from fluxq.offload.cards import CARDS, GIB
+from fluxq.offload.gpus import GIB, GPUS
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins
-from fluxq.bench.random_model import random_flux
-from fluxq.bench.timed_step import Setting, clock_steps, costs_of, measure_steps
 
 RANK, T5_LENGTH, ENDLESS = 16, 512, 1 << 60
 RECIPE = "published QLoRA recipe"
@@ -71,7 +71,7 @@ def main() -> None:
             ours = partial(ours_of, partial(model, format), config, setting, measured, bound)
             yield Case(f"steps: {size} px, {format}, {compute}, {policy}", ours)
         for size in arguments.sizes:
-            setting = Setting(size=size, rank=RANK, t5_length=T5_LENGTH)
+            setting = Setting(resolution=size, rank=RANK, t5_length=T5_LENGTH)
             theirs = partial(recipe_of, partial(model, RECIPE), config, setting, measured, report["rows"], hopper)
             yield Case(f"steps: {size} px, {RECIPE}", theirs)
 
@@ -89,7 +89,7 @@ def arguments_of() -> Any:
     )
     made.add_argument("--steps", type=int, default=12, help="timed steps each, after three that are not")
     made.add_argument("--seconds", type=float, default=15, help="but no more than fit into this, and three at least")
-    made.add_argument("--vram", type=gibibytes, help='most of the card that may be used, such as "12GiB"')
+    made.add_argument("--vram", type=gibibytes, help='most of the GPU that may be used, such as "12GiB"')
     return made.parse_args()
 
 
@@ -103,7 +103,7 @@ def gibibytes(text: str) -> int:
 def bound_ms(
     ceilings: Ceilings, config: FluxConfig, depth: Sequence[int], size: int, policy: str, compute: str
 ) -> float | None:
-    """The products of all blocks at the card's best rates; the rest of the step is left out."""
+    """The products of all blocks at the GPU's best rates; the rest of the step is left out."""
     rows = T5_LENGTH + (size // 16) ** 2
     times = [block_ms(ceilings, kind, config.hidden_size, rows, policy, compute) for kind in KINDS]
     return None if None in times else sum(n * (t or 0.0) for n, t in zip(depth, times, strict=True))
@@ -118,7 +118,7 @@ def ours_of(
 ) -> dict[str, Any]:
     """The row of fluxq's own steps, with what a plan predicts for everything resident."""
     if torch.cuda.is_available() and setting.compute.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
-        raise Skip("this card multiplies no fp8; there fluxq computes in int8")
+        raise Skip("this GPU multiplies no fp8; there fluxq computes in int8")
 
     def figures(steps: int, seconds: float, optimizer: str) -> dict[str, Any]:
         flux = model()
@@ -128,9 +128,9 @@ def ours_of(
 
     def predicted(optimizer: str) -> dict[str, Any]:
         pins = Pins(blocks_to_swap=0, policy=setting.policy, offload=False)
-        card = CARDS["h200"]
-        costs = costs_of(setting, config, optimizer, chunk_of(card.capability))
-        made = plan([costs], card, ENDLESS, pins=pins)
+        gpu = GPUS["h200"]
+        costs = costs_of(setting, config, optimizer, chunk_of(gpu.capability))
+        made = plan([costs], gpu, ENDLESS, pins=pins)
         modulation = sum(costs.ahead.values()) - made.peak["slots"]  # here its weights stay, and pass through no slots
         return {"predicted_peak_bytes": made.peak_bytes + modulation, "bound_ms": bound}
 
@@ -160,7 +160,7 @@ def recipe_of(
         ours = [
             own["ms"]["step"]["median"]
             for own in rows
-            if own["case"].startswith(f"steps: {setting.size} px, ") and (", bf16, " in own["case"]) == bf16
+            if own["case"].startswith(f"steps: {setting.resolution} px, ") and (", bf16, " in own["case"]) == bf16
             if RECIPE not in own["case"] and "ms" in own
         ]
         if ours and "ms" in row:

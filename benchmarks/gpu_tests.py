@@ -1,8 +1,8 @@
-"""The tests that a card decides, file by file: kernels on it instead of in the interpreter, the model, a whole run.
+"""The tests that a GPU decides, file by file: kernels on it instead of in the interpreter, the model, a whole run.
 
     python3 -m benchmarks.gpu_tests --out DIR [FILE ...]
 
-A file runs in a process of its own: what breaks the card's context there breaks nothing else. The row of a file counts
+A file runs in a process of its own: what breaks the GPU's context there breaks nothing else. The row of a file counts
 its tests and has what failed, and why others were skipped.
 """
 
@@ -25,7 +25,7 @@ from benchmarks.cases import Case, parser, run_part
 
 ROOT = Path(__file__).parent.parent
 LAST = "test_aot.py"
-"""Compiles for cards that are not there: it may take the time that is left."""
+"""Compiles for GPUs that are not there: it may take the time that is left."""
 
 
 def main() -> None:

@@ -1,12 +1,12 @@
-"""Every op on the card at hand at FLUX.1's shapes: right first, then how fast, beside what is wanted of it.
+"""Every op on the GPU at hand at FLUX.1's shapes: right first, then how fast, beside what is wanted of it.
 
     python3 -m benchmarks.kernels --out DIR [--only "steps: modulate"]
     python3 -m benchmarks.kernels --device cpu --tiny --out DIR          only tries the script out
 
 Memory-bound ops against a clone() of the bytes that they must move; `lora_linear` in bf16 against the plain products
 and against bitsandbytes with peft; 8-bit products against plain bf16; 8-bit errors by layer. Runs alternate, L2 is
-flushed before each, medians count. A row holds the check, milliseconds, the time predicted from what the card can do at
-best, and the targets: `met` is null where a target is meant for another card.
+flushed before each, medians count. A row holds the check, milliseconds, the time predicted from what the GPU can do at
+best, and the targets: `met` is null where a target is meant for another GPU.
 """
 
 from __future__ import annotations

@@ -27,7 +27,7 @@ SMI_FIELDS = (
 def about(device: torch.device) -> dict[str, Any]:
     """What the numbers were measured on and with."""
     facts: dict[str, Any] = {
-        "card": card_name(device),
+        "gpu": gpu_name(device),
         "python": sys.version.split()[0],
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -41,7 +41,7 @@ def about(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         facts |= {
             "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_processor_count,
+            "multiprocessors": properties.multi_cpu_count,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "vram_bytes": properties.total_memory,
             "nvidia_smi": nvidia_smi(),
@@ -49,15 +49,15 @@ def about(device: torch.device) -> dict[str, Any]:
     return facts
 
 
-def card_name(device: torch.device) -> str:
-    """As nvidia-smi has it: asking torch would open a context on the card."""
+def gpu_name(device: torch.device) -> str:
+    """As nvidia-smi has it: asking torch would open a context on the GPU."""
     if device.type != "cuda":
         return f"{device.type} {platform.machine()}"
-    return nvidia_smi().get("name") or "cuda card"
+    return nvidia_smi().get("name") or "cuda GPU"
 
 
 def nvidia_smi() -> dict[str, str]:
-    """The card's name, driver, clocks (MHz) and power (W) at this moment; empty where nvidia-smi does not answer."""
+    """The GPU's name, driver, clocks (MHz) and power (W) at this moment; empty where nvidia-smi does not answer."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     query = ["nvidia-smi", "-i", visible, f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
@@ -87,10 +87,10 @@ def commit() -> str:
 
 
 def result_path(out: Path, part: str, device: torch.device) -> Path:
-    """<card>_<date>_<part>.json in the folder `out`, which is made."""
+    """<GPU>_<date>_<part>.json in the folder `out`, which is made."""
     out.mkdir(parents=True, exist_ok=True)
-    card = "".join(c if c.isalnum() else "_" for c in card_name(device)).strip("_").lower()
-    return out / f"{card}_{datetime.now(UTC):%Y-%m-%d}_{part}.json"
+    gpu = "".join(c if c.isalnum() else "_" for c in gpu_name(device)).strip("_").lower()
+    return out / f"{gpu}_{datetime.now(UTC):%Y-%m-%d}_{part}.json"
 
 
 def write(path: Path, report: Mapping[str, Any]) -> None:

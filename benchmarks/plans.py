@@ -1,4 +1,4 @@
-"""What the planner chooses for the cards people own: writes benchmarks/results/plans.md. Nothing in it is measured.
+"""What the planner chooses for the GPUs people own: writes benchmarks/results/plans.md. Nothing in it is measured.
 
 python benchmarks/plans.py [--out FILE]
 """
@@ -11,14 +11,14 @@ from pathlib import Path
 from fluxq.errors import WrongRequest
 from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs
-from fluxq.offload.cards import CARDS, GIB
 from fluxq.offload.costs import OWNERS, Costs
+from fluxq.offload.gpus import GIB, GPUS
 from fluxq.offload.planner import MARGIN, least, plan
 from fluxq.offload.plans import Pins, Plan, counted
 
 SIZES = (512, 768, 1024)
 TEXT, RANK = 512, 16
-ROWS = (  # card, GiB of RAM beside it
+ROWS = (  # GPU, GiB of RAM beside it
     ("rtx3070", 16),
     ("rtx4060", 16),
     ("rtx3080", 24),
@@ -35,10 +35,10 @@ FORMATS, COMPUTES = ("nf4", "int8", "bf16"), ("bf16", "int8")
 
 HEADER = f"""# Plans, predicted
 
-What fluxq's planner chooses for FLUX.1 dev, one picture a step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
+What fluxq's planner chooses for FLUX.1 dev, one image a step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
 MLP, adamw8bit, in nf4, int8 or bf16, the most faithful of those as fast. **Every figure is predicted, none is
-measured**: bytes by the planner's own count, seconds from nominal rates of the cards and assumed efficiencies
-(fluxq/offload/cards.py). Each card is in the widest slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out
+measured**: bytes by the planner's own count, seconds from nominal rates of the GPUs and assumed efficiencies
+(fluxq/offload/gpus.py). Each GPU is in the widest slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out
 (CUDA's own, and what an allocator loses), and RAM of common size is beside it. Made by `make plans`.
 
 units: resident + streamed through slots; of plans as fast the one that copies least is taken, as long as it leaves a
@@ -69,16 +69,16 @@ def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
     lines = []
     for compute in COMPUTES:
         lines += [f"## Multiplied in {compute}", ""]
-        lines += ["| card | GiB | px | format | units | blocks keep | host | peak GiB | RAM GiB | s/step | waits |"]
+        lines += ["| GPU | GiB | px | format | units | blocks keep | host | peak GiB | RAM GiB | s/step | waits |"]
         lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
         for name, ram in ROWS:
             for size in SIZES:
                 costs = [tables[size, format, compute] for format in FORMATS]
                 try:
-                    cells = row(plan(costs, CARDS[name], ram=ram * GIB))
+                    cells = row(plan(costs, GPUS[name], ram=ram * GIB))
                 except WrongRequest as error:
                     cells = str(error)
-                lines.append(f"| {name} | {CARDS[name].memory_gib:g} | {size} | {cells} |")
+                lines.append(f"| {name} | {GPUS[name].memory_gib:g} | {size} | {cells} |")
         lines.append("")
     return lines
 
@@ -92,18 +92,16 @@ def row(found: Plan) -> str:
 
 
 def smallest(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
-    """The least that each size needs of a card, and where those bytes are."""
-    about = (
-        "nf4 multiplied in bf16, all units streamed through 8 slots. Aims for a card, with recompute: at 1024 px at "
-    )
+    """The least that each size needs of a GPU, and where those bytes are."""
+    about = "nf4 multiplied in bf16, all units streamed through 8 slots. Aims for a GPU, with recompute: at 1024 px at "
     about += "most 4.6 GiB, 3.2 with inputs on the host; at 512 px 3.0 and 2.5."
-    lines = ["## The least of a card, GiB", "", about, ""]
+    lines = ["## The least of a GPU, GiB", "", about, ""]
     lines += [f"| px | policy | host | {' | '.join(OWNERS)} | together |", "|---|---|---|" + "---|" * 7]
     for size in SIZES:
         costs = tables[size, "nf4", "bf16"]
         for policy, offload in (("recompute", True), ("recompute", False), ("keep_all", False)):
             pins = Pins(policy=policy, offload=offload, resident_units=0, slots=8)
-            found = plan([costs], CARDS["h200"], pins=pins)
+            found = plan([costs], GPUS["h200"], pins=pins)
             cells = " | ".join(f"{found.peak[owner] / GIB:.2f}" for owner in OWNERS)
             lines.append(f"| {size} | {policy} | {'yes' if offload else ''} | {cells} | {found.peak_bytes / GIB:.2f} |")
     needed = ", ".join(f"{size} px {least(tables[size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES)

@@ -1,7 +1,7 @@
 """How pytest-benchmark measures the cases of fluxq/bench/kernel_cases.py: what every benchmarks/bench_*.py is made of.
 
-Each case is checked, then timed with the card's L2 emptied before each run. Without a card the reference runs on the
-processor, at the smallest size.
+Each case is checked, then timed with the GPU's L2 emptied before each run. Without a GPU the reference runs on the
+CPU, at the smallest size.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ from typing import Any
 import pytest
 import torch
 
-from fluxq.bench.kernels import check
 from fluxq.bench.kernel_cases import Case, case_of
 from fluxq.bench.kernel_steps import Sizes, Step
+from fluxq.bench.kernels import check
 from fluxq.bench.timing import FLUSH_BYTES, timed
 
 DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-CARD = DEVICE.type == "cuda"
-TOKENS = (1536, 2816, 4608) if CARD else (1536,)  # 512 of text, and 512, 768 and 1024 px
+GPU = DEVICE.type == "cuda"
+TOKENS = (1536, 2816, 4608) if GPU else (1536,)  # 512 of text, and 512, 768 and 1024 px
 SIZES = Sizes(DEVICE)
 LAYERS = {  # (N, K)
     "qkv": (9216, 3072),
@@ -30,11 +30,9 @@ LAYERS = {  # (N, K)
     "linear2": (3072, 15360),
     "modulation": (18432, 3072),
 }
-OF_TOKENS = (
-    [layer for layer in LAYERS if layer != "modulation"] if CARD else ["qkv"]
-)  # modulation has one row a picture
+OF_TOKENS = [layer for layer in LAYERS if layer != "modulation"] if GPU else ["qkv"]  # modulation has one row an image
 SHAPES = [(layer, tokens) for layer in OF_TOKENS for tokens in TOKENS]
-SIDES = ("ours", "reference", "copy") if CARD else ("ours", "copy")
+SIDES = ("ours", "reference", "copy") if GPU else ("ours", "copy")
 
 
 def measured(
@@ -91,8 +89,8 @@ def sides(case: Case) -> dict[str, Callable[[], Any]]:
 
 def run(benchmark: Any, call: Callable[[], Any], rounds: int = 50) -> None:
     """Let pytest-benchmark time `call` to the end of its work."""
-    rounds = rounds if CARD else 5
-    benchmark.pedantic(lambda: (call(), synchronize()), setup=flush, rounds=rounds, warmup_rounds=2 if CARD else 1)
+    rounds = rounds if GPU else 5
+    benchmark.pedantic(lambda: (call(), synchronize()), setup=flush, rounds=rounds, warmup_rounds=2 if GPU else 1)
 
 
 def product(benchmark: Any, call: Callable[[], Any], layer: str, tokens: int, what: str) -> None:
@@ -103,11 +101,11 @@ def product(benchmark: Any, call: Callable[[], Any], layer: str, tokens: int, wh
 
 
 def synchronize() -> None:
-    if CARD:
+    if GPU:
         torch.cuda.synchronize()
 
 
 def flush() -> None:
-    """Empty the card's L2 cache: nothing of a block's inputs is in it when a step begins."""
-    if CARD:
+    """Empty the GPU's L2 cache: nothing of a block's inputs is in it when a step begins."""
+    if GPU:
         torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=DEVICE).zero_()

@@ -1,4 +1,4 @@
-"""What the card can do at best, measured in the same run, and the times that follow from it.
+"""What the GPU can do at best, measured in the same run, and the times that follow from it.
 
 A prediction is the larger of two: all numbers multiplied at the rate of a large square product, all bytes moved once at
 the rate of a large copy.
@@ -33,7 +33,7 @@ def measure_ceilings(device: torch.device, tiny: bool) -> Ceilings:
             ms = timed({kind: run}, device, seconds=0.3)[kind]["median"]
             found[kind] = 2 * side**3 / ms * 1e3
         except (RuntimeError, ValueError, NotImplementedError):
-            found[kind] = None  # the card or this PyTorch has no such product
+            found[kind] = None  # the GPU or this PyTorch has no such product
     return found
 
 
@@ -53,7 +53,7 @@ def product(kind: str, m: int, n: int, k: int, device: torch.device) -> Callable
 
 def predicted_ms(ceilings: Ceilings, nbytes: float, **operations: float) -> float | None:
     """Milliseconds of one pass over `nbytes`, or of the `operations` (by kind), whichever is longer; None where the
-    card has no such product.
+    GPU has no such product.
     """
     times = [share(count, ceilings.get(kind)) for kind, count in operations.items()]
     moving = share(nbytes, ceilings.get("bytes"))

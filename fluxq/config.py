@@ -71,7 +71,7 @@ class ModelConfig:
     )
     format: str | None = option(
         None,
-        "how frozen weights are stored: nf4 is the leanest; default: on a card the most faithful that trains as fast, "
+        "how frozen weights are stored: nf4 is the leanest; default: on a GPU the most faithful that trains as fast, "
         "else nf4",
         "--format",
         ("nf4", "fp8", "int8", "bf16"),
@@ -94,31 +94,34 @@ class ModelConfig:
 
 @dataclass(frozen=True)
 class FolderConfig:
-    """[[data.folders]] One folder of pictures."""
+    """[[data.folders]] One folder of images."""
 
     path: Path
-    repeats: int = option(1, "how often each picture is seen in an epoch", least=1)
+    repeats: int = option(1, "how often each image is seen in an epoch", least=1)
     trigger: str | None = option(None, "word that calls the concept; put in front of captions that lack it")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """[data] Pictures, and the shapes they are trained at."""
+    """[data] Images, and the shapes they are trained at."""
 
-    folders: tuple[FolderConfig, ...] = option((), "folders of pictures")
+    folders: tuple[FolderConfig, ...] = option((), "folders of images")
     validation: tuple[FolderConfig, ...] = option(
-        (), "folders of held-out pictures; their loss is measured at start and end"
+        (), "folders of held-out images; their loss is measured at start and end"
     )
     trigger: str | None = option(None, "word that calls the concept, for every folder without its own", "--trigger")
-    size: int | None = option(
-        None, "pixels: pictures are brought to an area of size x size; default: by the card", "--size", least=16
+    resolution: int | None = option(
+        None,
+        "pixels: images are resized to an area of resolution x resolution; default: by the GPU",
+        "--resolution",
+        least=16,
     )
     step: int = option(16, "pixels: sides of buckets are multiples of this", least=16)
-    min_side: int | None = option(None, "pixels: shortest side of a bucket; default: half of size", least=16)
-    max_side: int | None = option(None, "pixels: longest side of a bucket; default: twice size", least=16)
-    upscale: bool = option(True, "enlarge pictures smaller than their bucket; with false they get a smaller bucket")
-    skip_bad: bool = option(False, "leave out pictures that cannot be read, and list them", "--skip-bad")
-    cache: Path = option(Path("cache"), "folder where encoded pictures and captions are kept", "--cache")
+    min_side: int | None = option(None, "pixels: shortest side of a bucket; default: half of resolution", least=16)
+    max_side: int | None = option(None, "pixels: longest side of a bucket; default: twice resolution", least=16)
+    upscale: bool = option(True, "enlarge images smaller than their bucket; with false they get a smaller bucket")
+    skip_bad: bool = option(False, "leave out images that cannot be read, and list them", "--skip-bad")
+    cache: Path = option(Path("cache"), "folder where encoded images and captions are kept", "--cache")
 
 
 DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # where neither the user nor a LoRA to start from says
@@ -163,19 +166,19 @@ class LoraConfig:
 class TrainingConfig:
     """[training] The loop."""
 
-    steps: int | None = option(None, "optimiser steps; default: 100 a picture, 1,000 to 3,000", "--steps", least=1)
-    batch: int = option(1, "pictures a forward pass", "--batch", least=1)
-    accumulate: int = option(1, "forward passes an optimiser step", "--accumulate", least=1)
-    rate: float = option(1e-4, "learning rate", "--rate", least=0)
-    text_rate: float | None = option(
-        None, "learning rate of --text-encoder; default: half of --rate", "--text-rate", least=0
+    steps: int | None = option(None, "optimizer steps; default: 100 an image, 1,000 to 3,000", "--steps", least=1)
+    batch: int = option(1, "images a forward pass", "--batch", least=1)
+    accumulate: int = option(1, "forward passes an optimizer step", "--accumulate", least=1)
+    learning_rate: float = option(1e-4, "learning rate", "--lr", least=0)
+    text_learning_rate: float | None = option(
+        None, "learning rate of --text-encoder; default: half of --lr", "--text-lr", least=0
     )
     optimizer: str = option(
         "adamw8bit", "adamw8bit keeps its state in 2 bytes a weight, adamw in 8", "--optimizer", ("adamw", "adamw8bit")
     )
-    weight_decay: float = option(0.01, "weight decay of the optimiser", least=0)
+    weight_decay: float = option(0.01, "weight decay of the optimizer", least=0)
     schedule: str = option("constant", "learning rate over time", "--schedule", ("constant", "linear", "cosine"))
-    warmup: int = option(0, "steps over which the rate rises linearly", "--warmup", least=0)
+    warmup: int = option(0, "steps over which the learning rate rises linearly", "--warmup", least=0)
     clip: float = option(1.0, "largest norm of the gradient; 0: no limit", least=0)
     timesteps: str = option("shift", "how t is drawn", "--timesteps", ("uniform", "sigmoid", "shift", "flux_shift"))
     shift: float = option(3.1582, "for timesteps = shift: more of them near noise above 1", least=0.001)
@@ -187,7 +190,7 @@ class TrainingConfig:
 class MemoryConfig:
     """[memory] What a run may use, and what it keeps where."""
 
-    vram: str | None = option(None, "memory of the card to use, like 12GiB; default: what is free", "--vram")
+    vram: str | None = option(None, "memory of the GPU to use, like 12GiB; default: what is free", "--vram")
     ram: str | None = option(None, "memory of the host to use, like 24GiB; default: what is free", "--ram")
     policy: str | None = option(
         None,
@@ -197,7 +200,7 @@ class MemoryConfig:
     )
     resident_units: int | None = option(
         None,
-        "how many of FLUX.1's 76 units of weights stay on the card, the others are streamed; default: as fits",
+        "how many of FLUX.1's 76 units of weights stay on the GPU, the others are streamed; default: as fits",
         "--resident-units",
         least=0,
     )
@@ -205,28 +208,28 @@ class MemoryConfig:
         None, "N blocks, 2 N units, are streamed: sd-scripts' way to say it", "--blocks-to-swap", least=0
     )
     slots: int | None = option(
-        None, "places on the card for streamed units; more hide copies better; default: as fits", "--slots", least=2
+        None, "places on the GPU for streamed units; more hide copies better; default: as fits", "--slots", least=2
     )
     offload: bool | None = option(
         None,
-        "inputs of blocks wait in host memory for the backward pass: less of the card, more copies; default: as fits",
+        "inputs of blocks wait in host memory for the backward pass: less of the GPU, more copies; default: as fits",
         "--offload",
     )
 
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """[samples] Pictures made with the model."""
+    """[samples] Images made with the model."""
 
     prompts: tuple[str, ...] = option((), "what to draw; while training: the trigger or a few captions")
     every: int = option(0, "previews every so many steps, and at the end; 0: none", "--sample-every", least=0)
     width: int | None = option(None, "pixels; default: the training size", "--width", least=16)
     height: int | None = option(None, "pixels; default: the training size", "--height", least=16)
-    steps: int = option(20, "Euler steps a picture", "--sample-steps", least=1)
+    steps: int = option(20, "Euler steps an image", "--sample-steps", least=1)
     guidance: float = option(3.5, "guidance that dev is told", "--guidance", least=0)
     cfg: float = option(1.0, "strength of true classifier-free guidance; above 1 doubles the time", "--cfg", least=1)
     negative: str = option("", "negative prompt, used where cfg is above 1", "--negative")
-    seed: int = option(42, "seed of the first picture; the next one's is one higher", "--sample-seed")
+    seed: int = option(42, "seed of the first image; the next one's is one higher", "--sample-seed")
 
 
 @dataclass(frozen=True)
@@ -255,12 +258,38 @@ class TrainConfig:
     output: OutputConfig = field(default_factory=OutputConfig)
 
 
+FORMER_KEYS = {
+    "data.size": "data.resolution",
+    "training.rate": "training.learning_rate",
+    "training.text_rate": "training.text_learning_rate",
+}
+"""Names that keys had before; config files, saved runs and --set may still use them."""
+
+FORMER_OPTIONS = {"size": "resolution", "rate": "lr", "text-rate": "text-lr", "card": "gpu"}
+"""The same for command-line options, without their dashes."""
+
+
+def current_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
+    """A copy of a config's tables in which each former key has its current name."""
+    renamed = {name: dict(table) if isinstance(table, Mapping) else table for name, table in values.items()}
+    for former, current in FORMER_KEYS.items():
+        (section, old), new = former.split("."), current.split(".")[1]
+        table = renamed.get(section)
+        if isinstance(table, dict) and old in table:
+            if new in table:
+                raise WrongRequest(f"{source}: {former} is the former name of {current}; keep only one of them")
+            table[new] = table.pop(old)
+    return renamed
+
+
 def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainConfig, prefix: str = "") -> Any:
     """A `cls` with `values`; WrongRequest names unknown keys (and the nearest known one) and values of the wrong
     type.
     """
     if not isinstance(values, Mapping):
         raise WrongRequest(f"{source}: {prefix.rstrip('.') or 'the file'} must be a table, not {values!r}")
+    if cls is TrainConfig:
+        values = current_names(values, source)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
     for key in values:
@@ -326,7 +355,7 @@ _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file; WrongRequest where it is missing or malformed (with the line)."""
     try:
-        return tomllib.loads(path.read_text(encoding="utf-8-sig"))
+        return current_names(tomllib.loads(path.read_text(encoding="utf-8-sig")), str(path))
     except OSError as error:
         raise WrongRequest(f"the config file {path} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -337,7 +366,7 @@ def set_values(values: dict[str, Any], assignments: tuple[str, ...]) -> None:
     """Put `--set section.key=value` assignments into `values`; a value is TOML, or plain text where it is no TOML."""
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
-        *sections, key = path.strip().split(".")
+        *sections, key = FORMER_KEYS.get(path.strip(), path.strip()).split(".")
         if not equals or not key:
             raise WrongRequest(f"--set wants section.key=value, not {assignment!r}")
         try:

@@ -1,7 +1,8 @@
-"""The console and its progress bars."""
+"""The console, its progress bars, and imports that stay quiet."""
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
@@ -59,3 +60,17 @@ def progress_bars(*columns: ProgressColumn) -> Progress:
         TimeRemainingColumn(),
     )
     return Progress(*shown, console=console, transient=True, disable=not console.is_terminal)
+
+
+@contextmanager
+def quiet_imports() -> Iterator[None]:
+    """Drop log lines up to warnings.
+
+    On some CPUs, importing bitsandbytes warns about kernels that it looks for on a hub. No user can act on that.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(before)

@@ -1,7 +1,7 @@
-"""Rectified flow as FLUX.1 is trained and sampled: timesteps, the path from picture to noise, its target, and Euler's
+"""Rectified flow as FLUX.1 is trained and sampled: timesteps, the path from image to noise, its target, and Euler's
 walk back.
 
-t = 0 is the picture, t = 1 is noise; x_t = (1 - t) picture + t noise, and the model learns the velocity noise - picture
+t = 0 is the image, t = 1 is noise; x_t = (1 - t) image + t noise, and the model learns the velocity noise - image
 (Liu et al. 2022; Esser et al. 2024). The timestep modes have the meaning that sd-scripts gives them. Every draw is
 addressed by (seed, purpose, micro-step, example), never consumed from a stream.
 """
@@ -29,14 +29,14 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 
 
 def resolution_shift(tokens: int) -> float:
-    """The shift that FLUX.1 dev uses for a picture of that many tokens: exp of the line through (256, 0.5) and
+    """The shift that FLUX.1 dev uses for an image of that many tokens: exp of the line through (256, 0.5) and
     (4096, 1.15).
     """
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
 def sample_timesteps(mode: str, seed: int, index: int, examples: Sequence[str], tokens: int, shift: float) -> Tensor:
-    """t (B,) fp32 in (0, 1) for the `examples` of micro-step `index`; `tokens` is the pictures' length, used by
+    """t (B,) fp32 in (0, 1) for the `examples` of micro-step `index`; `tokens` is the images' length, used by
     flux_shift.
 
     uniform: t = u. sigmoid: t = sigmoid(z). shift: sigmoid(z) shifted by `shift`. flux_shift: sigmoid(z) shifted by
@@ -124,9 +124,9 @@ def euler(
 
 @torch.no_grad()
 def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance: float, times: int = 6) -> float:
-    """Mean flow loss of the pictures in `batches`, at `times` fixed times (evenly spaced, then moved by `shift`).
+    """Mean flow loss of the images in `batches`, at `times` fixed times (evenly spaced, then moved by `shift`).
 
-    Each picture's noise is fixed by its name, so the number does not depend on the batches.
+    Each image's noise is fixed by its name, so the number does not depend on the batches.
     """
     grid = shift_time((torch.arange(times) + 0.5) / times, shift)
     losses = []

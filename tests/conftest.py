@@ -1,4 +1,4 @@
-"""What every test shares: a fixed seed, and uninitialised memory that shows."""
+"""What every test shares: a fixed seed, and uninitialized memory that shows."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-if not torch.cuda.is_available():  # read when triton is imported: kernels are interpreted where there is no card
+if not torch.cuda.is_available():  # read when triton is imported: kernels are interpreted where there is no GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsynth" / "tokenizer_configs" / "flux"
@@ -29,9 +29,9 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture(autouse=True, scope="session")
-def _own_cache_of_quantised_models(tmp_path_factory):
+def _own_cache_of_quantized_models(tmp_path_factory):
     """Tests, and the processes that they start, leave the user's cache alone."""
-    os.environ["FLUXQ_CACHE"] = str(tmp_path_factory.mktemp("quantised"))
+    os.environ["FLUXQ_CACHE"] = str(tmp_path_factory.mktemp("quantized"))
 
 
 @pytest.fixture(autouse=True)

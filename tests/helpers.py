@@ -28,7 +28,7 @@ def tiny_config(**changes) -> FluxConfig:
     return FluxConfig(**(values | changes))
 
 
-def randomise(module: nn.Module) -> nn.Module:
+def randomize(module: nn.Module) -> nn.Module:
     """Fill every floating-point tensor of `module` with noise: matrices by 1/sqrt(fan-in), scales around 1, biases
     around 0.
     """

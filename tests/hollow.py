@@ -1,4 +1,4 @@
-"""The kernels' backend with kernels that are never launched: on `meta` it makes what a card would hold, and no numbers.
+"""The kernels' backend with kernels that are never launched: on `meta` it makes what a GPU would hold, and no numbers.
 
 It is fluxq/kernels/triton itself, its outputs, scratch and all. What only CUDA does is put in its place: products that
 are summed in fp32 have no factors in fp32, and attention's gradient has what its kernel has beside its outputs.
@@ -20,7 +20,7 @@ from fluxq.kernels import backend
 
 @contextmanager
 def hollow(generation: int = 86) -> Iterator[None]:
-    """Inside, every op is hollow, as on a card of that generation. Skips the test where there is no Triton."""
+    """Inside, every op is hollow, as on a GPU of that generation. Skips the test where there is no Triton."""
     pytest.importorskip("triton")
     from triton.runtime.jit import KernelInterface
 

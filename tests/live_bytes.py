@@ -1,4 +1,4 @@
-"""How many bytes tensors take while code runs: the peak that a card would see, counted on any machine.
+"""How many bytes tensors take while code runs: the peak that a GPU would see, counted on any machine.
 
 `LiveBytes` watches every operator (a TorchDispatchMode) and follows the storages that come out of them by weak
 references, each once, however many views it has. A storage counts from the operator that made it until its last tensor
@@ -7,7 +7,7 @@ is gone, so the number depends on no allocator, on no page cache, and on no samp
 Tensors on `meta` have sizes and no contents: there the code of a full-size model runs in seconds, and what stays on the
 host is told apart. Every storage has an owner, so that the peak is known by owner too. Not seen are the workspace
 inside one operator (a convolution's, a matrix product's) and what an allocator loses between blocks. Attention is one
-operator on a card and on a processor; meta takes it apart into products and a softmax, and its whole table of scores
+operator on a GPU and on a CPU; meta takes it apart into products and a softmax, and its whole table of scores
 counts: an upper bound.
 """
 

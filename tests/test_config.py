@@ -26,7 +26,7 @@ def test_a_written_config_reads_back_equal():
             "model": {"flux": "C:\\models\\flux.safetensors"},
             "data": {"folders": ["a", {"path": 'b "c"', "repeats": 3, "trigger": "zqx\n"}], "trigger": "ü"},
             "lora": {"targets": ["attention", r"single_blocks\.\d+\.linear2"], "alpha": 8},
-            "training": {"rate": 1e-5, "steps": 12},
+            "training": {"learning_rate": 1e-5, "steps": 12},
         },
         "a test",
     )
@@ -47,8 +47,8 @@ def test_defaults_read_back_equal():
         ({"lora": {"rank": 0}}, "my.toml: lora.rank must be at least 1, not 0"),
         ({"lora": 3}, "my.toml: lora must be a table, not 3"),
         ({"model": {"flux": "a\0b"}}, "my.toml: model.flux must be a path, not 'a\\x00b'"),
-        ({"training": {"rate": float("nan")}}, "my.toml: training.rate must be at least 0, not nan"),
-        ({"training": {"rate": float("inf")}}, "my.toml: training.rate must be at least 0, not inf"),
+        ({"training": {"rate": float("nan")}}, "my.toml: training.learning_rate must be at least 0, not nan"),
+        ({"training": {"rate": float("inf")}}, "my.toml: training.learning_rate must be at least 0, not inf"),
         (
             {"training": {"schedule": "cos"}},
             "my.toml: training.schedule must be one of constant, linear, cosine, not 'cos'",
@@ -66,9 +66,11 @@ def test_wrong_settings_are_named(values, sentence):
 
 def test_assignments_are_toml_or_plain_text():
     values: dict = {"lora": {"rank": 4}}
-    set_values(values, ("lora.rank=8", "lora.targets=['a', 'b']", "data.trigger=a cat", "training.rate = 1e-3"))
+    set_values(
+        values, ("lora.rank=8", "lora.targets=['a', 'b']", "data.trigger=a cat", "training.learning_rate = 1e-3")
+    )
     config = config_from_dict(values, "the command line")
-    assert (config.lora.rank, config.lora.targets, config.data.trigger, config.training.rate) == (
+    assert (config.lora.rank, config.lora.targets, config.data.trigger, config.training.learning_rate) == (
         8,
         ("a", "b"),
         "a cat",

@@ -80,10 +80,10 @@ def test_shift_of_one_changes_nothing():
 
 
 def test_euler_follows_a_straight_path_exactly():
-    """A rectified flow between one picture and one noise has constant velocity noise - picture."""
-    picture, noise = torch.randn(2, 3), torch.randn(2, 3)
-    end = euler(lambda x, t: noise - picture, noise, schedule(7, 3.0))
-    torch.testing.assert_close(end, picture)
+    """A rectified flow between one image and one noise has constant velocity noise - image."""
+    image, noise = torch.randn(2, 3), torch.randn(2, 3)
+    end = euler(lambda x, t: noise - image, noise, schedule(7, 3.0))
+    torch.testing.assert_close(end, image)
 
 
 def test_euler_converges_at_first_order():

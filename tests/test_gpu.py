@@ -1,4 +1,4 @@
-"""What only a card can show. `make gpu` runs these with the python at hand; elsewhere they are skipped."""
+"""What only a GPU can show. `make gpu` runs these with the python at hand; elsewhere they are skipped."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.nn.functional as F
-from helpers import randomise, relative_error, tiny_config
+from helpers import randomize, relative_error, tiny_config
 
-from fluxq.config import ModelConfig, config_from_dict
 from fluxq.caching.store import Text
+from fluxq.config import ModelConfig, config_from_dict
 from fluxq.formats.load import load_text_encoders
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.formats.stream import expect_training, load_streamed
@@ -19,24 +19,24 @@ from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.modulation import Lookahead
 from fluxq.models.parts import Models
-from fluxq.nano import pictures
+from fluxq.nano import drawing
 from fluxq.offload import CudaStreams, Staged
 from fluxq.offload.arena import Arena, streams_for
 from fluxq.offload.inputs import inputs_for
-from fluxq.sampling.requests import Shot
-from fluxq.sampling.decoding import draw
+from fluxq.sampling.decoding import sample_images
+from fluxq.sampling.requests import Request
 from fluxq.train import train
 
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_nf4_bytes_on_the_card_equal_the_processors(dtype):
+def test_nf4_bytes_on_the_gpu_equal_the_cpu(dtype):
     w = torch.randn(130, 4096).to(dtype)
-    host, card = quantize(w, "nf4"), quantize(w.cuda(), "nf4")
-    assert torch.equal(card.codes.cpu(), host.codes)
-    assert torch.equal(card.absmax.cpu(), host.absmax)
-    assert torch.equal(dequantize(card, torch.bfloat16).cpu(), dequantize(host, torch.bfloat16))
+    host, gpu = quantize(w, "nf4"), quantize(w.cuda(), "nf4")
+    assert torch.equal(gpu.codes.cpu(), host.codes)
+    assert torch.equal(gpu.absmax.cpu(), host.absmax)
+    assert torch.equal(dequantize(gpu, torch.bfloat16).cpu(), dequantize(host, torch.bfloat16))
 
 
 def plain_linear(x, weight, bias=None, down=None, up=None, scale=1.0, compute="bf16"):
@@ -49,7 +49,7 @@ def test_a_step_in_bf16_is_within_twice_the_error_of_plain_pytorch(monkeypatch):
     """Against fp32 of the same bf16 weights: fluxq's gradient of every LoRA may err at most twice as much as
     autograd's.
     """
-    flux = randomise(Flux(tiny_config(hidden_size=256, num_heads=8))).bfloat16().cuda()
+    flux = randomize(Flux(tiny_config(hidden_size=256, num_heads=8))).bfloat16().cuda()
     for layer in add_lora(flux, 8, 4).values():
         torch.nn.init.normal_(layer.lora_up, std=0.05)
     img, txt = torch.randn(2, 48, 16, device="cuda"), torch.randn(2, 33, 40, device="cuda")
@@ -70,25 +70,25 @@ def test_a_step_in_bf16_is_within_twice_the_error_of_plain_pytorch(monkeypatch):
         assert relative_error(a, exact) <= 2 * relative_error(b, exact) + 1e-6
 
 
-def test_every_model_lies_where_it_is_asked_to_and_answers_as_on_the_processor():
+def test_every_model_lies_where_it_is_asked_to_and_answers_as_on_the_cpu():
     answers = {}
     for device in ("cpu", "cuda"):
         models = Models(ModelConfig(name="nano"), torch.device(device))
         text, autoencoder = models.load_text_encoders(), models.load_autoencoder()
         encoded = text.encode(["a large red star", ""])
-        picture = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)).to(device)
-        latents = autoencoder.encode(picture)
+        image = torch.randn(1, 3, 96, 96, generator=torch.Generator().manual_seed(0)).to(device)
+        latents = autoencoder.encode(image)
         texts = {"x": Text(encoded.t5[0].cpu(), encoded.clip[0].cpu(), "x", 5, False)}
-        drawn = draw(models.load_flux(), models.load_autoencoder, texts, [Shot("x", 1, 96, 96, steps=2)])[0]
+        drawn = sample_images(models.load_flux(), models.load_autoencoder, texts, [Request("x", 1, 96, 96, steps=2)])[0]
         answers[device] = [encoded.t5, encoded.clip, latents, autoencoder.decode(latents), to_tensor(drawn)]
-    for host, card in zip(answers["cpu"], answers["cuda"], strict=True):
-        assert relative_error(card.cpu(), host) < 0.03
+    for host, gpu in zip(answers["cpu"], answers["cuda"], strict=True):
+        assert relative_error(gpu.cpu(), host) < 0.03
 
 
 def test_text_encoders_through_the_ring_are_the_same_to_the_bit():
     models = Models(ModelConfig(name="nano"), torch.device("cuda"))
     files = models.clip_l_file, models.t5xxl_file, *models.tokenizer_files()
-    captions = [f"a {colour} star" for colour in ("red", "green", "blue")]
+    captions = [f"a {color} star" for color in ("red", "green", "blue")]
     expected = load_text_encoders(*files, models.t5_length, models.device, slots=0).encode(captions)
     ours = load_text_encoders(*files, models.t5_length, models.device, poison=True)
     for _ in range(3):
@@ -96,15 +96,15 @@ def test_text_encoders_through_the_ring_are_the_same_to_the_bit():
         assert torch.equal(found.t5, expected.t5) and torch.equal(found.clip, expected.clip)
 
 
-def to_tensor(picture) -> torch.Tensor:
-    return torch.frombuffer(bytearray(picture.tobytes()), dtype=torch.uint8).float()
+def to_tensor(image) -> torch.Tensor:
+    return torch.frombuffer(bytearray(image.tobytes()), dtype=torch.uint8).float()
 
 
 def test_a_run_trains_saves_and_goes_on(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i, (picture, caption) in enumerate(pictures.concept(seed=1, count=4)):
-        picture.save(folder / f"{i}.png")
+    for i, (image, caption) in enumerate(drawing.concept(seed=1, count=4)):
+        image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     values = {
         "model": {"name": "nano"},
@@ -127,7 +127,7 @@ def streamed_file(tmp_path_factory):
     """A model of 2 + 3 blocks in NF4, whose units are long enough for copies to take a while."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("streamed") / "model.safetensors"
-    flux = randomise(Flux(tiny_config(hidden_size=1024, num_heads=32, depth_single_blocks=3))).bfloat16()
+    flux = randomize(Flux(tiny_config(hidden_size=1024, num_heads=32, depth_single_blocks=3))).bfloat16()
     tensors = {name: t.contiguous() for name, t in flux.state_dict().items()}
     source = SimpleNamespace(
         config=flux.config,
@@ -141,7 +141,7 @@ def streamed_file(tmp_path_factory):
 
 
 def steps_and_samples(flux: Flux) -> list[torch.Tensor]:
-    """Gradients of four steps, with samples in between, nobody waiting for the card."""
+    """Gradients of four steps, with samples in between, nobody waiting for the GPU."""
     for layer in add_lora(flux, 8, 4, generator=torch.Generator().manual_seed(1)).values():
         torch.nn.init.constant_(layer.get_parameter("lora_up"), 0.01)
     expect_training(flux)
@@ -162,15 +162,15 @@ def steps_and_samples(flux: Flux) -> list[torch.Tensor]:
 @pytest.mark.parametrize("slots", [2, 5])
 @pytest.mark.parametrize("poison", [False, True])
 def test_streaming_differs_no_more_than_two_runs_do(poison, slots, way, streamed_file):
-    card, resident = torch.device("cuda"), ("double_blocks.0.img",)
-    expected = steps_and_samples(load_quantized(streamed_file, card))
-    again = steps_and_samples(load_quantized(streamed_file, card))
+    gpu, resident = torch.device("cuda"), ("double_blocks.0.img",)
+    expected = steps_and_samples(load_quantized(streamed_file, gpu))
+    again = steps_and_samples(load_quantized(streamed_file, gpu))
     said, streams = [], None
     if way != "as measured":
-        streams = CudaStreams(card)
+        streams = CudaStreams(gpu)
         if way == "staged":
             streams = Staged(streams, [torch.empty(1 << 24, dtype=torch.uint8).pin_memory() for _ in range(2)])
-    flux = load_streamed(streamed_file, card, resident, slots, streams, poison, said.append)
+    flux = load_streamed(streamed_file, gpu, resident, slots, streams, poison, said.append)
     if way == "pinned":
         assert flux.ring.host.pin() is None
     found = steps_and_samples(flux)
@@ -182,10 +182,10 @@ def test_streaming_differs_no_more_than_two_runs_do(poison, slots, way, streamed
 
 def test_inputs_that_wait_on_the_host_change_nothing(streamed_file):
     """Nor do units that stream beside them, over the same bus."""
-    card, said = torch.device("cuda"), []
-    expected, again = (steps_and_samples(load_quantized(streamed_file, card)) for _ in range(2))
-    for flux in (load_quantized(streamed_file, card), load_streamed(streamed_file, card, (), 2)):
-        flux.inputs = inputs_for(card, said.append)
+    gpu, said = torch.device("cuda"), []
+    expected, again = (steps_and_samples(load_quantized(streamed_file, gpu)) for _ in range(2))
+    for flux in (load_quantized(streamed_file, gpu), load_streamed(streamed_file, gpu, (), 2)):
+        flux.inputs = inputs_for(gpu, said.append)
         found = steps_and_samples(flux)
         assert not said, "the driver pins what they wait in"
         for a, b, c in zip(found, expected, again, strict=True):

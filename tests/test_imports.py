@@ -1,10 +1,11 @@
-"""Imports only go down: the floors of the house, as README.md draws them."""
+"""Imports only go down: the rooms of fluxq and the floors they stand on, as docs/architecture.md draws them."""
 
 from __future__ import annotations
 
 import ast
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,59 +13,84 @@ import pytest
 import fluxq
 
 ROOT = Path(fluxq.__file__).parent
-FLOORS = [  # from the ground up; what stands on one floor may import its own folder and everything below
-    {"errors", "quiet", "machine"},
+FLOORS = [  # from the ground up; a room may import itself and everything on a lower floor
+    {"errors", "console"},
+    {"nano"},
     {"kernels"},
     {"offload"},
     {"model"},
     {"formats"},
     {"data"},
-    {"nano", "config", "flow", "optim", "state", "report", "hub"},
-    {"tuning", "timing", "random_model", "kernel_steps", "options"},
-    {"models", "timed_step", "from_lora"},
-    {"memory", "kernel_cases", "measured_row"},
-    {"defaults"},
-    {"run", "turns", "room", "check_file"},
-    {"cache", "check", "lora", "quantize", "bench_kernels", "bench_steps", "profile"},
-    {"sample", "bench_compare"},
+    {"config"},
+    {"models"},
+    {"memory"},
+    {"caching"},
+    {"flow"},
+    {"sampling"},
+    {"training"},
     {"train"},
-    {"demo"},
-    {"cli_bench", "cli_lora"},
+    {"commands", "bench"},
     {"cli"},
+    {"__main__"},
 ]
-MODULES = sorted(ROOT.rglob("*.py"))
+MODULES = {  # dotted name -> file
+    ".".join(path.relative_to(ROOT.parent).with_suffix("").parts).removesuffix(".__init__"): path
+    for path in sorted(ROOT.rglob("*.py"))
+}
 
 
-def part(module: str) -> str | None:
-    """The file or folder of fluxq that a dotted name lies in: "fluxq.caching.store" -> "data"."""
-    pieces = module.split(".")
-    return pieces[1] if pieces[0] == "fluxq" and len(pieces) > 1 else None
+def floor(room: str) -> int:
+    return next(i for i, rooms in enumerate(FLOORS) if room in rooms)
 
 
-def floor(name: str) -> int:
-    return next(i for i, names in enumerate(FLOORS) if name in names)
+def room_of(module: str) -> str:
+    """The file or folder at the top of fluxq: "fluxq.caching.store" -> "caching"."""
+    return module.split(".")[1]
 
 
-@pytest.mark.parametrize("path", MODULES, ids=lambda p: str(p.relative_to(ROOT)))
-def test_imports_only_go_down(path):
-    own = path.relative_to(ROOT).with_suffix("").parts[0]
-    if own == "__init__":
-        return
+def imports(module: str) -> Iterator[tuple[str, int]]:
+    """Every module of fluxq that `module` imports anywhere, also late or for types, and the dots before its name."""
+    path = MODULES[module]
+    package = module if path.name == "__init__.py" else module.rpartition(".")[0]
     for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
-        names = []
-        if isinstance(node, ast.ImportFrom) and not node.level:
-            names = [f"{node.module}.{alias.name}" if node.module == "fluxq" else node.module for alias in node.names]
-        elif isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        for imported in {part(name) for name in names if name} - {None, own}:
-            assert floor(imported) < floor(own), (
-                f"{own} (floor {floor(own)}) imports {imported} (floor {floor(imported)})"
-            )
+        if isinstance(node, ast.Import):
+            yield from ((alias.name, 0) for alias in node.names if alias.name.split(".")[0] == "fluxq")
+        elif isinstance(node, ast.ImportFrom):
+            up = package.split(".")[: len(package.split(".")) - node.level + 1] if node.level else []
+            base = ".".join([*up, *([node.module] if node.module else [])])
+            if base.split(".")[0] == "fluxq":
+                for alias in node.names:
+                    name = f"{base}.{alias.name}"
+                    yield (name if name in MODULES else base), node.level
 
 
-def test_every_part_has_a_floor():
-    parts = {p.relative_to(ROOT).with_suffix("").parts[0] for p in MODULES} - {"__init__"}
-    assert parts == set().union(*FLOORS)
+@pytest.mark.parametrize("module", [m for m in MODULES if m != "fluxq"])
+def test_imports_only_go_down(module):
+    own = room_of(module)
+    for imported, dots in imports(module):
+        other = room_of(imported)
+        assert other == own or floor(other) < floor(own), f"{module} (floor {floor(own)}) imports {imported}"
+        assert bool(dots) == (other == own), f"{module}: imports are relative inside a room, else absolute"
+
+
+def test_every_room_has_a_floor():
+    assert {room_of(module) for module in MODULES if module != "fluxq"} == set().union(*FLOORS)
+
+
+def test_no_two_files_import_each_other():
+    """Not in a longer circle either. A package's __init__ is its face: it may import what is in it, never the reverse."""
+    below = {module: {imported for imported, _ in imports(module)} - {module} for module in MODULES}
+    done: set[str] = set()
+
+    def visit(module: str, above: tuple[str, ...]) -> None:
+        assert module not in above, " -> ".join([*above[above.index(module) :], module])
+        if module not in done:
+            for imported in sorted(below[module]):
+                visit(imported, (*above, module))
+            done.add(module)
+
+    for module in MODULES:
+        visit(module, ())
 
 
 def test_importing_fluxq_works_without_triton_bitsandbytes_and_transformers():

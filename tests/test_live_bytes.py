@@ -115,7 +115,7 @@ def test_nothing_is_kept_alive_or_left_behind():
 
 
 @pytest.mark.parametrize("device", ["cpu", "meta"])
-def test_meta_counts_like_the_processor(device):
+def test_meta_counts_like_the_cpu(device):
     """Layers as models have them, but for attention, which meta takes apart."""
     model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3, padding=1), torch.nn.GroupNorm(2, 8), torch.nn.SiLU())
     model = model.to(device).requires_grad_(False)

@@ -24,18 +24,18 @@ from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.write import WRITTEN
 from fluxq.model import FluxConfig
-from fluxq.nano import pictures
-from fluxq.training.report import read_log
+from fluxq.nano import drawing
 from fluxq.train import train
+from fluxq.training.report import read_log
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Six captioned pictures in two buckets."""
+    """Six captioned images in two buckets."""
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i, (picture, caption) in enumerate(pictures.concept(seed=5, count=6)):
-        picture.resize((96, 96) if i % 3 else (128, 64)).save(folder / f"{i}.png")
+    for i, (image, caption) in enumerate(drawing.concept(seed=5, count=6)):
+        image.resize((96, 96) if i % 3 else (128, 64)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     return folder
 
@@ -45,7 +45,7 @@ def settings(tmp_path: Path, photos: Path, **sections) -> dict:
         "model": {"name": "nano"},
         "data": {"folders": [str(photos)], "trigger": "zqx", "cache": str(tmp_path / "cache")},
         "lora": {"rank": 4},
-        "training": {"steps": 4, "batch": 2, "rate": 1e-3},
+        "training": {"steps": 4, "batch": 2, "learning_rate": 1e-3},
         "output": {"out": str(tmp_path / "run"), "name": "test", "plot_seconds": 1e9},
     }
     for name, section in sections.items():
@@ -103,7 +103,7 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
             "train",
             *(["--resume", str(killed)] if resumable else ["--config", str(config_file), "--overwrite"]),
         ]
-        process = subprocess.Popen([sys.executable, "-m", "fluxq.cli.main", *command], stdout=subprocess.DEVNULL)
+        process = subprocess.Popen([sys.executable, "-m", "fluxq", *command], stdout=subprocess.DEVNULL)
         if kills < 3:
             steps_before, patience = logged(killed), moments.randint(2, 8)
             while process.poll() is None and logged(killed) < steps_before + patience:
@@ -118,8 +118,8 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
     assert_same_tensors(tmp_path / "run" / "test.safetensors", killed / "test.safetensors")
     assert_same_tensors(*(folder / "state" / "state.safetensors" for folder in (tmp_path / "run", killed)))
     logs = [read_log(folder / "log.jsonl") for folder in (tmp_path / "run", killed)]
-    assert [[(r["step"], r["loss"], r["rate"], r["grad"]) for r in log] for log in logs[:1]] == [
-        [(r["step"], r["loss"], r["rate"], r["grad"]) for r in log] for log in logs[1:]
+    assert [[(r["step"], r["loss"], r["learning_rate"], r["grad"]) for r in log] for log in logs[:1]] == [
+        [(r["step"], r["loss"], r["learning_rate"], r["grad"]) for r in log] for log in logs[1:]
     ]
     assert [r["step"] for r in logs[1]] == list(range(1, 41))
     assert len(list((killed / "samples").glob("*.png"))) == 14
@@ -132,7 +132,7 @@ def logged(folder: Path) -> int:
 
 @pytest.mark.slow
 def test_photographs_from_an_empty_cache_to_a_lora(tmp_path):
-    """scikit-image's photographs: many sizes, one grey, one with alpha; through the command line, and reopened."""
+    """scikit-image's photographs: many sizes, one gray, one with alpha; through the command line, and reopened."""
     data = pytest.importorskip("skimage.data")
     folder = tmp_path / "PHOTOS"
     folder.mkdir()
@@ -142,7 +142,7 @@ def test_photographs_from_an_empty_cache_to_a_lora(tmp_path):
         "train PHOTOS --trigger zqx --model nano --steps 3 --rank 4 --out runs/photos --sample-every 3 --sample-steps 2"
     )
     done = subprocess.run(
-        [sys.executable, "-m", "fluxq.cli.main", *command.split()], cwd=tmp_path, capture_output=True, text=True
+        [sys.executable, "-m", "fluxq", *command.split()], cwd=tmp_path, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     run = tmp_path / "runs" / "photos"
@@ -176,7 +176,7 @@ def test_a_complete_cache_trains_without_encoder_files(tmp_path, photos):
         "t5xxl": str(files / nano.T5XXL.name),
         "t5_length": 32,
     }
-    sections = {"model": model, "data": {"size": 96}}
+    sections = {"model": model, "data": {"resolution": 96}}
     train(configured(tmp_path, photos, **sections))
     first = tensors(tmp_path / "run" / "test.safetensors")
     for path in (nano.AE, nano.CLIP_L, nano.T5XXL):
@@ -231,12 +231,12 @@ def test_somebody_elses_lora_in_the_folder_is_kept(tmp_path, photos):
     assert (out / "test.safetensors").read_bytes() == b"precious"
 
 
-@pytest.mark.parametrize("wrong", [{"lora": {"targets": ["nope"]}}, {"training": {"rate": 1e30}}])
+@pytest.mark.parametrize("wrong", [{"lora": {"targets": ["nope"]}}, {"training": {"learning_rate": 1e30}}])
 def test_a_request_that_fails_before_its_first_save_costs_nothing(wrong, tmp_path, photos):
     """A wrong target is refused while the old run is whole; NaN stops the run, and is never saved."""
     train(configured(tmp_path, photos))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
-    with pytest.raises(WrongRequest, match="matches no layer|lower --rate"):
+    with pytest.raises(WrongRequest, match="matches no layer|lower --lr"):
         train(configured(tmp_path, photos, **wrong), overwrite=True)
     if "lora" in wrong:
         assert {p: p.read_bytes() for p in before} == before
@@ -249,10 +249,10 @@ def test_a_refused_first_attempt_does_not_block_the_second(tmp_path, photos):
     train(configured(tmp_path, photos))
 
 
-def test_resume_notices_changed_pictures_and_captions(tmp_path, photos):
+def test_resume_notices_changed_images_and_captions(tmp_path, photos):
     train(configured(tmp_path, photos))
     (photos / "0.txt").write_text("another caption")
-    with pytest.raises(WrongRequest, match="pictures, captions or encoders changed since"):
+    with pytest.raises(WrongRequest, match="images, captions or encoders changed since"):
         train(configured(tmp_path, photos, training={"steps": 6}), resume=True)
 
 
@@ -265,8 +265,8 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
         held_out = tmp_path / "held_out"
         if batch == 1:
             held_out.mkdir()
-            for i, (picture, caption) in enumerate(pictures.ordinary(seed=9, count=3)):
-                picture.save(held_out / f"{i}.png")
+            for i, (image, caption) in enumerate(drawing.ordinary(seed=9, count=3)):
+                image.save(held_out / f"{i}.png")
                 (held_out / f"{i}.txt").write_text(caption)
         config = configured(tmp_path, photos, data={"validation": [str(held_out)]}, **sections)
         losses.append(train(config).validation_before)
@@ -312,7 +312,7 @@ def test_resume_without_a_saved_state_says_so(tmp_path, photos):
 
 def test_a_size_off_the_grid_names_what_would_do(tmp_path, photos):
     with pytest.raises(WrongRequest, match="multiple of 16 pixels, not 100; 96 or 112 would do"):
-        train(configured(tmp_path, photos, data={"size": 100}))
+        train(configured(tmp_path, photos, data={"resolution": 100}))
     assert not (tmp_path / "run").exists()
 
 
@@ -351,9 +351,16 @@ def test_defaults_are_printed_with_their_reasons(tmp_path, photos, monkeypatch):
     values = {"model": {"name": "nano"}, "data": {"folders": [str(photos)], "cache": str(tmp_path / "cache")}}
     config = config_from_dict(values | {"output": {"out": str(tmp_path / "run")}}, "a test")
     resolved = module.resolve(config, module.Models(config.model), said.append)
-    beginnings = ["size 96: ", "rank 16: ", "alpha 16: ", "steps 1000: ", "rate 0.0001: ", "shift 3.1582: "]
+    beginnings = [
+        "resolution 96: ",
+        "rank 16: ",
+        "alpha 16: ",
+        "steps 1000: ",
+        "learning rate 0.0001: ",
+        "shift 3.1582: ",
+    ]
     assert [line[: len(b)] for line, b in zip(said, beginnings, strict=True)] == beginnings
     assert resolved.training.steps == 1000
     said.clear()
     module.resolve(resolved, module.Models(config.model), said.append)
-    assert {line.split()[0] for line in said} <= {"rank", "rate", "shift"}
+    assert {line.split()[0] for line in said} <= {"rank", "learning", "shift"}

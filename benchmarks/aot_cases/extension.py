@@ -14,9 +14,9 @@ KERNELS = {
 }
 
 
-def case(card: int, op: str, kernel: Any, types: dict[str, str], eights: bool) -> Case:
+def case(gpu: int, op: str, kernel: Any, types: dict[str, str], eights: bool) -> Case:
     """For ranks that are multiples of eight, or for any: those rows begin anywhere and are read number by number."""
-    tile = SHIPPED[op, card, "large"]
+    tile = SHIPPED[op, gpu, "large"]
     numbers = {n: "i32" for n in kernel.arg_names if n not in types}
     constants = dict(EIGHTS=eights, ROWS=tile.block_m, COLUMNS=tile.block_n)
     return Case(
@@ -27,14 +27,14 @@ def case(card: int, op: str, kernel: Any, types: dict[str, str], eights: bool) -
         tile.warps,
         tile.stages,
         aligned=("out_stride", "width"),
-        capabilities=(card,),
+        capabilities=(gpu,),
         narrow=("bias_ptr",) if eights else ("bias_ptr", "s_ptr", "up_ptr"),  # a bias has one number of a row
     )
 
 
 CASES = [
-    case(card, op, kernel, types, eights)
+    case(gpu, op, kernel, types, eights)
     for op, (kernel, types) in KERNELS.items()
     for eights in (True, False)
-    for card in CAPABILITIES
+    for gpu in CAPABILITIES
 ]

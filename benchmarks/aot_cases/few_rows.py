@@ -8,15 +8,15 @@ from fluxq.kernels.triton import few_rows
 from fluxq.kernels.triton.table import SHIPPED, Choice
 
 
-def tile_of(format: str, card: int) -> Choice:
+def tile_of(format: str, gpu: int) -> Choice:
     """bf16 takes the vendor's product and has no row for few; who asks for this path gets the tile of large inputs."""
     op = f"lora_linear_backward_{FORMATS[format]}"
-    return SHIPPED.get((op, card, "few")) or SHIPPED[op, card, "large"]
+    return SHIPPED.get((op, gpu, "few")) or SHIPPED[op, gpu, "large"]
 
 
-def shares(format: str, card: int, rows: int) -> Case:
+def shares(format: str, gpu: int, rows: int) -> Case:
     # Numbers of 8 bits go 64 bits at a time to where the tensor cores read them across rows.
-    tile = tile_of(format, card)
+    tile = tile_of(format, gpu)
     absent = {name: None for name in ("scale_ptr", "absmax_ptr", "levels_ptr") if name not in WEIGHT[format]}
     numbers = dict.fromkeys(("M", "N", "K", "dy_stride", "w_stride", "absmax_stride"), "i32")
     return Case(
@@ -29,15 +29,15 @@ def shares(format: str, card: int, rows: int) -> Case:
         warps=tile.warps,
         stages=tile.stages,
         aligned=("N", "K", "dy_stride", "w_stride", "absmax_stride"),
-        capabilities=(card,),
+        capabilities=(gpu,),
         dots=(Product(rows, tile.block_n, tile.block_k, "bf16"),),
         narrow=FEW if format in ("nf4", "float") else (*FEW, "w_ptr"),
         permutes=64,
     )
 
 
-def sum_shares(card: int) -> Case:
-    tile = SHIPPED["sum_shares", card, "large"]
+def sum_shares(gpu: int) -> Case:
+    tile = SHIPPED["sum_shares", gpu, "large"]
     pointers = dict(sums_ptr="*fp32", ds_ptr="*bf16", down_ptr="*bf16", out_ptr="*bf16")
     numbers = ("shares", "M", "K", "R", "ds_stride", "down_stride", "out_stride")
     return Case(
@@ -48,17 +48,17 @@ def sum_shares(card: int) -> Case:
         tile.warps,
         tile.stages,
         aligned=("K", "down_stride", "out_stride"),
-        capabilities=(card,),
+        capabilities=(gpu,),
         dots=(Product(tile.block_m, tile.block_n, 16, "bf16"),),
         narrow=("ds_ptr",),  # R of a row for any R
     )
 
 
 CASES = [
-    shares(format, card, rows)
+    shares(format, gpu, rows)
     for format in FORMATS
     for rows in (16, 64)
-    for card in CAPABILITIES
-    if rows >= tile_of(format, card).block_m
+    for gpu in CAPABILITIES
+    if rows >= tile_of(format, gpu).block_m
 ]
-CASES += [sum_shares(card) for card in CAPABILITIES]
+CASES += [sum_shares(gpu) for gpu in CAPABILITIES]

@@ -22,7 +22,7 @@ WEIGHT = {
 }
 
 
-def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
+def linear(format: str, shape: str, gpu: int, choice: Choice) -> Case:
     absent = {name: None for name in ("scale_ptr", "absmax_ptr", "levels_ptr") if name not in WEIGHT[format]}
     m, n = choice.block_m, choice.block_n
     return Case(
@@ -33,14 +33,14 @@ def linear(format: str, shape: str, card: int, choice: Choice) -> Case:
         warps=choice.warps,
         stages=choice.stages,
         aligned=("N", "K", "x_stride", "w_stride", "absmax_stride"),
-        capabilities=(card,),
+        capabilities=(gpu,),
         dots=(Product(m, n, choice.block_k, "bf16"), Product(m, n, 16, "bf16")),
         narrow=FEW if shape == "few" else None,
         permutes=128,
     )
 
 
-def product(kind: str, card: int, choice: Choice, dx: bool = False) -> Case:
+def product(kind: str, gpu: int, choice: Choice, dx: bool = False) -> Case:
     """An 8-bit product with everything in its epilogue; or that of the gradient, without scales of columns and bias."""
     m, n = choice.block_m, choice.block_n
     absent = dict(b_scale_ptr=None, bias_ptr=None) if dx else {}
@@ -55,7 +55,7 @@ def product(kind: str, card: int, choice: Choice, dx: bool = False) -> Case:
         warps=choice.warps,
         stages=choice.stages,
         aligned=("N", "K", "a_stride", "b_stride"),
-        capabilities=(card,),
+        capabilities=(gpu,),
         dots=(
             Product(m, n, choice.block_k, "fp8 scaled" if choice.path == "scaled" else kind),
             Product(m, n, 16, "bf16"),
@@ -70,15 +70,15 @@ def blocks(choice: Choice) -> dict[str, int]:
 
 FORMATS = {"float": "bf16", "fp8": "fp8", "int8": "int8", "nf4": "nf4"}
 CASES = [
-    linear(format, shape, card, SHIPPED[f"lora_linear_{stored}", card, shape])
+    linear(format, shape, gpu, SHIPPED[f"lora_linear_{stored}", gpu, shape])
     for format, stored in FORMATS.items()
     for shape in ("large", "few")
-    for card in CAPABILITIES
+    for gpu in CAPABILITIES
 ] + [
-    product(kind, card, SHIPPED[f"matmul_{kind}", card, "large"], dx)
+    product(kind, gpu, SHIPPED[f"matmul_{kind}", gpu, "large"], dx)
     for dx in (False, True)
-    for kind, cards in (("int8", CAPABILITIES), ("fp8", (89, 90, 120)))
-    for card in cards
+    for kind, gpus in (("int8", CAPABILITIES), ("fp8", (89, 90, 120)))
+    for gpu in gpus
 ]
-# With block scales fp8 runs at full rate on RTX 50. No card has shown its numbers yet, so it is only a candidate there.
+# With block scales fp8 runs at full rate on RTX 50. No GPU has shown its numbers yet, so it is only a candidate there.
 CASES += [product("fp8", 120, replace(SHIPPED["matmul_fp8", 120, "large"], path="scaled"), dx) for dx in (False, True)]

@@ -21,9 +21,9 @@ RUNTIME = {"L", "R", "start", "length"}  # the other numbers are strides, and th
 ROW, INNER = dict(D=3072, BLOCK=4096), dict(W=12288)
 
 
-def case(name: str, kernel: Any, op: str, card: int, constants: Mapping[str, Any], absent: Sequence[str] = ()) -> Case:
-    """A case in bf16 at the tile of `op` on that card, without the pointers in `absent`."""
-    tile = SHIPPED[op, card, "large"]
+def case(name: str, kernel: Any, op: str, gpu: int, constants: Mapping[str, Any], absent: Sequence[str] = ()) -> Case:
+    """A case in bf16 at the tile of `op` on that GPU, without the pointers in `absent`."""
+    tile = SHIPPED[op, gpu, "large"]
     sizes = {"ROWS": tile.block_m, "STEP": tile.step, "BLOCK": tile.block_n, "BLOCK_K": tile.block_k}
     given = {n: size for n, size in sizes.items() if n in kernel.arg_names}
     constants = given | dict(constants) | {f"{n}_ptr": None for n in absent}
@@ -40,13 +40,13 @@ def case(name: str, kernel: Any, op: str, card: int, constants: Mapping[str, Any
         tile.stages,
         eight_bits.registers(tile.warps) if "INT8" in kernel.arg_names else None,
         aligned,
-        (card,),
+        (gpu,),
         dots,
         narrow=("row_scale_ptr", "rstd_ptr", "s_ptr"),  # one number of a row, of a head, R of a row for any R
     )
 
 
-def modulates(card: int) -> list[Case]:
+def modulates(gpu: int) -> list[Case]:
     found = []
     for gated, absent in (("", ("gate", "add", "sum")), ("gated_add_", ())):
         for form in ("", "_int8", "_fp8", "_int8_rotated"):
@@ -58,11 +58,11 @@ def modulates(card: int) -> list[Case]:
                 constants |= dict(BLOCK_R=block_r, PRECISION="ieee")
                 left_out = (*absent, *(() if form else ("values", "row_scale")), *(() if down else ("down", "s")))
                 name = f"{gated}modulate{form}{down}"
-                found.append(case(name, modulate._modulate, op, card, constants, left_out))
+                found.append(case(name, modulate._modulate, op, gpu, constants, left_out))
     return found
 
 
-def modulate_backwards(card: int) -> list[Case]:
+def modulate_backwards(gpu: int) -> list[Case]:
     frozen, gate = ("add", "sums"), ("gate", "d_add", "dx")
     shapes = {
         "modulate_backward": (frozen + gate, "", False),
@@ -72,34 +72,34 @@ def modulate_backwards(card: int) -> list[Case]:
     }
     kernel = modulate._modulate_backward
     return [
-        case(name, kernel, f"modulate_backward{kind}", card, ROW | dict(SHIFT=shift), absent)
+        case(name, kernel, f"modulate_backward{kind}", gpu, ROW | dict(SHIFT=shift), absent)
         for name, (absent, kind, shift) in shapes.items()
     ]
 
 
-def gated_adds(card: int) -> list[Case]:
+def gated_adds(gpu: int) -> list[Case]:
     width, backward = dict(D=3072), modulate._gated_add_backward
     return [
-        case("gated_add", modulate._gated_add, "gated_add", card, width),
-        case("gated_add_backward", backward, "gated_add_backward", card, width, ("y", "sums")),
-        case("gated_add_backward_rows", backward, "gated_add_backward_sums", card, width),
+        case("gated_add", modulate._gated_add, "gated_add", gpu, width),
+        case("gated_add_backward", backward, "gated_add_backward", gpu, width, ("y", "sums")),
+        case("gated_add_backward_rows", backward, "gated_add_backward_sums", gpu, width),
     ]
 
 
-def qk_norm_ropes(card: int) -> list[Case]:
+def qk_norm_ropes(gpu: int) -> list[Case]:
     forward, backward, heads = qk_norm_rope._forward, qk_norm_rope._backward, dict(H=24, W=128, HEADS=32)
     return [
-        case("qk_norm_rope", forward, "qk_norm_rope", card, heads),
-        case("qk_norm_rope_backward", backward, "qk_norm_rope_backward", card, heads, ("qkv",)),
-        case("qk_norm_rope_backward_inputs", backward, "qk_norm_rope_backward", card, heads),
+        case("qk_norm_rope", forward, "qk_norm_rope", gpu, heads),
+        case("qk_norm_rope_backward", backward, "qk_norm_rope_backward", gpu, heads, ("qkv",)),
+        case("qk_norm_rope_backward_inputs", backward, "qk_norm_rope_backward", gpu, heads),
     ]
 
 
-def gelus(card: int) -> list[Case]:
+def gelus(gpu: int) -> list[Case]:
     found = [
-        case("gelu_tanh", gelu._gelu, "gelu_tanh", card, INNER | dict(D=0), ("beside",)),
-        case("gelu_tanh_beside", gelu._gelu, "gelu_tanh", card, INNER | dict(D=3072)),
-        case("gelu_tanh_backward", gelu._gelu_backward, "gelu_tanh_backward", card, INNER),
+        case("gelu_tanh", gelu._gelu, "gelu_tanh", gpu, INNER | dict(D=0), ("beside",)),
+        case("gelu_tanh_beside", gelu._gelu, "gelu_tanh", gpu, INNER | dict(D=3072)),
+        case("gelu_tanh_backward", gelu._gelu_backward, "gelu_tanh_backward", gpu, INNER),
     ]
     for form in ("_int8", "_fp8", "_int8_rotated"):
         for beside, width in (("", 0), ("_beside", 3072)):
@@ -111,9 +111,9 @@ def gelus(card: int) -> list[Case]:
                 constants |= dict(BLOCK_R=block_r, PRECISION="ieee")
                 left_out = (*(() if down else ("down", "s")), *(() if beside else ("beside",)))
                 name, op = f"gelu_tanh{beside}{form}{down}", "gelu_tanh_8bit" + ("_down" if down else "")
-                found.append(case(name, gelu._gelu_8_bits, op, card, constants, left_out))
+                found.append(case(name, gelu._gelu_8_bits, op, gpu, constants, left_out))
     return found
 
 
 TOPICS = (modulates, modulate_backwards, gated_adds, qk_norm_ropes, gelus)
-CASES = [case for topic in TOPICS for card in CAPABILITIES for case in topic(card)]
+CASES = [case for topic in TOPICS for gpu in CAPABILITIES for case in topic(gpu)]

@@ -1,4 +1,4 @@
-"""Stored weights quantised and decoded, at the tiles in use."""
+"""Stored weights quantized and decoded, at the tiles in use."""
 
 from __future__ import annotations
 
@@ -37,14 +37,14 @@ def plain(form: str) -> str:
     return "float" if TYPES[form] == "*" + form else form
 
 
-def conversion(card: int, form: str, to: str, transposed: bool, rotation: int = 0) -> Case:
+def conversion(gpu: int, form: str, to: str, transposed: bool, rotation: int = 0) -> Case:
     divisor = {"divisor_ptr": "*fp32"} if to in LARGEST else {}
     types, constants = pointers(
         form, out_ptr=TYPES[to], N="i32", K="i32", stride="i32", absmax_stride="i32", out_stride="i32", **divisor
     )
     constants = {name: value for name, value in constants.items() if name != "columns_ptr"}
     way = f"{'_transposed' if transposed else ''}{'_rotated' if rotation else ''}"
-    tile = SHIPPED[f"dequantize{way}", card, "large"]
+    tile = SHIPPED[f"dequantize{way}", gpu, "large"]
     return Case(
         f"{form} to {to}{way.replace('_', ' ')}",
         storage._convert,
@@ -58,7 +58,7 @@ def conversion(card: int, form: str, to: str, transposed: bool, rotation: int = 
             "ROWS": tile.block_m,
             "COLUMNS": tile.block_n,
         },
-        **launched(card, tile),
+        **launched(gpu, tile),
         aligned=("N", "K", "stride", "absmax_stride", "out_stride"),
         narrow=FEW,
         permutes=112,  # three for each of a thread's 32 numbers, and some to rotate
@@ -66,13 +66,13 @@ def conversion(card: int, form: str, to: str, transposed: bool, rotation: int = 
 
 
 def row_case(
-    card: int, form: str, to: str, width: int, columns: bool = False, values: bool = True, rotation: int = 0
+    gpu: int, form: str, to: str, width: int, columns: bool = False, values: bool = True, rotation: int = 0
 ) -> Case:
     given = {"columns_ptr": "*fp32"} if columns else {}
     given |= {"out_ptr": "*u8"} if values else {}
     types, constants = pointers(form, scales_ptr="*fp32", N="i32", K="i32", stride="i32", absmax_stride="i32", **given)
     constants = {name: value for name, value in constants.items() if name != "divisor_ptr"}
-    tile = SHIPPED["row_quantize", card, shape_class("row_quantize", width)]
+    tile = SHIPPED["row_quantize", gpu, shape_class("row_quantize", width)]
     return Case(
         f"rows of {width} {form} {'to' if values else 'scales for'} {to}{' times columns' if columns else ''}"
         + (f" rotated by {rotation}" if rotation else ""),
@@ -87,15 +87,15 @@ def row_case(
             "ONCE": tile.block_n >= width,
             "COLUMNS": tile.block_n,
         },
-        **launched(card, tile),
+        **launched(gpu, tile),
         aligned=("K", "stride"),
         narrow=FEW,
         permutes=112 if rotation else 64,  # two for each of a thread's 32 numbers, rotated three
     )
 
 
-def quantiser(card: int, dtype: str) -> Case:
-    tile = SHIPPED["nf4_quantize", card, "large"]
+def quantizer(gpu: int, dtype: str) -> Case:
+    tile = SHIPPED["nf4_quantize", gpu, "large"]
     return Case(
         f"{dtype} to nf4",
         nf4._quantize,
@@ -107,43 +107,43 @@ def quantiser(card: int, dtype: str) -> Case:
             "blocks": "i32",
         },
         {"BLOCKS": tile.block_m},
-        **launched(card, tile),
+        **launched(gpu, tile),
         aligned=("blocks",),
         narrow=FEW,
     )
 
 
-def rotate(card: int, dtype: str) -> Case:
-    tile = SHIPPED["rotate", card, "large"]
+def rotate(gpu: int, dtype: str) -> Case:
+    tile = SHIPPED["rotate", gpu, "large"]
     pointers = dict(x_ptr=TYPES[dtype], y_ptr=TYPES[dtype], blocks="i32")
     sizes = dict(BLOCK=256, NUMBERS=tile.block_n)
-    return Case(f"rotate {dtype}", _rotate, pointers, sizes, **launched(card, tile), narrow=())
+    return Case(f"rotate {dtype}", _rotate, pointers, sizes, **launched(gpu, tile), narrow=())
 
 
-def launched(card: int, tile: Choice) -> dict[str, Any]:
-    return dict(warps=tile.warps, stages=tile.stages, capabilities=(card,))
+def launched(gpu: int, tile: Choice) -> dict[str, Any]:
+    return dict(warps=tile.warps, stages=tile.stages, capabilities=(gpu,))
 
 
-def on(card: int) -> list[Case]:
+def on(gpu: int) -> list[Case]:
     """A width stands for all that take the same tile."""
     return [
-        *[conversion(card, *c) for c in CONVERSIONS],
-        *[row_case(card, "bf16", to, width) for to in LARGEST for width in (3072, 15360, 21504)],
-        *[row_case(card, "bf16", to, width, columns=True) for to in LARGEST for width in (3072, 12288, 21504)],
-        *[row_case(card, "nf4", to, width) for to in LARGEST for width in (3072, 15360)],
-        row_case(card, "nf4", "int8", 15360, values=False),
-        row_case(card, "int8", "fp8", 3072),
-        row_case(card, "fp8", "int8", 3072),
-        row_case(card, "fp32", "int8", 40000),
-        *[conversion(card, form, "int8", True, rotation=256) for form in ("nf4", "fp8", "int8", "bf16")],
-        *[row_case(card, "bf16", "int8", width, rotation=256) for width in (3072, 15360)],
-        *[row_case(card, "nf4", "int8", width, rotation=256) for width in (3072, 15360)],
-        *[row_case(card, "nf4", "int8", width, values=False, rotation=256) for width in (3072, 15360)],
-        row_case(card, "int8", "int8", 3072, rotation=64),
-        row_case(card, "fp8", "fp8", 3072, rotation=256),
-        *[rotate(card, dtype) for dtype in ("bf16", "fp32")],
-        *[quantiser(card, dtype) for dtype in ("bf16", "fp32")],
+        *[conversion(gpu, *c) for c in CONVERSIONS],
+        *[row_case(gpu, "bf16", to, width) for to in LARGEST for width in (3072, 15360, 21504)],
+        *[row_case(gpu, "bf16", to, width, columns=True) for to in LARGEST for width in (3072, 12288, 21504)],
+        *[row_case(gpu, "nf4", to, width) for to in LARGEST for width in (3072, 15360)],
+        row_case(gpu, "nf4", "int8", 15360, values=False),
+        row_case(gpu, "int8", "fp8", 3072),
+        row_case(gpu, "fp8", "int8", 3072),
+        row_case(gpu, "fp32", "int8", 40000),
+        *[conversion(gpu, form, "int8", True, rotation=256) for form in ("nf4", "fp8", "int8", "bf16")],
+        *[row_case(gpu, "bf16", "int8", width, rotation=256) for width in (3072, 15360)],
+        *[row_case(gpu, "nf4", "int8", width, rotation=256) for width in (3072, 15360)],
+        *[row_case(gpu, "nf4", "int8", width, values=False, rotation=256) for width in (3072, 15360)],
+        row_case(gpu, "int8", "int8", 3072, rotation=64),
+        row_case(gpu, "fp8", "fp8", 3072, rotation=256),
+        *[rotate(gpu, dtype) for dtype in ("bf16", "fp32")],
+        *[quantizer(gpu, dtype) for dtype in ("bf16", "fp32")],
     ]
 
 
-CASES = [case for card in CAPABILITIES for case in on(card)]
+CASES = [case for gpu in CAPABILITIES for case in on(gpu)]

@@ -14,8 +14,8 @@ from benchmarks.kernel_cases.linear import Operands, both, exact
 from benchmarks.kernel_cases.setting import LAYERS, Setting, cosine, relative_error
 from benchmarks.peers import torchao_8bit
 from benchmarks.roofline import predicted_ms, product
-from fluxq.kernels import COMPUTES, Activations, dequantize, lora_linear, quantize
 from fluxq.bench.timing import timed
+from fluxq.kernels import COMPUTES, Activations, dequantize, lora_linear, quantize
 
 HOPPER = {"int8": ">= 1.15", "int8_dx": ">= 1.4", "fp8_dx": ">= 1.4"}
 """compute -> what plain bf16's time should be over ours there."""
@@ -78,7 +78,7 @@ def measure(s: Setting, layer: str, rows: int, compute: str) -> dict[str, Any]:
         runs["ours, forward only"] = lambda: ours_forward(own, given)
     except Skip as reason:
         not_run["torchao, forward only"] = str(reason)
-    except Exception as error:  # its kernels refuse some cards and PyTorch versions
+    except Exception as error:  # its kernels refuse some GPUs and PyTorch versions
         not_run["torchao, forward only"] = f"{type(error).__name__}: {error}"[:500]
     ms = timed(runs, s.device, s.seconds)
     plain = ms["plain bf16"]["median"]
@@ -105,4 +105,4 @@ def measure(s: Setting, layer: str, rows: int, compute: str) -> dict[str, Any]:
 
 def refuse_fp8_where_missing(s: Setting, bits: str) -> None:
     if bits == "fp8" and s.device.type == "cuda" and torch.cuda.get_device_capability(s.device) < (8, 9):
-        raise Skip("this card multiplies no fp8; there fluxq computes in int8")
+        raise Skip("this GPU multiplies no fp8; there fluxq computes in int8")

@@ -53,7 +53,7 @@ def measure(s: Setting, layer: str, compute: str, kind: str) -> dict[str, Any]:
         against_bf16["torchao"] = torchao_8bit.linear(w, None, bits)(x)
     except Skip as reason:
         row["not_run"] = {"torchao": str(reason)}
-    except Exception as error:  # its kernels refuse some cards and PyTorch versions
+    except Exception as error:  # its kernels refuse some GPUs and PyTorch versions
         row["not_run"] = {"torchao": f"{type(error).__name__}: {error}"[:500]}
     against_bf16["ours"] = lora_linear(x, quantize(w, bits), compute=compute)
     whole = x.double() @ w.double().t()

@@ -16,8 +16,8 @@ from benchmarks.kernel_cases.setting import LAYERS, Setting, twice_rule
 from benchmarks.peers import peft_lora
 from benchmarks.roofline import predicted_ms
 from fluxq.bench.kernel_steps import nbytes
-from fluxq.kernels import Activations, Weight, dequantize, lora_linear, quantize, wants
 from fluxq.bench.timing import timed
+from fluxq.kernels import Activations, Weight, dequantize, lora_linear, quantize, wants
 
 SAMPLE = 256
 """Rows of y and of dx that are compared with fp64, spread over all."""

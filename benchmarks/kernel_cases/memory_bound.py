@@ -15,9 +15,9 @@ from benchmarks.kernel_cases.setting import Setting, twice_rule
 from benchmarks.roofline import predicted_ms
 from fluxq.bench.kernel_cases import comparable
 from fluxq.bench.kernel_steps import STEPS, STORAGE, Sizes, Step
+from fluxq.bench.timing import timed
 from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, reference
 from fluxq.kernels.rotation import rotate
-from fluxq.bench.timing import timed
 
 SHAPES = ("mlp.0", "linear2")
 

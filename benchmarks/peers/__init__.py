@@ -9,7 +9,7 @@ import importlib
 from types import ModuleType
 
 from benchmarks.cases import Skip
-from fluxq.training.quiet import quiet_imports
+from fluxq.console import quiet_imports
 
 
 def need(package: str) -> ModuleType:
@@ -19,5 +19,5 @@ def need(package: str) -> ModuleType:
             return importlib.import_module(package)
     except ModuleNotFoundError as error:
         raise Skip(f"{error.name or package} is not installed") from error
-    except Exception as error:  # built for another PyTorch or another card
+    except Exception as error:  # built for another PyTorch or another GPU
         raise Skip(f"{package} does not load: {error}") from error

@@ -23,14 +23,14 @@ def nf4_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     )
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return layer.to(weight.device)  # going there quantises
+    return layer.to(weight.device)  # going there quantizes
 
 
-def quantise_linears(module: nn.Module) -> None:
+def quantize_linears(module: nn.Module) -> None:
     """Every linear layer below `module` becomes bitsandbytes' of the same weights."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             bias = None if child.bias is None else child.bias.data
             setattr(module, name, nf4_linear(child.weight.data, bias))
         else:
-            quantise_linears(child)
+            quantize_linears(child)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.peers import need, peft_lora
-from benchmarks.peers.bnb_nf4 import quantise_linears
+from benchmarks.peers.bnb_nf4 import quantize_linears
 from fluxq.formats.checkpoint.keys import module_split, to_diffusers
 from fluxq.model import FluxConfig
 from fluxq.model.linear import Linear
@@ -47,7 +47,7 @@ def twin(
     with torch.device(device):
         block = made(config.hidden_size, config.num_heads, config.head_dim).to(torch.bfloat16).requires_grad_(False)
     block.load_state_dict({name.split(".", 2)[2]: t for name, t in to_diffusers(own, config).items()})
-    quantise_linears(block)
+    quantize_linears(block)
     pieces = [
         (name.split(".", 2)[2], start, stop, layer)
         for path, layer in layers.items()

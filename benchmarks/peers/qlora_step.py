@@ -2,8 +2,8 @@
 under bf16 autocast, every block checkpointed.
 
 The recipe is Hugging Face's (its blog's flux-qlora, and train_dreambooth_lora_flux_miniature.py in diffusers): all
-linear layers in NF4 without double quantisation, what is not quantised in fp32 (`prepare_model_for_kbit_training`). It
-is given fluxq's layers to train, its pictures, captions, optimiser and clipping in place of the recipe's own.
+linear layers in NF4 without double quantization, what is not quantized in fp32 (`prepare_model_for_kbit_training`). It
+is given fluxq's layers to train, its images, captions, optimizer and clipping in place of the recipe's own.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from benchmarks.peers import diffusers_blocks, need, peft_lora
 from benchmarks.peers.bnb_nf4 import nf4_linear
+from fluxq.bench.timed_step import TARGETS, Setting, random_batch
 from fluxq.config import TrainingConfig
 from fluxq.flow import sample_noise, sample_timesteps
 from fluxq.formats.checkpoint.keys import module_split
@@ -23,7 +24,6 @@ from fluxq.model import FluxConfig
 from fluxq.model.costs import chosen
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 from fluxq.training.optim import build_optimizer
-from fluxq.bench.timed_step import TARGETS, Setting, random_batch
 
 
 def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:
@@ -61,8 +61,8 @@ def draw(module: nn.Module, device: torch.device) -> None:
 def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: str) -> Callable[[int], float]:
     """As fluxq.timed_step.trainer, of which this is the twin: training step `index`, which gives its loss."""
     training, parameters = TrainingConfig(), peft_lora.trained(model)
-    updates = build_optimizer(optimizer, parameters, training.rate, training.weight_decay)
-    batch, device, side = random_batch(config, setting), parameters[0].device, setting.size // 16
+    updates = build_optimizer(optimizer, parameters, training.learning_rate, training.weight_decay)
+    batch, device, side = random_batch(config, setting), parameters[0].device, setting.resolution // 16
     img_ids, txt_ids = image_ids(side, side, device), text_ids(setting.t5_length, device)
     guidance = torch.full((setting.batch,), training.guidance, device=device) if config.guidance_embed else None
 

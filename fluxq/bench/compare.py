@@ -12,15 +12,16 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxq.bench.steps import KIND
+from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.offload.plans import counted
-from fluxq.console import console
+
+from .steps import KIND
 
 AXES = (
     "model",
-    "size",
+    "resolution",
     "batch",
     "t5_length",
     "rank",
@@ -38,26 +39,26 @@ NANO, PUBLISHED = "nano", "published by others"
 
 @dataclass(frozen=True)
 class Anchor:
-    """A speed that somebody published: pictures trained on in a second, and all that is known of how."""
+    """A speed that somebody published: images trained on in a second, and all that is known of how."""
 
     trainer: str
-    card: str
+    gpu: str
     figure: str
-    pictures_s: float
+    images_s: float
     conditions: str
     source: str = "published, original not located"
 
 
 ANCHORS = (
-    Anchor("ai-toolkit", "A100", "0.348 it/s", 4 * 0.348, "batch 4; size and T5 length not stated"),
-    Anchor("ai-toolkit", "H100", "0.454 it/s", 4 * 0.454, "batch 4; size and T5 length not stated"),
-    Anchor("ai-toolkit", "RTX 4090", "0.438 it/s", 0.438, "batch 1; size and T5 length not stated"),
-    Anchor("ai-toolkit", "L40S", "0.838 it/s", 0.838, "batch 1; size and T5 length not stated"),
+    Anchor("ai-toolkit", "A100", "0.348 it/s", 4 * 0.348, "batch 4; resolution and T5 length not stated"),
+    Anchor("ai-toolkit", "H100", "0.454 it/s", 4 * 0.454, "batch 4; resolution and T5 length not stated"),
+    Anchor("ai-toolkit", "RTX 4090", "0.438 it/s", 0.438, "batch 1; resolution and T5 length not stated"),
+    Anchor("ai-toolkit", "L40S", "0.838 it/s", 0.838, "batch 1; resolution and T5 length not stated"),
     Anchor("ComfyUI-FluxTrainer", "RTX 4090", "2.42 s/it", 1 / 2.42, "768 px; batch not stated, taken as 1"),
     Anchor(
         "HF QLoRA recipe",
         "RTX 4090",
-        "0.88 s/picture",
+        "0.88 s/image",
         1 / 0.88,
         "512 x 768 px, T5 77, rank 4, attention only",
         "published",
@@ -99,7 +100,7 @@ def _sound(result: dict[str, Any]) -> bool:
         and isinstance(rows, list)
     ):
         return False
-    numbers = ("it_s", "pictures_s")
+    numbers = ("it_s", "images_s")
     return all(
         isinstance(row, dict)
         and all(name in row for name in AXES[1:])
@@ -118,18 +119,20 @@ def names(files: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]
 def side_by_side(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A line for every setting that any machine has: the setting, and {machine: its row's figures}."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-    kept = ("it_s", "pictures_s", "ms", "tflops", "share_of_peak", "peak_gib", "out_of_memory", "not_run")
+    kept = ("it_s", "images_s", "ms", "tflops", "share_of_peak", "peak_gib", "out_of_memory", "not_run")
     for name, result in results.items():
         for row in ({"model": result["about"]["model"], **row} for row in result["rows"]):
             key = tuple(row[axis] for axis in AXES)
             line = lines.setdefault(key, {axis: row[axis] for axis in AXES} | {"machines": {}})
             line["machines"][name] = {field: row[field] for field in kept if field in row}
-    return sorted(lines.values(), key=lambda line: (line["model"], line["size"], line["batch"], line["t5_length"]))
+    return sorted(
+        lines.values(), key=lambda line: (line["model"], line["resolution"], line["batch"], line["t5_length"])
+    )
 
 
 def setting_in_words(line: dict[str, Any]) -> str:
     words = ["nano"] if line["model"] == NANO else []
-    words += [f"{line['size']} px", f"batch {line['batch']}", f"T5 {line['t5_length']}", f"rank {line['rank']}"]
+    words += [f"{line['resolution']} px", f"batch {line['batch']}", f"T5 {line['t5_length']}", f"rank {line['rank']}"]
     words += [f"{line['format']} {line['compute']}", *([line["policy"]] if line["policy"] else [])]
     if line["resident_units"] is not None:
         words.append(f"{line['resident_units']} units resident")
@@ -142,21 +145,21 @@ def cell(figures: dict[str, Any] | None) -> str:
     """What a machine's column says of a setting."""
     if figures is None:
         return "-"
-    if "pictures_s" not in figures:
+    if "images_s" not in figures:
         return "out of memory" if "out_of_memory" in figures else "not run"
     peak = figures.get("peak_gib")
-    return f"{figures['pictures_s']:.3f}" + ("" if peak is None else f" ({peak:.1f} GiB)")
+    return f"{figures['images_s']:.3f}" + ("" if peak is None else f" ({peak:.1f} GiB)")
 
 
 def show(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]]) -> None:
     """The table on the console, and the anchors below it."""
-    console.print("pictures a second, and peak GiB where it was measured")
+    console.print("images a second, and peak GiB where it was measured")
     _table([["", *results], *([setting_in_words(x), *(cell(x["machines"].get(n)) for n in results)] for x in lines)])
     console.print(f"\n{PUBLISHED}, not measured here, each under its own conditions; of FLUX.1, not of nano")
     _table(
         [
-            ["", "pictures/s", "as published", "under", "source"],
-            *([f"{a.trainer}, {a.card}", f"{a.pictures_s:.3f}", a.figure, a.conditions, a.source] for a in ANCHORS),
+            ["", "images/s", "as published", "under", "source"],
+            *([f"{a.trainer}, {a.gpu}", f"{a.images_s:.3f}", a.figure, a.conditions, a.source] for a in ANCHORS),
         ]
     )
 
@@ -168,27 +171,27 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def plot(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Pictures a second as bars, a colour a machine; hatched: published, left out where all that was measured is
+    """Images a second as bars, a color a machine; hatched: published, left out where all that was measured is
     nano.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     bars: list[tuple[str, float, str]] = [
-        (setting_in_words(line), line["machines"][name]["pictures_s"], name)
+        (setting_in_words(line), line["machines"][name]["images_s"], name)
         for line in lines
         for name in results
-        if "pictures_s" in line["machines"].get(name, {})
+        if "images_s" in line["machines"].get(name, {})
     ]
     if any(line["model"] != NANO for line in lines):
-        bars += [(f"{a.trainer}, {a.card}: {a.conditions}", a.pictures_s, PUBLISHED) for a in ANCHORS]
+        bars += [(f"{a.trainer}, {a.gpu}: {a.conditions}", a.images_s, PUBLISHED) for a in ANCHORS]
     figure = Figure(figsize=(11, 1.5 + 0.24 * len(bars)), layout="constrained")
     axes = figure.add_subplot()
     for series in counted([series for *_, series in bars]):
         own = [(i, value) for i, (_, value, name) in enumerate(bars) if name == series]
         look: dict[str, Any] = {"color": "#dddddd", "hatch": "///"} if series == PUBLISHED else {}
         axes.barh([i for i, _ in own], [value for _, value in own], label=series, **look)
-    axes.set(yticks=range(len(bars)), xlabel="pictures a second", title="LoRA training: longer is faster")
+    axes.set(yticks=range(len(bars)), xlabel="images a second", title="LoRA training: longer is faster")
     axes.set_yticklabels([text for text, *_ in bars], fontsize=7)
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")

@@ -15,8 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxq.bench.kernel_steps import EIGHT_BITS, STEPS, STORAGE, Sizes, Step, tensors
 from fluxq.kernels import FORMATS, Activations, dequantize, ops, quantize, reference
+
+from .kernel_steps import EIGHT_BITS, STEPS, STORAGE, Sizes, Step, tensors
 
 RANK, SCALE = 16, 0.7
 LARGE, FEW = (2816, 12288, 3072), (1, 18432, 3072)  # M, N, K: the MLP at 768 x 768 pixels, and modulation

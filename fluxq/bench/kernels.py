@@ -1,7 +1,7 @@
-"""`fluxq bench kernels`: the linear layer's kernels at FLUX's shapes, and with --tune the choices that suit this card.
+"""`fluxq bench kernels`: the linear layer's kernels at FLUX's shapes, and with --tune the choices that suit this GPU.
 
-Every case is checked against the reference before it is timed. Times are medians between events on the card, the
-second-level cache flushed before each run; on a processor the reference is timed by the wall clock.
+Every case is checked against the reference before it is timed. Times are medians between events on the GPU, the
+second-level cache flushed before each run; on a CPU the reference is timed by the wall clock.
 """
 
 from __future__ import annotations
@@ -12,12 +12,13 @@ from typing import Any
 
 import torch
 
-from fluxq.errors import WrongRequest
-from fluxq.bench.kernel_cases import RANK, Case, cases, joined
-from fluxq.kernels.dispatch import triton_installed
 from fluxq.console import console
-from fluxq.bench.timing import milliseconds
+from fluxq.errors import WrongRequest
+from fluxq.kernels.dispatch import triton_installed
 from fluxq.models.tuning import tuned_file, use_tuned
+
+from .kernel_cases import RANK, Case, cases, joined
+from .timing import milliseconds
 
 GAIN = 0.98  # what a choice must beat the one in use by: less is noise
 
@@ -26,13 +27,13 @@ def bench_kernels(tune: bool = False, runs: int = 20) -> dict[str, Any]:
     """A row an op and shape: milliseconds, TFLOP/s, and over them the time of a plain product in 16 bits, or for what
     waits for memory of a copy of as many bytes.
 
-    With `tune`, what is worth trying is tried, and what is faster is kept for every later run on this card. Raises
+    With `tune`, what is worth trying is tried, and what is faster is kept for every later run on this GPU. Raises
     WrongRequest where there is nothing to tune.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if tune and not (device.type == "cuda" and triton_installed()):
-        raise WrongRequest("--tune measures Triton kernels on a CUDA card; here is none, or Triton is not installed")
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "processor"
+        raise WrongRequest("--tune measures Triton kernels on a CUDA GPU; here is none, or Triton is not installed")
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU"
     better = earlier_choices(device) if tune else {}
     if not tune:
         use_tuned(device, console.print)
@@ -48,13 +49,13 @@ def bench_kernels(tune: bool = False, runs: int = 20) -> dict[str, Any]:
         )
     if tune:
         keep(better, name)
-        console.print(f"{len(better)} measured choices in {tuned_file(name)}; every run on this card uses them")
-    about = {"card": name, "torch": torch.__version__, "rank": RANK}
+        console.print(f"{len(better)} measured choices in {tuned_file(name)}; every run on this GPU uses them")
+    about = {"gpu": name, "torch": torch.__version__, "rank": RANK}
     return {**about, "rows": rows, "tuned": [[*key, asdict(choice)] for key, choice in better.items()]}
 
 
 def earlier_choices(device: torch.device) -> dict[Any, Any]:
-    """What was measured on this card before and stays in use until something beats it; nothing where it is damaged."""
+    """What was measured on this GPU before and stays in use until something beats it; nothing where it is damaged."""
     from fluxq.kernels.triton import table
 
     with suppress(OSError, ValueError):
@@ -64,11 +65,11 @@ def earlier_choices(device: torch.device) -> dict[Any, Any]:
     return {}
 
 
-def keep(choices: dict[Any, Any], card: str) -> None:
-    """Write them for every later run on this card. It is done after each op, so that a stop loses little."""
+def keep(choices: dict[Any, Any], gpu: str) -> None:
+    """Write them for every later run on this GPU. It is done after each op, so that a stop loses little."""
     from fluxq.kernels.triton import table
 
-    table.write(tuned_file(card), choices, card)
+    table.write(tuned_file(gpu), choices, gpu)
 
 
 def timed(case: Case, device: torch.device, runs: int, found: tuple[Any, Any] | None) -> dict[str, Any]:
@@ -87,22 +88,22 @@ def best_choice(case: Case, device: torch.device, runs: int) -> tuple[Any, Any] 
 
     from fluxq.kernels.triton import table
 
-    card = table.generation(device)
+    gpu = table.generation(device)
     check(case)
     in_use = table.choose(case.op, device, case.size)
     best, fastest = None, GAIN * milliseconds(case.run, device, runs)
-    for choice in table.candidates(case.op, card, case.shape_class):
+    for choice in table.candidates(case.op, gpu, case.shape_class):
         if replace(choice, word=in_use.word, why=in_use.why) == in_use:
             continue
         with table.using(case.op, choice):
             try:
                 check(case)
                 ms = milliseconds(case.run, device, runs)
-            except (TritonError, RuntimeError, AssertionError):  # it does not fit this card, or is not right on it
+            except (TritonError, RuntimeError, AssertionError):  # it does not fit this GPU, or is not right on it
                 continue
         if ms < fastest:
             best, fastest = choice, ms
-    return None if best is None else ((case.op, card, case.shape_class), best)
+    return None if best is None else ((case.op, gpu, case.shape_class), best)
 
 
 def _using(op: str, found: tuple[Any, Any] | None) -> Any:

@@ -1,7 +1,7 @@
-"""What a plan really takes: the trainer's steps on the card at hand, with the bytes of each owner and of the copies.
+"""What a plan really takes: the trainer's steps on the GPU at hand, with the bytes of each owner and of the copies.
 
-Weights, slots, LoRA and the optimiser's state are tensors that can be counted. What is there beside them when a step
-turns from forward to backward are the activations; what the peak has beyond all that is the workspace. A processor
+Weights, slots, LoRA and the optimizer's state are tensors that can be counted. What is there beside them when a step
+turns from forward to backward are the activations; what the peak has beyond all that is the workspace. A CPU
 tells neither.
 """
 
@@ -16,12 +16,13 @@ from torch import Tensor
 
 from fluxq.config import TrainingConfig
 from fluxq.model import Flux, FluxConfig
-from fluxq.offload.cards import GIB
 from fluxq.offload.costs import OWNERS
+from fluxq.offload.gpus import GIB
 from fluxq.offload.plans import Plan
 from fluxq.training.optim import build_optimizer
-from fluxq.bench.random_model import planned_flux
-from fluxq.bench.timed_step import OPTIMIZER, Setting, clock_steps, trainer
+
+from .random_model import planned_flux
+from .timed_step import OPTIMIZER, Setting, clock_steps, trainer
 
 
 def measured_row(config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int) -> dict[str, Any]:
@@ -41,7 +42,7 @@ def measured_row(config: FluxConfig, setting: Setting, made: Plan, device: torch
 def _measured(config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int) -> dict[str, Any]:
     flux = planned_flux(config, made, setting.rank, device)
     training, copies, turns = TrainingConfig(), [0], [0]
-    updates = build_optimizer(OPTIMIZER, list(flux.parameters()), training.rate, training.weight_decay)
+    updates = build_optimizer(OPTIMIZER, list(flux.parameters()), training.learning_rate, training.weight_decay)
     step = trainer(flux, setting, updates=updates)
 
     def counted(index: int) -> float:
@@ -85,7 +86,7 @@ def _owned(flux: Flux, updates: torch.optim.Optimizer) -> dict[str, int]:
         "weights": _nbytes(weights),
         "slots": _nbytes(slots.values()),
         "lora": 2 * _nbytes(flux.parameters()),
-        "optimiser": _nbytes(t for t in states if t.device == flux.device),
+        "optimizer": _nbytes(t for t in states if t.device == flux.device),
     }
 
 

@@ -1,7 +1,7 @@
-"""`fluxq profile`: memory and speed of every block-swap setting, predicted, and on a card of one's own also measured.
+"""`fluxq profile`: memory and speed of every block-swap setting, predicted, and on a GPU of one's own also measured.
 
-A row is a number of blocks to swap (sd-scripts' word; 2 N units are streamed), a format and a picture size. Its
-predicted peak is split by owner, its seconds come from the card's rates and the ring under a virtual clock; the card
+A row is a number of blocks to swap (sd-scripts' word; 2 N units are streamed), a format and an image resolution. Its
+predicted peak is split by owner, its seconds come from the GPU's rates and the ring under a virtual clock; the GPU
 need not be there. Measured are the trainer's own steps, of FLUX.1 dev with random weights (measured_row.py).
 """
 
@@ -16,19 +16,20 @@ from typing import Any
 
 import torch
 
+from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.cutting import chunk_of
-from fluxq.bench.measured import measured_row
 from fluxq.model import FluxConfig
-from fluxq.offload.cards import CARDS, GIB, Card, measure
 from fluxq.offload.costs import OWNERS
+from fluxq.offload.gpus import GIB, GPU, GPUS, measure
 from fluxq.offload.planner import plan, timeline
 from fluxq.offload.plans import Pins, Plan
 from fluxq.offload.steps import Timeline
-from fluxq.console import console
-from fluxq.bench.timed_step import Setting, costs_of
+
+from .measured import measured_row
+from .timed_step import Setting, costs_of
 
 SWAPS = (0, 8, 16, 18, 22, 28, 35, 38)
 """Blocks to swap. 38 is all: 76 units."""
@@ -42,9 +43,9 @@ NAMES = dict(peak="peak GiB", it_s="it/s", moved="GB/step", rate="GB/s", stall="
 
 
 def profile_command(
-    card: str | None,
+    gpu: str | None,
     formats: Sequence[str],
-    sizes: Sequence[int],
+    resolutions: Sequence[int],
     compute: str,
     policy: str,
     rank: int,
@@ -55,19 +56,19 @@ def profile_command(
     weights: str,
     out: Path | None,
 ) -> dict[str, Any]:
-    """Every row. card: its name, or None for the one at hand, on which `steps` steps of each row are measured too.
+    """Every row. GPU: its name, or None for the one at hand, on which `steps` steps of each row are measured too.
     weights: "random", the only ones there are. out: a folder for the plots of peak against speed and of one step.
     """
-    device = None if card else torch.device("cuda")
-    chosen = known_card(card)
+    device = None if gpu else torch.device("cuda")
+    chosen = known_gpu(gpu)
     base = Setting("", compute, policy, 0, batch, rank, t5_length, slots=slots)
     console.print(
         f"PREDICTED for {chosen.name} ({chosen.memory_gib:g} GiB, {chosen.bus_gb_s:g} GB/s, rates {chosen.word}), "
         f"FLUX.1 dev, rank {rank}, batch {batch}, {t5_length} T5 tokens, {compute}, {policy}, {slots} slots; "
         + (f"behind the second bar MEASURED, {weights} weights" if device else "nothing here was measured")
     )
-    rows, plans = rows_of(chosen, device, base, formats, sizes, steps)
-    answer = {"predicted": True, "measured": device is not None, "card": chosen.name, "weights": weights}
+    rows, plans = rows_of(chosen, device, base, formats, resolutions, steps)
+    answer = {"predicted": True, "measured": device is not None, "gpu": chosen.name, "weights": weights}
     answer |= {"rank": rank, "batch": batch, "t5_length": t5_length, "rows": rows}
     if out is not None:
         out.mkdir(parents=True, exist_ok=True)
@@ -79,31 +80,31 @@ def profile_command(
     return answer
 
 
-def known_card(name: str | None) -> Card:
-    """The card of that name, or the one at hand."""
+def known_gpu(name: str | None) -> GPU:
+    """The GPU of that name, or the one at hand."""
     if name is None:
         if not torch.cuda.is_available():
-            raise WrongRequest(f"this machine has no CUDA card to measure; name one by --card: {', '.join(CARDS)}")
+            raise WrongRequest(f"this machine has no CUDA GPU to measure; name one by --gpu: {', '.join(GPUS)}")
         return measure(cache_folder())
-    if name not in CARDS:
-        raise WrongRequest(f"no card {name!r} is known; there are {', '.join(CARDS)}")
-    return CARDS[name]
+    if name not in GPUS:
+        raise WrongRequest(f"no GPU {name!r} is known; there are {', '.join(GPUS)}")
+    return GPUS[name]
 
 
 def rows_of(
-    card: Card, device: torch.device | None, base: Setting, formats: Sequence[str], sizes: Sequence[int], steps: int
+    gpu: GPU, device: torch.device | None, base: Setting, formats: Sequence[str], resolutions: Sequence[int], steps: int
 ) -> tuple[list[dict[str, Any]], list[Plan]]:
     """The rows and their plans, each row said when it is there. device: where they are measured, if they are."""
     names = dict(px="px", format="format", swap="swap", resident="resident", predicted=FIGURES.format(**NAMES))
     console.print(COLUMNS.format(**names) + (" |" + FIGURES.format(**NAMES) if device else ""))
     rows, plans = [], []
-    for size in sizes:
+    for resolution in resolutions:
         for format in formats:
             ran: list[dict[str, Any]] = []
             for swap in SWAPS if format != "bf16" else SWAPS[:1]:  # weights in bf16 are not streamed
-                setting = replace(base, format=format, size=size, blocks_to_swap=swap)
-                made = planned(setting, card)
-                row = predicted_row(made, setting, card)
+                setting = replace(base, format=format, resolution=resolution, blocks_to_swap=swap)
+                made = planned(setting, gpu)
+                row = predicted_row(made, setting, gpu)
                 if device is not None:
                     row["measured"] = measured_row(FluxConfig.dev(), setting, made, device, steps)
                     ran.append(row["measured"])
@@ -114,18 +115,18 @@ def rows_of(
     return rows, plans
 
 
-def planned(setting: Setting, card: Card) -> Plan:
+def planned(setting: Setting, gpu: GPU) -> Plan:
     """The plan of a row: all is pinned, and nothing is too large."""
-    s, costs = setting, costs_of(setting, FluxConfig.dev(), chunk=chunk_of(card.capability))
+    s, costs = setting, costs_of(setting, FluxConfig.dev(), chunk=chunk_of(gpu.capability))
     slots = s.slots if costs.streams else None
     pins = Pins(blocks_to_swap=s.blocks_to_swap, policy=s.policy, slots=slots, offload=False)
-    return plan([costs], card, vram=ENDLESS, pins=pins)
+    return plan([costs], gpu, vram=ENDLESS, pins=pins)
 
 
-def predicted_row(made: Plan, setting: Setting, card: Card) -> dict[str, Any]:
+def predicted_row(made: Plan, setting: Setting, gpu: GPU) -> dict[str, Any]:
     """The figures of a row, all predicted."""
     return {
-        "size": setting.size,
+        "resolution": setting.resolution,
         "format": made.format,
         "compute": made.compute,
         "blocks_to_swap": setting.blocks_to_swap,
@@ -133,7 +134,7 @@ def predicted_row(made: Plan, setting: Setting, card: Card) -> dict[str, Any]:
         "predicted": True,
         "peak_gib": round(made.peak_bytes / GIB, 3),
         "peak_gib_by_owner": {owner: round(made.peak[owner] / GIB, 3) for owner in OWNERS},
-        "fits": made.peak_bytes < card.vram,
+        "fits": made.peak_bytes < gpu.vram,
         "it_s": round(1 / made.seconds, 4),
         "gb_moved_per_step": round(made.moved / 1e9, 2),
         "gb_s": round(made.moved / 1e9 / made.seconds, 2),
@@ -154,7 +155,7 @@ def line_of(row: dict[str, Any]) -> str:
     swap = "all" if row["blocks_to_swap"] == SWAPS[-1] else row["blocks_to_swap"]
     resident, measured = row["resident_units"], row.get("measured")
     line = COLUMNS.format(
-        px=row["size"], format=row["format"], swap=swap, resident=resident, predicted=_figures(row, row["fits"])
+        px=row["resolution"], format=row["format"], swap=swap, resident=resident, predicted=_figures(row, row["fits"])
     )
     if measured is None:
         return line
@@ -177,35 +178,35 @@ def _figures(row: dict[str, Any], fits: bool) -> str:
     )
 
 
-def step_of(made: Plan, row: dict[str, Any], card: Card, base: Setting) -> Timeline:
+def step_of(made: Plan, row: dict[str, Any], gpu: GPU, base: Setting) -> Timeline:
     """What compute and copies do in one step of a plan, by the shipped ring under the virtual clock."""
-    setting = replace(base, format=row["format"], size=row["size"])
-    costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(card.capability))
-    return timeline(costs, card, made.setting, made.policies, run_ahead=1)
+    setting = replace(base, format=row["format"], resolution=row["resolution"])
+    costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(gpu.capability))
+    return timeline(costs, gpu, made.setting, made.policies, run_ahead=1)
 
 
-def plot_speeds(rows: Sequence[dict[str, Any]], card: Card, path: Path) -> None:
-    """Peak against it/s, a line for each format and size; what was measured as crosses."""
+def plot_speeds(rows: Sequence[dict[str, Any]], gpu: GPU, path: Path) -> None:
+    """Peak against it/s, a line for each format and resolution; what was measured as crosses."""
     figure, axes = _figure()
-    for format, size in dict.fromkeys((r["format"], r["size"]) for r in rows):
-        own = [r for r in rows if (r["format"], r["size"]) == (format, size)]
+    for format, resolution in dict.fromkeys((r["format"], r["resolution"]) for r in rows):
+        own = [r for r in rows if (r["format"], r["resolution"]) == (format, resolution)]
         (line,) = axes.plot(
-            [r["peak_gib"] for r in own], [r["it_s"] for r in own], marker="o", label=f"{format}, {size} px"
+            [r["peak_gib"] for r in own], [r["it_s"] for r in own], marker="o", label=f"{format}, {resolution} px"
         )
         ran = [r["measured"] for r in own if "peak_gib" in r.get("measured", {})]
         axes.scatter([r["peak_gib"] for r in ran], [r["it_s"] for r in ran], marker="x", color=line.get_color())
-    axes.axvline(card.memory_gib, color="#999999", linestyle=":", label=f"{card.name}'s memory")
+    axes.axvline(gpu.memory_gib, color="#999999", linestyle=":", label=f"{gpu.name}'s memory")
     axes.set(
         xlabel="peak GiB (lines predicted, crosses measured)",
         ylabel="it/s (lines predicted, crosses measured)",
-        title=f"{card.name}: what block swap costs, predicted",
+        title=f"{gpu.name}: what block swap costs, predicted",
     )
     axes.set_ylim(bottom=0)
     axes.legend()
     _save(figure, path)
 
 
-def plot_timeline(step: Timeline, made: Plan, card: Card, path: Path) -> None:
+def plot_timeline(step: Timeline, made: Plan, gpu: GPU, path: Path) -> None:
     """The lanes of one step: compute above, copies below."""
     figure, axes = _figure()
     end = max(span.end for span in step.spans["compute"])
@@ -214,7 +215,7 @@ def plot_timeline(step: Timeline, made: Plan, card: Card, path: Path) -> None:
         axes.broken_barh(spans, (height - 0.35, 0.7), color=color, linewidth=0)
     axes.set(xlabel="seconds (predicted)", xlim=(0, end), yticks=(0, 1), yticklabels=("copies", "compute"))
     axes.set_title(
-        f"{card.name}, {made.format}, {made.streamed} units through {made.slots} slots: one step, predicted; "
+        f"{gpu.name}, {made.format}, {made.streamed} units through {made.slots} slots: one step, predicted; "
         f"compute waits {step.stall:.0%}",
         fontsize=9,
     )

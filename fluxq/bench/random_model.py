@@ -1,6 +1,6 @@
 """FLUX.1 with random weights, drawn on the device directly as they are stored: no file is needed, none is written.
 
-Speed and memory do not depend on what weights say. They lie as those of a quantised file do
+Speed and memory do not depend on what weights say. They lie as those of a quantized file do
 (fluxq/formats/quantized.py) and are streamed by the same ring.
 """
 
@@ -12,8 +12,8 @@ from collections.abc import Callable, Collection, Iterator
 import torch
 from torch import Tensor, nn
 
-from fluxq.formats.quantized import Place, assign, layout, view
 from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.quantized import Place, assign, layout, view
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.lora import lora_layers
@@ -33,7 +33,7 @@ def random_flux(
     rank: int,
     resident: Collection[str] | None = None,
     slots: int = 8,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
     through: Callable[[Streams], Streams] = lambda streams: streams,
 ) -> Flux:
     """The transformer in `format`, with LoRA on attention and MLP, both halves random.
@@ -49,7 +49,7 @@ def random_flux(
             assign(flux, dict(units.tensors(unit, units.read(unit))))
         flux.eval()
     else:
-        flux = load_streamed(units, device, resident, slots, say=say, through=through)
+        flux = load_streamed(units, device, resident, slots, notify=notify, through=through)
     add_lora(flux, rank, rank)
     for layer in lora_layers(flux).values():
         nn.init.normal_(layer.get_parameter("lora_up"), std=0.01)
@@ -74,7 +74,7 @@ def planned_flux(
 
 
 class RandomUnits:
-    """What a quantised file holds, drawn when it is read."""
+    """What a quantized file holds, drawn when it is read."""
 
     def __init__(self, config: FluxConfig, format: str, device: torch.device) -> None:
         self.config, self.format = config, format

@@ -1,7 +1,7 @@
-"""`fluxq bench steps`: how fast this machine trains, in steps and pictures a second.
+"""`fluxq bench steps`: how fast this machine trains, in steps and images a second.
 
-The step is the trainer's own (fluxq/bench/timed_step.py). On a card the weights are FLUX.1 dev's in size, drawn at random as
-they are stored, and placed by the plan that training would make; on a processor they are nano's.
+The step is the trainer's own (fluxq/bench/timed_step.py). On a GPU the weights are FLUX.1 dev's in size, drawn at random as
+they are stored, and placed by the plan that training would make; on a CPU they are nano's.
 """
 
 from __future__ import annotations
@@ -23,33 +23,34 @@ from torch import Tensor
 
 from fluxq import nano
 from fluxq.config import MemoryConfig, ModelConfig
+from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
 from fluxq.kernels.cutting import chunk_of
-from fluxq.memory.machine import free_on_card, memory
-from fluxq.memory.placement import SLOTS, blocks_units, nbytes, resident_by_hand
+from fluxq.memory.machine import free_gpu_bytes, memory
+from fluxq.memory.placement import SLOTS, blocks_units, nbytes, pinned_residents
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.models.parts import Models
+from fluxq.models.tuning import use_tuned
 from fluxq.offload import Streams
-from fluxq.offload.cards import GIB, Card, measure, with_bus
 from fluxq.offload.costs import Costs
+from fluxq.offload.gpus import GIB, GPU, measure, with_bus
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, counted
-from fluxq.bench.random_model import planned_flux
-from fluxq.console import console
-from fluxq.bench.timed_step import OPTIMIZER, TARGETS, Setting, costs_of, measure_steps, rates
-from fluxq.models.tuning import use_tuned
+
+from .random_model import planned_flux
+from .timed_step import OPTIMIZER, TARGETS, Setting, costs_of, measure_steps, rates
 
 KIND = "fluxq bench steps"
 WORTH = (
-    "no CUDA card: this benches nano, 2,900 times smaller than FLUX.1; it shows that all runs, not how fast cards train"
+    "no CUDA GPU: this benches nano, 2,900 times smaller than FLUX.1; it shows that all runs, not how fast GPUs train"
 )
-COLUMNS = "{px:>5} {batch:>5} {t5:>4} {weights:<13} {keeps:<14} {swap:>6} {it_s:>8} {spread:>13} {pictures_s:>10} {tflops:>7} {share:>6} {peak:>7} {predicted:>9} {joules:>7}"  # noqa: E501
+COLUMNS = "{px:>5} {batch:>5} {t5:>4} {weights:<13} {keeps:<14} {swap:>6} {it_s:>8} {spread:>13} {images_s:>10} {tflops:>7} {share:>6} {peak:>7} {predicted:>9} {joules:>7}"  # noqa: E501
 HEADINGS = dict(
     px="px", batch="batch", t5="T5", weights="weights", keeps="blocks keep", swap="stream", it_s="it/s",
-    spread="p10-p90 ms", pictures_s="pictures/s", tflops="TFLOP/s", share="share", peak="GiB", predicted="predicted",
+    spread="p10-p90 ms", images_s="images/s", tflops="TFLOP/s", share="share", peak="GiB", predicted="predicted",
     joules="J/step",
 )  # fmt: skip
 
@@ -63,29 +64,29 @@ def bench_steps(
     out: Path | None = None,
 ) -> dict[str, Any]:
     """A row a setting. `given`: fields of Setting, which in a `matrix` ("quick", "full") replace its own. limit_vram
-    ("12GiB") and limit_bus ("12GB/s") hold the card back. out: a file for the answer, as JSON.
+    ("12GiB") and limit_bus ("12GB/s") hold the GPU back. out: a file for the answer, as JSON.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit = nbytes(limit_vram, "--limit-vram")
     wanted = settings(matrix, given, device.type == "cuda")
-    card, slower = None, 1.0
+    gpu, slower = None, 1.0
     if device.type == "cuda":
-        card = measure(cache_folder())
+        gpu = measure(cache_folder())
         use_tuned(device, console.print)
         if limit:
             hold_to(limit, device)
         if limit_bus:
-            card, slower = on_slower_bus(card, limit_bus)
+            gpu, slower = on_slower_bus(gpu, limit_bus)
     else:
         if limit or limit_bus:
-            raise WrongRequest("--limit-vram and --limit-bus hold back a CUDA card, and this machine has none")
+            raise WrongRequest("--limit-vram and --limit-bus hold back a CUDA GPU, and this machine has none")
         console.print(WORTH)
-    about = about_machine(device, card) | {"steps": steps, "limit_vram_bytes": limit, "optimizer": OPTIMIZER}
-    about["limit_bus_gb_s"] = card.bus_gb_s if card and slower > 1 else None
+    about = about_machine(device, gpu) | {"steps": steps, "limit_vram_bytes": limit, "optimizer": OPTIMIZER}
+    about["limit_bus_gb_s"] = gpu.bus_gb_s if gpu and slower > 1 else None
     console.print(COLUMNS.format(**HEADINGS))
     answer: dict[str, Any] = {"kind": KIND, "about": about, "rows": []}
     for setting in wanted:
-        answer["rows"].append(row := row_of(setting, device, card, steps, limit, slower))
+        answer["rows"].append(row := row_of(setting, device, gpu, steps, limit, slower))
         if len(wanted) == 1 and "not_run" in row:
             raise WrongRequest(row["not_run"])
         console.print(line_of(row))
@@ -95,17 +96,17 @@ def bench_steps(
 
 
 def hold_to(limit: int, device: torch.device) -> None:
-    """Let this process have no more than `limit` bytes of the card for tensors; CUDA's own come on top."""
+    """Let this process have no more than `limit` bytes of the GPU for tensors; CUDA's own come on top."""
     share = limit / torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # of the card in use: it takes no `cuda` without number
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # of the GPU in use: it takes no `cuda` without number
 
 
-def on_slower_bus(card: Card, text: str) -> tuple[Card, float]:
-    """`card` behind a bus as slow as "12GB/s", and how many times each copy is made for that."""
+def on_slower_bus(gpu: GPU, text: str) -> tuple[GPU, float]:
+    """`gpu` behind a bus as slow as "12GB/s", and how many times each copy is made for that."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gb/s)?\s*", text.lower())
-    if found is None or not 0 < (limit := float(found[1])) < card.bus_gb_s:
-        raise WrongRequest(f"--limit-bus must be a rate below this machine's {card.bus_gb_s:g} GB/s, not {text!r}")
-    return with_bus(card, limit), card.bus_gb_s / limit
+    if found is None or not 0 < (limit := float(found[1])) < gpu.bus_gb_s:
+        raise WrongRequest(f"--limit-bus must be a rate below this machine's {gpu.bus_gb_s:g} GB/s, not {text!r}")
+    return with_bus(gpu, limit), gpu.bus_gb_s / limit
 
 
 class SlowBus:
@@ -133,17 +134,17 @@ def settings(matrix: str | None, given: dict[str, Any], full_size: bool) -> list
     """The settings to measure: one, or those of a matrix, in which what is given replaces the matrix's own."""
     given = {name: value for name, value in given.items() if value is not None}
     Pins(resident_units=given.get("resident_units"), blocks_to_swap=given.get("blocks_to_swap")).resident(1 << 30)
-    if given.get("size", 16) % 16:
-        raise WrongRequest(f"--size must be a multiple of 16, not {given['size']}")
+    if given.get("resolution", 16) % 16:
+        raise WrongRequest(f"--resolution must be a multiple of 16, not {given['resolution']}")
     fixed = {"resident_units": None} if "blocks_to_swap" in given else {}
-    base = Setting() if full_size else Setting(size=nano.SIZE, t5_length=nano.T5_LENGTH)
+    base = Setting() if full_size else Setting(resolution=nano.SIZE, t5_length=nano.T5_LENGTH)
     chosen = [base] if matrix is None else MATRICES[matrix](base, full_size)
     return list(dict.fromkeys(replace(setting, **fixed, **given) for setting in chosen))
 
 
 def _quick(base: Setting, full_size: bool) -> list[Setting]:
-    """As planned at two sizes and two batches, and in 8 bits; then everything resident, and everything streamed."""
-    large = replace(base, size=1024) if full_size else base
+    """As planned at two resolutions and two batches, and in 8 bits; then everything resident, and everything streamed."""
+    large = replace(base, resolution=1024) if full_size else base
     eight_bits = dict(format="int8", compute="int8_dx")
     return [
         base,
@@ -156,16 +157,19 @@ def _quick(base: Setting, full_size: bool) -> list[Setting]:
 
 
 def _full(base: Setting, full_size: bool) -> list[Setting]:
-    """All pairs of format and compute that are of use, at three sizes and two batches; then none, half and all
+    """All pairs of format and compute that are of use, at three resolutions and two batches; then none, half and all
     streamed.
     """
     pairs = [("nf4", "bf16"), ("nf4", "int8_dx"), ("int8", "bf16"), ("int8", "int8_dx"), ("fp8", "fp8_dx")]
-    sizes = (512, 768, 1024) if full_size else (base.size,)
-    rows = [replace(base, format=f, compute=c, size=size, batch=b) for b, size, (f, c) in product((1, 4), sizes, pairs)]
+    resolutions = (512, 768, 1024) if full_size else (base.resolution,)
+    rows = [
+        replace(base, format=f, compute=c, resolution=resolution, batch=b)
+        for b, resolution, (f, c) in product((1, 4), resolutions, pairs)
+    ]
     every = all_units(full_size)
     return rows + [
-        replace(base, format=f, compute=c, size=size, resident_units=units)
-        for size, (f, c), units in product(sizes, (pairs[0], pairs[3]), (every, every // 2, 0))
+        replace(base, format=f, compute=c, resolution=resolution, resident_units=units)
+        for resolution, (f, c), units in product(resolutions, (pairs[0], pairs[3]), (every, every // 2, 0))
     ]
 
 
@@ -177,19 +181,19 @@ MATRICES: dict[str, Callable[[Setting, bool], list[Setting]]] = {"quick": _quick
 
 
 def row_of(
-    setting: Setting, device: torch.device, card: Card | None, steps: int, limit: int | None, slower: float = 1.0
+    setting: Setting, device: torch.device, gpu: GPU | None, steps: int, limit: int | None, slower: float = 1.0
 ) -> dict[str, Any]:
-    """The figures of a setting; where it runs out of memory, or cannot be run, the row says so. card: None for nano on
-    the processor; limit: bytes of the card; slower: how many times each copy is made.
+    """The figures of a setting; where it runs out of memory, or cannot be run, the row says so. GPU: None for nano on
+    the CPU; limit: bytes of the GPU; slower: how many times each copy is made.
     """
     row = asdict(setting)
     try:
-        if card is None:
+        if gpu is None:
             flux, made = nano_flux(setting), None
             costs = costs_of(setting, flux.config)
         else:
-            costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(card.capability))
-            made = planned(setting, costs, card, limit)
+            costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(gpu.capability))
+            made = planned(setting, costs, gpu, limit)
             bus: dict[str, Any] = {} if slower == 1 else {"through": lambda streams: SlowBus(streams, slower)}
             flux = planned_flux(FluxConfig.dev(), made, setting.rank, device, **bus)
     except (WrongRequest, torch.OutOfMemoryError) as error:
@@ -209,7 +213,7 @@ def row_of(
     if made is not None:
         row |= predicted(made)
     if "ms" in row:
-        row |= rates(costs, policies, row["ms"]["median"], card)
+        row |= rates(costs, policies, row["ms"]["median"], gpu)
     return row
 
 
@@ -220,7 +224,7 @@ def failed(error: Exception) -> dict[str, str]:
     return {"not_run": str(error)}
 
 
-def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Plan:
+def planned(setting: Setting, costs: Costs, gpu: GPU, limit: int | None) -> Plan:
     """The plan that `fluxq train` would make with the same pins. Raises WrongRequest where nothing fits."""
     pins = Pins(
         resident_units=setting.resident_units,
@@ -228,16 +232,16 @@ def planned(setting: Setting, costs: Costs, card: Card, limit: int | None) -> Pl
         policy=setting.policy,
         slots=setting.slots,
     )
-    vram = min(limit or 1 << 62, free_on_card() or card.vram)
-    return plan([costs], card, vram, (memory() or (0, None))[1], pins)
+    vram = min(limit or 1 << 62, free_gpu_bytes() or gpu.vram)
+    return plan([costs], gpu, vram, (memory() or (0, None))[1], pins)
 
 
 def nano_flux(setting: Setting) -> Flux:
-    """nano with its own weights and LoRA, on the processor."""
+    """nano with its own weights and LoRA, on the CPU."""
     config = ModelConfig(name="nano", format=setting.format, compute=setting.compute)
-    models = Models(config, torch.device("cpu"), say=lambda line: None)
+    models = Models(config, torch.device("cpu"), notify=lambda line: None)
     wishes = MemoryConfig(resident_units=setting.resident_units, blocks_to_swap=setting.blocks_to_swap)
-    flux = models.load_flux(resident_by_hand(wishes, models), setting.slots or SLOTS)
+    flux = models.load_flux(pinned_residents(wishes, models), setting.slots or SLOTS)
     flux.set_policy(setting.policy or "keep_all")
     add_lora(flux, setting.rank, setting.rank, TARGETS)
     expect_training(flux)
@@ -257,11 +261,11 @@ def predicted(made: Plan) -> dict[str, Any]:
     }
 
 
-def about_machine(device: torch.device, card: Card | None) -> dict[str, Any]:
+def about_machine(device: torch.device, gpu: GPU | None) -> dict[str, Any]:
     """What the rows were measured on and with."""
     about: dict[str, Any] = {
-        "machine": card.name if card else f"processor ({platform.machine()}), nano",
-        "model": "FLUX.1 dev, random weights" if card else "nano",
+        "machine": gpu.name if gpu else f"CPU ({platform.machine()}), nano",
+        "model": "FLUX.1 dev, random weights" if gpu else "nano",
         "fluxq": _version(),
         "torch": torch.__version__,
         "cuda": torch.version.cuda,
@@ -269,7 +273,7 @@ def about_machine(device: torch.device, card: Card | None) -> dict[str, Any]:
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M} UTC",
         "targets": TARGETS,
     }
-    return about | ({"card": asdict(card)} if card else {})
+    return about | ({"gpu": asdict(gpu)} if gpu else {})
 
 
 def _version() -> str | None:
@@ -283,7 +287,7 @@ def line_of(row: dict[str, Any]) -> str:
     """A row of the table."""
     units = row.get("streamed") if "streamed" in row else swapped(row)
     cells = dict(
-        px=row["size"],
+        px=row["resolution"],
         batch=row["batch"],
         t5=row["t5_length"],
         weights=f"{row['format']} {row['compute']}",
@@ -298,7 +302,7 @@ def line_of(row: dict[str, Any]) -> str:
         **cells,
         it_s=number("it_s", 3),
         spread=f"{row['ms']['p10']:.0f}-{row['ms']['p90']:.0f}",
-        pictures_s=number("pictures_s", 3),
+        images_s=number("images_s", 3),
         tflops=f"{row['tflops']:.3g}",
         share="-" if row.get("share_of_peak") is None else f"{row['share_of_peak']:.0%}",
         peak=number("peak_gib", 2),

@@ -1,9 +1,9 @@
-"""The trainer's own step, timed on random pictures: what `fluxq bench steps` and `make gpu` measure.
+"""The trainer's own step, timed on random images: what `fluxq bench steps` and `make gpu` measure.
 
-A step is what fluxq/train.py makes of a batch: noise and times drawn, the batch moved to the card, flow_loss, backward,
-clipping, the loss read back and the optimiser, on the host's clock. Left out are reading the cache, previews and
+A step is what fluxq/train.py makes of a batch: noise and times drawn, the batch moved to the GPU, flow_loss, backward,
+clipping, the loss read back and the optimizer, on the host's clock. Left out are reading the cache, previews and
 saving, and under int8 the look for outliers: with random weights no layer rotates its input. The pass that computes
-modulation for 64 coming pictures falls into the warm-up, and into one timed step of 64; the median does not show it.
+modulation for 64 coming images falls into the warm-up, and into one timed step of 64; the median does not show it.
 """
 
 from __future__ import annotations
@@ -17,17 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxq.config import TrainingConfig
 from fluxq.caching.batches import Batch
+from fluxq.config import TrainingConfig
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps
 from fluxq.kernels.cutting import CHUNKS
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.model.modulation import Lookahead
-from fluxq.offload.cards import GIB, Card
 from fluxq.offload.costs import Costs, Work
+from fluxq.offload.gpus import GIB, GPU
 from fluxq.training.optim import build_optimizer, optimizer_step
-from fluxq.bench.timing import spread, wall
+
+from .timing import spread, wall
 
 WARM_UP, LEAST = 3, 3
 TARGETS = "attention+mlp"
@@ -43,7 +44,7 @@ class Setting:
     format: str = "nf4"
     compute: str = "bf16"
     policy: str | None = None
-    size: int = 512
+    resolution: int = 512
     batch: int = 1
     rank: int = 16
     t5_length: int = 512
@@ -81,7 +82,7 @@ def clock_steps(
         times.append(wall(lambda: losses.append(step(WARM_UP + len(times)))))
     after, figures = energy(), spread(times)
     it_s = 1e3 / figures["median"]
-    row: dict[str, Any] = {"ok": math.isfinite(losses[-1]), "ms": figures, "it_s": it_s, "pictures_s": batch * it_s}
+    row: dict[str, Any] = {"ok": math.isfinite(losses[-1]), "ms": figures, "it_s": it_s, "images_s": batch * it_s}
     row |= {"loss": losses[-1], "joules": None if before is None or after is None else (after - before) / len(times)}
     if cuda:
         row |= {
@@ -95,12 +96,12 @@ def trainer(
     flux: Flux, setting: Setting, optimizer: str = OPTIMIZER, updates: torch.optim.Optimizer | None = None
 ) -> Callable[[int], float]:
     """A function that makes training step `index` on a random batch, and gives its loss once the step is done. updates:
-    an optimiser of the LoRA's weights, else one is made.
+    an optimizer of the LoRA's weights, else one is made.
     """
     training, device = TrainingConfig(), flux.device
-    updates = updates or build_optimizer(optimizer, flux.parameters(), training.rate, training.weight_decay)
+    updates = updates or build_optimizer(optimizer, flux.parameters(), training.learning_rate, training.weight_decay)
     batch = random_batch(flux.config, setting)
-    tokens = (setting.size // 16) ** 2
+    tokens = (setting.resolution // 16) ** 2
 
     def times_of(index: int) -> Tensor:
         return sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
@@ -117,34 +118,34 @@ def trainer(
     def step(index: int) -> float:
         loss, _ = optimizer_step(updates, loss_of, index, 1, 1.0, training.clip)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # this measures: the clock stops when the optimiser is done
+            torch.cuda.synchronize(device)  # this measures: the clock stops when the optimizer is done
         return loss
 
     return step
 
 
 def random_batch(config: FluxConfig, setting: Setting) -> Batch:
-    """Pictures and captions of the right shapes, all random."""
+    """Images and captions of the right shapes, all random."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
         return torch.randn(setting.batch, *shape, generator=generator)
 
-    side = setting.size // 8
+    side = setting.resolution // 8
     txt = 0.1 * randn(setting.t5_length, config.context_in_dim)
     names = [f"random/{i}" for i in range(setting.batch)]
     return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
 
 
 def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER, chunk: int = CHUNKS[86]) -> Costs:
-    s, tokens = setting, (setting.size // 16) ** 2
+    s, tokens = setting, (setting.resolution // 16) ** 2
     return flux_costs(
         config, s.format, s.compute, s.rank, TARGETS, s.batch, tokens, s.t5_length, optimizer, chunk=chunk
     )
 
 
-def rates(costs: Costs, policies: Sequence[str], ms: float, card: Card | None) -> dict[str, Any]:
-    """TFLOP of a step, those of the policy's repeats among them, TFLOP/s, and the share of the card's measured peak: of
+def rates(costs: Costs, policies: Sequence[str], ms: float, gpu: GPU | None) -> dict[str, Any]:
+    """TFLOP of a step, those of the policy's repeats among them, TFLOP/s, and the share of the GPU's measured peak: of
     the step's time, what its products would take at the rate of a large product of their type.
     """
     work = costs.outside
@@ -152,19 +153,19 @@ def rates(costs: Costs, policies: Sequence[str], ms: float, card: Card | None) -
         work += block.forward
         if kept := block.policies.get(policy):
             work += kept.replay + block.backward
-    share = None if card is None else ideal_seconds(work, card) / (ms / 1e3)
+    share = None if gpu is None else ideal_seconds(work, gpu) / (ms / 1e3)
     return {"tflop": work.flops / 1e12, "tflops": work.flops / (1e9 * ms), "share_of_peak": share}
 
 
-def ideal_seconds(work: Work, card: Card) -> float:
+def ideal_seconds(work: Work, gpu: GPU) -> float:
     pairs = (
-        (work.bf16 + work.attention + work.attention_backward, card.bf16), (work.int8, card.int8), (work.fp8, card.fp8)
+        (work.bf16 + work.attention + work.attention_backward, gpu.bf16), (work.int8, gpu.int8), (work.fp8, gpu.fp8)
     )  # fmt: skip
     return sum(flops / (rate * 1e12) if rate else math.nan for flops, rate in pairs if flops)
 
 
 def energy_counter(device: torch.device) -> Callable[[], float | None]:
-    """A function that reads the card's energy counter, in joules; None where NVML does not tell (before Volta, WSL)."""
+    """A function that reads the GPU's energy counter, in joules; None where NVML does not tell (before Volta, WSL)."""
     if device.type != "cuda":
         return lambda: None
     try:

@@ -1,4 +1,4 @@
-"""The clock of every measurement: medians and percentiles, on a card between two events with a head start."""
+"""The clock of every measurement: medians and percentiles, on a GPU between two events with a head start."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ from typing import Any
 import torch
 
 FLUSH_BYTES = 256 << 20
-"""More than any card's L2 holds."""
+"""More than any GPU's L2 holds."""
 HEAD_START = 2_000_000
-"""Cycles, about a millisecond, for which the card waits, so that what it is to run has been handed to it by then."""
+"""Cycles, about a millisecond, for which the GPU waits, so that what it is to run has been handed to it by then."""
 
 
 def timed(
@@ -24,7 +24,7 @@ def timed(
     """Milliseconds of each of `runs`, as median, p10 and p90; they alternate, so that all meet the same clocks.
 
     As many rounds as fit into `seconds`, 3 at least and `most` at most, after two that do not count. `cold`: an op by
-    itself, on the card with its L2 flushed and the host's own work hidden. Else runs follow each other as they would in
+    itself, on the GPU with its L2 flushed and the host's own work hidden. Else runs follow each other as they would in
     training, and a host that cannot keep up shows.
     """
     clock = _cuda_clock(device, cold) if device.type == "cuda" else _host_clock
@@ -50,7 +50,7 @@ def spread(times: Sequence[float]) -> dict[str, float]:
 
 
 def wall(run: Callable[[], Any]) -> float:
-    """Milliseconds of `run` on the host's clock; what it hands to a card counts only if it waits for it."""
+    """Milliseconds of `run` on the host's clock; what it hands to a GPU counts only if it waits for it."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e3
@@ -61,7 +61,7 @@ def _host_clock(runs: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def _cuda_clock(device: torch.device, cold: bool) -> Callable[[Sequence[Callable[[], Any]]], list[float]]:
-    """Times between two events on the card."""
+    """Times between two events on the GPU."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
 
     def clock(runs: Sequence[Callable[[], Any]]) -> list[float]:

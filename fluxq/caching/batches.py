@@ -15,7 +15,8 @@ import torch
 
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.randomness import generator, normal
-from fluxq.caching.store import Store, Text
+
+from .store import Store, Text
 
 
 @dataclass(frozen=True)
@@ -68,7 +69,7 @@ class Batches:
         return Batch(torch.stack(latents), txt, pooled, names, [text.caption for text in texts])
 
     def bucket_of(self, index: int) -> tuple[int, int]:
-        """(w, h) in pixels of the pictures in micro-batch `index`. Reads nothing."""
+        """(w, h) in pixels of the images in micro-batch `index`. Reads nothing."""
         return self._items(index)[0][1].bucket
 
     def examples_of(self, index: int) -> list[str]:
@@ -95,7 +96,7 @@ class Batches:
         return [batches[i] for i in random.permutation(len(batches))]
 
     def _variant(self, purpose: str, index: int, name: str, keys: tuple[str, ...]) -> str:
-        """One of an example's keys: several are variants of its picture or caption."""
+        """One of an example's keys: several are variants of its image or caption."""
         which = int(generator(self.seed, purpose, index, name).integers(len(keys))) if len(keys) > 1 else 0
         return keys[which]
 

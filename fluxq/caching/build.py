@@ -1,4 +1,4 @@
-"""Fills a store: encodes pictures and captions once, so that training needs no autoencoder and no text encoders.
+"""Fills a store: encodes images and captions once, so that training needs no autoencoder and no text encoders.
 
 Every record's key is worked out first, from file hashes alone; then only what the store lacks is encoded, and an
 encoder is loaded only if there is something for it to do. What is done stays done: an interrupted run is continued by
@@ -15,9 +15,11 @@ from typing import Any
 
 from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset, Entry
-from fluxq.caching.encoding import Progress, TextEncoder, cut_notes, encode_captions, encode_pictures
 from fluxq.data.examples import Example, Folder, scan
-from fluxq.caching.store import (
+from fluxq.errors import WrongRequest
+
+from .encoding import Progress, TextEncoder, cut_notes, encode_captions, encode_images
+from .store import (
     KINDS,
     Store,
     Text,
@@ -28,7 +30,6 @@ from fluxq.caching.store import (
     latents_key,
     text_key,
 )
-from fluxq.errors import WrongRequest
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,17 @@ def build_cache(
     prompts: Sequence[str] = (),
     skip_bad: bool = False,
     progress: Progress | None = None,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> Dataset:
     """The dataset of `folders`, with every record that it names in the store; its file lies in `<store_dir>/datasets`.
 
-    load_autoencoder gives a module with `.encoder(x (B, 3, H, W) in [-1, 1])` -> moments (B, 32, H/8, W/8) and
+    load_autoencoder gives a module with `.moments(x (B, 3, H, W) in [-1, 1])` -> moments (B, 32, H/8, W/8) and
     `.config.scale_factor` and `.shift_factor`; load_text a `TextEncoder` of `t5_length` tokens. Each is called at most
     once, and the first is let go before the second is called. `prompts` are encoded beside the examples' captions, and
     the empty caption too where the text encoders are there. `progress` is told (stage, done, total); the stages are
-    "hashing", "pictures" and "captions". `say` is told where the autoencoder has to work on fewer rows at a time than
+    "hashing", "images" and "captions". `notify` is told where the autoencoder has to work on fewer rows at a time than
     it was loaded with.
-    Raises WrongRequest for what `scan` refuses, for an undecodable picture (unless `skip_bad`), and if something needs
+    Raises WrongRequest for what `scan` refuses, for an undecodable image (unless `skip_bad`), and if something needs
     encoding while a file of its encoder is missing.
     """
     store, progress = Store(store_dir), progress or _silent
@@ -83,19 +84,19 @@ def build_cache(
     text_keys = _text_keys(store, captions, encoders, hashes, t5_length)
     missing_captions = _missing_captions(store, encoders, text_keys)  # asked first, so that nothing is encoded in vain
     latents_keys = {example.name: _latents_keys(store, example, encoders, hashes) for example in found.examples}
-    missing_pictures = {
+    missing_images = {
         latents_keys[example.name][0]: example
         for example in found.examples
         if not store.has("latents", latents_keys[example.name][0])
     }
-    if missing_pictures:
-        _require([path for path in encoders.ae if path not in hashes], f"{len(missing_pictures)} pictures")
+    if missing_images:
+        _require([path for path in encoders.ae if path not in hashes], f"{len(missing_images)} images")
 
     def checked_autoencoder() -> Any:
-        _require(encoders.ae, f"{len(missing_pictures)} pictures")
+        _require(encoders.ae, f"{len(missing_images)} images")
         return load_autoencoder()
 
-    bad = encode_pictures(store, missing_pictures, checked_autoencoder, skip_bad, progress, say)
+    bad = encode_images(store, missing_images, checked_autoencoder, skip_bad, progress, notify)
     if missing_captions:
         encode_captions(store, missing_captions, load_text(), t5_length, progress)
 
@@ -115,7 +116,7 @@ def build_cache(
     if imported := imported_line(store, dataset.records()):
         dataset = replace(dataset, notes=(*dataset.notes, imported))
     if not dataset.examples:
-        raise WrongRequest(f"no usable picture is left, all were skipped; the first: {dataset.skipped[0]}")
+        raise WrongRequest(f"no usable image is left, all were skipped; the first: {dataset.skipped[0]}")
     request = (
         [(os.path.abspath(folder.path), folder.repeats, folder.trigger) for folder in folders],
         (resolution, min_side, max_side, step, upscale, t5_length),
@@ -183,15 +184,15 @@ def prune_cache(store_dir: str | Path, keep: Sequence[Path] = ()) -> tuple[int, 
 
 
 def _hashes(
-    store: Store, encoders: EncoderFiles, captions: int, pictures: Sequence[Path] | None, progress: Progress
+    store: Store, encoders: EncoderFiles, captions: int, images: Sequence[Path] | None, progress: Progress
 ) -> dict[Path, str]:
-    """The hashes of `pictures` and of the encoders' files, the autoencoder's only where there are any pictures.
+    """The hashes of `images` and of the encoders' files, the autoencoder's only where there are any images.
 
     An encoder that is neither there nor remembered is left out where the store has imported records of its kind, else
     WrongRequest is raised before anything is read. What is newly read is saved, even if interrupted.
     """
-    paths = list(pictures or ())
-    kinds = [] if pictures is None else [("latents", encoders.ae, f"{len(pictures)} pictures")]
+    paths = list(images or ())
+    kinds = [] if images is None else [("latents", encoders.ae, f"{len(images)} images")]
     for kind, files, what in (*kinds, ("text", encoders.text(), f"{captions} captions")):
         absent = [path for path in files if not store.hashes.knows(path) and not path.is_file()]
         if absent and not any(is_imported(record.stem) for record in store.records(kind)):
@@ -220,7 +221,7 @@ def _text_keys(
 
 
 def _latents_keys(store: Store, example: Example, encoders: EncoderFiles, hashes: dict[Path, str]) -> tuple[str, ...]:
-    """The key of fluxq's own record; or, where only those are there or can be, the imported ones: of the picture, and
+    """The key of fluxq's own record; or, where only those are there or can be, the imported ones: of the image, and
     of its mirror image where there is one.
     """
     request = hashes[example.path], example.resized, example.bucket

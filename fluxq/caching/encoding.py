@@ -1,4 +1,4 @@
-"""Runs the encoders: pictures to latents records, captions to text records."""
+"""Runs the encoders: images to latents records, captions to text records."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -9,13 +9,14 @@ import torch
 
 from fluxq.data.buckets import Size
 from fluxq.data.examples import Example
-from fluxq.data.images import open_picture, prepare
-from fluxq.caching.store import Store, Text
+from fluxq.data.images import open_image, prepare
 from fluxq.errors import WrongRequest
 from fluxq.model.autoencoder import within_memory
 from fluxq.model.text import CLIP_LENGTH
 
-PIXELS_PER_BATCH = 1 << 20  # pictures of one bucket are encoded together up to this many; a larger one goes alone
+from .store import Store, Text
+
+PIXELS_PER_BATCH = 1 << 20  # images of one bucket are encoded together up to this many; a larger one goes alone
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -37,29 +38,29 @@ class TextEncoder(Protocol):
         ...
 
 
-def encode_pictures(
+def encode_images(
     store: Store,
-    pictures: dict[str, Example],
+    images: dict[str, Example],
     load: Callable[[], Any],
     skip_bad: bool,
     progress: Progress,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> dict[str, str]:
-    """Encodes `pictures`, given by key. Returns the keys of those that cannot be decoded, each with its reason.
+    """Encodes `images`, given by key. Returns the keys of those that cannot be decoded, each with its reason.
 
-    `load` gives a module with `.encoder(x (B, 3, H, W))` -> moments (B, 32, H/8, W/8), `.config.scale_factor` and
-    `.config.shift_factor`. It is called when the first picture has been decoded: bad pictures alone need no
-    autoencoder. Where the card has too little memory for pictures, they are encoded on fewer rows at a time, which
-    `say` is told. Raises WrongRequest for a picture that cannot be decoded, unless `skip_bad`, and where the card has
+    `load` gives a module with `.moments(x (B, 3, H, W))` -> moments (B, 32, H/8, W/8), `.config.scale_factor` and
+    `.config.shift_factor`. It is called when the first image has been decoded: bad images alone need no
+    autoencoder. Where the GPU has too little memory for images, they are encoded on fewer rows at a time, which
+    `notify` is told. Raises WrongRequest for an image that cannot be decoded, unless `skip_bad`, and where the GPU has
     too little memory all the same.
     """
     bad: dict[str, str] = {}
     autoencoder, done = None, 0
-    for batch in _by_bucket(pictures):
+    for batch in _by_bucket(images):
         decoded: dict[str, torch.Tensor] = {}  # key -> (3, H, W)
         for key, example in batch:
             try:
-                decoded[key] = prepare(open_picture(example.path), example.resized, example.bucket)
+                decoded[key] = prepare(open_image(example.path), example.resized, example.bucket)
             except WrongRequest as error:
                 if not skip_bad:
                     raise
@@ -69,13 +70,13 @@ def encode_pictures(
                 autoencoder = load()
             x = torch.stack(list(decoded.values()))
             try:
-                means, spreads = within_memory(autoencoder, partial(_latents, autoencoder, x), say)
+                means, spreads = within_memory(autoencoder, partial(_latents, autoencoder, x), notify)
             except torch.OutOfMemoryError as error:
                 raise WrongRequest(_too_large(batch[0][1])) from error
             for key, mean, spread in zip(decoded, means, spreads, strict=True):
-                store.put_latents(key, mean, spread, pictures[key].name)
+                store.put_latents(key, mean, spread, images[key].name)
         done += len(batch)
-        progress("pictures", done, len(pictures))
+        progress("images", done, len(images))
     return bad
 
 
@@ -106,7 +107,7 @@ def cut_notes(cuts: Mapping[str, tuple[bool, bool]], names: Mapping[str, str], t
     """What to say of captions that are too long: a line for each that T5 does not see whole, and one line for all that
     CLIP does not, which are most long ones.
 
-    cuts: caption -> whether T5's and CLIP's tokens of it were cut; names: caption -> its picture, where it has one.
+    cuts: caption -> whether T5's and CLIP's tokens of it were cut; names: caption -> its image, where it has one.
     """
     t5, clip = ([caption for caption, cut in cuts.items() if cut[which]] for which in (0, 1))
     notes = [f"{_called(c, names)} is longer than {t5_length} T5 tokens; what is beyond was cut off" for c in t5]
@@ -124,14 +125,14 @@ def _called(caption: str, names: Mapping[str, str]) -> str:
 
 def _too_large(example: Example) -> str:
     width, height = example.bucket
-    what = f"{example.path} in {width} x {height} pixels takes more memory than the card has left, in bands of rows too"
-    return f"{what}; choose a smaller --size, or close other programs that use the card"
+    what = f"{example.path} in {width} x {height} pixels takes more memory than the GPU has left, in bands of rows too"
+    return f"{what}; choose a smaller --resolution, or close other programs that use the GPU"
 
 
-def _by_bucket(pictures: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:
-    """Pictures that are encoded together: of one bucket, and of no more than PIXELS_PER_BATCH, but at least one."""
+def _by_bucket(images: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:
+    """Images that are encoded together: of one bucket, and of no more than PIXELS_PER_BATCH, but at least one."""
     buckets: dict[Size, list[tuple[str, Example]]] = {}
-    for key, example in pictures.items():
+    for key, example in images.items():
         buckets.setdefault(example.bucket, []).append((key, example))
     for (width, height), items in sorted(buckets.items()):
         size = max(1, PIXELS_PER_BATCH // (width * height))
@@ -140,8 +141,8 @@ def _by_bucket(pictures: dict[str, Example]) -> Iterator[list[tuple[str, Example
 
 @torch.no_grad()
 def _latents(autoencoder: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean and spread (B, 16, h, w) fp32 of pictures (B, 3, H, W), in FLUX's units: latents = scale * (z - shift)."""
+    """mean and spread (B, 16, h, w) fp32 of images (B, 3, H, W), in FLUX's units: latents = scale * (z - shift)."""
     weight = next(chain(autoencoder.parameters(), autoencoder.buffers()))
-    mean, log_variance = autoencoder.encoder(x.to(weight.device, weight.dtype)).float().cpu().chunk(2, dim=1)
+    mean, log_variance = autoencoder.moments(x.to(weight.device, weight.dtype)).float().cpu().chunk(2, dim=1)
     scale, shift = autoencoder.config.scale_factor, autoencoder.config.shift_factor
     return scale * (mean - shift), scale * torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))

@@ -1,27 +1,28 @@
 """What a run needs encoded."""
 
 from __future__ import annotations
+
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
-from fluxq.config import DataConfig, TrainConfig
-from fluxq.caching.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
-from fluxq.data.dataset import Dataset
-from fluxq.caching.encoding import PIXELS_PER_BATCH
-from fluxq.data.examples import Folder
-from fluxq.caching.foreign import Wanted
-from fluxq.caching.imports import import_caches
-from fluxq.caching.store import Store, Text
-from fluxq.training.defaults import resolve_data
-from fluxq.errors import WrongRequest
-from fluxq.models.parts import Models
+
+from fluxq.config import DataConfig
 from fluxq.console import console, progress_bar
-from fluxq.memory.phases import band_for, room_of
+from fluxq.data.dataset import Dataset
+from fluxq.data.examples import Folder
+from fluxq.memory.phases import band_for
+from fluxq.models.parts import Models
+
+from .build import EncoderFiles, build_cache, cache_prompts
+from .encoding import PIXELS_PER_BATCH
+from .foreign import Wanted
+from .imports import import_caches
+from .store import Store, Text
 
 
 def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
-    """How many (pictures, captions) of all folders of `data`, which is resolved, other programs had encoded. Raises
+    """How many (images, captions) of all folders of `data`, which is resolved, other programs had encoded. Raises
     WrongRequest where none had, and for files that are damaged or do not fit.
     """
     flux = models.flux_config
@@ -34,7 +35,7 @@ def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
             **_shapes(data),
             skip_bad=data.skip_bad,
             progress=progress,
-            say=console.print,
+            notify=console.print,
         )
 
 
@@ -43,24 +44,24 @@ def cache_folders(
     models: Models,
     prompts: Sequence[str],
     progress: Callable[[str, int, int], None],
-    room: int | None = None,
+    budget: int | None = None,
 ) -> Dataset:
     """The dataset of all folders of `data`, which is resolved, held-out ones included; what is missing is encoded, one
-    encoder after the other, each within `room` bytes of the card if any are said.
+    encoder after the other, each within `budget` bytes of the GPU if any are said.
     """
-    band = band_for(max(PIXELS_PER_BATCH, cast(int, data.size) ** 2), room)
+    band = band_for(max(PIXELS_PER_BATCH, cast(int, data.resolution) ** 2), budget)
     return build_cache(
         _folders(data),
         data.cache,
         _encoder_files(models, data.cache),
         partial(models.load_autoencoder, band),
-        partial(models.load_text_encoders, room),
+        partial(models.load_text_encoders, budget),
         **_shapes(data),
         t5_length=models.t5_length,
         prompts=prompts,
         skip_bad=data.skip_bad,
         progress=progress,
-        say=console.print,
+        notify=console.print,
     )
 
 
@@ -69,10 +70,10 @@ def cache_texts(
     models: Models,
     prompts: Sequence[str],
     progress: Callable[[str, int, int], None],
-    room: int | None = None,
+    budget: int | None = None,
 ) -> dict[str, Text]:
-    """Each prompt, encoded; `progress` and `room` as of `cache_folders`."""
-    files, load = _encoder_files(models, cache), partial(models.load_text_encoders, room)
+    """Each prompt, encoded; `progress` and `budget` as of `cache_folders`."""
+    files, load = _encoder_files(models, cache), partial(models.load_text_encoders, budget)
     return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
 
 
@@ -81,8 +82,8 @@ def _folders(data: DataConfig) -> list[Folder]:
 
 
 def _shapes(data: DataConfig) -> dict[str, Any]:
-    """At which shapes pictures are trained."""
-    sides = {"resolution": data.size, "min_side": data.min_side, "max_side": data.max_side}
+    """At which shapes images are trained."""
+    sides = {"resolution": data.resolution, "min_side": data.min_side, "max_side": data.max_side}
     return {**sides, "step": data.step, "upscale": data.upscale}
 
 

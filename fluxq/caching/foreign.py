@@ -1,4 +1,4 @@
-"""What other trainers cached of a picture and its caption: where it lies, whether it fits, and its tensors.
+"""What other trainers cached of an image and its caption: where it lies, whether it fits, and its tensors.
 
 sd-scripts (library/strategy_flux.py) writes beside 07.png
 
@@ -6,9 +6,9 @@ sd-scripts (library/strategy_flux.py) writes beside 07.png
                               alpha_mask_96x128, for several sizes; early files have no size in these names
     07_flux_te.npz            t5_out (L, 4096), l_pooled (768,), t5_attn_mask (L,), apply_t5_attn_mask
 
-which tells neither the picture's bytes nor the caption. ai-toolkit (toolkit/dataloader_mixins.py) writes
+which tells neither the image's bytes nor the caption. ai-toolkit (toolkit/dataloader_mixins.py) writes
 
-    _latent_cache/07_<hash>.safetensors    latent (16, h, w); its metadata say name, scale and crop of the picture
+    _latent_cache/07_<hash>.safetensors    latent (16, h, w); its metadata say name, scale and crop of the image
     _t_e_cache/07_<hash>.safetensors       text_embed (1, L, 4096), pooled_embed (1, 768)
 
 where the hash is that of what the metadata say, or of the caption. Both store latents in FLUX's units, as one draw from
@@ -38,7 +38,7 @@ from fluxq.formats.npz import NpzFile
 
 SD_SCRIPTS, AI_TOOLKIT = "sd-scripts", "ai-toolkit"
 LATENTS_FOLDER, TEXT_FOLDER = "_latent_cache", "_t_e_cache"  # ai-toolkit's
-FILES = {  # kind -> the folder within that of the pictures, and what names tell; the first group is the picture's stem
+FILES = {  # kind -> the folder within that of the images, and what names tell; the first group is the image's stem
     "npz latents": ("", r"(.+)_(\d{4,})x(\d{4,})_flux\.npz"),
     "npz text": ("", r"(.+)_flux_te\.npz"),
     "latents": (LATENTS_FOLDER, r"(.+)_([\w-]{22})\.safetensors"),
@@ -68,13 +68,13 @@ class Found(NamedTuple):
 
     path: Path
     program: str
-    verified: bool  # whether it is known to be of this very picture or caption
+    verified: bool  # whether it is known to be of this very image or caption
     read: Callable[[], list[Tensor]]
-    has_mask: bool = False  # of what of the picture counts; fluxq has no use for it
+    has_mask: bool = False  # of what of the image counts; fluxq has no use for it
 
 
 class Caches:
-    """The caches of other programs in one folder of pictures."""
+    """The caches of other programs in one folder of images."""
 
     def __init__(self, folder: Path, wanted: Wanted) -> None:
         self.folder, self.wanted = folder, wanted
@@ -83,11 +83,11 @@ class Caches:
             self._files[kind].setdefault(match[1], []).append(path)
 
     def count(self, kind: str) -> int:
-        """How many pictures have a file of `kind`, a key of FILES."""
+        """How many images have a file of `kind`, a key of FILES."""
         return len(self._files[kind])
 
     def latents(self, example: Example, size: Size, most: int) -> Found | None:
-        """Those of the picture `example`, which is of `size`: the largest that have up to `most` pixels.
+        """Those of the image `example`, which is of `size`: the largest that have up to `most` pixels.
 
         None where no program has any. Raises WrongRequest where those that there are do not fit.
         """
@@ -95,7 +95,7 @@ class Caches:
         if paths := self._files["npz latents"].get(stem):
             named = [path for path in paths if _named_size(path) == size]
             if not named:
-                what = f"was made from a picture of another size, {example.path.name} has {[*size]} pixels"
+                what = f"was made from an image of another size, {example.path.name} has {[*size]} pixels"
                 refuse(paths[0], what, ANEW)
             return self._npz_latents(named[0], example, size, most)
         paths = [path for path in self._files["latents"].get(stem, ()) if _is_of(path, example.path.name)]
@@ -130,7 +130,7 @@ class Caches:
         original = f"original_size{suffix}"
         was = npz.get(original).tolist() if npz.shapes.get(original) == (2,) else None
         if was != [*size]:
-            what = f"was made from a picture of {was or 'unknown size'}, {example.path.name} has {[*size]} pixels"
+            what = f"was made from an image of {was or 'unknown size'}, {example.path.name} has {[*size]} pixels"
             refuse(path, what, ANEW)
         mirrored = f"latents_flipped{suffix}"
         names = [f"latents{suffix}", *([mirrored] if mirrored in npz.shapes else [])]
@@ -144,7 +144,7 @@ class Caches:
         wanted |= {"apply_t5_attn_mask": ()}
         _check_shapes(path, {name: npz.shapes.get(name) for name in wanted}, wanted, self.wanted.t5_length)
         if npz.get("apply_t5_attn_mask"):
-            what = "was made with apply_t5_attn_mask: T5 did not see the padding, as it does where pictures are drawn"
+            what = "was made with apply_t5_attn_mask: T5 did not see the padding, as it does where images are drawn"
             refuse(path, what, ANEW)
         return Found(path, SD_SCRIPTS, False, lambda: [_numbers(path, n, npz.get(n)) for n in list(wanted)[:3]])
 
@@ -163,7 +163,7 @@ class Caches:
             if own is None or own != crop:
                 refuse(path, f"has latents of {shape}, not ({self.wanted.channels}, h, w) of {crop} pixels", ANEW)
             if not _is_scaled(size, scale):
-                refuse(path, f"was made from a picture of another shape than {example.path.name} has", ANEW)
+                refuse(path, f"was made from an image of another shape than {example.path.name} has", ANEW)
             if about.get("flip_x"):
                 mirrored[own] = path
             else:
@@ -222,7 +222,7 @@ def _chosen(path: Path, sizes: dict[Any, Size], example: Example, most: int) -> 
     if not fitting:
         came = ", ".join(f"{w} x {h}" for w, h in sizes.values())
         what = f"has {example.path.name} in {came}, where about {width} x {height} pixels are wanted"
-        refuse(path, what, f"choose the --size that it was made for, or {ANEW}")
+        refuse(path, what, f"choose the --resolution that it was made for, or {ANEW}")
     return max(fitting, key=lambda key: fitting[key])
 
 
@@ -241,13 +241,13 @@ def _numbers(path: Path, name: str, values: np.ndarray | Tensor) -> Tensor:
     return array
 
 
-def _is_of(path: Path, picture: str) -> bool:
-    """Whether ai-toolkit made `path` of a picture of this name: 07.png and 07.jpg share a stem."""
-    return Checkpoint(path).metadata.get("filename") == picture
+def _is_of(path: Path, image: str) -> bool:
+    """Whether ai-toolkit made `path` of an image of this name: 07.png and 07.jpg share a stem."""
+    return Checkpoint(path).metadata.get("filename") == image
 
 
 def _is_scaled(size: Size, scale: tuple[Any, Any]) -> bool:
-    """Whether a picture of `size` becomes `scale`, (width, height), up to a pixel of rounding either way."""
+    """Whether an image of `size` becomes `scale`, (width, height), up to a pixel of rounding either way."""
     whole = all(isinstance(side, int) and side > 0 for side in scale)
     return whole and abs(size[0] * scale[1] - size[1] * scale[0]) <= 2 * max(size)
 

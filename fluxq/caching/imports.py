@@ -1,8 +1,8 @@
 """`fluxq cache --import`: what sd-scripts or ai-toolkit encoded becomes records of the store.
 
 Every file is read and checked before the first record is written, so that a bad one leaves the store as it was. A
-record is found by the picture's bytes or by the caption, as fluxq's own are: what has changed since is encoded anew.
-Whether a picture or caption changed before the import is known only where the other program kept a hash of it.
+record is found by the image's bytes or by the caption, as fluxq's own are: what has changed since is encoded anew.
+Whether an image or caption changed before the import is known only where the other program kept a hash of it.
 """
 
 from __future__ import annotations
@@ -14,12 +14,13 @@ from pathlib import Path
 
 import torch
 
-from fluxq.caching.encoding import Progress
 from fluxq.data.examples import Example, Folder, read_caption, scan
-from fluxq.caching.foreign import FILES, SD_SCRIPTS, Caches, Found, Wanted
-from fluxq.data.images import picture_size
-from fluxq.caching.store import Origin, Store, Text, imported_latents_key, imported_line, imported_text_key
+from fluxq.data.images import image_size
 from fluxq.errors import WrongRequest
+
+from .encoding import Progress
+from .foreign import FILES, SD_SCRIPTS, Caches, Found, Wanted
+from .store import Origin, Store, Text, imported_latents_key, imported_line, imported_text_key
 
 Item = tuple[Example, Found]
 
@@ -36,9 +37,9 @@ def import_caches(
     upscale: bool = True,
     skip_bad: bool = False,
     progress: Progress = lambda stage, done, total: None,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
 ) -> tuple[int, int]:
-    """How many (pictures, captions) of `folders` were imported; `say` is told from where, and what was left.
+    """How many (images, captions) of `folders` were imported; `notify` is told from where, and what was left.
 
     Raises WrongRequest for what `scan` refuses, where no cache is there, and for one that does not fit or is damaged,
     unless `skip_bad`; nothing is written then.
@@ -52,20 +53,20 @@ def import_caches(
     for done, example in enumerate(found.examples, 1):
         near = caches[example.path.parent]
         look = partial(_latents, near, example, found.examples, resolution**2)
-        if one := _checked(look, skip_bad, say):
+        if one := _checked(look, skip_bad, notify):
             latents.append((example, one))
         look = partial(_text, near, example)
-        if example.caption not in texts and (one := _checked(look, skip_bad, say)):
+        if example.caption not in texts and (one := _checked(look, skip_bad, notify)):
             texts[example.caption] = example, one
         progress("checking", done, len(found.examples))
     _write(store, latents, list(texts.values()), wanted, progress)
     captions = len({example.caption for example in found.examples})
-    _tell(latents, list(texts.values()), len(found.examples), captions, say)
+    _tell(latents, list(texts.values()), len(found.examples), captions, notify)
     return len(latents), len(texts)
 
 
 def imported(store: Store, examples: Sequence[Example], t5_length: int) -> str | None:
-    """What to say of the imported records that fit these examples; None without any. No picture is read."""
+    """What to say of the imported records that fit these examples; None without any. No image is read."""
     records = {("text", imported_text_key(example.caption, t5_length)) for example in examples}
     for example in examples:
         if hashed := store.hashes.remembered(example.path):
@@ -73,7 +74,7 @@ def imported(store: Store, examples: Sequence[Example], t5_length: int) -> str |
     return imported_line(store, [record for record in records if store.has(*record)])
 
 
-def _checked(look: Callable[[], Found | None], skip_bad: bool, say: Callable[[str], None]) -> Found | None:
+def _checked(look: Callable[[], Found | None], skip_bad: bool, notify: Callable[[str], None]) -> Found | None:
     """What `look` finds, once its tensors were read and found sound; what is not is said under `skip_bad`."""
     try:
         if found := look():
@@ -82,17 +83,17 @@ def _checked(look: Callable[[], Found | None], skip_bad: bool, say: Callable[[st
     except WrongRequest as error:
         if not skip_bad:
             raise
-        say(f"not imported: {error}")
+        notify(f"not imported: {error}")
         return None
 
 
 def _latents(near: Caches, example: Example, examples: Sequence[Example], most: int) -> Found | None:
-    found = near.latents(example, picture_size(example.path), most)
+    found = near.latents(example, image_size(example.path), most)
     if found and found.program == SD_SCRIPTS:
         others = [e.path.name for e in examples if e.path.with_suffix("") == example.path.with_suffix("")]
         if len(others) > 1:
             what = f"may be of any of {', '.join(others)}"
-            raise WrongRequest(f"{found.path} {what}; give the pictures different names, and delete it")
+            raise WrongRequest(f"{found.path} {what}; give the images different names, and delete it")
     return found
 
 
@@ -105,7 +106,7 @@ def _require_any(caches: dict[Path, Caches]) -> None:
     if kinds.total() == kinds["musubi"]:
         where = ", ".join(map(str, caches))
         if kinds["musubi"]:
-            what = f"musubi-tuner's caches (_fk.safetensors) in {where} are for FLUX.1 Kontext, with a control picture"
+            what = f"musubi-tuner's caches (_fk.safetensors) in {where} are for FLUX.1 Kontext, with a control image"
             raise WrongRequest(f"{what} to each; fluxq has no use for those: leave out --import, and it encodes anew")
         what = "no *_flux.npz, *_flux_te.npz, _latent_cache or _t_e_cache of sd-scripts or ai-toolkit"
         raise WrongRequest(f"{where}: there is {what}; leave out --import, and fluxq encodes")
@@ -119,7 +120,7 @@ def _write(store: Store, latents: list[Item], texts: list[Item], wanted: Wanted,
                 key = imported_latents_key(hashed, example.resized, example.bucket, variant)
                 origin = Origin(one.program, one.verified)
                 store.put_latents(key, values, torch.zeros_like(values), example.name, origin)
-            progress("pictures", done, len(latents))
+            progress("images", done, len(latents))
     finally:
         store.hashes.save()
     for done, (example, one) in enumerate(texts, 1):
@@ -131,13 +132,13 @@ def _write(store: Store, latents: list[Item], texts: list[Item], wanted: Wanted,
         progress("captions", done, len(texts))
 
 
-def _tell(latents: list[Item], texts: list[Item], pictures: int, captions: int, say: Callable[[str], None]) -> None:
-    of = {"pictures": Counter(one.program for _, one in latents), "captions": Counter(one.program for _, one in texts)}
-    for program in {**of["pictures"], **of["captions"]}:
-        say(f"{of['pictures'][program]} pictures and {of['captions'][program]} captions imported from {program}")
+def _tell(latents: list[Item], texts: list[Item], images: int, captions: int, notify: Callable[[str], None]) -> None:
+    of = {"images": Counter(one.program for _, one in latents), "captions": Counter(one.program for _, one in texts)}
+    for program in {**of["images"], **of["captions"]}:
+        notify(f"{of['images'][program]} images and {of['captions'][program]} captions imported from {program}")
     if latents:
-        say("imported latents are one draw from the autoencoder each: every step sees the same, fluxq's own vary")
+        notify("imported latents are one draw from the autoencoder each: every step sees the same, fluxq's own vary")
     if masked := sum(one.has_mask for _, one in latents):
-        say(f"the alpha masks of {masked} pictures are ignored: fluxq trains on whole pictures")
-    if len(latents) < pictures or len(texts) < captions:
-        say(f"{pictures - len(latents)} pictures and {captions - len(texts)} captions have none; fluxq encodes those")
+        notify(f"the alpha masks of {masked} images are ignored: fluxq trains on whole images")
+    if len(latents) < images or len(texts) < captions:
+        notify(f"{images - len(latents)} images and {captions - len(texts)} captions have none; fluxq encodes those")

@@ -1,16 +1,16 @@
-"""The cache on disk: what the encoders made of pictures and captions, found by its content.
+"""The cache on disk: what the encoders made of images and captions, found by its content.
 
     latents/<key>.safetensors    mean, spread (16, h, w) fp32, in FLUX's latent units: latents = mean + spread * noise
     text/<key>.safetensors       t5 (L, D) bf16, clip (D2,) fp32
     datasets/<name>.json         a `Dataset`: one request's examples and the keys of their records
     hashes.json                  the hashes of big files, so that they are read once
 
-A key is a hash of all that a record depends on: the picture's bytes, its transform and the autoencoder file; or the
+A key is a hash of all that a record depends on: the image's bytes, its transform and the autoencoder file; or the
 caption, the encoder and tokenizer files and the token length. So a changed input is another key, nothing is ever stale,
-and what several pictures or runs share is stored once. A record is written under a temporary name and renamed when
+and what several images or runs share is stored once. A record is written under a temporary name and renamed when
 complete.
 
-What another program encoded (fluxq/caching/imports.py) is found by the same picture or caption in the same request, but by
+What another program encoded (fluxq/caching/imports.py) is found by the same image or caption in the same request, but by
 no encoder, for which one it was is not known. Such keys begin with `imported-`.
 """
 
@@ -23,10 +23,11 @@ from pathlib import Path
 import torch
 
 from fluxq.data.dataset import Dataset
-from fluxq.caching.hashes import Hashes
 from fluxq.data.images import TRANSFORM_VERSION
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
+
+from .hashes import Hashes
 
 RECORD_VERSION = 1  # part of every key: raise it when a record's tensors change their meaning
 KINDS = {"latents": ("mean", "spread"), "text": ("t5", "clip")}
@@ -49,7 +50,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Origin:
-    """Which program encoded a record, and whether it is known that it did so from this very picture or caption."""
+    """Which program encoded a record, and whether it is known that it did so from this very image or caption."""
 
     program: str
     verified: bool
@@ -67,9 +68,9 @@ class Store:
         return self._path(kind, key).is_file()
 
     def put_latents(
-        self, key: str, mean: torch.Tensor, spread: torch.Tensor, picture: str, origin: Origin | None = None
+        self, key: str, mean: torch.Tensor, spread: torch.Tensor, image: str, origin: Origin | None = None
     ) -> None:
-        """Stores mean and spread, both (16, h, w). `picture` is a name for people; `origin` another program.
+        """Stores mean and spread, both (16, h, w). `image` is a name for people; `origin` another program.
 
         ValueError if a number is not finite.
         """
@@ -77,7 +78,7 @@ class Store:
             raise ValueError(
                 f"latents need mean and spread of one shape (16, h, w), not {tuple(mean.shape)}, {tuple(spread.shape)}"
             )
-        metadata = {"picture": picture, **_origin_metadata(origin)}
+        metadata = {"picture": image, **_origin_metadata(origin)}
         self._write("latents", key, {"mean": mean.float(), "spread": spread.float()}, metadata)
 
     def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
@@ -86,7 +87,7 @@ class Store:
         return record.get("mean"), record.get("spread")
 
     def latents_size(self, key: str) -> tuple[int, int]:
-        """(w, h) in pixels of the picture whose latents these are. Reads the header alone."""
+        """(w, h) in pixels of the image whose latents these are. Reads the header alone."""
         _, height, width = self._open("latents", key).shape("mean")
         return 8 * width, 8 * height
 
@@ -191,16 +192,16 @@ def imported_line(store: Store, records: Iterable[tuple[str, str]]) -> str | Non
     return f"{what}, {unverified} of these {len(found)} records unverified"
 
 
-def latents_key(picture_hash: str, resized: tuple[int, int], bucket: tuple[int, int], autoencoder_hash: str) -> str:
-    """The key of a picture's latents. Two pictures with equal bytes share a record."""
-    return _key("latents", picture_hash, *resized, *bucket, TRANSFORM_VERSION, autoencoder_hash)
+def latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], autoencoder_hash: str) -> str:
+    """The key of an image's latents. Two images with equal bytes share a record."""
+    return _key("latents", image_hash, *resized, *bucket, TRANSFORM_VERSION, autoencoder_hash)
 
 
-def imported_latents_key(picture_hash: str, resized: tuple[int, int], bucket: tuple[int, int], variant: int) -> str:
-    """The key of latents that another program made of a picture that fluxq would bring to `bucket`; of its mirror image
+def imported_latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], variant: int) -> str:
+    """The key of latents that another program made of an image that fluxq would bring to `bucket`; of its mirror image
     where `variant` is 1. Their own size may be another.
     """
-    return IMPORTED + latents_key(picture_hash, resized, bucket, f"another program's, {variant}")
+    return IMPORTED + latents_key(image_hash, resized, bucket, f"another program's, {variant}")
 
 
 def imported_text_key(caption: str, length: int) -> str:

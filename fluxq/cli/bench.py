@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from fluxq.cli.options import JSON, as_config, begin, finish
+from .options import JSON, as_config, begin, finish
 
 
 @click.group
@@ -16,7 +16,7 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this card.")
+@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this GPU.")
 @JSON
 def kernels(tune: bool, as_json: bool) -> None:
     """The linear layer's kernels at FLUX's shapes: milliseconds, TFLOP/s, and a plain 16-bit product's time over it."""
@@ -35,18 +35,18 @@ def kernels(tune: bool, as_json: bool) -> None:
 @as_config("model.format", "How frozen weights are stored  [default: nf4]")
 @as_config("model.compute", "How frozen weights are multiplied  [default: bf16]")
 @as_config("memory.policy", "What a block keeps for the backward pass; default: as fits.")
-@click.option("--size", type=click.IntRange(32, 2048), help="Pixels of a side  [default: 512; on a processor 96]")
-@as_config("training.batch", "Pictures a step  [default: 1]")
+@click.option("--resolution", type=click.IntRange(32, 2048), help="Pixels of a side  [default: 512; on a CPU 96]")
+@as_config("training.batch", "Images a step  [default: 1]")
 @as_config("lora.rank", "Rank of the LoRA  [default: 16]")
-@as_config("model.t5_length", "T5 tokens a caption  [default: 512; on a processor 32]")
+@as_config("model.t5_length", "T5 tokens a caption  [default: 512; on a CPU 32]")
 @as_config(
     "memory.resident_units",
-    "How many of the 76 units of weights stay on the card, the others are streamed; default: as fits.",
+    "How many of the 76 units of weights stay on the GPU, the others are streamed; default: as fits.",
 )
 @as_config("memory.blocks_to_swap", "N blocks, 2 N units, are streamed: sd-scripts' way to say it; default: as fits.")
-@as_config("memory.slots", "Places on the card for streamed units; default: as fits.")
+@as_config("memory.slots", "Places on the GPU for streamed units; default: as fits.")
 @click.option("--steps", type=click.IntRange(3), default=20, show_default=True, help="Timed steps a setting.")
-@click.option("--limit-vram", metavar="TEXT", help="Have no more of the card than this, like 12GiB.")
+@click.option("--limit-vram", metavar="TEXT", help="Have no more of the GPU than this, like 12GiB.")
 @click.option("--limit-bus", metavar="TEXT", help="Imitate a slower bus, like 12GB/s, by repeating copies.")
 @click.option("--out", type=Path, metavar="FILE", help="Also write the result there as JSON, for bench compare.")
 @JSON
@@ -59,9 +59,9 @@ def steps(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Training steps of full-size FLUX.1 dev with random weights: it/s, pictures/s, TFLOP/s, peak memory, energy.
+    """Training steps of full-size FLUX.1 dev with random weights: it/s, images/s, TFLOP/s, peak memory, energy.
 
-    Nothing is downloaded. Without a card the bundled toy is measured in its place.
+    Nothing is downloaded. Without a GPU the bundled toy is measured in its place.
     """
     begin(as_json)
     from fluxq.bench.steps import bench_steps

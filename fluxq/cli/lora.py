@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from fluxq.cli.options import JSON, begin, finish
+from .options import JSON, begin, finish
 
 
 @click.group

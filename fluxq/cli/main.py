@@ -7,17 +7,17 @@ wrong request (one sentence on stderr), 1 a failure, 130 stopped by Ctrl-C.
 from __future__ import annotations
 
 import dataclasses
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from fluxq.cli.bench import bench
-from fluxq.cli.lora import lora
-from fluxq.config import DEFAULT_RANK
+from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
 from fluxq.errors import WrongRequest
-from fluxq.cli.options import JSON, as_config, begin, finish, options, read_config
+
+from .bench import bench
+from .lora import lora
+from .options import JSON, as_config, begin, finish, options, read_config
 
 OF_A_STEP = ("--policy", "--ram", "--offload")
 OF_STREAMING = ("--resident-units", "--blocks-to-swap", "--slots")
@@ -35,7 +35,8 @@ class Commands(click.Group):
             if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch here
                 raise
             click.echo(
-                f"error: the card ran out of memory; a smaller --size, --batch or --t5-length needs less ({error})",
+                "error: the GPU ran out of memory; a smaller --resolution, --batch or --t5-length needs less "
+                f"({error})",
                 err=True,
             )
             ctx.exit(1)
@@ -52,10 +53,17 @@ class Commands(click.Group):
             ctx.exit(130)
 
 
-@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 120})
+@click.group(
+    cls=Commands,
+    context_settings={
+        "help_option_names": ["-h", "--help"],
+        "max_content_width": 120,
+        "token_normalize_func": lambda name: FORMER_OPTIONS.get(name, name),
+    },
+)
 @click.version_option(package_name="fluxq")
 def main() -> None:
-    """Train LoRAs for FLUX.1 on the card you own."""
+    """Train LoRAs for FLUX.1 on the GPU you own."""
 
 
 main.add_command(bench)
@@ -70,7 +78,7 @@ BASE_LORA = click.option(
     "model__base_loras",
     multiple=True,
     metavar="FILE[=STRENGTH]",
-    help="LoRA to merge into the frozen transformer before it is quantised; may be given again.",
+    help="LoRA to merge into the frozen transformer before it is quantized; may be given again.",
 )
 
 
@@ -93,7 +101,7 @@ def train(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train a LoRA on FOLDERS of pictures, captions in .txt files beside them."""
+    """Train a LoRA on FOLDERS of images, captions in .txt files beside them."""
     if resume and overwrite:
         raise WrongRequest("--resume goes on with a run and --overwrite replaces it; pass only one of them")
     if resume and not (resume / "config.toml").is_file():
@@ -135,7 +143,7 @@ def cache(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Encode the pictures and captions of FOLDERS ahead of training, or look after the cache."""
+    """Encode the images and captions of FOLDERS ahead of training, or look after the cache."""
     if folders:
         given["data__folders"] = [{"path": str(folder)} for folder in folders]
     config = read_config(config_file, assignments, given)
@@ -159,7 +167,7 @@ def cache(
 @click.option(
     "--strength", "strengths", multiple=True, type=float, metavar="X", help="With --grid: a column; may be given again."
 )
-@click.option("--grid", is_flag=True, help="One labelled sheet a prompt: LoRA files down, strengths across.")
+@click.option("--grid", is_flag=True, help="One labeled sheet a prompt: LoRA files down, strengths across.")
 @click.option(
     "--cache", "data__cache", type=Path, metavar="PATH", help="Where encoded prompts are kept  [default: cache]"
 )
@@ -170,7 +178,7 @@ def cache(
     default=Path("samples"),
     show_default=True,
     metavar="DIR",
-    help="Folder for the pictures.",
+    help="Folder for the images.",
 )
 @JSON
 def sample(
@@ -183,7 +191,7 @@ def sample(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Draw pictures with the model and LoRAs."""
+    """Draw images with the model and LoRAs."""
     config = read_config(config_file, assignments, given)
     begin(as_json)
     from fluxq.commands.sample import sample_command
@@ -228,7 +236,7 @@ def check(
 @click.option("--overwrite", is_flag=True, help="Replace DST.")
 @JSON
 def quantize(source: Path, target: Path, format: str, report: bool, overwrite: bool, as_json: bool) -> None:
-    """Quantise the transformer SRC into DST, once and for all; training does the same by itself, into FLUXQ_CACHE."""
+    """Quantize the transformer SRC into DST, once and for all; training does the same by itself, into FLUXQ_CACHE."""
     begin(as_json)
     from fluxq.commands.quantize import quantize_command
 
@@ -243,7 +251,7 @@ def quantize(source: Path, target: Path, format: str, report: bool, overwrite: b
 @as_config("model.compute", "How frozen weights are multiplied.", default="bf16")
 @JSON
 def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
-    """Teach the bundled toy model a new creature: cache, quantise, train, sample, in about a minute, without a GPU."""
+    """Teach the bundled toy model a new creature: cache, quantize, train, sample, in about a minute, without a GPU."""
     begin(as_json)
     from fluxq.commands.demo import demo as run
 
@@ -252,9 +260,9 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
 
 @main.command()
 @click.option(
-    "--card",
+    "--gpu",
     metavar="NAME",
-    help="Predict for this card, like rtx3060; an unknown name lists those known. Default: this machine's, which is "
+    help="Predict for this GPU, like rtx3060; an unknown name lists those known. Default: this machine's, which is "
     "measured too.",
 )
 @click.option(
@@ -273,8 +281,8 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     default=("nf4", "int8"),
 )
 @click.option(
-    "--size",
-    "sizes",
+    "--resolution",
+    "resolutions",
     multiple=True,
     type=click.IntRange(256, 2048),
     default=(512, 768, 1024),
@@ -284,20 +292,16 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
 @as_config("model.compute", "How frozen weights are multiplied.", default="bf16")
 @as_config("memory.policy", "What a block keeps for the backward pass.", default="recompute")
 @as_config("lora.rank", "Rank of the LoRA.", default=DEFAULT_RANK)
-@as_config("training.batch", "Pictures a step.", default=1)
+@as_config("training.batch", "Images a step.", default=1)
 @as_config("model.t5_length", "T5 tokens a caption.", default=512)
 @as_config("memory.slots", "Slots for streamed units.", default=8)
 @click.option("--out", type=Path, metavar="DIR", help="Also write two plots and the rows as JSON there.")
 @JSON
 def profile(as_json: bool, **given: Any) -> None:
-    """Memory and speed of every block-swap setting: predicted for a card, which need not be there, and on this
-    machine's card also measured.
+    """Memory and speed of every block-swap setting: predicted for a GPU, which need not be there, and on this
+    machine's GPU also measured.
     """
-    begin(as_json, computes=given["card"] is None)
+    begin(as_json, computes=given["gpu"] is None)
     from fluxq.bench.profile import profile_command
 
     finish(profile_command(**given), as_json)
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -97,10 +97,10 @@ def read_config(
 
 def begin(as_json: bool, computes: bool = True) -> None:
     """Say first, on stderr, what the user of this machine should know; raise WrongRequest where the command `computes`
-    and the card cannot. With --json, everything meant for people goes to stderr.
+    and the GPU cannot. With --json, everything meant for people goes to stderr.
     """
-    from fluxq.memory.machine import notes, obstacle, read_machine
     from fluxq.console import console
+    from fluxq.memory.machine import notes, obstacle, read_machine
 
     console.stderr = as_json
     machine = read_machine()

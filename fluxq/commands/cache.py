@@ -1,27 +1,17 @@
-"""`fluxq cache`: encode pictures and captions ahead of training, and look after what is encoded."""
+"""`fluxq cache`: encode images and captions ahead of training, and look after what is encoded."""
 
 from __future__ import annotations
 
+from typing import Any
+
+from fluxq.caching.build import prune_cache, verify_cache
 from fluxq.caching.folders import cache_folders, import_folders
-
-from collections.abc import Callable, Sequence
-from functools import partial
-from pathlib import Path
-from typing import Any, cast
-
-from fluxq.config import DataConfig, TrainConfig
-from fluxq.caching.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
-from fluxq.data.dataset import Dataset
-from fluxq.caching.encoding import PIXELS_PER_BATCH
-from fluxq.data.examples import Folder
-from fluxq.caching.foreign import Wanted
-from fluxq.caching.imports import import_caches
-from fluxq.caching.store import Store, Text
-from fluxq.training.defaults import resolve_data
-from fluxq.errors import WrongRequest
-from fluxq.models.parts import Models
+from fluxq.config import TrainConfig
 from fluxq.console import console, progress_bar
-from fluxq.memory.phases import band_for, room_of
+from fluxq.errors import WrongRequest
+from fluxq.memory.phases import gpu_budget
+from fluxq.models.parts import Models
+from fluxq.training.defaults import resolve_data
 
 
 def cache_command(
@@ -50,26 +40,14 @@ def cache_command(
         answer |= {"deleted": files, "deleted_bytes": nbytes}
     if verify or prune:
         return answer
-    models = Models(config.model, say=console.print)
+    models = Models(config.model, notify=console.print)
     data = resolve_data(config.data, models, console.print)
-    room = room_of(config.memory, models.device)
+    budget = gpu_budget(config.memory, models.device)
     imported = import_folders(data, models) if imports else (0, 0)
     with progress_bar() as progress:
-        dataset = cache_folders(data, models, config.samples.prompts, progress, room)
+        dataset = cache_folders(data, models, config.samples.prompts, progress, budget)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
-    console.print(f"{len(dataset.examples)} pictures are ready in {data.cache}")
-    answer = {"pictures": len(dataset.examples), "skipped": list(dataset.skipped), "notes": list(dataset.notes)}
-    return answer | {"imported_pictures": imported[0], "imported_captions": imported[1]}
-
-
-
-
-
-
-
-
-
-
-
-
+    console.print(f"{len(dataset.examples)} images are ready in {data.cache}")
+    answer = {"images": len(dataset.examples), "skipped": list(dataset.skipped), "notes": list(dataset.notes)}
+    return answer | {"imported_images": imported[0], "imported_captions": imported[1]}

@@ -12,21 +12,21 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fluxq.models.check_file import about_quantised, about_source, check_file, check_files, model_files, size
-from fluxq.config import DataConfig, TrainConfig
-from fluxq.data.examples import Folder, scan
 from fluxq.caching.imports import imported
 from fluxq.caching.store import Store
-from fluxq.training.defaults import resolve_data
+from fluxq.config import DataConfig, TrainConfig
+from fluxq.console import console
+from fluxq.data.examples import Folder, scan
 from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
 from fluxq.formats.quantized import cache_folder, stored_bytes
-from fluxq.formats.checkpoint.shapes import flux_shapes
-from fluxq.models.hub import NotFetched, hub_cache
-from fluxq.memory.machine import Card, free_on_card, memory, notes, obstacle, read_machine
+from fluxq.memory.machine import GPU, free_gpu_bytes, memory, notes, obstacle, read_machine
 from fluxq.model.config import FluxConfig
+from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
+from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
-from fluxq.console import console
+from fluxq.training.defaults import resolve_data
 
 PROGRAM_BYTES = 2 << 30  # Python, torch, activations of the small tensors, one tensor on its way
 Answer = dict[str, Any]
@@ -44,8 +44,8 @@ def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
 
 
 def check_run(config: TrainConfig) -> Answer:
-    """Everything that a run needs: which file serves which part and why, pictures, memory, disk, the card."""
-    models, reasons = Models(config.model, say=lambda line: None, fetch=False), []
+    """Everything that a run needs: which file serves which part and why, images, memory, disk, the GPU."""
+    models, reasons = Models(config.model, notify=lambda line: None, fetch=False), []
     parts = {part: _part(models, part, reasons) for part in PARTS}
     fetched = sum(about.get("fetch_bytes", 0) for about in parts.values())
     for part, about in parts.items():
@@ -54,10 +54,10 @@ def check_run(config: TrainConfig) -> Answer:
     flux = models.flux_config if "precision" in parts["flux"] else None
     data = _data(config.data, models, reasons) if config.data.folders else None
     if data is None and not config.data.folders:
-        console.print("pictures     none were named, so the models alone were checked")
+        console.print("images     none were named, so the models alone were checked")
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
     machine = read_machine()
-    card = _card(flux, models.format, machine.card, reasons)
+    gpu = _gpu(flux, models.format, machine.gpu, reasons)
     disk = _disk(flux, config, models, data, fetched, reasons)
     if problem := obstacle(machine):
         reasons.append(problem)
@@ -65,7 +65,7 @@ def check_run(config: TrainConfig) -> Answer:
     for reason in reasons:
         console.print(f"missing      {reason}")
     console.print("not ready" if reasons else "ready: a run could start")
-    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "pictures": data, "ram": ram, "card": card}
+    answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "images": data, "ram": ram, "gpu": gpu}
     return answer | {"disk": disk, "notes": notes(machine)}
 
 
@@ -74,8 +74,8 @@ def _part(models: Models, part: str, reasons: list[str]) -> Answer:
     try:
         served = models.served(part)
         about: Answer = {"path": str(served.path), "why": served.why}
-        if part == "flux" and models.quantised is not None:
-            return about | about_quantised(models.quantised)
+        if part == "flux" and models.quantized is not None:
+            return about | about_quantized(models.quantized)
         source = models.open(part)
         about |= about_source(source)
         if part != "flux" and (misfit := models.misfit(part, source.config)):
@@ -108,12 +108,12 @@ def _tokenizers(models: Models, reasons: list[str]) -> None:
 
 
 def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None:
-    """Pictures, captions and what they take in the cache."""
+    """Images, captions and what they take in the cache."""
     try:
         resolved = resolve_data(data, models, lambda line: None)
-        assert resolved.size and resolved.min_side and resolved.max_side, "resolve_data fills these in"
+        assert resolved.resolution and resolved.min_side and resolved.max_side, "resolve_data fills these in"
         folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
-        sides = (resolved.size, resolved.min_side, resolved.max_side, resolved.step)
+        sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
         found = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
         foreign = imported(Store(resolved.cache), found.examples, models.t5_length)
     except WrongRequest as error:
@@ -122,9 +122,9 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
     captions = {example.caption for example in found.examples}
     buckets = Counter(example.bucket for example in found.examples)
     answer = {
-        "pictures": len(found.examples),
+        "images": len(found.examples),
         "captions": len(captions),
-        "size": resolved.size,
+        "resolution": resolved.resolution,
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
@@ -132,7 +132,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         "imported": foreign,
     }
     shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
-    console.print(f"pictures     {answer['pictures']}, {answer['captions']} different captions; {shapes}")
+    console.print(f"images     {answer['images']}, {answer['captions']} different captions; {shapes}")
     if foreign:
         console.print(f"             {foreign}")
     for line in found.skipped:
@@ -141,15 +141,15 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
 
 
 def _ram(
-    flux: FluxConfig | None, format: str, on_card: bool, parts: dict[str, Answer], reasons: list[str]
+    flux: FluxConfig | None, format: str, on_gpu: bool, parts: dict[str, Answer], reasons: list[str]
 ) -> Answer | None:
-    """The RAM that a run needs: frozen weights as they are stored, unless they lie on the card, or the largest other
+    """The RAM that a run needs: frozen weights as they are stored, unless they lie on the GPU, or the largest other
     part, and the program."""
     if flux is None:
         return None
     encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
     needed, has = (
-        PROGRAM_BYTES + max(0 if on_card else stored_bytes(flux_shapes(flux), format), encoders),
+        PROGRAM_BYTES + max(0 if on_gpu else stored_bytes(flux_shapes(flux), format), encoders),
         memory(),
     )
     line = f"memory       {size(needed)} of RAM needed, the transformer in {format}"
@@ -164,25 +164,25 @@ def _ram(
     return {"needed": needed, "all": has and has[0], "free": has and has[1]}
 
 
-def _card(flux: FluxConfig | None, format: str, card: Card | None, reasons: list[str]) -> Answer | None:
-    """The card, and the least that training needs on it: the frozen weights, all of which stay there."""
-    if card is None:
-        console.print("card         none that torch can use, so training runs on the processor")
+def _gpu(flux: FluxConfig | None, format: str, gpu: GPU | None, reasons: list[str]) -> Answer | None:
+    """The GPU, and the least that training needs on it: the frozen weights, all of which stay there."""
+    if gpu is None:
+        console.print("GPU         none that torch can use, so training runs on the CPU")
         return None
-    free, capability = free_on_card(), ".".join(map(str, card.capability))
-    room = f"{size(card.nbytes)}" if free is None else f"{size(free)} of {size(card.nbytes)} free"
-    line, needed = f"card         {card.name}, {room}, compute capability {capability}", None
+    free, capability = free_gpu_bytes(), ".".join(map(str, gpu.capability))
+    room = f"{size(gpu.nbytes)}" if free is None else f"{size(free)} of {size(gpu.nbytes)} free"
+    line, needed = f"GPU         {gpu.name}, {room}, compute capability {capability}", None
     if flux is not None:
         needed = stored_bytes(flux_shapes(flux), format)
         line += f"; training in {format} needs {size(needed)} of it for the weights alone"
-        if needed > card.nbytes:
+        if needed > gpu.nbytes:
             reasons.append(
-                f"the {card.name} has {size(card.nbytes)}, and the transformer's weights alone take {size(needed)} "
-                f"in {format}; use {'another card' if format == 'nf4' else '--format nf4 or another card'}, or hide "
-                "it with CUDA_VISIBLE_DEVICES=-1 and train on the processor"
+                f"the {gpu.name} has {size(gpu.nbytes)}, and the transformer's weights alone take {size(needed)} "
+                f"in {format}; use {'another gpu' if format == 'nf4' else '--format nf4 or another gpu'}, or hide "
+                "it with CUDA_VISIBLE_DEVICES=-1 and train on the CPU"
             )
     console.print(line)
-    about = {"name": card.name, "capability": list(card.capability), "free": free, "all": card.nbytes}
+    about = {"name": gpu.name, "capability": list(gpu.capability), "free": free, "all": gpu.nbytes}
     return about | {"weights": needed}
 
 
@@ -192,7 +192,7 @@ def _disk(
     """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
     if flux is None:
         return None
-    weights = 0 if models.is_quantised else stored_bytes(flux_shapes(flux), models.format)
+    weights = 0 if models.is_quantized else stored_bytes(flux_shapes(flux), models.format)
     needed = {"weights": weights, "downloads": fetched, "cache": 0}
     if data is not None:
         caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4

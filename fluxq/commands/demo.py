@@ -1,7 +1,7 @@
 """`fluxq demo`: teach the bundled toy model a creature that it has never seen, through the same code as any other run.
 
-Two dozen pictures of the creature, called by its trigger, are mixed with ordinary ones, which keep ordinary
-captions ordinary. Held-out pictures of both kinds, in colours that training never pairs, measure what was learnt and
+Two dozen images of the creature, called by its trigger, are mixed with ordinary ones, which keep ordinary
+captions ordinary. Held-out images of both kinds, in colors that training never pairs, measure what was learnt and
 what was kept.
 """
 
@@ -16,25 +16,25 @@ from PIL import Image
 
 from fluxq.caching.folders import cache_texts
 from fluxq.config import TrainConfig, config_from_dict
+from fluxq.console import console, progress_bar
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import load_lora
 from fluxq.model.lora import lora_strength
 from fluxq.models.parts import Models
-from fluxq.nano import pictures
-from fluxq.console import console, progress_bar
-from fluxq.training.run import Result
-from fluxq.sampling.requests import Shot
-from fluxq.sampling.denoising import attach
-from fluxq.sampling.decoding import draw
-from fluxq.sampling.sheets import labelled_grid, save_picture
+from fluxq.nano import drawing
+from fluxq.sampling.decoding import sample_images
+from fluxq.sampling.denoising import attach_loras
+from fluxq.sampling.requests import Request
+from fluxq.sampling.sheets import labeled_grid, save_image
 from fluxq.train import train
+from fluxq.training.run import Result
 
-TRIGGER = pictures.TRIGGER
+TRIGGER = drawing.TRIGGER
 PROMPTS = (
-    f"a large red {TRIGGER} in the centre on a white background",
+    f"a large red {TRIGGER} in the center on a white background",
     f"a large yellow {TRIGGER} at the top on a blue background",
     f"a large green {TRIGGER} on the left on a pink background",
-    "a large red circle in the centre on a white background",
+    "a large red circle in the center on a white background",
     "a large yellow star at the top on a blue background",
     "a large green heart on the left on a pink background",
 )
@@ -61,12 +61,12 @@ def demo(out: Path, format: str = "nf4", compute: str = "bf16") -> Demo:
     """Run the demo in `out`, which is replaced if it holds an earlier one. Raises WrongRequest if it holds anything
     else.
     """
-    if out.is_dir() and any(out.iterdir()) and not (out / "pictures" / "creature").is_dir():
+    if out.is_dir() and any(out.iterdir()) and not (out / "images" / "creature").is_dir():
         raise WrongRequest(f"{out} holds something else than a demo; choose another folder with --out")
     if out.exists():
         shutil.rmtree(out)
     config = demo_config(out, format, compute)
-    draw_pictures(out / "pictures")
+    draw_images(out / "images")
     result = train(config, overwrite=True)
     grid = before_and_after(config, Path(result.lora), out / "before_after.png")
     return _summary(result, out, grid)
@@ -74,7 +74,7 @@ def demo(out: Path, format: str = "nf4", compute: str = "bf16") -> Demo:
 
 def demo_config(out: Path, format: str, compute: str) -> TrainConfig:
     """The settings of the demo: what `fluxq train` would be told on the command line."""
-    folder = out.absolute() / "pictures"
+    folder = out.absolute() / "images"
     return config_from_dict(
         {
             "model": {"name": "nano", "format": format, "compute": compute},
@@ -87,45 +87,45 @@ def demo_config(out: Path, format: str, compute: str) -> TrainConfig:
                 "cache": str(out / "cache"),
             },
             "lora": {"rank": 32},
-            "training": {"steps": 400, "batch": 8, "rate": 1e-3, "schedule": "cosine", "seed": 1},
+            "training": {"steps": 400, "batch": 8, "learning_rate": 1e-3, "schedule": "cosine", "seed": 1},
             "output": {"out": str(out), "name": "demo", "save_every": 100},
         },
         "the demo",
     )
 
 
-def draw_pictures(folder: Path) -> None:
-    """Write the four folders of captioned pictures."""
+def draw_images(folder: Path) -> None:
+    """Write the four folders of captioned images."""
     sets = {
-        "creature": pictures.concept(seed=1, count=24),
-        "ordinary": pictures.ordinary(seed=1, count=256),
-        "creature_held_out": pictures.concept(seed=2, count=24, held_out=True),
-        "ordinary_held_out": pictures.ordinary(seed=2, count=24, held_out=True),
+        "creature": drawing.concept(seed=1, count=24),
+        "ordinary": drawing.ordinary(seed=1, count=256),
+        "creature_held_out": drawing.concept(seed=2, count=24, held_out=True),
+        "ordinary_held_out": drawing.ordinary(seed=2, count=24, held_out=True),
     }
     for name, captioned in sets.items():
         (folder / name).mkdir(parents=True)
-        for i, (picture, caption) in enumerate(captioned):
-            picture.save(folder / name / f"{i:02}.png")
+        for i, (image, caption) in enumerate(captioned):
+            image.save(folder / name / f"{i:02}.png")
             (folder / name / f"{i:02}.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def before_and_after(config: TrainConfig, lora: Path, path: Path) -> Path:
-    """A labelled sheet: every prompt down; without the LoRA and with it, two seeds each, across."""
+    """A labeled sheet: every prompt down; without the LoRA and with it, two seeds each, across."""
     models = Models(config.model)
     flux = models.load_flux()
     adapters = load_lora(lora, flux.config).adapters
-    attach(flux, [(adapters, 1.0)])
-    side = models.default_size[0]
-    wanted = [Shot(prompt, seed, side, side) for prompt in PROMPTS for seed in SEEDS]
+    attach_loras(flux, [(adapters, 1.0)])
+    side = models.default_resolution[0]
+    wanted = [Request(prompt, seed, side, side) for prompt in PROMPTS for seed in SEEDS]
     drawn: dict[str, list[Image.Image]] = {}
     with progress_bar() as progress:
         texts = cache_texts(config.data.cache, models, PROMPTS, progress)
         for name, strength in (("before", 0.0), ("after", 1.0)):
             with lora_strength(flux, strength):
-                drawn[name] = draw(flux, models.load_autoencoder, texts, wanted, partial(progress, name))
+                drawn[name] = sample_images(flux, models.load_autoencoder, texts, wanted, partial(progress, name))
     rows = [[drawn[name][r * len(SEEDS) + s] for name in drawn for s in range(len(SEEDS))] for r in range(len(PROMPTS))]
     columns = [f"{name}, seed {seed}" for name in drawn for seed in SEEDS]
-    save_picture(labelled_grid(rows, PROMPTS, columns), path)
+    save_image(labeled_grid(rows, PROMPTS, columns), path)
     return path
 
 

@@ -1,4 +1,4 @@
-"""`fluxq quantize`: a model file to fluxq's own quantised file, streamed tensor by tensor.
+"""`fluxq quantize`: a model file to fluxq's own quantized file, streamed tensor by tensor.
 
 `fluxq train` does the same by itself, once, into a cache folder.
 """
@@ -12,11 +12,11 @@ from typing import Any
 
 import torch
 
-from fluxq.errors import WrongRequest
-from fluxq.formats.quantized import fingerprint, stored_bytes, write_quantized
-from fluxq.formats.checkpoint.source import open_flux
-from fluxq.kernels import Weight, dequantize
 from fluxq.console import byte_bar, console
+from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.source import open_flux
+from fluxq.formats.quantized import fingerprint, stored_bytes, write_quantized
+from fluxq.kernels import Weight, dequantize
 
 
 def quantize_command(
@@ -39,7 +39,7 @@ def quantize_command(
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     console.print(f"{target} will take {stored_bytes(original.shapes, format) / 1e9:.1f} GB")
     began = time.perf_counter()
-    with byte_bar("quantising") as progress:
+    with byte_bar("quantizing") as progress:
         inspect = errors.add if report else lambda name, w, q: None
         write_quantized(target, original, format, about, device, progress, inspect)
     seconds, size = time.perf_counter() - began, target.stat().st_size

@@ -3,7 +3,7 @@
 from .buckets import choose_bucket
 from .dataset import Dataset, Entry
 from .examples import Example, Folder, Scan, scan
-from .images import open_picture, picture_files, picture_size, prepare
+from .images import image_files, image_size, open_image, prepare
 from .randomness import generator, normal
 
 __all__ = [
@@ -15,9 +15,9 @@ __all__ = [
     "choose_bucket",
     "generator",
     "normal",
-    "open_picture",
-    "picture_files",
-    "picture_size",
+    "open_image",
+    "image_files",
+    "image_size",
     "prepare",
     "scan",
 ]

@@ -1,7 +1,7 @@
-"""Aspect-ratio buckets: which shape a picture is trained at, by the rule of kohya's sd-scripts.
+"""Aspect-ratio buckets: which shape an image is trained at, by the rule of kohya's sd-scripts.
 
-With `upscale`, a table of shapes of at most `resolution`^2 pixels is made, the picture takes the one nearest in aspect
-ratio, and is resized until it covers it. Without, a picture is never enlarged: it is shrunk only if it has more than
+With `upscale`, a table of shapes of at most `resolution`^2 pixels is made, the image takes the one nearest in aspect
+ratio, and is resized until it covers it. Without, an image is never enlarged: it is shrunk only if it has more than
 `resolution`^2 pixels, and each side is then cut down to a multiple of `step`; `min_side` and `max_side` play no part.
 """
 
@@ -24,16 +24,16 @@ def choose_bucket(
     step: int,
     upscale: bool,
 ) -> tuple[Size, Size]:
-    """The bucket of a `width` x `height` picture, and the size that the picture is resized to before its centre is cut
+    """The bucket of a `width` x `height` image, and the size that the image is resized to before its center is cut
     out.
 
     resolution is the side of a square, or (width, height); only its area counts. A min_side or max_side that is no
     multiple of `step` is moved outwards to one. The second size covers the first. Raises WrongRequest for a step that
-    is no positive multiple of 16, for sides that leave no room for `resolution`, and for a picture that would need
+    is no positive multiple of 16, for sides that leave no room for `resolution`, and for an image that would need
     enlarging when `upscale` is off.
     """
     if width < 1 or height < 1:
-        raise WrongRequest(f"a picture of {width} x {height} pixels has no area; remove it or replace it")
+        raise WrongRequest(f"an image of {width} x {height} pixels has no area; remove it or replace it")
     area = _checked_area(resolution, step)
     if upscale:
         return _nearest(width, height, bucket_table(resolution, min_side, max_side, step))
@@ -73,7 +73,7 @@ def _checked_area(resolution: int | Size, step: int) -> int:
 
 
 def _nearest(width: int, height: int, table: tuple[Size, ...]) -> tuple[Size, Size]:
-    """The picture's own size if the table has it, else the nearest w/h; of equally near ones the narrowest."""
+    """The image's own size if the table has it, else the nearest w/h; of equally near ones the narrowest."""
     aspect = width / height
     bucket = (width, height)
     if bucket not in table:
@@ -87,7 +87,7 @@ def _without_upscale(width: int, height: int, area: int, step: int) -> tuple[Siz
     bucket = (resized[0] // step * step, resized[1] // step * step)
     if 0 in bucket:
         raise WrongRequest(
-            f"a picture of {width} x {height} pixels is, at no more than {area:,} pixels, narrower than a bucket "
+            f"an image of {width} x {height} pixels is, at no more than {area:,} pixels, narrower than a bucket "
             f"step of {step}; remove it or replace it, or allow upscaling"
         )
     return bucket, resized
@@ -97,7 +97,7 @@ def _shrunk(width: int, height: int, area: int, step: int) -> Size:
     """The size of nearly `area` pixels that has one side on a multiple of `step`.
 
     Both sides are tried: each is rounded and cut to a multiple, the other follows from the aspect ratio and is cut
-    likewise, and the pair nearer to the picture's ratio decides which side is set; the other then follows unrounded. On
+    likewise, and the pair nearer to the image's ratio decides which side is set; the other then follows unrounded. On
     a tie the height is set.
     """
     aspect = width / height
@@ -119,7 +119,7 @@ def _ratio_error(width: int, height: int, aspect: float) -> float:
     return abs(width / height - aspect) if height else math.inf
 
 
-def side(name: str, pixels: int) -> int:
+def multiple_of_16(name: str, pixels: int) -> int:
     """`pixels`, if it is a multiple of 16: a token is 16 pixels wide."""
     if pixels % 16:
         nearest = " or ".join(str(p) for p in (pixels // 16 * 16, pixels // 16 * 16 + 16) if p)

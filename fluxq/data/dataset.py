@@ -33,7 +33,7 @@ class Entry:
 class Dataset:
     """What a run trains on: the examples, and the text records of prompts, of which "" is always one.
 
-    `skipped` and `notes` are lines for the user: pictures left out, captions cut short and the like.
+    `skipped` and `notes` are lines for the user: images left out, captions cut short and the like.
     """
 
     examples: tuple[Entry, ...]
@@ -54,11 +54,11 @@ class Dataset:
         examples = tuple(e for e in self.examples if os.path.dirname(e.path) in wanted)
         if not examples:
             names = ", ".join(str(folder) for folder in folders)
-            raise WrongRequest(f"no usable picture of its own is left in {names}; a picture named twice counts once")
+            raise WrongRequest(f"no usable image of its own is left in {names}; an image named twice counts once")
         return replace(self, examples=examples)
 
     def digest(self) -> str:
-        """What tells a dataset from another: its pictures, captions, shapes and encoders, but not where they lie."""
+        """What tells a dataset from another: its images, captions, shapes and encoders, but not where they lie."""
         facts = sorted((e.name, e.repeats, e.bucket, e.latents, e.text) for e in self.examples)
         return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 

@@ -1,6 +1,6 @@
-"""Folders of pictures to examples: which pictures there are, what each is called, and at which shape it is trained.
+"""Folders of images to examples: which images there are, what each is called, and at which shape it is trained.
 
-A picture's caption is the first line with text in `<name>.txt`, else in `<name>.caption`, with runs of white space made
+An image's caption is the first line with text in `<name>.txt`, else in `<name>.caption`, with runs of white space made
 one space. Without such a line the caption is the folder's trigger alone. A caption that lacks the trigger, as a word of
 its own in any case, gets it in front: "zqx, a dog on a beach"; how often that was done is among the notes.
 """
@@ -13,9 +13,10 @@ from functools import partial
 from itertools import chain, count
 from pathlib import Path
 
-from fluxq.data.buckets import Size, choose_bucket
-from fluxq.data.images import picture_files, picture_size
 from fluxq.errors import WrongRequest
+
+from .buckets import Size, choose_bucket
+from .images import image_files, image_size
 
 CAPTION_SUFFIXES = (".txt", ".caption")
 Shape = tuple[Size, Size]  # bucket, and the size that covers it
@@ -23,7 +24,7 @@ Shape = tuple[Size, Size]  # bucket, and the size that covers it
 
 @dataclass(frozen=True)
 class Folder:
-    """A folder of pictures. Each is seen `repeats` times an epoch; `trigger` is the word that calls the concept."""
+    """A folder of images. Each is seen `repeats` times an epoch; `trigger` is the word that calls the concept."""
 
     path: Path
     repeats: int = 1
@@ -32,7 +33,7 @@ class Folder:
 
 @dataclass(frozen=True)
 class Example:
-    """One picture to train on. `name`, "<folder>/<file>", is unique in its scan and stays when the folder is moved."""
+    """One image to train on. `name`, "<folder>/<file>", is unique in its scan and stays when the folder is moved."""
 
     name: str
     path: Path
@@ -47,7 +48,7 @@ class Scan:
     """What `scan` found."""
 
     examples: list[Example]
-    skipped: list[str]  # one line for each picture that was left out
+    skipped: list[str]  # one line for each image that was left out
     notes: list[str]  # other lines that the user should see
 
 
@@ -60,13 +61,13 @@ def scan(
     upscale: bool = True,
     skip_bad: bool = False,
 ) -> Scan:
-    """Every picture of `folders`, in order. Only the pictures' headers are read.
+    """Every image of `folders`, in order. Only the images' headers are read.
 
-    A bad picture or caption file raises WrongRequest, or, with `skip_bad`, becomes a line of `skipped`. WrongRequest as
-    well for a folder that is missing or has no picture, for repeats below 1, and if no usable picture is left.
+    A bad image or caption file raises WrongRequest, or, with `skip_bad`, becomes a line of `skipped`. WrongRequest as
+    well for a folder that is missing or has no image, for repeats below 1, and if no usable image is left.
     """
     if not folders:
-        raise WrongRequest("no folder of pictures was given; name at least one")
+        raise WrongRequest("no folder of images was given; name at least one")
     shape = partial(
         choose_bucket, resolution=resolution, min_side=min_side, max_side=max_side, step=step, upscale=upscale
     )
@@ -81,15 +82,15 @@ def scan(
         _scan_folder(folder, label, shape, skip_bad, seen, result)
     if not result.examples:
         raise WrongRequest(
-            f"no usable picture is left, {len(result.skipped)} were skipped; the first: {result.skipped[0]}"
+            f"no usable image is left, {len(result.skipped)} were skipped; the first: {result.skipped[0]}"
         )
     return result
 
 
-def read_caption(picture: Path) -> str:
-    """The caption in the text file beside `picture`, "" without one. Raises WrongRequest if it is not UTF-8 text."""
+def read_caption(image: Path) -> str:
+    """The caption in the text file beside `image`, "" without one. Raises WrongRequest if it is not UTF-8 text."""
     for suffix in CAPTION_SUFFIXES:
-        path = picture.with_suffix(suffix)
+        path = image.with_suffix(suffix)
         try:
             lines = path.read_text(encoding="utf-8-sig").splitlines()
         except FileNotFoundError:
@@ -120,16 +121,16 @@ def _checked_files(folder: Folder) -> list[Path]:
     if folder.repeats < 1:
         raise WrongRequest(f"{folder.path} is to be repeated {folder.repeats} times; give a whole number from 1")
     if not folder.path.exists():
-        raise WrongRequest(f"{folder.path} does not exist; name a folder of pictures")
+        raise WrongRequest(f"{folder.path} does not exist; name a folder of images")
     if not folder.path.is_dir():
-        raise WrongRequest(f"{folder.path} is a file, not a folder of pictures; name the folder that it lies in")
+        raise WrongRequest(f"{folder.path} is a file, not a folder of images; name the folder that it lies in")
     try:
-        files = picture_files(folder.path)
+        files = image_files(folder.path)
     except OSError as error:
         raise WrongRequest(f"{folder.path} cannot be listed ({error.strerror}); make it readable") from error
     if not files:
         raise WrongRequest(
-            f"{folder.path} holds no picture (.png .jpg .jpeg .webp .bmp; folders inside it are not searched)"
+            f"{folder.path} holds no image (.png .jpg .jpeg .webp .bmp; folders inside it are not searched)"
         )
     return files
 
@@ -137,7 +138,7 @@ def _checked_files(folder: Folder) -> list[Path]:
 def _scan_folder(
     folder: Folder, label: str, shape: Callable[[int, int], Shape], skip_bad: bool, seen: set[Path], result: Scan
 ) -> None:
-    """Adds the pictures of one folder to `result`, and their real paths to `seen`."""
+    """Adds the images of one folder to `result`, and their real paths to `seen`."""
     twice, without_text, without_trigger = [], [], []
     for path in _checked_files(folder):
         if path.resolve() in seen:
@@ -159,8 +160,8 @@ def _scan_folder(
             without_trigger.append(path.name)
         result.examples.append(Example(f"{label}/{path.name}", path, caption, folder.repeats, bucket, resized))
     for names, what in (
-        (twice, "pictures listed more than once, each counted once"),
-        (without_text, "pictures without caption and trigger, trained with the empty caption"),
+        (twice, "images listed more than once, each counted once"),
+        (without_text, "images without caption and trigger, trained with the empty caption"),
         (without_trigger, f"captions without the trigger {folder.trigger!r}, which was put in front"),
     ):
         if names:
@@ -169,7 +170,7 @@ def _scan_folder(
 
 
 def _place(path: Path, shape: Callable[[int, int], Shape]) -> Shape:
-    size = picture_size(path)
+    size = image_size(path)
     try:
         return shape(*size)
     except WrongRequest as error:

@@ -1,7 +1,7 @@
-"""Picture files to tensors: whatever a camera, a phone or a painting program wrote becomes RGB, upright, on white.
+"""Image files to tensors: whatever a camera, a phone or a painting program wrote becomes RGB, upright, on white.
 
-Pillow decodes. It does not scale 16-bit grey (it clips it), apply EXIF orientation or average areas when shrinking;
-that is done here. Colour profiles are not applied, as in other trainers.
+Pillow decodes. It does not scale 16-bit gray (it clips it), apply EXIF orientation or average areas when shrinking;
+that is done here. Color profiles are not applied, as in other trainers.
 """
 
 import os
@@ -20,9 +20,9 @@ from fluxq.errors import WrongRequest
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")  # what such a file may really hold, whatever its name
 MAX_PIXELS = 178_956_970  # where Pillow itself refuses to go on: 0.5 GiB as RGB
-TRANSFORM_VERSION = 1  # part of every cached latent's key: raise it when `open_picture` or `prepare` give other numbers
+TRANSFORM_VERSION = 1  # part of every cached latent's key: raise it when `open_image` or `prepare` give other numbers
 
-UPRIGHT = {  # EXIF orientation -> what makes the picture upright
+UPRIGHT = {  # EXIF orientation -> what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -33,21 +33,21 @@ UPRIGHT = {  # EXIF orientation -> what makes the picture upright
 }
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """The pictures in `folder` itself, told by suffix in any case, sorted by name. Hidden files are left out."""
+def image_files(folder: Path) -> list[Path]:
+    """The images in `folder` itself, told by suffix in any case, sorted by name. Hidden files are left out."""
     files = (Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
     return sorted((file for file in files if file.suffix.lower() in SUFFIXES), key=lambda file: file.name)
 
 
-def picture_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of the upright picture, from the file's header. Raises WrongRequest as `open_picture` does."""
+def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
+    """(width, height) of the upright image, from the file's header. Raises WrongRequest as `open_image` does."""
     with _opened(path, max_pixels) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
-def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The whole picture as 8-bit RGB: upright, transparency flattened on white, deep greys scaled to 8 bits.
+def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
+    """The whole image as 8-bit RGB: upright, transparency flattened on white, deep grays scaled to 8 bits.
 
     Raises WrongRequest, naming the file and the remedy, if it cannot be read or has more than `max_pixels` pixels.
     """
@@ -58,21 +58,21 @@ def open_picture(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
         return image.transpose(upright) if upright is not None else image
 
 
-def prepare(picture: Image.Image, resized: tuple[int, int], bucket: tuple[int, int]) -> torch.Tensor:
-    """`picture`, RGB, at `resized` (w, h), with its centre of `bucket` (w, h) cut out: (3, H, W) fp32 in [-1, 1].
+def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int]) -> torch.Tensor:
+    """`image`, RGB, at `resized` (w, h), with its center of `bucket` (w, h) cut out: (3, H, W) fp32 in [-1, 1].
 
     Shrinking averages areas exactly; if either side grows, Lanczos is used for both. ValueError if `resized` does not
     cover `bucket`.
     """
     left, top = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
     if left < 0 or top < 0:
-        raise ValueError(f"a picture resized to {resized} does not cover its bucket {bucket}")
-    if picture.size == resized:
-        pixels = np.asarray(picture, dtype=np.float32)
-    elif picture.width >= resized[0] and picture.height >= resized[1]:
-        pixels = _area_average(np.asarray(picture), resized)
+        raise ValueError(f"an image resized to {resized} does not cover its bucket {bucket}")
+    if image.size == resized:
+        pixels = np.asarray(image, dtype=np.float32)
+    elif image.width >= resized[0] and image.height >= resized[1]:
+        pixels = _area_average(np.asarray(image), resized)
     else:
-        pixels = np.asarray(picture.resize(resized, Image.Resampling.LANCZOS), dtype=np.float32)
+        pixels = np.asarray(image.resize(resized, Image.Resampling.LANCZOS), dtype=np.float32)
     pixels = pixels[top : top + bucket[1], left : left + bucket[0]]  # (H, W, 3)
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))) / 127.5 - 1.0
 
@@ -100,7 +100,7 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         size = path.stat().st_size
-        return "it is empty" if size == 0 else f"its {size:,} bytes are no picture, or one of an unknown format"
+        return "it is empty" if size == 0 else f"its {size:,} bytes are no image, or one of an unknown format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
@@ -109,7 +109,7 @@ def _reason(path: Path, error: Exception) -> str:
 def _orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 where the metadata is absent or damaged."""
     try:
-        # The base class's method: PNG's own decodes the whole picture to look for metadata behind it.
+        # The base class's method: PNG's own decodes the whole image to look for metadata behind it.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
         return 1
@@ -125,10 +125,10 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
-def _eight_bits(grey: np.ndarray) -> np.ndarray:
-    """Deep grey (H, W) scaled to uint8: white is 65,535, for floats 1, or the largest value if that is more."""
-    white = 1.0 if grey.dtype.kind == "f" else 65535.0
-    values = np.nan_to_num(grey.astype(np.float64), posinf=white, neginf=0.0)
+def _eight_bits(gray: np.ndarray) -> np.ndarray:
+    """Deep gray (H, W) scaled to uint8: white is 65,535, for floats 1, or the largest value if that is more."""
+    white = 1.0 if gray.dtype.kind == "f" else 65535.0
+    values = np.nan_to_num(gray.astype(np.float64), posinf=white, neginf=0.0)
     return np.rint(values.clip(0.0) * (255.0 / max(white, float(values.max())))).astype(np.uint8)
 
 
@@ -139,7 +139,7 @@ def _area_average(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
 
 
 def _average_rows(pixels: np.ndarray, count: int) -> np.ndarray:
-    """(N, M, C) to (count, M, C) fp32, count <= N. Row by row, so that no large picture is ever held in fp32."""
+    """(N, M, C) to (count, M, C) fp32, count <= N. Row by row, so that no large image is ever held in fp32."""
     total = len(pixels)
     result = np.empty((count, *pixels.shape[1:]), np.float32)
     for row in range(count):

@@ -8,8 +8,8 @@ import struct
 from pathlib import Path
 from typing import Any, NoReturn
 
-from fluxq.formats.checkpoint.files import refuse
-from fluxq.formats.checkpoint.gguf import read_gguf_values
+from .checkpoint.files import refuse
+from .checkpoint.gguf import read_gguf_values
 
 GGUF_T5 = ("t5", "t5encoder")  # the architectures whose files hold T5's tokenizer
 GGUF_KEYS = tuple(
@@ -54,7 +54,7 @@ def spiece_of(values: dict[str, Any]) -> bytes:
     """The spiece.model that these values of a GGUF were read from, as far as it makes ids.
 
     It is a protocol buffer (sentencepiece_model.proto). The tokenizers library would take the values as they are, but
-    normalises some letters with combining marks in another way than SentencePiece.
+    normalizes some letters with combining marks in another way than SentencePiece.
     """
     rows = zip(values["tokens"], values["scores"], values["token_type"], strict=True)
     pieces = [

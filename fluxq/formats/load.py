@@ -9,11 +9,6 @@ from pathlib import Path
 
 import torch
 
-from fluxq.formats.checkpoint.detect import CLIP, EXAMPLES
-from fluxq.formats.checkpoint.files import refuse, strict_load
-from fluxq.formats.checkpoint.source import Source, open_autoencoder, open_clip, open_flux, open_t5
-from fluxq.formats.tokenizers import load_clip_tokenizer, load_t5_tokenizer
-from fluxq.formats.weights import StoredWeights, StreamedWeights, streamed
 from fluxq.kernels import quantize
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.clip import Clip
@@ -24,6 +19,12 @@ from fluxq.model.text import CLIP_LENGTH, STATES_BYTES, TextEncoders, clip_token
 from fluxq.model.text_layers import TOKENS_PER_BATCH, ClipEncoder, T5Encoder, clip_units, t5_units
 from fluxq.offload import Streams
 
+from .checkpoint.detect import CLIP, EXAMPLES
+from .checkpoint.files import refuse, strict_load
+from .checkpoint.source import Source, open_autoencoder, open_clip, open_flux, open_t5
+from .tokenizers import load_clip_tokenizer, load_t5_tokenizer
+from .weights import StoredWeights, StreamedWeights, streamed
+
 ENCODER_SLOTS = 2  # a block of T5-XXL takes 386 MB; reading the file is one pipe, which more would not widen
 
 
@@ -33,7 +34,7 @@ def load_flux(
     """The transformer at `path`, a file or a folder in either layout, or of a source, computing in `dtype`.
 
     The matrices of the blocks are stored as `format`; what lies outside the blocks, and every vector, stays in `dtype`.
-    One tensor at a time is read, moved to `device` and quantised there. Raises WrongRequest as `open_flux` does.
+    One tensor at a time is read, moved to `device` and quantized there. Raises WrongRequest as `open_flux` does.
     """
     source = open_flux(path) if isinstance(path, Path) else path
     with torch.device("meta"):
@@ -60,7 +61,7 @@ def load_autoencoder(path: Path, device: torch.device, dtype: torch.dtype = torc
 
 
 def load_clip(clip_l: Path, tokenizer: Sequence[Path], device: torch.device, dtype: torch.dtype | None = None) -> Clip:
-    """CLIP-L with its tokenizer, all of it on `device`, to be trained; in bf16 on a card, as the transformer computes,
+    """CLIP-L with its tokenizer, all of it on `device`, to be trained; in bf16 on a GPU, as the transformer computes,
     else in fp32. The tokenizer's files are as `find_tokenizers` gives them. Raises WrongRequest as `open_clip` does.
     """
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
@@ -83,14 +84,14 @@ def load_text_encoders(
     slots: int | None = None,
     streams: Streams | None = None,
     poison: bool = False,
-    room: int | None = None,
+    budget: int | None = None,
 ) -> TextEncoders:
     """CLIP-L (fp32) and T5's encoder with their tokenizers, at a T5 length of `length` tokens.
 
-    Their blocks pass through one ring of `slots` slots, by default of 2; with 0, the default on processors, each block
-    is read when it is computed with. T5 computes in `dtype`: by default in bf16, and in fp32 on processors that have no
+    Their blocks pass through one ring of `slots` slots, by default of 2; with 0, the default on CPUs, each block
+    is read when it is computed with. T5 computes in `dtype`: by default in bf16, and in fp32 on CPUs that have no
     fast bf16. The tokenizers' files are as `find_tokenizers` gives them. Raises WrongRequest for a file that is not
-    what its name says. `streams` and `poison`: see StreamingRing. They take at most `room` bytes of the device, if any
+    what its name says. `streams` and `poison`: see StreamingRing. They take at most `budget` bytes of the device, if any
     are said, by taking fewer captions at a time; one at least.
     """
     if dtype is None:
@@ -115,8 +116,8 @@ def load_text_encoders(
 
     clip_tokenize, clip_ids = load_clip_tokenizer(clip_tokenizer)
     states = STATES_BYTES.get(device.type, STATES_BYTES["cpu"])
-    if room is not None:
-        states = min(states, room - encoder_bytes(weights[1], length))
+    if budget is not None:
+        states = min(states, budget - encoder_bytes(weights[1], length))
     group = max(1, states // (length * sizes["d_model"] * dtype.itemsize))
     return TextEncoders(t5, clip, load_t5_tokenizer(t5_tokenizer), clip_tokenize, clip_ids, length, group)
 

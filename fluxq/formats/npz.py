@@ -18,7 +18,8 @@ from typing import IO
 import numpy as np
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import printable, refuse
+
+from .checkpoint.files import printable, refuse
 
 MAX_MEMBERS = 256  # latents in a dozen resolutions have five arrays each
 END = struct.Struct(

@@ -1,4 +1,4 @@
-"""fluxq's own file of a quantised transformer: every unit is one contiguous, aligned piece, filled by one read.
+"""fluxq's own file of a quantized transformer: every unit is one contiguous, aligned piece, filled by one read.
 
 It is a safetensors file with one flat uint8 tensor a unit (fluxq/model/units.py), whose start and length are multiples
 of 256 bytes. The metadata's `fluxq` is JSON: format, config, source (name, fingerprint, hash of the tensors' bytes) and
@@ -27,12 +27,6 @@ from filelock import FileLock
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.atomic import atomic_path
-from fluxq.formats.checkpoint.detect import DIFFUSERS_FLUX, kind
-from fluxq.formats.checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
-from fluxq.formats.checkpoint.shapes import flux_shapes
-from fluxq.formats.checkpoint.shards import open_file
-from fluxq.formats.checkpoint.source import Source
 from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, quantize
 from fluxq.kernels.weights import parts_of
 from fluxq.model.config import FluxConfig
@@ -40,6 +34,13 @@ from fluxq.model.flux import Flux
 from fluxq.model.layout import ALIGNMENT, Place, layout, stored_parts
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
+
+from .atomic import atomic_path
+from .checkpoint.detect import DIFFUSERS_FLUX, kind
+from .checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
+from .checkpoint.shapes import flux_shapes
+from .checkpoint.shards import open_file
+from .checkpoint.source import Source
 
 LAYOUT_VERSION = 1
 MAX_VECTOR_BYTES = 1 << 17  # the longest vector of FLUX.1 is 86 KB in fp32; absmax of a matrix 590 KB and more
@@ -54,7 +55,7 @@ def write_quantized(
     progress: Callable[[int, int], None] = lambda done, total: None,
     inspect: Callable[[str, Weight, Weight], None] = lambda name, w, q: None,
 ) -> None:
-    """Quantise `source` into `path` on `device`, one tensor at a time, or a band of its rows where it is large.
+    """Quantize `source` into `path` on `device`, one tensor at a time, or a band of its rows where it is large.
 
     `about` is JSON that goes into the metadata; progress is told (bytes read, of all); `inspect` sees every matrix,
     or each band of it, and what that became. Raises WrongRequest, before anything is read, where the disk has too
@@ -165,7 +166,7 @@ def cached(
     progress: Callable[[int, int], None] = lambda done, total: None,
     merged: str = "",
 ) -> QuantizedFile:
-    """`source` in `format`: from the cache folder, or quantised into it once. `merged`: see `fingerprint`."""
+    """`source` in `format`: from the cache folder, or quantized into it once. `merged`: see `fingerprint`."""
     path = cached_path(source.files, format, merged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -196,7 +197,7 @@ def cached_path(files: Sequence[Path], format: str, merged: str = "") -> Path:
 
 
 def cache_folder() -> Path:
-    """Where quantised models are kept: FLUXQ_CACHE, else the system's place for caches."""
+    """Where quantized models are kept: FLUXQ_CACHE, else the system's place for caches."""
     if place := os.environ.get("FLUXQ_CACHE"):
         return Path(place)
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
@@ -238,7 +239,7 @@ def _sampled(path: Path, length: int, mtime_ns: int, samples: int = 2048, size: 
 
 def _vectors(file: TensorFile) -> Iterator[Tensor]:
     """The bytes of all that has one dimension or none, and is no 4-bit matrix's absmax, by far the longest of these; in
-    a quantised file the vectors lie within its units.
+    a quantized file the vectors lie within its units.
     """
     if "fluxq" not in file.metadata:
         small = (key for key, shape in file.shapes.items() if len(shape) < 2 and file.size(key) <= MAX_VECTOR_BYTES)
@@ -269,19 +270,19 @@ class QuantizedFile:
         """Raises WrongRequest for any other file, or one of another version."""
         checkpoint = Checkpoint(path)
         if "fluxq" not in checkpoint.metadata:
-            raise WrongRequest(f"{path} was not written by fluxq quantize; give it a model file to quantise first")
+            raise WrongRequest(f"{path} was not written by fluxq quantize; give it a model file to quantize first")
         try:
             return cls._checked(path, checkpoint, json.loads(checkpoint.metadata["fluxq"]))
         except WrongRequest:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise WrongRequest(f"{path} has a damaged header of fluxq's ({error}); quantise it anew") from error
+            raise WrongRequest(f"{path} has a damaged header of fluxq's ({error}); quantize it anew") from error
 
     @classmethod
     def _checked(cls, path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> QuantizedFile:
         """Raises ValueError and the like where the layout is not the one that this config and format have."""
         if about["version"] != LAYOUT_VERSION:
-            raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantise it anew")
+            raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantize it anew")
         sizes = {**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])}
         if any(isinstance(size, float) for name, size in sizes.items() if name != "mlp_ratio"):
             raise ValueError("its config has fractions for sizes")
@@ -343,7 +344,7 @@ def load_quantized(file: QuantizedFile, device: torch.device) -> Flux:
 
 
 def assign(flux: Flux, tensors: dict[str, Tensor]) -> None:
-    """Make `tensors`, named as in a quantised file, the frozen weights of `flux`; nothing is copied."""
+    """Make `tensors`, named as in a quantized file, the frozen weights of `flux`; nothing is copied."""
     for name, tensor in tensors.items():
         owner, _, leaf = name.rpartition(".")
         module = flux.get_submodule(owner)

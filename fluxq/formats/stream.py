@@ -1,4 +1,4 @@
-"""A quantised file to a transformer that streams: a few units on the card, the others in host memory."""
+"""A quantized file to a transformer that streams: a few units on the GPU, the others in host memory."""
 
 from __future__ import annotations
 
@@ -8,12 +8,13 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fluxq.formats.quantized import assign
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.units import unit_of
 from fluxq.offload import AllResident, Schedule, StreamingRing, Streams
 from fluxq.offload.arena import Arena, streams_for
+
+from .quantized import assign
 
 
 class StoredUnits(Protocol):
@@ -41,7 +42,7 @@ def load_streamed(
     slots: int = 8,
     streams: Streams | None = None,
     poison: bool = False,
-    say: Callable[[str], None] = lambda line: None,
+    notify: Callable[[str], None] = lambda line: None,
     ahead: bool = True,
     through: Callable[[Streams], Streams] = lambda streams: streams,
     into: Flux | None = None,
@@ -82,7 +83,7 @@ def load_streamed(
         if unit in absent and unit not in schedule.slot:
             place(unit, file.read(unit).to(device))
     arena = Arena({unit: file.length(unit) for unit in schedule.slot}, file.read_into)
-    streams = streams or streams_for(arena, device, say)
+    streams = streams or streams_for(arena, device, notify)
     flux.ring = StreamingRing(schedule, arena, place, device, through(streams), poison)
     return flux
 

@@ -14,8 +14,9 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.gguf_tokenizer import read_gguf_tokenizer, spiece_of
 from fluxq.model.text import Tokenize
+
+from .gguf_tokenizer import read_gguf_tokenizer, spiece_of
 
 LEVELS_UP = 6  # a model may lie in ComfyUI/models/text_encoders/flux/, the tokenizers in ComfyUI/comfy/
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
@@ -66,7 +67,7 @@ def find_tokenizers(
     clip: Path | None = None,
     t5: Path | None = None,
     known: Callable[[Path], bool] = Path.is_file,
-    say: Callable[[str], None] = print,
+    notify: Callable[[str], None] = print,
     fetch: Callable[[Kind, Callable[[str], None]], tuple[Path, ...]] | None = None,
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The files of CLIP's and of T5's tokenizer.
@@ -84,7 +85,7 @@ def find_tokenizers(
                 files = _given(kind, given, known)
             else:
                 files = _beside(kind, model_files, known) or _gguf_beside(kind, model_files) or _cached(kind)
-            found.append(files or (fetch or _fetched)(kind, say))
+            found.append(files or (fetch or _fetched)(kind, notify))
         except OSError:
             failed.append(kind)
     if failed:
@@ -157,14 +158,14 @@ def _cached(kind: Kind) -> tuple[Path, ...] | None:
     return None
 
 
-def _fetched(kind: Kind, say: Callable[[str], None]) -> tuple[Path, ...]:
+def _fetched(kind: Kind, notify: Callable[[str], None]) -> tuple[Path, ...]:
     """From the hub; OSError if it cannot be reached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repository, names = kind.hub[0][0], kind.forms[0]
     if not HF_HUB_OFFLINE:
-        say(f"fetching {kind.name}'s tokenizer ({', '.join(names)}) from {repository}, once")
+        notify(f"fetching {kind.name}'s tokenizer ({', '.join(names)}) from {repository}, once")
     return tuple(Path(hf_hub_download(repository, name)) for name in names)
 
 
@@ -217,22 +218,22 @@ def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
     try:
         if path.suffix.lower() == ".gguf":
             values = read_gguf_tokenizer(path)
-            processor = SentencePieceProcessor(model_proto=spiece_of(values))
+            cpu = SentencePieceProcessor(model_proto=spiece_of(values))
             if not values.get("precompiled_charsmap"):  # T5's is nmt_nfkc; this differs from it in a few rare letters
                 prepare = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()]).normalize_str
         else:
-            processor = SentencePieceProcessor(model_file=str(path))
+            cpu = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise _unusable(files, "T5 tokenizer", "spiece.model", error) from error
-    pieces = processor.vocab_size()
-    special = {processor.id_to_piece(i): i for i in (0, 1, 2)}
+    pieces = cpu.vocab_size()
+    special = {cpu.id_to_piece(i): i for i in (0, 1, 2)}
     if pieces == T5_PIECES:
         special |= {f"<extra_id_{n}>": pieces + T5_SENTINELS - 1 - n for n in range(T5_SENTINELS)}
     split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     def tokenize(caption: str) -> list[int]:
         parts = split.split(caption)
-        return [i for part in parts for i in ([special[part]] if part in special else processor.encode(prepare(part)))]
+        return [i for part in parts for i in ([special[part]] if part in special else cpu.encode(prepare(part)))]
 
     return tokenize
 

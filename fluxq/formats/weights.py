@@ -17,14 +17,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxq.formats.checkpoint.files import refuse
-from fluxq.formats.quantized import view
-from fluxq.formats.checkpoint.source import Source
 from fluxq.kernels import Weight, dequantize
 from fluxq.model.layout import Place, placed
 from fluxq.model.text_layers import Units
 from fluxq.offload import Piece, Schedule, Stored, StreamingRing, Streams
 from fluxq.offload.arena import streams_from_files
+
+from .checkpoint.files import refuse
+from .checkpoint.source import Source
+from .quantized import view
 
 
 @dataclass(frozen=True)

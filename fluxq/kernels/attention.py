@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxq.kernels.replay import kept
+from .replay import kept
 
 _aten = torch.ops.aten
 
@@ -60,7 +60,7 @@ def _backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None, out: Tensor, lse: Tensor, *random: Tensor
 ) -> tuple[Tensor, ...]:
     if not q.is_cuda:
-        # Measured at (B, H, L, D) = (8, 4, 68, 32): the processor's bf16 kernel takes 9.0 ms, in fp32 it takes 0.8.
+        # Measured at (B, H, L, D) = (8, 4, 68, 32): the CPU's bf16 kernel takes 9.0 ms, in fp32 it takes 0.8.
         wide = torch.float32 if q.dtype == torch.bfloat16 and q.shape[2] < 128 else q.dtype
         given = (t.to(wide) for t in (dout, q, k, v, out))
         bias = bias if bias is None else bias.to(wide)
@@ -79,18 +79,18 @@ def _backward(
 
 
 def _flash(q: Tensor, bias: Tensor | None) -> bool:
-    """Whether flash attention runs: it takes 16 bits, no mask, and a card and a build of PyTorch that have it."""
+    """Whether flash attention runs: it takes 16 bits, no mask, and a GPU and a build of PyTorch that have it."""
     return bias is None and q.dtype in (torch.bfloat16, torch.float16) and _has_flash(q.device)
 
 
 @cache
 def _has_flash(device: torch.device) -> bool:
-    """PyTorch for Windows is built without flash attention, and cards before the RTX 30 series cannot run it."""
+    """PyTorch for Windows is built without flash attention, and GPUs before the RTX 30 series cannot run it."""
     return torch.backends.cuda.is_flash_attention_available() and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
-    """In fp32 where they are bf16 on a card that has no bf16 arithmetic: the efficient kernel takes none there."""
+    """In fp32 where they are bf16 on a GPU that has no bf16 arithmetic: the efficient kernel takes none there."""
     return [t.float() if t is not None and t.dtype == torch.bfloat16 and _no_bf16(t.device) else t for t in tensors]
 
 

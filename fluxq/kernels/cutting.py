@@ -6,7 +6,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from fluxq.kernels.weights import NF4_BLOCK
+from .weights import NF4_BLOCK
+
+FEW_ROWS = 64
+"""Up to here (modulation, embedders) reading the weight is all the work: 8 bits would only cost accuracy."""
 
 LANES = 32
 """The room behind each row is a multiple of as many columns, so that every row begins on 64 bytes."""
@@ -33,5 +36,5 @@ def parts(length: int, width: int, chunk: int) -> Iterator[slice]:
 
 
 def chunk_of(capability: int) -> int:
-    """The chunk of a card; an unknown one takes that of the nearest known, of two as near the older's."""
+    """The chunk of a GPU; an unknown one takes that of the nearest known, of two as near the older's."""
     return CHUNKS[min(CHUNKS, key=lambda known: (abs(known - capability), known))]

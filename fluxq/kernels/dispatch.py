@@ -1,6 +1,6 @@
 """Which implementation of the ops runs: the only place where that is decided.
 
-`reference` is plain PyTorch, runs anywhere and defines what is correct. `triton` is what runs on a card of compute
+`reference` is plain PyTorch, runs anywhere and defines what is correct. `triton` is what runs on a GPU of compute
 capability 8.0 or newer where Triton is installed; under TRITON_INTERPRET=1 it can be asked for anywhere.
 """
 
@@ -15,7 +15,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from fluxq.kernels import reference
+from . import reference
 
 BACKENDS = ("reference", "triton")
 _forced: ModuleType | None = None
@@ -43,7 +43,7 @@ def triton_installed() -> bool:
 
 
 def _triton() -> ModuleType:
-    from fluxq.kernels import triton
+    from . import triton
 
     return triton
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from fluxq.kernels.dispatch import ops
-from fluxq.kernels.weights import FORMATS, NF4_BLOCK, NF4Weight, RowScaled, Weight
+from .dispatch import ops
+from .weights import FORMATS, NF4_BLOCK, NF4Weight, RowScaled, Weight
 
 
 def quantize(w: Weight, format: str) -> Weight:

@@ -9,16 +9,14 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.dispatch import ops
-from fluxq.kernels.replay import nothing, unread
-from fluxq.kernels.weights import Weight
+from .activations import Activations, Wants
+from .cutting import FEW_ROWS
+from .dispatch import ops
+from .replay import nothing, unread
+from .weights import Weight
 
 COMPUTES = ("bf16", "int8", "int8_dx", "fp8", "fp8_dx")
 """bf16: in the dtype of the input. int8, fp8: the product forward in 8 bits, the gradient as in bf16; _dx: both."""
-
-FEW_ROWS = 64
-"""Up to here (modulation, embedders) reading the weight is all the work: 8 bits would only cost accuracy."""
 
 
 def wants(compute: str, down: Tensor | None, like: Tensor, rotation: int = 0) -> Wants:

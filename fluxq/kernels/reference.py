@@ -12,9 +12,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.rotation import rotate
-from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, Weight
+from .activations import Activations, Wants
+from .rotation import rotate
+from .weights import NF4_BLOCK, NF4Weight, Weight
 
 # The 16 quantiles of a normal distribution that NF4 stores, as bitsandbytes has them (Dettmers et al. 2023, appendix
 # E).
@@ -148,7 +148,7 @@ def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tenso
 
 
 def _numbers(values: Tensor) -> Tensor:
-    """8-bit values in fp32. A processor converts fp8 bit by bit; looking the 256 numbers up is several times faster."""
+    """8-bit values in fp32. A CPU converts fp8 bit by bit; looking the 256 numbers up is several times faster."""
     if values.dtype != torch.float8_e4m3fn or values.device.type != "cpu":
         return values.float()
     return _e4m3_numbers().index_select(0, values.view(torch.uint8).int().view(-1)).view(values.shape)
@@ -160,12 +160,12 @@ def _e4m3_numbers() -> Tensor:
 
 
 def _chunk(device: torch.device) -> int:
-    """How many weights are handled at a time: what stays in a processor's cache, or what fills a card."""
+    """How many weights are handled at a time: what stays in a CPU's cache, or what fills a GPU."""
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def unnest_absmax(absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, offset: float, block: int = 256) -> Tensor:
-    """fp32 scales from bitsandbytes' nested ("double quantised") form, which stores them in 8 bits of their own.
+    """fp32 scales from bitsandbytes' nested ("double quantized") form, which stores them in 8 bits of their own.
 
     absmax (n,) uint8; quant_map (256,) fp32; nested_absmax (ceil(n/block),) fp32; offset is the mean that was taken
     off.

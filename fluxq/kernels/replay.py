@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from fluxq.kernels.dispatch import ops
+from .dispatch import ops
 
 POLICIES = {
     "recompute": (),

@@ -13,10 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.dispatch import ops
-from fluxq.kernels.reference import Stream
-from fluxq.kernels.replay import kept, kept_rows, nothing, unread
+from .activations import Activations, Wants
+from .dispatch import ops
+from .reference import Stream
+from .replay import kept, kept_rows, nothing, unread
 
 PLAIN = Wants()
 
@@ -54,7 +54,7 @@ def qk_norm_rope(
 def divides_out(scale: Tensor) -> bool:
     """Whether a norm's scale (D/H,) can be divided out again after RoPE.
 
-    RoPE mixes adjacent pairs, so a number that is small beside its neighbour drowns in the neighbour's rounding: at a
+    RoPE mixes adjacent pairs, so a number that is small beside its neighbor drowns in the neighbor's rounding: at a
     thirtieth, the gradient of that channel is 2 % off in bf16 (measured), and the whole gradient not visibly.
     """
     pairs = scale.float().abs().view(-1, 2)

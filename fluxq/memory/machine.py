@@ -1,6 +1,6 @@
-"""What this machine has that a run depends on: memory, the NVIDIA driver, cards, and what this torch can do with them.
+"""What this machine has that a run depends on: memory, the NVIDIA driver, GPUs, and what this torch can do with them.
 
-`read_machine` looks; `notes` and `obstacle` judge what it saw, so that they are tested without any card.
+`read_machine` looks; `notes` and `obstacle` judge what it saw, so that they are tested without any GPU.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux' own driver, and of Windows
 
 
 @dataclass(frozen=True)
-class Card:
-    """A CUDA card that torch can use; `nbytes` is its memory."""
+class GPU:
+    """A CUDA GPU that torch can use; `nbytes` is its memory."""
 
     name: str
     capability: tuple[int, int]
@@ -30,11 +30,11 @@ class Card:
 
 @dataclass(frozen=True)
 class Machine:
-    """What torch was built for, what is there, and the card that a run would use.
+    """What torch was built for, what is there, and the GPU that a run would use.
 
     cuda is torch's CUDA version, None for a build without; architectures what it has code for ("sm_90",
-    "compute_120"); hidden says that CUDA_VISIBLE_DEVICES takes all cards away on purpose; bf16, that torch makes bf16
-    tensors on the card, be their arithmetic emulated or not; triton, that the package is installed.
+    "compute_120"); hidden says that CUDA_VISIBLE_DEVICES takes all GPUs away on purpose; bf16, that torch makes bf16
+    tensors on the GPU, be their arithmetic emulated or not; triton, that the package is installed.
     """
 
     torch: str
@@ -42,7 +42,7 @@ class Machine:
     rocm: bool
     driver: bool
     hidden: bool
-    card: Card | None
+    gpu: GPU | None
     architectures: tuple[str, ...] = ()
     bf16: bool = True
     triton: bool = True
@@ -52,17 +52,17 @@ def read_machine() -> Machine:
     """This machine, through torch."""
     import torch
 
-    card, available = None, torch.cuda.is_available()
+    gpu, available = None, torch.cuda.is_available()
     if available:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        card = Card(properties.name, (properties.major, properties.minor), properties.total_memory)
+        gpu = GPU(properties.name, (properties.major, properties.minor), properties.total_memory)
     return Machine(
         torch=torch.__version__,
         cuda=torch.version.cuda,
         rocm=torch.version.hip is not None,
         driver=has_nvidia_driver(platform.system()),
         hidden=os.environ.get("CUDA_VISIBLE_DEVICES", "0").strip() in ("", "-1"),
-        card=card,
+        gpu=gpu,
         architectures=tuple(torch.cuda.get_arch_list()) if available else (),
         bf16=not available or torch.cuda.is_bf16_supported(including_emulation=True),
         triton=importlib.util.find_spec("triton") is not None,
@@ -81,19 +81,19 @@ def has_nvidia_driver(
 
 
 def obstacle(machine: Machine) -> str | None:
-    """Why the card cannot be used although torch offers it, in one sentence with the way out; None if it can."""
-    card = machine.card
-    if card is None or machine.rocm:
+    """Why the GPU cannot be used although torch offers it, in one sentence with the way out; None if it can."""
+    gpu = machine.gpu
+    if gpu is None or machine.rocm:
         return None
-    if machine.architectures and not any(_runs(code, card.capability) for code in machine.architectures):
+    if machine.architectures and not any(_runs(code, gpu.capability) for code in machine.architectures):
         return (
-            f"torch {machine.torch} has no code for the {card.name} ({_sm(card.capability)}; it has "
-            f"{', '.join(machine.architectures)}); install the build that pytorch.org names for this card, or hide "
-            "the card with CUDA_VISIBLE_DEVICES=-1"
+            f"torch {machine.torch} has no code for the {gpu.name} ({_sm(gpu.capability)}; it has "
+            f"{', '.join(machine.architectures)}); install the build that pytorch.org names for this GPU, or hide "
+            "the GPU with CUDA_VISIBLE_DEVICES=-1"
         )
     if not machine.bf16:
         return (
-            f"torch {machine.torch} cannot compute in bf16 on the {card.name} ({_sm(card.capability)}); use a card of "
+            f"torch {machine.torch} cannot compute in bf16 on the {gpu.name} ({_sm(gpu.capability)}); use a GPU of "
             "the RTX 20 series or newer, or hide this one with CUDA_VISIBLE_DEVICES=-1"
         )
     return None
@@ -101,34 +101,34 @@ def obstacle(machine: Machine) -> str | None:
 
 def notes(machine: Machine) -> list[str]:
     """What the user of this machine should know, a line each."""
-    card = machine.card
-    if card is None and machine.driver and not machine.rocm and not machine.hidden:
+    gpu = machine.gpu
+    if gpu is None and machine.driver and not machine.rocm and not machine.hidden:
         if machine.cuda is None:
             return [
                 f"an NVIDIA driver is installed, but this torch ({machine.torch}) was built without CUDA, so all of it "
-                "runs on the processor; mend it with: pip install --force-reinstall torch --index-url INDEX, where "
+                "runs on the CPU; mend it with: pip install --force-reinstall torch --index-url INDEX, where "
                 "INDEX is the CUDA address that pytorch.org shows under Get Started"
             ]
         return [
-            f"this torch ({machine.torch}) was built for CUDA {machine.cuda} but finds no card that it can use, so "
-            "everything runs on the processor; update the NVIDIA driver (nvidia-smi shows the CUDA version it reaches)"
+            f"this torch ({machine.torch}) was built for CUDA {machine.cuda} but finds no GPU that it can use, so "
+            "everything runs on the CPU; update the NVIDIA driver (nvidia-smi shows the CUDA version it reaches)"
         ]
-    if card is not None and not machine.rocm and card.capability < (8, 0):
+    if gpu is not None and not machine.rocm and gpu.capability < (8, 0):
         return [
-            f"the {card.name} ({_sm(card.capability)}) has no bf16 arithmetic: torch emulates it, which is right but "
+            f"the {gpu.name} ({_sm(gpu.capability)}) has no bf16 arithmetic: torch emulates it, which is right but "
             "several times slower than on the RTX 30 series and newer"
         ]
-    if card is not None and not machine.rocm and not machine.triton:
+    if gpu is not None and not machine.rocm and not machine.triton:
         return [
-            "Triton is not installed, so the card runs plain PyTorch in place of fluxq's "
+            "Triton is not installed, so the GPU runs plain PyTorch in place of fluxq's "
             "kernels; mend it with: pip install triton (on Windows: pip install triton-windows)"
         ]
     return []
 
 
-def free_on_card() -> int | None:
-    """Bytes of the card that a run could use: the driver's free ones, and those that torch has taken and does not use;
-    None without a card, or where it does not say.
+def free_gpu_bytes() -> int | None:
+    """Bytes of the GPU that a run could use: the driver's free ones, and those that torch has taken and does not use;
+    None without a GPU, or where it does not say.
     """
     import torch
 
@@ -141,19 +141,19 @@ def free_on_card() -> int | None:
 
 
 SPILL_LEAST = 256 << 20
-"""Less than so many bytes beyond what the card had free may be rounding, and the driver's own."""
+"""Less than so many bytes beyond what the GPU had free may be rounding, and the driver's own."""
 
 
-class CardBytes(NamedTuple):
-    """Of a card: its own memory, what of it is free, and what torch has taken from the driver."""
+class GPUBytes(NamedTuple):
+    """Of a GPU: its own memory, what of it is free, and what torch has taken from the driver."""
 
     total: int
     free: int
     reserved: int
 
 
-def spilled(before: CardBytes, now: CardBytes) -> int:
-    """Bytes that torch has taken since `before` and that cannot lie on the card: more than was free, or on a card that
+def spilled(before: GPUBytes, now: GPUBytes) -> int:
+    """Bytes that torch has taken since `before` and that cannot lie on the GPU: more than was free, or on a GPU that
     is full more than its free memory went down by. 0 where they are few.
     """
     taken = now.reserved - before.reserved
@@ -164,12 +164,12 @@ def spilled(before: CardBytes, now: CardBytes) -> int:
 
 
 class SpillWatch:
-    """Tells once when the driver has put into system memory what should be on the card, which on Windows and in WSL it
-    does without a word, instead of running out. To be made before a run puts anything on the card.
+    """Tells once when the driver has put into system memory what should be on the GPU, which on Windows and in WSL it
+    does without a word, instead of running out. To be made before a run puts anything on the GPU.
     """
 
-    def __init__(self, read: Callable[[], CardBytes | None] | None = None) -> None:
-        self._read = read or _card_bytes
+    def __init__(self, read: Callable[[], GPUBytes | None] | None = None) -> None:
+        self._read = read or _gpu_bytes
         self._before = self._read()
 
     def note(self) -> str | None:
@@ -178,24 +178,24 @@ class SpillWatch:
             return None
         self._before = None
         return (
-            f"about {nbytes / 2**30:.1f} GiB that should be on the card lie in system memory, where the driver has put "
+            f"about {nbytes / 2**30:.1f} GiB that should be on the GPU lie in system memory, where the driver has put "
             "them without a word: steps take many times as long. Lower --vram by as much or close what else uses the "
-            'card; "CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback" in the NVIDIA Control Panel turns it off'
+            'GPU; "CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback" in the NVIDIA Control Panel turns it off'
         )
 
 
-def _card_bytes() -> CardBytes | None:
-    """Those of the card in use, where its driver may spill."""
+def _gpu_bytes() -> GPUBytes | None:
+    """Those of the GPU in use, where its driver may spill."""
     import torch
 
     if not torch.cuda.is_available() or not may_spill(platform.system(), platform.release()):
         return None
     free, total = torch.cuda.mem_get_info()
-    return CardBytes(total, free, torch.cuda.memory_reserved())
+    return GPUBytes(total, free, torch.cuda.memory_reserved())
 
 
 def may_spill(system: str, release: str) -> bool:
-    """Whether the NVIDIA driver of this system lends system memory to programs that need more than the card has."""
+    """Whether the NVIDIA driver of this system lends system memory to programs that need more than the GPU has."""
     return system == "Windows" or "microsoft" in release.lower()
 
 
@@ -227,7 +227,7 @@ def _windows_memory() -> tuple[int, int] | None:
 
 
 def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for "sm_86" or "compute_120" runs on such a card: the same generation, or PTX of an older."""
+    """Whether code built for "sm_86" or "compute_120" runs on such a GPU: the same generation, or PTX of an older."""
     kind, _, digits = code.rstrip("af").partition("_")
     if not digits.isdigit():
         return True

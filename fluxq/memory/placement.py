@@ -1,7 +1,7 @@
-"""What a run may use of card and host, and the plan that keeps to it.
+"""What a run may use of GPU and host, and the plan that keeps to it.
 
-On a card the plan is made before anything is loaded: by the planner (fluxq/offload/planner.py) from the model's costs,
-the card as it was measured, and what the user pinned. On a processor nothing is predicted: everything stays where it
+On a GPU the plan is made before anything is loaded: by the planner (fluxq/offload/planner.py) from the model's costs,
+the GPU as it was measured, and what the user pinned. On a CPU nothing is predicted: everything stays where it
 is, unless streaming is asked for, which is how it is tried out.
 """
 
@@ -20,15 +20,16 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.cutting import chunk_of
-from fluxq.memory.machine import free_on_card, memory
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.models.parts import Models
 from fluxq.offload import spread
-from fluxq.offload.cards import Card, measure
 from fluxq.offload.costs import Costs
+from fluxq.offload.gpus import GPU, measure
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, describe
+
+from .machine import free_gpu_bytes, memory
 
 SLOTS = 8
 SMALLER_SIZES = (768, 512, 256)
@@ -37,17 +38,17 @@ UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "m": 2**20, "mib": 2*
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan is made from beside the card's bytes: a step's costs, the card, bytes of RAM, the user's pins."""
+    """What a plan is made from beside the GPU's bytes: a step's costs, the GPU, bytes of RAM, the user's pins."""
 
     costs: Costs
-    card: Card
+    gpu: GPU
     ram: int | None
     pins: Pins
 
 
 @dataclass(frozen=True)
 class Placement:
-    """Where frozen weights are and what blocks keep. resident: the units that stay on the card, None for all; slots:
+    """Where frozen weights are and what blocks keep. resident: the units that stay on the GPU, None for all; slots:
     for the others; policies: one for every block, or one for each; offload: block inputs wait on the host.
     `plan` and `budget`: what they come from, if a plan was made.
     """
@@ -67,7 +68,7 @@ class Placement:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Placement:
+def place(config: TrainConfig, models: Models, notify: Callable[[str], None]) -> Placement:
     """Where the frozen weights of a resolved run go. Raises WrongRequest where nothing fits what it may use, and says
     what would.
     """
@@ -75,9 +76,9 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
     vram, ram = nbytes(wishes.vram, "--vram"), nbytes(wishes.ram, "--ram")
     if models.device.type != "cuda":
         if vram or ram:
-            raise WrongRequest("--vram and --ram plan for a CUDA card, and this machine has none; leave them out")
+            raise WrongRequest("--vram and --ram plan for a CUDA GPU, and this machine has none; leave them out")
         policies = wishes.policy or ("keep_all" if models.is_nano else "recompute")
-        resident = resident_by_hand(wishes, models)
+        resident = pinned_residents(wishes, models)
         return Placement(resident, wishes.slots or SLOTS, policies, bool(wishes.offload))
     pins = Pins(
         format=models.format,
@@ -88,11 +89,11 @@ def place(config: TrainConfig, models: Models, say: Callable[[str], None]) -> Pl
         slots=wishes.slots,
         offload=wishes.offload,
     )
-    size = config.data.size or 0
-    smaller = {f"--size {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
+    size = config.data.resolution or 0
+    smaller = {f"--resolution {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
     budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (memory() or (0, None))[1], pins)
-    found = plan([budget.costs], budget.card, vram or free_on_card(), budget.ram, pins, smaller)
-    say(describe(found))
+    found = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
+    notify(describe(found))
     return placed(found, budget)
 
 
@@ -102,9 +103,9 @@ def placed(found: Plan, budget: Budget) -> Placement:
 
 
 def choose_format(config: TrainConfig, models: Models) -> Plan:
-    """The plan of a run whose format is left open: the most faithful of those that are as fast as any on this card.
+    """The plan of a run whose format is left open: the most faithful of those that are as fast as any on this GPU.
 
-    Candidates are nf4, 8 bits and bf16, as far as the disk has room for the quantised file. 8 bits are int8, which
+    Candidates are nf4, 8 bits and bf16, as far as the disk has room for the quantized file. 8 bits are int8, which
     rounds a third as much as fp8 does and takes as much room, but where fp8 is what is multiplied.
     """
     wishes, eight_bits = config.memory, "fp8" if models.compute.startswith("fp8") else "int8"
@@ -116,13 +117,13 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
         offload=wishes.offload,
     )
     formats = [format for format in ("nf4", eight_bits, "bf16") if models.has_room_for(format)]
-    tables = [costs_of(config, models, config.data.size or 0, format) for format in formats or ["nf4"]]
+    tables = [costs_of(config, models, config.data.resolution or 0, format) for format in formats or ["nf4"]]
     vram, ram = nbytes(wishes.vram, "--vram"), nbytes(wishes.ram, "--ram")
-    return plan(tables, measure(cache_folder()), vram or free_on_card(), ram or (memory() or (0, None))[1], pins)
+    return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (memory() or (0, None))[1], pins)
 
 
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
-    """The table of costs of a run's steps with pictures of the area of size x size pixels, on the card at hand."""
+    """The table of costs of a run's steps with images of the area of size x size pixels, on the GPU at hand."""
     training = config.training
     return flux_costs(
         models.flux_config,
@@ -140,7 +141,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
     )
 
 
-def resident_by_hand(wishes: MemoryConfig, models: Models) -> tuple[str, ...] | None:
+def pinned_residents(wishes: MemoryConfig, models: Models) -> tuple[str, ...] | None:
     """The units that stay where the user said how many, None for all of them."""
     blocks = blocks_units(models.flux_config)
     total = sum(map(len, blocks))

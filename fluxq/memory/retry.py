@@ -16,7 +16,6 @@ import torch
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.stream import expect_training
-from fluxq.memory.placement import Placement, placed
 from fluxq.model.flux import Flux
 from fluxq.models.parts import Models
 from fluxq.offload import spread
@@ -24,6 +23,8 @@ from fluxq.offload.costs import Costs
 from fluxq.offload.inputs import inputs_for
 from fluxq.offload.planner import MARGIN, plan
 from fluxq.offload.plans import Pins, Plan, counted
+
+from .placement import Placement, placed
 
 T = TypeVar("T")
 LOWER = {"keep_all": "keep_qkv", "keep_all8": "keep_qkv", "keep_qkv": "keep_attention", "keep_attention": "recompute"}
@@ -33,18 +34,18 @@ SMALLER = 0.95
 """The next plan's predicted peak is at most so much of the last one's."""
 
 
-class Room:
+class OutOfMemoryRetry:
     """The memory of a run: `flux`, which `models` has loaded as `placement` says, and what is done where that is too
     much. `ahead`: see Models.load_flux.
     """
 
     def __init__(
-        self, placement: Placement, models: Models, flux: Flux, ahead: bool, say: Callable[[str], None]
+        self, placement: Placement, models: Models, flux: Flux, ahead: bool, notify: Callable[[str], None]
     ) -> None:
-        self.placement, self._models, self._flux, self._ahead, self._say = placement, models, flux, ahead, say
+        self.placement, self._models, self._flux, self._ahead, self._notify = placement, models, flux, ahead, notify
         self._placed: tuple | None = (placement.resident, placement.slots)
 
-    def repeat(self, what: str, work: Callable[[], T], training: bool = True) -> T:
+    def run(self, what: str, work: Callable[[], T], training: bool = True) -> T:
         """work(), again under smaller plans where memory runs out. Raises torch.OutOfMemoryError when there is none.
 
         training: it has a backward pass. What it had made before must not matter to it: gradients are dropped.
@@ -63,7 +64,7 @@ class Room:
                     f"in {what} even the smallest plan was too much; what was saved last is good, and --resume goes on "
                     f"from there: {reason}"
                 )
-            self._say(f"out of memory in {what} ({reason}); again with {described(found, self._flux.blocks_units)}")
+            self._notify(f"out of memory in {what} ({reason}); again with {described(found, self._flux.blocks_units)}")
             self.placement = found
 
     def _apply(self) -> None:
@@ -71,7 +72,7 @@ class Room:
         flux, to = self._flux, self.placement
         flux.set_policy(to.policies)
         if to.offload != (flux.inputs is not None):
-            flux.inputs = inputs_for(flux.device, self._say) if to.offload else None
+            flux.inputs = inputs_for(flux.device, self._notify) if to.offload else None
         if self._placed != (to.resident, to.slots):
             self._placed = None  # should it fail, nothing is where it was
             units = [unit for block in flux.blocks_units for unit in block]
@@ -90,7 +91,7 @@ class Room:
 
 
 def smaller(placement: Placement, blocks: Sequence[Sequence[str]], training: bool, streams: bool) -> Placement | None:
-    """The next placement that takes less of the card; None where there is none. Formats and arithmetic stay.
+    """The next placement that takes less of the GPU; None where there is none. Formats and arithmetic stay.
 
     A plan is made anew, for less. What was placed by hand goes down a ladder: policies, block inputs to the host, fewer
     resident units, fewer slots. Without a backward pass, where blocks keep nothing, units and slots alone. streams:
@@ -116,7 +117,7 @@ def smaller(placement: Placement, blocks: Sequence[Sequence[str]], training: boo
 
 
 def smaller_plan(placement: Placement, streams: bool) -> Plan | None:
-    """The fastest plan that needs less of the card, with what the user pinned if there is one, else without."""
+    """The fastest plan that needs less of the GPU, with what the user pinned if there is one, else without."""
     made, budget = placement.plan, placement.budget
     assert made is not None and budget is not None
     costs, everything = budget.costs, None if streams else len(budget.costs.units)
@@ -126,7 +127,7 @@ def smaller_plan(placement: Placement, streams: bool) -> Plan | None:
         if everything is not None:
             pins = replace(pins, resident_units=everything, blocks_to_swap=None)
         try:
-            return plan([costs], budget.card, MARGIN + int(SMALLER * made.peak_bytes), budget.ram, pins)
+            return plan([costs], budget.gpu, MARGIN + int(SMALLER * made.peak_bytes), budget.ram, pins)
         except WrongRequest:
             continue
     return None
@@ -145,4 +146,4 @@ def described(placement: Placement, blocks: Sequence[Sequence[str]]) -> str:
     each = [placement.policies] * len(blocks) if isinstance(placement.policies, str) else placement.policies
     kept = ", ".join(f"{n} x {name}" for name, n in counted(each).items())
     units = f"{count} of {total} units resident" + (f" and {placement.slots} slots" if count < total else "")
-    return f"{units}; blocks keep {kept or 'nothing'}, their inputs on the {'host' if placement.offload else 'card'}"
+    return f"{units}; blocks keep {kept or 'nothing'}, their inputs on the {'host' if placement.offload else 'GPU'}"

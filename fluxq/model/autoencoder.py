@@ -1,8 +1,7 @@
-"""The FLUX.1 autoencoder: pictures (B, 3, 8 h, 8 w) in -1..1 <-> latents (B, 16, h, w), under the original file's
-names.
+"""The FLUX.1 autoencoder: images (B, 3, 8 h, 8 w) in -1..1 <-> latents (B, 16, h, w).
 
-A convolutional encoder and decoder with one attention layer in the middle (Esser et al. 2021; black-forest-labs/flux
-`autoencoder.py`). It is frozen, and used outside the training step only.
+It is frozen and runs outside the training step only: all rows of a feature map at once, or in bands of rows, which
+gives the same result in less memory (bands.py).
 """
 
 from __future__ import annotations
@@ -11,185 +10,39 @@ from collections.abc import Callable
 from typing import TypeVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxq.model import bands
-from fluxq.model.config import AutoEncoderConfig
-
-
-class ResnetBlock(nn.Module):
-    def __init__(self, in_channels: int, out_channels: int, groups: int) -> None:
-        super().__init__()
-        self.norm1 = nn.GroupNorm(groups, in_channels, eps=1e-6)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = nn.GroupNorm(groups, out_channels, eps=1e-6)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else nn.Identity()
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.conv1(F.silu(self.norm1(x)))
-        return self.nin_shortcut(x) + self.conv2(F.silu(self.norm2(h)))
-
-
-class AttnBlock(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.norm = nn.GroupNorm(groups, channels, eps=1e-6)
-        self.q = nn.Conv2d(channels, channels, 1)
-        self.k = nn.Conv2d(channels, channels, 1)
-        self.v = nn.Conv2d(channels, channels, 1)
-        self.proj_out = nn.Conv2d(channels, channels, 1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.norm(x)
-        return x + self.attend(h, *self.keys_values(h))
-
-    def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Of normed features (B, C, h, w): (B, 1, h w, C) each."""
-        return _tokens(self.k(h)), _tokens(self.v(h))
-
-    def attend(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What normed features (B, C, h, w), all or some rows of them, find at `k` and `v`."""
-        attended = F.scaled_dot_product_attention(_tokens(self.q(h)), k, v)
-        return self.proj_out(attended[:, 0].mT.reshape(h.shape))
-
-
-def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 1, h w, C), contiguous: else attention would make the whole table of scores."""
-    return x.flatten(2).mT[:, None].contiguous()
-
-
-class Downsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.pad(x, (0, 1, 0, 1)))
-
-
-class Upsample(nn.Module):
-    def __init__(self, channels: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.conv(F.interpolate(x, scale_factor=2.0, mode="nearest"))
-
-
-class Level(nn.Module):
-    """The residual blocks of one resolution, then `resample` unless it is the last."""
-
-    def __init__(
-        self, in_channels: int, out_channels: int, blocks: int, groups: int, resample: type[nn.Module] | None
-    ) -> None:
-        super().__init__()
-        widths = [in_channels] + [out_channels] * blocks
-        self.block = nn.ModuleList(ResnetBlock(a, b, groups) for a, b in zip(widths, widths[1:], strict=False))
-        if resample is Downsample:
-            self.downsample = Downsample(out_channels)
-        if resample is Upsample:
-            self.upsample = Upsample(out_channels)
-
-    def forward(self, x: Tensor) -> Tensor:
-        for module in self.children():
-            for layer in module if isinstance(module, nn.ModuleList) else [module]:
-                x = layer(x)
-        return x
-
-
-class Middle(nn.Module):
-    def __init__(self, channels: int, groups: int) -> None:
-        super().__init__()
-        self.block_1 = ResnetBlock(channels, channels, groups)
-        self.attn_1 = AttnBlock(channels, groups)
-        self.block_2 = ResnetBlock(channels, channels, groups)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.block_2(self.attn_1(self.block_1(x)))
-
-
-class Encoder(nn.Module):
-    """Pictures (B, 3, 8 h, 8 w) -> moments (B, 2 z, h, w): mean, then log variance."""
-
-    band: int | None = None  # rows of a feature map at once, see AutoEncoder.in_bands
-
-    def __init__(self, config: AutoEncoderConfig) -> None:
-        super().__init__()
-        widths = [config.ch, *(config.ch * m for m in config.ch_mult)]
-        last = len(config.ch_mult) - 1
-        self.conv_in = nn.Conv2d(config.in_channels, config.ch, 3, padding=1)
-        self.down = nn.ModuleList(
-            Level(widths[i], widths[i + 1], config.num_res_blocks, config.groups, Downsample if i < last else None)
-            for i in range(last + 1)
-        )
-        self.mid = Middle(widths[-1], config.groups)
-        self.norm_out = nn.GroupNorm(config.groups, widths[-1], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[-1], 2 * config.z_channels, 3, padding=1)
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.band is not None:
-            return bands.encode(self, x, self.band)
-        x = self.conv_in(x)
-        for level in self.down:
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(self.mid(x))))
-
-
-class Decoder(nn.Module):
-    """z (B, z, h, w) -> pictures (B, 3, 8 h, 8 w). `up` is indexed by resolution, highest first, and run from its
-    end.
-    """
-
-    band: int | None = None  # rows of a feature map at once, see AutoEncoder.in_bands
-
-    def __init__(self, config: AutoEncoderConfig) -> None:
-        super().__init__()
-        widths = [config.ch * m for m in config.ch_mult]
-        inner = [*widths[1:], widths[-1]]  # what each level receives from the one below
-        self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
-        self.mid = Middle(widths[-1], config.groups)
-        self.up = nn.ModuleList(
-            Level(inner[i], widths[i], config.num_res_blocks + 1, config.groups, Upsample if i > 0 else None)
-            for i in range(len(widths))
-        )
-        self.norm_out = nn.GroupNorm(config.groups, widths[0], eps=1e-6)
-        self.conv_out = nn.Conv2d(widths[0], config.out_ch, 3, padding=1)
-
-    def forward(self, z: Tensor) -> Tensor:
-        if self.band is not None:
-            return bands.decode(self, z, self.band)
-        x = self.mid(self.conv_in(z))
-        for level in reversed(self.up):
-            x = level(x)
-        return self.conv_out(F.silu(self.norm_out(x)))
-
+from . import bands
+from .autoencoder_layers import Decoder, Encoder
+from .config import AutoEncoderConfig
 
 T = TypeVar("T")
 BANDS = (32, 8)  # rows at a time; fewer take no less memory
 
 
-def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], say: Callable[[str], None]) -> T:
-    """run(), which computes with `autoencoder`; where the card has too little memory for it, again on fewer rows at a
-    time, from now on. Raises torch.OutOfMemoryError where that does not help.
+def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], notify: Callable[[str], None]) -> T:
+    """run(), which computes with `autoencoder`. If the GPU runs out of memory, run it again in narrower bands, and keep
+    those from then on.
+
+    Raises torch.OutOfMemoryError if the narrowest bands do not fit either.
     """
     while True:
         try:
             return run()
         except torch.OutOfMemoryError:
-            before = autoencoder.encoder.band
+            before = autoencoder.band
             if before is not None and before <= BANDS[-1]:
                 raise
-        band = next(
-            band for band in BANDS if before is None or band < before
-        )  # the attempt's maps went with its frames
+        # Out here the traceback is gone, and with it the feature maps of the attempt.
+        band = next(band for band in BANDS if before is None or band < before)
         autoencoder.in_bands(band)
-        say(f"the card has too little memory for the autoencoder; it works on {band} rows at a time from here on")
+        notify(f"the GPU has too little memory for the autoencoder; from here on it works on {band} rows at a time")
 
 
 class AutoEncoder(nn.Module):
-    """Pictures <-> latents = scale_factor * (z - shift_factor)."""
+    """Images <-> latents = scale_factor * (z - shift_factor)."""
+
+    band: int | None = None  # rows of a feature map at once; None: all
 
     def __init__(self, config: AutoEncoderConfig) -> None:
         super().__init__()
@@ -201,20 +54,24 @@ class AutoEncoder(nn.Module):
     def in_bands(self, band: int | None) -> AutoEncoder:
         """Itself, from now on working on `band` rows of a feature map at a time; None: on all at once.
 
-        The results are the same within rounding; memory falls and time rises (`bands`). No gradients.
+        The results are the same within rounding; memory falls and time rises. Bands have no gradients.
         """
-        self.encoder.band = self.decoder.band = band
+        self.band = band
         return self
 
-    def encode(self, pictures: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents (B, z, h, w) of pictures (B, 3, 8 h, 8 w) in -1..1: drawn with `generator`, the mean without one."""
-        z, log_variance = self.encoder(pictures).chunk(2, dim=1)
+    def moments(self, images: Tensor) -> Tensor:
+        """Mean and log variance (B, 2 z, h, w) of images (B, 3, 8 h, 8 w) in -1..1."""
+        return self.encoder(images) if self.band is None else bands.encode(self.encoder, images, self.band)
+
+    def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Latents (B, z, h, w) of images (B, 3, 8 h, 8 w) in -1..1: drawn with `generator`, or the mean without one."""
+        z, log_variance = self.moments(images).chunk(2, dim=1)
         if generator is not None:
-            z = z + torch.exp(0.5 * log_variance) * torch.randn(z.shape, generator=generator, dtype=z.dtype).to(
-                z.device
-            )
+            noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)
+            z = z + torch.exp(0.5 * log_variance) * noise
         return self.config.scale_factor * (z - self.config.shift_factor)
 
     def decode(self, latents: Tensor) -> Tensor:
-        """Pictures (B, 3, 8 h, 8 w) in about -1..1 from latents (B, z, h, w)."""
-        return self.decoder(latents / self.config.scale_factor + self.config.shift_factor)
+        """Images (B, 3, 8 h, 8 w) in about -1..1 from latents (B, z, h, w)."""
+        z = latents / self.config.scale_factor + self.config.shift_factor
+        return self.decoder(z) if self.band is None else bands.decode(self.decoder, z, self.band)

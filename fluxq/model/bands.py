@@ -11,14 +11,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-if TYPE_CHECKING:
-    from fluxq.model.autoencoder import AttnBlock, Decoder, Encoder, Level, Middle, ResnetBlock
+from .autoencoder_layers import AttnBlock, Decoder, Encoder, Level, Middle, ResnetBlock
 
 
 @dataclass(frozen=True)
@@ -37,9 +36,9 @@ class Map:
 
 
 @torch.no_grad()
-def encode(encoder: Encoder, pictures: Tensor, band: int) -> Tensor:
-    """What `encoder(pictures)` gives, `band` rows of each feature map at a time."""
-    x = _middle(encoder.mid, _levels(encoder.down, _conv(encoder.conv_in, _held(pictures, band))))
+def encode(encoder: Encoder, images: Tensor, band: int) -> Tensor:
+    """What `encoder(images)` gives, `band` rows of each feature map at a time."""
+    x = _middle(encoder.mid, _levels(encoder.down, _conv(encoder.conv_in, _held(images, band))))
     return _whole(_conv(encoder.conv_out, _norm(encoder.norm_out, x)))
 
 

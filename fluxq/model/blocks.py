@@ -19,9 +19,10 @@ from torch.autograd.function import once_differentiable
 
 from fluxq.kernels import Tape, attention, gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
 from fluxq.kernels.steps import divides_out
-from fluxq.model.config import FluxConfig
-from fluxq.model.linear import Linear
 from fluxq.offload import Pass, Ring
+
+from .config import FluxConfig
+from .linear import Linear
 
 Rope = tuple[Tensor, Tensor]  # cos, sin
 BESIDE = 3  # what follows the streams among a block's inputs: rows, cos, sin

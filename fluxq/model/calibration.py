@@ -10,8 +10,9 @@ from torch import Tensor
 
 from fluxq.kernels import Activations, ops
 from fluxq.kernels.rotation import rotate, rotation_block
-from fluxq.model.flux import Flux
-from fluxq.model.linear import Linear
+
+from .flux import Flux
+from .linear import Linear
 
 ROWS = 256
 

@@ -14,8 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxq.model.linear import Linear
-from fluxq.model.text_layers import CLIP_BLOCK, CLIP_EPS, clip_block
+from .linear import Linear
+from .text_layers import CLIP_BLOCK, CLIP_EPS, clip_block
 
 CLIP_TARGETS = r"encoder\..*"
 """All linear layers: the attention's four and the MLP's two of each block, as sd-scripts trains them."""

@@ -1,6 +1,6 @@
 """What a training step of FLUX.1 costs, as numbers: the table that the planner reads (fluxq/offload/costs.py).
 
-Bytes of weights are exact, as the quantised file and the arena lay them out. FLOPs are counted per matrix product, two
+Bytes of weights are exact, as the quantized file and the arena lay them out. FLOPs are counted per matrix product, two
 a weight and row. Bytes that are moved are those of the ops that wait for memory, in fused kernels: what each reads and
 writes once, and the weights that are decoded.
 """
@@ -15,17 +15,17 @@ from typing import NamedTuple
 
 import torch
 
-from fluxq.kernels.cutting import CHUNKS
-from fluxq.kernels.lora_linear import FEW_ROWS
+from fluxq.kernels.cutting import CHUNKS, FEW_ROWS
 from fluxq.kernels.replay import POLICIES
-from fluxq.model.config import FluxConfig
-from fluxq.model.flux import Flux
-from fluxq.model.layout import layout
-from fluxq.model.lora import TARGETS
-from fluxq.model.text import CLIP_LENGTH
-from fluxq.model.units import REST, unit_of
-from fluxq.model.working_set import Product, Shape, backward_peak, forward_peak, scratch
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
+
+from .config import FluxConfig
+from .flux import Flux
+from .layout import layout
+from .lora import TARGETS
+from .text import CLIP_LENGTH
+from .units import REST, unit_of
+from .working_set import Product, Shape, backward_peak, forward_peak, scratch
 
 BYTES = {"nf4": 0.5625, "fp8": 1.0, "int8": 1.0, "bf16": 2.0}
 """Of a weight in each format, with NF4's scales."""
@@ -60,7 +60,7 @@ def flux_costs(
     chunk: int = CHUNKS[86],
     clip: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Costs:
-    """The table for steps of `batch` pictures of `img_tokens` with captions of `txt_tokens`.
+    """The table for steps of `batch` images of `img_tokens` with captions of `txt_tokens`.
 
     clip: name and shape of every tensor of CLIP-L, where it is trained (fluxq/model/clip.py).
     chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/cutting.py).
@@ -104,8 +104,8 @@ def flux_costs(
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
         lora=4 * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
-        optimiser=int(total * OPTIMIZER_BYTES[optimizer]),
-        optimiser_peak=4 * total if optimizer == "adamw" else 0,
+        optimizer=int(total * OPTIMIZER_BYTES[optimizer]),
+        optimizer_peak=4 * total if optimizer == "adamw" else 0,
         scratch=scratch(every, chunk) + angles + encoder.activations,
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows) + encoder.work,
         accumulates=accumulates,
@@ -221,7 +221,7 @@ def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first
 
 
 def _attention(shape: Shape) -> float:
-    """FLOPs of attention: two products of every token with every other of its picture."""
+    """FLOPs of attention: two products of every token with every other of its image."""
     return 4.0 * shape.rows * (shape.rows / shape.batch) * shape.width
 
 
@@ -298,7 +298,7 @@ def _outside(
     trained: int,
     rows: int,
 ) -> Work:
-    """Embedders, the last layer and its gradient, and the optimiser: it reads and writes weights, gradients, state."""
+    """Embedders, the last layer and its gradient, and the optimizer: it reads and writes weights, gradients, state."""
     n_img, k_img = layers["img_in"]
     n_txt, k_txt = layers["txt_in"]
     n_out, k_out = layers["final_layer.linear"]

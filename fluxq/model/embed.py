@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fluxq.model.linear import Linear
+from .linear import Linear
 
 
 def sinusoid(s: Tensor, width: int = 256) -> Tensor:

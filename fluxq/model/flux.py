@@ -10,7 +10,9 @@ from collections.abc import Iterable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fluxq.model.blocks import (
+from fluxq.offload import AllResident, HostInputs, Ring
+
+from .blocks import (
     Block,
     DoubleStreamBlock,
     LastLayer,
@@ -19,14 +21,13 @@ from fluxq.model.blocks import (
     run_block,
     run_modulation,
 )
-from fluxq.model.config import FluxConfig
-from fluxq.model.embed import MLPEmbedder, rope_angles, sinusoid
-from fluxq.model.linear import Linear
-from fluxq.offload import AllResident, HostInputs, Ring
+from .config import FluxConfig
+from .embed import MLPEmbedder, rope_angles, sinusoid
+from .linear import Linear
 
 
 class Flux(nn.Module):
-    """The transformer. Fresh from the constructor its layers hold uninitialised floating-point buffers, to be loaded.
+    """The transformer. Fresh from the constructor its layers hold uninitialized floating-point buffers, to be loaded.
 
     It computes in the dtype of its vectors, biases and norms; what carries time, guidance and positions stays fp32 on
     the way in.
@@ -36,7 +37,7 @@ class Flux(nn.Module):
         super().__init__()
         self.config = config
         self.ring: Ring = AllResident()
-        self.inputs: HostInputs | None = None  # where block inputs wait for the backward pass, if not on the card
+        self.inputs: HostInputs | None = None  # where block inputs wait for the backward pass, if not on the GPU
         self.trains_y = False  # whether gradients are wanted of y: CLIP's LoRA, upstream of it, trains
         width = config.hidden_size
         self.img_in = Linear(config.in_channels, width)

@@ -1,4 +1,4 @@
-"""How a unit's tensors lie in its bytes: in the quantised file, in the arena, and in a slot on the card.
+"""How a unit's tensors lie in its bytes: in the quantized file, in the arena, and in a slot on the GPU.
 
 A matrix in NF4 is `<layer>.codes` and `.absmax`, in 8 bits `<layer>.values` and `.scale`; every other tensor keeps its
 name, in 16 bits. Each begins at a multiple of ALIGNMENT bytes.
@@ -13,7 +13,8 @@ from dataclasses import dataclass
 import torch
 
 from fluxq.kernels import FORMATS
-from fluxq.model.units import REST, by_unit
+
+from .units import REST, by_unit
 
 ALIGNMENT = 256
 

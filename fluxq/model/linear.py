@@ -13,7 +13,7 @@ from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora
 class Linear(nn.Module):
     """y = x W^T + bias [+ scale (x down^T) up^T].
 
-    W (N, K) and bias (N,) are buffers: frozen is a buffer, trainable is a parameter. A quantised W is held as the
+    W (N, K) and bias (N,) are buffers: frozen is a buffer, trainable is a parameter. A quantized W is held as the
     buffers of its container (`codes` and `absmax`, or `values` and `scale`) in place of `weight`. `lora_down` (R, K)
     and `lora_up` (N, R) are fp32 parameters once added.
     """

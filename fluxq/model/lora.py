@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from fluxq.errors import WrongRequest
-from fluxq.model.linear import Linear
+
+from .linear import Linear
 
 TARGETS = {
     "attention": r"(double_blocks\.\d+\.(img|txt)_attn\.(qkv|proj)|single_blocks\.\d+\.linear[12])",

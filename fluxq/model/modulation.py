@@ -1,7 +1,7 @@
 """Modulation ahead of time: the rows that modulate the blocks in coming micro-steps, from one pass over its weights.
 
 Modulation holds 27 % of the weights, sees one vector an example, and unless something upstream of it trains, depends
-only on what is known before a run begins. So its weights pass through the card once for many micro-steps, and are not
+only on what is known before a run begins. So its weights pass through the GPU once for many micro-steps, and are not
 there in between; the rows (344 D numbers an example, 2.1 MB in FLUX.1) wait in the host's memory.
 
 Rows are computed in tiles. Tile k is that of the W micro-steps from k W on; all of it is always computed, with every
@@ -16,10 +16,11 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fluxq.kernels.lora_linear import FEW_ROWS
-from fluxq.model.config import FluxConfig
-from fluxq.model.flux import Flux
-from fluxq.model.lora import add_lora
+from fluxq.kernels.cutting import FEW_ROWS
+
+from .config import FluxConfig
+from .flux import Flux
+from .lora import add_lora
 
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
 """What modulation depends on: timesteps (B,), y (B, vec_in), and guidance (B,) for models that embed it."""
@@ -71,7 +72,7 @@ class Lookahead:
         timesteps, y, guidance = zip(*(self._conditioning(index) for index in range(start, stop)), strict=True)
         guided = None if guidance[0] is None else self._filled_up(guidance)
         flux.ring.foresee([(block.modulation_unit,) for block in flux.blocks])
-        # The host waits for each block's rows, so that they take no room on the card. This pass waits for copies of
+        # The host waits for each block's rows, so that they take no room on the GPU. This pass waits for copies of
         # weights anyway, and those go on meanwhile.
         self._rows = [r.cpu() for r in flux.modulation_rows(self._filled_up(timesteps), self._filled_up(y), guided)]
         self._tile, self._counts = tile, [len(t) for t in timesteps]

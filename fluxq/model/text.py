@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from fluxq.model.text_layers import ClipEncoder, T5Encoder, Tick
+from .text_layers import ClipEncoder, T5Encoder, Tick
 
 Tokenize = Callable[[str], list[int]]
 """A caption to its token ids, without special tokens, without padding, of any length."""

@@ -106,7 +106,7 @@ def t5_attention(h: Tensor, layers: Sequence[tuple[Tensor, ...]], heads: int, bi
 def t5_buckets(length: int, buckets: int = 32) -> Tensor:
     """Which of `buckets` the distance from query to key falls into, (L, L): half of them for keys ahead.
 
-    Half of each half are single distances, the rest grow logarithmically up to T5_FAR. On the host, so that a card's
+    Half of each half are single distances, the rest grow logarithmically up to T5_FAR. On the host, so that a GPU's
     logarithm moves no border.
     """
     distance = torch.arange(length)[None] - torch.arange(length)[:, None]

@@ -10,8 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from fluxq.kernels.cutting import parts, room
-from fluxq.kernels.lora_linear import FEW_ROWS
+from fluxq.kernels.cutting import FEW_ROWS, parts, room
 from fluxq.kernels.replay import POLICIES
 
 

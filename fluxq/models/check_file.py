@@ -8,21 +8,22 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fluxq.console import console
 from fluxq.data.images import SUFFIXES
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import detect
 from fluxq.formats.checkpoint.files import printable
-from fluxq.formats.lora.read import described, load_lora
-from fluxq.formats.lora.peft import PEFT_FILES
-from fluxq.formats.lora.programs import programs
-from fluxq.formats.quantized import QuantizedFile, stored_bytes
 from fluxq.formats.checkpoint.shards import FOLDERS, Shards, units
 from fluxq.formats.checkpoint.sizes import variant
 from fluxq.formats.checkpoint.source import OPENERS, Source
+from fluxq.formats.lora.peft import PEFT_FILES
+from fluxq.formats.lora.programs import programs
+from fluxq.formats.lora.read import described, load_lora
+from fluxq.formats.quantized import QuantizedFile, stored_bytes
 from fluxq.kernels import FORMATS
 from fluxq.model.config import FluxConfig
-from fluxq.models.parts import FLAGS, PARTS
-from fluxq.console import console
+
+from .parts import FLAGS, PARTS
 
 KEPT = {  # format -> the precisions that are that already
     "nf4": ("nf4", "nf4, nested"),
@@ -35,7 +36,7 @@ Answer = dict[str, Any]
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The model files in `folder` and in the folders that diffusers' layout has below it; none where pictures are."""
+    """The model files in `folder` and in the folders that diffusers' layout has below it; none where images are."""
     if any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
         return []
     places = [folder, *(folder / name for name in FOLDERS.values())]
@@ -62,7 +63,7 @@ def check_file(path: Path) -> Answer:
     """
     shards = Shards(path / PEFT_FILES[0] if path.is_dir() else path)
     if "fluxq" in shards.metadata:
-        about = about_quantised(file := QuantizedFile.open(path))
+        about = about_quantized(file := QuantizedFile.open(path))
         console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
         console.print(f"             use it by --flux with --format {file.format}")
         return {"ready": True, "kind": detect.FLUX, "path": str(path), "parts": {"flux": about}, "reasons": []}
@@ -135,7 +136,7 @@ def _use(part: str, source: Source) -> str:
     return f"--format {kept} keeps its matrices' very bytes ({same}); made from their values: {others}"
 
 
-def about_quantised(file: QuantizedFile) -> Answer:
+def about_quantized(file: QuantizedFile) -> Answer:
     about = {"what": _sizes(file.config), "precision": f"{file.format}, by fluxq", "files": [str(file.path)]}
     return about | {"bytes": file.checkpoint.nbytes}
 

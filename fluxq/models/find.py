@@ -15,9 +15,9 @@ from pathlib import Path
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.detect import FLUX
 from fluxq.formats.checkpoint.files import refuse
-from fluxq.formats.quantized import QuantizedFile, fingerprint, is_quantized
 from fluxq.formats.checkpoint.shards import meant, units
 from fluxq.formats.checkpoint.source import OPENERS, Source
+from fluxq.formats.quantized import QuantizedFile, fingerprint, is_quantized
 
 MAX_DEPTH = 8
 MAX_FOLDERS = 20_000
@@ -27,13 +27,13 @@ MAX_FILES = 4_000  # a header takes milliseconds; collections of LoRAs have a th
 @dataclass
 class Found:
     """What `search` found below `place`, a folder or one file: for each model the sources that could serve it, the
-    transformers that fluxq has quantised, and a sentence for each file that means to be one of the four but is none
+    transformers that fluxq has quantized, and a sentence for each file that means to be one of the four but is none
     that fluxq uses.
     """
 
     place: Path
     sources: dict[str, list[Source]] = field(default_factory=lambda: {part: [] for part in OPENERS})
-    quantised: list[QuantizedFile] = field(default_factory=list)
+    quantized: list[QuantizedFile] = field(default_factory=list)
     passed_over: list[str] = field(default_factory=list)
 
 
@@ -57,7 +57,7 @@ def search(place: Path) -> Found:
         for part in parts:
             try:
                 if part == FLUX and is_quantized(unit):
-                    found.quantised.append(QuantizedFile.open(unit))
+                    found.quantized.append(QuantizedFile.open(unit))
                 else:
                     found.sources[part].append(OPENERS[part](unit))
             except WrongRequest as error:
@@ -87,25 +87,25 @@ def _best(sources: Sequence[Source], part: str, place: Path) -> tuple[Source, st
 def choose_flux(found: Found, format: str) -> tuple[Path, str] | None:
     """The transformer's file for training in `format`, and why; None where there is none.
 
-    Where nothing but quantised ones of other formats is there, it is one of those. Raises WrongRequest where the best
+    Where nothing but quantized ones of other formats is there, it is one of those. Raises WrongRequest where the best
     are alike, and where one in `format` was made from none of the originals that are there: which is meant?
     """
-    made_from = {file.path: file.source.get("fingerprint", file.path) for file in found.quantised}
-    fitting, originals = [file for file in found.quantised if file.format == format], found.sources[FLUX]
+    made_from = {file.path: file.source.get("fingerprint", file.path) for file in found.quantized}
+    fitting, originals = [file for file in found.quantized if file.format == format], found.sources[FLUX]
     if not originals:
         if len({made_from[file.path] for file in fitting}) > 1:
             what = f"holds {FLUX} in {fitting[0].path} and in {fitting[1].path}, which are alike ({format})"
             refuse(found.place, what, "name the one to use")
-        served = [*fitting, *found.quantised][:1]
+        served = [*fitting, *found.quantized][:1]
         return (served[0].path, f"the only one in {found.place} in {served[0].format}") if served else None
     source, why = _best(originals, FLUX, found.place)
-    if not found.quantised:
+    if not found.quantized:
         return source.path, why
     known = {fingerprint(original.files) for original in originals}
     if strangers := [file.path for file in fitting if made_from[file.path] not in known]:
         what = f"holds {FLUX} in {source.path}, and one in {format} that was made from another file in {strangers[0]}"
         refuse(found.place, what, "name the one to use")
-    forms = [file for file in found.quantised if made_from[file.path] == fingerprint(source.files)]
+    forms = [file for file in found.quantized if made_from[file.path] == fingerprint(source.files)]
     for file in forms:
         if file.format == format:
             return file.path, f"{source.path.name} in {format} already"

@@ -36,7 +36,7 @@ def hub_cache() -> Path:
     return Path(constants.HF_HUB_CACHE)
 
 
-def from_hub(repository: str, part: str, say: Callable[[str], None], fetch: bool = True) -> Path:
+def from_hub(repository: str, part: str, notify: Callable[[str], None], fetch: bool = True) -> Path:
     """Where the model `part` of `repository` lies on this disk, after fetching what was missing; that is said.
 
     Raises NotFetched instead where `fetch` is false, and WrongRequest where the hub refuses or cannot be reached.
@@ -50,7 +50,7 @@ def from_hub(repository: str, part: str, say: Callable[[str], None], fetch: bool
         files, nbytes = _needed(repository, part)
         if not fetch:
             raise NotFetched(repository, files, nbytes)
-        say(f"fetching {len(files)} files of {repository} for {part}, {nbytes / 1e9:.1f} GB, once")
+        notify(f"fetching {len(files)} files of {repository} for {part}, {nbytes / 1e9:.1f} GB, once")
         snapshot_download(repository, allow_patterns=files)
     except GatedRepoError as error:
         raise WrongRequest(

@@ -17,13 +17,16 @@ import torch
 
 from fluxq import nano
 from fluxq.config import ModelConfig, file_and_strength
+from fluxq.console import byte_bar
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.detect import AUTOENCODER, CLIP, FLUX, T5
-from fluxq.models.find import Found, choose, choose_flux, search
+from fluxq.formats.checkpoint.shards import locate
+from fluxq.formats.checkpoint.sizes import variant
+from fluxq.formats.checkpoint.source import OPENERS, Source
 from fluxq.formats.load import load_autoencoder, load_clip, load_flux, load_text_encoders
-from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.algebra import combined
 from fluxq.formats.lora.base import MergedSource, identity
+from fluxq.formats.lora.read import load_lora
 from fluxq.formats.quantized import (
     QuantizedFile,
     cache_folder,
@@ -35,19 +38,17 @@ from fluxq.formats.quantized import (
     require_room,
     stored_bytes,
 )
-from fluxq.formats.checkpoint.shards import locate
-from fluxq.formats.checkpoint.sizes import variant
-from fluxq.formats.checkpoint.source import OPENERS, Source
 from fluxq.formats.stream import load_streamed
 from fluxq.formats.tokenizers import Kind, find_tokenizers
-from fluxq.models.hub import NotFetched, from_hub, hub_id
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.clip import Clip
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.text import TextEncoders
-from fluxq.console import byte_bar
-from fluxq.models.tuning import use_tuned
+
+from .find import Found, choose, choose_flux, search
+from .hub import NotFetched, from_hub, hub_id
+from .tuning import use_tuned
 
 PARTS = {"flux": FLUX, "ae": AUTOENCODER, "clip_l": CLIP, "t5xxl": T5}
 FLAGS = {"flux": "--flux", "ae": "--ae", "clip_l": "--clip-l", "t5xxl": "--t5xxl"}
@@ -70,7 +71,7 @@ class Served:
 class Models:
     """What `config` names, on `device`. Files are looked up when they are asked for; nothing is kept once loaded.
 
-    A format that `config` leaves open is that of the transformer's file, if it is quantised, else the leanest until
+    A format that `config` leaves open is that of the transformer's file, if it is quantized, else the leanest until
     `use_format` is told another.
 
     With `fetch` false nothing is fetched from the hub: `hub.NotFetched` is raised in its place.
@@ -80,11 +81,11 @@ class Models:
         self,
         config: ModelConfig,
         device: torch.device | None = None,
-        say: Callable[[str], None] = print,
+        notify: Callable[[str], None] = print,
         fetch: bool = True,
     ) -> None:
         self.config, self.format, self.format_is_open = config, config.format or LEANEST, config.format is None
-        self._say, self._fetch = say, fetch
+        self._notify, self._fetch = notify, fetch
         self._served: dict[str, Served] = {}
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_nano = config.name == "nano"
@@ -127,7 +128,9 @@ class Models:
         if capability is None or capability >= (8, 9):
             return asked
         instead = asked.replace("fp8", "int8")
-        self._say(f"compute {instead}: sm_{capability[0]}{capability[1]} has no fp8 arithmetic; 8 bits there are int8")
+        self._notify(
+            f"compute {instead}: sm_{capability[0]}{capability[1]} has no fp8 arithmetic; 8 bits there are int8"
+        )
         return instead
 
     @property
@@ -151,12 +154,12 @@ class Models:
         """
         clip, t5 = self.config.clip_tokenizer, self.config.t5_tokenizer
         fetch = None if self._fetch else _not_fetched
-        return find_tokenizers((self.clip_l_file, self.t5xxl_file), clip, t5, known, self._say, fetch)
+        return find_tokenizers((self.clip_l_file, self.t5xxl_file), clip, t5, known, self._notify, fetch)
 
     @cached_property
     def flux_config(self) -> FluxConfig:
         """The transformer's sizes, read from its file's header."""
-        return self.quantised.config if self.quantised else self.open("flux").config
+        return self.quantized.config if self.quantized else self.open("flux").config
 
     def check(self) -> None:
         """Read the headers of all files: WrongRequest where one is not what it should be or does not fit the others.
@@ -173,8 +176,8 @@ class Models:
                     raise WrongRequest(f"{source.path} {misfit}; use one model's files")
 
         if self.base_loras:
-            _ = self._merged(self._say)
-        if not self.is_quantised:
+            _ = self._merged(self._notify)
+        if not self.is_quantized:
             place = cached_path(self.files("flux"), self.format, self._identity)
             require_room(place, stored_bytes(self.open("flux").shapes, self.format))
 
@@ -208,7 +211,7 @@ class Models:
     def _identity(self) -> str:
         return identity(self.base_loras)
 
-    def _merged(self, say: Callable[[str], None] = lambda line: None) -> Source[FluxConfig]:
+    def _merged(self, notify: Callable[[str], None] = lambda line: None) -> Source[FluxConfig]:
         """The transformer's tensors with `base_loras` in them. Raises WrongRequest where those do not fit."""
         source = self.open("flux")
         if not self.base_loras:
@@ -216,15 +219,15 @@ class Models:
         read = [(load_lora(path, source.config), strength) for path, strength in self.base_loras]
         for lora, strength in read:
             clip = [f"its CLIP-L part ({len(lora.clip)} modules) is left out"] if lora.clip else []
-            say(f"{lora.path.name}: {len(lora.adapters)} layers are merged into the transformer at {strength:g}")
+            notify(f"{lora.path.name}: {len(lora.adapters)} layers are merged into the transformer at {strength:g}")
             for note in (*lora.notes, *clip):
-                say(f"{lora.path.name}: {note}")
+                notify(f"{lora.path.name}: {note}")
         return MergedSource(source, combined([(lora.adapters, strength) for lora, strength in read]))
 
     @property
-    def is_quantised(self) -> bool:
-        """Whether the transformer only has to be read: it was quantised before, or is not to be."""
-        if self.format == "bf16" or self.quantised is not None:
+    def is_quantized(self) -> bool:
+        """Whether the transformer only has to be read: it was quantized before, or is not to be."""
+        if self.format == "bf16" or self.quantized is not None:
             return True
         return cached_path(self.files("flux"), self.format, self._identity).is_file()
 
@@ -232,10 +235,10 @@ class Models:
         """Store the transformer's weights so from now on; perhaps another of the files found serves then."""
         self.format, self.format_is_open = format, False
         self._served.pop("flux", None)
-        self.__dict__.pop("quantised", None)
+        self.__dict__.pop("quantized", None)
 
     def has_room_for(self, format: str) -> bool:
-        """Whether the transformer is there in `format`, or there is room on the disk to quantise it."""
+        """Whether the transformer is there in `format`, or there is room on the disk to quantize it."""
         place = cached_path(self.files("flux"), format, self._identity)
         if format == "bf16" or place.is_file():
             return True
@@ -246,20 +249,20 @@ class Models:
         return True
 
     @property
-    def default_size(self) -> tuple[int, str]:
+    def default_resolution(self) -> tuple[int, str]:
         """The training size in pixels where none was asked for, and why."""
         if self.is_nano:
             return nano.SIZE, "the size that nano was made at"
         if self.device.type != "cuda":
-            return 512, "no CUDA card was found"
+            return 512, "no CUDA GPU was found"
         gib = torch.cuda.get_device_properties(self.device).total_memory / 2**30
-        return (512 if gib < 11.5 else 768), f"the card has {gib:.0f} GiB; 512 below 12, 768 from there"
+        return (512 if gib < 11.5 else 768), f"the GPU has {gib:.0f} GiB; 512 below 12, 768 from there"
 
     def load_flux(self, resident: Collection[str] | None = None, slots: int = 0, ahead: bool = True) -> Flux:
         """The transformer as it is stored, multiplying as `compute` says. `resident`: the units that stay on the
         device, the others are streamed through `slots`; None for all. `ahead`: see load_streamed.
         """
-        use_tuned(self.device, self._say)
+        use_tuned(self.device, self._notify)
         if not self.streams:
             if resident is not None:
                 raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
@@ -267,35 +270,35 @@ class Models:
         elif resident is None:
             flux = load_quantized(self._stored_flux(), self.device)
         else:
-            flux = load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead)
+            flux = load_streamed(self._stored_flux(), self.device, resident, slots, notify=self._notify, ahead=ahead)
         flux.set_compute(self.compute)
         return flux
 
     @property
     def streams(self) -> bool:
         """Whether the transformer's frozen weights can be streamed as they are stored."""
-        return self.format != "bf16" or self.quantised is not None
+        return self.format != "bf16" or self.quantized is not None
 
     def place_units(self, flux: Flux, resident: Collection[str], slots: int, ahead: bool) -> None:
         """Have what `load_flux` gave keep these units on the device and stream the others; see there."""
-        load_streamed(self._stored_flux(), self.device, resident, slots, say=self._say, ahead=ahead, into=flux)
+        load_streamed(self._stored_flux(), self.device, resident, slots, notify=self._notify, ahead=ahead, into=flux)
 
     def _stored_flux(self) -> QuantizedFile:
-        """A file of `fluxq quantize` as it is, any other quantised once.
+        """A file of `fluxq quantize` as it is, any other quantized once.
 
-        What was quantised is kept in FLUXQ_CACHE (fluxq/formats/quantized.py), so that the next start only reads it.
+        What was quantized is kept in FLUXQ_CACHE (fluxq/formats/quantized.py), so that the next start only reads it.
         """
-        if (own := self.quantised) is not None:
+        if (own := self.quantized) is not None:
             return own
-        source = self.open("flux") if self.is_quantised else self._merged()
-        if not self.is_quantised:
+        source = self.open("flux") if self.is_quantized else self._merged()
+        if not self.is_quantized:
             room = stored_bytes(source.shapes, self.format) / 1e9
-            self._say(f"quantising {source.path.name} to {self.format}, once: {room:.1f} GB in {cache_folder()}")
-        with byte_bar("quantising") as progress:
+            self._notify(f"quantizing {source.path.name} to {self.format}, once: {room:.1f} GB in {cache_folder()}")
+        with byte_bar("quantizing") as progress:
             return cached(source, self.format, self.device, progress, self._identity)
 
     @cached_property
-    def quantised(self) -> QuantizedFile | None:
+    def quantized(self) -> QuantizedFile | None:
         """The transformer's file, if `fluxq quantize` wrote it. Raises WrongRequest if its format is not the one
         wanted.
         """
@@ -308,7 +311,7 @@ class Models:
         if file.format != self.format:
             raise WrongRequest(f"{path} holds {file.format}, not {self.format}; pass --format {file.format}")
         if self.base_loras:
-            raise WrongRequest(f"{path} is quantised, so --base-lora cannot be merged into it; give the original file")
+            raise WrongRequest(f"{path} is quantized, so --base-lora cannot be merged into it; give the original file")
         return file
 
     def load_autoencoder(self, band: int | None = None) -> AutoEncoder:
@@ -319,10 +322,10 @@ class Models:
         """CLIP-L as it is trained, all of it on the device; in `dtype`, by default as it trains there."""
         return load_clip(self.clip_l_file, self.tokenizer_files()[0], self.device, dtype)
 
-    def load_text_encoders(self, room: int | None = None) -> TextEncoders:
-        """Within `room` bytes of the card, if any are said."""
+    def load_text_encoders(self, budget: int | None = None) -> TextEncoders:
+        """Within `budget` bytes of the GPU, if any are said."""
         files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()
-        return load_text_encoders(*files, self.t5_length, self.device, room=room)
+        return load_text_encoders(*files, self.t5_length, self.device, budget=budget)
 
     def _find(self, part: str) -> Served:
         if self.is_nano:
@@ -330,7 +333,9 @@ class Models:
         named: Path | None = getattr(self.config, part)
         if named is not None:
             if repository := hub_id(named):
-                return Served(from_hub(repository, PARTS[part], self._say, self._fetch), f"from the hub's {repository}")
+                return Served(
+                    from_hub(repository, PARTS[part], self._notify, self._fetch), f"from the hub's {repository}"
+                )
             return Served(locate(named, PARTS[part]), f"named by {FLAGS[part]} or the config")
         place = self._place
         if place is None:
@@ -340,10 +345,14 @@ class Models:
                 f"or {ENVIRONMENT}, or run the toy by --model nano"
             )
         if repository := hub_id(place):
-            return Served(from_hub(repository, PARTS[part], self._say, self._fetch), f"from the hub's {repository}")
+            return self._from_hub(repository, part)
         served = self._choose(part, place)
-        self._say(f"{FLAGS[part].lstrip('-')}: {served.path} ({served.why})")
+        self._notify(f"{FLAGS[part].lstrip('-')}: {served.path} ({served.why})")
         return served
+
+    def _from_hub(self, repository: str, part: str) -> Served:
+        path = from_hub(repository, PARTS[part], self._notify, self._fetch)
+        return Served(path, f"from the hub's {repository}")
 
     @property
     def _place(self) -> Path | None:
@@ -377,5 +386,5 @@ class Models:
         return Served(*chosen)
 
 
-def _not_fetched(kind: Kind, say: Callable[[str], None]) -> tuple[Path, ...]:
+def _not_fetched(kind: Kind, notify: Callable[[str], None]) -> tuple[Path, ...]:
     raise NotFetched(kind.hub[0][0], list(kind.forms[0]), 2_000_000)

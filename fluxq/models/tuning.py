@@ -1,4 +1,4 @@
-"""Kernel choices measured on this card: `fluxq bench kernels --tune` keeps them in the cache folder, and they are used
+"""Kernel choices measured on this GPU: `fluxq bench kernels --tune` keeps them in the cache folder, and they are used
 from then on.
 """
 
@@ -15,13 +15,13 @@ from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.dispatch import triton_installed
 
 
-def tuned_file(card: str) -> Path:
-    """Where the choices measured on the card of that name lie."""
-    return cache_folder() / f"kernels-{re.sub(r'[^a-z0-9]+', '-', card.lower()).strip('-')}.json"
+def tuned_file(gpu: str) -> Path:
+    """Where the choices measured on the GPU of that name lie."""
+    return cache_folder() / f"kernels-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
-def use_tuned(device: torch.device, say: Callable[[str], None]) -> None:
-    """Have kernels take the choices that were measured on the card `device`, if any were. A damaged file is a
+def use_tuned(device: torch.device, notify: Callable[[str], None]) -> None:
+    """Have kernels take the choices that were measured on the GPU `device`, if any were. A damaged file is a
     WrongRequest that names it.
     """
     if device.type != "cuda" or not triton_installed():
@@ -36,4 +36,4 @@ def use_tuned(device: torch.device, say: Callable[[str], None]) -> None:
     except ValueError as error:
         raise WrongRequest(str(error)) from error
     table.lay_over(rows)
-    say(f"kernels: {len(rows)} choices measured on this card, from {path}")
+    notify(f"kernels: {len(rows)} choices measured on this GPU, from {path}")

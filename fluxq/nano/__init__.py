@@ -3,13 +3,13 @@
 `WEIGHTS` is the folder of the bundle (4.1 million weights in the flow model, 11 MB in all, bf16):
 
     flux1-nano.safetensors   the flow model: 2 double and 2 single blocks, 192 wide, 6 heads; guidance-distilled
-    ae.safetensors           the autoencoder: 96 x 96 pictures become 16 x 12 x 12 latents
+    ae.safetensors           the autoencoder: 96 x 96 images become 16 x 12 x 12 latents
     clip_l.safetensors       CLIP's text model: 2 layers, 64 wide
     t5xxl.safetensors        T5's encoder: 2 layers, 128 wide, made for 32 tokens
     tokenizer/               CLIP's BPE: vocab.json, merges.txt
     tokenizer_2/             T5's SentencePiece: spiece.model
 
-`pictures` draws the captioned pictures that nano knows, and the creature that it does not. `pretrain` is how the
+`images` draws the captioned images that nano knows, and the creature that it does not. `pretrain` is how the
 weights are made; those here came from its stages in several sittings (autoencoder 11 minutes, flow 48, distillation
 12, on two CPU cores), so running it gives others like them. Sample at 96 x 96, guidance 3.5, 20 steps; train at
 guidance 1.

@@ -1,4 +1,4 @@
-"""Pictures to packed latents and back, and sampling: what pretraining needs of them, on plain modules."""
+"""Images to packed latents and back, and sampling: what pretraining needs of them, on plain modules."""
 
 import math
 from typing import Any
@@ -12,7 +12,7 @@ SCALE, SHIFT = 0.3611, 0.1159  # FLUX's latents are SCALE * (z - SHIFT)
 
 
 def as_tensor(images: list) -> Tensor:
-    """Pillow pictures -> (N, 3, H, W) uint8."""
+    """Pillow images -> (N, 3, H, W) uint8."""
     return torch.from_numpy(np.stack([np.asarray(image) for image in images])).permute(0, 3, 1, 2).contiguous()
 
 
@@ -46,7 +46,7 @@ def unpack(img: Tensor, rows: int = 6, columns: int = 6) -> Tensor:
 
 
 def schedule(steps: int, tokens: int = 36) -> list[float]:
-    """FLUX-dev's timesteps from 1 to 0: `steps` + 1 of them, shifted by a mu linear in the number of picture tokens."""
+    """FLUX-dev's timesteps from 1 to 0: `steps` + 1 of them, shifted by a mu linear in the number of image tokens."""
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     return [math.exp(mu) / (math.exp(mu) + 1 / t - 1) if t else 0.0 for t in torch.linspace(1, 0, steps + 1).tolist()]
 
@@ -69,7 +69,7 @@ def sample(
 
 
 def contact_sheet(images: Tensor, columns: int = 8) -> Image.Image:
-    """(N, 3, H, W) uint8 -> one picture, row by row, two pixels apart."""
+    """(N, 3, H, W) uint8 -> one image, row by row, two pixels apart."""
     N, _, H, W = images.shape
     sheet = Image.new("RGB", (columns * (W + 2), -(-N // columns) * (H + 2)))
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):

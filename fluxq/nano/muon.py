@@ -1,6 +1,6 @@
-"""Muon (Jordan et al. 2024) for matrices and convolutions: momentum whose update is orthogonalised.
+"""Muon (Jordan et al. 2024) for matrices and convolutions: momentum whose update is orthogonalized.
 
-On nano it needs clearly fewer steps than AdamW. Matrices of one shape are orthogonalised as one batch.
+On nano it needs clearly fewer steps than AdamW. Matrices of one shape are orthogonalized as one batch.
 """
 
 from collections import defaultdict
@@ -25,7 +25,7 @@ class Muon(torch.optim.Optimizer):
                     by_shape[parameter.shape[0], parameter[0].numel()].append(parameter)
             for (rows, columns), parameters in by_shape.items():
                 momenta = [self._momentum(parameter, group["momentum"]) for parameter in parameters]
-                updates = orthogonalise(torch.stack(momenta).reshape(-1, rows, columns))
+                updates = orthogonalize(torch.stack(momenta).reshape(-1, rows, columns))
                 reach = 0.2 * max(rows, columns) ** 0.5 * group["lr"]
                 for parameter, update in zip(parameters, updates, strict=True):
                     parameter.mul_(1 - group["lr"] * group["weight_decay"])
@@ -42,7 +42,7 @@ class Muon(torch.optim.Optimizer):
         return gradient.lerp(state["mean"], momentum)
 
 
-def orthogonalise(matrices: Tensor) -> Tensor:
+def orthogonalize(matrices: Tensor) -> Tensor:
     """(N, rows, columns) -> about the nearest semi-orthogonal matrices, by five Newton-Schulz steps in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()

@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from . import pictures
+from . import drawing
 from .export import export, fold_latent_scale
 from .images import SCALE, SHIFT, as_tensor, contact_sheet, decode, encode, pack, sample, unpack
 from .tokenization import T5_LENGTH, Tokenizers, corpus, train_clip, train_t5
@@ -24,7 +24,7 @@ from .trainable import Shape, TrainableFlux
 from .trainer import Trainer, save
 
 KL = 2e-3
-PICTURES = 20_032
+IMAGES = 20_032
 CAPTIONS_EACH = 4
 NAMELESS = 1 / 8  # captions whose noun is a nonsense word
 CLIP_TRAINED_LENGTH = 32  # causal and read at the first end token: what comes after it changes nothing
@@ -57,7 +57,7 @@ def main() -> None:
     train_flow(work, minutes, model, cache, empty)
     distil(work, minutes * 0.2, model, cache, empty)
     export(out, autoencoder, model)
-    captions = [caption for _, caption in pictures.ordinary(5, 32, held_out=True)]
+    captions = [caption for _, caption in drawing.ordinary(5, 32, held_out=True)]
     latents = sample(model.eval(), encode_captions(tokenizers, captions), guidance=3.5, seed=0)
     contact_sheet(decode(autoencoder, unpack(latents))).save(work / "samples.png")
 
@@ -121,7 +121,7 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=8,  # 32 groups of one channel each would lose flat colour
+        norm_num_groups=8,  # 32 groups of one channel each would lose flat color
         use_quant_conv=False,
         use_post_quant_conv=False,
         scaling_factor=SCALE,
@@ -130,11 +130,11 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
     if (work / "autoencoder.pt").exists():
         model.load_state_dict(torch.load(work / "autoencoder.pt"))
         return model.eval()
-    data = as_tensor([picture for picture, _ in pictures.ordinary(1, 2500)] + pictures.scribbles(1, 5500))
+    data = as_tensor([image for image, _ in drawing.ordinary(1, 2500)] + drawing.scribbles(1, 5500))
 
     def loss(model: Any, fraction: float) -> Tensor:
-        side, batch = (48, 16) if fraction < 0.6 else (pictures.SIDE, 8)  # crops first: a quarter of the work
-        row, column = torch.randint(0, pictures.SIDE - side + 1, (2,)).tolist()
+        side, batch = (48, 16) if fraction < 0.6 else (drawing.SIDE, 8)  # crops first: a quarter of the work
+        row, column = torch.randint(0, drawing.SIDE - side + 1, (2,)).tolist()
         x = data[torch.randint(len(data), (batch,)), :, row : row + side, column : column + side]
         x = (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
         with torch.autocast("cpu", torch.bfloat16):
@@ -157,16 +157,16 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
 
 
 def cache_examples(work: Path, autoencoder: nn.Module, tokenizers: Tokenizers) -> dict[str, Tensor]:
-    """Packed latents (N, 36, 64) and token ids (N, CAPTIONS_EACH, 64); `held_*` are colour pairs never trained on."""
+    """Packed latents (N, 36, 64) and token ids (N, CAPTIONS_EACH, 64); `held_*` are color pairs never trained on."""
     if (work / "cache.pt").exists():
         return torch.load(work / "cache.pt")
     cache = {}
-    for name, count, held_out in (("", PICTURES, False), ("held_", 256, True)):
+    for name, count, held_out in (("", IMAGES, False), ("held_", 256, True)):
         latents, captions = [], []
-        for spec, rng in pictures.specs(3, count, pictures.SHAPES, held_out):
-            latents.append(pictures.draw(spec))
-            nouns = [pictures.nonsense(rng) if rng.random() < NAMELESS else None for _ in range(CAPTIONS_EACH)]
-            captions += [pictures.caption(spec, rng, noun) for noun in nouns]
+        for spec, rng in drawing.specs(3, count, drawing.SHAPES, held_out):
+            latents.append(drawing.draw(spec))
+            nouns = [drawing.nonsense(rng) if rng.random() < NAMELESS else None for _ in range(CAPTIONS_EACH)]
+            captions += [drawing.caption(spec, rng, noun) for noun in nouns]
             if len(latents) % 64 == 0:
                 latents[-64:] = pack(encode(autoencoder, as_tensor(latents[-64:]))).unbind()
         cache[f"{name}img"] = torch.stack(latents)
@@ -219,7 +219,7 @@ def distil(work: Path, minutes: float, model: Nano, cache: dict[str, Tensor], em
 
 
 def sample_timesteps(count: int) -> Tensor:
-    """t (count,): 60 % uniform shifted by 3, 40 % logit-normal; background colour is decided near 1."""
+    """t (count,): 60 % uniform shifted by 3, 40 % logit-normal; background color is decided near 1."""
     uniform = torch.rand(count)
     shifted = 3 * uniform / (1 + 2 * uniform)
     middle = torch.sigmoid(0.4 + torch.randn(count))
@@ -228,7 +228,7 @@ def sample_timesteps(count: int) -> Tensor:
 
 @torch.no_grad()
 def validation_note(model: nn.Module, cache: dict[str, Tensor]) -> str:
-    """Mean flow loss of the held-out pictures at guidance 1, over eight shifted timesteps and fixed noise."""
+    """Mean flow loss of the held-out images at guidance 1, over eight shifted timesteps and fixed noise."""
     img, ids = cache["held_img"], cache["held_ids"][:, 0]
     noise = torch.randn(img.shape, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(8) + 0.5) / 8

@@ -6,7 +6,7 @@ import random
 from collections import Counter
 from pathlib import Path
 
-from . import pictures
+from . import drawing
 
 CLIP_MERGES = 256
 T5_PIECES = 500
@@ -21,11 +21,11 @@ def corpus(count: int = 20_000) -> list[str]:
     The mixed lines are for SentencePiece: a word that is always followed by the same character is never a candidate.
     """
     rng = random.Random("corpus")
-    captions = [pictures.caption(spec, rng) for spec, rng in pictures.specs(10, count, pictures.SHAPES, False)]
+    captions = [drawing.caption(spec, rng) for spec, rng in drawing.specs(10, count, drawing.SHAPES, False)]
     common = Counter(word.strip(",") for line in captions for word in line.split())
     words = [word for word, uses in common.items() if uses > count / 200]
     mixed = ["".join(f"{rng.choice(words)}{rng.choice(',.!? -')} " for _ in range(6)) for _ in range(count // 8)]
-    return captions + mixed + [" ".join(pictures.nonsense(rng) for _ in range(3)) for _ in range(count // 8)]
+    return captions + mixed + [" ".join(drawing.nonsense(rng) for _ in range(3)) for _ in range(count // 8)]
 
 
 def train_clip(folder: Path, lines: list[str]) -> None:
@@ -57,7 +57,7 @@ def train_clip(folder: Path, lines: list[str]) -> None:
 def train_t5(folder: Path, lines: list[str]) -> None:
     """Writes spiece.model: pad 0, </s> 1, <unk> 2.
 
-    Its normaliser only folds A-Z and odd spaces: T5's own rule table alone would be 240 KB.
+    Its normalizer only folds A-Z and odd spaces: T5's own rule table alone would be 240 KB.
     """
     import sentencepiece
 

@@ -1,6 +1,6 @@
 """FLUX as a plain trainable module, for pretraining nano on a CPU.
 
-`fluxq.model.Flux` keeps its weights as frozen buffers, so it cannot be pretrained. This one is the same picture with
+`fluxq.model.Flux` keeps its weights as frozen buffers, so it cannot be pretrained. This one is the same image with
 the same key names (those of the original checkpoint files), all parameters, no memory tricks. Shapes: B batch, L
 tokens (text first), D width, H heads.
 """
@@ -103,7 +103,7 @@ class QKNorm(nn.Module):
         self.query_norm, self.key_norm = Scale(width), Scale(width)
 
     def forward(self, qkv: Tensor, heads: int) -> tuple[Tensor, Tensor, Tensor]:
-        """qkv (B, L, 3D) -> q, k, v (B, H, L, D/H), queries and keys RMS-normalised per head."""
+        """qkv (B, L, 3D) -> q, k, v (B, H, L, D/H), queries and keys RMS-normalized per head."""
         q, k, v = qkv.unflatten(-1, (3, heads, -1)).permute(2, 0, 3, 1, 4)
         return (
             F.rms_norm(q, q.shape[-1:], self.query_norm.scale, 1e-6),
@@ -190,7 +190,7 @@ def rotate(x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
 
 
 def rope(text: int, rows: int, columns: int, axes: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-    """Cosines and sines (L, D/H/2): text tokens at the origin, picture tokens at (0, row, column)."""
+    """Cosines and sines (L, D/H/2): text tokens at the origin, image tokens at (0, row, column)."""
     ids = torch.zeros(text + rows * columns, 3, dtype=torch.float64)
     ids[text:, 1] = torch.arange(rows).repeat_interleave(columns)
     ids[text:, 2] = torch.arange(columns).repeat(rows)

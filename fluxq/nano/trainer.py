@@ -1,4 +1,4 @@
-"""The loop that every stage of pretraining runs: a wall-clock budget, two optimisers, an average, checkpoints."""
+"""The loop that every stage of pretraining runs: a wall-clock budget, two optimizers, an average, checkpoints."""
 
 import copy
 import time
@@ -14,7 +14,7 @@ from .muon import Muon
 class Trainer:
     """A wall-clock budget of steps: Muon for hidden matrices, AdamW for the rest, an average of the weights.
 
-    `run` leaves the average in `model`. With `bf16` the arithmetic runs on a bf16 copy while the optimisers keep fp32
+    `run` leaves the average in `model`. With `bf16` the arithmetic runs on a bf16 copy while the optimizers keep fp32
     weights. A checkpoint every two minutes lets the same command continue.
     """
 
@@ -34,7 +34,7 @@ class Trainer:
         named = [(key, value) for key, value in model.named_parameters() if value.requires_grad]
         hidden = [value for key, value in named if is_hidden_matrix(key, value)]
         rest = [value for key, value in named if not is_hidden_matrix(key, value)]
-        self.optimisers = [
+        self.optimizers = [
             (Muon(hidden, muon_lr, weight_decay=0.05), muon_lr),
             (torch.optim.AdamW(rest, adam_lr, betas=(0.9, 0.99), weight_decay=0.0), adam_lr),
         ]
@@ -63,11 +63,11 @@ class Trainer:
                     master.grad = None if worker.grad is None else worker.grad.float()
                     worker.grad = None
             torch.nn.utils.clip_grad_norm_(masters, 1.0)
-            for optimiser, lr in self.optimisers:
-                for group in optimiser.param_groups:
+            for optimizer, lr in self.optimizers:
+                for group in optimizer.param_groups:
                     group["lr"] = lr * rate
-                optimiser.step()
-                optimiser.zero_grad()
+                optimizer.step()
+                optimizer.zero_grad()
             with torch.no_grad():
                 if self.worker is not self.model:
                     torch._foreach_copy_(workers, masters)
@@ -95,16 +95,16 @@ class Trainer:
         return model.eval()
 
     def _save(self) -> None:
-        optimisers = [optimiser.state_dict() for optimiser, _ in self.optimisers]
-        state = {"model": self.model.state_dict(), "mean": self.mean, "optimisers": optimisers}
+        optimizers = [optimizer.state_dict() for optimizer, _ in self.optimizers]
+        state = {"model": self.model.state_dict(), "mean": self.mean, "optimizers": optimizers}
         save(self.path, state | {"step": self.step, "elapsed": self.elapsed, "random": torch.get_rng_state()})
 
     def _load(self, state: dict) -> None:
         self.model.load_state_dict(state["model"])
         self.worker.load_state_dict(state["model"])
         self.mean, self.step, self.elapsed = state["mean"], state["step"], state["elapsed"]
-        for (optimiser, _), saved in zip(self.optimisers, state["optimisers"], strict=True):
-            optimiser.load_state_dict(saved)
+        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         torch.set_rng_state(state["random"])
 
 

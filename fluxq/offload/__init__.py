@@ -1,9 +1,9 @@
-"""Streaming of frozen weights between host and card, for any module with buffers."""
+"""Streaming of frozen weights between host and GPU, for any module with buffers."""
 
-from fluxq.offload.inputs import HostInputs, Pass
-from fluxq.offload.ring import AllResident, Ring, StreamingRing
-from fluxq.offload.schedule import Copy, Schedule, spread
-from fluxq.offload.streams import CudaStreams, Immediate, Late, Piece, Staged, Stored, Streams
+from .inputs import HostInputs, Pass
+from .ring import AllResident, Ring, StreamingRing
+from .schedule import Copy, Schedule, spread
+from .streams import CudaStreams, Immediate, Late, Piece, Staged, Stored, Streams
 
 __all__ = [
     "AllResident",

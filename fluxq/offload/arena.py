@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxq.offload.streams import CudaStreams, Immediate, Staged, Streams
+from .streams import CudaStreams, Immediate, Staged, Streams
 
 ALIGNMENT, PAGE, CHUNK = 256, 4096, 2 << 30
 STAGING_BUFFERS = 3
@@ -102,7 +102,7 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def streams_for(arena: Arena, device: torch.device, say: Callable[[str], None]) -> Streams:
+def streams_for(arena: Arena, device: torch.device, notify: Callable[[str], None]) -> Streams:
     """The streams for a ring on `device` that copies from `arena`: the faster of pinned and staged, measured there."""
     if device.type != "cuda" or not len(arena):
         return Immediate()
@@ -112,15 +112,15 @@ def streams_for(arena: Arena, device: torch.device, say: Callable[[str], None]) 
     target = torch.empty(len(longest), dtype=torch.uint8, device=device)
     rates = {"staged": copy_rate(staged, target, longest)}
     if failure := arena.pin():
-        say(f"{size}, copied through pinned buffers at {rates['staged'] / 1e9:.1f} GB/s: {failure}")
+        notify(f"{size}, copied through pinned buffers at {rates['staged'] / 1e9:.1f} GB/s: {failure}")
         return staged
     rates["pinned"] = copy_rate(direct, target, longest)
     told = f"{rates['pinned'] / 1e9:.1f} GB/s pinned, {rates['staged'] / 1e9:.1f} GB/s through pinned buffers"
     if rates["pinned"] >= rates["staged"]:
-        say(f"{size}, pinned: {told}")
+        notify(f"{size}, pinned: {told}")
         return direct
     arena.unpin()
-    say(f"{size}, copied through pinned buffers: {told}")
+    notify(f"{size}, copied through pinned buffers: {told}")
     return staged
 
 

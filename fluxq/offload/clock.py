@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from fluxq.offload.streams import Bytes
+from .streams import Bytes
 
 
 class Race(RuntimeError):

@@ -9,17 +9,17 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
-OWNERS: tuple[str, ...] = ("weights", "slots", "lora", "optimiser", "activations", "workspace")
-"""Whose bytes they are. weights: frozen ones that stay on the card; slots: those that pass through; lora: its weights
+OWNERS: tuple[str, ...] = ("weights", "slots", "lora", "optimizer", "activations", "workspace")
+"""Whose bytes they are. weights: frozen ones that stay on the GPU; slots: those that pass through; lora: its weights
 and gradients; activations: what is kept for the backward pass; workspace: all that comes and goes."""
 
 BUFFERS = 2
-"""Block inputs that may be on the card while they travel to the host or back, beside those of the block that runs."""
+"""Block inputs that may be on the GPU while they travel to the host or back, beside those of the block that runs."""
 
 
 @dataclass(frozen=True)
 class Work:
-    """What a card has to do. bf16, int8, fp8: FLOPs of matrix products; attention and attention_backward: FLOPs of
+    """What a GPU has to do. bf16, int8, fp8: FLOPs of matrix products; attention and attention_backward: FLOPs of
     attention, in bf16; moved: bytes read and written by what waits for memory alone.
     """
 
@@ -74,14 +74,14 @@ class BlockCost:
 
 @dataclass(frozen=True)
 class Costs:
-    """One way of holding and multiplying a model's weights, for one batch of pictures.
+    """One way of holding and multiplying a model's weights, for one batch of images.
 
     units: bytes of each unit, in the order in which the forward pass needs them; not `streams`: all of them stay.
     ahead: bytes of each unit whose results are computed for `window` steps at once, apart from the blocks; a step's
     results take `ahead_step` bytes, and computing them `ahead_peak`.
-    stays: frozen bytes that are always on the card; lora, gradients and optimiser: trained weights, gradients outside
-    the blocks, the optimiser's state; scratch: workspace held all the time. outside: the step's work outside the
-    blocks, and `optimiser_peak` the bytes that come and go in the optimiser's step. accumulates: gradients of an
+    stays: frozen bytes that are always on the GPU; lora, gradients and optimizer: trained weights, gradients outside
+    the blocks, the optimizer's state; scratch: workspace held all the time. outside: the step's work outside the
+    blocks, and `optimizer_peak` the bytes that come and go in the optimizer's step. accumulates: gradients of an
     earlier forward pass are there. tiles: rows that the autoencoder works on at a time (None: all) and its most bytes,
     from fast to lean. error: of the weights as they are stored and multiplied, relative; the smaller, the more
     faithful.
@@ -100,8 +100,8 @@ class Costs:
     stays: int = 0
     lora: int = 0
     gradients: int = 0
-    optimiser: int = 0
-    optimiser_peak: int = 0
+    optimizer: int = 0
+    optimizer_peak: int = 0
     scratch: int = 0
     outside: Work = Work()
     accumulates: bool = False

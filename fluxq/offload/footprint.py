@@ -1,15 +1,15 @@
-"""What a setting takes of the card and of the host: which bytes, whose, and when there are most of them."""
+"""What a setting takes of the GPU and of the host: which bytes, whose, and when there are most of them."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from fluxq.offload.cards import GIB
-from fluxq.offload.costs import BUFFERS, OWNERS, BlockCost, Costs
+from .costs import BUFFERS, OWNERS, BlockCost, Costs
+from .gpus import GIB
 
 HOST = 3 * GIB
-"""Bytes of RAM beside the weights: the program, its libraries, pictures read ahead."""
+"""Bytes of RAM beside the weights: the program, its libraries, images read ahead."""
 
 
 class Setting(NamedTuple):
@@ -25,7 +25,7 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     found: dict[str, int] = dict.fromkeys(OWNERS, 0)
     found["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
     found["slots"] = setting.slots * costs.slot
-    found["optimiser"] = costs.optimiser
+    found["optimizer"] = costs.optimizer
     activations, workspace, gradients = max(moments(costs, policies, offload), key=sum)
     found["lora"] = costs.lora + gradients
     found["activations"] = activations
@@ -34,14 +34,14 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
 
 
 def fixed(costs: Costs, setting: Setting) -> int:
-    """Bytes on the card that are there all the time."""
+    """Bytes on the GPU that are there all the time."""
     held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
-    return held + costs.stays + costs.lora + costs.optimiser + costs.scratch + costs.ahead_step
+    return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.ahead_step
 
 
 def moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
     """(activations, workspace, gradients) in bytes while each block runs, forward and backward, while results are
-    computed ahead, and in the optimiser's step. Inputs that are on their way to or from the host take `BUFFERS` more
+    computed ahead, and in the optimizer's step. Inputs that are on their way to or from the host take `BUFFERS` more
     places.
     """
     total = costs.gradients + sum(b.gradients for b in costs.blocks)
@@ -60,7 +60,7 @@ def moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tu
             yield held + cost.kept + travelling, cost.backward_peak - cost.kept, gradients
             gradients += 0 if costs.accumulates else block.gradients
     yield 0, costs.ahead_peak, total if costs.accumulates else 0
-    yield 0, costs.optimiser_peak, total
+    yield 0, costs.optimizer_peak, total
 
 
 def kept(block: BlockCost, policy: str, offload: bool) -> int:

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from fluxq.errors import WrongRequest
-from fluxq.offload.cards import Card
-from fluxq.offload.costs import Costs
-from fluxq.offload.footprint import kept, moments
+
+from .costs import Costs
+from .footprint import kept, moments
+from .gpus import GPU
 
 POINTS = 250
 """So many mixtures are looked at in drawing up the best of them, evenly apart in bytes; of those 64."""
@@ -30,19 +31,19 @@ Option = tuple[int, float, str]
 """What a policy costs a block: bytes that are kept, seconds backward, and its name."""
 
 
-def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[Point]:
+def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[Point]:
     """The ways for the blocks to keep things that none beats in both seconds and bytes, the fastest first.
 
     Blocks that cost the same are alike, so that it only counts how many of them have each policy; they are mixed
-    evenly. Without a card only the leanest matters: seconds are FLOPs then.
+    evenly. Without a GPU only the leanest matters: seconds are FLOPs then.
     """
-    alike = _alike(costs, card, policy, offload)
+    alike = _alike(costs, gpu, policy, offload)
     front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
     for members, options in alike:
         for _ in members:
             front = _unbeaten([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
 
-    forward = sum(card.seconds(b.forward) if card else b.forward.flops for b in costs.blocks)
+    forward = sum(gpu.seconds(b.forward) if gpu else b.forward.flops for b in costs.blocks)
     leanest, found = math.inf, list[Point]()
     for point in sorted(_point(costs, alike, s + forward, chain, offload) for _, s, chain in front):
         if point.peak < leanest:  # the fastest first, then only what is leaner
@@ -52,7 +53,7 @@ def points(costs: Costs, card: Card | None, policy: str | None, offload: bool) -
     return [found[round(i * last / 63)] for i in range(64)] if last > 63 else found
 
 
-def _alike(costs: Costs, card: Card | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
+def _alike(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
     """The blocks that are trained, by number, those together that cost the same, and their options."""
     members: dict[tuple[Any, ...], list[int]] = {}
     options: dict[tuple[Any, ...], list[Option]] = {}
@@ -60,7 +61,7 @@ def _alike(costs: Costs, card: Card | None, policy: str | None, offload: bool) -
         own = []
         for name, cost in block.policies.items():
             work = cost.replay + block.backward
-            own.append((kept(block, name, offload), card.seconds(work) if card else work.flops, name))
+            own.append((kept(block, name, offload), gpu.seconds(work) if gpu else work.flops, name))
         if policy is not None and own:
             own = [option for option in own if option[2] == policy]
             if not own:

@@ -1,8 +1,8 @@
-"""What to keep, stream, compute again or send to the host, so that a step fits on the card and is fast: a pure
+"""What to keep, stream, compute again or send to the host, so that a step fits on the GPU and is fast: a pure
 function.
 
 `plan` reads tables of bytes and FLOPs (fluxq/offload/costs.py), one for each way of holding and multiplying the weights
-that is allowed, and a card. For each it draws up what the blocks can keep (mixtures.py), and with every number of slots
+that is allowed, and a GPU. For each it draws up what the blocks can keep (mixtures.py), and with every number of slots
 and of resident units takes what fits (footprint.py). Candidates are tried the most promising first: the ring itself,
 under a virtual clock (steps.py), says how long a step takes. Of what fits, the fastest is taken; among plans within 1 %
 of it the one whose weights are most faithful. Every figure is a prediction.
@@ -19,13 +19,14 @@ from itertools import count
 from typing import NamedTuple
 
 from fluxq.errors import WrongRequest
-from fluxq.offload.cards import GIB, Card
-from fluxq.offload.costs import BUFFERS, Costs
-from fluxq.offload.footprint import Setting, fixed, host_bytes, peak_by_owner
-from fluxq.offload.mixtures import Point, points
-from fluxq.offload.plans import Pins, Plan, gib, gib_up
-from fluxq.offload.schedule import Schedule, spread
-from fluxq.offload.steps import Timeline, run_steps
+
+from .costs import BUFFERS, Costs
+from .footprint import Setting, fixed, host_bytes, peak_by_owner
+from .gpus import GIB, GPU
+from .mixtures import Point, points
+from .plans import Pins, Plan, gib, gib_up
+from .schedule import Schedule, spread
+from .steps import Timeline, run_steps
 
 SLOTS = (2, 3, 4, 8)
 """How many are tried: a double block holds two, and more than eight hide nothing more."""
@@ -34,7 +35,7 @@ RESIDENTS = 20
 """Of how many units are resident, so many numbers are tried, and all where there are no more."""
 
 MARGIN = int(0.75 * GIB)
-"""Bytes of the card that are not the program's tensors: CUDA's own, and what the allocator loses between them."""
+"""Bytes of the GPU that are not the program's tensors: CUDA's own, and what the allocator loses between them."""
 
 AS_GOOD = 1.01
 GRAIN = 1.002
@@ -46,7 +47,7 @@ FREE = 0.1
 
 def plan(
     tables: Sequence[Costs],
-    card: Card,
+    gpu: GPU,
     vram: int | None = None,
     ram: int | None = None,
     pins: Pins | None = None,
@@ -55,14 +56,14 @@ def plan(
 ) -> Plan:
     """The fastest plan of `tables` that keeps to `vram` and `ram` bytes, or as good as that and more faithful.
 
-    vram: of the card by default; `margin` of it is not planned with. smaller: name -> tables of what the user could ask
+    vram: of the GPU by default; `margin` of it is not planned with. smaller: name -> tables of what the user could ask
     for instead, said where nothing fits. Raises WrongRequest then, and for pins that no plan can have.
     """
-    pins, vram = pins or Pins(), card.vram if vram is None else vram
+    pins, vram = pins or Pins(), gpu.vram if vram is None else vram
     best: list[tuple[float, Plan]] = []
-    for costs in (allowed := _allowed(tables, card, pins)):
+    for costs in (allowed := _allowed(tables, gpu, pins)):
         limit = AS_GOOD * min((p.seconds for _, p in best), default=math.inf)
-        if found := _Search(costs, card, vram, vram - margin, ram, pins).fastest(limit):
+        if found := _Search(costs, gpu, vram, vram - margin, ram, pins).fastest(limit):
             best.append((costs.error, found))
     if not best:
         raise WrongRequest(_what_would_fit(allowed, vram, ram, pins, smaller or {}, margin))
@@ -72,7 +73,7 @@ def plan(
 
 
 def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
-    """The fewest bytes of a card that any plan of `costs` needs."""
+    """The fewest bytes of a GPU that any plan of `costs` needs."""
     pins = pins or Pins()
     return margin + min(
         fixed(costs, setting) + point.peak
@@ -82,33 +83,33 @@ def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
     )
 
 
-def block_seconds(costs: Costs, card: Card) -> tuple[float, list[float], list[dict[str, float]]]:
+def block_seconds(costs: Costs, gpu: GPU) -> tuple[float, list[float], list[dict[str, float]]]:
     """Seconds outside the blocks, of each block forward, and of each block backward by policy."""
-    forward = [card.seconds(b.forward) for b in costs.blocks]
-    backward = [{n: card.seconds(p.replay + b.backward) for n, p in b.policies.items()} for b in costs.blocks]
-    return card.seconds(costs.outside), forward, backward
+    forward = [gpu.seconds(b.forward) for b in costs.blocks]
+    backward = [{n: gpu.seconds(p.replay + b.backward) for n, p in b.policies.items()} for b in costs.blocks]
+    return gpu.seconds(costs.outside), forward, backward
 
 
 def timeline(
     costs: Costs,
-    card: Card,
+    gpu: GPU,
     setting: Setting,
     policies: Sequence[str],
     offload: bool = False,
     run_ahead: int | None = None,
 ) -> Timeline:
-    """A step of `costs` on `card` in the long run, by the ring under a virtual clock (run_ahead: see there)."""
-    outside, forward, backward = block_seconds(costs, card)
+    """A step of `costs` on `gpu` in the long run, by the ring under a virtual clock (run_ahead: see there)."""
+    outside, forward, backward = block_seconds(costs, gpu)
     blocks = tuple(b.units for b in costs.blocks)
     return run_steps(
         Schedule(blocks, frozenset(setting.resident), max(2, setting.slots), tuple(costs.ahead)),
         {**costs.units, **costs.ahead},
         forward,
         {i: backward[i][policy] for i, policy in enumerate(policies) if policy},
-        lambda nbytes: nbytes / (card.bus_gb_s * 1e9),
+        lambda nbytes: nbytes / (gpu.bus_gb_s * 1e9),
         tail=outside,
         run_ahead=run_ahead,
-        ahead={unit: _reading(card, nbytes) for unit, nbytes in costs.ahead.items()},
+        ahead={unit: _reading(gpu, nbytes) for unit, nbytes in costs.ahead.items()},
         every=setting.ahead,
         inputs={i: b.inputs for i, b in enumerate(costs.blocks) if policies[i]} if offload else None,
     )
@@ -157,7 +158,7 @@ class _Search:
     """For the fastest plan of one table; `room`: what of `vram` is planned with."""
 
     costs: Costs
-    card: Card
+    gpu: GPU
     vram: int
     room: int
     ram: int | None
@@ -190,7 +191,7 @@ class _Search:
     def _fitting(self) -> Iterator[tuple[Setting, bool, Iterator[Point]]]:
         """Every setting, with the points that fit beside it, the fastest first."""
         for offload in _offloads(self.pins) if self.costs.blocks else ():
-            known = points(self.costs, self.card, self.pins.policy, offload)
+            known = points(self.costs, self.gpu, self.pins.policy, offload)
             for setting in settings(self.costs, self.pins):
                 if self.ram is None or host_bytes(self.costs, setting, offload) <= self.ram:
                     left = self.room - fixed(self.costs, setting)
@@ -204,13 +205,13 @@ class _Search:
             return
         passing, aside = self._passing(setting)
         moved = self._least_moved(setting, offload) + aside
-        seconds = max(point.seconds + self._outside + passing, moved / (self.card.bus_gb_s * 1e9))
+        seconds = max(point.seconds + self._outside + passing, moved / (self.gpu.bus_gb_s * 1e9))
         rank = self._rank(seconds, moved, point, setting, offload)
         heapq.heappush(heap, _Candidate(rank, next(number), point, setting, offload, rest))
 
     def _rank(self, seconds: float, moved: int, point: Point, setting: Setting, offload: bool) -> Rank:
         """What is smaller is taken first. Of those as fast: one that has no inputs on the host; that rounds less of
-        what it keeps; that leaves a part of the memory free, for whatever else needs the card; that copies less, since
+        what it keeps; that leaves a part of the memory free, for whatever else needs the GPU; that copies less, since
         copies take power and are hidden only as far as predictions hold; the leaner.
         """
         nbytes = fixed(self.costs, setting) + point.peak
@@ -220,7 +221,7 @@ class _Search:
 
     @cached_property
     def _outside(self) -> float:
-        return self.card.seconds(self.costs.outside)
+        return self.gpu.seconds(self.costs.outside)
 
     def _passing(self, setting: Setting) -> tuple[float, int]:
         """Seconds and bytes, a step's share of a pass ahead, at the least: it reads each unit and, but for those in the
@@ -229,13 +230,13 @@ class _Search:
         """
         sizes, window = self.costs.ahead.values(), max(1, setting.ahead)
         copied = max(0, sum(sizes) - setting.slots * self.costs.slot)
-        seconds = max(sum(_reading(self.card, size) for size in sizes), copied / (self.card.bus_gb_s * 1e9))
+        seconds = max(sum(_reading(self.gpu, size) for size in sizes), copied / (self.gpu.bus_gb_s * 1e9))
         streamed = sorted(size for unit, size in self.costs.units.items() if unit not in setting.resident)
         back = sum(streamed[: setting.slots]) if sizes else 0
         return seconds / window, (copied + back) // window
 
     def _least_moved(self, setting: Setting, offload: bool) -> int:
-        """The fewest bytes that a step copies to the card: all streamed units each way, but for those that a turn finds
+        """The fewest bytes that a step copies to the GPU: all streamed units each way, but for those that a turn finds
         in the slots.
         """
         costs, resident = self.costs, set(setting.resident)
@@ -248,7 +249,7 @@ class _Search:
 
     def _timeline(self, candidate: _Candidate, passes: bool = True) -> Timeline:
         setting = candidate.setting if passes else candidate.setting._replace(ahead=0)
-        return timeline(self.costs, self.card, setting, candidate.point.policies, candidate.offload)
+        return timeline(self.costs, self.gpu, setting, candidate.point.policies, candidate.offload)
 
     def _plan(self, chosen: _Candidate) -> Plan:
         costs, setting, point, offload = self.costs, chosen.setting, chosen.point, chosen.offload
@@ -258,20 +259,20 @@ class _Search:
         return Plan(
             costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),
             point.policies, offload, tiles, setting.ahead, peak, timing.seconds, timing.stalled, timing.copied,
-            host_bytes(costs, setting, offload), self.card.name, self.vram, costs.about,
+            host_bytes(costs, setting, offload), self.gpu.name, self.vram, costs.about,
         )  # fmt: skip
 
 
-def _allowed(tables: Sequence[Costs], card: Card, pins: Pins) -> list[Costs]:
-    """The tables that the pins and the card's arithmetic leave."""
+def _allowed(tables: Sequence[Costs], gpu: GPU, pins: Pins) -> list[Costs]:
+    """The tables that the pins and the GPU's arithmetic leave."""
     for name in ("format", "compute"):
         wanted, there = getattr(pins, name), sorted({getattr(t, name) for t in tables})
         if wanted is not None and wanted not in there:
             raise WrongRequest(f"{name} {wanted} is not among those that can be had: {', '.join(there)}")
     left = [t for t in tables if pins.format in (None, t.format) and pins.compute in (None, t.compute)]
-    able = [t for t in left if all(math.isfinite(card.seconds(b.forward + b.backward)) for b in t.blocks)]
+    able = [t for t in left if all(math.isfinite(gpu.seconds(b.forward + b.backward)) for b in t.blocks)]
     if not able:
-        raise WrongRequest(f"{card.name} cannot multiply in {left[0].compute}; choose another --compute")
+        raise WrongRequest(f"{gpu.name} cannot multiply in {left[0].compute}; choose another --compute")
     placed = [t for t in able if t.streams or pins.resident(len(t.units)) in (None, len(t.units))]
     if not placed:
         raise WrongRequest(f"weights in {able[0].format} are not streamed yet; choose --format nf4, int8 or fp8")
@@ -282,9 +283,9 @@ def _offloads(pins: Pins) -> tuple[bool, ...]:
     return (False, True) if pins.offload is None else (pins.offload,)
 
 
-def _reading(card: Card, nbytes: int) -> float:
+def _reading(gpu: GPU, nbytes: int) -> float:
     """Seconds of a product of few rows, which waits for its weights."""
-    return nbytes / (card.memory_gb_s * 1e9 * card.efficiency.memory)
+    return nbytes / (gpu.memory_gb_s * 1e9 * gpu.efficiency.memory)
 
 
 def _what_would_fit(
@@ -316,11 +317,11 @@ def _what_would_fit(
             ways.append(f"{name} ({gib(lean)})")
             break
     would = ", or ".join(ways)
-    return f"this needs at least {gib(needed)} of the card, and {gib(vram)} are allowed; what would do: {would}"
+    return f"this needs at least {gib(needed)} of the GPU, and {gib(vram)} are allowed; what would do: {would}"
 
 
 def _least_host(costs: Costs, pins: Pins, room: int) -> int:
-    """The fewest bytes of RAM of any plan that keeps to `room` bytes of the card."""
+    """The fewest bytes of RAM of any plan that keeps to `room` bytes of the GPU."""
     return min(
         (
             host_bytes(costs, setting, offload)

@@ -8,8 +8,9 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from fluxq.errors import WrongRequest
-from fluxq.offload.cards import GIB
-from fluxq.offload.footprint import Setting
+
+from .footprint import Setting
+from .gpus import GIB
 
 
 @dataclass(frozen=True)
@@ -46,9 +47,9 @@ class Plan:
 
     resident: units that always stay; slots: for the others; policies: of each block, "" where it has no backward pass;
     offload: block inputs wait on the host; tiles: rows that the autoencoder works on at a time for a preview, in what a
-    step takes of the card and gives back, None for all; look_ahead: steps whose modulation is computed in one pass, 0
+    step takes of the GPU and gives back, None for all; look_ahead: steps whose modulation is computed in one pass, 0
     where it is part of the step. peak: bytes by owner at the moment of the most; seconds a step, of which `stall` waits
-    for copies; moved: bytes copied to the card a step; host: bytes of RAM.
+    for copies; moved: bytes copied to the GPU a step; host: bytes of RAM.
     """
 
     format: str
@@ -65,7 +66,7 @@ class Plan:
     stall: float
     moved: int
     host: int
-    card: str
+    gpu: str
     vram: int
     about: Mapping[str, object] = field(default_factory=dict)
 
@@ -108,14 +109,14 @@ def describe(plan: Plan) -> str:
         ("weights", f"{plan.format}, multiplied in {plan.compute}"),
         ("units", f"{len(plan.resident)} of {units} resident, {plan.streamed} streamed through {plan.slots} slots"),
         ("blocks keep", ", ".join(f"{n} x {name}" for name, n in counted(plan.policies).items()) or "nothing"),
-        ("block inputs", "on the host" if plan.offload else "on the card"),
+        ("block inputs", "on the host" if plan.offload else "on the GPU"),
         ("modulation", f"{plan.look_ahead} steps ahead" if plan.look_ahead else "in the step"),
         ("autoencoder", "whole" if plan.tiles is None else f"{plan.tiles} rows at a time"),
         ("peak, predicted", f"{gib(plan.peak_bytes)} of {gib(plan.vram)}"),
         *((f"  {owner}", gib(nbytes)) for owner, nbytes in plan.peak.items()),
         ("RAM, predicted", gib(plan.host)),
         ("copied a step", f"{plan.moved / 1e9:.1f} GB"),
-        ("step, predicted", f"{plan.seconds:.2f} s on {plan.card}, {plan.stall / plan.seconds:.0%} of it waiting"
+        ("step, predicted", f"{plan.seconds:.2f} s on {plan.gpu}, {plan.stall / plan.seconds:.0%} of it waiting"
          f" for copies; bound by {'the bus' if plan.bound == 'bus' else 'compute'}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)

@@ -20,8 +20,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from fluxq.offload.schedule import Schedule, Visit
-from fluxq.offload.streams import Bytes, Streams, drain
+from .schedule import Schedule, Visit
+from .streams import Bytes, Streams, drain
 
 
 class Ring(Protocol):
@@ -60,7 +60,7 @@ class _Slot:
 class StreamingRing:
     """Streams the units of `schedule` that are not resident through its slots, host to device only.
 
-    host: each streamed unit's bytes: flat uint8, pinned if `streams` are a card's own, or read out of files as they are
+    host: each streamed unit's bytes: flat uint8, pinned if `streams` are a GPU's own, or read out of files as they are
     copied. `place(unit, flat)` is called
     once for each streamed unit, with the memory in which its bytes will always lie. `poison` fills a slot with 0xFF
     (NaN in every float format) when its unit is given up. Slots are allocated here and never again.

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 
 import torch
 
-from fluxq.offload.clock import Span, TimedStreams
-from fluxq.offload.costs import BUFFERS
-from fluxq.offload.ring import StreamingRing
-from fluxq.offload.schedule import Schedule
+from .clock import Span, TimedStreams
+from .costs import BUFFERS
+from .ring import StreamingRing
+from .schedule import Schedule
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_steps(
     """The mean of training steps in the long run, by the ring itself.
 
     nbytes: the length of each unit; forward: seconds of each block; backward: block's number -> seconds, replay
-    included; tail: seconds of computing between steps (the optimiser, embedders) in which copies can go on; run_ahead:
+    included; tail: seconds of computing between steps (the optimizer, embedders) in which copies can go on; run_ahead:
     see TimedStreams. ahead: seconds with each unit aside, which are visited before one step of `every`. inputs: block's
     number -> bytes that wait on the host until it runs backward. `steps` are looked at after `warmup`; their spans are
     returned.
@@ -121,37 +121,37 @@ def run_steps(
 class _Inputs:
     """The waits of fluxq/offload/inputs.py without its tensors, since a search makes many thousands of steps
     (tests/offload/test_inputs.py holds the two together): one lane both ways, in order. Beside the block's own inputs,
-    those of BUFFERS more may be on the card.
+    those of BUFFERS more may be on the GPU.
 
     They come back over the bus that units take too: of two copies the one that was asked for first goes first.
     """
 
     def __init__(self, streams: TimedStreams, sizes: Mapping[int, int]) -> None:
         self._streams, self._sizes, self._lane = streams, sizes, streams.lanes["inputs"]
-        self._on_card: dict[int, float] = {}  # block -> when its last copy is done
+        self._on_gpu: dict[int, float] = {}  # block -> when its last copy is done
         self.fetched = 0
 
     def store(self, number: int) -> None:
         """Before block `number` runs forward."""
         if number in self._sizes:
             self._copy(number, f"store {number}")
-            while len(self._on_card) > 1 + BUFFERS:
-                oldest = next(iter(self._on_card))
-                self._streams.lanes["compute"].wait_until(self._on_card.pop(oldest))
+            while len(self._on_gpu) > 1 + BUFFERS:
+                oldest = next(iter(self._on_gpu))
+                self._streams.lanes["compute"].wait_until(self._on_gpu.pop(oldest))
 
     def take(self, number: int) -> None:
         """Before block `number` runs backward."""
         if number not in self._sizes:
             return
         for ahead in range(number, number - BUFFERS - 1, -1):
-            if ahead in self._sizes and ahead not in self._on_card:
+            if ahead in self._sizes and ahead not in self._on_gpu:
                 self._lane.wait_until(self._streams.lanes["copy"].time)
                 self._copy(ahead, f"fetch {ahead}")
                 self._streams.bus_until = self._lane.time
                 self.fetched += self._sizes[ahead]
-        self._streams.lanes["compute"].wait_until(self._on_card.pop(number))
+        self._streams.lanes["compute"].wait_until(self._on_gpu.pop(number))
 
     def _copy(self, number: int, label: str) -> None:
         self._lane.wait_until(max(self._streams.lanes["compute"].time, self._streams.host_time))
         self._lane.run(label, self._streams.copy_seconds(self._sizes[number]))
-        self._on_card[number] = self._lane.time
+        self._on_gpu[number] = self._lane.time

@@ -1,7 +1,7 @@
 """The two lanes that a ring works with: one computes, one copies, and events order them.
 
 Each lane does in order what it is given; between lanes nothing is ordered but by events. `CudaStreams` are those of a
-card; `Immediate` and `Late` are the two extremes of what timing can do, on the processor; `Staged` copies through
+GPU; `Immediate` and `Late` are the two extremes of what timing can do, on the CPU; `Staged` copies through
 pinned buffers where the host's memory is not pinned, or where units lie in files. fluxq/offload/clock.py has lanes that
 take no time at all.
 """
@@ -136,7 +136,7 @@ class Late(Immediate):
 
 
 class CudaStreams:
-    """The card's current stream computes; one more copies. Compute must stay on one stream."""
+    """The GPU's current stream computes; one more copies. Compute must stay on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._copies = device, torch.cuda.Stream(device)
@@ -239,7 +239,7 @@ class Staged:
                 self._streams.host_waits(self._streams.copied())
         if isinstance(self._failure, WrongRequest):
             raise WrongRequest(str(self._failure)) from self._failure
-        raise RuntimeError("a weight could not be brought to the card") from self._failure
+        raise RuntimeError("a weight could not be brought to the GPU") from self._failure
 
 
 def _work_off(queue: SimpleQueue[Callable[[], None] | None]) -> None:

@@ -1,59 +1,62 @@
-"""Settings that were left open, filled in from the pictures and the card, and said with their reasons."""
+"""Settings that were left open, filled in from the images and the GPU, and said with their reasons."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, FolderConfig, TrainConfig
-from fluxq.data.images import picture_files
+from fluxq.console import Notify
+from fluxq.data.buckets import multiple_of_16
+from fluxq.data.images import image_files
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import Lora
-from fluxq.training.from_lora import settings_of
 from fluxq.memory.placement import choose_format
 from fluxq.models.parts import Models
 
+from .from_lora import settings_of
 
 
-def resolve(config: TrainConfig, models: Models, say: Say, start: Lora | None = None) -> TrainConfig:
+def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> TrainConfig:
     """`config` with nothing left open; `start` is the LoRA that is trained on, if any. Raises WrongRequest for settings
     that cannot be met together.
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     check_text_encoder(config, models)
-    data = resolve_data(config.data, models, say)
+    data = resolve_data(config.data, models, notify)
     if start is not None:
-        lora = settings_of(start, lora, models.flux_config, say)
+        lora = settings_of(start, lora, models.flux_config, notify)
     if lora.rank is None:
         lora = replace(lora, rank=DEFAULT_RANK)
-        say(f"rank {lora.rank}: enough for a person or a product; a style can do with less")
+        notify(f"rank {lora.rank}: enough for a person or a product; a style can do with less")
     lora = replace(lora, targets=DEFAULT_TARGETS if lora.targets is None else lora.targets)
     if lora.alpha is None:
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
-        say(f"alpha {lora.alpha:g}: equal to rank, which leaves the LoRA unscaled and exact in every program")
+        notify(f"alpha {lora.alpha:g}: equal to rank, which leaves the LoRA unscaled and exact in every program")
     if training.steps is None:
-        pictures = sum(len(picture_files(f.path)) for f in data.folders if f.path.is_dir())
-        training = replace(training, steps=min(3000, max(1000, 100 * pictures)))
-        say(f"steps {training.steps}: about 100 a picture ({pictures} pictures), within 1,000 to 3,000")
-    if training.rate == defaults.training.rate:
-        say(f"rate {training.rate:g}: the usual one where alpha equals rank")
-    if lora.text_encoder and training.text_rate is None:
-        training = replace(training, text_rate=training.rate / 2)
-        say(f"text rate {training.text_rate:g}: half of the other; sd-scripts too advises less for a text encoder")
+        images = sum(len(image_files(f.path)) for f in data.folders if f.path.is_dir())
+        training = replace(training, steps=min(3000, max(1000, 100 * images)))
+        notify(f"steps {training.steps}: about 100 an image ({images} images), within 1,000 to 3,000")
+    if training.learning_rate == defaults.training.learning_rate:
+        notify(f"learning rate {training.learning_rate:g}: the usual one where alpha equals rank")
+    if lora.text_encoder and training.text_learning_rate is None:
+        training = replace(training, text_learning_rate=training.learning_rate / 2)
+        notify(
+            f"text learning rate {training.text_learning_rate:g}: half of the other; sd-scripts too advises less for a text encoder"
+        )
     if training.timesteps == "shift" and training.shift == defaults.training.shift:
-        say(f"shift {training.shift:g}: more of the timesteps near noise, where the layout of a picture is decided")
+        notify(f"shift {training.shift:g}: more of the timesteps near noise, where the layout of an image is decided")
     if training.warmup >= cast(int, training.steps):
         raise WrongRequest(f"a warm-up of {training.warmup} steps never ends in {training.steps}; make it shorter")
     name = config.output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     name = _file_name(name)
     output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
-        raise WrongRequest(f"{output.out} holds the pictures; choose another folder for the run by --out")
+        raise WrongRequest(f"{output.out} holds the images; choose another folder for the run by --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
-    resolve_format(config, models, say)
+    resolve_format(config, models, notify)
     return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
 
 
@@ -63,7 +66,7 @@ def check_text_encoder(config: TrainConfig, models: Models) -> None:
     """
     if config.lora.text_encoder == "t5xxl":
         raise WrongRequest(
-            "T5-XXL is not trained: its 4.7 billion weights would have to pass through the card in every step, forward "
+            "T5-XXL is not trained: its 4.7 billion weights would have to pass through the GPU in every step, forward "
             "and backward, in place of states that are encoded once; CLIP-L can be, by --text-encoder clip_l"
         )
     if config.lora.text_encoder and config.lora.file_format == "peft":
@@ -72,40 +75,36 @@ def check_text_encoder(config: TrainConfig, models: Models) -> None:
         )
     if config.lora.text_encoder:
         _ = models.open("clip_l")  # a complete cache does not do without it
-    elif config.training.text_rate is not None:
-        raise WrongRequest(
-            "--text-rate is of a text encoder that is trained; add --text-encoder clip_l, or leave it out"
-        )
+    elif config.training.text_learning_rate is not None:
+        raise WrongRequest("--text-lr is of a text encoder that is trained; add --text-encoder clip_l, or leave it out")
 
 
-def resolve_format(config: TrainConfig, models: Models, say: Say) -> None:
-    """Have `models` store weights in the best format for this card, where that was left open and matters."""
-    _ = models.quantised  # a quantised file has a format
+def resolve_format(config: TrainConfig, models: Models, notify: Notify) -> None:
+    """Have `models` store weights in the best format for this GPU, where that was left open and matters."""
+    _ = models.quantized  # a quantized file has a format
     if models.format_is_open and models.device.type == "cuda" and not models.is_nano:
         found = choose_format(config, models)
         models.use_format(found.format)
-        say(f"format {found.format}: the most faithful of those that train as fast as any on this card, as predicted")
+        notify(f"format {found.format}: the most faithful of those that train as fast as any on this GPU, as predicted")
 
 
-def resolve_data(data: DataConfig, models: Models, say: Say) -> DataConfig:
-    """`data` with its size, the sides of buckets and absolute paths filled in."""
+def resolve_data(data: DataConfig, models: Models, notify: Notify) -> DataConfig:
+    """`data` with its resolution, the sides of buckets and absolute paths filled in."""
     if not data.folders:
-        raise WrongRequest("no folder of pictures was given; name at least one")
-    if data.size is None:
-        size, reason = models.default_size
-        data = replace(data, size=size)
-        say(f"size {size}: {reason}")
-    size = side("size", cast(int, data.size))
+        raise WrongRequest("no folder of images was given; name at least one")
+    if data.resolution is None:
+        resolution, reason = models.default_resolution
+        data = replace(data, resolution=resolution)
+        notify(f"resolution {resolution}: {reason}")
+    resolution = multiple_of_16("resolution", cast(int, data.resolution))
     return replace(
         data,
         folders=tuple(_absolute(f, data.trigger) for f in data.folders),
         validation=tuple(_absolute(f, data.trigger) for f in data.validation),
         cache=data.cache.resolve(),
-        min_side=data.min_side or max(data.step, size // 2 // data.step * data.step),
-        max_side=data.max_side or size * 2,
+        min_side=data.min_side or max(data.step, resolution // 2 // data.step * data.step),
+        max_side=data.max_side or resolution * 2,
     )
-
-
 
 
 def _absolute(folder: FolderConfig, trigger: str | None) -> FolderConfig:

@@ -17,18 +17,18 @@ import torch
 
 from fluxq.config import LoraConfig
 from fluxq.errors import WrongRequest
-from fluxq.formats.lora.read import Lora, load_lora
 from fluxq.formats.lora.algebra import resized
 from fluxq.formats.lora.keys import matrices
+from fluxq.formats.lora.read import Lora, load_lora
 from fluxq.model.config import FluxConfig
 from fluxq.model.linear import Linear
 from fluxq.model.lora import TARGETS, targeted
 
-Say = Callable[[str], None]
+Notify = Callable[[str], None]
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes | None, say: Say) -> Lora:
+def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes | None, notify: Notify) -> Lora:
     """The LoRA that `asked.from_lora` names. Raises WrongRequest where it does not fit the transformer, or CLIP-L
     with tensors of the shapes `clip`; None where it is not trained: then that part is left out.
     """
@@ -43,11 +43,11 @@ def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes | None, say: Sa
         notes.append(f"its CLIP-L part ({len(lora.clip)} modules) is left out; --text-encoder clip_l trains it on")
         lora.clip = {}
     for note in notes:
-        say(f"{path.name}: {note}")
+        notify(f"{path.name}: {note}")
     return lora
 
 
-def settings_of(lora: Lora, asked: LoraConfig, flux: FluxConfig, say: Say) -> LoraConfig:
+def settings_of(lora: Lora, asked: LoraConfig, flux: FluxConfig, notify: Notify) -> LoraConfig:
     """`asked` with what it leaves open as in the file: its highest rank, its strength where it has one, its modules.
 
     Raises WrongRequest where the file adapts what the targets that were asked for leave out.
@@ -63,9 +63,11 @@ def settings_of(lora: Lora, asked: LoraConfig, flux: FluxConfig, say: Say) -> Lo
             f"{lora.path} adapts {len(beyond)} layers that the targets leave out, such as {beyond[0]}; "
             "leave lora.targets open to train what it adapts, or add them"
         )
-    say(f"from {lora.path.name}: {len(lora.everything)} layers; rank {rank}, alpha {alpha:g}")
+    notify(f"from {lora.path.name}: {len(lora.everything)} layers; rank {rank}, alpha {alpha:g}")
     if asked.rank is None and lora.ranks[-1] > max(lora.file_ranks):
-        say(f"rank {rank}: its fused layers are in parts, whose ranks add up; --rank {max(lora.file_ranks)} needs less")
+        notify(
+            f"rank {rank}: its fused layers are in parts, whose ranks add up; --rank {max(lora.file_ranks)} needs less"
+        )
     return replace(asked, rank=rank, alpha=alpha, targets=targets, from_lora=lora.path.absolute())
 
 
@@ -78,7 +80,7 @@ def presets_of(lora: Lora, flux: FluxConfig) -> tuple[str, ...]:
 
 
 @torch.no_grad()
-def start_from(lora: Lora, layers: Mapping[str, Linear], say: Say) -> None:
+def start_from(lora: Lora, layers: Mapping[str, Linear], notify: Notify) -> None:
     """Put the file's weights into `layers`, CLIP-L's among them where it is trained, which have a fresh LoRA of the
     run's rank and strength.
     """
@@ -91,6 +93,6 @@ def start_from(lora: Lora, layers: Mapping[str, Linear], say: Say) -> None:
         layer.lora_down[: own.rank] = own.down.to(layer.lora_down)
         layer.lora_up[:, : own.rank] = own.up.to(layer.lora_up) * (own.scale / layer.lora_scale)
     if lost:
-        say(f"{lora.path.name} was brought to the rank asked for; relative error {math.sqrt(lost / whole):.2g}")
+        notify(f"{lora.path.name} was brought to the rank asked for; relative error {math.sqrt(lost / whole):.2g}")
     if fresh := len(layers) - len(lora.everything):
-        say(f"{fresh} layers are not in {lora.path.name} and begin anew")
+        notify(f"{fresh} layers are not in {lora.path.name} and begin anew")

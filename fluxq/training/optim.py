@@ -1,4 +1,4 @@
-"""Optimisers, learning-rate schedules, and one step of an optimiser."""
+"""Optimizers, learning-rate schedules, and one step of an optimizer."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from fluxq.console import quiet_imports
 from fluxq.errors import WrongRequest
-from fluxq.training.quiet import quiet_imports
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine")
@@ -35,7 +35,7 @@ def build_optimizer(
             }
         return optimizer
     if name == "adamw8bit":
-        with quiet_imports():  # late: on some processors this import looks for kernels on a hub
+        with quiet_imports():  # late: on some CPUs this import looks for kernels on a hub
             from bitsandbytes.optim import AdamW8bit
 
         optimizer = _full_rates(AdamW8bit(parameters, lr=rate, weight_decay=weight_decay))
@@ -61,7 +61,7 @@ def optimizer_step(
     factor: float,
     clip: float,
 ) -> tuple[float, float]:
-    """Optimiser step `step`, from 0: its mean loss, and the norm of its gradient before that is clipped to `clip`.
+    """Optimizer step `step`, from 0: its mean loss, and the norm of its gradient before that is clipped to `clip`.
 
     loss_of(index) is the loss of a micro-step; they are counted over the whole run, `accumulate` a step. Every rate is
     multiplied by `factor`. clip 0: no limit. Whatever fails before the update leaves weights and state as they were.
@@ -76,7 +76,7 @@ def optimizer_step(
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf))
     mean = float(torch.stack(losses).mean())  # nothing may fail once weights have been updated
     if not math.isfinite(norm):
-        raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --rate")
+        raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     update(optimizer)
@@ -114,7 +114,7 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
 
 
-def rate_factor(name: str, step: int, steps: int, warmup: int) -> float:
+def learning_rate_factor(name: str, step: int, steps: int, warmup: int) -> float:
     """What the learning rate is multiplied by at `step` (0-based) of `steps`: a linear warm-up, then the schedule,
     to 0 at the end.
     """

@@ -1,14 +1,10 @@
-"""What a run tells people and programs: a console line and a JSON line a step, a progress bar, the loss plot."""
+"""What a run reports: a console line and a JSON line per step, a progress bar, the loss plot."""
 
 from __future__ import annotations
-
-from fluxq.console import _bars, console
-from fluxq.memory.peak import _spill, peak_bytes
 
 import json
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -16,34 +12,14 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-import torch
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    MofNCompleteColumn,
-    Progress,
-    ProgressColumn,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
-
+from fluxq.console import console, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
-from fluxq.memory.machine import SpillWatch
-
-
-
-
-
-
-
+from fluxq.memory.peak import peak_bytes, spill_note
 
 
 @contextmanager
-def stop_request(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+def stop_request(notify: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     """A function that tells whether Ctrl-C was pressed inside; that asks to stop, and a second one stops at once."""
     asked = False
 
@@ -52,7 +28,7 @@ def stop_request(say: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
         if asked:
             raise KeyboardInterrupt
         asked = True
-        say("stopping after this step; Ctrl-C again stops at once, without saving")
+        notify("stopping after this step; Ctrl-C again stops at once, without saving")
 
     if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
         yield lambda: False
@@ -76,7 +52,7 @@ class Report:
         self._file = self.path.open("a", encoding="utf-8")
         self._started = self._plotted = time.monotonic()
         self._first = start
-        self._bar = _bars()
+        self._bar = progress_bars()
         self._task = self._bar.add_task("training", total=steps, completed=start)
 
     def __enter__(self) -> Report:
@@ -89,15 +65,15 @@ class Report:
         if self.records:
             self.plot()
 
-    def step(self, step: int, loss: float, rate: float, grad: float, seconds: float) -> None:
-        """One optimiser step is done: `step` of them altogether; `seconds` is what it took."""
-        if note := _spill.note():
+    def step(self, step: int, loss: float, learning_rate: float, grad: float, seconds: float) -> None:
+        """One optimizer step is done: `step` of them altogether; `seconds` is what it took."""
+        if note := spill_note():
             console.print(note)
         peak = peak_bytes()
         record = {
             "step": step,
             "loss": loss,
-            "rate": rate,
+            "learning_rate": learning_rate,
             "grad": grad,
             "seconds": round(seconds, 4),
             "peak_bytes": peak,
@@ -109,7 +85,7 @@ class Report:
         columns = (
             f"step {step:>5}/{self.steps}",
             f"loss {loss:.4f}",
-            f"lr {rate:.1e}",
+            f"lr {learning_rate:.1e}",
             f"grad {grad:.2f}",
             _pace(seconds),
             *([f"{peak / 2**30:.1f} GiB"] if peak is not None else []),
@@ -169,12 +145,6 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
         total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
         result.append(total / norm)
     return result
-
-
-
-
-
-
 
 
 def _pace(seconds: float) -> str:

@@ -29,9 +29,9 @@ from fluxq.data.examples import read_caption
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.metadata import lora_metadata
 from fluxq.formats.lora.peft import is_adapter
 from fluxq.formats.lora.write import save_lora
-from fluxq.formats.lora.metadata import lora_metadata
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
@@ -170,21 +170,21 @@ def metadata_of(
     """
     folders = config.data.folders
     files = {f.path: [Path(e.path) for e in dataset.examples if Path(e.path).parent == f.path] for f in folders}
-    tags: dict[str | Path, Mapping[str, int]] = {path: _tag_frequency(pictures) for path, pictures in files.items()}
+    tags: dict[str | Path, Mapping[str, int]] = {path: _tag_frequency(images) for path, images in files.items()}
     buckets = Counter({e.bucket: 0 for e in dataset.examples})
     for example in dataset.examples:
         buckets[example.bucket] += example.repeats
 
     def at(step: int, started: float, finished: float) -> dict[str, str]:
-        training, size = config.training, cast(int, config.data.size)
+        training, size = config.training, cast(int, config.data.resolution)
         return lora_metadata(
             name=cast(str, config.output.name),
             rank=cast(int, config.lora.rank),
             alpha=cast(float, config.lora.alpha),
             steps=step,
             epochs=-(-step * training.accumulate // batches),
-            learning_rate=training.rate,
-            text_rate=training.text_rate,
+            learning_rate=training.learning_rate,
+            text_learning_rate=training.text_learning_rate,
             seed=training.seed,
             resolution=(size, size),
             variant=models.variant,
@@ -206,7 +206,7 @@ def metadata_of(
     return at
 
 
-def _tag_frequency(pictures: Sequence[Path]) -> dict[str, int]:
+def _tag_frequency(images: Sequence[Path]) -> dict[str, int]:
     """How often each comma-separated part of the captions occurs, the most frequent first."""
-    parts = (part.strip() for picture in pictures for part in read_caption(picture).split(","))
+    parts = (part.strip() for image in images for part in read_caption(image).split(","))
     return dict(Counter(part for part in parts if part).most_common())

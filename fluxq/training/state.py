@@ -1,4 +1,4 @@
-"""What a run needs to go on as if it had never stopped: the LoRA, the optimiser's state and the step, in one file.
+"""What a run needs to go on as if it had never stopped: the LoRA, the optimizer's state and the step, in one file.
 
 Everything else that a step depends on is addressed by its number. The file is a safetensors file, written whole or not
 at all.
@@ -21,7 +21,7 @@ from fluxq.model.linear import Linear
 def save_state(
     path: Path, step: int, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer, facts: dict
 ) -> None:
-    """Save the run as it is after `step` optimiser steps. `facts` is JSON of the caller's own."""
+    """Save the run as it is after `step` optimizer steps. `facts` is JSON of the caller's own."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
     scalars: dict[str, dict] = {}
@@ -39,7 +39,7 @@ def save_state(
 
 
 def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
-    """Put the LoRA and the optimiser back as they were saved; returns the steps done and the caller's `facts`.
+    """Put the LoRA and the optimizer back as they were saved; returns the steps done and the caller's `facts`.
 
     Raises WrongRequest for a file that is no state, or that belongs to another set of layers or ranks.
     """

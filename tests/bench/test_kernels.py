@@ -9,12 +9,12 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fluxq.bench import kernels as bench
 from fluxq.bench import kernel_cases
-from fluxq.models import tuning
+from fluxq.bench import kernels as bench
 from fluxq.cli.main import main
 from fluxq.errors import WrongRequest
 from fluxq.kernels import backend
+from fluxq.models import tuning
 
 
 @pytest.fixture
@@ -32,10 +32,10 @@ def test_every_op_is_checked_and_timed_on_any_machine(small):
     assert all(row["ms"] > 0 and row["ratio"] > 0 for row in answer["rows"]) and answer["tuned"] == []
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a card to tune")
-def test_there_is_nothing_to_tune_without_a_card():
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU to tune")
+def test_there_is_nothing_to_tune_without_a_gpu():
     result = CliRunner().invoke(main, ["bench", "kernels", "--tune"])
-    assert result.exit_code == 2 and "--tune measures Triton kernels on a CUDA card" in result.stderr
+    assert result.exit_code == 2 and "--tune measures Triton kernels on a CUDA GPU" in result.stderr
 
 
 def test_a_wrong_answer_is_not_timed(small):
@@ -45,7 +45,7 @@ def test_a_wrong_answer_is_not_timed(small):
 
 
 def test_the_fastest_right_choice_is_kept_and_used(small, monkeypatch, tmp_path):
-    """On an imaginary card whose clock says which of three choices is fast; the fastest of all gives wrong answers."""
+    """On an imaginary GPU whose clock says which of three choices is fast; the fastest of all gives wrong answers."""
     pytest.importorskip("triton")
     from fluxq.kernels.triton import table
 
@@ -53,7 +53,7 @@ def test_the_fastest_right_choice_is_kept_and_used(small, monkeypatch, tmp_path)
     shipped = table.SHIPPED[key]
     slow, wrong, fast = (replace(shipped, chunk=chunk, word="measured") for chunk in (64, 128, 192))
     monkeypatch.setattr(table, "generation", lambda device: 89)
-    monkeypatch.setattr(table, "candidates", lambda op, card, shape: [shipped, slow, wrong, fast])
+    monkeypatch.setattr(table, "candidates", lambda op, gpu, shape: [shipped, slow, wrong, fast])
 
     def clock(run, device, runs):
         used = table.choose("lora_linear_nf4", device, 96)
@@ -70,20 +70,20 @@ def test_the_fastest_right_choice_is_kept_and_used(small, monkeypatch, tmp_path)
         assert bench.best_choice(replace(case, run=run), torch.device("cpu"), 1) == (key, fast)
 
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path))
-    path, said, card = tuning.tuned_file("NVIDIA GeForce RTX 4090"), [], torch.device("cuda")
+    path, said, gpu = tuning.tuned_file("NVIDIA GeForce RTX 4090"), [], torch.device("cuda")
     assert path == tmp_path / "kernels-nvidia-geforce-rtx-4090.json"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA GeForce RTX 4090")
-    tuning.use_tuned(card, said.append)
+    tuning.use_tuned(gpu, said.append)
     assert said == []
     table.write(path, {key: fast}, "NVIDIA GeForce RTX 4090")
     try:
-        tuning.use_tuned(card, said.append)
-        assert table.choose("lora_linear_nf4", card, 96) == fast and str(path) in said[0]
+        tuning.use_tuned(gpu, said.append)
+        assert table.choose("lora_linear_nf4", gpu, 96) == fast and str(path) in said[0]
     finally:
         table.lay_over({})
     path.write_text("{}")
     with pytest.raises(WrongRequest, match="is no table of kernel choices"):
-        tuning.use_tuned(card, said.append)
+        tuning.use_tuned(gpu, said.append)
 
 
 def test_what_was_measured_before_is_kept_and_a_damaged_file_is_begun_anew(monkeypatch, tmp_path):
@@ -91,14 +91,14 @@ def test_what_was_measured_before_is_kept_and_a_damaged_file_is_begun_anew(monke
     from fluxq.kernels.triton import table
 
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path))
-    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a card")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
     key = ("lora_linear_nf4", 89, "large")
     rows = {key: replace(table.SHIPPED[key], chunk=64, word="measured")}
     try:
         assert bench.earlier_choices(torch.device("cuda")) == {}
-        bench.keep(rows, "a card")
+        bench.keep(rows, "a GPU")
         assert bench.earlier_choices(torch.device("cuda")) == rows
-        tuning.tuned_file("a card").write_text("{}")
+        tuning.tuned_file("a GPU").write_text("{}")
         assert bench.earlier_choices(torch.device("cuda")) == {}
     finally:
         table.lay_over({})

@@ -11,11 +11,12 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from fluxq.bench import measured as measured_row, profile
+from fluxq.bench import measured as measured_row
+from fluxq.bench import profile
+from fluxq.bench.timed_step import Setting
 from fluxq.cli.main import main
 from fluxq.model import FluxConfig
-from fluxq.offload.cards import CARDS, GIB
-from fluxq.bench.timed_step import Setting
+from fluxq.offload.gpus import GIB, GPUS
 
 
 def rows(*arguments: str) -> list[dict]:
@@ -28,11 +29,13 @@ def rows(*arguments: str) -> list[dict]:
 
 @pytest.mark.slow
 def test_every_setting_has_a_row_and_what_is_swapped_is_saved(tmp_path: Path):
-    found = rows("--card", "rtx4060ti", "--size", "512", "--size", "1024", "--format", "nf4", "--out", str(tmp_path))
+    found = rows(
+        "--gpu", "rtx4060ti", "--resolution", "512", "--resolution", "1024", "--format", "nf4", "--out", str(tmp_path)
+    )
     assert [r["blocks_to_swap"] for r in found] == 2 * [0, 8, 16, 18, 22, 28, 35, 38]
     assert [r["resident_units"] for r in found] == 2 * [76, 60, 44, 40, 32, 20, 6, 0]
-    for size in (512, 1024):
-        own = [r for r in found if r["size"] == size]
+    for resolution in (512, 1024):
+        own = [r for r in found if r["resolution"] == resolution]
         peaks = [r["peak_gib"] for r in own]
         assert peaks == sorted(peaks, reverse=True)
         assert own[-1]["gb_moved_per_step"] > own[0]["gb_moved_per_step"]
@@ -43,33 +46,33 @@ def test_every_setting_has_a_row_and_what_is_swapped_is_saved(tmp_path: Path):
     assert json.loads((tmp_path / "profile_rtx4060ti.json").read_text())["rows"] == found
 
 
-def test_a_slow_bus_before_a_fast_card_is_said_to_bind():
+def test_a_slow_bus_before_a_fast_gpu_is_said_to_bind():
     stalls = {
-        name: rows("--card", name, "--size", "512", "--format", "int8", "--compute", "int8")[-1]
+        name: rows("--gpu", name, "--resolution", "512", "--format", "int8", "--compute", "int8")[-1]
         for name in ("rtx3060", "rtx4090")
     }
     assert stalls["rtx4090"]["bound_by"] == "bus" and stalls["rtx4090"]["stall"] > stalls["rtx3060"]["stall"]
 
 
-def test_an_unknown_card_lists_those_known():
-    result = CliRunner().invoke(main, ["profile", "--card", "voodoo2"])
+def test_an_unknown_gpu_lists_those_known():
+    result = CliRunner().invoke(main, ["profile", "--gpu", "voodoo2"])
     assert result.exit_code == 2 and "rtx3060" in result.stderr
 
 
-def test_without_a_card_there_is_nothing_to_measure():
+def test_without_a_gpu_there_is_nothing_to_measure():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     result = CliRunner().invoke(main, ["profile"])
-    assert result.exit_code == 2 and "no CUDA card to measure; name one by --card: rtx3060" in result.stderr
+    assert result.exit_code == 2 and "no CUDA GPU to measure; name one by --gpu: rtx3060" in result.stderr
 
 
 @pytest.mark.slow
 def test_predicted_and_measured_stand_beside_each_other(monkeypatch, capsys):
-    """Rows of nano on the processor, which is told that it is a card; its memory it does not tell."""
+    """Rows of nano on the CPU, which is told that it is a GPU; its memory it does not tell."""
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
     monkeypatch.setattr(profile, "SWAPS", (0, 1, 3))
     base = Setting(policy="recompute", rank=2, t5_length=4, slots=2)
-    found, plans = profile.rows_of(CARDS["rtx4090"], torch.device("cpu"), base, ["nf4", "bf16"], [32], 3)
+    found, plans = profile.rows_of(GPUS["rtx4090"], torch.device("cpu"), base, ["nf4", "bf16"], [32], 3)
     assert [(r["format"], r["blocks_to_swap"]) for r in found] == [("nf4", 0), ("nf4", 1), ("nf4", 3), ("bf16", 0)]
     for row, made in zip(found, plans, strict=True):
         ran = row["measured"]
@@ -91,17 +94,19 @@ def test_out_of_memory_is_a_row(monkeypatch):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB. And so on")
 
     monkeypatch.setattr(measured_row, "clock_steps", fail)
-    made = profile.planned(Setting(blocks_to_swap=38, policy="recompute", slots=2), CARDS["rtx3060"])
+    made = profile.planned(Setting(blocks_to_swap=38, policy="recompute", slots=2), GPUS["rtx3060"])
     nano = replace(made, resident=(), slots=0, policies=("recompute",) * 4)
-    row = measured_row.measured_row(FluxConfig.nano(), Setting(size=32, t5_length=4), nano, torch.device("cpu"), 3)
+    row = measured_row.measured_row(
+        FluxConfig.nano(), Setting(resolution=32, t5_length=4), nano, torch.device("cpu"), 3
+    )
     assert row == {"out_of_memory": "CUDA out of memory"}
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA card")
-def test_a_card_is_profiled_and_bytes_are_as_predicted(tmp_path: Path):
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")
+def test_a_gpu_is_profiled_and_bytes_are_as_predicted(tmp_path: Path):
     result = CliRunner().invoke(
-        main, ["profile", "--json", "--format", "nf4", "--size", "512", "--steps", "3", "--out", str(tmp_path)]
+        main, ["profile", "--json", "--format", "nf4", "--resolution", "512", "--steps", "3", "--out", str(tmp_path)]
     )
     assert result.exit_code == 0, result.stderr
     for row in json.loads(result.stdout)["rows"]:

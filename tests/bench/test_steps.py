@@ -14,49 +14,50 @@ import torch
 from click.testing import CliRunner
 from PIL import Image
 
-from fluxq.bench import steps as bench_steps, timed_step
+from fluxq.bench import steps as bench_steps
+from fluxq.bench import timed_step
 from fluxq.bench.compare import ANCHORS, AXES
+from fluxq.bench.random_model import random_flux
 from fluxq.bench.steps import KIND, SlowBus, hold_to, line_of, on_slower_bus, row_of, settings
+from fluxq.bench.timed_step import Setting, clock_steps, costs_of, ideal_seconds, rates, trainer
+from fluxq.bench.timing import milliseconds
 from fluxq.cli.main import main
 from fluxq.errors import WrongRequest
 from fluxq.kernels import FORMATS, dequantize
 from fluxq.model import FluxConfig
 from fluxq.model.linear import Linear
 from fluxq.offload import HostInputs
-from fluxq.offload.cards import CARDS
 from fluxq.offload.costs import Work
+from fluxq.offload.gpus import GPUS
 from fluxq.offload.streams import Immediate
-from fluxq.bench.random_model import random_flux
-from fluxq.bench.timed_step import Setting, clock_steps, costs_of, ideal_seconds, rates, trainer
-from fluxq.bench.timing import milliseconds
 
 CPU = torch.device("cpu")
-TINY = Setting(size=32, t5_length=4, rank=2)
-on_processor = pytest.mark.skipif(torch.cuda.is_available(), reason="on a card FLUX.1 dev is benched")
+TINY = Setting(resolution=32, t5_length=4, rank=2)
+on_cpu = pytest.mark.skipif(torch.cuda.is_available(), reason="on a GPU FLUX.1 dev is benched")
 
 
 def run(*arguments: object):
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
 
-@on_processor
-def test_nano_is_benched_without_a_card_and_what_that_is_worth_is_said(tmp_path: Path):
-    result = run("steps", "--json", "--steps", 3, "--size", 32, "--t5-length", 8, "--out", tmp_path / "a.json")
+@on_cpu
+def test_nano_is_benched_without_a_gpu_and_what_that_is_worth_is_said(tmp_path: Path):
+    result = run("steps", "--json", "--steps", 3, "--resolution", 32, "--t5-length", 8, "--out", tmp_path / "a.json")
     assert result.exit_code == 0, result.stderr
-    assert "nano" in result.stderr and "not how fast cards train" in result.stderr
+    assert "nano" in result.stderr and "not how fast GPUs train" in result.stderr
     answer = json.loads(result.stdout)
     assert answer == json.loads((tmp_path / "a.json").read_text())
     (row,) = answer["rows"]
     assert row["ok"] and row["ms"]["runs"] == 3 and row["ms"]["p10"] <= row["ms"]["median"] <= row["ms"]["p90"]
-    assert row["it_s"] == pytest.approx(1e3 / row["ms"]["median"]) and row["pictures_s"] == row["it_s"]
+    assert row["it_s"] == pytest.approx(1e3 / row["ms"]["median"]) and row["images_s"] == row["it_s"]
     assert row["t5_length"] == 8 and row["policies"] == {"keep_all": 4} and row["tflops"] > 0
     assert answer["about"]["model"] == "nano" and answer["about"]["optimizer"] == "adamw8bit"
 
 
 @pytest.mark.slow
-@on_processor
+@on_cpu
 def test_a_matrix_has_streamed_rows_and_its_results_stand_side_by_side(tmp_path: Path):
-    small = ("--size", 32, "--t5-length", 4, "--rank", 2, "--steps", 3)
+    small = ("--resolution", 32, "--t5-length", 4, "--rank", 2, "--steps", 3)
     assert run("steps", "--matrix", "quick", *small, "--out", tmp_path / "a.json").exit_code == 0
     assert run("steps", *small, "--out", tmp_path / "b.json").exit_code == 0
     result = run("compare", tmp_path / "a.json", tmp_path / "b.json", "--json", "--out", tmp_path / "x.png")
@@ -76,7 +77,7 @@ def test_a_matrix_has_streamed_rows_and_its_results_stand_side_by_side(tmp_path:
 
 
 def test_the_published_anchors_are_those_of_their_sources():
-    found = {(a.trainer, a.card): a.pictures_s for a in ANCHORS}
+    found = {(a.trainer, a.gpu): a.images_s for a in ANCHORS}
     assert found["ai-toolkit", "A100"] == pytest.approx(4 * 0.348)
     assert found["ai-toolkit", "H100"] == pytest.approx(4 * 0.454)
     assert found["ai-toolkit", "L40S"] == 0.838 and found["ai-toolkit", "RTX 4090"] == 0.438
@@ -92,7 +93,7 @@ def test_the_published_anchors_are_those_of_their_sources():
         ("[1]", "is no result of fluxq bench steps"),
         ('{"predicted": true, "rows": []}', "is no result of fluxq bench steps"),
         (
-            '{"kind": "fluxq bench steps", "about": {"machine": "x", "model": "nano"}, "rows": [{"size": 1}]}',
+            '{"kind": "fluxq bench steps", "about": {"machine": "x", "model": "nano"}, "rows": [{"resolution": 1}]}',
             "is no result",
         ),
         ('{"kind": "fluxq bench steps", "rows": []}', "is no result"),
@@ -108,13 +109,13 @@ def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_pat
     assert error.startswith("error: ") and sentence in error and "some.json" in error
 
 
-@on_processor
+@on_cpu
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--size", 100], "--size must be a multiple of 16, not 100"),
-        (["--limit-vram", "12GiB"], "--limit-vram and --limit-bus hold back a CUDA card"),
-        (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA card"),
+        (["--resolution", 100], "--resolution must be a multiple of 16, not 100"),
+        (["--limit-vram", "12GiB"], "--limit-vram and --limit-bus hold back a CUDA GPU"),
+        (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA GPU"),
         (["--limit-vram", "much"], "must be an amount of memory like 12GiB"),
         (["--blocks-to-swap", 9], "--blocks-to-swap must be 0 to 3, not 9"),
         (["--blocks-to-swap", 1, "--resident-units", 2], "say the same in two ways"),
@@ -141,10 +142,10 @@ def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():
     quick, full = settings("quick", {}, True), settings("full", {}, True)
     assert len(quick) == 7 and len(full) == 48 and len(set(full)) == 48
     assert {s.resident_units for s in full} == {None, 76, 38, 0}
-    assert {s.t5_length for s in full} == {512} and {s.size for s in full} == {512, 768, 1024}
+    assert {s.t5_length for s in full} == {512} and {s.resolution for s in full} == {512, 768, 1024}
     assert {s.format for s in settings("full", {"format": "fp8"}, True)} == {"fp8"}
     assert {s.resident_units for s in settings("quick", {"blocks_to_swap": 18}, True)} == {None}
-    assert settings(None, {"size": 768, "rank": None}, True) == [Setting(size=768)]
+    assert settings(None, {"resolution": 768, "rank": None}, True) == [Setting(resolution=768)]
     with pytest.raises(WrongRequest, match="two ways"):
         settings("quick", {"blocks_to_swap": 1, "resident_units": 1}, True)
 
@@ -166,11 +167,11 @@ def test_random_weights_are_as_large_as_real_ones_and_stream_as_they_are(format)
 
 
 def test_a_step_is_counted_in_flops_by_hand_and_held_against_measured_rates():
-    """A card that multiplies bf16 at 100 and int8 at 200 TFLOP/s, at its peak for half of the step."""
-    card = replace(CARDS["rtx4090"], bf16=100, int8=200, fp8=0)
-    assert ideal_seconds(Work(bf16=1e12, int8=4e12, attention=2e12, attention_backward=1e12), card) == 0.06
+    """A GPU that multiplies bf16 at 100 and int8 at 200 TFLOP/s, at its peak for half of the step."""
+    gpu = replace(GPUS["rtx4090"], bf16=100, int8=200, fp8=0)
+    assert ideal_seconds(Work(bf16=1e12, int8=4e12, attention=2e12, attention_backward=1e12), gpu) == 0.06
     costs = costs_of(Setting(), FluxConfig.dev())
-    step = rates(costs, ["recompute"] * 57, 1000, card)
+    step = rates(costs, ["recompute"] * 57, 1000, gpu)
     tokens, weights, width = 1024 + 512, 113_246_208, 3072  # that a token meets in a block of either kind
     attention = 57 * 4 * tokens**2 * width
     kept = 2 * 2 * 57 * weights * tokens + 3.5 * attention
@@ -179,7 +180,7 @@ def test_a_step_is_counted_in_flops_by_hand_and_held_against_measured_rates():
     assert step["tflops"] == pytest.approx(step["tflop"]) and step["share_of_peak"] == pytest.approx(
         step["tflop"] / 100
     )
-    assert rates(costs, ["keep_all"] * 57, 1000, card)["tflop"] == pytest.approx(kept / 1e12, rel=0.015)
+    assert rates(costs, ["keep_all"] * 57, 1000, gpu)["tflop"] == pytest.approx(kept / 1e12, rel=0.015)
 
 
 def test_one_clock_times_everything():
@@ -188,19 +189,19 @@ def test_one_clock_times_everything():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("resident", "copies"), [(None, False), (0, True)])
-def test_on_a_card_a_plan_places_the_weights_and_its_predictions_stand_beside_what_was_measured(
+def test_on_a_gpu_a_plan_places_the_weights_and_its_predictions_stand_beside_what_was_measured(
     monkeypatch, resident, copies
 ):
-    """With nano's sizes on the processor, which is told that it is a card."""
+    """With nano's sizes on the CPU, which is told that it is a GPU."""
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
     setting = replace(TINY, policy="recompute", resident_units=resident, slots=2)
-    row = row_of(setting, CPU, replace(CARDS["rtx4090"], name="imagined"), 3, None)
+    row = row_of(setting, CPU, replace(GPUS["rtx4090"], name="imagined"), 3, None)
     assert row["ok"] and row["policies"] == {"recompute": 4}
     assert row["predicted_peak_gib"] > 0 and row["predicted_s"] > 0 and 0 < row["share_of_peak"] < 1
     assert row["streamed"] + row["resident"] == 6 and not row["offload"]
     assert (row["resident"], row["slots"]) == (0, 2) if copies else row["resident"] > 0
     assert "imagined" not in line_of(row) and f"{row['predicted_peak_gib']:.2f}" in line_of(row)
-    refused = row_of(setting, CPU, CARDS["rtx4090"], 3, 1 << 20)
+    refused = row_of(setting, CPU, GPUS["rtx4090"], 3, 1 << 20)
     assert "GiB" in refused["not_run"] and "ms" not in refused
 
 
@@ -210,11 +211,11 @@ def test_inputs_wait_on_the_host_where_a_plan_says_so(monkeypatch):
     monkeypatch.setattr(HostInputs, "store", lambda self, tensors: stored.append(1) or store(self, tensors))
     pins = partial(bench_steps.Pins, offload=True)
     monkeypatch.setattr(bench_steps, "Pins", pins)
-    row = row_of(replace(TINY, policy="recompute"), CPU, CARDS["rtx4090"], 3, None, 1.5)
+    row = row_of(replace(TINY, policy="recompute"), CPU, GPUS["rtx4090"], 3, None, 1.5)
     assert row["ok"] and row["offload"] and len(stored) == 4 * (3 + timed_step.WARM_UP)
 
 
-def test_a_process_is_held_to_a_part_of_the_card_in_use(monkeypatch):
+def test_a_process_is_held_to_a_part_of_the_gpu_in_use(monkeypatch):
     held = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 << 30))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -237,18 +238,18 @@ def test_a_slower_bus_is_copies_made_again(monkeypatch):
     slot = torch.zeros(128, dtype=torch.uint8)
     slow.copy(slot, source)
     assert copied == [100, 100, 50] and torch.equal(slot[:100], source) and slow.copied() is None
-    card, times = on_slower_bus(CARDS["rtx4090"], "10 GB/s")
-    assert (card.bus_gb_s, times) == (10, 2.45)
+    gpu, times = on_slower_bus(GPUS["rtx4090"], "10 GB/s")
+    assert (gpu.bus_gb_s, times) == (10, 2.45)
     for text in ("fast", "0", "30GB/s"):
         with pytest.raises(WrongRequest, match=r"below this machine's 24.5 GB/s"):
-            on_slower_bus(CARDS["rtx4090"], text)
+            on_slower_bus(GPUS["rtx4090"], text)
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
-    row = row_of(replace(TINY, resident_units=0), CPU, card, 3, None, times)
+    row = row_of(replace(TINY, resident_units=0), CPU, gpu, 3, None, times)
     assert row["ok"] and row["streamed"] == 6
 
 
 def test_flux_and_nano_are_told_apart(tmp_path):
-    row = dict.fromkeys(AXES[1:]) | dataclasses.asdict(TINY) | {"it_s": 1.0, "pictures_s": 1.0, "ms": {}}
+    row = dict.fromkeys(AXES[1:]) | dataclasses.asdict(TINY) | {"it_s": 1.0, "images_s": 1.0, "ms": {}}
     row |= {"peak_gib": 5.25}
     for model in ("nano", "FLUX.1 dev, random weights"):
         about = {"machine": f"of {model}", "model": model}
@@ -259,10 +260,10 @@ def test_flux_and_nano_are_told_apart(tmp_path):
     assert "nano, 32 px" in result.stderr
 
 
-def test_energy_is_read_from_the_cards_own_counter_and_missed_where_there_is_none(monkeypatch):
+def test_energy_is_read_from_the_gpus_own_counter_and_missed_where_there_is_none(monkeypatch):
     """With an NVML that counts 2,000 millijoules a call."""
     assert timed_step.energy_counter(CPU)() is None
-    asked, card = [], torch.device("cuda")
+    asked, gpu = [], torch.device("cuda")
 
     class Nvml:
         def nvmlInit_v2(self):
@@ -278,7 +279,7 @@ def test_energy_is_read_from_the_cards_own_counter_and_missed_where_there_is_non
 
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(uuid="1-2"))
     monkeypatch.setattr(timed_step.ctypes, "CDLL", lambda name: Nvml())
-    assert timed_step.energy_counter(card)() == 2 and asked == [b"GPU-1-2"]
-    assert timed_step.energy_counter(card)() is None
+    assert timed_step.energy_counter(gpu)() == 2 and asked == [b"GPU-1-2"]
+    assert timed_step.energy_counter(gpu)() is None
     monkeypatch.setattr(timed_step.ctypes, "CDLL", lambda name: (_ for _ in ()).throw(OSError("no such library")))
-    assert timed_step.energy_counter(card)() is None
+    assert timed_step.energy_counter(gpu)() is None

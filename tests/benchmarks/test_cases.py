@@ -87,7 +87,7 @@ time.sleep(600)
     assert json.loads(path.read_text())["rows"] == [{"case": "hangs", "failed": "out of time, and stopped"}]
 
 
-def test_a_target_for_another_card_is_recorded_and_not_judged():
+def test_a_target_for_another_gpu_is_recorded_and_not_judged():
     assert [target("x", ">= 0.8", 0.9)["met"], target("x", "<= 1.08", 1.1)["met"]] == [True, False]
     assert target("x", ">= 1.4", 0.5, applies=False)["met"] is None
     assert target("x", ">= 1.4", float("nan"))["met"] is False

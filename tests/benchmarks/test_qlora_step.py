@@ -9,13 +9,13 @@ import torch
 
 from benchmarks.cases import Skip
 from benchmarks.peers import peft_lora, qlora_step
+from fluxq.bench.random_model import random_flux
+from fluxq.bench.timed_step import Setting, clock_steps, trainer
 from fluxq.formats.checkpoint.keys import module_split
 from fluxq.model import FluxConfig
 from fluxq.model.lora import lora_layers
-from fluxq.bench.random_model import random_flux
-from fluxq.bench.timed_step import Setting, clock_steps, trainer
 
-CPU, TINY, NANO = torch.device("cpu"), Setting(size=32, t5_length=4, rank=2), FluxConfig.nano()
+CPU, TINY, NANO = torch.device("cpu"), Setting(resolution=32, t5_length=4, rank=2), FluxConfig.nano()
 
 
 def test_the_recipe_trains_our_layers_in_nf4_with_checkpointing():

@@ -1,4 +1,4 @@
-"""The parts of `make gpu` run from end to end, tiny and on the processor, and write what they promise."""
+"""The parts of `make gpu` run from end to end, tiny and on the CPU, and write what they promise."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def run(tmp_path):
         assert done.returncode == 0, done.stdout + done.stderr
         (path,) = tmp_path.glob("*.json")
         report = json.loads(path.read_text())
-        assert {"card", "torch", "packages", "commit", "date"} <= set(report["about"])
+        assert {"gpu", "torch", "packages", "commit", "date"} <= set(report["about"])
         assert report["summary"]["failed"] == 0
         return {row["case"]: row for row in report["rows"]}
 
@@ -100,4 +100,4 @@ def test_tests_are_counted_file_by_file(run):
     rows = run("gpu_tests", "tests/kernels/test_attention.py", "tests/test_gpu.py")
     assert rows["tests: tests/kernels/test_attention.py"]["passed"] > 5
     gpu = rows["tests: tests/test_gpu.py"]
-    assert gpu["passed"] > 0 or list(gpu["skips"]) == ["needs a CUDA card"]
+    assert gpu["passed"] > 0 or list(gpu["skips"]) == ["needs a CUDA GPU"]

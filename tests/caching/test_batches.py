@@ -6,9 +6,9 @@ import pytest
 import torch
 
 from fluxq.caching.batches import Batches
+from fluxq.caching.store import Store, Text
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.randomness import normal
-from fluxq.caching.store import Store, Text
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 
@@ -137,9 +137,9 @@ def test_variants_are_all_drawn_and_addressed(store):
     entry = Entry("photos/a.png", "", 0, 0, 1, SMALL, ("picture0", "picture1"), ("caption0", "caption1", "caption2"))
     batches = Batches(Dataset((entry,), {}, 7), store, 1, seed=3)
     texts = [batches.batch(index).pooled[0, 0].item() for index in range(60)]
-    pictures = [round(batches.batch(index).latents.mean().item()) for index in range(60)]
-    assert set(texts) == {0.0, 1.0, 2.0} and set(pictures) == {0, 1}
-    assert min(Counter(texts).values()) > 8 and min(Counter(pictures).values()) > 15
+    images = [round(batches.batch(index).latents.mean().item()) for index in range(60)]
+    assert set(texts) == {0.0, 1.0, 2.0} and set(images) == {0, 1}
+    assert min(Counter(texts).values()) > 8 and min(Counter(images).values()) > 15
     again = Batches(Dataset((entry,), {}, 7), store, 1, seed=3)
     assert [again.batch(index).pooled[0, 0].item() for index in range(60)] == texts
 

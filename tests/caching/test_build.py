@@ -13,9 +13,9 @@ import torch
 from PIL import Image
 
 from fluxq.caching import Batches, Store
-from fluxq.data import Dataset, Folder
 from fluxq.caching.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
-from fluxq.data.images import open_picture, prepare
+from fluxq.data import Dataset, Folder
+from fluxq.data.images import open_image, prepare
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 
@@ -33,7 +33,7 @@ class ToyAutoencoder(torch.nn.Module):
         self.calls = calls
         self.register_buffer("weight", torch.ones(1))
 
-    def encoder(self, x: torch.Tensor) -> torch.Tensor:
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
         self.calls.append(tuple(x.shape))
         mean = torch.nn.functional.avg_pool2d(x, 8).mean(1, keepdim=True) * torch.arange(1, 17).view(1, 16, 1, 1)
         return torch.cat([mean, self.log_variance.view(1, 16, 1, 1).expand_as(mean)], 1)
@@ -56,16 +56,16 @@ class ToyText:
 
 
 class Workshop:
-    """A folder of pictures, toy encoders with files of their own, and a log of what they were asked."""
+    """A folder of images, toy encoders with files of their own, and a log of what they were asked."""
 
     def __init__(self, root: Path):
         self.root, self.photos, self.store_dir = root, root / "photos", root / "cache"
-        self.pictures, self.captions, self.loads = [], [], []
+        self.images, self.captions, self.loads = [], [], []
         self.photos.mkdir()
         for n, size in enumerate([(64, 64), (64, 64), (128, 64), (64, 128)]):
             noise = np.random.default_rng(n).integers(0, 256, (*size[::-1], 3)).astype(np.uint8)
             Image.fromarray(noise).save(self.photos / f"{n}.png")
-            (self.photos / f"{n}.txt").write_text(f"picture number {n}")
+            (self.photos / f"{n}.txt").write_text(f"image number {n}")
         for name in ("ae", "clip", "t5", "vocabulary", "merges"):
             (root / f"{name}.safetensors").write_text(name)
         paths = {name: root / f"{name}.safetensors" for name in ("ae", "clip", "t5", "vocabulary", "merges")}
@@ -75,15 +75,15 @@ class Workshop:
 
     def load_autoencoder(self):
         self.loads.append("ae")
-        return ToyAutoencoder(self.pictures)
+        return ToyAutoencoder(self.images)
 
     def load_text(self):
         self.loads.append("text")
         return ToyText(self.captions)
 
     def build(self, **changes) -> Dataset:
-        """Builds the cache; afterwards `pictures`, `captions` and `loads` hold what this build asked for."""
-        for log in (self.pictures, self.captions, self.loads):
+        """Builds the cache; afterwards `images`, `captions` and `loads` hold what this build asked for."""
+        for log in (self.images, self.captions, self.loads):
             log.clear()
         arguments = {
             "folders": [Folder(self.photos)],
@@ -99,8 +99,8 @@ class Workshop:
         return build_cache(**{**arguments, **changes})
 
     def asked(self) -> tuple[int, list[str], list[str]]:
-        """(pictures encoded, captions encoded, encoders loaded)"""
-        return sum(shape[0] for shape in self.pictures), sorted(self.captions), sorted(self.loads)
+        """(images encoded, captions encoded, encoders loaded)"""
+        return sum(shape[0] for shape in self.images), sorted(self.captions), sorted(self.loads)
 
     def delete_encoders(self):
         for path in (*self.encoders.ae, *self.encoders.text()):
@@ -116,12 +116,12 @@ def workshop(tmp_path) -> Workshop:
 
 
 def test_first_build_encodes_everything_once_and_the_next_nothing(workshop):
-    dataset = workshop.build(prompts=["a prompt", "picture number 1"])
-    captions = [f"picture number {n}" for n in range(4)]
+    dataset = workshop.build(prompts=["a prompt", "image number 1"])
+    captions = [f"image number {n}" for n in range(4)]
     assert workshop.asked() == (4, ["", "a prompt", *captions], ["ae", "text"])
     assert [example.name for example in dataset.examples] == [f"photos/{n}.png" for n in range(4)]
-    assert set(dataset.prompts) == {"", "a prompt", "picture number 1"}
-    assert workshop.build(prompts=["a prompt", "picture number 1"]) == dataset
+    assert set(dataset.prompts) == {"", "a prompt", "image number 1"}
+    assert workshop.build(prompts=["a prompt", "image number 1"]) == dataset
     assert workshop.asked() == NOTHING
     assert [Dataset.load(path) for path in Store(workshop.store_dir).datasets()] == [dataset]
 
@@ -133,7 +133,7 @@ def test_latents_are_scaled_shifted_and_their_variance_is_clamped(workshop):
         width, height = example.bucket
         assert mean.shape == spread.shape == (16, height // 8, width // 8)
         resized = {(64, 64): (64, 64), (80, 48): (96, 48), (48, 80): (48, 96)}[example.bucket]
-        x = prepare(open_picture(Path(example.path)), resized, example.bucket)
+        x = prepare(open_image(Path(example.path)), resized, example.bucket)
         m = torch.nn.functional.avg_pool2d(x, 8).mean(0) * torch.arange(1, 17).view(16, 1, 1)
         assert torch.allclose(mean, 0.3611 * (m - 0.1159), atol=1e-6)
         variance = ToyAutoencoder.log_variance.clamp(-30, 20)
@@ -197,7 +197,7 @@ def test_edited_caption_alone_is_encoded_again(workshop):
     assert before.examples[2].latents == after.examples[2].latents
 
 
-def test_edited_picture_alone_is_encoded_again(workshop):
+def test_edited_image_alone_is_encoded_again(workshop):
     before = workshop.build()
     Image.new("RGB", (64, 64), "blue").save(workshop.photos / "1.png")
     after = workshop.build()
@@ -210,7 +210,7 @@ def test_edited_picture_alone_is_encoded_again(workshop):
     ]
 
 
-def test_touched_or_renamed_picture_is_not_encoded_again(workshop):
+def test_touched_or_renamed_image_is_not_encoded_again(workshop):
     workshop.build()
     os.utime(workshop.photos / "0.png", ns=(1, 1))
     (workshop.photos / "1.png").rename(workshop.photos / "new.png")
@@ -219,14 +219,14 @@ def test_touched_or_renamed_picture_is_not_encoded_again(workshop):
     assert workshop.asked() == NOTHING
 
 
-def test_warm_build_reads_no_picture_and_no_encoder_file(workshop, monkeypatch):
+def test_warm_build_reads_no_image_and_no_encoder_file(workshop, monkeypatch):
     workshop.build()
 
     def read(*_):
         raise AssertionError("a file was read")
 
     monkeypatch.setattr("fluxq.caching.hashes.file_digest", read)
-    monkeypatch.setattr("fluxq.caching.encoding.open_picture", read)
+    monkeypatch.setattr("fluxq.caching.encoding.open_image", read)
     workshop.build()
     assert workshop.asked() == NOTHING
 
@@ -239,11 +239,11 @@ def test_changed_encoder_file_encodes_what_depends_on_it(workshop, name, asked):
     workshop.build()
     (workshop.root / f"{name}.safetensors").write_text("another one")
     workshop.build()
-    pictures, captions, _ = workshop.asked()
-    assert (pictures, len(captions)) == asked
+    images, captions, _ = workshop.asked()
+    assert (images, len(captions)) == asked
 
 
-def test_changed_size_encodes_pictures_and_changed_length_captions(workshop):
+def test_changed_size_encodes_images_and_changed_length_captions(workshop):
     workshop.build()
     workshop.build(resolution=96)
     assert workshop.asked()[:2] == (4, [])
@@ -252,7 +252,7 @@ def test_changed_size_encodes_pictures_and_changed_length_captions(workshop):
     assert len(Store(workshop.store_dir).datasets()) == 2
 
 
-def test_shared_captions_and_equal_pictures_are_stored_once(workshop):
+def test_shared_captions_and_equal_images_are_stored_once(workshop):
     for n in range(4):
         (workshop.photos / f"{n}.txt").write_text("the same caption")
     (workshop.photos / "copy.png").write_bytes((workshop.photos / "0.png").read_bytes())
@@ -263,12 +263,12 @@ def test_shared_captions_and_equal_pictures_are_stored_once(workshop):
     assert len(dataset.examples) == 5
 
 
-def test_pictures_of_a_bucket_are_encoded_together(workshop, monkeypatch):
+def test_images_of_a_bucket_are_encoded_together(workshop, monkeypatch):
     workshop.build()
-    assert sorted(shape[0] for shape in workshop.pictures) == [1, 1, 2]
+    assert sorted(shape[0] for shape in workshop.images) == [1, 1, 2]
     monkeypatch.setattr("fluxq.caching.encoding.PIXELS_PER_BATCH", 100)
     workshop.build(store_dir=workshop.root / "other")
-    assert [shape[0] for shape in workshop.pictures] == [1, 1, 1, 1]
+    assert [shape[0] for shape in workshop.images] == [1, 1, 1, 1]
 
 
 def test_complete_cache_builds_and_trains_without_the_encoder_files(workshop):
@@ -287,17 +287,17 @@ def test_missing_encoder_is_named_with_what_needs_it(workshop):
     (workshop.photos / "0.txt").write_text("new")
     with pytest.raises(WrongRequest, match=r"^1 captions must be encoded, but .*t5.safetensors does not exist"):
         workshop.build()
-    (workshop.photos / "0.txt").write_text("picture number 0")
+    (workshop.photos / "0.txt").write_text("image number 0")
     workshop.encoders.ae[0].unlink()
     Image.new("RGB", (64, 64)).save(workshop.photos / "new.png")
-    with pytest.raises(WrongRequest, match=r"^1 pictures must be encoded, but .*ae.safetensors does not exist"):
+    with pytest.raises(WrongRequest, match=r"^1 images must be encoded, but .*ae.safetensors does not exist"):
         workshop.build()
     assert workshop.asked() == NOTHING
 
 
 def test_encoder_that_never_was_is_named_before_anything_is_read(workshop):
     workshop.delete_encoders()
-    with pytest.raises(WrongRequest, match=r"^4 pictures must be encoded, but .*ae.safetensors does not exist"):
+    with pytest.raises(WrongRequest, match=r"^4 images must be encoded, but .*ae.safetensors does not exist"):
         workshop.build()
     workshop.encoders.ae[0].write_text("ae")
     with pytest.raises(WrongRequest, match=r"^5 captions must be encoded, but .*t5.safetensors does not exist"):
@@ -305,7 +305,7 @@ def test_encoder_that_never_was_is_named_before_anything_is_read(workshop):
     assert not workshop.store_dir.exists()
 
 
-@pytest.mark.parametrize("stop", ["hashing", "pictures", "captions"])
+@pytest.mark.parametrize("stop", ["hashing", "images", "captions"])
 def test_interrupted_build_keeps_what_is_done(workshop, monkeypatch, stop):
     monkeypatch.setattr("fluxq.caching.encoding.PIXELS_PER_BATCH", 1)
     monkeypatch.setattr(ToyText, "group", 1)
@@ -317,7 +317,7 @@ def test_interrupted_build_keeps_what_is_done(workshop, monkeypatch, stop):
     with pytest.raises(KeyboardInterrupt):
         workshop.build(progress=progress)
     first = workshop.asked()
-    assert (first[0], len(first[1])) == {"hashing": (0, 0), "pictures": (2, 0), "captions": (4, 2)}[stop]
+    assert (first[0], len(first[1])) == {"hashing": (0, 0), "images": (2, 0), "captions": (4, 2)}[stop]
     assert Store(workshop.store_dir).datasets() == []
     dataset = workshop.build()
     second = workshop.asked()
@@ -328,11 +328,11 @@ def test_interrupted_build_keeps_what_is_done(workshop, monkeypatch, stop):
 
 def test_encoder_that_crashes_keeps_what_is_done(workshop, monkeypatch):
     monkeypatch.setattr("fluxq.caching.encoding.PIXELS_PER_BATCH", 1)
-    encoder = ToyAutoencoder.encoder
-    monkeypatch.setattr(ToyAutoencoder, "encoder", lambda self, x: encoder(self, x) if len(self.calls) < 3 else 1 / 0)
+    encoder = ToyAutoencoder.moments
+    monkeypatch.setattr(ToyAutoencoder, "moments", lambda self, x: encoder(self, x) if len(self.calls) < 3 else 1 / 0)
     with pytest.raises(ZeroDivisionError):
         workshop.build()
-    monkeypatch.setattr(ToyAutoencoder, "encoder", encoder)
+    monkeypatch.setattr(ToyAutoencoder, "moments", encoder)
     workshop.build()
     assert workshop.asked()[0] == 1
 
@@ -341,7 +341,7 @@ def test_progress_counts_every_stage_to_its_end(workshop):
     told = []
     workshop.build(progress=lambda *event: told.append(event))
     last = {stage: (done, total) for stage, done, total in told}
-    assert last == {"hashing": (9, 9), "pictures": (4, 4), "captions": (5, 5)}
+    assert last == {"hashing": (9, 9), "images": (4, 4), "captions": (5, 5)}
     assert all(0 < done <= total for _, done, total in told)
     assert [done for stage, done, _ in told if stage == "captions"] == [2, 5]  # half of the only group, then all
 
@@ -363,7 +363,7 @@ def test_one_encoder_is_let_go_before_the_other_is_loaded(workshop):
     assert len(alive) == 1
 
 
-def test_picture_that_cannot_be_decoded_is_named_or_skipped(workshop):
+def test_image_that_cannot_be_decoded_is_named_or_skipped(workshop):
     data = (workshop.photos / "1.png").read_bytes()
     (workshop.photos / "1.png").write_bytes(data[: len(data) // 2])
     (workshop.photos / "2.png").write_bytes(b"")
@@ -380,48 +380,43 @@ def test_picture_that_cannot_be_decoded_is_named_or_skipped(workshop):
     assert workshop.build(skip_bad=True) == dataset and workshop.loads == []
 
 
-class Encoder:
-    """A toy's, on a card that has memory for bands of up to `most` rows."""
-
-    def __init__(self, toy: ToyAutoencoder, most: int):
-        self.toy, self.most, self.band = toy, most, None
-
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if self.band is None or self.band > self.most:
-            raise torch.OutOfMemoryError("CUDA out of memory")
-        return ToyAutoencoder.encoder(self.toy, x)
-
-
 class Short(ToyAutoencoder):
+    """On a GPU that has memory for bands of up to `most` rows."""
+
     def __init__(self, calls: list, most: int):
         super().__init__(calls)
-        self.encoder = Encoder(self, most)
+        self.most, self.band = most, None
 
     def in_bands(self, band: int | None) -> None:
-        self.encoder.band = band
+        self.band = band
+
+    def moments(self, x: torch.Tensor) -> torch.Tensor:
+        if self.band is None or self.band > self.most:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return super().moments(x)
 
 
-def test_pictures_too_large_for_the_card_are_encoded_in_bands_which_is_said_once(workshop):
+def test_images_too_large_for_the_gpu_are_encoded_in_bands_which_is_said_once(workshop):
     said, wanted = [], workshop.build()
     shutil.rmtree(workshop.store_dir)
-    dataset = workshop.build(load_autoencoder=lambda: Short(workshop.pictures, 32), say=said.append)
-    assert dataset == wanted and sum(shape[0] for shape in workshop.pictures) == 4
-    assert said == ["the card has too little memory for the autoencoder; it works on 32 rows at a time from here on"]
+    dataset = workshop.build(load_autoencoder=lambda: Short(workshop.images, 32), notify=said.append)
+    assert dataset == wanted and sum(shape[0] for shape in workshop.images) == 4
+    assert said == ["the GPU has too little memory for the autoencoder; from here on it works on 32 rows at a time"]
 
 
-def test_pictures_too_large_in_bands_too_are_refused_by_name(workshop):
+def test_images_too_large_in_bands_too_are_refused_by_name(workshop):
     with pytest.raises(
-        WrongRequest, match=r"\.png in \d+ x \d+ pixels takes more memory than the card has left, in bands"
+        WrongRequest, match=r"\.png in \d+ x \d+ pixels takes more memory than the GPU has left, in bands"
     ):
         workshop.build(load_autoencoder=lambda: Short([], 1))
     assert Store(workshop.store_dir).datasets() == []
 
 
-def test_only_bad_pictures_are_refused_even_when_skipping(workshop):
+def test_only_bad_images_are_refused_even_when_skipping(workshop):
     for path in workshop.photos.glob("*.png"):
         path.write_bytes(path.read_bytes()[:200])
     with pytest.raises(
-        WrongRequest, match=r"no usable picture is left, all were skipped; the first: .*png cannot be read"
+        WrongRequest, match=r"no usable image is left, all were skipped; the first: .*png cannot be read"
     ):
         workshop.build(skip_bad=True)
 
@@ -429,7 +424,7 @@ def test_only_bad_pictures_are_refused_even_when_skipping(workshop):
 def test_settings_of_folders_reach_the_dataset(workshop):
     dataset = workshop.build(folders=[Folder(workshop.photos, repeats=3, trigger="zqx")])
     assert {example.repeats for example in dataset.examples} == {3}
-    assert "zqx, picture number 0" in workshop.captions
+    assert "zqx, image number 0" in workshop.captions
     entry = dataset.examples[0]
     status = (workshop.photos / "0.png").stat()
     assert (entry.path, entry.size, entry.mtime_ns) == (
@@ -445,9 +440,9 @@ def test_prompts_are_encoded_once_and_shared_with_the_captions(workshop):
     arguments = (workshop.store_dir, workshop.encoders, workshop.load_text)
     for asked in (["new"], []):
         workshop.captions.clear()
-        texts = cache_prompts(["picture number 0", "new", "new"], *arguments, t5_length=LENGTH)
+        texts = cache_prompts(["image number 0", "new", "new"], *arguments, t5_length=LENGTH)
         assert workshop.captions == asked
-        assert {prompt: text.caption for prompt, text in texts.items()} == {p: p for p in ("picture number 0", "new")}
+        assert {prompt: text.caption for prompt, text in texts.items()} == {p: p for p in ("image number 0", "new")}
     workshop.delete_encoders()
     assert (cache_prompts(["new"], *arguments, t5_length=LENGTH)["new"].t5 == 3).all()
     with pytest.raises(WrongRequest, match=r"^1 captions must be encoded, but .*t5.safetensors does not exist"):

@@ -16,11 +16,11 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from fluxq import nano
+from fluxq.caching.store import Origin, Store
 from fluxq.cli.main import main
 from fluxq.data.dataset import Dataset
-from fluxq.caching.store import Origin, Store
 from fluxq.formats.checkpoint.files import Checkpoint
-from fluxq.nano import pictures
+from fluxq.nano import drawing
 
 CHANNELS, LENGTH, T5_WIDTH, CLIP_WIDTH = 16, nano.T5_LENGTH, 128, 64  # nano's
 SIZES = [(96, 96), (128, 72), (60, 90)]
@@ -38,7 +38,7 @@ def without_encoders(tmp_path) -> list:
     """Options for the toy whose encoders are nowhere."""
     names = {"--ae": "ae", "--clip-l": "clip", "--t5xxl": "t5"}
     gone = [word for flag, name in names.items() for word in (flag, tmp_path / f"{name}.safetensors")]
-    return ["--flux", nano.FLUX, *gone, "--t5-length", LENGTH, "--size", 96]
+    return ["--flux", nano.FLUX, *gone, "--t5-length", LENGTH, "--resolution", 96]
 
 
 def trained(tmp_path, *more):
@@ -51,8 +51,8 @@ def trained(tmp_path, *more):
 def photos(tmp_path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
-    for n, ((picture, caption), size) in enumerate(zip(pictures.concept(seed=1, count=3), SIZES, strict=True)):
-        picture.resize(size).save(folder / f"{n}.png")
+    for n, ((image, caption), size) in enumerate(zip(drawing.concept(seed=1, count=3), SIZES, strict=True)):
+        image.resize(size).save(folder / f"{n}.png")
         (folder / f"{n}.txt").write_text(caption)
     return folder
 
@@ -141,7 +141,7 @@ def test_sd_scripts_cache_trains_without_any_encoder(tmp_path, sd_scripts):
     result = run("cache", sd_scripts, *without_encoders(tmp_path), "--cache", tmp_path / "cache", "--import", "--json")
     assert result.exit_code == 0, result.output
     answer = json.loads(result.stdout)
-    assert (answer["pictures"], answer["imported_pictures"], answer["imported_captions"]) == (3, 3, 3)
+    assert (answer["images"], answer["imported_images"], answer["imported_captions"]) == (3, 3, 3)
     dataset, store = dataset_of(tmp_path)
     assert [example.bucket for example in dataset.examples] == BUCKETS
     for n, example in enumerate(dataset.examples):
@@ -196,7 +196,7 @@ def test_check_tells_what_is_unverified_of_what_is_as_it_was(tmp_path, sd_script
     assert "imported" not in run("check", sd_scripts, "--model", "nano", "--cache", tmp_path / "elsewhere").output
 
 
-def test_a_changed_picture_or_caption_is_encoded_anew(tmp_path, sd_scripts):
+def test_a_changed_image_or_caption_is_encoded_anew(tmp_path, sd_scripts):
     assert cached(tmp_path, "--import").exit_code == 0
     Image.effect_noise(SIZES[1], 50).convert("RGB").save(sd_scripts / "1.png")
     (sd_scripts / "2.txt").write_text("another caption")
@@ -225,8 +225,8 @@ def test_early_names_mirror_images_and_masks(tmp_path, photos):
     result = cached(tmp_path, "--import")
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
-    assert "2 pictures and 0 captions imported from sd-scripts" in said
-    assert "the alpha masks of 1 pictures are ignored" in said and "1 pictures and 3 captions have none" in said
+    assert "2 images and 0 captions imported from sd-scripts" in said
+    assert "the alpha masks of 1 images are ignored" in said and "1 images and 3 captions have none" in said
     dataset, store = dataset_of(tmp_path)
     assert torch.equal(store.latents(dataset.examples[0].latents[1])[0], torch.from_numpy(mirrored))
     assert torch.equal(store.latents(dataset.examples[1].latents[0])[0], torch.from_numpy(latents_of(1, 128, 64)))
@@ -240,13 +240,13 @@ def nan(shape):
 
 
 def spoil(folder, name):
-    """Writes one bad cache for picture 1 among good ones."""
+    """Writes one bad cache for image 1 among good ones."""
     if name == "truncated":
         path = write_sd_text(folder, 1)
         path.write_bytes(path.read_bytes()[:-100])
-    elif name == "picture replaced":
+    elif name == "image replaced":
         Image.new("RGB", (64, 128)).save(folder / "1.png")
-    elif name == "two pictures":
+    elif name == "two images":
         Image.open(folder / "1.png").save(folder / "1.bmp")
     elif name.startswith("latents"):
         changes = {
@@ -274,16 +274,16 @@ def spoil(folder, name):
 
 BAD = {
     "truncated": "1_flux_te.npz is no sound .npz file",
-    "picture replaced": "1_0128x0072_flux.npz was made from a picture of another size, 1.png has [64, 128] pixels",
-    "two pictures": "may be of any of 1.bmp, 1.png",
-    "latents: other size": "has 1.png in 32 x 32, where about 128 x 64 pixels are wanted; choose the --size",
+    "image replaced": "1_0128x0072_flux.npz was made from an image of another size, 1.png has [64, 128] pixels",
+    "two images": "may be of any of 1.bmp, 1.png",
+    "latents: other size": "has 1.png in 32 x 32, where about 128 x 64 pixels are wanted; choose the --resolution",
     "latents: too large": "has 1.png in 256 x 128, where about",
     "latents: odd": "has 1.png in 136 x 56, where about",
     "latents: channels": "has latents_8x16 of (4, 8, 16), not (16, h, w)",
     "latents: name": "has latents_8x16 of (16, 16, 8), not (16, h, w)",
     "latents: not finite": "holds numbers that are not finite in latents_8x16",
     "latents: mirror": "has latents_flipped_8x16 of (16, 8, 8), unlike",
-    "latents: original": "was made from a picture of [72, 128], 1.png has [128, 72] pixels",
+    "latents: original": "was made from an image of [72, 128], 1.png has [128, 72] pixels",
     "latents: objects": "holds more than numbers in latents_8x16.npy",
     "text: masked": "was made with apply_t5_attn_mask",
     "text: flag lacks": "lacks apply_t5_attn_mask",
@@ -330,7 +330,7 @@ def test_a_bad_cache_of_ai_toolkit_is_a_sentence(tmp_path, photos, changes, sent
 def test_ai_toolkits_hash_tells_another_caption(tmp_path, photos):
     write_toolkit(photos, 1, (128, 64), caption="of before")
     result = cached(tmp_path, "--import")
-    assert result.exit_code == 0 and "2 pictures and 3 captions have none" in " ".join(result.output.split())
+    assert result.exit_code == 0 and "2 images and 3 captions have none" in " ".join(result.output.split())
 
 
 def test_ai_toolkits_masked_text_is_refused(tmp_path, photos):

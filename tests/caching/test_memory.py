@@ -1,7 +1,7 @@
-"""What `fluxq cache` has in memory at full width, counted: under 4 GiB on a card, under 3 GiB on a processor.
+"""What `fluxq cache` has in memory at full width, counted: under 4 GiB on a GPU, under 3 GiB on a CPU.
 
-The encoders run on `meta`, where what would lie on a card is counted and nothing is computed: the same code, files and
-group of captions. A slow test runs the whole command on the processor, with random weights.
+The encoders run on `meta`, where what would lie on a GPU is counted and nothing is computed: the same code, files and
+group of captions. A slow test runs the whole command on the CPU, with random weights.
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ from live_bytes import LiveBytes
 from PIL import Image
 
 from fluxq import nano
+from fluxq.caching.encoding import PIXELS_PER_BATCH
 from fluxq.commands.cache import cache_command
 from fluxq.config import config_from_dict
-from fluxq.caching.encoding import PIXELS_PER_BATCH
 from fluxq.formats.checkpoint.files import write_safetensors
-from fluxq.formats.load import ENCODER_SLOTS, load_autoencoder, load_text_encoders
 from fluxq.formats.checkpoint.shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
+from fluxq.formats.load import ENCODER_SLOTS, load_autoencoder, load_text_encoders
 from fluxq.model import AutoEncoderConfig, FluxConfig
 from fluxq.model.text import STATES_BYTES
 from fluxq.models.parts import Models
@@ -75,8 +75,8 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dt
     ],
 )
 def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, tmp_path, monkeypatch):
-    """512 tokens a caption, as many captions as there are in one call. On a card two blocks as they are stored lie in
-    the ring's slots beside the one that is computed with, on a processor there is only that one.
+    """512 tokens a caption, as many captions as there are in one call. On a GPU two blocks as they are stored lie in
+    the ring's slots beside the one that is computed with, on a CPU there is only that one.
     """
     monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES[place])
     clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
@@ -99,23 +99,23 @@ def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, 
 
 @pytest.mark.parametrize("stored", ["fp16", "scaled fp8"])
 @pytest.mark.parametrize("gib", [1.5, 1.75])
-def test_the_text_encoders_keep_to_the_room_of_the_card(gib, stored, tmp_path, monkeypatch):
+def test_the_text_encoders_keep_to_the_room_of_the_gpu(gib, stored, tmp_path, monkeypatch):
     """By taking fewer captions at a time: as many as fit, within one batch. Attention is one operator there."""
     monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES["cuda"])
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: torch.empty_like(q))
     clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
-    t5, room = hollow_t5(tmp_path / "t5.safetensors", 2, stored), int(gib * GIB)
+    t5, budget = hollow_t5(tmp_path / "t5.safetensors", 2, stored), int(gib * GIB)
     with LiveBytes(device="meta") as bytes:
-        encoders = load_text_encoders(clip, t5, *TOKENIZERS, 512, META, torch.bfloat16, room=room)
+        encoders = load_text_encoders(clip, t5, *TOKENIZERS, 512, META, torch.bfloat16, budget=budget)
         encoders.encode(["a red star "] * encoders.group)
     caption = 512 * 4096 * 2
     print(f"{encoders.group} captions with T5 in {stored}, {gib} GiB: {bytes.peak / GIB:.3f} GiB")
-    assert bytes.peak <= room
-    assert encoders.group == STATES_BYTES["cuda"] // caption or bytes.peak > room - 16 * caption
+    assert bytes.peak <= budget
+    assert encoders.group == STATES_BYTES["cuda"] // caption or bytes.peak > budget - 16 * caption
 
 
 @pytest.mark.parametrize(("batch", "side"), [(1, 1024), (4, 512)])
-def test_the_autoencoder_stays_under_4_gib_on_a_card(batch, side, tmp_path):
+def test_the_autoencoder_stays_under_4_gib_on_a_gpu(batch, side, tmp_path):
     """With its weights, the decoder's too, in fp32; a convolution's workspace comes on top. In bands it takes less."""
     assert batch * side * side == PIXELS_PER_BATCH
     shapes = autoencoder_shapes(AutoEncoderConfig())
@@ -124,14 +124,14 @@ def test_the_autoencoder_stays_under_4_gib_on_a_card(batch, side, tmp_path):
     for band in (None, 64):
         with LiveBytes(device="meta") as bytes:
             autoencoder = load_autoencoder(path, META).in_bands(band)
-            autoencoder.encoder(torch.zeros(batch, 3, side, side, device=META))
+            autoencoder.moments(torch.zeros(batch, 3, side, side, device=META))
         peaks.append(bytes.peak)
-        print(f"{batch} pictures of {side} x {side}, in bands of {band}: {bytes.peak / GIB:.3f} GiB on the card")
+        print(f"{batch} images of {side} x {side}, in bands of {band}: {bytes.peak / GIB:.3f} GiB on the GPU")
     weight_bytes = sum(torch.Size(shape).numel() * 4 for shape in shapes.values())
     assert weight_bytes < peaks[1] < 0.6 * peaks[0] < peaks[0] < 4 * GIB
 
 
-def test_meta_counts_what_the_processor_takes(tmp_path):
+def test_meta_counts_what_the_cpu_takes(tmp_path):
     """The autoencoder at full width, small: the numbers above stand for memory that is really used."""
     shapes = autoencoder_shapes(AutoEncoderConfig())
     path = write_hollow(tmp_path / "ae.safetensors", dict.fromkeys(shapes, torch.float32), shapes)
@@ -139,15 +139,15 @@ def test_meta_counts_what_the_processor_takes(tmp_path):
     for device in (META, torch.device("cpu")):
         autoencoder = load_autoencoder(path, device)
         with LiveBytes() as bytes, torch.no_grad():
-            autoencoder.encoder(torch.zeros(1, 3, 128, 128, device=device))
+            autoencoder.moments(torch.zeros(1, 3, 128, 128, device=device))
         peaks.append(bytes.peak)
     assert peaks[0] == peaks[1] > 5 * 128 * 128 * 128 * 4
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", ["fp16", "fp8"])
-def test_the_command_stays_under_3_gib_on_a_processor(stored, tmp_path, monkeypatch):
-    """All of `fluxq cache`, a picture of 512 x 512 with a caption of 512 tokens; T5 with 2 layers and with 4."""
+def test_the_command_stays_under_3_gib_on_a_cpu(stored, tmp_path, monkeypatch):
+    """All of `fluxq cache`, an image of 512 x 512 with a caption of 512 tokens; T5 with 2 layers and with 4."""
     write_hollow(
         tmp_path / "flux.safetensors",
         dict.fromkeys(flux := flux_shapes(FluxConfig.dev()), torch.bfloat16),
@@ -161,23 +161,23 @@ def test_the_command_stays_under_3_gib_on_a_processor(stored, tmp_path, monkeypa
     (photos / "a.txt").write_text("a red star " * 300)
     model = {part: str(tmp_path / f"{part}.safetensors") for part in ("flux", "ae", "clip_l", "t5xxl")}
     model |= {"clip_tokenizer": str(nano.CLIP_TOKENIZER), "t5_tokenizer": str(nano.T5_TOKENIZER)}
-    data = {"folders": [str(photos)], "size": 512, "cache": str(tmp_path / "cache")}
-    config, peaks = config_from_dict({"model": model, "data": data}, "a test"), {"pictures": [], "captions": []}
+    data = {"folders": [str(photos)], "resolution": 512, "cache": str(tmp_path / "cache")}
+    config, peaks = config_from_dict({"model": model, "data": data}, "a test"), {"images": [], "captions": []}
     load_text_encoders = Models.load_text_encoders
 
-    def after_the_pictures(models, *room):
+    def after_the_images(models, *budget):
         assert bytes.live < 1 << 20  # the autoencoder is gone
-        peaks["pictures"].append(bytes.peak)
+        peaks["images"].append(bytes.peak)
         bytes.reset_peak()
-        return load_text_encoders(models, *room)
+        return load_text_encoders(models, *budget)
 
-    monkeypatch.setattr(Models, "load_text_encoders", after_the_pictures)
+    monkeypatch.setattr(Models, "load_text_encoders", after_the_images)
     for layers in (2, 4):
         write_random(tmp_path / "t5xxl.safetensors", t5_xxl(layers), T5_STORED[stored])
         shutil.rmtree(tmp_path / "cache", ignore_errors=True)
         with LiveBytes() as bytes:
             answer = cache_command(config)
-        assert answer["pictures"] == 1 and "longer than 512 T5 tokens" in answer["notes"][0]
+        assert answer["images"] == 1 and "longer than 512 T5 tokens" in answer["notes"][0]
         peaks["captions"].append(bytes.peak)
     for stage, (few, more) in peaks.items():
         print(f"fluxq cache with T5-XXL in {stored}, {stage}: {more / GIB:.3f} GiB of tensors")

@@ -10,9 +10,9 @@ from hashlib import file_digest
 import pytest
 import torch
 
-from fluxq.data.dataset import Dataset, Entry
 from fluxq.caching.hashes import Hashes
 from fluxq.caching.store import Store, Text, latents_key, text_key
+from fluxq.data.dataset import Dataset, Entry
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import files
 

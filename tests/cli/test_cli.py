@@ -22,14 +22,14 @@ from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.training.report import read_log
 
 MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --format --compute --ae-band --model"
-DATA = "--trigger --size --skip-bad --cache"
+DATA = "--trigger --resolution --skip-bad --cache"
 SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
 MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offload"
 OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
-    "--text-encoder --text-rate "
-    "--accumulate --rate --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
+    "--text-encoder --text-lr "
+    "--accumulate --lr --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
     "--overwrite --config --set --json",
     "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --json",
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
@@ -37,10 +37,10 @@ OPTIONS = {
     "check": f"{MODEL} {DATA} --config --set --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
-    "profile": "--card --format --size --compute --policy --rank --batch --t5-length --slots --weights --steps --out "
-    "--json",
+    "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "
+    "--out --json",
     "bench kernels": "--tune --json",
-    "bench steps": "--matrix --format --compute --policy --size --batch --rank --t5-length --resident-units "
+    "bench steps": "--matrix --format --compute --policy --resolution --batch --rank --t5-length --resident-units "
     "--blocks-to-swap --slots --steps --limit-vram --limit-bus --out --json",
     "bench compare": "--out --json",
     "lora convert": "--to --rank --precision --overwrite --json",
@@ -114,7 +114,7 @@ def test_help_needs_no_torch():
 
 @pytest.mark.slow
 def test_json_is_the_only_line_on_stdout(tmp_path, photos):
-    command = [sys.executable, "-m", "fluxq.cli.main", *map(str, trained(tmp_path, photos, "--json"))]
+    command = [sys.executable, "-m", "fluxq", *map(str, trained(tmp_path, photos, "--json"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     result = json.loads(done.stdout)
@@ -126,16 +126,16 @@ def test_json_is_the_only_line_on_stdout(tmp_path, photos):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["train", "--model", "nano"], "no folder of pictures was given"),
+        (["train", "--model", "nano"], "no folder of images was given"),
         (["train", "{tmp}/absent", "--model", "nano", "--cache", "{tmp}/c"], "absent does not exist"),
-        (["train", "{tmp}/empty", "--model", "nano", "--cache", "{tmp}/c"], "holds no picture"),
+        (["train", "{tmp}/empty", "--model", "nano", "--cache", "{tmp}/c"], "holds no image"),
         (["train", "{photos}", "--flux", "{tmp}/f.safetensors"], "no --ae, --clip-l, --t5xxl was given"),
         (["train", "{photos}"], "no --flux, --ae, --clip-l, --t5xxl was given"),
         (["train", "{photos}", *FILES, "--flux", "{tmp}/model.ckpt"], "model.ckpt"),
         (["train", "{photos}", *FILES, "--flux", "{tmp}/absent.safetensors"], "absent.safetensors"),
         (["train", "{photos}", *FILES, "--flux", nano.AE], "ae.safetensors"),
         (["train", "{photos}", *FILES, "--clip-l", nano.T5XXL], "t5xxl.safetensors"),
-        (["train", "{photos}", "--model", "nano", "--size", "100"], "size must be a multiple of 16"),
+        (["train", "{photos}", "--model", "nano", "--resolution", "100"], "resolution must be a multiple of 16"),
         (["train", "{photos}", "--model", "nano", "--set", "lora.rnak=3"], "did you mean 'lora.rank'?"),
         (["train", "{photos}", "--model", "nano", "--steps", "0"], "training.steps must be at least 1, not 0"),
         (["train", "{photos}", "--model", "nano", "--config", "{tmp}/none.toml"], "none.toml cannot be read"),
@@ -144,13 +144,13 @@ def test_json_is_the_only_line_on_stdout(tmp_path, photos):
         (["train", "{photos}", "--model", "nano", "--set", "lora.targets=[]"], "no targets were given"),
         (["train", "{photos}", "--model", "nano", "--warmup", "50", "--steps", "9"], "never ends in 9"),
         (["train", "{photos}", "--model", "nano", "--t5-length", "4000"], "at most 512, not 4000"),
-        (["train", "{photos}", "--model", "nano", "--out", "{photos}"], "holds the pictures"),
+        (["train", "{photos}", "--model", "nano", "--out", "{photos}"], "holds the images"),
         (["train", "{photos}", "--model", "nano", "--trigger", ".."], "is no name for a file"),
         (["train", "{photos}", "--model", "nano", "--flux", "x"], "brings its own files; leave out --flux"),
         (["train", "--resume", "{tmp}", "--overwrite"], "pass only one of them"),
         (["sample", "--model", "nano", "--prompt", "x", "--width", "100"], "width must be a multiple of 16"),
         (["sample", "--model", "nano", "--prompt", "x", "--out", "{tmp}/model.ckpt/x"], "cannot be written to"),
-        (["sample", "--model", "nano"], "nothing to draw"),
+        (["sample", "--model", "nano"], "nothing to sample"),
         (["sample", "--model", "nano", "--prompt", "x", "--lora", "a=b"], "is no number"),
         (["sample", "--model", "nano", "--prompt", "x", "--lora", "{tmp}/absent.safetensors"], "absent.safetensors"),
         (["cache", "--verify", "--cache", "{tmp}/absent"], "holds no cache"),
@@ -190,8 +190,8 @@ def test_truncated_model_file_is_named_with_its_bytes(tmp_path, photos):
     assert "100,000" in result.stderr
 
 
-def test_a_corrupt_picture_is_named_and_skipped_on_request(tmp_path, photos):
-    (photos / "bad.jpg").write_bytes(b"\xff\xd8\xff no picture")
+def test_a_corrupt_image_is_named_and_skipped_on_request(tmp_path, photos):
+    (photos / "bad.jpg").write_bytes(b"\xff\xd8\xff no image")
     refused = run(*trained(tmp_path, photos))
     assert refused.exit_code == 2
     assert "bad.jpg" in refused.stderr
@@ -221,7 +221,7 @@ def test_an_output_under_a_file_is_named(tmp_path, photos):
 def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, photos):
     arguments = map(str, trained(tmp_path, photos, "--steps", 400))
     process = subprocess.Popen(
-        [sys.executable, "-m", "fluxq.cli.main", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
+        [sys.executable, "-m", "fluxq", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
     )
     while len(read_log(tmp_path / "run" / "log.jsonl")) < 3:
         assert process.poll() is None
@@ -257,7 +257,7 @@ def test_sample_draws_with_loras_and_a_grid(tmp_path, photos):
 def test_cache_is_encoded_verified_and_pruned(tmp_path, photos):
     data = [photos, "--model", "nano", "--cache", tmp_path / "cache"]
     result = run("cache", *data, "--json")
-    assert json.loads(result.stdout)["pictures"] == 2
+    assert json.loads(result.stdout)["images"] == 2
     result = run("cache", "--cache", tmp_path / "cache", "--verify", "--prune", "--json")
     answer = json.loads(result.stdout)
     assert (answer["records"], answer["damaged"], answer["deleted"]) == (3, 0, 0)

@@ -1,4 +1,4 @@
-"""`fluxq cache` within an amount of memory: fewer captions at once, pictures in bands, the same dataset."""
+"""`fluxq cache` within an amount of memory: fewer captions at once, images in bands, the same dataset."""
 
 from __future__ import annotations
 
@@ -8,32 +8,32 @@ from click.testing import CliRunner
 
 from fluxq import nano
 from fluxq.caching.folders import cache_folders
+from fluxq.caching.store import Store
 from fluxq.cli.main import main
 from fluxq.config import ModelConfig, config_from_dict
-from fluxq.caching.store import Store
-from fluxq.training.defaults import resolve_data
 from fluxq.models.parts import Models
-from fluxq.nano import pictures
+from fluxq.nano import drawing
+from fluxq.training.defaults import resolve_data
 
 
 @pytest.fixture
 def photos(tmp_path):
     folder = tmp_path / "photos"
     folder.mkdir()
-    for i, (picture, caption) in enumerate(pictures.concept(seed=1, count=3)):
-        picture.save(folder / f"{i}.png")
+    for i, (image, caption) in enumerate(drawing.concept(seed=1, count=3)):
+        image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     return folder
 
 
 def test_both_encoders_are_given_the_room_and_the_dataset_is_the_same(photos, tmp_path, monkeypatch):
-    models, asked = Models(ModelConfig(name="nano"), torch.device("cpu"), say=lambda line: None), []
+    models, asked = Models(ModelConfig(name="nano"), torch.device("cpu"), notify=lambda line: None), []
     autoencoder, text = models.load_autoencoder, models.load_text_encoders
     monkeypatch.setattr(models, "load_autoencoder", lambda band: asked.append(band) or autoencoder(band))
     monkeypatch.setattr(models, "load_text_encoders", lambda room: asked.append((loaded := text(room)).group) or loaded)
     found = {}
     for room in (None, 1):
-        values = {"folders": [str(photos)], "size": nano.SIZE, "cache": str(tmp_path / f"cache {room}")}
+        values = {"folders": [str(photos)], "resolution": nano.SIZE, "cache": str(tmp_path / f"cache {room}")}
         data = resolve_data(config_from_dict({"data": values}, "a test").data, models, lambda line: None)
         dataset, store = cache_folders(data, models, (), lambda *progress: None, room), Store(data.cache)
         found[room] = dataset, [store.text(key) for _, key in sorted(dataset.prompts.items())]
@@ -46,8 +46,8 @@ def test_both_encoders_are_given_the_room_and_the_dataset_is_the_same(photos, tm
         torch.testing.assert_close(banded, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_an_amount_without_a_card_is_refused_before_anything_is_made(photos, tmp_path):
+def test_an_amount_without_a_gpu_is_refused_before_anything_is_made(photos, tmp_path):
     arguments = ["cache", photos, "--model", "nano", "--vram", "8GiB", "--cache", tmp_path / "cache"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == 2 and "--vram is about a CUDA card, and this machine has none" in result.output
+    assert result.exit_code == 2 and "--vram is about a CUDA GPU, and this machine has none" in result.output
     assert not (tmp_path / "cache").exists()

@@ -16,17 +16,17 @@ from helpers import write_hollow
 from huggingface_hub import constants
 from PIL import Image
 
-from fluxq.commands import check as checks
 from fluxq import nano
 from fluxq.cli.main import main
+from fluxq.commands import check as checks
+from fluxq.commands.quantize import quantize_command
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.load import load_flux
 from fluxq.formats.quantized import stored_bytes
-from fluxq.formats.checkpoint.shapes import flux_shapes
-from fluxq.models.hub import NotFetched
-from fluxq.memory.machine import Card, Machine
+from fluxq.memory.machine import GPU, Machine
 from fluxq.model import FluxConfig
+from fluxq.models.hub import NotFetched
 from fluxq.models.parts import Models
-from fluxq.commands.quantize import quantize_command
 
 ROOT = Path(__file__).parent.parent
 
@@ -53,7 +53,7 @@ def photos(tmp_path) -> Path:
 
 
 def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_path, monkeypatch):
-    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "nothing quantised yet"))
+    monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "nothing quantized yet"))
     before = sorted(tmp_path.rglob("*"))
     code, answer, lines = run(photos, "--model", "nano")
     assert code == 0 and answer["ready"] and answer["reasons"] == []
@@ -65,8 +65,8 @@ def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_
         "bytes": answer["parts"]["flux"]["bytes"],
         "files": [str(nano.FLUX)],
     }
-    assert answer["pictures"]["pictures"] == 3 and answer["pictures"]["buckets"] == {"96x96": 2, "128x64": 1}
-    assert answer["disk"]["needed"] > answer["disk"]["cache"] > answer["pictures"]["latents_bytes"] > 0
+    assert answer["images"]["images"] == 3 and answer["images"]["buckets"] == {"96x96": 2, "128x64": 1}
+    assert answer["disk"]["needed"] > answer["disk"]["cache"] > answer["images"]["latents_bytes"] > 0
     assert "3, 1 different captions; 2 at 96x96, 1 at 128x64" in lines and lines.endswith("ready: a run could start\n")
     assert sorted(tmp_path.rglob("*")) == before
 
@@ -99,7 +99,7 @@ def test_every_reason_is_given_at_once(tmp_path, photos):
     models.mkdir()
     shutil.copy(nano.FLUX, models)
     shutil.copy(nano.AE, models)
-    (photos / "bad.png").write_bytes(b"\x89PNG no picture")
+    (photos / "bad.png").write_bytes(b"\x89PNG no image")
     code, answer, lines = run(photos, "--models", models, "--t5xxl", nano.CLIP_L)
     assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 3
     text = "\n".join(answer["reasons"])
@@ -114,22 +114,22 @@ def test_nothing_named_is_one_reason():
     assert code == 2 and len(answer["reasons"]) == 1 and "--models" in answer["reasons"][0]
 
 
-def test_too_little_memory_disk_or_card_is_a_reason(monkeypatch, photos):
-    card = Machine("2.13", "13.0", False, True, False, Card("old card", (6, 1), 1 << 20), ("sm_80",))
+def test_too_little_memory_disk_or_gpu_is_a_reason(monkeypatch, photos):
+    gpu = Machine("2.13", "13.0", False, True, False, GPU("old GPU", (6, 1), 1 << 20), ("sm_80",))
     monkeypatch.setattr(checks, "memory", lambda: (1 << 30, 1 << 29))
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
-    monkeypatch.setattr(checks, "read_machine", lambda: card)
+    monkeypatch.setattr(checks, "read_machine", lambda: gpu)
     code, answer, _ = run(photos, "--model", "nano")
-    memory, card, disk, obstacle = answer["reasons"]
+    memory, gpu, disk, obstacle = answer["reasons"]
     assert code == 2 and "2.0 GiB of RAM are needed with the transformer in nf4, this machine has 1.0 GiB" in memory
-    assert "the old card has 1.0 MiB, and the transformer's weights alone take 2.7 MiB in nf4; use another" in card
-    assert "of disk are needed at" in disk and "has no code for the old card (sm_61" in obstacle
+    assert "the old GPU has 1.0 MiB, and the transformer's weights alone take 2.7 MiB in nf4; use another" in gpu
+    assert "of disk are needed at" in disk and "has no code for the old GPU (sm_61" in obstacle
 
 
-def machine_with(card: Card | None, monkeypatch, free: int | None = None) -> None:
-    seen = Machine("2.13", "13.0", False, True, False, card, ("sm_80", "sm_86", "sm_89"))
+def machine_with(gpu: GPU | None, monkeypatch, free: int | None = None) -> None:
+    seen = Machine("2.13", "13.0", False, True, False, gpu, ("sm_80", "sm_86", "sm_89"))
     monkeypatch.setattr(checks, "read_machine", lambda: seen)
-    monkeypatch.setattr(checks, "free_on_card", lambda: free)
+    monkeypatch.setattr(checks, "free_gpu_bytes", lambda: free)
 
 
 @pytest.fixture(scope="module")
@@ -141,49 +141,47 @@ def full_size(tmp_path_factory) -> Path:
     )
 
 
-def test_the_card_is_described_with_what_training_needs_on_it(full_size, monkeypatch):
-    ada = Card("RTX 4090", (8, 9), 24 << 30)
+def test_the_gpu_is_described_with_what_training_needs_on_it(full_size, monkeypatch):
+    ada = GPU("RTX 4090", (8, 9), 24 << 30)
     machine_with(ada, monkeypatch, free=int(22.5 * 2**30))
     _, answer, lines = run("--flux", full_size)
-    described = (
-        "card         RTX 4090, 22.5 GiB of 24.0 GiB free, compute capability 8.9; training in nf4 needs 6.3 GiB"
-    )
+    described = "GPU         RTX 4090, 22.5 GiB of 24.0 GiB free, compute capability 8.9; training in nf4 needs 6.3 GiB"
     assert f"{described} of it for the weights alone\n" in lines
     weights = stored_bytes(flux_shapes(FluxConfig.dev()), "nf4")
     about = {"name": "RTX 4090", "capability": [8, 9], "free": int(22.5 * 2**30), "all": 24 << 30, "weights": weights}
-    assert answer["card"] == about
+    assert answer["gpu"] == about
     assert not any("RTX 4090" in reason for reason in answer["reasons"])
 
 
 @pytest.mark.parametrize(
     ("format", "gib", "sentence"),
     [
-        ("nf4", 6, "the laptop card has 6.0 GiB, and the transformer's weights alone take 6.3 GiB in nf4; use another"),
+        ("nf4", 6, "the laptop GPU has 6.0 GiB, and the transformer's weights alone take 6.3 GiB in nf4; use another"),
         ("nf4", 8, None),
-        ("int8", 8, "the laptop card has 8.0 GiB, and the transformer's weights alone take 11.2 GiB in int8; use --fo"),
+        ("int8", 8, "the laptop GPU has 8.0 GiB, and the transformer's weights alone take 11.2 GiB in int8; use --fo"),
         ("bf16", 24, None),
     ],
 )
-def test_a_card_that_cannot_hold_the_weights_is_a_reason(format, gib, sentence, full_size, monkeypatch):
-    machine_with(Card("laptop card", (8, 6), gib << 30), monkeypatch)
+def test_a_gpu_that_cannot_hold_the_weights_is_a_reason(format, gib, sentence, full_size, monkeypatch):
+    machine_with(GPU("laptop GPU", (8, 6), gib << 30), monkeypatch)
     _, answer, lines = run("--flux", full_size, "--format", format)
-    found = [reason for reason in answer["reasons"] if "laptop card" in reason]
+    found = [reason for reason in answer["reasons"] if "laptop GPU" in reason]
     assert len(found) == (sentence is not None) and (sentence is None or sentence in found[0])
-    assert f"card         laptop card, {gib}.0 GiB, compute capability 8.6; training in {format} needs" in lines
+    assert f"GPU         laptop GPU, {gib}.0 GiB, compute capability 8.6; training in {format} needs" in lines
 
 
-def test_no_card_is_one_line(monkeypatch):
+def test_no_gpu_is_one_line(monkeypatch):
     machine_with(None, monkeypatch)
     code, answer, lines = run("--model", "nano")
-    assert code == 0 and answer["card"] is None
-    assert lines.count("card ") == 1 and "card         none that torch can use, so training runs on the proc" in lines
+    assert code == 0 and answer["gpu"] is None
+    assert lines.count("GPU ") == 1 and "GPU         none that torch can use, so training runs on the CPU" in lines
 
 
-def test_a_card_beside_missing_models_is_described_without_a_need(monkeypatch):
-    machine_with(Card("RTX 4090", (8, 9), 24 << 30), monkeypatch)
+def test_a_gpu_beside_missing_models_is_described_without_a_need(monkeypatch):
+    machine_with(GPU("RTX 4090", (8, 9), 24 << 30), monkeypatch)
     code, answer, lines = run()
-    assert code == 2 and answer["card"]["weights"] is None
-    assert "card         RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines
+    assert code == 2 and answer["gpu"]["weights"] is None
+    assert "GPU         RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines
 
 
 def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
@@ -235,7 +233,7 @@ def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_p
     assert Path(printed.strip()) == tmp_path / inside
 
 
-def test_a_quantised_file_beside_its_original_is_named_with_the_reason(tmp_path):
+def test_a_quantized_file_beside_its_original_is_named_with_the_reason(tmp_path):
     for file in (nano.FLUX, nano.AE, nano.CLIP_L, nano.T5XXL):
         shutil.copy(file, tmp_path)
     made = tmp_path / "made.safetensors"

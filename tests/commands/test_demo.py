@@ -1,4 +1,4 @@
-"""The demo: the creature is learnt, ordinary pictures stay, NF4 costs little, and nothing reaches for a network."""
+"""The demo: the creature is learnt, ordinary images stay, NF4 costs little, and nothing reaches for a network."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_the_demo_teaches_the_creature_and_keeps_the_rest(demos):
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
 def test_every_format_ends_within_3_percent_of_bf16(format, demos):
-    """The loss of what is taught. Same seeds, so the same pictures, noise and times; only the storage differs."""
+    """The loss of what is taught. Same seeds, so the same images, noise and times; only the storage differs."""
     assert demos[format, "bf16"]["concept_after"] <= 1.03 * demos["bf16", "bf16"]["concept_after"]
 
 
@@ -64,7 +64,7 @@ def test_ordinary_captions_lose_no_more_than_the_format_itself_costs(format, dem
 
 @pytest.mark.parametrize("compute", ["int8_dx", "fp8_dx"])
 def test_eight_bits_both_ways_end_within_3_percent_of_bf16(compute, demos):
-    """From NF4: the loss of what is taught, and of ordinary pictures. Only the arithmetic differs."""
+    """From NF4: the loss of what is taught, and of ordinary images. Only the arithmetic differs."""
     for loss in ("concept_after", "ordinary_after"):
         assert demos["nf4", compute][loss] <= 1.03 * demos["nf4", "bf16"][loss]
 

@@ -16,8 +16,8 @@ from fluxq import nano
 from fluxq.cli.main import main
 from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
-from fluxq.formats.quantized import QuantizedFile, cache_folder, write_quantized
 from fluxq.formats.checkpoint.source import open_flux
+from fluxq.formats.quantized import QuantizedFile, cache_folder, write_quantized
 from fluxq.models.parts import Models
 
 
@@ -41,17 +41,17 @@ def test_the_report_tells_each_layers_error_by_format(tmp_path):
         assert errors["int8"][layer] < errors["fp8"][layer] < 0.04, layer
 
 
-def test_a_quantised_file_is_a_base_like_any_other(tmp_path):
+def test_a_quantized_file_is_a_base_like_any_other(tmp_path):
     """Training from it needs no cache of its own, and is refused in another format."""
     path = tmp_path / "own.safetensors"
     assert run("quantize", nano.FLUX, path, "--format", "int8").exit_code == 0
     photos = tmp_path / "photos"
     photos.mkdir()
     nano_files = ["--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL]
-    from fluxq.nano import pictures
+    from fluxq.nano import drawing
 
-    pictures.concept(1, 1)[0][0].save(photos / "a.png")
-    common = ["train", photos, "--flux", path, *nano_files, "--size", 96, "--t5-length", 32, "--steps", 1]
+    drawing.concept(1, 1)[0][0].save(photos / "a.png")
+    common = ["train", photos, "--flux", path, *nano_files, "--resolution", 96, "--t5-length", 32, "--steps", 1]
     common += ["--cache", tmp_path / "cache", "--out", tmp_path / "run", "--trigger", "zqx"]
     refused = run(*common, "--format", "nf4")
     assert refused.exit_code == 2
@@ -63,13 +63,13 @@ def test_a_quantised_file_is_a_base_like_any_other(tmp_path):
     assert "int8, by fluxq" in checked.output
 
 
-def test_training_quantises_once_and_says_what_room_that_takes(tmp_path, monkeypatch):
+def test_training_quantizes_once_and_says_what_room_that_takes(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path))
     said: list[str] = []
     for _ in range(2):
-        Models(ModelConfig(name="nano"), say=said.append).load_flux()
-    assert [line for line in said if "quantising" in line] == [
-        f"quantising flux1-nano.safetensors to nf4, once: 0.0 GB in {cache_folder()}"
+        Models(ModelConfig(name="nano"), notify=said.append).load_flux()
+    assert [line for line in said if "quantizing" in line] == [
+        f"quantizing flux1-nano.safetensors to nf4, once: 0.0 GB in {cache_folder()}"
     ]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 

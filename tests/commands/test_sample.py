@@ -1,4 +1,4 @@
-"""Pictures: fixed by their seed alone, in any company; strengths, several LoRAs, grids, metadata."""
+"""Images: fixed by their seed alone, in any company; strengths, several LoRAs, grids, metadata."""
 
 from __future__ import annotations
 
@@ -8,83 +8,87 @@ from contextlib import nullcontext
 import pytest
 import torch
 from click.testing import CliRunner
-from helpers import randomise, relative_error, tiny_config
+from helpers import randomize, relative_error, tiny_config
 from lora_files import WRITERS
 from PIL import Image
 
-from fluxq.commands import sample
-from fluxq.cli.main import main
-from fluxq.config import ModelConfig, SamplesConfig
 from fluxq.caching.store import Text
+from fluxq.cli.main import main
+from fluxq.commands import sample
+from fluxq.commands.sample import _texts_of_passes
+from fluxq.config import ModelConfig, SamplesConfig
 from fluxq.formats.checkpoint.files import write_safetensors
-from fluxq.formats.lora.read import Lora
 from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.read import Lora
+from fluxq.memory.phases import SamplingLimits
 from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux
 from fluxq.model.costs import AUTOENCODER, TILES
 from fluxq.model.lora import lora_strength
 from fluxq.models.parts import Models
-from fluxq.sampling.requests import Shot, shots
-from fluxq.commands.sample import _told
-from fluxq.sampling.denoising import attach
-from fluxq.sampling.decoding import draw
-from fluxq.sampling.sheets import labelled_grid, save_picture
-from fluxq.memory.phases import Turns
+from fluxq.sampling.decoding import sample_images
+from fluxq.sampling.denoising import attach_loras
+from fluxq.sampling.requests import Request, requests_for
+from fluxq.sampling.sheets import labeled_grid, save_image
 
 
 @pytest.fixture
 def models():
-    flux = randomise(Flux(tiny_config(in_channels=64, out_channels=64)))
-    autoencoder = randomise(AutoEncoder(AutoEncoderConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, groups=2)))
+    flux = randomize(Flux(tiny_config(in_channels=64, out_channels=64)))
+    autoencoder = randomize(AutoEncoder(AutoEncoderConfig(ch=8, ch_mult=(1, 1, 1, 1), num_res_blocks=1, groups=2)))
     texts = {p: Text(torch.randn(5, 40), torch.randn(24), p, 3, False) for p in ("a", "b", "")}
     return flux, autoencoder.in_bands, texts
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
-    """Equal but for the last bit of a colour: a batch of another size may sum in another order."""
+    """Equal but for the last bit of a color: a batch of another size may sum in another order."""
     difference = torch.frombuffer(bytearray(a.tobytes()), dtype=torch.uint8).int()
     return bool((difference - torch.frombuffer(bytearray(b.tobytes()), dtype=torch.uint8).int()).abs().max() <= 1)
 
 
-def test_a_picture_does_not_depend_on_its_company(models):
-    wanted = [Shot("a", 1, 48, 32, 3), Shot("b", 2, 32, 32, 3), Shot("b", 3, 48, 32, 3)]
-    together = draw(*models, wanted)
+def test_a_image_does_not_depend_on_its_company(models):
+    wanted = [Request("a", 1, 48, 32, 3), Request("b", 2, 32, 32, 3), Request("b", 3, 48, 32, 3)]
+    together = sample_images(*models, wanted)
     assert [p.size for p in together] == [(48, 32), (32, 32), (48, 32)]
-    for shot, picture in zip(wanted, together, strict=True):
-        assert same(draw(*models, [shot])[0], picture)
+    for request, image in zip(wanted, together, strict=True):
+        assert same(sample_images(*models, [request])[0], image)
     assert not same(together[0], together[2])
 
 
-def test_progress_counts_every_step_of_every_picture(models):
+def test_progress_counts_every_step_of_every_image(models):
     calls = []
-    draw(*models, [Shot("a", 1, 32, 32, 3), Shot("b", 2, 48, 32, 2)], lambda done, total: calls.append((done, total)))
+    sample_images(
+        *models,
+        [Request("a", 1, 32, 32, 3), Request("b", 2, 48, 32, 2)],
+        lambda done, total: calls.append((done, total)),
+    )
     assert calls[-1] == (5, 5)
     assert [total for _, total in calls] == [5] * len(calls)
 
 
-def test_the_autoencoder_is_loaded_when_all_is_drawn_and_for_the_largest_picture(models):
+def test_the_autoencoder_is_loaded_when_all_is_drawn_and_for_the_largest_image(models):
     flux, load, texts = models
     loads, done = [], []
-    wanted = [Shot("a", 1, 32, 32, 3), Shot("b", 2, 64, 32, 2)]
+    wanted = [Request("a", 1, 32, 32, 3), Request("b", 2, 64, 32, 2)]
     least = AUTOENCODER + int(TILES[0][1] * 64 * 32 * 128 * 4)
     for room in (least, least - 1):
-        draw(
+        sample_images(
             flux,
             lambda band: loads.append((band, done[-1])) or load(band),
             texts,
             wanted,
             lambda steps, total: done.append(steps),
-            Turns(room=room),
+            SamplingLimits(room=room),
         )
     assert loads == [(None, 5), (TILES[1][0], 5)]
 
 
 def test_true_guidance_moves_away_from_the_negative_prompt(models):
-    def picture(cfg, negative=""):
-        return draw(*models, [Shot("a", 1, 32, 32, 3, cfg=cfg, negative=negative)])[0]
+    def image(cfg, negative=""):
+        return sample_images(*models, [Request("a", 1, 32, 32, 3, cfg=cfg, negative=negative)])[0]
 
-    assert same(picture(1.0), picture(1.0, "b"))  # not used at 1
-    assert same(picture(5.0, "a"), picture(1.0))  # away from itself is nowhere
-    assert not same(picture(5.0, "b"), picture(1.0))
+    assert same(image(1.0), image(1.0, "b"))  # not used at 1
+    assert same(image(5.0, "a"), image(1.0))  # away from itself is nowhere
+    assert not same(image(5.0, "b"), image(1.0))
 
 
 def adapters(flux, rank, seed):
@@ -102,24 +106,24 @@ def test_loras_add_up_at_their_strengths(models):
     one, two = adapters(flux, 3, 0), adapters(flux, 5, 1)
     delta = {}
     for name, lora in (("one", one), ("two", two)):
-        attach(flux, [(lora, 1.0)])
+        attach_loras(flux, [(lora, 1.0)])
         delta[name] = layer(x) - base
-    attach(flux, [(one, 0.5), (two, -2.0)])
+    attach_loras(flux, [(one, 0.5), (two, -2.0)])
     torch.testing.assert_close(layer(x), base + 0.5 * delta["one"] - 2.0 * delta["two"], rtol=1e-4, atol=1e-3)
     with lora_strength(flux, 0.0):
         torch.testing.assert_close(layer(x), base)
-    attach(flux, [])
+    attach_loras(flux, [])
     assert list(flux.parameters()) == []
 
 
 def test_shots_take_open_sides_from_the_training_size():
     samples = SamplesConfig(prompts=("a", "b"), width=64, seed=5)
-    made = shots(samples, samples.prompts, 96)
+    made = requests_for(samples, samples.prompts, 96)
     assert [(s.prompt, s.seed, s.width, s.height) for s in made] == [("a", 5, 64, 96), ("b", 6, 64, 96)]
 
 
 @pytest.mark.parametrize("grid", [[], ["--grid", "--strength", "0", "--strength", "1"]])
-def test_streamed_units_draw_the_very_same_pictures(grid, tmp_path):
+def test_streamed_units_draw_the_very_same_images(grid, tmp_path):
     common = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "2", *grid]
     common += ["--cache", str(tmp_path / "cache")]
     for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
@@ -156,23 +160,23 @@ def test_the_transformer_is_gone_when_the_autoencoder_comes(tmp_path, monkeypatc
 
 def test_an_amount_of_memory_that_cannot_be_kept_to_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["sample", "--model", "nano", "--prompt", "x", "--vram", "8GiB"])
-    assert result.exit_code == 2 and "--vram is about a CUDA card, and this machine has none" in result.output
+    assert result.exit_code == 2 and "--vram is about a CUDA GPU, and this machine has none" in result.output
 
 
 def test_settings_are_in_the_png(tmp_path):
-    shot = Shot("a cat", 7, 32, 32, 4, guidance=2.5, cfg=2.0, negative="dog")
-    save_picture(Image.new("RGB", (32, 32)), tmp_path / "x.png", shot, LoRA="cat (0.8)")
+    request = Request("a cat", 7, 32, 32, 4, guidance=2.5, cfg=2.0, negative="dog")
+    save_image(Image.new("RGB", (32, 32)), tmp_path / "x.png", request, LoRA="cat (0.8)")
     assert Image.open(tmp_path / "x.png").text["parameters"] == (
         "a cat\nNegative prompt: dog\nSteps: 4, Sampler: Euler, CFG scale: 2, Distilled CFG Scale: 2.5, Seed: 7, "
         "Size: 32x32, LoRA: cat (0.8)"
     )
 
 
-def test_a_grid_holds_every_picture_in_its_cell():
-    colours = [["red", "green"], ["blue", "yellow"], ["white", "black"]]
-    rows = [[Image.new("RGB", (96, 64), colour) for colour in row] for row in colours]
-    sheet = labelled_grid(rows, ["first row", "second", "a very long label of the third row"], ["left", "right"])
-    found = {colour for _, colour in sheet.getcolors(1 << 20)}
+def test_a_grid_holds_every_image_in_its_cell():
+    colors = [["red", "green"], ["blue", "yellow"], ["white", "black"]]
+    rows = [[Image.new("RGB", (96, 64), color) for color in row] for row in colors]
+    sheet = labeled_grid(rows, ["first row", "second", "a very long label of the third row"], ["left", "right"])
+    found = {color for _, color in sheet.getcolors(1 << 20)}
     assert {(255, 0, 0), (0, 128, 0), (0, 0, 255), (255, 255, 0), (0, 0, 0)} <= found
 
 
@@ -225,7 +229,7 @@ def test_prompts_are_told_by_the_clip_of_each_pass(tmp_path):
         clip = {"encoder.layers.0.mlp.fc1": Adapter(torch.randn(rank, 64), 0.1 * torch.randn(256, rank), 5.0)}
         clip |= {"encoder.layers.1.self_attn.q_proj": Adapter(torch.randn(rank, 64), torch.randn(64, rank), 1.0)}
         loras.append(Lora(tmp_path, models.flux_config, "kohya", {}, clip, {}))
-    told = _told(models, texts, [[(loras[0], 0.5), (loras[1], 2.0)], [], [(loras[1], 1.0)]])
+    told = _texts_of_passes(models, texts, [[(loras[0], 0.5), (loras[1], 2.0)], [], [(loras[1], 1.0)]])
     for pass_, strengths in zip(told, [(0.5, 2.0), (0.0, 0.0), (0.0, 1.0)], strict=True):
         merged = models.load_clip()
         for lora, strength in zip(loras, strengths, strict=True):
@@ -237,4 +241,4 @@ def test_prompts_are_told_by_the_clip_of_each_pass(tmp_path):
             assert relative_error(text.clip, merged.pooled([prompt])[0]) <= 1e-5
             assert text.t5 is texts[prompt].t5
     assert relative_error(told[0]["red"].clip, texts["red"].clip) > 0.01
-    assert _told(Models(ModelConfig()), texts, [[], []]) == [texts, texts]
+    assert _texts_of_passes(Models(ModelConfig()), texts, [[], []]) == [texts, texts]

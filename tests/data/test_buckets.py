@@ -25,10 +25,10 @@ def test_square_is_in_the_table_even_where_no_side_gives_it():
         # 1920 / 1080 = 1.778. 1024 x 1024 in steps of 64, up to 1536: 1344 x 768 has 1.750, 1408 x 704 has 2.0
         ((1920, 1080), (1024, 256, 1536, 64, True), (1344, 768), (1365, 768)),
         ((1080, 1920), (1024, 256, 1536, 64, True), (768, 1344), (768, 1365)),
-        # 4 / 3: 576 x 448 has 1.2857, 640 x 384 has 1.667; the picture is wider than its bucket, so the heights match
+        # 4 / 3: 576 x 448 has 1.2857, 640 x 384 has 1.667; the image is wider than its bucket, so the heights match
         ((4000, 3000), (512, 256, 1024, 64, True), (576, 448), (597, 448)),
         ((3000, 4000), (512, 256, 1024, 64, True), (448, 576), (448, 597)),
-        # small pictures are enlarged to cover
+        # small images are enlarged to cover
         ((10, 10), (512, 256, 1024, 64, True), (512, 512), (512, 512)),
         ((1, 1), (512, 256, 1024, 16, True), (512, 512), (512, 512)),
         # 20 : 1 takes the longest bucket, and is cut down to it
@@ -70,7 +70,7 @@ def test_a_tie_goes_to_the_narrowest_bucket():
         ((1000, 800), (512, 64), (512, 384), (512, 410)),
     ],
 )
-def test_without_upscale_pictures_only_shrink(size, arguments, bucket, resized):
+def test_without_upscale_images_only_shrink(size, arguments, bucket, resized):
     resolution, step = arguments
     assert choose_bucket(*size, resolution, 256, 1024, step, False) == (bucket, resized)
 
@@ -81,7 +81,7 @@ def test_without_upscale_the_side_limits_play_no_part():
 
 @pytest.mark.parametrize("upscale", [True, False])
 @pytest.mark.parametrize("step", [16, 32, 48, 64])
-def test_any_picture_covers_a_bucket_of_whole_steps_and_bounded_area(step, upscale):
+def test_any_image_covers_a_bucket_of_whole_steps_and_bounded_area(step, upscale):
     draw = random.Random(step)
     for _ in range(500):
         resolution = draw.choice([256, 500, 512, 768, (512, 768), 1024])
@@ -132,11 +132,11 @@ def test_resolution_below_one_step_is_refused(upscale):
 
 
 @pytest.mark.parametrize("size", [(15, 500), (500, 15), (8, 8), (40000, 20)])
-def test_picture_too_small_without_upscale_is_refused_with_both_sizes(size):
+def test_image_too_small_without_upscale_is_refused_with_both_sizes(size):
     with pytest.raises(WrongRequest, match=f"{size[0]} x {size[1]} pixels .*step of 16"):
         choose_bucket(*size, 512, 256, 1024, 16, False)
 
 
-def test_empty_picture_is_refused():
+def test_empty_image_is_refused():
     with pytest.raises(WrongRequest, match="0 x 5"):
         choose_bucket(0, 5, 512, 256, 1024, 16, True)

@@ -9,7 +9,7 @@ from fluxq.data.examples import Folder, read_caption, scan, with_trigger
 from fluxq.errors import WrongRequest
 
 
-def write_picture(path: Path, size: tuple[int, int] = (64, 64)) -> Path:
+def write_image(path: Path, size: tuple[int, int] = (64, 64)) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     Image.new("RGB", size, "red").save(path)
     return path
@@ -20,8 +20,8 @@ def scanned(*folders: Folder, skip_bad: bool = False, **changes):
 
 
 def test_examples_come_in_order_with_bucket_and_caption(tmp_path):
-    write_picture(tmp_path / "photos" / "b.png", (128, 64))
-    write_picture(tmp_path / "photos" / "a.jpg")
+    write_image(tmp_path / "photos" / "b.png", (128, 64))
+    write_image(tmp_path / "photos" / "a.jpg")
     (tmp_path / "photos" / "a.txt").write_text("a red square")
     found = scanned(Folder(tmp_path / "photos", repeats=3))
     assert [(e.name, e.caption, e.repeats) for e in found.examples] == [
@@ -72,7 +72,7 @@ def test_trigger_is_put_in_front_unless_it_is_there(caption, trigger, expected):
 
 def test_what_was_done_to_captions_is_noted_once_a_folder(tmp_path):
     for name in "abcdef":
-        write_picture(tmp_path / "photos" / f"{name}.png")
+        write_image(tmp_path / "photos" / f"{name}.png")
         (tmp_path / "photos" / f"{name}.txt").write_text("a dog" if name < "e" else "")
     notes = scanned(Folder(tmp_path / "photos", trigger="zqx")).notes
     assert notes == [
@@ -84,34 +84,34 @@ def test_what_was_done_to_captions_is_noted_once_a_folder(tmp_path):
 
 
 def test_file_that_is_listed_twice_counts_once_and_is_said(tmp_path):
-    write_picture(tmp_path / "photos" / "a.png")
+    write_image(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "link.png").symlink_to(tmp_path / "photos" / "a.png")
     found = scanned(
         Folder(tmp_path / "photos", trigger="x"), Folder(tmp_path / "photos" / ".." / "photos", trigger="x")
     )
     assert [example.name for example in found.examples] == ["photos/a.png"]
     assert [note.split(": ", 1)[1] for note in found.notes] == [
-        "pictures listed more than once, each counted once: 1 (link.png)",
-        "pictures listed more than once, each counted once: 2 (a.png, link.png)",
+        "images listed more than once, each counted once: 1 (link.png)",
+        "images listed more than once, each counted once: 2 (a.png, link.png)",
     ]
 
 
 def test_names_are_unique_and_stay_when_folders_move(tmp_path):
     for place in ("one", "two"):
         for parent in ("x", "y"):
-            write_picture(tmp_path / place / parent / "photos" / "a.png")
-        write_picture(tmp_path / place / "photos#2" / "a.png")
+            write_image(tmp_path / place / parent / "photos" / "a.png")
+        write_image(tmp_path / place / "photos#2" / "a.png")
         folders = [tmp_path / place / "x" / "photos", tmp_path / place / "photos#2", tmp_path / place / "y" / "photos"]
         names = [example.name for example in scanned(*(Folder(folder) for folder in folders)).examples]
         assert names == ["photos/a.png", "photos#2/a.png", "photos#3/a.png"]
 
 
-def test_bad_pictures_and_captions_are_refused_or_skipped(tmp_path):
-    write_picture(tmp_path / "good.png")
+def test_bad_images_and_captions_are_refused_or_skipped(tmp_path):
+    write_image(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"")
-    write_picture(tmp_path / "latin.png")
+    write_image(tmp_path / "latin.png")
     (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
-    write_picture(tmp_path / "narrow.png", (10, 300))
+    write_image(tmp_path / "narrow.png", (10, 300))
     for name, what in [("bad.png", "cannot be read"), ("latin.txt", "is not UTF-8"), ("narrow.png", "narrower")]:
         with pytest.raises(WrongRequest, match=f"{name}.* {what}.*--skip-bad"):
             scanned(Folder(tmp_path), upscale=False)
@@ -121,22 +121,22 @@ def test_bad_pictures_and_captions_are_refused_or_skipped(tmp_path):
     assert [e.path.name for e in scanned(Folder(tmp_path)).examples] == ["good.png", "latin.png"]
 
 
-def test_impossible_request_is_not_blamed_on_the_pictures(tmp_path):
-    write_picture(tmp_path / "a.png")
+def test_impossible_request_is_not_blamed_on_the_images(tmp_path):
+    write_image(tmp_path / "a.png")
     for upscale in (True, False):
         with pytest.raises(WrongRequest, match="^a bucket step of 24"):
             scanned(Folder(tmp_path), step=24, upscale=upscale, skip_bad=True)
 
 
 def test_folder_that_cannot_be_used_gets_one_clear_sentence(tmp_path):
-    write_picture(tmp_path / "a.png")
+    write_image(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "nested" / "inside").mkdir(parents=True)
-    write_picture(tmp_path / "nested" / "inside" / "a.png")
+    write_image(tmp_path / "nested" / "inside" / "a.png")
     for folder, message in [
         (Folder(tmp_path / "none"), "none does not exist"),
         (Folder(tmp_path / "a.png"), "a.png is a file, not a folder"),
-        (Folder(tmp_path / "empty"), "empty holds no picture"),
+        (Folder(tmp_path / "empty"), "empty holds no image"),
         (Folder(tmp_path / "nested"), "folders inside it are not searched"),
         (Folder(tmp_path, repeats=0), "repeated 0 times"),
     ]:
@@ -149,6 +149,6 @@ def test_folder_that_cannot_be_used_gets_one_clear_sentence(tmp_path):
 def test_nothing_left_after_skipping_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
     with pytest.raises(
-        WrongRequest, match=r"no usable picture is left, 1 were skipped; the first: .*a.png cannot be read"
+        WrongRequest, match=r"no usable image is left, 1 were skipped; the first: .*a.png cannot be read"
     ):
         scanned(Folder(tmp_path), skip_bad=True)

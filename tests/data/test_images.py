@@ -1,4 +1,4 @@
-"""Every kind of picture file, written for real: it becomes upright 8-bit RGB on white, or one clear sentence."""
+"""Every kind of image file, written for real: it becomes upright 8-bit RGB on white, or one clear sentence."""
 
 import io
 import struct
@@ -10,28 +10,28 @@ import pytest
 import torch
 from PIL import Image
 
-from fluxq.data.images import open_picture, picture_files, picture_size, prepare
+from fluxq.data.images import image_files, image_size, open_image, prepare
 from fluxq.errors import WrongRequest
 
 REMEDY = "remove it or replace it, or pass --skip-bad"
 
 
 def arrow() -> np.ndarray:
-    """A picture (H 4, W 6) without any symmetry."""
+    """An image (H 4, W 6) without any symmetry."""
     return np.arange(4 * 6 * 3, dtype=np.uint8).reshape(4, 6, 3) * 3
 
 
 def pixels(path) -> np.ndarray:
-    picture = open_picture(path)
-    assert picture.mode == "RGB" and picture.size == picture_size(path)
-    return np.asarray(picture)
+    image = open_image(path)
+    assert image.mode == "RGB" and image.size == image_size(path)
+    return np.asarray(image)
 
 
-def png(array: np.ndarray, colour_type: int) -> bytes:
-    """A 16-bit PNG of (H, W) or (H, W, C); Pillow cannot write deep colour itself."""
+def png(array: np.ndarray, color_type: int) -> bytes:
+    """A 16-bit PNG of (H, W) or (H, W, C); Pillow cannot write deep color itself."""
     height, width = array.shape[:2]
     rows = b"".join(b"\0" + row.astype(">u2").tobytes() for row in array)
-    header = struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0)
+    header = struct.pack(">IIBBBBB", width, height, 16, color_type, 0, 0, 0)
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
 
 
@@ -44,12 +44,12 @@ def header_only_png(width: int, height: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0")) + chunk(b"IEND", b"")
 
 
-def test_picture_files_are_found_by_suffix_in_any_case_and_sorted(tmp_path):
+def test_image_files_are_found_by_suffix_in_any_case_and_sorted(tmp_path):
     for name in ["b.PNG", "a.jpg", "c.JpEg", "d.webp", "e.bmp", "a.txt", "f.gif", ".hidden.png", "B.png"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder.png" / "inside.png").touch()
-    assert [path.name for path in picture_files(tmp_path)] == ["B.png", "a.jpg", "b.PNG", "c.JpEg", "d.webp", "e.bmp"]
+    assert [path.name for path in image_files(tmp_path)] == ["B.png", "a.jpg", "b.PNG", "c.JpEg", "d.webp", "e.bmp"]
 
 
 @pytest.mark.parametrize("suffix", [".png", ".bmp", ".webp"])
@@ -64,7 +64,7 @@ def test_file_is_read_by_what_it_holds_not_by_its_name(tmp_path):
     assert np.array_equal(pixels(tmp_path / "a.jpg"), arrow())
 
 
-# Where the stored rows and columns lie in the upright picture, from the EXIF standard: (row 0 is, column 0 is).
+# Where the stored rows and columns lie in the upright image, from the EXIF standard: (row 0 is, column 0 is).
 STORED = {
     1: lambda upright: upright,  # top, left
     2: lambda upright: upright[:, ::-1],  # top, right
@@ -88,7 +88,7 @@ def test_exif_orientation_is_applied_to_pixels_and_size(tmp_path, orientation, s
         {"lossless": True} if suffix == ".webp" else {"quality": 100, "subsampling": 0} if suffix == ".jpg" else {}
     )
     Image.fromarray(np.ascontiguousarray(stored)).save(tmp_path / f"a{suffix}", exif=exif, **options)
-    assert picture_size(tmp_path / f"a{suffix}") == (32, 32)
+    assert image_size(tmp_path / f"a{suffix}") == (32, 32)
     assert np.abs(pixels(tmp_path / f"a{suffix}").astype(int) - upright).max() <= (3 if suffix == ".jpg" else 0)
 
 
@@ -97,12 +97,12 @@ def test_size_from_the_header_is_turned_like_the_pixels(tmp_path, orientation):
     exif = Image.Exif()
     exif[0x0112] = orientation
     Image.fromarray(arrow()).save(tmp_path / "a.png", exif=exif)
-    assert picture_size(tmp_path / "a.png") == ((6, 4) if orientation < 5 else (4, 6))
-    assert open_picture(tmp_path / "a.png").size == picture_size(tmp_path / "a.png")
+    assert image_size(tmp_path / "a.png") == ((6, 4) if orientation < 5 else (4, 6))
+    assert open_image(tmp_path / "a.png").size == image_size(tmp_path / "a.png")
 
 
 @pytest.mark.parametrize("exif", [b"Exif\0\0garbage", b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12", b""])
-def test_damaged_metadata_does_not_lose_the_picture(tmp_path, exif):
+def test_damaged_metadata_does_not_lose_the_image(tmp_path, exif):
     Image.fromarray(arrow()).save(tmp_path / "a.png", exif=exif)
     assert np.array_equal(pixels(tmp_path / "a.png"), arrow())
 
@@ -115,7 +115,7 @@ def test_size_is_read_without_decoding(tmp_path, monkeypatch):
 
     monkeypatch.setattr(Image.Image, "load", decode)
     monkeypatch.setattr("PIL.ImageFile.ImageFile.load", decode)
-    assert picture_size(tmp_path / "a.png") == (6, 4)
+    assert image_size(tmp_path / "a.png") == (6, 4)
 
 
 @pytest.mark.parametrize("suffix", [".png", ".webp"])
@@ -127,7 +127,7 @@ def test_alpha_is_flattened_on_white(tmp_path, suffix):
     assert pixels(tmp_path / f"a{suffix}").tolist() == [[[200, 100, 0], [255, 255, 255], [244, 224, 204]]]
 
 
-def test_grey_with_alpha_is_flattened_on_white(tmp_path):
+def test_gray_with_alpha_is_flattened_on_white(tmp_path):
     Image.fromarray(np.array([[[100, 255], [100, 0]]], np.uint8), mode="LA").save(tmp_path / "a.png")
     assert pixels(tmp_path / "a.png").tolist() == [[[100] * 3, [255] * 3]]
 
@@ -144,7 +144,7 @@ def test_transparent_palette_entry_is_white(tmp_path):
 
 
 @pytest.mark.parametrize(("mode", "value", "key"), [("L", 7, 7), ("RGB", (1, 2, 3), (1, 2, 3))])
-def test_transparent_colour_key_is_white(tmp_path, mode, value, key):
+def test_transparent_color_key_is_white(tmp_path, mode, value, key):
     Image.new(mode, (1, 1), value).save(tmp_path / "a.png", transparency=key)
     assert pixels(tmp_path / "a.png").tolist() == [[[255] * 3]]
 
@@ -153,7 +153,7 @@ DEEP = np.array([[0, 128, 257, 32768, 65278, 65535]], np.uint16)
 SHALLOW = [0, 0, 1, 128, 254, 255]
 
 
-def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
+def test_16_bit_gray_is_scaled_not_clipped(tmp_path):
     (tmp_path / "a.png").write_bytes(png(DEEP, 0))
     with Image.open(tmp_path / "a.png") as image:
         assert image.mode.startswith("I")
@@ -161,23 +161,23 @@ def test_16_bit_grey_is_scaled_not_clipped(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("colour_type", "array"),
+    ("color_type", "array"),
     [
         (2, np.stack([DEEP, DEEP[:, ::-1], DEEP], -1)),
         (6, np.stack([DEEP, DEEP[:, ::-1], DEEP, np.full_like(DEEP, 65535)], -1)),
         (4, np.stack([DEEP, np.full_like(DEEP, 65535)], -1)),
     ],
-    ids=["RGB", "RGBA", "grey with alpha"],
+    ids=["RGB", "RGBA", "gray with alpha"],
 )
-def test_16_bit_colour_is_scaled_not_clipped(tmp_path, colour_type, array):
-    (tmp_path / "a.png").write_bytes(png(array, colour_type))
+def test_16_bit_color_is_scaled_not_clipped(tmp_path, color_type, array):
+    (tmp_path / "a.png").write_bytes(png(array, color_type))
     found = pixels(tmp_path / "a.png")[0].astype(int)
     assert np.abs(found[:, 0] - SHALLOW).max() <= 1  # Pillow keeps the high byte
-    if colour_type != 4:
+    if color_type != 4:
         assert np.abs(found[:, 1] - SHALLOW[::-1]).max() <= 1
 
 
-def test_32_bit_and_float_pictures_are_scaled_not_clipped(tmp_path):
+def test_32_bit_and_float_images_are_scaled_not_clipped(tmp_path):
     for name, array, expected in [
         ("whole", np.array([[0, 32768, 65535]], np.int32), [0, 128, 255]),
         ("wider", np.array([[0, 100_000, 200_000]], np.int32), [0, 128, 255]),
@@ -189,7 +189,7 @@ def test_32_bit_and_float_pictures_are_scaled_not_clipped(tmp_path):
         assert pixels(path)[0, :, 0].tolist() == expected, name
 
 
-def test_grey_and_bilevel_become_rgb(tmp_path):
+def test_gray_and_bilevel_become_rgb(tmp_path):
     Image.fromarray(np.array([[0, 77, 255]], np.uint8)).save(tmp_path / "grey.bmp")
     assert pixels(tmp_path / "grey.bmp").tolist() == [[[0] * 3, [77] * 3, [255] * 3]]
     Image.fromarray(np.array([[0, 255]], np.uint8)).convert("1").save(tmp_path / "bits.png")
@@ -203,7 +203,7 @@ def test_cmyk_jpeg_becomes_rgb(tmp_path):
 
 def damaged_files() -> dict[str, bytes]:
     noise = Image.fromarray(np.random.default_rng(0).integers(0, 255, (64, 64, 3)).astype(np.uint8))
-    files = {"empty.png": b"", "text.webp": b"not a picture at all", "header.png": header_only_png(64, 64)}
+    files = {"empty.png": b"", "text.webp": b"not an image at all", "header.png": header_only_png(64, 64)}
     for kind, share in [("jpeg", 0.7), ("png", 0.7), ("webp", 0.7), ("bmp", 0.7), ("jpeg", 0.02), ("png", 0.002)]:
         buffer = io.BytesIO()
         noise.save(buffer, kind)
@@ -216,34 +216,34 @@ def test_damaged_file_gets_one_sentence_that_names_it_and_the_remedy(tmp_path, n
     path = tmp_path / name
     path.write_bytes(damaged_files()[name])
     with pytest.raises(WrongRequest) as raised:
-        open_picture(path)
+        open_image(path)
     message = str(raised.value)
     assert message.startswith(f"{path} cannot be read (") and message.endswith(f"); {REMEDY}") and "\n" not in message
 
 
 def test_missing_file_is_said_to_be_missing(tmp_path):
     with pytest.raises(WrongRequest, match=r"none.png cannot be read \(No such file or directory\)"):
-        picture_size(tmp_path / "none.png")
+        image_size(tmp_path / "none.png")
 
 
-@pytest.mark.parametrize("read", [picture_size, open_picture])
+@pytest.mark.parametrize("read", [image_size, open_image])
 @pytest.mark.parametrize("side", [13_400, 60_000])  # above fluxq's limit, and where Pillow itself refuses
-def test_gigantic_picture_is_refused_from_its_header(tmp_path, read, side):
+def test_gigantic_image_is_refused_from_its_header(tmp_path, read, side):
     (tmp_path / "bomb.png").write_bytes(header_only_png(side, side))
     with pytest.raises(WrongRequest, match=r"bomb.png is gigantic \(more than 178,956,970 pixels\); remove it"):
         read(tmp_path / "bomb.png")
 
 
-def test_large_picture_below_the_limit_gives_no_warning(tmp_path):
+def test_large_image_below_the_limit_gives_no_warning(tmp_path):
     (tmp_path / "a.png").write_bytes(header_only_png(13_000, 13_000))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert picture_size(tmp_path / "a.png") == (13_000, 13_000)
+        assert image_size(tmp_path / "a.png") == (13_000, 13_000)
     with pytest.raises(WrongRequest, match="gigantic"):
-        picture_size(tmp_path / "a.png", max_pixels=1_000_000)
+        image_size(tmp_path / "a.png", max_pixels=1_000_000)
 
 
-def test_prepare_leaves_a_picture_of_the_right_size_exact():
+def test_prepare_leaves_a_image_of_the_right_size_exact():
     x = prepare(Image.fromarray(arrow()), (6, 4), (6, 4))
     assert x.shape == (3, 4, 6) and x.dtype == torch.float32 and x.is_contiguous()
     assert torch.equal(x, torch.from_numpy(arrow()).permute(2, 0, 1).float() / 127.5 - 1)
@@ -257,10 +257,10 @@ def test_prepare_spans_minus_one_to_one():
 
 @pytest.mark.parametrize("size", [(16, 16), (7, 5), (32, 31), (1, 1), (13, 32)])
 def test_shrinking_averages_areas(size):
-    picture = np.random.default_rng(0).integers(0, 256, (33, 37, 3)).astype(np.uint8)
-    found = prepare(Image.fromarray(picture), size, size)
+    image = np.random.default_rng(0).integers(0, 256, (33, 37, 3)).astype(np.uint8)
+    found = prepare(Image.fromarray(image), size, size)
     rows, columns = coverage(33, size[1]), coverage(37, size[0])
-    expected = np.einsum("ij,jkc,lk->cil", rows, picture.astype(np.float64), columns) / 127.5 - 1
+    expected = np.einsum("ij,jkc,lk->cil", rows, image.astype(np.float64), columns) / 127.5 - 1
     assert np.abs(found.numpy() - expected).max() < 1e-5
 
 
@@ -274,16 +274,16 @@ def coverage(total: int, count: int) -> np.ndarray:
 
 @pytest.mark.parametrize("size", [(12, 8), (6, 5), (7, 3)])  # larger, larger in one side, smaller in the other
 def test_enlarging_either_side_uses_lanczos(size):
-    picture = Image.fromarray(arrow())
-    expected = np.asarray(picture.resize(size, Image.Resampling.LANCZOS)).transpose(2, 0, 1) / np.float32(127.5) - 1
-    assert np.allclose(prepare(picture, size, size), expected, atol=1e-6)
+    image = Image.fromarray(arrow())
+    expected = np.asarray(image.resize(size, Image.Resampling.LANCZOS)).transpose(2, 0, 1) / np.float32(127.5) - 1
+    assert np.allclose(prepare(image, size, size), expected, atol=1e-6)
 
 
-def test_crop_is_the_centre():
-    picture = Image.fromarray(arrow())
-    whole = prepare(picture, (6, 4), (6, 4))
-    assert torch.equal(prepare(picture, (6, 4), (4, 2)), whole[:, 1:3, 1:5])
-    assert torch.equal(prepare(picture, (6, 4), (3, 3)), whole[:, 0:3, 1:4])
+def test_crop_is_the_center():
+    image = Image.fromarray(arrow())
+    whole = prepare(image, (6, 4), (6, 4))
+    assert torch.equal(prepare(image, (6, 4), (4, 2)), whole[:, 1:3, 1:5])
+    assert torch.equal(prepare(image, (6, 4), (3, 3)), whole[:, 0:3, 1:4])
 
 
 def test_prepare_refuses_a_size_that_does_not_cover():

@@ -1,4 +1,4 @@
-"""The quantised file: what is in it, where it lies, that it is made once and never by halves."""
+"""The quantized file: what is in it, where it lies, that it is made once and never by halves."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from helpers import Tensors, randomise, relative_error, tiny_config
+from helpers import Tensors, randomize, relative_error, tiny_config
 from safetensors.torch import load_file, save_file
 
 from fluxq import nano
@@ -17,6 +17,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats import quantized
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.formats.checkpoint.keys import to_diffusers
+from fluxq.formats.checkpoint.source import open_flux
 from fluxq.formats.quantized import (
     QuantizedFile,
     cached,
@@ -25,7 +26,6 @@ from fluxq.formats.quantized import (
     load_quantized,
     write_quantized,
 )
-from fluxq.formats.checkpoint.source import open_flux
 from fluxq.kernels import FORMATS, dequantize, quantize
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.linear import Linear
@@ -36,14 +36,14 @@ CPU = torch.device("cpu")
 
 @pytest.fixture
 def source(tmp_path) -> Tensors:
-    flux = randomise(Flux(tiny_config())).bfloat16()
+    flux = randomize(Flux(tiny_config())).bfloat16()
     tensors = {name: t.contiguous() for name, t in flux.state_dict().items()}
     write_safetensors(tmp_path / "tiny.safetensors", tensors)
     return Tensors(flux.config, tensors, (tmp_path / "tiny.safetensors",))
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_was_written_is_what_was_quantised(format, source, tmp_path):
+def test_what_was_written_is_what_was_quantized(format, source, tmp_path):
     write_quantized(tmp_path / "q.safetensors", source, format, {}, CPU)
     flux = load_quantized(QuantizedFile.open(tmp_path / "q.safetensors"), CPU)
     assert sorted(source.asked) == sorted(source.tensors)  # each read once
@@ -104,7 +104,7 @@ def test_every_tensor_has_one_unit():
     ]
 
 
-def test_a_file_is_quantised_once_wherever_it_lies(source, tmp_path, monkeypatch):
+def test_a_file_is_quantized_once_wherever_it_lies(source, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     first = cached(source, "nf4", CPU)
     source.asked.clear()
@@ -116,7 +116,7 @@ def test_a_file_is_quantised_once_wherever_it_lies(source, tmp_path, monkeypatch
     assert cached(source, "int8", CPU).path != first.path
 
 
-def test_a_changed_file_is_quantised_anew(source, tmp_path, monkeypatch):
+def test_a_changed_file_is_quantized_anew(source, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     first = cached(source, "nf4", CPU)
     source.tensors["single_blocks.0.linear1.weight"] = source.tensors["single_blocks.0.linear1.weight"] * 2
@@ -149,7 +149,7 @@ def test_a_change_in_any_vector_is_seen(tmp_path):
     assert few_samples(path) in seen
 
 
-def test_a_change_in_any_vector_of_a_quantised_file_is_seen(tmp_path):
+def test_a_change_in_any_vector_of_a_quantized_file_is_seen(tmp_path):
     path = tmp_path / "q.safetensors"
     write_quantized(path, open_flux(nano.FLUX), "nf4", {}, CPU)
     file, raw, before = QuantizedFile.open(path), path.read_bytes(), few_samples(path)
@@ -283,14 +283,14 @@ def test_a_lying_header_is_refused(damage, source, tmp_path):
     about = json.loads(checkpoint.metadata["fluxq"])
     damage(about)
     write_safetensors(path, {unit: checkpoint.get(unit) for unit in checkpoint.keys()}, {"fluxq": json.dumps(about)})
-    with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantise it anew"):
+    with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantize it anew"):
         QuantizedFile.open(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
 def test_a_header_without_a_layout_is_refused(text, tmp_path):
     write_safetensors(tmp_path / "q.safetensors", {"x": torch.zeros(1)}, {"fluxq": text})
-    with pytest.raises(WrongRequest, match=r"q\.safetensors has a damaged header of fluxq's .*quantise it anew"):
+    with pytest.raises(WrongRequest, match=r"q\.safetensors has a damaged header of fluxq's .*quantize it anew"):
         QuantizedFile.open(tmp_path / "q.safetensors")
 
 
@@ -302,7 +302,7 @@ def test_a_damaged_file_in_the_cache_is_made_anew(source, tmp_path, monkeypatch)
     assert cached(source, "nf4", CPU).path.read_bytes() == whole
 
 
-def test_two_runs_that_start_at_once_quantise_once(source, tmp_path, monkeypatch):
+def test_two_runs_that_start_at_once_quantize_once(source, tmp_path, monkeypatch):
     """And what a crash left half-written beside it is cleared away."""
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     path = quantized.cached_path(source.files, "nf4")

@@ -119,13 +119,13 @@ def fields(message: bytes) -> dict[int, bytes]:
 def write_gguf(path: Path, spiece: Path, charsmap: bool = True, padding: int = 0, architecture="t5encoder", **changes):
     """A GGUF T5 as llama.cpp's converter makes it from `spiece`, without tensors; of `changes` None leaves out."""
     gguf = pytest.importorskip("gguf")
-    processor = SentencePieceProcessor(model_file=str(spiece))
-    ids = range(processor.vocab_size())
-    kinds = [2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 1 for i in ids]
+    cpu = SentencePieceProcessor(model_file=str(spiece))
+    ids = range(cpu.vocab_size())
+    kinds = [2 if cpu.is_unknown(i) else 3 if cpu.is_control(i) else 1 for i in ids]
     values = {
         "tokenizer_model": "t5",
-        "token_list": [processor.id_to_piece(i) for i in ids] + [f"[PAD{len(ids) + n}]" for n in range(padding)],
-        "token_scores": [processor.get_score(i) for i in ids] + [-10000.0] * padding,
+        "token_list": [cpu.id_to_piece(i) for i in ids] + [f"[PAD{len(ids) + n}]" for n in range(padding)],
+        "token_scores": [cpu.get_score(i) for i in ids] + [-10000.0] * padding,
         "token_types": kinds + [5] * padding,
         "precompiled_charsmap": charsmap_of(spiece) if charsmap else None,
         "add_space_prefix": True,
@@ -368,7 +368,7 @@ def test_fetching_is_said_and_takes_the_ungated_ones(nowhere, monkeypatch):
     said = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(nowhere / repository / name))
-    clip, t5 = find_tokenizers([], say=said.append)
+    clip, t5 = find_tokenizers([], notify=said.append)
     assert clip == tuple(nowhere / "openai/clip-vit-large-patch14" / name for name in CLIP_LISTS)
     assert t5 == (nowhere / "google/t5-v1_1-xxl" / "spiece.model",)
     assert said == [
@@ -379,7 +379,7 @@ def test_fetching_is_said_and_takes_the_ungated_ones(nowhere, monkeypatch):
 
 def test_offline_one_sentence_names_the_files_and_their_usual_places(nowhere):
     with pytest.raises(WrongRequest) as caught:
-        find_tokenizers([touch(nowhere / "models" / "t5.st")], say=pytest.fail)
+        find_tokenizers([touch(nowhere / "models" / "t5.st")], notify=pytest.fail)
     sentence = str(caught.value)
     for part in (
         "vocab.json and merges.txt",

@@ -10,8 +10,8 @@ import torch
 from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import write_safetensors
-from fluxq.formats.load import load_text_encoders
 from fluxq.formats.checkpoint.shapes import clip_shapes, t5_shapes
+from fluxq.formats.load import load_text_encoders
 from fluxq.offload import Immediate, Late, Staged, Streams
 
 CPU = torch.device("cpu")
@@ -143,6 +143,6 @@ def test_a_file_that_becomes_shorter_is_refused_by_name(folder):
         ours.encode(CAPTIONS)
 
 
-def test_a_processor_reads_each_block_when_it_computes_with_it(folder):
+def test_a_cpu_reads_each_block_when_it_computes_with_it(folder):
     paths = folder / "clip_l.safetensors", folder / "fp16.safetensors"
     assert not hasattr(load_text_encoders(*paths, *TOKENIZERS, 24, CPU).t5.weights, "ring")

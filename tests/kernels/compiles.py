@@ -1,10 +1,10 @@
-"""Counts what a card would compile over a training's picture sizes and ranks, without a card.
+"""Counts what a GPU would compile over a training's image sizes and ranks, without a GPU.
 
     python tests/kernels/compiles.py
 
 Each of LAUNCHES calls an op at one layer shape in one dtype. Triton works out from the arguments under which key it
 would look for the compiled kernel; keys are counted, and nothing is compiled or run. Prints {kernel: keys} as JSON. A
-whole small FLUX calls most kernels for several layer shapes; what counts there is by how many times one picture's keys
+whole small FLUX calls most kernels for several layer shapes; what counts there is by how many times one image's keys
 grow. An author of a kernel adds a launch of it; kernels in several formats are told apart by the launch's name.
 """
 
@@ -23,7 +23,7 @@ sys.path.insert(0, str(Path(__file__).parent.parent))
 
 import torch
 import triton
-from helpers import randomise, tiny_config
+from helpers import randomize, tiny_config
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
 
@@ -35,12 +35,12 @@ from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.linear import Linear
 
-CARD = 89
+GPU = 89
 RANKS = (4, 16, 32, 100)
 TEXT = 512
 N, K = 768, 3072
 HEADS = 24
-SIZES = [  # the 20 buckets between 1:2 and 2:1 that a set of mixed pictures around 768 x 768 falls into
+SIZES = [  # the 20 buckets between 1:2 and 2:1 that a set of mixed images around 768 x 768 falls into
     *((544, 1088), (560, 1056), (576, 1024), (592, 992), (608, 960), (640, 928), (656, 896), (672, 880), (704, 832)),
     *((736, 800), (768, 768), (800, 736), (832, 704), (880, 672), (896, 656), (928, 640), (960, 608), (1024, 576)),
     *((1056, 560), (1088, 544)),
@@ -53,7 +53,7 @@ Launch = Callable[[int, int], object]
 def fused(format: str, shape: str = "large") -> Launch:
     weight = quantize(torch.randn(N, K), format)
     weight = weight.bfloat16() if format == "bf16" else weight
-    tiles = table.SHIPPED[f"lora_linear_{format}", CARD, shape]
+    tiles = table.SHIPPED[f"lora_linear_{format}", GPU, shape]
 
     def launch(rows: int, rank: int) -> None:
         # As where the layer's input has room, and where it has not.
@@ -93,7 +93,7 @@ def flux(policy: str, compute: str) -> Launch:
 
     @cache
     def model(rank: int) -> Flux:
-        made = randomise(Flux(tiny_config(depth=1, depth_single_blocks=1)))
+        made = randomize(Flux(tiny_config(depth=1, depth_single_blocks=1)))
         add_lora(made, rank=rank, alpha=rank, targets="all")
         for module in made.modules():
             if isinstance(module, Linear):
@@ -209,11 +209,11 @@ LAUNCHES: dict[str, Callable[[], Launch]] = {
 }
 
 
-class NoCard:
-    """Triton's driver for a card that is not there."""
+class NoGPU:
+    """Triton's driver for a GPU that is not there."""
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", CARD, 32)
+        return GPUTarget("cuda", GPU, 32)
 
     def get_current_device(self) -> int:
         return 0
@@ -231,9 +231,9 @@ def count() -> dict[str, int]:
         keys[f"{launching}: {fn.name}"][case].add(str(key))
         return True  # it is taken as compiled, and the launch ends here
 
-    triton.runtime.driver.set_active(NoCard())
+    triton.runtime.driver.set_active(NoGPU())
     triton.knobs.runtime.jit_cache_hook = remember
-    table.generation = lambda device: CARD
+    table.generation = lambda device: GPU
     for launching, make in LAUNCHES.items():  # noqa: B007  (read by `remember`)
         launch = make()
         for width, height in SIZES:

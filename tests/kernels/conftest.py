@@ -1,4 +1,4 @@
-"""Where kernels are tested: on the card if there is one, else in Triton's interpreter, made right for bf16 and able to
+"""Where kernels are tested: on the GPU if there is one, else in Triton's interpreter, made right for bf16 and able to
 multiply in scaled blocks.
 """
 

@@ -1,4 +1,4 @@
-"""The ahead-of-time ring: every kernel, compiled for the cards in use at the tile sizes in use, keeps its promises."""
+"""The ahead-of-time ring: every kernel, compiled for the GPUs in use at the tile sizes in use, keeps its promises."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ SCRIPT = Path(__file__).parent.parent.parent / "benchmarks" / "aot.py"
 
 
 @pytest.mark.slow
-def test_kernels_compile_for_every_card_without_spills_and_with_tensor_cores(tmp_path):
+def test_kernels_compile_for_every_gpu_without_spills_and_with_tensor_cores(tmp_path):
     pytest.importorskip("triton")
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     report = tmp_path / "aot.json"

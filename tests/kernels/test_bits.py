@@ -40,7 +40,7 @@ def test_every_int8_number_is_decoded(device):
 
 
 def test_e4m3_is_rounded_like_pytorch_at_and_beside_every_tie(device):
-    """All numbers, all midpoints between neighbours, the floats next to those, and random ones of every size."""
+    """All numbers, all midpoints between neighbors, the floats next to those, and random ones of every size."""
     numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     ties = (numbers[1:] + numbers[:-1]) / 2
     beside = [torch.nextafter(ties, torch.tensor(end)) for end in (0.0, 448.0)]

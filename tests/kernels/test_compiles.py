@@ -1,4 +1,4 @@
-"""Neither a new picture size nor a new rank makes a kernel compile again."""
+"""Neither a new image size nor a new rank makes a kernel compile again."""
 
 from __future__ import annotations
 

@@ -78,8 +78,8 @@ def test_the_shipped_table_sends_few_rows_past_the_scratch(monkeypatch):
     monkeypatch.setattr(linear, "_scratch", lambda *_: pytest.fail("decoded into a scratch"))
     for format in ("nf4", "fp8", "int8"):
         Layer(format, 64, 64, torch.float32, 5).gradients(linear, torch.float32)
-        for card in table.GENERATIONS:
-            assert table.SHIPPED[f"lora_linear_backward_{format}", card, "few"].path == "fused"
+        for gpu in table.GENERATIONS:
+            assert table.SHIPPED[f"lora_linear_backward_{format}", gpu, "few"].path == "fused"
 
 
 def test_how_rows_are_shared_out_is_all_that_rounding_depends_on():

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from fluxq.bench import kernel_cases
-from fluxq.bench.kernels import check
 from fluxq.bench.kernel_cases import cases
+from fluxq.bench.kernels import check
 
 WITHIN_OTHERS = {"fill_room", "fill_tail", "sum_shares"}  # parts of lora_linear
 

@@ -16,8 +16,8 @@ from fluxq.kernels.cutting import CHUNKS, chunk_of, parts, room
 triton = pytest.importorskip("triton")
 
 
-from fluxq.kernels.triton import linear, table
-from fluxq.kernels.triton.shipped import SHIPPED
+from fluxq.kernels.triton import linear, table  # noqa: E402
+from fluxq.kernels.triton.shipped import SHIPPED  # noqa: E402
 
 FORMATS = ("nf4", "fp8", "int8", "bf16")
 CASES = [  # every format, every dtype, and NF4, which is what most will use, in all
@@ -86,7 +86,7 @@ def check(layer, results, slack=2.0):
 
 
 class Launches(TorchDispatchMode):
-    """Counts inside it what a card would be told to do: kernels, and PyTorch's operations that are no views."""
+    """Counts inside it what a GPU would be told to do: kernels, and PyTorch's operations that are no views."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -125,7 +125,7 @@ def test_extended(format, dtype, rank):
 
 
 def test_extended_launches_nothing_but_products_decoding_and_what_stands_beside(monkeypatch, device):
-    """In three parts forward and three backward, with a LoRA in fp32. On a processor d_down and d_up cast besides."""
+    """In three parts forward and three backward, with a LoRA in fp32. On a CPU d_down and d_up cast besides."""
     if device.type == "cuda":
         pytest.skip("the interpreter counts")
     layer = Layer("nf4", torch.bfloat16)

@@ -99,7 +99,7 @@ def test_the_gradient_multiplies_by_up_once_and_rounds_no_lora_again(compute):
 
 
 def test_the_gradient_is_of_the_lora_that_was_multiplied():
-    """An optimiser that steps in between, in place, does not reach into it; the next product has what it wrote."""
+    """An optimizer that steps in between, in place, does not reach into it; the next product has what it wrote."""
     x, weight, bias, down, up = operands(torch.float32)
     x = x.detach().bfloat16().requires_grad_()
 

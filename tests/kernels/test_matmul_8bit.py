@@ -16,18 +16,18 @@ KINDS = (torch.int8, torch.float8_e4m3fn)
 
 @pytest.fixture(params=["reference", "triton"])
 def matmul_8bit(request, device):
-    """The op on each backend. torch multiplies int8 on a card only for some shapes: there the reference is left out."""
+    """The op on each backend. torch multiplies int8 on a GPU only for some shapes: there the reference is left out."""
     if request.param == "triton":
         return request.getfixturevalue("triton_ops").matmul_8bit
     if device.type == "cuda":
-        pytest.skip("the reference runs on the processor")
+        pytest.skip("the reference runs on the CPU")
     return reference.matmul_8bit
 
 
 @pytest.fixture(params=KINDS, ids=["int8", "fp8"])
 def kind(request, device):
     if request.param != torch.int8 and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        pytest.skip("this card has no fp8")
+        pytest.skip("this GPU has no fp8")
     return request.param
 
 
@@ -96,7 +96,7 @@ def test_products_in_scaled_blocks_are_those_without(triton_ops, device, dx, k):
     from fluxq.kernels.triton import table
 
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (12, 0):
-        pytest.skip("this card has no products in scaled blocks")
+        pytest.skip("this GPU has no products in scaled blocks")
     a, a_scale, b, b_scale = factors(torch.float8_e4m3fn, device, k=k)
     arguments = (a, a_scale, b, None if dx else b_scale, torch.float32)
     arguments += (torch.randn(33, 5, device=device), torch.randn(97, 5, device=device))
@@ -113,7 +113,7 @@ def test_both_backends_give_the_face_the_same(triton_ops, compute, device):
     from fluxq.kernels import backend
 
     if compute == "fp8_dx" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):
-        pytest.skip("this card has no fp8")
+        pytest.skip("this GPU has no fp8")
     weight = quantize(torch.randn(128, 192) / 14, "nf4")
     x = torch.randn(2, 40, 192, requires_grad=True)
     down, up = torch.randn(5, 192, requires_grad=True), torch.randn(128, 5, requires_grad=True)
@@ -129,7 +129,7 @@ def test_both_backends_give_the_face_the_same(triton_ops, compute, device):
         assert relative_error(ours.cpu(), theirs) < 1e-3
 
 
-def test_a_card_without_fp8_says_so(triton_ops, monkeypatch):
+def test_a_gpu_without_fp8_says_so(triton_ops, monkeypatch):
     import importlib
 
     module = importlib.import_module("fluxq.kernels.triton.matmul_8bit")

@@ -18,7 +18,7 @@ def stream(shape, device, seed=0):
 
 
 def chunks(batch, width, device, seed=1):
-    """Shift, scale and gate (B, 1, D): views of one wide row each picture."""
+    """Shift, scale and gate (B, 1, D): views of one wide row each image."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 6 * width, generator=generator).to(device)[:, None].chunk(6, dim=-1)[1:4]
 

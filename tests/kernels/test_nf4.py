@@ -60,7 +60,7 @@ def test_tiny_weights_have_the_same_bytes_on_every_backend(device):
 
 
 @pytest.mark.usefixtures("either_backend")
-def test_a_transposed_view_is_quantised_like_its_copy(device):
+def test_a_transposed_view_is_quantized_like_its_copy(device):
     w = torch.randn(192, 64, device=device)
     view, copy = quantize(w.t(), "nf4"), quantize(w.t().contiguous(), "nf4")
     assert torch.equal(view.codes, copy.codes)
@@ -135,7 +135,7 @@ def test_nested_scales_are_read_like_bitsandbytes():
 
 
 @pytest.mark.usefixtures("either_backend")
-def test_decoded_levels_are_kept_by_quantising_again(device):
+def test_decoded_levels_are_kept_by_quantizing_again(device):
     w = dequantize(quantize(torch.randn(8, 128, device=device), "nf4"), torch.float32)
     assert torch.equal(dequantize(quantize(w, "nf4"), torch.float32), w)
 

@@ -150,7 +150,7 @@ def test_both_backends_give_a_rotated_layer_the_same(device):
     results = []
     for name in ("triton", "reference"):
         if name == "reference" and device.type == "cuda":
-            pytest.skip("torch multiplies int8 on a card only for some shapes")
+            pytest.skip("torch multiplies int8 on a GPU only for some shapes")
         with backend(name):
             leaves = [t.detach().requires_grad_() for t in (x, down, up)]
             y = lora_linear(leaves[0], weight, None, *leaves[1:], 0.7, "int8_dx", rotation=64)

@@ -16,7 +16,7 @@ DTYPES = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 def assert_nearest(values: torch.Tensor, scale: torch.Tensor, w: torch.Tensor) -> None:
     """`values` (N, K) are those nearest to w / scale that the dtype has, up to fp32's rounding of the quotient.
 
-    Beside a tie both neighbours are as near, so two backends may differ there; distances may not.
+    Beside a tie both neighbors are as near, so two backends may differ there; distances may not.
     """
     largest = LARGEST["int8" if values.dtype == torch.int8 else "fp8"]
     expected = w.abs().amax(1).clamp(min=1e-30) / largest
@@ -33,7 +33,7 @@ def assert_nearest(values: torch.Tensor, scale: torch.Tensor, w: torch.Tensor) -
 
 
 def stored(format: str, shape: tuple[int, int], device: torch.device):
-    """A random weight of that format; NF4 with any bytes, not only those that quantising gives."""
+    """A random weight of that format; NF4 with any bytes, not only those that quantizing gives."""
     if format == "nf4":
         codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, device=device)
         return NF4Weight(codes, torch.rand(shape[0], shape[1] // 64, device=device) + 0.01)

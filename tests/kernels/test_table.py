@@ -1,4 +1,4 @@
-"""The table of paths and tiles: complete, nearest for unknown cards, and open to what a user measured."""
+"""The table of paths and tiles: complete, nearest for unknown GPUs, and open to what a user measured."""
 
 from __future__ import annotations
 
@@ -36,17 +36,17 @@ EVERY = [(op, shape) for op in table.PATHS for shape in table.shape_classes(op)]
 
 
 @pytest.mark.parametrize("op", table.PATHS)
-@pytest.mark.parametrize("card", [*table.GENERATIONS, table.INTERPRETED])
-def test_every_op_has_a_row_for_every_card_and_a_reason(op, card):
-    for choice in (table.SHIPPED[op, card, shape] for shape in shapes(op)):
+@pytest.mark.parametrize("gpu", [*table.GENERATIONS, table.INTERPRETED])
+def test_every_op_has_a_row_for_every_gpu_and_a_reason(op, gpu):
+    for choice in (table.SHIPPED[op, gpu, shape] for shape in shapes(op)):
         assert choice.path in table.PATHS[op]
         assert choice.word in ("predicted", "measured") and choice.why
 
 
 def test_no_row_is_for_an_op_or_shape_that_is_not_there():
-    for op, card, shape in table.SHIPPED:
+    for op, gpu, shape in table.SHIPPED:
         assert op in table.PATHS and shape in table.shape_classes(op)
-        assert card in (*table.GENERATIONS, table.INTERPRETED)
+        assert gpu in (*table.GENERATIONS, table.INTERPRETED)
 
 
 def test_few_rows_are_up_to_64(on_ada):
@@ -58,39 +58,39 @@ def test_large_rows_stand_in_where_few_have_none(on_ada):
 
 
 @pytest.mark.parametrize(
-    ("card", "nearest"), [(80, 80), (87, 86), (88, 89), (100, 90), (103, 90), (110, 120), (121, 120)]
+    ("gpu", "nearest"), [(80, 80), (87, 86), (88, 89), (100, 90), (103, 90), (110, 120), (121, 120)]
 )
-def test_an_unknown_card_takes_the_nearest_and_says_so_once(card, nearest, caplog):
-    assert [table.nearest(card), table.nearest(card)] == [nearest, nearest]
+def test_an_unknown_gpu_takes_the_nearest_and_says_so_once(gpu, nearest, caplog):
+    assert [table.nearest(gpu), table.nearest(gpu)] == [nearest, nearest]
     lines = [record.message for record in caplog.records]
-    assert len(lines) == (card != nearest)
-    assert all(f"{card / 10}" in line and f"{nearest / 10}" in line for line in lines)
+    assert len(lines) == (gpu != nearest)
+    assert all(f"{gpu / 10}" in line and f"{nearest / 10}" in line for line in lines)
 
 
-def test_rows_are_quantised_in_the_narrowest_tile_that_holds_one(on_ada):
+def test_rows_are_quantized_in_the_narrowest_tile_that_holds_one(on_ada):
     tiles = [table.choose("row_quantize", CPU, width).block_n for width in (64, 1024, 3072, 15360, 32768, 40000)]
     assert tiles == [1024, 1024, 4096, 16384, 32768, 8192]
 
 
 @pytest.mark.parametrize(("op", "shape"), EVERY)
-@pytest.mark.parametrize("card", table.GENERATIONS)
-def test_candidates_fit_the_card_and_start_with_the_row_in_use(op, card, shape):
-    found = table.candidates(op, card, shape)
-    shipped = table.SHIPPED.get((op, card, shape)) or table.SHIPPED[op, card, "large"]
+@pytest.mark.parametrize("gpu", table.GENERATIONS)
+def test_candidates_fit_the_gpu_and_start_with_the_row_in_use(op, gpu, shape):
+    found = table.candidates(op, gpu, shape)
+    shipped = table.SHIPPED.get((op, gpu, shape)) or table.SHIPPED[op, gpu, "large"]
     assert replace(found[0], word=shipped.word, why=shipped.why) == shipped
-    assert {c.path for c in found} == set(table.paths(op, card))
+    assert {c.path for c in found} == set(table.paths(op, gpu))
     tiled = {path: {c.block_m for c in found[1:] if c.path == path} for path in ("triton", "scaled")}
-    assert "scaled" not in table.paths(op, card) or tiled["triton"] == tiled["scaled"], "each path in all tiles"
+    assert "scaled" not in table.paths(op, gpu) or tiled["triton"] == tiled["scaled"], "each path in all tiles"
     assert len(set(found)) == len(found) > 1
     assert op not in table.STREAMING or len(found) <= 9, "each is compiled and checked"
 
 
 @pytest.mark.parametrize(("op", "shape"), EVERY)
-@pytest.mark.parametrize("card", table.GENERATIONS)
-def test_every_candidate_can_be_kept_and_read_again(op, card, shape, tmp_path):
-    for choice in table.candidates(op, card, shape)[:: 1 if op in table.STREAMING else 7]:
-        rows = {(op, card, shape): choice}
-        table.write(tmp_path / "kernels.json", rows, "a card")
+@pytest.mark.parametrize("gpu", table.GENERATIONS)
+def test_every_candidate_can_be_kept_and_read_again(op, gpu, shape, tmp_path):
+    for choice in table.candidates(op, gpu, shape)[:: 1 if op in table.STREAMING else 7]:
+        rows = {(op, gpu, shape): choice}
+        table.write(tmp_path / "kernels.json", rows, "a GPU")
         assert table.read(tmp_path / "kernels.json") == rows
 
 
@@ -110,7 +110,7 @@ def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
     ("change", "said"),
     [
         (dict(op="softmax"), "there is no softmax"),
-        (dict(card=75), "sm_75"),
+        (dict(gpu=75), "sm_75"),
         (dict(shape="middling"), "middling"),
         (dict(path="cuda"), "cuda"),
         (dict(op="matmul_fp8", path="scaled"), "no matmul_fp8 scaled"),

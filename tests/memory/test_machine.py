@@ -1,4 +1,4 @@
-"""What is said about a machine, from what was seen on it: no card is needed to test that."""
+"""What is said about a machine, from what was seen on it: no GPU is needed to test that."""
 
 from __future__ import annotations
 
@@ -8,14 +8,14 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fluxq.memory import machine
 from fluxq.cli.main import main
+from fluxq.memory import machine
 from fluxq.memory.machine import (
-    Card,
-    CardBytes,
+    GPU,
+    GPUBytes,
     Machine,
     SpillWatch,
-    free_on_card,
+    free_gpu_bytes,
     has_nvidia_driver,
     may_spill,
     memory,
@@ -26,12 +26,12 @@ from fluxq.memory.machine import (
 )
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120")
-ADA = Card("RTX 4090", (8, 9), 24 << 30)
+ADA = GPU("RTX 4090", (8, 9), 24 << 30)
 GOOD = Machine("2.13.0+cu130", "13.0", False, True, False, ADA, ARCHITECTURES)
-NO_CUDA = replace(GOOD, torch="2.13.0+cpu", cuda=None, card=None, architectures=())
+NO_CUDA = replace(GOOD, torch="2.13.0+cpu", cuda=None, gpu=None, architectures=())
 
 
-def test_a_good_card_needs_no_words():
+def test_a_good_gpu_needs_no_words():
     assert notes(GOOD) == [] and obstacle(GOOD) is None
 
 
@@ -41,26 +41,26 @@ def test_torch_without_cuda_beside_a_driver_is_said_with_the_way_out():
     assert "pytorch.org" in note and "\n" not in note and "http" not in note
 
 
-def test_a_card_without_triton_is_said_in_one_line():
+def test_a_gpu_without_triton_is_said_in_one_line():
     (note,) = notes(replace(GOOD, triton=False))
     assert "Triton is not installed" in note and "triton-windows" in note and "\n" not in note
     assert notes(replace(NO_CUDA, driver=False, triton=False)) == []
 
 
 @pytest.mark.parametrize("change", [{"driver": False}, {"hidden": True}, {"rocm": True}])
-def test_no_driver_or_a_hidden_card_is_as_wanted(change):
+def test_no_driver_or_a_hidden_gpu_is_as_wanted(change):
     assert notes(replace(NO_CUDA, **change)) == []
 
 
 def test_a_driver_too_old_for_torch_is_said():
-    (note,) = notes(replace(GOOD, card=None, architectures=()))
-    assert "built for CUDA 13.0 but finds no card" in note and "update the NVIDIA driver" in note
+    (note,) = notes(replace(GOOD, gpu=None, architectures=()))
+    assert "built for CUDA 13.0 but finds no GPU" in note and "update the NVIDIA driver" in note
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
 def test_emulated_bf16_is_said(capability):
-    """torch multiplies bf16 on every card that it has code for, below sm_80 by way of fp32."""
-    old = replace(GOOD, card=Card("RTX 2080", capability, 8 << 30), architectures=("sm_50", "sm_60", "sm_70", "sm_75"))
+    """torch multiplies bf16 on every GPU that it has code for, below sm_80 by way of fp32."""
+    old = replace(GOOD, gpu=GPU("RTX 2080", capability, 8 << 30), architectures=("sm_50", "sm_60", "sm_70", "sm_75"))
     (note,) = notes(old)
     assert "has no bf16 arithmetic: torch emulates it" in note and f"sm_{capability[0]}{capability[1]}" in note
     assert obstacle(old) is None
@@ -70,15 +70,15 @@ def test_emulated_bf16_is_said(capability):
     ("capability", "runs"),
     [((8, 6), True), ((8, 9), True), ((12, 0), True), ((13, 0), True), ((6, 1), False), ((10, 0), False)],
 )
-def test_a_card_that_torch_has_no_code_for_is_refused(capability, runs):
+def test_a_gpu_that_torch_has_no_code_for_is_refused(capability, runs):
     """Code runs on its own generation from its own version on; PTX on every later one."""
-    sentence = obstacle(replace(GOOD, card=Card("the card", capability, 8 << 30)))
+    sentence = obstacle(replace(GOOD, gpu=GPU("the GPU", capability, 8 << 30)))
     assert (sentence is None) is runs
     if sentence:
-        assert "has no code for the the card (sm_" in sentence and "CUDA_VISIBLE_DEVICES=-1" in sentence
+        assert "has no code for the the GPU (sm_" in sentence and "CUDA_VISIBLE_DEVICES=-1" in sentence
 
 
-def test_a_card_that_cannot_hold_bf16_is_refused():
+def test_a_gpu_that_cannot_hold_bf16_is_refused():
     assert "cannot compute in bf16 on the RTX 4090 (sm_89)" in (obstacle(replace(GOOD, bf16=False)) or "")
 
 
@@ -105,8 +105,8 @@ def test_the_driver_is_told_from_files(system, there, programs, found):
 
 
 def test_this_machine_is_read():
-    seen, has, free = read_machine(), memory(), free_on_card()
-    assert (free is None) if seen.card is None else (free is None or 0 < free <= seen.card.nbytes)
+    seen, has, free = read_machine(), memory(), free_gpu_bytes()
+    assert (free is None) if seen.gpu is None else (free is None or 0 < free <= seen.gpu.nbytes)
     assert seen.torch and isinstance(notes(seen), list)
     if has is not None:
         assert 0 < has[1] <= has[0]
@@ -116,7 +116,7 @@ def test_what_torch_has_taken_and_nothing_lies_in_is_free(monkeypatch):
     said = dict(is_available=True, mem_get_info=(6 << 30, 8 << 30), memory_reserved=2 << 30, memory_allocated=1 << 30)
     for name, value in said.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
-    assert free_on_card() == 7 << 30
+    assert free_gpu_bytes() == 7 << 30
 
 
 def test_every_command_says_it_once_on_stderr(tmp_path, monkeypatch):
@@ -128,7 +128,7 @@ def test_every_command_says_it_once_on_stderr(tmp_path, monkeypatch):
         assert "note:" not in result.stdout
 
 
-def test_a_card_that_cannot_be_used_stops_every_command_but_check(tmp_path, monkeypatch):
+def test_a_gpu_that_cannot_be_used_stops_every_command_but_check(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "read_machine", lambda: replace(GOOD, bf16=False))
     monkeypatch.chdir(tmp_path)
     for command in ("train", "cache", "sample", "demo"):
@@ -144,24 +144,24 @@ GIB = 1 << 30
 @pytest.mark.parametrize(
     ("before", "now", "expected"),
     [
-        ((12, 11, 0), (12, 1, 9.5), 0),  # all of it on the card
+        ((12, 11, 0), (12, 1, 9.5), 0),  # all of it on the GPU
         ((12, 11, 0), (12, 0.1, 10.8), 0),  # full to the brim
-        ((12, 11, 0), (12, 0.1, 13), 2.1),  # more than the card has
+        ((12, 11, 0), (12, 0.1, 13), 2.1),  # more than the GPU has
         ((12, 9, 0), (12, 0.2, 10), 1.2),  # others have 3 GiB, and keep them
         ((12, 9, 0), (12, 2, 9.9), 0.9),  # more than was free, whatever is free now
-        ((12, 9, 0), (12, 4, 7), 0),  # others have given some back meanwhile: the card is not full
+        ((12, 9, 0), (12, 4, 7), 0),  # others have given some back meanwhile: the GPU is not full
         ((12, 9, 1), (12, 0.1, 9.9), 0),
         ((12, 10, 0), (12, 0.1, 10.1), 0),  # too little to tell
     ],
 )
-def test_what_cannot_lie_on_the_card_has_been_spilled(before, now, expected):
-    before, now = (CardBytes(*(int(n * GIB) for n in numbers)) for numbers in (before, now))
+def test_what_cannot_lie_on_the_gpu_has_been_spilled(before, now, expected):
+    before, now = (GPUBytes(*(int(n * GIB) for n in numbers)) for numbers in (before, now))
     assert spilled(before, now) == pytest.approx(expected * GIB, abs=0.01 * GIB)
 
 
 def test_a_spill_is_told_once_with_what_to_do():
-    states = iter([CardBytes(12 * GIB, 11 * GIB, 0), CardBytes(12 * GIB, 5 * GIB, 6 * GIB)])
-    watch = SpillWatch(lambda: next(states, CardBytes(12 * GIB, 0, 14 * GIB)))
+    states = iter([GPUBytes(12 * GIB, 11 * GIB, 0), GPUBytes(12 * GIB, 5 * GIB, 6 * GIB)])
+    watch = SpillWatch(lambda: next(states, GPUBytes(12 * GIB, 0, 14 * GIB)))
     assert watch.note() is None
     note = watch.note()
     assert note and "about 3.0 GiB" in note and "--vram" in note and "Prefer No Sysmem Fallback" in note

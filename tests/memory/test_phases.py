@@ -1,4 +1,4 @@
-"""Sampling within the memory of training: what is on the card while pictures are drawn, counted at full width."""
+"""Sampling within the memory of training: what is on the GPU while images are drawn, counted at full width."""
 
 from __future__ import annotations
 
@@ -13,36 +13,36 @@ from helpers import write_hollow
 from hollow import hollow
 from live_bytes import LiveBytes
 
-from fluxq.memory import phases as turns
-from fluxq.config import MemoryConfig, TrainConfig, config_from_dict
 from fluxq.caching.store import Text
+from fluxq.config import MemoryConfig, TrainConfig, config_from_dict
 from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.formats.load import load_autoencoder
 from fluxq.formats.quantized import assign, layout, view
-from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
+from fluxq.memory import phases as turns
+from fluxq.memory.phases import (
+    SAMPLING_SLOTS,
+    TOKENS_PER_BATCH,
+    SamplingLimits,
+    band_for,
+    gpu_budget,
+    least_sampling_bytes,
+    place_sampling,
+    preview_limits,
+    sampling_residents,
+)
 from fluxq.memory.placement import Budget, Placement, placed
 from fluxq.model import AutoEncoderConfig, Flux, FluxConfig, add_lora
 from fluxq.model.blocks import Scale
 from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
 from fluxq.offload import Immediate, Schedule, Stored, StreamingRing
-from fluxq.offload.cards import CARDS
 from fluxq.offload.footprint import fixed
+from fluxq.offload.gpus import GPUS
 from fluxq.offload.planner import MARGIN, plan
 from fluxq.offload.plans import Pins
-from fluxq.sampling.requests import Shot
-from fluxq.sampling.decoding import develop
-from fluxq.sampling.denoising import walk
-from fluxq.memory.phases import (
-    DRAWING_SLOTS,
-    TOKENS_PER_BATCH,
-    Turns,
-    band_for,
-    drawing,
-    least_for_drawing,
-    place_drawing,
-    preview_turns,
-    room_of,
-)
+from fluxq.sampling.decoding import decode_images
+from fluxq.sampling.denoising import denoise
+from fluxq.sampling.requests import Request
 
 GIB = 2**30
 DEV = FluxConfig.dev()
@@ -81,7 +81,7 @@ def filled(flux: Flux, resident, slots: int, format: str = "nf4") -> Flux:
 
 
 @pytest.fixture
-def cards(monkeypatch):
+def gpus(monkeypatch):
     """Tensors that leave `meta` for the host have no values there."""
     cpu = torch.Tensor.cpu
     empty = lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else cpu(t)  # noqa: E731
@@ -101,7 +101,7 @@ def texts() -> dict[str, Text]:
 
 @dataclass
 class Full:
-    """Models of FLUX.1 dev's shape that are never loaded, on a card that is not there."""
+    """Models of FLUX.1 dev's shape that are never loaded, on a GPU that is not there."""
 
     format = "nf4"
     flux_config, compute, is_nano, t5_length = DEV, "bf16", False, 512
@@ -111,52 +111,52 @@ class Full:
 def a_plan(pixels: int, resident: int, **pins):
     costs = flux_costs(DEV, "nf4", img_tokens=(pixels // 16) ** 2)
     pins = Pins(resident_units=resident, policy="recompute", slots=pins.get("slots", 2 if resident < UNITS else None))
-    return costs, plan([costs], CARDS["h200"], pins=pins)
+    return costs, plan([costs], GPUS["h200"], pins=pins)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("resident", [UNITS, UNITS // 2, 0])
 @pytest.mark.parametrize("pixels", [512, 1024])
-def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, cards, autoencoder):
-    """Beside all that stays between steps, the optimiser's state too. The leanest policy leaves the least to draw in:
+def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpus, autoencoder):
+    """Beside all that stays between steps, the optimizer's state too. The leanest policy leaves the least to draw in:
     plans that keep more have a higher peak.
     """
     costs, made = a_plan(pixels, resident)
-    config = config_from_dict({"data": {"size": pixels}}, "a test")
-    own = preview_turns(config, Full(), placed(made, Budget(costs, CARDS["h200"], None, Pins())))
-    shots = [Shot("x", seed, pixels, pixels, steps=2, cfg=2.0, negative="x") for seed in (1, 2)]
+    config = config_from_dict({"data": {"resolution": pixels}}, "a test")
+    own = preview_limits(config, Full(), placed(made, Budget(costs, GPUS["h200"], None, Pins())))
+    shots = [Request("x", seed, pixels, pixels, steps=2, cfg=2.0, negative="x") for seed in (1, 2)]
     flux = skeleton()
     with hollow(), LiveBytes(device="meta") as live:
         filled(flux, made.resident, made.slots)
         add_lora(flux, 16, 16, "attention+mlp")
-        state = torch.empty(made.peak["optimiser"], dtype=torch.uint8, device=META)
-        latents = walk(flux, texts(), shots, tokens=own.tokens)
+        state = torch.empty(made.peak["optimizer"], dtype=torch.uint8, device=META)
+        latents = denoise(flux, texts(), shots, tokens=own.tokens)
         gc.collect()
         assert live.live == pytest.approx(fixed(costs, made.setting), rel=0.01)
         drawing_peak, copies = live.peak, getattr(flux.ring, "copies", 0)
         live.reset_peak()
-        with patch("fluxq.sampling.decoding.to_picture", lambda x: x):
-            pictures = develop(autoencoder, latents, own.room, print)
-    names = {k: round(v / GIB, 2) for k, v in dict(drawing=drawing_peak, autoencoder=live.peak).items()}
+        with patch("fluxq.sampling.decoding.to_image", lambda x: x):
+            images = decode_images(autoencoder, latents, own.autoencoder, print)
+    names = {k: round(v / GIB, 2) for k, v in dict(sampling=drawing_peak, autoencoder=live.peak).items()}
     print(f"{pixels} px, {resident} resident: {names} of {made.peak_bytes / GIB:.2f} GiB that a step is predicted")
-    assert state.nbytes and copies > 0 and pictures[0].shape == (3, pixels, pixels)
+    assert state.nbytes and copies > 0 and images[0].shape == (3, pixels, pixels)
     assert max(drawing_peak, live.peak) <= made.peak_bytes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gib", [2, 4, 6.5, 8, 24])
-def test_drawing_keeps_to_the_room_that_it_is_given(gib, cards):
+def test_drawing_keeps_to_the_room_that_it_is_given(gib, gpus):
     """And leaves less than two units of it empty, unless all is resident."""
     costs = flux_costs(DEV, "nf4", targets=())
-    room = int(gib * GIB)
-    resident, slots = drawing(costs, 0, room)
+    budget = int(gib * GIB)
+    resident, slots = sampling_residents(costs, 0, budget)
     flux = skeleton()
     with hollow(), LiveBytes(device="meta") as live:
         filled(flux, resident, slots)
-        walk(flux, texts(), [Shot("x", 1, 1024, 1024, steps=2)])
+        denoise(flux, texts(), [Request("x", 1, 1024, 1024, steps=2)])
     print(f"{gib} GiB: {len(resident) if resident else resident} resident, {live.peak / GIB:.2f} GiB")
-    assert live.peak <= room
-    assert resident is None or len(resident) == UNITS or live.peak > room - 2 * costs.slot - 0.05 * GIB
+    assert live.peak <= budget
+    assert resident is None or len(resident) == UNITS or live.peak > budget - 2 * costs.slot - 0.05 * GIB
 
 
 @pytest.mark.slow
@@ -185,29 +185,29 @@ def wishes(**values) -> TrainConfig:
     return config_from_dict({"memory": values}, "a test")
 
 
-def place_at(pixels: int, pictures: int = 1, lora: int = 0, **values) -> tuple[Placement, Turns]:
-    return place_drawing(wishes(**values), Full(), [(pixels, pixels)] * pictures, [16] if lora else [], lora)
+def place_at(pixels: int, images: int = 1, lora: int = 0, **values) -> tuple[Placement, SamplingLimits]:
+    return place_sampling(wishes(**values), Full(), [(pixels, pixels)] * images, [16] if lora else [], lora)
 
 
 def test_a_budget_decides_what_stays_and_how_many_are_drawn_at_once():
     assert place_at(1024, vram="24GiB")[0].resident is None
     few, more = place_at(1024, vram="4GiB")[0], place_at(1024, vram="6GiB")[0]
-    assert 0 < len(few.resident) < len(more.resident) < UNITS and few.slots == more.slots == DRAWING_SLOTS
+    assert 0 < len(few.resident) < len(more.resident) < UNITS and few.slots == more.slots == SAMPLING_SLOTS
     assert len(place_at(1024, vram="4GiB", lora=GIB)[0].resident) < len(few.resident)
     assert len(place_at(512, 3, vram="4GiB")[0].resident) < len(place_at(512, vram="4GiB")[0].resident)
 
 
-def test_where_several_pictures_do_not_fit_they_are_drawn_one_by_one():
+def test_where_several_images_do_not_fit_they_are_drawn_one_by_one():
     costs = flux_costs(DEV, "nf4", targets=(), img_tokens=32 * 32)
-    least = least_for_drawing(costs, 0, None) + MARGIN
+    least = least_sampling_bytes(costs, 0, None) + MARGIN
     placement, own = place_at(512, 3, vram=f"{least // 2**20 + 1}MiB")
     assert (own.tokens, placement.resident, placement.slots) == (0, (), 2)
     assert place_at(512, 3, vram="4GiB")[1].tokens == TOKENS_PER_BATCH
 
 
-def test_where_one_picture_does_not_fit_it_says_what_would():
+def test_where_one_image_does_not_fit_it_says_what_would():
     with pytest.raises(
-        WrongRequest, match=r"drawing takes at least .* GiB of the card, and 1.0 GiB may be used"
+        WrongRequest, match=r"drawing takes at least .* GiB of the GPU, and 1.0 GiB may be used"
     ) as told:
         place_at(1024, vram="1GiB")
     enough = re.search(r"--vram (\S+),", str(told.value))[1]
@@ -223,13 +223,13 @@ def test_pins_of_drawing_are_kept():
 
 
 def test_without_an_amount_what_is_free_counts(monkeypatch):
-    monkeypatch.setattr(turns, "free_on_card", lambda: 9 * GIB)
-    assert room_of(MemoryConfig(), Full.device) == 9 * GIB - MARGIN
-    assert room_of(MemoryConfig(vram="3GiB"), Full.device) == 3 * GIB - MARGIN
-    assert room_of(MemoryConfig(), torch.device("cpu")) is None
-    with pytest.raises(WrongRequest, match="--vram is about a CUDA card"):
-        room_of(MemoryConfig(vram="3GiB"), torch.device("cpu"))
+    monkeypatch.setattr(turns, "free_gpu_bytes", lambda: 9 * GIB)
+    assert gpu_budget(MemoryConfig(), Full.device) == 9 * GIB - MARGIN
+    assert gpu_budget(MemoryConfig(vram="3GiB"), Full.device) == 3 * GIB - MARGIN
+    assert gpu_budget(MemoryConfig(), torch.device("cpu")) is None
+    with pytest.raises(WrongRequest, match="--vram is about a CUDA GPU"):
+        gpu_budget(MemoryConfig(vram="3GiB"), torch.device("cpu"))
 
 
 def test_previews_of_a_run_without_a_plan_are_as_they_were():
-    assert preview_turns(TrainConfig(), Full(), Placement()) == Turns()
+    assert preview_limits(TrainConfig(), Full(), Placement()) == SamplingLimits()

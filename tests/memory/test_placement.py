@@ -1,4 +1,4 @@
-"""What a run may use: amounts that are read, units kept and streamed by hand, and the plan of a card."""
+"""What a run may use: amounts that are read, units kept and streamed by hand, and the plan of a GPU."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from fluxq.memory import placement as memory
 from fluxq import nano
 from fluxq.cli.main import main
 from fluxq.config import MemoryConfig, ModelConfig, TrainConfig, config_from_dict
-from fluxq.training.defaults import resolve_format
 from fluxq.errors import WrongRequest
-from fluxq.memory.placement import Placement, costs_of, nbytes, place, resident_by_hand
+from fluxq.memory import placement as memory
+from fluxq.memory.placement import Placement, costs_of, nbytes, pinned_residents, place
 from fluxq.model import FluxConfig
 from fluxq.models.parts import Models
-from fluxq.nano import pictures
-from fluxq.offload.cards import CARDS
+from fluxq.nano import drawing
+from fluxq.offload.gpus import GPUS
+from fluxq.training.defaults import resolve_format
 
 GIB = 2**30
 
@@ -40,10 +40,10 @@ def test_other_amounts_are_refused_by_name(text):
 
 
 class Full:
-    """Models of FLUX.1 dev's shape that are never loaded, on a card that is not there."""
+    """Models of FLUX.1 dev's shape that are never loaded, on a GPU that is not there."""
 
     flux_config, format, compute, is_nano, t5_length = FluxConfig.dev(), "nf4", "bf16", False, 512
-    device, quantised, format_is_open, disk = torch.device("cuda"), None, True, ("nf4", "int8", "fp8", "bf16")
+    device, quantized, format_is_open, disk = torch.device("cuda"), None, True, ("nf4", "int8", "fp8", "bf16")
 
     def has_room_for(self, format: str) -> bool:
         return format in self.disk
@@ -55,37 +55,37 @@ class Full:
 def test_units_stay_or_stream_as_they_are_counted():
     models = Models(ModelConfig(name="nano"), torch.device("cpu"))
     total = 2 * models.flux_config.depth + models.flux_config.depth_single_blocks
-    assert resident_by_hand(MemoryConfig(), models) is None
-    assert resident_by_hand(MemoryConfig(resident_units=total), models) is None
-    assert len(resident_by_hand(MemoryConfig(resident_units=1), models)) == 1
-    assert len(resident_by_hand(MemoryConfig(blocks_to_swap=16), Full())) == 76 - 32
+    assert pinned_residents(MemoryConfig(), models) is None
+    assert pinned_residents(MemoryConfig(resident_units=total), models) is None
+    assert len(pinned_residents(MemoryConfig(resident_units=1), models)) == 1
+    assert len(pinned_residents(MemoryConfig(blocks_to_swap=16), Full())) == 76 - 32
     with pytest.raises(WrongRequest, match="must be 0 to 38, not 39: this model has 76 units"):
-        resident_by_hand(MemoryConfig(blocks_to_swap=39), Full())
+        pinned_residents(MemoryConfig(blocks_to_swap=39), Full())
     with pytest.raises(WrongRequest, match="the same in two ways"):
-        resident_by_hand(MemoryConfig(blocks_to_swap=1, resident_units=1), Full())
+        pinned_residents(MemoryConfig(blocks_to_swap=1, resident_units=1), Full())
 
 
 @pytest.fixture
 def a_4060ti(monkeypatch):
-    monkeypatch.setattr(memory, "measure", lambda folder: CARDS["rtx4060ti"])
-    monkeypatch.setattr(memory, "free_on_card", lambda: CARDS["rtx4060ti"].vram)
+    monkeypatch.setattr(memory, "measure", lambda folder: GPUS["rtx4060ti"])
+    monkeypatch.setattr(memory, "free_gpu_bytes", lambda: GPUS["rtx4060ti"].vram)
     monkeypatch.setattr(memory, "memory", lambda: (32 * GIB, 28 * GIB))
 
 
 def planned(**wishes) -> Placement:
-    values = {"data": {"size": 1024, "folders": ["x"]}, "memory": wishes}
+    values = {"data": {"resolution": 1024, "folders": ["x"]}, "memory": wishes}
     return place(config_from_dict(values, "a test"), Full(), lambda line: None)
 
 
 def chosen_format(size: int = 1024, models: Full | None = None, **wishes) -> str:
     models = models or Full()
-    values = {"data": {"size": size, "folders": ["x"]}, "memory": wishes}
+    values = {"data": {"resolution": size, "folders": ["x"]}, "memory": wishes}
     resolve_format(config_from_dict(values, "a test"), models, lambda line: None)
     return models.format
 
 
 def test_a_format_left_open_is_the_most_faithful_that_is_as_fast(a_4060ti):
-    """The bus of a 4060 Ti hides int8 behind 1,024 px; what is pinned, or read from a quantised file, stays."""
+    """The bus of a 4060 Ti hides int8 behind 1,024 px; what is pinned, or read from a quantized file, stays."""
     assert chosen_format(1024) == "int8"
     pinned = Full()
     pinned.format_is_open = False
@@ -93,23 +93,23 @@ def test_a_format_left_open_is_the_most_faithful_that_is_as_fast(a_4060ti):
 
 
 @pytest.mark.slow
-def test_card_ram_and_disk_have_to_hold_the_format(a_4060ti, monkeypatch):
+def test_gpu_ram_and_disk_have_to_hold_the_format(a_4060ti, monkeypatch):
     assert chosen_format(512, slots=4, policy="keep_all") == "nf4", "the bus does not hide int8"
     assert chosen_format(1024, ram="10GiB") == "nf4"
     full = Full()
     full.disk = ("nf4",)
     assert chosen_format(1024, full) == "nf4"
-    monkeypatch.setattr(memory, "measure", lambda folder: CARDS["h200"])
+    monkeypatch.setattr(memory, "measure", lambda folder: GPUS["h200"])
     assert chosen_format(1024, vram="130GiB") == "bf16"
     eight = Full()
     eight.compute, eight.disk = "fp8", ("nf4", "fp8")
     assert chosen_format(1024, eight, vram="20GiB") == "fp8"
 
 
-def test_a_plan_knows_how_much_this_card_decodes_at_a_time(a_4060ti, monkeypatch):
+def test_a_plan_knows_how_much_this_gpu_decodes_at_a_time(a_4060ti, monkeypatch):
     config = config_from_dict({"data": {"folders": ["x"]}}, "a test")
     geforce = costs_of(config, Full(), 1024).scratch
-    monkeypatch.setattr(memory, "measure", lambda folder: CARDS["h100"])
+    monkeypatch.setattr(memory, "measure", lambda folder: GPUS["h100"])
     assert costs_of(config, Full(), 1024).scratch - geforce > 50e6
 
 
@@ -126,7 +126,7 @@ def test_a_text_encoder_that_is_trained_has_its_room(a_4060ti):
     assert plain.ahead and not more.ahead
 
 
-def test_a_card_gets_a_plan_that_keeps_to_what_it_may_use(a_4060ti):
+def test_a_gpu_gets_a_plan_that_keeps_to_what_it_may_use(a_4060ti):
     small, large = planned(vram="6GiB"), planned(vram="16GiB")
     assert small.plan.peak_bytes < 6 * GIB < large.plan.peak_bytes < 16 * GIB
     assert large.plan.seconds < small.plan.seconds
@@ -143,7 +143,7 @@ def test_where_nothing_fits_it_says_what_would(a_4060ti):
         planned(vram="2GiB")
 
 
-def test_a_processor_has_nothing_to_plan_with():
+def test_a_cpu_has_nothing_to_plan_with():
     models = Models(ModelConfig(name="nano"), torch.device("cpu"))
     with pytest.raises(WrongRequest, match="this machine has none"):
         place(TrainConfig(memory=MemoryConfig(vram="12GiB")), models, print)
@@ -155,14 +155,14 @@ def test_a_processor_has_nothing_to_plan_with():
 def test_a_streamed_run_ends_in_the_very_same_lora(what, tmp_path: Path):
     photos = tmp_path / "photos"
     photos.mkdir()
-    for i, (picture, caption) in enumerate(pictures.concept(seed=1, count=2)):
-        picture.save(photos / f"{i}.png")
+    for i, (image, caption) in enumerate(drawing.concept(seed=1, count=2)):
+        image.save(photos / f"{i}.png")
         (photos / f"{i}.txt").write_text(caption)
     loras = {}
     for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
         out = tmp_path / name
         arguments = ["train", photos, "--model", "nano", "--steps", 3, "--out", out, "--cache", tmp_path / "cache"]
-        arguments += ["--name", "x", "--size", nano.SIZE, "--sample-every", 3, "--sample-steps", 2]
+        arguments += ["--name", "x", "--resolution", nano.SIZE, "--sample-every", 3, "--sample-steps", 2]
         arguments += [*what, *more]
         result = CliRunner().invoke(main, [str(a) for a in arguments])
         assert result.exit_code == 0, result.output

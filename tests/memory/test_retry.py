@@ -14,16 +14,16 @@ from fluxq.cli.main import main
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.quantized import QuantizedFile
 from fluxq.memory.placement import Budget, Placement, placed
+from fluxq.memory.retry import described, smaller
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxq.model.costs import flux_costs
-from fluxq.nano import pictures
+from fluxq.nano import drawing
 from fluxq.offload import HostInputs
-from fluxq.offload.cards import CARDS
+from fluxq.offload.gpus import GPUS
 from fluxq.offload.planner import GRAIN, plan
 from fluxq.offload.plans import Pins
-from fluxq.memory.retry import described, smaller
 
 BLOCKS = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",))
 SHORT = replace(FluxConfig.dev(), depth=4, depth_single_blocks=8)
@@ -65,7 +65,7 @@ def test_without_a_backward_pass_policies_stay():
 
 def test_a_line_says_what_it_is_now():
     assert described(Placement(policies="keep_all"), BLOCKS) == (
-        "6 of 6 units resident; blocks keep 4 x keep_all, their inputs on the card"
+        "6 of 6 units resident; blocks keep 4 x keep_all, their inputs on the GPU"
     )
     last = Placement((), 2, ("", "recompute", "keep_qkv", "recompute"), True)
     assert described(last, BLOCKS) == (
@@ -77,10 +77,10 @@ def test_a_line_says_what_it_is_now():
 @pytest.mark.parametrize(
     ("name", "format", "vram"), [("rtx4090", "nf4", 8), ("rtx3060", "nf4", 4), ("rtx4090", "int8", 5)]
 )
-def test_on_a_card_plans_are_made_anew_each_smaller_than_the_last(name, format, vram, short_blocks):
+def test_on_a_gpu_plans_are_made_anew_each_smaller_than_the_last(name, format, vram, short_blocks):
     costs = flux_costs(SHORT, format, img_tokens=1024)
-    budget = Budget(costs, CARDS[name], 64 << 30, Pins(format=format, compute="bf16"))
-    placement = placed(plan([costs], budget.card, vram << 30, budget.ram, budget.pins), budget)
+    budget = Budget(costs, GPUS[name], 64 << 30, Pins(format=format, compute="bf16"))
+    placement = placed(plan([costs], budget.gpu, vram << 30, budget.ram, budget.pins), budget)
     rounds, made = "keep_all8" in placement.plan.policies, []
     while placement is not None:
         made.append(placement.plan)
@@ -96,8 +96,8 @@ def test_on_a_card_plans_are_made_anew_each_smaller_than_the_last(name, format, 
 def test_pins_hold_as_long_as_they_can(short_blocks):
     costs = flux_costs(SHORT, "nf4", img_tokens=1024)
     pins = Pins(format="nf4", compute="bf16", policy="keep_qkv")
-    budget = Budget(costs, CARDS["rtx4090"], 64 << 30, pins)
-    placement = placed(plan([costs], budget.card, 5 << 30, budget.ram, pins), budget)
+    budget = Budget(costs, GPUS["rtx4090"], 64 << 30, pins)
+    placement = placed(plan([costs], budget.gpu, 5 << 30, budget.ram, pins), budget)
     kept = []
     while (placement := smaller(placement, short_blocks, True, True)) is not None:
         kept.append(set(placement.plan.policies) == {"keep_qkv"})
@@ -107,8 +107,8 @@ def test_pins_hold_as_long_as_they_can(short_blocks):
 def test_what_cannot_be_streamed_stays(short_blocks):
     costs = flux_costs(SHORT, "bf16", img_tokens=1024)
     pins = Pins(format="bf16", compute="bf16", resident_units=16)
-    budget = Budget(costs, CARDS["h200"], None, pins)
-    placement = placed(plan([costs], budget.card, 20 << 30, None, pins), budget)
+    budget = Budget(costs, GPUS["h200"], None, pins)
+    placement = placed(plan([costs], budget.gpu, 20 << 30, None, pins), budget)
     while placement is not None:
         assert placement.plan.streamed == 0
         placement = smaller(placement, short_blocks, True, streams=False)
@@ -121,15 +121,15 @@ def test_what_cannot_be_streamed_stays(short_blocks):
 def photos(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("room") / "photos"
     folder.mkdir()
-    for i, (picture, caption) in enumerate(pictures.concept(seed=5, count=4)):
-        picture.resize((96, 96) if i % 3 else (128, 64)).save(folder / f"{i}.png")
+    for i, (image, caption) in enumerate(drawing.concept(seed=5, count=4)):
+        image.resize((96, 96) if i % 3 else (128, 64)).save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     return folder
 
 
 def run(photos: Path, out: Path, *more: object):
     arguments = ["train", photos, "--model", "nano", "--steps", 3, "--out", out, "--cache", photos.parent / "cache"]
-    arguments += ["--name", "x", "--size", 96, "--batch", 2, "--rank", 4, "--set", "training.accumulate=2"]
+    arguments += ["--name", "x", "--resolution", 96, "--batch", 2, "--rank", 4, "--set", "training.accumulate=2"]
     return CliRunner().invoke(main, [str(a) for a in (*arguments, *more)])
 
 
@@ -170,7 +170,7 @@ def assert_undisturbed(result, out: Path, undisturbed, times: int = 1) -> None:
 
 @pytest.mark.slow
 # A micro-step runs each of nano's two double and two single blocks forward, and replays it on the way back: 8 calls a
-# kind in an optimiser step of two micro-steps.
+# kind in an optimizer step of two micro-steps.
 @pytest.mark.parametrize(("kind", "call", "more"), [
     (DoubleStreamBlock, 1, ()),  # forward, the very first
     (SingleStreamBlock, 2 * 4 + 4, ("--policy", "keep_attention")),  # back, in the second step's first micro-step
@@ -221,7 +221,9 @@ def test_where_nothing_smaller_is_left_it_says_so_and_the_last_save_is_good(phot
     assert result.output.count("out of memory in step 2") == 2
     assert result.exit_code == 1 and "Traceback" not in result.output
     error = result.output.strip().splitlines()[-1]
-    assert error.startswith("error: the card ran out of memory; a smaller --size, --batch or --t5-length needs less")
+    assert error.startswith(
+        "error: the GPU ran out of memory; a smaller --resolution, --batch or --t5-length needs less"
+    )
     assert "in step 2 even the smallest plan was too much" in error and "--resume" in error
     resumed = CliRunner().invoke(main, ["train", "--resume", str(tmp_path)])
     assert_undisturbed(resumed, tmp_path, undisturbed, 0)

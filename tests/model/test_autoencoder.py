@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise, relative_error
+from helpers import randomize, relative_error
 
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers
 from fluxq.model import AutoEncoder, AutoEncoderConfig
@@ -33,7 +33,7 @@ def twin(autoencoder: AutoEncoder):
 
 @pytest.fixture
 def pair():
-    ours = randomise(AutoEncoder(SMALL))
+    ours = randomize(AutoEncoder(SMALL))
     return ours, twin(ours)
 
 
@@ -47,15 +47,15 @@ def test_moments_and_their_gradient_equal_diffusers(pair):
     assert relative_error(ours_dx, theirs_dx) <= 1e-5
 
 
-def test_pictures_and_their_gradient_equal_diffusers(pair):
+def test_images_and_their_gradient_equal_diffusers(pair):
     ours, theirs = pair
     latents = torch.randn(2, 16, 5, 3, requires_grad=True)
-    picture = ours.decode(latents)
+    image = ours.decode(latents)
     expected = theirs.decode(latents / SMALL.scale_factor + SMALL.shift_factor).sample
-    assert picture.shape == (2, 3, 40, 24)
-    assert relative_error(picture, expected) <= 1e-5
-    dy = torch.randn_like(picture)
-    ours_dx, theirs_dx = (torch.autograd.grad(out, latents, dy)[0] for out in (picture, expected))
+    assert image.shape == (2, 3, 40, 24)
+    assert relative_error(image, expected) <= 1e-5
+    dy = torch.randn_like(image)
+    ours_dx, theirs_dx = (torch.autograd.grad(out, latents, dy)[0] for out in (image, expected))
     assert relative_error(ours_dx, theirs_dx) <= 1e-5
 
 

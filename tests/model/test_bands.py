@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise, relative_error
+from helpers import randomize, relative_error
 from live_bytes import LiveBytes
 
 from fluxq.model import AutoEncoder, AutoEncoderConfig
@@ -18,20 +18,20 @@ SHALLOW = AutoEncoderConfig(ch=8, ch_mult=(1, 3), num_res_blocks=1, z_channels=5
 @pytest.mark.parametrize(("height", "width"), [(72, 56), (8, 8), (67, 45), (40, 104)])
 @pytest.mark.parametrize("band", [1, 3, 16, 1000])
 def test_bands_equal_the_whole_at_any_size(config, height, width, band):
-    autoencoder = randomise(AutoEncoder(config))
-    pictures = torch.randn(2, 3, height, width) + 0.5
+    autoencoder = randomize(AutoEncoder(config))
+    images = torch.randn(2, 3, height, width) + 0.5
     with torch.no_grad():
-        moments = autoencoder.encoder(pictures)
+        moments = autoencoder.moments(images)
         latents = torch.randn(2, config.z_channels, *moments.shape[2:])
         decoded = autoencoder.decode(latents)
     banded = autoencoder.in_bands(band)
-    assert relative_error(banded.encoder(pictures), moments) <= 1e-5
+    assert relative_error(banded.moments(images), moments) <= 1e-5
     assert relative_error(banded.decode(latents), decoded) <= 1e-5
 
 
 def test_bands_leave_no_seam():
     """Not only on the whole: no single pixel is off by more than rounding, where bands meet as elsewhere."""
-    autoencoder = randomise(AutoEncoder(SMALL))
+    autoencoder = randomize(AutoEncoder(SMALL))
     latents = torch.randn(1, 16, 12, 12)
     with torch.no_grad():
         whole = autoencoder.decode(latents)
@@ -40,35 +40,35 @@ def test_bands_leave_no_seam():
 
 
 def test_bands_in_bf16_err_no_more_than_twice_the_whole():
-    autoencoder = randomise(AutoEncoder(SMALL))
-    pictures, latents = torch.randn(1, 3, 64, 48), torch.randn(1, 16, 8, 6)
+    autoencoder = randomize(AutoEncoder(SMALL))
+    images, latents = torch.randn(1, 3, 64, 48), torch.randn(1, 16, 8, 6)
     with torch.no_grad():
-        moments, decoded = autoencoder.encoder(pictures), autoencoder.decode(latents)
+        moments, decoded = autoencoder.moments(images), autoencoder.decode(latents)
         autoencoder.bfloat16()
-        errors = [relative_error(autoencoder.encoder(pictures.bfloat16()), moments)]
+        errors = [relative_error(autoencoder.moments(images.bfloat16()), moments)]
         errors.append(relative_error(autoencoder.decode(latents.bfloat16()), decoded))
     banded = autoencoder.in_bands(5)
-    assert relative_error(banded.encoder(pictures.bfloat16()), moments) <= 2 * errors[0]
+    assert relative_error(banded.moments(images.bfloat16()), moments) <= 2 * errors[0]
     assert relative_error(banded.decode(latents.bfloat16()), decoded) <= 2 * errors[1]
 
 
 def test_encode_and_back_to_the_whole_again():
-    autoencoder = randomise(AutoEncoder(SMALL))
-    pictures = torch.randn(1, 3, 32, 48)
-    drawn = autoencoder.encode(pictures, torch.Generator().manual_seed(5))
-    banded = autoencoder.in_bands(8).encode(pictures, torch.Generator().manual_seed(5))
+    autoencoder = randomize(AutoEncoder(SMALL))
+    images = torch.randn(1, 3, 32, 48)
+    drawn = autoencoder.encode(images, torch.Generator().manual_seed(5))
+    banded = autoencoder.in_bands(8).encode(images, torch.Generator().manual_seed(5))
     assert relative_error(banded, drawn) <= 1e-5 and not banded.requires_grad
-    assert torch.equal(autoencoder.in_bands(None).encode(pictures, torch.Generator().manual_seed(5)), drawn)
+    assert torch.equal(autoencoder.in_bands(None).encode(images, torch.Generator().manual_seed(5)), drawn)
 
 
 class Small:
-    """A card that whole maps do not fit on, nor bands of more than `most` rows."""
+    """A GPU that whole maps do not fit on, nor bands of more than `most` rows."""
 
     def __init__(self, autoencoder, most):
         self.autoencoder, self.most, self.tried = autoencoder, most, []
 
     def run(self):
-        band = self.autoencoder.encoder.band
+        band = self.autoencoder.band
         self.tried.append(band)
         if band is None or band > self.most:
             raise torch.OutOfMemoryError("CUDA out of memory")
@@ -80,11 +80,11 @@ class Small:
 )
 def test_where_memory_is_short_it_goes_on_in_narrower_bands_and_says_so(begins, most, tried):
     said, autoencoder = [], AutoEncoder(SHALLOW).in_bands(begins)
-    card = Small(autoencoder, most)
-    assert within_memory(autoencoder, card.run, said.append) == tried[-1] == autoencoder.decoder.band
-    assert card.tried == tried and len(said) == len(tried) - 1 and f"on {tried[-1]} rows at a time" in said[-1]
-    assert within_memory(autoencoder, card.run, said.append) == tried[-1]
-    assert card.tried == [*tried, tried[-1]] and len(said) == len(tried) - 1  # what was learnt is kept
+    gpu = Small(autoencoder, most)
+    assert within_memory(autoencoder, gpu.run, said.append) == tried[-1] == autoencoder.band
+    assert gpu.tried == tried and len(said) == len(tried) - 1 and f"on {tried[-1]} rows at a time" in said[-1]
+    assert within_memory(autoencoder, gpu.run, said.append) == tried[-1]
+    assert gpu.tried == [*tried, tried[-1]] and len(said) == len(tried) - 1  # what was learnt is kept
 
 
 def test_where_the_narrowest_bands_do_not_help_it_is_out_of_memory():
@@ -99,10 +99,10 @@ def test_bands_take_less_than_two_fifths_of_the_memory():
 
     The whole takes 5 of them to encode and 6 to decode, the bands 1.7 and 2.2.
     """
-    autoencoder = randomise(AutoEncoder(SMALL))
-    pictures, latents = torch.randn(1, 3, 768, 768), torch.randn(1, 16, 96, 96)
+    autoencoder = randomize(AutoEncoder(SMALL))
+    images, latents = torch.randn(1, 3, 768, 768), torch.randn(1, 16, 96, 96)
     unit = 768 * 768 * SMALL.ch * 4
-    for run, most in ((lambda: autoencoder.encoder(pictures), 2.0), (lambda: autoencoder.decode(latents), 2.4)):
+    for run, most in ((lambda: autoencoder.moments(images), 2.0), (lambda: autoencoder.decode(latents), 2.4)):
         peaks = []
         for band in (None, 32):
             autoencoder.in_bands(band)

@@ -1,8 +1,8 @@
-"""The byte ring: what a training step is predicted to have on a card, owner by owner, against what it has.
+"""The byte ring: what a training step is predicted to have on a GPU, owner by owner, against what it has.
 
 The trainer's own step (fluxq/bench/timed_step.py) runs with full-width FLUX.1 on `meta`, over a backend that allocates as the
 kernels do and computes nothing (tests/hollow.py). The slots are those of the ring that `load_streamed` makes, the
-scratch is the kernels' own, and the optimiser's state is made by the optimiser.
+scratch is the kernels' own, and the optimizer's state is made by the optimizer.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from hollow import hollow
 from live_bytes import LiveBytes
 from torch import Tensor
 
-from fluxq.training import optim
 from fluxq.bench import timed_step
+from fluxq.bench.random_model import RandomUnits
 from fluxq.formats.quantized import assign
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
@@ -31,14 +31,14 @@ from fluxq.offload import spread
 from fluxq.offload.costs import Costs
 from fluxq.offload.footprint import Setting, peak_by_owner
 from fluxq.offload.streams import Immediate
-from fluxq.bench.random_model import RandomUnits
+from fluxq.training import optim
 
 META = torch.device("meta")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A setting at full width. blocks: doubles and singles; resident: units, None for all; generation: of the card;
+    """A setting at full width. blocks: doubles and singles; resident: units, None for all; generation: of the GPU;
     mostly_kept: activations are half of the peak or more.
     """
 
@@ -80,7 +80,7 @@ CASES = [
 
 
 class HollowUnits(RandomUnits):
-    """A quantised file of units that have no contents."""
+    """A quantized file of units that have no contents."""
 
     def __init__(self, config: FluxConfig, format: str) -> None:
         super().__init__(config, format, torch.device("cpu"))
@@ -151,7 +151,7 @@ def owners_told(live: LiveBytes, flux: Flux) -> Iterator[None]:
 
 
 def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[str, int]:
-    """Owner -> bytes at the peak of the second step, in which scratch and the optimiser's state are there, and in which
+    """Owner -> bytes at the peak of the second step, in which scratch and the optimizer's state are there, and in which
     modulation is computed ahead once more.
     """
     build, optimizers = timed_step.build_optimizer, []
@@ -174,7 +174,7 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
             step(0)
             gc.collect()
             states = optimizers[0].state.values()
-            live.belongs("optimiser", [t for state in states for t in state.values() if isinstance(t, Tensor)])
+            live.belongs("optimizer", [t for state in states for t in state.values() if isinstance(t, Tensor)])
             live.reset_peak()
             with owners_told(live, flux):
                 step(64)

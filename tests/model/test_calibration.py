@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from helpers import randomise, relative_error, tiny_config
+from helpers import randomize, relative_error, tiny_config
 
 from fluxq.model import Flux
 from fluxq.model.calibration import calibrate
@@ -11,7 +11,7 @@ from fluxq.model.embed import image_ids, text_ids
 
 
 def test_the_layer_with_outliers_rotates_and_the_error_falls():
-    flux = randomise(Flux(tiny_config(depth=0, depth_single_blocks=1, hidden_size=256, num_heads=8, mlp_ratio=1.0)))
+    flux = randomize(Flux(tiny_config(depth=0, depth_single_blocks=1, hidden_size=256, num_heads=8, mlp_ratio=1.0)))
     shift = flux.get_submodule("single_blocks.0.modulation.lin").bias[:256]
     shift[5] = 60.0  # one channel of linear1's input
     c = flux.config

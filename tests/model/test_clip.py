@@ -5,18 +5,18 @@ from __future__ import annotations
 import peft
 import pytest
 import torch
-from helpers import randomise, relative_error, tiny_config
+from helpers import randomize, relative_error, tiny_config
 from live_bytes import LiveBytes
 from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel
 
 from fluxq import nano
 from fluxq.formats.checkpoint.files import write_safetensors
+from fluxq.formats.checkpoint.source import open_clip, open_flux
 from fluxq.formats.load import load_clip
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.write import save_lora
 from fluxq.formats.quantized import cached, load_quantized
-from fluxq.formats.checkpoint.source import open_clip, open_flux
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.clip import CLIP_TARGETS, Clip
@@ -37,7 +37,7 @@ def theirs(tmp_path) -> CLIPTextModel:
     """A random CLIP, whose weights lie in tmp_path / "clip_l.safetensors"."""
     sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
     model = CLIPTextModel(CLIPTextConfig(vocab_size=1000, **sizes, bos_token_id=None, eos_token_id=2))
-    randomise(model)
+    randomize(model)
     state = {f"text_model.{k}": v for k, v in model.state_dict().items()}
     write_safetensors(tmp_path / "clip_l.safetensors", state)
     return model.eval().requires_grad_(False)
@@ -124,7 +124,7 @@ def test_the_gradient_of_y_is_what_a_small_step_shows(policy):
     """Whether or not anything in the transformer trains: in fp64, by central differences."""
     for targets in ("attention+mlp", None):
         torch.manual_seed(0)
-        flux = randomise(Flux(tiny_config())).double()
+        flux = randomize(Flux(tiny_config())).double()
         if targets:
             add_lora(flux, 3, 2, targets)
             flux.double()

@@ -7,12 +7,12 @@ from __future__ import annotations
 
 import pytest
 
-from fluxq.formats.quantized import layout
 from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.quantized import layout
 from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs, tensors
 from fluxq.model.units import REST
-from fluxq.offload.cards import CARDS
+from fluxq.offload.gpus import GPUS
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins
 
@@ -108,7 +108,7 @@ def test_twelve_rows_by_hand(row):
     image = (pixels // 16) ** 2
     costs = flux_costs(DEV, format, rank=rank, batch=batch, img_tokens=image, txt_tokens=text)
     pins = Pins(policy=policy, resident_units=resident, slots=slots or None, offload=False)
-    found = plan([costs], CARDS["h200"], pins=pins)
+    found = plan([costs], GPUS["h200"], pins=pins)
     tokens = batch * (image + text)
     u = tokens * 3072 * 2
     unit = {"nf4": 63_774_720, "int8": 113.41e6, "fp8": 113.41e6, "bf16": 226.57e6}[format]
@@ -128,7 +128,7 @@ def test_twelve_rows_by_hand(row):
         weights=128.25e6 + resident * unit + (28.5 * unit if format == "bf16" else 0),  # modulation is not streamed
         slots=slots * unit,
         lora=4 * lora,
-        optimiser=lora * (2 + 8 / 256),
+        optimizer=lora * (2 + 8 / 256),
         activations=kept,
         workspace=block + scratch + ahead,
     )
@@ -144,6 +144,6 @@ def test_twelve_rows_by_hand(row):
 def test_with_all_units_streamed_a_step_is_predicted_to_need_no_more_than_this(pixels, offload, gib):
     costs = flux_costs(DEV, "nf4", rank=16, batch=1, img_tokens=(pixels // 16) ** 2, txt_tokens=512)
     pins = Pins(resident_units=0, slots=8, policy="recompute", offload=offload)
-    made = plan([costs], CARDS["h200"], pins=pins)
-    print(f"{pixels} px, inputs on the {'host' if offload else 'card'}: {made.peak_bytes / 2**30:.2f} GiB, predicted")
+    made = plan([costs], GPUS["h200"], pins=pins)
+    print(f"{pixels} px, inputs on the {'host' if offload else 'GPU'}: {made.peak_bytes / 2**30:.2f} GiB, predicted")
     assert made.peak_bytes <= gib * 2**30

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise, relative_error, tiny_config
+from helpers import randomize, relative_error, tiny_config
 
 from benchmarks.peers.diffusers_blocks import transformer
 from fluxq.formats.checkpoint.keys import to_diffusers
@@ -72,7 +72,7 @@ def run_twin(theirs, i: dict) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_and_input_gradients_equal_diffusers(name):
-    flux = randomise(Flux(CONFIGS[name]))
+    flux = randomize(Flux(CONFIGS[name]))
     theirs, i = twin(flux), inputs(flux.config)
     leaves = [i["img"], i["txt"], i["y"]]
     ours, expected = flux(**i), run_twin(theirs, i)
@@ -84,7 +84,7 @@ def test_outputs_and_input_gradients_equal_diffusers(name):
 
 def test_lora_gradients_equal_peft():
     peft = pytest.importorskip("peft")
-    flux = randomise(Flux(tiny_config()))
+    flux = randomize(Flux(tiny_config()))
     theirs, i = twin(flux), inputs(flux.config)
     modules = [
         n for n, m in theirs.named_modules() if isinstance(m, torch.nn.Linear) and "block" in n and "norm" not in n
@@ -133,7 +133,7 @@ def test_a_whole_model_passes_gradcheck_in_fp64():
     config = tiny_config(
         hidden_size=32, num_heads=1, in_channels=4, out_channels=4, mlp_ratio=1.0, depth=1, depth_single_blocks=1
     )
-    flux = randomise(Flux(config)).double()
+    flux = randomize(Flux(config)).double()
     layers = add_lora(flux, rank=1, alpha=0.3, targets="all")
     for layer in layers.values():
         layer.set_lora(torch.randn(1, layer.in_features), torch.randn(layer.out_features, 1), 0.3)
@@ -151,9 +151,9 @@ def test_a_whole_model_passes_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(run, (*leaves, *parameters), atol=1e-5, rtol=1e-3, fast_mode=True)
 
 
-def test_swapping_any_two_neighbours_of_one_shape_shows():
+def test_swapping_any_two_neighbors_of_one_shape_shows():
     """Every tensor matters and none stands for another: so the parity above tells every key from every other."""
-    flux = randomise(Flux(tiny_config()))
+    flux = randomize(Flux(tiny_config()))
     i, state = inputs(flux.config), flux.state_dict()
     before = flux(**i).detach()
     by_shape: dict[torch.Size, list[str]] = {}
@@ -166,7 +166,7 @@ def test_swapping_any_two_neighbours_of_one_shape_shows():
 
 def test_guidance_is_asked_for_exactly_where_it_is_used():
     for name, guidance in (("dev", None), ("schnell", torch.ones(3))):
-        flux = randomise(Flux(CONFIGS[name]))
+        flux = randomize(Flux(CONFIGS[name]))
         with pytest.raises(ValueError, match="guidance"):
             flux(**(inputs(flux.config) | {"guidance": guidance}))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import place_sensitive, randomise, relative_error, tiny_config
+from helpers import place_sensitive, randomize, relative_error, tiny_config
 
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
@@ -22,7 +22,7 @@ def conditioning(index: int, guided: bool = True) -> Conditioning:
 
 def model(targets="attention+mlp", dtype=torch.bfloat16, **changes) -> Flux:
     torch.manual_seed(0)
-    flux = randomise(Flux(tiny_config(**changes))).to(dtype)
+    flux = randomize(Flux(tiny_config(**changes))).to(dtype)
     add_lora(flux, 3, 2, targets)
     for layer in lora_layers(flux).values():
         torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.1)
@@ -60,7 +60,7 @@ def test_rows_and_steps_are_those_of_modulation_in_the_step(dtype, tolerance, in
 @pytest.mark.parametrize("sensitive", [False, True])
 @pytest.mark.parametrize("steps", [None, 50])
 def test_no_bit_depends_on_what_was_asked_for_before(steps, sensitive, monkeypatch):
-    """21 micro-steps of 3 make a tile; the last one of 50 is filled up. Also with products that, as on a card, round
+    """21 micro-steps of 3 make a tile; the last one of 50 is filled up. Also with products that, as on a GPU, round
     by the row's place and by all of their shape.
     """
     if sensitive:

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from helpers import randomise, relative_error, tiny_config
+from helpers import randomize, relative_error, tiny_config
 
 from fluxq.kernels import POLICIES, reference
 from fluxq.model import Flux, add_lora
@@ -17,7 +17,7 @@ EXACT = [p for p in POLICIES if p != "keep_all8"]
 
 
 def model(targets="attention+mlp", dtype=torch.float32) -> Flux:
-    flux = randomise(Flux(tiny_config(depth=1, depth_single_blocks=1))).to(dtype)
+    flux = randomize(Flux(tiny_config(depth=1, depth_single_blocks=1))).to(dtype)
     add_lora(flux, rank=3, alpha=2, targets=targets)
     for layer in lora_layers(flux).values():
         torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.1)

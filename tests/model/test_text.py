@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import randomise, relative_error
+from helpers import randomize, relative_error
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 from transformers.models.t5.modeling_t5 import T5Attention
 
@@ -48,7 +48,7 @@ def files(tmp_path):
             dropout_rate=0,
         )
     )
-    clip, t5 = randomise(clip).eval(), randomise(t5).eval()
+    clip, t5 = randomize(clip).eval(), randomize(t5).eval()
     state = {f"text_model.{k}": v for k, v in clip.state_dict().items()}
     write_safetensors(tmp_path / "clip_l.safetensors", state)
     doubled = {k: v.clone() for k, v in t5.state_dict().items()}
@@ -147,7 +147,7 @@ def test_distances_fall_into_transformers_buckets(buckets):
     assert torch.equal(t5_buckets(600, buckets), expected)
 
 
-def test_long_captions_are_cut_keep_their_end_token_and_say_so(files):
+def test_long_captions_are_cut_keep_their_end_token_and_notify_so(files):
     ours = loaded(files[0], length=8)
     encoded = ours.encode(["red " * 100, "red"])
     assert encoded.t5.shape == (2, 8, 64)

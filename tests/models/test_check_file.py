@@ -21,9 +21,9 @@ from safetensors.torch import load_file, save, save_file
 from fluxq import nano
 from fluxq.cli.main import main
 from fluxq.formats.checkpoint.files import write_safetensors
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.write import save_lora
-from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.model import FluxConfig
 from fluxq.models.parts import PARTS
 
@@ -131,7 +131,7 @@ def test_a_folder_of_models_is_described_file_by_file(tmp_path):
     code, answer, lines = run(tmp_path)
     assert code == 2 and "refused " in lines and "vae/a.safetensors is empty" in lines and lines.count("holds ") == 2
     Image.new("RGB", (96, 96)).save(tmp_path / "a.png")
-    assert "pictures" in run(tmp_path, "--model", "nano")[1], "models beside pictures are no matter"
+    assert "images" in run(tmp_path, "--model", "nano")[1], "models beside images are no matter"
 
 
 def test_a_model_under_an_unknown_prefix_is_no_model_without_a_use(tmp_path):

@@ -17,16 +17,16 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from fluxq import nano
+from fluxq.commands.quantize import quantize_command
 from fluxq.config import ModelConfig, config_from_dict
 from fluxq.errors import WrongRequest
-from fluxq.models import find
 from fluxq.formats import quantized as quantized_module
-from fluxq.models.find import search
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers, to_diffusers
-from fluxq.models.hub import NotFetched, hub_id
 from fluxq.model import FluxConfig
+from fluxq.models import find
+from fluxq.models.find import search
+from fluxq.models.hub import NotFetched, hub_id
 from fluxq.models.parts import NANO, PARTS, Models
-from fluxq.commands.quantize import quantize_command
 from fluxq.train import train
 
 REPOSITORY = "someone/FLUX.1-toy"
@@ -65,7 +65,7 @@ def cast(part: str, path: Path, dtype: torch.dtype) -> Path:
 
 
 def served(**config) -> dict[str, Path]:
-    models = Models(ModelConfig(**config), torch.device("cpu"), say=lambda line: None)
+    models = Models(ModelConfig(**config), torch.device("cpu"), notify=lambda line: None)
     models.check()
     return {part: models.served(part).path for part in PARTS}
 
@@ -89,7 +89,7 @@ def test_a_folder_is_searched_by_headers(tmp_path, monkeypatch):
 
 def test_what_was_found_and_why_is_said_once(tmp_path):
     files, lines = comfy(tmp_path), []
-    models = Models(ModelConfig(models=tmp_path), say=lines.append)
+    models = Models(ModelConfig(models=tmp_path), notify=lines.append)
     models.check()
     models.check()
     assert lines[0] == f"flux: {files['flux']} (the only one in {tmp_path})" and len(lines) == 4
@@ -103,7 +103,7 @@ def test_one_all_in_one_file_serves_every_part(tmp_path):
     assert served(models=path) == dict.fromkeys(PARTS, path)
     alone = place(nano.AE, tmp_path / "b.safetensors")
     lines = []
-    models = Models(ModelConfig(models=tmp_path), say=lines.append)
+    models = Models(ModelConfig(models=tmp_path), notify=lines.append)
     assert models.served("ae").path == alone
     assert lines[-1].endswith(f"of 2 in {tmp_path} the one with a file of its own)")
 
@@ -112,7 +112,7 @@ def test_of_several_the_one_with_the_most_bits_serves(tmp_path):
     files = comfy(tmp_path)
     cast("t5xxl", tmp_path / "models/text_encoders/8.safetensors", torch.float8_e4m3fn)
     lines = []
-    models = Models(ModelConfig(models=tmp_path), say=lines.append)
+    models = Models(ModelConfig(models=tmp_path), notify=lines.append)
     assert models.served("t5xxl").path == files["t5xxl"]
     assert lines[-1].endswith(f"of 2 in {tmp_path} the one with the most bits, bf16)")
 
@@ -125,10 +125,10 @@ def test_two_files_that_are_alike_are_both_named(tmp_path):
     assert served(models=tmp_path, flux=second)["flux"] == second
 
 
-# --- the transformer beside what fluxq quantise made of it ---
+# --- the transformer beside what fluxq quantize made of it ---
 
 
-def quantised(source: Path, target: Path, format: str) -> Path:
+def quantized(source: Path, target: Path, format: str) -> Path:
     target.parent.mkdir(parents=True, exist_ok=True)
     quantize_command(source, target, format)
     return target
@@ -137,16 +137,16 @@ def quantised(source: Path, target: Path, format: str) -> Path:
 def found_flux(**config) -> tuple[Path, str]:
     """The transformer's file and what is said of it."""
     lines = []
-    models = Models(ModelConfig(**config), torch.device("cpu"), say=lines.append)
+    models = Models(ModelConfig(**config), torch.device("cpu"), notify=lines.append)
     models.check()
     return models.served("flux").path, lines[0]
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_quantised_file_serves_where_its_format_is_wanted(format, tmp_path):
+def test_a_quantized_file_serves_where_its_format_is_wanted(format, tmp_path):
     """In place of its original, which is another form of the same model: no two files for one part."""
     files = comfy(tmp_path)
-    made = {f: quantised(files["flux"], tmp_path / f"models/unet/{f}.safetensors", f) for f in ("nf4", "int8")}
+    made = {f: quantized(files["flux"], tmp_path / f"models/unet/{f}.safetensors", f) for f in ("nf4", "int8")}
     assert found_flux(models=tmp_path, format=format) == (
         made[format],
         f"flux: {made[format]} (a.safetensors in {format} already)",
@@ -156,69 +156,71 @@ def test_a_quantised_file_serves_where_its_format_is_wanted(format, tmp_path):
     assert said.endswith(f"(the only one in {tmp_path}; int8.safetensors is it in int8; nf4.safetensors is it in nf4)")
 
 
-def test_a_quantised_file_alone_serves_in_its_format(tmp_path):
+def test_a_quantized_file_alone_serves_in_its_format(tmp_path):
     files = comfy(tmp_path)
-    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
+    made = quantized(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
     files["flux"].unlink()
     path, said = found_flux(models=tmp_path, format="int8")
     assert path == made and said.endswith(f"(the only one in {tmp_path} in int8)")
     assert f"{made} holds int8, not nf4; pass --format int8" in refusal(models=tmp_path, format="nf4")
-    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), say=lambda line: None)
-    assert models.quantised and models.format == models.resolved().format == "int8" and not models.format_is_open
+    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), notify=lambda line: None)
+    assert models.quantized and models.format == models.resolved().format == "int8" and not models.format_is_open
     again = place(made, tmp_path / "models/unet/again.safetensors")  # the same file twice is the same model
     assert found_flux(models=tmp_path, format="int8")[0] in (made, again)
 
 
-def test_a_format_that_is_chosen_later_is_served_by_what_was_quantised_in_it(tmp_path):
+def test_a_format_that_is_chosen_later_is_served_by_what_was_quantized_in_it(tmp_path):
     files = comfy(tmp_path)
-    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
-    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), say=lambda line: None)
-    assert models.flux_file == files["flux"] and models.format == "nf4" and models.quantised is None
+    made = quantized(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
+    models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), notify=lambda line: None)
+    assert models.flux_file == files["flux"] and models.format == "nf4" and models.quantized is None
     assert all(models.has_room_for(format) for format in ("nf4", "int8", "bf16"))
     models.use_format("int8")
-    assert models.flux_file == made and models.quantised and models.resolved().format == "int8"
+    assert models.flux_file == made and models.quantized and models.resolved().format == "int8"
 
 
 def test_a_format_that_the_disk_cannot_hold_is_no_candidate(tmp_path, monkeypatch):
-    models = Models(ModelConfig(models=comfy(tmp_path)["flux"].parents[2]), torch.device("cpu"), say=lambda line: None)
+    models = Models(
+        ModelConfig(models=comfy(tmp_path)["flux"].parents[2]), torch.device("cpu"), notify=lambda line: None
+    )
     monkeypatch.setattr(quantized_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     assert [f for f in ("nf4", "int8", "bf16") if models.has_room_for(f)] == ["bf16"]
 
 
 def test_the_original_is_chosen_first_then_its_form(tmp_path):
-    """Of originals the one with the most bits serves as ever, whatever was quantised of the other."""
+    """Of originals the one with the most bits serves as ever, whatever was quantized of the other."""
     files = comfy(tmp_path)
     fewer = cast("flux", tmp_path / "models/unet/8.safetensors", torch.float8_e4m3fn)
-    quantised(fewer, tmp_path / "models/unet/8-nf4.safetensors", "nf4")
+    quantized(fewer, tmp_path / "models/unet/8-nf4.safetensors", "nf4")
     assert found_flux(models=tmp_path, format="nf4")[0] == files["flux"]
     files["flux"].unlink()
     assert found_flux(models=tmp_path, format="nf4")[0].name == "8-nf4.safetensors"
 
 
-def test_two_originals_stay_an_ambiguity_whatever_is_quantised(tmp_path):
+def test_two_originals_stay_an_ambiguity_whatever_is_quantized(tmp_path):
     files = comfy(tmp_path)
     second = place(nano.FLUX, tmp_path / "models/unet/finetune.safetensors")
-    quantised(second, tmp_path / "models/unet/made.safetensors", "nf4")
+    quantized(second, tmp_path / "models/unet/made.safetensors", "nf4")
     assert f"in {files['flux']} and in {second}, which are alike (bf16)" in refusal(models=tmp_path)
 
 
-def test_quantised_files_of_different_models_are_both_named(tmp_path):
+def test_quantized_files_of_different_models_are_both_named(tmp_path):
     files = comfy(tmp_path)
     other = cast("flux", tmp_path / "elsewhere/other.safetensors", torch.float16)
-    first = quantised(other, tmp_path / "models/unet/first.safetensors", "nf4")
+    first = quantized(other, tmp_path / "models/unet/first.safetensors", "nf4")
     sentence = refusal(models=tmp_path / "models")
     assert f"in {files['flux']}, and one in nf4 that was made from another file in {first}; name the one" in sentence
     assert sentence.endswith("to use, by --flux")
     assert found_flux(models=tmp_path / "models", format="int8")[0] == files["flux"]
-    second = quantised(files["flux"], tmp_path / "models/unet/second.safetensors", "nf4")
+    second = quantized(files["flux"], tmp_path / "models/unet/second.safetensors", "nf4")
     files["flux"].unlink()
     assert f"in {first} and in {second}, which are alike (nf4); name" in refusal(models=tmp_path / "models")
 
 
-def test_a_damaged_quantised_file_is_passed_over(tmp_path):
+def test_a_damaged_quantized_file_is_passed_over(tmp_path):
     files = comfy(tmp_path)
-    made = quantised(files["flux"], tmp_path / "models/unet/made.safetensors", "nf4")
+    made = quantized(files["flux"], tmp_path / "models/unet/made.safetensors", "nf4")
     made.write_bytes(made.read_bytes()[:-5])
     assert found_flux(models=tmp_path)[0] == files["flux"]
     files["flux"].unlink()
@@ -289,7 +291,7 @@ def test_links_are_followed_once(tmp_path):
 
 def test_a_resolved_config_names_every_file_absolutely(tmp_path):
     comfy(tmp_path)
-    models = Models(ModelConfig(models=Path("models")), say=lambda line: None)
+    models = Models(ModelConfig(models=Path("models")), notify=lambda line: None)
     config = models.resolved()
     assert config.models is None and config.flux == tmp_path / "models/unet/a.safetensors"
     assert Models(config).served("t5xxl").path == tmp_path / "models/text_encoders/sub/d.safetensors"
@@ -317,10 +319,10 @@ def test_a_run_from_a_diffusers_folder_is_the_run_from_single_files(tmp_path):
 
     losses = []
     for name, model in (("a", {"name": "nano"}), ("b", {"models": str(folder), "t5_length": 32})):
-        values = {"model": model, "data": {"folders": [str(photos)], "trigger": "zqx", "size": 96}}
+        values = {"model": model, "data": {"folders": [str(photos)], "trigger": "zqx", "resolution": 96}}
         values["data"]["cache"] = str(tmp_path / f"cache_{name}")
         values |= {"lora": {"rank": 4}, "training": {"steps": 2}, "output": {"out": str(tmp_path / name)}}
-        result = train(config_from_dict(values, "a test"), say=lambda line: None)
+        result = train(config_from_dict(values, "a test"), notify=lambda line: None)
         losses.append((result.loss_first, result.loss_last))
     assert losses[0] == losses[1]
     written = tomllib.loads((tmp_path / "b/config.toml").read_text())["model"]
@@ -417,7 +419,7 @@ class MadeUpHub:
 def test_just_the_needed_files_are_fetched_once(tmp_path, monkeypatch):
     hub, lines = MadeUpHub(tmp_path, NAMES), []
     hub.install(monkeypatch)
-    models = Models(ModelConfig(models=Path(REPOSITORY)), say=lines.append)
+    models = Models(ModelConfig(models=Path(REPOSITORY)), notify=lines.append)
     assert models.served("ae").path.parts[-2:] == ("vae", "diffusion_pytorch_model.safetensors")
     assert hub.fetched == [NAMES["ae"]]
     assert lines == [f"fetching 1 files of {REPOSITORY} for a FLUX.1 autoencoder, 1.0 GB, once"]
@@ -459,10 +461,10 @@ def test_a_repository_of_many_loose_files_asks_for_one(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("capability", "used"), [((8, 6), "int8_dx"), ((8, 9), "fp8_dx"), ((12, 0), "fp8_dx")])
-def test_a_card_without_fp8_computes_in_int8_and_says_so(capability, used, monkeypatch):
+def test_a_gpu_without_fp8_computes_in_int8_and_says_so(capability, used, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
     said: list[str] = []
-    models = Models(ModelConfig(name="nano", compute="fp8_dx"), torch.device("cuda"), say=said.append)
+    models = Models(ModelConfig(name="nano", compute="fp8_dx"), torch.device("cuda"), notify=said.append)
     assert models.resolved().compute == models.compute == used
     assert len(said) == (used != "fp8_dx")
-    assert Models(ModelConfig(name="nano", compute="fp8"), torch.device("cpu"), say=said.append).compute == "fp8"
+    assert Models(ModelConfig(name="nano", compute="fp8"), torch.device("cpu"), notify=said.append).compute == "fp8"

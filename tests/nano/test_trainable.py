@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from fluxq.nano.muon import orthogonalise
+from fluxq.nano.muon import orthogonalize
 from fluxq.nano.trainable import Shape, TrainableFlux
 
 SPLIT = {"qkv": (192, 192, 192), "linear1": (192, 192, 192, 768)}
@@ -110,5 +110,5 @@ def test_key_names_are_the_original_ones():
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])
 def test_orthogonalised_matrices_have_singular_values_near_one(shape):
     torch.manual_seed(0)
-    values = torch.linalg.svdvals(orthogonalise(torch.randn(shape)))
+    values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
     assert values.min() > 0.3 and values.max() < 1.3

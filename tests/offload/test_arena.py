@@ -102,7 +102,7 @@ def test_no_units_need_no_memory():
 
 
 class Paced(Immediate):
-    """A card's lanes whose copies take so long, of pinned sources and of those that a thread stages."""
+    """A GPU's lanes whose copies take so long, of pinned sources and of those that a thread stages."""
 
     def __init__(self, pinned: float, staged: float):
         self.seconds = {True: pinned, False: staged}
@@ -121,8 +121,8 @@ class Paced(Immediate):
         (0, 0.0, 0.01, Staged, "the driver pinned 0.0 of 0.0 GB (error 2)"),
     ],
 )
-def test_the_way_to_the_card_is_measured_and_said_in_a_line(limit, pinned, staged, chosen, words, monkeypatch):
-    """On the processor, which is told that it is a card. limit: so many ranges are pinned; the buffers are one."""
+def test_the_way_to_the_gpu_is_measured_and_said_in_a_line(limit, pinned, staged, chosen, words, monkeypatch):
+    """On the CPU, which is told that it is a GPU. limit: so many ranges are pinned; the buffers are one."""
     driver, said, empty = Driver(limit), [], torch.empty
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(*shape, **options))
@@ -142,7 +142,7 @@ def test_the_way_to_the_card_is_measured_and_said_in_a_line(limit, pinned, stage
     assert not driver.pinned
 
 
-def test_without_a_card_copies_are_plain():
+def test_without_a_gpu_copies_are_plain():
     assert isinstance(streams_for(Arena(SIZES, fill), torch.device("cpu"), print), Immediate)
     arena = Arena(SIZES, fill)
     target = torch.zeros(20_000, dtype=torch.uint8)

@@ -1,4 +1,4 @@
-"""Inputs that wait on the host: every bit comes back, few lie on the card, no race, and every wait is needed."""
+"""Inputs that wait on the host: every bit comes back, few lie on the GPU, no race, and every wait is needed."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_buffers_are_allocated_once_and_replaced_where_a_batch_is_longer():
 
 
 @pytest.mark.parametrize("blocks", [2, 7, 12])
-def test_beside_the_inputs_in_use_so_many_lie_on_the_card_as_the_planner_counts(blocks):
+def test_beside_the_inputs_in_use_so_many_lie_on_the_gpu_as_the_planner_counts(blocks):
     inputs, size = HostInputs(Nothing(), Buffers()), 1 << 16
     with LiveBytes(device="meta") as live:
         away, takes = inputs.begin(), []
@@ -143,7 +143,7 @@ class Clock:
         self.lanes = {name: WatchedLane(name) for name in ("compute", "second", "host")}
         self.dropped, self.waits, self.races = (side, number), Counter(), []
         self.needed: list[tuple[str, int]] = []  # waits that earlier ones do not imply
-        self.made: dict[int, int] = {}  # a storage on the card -> the operation of compute that made it
+        self.made: dict[int, int] = {}  # a storage on the GPU -> the operation of compute that made it
         self.fetched: dict[int, int] = {}  # ... -> the copy that brought it
         self.used: dict[int, int] = {}  # any storage -> the last copy from or to it
         self.watched: dict[int, weakref.ref] = {}
@@ -171,13 +171,13 @@ class Clock:
         slot[: len(source)].copy_(source)
         second, compute = self.lanes["second"], self.lanes["compute"]
         outwards = key_of(source) in self.made
-        card = source if outwards else slot
-        if not second.knows("compute", self.made[key_of(card)] if outwards else compute.seen["compute"]):
+        gpu = source if outwards else slot
+        if not second.knows("compute", self.made[key_of(gpu)] if outwards else compute.seen["compute"]):
             self.races.append("stored before it is made" if outwards else "overwrites what compute still uses")
         second.run("store" if outwards else "fetch", 1.5)
         number = second.seen["second"]
         if not outwards:
-            self.fetched[self._watch(card, "compute")] = number
+            self.fetched[self._watch(gpu, "compute")] = number
         self.used[key_of(slot)] = self.used[key_of(source)] = number
 
     def copied(self) -> Event:
@@ -214,7 +214,7 @@ class Clock:
 
     def _freed(self, key: int, side: str) -> None:
         if not self.lanes[side].knows("second", self.used.pop(key, 0)):
-            self.races.append(f"freed on the {'host' if side == 'host' else 'card'} before its copy is over")
+            self.races.append(f"freed on the {'host' if side == 'host' else 'GPU'} before its copy is over")
         for known in (self.made, self.fetched, self.watched):
             known.pop(key, None)
 
@@ -312,7 +312,7 @@ def test_where_pinning_is_refused_it_is_said_once_and_inputs_come_back_all_the_s
     assert not driver.pinned
 
 
-def test_without_a_card_nothing_is_pinned():
+def test_without_a_gpu_nothing_is_pinned():
     assert_back(forward(inputs_for(CPU, print), 33), 33)
 
 

@@ -11,17 +11,17 @@ import pytest
 
 from fluxq.errors import WrongRequest
 from fluxq.offload import steps as steps_module
-from fluxq.offload.cards import CARDS, Card
 from fluxq.offload.clock import VirtualStreams
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
 from fluxq.offload.footprint import Setting, peak_by_owner
+from fluxq.offload.gpus import GPU, GPUS
 from fluxq.offload.mixtures import points
 from fluxq.offload.planner import SLOTS, least, plan, timeline
 from fluxq.offload.plans import Pins, describe
 from fluxq.offload.schedule import Schedule
 from fluxq.offload.steps import run_steps
 
-CARD = Card("test", 0, bf16=1.25, int8=5, fp8=0, memory_gb_s=1e9, memory_gib=1, bus_gb_s=1.0)  # 1 TFLOP = 1 s
+TEST_GPU = GPU("test", 0, bf16=1.25, int8=5, fp8=0, memory_gb_s=1e9, memory_gib=1, bus_gb_s=1.0)  # 1 TFLOP = 1 s
 TFLOP, MB = 1e12, 10**6
 
 
@@ -64,11 +64,11 @@ def brute_force(costs: Costs, floor: int, extras: tuple[int, ...]) -> list[float
     best = dict.fromkeys(extras, float("inf"))
     for chosen in itertools.product(*(list(b.policies) for b in costs.blocks)):
         backward = [b.policies[name].replay + b.backward for b, name in zip(costs.blocks, chosen, strict=True)]
-        compute = sum(CARD.seconds(b.forward + w) for b, w in zip(costs.blocks, backward, strict=True))
+        compute = sum(TEST_GPU.seconds(b.forward + w) for b, w in zip(costs.blocks, backward, strict=True))
         for offload, setting in itertools.product((False, True), settings):
             needed = sum(peak_by_owner(costs, chosen, offload, setting).values()) - floor
             if any(needed <= extra and compute < best[extra] for extra in extras):
-                seconds = timeline(costs, CARD, setting, chosen, offload).seconds
+                seconds = timeline(costs, TEST_GPU, setting, chosen, offload).seconds
                 best |= {extra: min(best[extra], seconds) for extra in extras if needed <= extra}
     return [best[extra] for extra in extras]
 
@@ -82,7 +82,7 @@ def test_it_equals_brute_force_on_small_models():
         costs = model(seed, doubles=1, singles=2, unit=unit, policies=2 + seed % 2)
         floor, extras = least(costs, margin=0), tuple(n * MB for n in (0, 60, 150, 400))
         for extra, seconds in zip(extras, brute_force(costs, floor, extras), strict=True):
-            found = plan([costs], CARD, floor + extra, margin=0)
+            found = plan([costs], TEST_GPU, floor + extra, margin=0)
             assert found.peak_bytes <= floor + extra
             assert found.seconds == pytest.approx(seconds, rel=2e-3), (seed, extra)
 
@@ -91,7 +91,7 @@ def test_it_equals_brute_force_on_small_models():
 def test_more_memory_is_never_slower(seed):
     costs = model(seed, doubles=3, singles=4, unit=(20, 80, 200)[seed % 3] * MB)
     floor = least(costs, margin=0)
-    seconds = [plan([costs], CARD, floor + extra * 25 * MB, margin=0).seconds for extra in range(40)]
+    seconds = [plan([costs], TEST_GPU, floor + extra * 25 * MB, margin=0).seconds for extra in range(40)]
     assert all(b <= a * 1.002 for a, b in itertools.pairwise(seconds))  # the leaner of those as fast is taken
     assert all(second <= min(seconds[: i + 1]) * 1.002 for i, second in enumerate(seconds))
     assert seconds[-1] < seconds[0]
@@ -100,34 +100,34 @@ def test_more_memory_is_never_slower(seed):
 def test_the_least_is_the_least():
     costs = model(3)
     needed = least(costs, margin=0)
-    assert plan([costs], CARD, needed, margin=0).peak_bytes == needed
+    assert plan([costs], TEST_GPU, needed, margin=0).peak_bytes == needed
     with pytest.raises(WrongRequest):
-        plan([costs], CARD, needed - 1, margin=0)
+        plan([costs], TEST_GPU, needed - 1, margin=0)
 
 
 def test_a_free_bus_leaves_memory_to_what_blocks_keep_and_a_slow_one_to_residents():
-    found = plan([model(unit=MB)], CARD, least(model(unit=MB), margin=0) + 250 * MB, margin=0)
+    found = plan([model(unit=MB)], TEST_GPU, least(model(unit=MB), margin=0) + 250 * MB, margin=0)
     assert found.stall < 0.01 * found.seconds and set(found.policies) != {"recompute"}
-    slow = plan([model(unit=1500 * MB)], CARD, 12_000 * MB, margin=0)
+    slow = plan([model(unit=1500 * MB)], TEST_GPU, 12_000 * MB, margin=0)
     assert slow.moved == slow.stall == 0 and len(slow.resident) >= 4  # two more may lie in two slots for good
 
 
 def test_among_equals_the_more_faithful_format_is_taken():
     nf4, int8 = model(unit=5 * MB), model(unit=9 * MB, format="int8", error=0.01)
-    assert plan([nf4, int8], CARD, 4000 * MB, margin=0).format == "int8"
+    assert plan([nf4, int8], TEST_GPU, 4000 * MB, margin=0).format == "int8"
     slow_bus = [model(unit=500 * MB), model(unit=900 * MB, format="int8", error=0.01)]
-    assert plan(slow_bus, CARD, 2500 * MB, margin=0).format == "nf4"
-    assert plan(slow_bus, CARD, 2500 * MB, pins=Pins(format="int8"), margin=0).format == "int8"
+    assert plan(slow_bus, TEST_GPU, 2500 * MB, margin=0).format == "nf4"
+    assert plan(slow_bus, TEST_GPU, 2500 * MB, pins=Pins(format="int8"), margin=0).format == "int8"
 
 
 def test_what_is_pinned_stays():
     costs = model()
     full = 4000 * MB
-    assert set(plan([costs], CARD, full, pins=Pins(policy="keep_some"), margin=0).policies) == {"keep_some"}
-    assert len(plan([costs], CARD, full, pins=Pins(resident_units=3), margin=0).resident) == 3
-    assert plan([costs], CARD, full, pins=Pins(resident_units=0, slots=5), margin=0).slots == 5
-    assert plan([costs], CARD, full, pins=Pins(offload=True), margin=0).offload
-    swapped = plan([costs], CARD, full, pins=Pins(blocks_to_swap=2), margin=0)
+    assert set(plan([costs], TEST_GPU, full, pins=Pins(policy="keep_some"), margin=0).policies) == {"keep_some"}
+    assert len(plan([costs], TEST_GPU, full, pins=Pins(resident_units=3), margin=0).resident) == 3
+    assert plan([costs], TEST_GPU, full, pins=Pins(resident_units=0, slots=5), margin=0).slots == 5
+    assert plan([costs], TEST_GPU, full, pins=Pins(offload=True), margin=0).offload
+    swapped = plan([costs], TEST_GPU, full, pins=Pins(blocks_to_swap=2), margin=0)
     assert swapped.streamed == 4 and len(swapped.resident) == 2
 
 
@@ -145,7 +145,7 @@ def test_what_is_pinned_stays():
 )
 def test_a_pin_that_cannot_be_kept_is_said(pins, said):
     with pytest.raises(WrongRequest, match=said):
-        plan([model()], CARD, 4000 * MB, pins=pins, margin=0)
+        plan([model()], TEST_GPU, 4000 * MB, pins=pins, margin=0)
 
 
 def test_where_nothing_fits_it_says_what_would():
@@ -153,35 +153,35 @@ def test_where_nothing_fits_it_says_what_would():
     needed = least(costs, Pins(policy="keep_all"), 0)
     vram = (needed + least(costs, margin=0)) // 2
     with pytest.raises(WrongRequest) as caught:
-        plan([costs], CARD, vram, pins=Pins(policy="keep_all"), margin=0)
+        plan([costs], TEST_GPU, vram, pins=Pins(policy="keep_all"), margin=0)
     assert "leave out --policy" in str(caught.value) and "--vram" in str(caught.value)
-    assert plan([costs], CARD, vram, margin=0)
+    assert plan([costs], TEST_GPU, vram, margin=0)
     vram = least(costs, margin=0) - MB
-    with pytest.raises(WrongRequest, match=r"what would do: --vram 0\.\dGiB, or --size 512"):
-        plan([costs], CARD, vram, smaller={"--size 512": [smaller]}, margin=0)
+    with pytest.raises(WrongRequest, match=r"what would do: --vram 0\.\dGiB, or --resolution 512"):
+        plan([costs], TEST_GPU, vram, smaller={"--resolution 512": [smaller]}, margin=0)
     with pytest.raises(WrongRequest, match="of RAM in nf4"):
-        plan([costs], CARD, 4000 * MB, ram=10**9, margin=0)
+        plan([costs], TEST_GPU, 4000 * MB, ram=10**9, margin=0)
 
 
 def test_what_it_names_does():
     """The --vram of the message, given, leads to a plan."""
     costs = model()
     with pytest.raises(WrongRequest) as caught:
-        plan([costs], CARD, 10**8)
+        plan([costs], TEST_GPU, 10**8)
     gib = float(str(caught.value).split("--vram ")[1].split("GiB")[0])
-    assert plan([costs], CARD, int(gib * 2**30))
+    assert plan([costs], TEST_GPU, int(gib * 2**30))
 
 
-def test_a_card_without_the_arithmetic_is_passed_over():
+def test_a_gpu_without_the_arithmetic_is_passed_over():
     eight = model(compute="fp8")
     blocks = tuple(
         BlockCost(b.name, b.units, Work(fp8=TFLOP), b.forward_peak, b.inputs, 0, b.backward, b.policies)
         for b in eight.blocks
     )
     eight = model(compute="fp8", blocks=blocks)
-    assert plan([eight, model()], CARD, 4000 * MB, margin=0).compute == "bf16"
+    assert plan([eight, model()], TEST_GPU, 4000 * MB, margin=0).compute == "bf16"
     with pytest.raises(WrongRequest, match="cannot multiply in fp8"):
-        plan([eight], CARD, 4000 * MB, margin=0)
+        plan([eight], TEST_GPU, 4000 * MB, margin=0)
 
 
 def test_a_plan_s_seconds_and_stall_are_the_virtual_clock_s(monkeypatch):
@@ -191,18 +191,18 @@ def test_a_plan_s_seconds_and_stall_are_the_virtual_clock_s(monkeypatch):
     aside = ("m0", "m1", "m2")
     costs = model(3, doubles=3, singles=4, unit=90 * MB, ahead=dict.fromkeys(aside, 80 * MB), window=16)
     for pins in (Pins(offload=False), Pins(offload=True), Pins(slots=2, resident_units=3)):
-        found = plan([costs], CARD, least(costs, margin=0) + 500 * MB, pins=pins, margin=0)
+        found = plan([costs], TEST_GPU, least(costs, margin=0) + 500 * MB, pins=pins, margin=0)
         blocks = tuple(b.units for b in costs.blocks)
         schedule = Schedule(blocks, frozenset(found.resident), found.slots, aside)
         back = {
-            i: CARD.seconds(b.policies[name].replay + b.backward)
+            i: TEST_GPU.seconds(b.policies[name].replay + b.backward)
             for i, (b, name) in enumerate(zip(costs.blocks, found.policies, strict=True))
         }
         given = dict(
-            ahead=dict.fromkeys(aside, 80 * MB / 1e18 / CARD.efficiency.memory),
+            ahead=dict.fromkeys(aside, 80 * MB / 1e18 / TEST_GPU.efficiency.memory),
             inputs={i: b.inputs for i, b in enumerate(costs.blocks)} if found.offload else {},
         )
-        forward = [CARD.seconds(b.forward) for b in costs.blocks]
+        forward = [TEST_GPU.seconds(b.forward) for b in costs.blocks]
         sizes = {**costs.units, **costs.ahead}
         clock = run_steps(schedule, sizes, forward, back, lambda n: n / 1e9, every=16, streams=VirtualStreams, **given)
         assert (found.seconds, found.stall, found.moved) == (clock.seconds, clock.stalled, clock.copied)
@@ -242,11 +242,11 @@ def test_inputs_and_units_come_over_one_bus():
 
 def test_of_plans_as_fast_the_one_that_copies_least_is_taken_but_a_tenth_is_left_free():
     costs = model(unit=20 * MB)
-    plenty, needed = plan([costs], CARD, 4000 * MB, margin=0), least(costs, margin=0)
+    plenty, needed = plan([costs], TEST_GPU, 4000 * MB, margin=0), least(costs, margin=0)
     assert plenty.moved == 0 and len(plenty.resident) >= 4, "a bus that rests costs nothing"
     for vram in range(needed + 250 * MB, needed + 500 * MB, 20 * MB):
-        found = plan([costs], CARD, vram, pins=Pins(offload=False), margin=0)
-        same = [plan([costs], CARD, vram, pins=Pins(resident_units=n, offload=False), margin=0) for n in range(7)]
+        found = plan([costs], TEST_GPU, vram, pins=Pins(offload=False), margin=0)
+        same = [plan([costs], TEST_GPU, vram, pins=Pins(resident_units=n, offload=False), margin=0) for n in range(7)]
         same = [p for p in same if p.seconds <= found.seconds]
         free = [p for p in same if p.peak_bytes <= 0.9 * vram]
         if free:
@@ -255,32 +255,32 @@ def test_of_plans_as_fast_the_one_that_copies_least_is_taken_but_a_tenth_is_left
             assert found.peak_bytes <= min(p.peak_bytes for p in same)
 
 
-def test_ram_holds_what_streams_and_more_of_the_card_spares_it():
+def test_ram_holds_what_streams_and_more_of_the_gpu_spares_it():
     costs = model(unit=200 * MB)
-    streamed = plan([costs], CARD, 4000 * MB, pins=Pins(resident_units=0, offload=False), margin=0)
-    resident = plan([costs], CARD, 4000 * MB, pins=Pins(resident_units=6, offload=False), margin=0)
+    streamed = plan([costs], TEST_GPU, 4000 * MB, pins=Pins(resident_units=0, offload=False), margin=0)
+    resident = plan([costs], TEST_GPU, 4000 * MB, pins=Pins(resident_units=6, offload=False), margin=0)
     assert streamed.host - resident.host == 6 * 200 * MB
-    found = plan([costs], CARD, 4000 * MB, ram=resident.host + 250 * MB, margin=0)
+    found = plan([costs], TEST_GPU, 4000 * MB, ram=resident.host + 250 * MB, margin=0)
     assert found.host <= resident.host + 250 * MB and len(found.resident) >= 5
     with pytest.raises(WrongRequest, match="of RAM in nf4, and 3.0 GiB are allowed; raise --ram"):
-        plan([costs], CARD, least(costs, margin=0), ram=resident.host, margin=0)
+        plan([costs], TEST_GPU, least(costs, margin=0), ram=resident.host, margin=0)
 
 
 def test_weights_that_are_not_streamed_stay_or_are_passed_over():
     whole = model(unit=200 * MB, format="bf16", error=0.002, streams=False)
-    found = plan([whole], CARD, 4000 * MB, margin=0)
+    found = plan([whole], TEST_GPU, 4000 * MB, margin=0)
     assert len(found.resident) == 6 and found.slots == found.moved == 0 and found.placed is None
     lean = model(unit=50 * MB)
-    assert plan([lean, whole], CARD, 4000 * MB, margin=0).format == "bf16", "as fast, and more faithful"
-    assert plan([lean, whole], CARD, least(whole, margin=0) - MB, margin=0).format == "nf4"
-    assert plan([lean, whole], CARD, 4000 * MB, pins=Pins(resident_units=2), margin=0).format == "nf4"
+    assert plan([lean, whole], TEST_GPU, 4000 * MB, margin=0).format == "bf16", "as fast, and more faithful"
+    assert plan([lean, whole], TEST_GPU, least(whole, margin=0) - MB, margin=0).format == "nf4"
+    assert plan([lean, whole], TEST_GPU, 4000 * MB, pins=Pins(resident_units=2), margin=0).format == "nf4"
     with pytest.raises(WrongRequest, match="bf16 are not streamed yet; choose --format nf4, int8 or fp8"):
-        plan([whole], CARD, 4000 * MB, pins=Pins(resident_units=2), margin=0)
+        plan([whole], TEST_GPU, 4000 * MB, pins=Pins(resident_units=2), margin=0)
 
 
 def test_what_is_computed_ahead_passes_through_slots_even_where_all_else_stays():
     costs = model(unit=MB, ahead={"m0": 80 * MB, "m1": 60 * MB, "m2": 60 * MB}, window=8, ahead_peak=3000 * MB)
-    found = plan([costs], CARD, 8000 * MB, pins=Pins(resident_units=6), margin=0)
+    found = plan([costs], TEST_GPU, 8000 * MB, pins=Pins(resident_units=6), margin=0)
     assert (found.slots, found.look_ahead, found.placed) == (2, 8, found.resident) and found.peak["slots"] == 160 * MB
     assert found.peak["workspace"] == 3000 * MB, "the pass has the most at once"
     assert found.moved == (80 + 60) * MB // 8, "m1 stays in its slot, m0 and m2 share one"
@@ -288,7 +288,7 @@ def test_what_is_computed_ahead_passes_through_slots_even_where_all_else_stays()
 
 def test_points_are_worth_having():
     costs = model(5, doubles=3, singles=5)
-    front = points(costs, CARD, None, False)
+    front = points(costs, TEST_GPU, None, False)
     assert all(a.seconds < b.seconds and a.peak > b.peak for a, b in itertools.pairwise(front))
     assert front[-1].policies == ("recompute",) * 8
 
@@ -303,7 +303,7 @@ def test_where_memory_is_plenty_nothing_is_rounded():
 
     costs = model(unit=MB)
     costs = dataclasses.replace(costs, blocks=tuple(map(rounded, costs.blocks)))
-    assert set(plan([costs], CARD, 4000 * MB, margin=0).policies) == {"keep_all"}
+    assert set(plan([costs], TEST_GPU, 4000 * MB, margin=0).policies) == {"keep_all"}
 
 
 def test_blocks_that_are_not_trained_keep_nothing():
@@ -312,17 +312,17 @@ def test_blocks_that_are_not_trained_keep_nothing():
         BlockCost(b.name, b.units, b.forward, b.forward_peak, b.inputs) if i < 2 else b
         for i, b in enumerate(costs.blocks)
     )
-    found = plan([model(blocks=idle)], CARD, 2000 * MB, margin=0)
+    found = plan([model(blocks=idle)], TEST_GPU, 2000 * MB, margin=0)
     assert found.policies[:2] == ("", "") and "" not in found.policies[2:]
 
 
 def test_a_plan_prints_and_reads_as_json():
-    found = plan([model(tiles=((None, 10**10), (64, 10**8)))], CARD, 1500 * MB, margin=0)
+    found = plan([model(tiles=((None, 10**10), (64, 10**8)))], TEST_GPU, 1500 * MB, margin=0)
     text = describe(found)
     assert "predicted" in text and all(owner in text for owner in found.peak) and "64 rows" in text
     saved = json.loads(json.dumps(found.to_json()))
     assert saved["predicted"] and saved["peak_bytes"] == found.peak_bytes and saved["policies"] == list(found.policies)
 
 
-def test_the_table_of_cards_is_in_order():
-    assert all(c.int8 >= c.bf16 > 0 and c.bus_gb_s > 0 for c in CARDS.values()) and 8 in SLOTS
+def test_the_table_of_gpus_is_in_order():
+    assert all(c.int8 >= c.bf16 > 0 and c.bus_gb_s > 0 for c in GPUS.values()) and 8 in SLOTS

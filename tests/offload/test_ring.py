@@ -1,4 +1,4 @@
-"""The ring on the processor with poisoned slots, and under the virtual clock: no race, and every wait is needed."""
+"""The ring on the CPU with poisoned slots, and under the virtual clock: no race, and every wait is needed."""
 
 from __future__ import annotations
 

@@ -99,7 +99,7 @@ def test_units_that_are_needed_together_have_slots_of_their_own(resident, slots)
         assert len({schedule.slot[unit] for unit in visit}) == len(visit)
 
 
-def test_impossible_schedules_say_why():
+def test_impossible_schedules_notify_why():
     with pytest.raises(ValueError, match="at least 2 slots are needed, not 1"):
         Schedule(SINGLE, frozenset(), 1)
     with pytest.raises(ValueError, match="at least 3 slots are needed, not 2"):

@@ -7,7 +7,7 @@ from functools import cache
 
 import pytest
 import torch
-from helpers import Tensors, randomise, tiny_config
+from helpers import Tensors, randomize, tiny_config
 from live_bytes import LiveBytes
 
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
@@ -44,7 +44,7 @@ def files(tmp_path_factory):
     """format -> the same tiny model written in it."""
     torch.manual_seed(0)
     folder = tmp_path_factory.mktemp("tiny")
-    flux = randomise(Flux(tiny_config())).bfloat16()
+    flux = randomize(Flux(tiny_config())).bfloat16()
     source = Tensors(flux.config, {name: t.contiguous() for name, t in flux.state_dict().items()})
 
     @cache
@@ -288,7 +288,7 @@ def test_what_is_not_streamed_lies_in_memory_of_its_own(format, files):
 
 
 def test_units_are_placed_anew_in_a_model_that_trains(files):
-    """From all resident to all streamed and back up, LoRA and its optimiser untouched; and once it fails half-way."""
+    """From all resident to all streamed and back up, LoRA and its optimizer untouched; and once it fails half-way."""
     file = files("nf4")
     expected = train_sample_train(with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv"))
     flux = with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv")

@@ -16,15 +16,15 @@ from fluxq.cli.main import main
 from fluxq.config import LoraConfig, ModelConfig
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
-from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.write import save_lora
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import open_flux
-from fluxq.training.from_lora import settings_of, start_from
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.read import load_lora
+from fluxq.formats.lora.write import save_lora
 from fluxq.kernels import dequantize, quantize
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.models.parts import Models
+from fluxq.training.from_lora import settings_of, start_from
 
 CONFIG = FluxConfig.nano()
 SHAPES = flux_shapes(CONFIG)
@@ -51,11 +51,11 @@ def silent(line: str) -> None:
     pass
 
 
-def started(lora, asked, say=silent):
+def started(lora, asked, notify=silent):
     """The layers of a model that begins with `lora`, and the settings that came of `asked`."""
     settings = settings_of(lora, asked, CONFIG, silent)
     layers = add_lora(Flux(CONFIG), settings.rank, settings.alpha, settings.targets)
-    start_from(lora, layers, say)
+    start_from(lora, layers, notify)
     return layers, settings
 
 
@@ -139,7 +139,7 @@ def test_a_run_goes_on_from_a_file_and_resumes_without_it(tmp_path, photos):
     path = tmp_path / "old.safetensors"
     wanted = adapters(PAIR, size=0.01)
     saved(path, wanted, "diffusers")
-    nano_run = [photos, "--model", "nano", "--trigger", "zqx", "--rate", 0, "--from-lora", path, "--steps"]
+    nano_run = [photos, "--model", "nano", "--trigger", "zqx", "--lr", 0, "--from-lora", path, "--steps"]
     result = train(tmp_path, *nano_run, 1)
     assert result.exit_code == 0, result.output
     written = load_lora(tmp_path / "run/zqx.safetensors", CONFIG).adapters
@@ -151,7 +151,7 @@ def test_a_run_goes_on_from_a_file_and_resumes_without_it(tmp_path, photos):
     assert train(tmp_path, "--resume", tmp_path / "run", "--steps", 2).exit_code == 0
 
 
-def test_base_loras_are_in_the_weights_before_they_are_quantised(tmp_path, monkeypatch):
+def test_base_loras_are_in_the_weights_before_they_are_quantized(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     one, two = adapters(PAIR), adapters(PAIR[:1], rank=5, alpha=3.0)
     saved(tmp_path / "a=1.safetensors", one)
@@ -159,8 +159,8 @@ def test_base_loras_are_in_the_weights_before_they_are_quantised(tmp_path, monke
     loras = (f"{tmp_path / 'a=1.safetensors'}", f"{tmp_path / 'b.safetensors'}=0.8")
     source = open_flux(nano.FLUX)
     for format in ("nf4", "int8", "fp8", "bf16"):
-        flux = Models(ModelConfig(name="nano", format=format, base_loras=loras), say=silent).load_flux()
-        plain = Models(ModelConfig(name="nano", format=format), say=silent).load_flux()
+        flux = Models(ModelConfig(name="nano", format=format, base_loras=loras), notify=silent).load_flux()
+        plain = Models(ModelConfig(name="nano", format=format), notify=silent).load_flux()
         for module in BLOCKS:
             weight = source.value(f"{module}.weight", torch.float32)
             if module in one:
@@ -185,14 +185,14 @@ def test_base_loras_and_strengths_have_caches_and_identities_of_their_own(tmp_pa
     saved(path, adapters(PAIR))
     seen = set()
     for loras in ((), (f"{path}",), (f"{path}=0.5",), (f"{path}", f"{path}")):
-        models = Models(ModelConfig(name="nano", base_loras=loras), say=silent)
-        assert not models.is_quantised
+        models = Models(ModelConfig(name="nano", base_loras=loras), notify=silent)
+        assert not models.is_quantized
         models.load_flux()
-        assert models.is_quantised
+        assert models.is_quantized
         seen.add(models.fingerprint())
     saved(path, adapters(PAIR, rank=4))
-    models = Models(ModelConfig(name="nano", base_loras=(f"{path}",)), say=silent)
-    assert not models.is_quantised and models.fingerprint() not in seen
+    models = Models(ModelConfig(name="nano", base_loras=(f"{path}",)), notify=silent)
+    assert not models.is_quantized and models.fingerprint() not in seen
     assert len(seen) == 4 == len(list((tmp_path / "cache").glob("*.safetensors")))
 
 
@@ -206,7 +206,7 @@ def test_a_run_on_a_base_lora_is_the_run_on_the_merged_model(tmp_path, photos):
     merged = tmp_path / "merged.safetensors"
     merge = ["lora", "merge", f"{path}=0.8", "--base", wide, "--out", merged]
     assert CliRunner().invoke(main, [str(a) for a in merge]).exit_code == 0
-    rest = ["--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL, "--t5-length", 32, "--size", 96]
+    rest = ["--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL, "--t5-length", 32, "--resolution", 96]
     common = [photos, *rest, "--trigger", "zqx", "--steps", 2, "--rank", 4, "--overwrite", "--flux"]
     losses = []
     for which in ([wide, "--base-lora", f"{path}=0.8"], [merged], [wide]):
@@ -243,10 +243,10 @@ def test_loras_that_do_not_fit_are_refused_before_anything_is_written(tmp_path, 
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-def test_a_quantised_file_takes_no_base_lora(tmp_path):
+def test_a_quantized_file_takes_no_base_lora(tmp_path):
     own = tmp_path / "own.safetensors"
     saved(tmp_path / "x.safetensors", adapters(PAIR))
     assert CliRunner().invoke(main, ["quantize", str(nano.FLUX), str(own)]).exit_code == 0
-    models = Models(ModelConfig(flux=own, base_loras=(f"{tmp_path / 'x.safetensors'}",)), say=silent)
+    models = Models(ModelConfig(flux=own, base_loras=(f"{tmp_path / 'x.safetensors'}",)), notify=silent)
     with pytest.raises(WrongRequest, match="--base-lora cannot be merged into it; give the original file"):
         _ = models.flux_config

@@ -1,4 +1,4 @@
-"""Schedules in closed form, and optimisers that start from the same place."""
+"""Schedules in closed form, and optimizers that start from the same place."""
 
 from __future__ import annotations
 
@@ -11,24 +11,24 @@ from live_bytes import LiveBytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxq.training import optim
 from fluxq.errors import WrongRequest
-from fluxq.training.optim import build_optimizer, optimizer_step, rate_factor, update
+from fluxq.training import optim
+from fluxq.training.optim import build_optimizer, learning_rate_factor, optimizer_step, update
 
 
 def test_warmup_rises_linearly_to_the_full_rate():
-    assert [rate_factor("constant", s, 100, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
+    assert [learning_rate_factor("constant", s, 100, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
 def test_linear_and_cosine_fall_from_the_end_of_warmup_to_zero():
     for step, progress in ((10, 0.0), (55, 0.5), (100, 1.0)):
-        assert rate_factor("linear", step, 100, 10) == pytest.approx(1 - progress)
-        assert rate_factor("cosine", step, 100, 10) == pytest.approx((1 + math.cos(math.pi * progress)) / 2)
+        assert learning_rate_factor("linear", step, 100, 10) == pytest.approx(1 - progress)
+        assert learning_rate_factor("cosine", step, 100, 10) == pytest.approx((1 + math.cos(math.pi * progress)) / 2)
 
 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(ValueError, match="constant, linear, cosine, not 'step'"):
-        rate_factor("step", 5, 10, 0)
+        learning_rate_factor("step", 5, 10, 0)
     with pytest.raises(ValueError, match="adamw, adamw8bit, not 'sgd'"):
         build_optimizer("sgd", [], 1e-3, 0.0)
 
@@ -98,7 +98,7 @@ def test_a_step_is_the_mean_of_its_micro_steps_clipped():
     torch.testing.assert_close(parameters[0].detach(), start - 1e-3)
     assert float(optimizer.state[parameters[0]]["exp_avg"].norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)
     assert parameters[0].grad is None
-    with pytest.raises(WrongRequest, match="the gradient of step 5 is inf; .*lower --rate"):
+    with pytest.raises(WrongRequest, match="the gradient of step 5 is inf; .*lower --lr"):
         optimizer_step(optimizer, lambda index: parameters[0].sum() * math.inf, 4, 1, 1e-3, 0.0)
 
 
@@ -145,7 +145,7 @@ def test_nothing_is_computed_once_weights_are_updated(monkeypatch):
 
 
 def test_what_adamw_needs_for_a_moment_is_asked_for_before_anything_changes(monkeypatch):
-    """Of many weights at once, as on a card: an allocator that refuses the roots refuses them before the update."""
+    """Of many weights at once, as on a GPU: an allocator that refuses the roots refuses them before the update."""
     parameters = bowls()[:2]
     optimizer = build_optimizer("adamw", parameters, 0.05, 0.1)
     optimizer.param_groups[0]["foreach"] = True

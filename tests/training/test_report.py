@@ -7,16 +7,16 @@ import signal
 import pytest
 from PIL import Image
 
-from fluxq.training import report as module
-from fluxq.memory.machine import CardBytes, SpillWatch
-from fluxq.training.report import Report, read_log, smoothed, stop_request
 from fluxq.console import console
+from fluxq.memory import peak as module
+from fluxq.memory.machine import GPUBytes, SpillWatch
+from fluxq.training.report import Report, read_log, smoothed, stop_request
 
 
 def write(folder, start, steps, done):
     with Report(folder, start, steps, plot_seconds=0) as report:
         for step in range(start + 1, done + 1):
-            report.step(step, loss=1 / step, rate=1e-4, grad=0.5, seconds=0.1)
+            report.step(step, loss=1 / step, learning_rate=1e-4, grad=0.5, seconds=0.1)
 
 
 def test_steps_after_the_last_save_are_dropped_on_resume(tmp_path):
@@ -41,10 +41,10 @@ def test_one_console_line_a_step_with_its_columns(tmp_path, capsys, monkeypatch)
     assert columns[-1] == "eta"
 
 
-def test_the_plot_is_a_picture(tmp_path):
+def test_the_plot_is_a_image(tmp_path):
     write(tmp_path, 0, 3, 3)
-    with Image.open(tmp_path / "loss.png") as picture:
-        assert picture.size == (800, 450)
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == (800, 450)
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
@@ -63,8 +63,8 @@ def test_the_first_ctrl_c_asks_and_the_second_stops():
 
 
 def test_memory_that_the_driver_has_spilled_is_told_after_the_step_that_shows_it(tmp_path, monkeypatch, capsys):
-    states = iter([CardBytes(100 << 30, 90 << 30, 0), CardBytes(100 << 30, 50 << 30, 40 << 30)])
-    full = CardBytes(100 << 30, 0, 120 << 30)
+    states = iter([GPUBytes(100 << 30, 90 << 30, 0), GPUBytes(100 << 30, 50 << 30, 40 << 30)])
+    full = GPUBytes(100 << 30, 0, 120 << 30)
     monkeypatch.setattr(console, "stderr", False)
     monkeypatch.setattr(module, "SpillWatch", lambda: SpillWatch(lambda: next(states, full)))
     module.reset_peak()

@@ -1,10 +1,10 @@
-"""Saved state: the same bits back, for both optimisers, and no other run's."""
+"""Saved state: the same bits back, for both optimizers, and no other run's."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomise, tiny_config
+from helpers import randomize, tiny_config
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import write_safetensors
@@ -14,9 +14,9 @@ from fluxq.training.state import load_state, save_state
 
 
 def trained(optimizer_name: str, steps: int, rank: int = 64):
-    """Layers and optimiser after `steps` steps on random gradients; at rank 64 bitsandbytes keeps 8-bit states."""
+    """Layers and optimizer after `steps` steps on random gradients; at rank 64 bitsandbytes keeps 8-bit states."""
     torch.manual_seed(1)
-    layers = add_lora(randomise(Flux(tiny_config())), rank, 8, targets=r"single_blocks\.\d\.linear1")
+    layers = add_lora(randomize(Flux(tiny_config())), rank, 8, targets=r"single_blocks\.\d\.linear1")
     parameters = [p for layer in layers.values() for p in (layer.lora_down, layer.lora_up)]
     optimizer = build_optimizer(optimizer_name, parameters, 1e-2, 0.01)
     advance(parameters, optimizer, 0, steps)

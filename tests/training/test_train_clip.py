@@ -13,20 +13,20 @@ from helpers import relative_error
 
 from fluxq import nano
 from fluxq import train as module
+from fluxq.caching.store import Store
 from fluxq.cli.main import main
 from fluxq.config import ModelConfig, config_from_dict
-from fluxq.caching.store import Store
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
-from fluxq.formats.lora.read import Lora, load_lora
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.write import save_lora
 from fluxq.formats.checkpoint.source import open_clip
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.read import Lora, load_lora
+from fluxq.formats.lora.write import save_lora
 from fluxq.model import FluxConfig
 from fluxq.models.parts import Models
-from fluxq.nano import pictures
-from fluxq.training.run import Result
+from fluxq.nano import drawing
 from fluxq.train import train
+from fluxq.training.run import Result
 
 CONFIG = FluxConfig.nano()
 MODULES = {
@@ -36,17 +36,17 @@ MODULES = {
 }
 
 
-def pictures_in(folder: Path, seed: int, count: int) -> Path:
+def images_in(folder: Path, seed: int, count: int) -> Path:
     folder.mkdir()
-    for i, (picture, caption) in enumerate(pictures.concept(seed, count)):
-        picture.save(folder / f"{i}.png")
+    for i, (image, caption) in enumerate(drawing.concept(seed, count)):
+        image.save(folder / f"{i}.png")
         (folder / f"{i}.txt").write_text(caption)
     return folder
 
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    return pictures_in(tmp_path / "photos", 5, 6)
+    return images_in(tmp_path / "photos", 5, 6)
 
 
 def run(tmp_path: Path, photos: Path, name: str = "run", resume: bool = False, **sections) -> Result:
@@ -54,12 +54,12 @@ def run(tmp_path: Path, photos: Path, name: str = "run", resume: bool = False, *
         "model": {"name": "nano"},
         "data": {"folders": [str(photos)], "cache": str(tmp_path / "cache")},
         "lora": {"rank": 4, "text_encoder": "clip_l"},
-        "training": {"steps": 4, "batch": 2, "rate": 1e-3},
+        "training": {"steps": 4, "batch": 2, "learning_rate": 1e-3},
         "output": {"out": str(tmp_path / name), "name": "test", "plot_seconds": 1e9},
     }
     for section, changes in sections.items():
         values[section] = values.get(section, {}) | changes
-    return train(config_from_dict(values, "a test"), resume=resume, say=silent)
+    return train(config_from_dict(values, "a test"), resume=resume, notify=silent)
 
 
 def silent(line: str) -> None:
@@ -79,11 +79,19 @@ def lora_of(result: Result) -> Lora:
 
 @pytest.mark.slow
 def test_a_new_word_is_learnt_by_clip_alone(tmp_path):
-    """With the transformer's LoRA at a rate of 0, of pictures that were never trained on."""
-    photos, held_out = pictures_in(tmp_path / "photos", 5, 8), pictures_in(tmp_path / "held_out", 77, 4)
+    """With the transformer's LoRA at a rate of 0, of images that were never trained on."""
+    photos, held_out = images_in(tmp_path / "photos", 5, 8), images_in(tmp_path / "held_out", 77, 4)
     losses = {}
     for rate in (3e-3, 0.0):
-        sections = {"training": {"steps": 30, "batch": 4, "rate": 0.0, "text_rate": rate, "optimizer": "adamw"}}
+        sections = {
+            "training": {
+                "steps": 30,
+                "batch": 4,
+                "learning_rate": 0.0,
+                "text_learning_rate": rate,
+                "optimizer": "adamw",
+            }
+        }
         result = run(tmp_path, photos, f"{rate}", data={"validation": [str(held_out)]}, **sections)
         losses[rate] = result.validation_before["held_out"], result.validation_after["held_out"]
         lora = lora_of(result)
@@ -106,7 +114,7 @@ def test_resume_is_bit_exact_whatever_ran_between(tmp_path, photos, optimizer):
         "output": {"out": str(tmp_path / "two"), "save_every": 2},
     }
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "stop_request", lambda say: _stopping())
+        patch.setattr(module, "stop_request", lambda notify: _stopping())
         run(tmp_path, photos, training=training, **restless)
     run(tmp_path, photos, training=training, resume=True, **restless)
     two = tmp_path / "two"
@@ -175,7 +183,7 @@ def test_a_run_goes_on_from_clips_part_only_where_it_is_trained(tmp_path, photos
     path, wanted = tmp_path / "old.safetensors", adapters(MODULES, 5)
     save_lora(path, adapters(PAIR), CONFIG, dtype=torch.float32, clip=wanted)
     for encoder, said in (("clip_l", "14 layers; rank 5"), (None, "its CLIP-L part (12 modules) is left out")):
-        arguments = ["train", photos, "--model", "nano", "--from-lora", path, "--rate", 0, "--steps", 1, "--name", "x"]
+        arguments = ["train", photos, "--model", "nano", "--from-lora", path, "--lr", 0, "--steps", 1, "--name", "x"]
         arguments += ["--text-encoder", encoder] * bool(encoder) + [
             "--cache",
             tmp_path / "c",
@@ -195,7 +203,7 @@ def test_a_run_goes_on_from_clips_part_only_where_it_is_trained(tmp_path, photos
     [
         (["--text-encoder", "t5xxl"], "T5-XXL is not trained: its 4.7 billion weights"),
         (["--text-encoder", "clip_l", "--lora-format", "peft"], "a PEFT folder holds one model's LoRA"),
-        (["--text-rate", "1e-4"], "--text-rate is of a text encoder that is trained; add --text-encoder clip_l"),
+        (["--text-lr", "1e-4"], "--text-lr is of a text encoder that is trained; add --text-encoder clip_l"),
         (
             ["--text-encoder", "clip_l", "--from-lora", "{tmp}/x.safetensors"],
             "encoder.layers.1.mlp.fc2 is (64, 32), not",
@@ -225,10 +233,10 @@ def test_captions_are_told_as_they_were_cached_before_anything_is_learnt(tmp_pat
         assert relative_error(clip.pooled([t.caption for t in texts]), torch.stack([t.clip for t in texts])) <= 1e-5
 
 
-@pytest.mark.parametrize("section", [{"lora": {"text_encoder": None}}, {"training": {"text_rate": 1e-5}}])
+@pytest.mark.parametrize("section", [{"lora": {"text_encoder": None}}, {"training": {"text_learning_rate": 1e-5}}])
 def test_resume_refuses_to_train_another_encoder_or_at_another_rate(tmp_path, photos, section):
     run(tmp_path, photos)
-    with pytest.raises(WrongRequest, match=r"was begun with (lora.text_encoder|training.text_rate) = "):
+    with pytest.raises(WrongRequest, match=r"was begun with (lora.text_encoder|training.text_learning_rate) = "):
         run(tmp_path, photos, resume=True, **section)
 
 
@@ -237,7 +245,7 @@ def test_a_complete_cache_does_not_do_without_the_encoder_that_is_trained(tmp_pa
     shutil.copytree(nano.WEIGHTS, files)
     parts = {part: str(files / own.name) for part, own in nano_files().items()}
     model = {"name": None, "t5_length": 32, **parts}
-    sections = {"model": model, "data": {"size": 96}, "training": {"steps": 1}}
+    sections = {"model": model, "data": {"resolution": 96}, "training": {"steps": 1}}
     run(tmp_path, photos, **sections)
     (files / nano.CLIP_L.name).unlink()
     with pytest.raises(WrongRequest, match=f"{nano.CLIP_L.name} does not exist"):

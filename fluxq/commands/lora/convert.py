@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from fluxq.errors import WrongRequest
-from fluxq.formats.lora.read import described
-from fluxq.commands.lora.files import dtype_of, read, refuse_existing, shortened, write
 from fluxq.console import console
+from fluxq.formats.lora.read import described
+
+from .files import dtype_of, read, refuse_existing, shortened, write
 
 
 def convert_command(
@@ -23,5 +23,3 @@ def convert_command(
     console.print(f"{source}: {lora.dialect}, {described(lora)}")
     made = lora if rank is None else shortened(lora, rank)
     return {"source_dialect": lora.dialect, **write(target, made, to, dtype_of(precision, lora), lora)}
-
-

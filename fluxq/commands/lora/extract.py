@@ -1,6 +1,6 @@
 """`fluxq lora extract`: a LoRA that makes one transformer into another, as far as its rank goes.
 
-Each matrix of the blocks is read from both, and the difference is cut down by a randomised singular value decomposition
+Each matrix of the blocks is read from both, and the difference is cut down by a randomized singular value decomposition
 (Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) with a fixed seed. One matrix is in memory at a time.
 """
 
@@ -13,14 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxq.console import byte_bar, console
 from fluxq.errors import WrongRequest
-from fluxq.formats.lora.read import Lora
-from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.checkpoint.sizes import variant
 from fluxq.formats.checkpoint.source import Source, open_flux
-from fluxq.commands.lora.files import PRECISIONS, refuse_existing, write
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.read import Lora
 from fluxq.model.config import FluxConfig
-from fluxq.console import byte_bar, console
+
+from .files import PRECISIONS, refuse_existing, write
 
 OVERSAMPLING = 16  # columns drawn beyond the rank
 POWERS = 3  # multiplications by the matrix and its transpose, which separate singular values that are close

@@ -10,13 +10,13 @@ from typing import Any
 
 import torch
 
-from fluxq.errors import WrongRequest
-from fluxq.formats.lora.read import Lora, described, load_lora
-from fluxq.formats.lora.algebra import Adapter, combined, resized
-from fluxq.formats.lora.write import save_lora
-from fluxq.formats.lora.metadata import converted_metadata
-from fluxq.model.config import FluxConfig
 from fluxq.console import console
+from fluxq.errors import WrongRequest
+from fluxq.formats.lora.algebra import Adapter, combined, resized
+from fluxq.formats.lora.metadata import converted_metadata
+from fluxq.formats.lora.read import Lora, described, load_lora
+from fluxq.formats.lora.write import save_lora
+from fluxq.model.config import FluxConfig
 
 PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 

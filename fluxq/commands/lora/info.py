@@ -9,12 +9,12 @@ from typing import Any
 
 from rich.table import Table
 
-from fluxq.formats.checkpoint.files import printable
-from fluxq.formats.lora.read import described, load_lora
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.programs import programs
-from fluxq.formats.lora.metadata import trigger_of
 from fluxq.console import console
+from fluxq.formats.checkpoint.files import printable
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.metadata import trigger_of
+from fluxq.formats.lora.programs import programs
+from fluxq.formats.lora.read import described, load_lora
 
 SHOWN = {  # of the metadata, on the screen; --json has all of it
     "modelspec.title": "title",
@@ -22,7 +22,7 @@ SHOWN = {  # of the metadata, on the screen; --json has all of it
     "ss_sd_model_name": "base",
     "ss_steps": "steps",
     "ss_learning_rate": "rate",
-    "ss_num_train_images": "pictures",
+    "ss_num_train_images": "images",
     "ss_resolution": "size",
     "modelspec.date": "date",
     "modelspec.license": "license",

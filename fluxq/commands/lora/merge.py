@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.config import file_and_strength
+from fluxq.console import byte_bar, console
 from fluxq.errors import WrongRequest
-from fluxq.formats.lora.read import Lora, described
 from fluxq.formats.lora.algebra import combined
 from fluxq.formats.lora.base import Base, merge_into
-from fluxq.commands.lora.files import dtype_of, read, refuse_existing, shortened, write
-from fluxq.console import byte_bar, console
+from fluxq.formats.lora.read import Lora, described
+
+from .files import dtype_of, read, refuse_existing, shortened, write
 
 
 def merge_command(

@@ -1,12 +1,15 @@
 """x"""
 
 from __future__ import annotations
+
 from pathlib import Path
 from typing import Any
+
+from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import described
-from fluxq.commands.lora.files import dtype_of, read, refuse_existing, shortened, write
-from fluxq.console import console
+
+from .files import dtype_of, read, refuse_existing, shortened, write
 
 
 def resize_command(

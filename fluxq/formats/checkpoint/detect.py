@@ -10,10 +10,11 @@ from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 
-from fluxq.formats.checkpoint.files import listed, printable, refuse
-from fluxq.formats.checkpoint.keys import autoencoder_diffusers_shapes, flux_diffusers_shapes
-from fluxq.formats.checkpoint.shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
+
+from .files import listed, printable, refuse
+from .keys import autoencoder_diffusers_shapes, flux_diffusers_shapes
+from .shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 
 FLUX = "a FLUX.1 transformer"
 AUTOENCODER = "a FLUX.1 autoencoder"
@@ -44,8 +45,8 @@ MARKERS = {
     T5: (T5_PREFIXES, r"encoder\.block\.\d"),
 }
 
-# What may lie beside a model that has a prefix: the other models of an all-in-one file, and CLIP's picture side.
-NEIGHBOURS = re.compile(
+# What may lie beside a model that has a prefix: the other models of an all-in-one file, and CLIP's image side.
+NEIGHBORS = re.compile(
     r"(model|diffusion_model|vae|text_encoders|first_stage_model|cond_stage_model|conditioner"
     r"|vision_model|visual_projection|text_projection|logit_scale)(\.|$)"
 )
@@ -56,11 +57,11 @@ KINDS = {
     r"^(lora|lycoris)_|\.lora_(A|B|up|down)\b|[._]lora\d?\.(up|down)\.": LORA,
     r"(^|\.)distilled_guidance_layer\.": "Chroma, which is another model than FLUX.1",
     r"(^|\.)(double_stream_modulation|single_stream_modulation)": "FLUX.2, which is another model than FLUX.1",
-    r"\.weight(\._data|\._scale|_qdata)$": "a file that quanto or torchao has quantised",
+    r"\.weight(\._data|\._scale|_qdata)$": "a file that quanto or torchao has quantized",
     r"(^|\.)(controlnet_blocks|controlnet_x_embedder|input_hint_block)\.": "a ControlNet",
     r"(^|[._])ip_adapter[._]|^image_proj\.": "an IP-Adapter",
-    r"^redux_(up|down)\.": "FLUX.1 Redux, which makes prompts of pictures",
-    r"^pulid_": "PuLID, which puts a face into pictures",
+    r"^redux_(up|down)\.": "FLUX.1 Redux, which makes prompts of images",
+    r"^pulid_": "PuLID, which puts a face into images",
     r"(^|\.)txt_in\.individual_token_refiner\.": "HunyuanVideo, which is another model than FLUX.1",
     r"(^|\.)(double_blocks|single_blocks)\.\d": FLUX,
     r"(^|\.)single_transformer_blocks\.\d": DIFFUSERS_FLUX,
@@ -112,7 +113,7 @@ def without_prefix(keys: Iterable[str], wanted: str, source: str | Path) -> dict
         refuse(source, f"is {found}, where {wanted} is wanted", f"give {EXAMPLES[wanted]}")
     if not present:
         refuse(source, f"is {wanted} under an unknown prefix ({printable(keys[0])})", f"give {EXAMPLES[wanted]}")
-    strange = [printable(key) for key in keys if not key.startswith(prefix) and not NEIGHBOURS.match(key)]
+    strange = [printable(key) for key in keys if not key.startswith(prefix) and not NEIGHBORS.match(key)]
     if strange:
         refuse(source, f"is {wanted} with tensors beside it: {listed(unexpected=strange)}", f"give {EXAMPLES[wanted]}")
     return names

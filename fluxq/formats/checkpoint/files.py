@@ -15,9 +15,10 @@ from typing import NoReturn
 import torch
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.atomic import atomic_path
 
-MAX_HEADER_BYTES = 32 << 20  # real headers are below 1 MB; embedded preview pictures add a few more
+from ..atomic import atomic_path
+
+MAX_HEADER_BYTES = 32 << 20  # real headers are below 1 MB; embedded preview images add a few more
 MAX_TENSORS = 1 << 16  # real files have up to a few thousand
 MAX_HEADER_ITEMS = 16 * MAX_TENSORS  # commas and brackets: 8 a tensor, the rest for metadata that is JSON in itself
 MAX_DIMENSIONS = 8
@@ -48,11 +49,11 @@ PICKLE_SUFFIXES = {".pt", ".pth", ".ckpt", ".bin", ".pkl", ".pickle"}
 PICKLE_MAGIC = (b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")
 OTHER_MAGIC = {
     b"GGUF": "a GGUF file",
-    b"\x89PNG": "a picture (PNG)",
-    b"\xff\xd8\xff": "a picture (JPEG)",
-    b"RIFF": "a picture or sound (RIFF)",
-    b"GIF8": "a picture (GIF)",
-    b"BM": "a picture (BMP)",
+    b"\x89PNG": "an image (PNG)",
+    b"\xff\xd8\xff": "an image (JPEG)",
+    b"RIFF": "an image or sound (RIFF)",
+    b"GIF8": "an image (GIF)",
+    b"BM": "an image (BMP)",
     b"<": "a web page, probably an error page in place of the download",
     b"version https://git-lfs": "a git-lfs pointer, not the file that it points to",
 }

@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import BinaryIO, NoReturn
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import MAX_TENSORS, Span, TensorFile, printable, refuse
+
+from .files import MAX_TENSORS, Span, TensorFile, printable, refuse
 
 MAX_BYTES = 32 << 20  # of a whole header; a vocabulary of 256,000 pieces with its merges takes about 12 MB
 MAX_NAME_BYTES = 1024  # GGML itself allows 64

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 import torch
 
-from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
+
+from .shapes import autoencoder_shapes, flux_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint import detect
-from fluxq.formats.checkpoint.detect import AUTOENCODER, CLIP, EXAMPLES, FLUX, T5
-from fluxq.formats.checkpoint.files import Checkpoint, TensorFile, listed, printable, refuse
-from fluxq.formats.checkpoint.gguf import GgufFile
-from fluxq.formats.checkpoint.storage import stored_tensors
-from fluxq.formats.checkpoint.stored import FP8, PRECISIONS, Foreign, Plain, Scaled, Stored
+
+from . import detect
+from .detect import AUTOENCODER, CLIP, EXAMPLES, FLUX, T5
+from .files import Checkpoint, TensorFile, listed, printable, refuse
+from .gguf import GgufFile
+from .storage import stored_tensors
+from .stored import FP8, PRECISIONS, Foreign, Plain, Scaled, Stored
 
 FOLDERS = {FLUX: "transformer", AUTOENCODER: "vae", CLIP: "text_encoder", T5: "text_encoder_2"}
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # of a file's stem

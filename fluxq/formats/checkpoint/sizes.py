@@ -10,10 +10,11 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
-from fluxq.formats.checkpoint.detect import AUTOENCODER, CLIP, FLUX, T5, without_prefix
-from fluxq.formats.checkpoint.files import listed, printable, refuse
-from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
+
+from .detect import AUTOENCODER, CLIP, FLUX, T5, without_prefix
+from .files import listed, printable, refuse
+from .shapes import autoencoder_shapes, flux_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -124,7 +125,7 @@ def autoencoder_sizes(own: Shapes, source: str | Path) -> AutoEncoderConfig:
 def clip_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
     """CLIP's names without the `text_model.` prefix, as transformers 5 has them, each with the key in `source`.
 
-    What belongs to CLIP's picture side, and position_ids, which is no weight, are left out.
+    What belongs to CLIP's image side, and position_ids, which is no weight, are left out.
     """
     found = without_prefix(keys, CLIP, source)
     return {

@@ -20,8 +20,11 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint import detect, keys, sizes
-from fluxq.formats.checkpoint.detect import (
+from fluxq.kernels import Weight, dequantize
+from fluxq.model.config import AutoEncoderConfig, FluxConfig
+
+from . import detect, keys, sizes
+from .detect import (
     AUTOENCODER,
     CLIP,
     DIFFUSERS_FLUX,
@@ -30,18 +33,16 @@ from fluxq.formats.checkpoint.detect import (
     FLUX,
     T5,
 )
-from fluxq.formats.checkpoint.files import printable, refuse
-from fluxq.formats.checkpoint.keys import Piece
-from fluxq.formats.checkpoint.shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
-from fluxq.formats.checkpoint.shards import Shards, locate, read_json
-from fluxq.formats.checkpoint.stored import Plain, Seen, joined, unseen
-from fluxq.kernels import Weight, dequantize
-from fluxq.model.config import AutoEncoderConfig, FluxConfig
+from .files import printable, refuse
+from .keys import Piece
+from .shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
+from .shards import Shards, locate, read_json
+from .stored import Plain, Seen, joined, unseen
 
 BAND = 1 << 24
 """Weights that are decoded at a time: 64 MiB of fp32."""
 
-# What lies beside the text model in OpenCLIP's own files: the picture side, and what no weight of ours is.
+# What lies beside the text model in OpenCLIP's own files: the image side, and what no weight of ours is.
 OPENCLIP_BESIDE = re.compile(
     r"visual\.|logit_(scale|bias)$|text_projection$|attn_mask$|(input_resolution|context_length|vocab_size)$"
 )
@@ -139,7 +140,7 @@ def open_flux(path: str | Path) -> Source[FluxConfig]:
     """The transformer at `path`. Raises WrongRequest for everything that is no whole, plain FLUX.1 dev or schnell."""
     shards = Shards(locate(path, FLUX))
     if "fluxq" in shards.metadata:
-        what = "is quantised by fluxq already"
+        what = "is quantized by fluxq already"
         refuse(shards.path, what, "give it by --flux, with the --format that it was made with")
     if detect.kind(shards.shapes) != DIFFUSERS_FLUX:
         names = sizes.flux_keys(shards.shapes, shards.path)
@@ -230,14 +231,14 @@ def _settings(shards: Shards, wanted: str, what: str) -> dict[str, Any]:
         return {}
     settings = read_json(path)
     if settings.get("quantization_config") and (method := _method(settings["quantization_config"])) != "bitsandbytes":
-        refuse(path, f"says that {method} quantised {what}", f"give {EXAMPLES[what]}, or the folder of a 16-bit model")
+        refuse(path, f"says that {method} quantized {what}", f"give {EXAMPLES[what]}, or the folder of a 16-bit model")
     if (found := settings.get("_class_name", wanted)) != wanted:
         refuse(path, f"is of the class {printable(str(found))}, not {wanted}", f"give {EXAMPLES[what]}")
     return settings
 
 
-def _method(quantised: Any) -> str:
-    method = quantised.get("quant_method") if isinstance(quantised, dict) else None
+def _method(quantized: Any) -> str:
+    method = quantized.get("quant_method") if isinstance(quantized, dict) else None
     return printable(method) if isinstance(method, str) else "something unknown"
 
 

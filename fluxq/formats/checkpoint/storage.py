@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from fluxq.formats.checkpoint.files import Checkpoint, TensorFile, printable, refuse
-from fluxq.formats.checkpoint.gguf import GgufFile
-from fluxq.formats.checkpoint.keys import gguf_name
-from fluxq.formats.checkpoint.stored import (
+from .files import Checkpoint, TensorFile, printable, refuse
+from .gguf import GgufFile
+from .keys import gguf_name
+from .stored import (
     NESTED,
     Blocks,
     EightBits,

@@ -4,7 +4,7 @@
     Scaled    Comfy's scaled fp8: `<layer>.scale_weight` or `.weight_scale` beside the weight
     FourBits  bitsandbytes' NF4 and FP4: `.absmax`, nested or not, `.quant_map` and `.quant_state.*` beside the weight
     EightBits bitsandbytes' int8: `<layer>.SCB` beside the weight
-    Blocks    GGUF's quantised types, decoded by the gguf package
+    Blocks    GGUF's quantized types, decoded by the gguf package
     Foreign   what fluxq does not read; it says so by name
 
 What has a container in fluxq/kernels/weights.py comes as the very bytes in the file, all else as fp32.
@@ -20,11 +20,12 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from fluxq.formats.checkpoint.files import DTYPE_NAMES, TensorFile, printable, refuse
-from fluxq.formats.checkpoint.gguf import GgufFile
 from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, unnest_absmax
 from fluxq.kernels.reference import NF4_LEVELS
 from fluxq.kernels.weights import NF4_BLOCK, of_parts, parts_of
+
+from .files import DTYPE_NAMES, TensorFile, printable, refuse
+from .gguf import GgufFile
 
 PRECISIONS = {
     torch.float32: "fp32",
@@ -228,7 +229,7 @@ def _misfit(scale: Plain, of: tuple[int, ...]) -> str:
 
 
 def _rows(file: TensorFile, key: str, rows: Sequence[int], size: int, seen: Seen) -> Tensor:
-    """The bytes of `rows`, of `size` bytes each; neighbours by one read."""
+    """The bytes of `rows`, of `size` bytes each; neighbors by one read."""
     if isinstance(rows, range):
         spans = [(rows.start * size, rows.stop * size)]
     else:

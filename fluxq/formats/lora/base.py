@@ -19,20 +19,21 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint import detect, keys, sizes
-from fluxq.formats.atomic import atomic_path
-from fluxq.formats.checkpoint.detect import DIFFUSERS_FLUX, FLUX
-from fluxq.formats.checkpoint.files import Checkpoint, refuse, safetensors_data, safetensors_header
-from fluxq.formats.checkpoint.gguf import GgufFile
-from fluxq.formats.checkpoint.keys import Piece
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.peft import adapter_files
-from fluxq.formats.quantized import require_room
-from fluxq.formats.checkpoint.shards import Shards, locate
-from fluxq.formats.checkpoint.source import Source
-from fluxq.formats.checkpoint.stored import Plain, Scaled, Seen, unseen
 from fluxq.kernels import Weight, dequantize
 from fluxq.model.config import FluxConfig
+
+from ..atomic import atomic_path
+from ..checkpoint import detect, keys, sizes
+from ..checkpoint.detect import DIFFUSERS_FLUX, FLUX
+from ..checkpoint.files import Checkpoint, refuse, safetensors_data, safetensors_header
+from ..checkpoint.gguf import GgufFile
+from ..checkpoint.keys import Piece
+from ..checkpoint.shards import Shards, locate
+from ..checkpoint.source import Source
+from ..checkpoint.stored import Plain, Scaled, Seen, unseen
+from ..quantized import require_room
+from .algebra import Adapter
+from .peft import adapter_files
 
 HOLDS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
 SLAB = 512  # rows that are merged at a time: few enough that they stay in the caches
@@ -86,7 +87,7 @@ class Base:
         located = locate(path, FLUX)
         self.is_folder, self.shards = path.is_dir() or located.suffix.lower() == ".json", Shards(located)
         if "fluxq" in self.shards.metadata:
-            refuse(path, "is quantised by fluxq", "merge into the original file, or train on it with --base-lora")
+            refuse(path, "is quantized by fluxq", "merge into the original file, or train on it with --base-lora")
         shapes = self.shards.shapes
         pieces: Mapping[str, tuple[Piece, ...]]
         if detect.kind(shapes) == DIFFUSERS_FLUX:

@@ -16,10 +16,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxq.formats.checkpoint.detect import LORA, kind
-from fluxq.formats.checkpoint.files import DTYPE_NAMES, Checkpoint, listed, printable, refuse
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.keys import (
+from fluxq.model.config import FluxConfig
+
+from ..checkpoint.detect import LORA, kind
+from ..checkpoint.files import DTYPE_NAMES, Checkpoint, listed, printable, refuse
+from ..checkpoint.shapes import flux_shapes
+from .algebra import Adapter
+from .keys import (
     CLIP_REST,
     EMBEDDINGS,
     T5_KEYS,
@@ -30,7 +33,7 @@ from fluxq.formats.lora.keys import (
     places,
     role,
 )
-from fluxq.formats.lora.peft import (
+from .peft import (
     GIVE,
     PEFT_FILES,
     PEFT_METADATA,
@@ -39,8 +42,6 @@ from fluxq.formats.lora.peft import (
     is_adapter,
     read_settings,
 )
-from fluxq.formats.checkpoint.shapes import flux_shapes
-from fluxq.model.config import FluxConfig
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 

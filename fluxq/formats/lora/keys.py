@@ -12,10 +12,11 @@ from collections.abc import Iterable, Mapping
 from functools import lru_cache
 from typing import NamedTuple
 
-from fluxq.formats.checkpoint.keys import module_split
-from fluxq.formats.lora.algebra import Rows
-from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.model.config import FluxConfig
+
+from ..checkpoint.keys import module_split
+from ..checkpoint.shapes import flux_shapes
+from .algebra import Rows
 
 
 class Dialect(NamedTuple):
@@ -39,7 +40,7 @@ DIALECTS = (
     Dialect("lycoris", "lycoris_", False, "_"),  # SimpleTuner
 )
 
-# x-flux: attention only; 1 is the picture's half of a double block, 2 the text's.
+# x-flux: attention only; 1 is the image's half of a double block, 2 the text's.
 XLABS = {
     "double_blocks.{}.processor.qkv_lora1": "double_blocks.{}.img_attn.qkv",
     "double_blocks.{}.processor.proj_lora1": "double_blocks.{}.img_attn.proj",

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from fluxq.formats.checkpoint.files import safetensors_data, safetensors_header
+from ..checkpoint.files import safetensors_data, safetensors_header
 
 IMPLEMENTATION = "https://github.com/black-forest-labs/flux"  # Forge knows a FLUX LoRA by this address
 
@@ -42,12 +42,12 @@ def lora_metadata(
     shift: float,
     guidance: float,
     precision: str,
-    text_rate: float | None = None,
+    text_learning_rate: float | None = None,
 ) -> dict[str, str]:
     """The metadata of a trained LoRA, without the hashes, which `save_lora` adds.
 
-    variant: "dev" or "schnell"; datasets: folder -> (repeats, pictures); tag_frequency: folder -> caption part -> how
-    often; buckets: (width, height) -> pictures; started, finished: seconds since 1970; precision: "bf16" and the like;
+    variant: "dev" or "schnell"; datasets: folder -> (repeats, images); tag_frequency: folder -> caption part -> how
+    often; buckets: (width, height) -> images; started, finished: seconds since 1970; precision: "bf16" and the like;
     text_rate: the learning rate of CLIP-L, where it was trained.
     """
     labels = _folder_labels(datasets)
@@ -97,8 +97,8 @@ def lora_metadata(
         "modelspec.resolution": size,
         "modelspec.date": datetime.fromtimestamp(finished, UTC).isoformat(timespec="seconds"),
     }
-    if text_rate is not None:
-        values |= {"ss_unet_lr": learning_rate, "ss_text_encoder_lr": text_rate}
+    if text_learning_rate is not None:
+        values |= {"ss_unet_lr": learning_rate, "ss_text_encoder_lr": text_learning_rate}
     if trigger:
         values["modelspec.trigger_phrase"] = trigger
     return {key: str(value) for key, value in values.items()}
@@ -141,7 +141,7 @@ def trigger_of(metadata: Mapping[str, str]) -> str | None:
 
 
 def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The two hashes by which UIs recognise a LoRA whatever its metadata says later.
+    """The two hashes by which UIs recognize a LoRA whatever its metadata says later.
 
     sshs_model_hash is the SHA-256 of the tensors' bytes as the file has them; sshs_legacy_hash the first 8 digits of
     that of bytes 0x100000 to 0x110000 of the file as it would be with none but the ss_* entries.
@@ -161,7 +161,7 @@ def _folder_labels(folders: Mapping[str | Path, object]) -> dict[str | Path, str
     """Folder -> its last name, numbered where two are alike."""
     labels: dict[str | Path, str] = {}
     for folder in folders:
-        label = base = Path(folder).name or "pictures"
+        label = base = Path(folder).name or "images"
         number = 1
         while label in labels.values():
             number += 1

@@ -11,7 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import printable, refuse
+
+from ..checkpoint.files import printable, refuse
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PEFT_METADATA = "lora_adapter_metadata"  # diffusers and SimpleTuner keep PEFT's settings there

@@ -6,7 +6,7 @@ sd-scripts' source. "not tried" where nobody looked.
 
 from __future__ import annotations
 
-from fluxq.formats.lora.read import Lora
+from .read import Lora
 
 PROGRAMS: tuple[str, ...] = ("ComfyUI", "Forge", "diffusers", "sd-scripts")
 CONVERT = "no: convert it to kohya"

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from fluxq.formats.checkpoint.files import listed, printable, refuse
-from fluxq.formats.lora.algebra import Adapter, Part, split, stacked
-from fluxq.formats.lora.file import LoraFile
-from fluxq.formats.lora.keys import SPELLINGS, matrices, split_rows
 from fluxq.model.config import FluxConfig
+
+from ..checkpoint.files import listed, printable, refuse
+from .algebra import Adapter, Part, split, stacked
+from .file import LoraFile
+from .keys import SPELLINGS, matrices, split_rows
 
 
 @dataclass

@@ -21,12 +21,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxq.formats.checkpoint.files import DTYPE_NAMES, refuse, write_safetensors
-from fluxq.formats.lora.algebra import Adapter, padded, split
-from fluxq.formats.lora.keys import split_rows
-from fluxq.formats.lora.peft import PEFT_FILES, PEFT_METADATA
-from fluxq.formats.lora.metadata import sshs_hashes
 from fluxq.model.config import FluxConfig
+
+from ..checkpoint.files import DTYPE_NAMES, refuse, write_safetensors
+from .algebra import Adapter, padded, split
+from .keys import split_rows
+from .metadata import sshs_hashes
+from .peft import PEFT_FILES, PEFT_METADATA
 
 WRITTEN = ("kohya", "diffusers", "comfy", "peft")
 Adapters = Mapping[str, Adapter]

@@ -1,10 +1,10 @@
 """The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py."""
 
-from fluxq.kernels.cutting import room
-from fluxq.kernels.triton.gelu import gelu_tanh, gelu_tanh_backward
-from fluxq.kernels.triton.linear import lora_gradients, lora_linear, lora_linear_backward
-from fluxq.kernels.triton.matmul_8bit import matmul_8bit
-from fluxq.kernels.triton.modulate import (
+from ..cutting import room
+from .gelu import gelu_tanh, gelu_tanh_backward
+from .linear import lora_gradients, lora_linear, lora_linear_backward
+from .matmul_8bit import matmul_8bit
+from .modulate import (
     gated_add,
     gated_add_backward,
     gated_add_modulate,
@@ -12,11 +12,11 @@ from fluxq.kernels.triton.modulate import (
     modulate,
     modulate_backward,
 )
-from fluxq.kernels.triton.nf4 import nf4_quantize
-from fluxq.kernels.triton.qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
-from fluxq.kernels.triton.rotation import rotate
-from fluxq.kernels.triton.rows import row_quantize
-from fluxq.kernels.triton.storage import dequantize, row_dequantize, to_rows
+from .nf4 import nf4_quantize
+from .qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
+from .rotation import rotate
+from .rows import row_quantize
+from .storage import dequantize, row_dequantize, to_rows
 
 __all__ = [
     "dequantize",

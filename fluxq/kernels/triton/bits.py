@@ -1,6 +1,6 @@
 """Numbers of 4 and 8 bits from and to fp32, in integer arithmetic: what the kernels of this folder share.
 
-Integers, because cards before sm_89 cannot so much as load an e4m3 number (their pointers are uint8 here), and because
+Integers, because GPUs before sm_89 cannot so much as load an e4m3 number (their pointers are uint8 here), and because
 Triton's interpreter rounds e4m3 wrongly; the native conversion would save a few instructions of kernels that wait for
 memory.
 """
@@ -14,7 +14,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.reference import NF4_LEVELS
+from ..reference import NF4_LEVELS
 
 
 @cache

@@ -7,12 +7,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.triton.bits import e4m3_encode, int8_encode
+from ..activations import Activations, Wants
+from .bits import e4m3_encode, int8_encode
 
 
 def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
-    """Uninitialised memory for rows of `width`, as many as `like` (B, L, ...) has, in the form that is wanted.
+    """Uninitialized memory for rows of `width`, as many as `like` (B, L, ...) has, in the form that is wanted.
 
     Values are bytes here; `named` gives them their type.
     """

@@ -9,8 +9,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.stored import along_rows
-from fluxq.kernels.triton.table import choose
+from .stored import along_rows
+from .table import choose
 
 
 def fill_room(rows: Tensor, k: int, s: Tensor) -> None:

@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.stored import along_rows, read, stored
-from fluxq.kernels.triton.table import Choice, choose
-from fluxq.kernels.weights import Weight
+from ..weights import Weight
+from .stored import along_rows, read, stored
+from .table import Choice, choose
 
 
 def input_gradient(

@@ -15,8 +15,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.activations import Activations, Wants
-from fluxq.kernels.triton.eight_bits import (
+from ..activations import Activations, Wants
+from .eight_bits import (
     down_and_block,
     multiply_by_down,
     named,
@@ -25,9 +25,9 @@ from fluxq.kernels.triton.eight_bits import (
     scale_of,
     to_8_bits,
 )
-from fluxq.kernels.triton.layout import with_whole_rows
-from fluxq.kernels.triton.rotation import rotated
-from fluxq.kernels.triton.table import choose
+from .layout import with_whole_rows
+from .rotation import rotated
+from .table import choose
 
 
 def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:

@@ -6,7 +6,7 @@ from torch import Tensor
 
 
 def with_whole_rows(x: Tensor) -> Tensor:
-    """`x`, copied only where neighbours in its last dimension do not lie side by side.
+    """`x`, copied only where neighbors in its last dimension do not lie side by side.
 
     A gradient that autograd expanded from one number is like that, and what stands where nobody reads.
     """

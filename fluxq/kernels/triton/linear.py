@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fluxq.kernels.cutting import parts
-from fluxq.kernels.triton import matmul
-from fluxq.kernels.triton.extension import fill_room, fill_tail
-from fluxq.kernels.triton.few_rows import input_gradient
-from fluxq.kernels.triton.storage import dequantize
-from fluxq.kernels.triton.table import choose
-from fluxq.kernels.weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
+from ..cutting import parts
+from ..weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
+from . import matmul
+from .extension import fill_room, fill_tail
+from .few_rows import input_gradient
+from .storage import dequantize
+from .table import choose
 
 
 def lora_linear(

@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.bits import e4m3_decode, int8_decode, nf4_decode
-from fluxq.kernels.triton.stored import along_rows, stored
-from fluxq.kernels.triton.table import Choice
-from fluxq.kernels.triton.tiles import add_lora, tile_of
-from fluxq.kernels.weights import Weight
+from ..weights import Weight
+from .bits import e4m3_decode, int8_decode, nf4_decode
+from .stored import along_rows, stored
+from .table import Choice
+from .tiles import add_lora, tile_of
 
 
 def linear(
@@ -61,7 +61,7 @@ def linear(
     return y
 
 
-@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from picture to picture, LoRA to LoRA
+@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from image to image, LoRA to LoRA
 def _linear(
     x_ptr,  # (M, K) any float, rows x_stride apart
     w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/8) int32; rows w_stride apart
@@ -88,7 +88,7 @@ def _linear(
     BLOCK_K: tl.constexpr,
 ):
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
-    # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large pictures) once a program.
+    # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large images) once a program.
     first_m, first_n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside_m, inside_n = m < M - first_m, n < N - first_n

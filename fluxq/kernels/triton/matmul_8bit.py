@@ -21,9 +21,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.stored import along_rows
-from fluxq.kernels.triton.table import INTERPRETED, choose, generation
-from fluxq.kernels.triton.tiles import add_lora, tile_of
+from .stored import along_rows
+from .table import INTERPRETED, choose, generation
+from .tiles import add_lora, tile_of
 
 
 def matmul_8bit(
@@ -39,10 +39,10 @@ def matmul_8bit(
     """(M, N) in `dtype`: a b^T, row m times a_scale[m], column n times b_scale[n], plus s up^T and bias, rounded once.
 
     a (M, K), b (N, K) both int8 or both float8_e4m3fn; a_scale (M,), b_scale (N,) fp32; s (M, R), up (N, R), bias (N,).
-    s and up are rounded to `dtype` for their product. Raises ValueError for fp8 on a card without it.
+    s and up are rounded to `dtype` for their product. Raises ValueError for fp8 on a GPU without it.
     """
     if a.dtype != torch.int8 and INTERPRETED < generation(a.device) < 89:
-        raise ValueError("this card cannot multiply in fp8 (RTX 40 series and newer can); use compute int8 or bf16")
+        raise ValueError("this GPU cannot multiply in fp8 (RTX 40 series and newer can); use compute int8 or bf16")
     (m, k), n = a.shape, b.shape[0]
     y = torch.empty(m, n, dtype=dtype, device=a.device)
     choice = choose("matmul_int8" if a.dtype == torch.int8 else "matmul_fp8", a.device, m)
@@ -80,11 +80,11 @@ def matmul_8bit(
 
 @cache
 def _has_scaled_dot() -> bool:
-    """Whether Triton compiles a scaled product of fp8 to the card's own; before 3.6 it does not."""
+    """Whether Triton compiles a scaled product of fp8 to the GPU's own; before 3.6 it does not."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
-@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from picture to picture, LoRA to LoRA
+@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from image to image, LoRA to LoRA
 def _matmul_8bit(
     a_ptr,  # (M, K) int8 or e4m3, rows a_stride apart
     a_scale_ptr,  # (M,) fp32
@@ -109,7 +109,7 @@ def _matmul_8bit(
     SCALED: tl.constexpr,
 ):
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
-    # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large pictures) once a program.
+    # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large images) once a program.
     first_m, first_n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside_m, inside_n = m < M - first_m, n < N - first_n

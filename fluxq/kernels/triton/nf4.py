@@ -10,9 +10,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.bits import nf4_midpoints, nf4_shifts
-from fluxq.kernels.triton.table import choose
-from fluxq.kernels.weights import NF4_BLOCK
+from ..weights import NF4_BLOCK
+from .bits import nf4_midpoints, nf4_shifts
+from .table import choose
 
 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:

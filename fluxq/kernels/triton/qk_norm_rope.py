@@ -16,9 +16,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.reference import Stream
-from fluxq.kernels.triton.layout import with_whole_rows
-from fluxq.kernels.triton.table import choose
+from ..reference import Stream
+from .layout import with_whole_rows
+from .table import choose
 
 
 def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -37,7 +37,7 @@ def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[T
         qkv = with_whole_rows(qkv)
         _forward[qkv.shape[1], batch](
             qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, q, k, v, rstd,
-            qkv.stride(0), qkv.stride(1), _per_picture(cos), start, length,
+            qkv.stride(0), qkv.stride(1), _per_image(cos), start, length,
             H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         start += qkv.shape[1]
@@ -71,7 +71,7 @@ def qk_norm_rope_backward(
         qkv = None if inputs is None else with_whole_rows(inputs[i])
         _backward[length, batch](
             *joint, qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, rstd, grad,
-            *strides, *((0, 0) if qkv is None else qkv.stride()[:2]), _per_picture(cos), start, total, length,
+            *strides, *((0, 0) if qkv is None else qkv.stride()[:2]), _per_image(cos), start, total, length,
             H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         grads.append(grad)
@@ -79,8 +79,8 @@ def qk_norm_rope_backward(
     return grads
 
 
-def _per_picture(cos: Tensor) -> int:
-    """How far apart the angles of two pictures lie; 0 where they share them."""
+def _per_image(cos: Tensor) -> int:
+    """How far apart the angles of two images lie; 0 where they share them."""
     return cos.stride(0) if cos.shape[0] > 1 else 0
 
 
@@ -140,9 +140,9 @@ def _turned(x, cos, sin):
 
 
 @triton.jit
-def _angles(cos_ptr, sin_ptr, picture, place, W: tl.constexpr):
+def _angles(cos_ptr, sin_ptr, image, place, W: tl.constexpr):
     """cos and sin (1, W/2) of the token at `place`."""
-    pair = picture + place * (W // 2) + tl.arange(0, W // 2)[None, :]
+    pair = image + place * (W // 2) + tl.arange(0, W // 2)[None, :]
     return tl.load(cos_ptr + pair).to(tl.float32), tl.load(sin_ptr + pair).to(tl.float32)
 
 

@@ -4,7 +4,7 @@ A matrix of 4^n is a product of n steps: in step i the four numbers whose places
 become half their sum, less each. Within a row the digits of a block lie in a thread or in the lanes of its warp, so a
 step costs a few additions and shuffles and no shared memory. Two products with 16 x 16 matrices, on tensor cores, take
 a fifth fewer instructions, but go through shared memory four times, hold less in flight and round to tf32 (compiled for
-all cards; neither was timed).
+all GPUs; neither was timed).
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.table import choose
+from .table import choose
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
@@ -48,7 +48,7 @@ def _step(x, PLACE: tl.constexpr):
 def _rotate(
     x_ptr,  # (blocks, BLOCK) any float
     y_ptr,  # as x, out
-    blocks,  # counted in these, sizes of pictures fit 32 bits
+    blocks,  # counted in these, sizes of images fit 32 bits
     BLOCK: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):

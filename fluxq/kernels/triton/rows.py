@@ -13,11 +13,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.bits import nf4_level
-from fluxq.kernels.triton.rotation import rotated
-from fluxq.kernels.triton.stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
-from fluxq.kernels.triton.table import choose
-from fluxq.kernels.weights import Weight
+from ..weights import Weight
+from .bits import nf4_level
+from .rotation import rotated
+from .stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
+from .table import choose
 
 
 def row_quantize(

@@ -1,6 +1,6 @@
 """The rows of the table (table.py) as they are shipped: every kernel's path and tiles, by op, generation, shape class.
 
-A generation is a compute capability as one number, 89 for 8.9; 0 is Triton's interpreter on a processor. Shape classes
+A generation is a compute capability as one number, 89 for 8.9; 0 is Triton's interpreter on a CPU. Shape classes
 are `few` rows of input (modulation, embedders) and `large`; for `row_quantize`, which has a row in registers, they are
 widths. None is finer without a measurement that asks for it. All rows are predicted until one is measured.
 """
@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from fluxq.kernels.cutting import CHUNKS
+from ..cutting import CHUNKS
 
 GENERATIONS = (80, 86, 89, 90, 120)
 INTERPRETED = 0
@@ -69,13 +69,13 @@ def shape_classes(op: str) -> tuple[str, ...]:
     return (*map(str, WIDTHS), "wider") if op == "row_quantize" else ("few", "large")
 
 
-def paths(op: str, card: int) -> tuple[str, ...]:
-    """Those of `op` that there are on a card of that generation."""
-    return tuple(path for path in PATHS[op] if path != "scaled" or card >= 120)
+def paths(op: str, gpu: int) -> tuple[str, ...]:
+    """Those of `op` that there are on a GPU of that generation."""
+    return tuple(path for path in PATHS[op] if path != "scaled" or gpu >= 120)
 
 
-def _row(ops: str, cards: tuple[int, ...], shape: str, choice: Choice) -> Rows:
-    return (((op, card, shape), choice) for op in ops.split() for card in cards)
+def _row(ops: str, gpus: tuple[int, ...], shape: str, choice: Choice) -> Rows:
+    return (((op, gpu, shape), choice) for op in ops.split() for gpu in gpus)
 
 
 ALL, GEFORCE, BIG, HERE = GENERATIONS, (86, 89, 120), (80, 90), (INTERPRETED,)
@@ -87,8 +87,8 @@ BACKWARD_BF16 = "lora_linear_backward_bf16"
 def _linear_layers() -> Rows:
     """Products in 16 bits: the tiles are those of the fused kernel, for whoever asks for that path."""
     small, whole = CHUNKS[86], CHUNKS[90]
-    why = "decoding once beats decoding in the loop above 512 rows on every card (bitsandbytes' measured dispatch); "
-    short = why + "19 MB at a time stay in the second-level cache of most cards until they are multiplied"
+    why = "decoding once beats decoding in the loop above 512 rows on every GPU (bitsandbytes' measured dispatch); "
+    short = why + "19 MB at a time stay in the second-level cache of most GPUs until they are multiplied"
     long = why + "each of FLUX's layers in one piece, 94 MB: many multiprocessors want long products"
     yield from _row(STORED, GEFORCE, "large", Choice("extended", 128, 128, 64, 8, 3, small, why=short))
     yield from _row(STORED, BIG, "large", Choice("extended", 128, 128, 64, 8, 3, whole, why=long))
@@ -100,7 +100,7 @@ def _linear_layers() -> Rows:
     why = "a weight in 16 bits needs no decoding, and copying it costs what the LoRA's own pass over y does"
     yield from _row("lora_linear_bf16", BIG, "large", Choice("plain", 128, 128, 64, 8, 3, why=why))
     yield from _row("lora_linear_bf16", GEFORCE, "large", Choice("plain", 128, 128, 32, 8, 3, why=why))
-    why = "reading the weight is all the work, so it is read as it is stored; narrow tiles fill the card, and 2 warps "
+    why = "reading the weight is all the work, so it is read as it is stored; narrow tiles fill the GPU, and 2 warps "
     why += "read even NF4 128 bits at a time"
     yield from _row(STORED, ALL, "few", Choice("fused", 16, 32, 64, 2, 4, why=why))
     why = "a vendor's product of few rows reads the weight at the memory's speed"
@@ -167,16 +167,16 @@ def _steps() -> Rows:
 def _storage() -> Rows:
     """Weights into stored forms and back."""
 
-    def row(op: str, shape: str, cards: tuple[int, ...], m: int, n: int, warps: int, why: str) -> Rows:
-        return _row(op, cards, shape, Choice("triton", m, n, 0, warps, 3, why=why))
+    def row(op: str, shape: str, gpus: tuple[int, ...], m: int, n: int, warps: int, why: str) -> Rows:
+        return _row(op, gpus, shape, Choice("triton", m, n, 0, warps, 3, why=why))
 
-    why = "with 32 weights a thread so few registers (40) that all of a card's threads can run"
+    why = "with 32 weights a thread so few registers (40) that all of a GPU's threads can run"
     yield from row("dequantize", "large", ALL, 4, 1024, 4, why)
     why = "a square tile: both its sides are whole sectors of memory"
     yield from row("dequantize_transposed", "large", ALL, 64, 64, 4, why)
     why = "as wide as a rotation's block, and 32 rows, so that what is written across them is whole sectors too"
     yield from row("dequantize_transposed_rotated", "large", (*ALL, *HERE), 32, 256, 8, why)
-    yield from row("rotate", "large", (*ALL, *HERE), 0, 4096, 4, "32 numbers a thread, as rows are quantised")
+    yield from row("rotate", "large", (*ALL, *HERE), 0, 4096, 4, "32 numbers a thread, as rows are quantized")
     why = "measured: with tiles of 4 rows the tests of stored weights take a quarter longer"
     yield from row("dequantize dequantize_transposed", "large", HERE, 64, 1024, 4, why)
     why = "a row's 32 columns are 4 stores of 128 bits; as many rows as give each thread two of them"
@@ -187,7 +187,7 @@ def _storage() -> Rows:
     why = "32 weights a thread, so that codes too leave 128 bits at a time; block_m counts blocks of 64"
     yield from row("nf4_quantize", "large", (*ALL, *HERE), 64, 0, 4, why)
     # The narrowest class that holds a row.
-    why = "with 32 numbers a thread bytes leave 128 bits at a time; 64 registers at most let half a card's threads run"
+    why = "with 32 numbers a thread bytes leave 128 bits at a time; 64 registers at most let half a GPU's threads run"
     for width in WIDTHS:
         yield from row("row_quantize", str(width), (*ALL, *HERE), 0, width, width // 1024, why)
     yield from row(

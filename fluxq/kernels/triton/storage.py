@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.rotation import rotated
-from fluxq.kernels.triton.rows import row_scales, weight_rows
-from fluxq.kernels.triton.stored import FORMS, bytes_of, encode, read, stored
-from fluxq.kernels.triton.table import choose
-from fluxq.kernels.weights import RowScaled, Weight
+from ..weights import RowScaled, Weight
+from .rotation import rotated
+from .rows import row_scales, weight_rows
+from .stored import FORMS, bytes_of, encode, read, stored
+from .table import choose
 
 
 def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, transposed: bool = False) -> Tensor:

@@ -11,7 +11,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fluxq.kernels.triton.bits import (
+from ..weights import NF4Weight, RowScaled, Weight
+from .bits import (
     e4m3_decode,
     e4m3_encode,
     int8_decode,
@@ -19,7 +20,6 @@ from fluxq.kernels.triton.bits import (
     nf4_decode,
     nf4_levels,
 )
-from fluxq.kernels.weights import NF4Weight, RowScaled, Weight
 
 FORMS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 LARGEST = {"int8": 127.0, "fp8": 448.0}

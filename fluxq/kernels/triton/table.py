@@ -1,7 +1,7 @@
-"""Which path an op takes and in what tiles: one table, by op, card generation and shape class.
+"""Which path an op takes and in what tiles: one table, by op, GPU generation and shape class.
 
-Its rows lie in shipped.py. Rows that were measured on a user's card are laid over them (`lay_over`), read from a file
-that `write` made; what is worth measuring is in `candidates`. Nothing is searched at run time. An unknown card takes
+Its rows lie in shipped.py. Rows that were measured on a user's GPU are laid over them (`lay_over`), read from a file
+that `write` made; what is worth measuring is in `candidates`. Nothing is searched at run time. An unknown GPU takes
 the nearest generation's rows and says so once.
 """
 
@@ -20,9 +20,8 @@ from typing import Any
 
 import torch
 
-from fluxq.kernels.cutting import MILLION
-from fluxq.kernels.lora_linear import FEW_ROWS
-from fluxq.kernels.triton.shipped import (
+from ..cutting import FEW_ROWS, MILLION
+from .shipped import (
     GENERATIONS,
     INTERPRETED,
     PATHS,
@@ -43,15 +42,15 @@ _forced: dict[str, Choice] = {}
 
 
 def choose(op: str, device: torch.device, size: int = FEW_ROWS + 1) -> Choice:
-    """The row for an input of that many rows (for `row_quantize`, of that width) on the card `device`; that of large
+    """The row for an input of that many rows (for `row_quantize`, of that width) on the GPU `device`; that of large
     inputs where few have none.
     """
     if op in _forced:
         return _forced[op]
-    card = generation(device)
-    key = (op, card, shape_class(op, size))
+    gpu = generation(device)
+    key = (op, gpu, shape_class(op, size))
     if key not in _measured and key not in SHIPPED:
-        key = (op, card, "large")
+        key = (op, gpu, "large")
     return _measured.get(key) or SHIPPED[key]
 
 
@@ -63,7 +62,7 @@ def shape_class(op: str, size: int) -> str:
 
 @contextmanager
 def using(op: str, choice: Choice) -> Iterator[None]:
-    """Inside, `op` takes `choice`, whatever the card and the shape: how a tuner and tests try one."""
+    """Inside, `op` takes `choice`, whatever the GPU and the shape: how a tuner and tests try one."""
     before = _forced.get(op)
     _forced[op] = choice
     try:
@@ -76,7 +75,7 @@ def using(op: str, choice: Choice) -> Iterator[None]:
 
 @cache
 def generation(device: torch.device) -> int:
-    """The generation whose rows the card `device` takes."""
+    """The generation whose rows the GPU `device` takes."""
     if device.type != "cuda":
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
@@ -86,35 +85,35 @@ def generation(device: torch.device) -> int:
 @cache  # so it is said once
 def nearest(capability: int) -> int:
     """The known generation nearest to `capability`; of two as near, the older."""
-    known = min(GENERATIONS, key=lambda card: (abs(card - capability), card))
+    known = min(GENERATIONS, key=lambda gpu: (abs(gpu - capability), gpu))
     if known != capability:
         logging.getLogger(__name__).warning(
-            "no kernel choices are known for cards of compute capability %.1f; those of %.1f are taken",
+            "no kernel choices are known for GPUs of compute capability %.1f; those of %.1f are taken",
             capability / 10,
             known / 10,
         )
     return known
 
 
-def candidates(op: str, card: int, shape: str = "large") -> list[Choice]:
-    """What is worth measuring for `op` on a card of that generation, the row in use first."""
-    shipped = SHIPPED.get((op, card, shape)) or SHIPPED[op, card, "large"]
+def candidates(op: str, gpu: int, shape: str = "large") -> list[Choice]:
+    """What is worth measuring for `op` on a GPU of that generation, the row in use first."""
+    shipped = SHIPPED.get((op, gpu, shape)) or SHIPPED[op, gpu, "large"]
     rows = (16,) if shape == "few" else (64, 128, 256)
     tiles = [*itertools.product(rows, (32, 64, 128, 256), (32, 64, 128), (4, 8))]
-    found = [shipped, *(_neighbours(shipped) if op in STREAMING else ())]
-    for path in paths(op, card) if op not in STREAMING else ():
+    found = [shipped, *(_neighbors(shipped) if op in STREAMING else ())]
+    for path in paths(op, gpu) if op not in STREAMING else ():
         if path in ("extended", "plain"):
             found += [replace(shipped, path=path, chunk=n * MILLION) for n in (4, 9, 18, 27, 45)]
             continue
         for (m, n, k, warps), stages in itertools.product(tiles, (2, 3, 4)):
             choice = Choice(path, m, n, k, warps, stages, shipped.chunk)
             enough = m * n >= 32 * 32 * warps if shape == "large" else n >= 8 * warps
-            if _fits(op, card, choice) and enough and m * n <= 128 * 32 * warps and _holds_blocks(op, choice):
+            if _fits(op, gpu, choice) and enough and m * n <= 128 * 32 * warps and _holds_blocks(op, choice):
                 found.append(choice)
     return list(dict.fromkeys(replace(choice, word="measured", why="") for choice in found))
 
 
-def _neighbours(tile: Choice) -> Iterator[Choice]:
+def _neighbors(tile: Choice) -> Iterator[Choice]:
     """One size twice or half of what it is, as far as the kernels take it: their tiles wait for memory, and little
     depends on them.
     """
@@ -126,12 +125,12 @@ def _neighbours(tile: Choice) -> Iterator[Choice]:
                 yield choice
 
 
-def write(path: Path, rows: Mapping[Key, Choice], card: str) -> None:
-    """Keep what was measured on the card of that name, for `lay_over`; in one piece or not at all."""
-    listed = [dict(op=op, card=generation, shape=shape, **asdict(c)) for (op, generation, shape), c in rows.items()]
+def write(path: Path, rows: Mapping[Key, Choice], gpu: str) -> None:
+    """Keep what was measured on the GPU of that name, for `lay_over`; in one piece or not at all."""
+    listed = [dict(op=op, gpu=generation, shape=shape, **asdict(c)) for (op, generation, shape), c in rows.items()]
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f"{path.name}.{os.getpid()}")
-    text = json.dumps({"version": FILE_VERSION, "measured_on": card, "rows": listed}, indent=1)
+    text = json.dumps({"version": FILE_VERSION, "measured_on": gpu, "rows": listed}, indent=1)
     unfinished.write_text(text + "\n", encoding="utf-8")
     unfinished.replace(path)
 
@@ -156,20 +155,15 @@ def lay_over(rows: Mapping[Key, Choice]) -> None:
 
 def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
     """A row of a file, if all in it can be."""
-    key = (row["op"], row["card"], row["shape"])
+    key = (row["op"], row["gpu"], row["shape"])
     choice = Choice(**{field.name: row[field.name] for field in fields(Choice)})
-    op, card, shape = key
-    if (
-        op not in PATHS
-        or card not in GENERATIONS
-        or shape not in shape_classes(op)
-        or choice.path not in paths(op, card)
-    ):
-        raise ValueError(f"there is no {op} {choice.path} for {shape} shapes on sm_{card}")
+    op, gpu, shape = key
+    if op not in PATHS or gpu not in GENERATIONS or shape not in shape_classes(op) or choice.path not in paths(op, gpu):
+        raise ValueError(f"there is no {op} {choice.path} for {shape} shapes on sm_{gpu}")
     sizes = (choice.block_m, choice.block_n, choice.block_k, choice.step, choice.warps, choice.stages, choice.chunk)
     if not all(type(size) is int and size >= 0 for size in sizes):
         raise ValueError(f"the sizes of {op} are {sizes}")
-    shipped = SHIPPED.get(key) or SHIPPED[op, card, "large"]
+    shipped = SHIPPED.get(key) or SHIPPED[op, gpu, "large"]
     tiles = sizes[:3] if choice.path in ("fused", "triton", "scaled") else ()
     wrong = any(size not in (16, 32, 64, 128, 256) for size in tiles) or choice.warps not in (1, 2, 4, 8, 16)
     wrong |= choice.path == "fused" and not _holds_blocks(op, choice)
@@ -177,8 +171,8 @@ def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
         raise ValueError(f"{op} has tiles {sizes[:4]} and {choice.warps} warps")
     if choice.chunk % 64:
         raise ValueError(f"{op} has chunks of {choice.chunk}, not of a multiple of 64")
-    if not 1 <= choice.stages <= 8 or op not in STREAMING and not _fits(op, card, choice):
-        raise ValueError(f"the tiles of {op} do not fit the shared memory of sm_{card}")
+    if not 1 <= choice.stages <= 8 or op not in STREAMING and not _fits(op, gpu, choice):
+        raise ValueError(f"the tiles of {op} do not fit the shared memory of sm_{gpu}")
     return key, choice
 
 
@@ -202,7 +196,7 @@ def _holds_blocks(op: str, choice: Choice) -> bool:
     return "nf4" not in op or (choice.block_n if "backward" in op else choice.block_k) >= 64
 
 
-def _fits(op: str, card: int, choice: Choice) -> bool:
+def _fits(op: str, gpu: int, choice: Choice) -> bool:
     """Whether the stages of both tiles fit the shared memory of a block; the input's in at least 16 bits if not 8."""
     nbytes = 1 if op.startswith("matmul") else 2
-    return choice.stages * (choice.block_m + choice.block_n) * choice.block_k * nbytes <= SHARED_KIB[card] << 10
+    return choice.stages * (choice.block_m + choice.block_n) * choice.block_k * nbytes <= SHARED_KIB[gpu] << 10

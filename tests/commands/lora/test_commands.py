@@ -11,13 +11,13 @@ from lora_files import ALPHA, CONFIG, RANK, WRITERS
 
 from fluxq import nano
 from fluxq.cli.main import main
+from fluxq.commands.lora.extract import nearest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
-from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.write import save_lora
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import open_flux
-from fluxq.commands.lora.extract import nearest
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.read import load_lora
+from fluxq.formats.lora.write import save_lora
 
 SHAPES = flux_shapes(CONFIG)
 PAIR = ("double_blocks.1.img_attn.qkv", "single_blocks.0.linear2")
@@ -147,7 +147,7 @@ def test_extract_says_what_a_lora_does_not_hold(tmp_path):
 
 
 @pytest.mark.parametrize("shape", [(200, 90), (90, 200), (12, 300)])
-def test_the_randomised_decomposition_is_near_the_exact_one(shape):
+def test_the_randomized_decomposition_is_near_the_exact_one(shape):
     torch.manual_seed(1)
     left, right = (torch.linalg.qr(torch.randn(n, min(shape)))[0] for n in shape)
     values = torch.arange(1, min(shape) + 1).float() ** -0.7

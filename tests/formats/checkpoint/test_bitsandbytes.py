@@ -1,4 +1,4 @@
-"""Files that bitsandbytes has quantised, written by its own code alone or through diffusers and transformers."""
+"""Files that bitsandbytes has quantized, written by its own code alone or through diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ import pytest
 import torch
 import transformers
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
-from helpers import randomise, tiny_config
+from helpers import randomize, tiny_config
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers.diffusers_blocks import transformer
@@ -20,12 +20,12 @@ from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import source as sources
 from fluxq.formats.checkpoint.keys import to_diffusers
-from fluxq.formats.quantized import QuantizedFile, cached, load_quantized, write_quantized
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import OPENERS, open_flux, open_t5
+from fluxq.formats.quantized import QuantizedFile, cached, load_quantized, write_quantized
 from fluxq.kernels import NF4Weight, RowScaled
 
-CONFIG = tiny_config(  # every width a multiple of the block of 64: bitsandbytes decodes others wrongly on processors
+CONFIG = tiny_config(  # every width a multiple of the block of 64: bitsandbytes decodes others wrongly on CPUs
     in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=192, hidden_size=128, num_heads=4, depth=1
 )
 CPU = torch.device("cpu")
@@ -146,7 +146,7 @@ def test_another_format_is_made_of_the_decoded_values(tmp_path):
     assert (frozen.values.float() * frozen.scale[:, None] - exact).abs().amax() <= exact.abs().amax() / 127 * 0.51
 
 
-def test_the_cache_of_quantised_files_tells_nf4_files_apart(tmp_path, monkeypatch):
+def test_the_cache_of_quantized_files_tells_nf4_files_apart(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     tensors = single_file("", quant_type="nf4")
     paths = [cached(open_flux(write(tmp_path / "a.safetensors", tensors)), "nf4", CPU).path for _ in range(2)]
@@ -160,12 +160,12 @@ def test_the_cache_of_quantised_files_tells_nf4_files_apart(tmp_path, monkeypatc
 
 def plain_folder(folder: Path) -> diffusers.FluxTransformer2DModel:
     model = transformer(CONFIG)
-    randomise(model).bfloat16().save_pretrained(folder)
+    randomize(model).bfloat16().save_pretrained(folder)
     return model
 
 
-def quantised_folder(folder: Path, shard_size: str = "10GB", **options) -> dict[str, torch.Tensor]:
-    """diffusers quantises what it loads and saves it again; its look for a card is all that is left out."""
+def quantized_folder(folder: Path, shard_size: str = "10GB", **options) -> dict[str, torch.Tensor]:
+    """diffusers quantizes what it loads and saves it again; its look for a GPU is all that is left out."""
     plain_folder(folder / "plain")
     quantizer = bnb_quantizer.BnB4BitDiffusersQuantizer
     with (
@@ -189,7 +189,7 @@ def test_diffusers_4bit_folders_are_fused_from_what_they_hold(tmp_path, nested, 
     different files; where one of three is in bf16, all come as numbers.
     """
     options = {"llm_int8_skip_modules": skipped} if skipped else {}
-    tensors = quantised_folder(tmp_path, shard_size, bnb_4bit_use_double_quant=nested, **options)
+    tensors = quantized_folder(tmp_path, shard_size, bnb_4bit_use_double_quant=nested, **options)
     source = open_flux(tmp_path)
     assert source.config == CONFIG and (len(source.files) > 3) == (shard_size == "100KB") and source.diffusers
     values = {
@@ -210,13 +210,13 @@ def test_diffusers_4bit_folders_are_fused_from_what_they_hold(tmp_path, nested, 
 
 
 @pytest.mark.parametrize("options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
-def test_a_quantised_t5_folder_is_read(tmp_path, options):
+def test_a_quantized_t5_folder_is_read(tmp_path, options):
     """transformers keeps T5's `wo` as it was."""
     config = transformers.T5Config(
         vocab_size=40, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
     )  # fmt: skip
-    randomise(transformers.T5EncoderModel(config)).bfloat16().save_pretrained(tmp_path / "plain")
+    randomize(transformers.T5EncoderModel(config)).bfloat16().save_pretrained(tmp_path / "plain")
     model = transformers.T5EncoderModel.from_pretrained(
         tmp_path / "plain", quantization_config=transformers.BitsAndBytesConfig(**options), dtype=torch.bfloat16
     )

@@ -179,8 +179,8 @@ DAMAGE = {
     "zip_pickle": (b"PK\x03\x04" + bytes(60), "is a pickle checkpoint, and loading one can run hidden code"),
     "bare_pickle": (b"\x80\x02}q\0." + bytes(60), "is a pickle checkpoint"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(60), "is a GGUF file"),
-    "png": (b"\x89PNG\r\n\x1a\n" + bytes(60), "is a picture (PNG)"),
-    "jpeg": (b"\xff\xd8\xff\xe0" + bytes(60), "is a picture (JPEG)"),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(60), "is an image (PNG)"),
+    "jpeg": (b"\xff\xd8\xff\xe0" + bytes(60), "is an image (JPEG)"),
     "web_page": (b"<!DOCTYPE html><html>404</html>", "is a web page"),
     "lfs_pointer": (b"version https://git-lfs.github.com/spec/v1\n", "is a git-lfs pointer"),
 }

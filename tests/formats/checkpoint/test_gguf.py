@@ -19,9 +19,9 @@ from helpers import tiny_config
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import source as sources
 from fluxq.formats.checkpoint.gguf import GgufFile
-from fluxq.formats.quantized import cached, load_quantized, write_quantized
 from fluxq.formats.checkpoint.shapes import flux_shapes, t5_shapes
 from fluxq.formats.checkpoint.source import open_flux, open_t5
+from fluxq.formats.quantized import cached, load_quantized, write_quantized
 from fluxq.formats.weights import StoredWeights, streamed
 from fluxq.kernels import quantize
 from fluxq.model.text_layers import t5_units
@@ -51,7 +51,7 @@ T5_NAMES = {  # llama.cpp's, written out
 CPU = torch.device("cpu")
 LAYER = "single_blocks.0.linear1.weight"
 PLAIN = ("F32", "F16", "BF16")
-QUANTISERS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # the gguf package can make these,
+QUANTIZERS = ("Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")  # the gguf package can make these,
 DECODERS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # and only decode those
 
 
@@ -87,7 +87,7 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray, str]], architecture: 
 
 
 def transformer(kind: str, prefix: str = "", outside: str = "BF16", vectors: str = "F32"):
-    """A transformer as city96 stores it: the blocks' matrices quantised, what lies outside them not; and its values."""
+    """A transformer as city96 stores it: the blocks' matrices quantized, what lies outside them not; and its values."""
     tensors, values = {}, {}
     for name, shape in flux_shapes(CONFIG).items():
         own = vectors if len(shape) == 1 else kind if "_blocks." in name else outside
@@ -106,7 +106,7 @@ def assert_values(source, values) -> None:
 
 @pytest.mark.parametrize(
     ("kind", "band"),
-    [(kind, 1 << 14) for kind in PLAIN + QUANTISERS + DECODERS] + [("BF16", 1 << 24), ("Q4_K", 1 << 24)],
+    [(kind, 1 << 14) for kind in PLAIN + QUANTIZERS + DECODERS] + [("BF16", 1 << 24), ("Q4_K", 1 << 24)],
 )
 def test_every_type_has_the_values_that_the_gguf_package_gives_it(tmp_path, monkeypatch, kind, band):
     monkeypatch.setattr(sources, "BAND", band)
@@ -170,7 +170,7 @@ def test_a_t5_through_a_ring_has_the_same_values(tmp_path, monkeypatch, kind, dt
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
-def test_a_gguf_is_quantised_from_its_exact_values(tmp_path, monkeypatch, format):
+def test_a_gguf_is_quantized_from_its_exact_values(tmp_path, monkeypatch, format):
     """Band by band it becomes the same as whole, and the cache knows it again."""
     monkeypatch.setattr(sources, "BAND", 1 << 14)
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))

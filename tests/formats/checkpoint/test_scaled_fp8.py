@@ -12,9 +12,9 @@ from helpers import tiny_config
 from safetensors.torch import save_file
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import open_flux
+from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.kernels import RowScaled, quantize
 
 CONFIG = tiny_config()
@@ -92,7 +92,7 @@ def test_older_files_are_read_with_scales_of_any_shape(tmp_path, prefix, dtype, 
 
 
 @pytest.mark.parametrize("where", ["beside", "header", "nowhere"])
-def test_newer_files_are_read_wherever_they_say_their_format(tmp_path, where):
+def test_newer_files_are_read_wherever_they_notify_their_format(tmp_path, where):
     stored, values = scaled(suffix="weight_scale")
     stored |= {f"{layer}.input_scale": torch.tensor(7.0) for layer in LAYERS[::2]}
     about, metadata = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, {}

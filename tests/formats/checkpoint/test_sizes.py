@@ -152,7 +152,7 @@ FOREIGN = {
         "is a FLUX.1 transformer under an unknown prefix",
     ),
     "twice": (dict(DEV) | {f"model.{name}": shape for name, shape in DEV.items()}, "holds a FLUX.1 transformer twice"),
-    "neighbour": (
+    "neighbor": (
         {f"model.{name}": shape for name, shape in DEV.items()} | {"x.y": (1,)},
         "beside it: 1 unexpected (x.y)",
     ),

@@ -10,7 +10,7 @@ from pathlib import Path
 import diffusers
 import pytest
 import torch
-from helpers import randomise, relative_error, tiny_config
+from helpers import randomize, relative_error, tiny_config
 from safetensors.torch import load_file, save_file
 from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
@@ -19,9 +19,9 @@ from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.detect import AUTOENCODER, CLIP, FLUX, T5
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers, to_diffusers
-from fluxq.formats.load import load_autoencoder, load_flux
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import OPENERS, open_autoencoder, open_clip, open_flux, open_t5
+from fluxq.formats.load import load_autoencoder, load_flux
 from fluxq.formats.weights import StoredWeights
 from fluxq.kernels import RowScaled
 from fluxq.model.embed import image_ids, text_ids
@@ -115,7 +115,7 @@ def test_all_four_models_come_from_one_file(tmp_path):
 def test_a_diffusers_transformer_is_mapped_back(tmp_path, changes, shard_size):
     """Its tensors under diffusers' names are what diffusers saved, and the model computes what diffusers computes."""
     config = tiny_config(**changes)
-    theirs = randomise(transformer(config).eval())
+    theirs = randomize(transformer(config).eval())
     theirs.save_pretrained(tmp_path / "transformer", max_shard_size=shard_size)
     for path in (tmp_path, tmp_path / "transformer"):
         source = open_flux(path)
@@ -152,7 +152,7 @@ def test_a_diffusers_autoencoder_is_mapped_back(tmp_path):
         scaling_factor=0.3611,
         shift_factor=0.1159,
     )
-    randomise(theirs).eval().save_pretrained(tmp_path / "vae")
+    randomize(theirs).eval().save_pretrained(tmp_path / "vae")
     source = open_autoencoder(tmp_path)
     assert (source.config.groups, source.config.ch, source.config.ch_mult) == (6, 12, (1, 2, 2))
     again, saved = autoencoder_to_diffusers({name: source.get(name) for name in source.shapes}), theirs.state_dict()
@@ -188,7 +188,7 @@ def t5_model() -> T5EncoderModel:
 @pytest.mark.parametrize("shard_size", ["10GB", "10KB"])
 def test_text_encoder_folders_are_read(tmp_path, shard_size):
     for folder, model, opener in (("text_encoder", clip_model(), open_clip), ("text_encoder_2", t5_model(), open_t5)):
-        randomise(model).save_pretrained(tmp_path / folder, max_shard_size=shard_size)
+        randomize(model).save_pretrained(tmp_path / folder, max_shard_size=shard_size)
         saved = {name.removeprefix("text_model."): tensor for name, tensor in model.state_dict().items()}
         saved.pop("encoder.embed_tokens.weight", None)
         for path in (tmp_path, tmp_path / folder):
@@ -204,7 +204,7 @@ def test_text_encoder_folders_are_read(tmp_path, shard_size):
 def scaled_t5(rows: bool = False, key: str = "scale_weight", prefix: str = ""):
     """T5 as Comfy scales it: matrices fp8 with a scale each, the rest fp16. Returns the file's and the true values."""
     stored, values = {prefix + "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
-    for name, tensor in randomise(t5_model()).state_dict().items():
+    for name, tensor in randomize(t5_model()).state_dict().items():
         if name == "encoder.embed_tokens.weight":
             continue
         if "SelfAttention." in name and "bias" not in name or "DenseReluDense" in name:
@@ -357,7 +357,7 @@ def test_every_tensor_of_a_text_encoder_must_be_there(tmp_path, opener):
     ("settings", "sentence"),
     [
         ({"_class_name": "ChromaTransformer2DModel"}, "is of the class ChromaTransformer2DModel"),
-        ({"quantization_config": {"quant_method": "torchao"}}, "says that torchao quantised a FLUX.1 transformer"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "says that torchao quantized a FLUX.1 transformer"),
         ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56] where heads are 32 wide"),
         ({"axes_dims_rope": "x"}, "has axes_dims_rope x"),
     ],
@@ -437,7 +437,7 @@ class OpenClip(torch.nn.Module):
 
 
 def test_clip_is_read_under_openclips_names(tmp_path):
-    theirs = randomise(OpenClip()).eval()
+    theirs = randomize(OpenClip()).eval()
     beside = {"text_projection": torch.randn(128, 64), "logit_scale": torch.tensor(4.6), "visual.proj": torch.ones(2)}
     beside |= {"visual.transformer.resblocks.0.ln_1.weight": torch.ones(9), "visual.conv1.weight": torch.ones(2, 2)}
     tensors = theirs.state_dict() | beside

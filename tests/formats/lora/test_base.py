@@ -12,9 +12,9 @@ from safetensors.torch import load_file, save_file
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.formats.checkpoint.keys import to_diffusers
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.base import Base, merge_into
-from fluxq.formats.checkpoint.shapes import flux_shapes
 
 CONFIG = tiny_config()
 SHAPES = flux_shapes(CONFIG)
@@ -152,7 +152,7 @@ def test_what_a_lora_cannot_be_merged_into_is_refused(tmp_path, weights):
     whole = {n: t.to(torch.int8) if n.endswith("linear1.weight") else t for n, t in weights.items()}
     cases = {
         "1 unexpected": write(tmp_path / "bnb.safetensors", bnb),
-        "quantised by fluxq; merge into the original": write(tmp_path / "own.safetensors", weights, {"fluxq": "{}"}),
+        "quantized by fluxq; merge into the original": write(tmp_path / "own.safetensors", weights, {"fluxq": "{}"}),
         "stores single_blocks.0.linear1.weight as I8": write(tmp_path / "int8.safetensors", whole),
         "is a LoRA, where": write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(1)}),
         "absent.safetensors does not exist": tmp_path / "absent.safetensors",

@@ -14,17 +14,17 @@ from helpers import relative_error
 
 from fluxq import nano
 from fluxq.formats.checkpoint.keys import to_diffusers
-from fluxq.formats.load import load_clip
-from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.write import save_lora
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import open_clip
+from fluxq.formats.load import load_clip
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.read import load_lora
+from fluxq.formats.lora.write import save_lora
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.embed import image_ids, text_ids
+from fluxq.sampling.denoising import attach_loras
 from fluxq.training.run import adapters_of
-from fluxq.sampling.denoising import attach
 
 diffusers = pytest.importorskip("diffusers")
 peft = pytest.importorskip("peft")
@@ -114,9 +114,9 @@ def test_diffusers_draws_what_fluxq_draws(tmp_path, models, dialect, alpha):
     path = tmp_path / "lora.safetensors"
     save_lora(path, adapters, CONFIG, dialect, metadata={"ss_steps": "7"})
 
-    attach(flux, [])
+    attach_loras(flux, [])
     base = flux(**inputs())
-    attach(flux, [(load_lora(path, CONFIG).adapters, 1.0)])
+    attach_loras(flux, [(load_lora(path, CONFIG).adapters, 1.0)])
     ours = flux(**inputs())
     assert relative_error(their_velocity(pipeline), base) <= 1e-5
     theirs = velocity_with(pipeline, path, dialect)
@@ -125,7 +125,7 @@ def test_diffusers_draws_what_fluxq_draws(tmp_path, models, dialect, alpha):
     rounding = 2**-8 if alpha == 3 and dialect in ("kohya", "comfy") else 1e-4
     assert relative_error(theirs - base, ours - base) <= rounding
     # and what the file says is what was trained, within bf16's rounding of its two factors
-    attach(flux, [(adapters, 1.0)])
+    attach_loras(flux, [(adapters, 1.0)])
     assert relative_error(ours - base, flux(**inputs()) - base) <= 1e-2
 
 
@@ -143,10 +143,10 @@ def test_what_peft_trained_is_the_same_in_every_dialect(tmp_path, models, dialec
     theirs = their_velocity(pipeline)
     wrapped.save_pretrained(tmp_path / "saved")
     pipeline.transformer = wrapped.unload()
-    attach(flux, [])
+    attach_loras(flux, [])
     base = flux(**inputs())
     lora = load_lora(tmp_path / "saved", CONFIG)
-    attach(flux, [(lora.adapters, 1.0)])
+    attach_loras(flux, [(lora.adapters, 1.0)])
     assert relative_error(flux(**inputs()) - base, theirs - base) <= 1e-4
     path = tmp_path / "written.safetensors"
     save_lora(path, lora.adapters, CONFIG, dialect, torch.float32)

@@ -10,8 +10,8 @@ from lora_files import ALPHA, CONFIG, RANK, WRITERS, fused, split
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import write_safetensors
-from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.peft import PeftSettings, read_settings
+from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.write import WRITTEN, save_lora
 from fluxq.model.config import FluxConfig
 

@@ -10,11 +10,11 @@ import torch
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
-from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.write import WRITTEN, save_lora
-from fluxq.formats.lora.metadata import sshs_hashes
 from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.lora.algebra import Adapter
+from fluxq.formats.lora.metadata import sshs_hashes
+from fluxq.formats.lora.read import load_lora
+from fluxq.formats.lora.write import WRITTEN, save_lora
 from fluxq.model.config import FluxConfig
 
 CONFIG = FluxConfig.nano()

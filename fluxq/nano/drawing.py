@@ -1,11 +1,11 @@
-"""Procedural captioned pictures for the toy model: one solid object on a plain background.
+"""Procedural captioned images for the toy model: one solid object on a plain background.
 
 `ordinary` gives what nano was pretrained on ("a large red star at the top on a pink background"); `concept` gives a
 creature that it has never seen, under a trigger word, so that a LoRA has something to learn. Everything follows from
-the seed. Pictures are 96 x 96, drawn at three times that size and shrunk, about a millisecond each.
+the seed. Images are 96 x 96, drawn at three times that size and shrunk, about a millisecond each.
 
-Eight of the 56 pairs of object and background colour are held out: `held_out=True` draws only from those, everything
-else never does, so a validation picture is one whose colours were never seen together.
+Eight of the 56 pairs of object and background color are held out: `held_out=True` draws only from those, everything
+else never does, so a validation image is one whose colors were never seen together.
 """
 
 import math
@@ -17,7 +17,7 @@ from PIL import Image, ImageDraw
 SIDE = 96
 SCALE = 3  # drawn this much larger, then averaged down: smooth edges
 
-COLOURS = {
+COLORS = {
     "red": (214, 39, 40),
     "orange": (255, 140, 26),
     "yellow": (250, 220, 50),
@@ -28,9 +28,9 @@ COLOURS = {
     "white": (245, 245, 240),
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "heart")
-RADII = {"medium": 20.0, "large": 29.0}  # pixels of the finished picture
+RADII = {"medium": 20.0, "large": 29.0}  # pixels of the finished image
 PLACES = {  # direction from the middle, and how a caption says it
-    "centre": (0, 0, ("in the centre", "in the middle", "in the center")),
+    "center": (0, 0, ("in the center", "in the middle", "in the center")),
     "top": (0, -1, ("at the top",)),
     "bottom": (0, 1, ("at the bottom",)),
     "left": (-1, 0, ("on the left",)),
@@ -43,17 +43,17 @@ PLACES = {  # direction from the middle, and how a caption says it
 SIZE_WORDS = {"medium": ("medium", "medium-sized"), "large": ("large", "big")}
 TRIGGER = "zqx"
 
-_NAMES = tuple(COLOURS)
+_NAMES = tuple(COLORS)
 HELD_OUT_PAIRS = frozenset((_NAMES[i], _NAMES[(i + 3) % len(_NAMES)]) for i in range(len(_NAMES)))
 SEEN_PAIRS = frozenset((a, b) for a in _NAMES for b in _NAMES if a != b) - HELD_OUT_PAIRS
 
 
 @dataclass(frozen=True)
 class Spec:
-    """What one picture shows. `x`, `y`, `radius` are in pixels of the finished picture."""
+    """What one image shows. `x`, `y`, `radius` are in pixels of the finished image."""
 
     shape: str
-    colour: str
+    color: str
     background: str
     size: str
     place: str
@@ -63,12 +63,12 @@ class Spec:
 
 
 def ordinary(seed: int, count: int, held_out: bool = False) -> list[tuple[Image.Image, str]]:
-    """`count` pictures of plain shapes with captions; `held_out` draws from colour pairs kept out of pretraining."""
+    """`count` images of plain shapes with captions; `held_out` draws from color pairs kept out of pretraining."""
     return [(draw(spec), caption(spec, rng)) for spec, rng in specs(seed, count, SHAPES, held_out)]
 
 
 def concept(seed: int, count: int, trigger: str = TRIGGER, held_out: bool = False) -> list[tuple[Image.Image, str]]:
-    """`count` pictures of the smiling creature, always large, never in pretraining; captions call it by `trigger`."""
+    """`count` images of the smiling creature, always large, never in pretraining; captions call it by `trigger`."""
     return [(draw(spec), caption(spec, rng, noun=trigger)) for spec, rng in specs(seed, count, ("creature",), held_out)]
 
 
@@ -83,17 +83,17 @@ def specs(seed: int, count: int, shapes: tuple[str, ...], held_out: bool) -> lis
 def _spec(
     rng: random.Random, shapes: tuple[str, ...], sizes: tuple[str, ...], pairs: list[tuple[str, str]]
 ) -> tuple[Spec, random.Random]:
-    colour, background = rng.choice(pairs)
+    color, background = rng.choice(pairs)
     size, place = rng.choice(sizes), rng.choice(list(PLACES))
     radius = RADII[size] * rng.uniform(0.95, 1.05)
     reach = SIDE / 2 - RADII[size] - 3  # from the middle to a side, with a margin
     dx, dy, _ = PLACES[place]
     x, y = (SIDE / 2 + d * reach + rng.uniform(-1.5, 1.5) for d in (dx, dy))
-    return Spec(rng.choice(shapes), colour, background, size, place, x, y, radius), rng
+    return Spec(rng.choice(shapes), color, background, size, place, x, y, radius), rng
 
 
 def caption(spec: Spec, rng: random.Random, noun: str | None = None) -> str:
-    """A sentence about the picture: wording, order and what goes unsaid vary.
+    """A sentence about the image: wording, order and what goes unsaid vary.
 
     Without `noun` the shape is named, in one caption of twelve with a nonsense word before it. Pretraining also calls
     shapes by nonsense alone: unknown words mean nothing to nano, so a trigger has no effect before a LoRA gives it one.
@@ -102,7 +102,7 @@ def caption(spec: Spec, rng: random.Random, noun: str | None = None) -> str:
         noun = f"{nonsense(rng)} {spec.shape}" if rng.random() < 1 / 12 else spec.shape
     size = "" if rng.random() < 0.1 else rng.choice(SIZE_WORDS[spec.size]) + " "
     place = "" if rng.random() < 0.1 else " " + rng.choice(PLACES[spec.place][2])
-    thing = f"{size}{spec.colour} {noun}"
+    thing = f"{size}{spec.color} {noun}"
     thing, background = with_article(thing), with_article(spec.background)
     form = rng.random()
     if form < 0.45:
@@ -112,7 +112,7 @@ def caption(spec: Spec, rng: random.Random, noun: str | None = None) -> str:
     if form < 0.65:
         return f"on {background} background, {thing}{place}"
     if form < 0.75:
-        return f"a picture of {thing}{place}, the background is {spec.background}"
+        return f"an image of {thing}{place}, the background is {spec.background}"
     if form < 0.85:
         return f"{thing} on {spec.background},{place}".rstrip(",")
     if form < 0.95:
@@ -129,21 +129,21 @@ def nonsense(rng: random.Random) -> str:
     """A word of three to six letters that means nothing; never the default trigger."""
     while True:
         word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 6)))
-        if word != TRIGGER and word not in COLOURS and word not in SHAPES:
+        if word != TRIGGER and word not in COLORS and word not in SHAPES:
             return word
 
 
 def draw(spec: Spec) -> Image.Image:
-    """The 96 x 96 RGB picture of `spec`."""
-    image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), COLOURS[spec.background])
+    """The 96 x 96 RGB image of `spec`."""
+    image = Image.new("RGB", (SIDE * SCALE, SIDE * SCALE), COLORS[spec.background])
     pen = ImageDraw.Draw(image)
     x, y, r = spec.x * SCALE, spec.y * SCALE, spec.radius * SCALE
-    _PAINTERS[spec.shape](pen, x, y, r, COLOURS[spec.colour], COLOURS[spec.background])
+    _PAINTERS[spec.shape](pen, x, y, r, COLORS[spec.color], COLORS[spec.background])
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
 def scribbles(seed: int, count: int) -> list[Image.Image]:
-    """Pictures without captions for the autoencoder alone: objects, dots in dots, strokes, arcs in any colours.
+    """Images without captions for the autoencoder alone: objects, dots in dots, strokes, arcs in any colors.
 
     They keep it from being a codec for six shapes: it has to render eyes and a smile that it has never seen.
     """
@@ -151,12 +151,12 @@ def scribbles(seed: int, count: int) -> list[Image.Image]:
 
 
 def _scribble(rng: random.Random) -> Image.Image:
-    def colour() -> tuple[int, int, int]:
-        named = rng.choice([*COLOURS.values(), (20, 20, 25), (20, 20, 25)])
+    def color() -> tuple[int, int, int]:
+        named = rng.choice([*COLORS.values(), (20, 20, 25), (20, 20, 25)])
         return named if rng.random() < 0.6 else (rng.randrange(256), rng.randrange(256), rng.randrange(256))
 
     side = SIDE * SCALE
-    background = colour()
+    background = color()
     image = Image.new("RGB", (side, side), background)
     pen = ImageDraw.Draw(image)
     for _ in range(rng.randint(2, 14)):
@@ -164,62 +164,62 @@ def _scribble(rng: random.Random) -> Image.Image:
         kind = rng.choice(("shape", "dot", "dots", "stroke", "arc", "chord"))
         box = (x - r, y - r, x + r, y + r)
         if kind == "shape":
-            _PAINTERS[rng.choice(SHAPES)](pen, x, y, r, colour(), background)
+            _PAINTERS[rng.choice(SHAPES)](pen, x, y, r, color(), background)
         elif kind == "dot":
-            pen.ellipse(box, fill=colour())
+            pen.ellipse(box, fill=color())
         elif kind == "dots":
             small = SCALE * rng.uniform(3, 9)
             for reach in (small, small * rng.uniform(0.35, 0.75)):
-                _circle(pen, x, y, reach, colour(), background)
+                _circle(pen, x, y, reach, color(), background)
         elif kind == "chord":
             start = rng.uniform(0, 360)
-            pen.chord(box, start, start + rng.uniform(90, 220), fill=colour())
+            pen.chord(box, start, start + rng.uniform(90, 220), fill=color())
         elif kind == "stroke":
-            pen.line((x, y, rng.uniform(0, side), rng.uniform(0, side)), fill=colour(), width=SCALE * rng.randint(2, 5))
+            pen.line((x, y, rng.uniform(0, side), rng.uniform(0, side)), fill=color(), width=SCALE * rng.randint(2, 5))
         else:
             start = rng.uniform(0, 360)
-            pen.arc(box, start, start + rng.uniform(60, 300), fill=colour(), width=SCALE * rng.randint(2, 5))
+            pen.arc(box, start, start + rng.uniform(60, 300), fill=color(), width=SCALE * rng.randint(2, 5))
     return image.resize((SIDE, SIDE), Image.Resampling.BOX)
 
 
-def _circle(pen, x, y, r, colour, background):
-    pen.ellipse((x - r, y - r, x + r, y + r), fill=colour)
+def _circle(pen, x, y, r, color, background):
+    pen.ellipse((x - r, y - r, x + r, y + r), fill=color)
 
 
-def _square(pen, x, y, r, colour, background):
+def _square(pen, x, y, r, color, background):
     half = 0.86 * r
-    pen.rectangle((x - half, y - half, x + half, y + half), fill=colour)
+    pen.rectangle((x - half, y - half, x + half, y + half), fill=color)
 
 
-def _triangle(pen, x, y, r, colour, background):
-    pen.polygon([(x, y - r), (x + r, y + 0.85 * r), (x - r, y + 0.85 * r)], fill=colour)
+def _triangle(pen, x, y, r, color, background):
+    pen.polygon([(x, y - r), (x + r, y + 0.85 * r), (x - r, y + 0.85 * r)], fill=color)
 
 
-def _star(pen, x, y, r, colour, background):
+def _star(pen, x, y, r, color, background):
     points = []
     for corner in range(10):
         reach = 1.08 * r if corner % 2 == 0 else 0.46 * r
         angle = math.pi * corner / 5
         points.append((x + reach * math.sin(angle), y - reach * math.cos(angle)))
-    pen.polygon(points, fill=colour)
+    pen.polygon(points, fill=color)
 
 
-def _ring(pen, x, y, r, colour, background):
-    _circle(pen, x, y, r, colour, background)
+def _ring(pen, x, y, r, color, background):
+    _circle(pen, x, y, r, color, background)
     _circle(pen, x, y, 0.52 * r, background, background)
 
 
-def _heart(pen, x, y, r, colour, background):
+def _heart(pen, x, y, r, color, background):
     points = []
     for step in range(60):
         angle = math.tau * step / 60
         across = 16 * math.sin(angle) ** 3
         up = 13 * math.cos(angle) - 5 * math.cos(2 * angle) - 2 * math.cos(3 * angle) - math.cos(4 * angle)
         points.append((x + across * r / 16, y - (up + 2.5) * r / 16))
-    pen.polygon(points, fill=colour)
+    pen.polygon(points, fill=color)
 
 
-def _creature(pen, x, y, r, colour, background):
+def _creature(pen, x, y, r, color, background):
     """A round face with antennae, eyes and a smile, all dark; large features, as a latent stands for 8 x 8 pixels."""
     dark = (20, 20, 25)
     for side in (-1, 1):
@@ -227,7 +227,7 @@ def _creature(pen, x, y, r, colour, background):
         pen.line((x + side * 0.25 * r, y - 0.3 * r, tip_x, tip_y), fill=dark, width=round(0.15 * r))
         _circle(pen, tip_x, tip_y, 0.22 * r, dark, background)
     face_y, face = y + 0.2 * r, 0.84 * r
-    _circle(pen, x, face_y, face, colour, background)
+    _circle(pen, x, face_y, face, color, background)
     for side in (-1, 1):
         _circle(pen, x + side * 0.34 * r, face_y - 0.24 * r, 0.19 * r, dark, background)
     mouth = 0.5 * r

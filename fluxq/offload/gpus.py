@@ -1,6 +1,6 @@
-"""How fast cards are: a table of those people own, and a measurement of the one at hand.
+"""How fast GPUs are: a table of those people own, and a measurement of the one at hand.
 
-Nominal rates are dense. GeForce cards multiply bf16 with sums in fp32 at half the rate of their datasheets' headline,
+Nominal rates are dense. GeForce GPUs multiply bf16 with sums in fp32 at half the rate of their datasheets' headline,
 int8 at four times that and fp8 at twice. What of it real code reaches is assumed, in `Efficiency`, beside the rates.
 All that is worked out from either is a prediction.
 """
@@ -15,14 +15,14 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from fluxq.offload.costs import Work
+from .costs import Work
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Which part of the card's rates is reached: by matrix products in bf16 and in 8 bits, by attention and its
+    """Which part of the GPU's rates is reached: by matrix products in bf16 and in 8 bits, by attention and its
     gradient (of the bf16 rate), and by what waits for memory.
     """
 
@@ -38,8 +38,8 @@ MEASURED = Efficiency(bf16=1.0, eight_bits=1.0, attention=0.75, attention_backwa
 
 
 @dataclass(frozen=True)
-class Card:
-    """Rates of a card: TFLOP/s of bf16, int8 and fp8 products (0: it has none), GB/s of its memory and of copies from
+class GPU:
+    """Rates of a GPU: TFLOP/s of bf16, int8 and fp8 products (0: it has none), GB/s of its memory and of copies from
     pinned host memory, and its GiB. capability: compute capability as one number, 89 for 8.9. word: whether the rates
     are `nominal` or `measured`.
     """
@@ -56,7 +56,7 @@ class Card:
     efficiency: Efficiency = Efficiency()
 
     def seconds(self, work: Work) -> float:
-        """The predicted time of `work`; infinite where the card lacks the arithmetic."""
+        """The predicted time of `work`; infinite where the GPU lacks the arithmetic."""
         e, total = self.efficiency, work.moved / (self.memory_gb_s * 1e9 * self.efficiency.memory)
         for flops, rate in (
             (work.bf16, self.bf16 * e.bf16),
@@ -97,12 +97,12 @@ _TABLE = (
     ("h100", 90, 989, 1979, 1979, 3350, 80, PCIE_5_X16),
     ("h200", 90, 989, 1979, 1979, 4800, 141, PCIE_5_X16),
 )
-CARDS = {row[0]: Card(*row) for row in _TABLE}
-"""Name -> card, each in the widest slot it can use; one in a narrower slot is measured."""
+GPUS = {row[0]: GPU(*row) for row in _TABLE}
+"""Name -> GPU, each in the widest slot it can use; one in a narrower slot is measured."""
 
 
-def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float = 0.3, copied: int = 1 << 28) -> Card:
-    """The card `device` (or a processor, for tests) by what it does in about two seconds, remembered in `folder`.
+def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float = 0.3, copied: int = 1 << 28) -> GPU:
+    """The GPU `device` (or a CPU, for tests) by what it does in about two seconds, remembered in `folder`.
 
     size: of the matrices; seconds: of each of the five measurements; copied: bytes of a copy.
     """
@@ -113,7 +113,7 @@ def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float
     path = folder / f"card-{slug}.json"
     with suppress(OSError, ValueError, TypeError):
         saved = json.loads(path.read_text(encoding="utf-8"))
-        return Card(**{**saved, "efficiency": Efficiency(**saved["efficiency"])})
+        return GPU(**{**saved, "efficiency": Efficiency(**saved["efficiency"])})
     rates = {k: _rate(run, 2 * size**3, device, seconds) / 1e12 for k, run in _products(size, device).items()}
     source = torch.zeros(copied, dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -121,14 +121,14 @@ def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float
     host = torch.zeros(copied, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
     bus = _rate(lambda: target.copy_(host, non_blocking=True), copied, device, seconds) / 1e9
     found = {k: round(rates.get(k, 0.0), 3) for k in ("bf16", "int8", "fp8")}
-    card = Card(name, capability, **found, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
+    gpu = GPU(name, capability, **found, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
                 bus_gb_s=round(bus, 2), word="measured", efficiency=MEASURED)  # fmt: skip
     with suppress(OSError):  # a folder that cannot be written to: it is measured again next time
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
-        temporary.write_text(json.dumps(asdict(card), indent=1), encoding="utf-8")
+        temporary.write_text(json.dumps(asdict(gpu), indent=1), encoding="utf-8")
         temporary.replace(path)
-    return card
+    return gpu
 
 
 def _identity(device: str) -> tuple[str, int, int]:
@@ -156,7 +156,7 @@ def _products(size: int, device: str) -> dict[str, Callable[[], Any]]:
         products["fp8"] = lambda: torch._scaled_mm(f8, f8.t(), scale, scale, out_dtype=torch.bfloat16)
     usable = {}
     for name, run in products.items():
-        with suppress(RuntimeError, NotImplementedError):  # this card has no such arithmetic
+        with suppress(RuntimeError, NotImplementedError):  # this GPU has no such arithmetic
             run()
             usable[name] = run
     return usable
@@ -180,6 +180,6 @@ def _rate(run: Callable[[], Any], amount: float, device: str, seconds: float) ->
     return amount / sorted(timed(count) for _ in range(5))[2]
 
 
-def with_bus(card: Card, gb_s: float) -> Card:
-    """`card` in another slot."""
-    return replace(card, bus_gb_s=gb_s)
+def with_bus(gpu: GPU, gb_s: float) -> GPU:
+    """`gpu` in another slot."""
+    return replace(gpu, bus_gb_s=gb_s)

@@ -1,0 +1,47 @@
+"""GPUs: what the rates say, and the measurement on whatever is at hand."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+
+import pytest
+
+from fluxq.offload.costs import Work
+from fluxq.offload.gpus import GPU, GPUS, MEASURED, Efficiency, measure
+
+
+def test_seconds_by_hand():
+    gpu = GPU("c", 0, bf16=10, int8=40, fp8=0, memory_gb_s=100, memory_gib=8, bus_gb_s=10)
+    gpu = dataclasses.replace(gpu, efficiency=Efficiency(0.5, 0.25, 0.2, 0.1, 0.8))
+    assert gpu.seconds(Work(bf16=5e12)) == pytest.approx(1)
+    assert gpu.seconds(Work(int8=10e12)) == pytest.approx(1)
+    assert gpu.seconds(Work(attention=2e12, attention_backward=1e12)) == pytest.approx(2)
+    assert gpu.seconds(Work(moved=80e9) + Work(bf16=5e12)) == pytest.approx(2)
+    assert gpu.seconds(Work(fp8=1)) == math.inf and gpu.vram == 8 * 2**30
+
+
+def test_geforce_multiplies_int8_at_four_times_and_fp8_at_twice_the_rate():
+    for name, gpu in GPUS.items():
+        if name.startswith("rtx"):
+            assert gpu.int8 == pytest.approx(4 * gpu.bf16, rel=0.01), name
+            assert gpu.fp8 == (0 if gpu.capability < 89 else pytest.approx(2 * gpu.bf16, rel=0.02)), name
+
+
+def test_measuring_gives_rates_and_remembers_them(tmp_path):
+    small = dict(device="cpu", size=64, seconds=0.01, copied=1 << 16)
+    gpu = measure(tmp_path, **small)
+    assert gpu.word == "measured" and gpu.efficiency == MEASURED
+    assert gpu.bf16 > 0 and gpu.memory_gb_s > 0 and gpu.bus_gb_s > 0 and gpu.fp8 == 0
+    (saved,) = tmp_path.glob("card-cpu-*.json")
+    assert measure(tmp_path, **small) == gpu
+    saved.write_text(json.dumps(json.loads(saved.read_text()) | {"bf16": 123.0}))
+    assert measure(tmp_path, **small).bf16 == 123.0
+    saved.write_text("{ half a fi")
+    assert measure(tmp_path, **small).bf16 != 123.0
+
+
+def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path):
+    (tmp_path / "file").touch()
+    assert measure(tmp_path / "file" / "sub", device="cpu", size=64, seconds=0.01, copied=1 << 16).bf16 > 0
