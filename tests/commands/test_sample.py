@@ -77,7 +77,7 @@ def test_the_autoencoder_is_loaded_when_all_is_drawn_and_for_the_largest_image(m
             texts,
             wanted,
             lambda steps, total: done.append(steps),
-            SamplingLimits(room=room),
+            SamplingLimits(autoencoder=room),
         )
     assert loads == [(None, 5), (TILES[1][0], 5)]
 
@@ -123,13 +123,13 @@ def test_shots_take_open_sides_from_the_training_size():
 
 
 @pytest.mark.parametrize("grid", [[], ["--grid", "--strength", "0", "--strength", "1"]])
-def test_streamed_units_draw_the_very_same_images(grid, tmp_path):
+def test_streamed_units_sample_the_very_same_images(grid, tmp_path):
     common = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "2", *grid]
     common += ["--cache", str(tmp_path / "cache")]
     for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
         result = CliRunner().invoke(main, [*common, *more, "--out", str(tmp_path / name)])
         assert result.exit_code == 0, result.output
-        assert ("units stay, the others stream through 2 slots" in result.output) == (name == "streamed")
+        assert ("units stay on the GPU, the others stream through 2 slots" in result.output) == (name == "streamed")
     files = sorted(path.name for path in (tmp_path / "resident").iterdir())
     assert len(files) == 2
     for name in files:

@@ -160,14 +160,14 @@ def test_drawing_keeps_to_the_room_that_it_is_given(gib, gpus):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("run", ["encoder", "decode"])
+@pytest.mark.parametrize("run", ["moments", "decode"])
 def test_the_autoencoder_takes_what_its_band_is_chosen_by(run, autoencoder):
     """Weights and maps; what comes in, and a convolution's workspace, come on top."""
     pixels = 1024 * 768
     for band, maps in TILES:
         claimed = AUTOENCODER + int(maps * pixels * 128 * 4)
         assert band_for(pixels, claimed) == band
-        shape = (1, 3, 1024, 768) if run == "encoder" else (1, 16, 128, 96)
+        shape = (1, 3, 1024, 768) if run == "moments" else (1, 16, 128, 96)
         with LiveBytes(device="meta") as live, torch.no_grad():
             loaded, x = autoencoder(band), torch.zeros(shape, device=META)
             getattr(loaded, run)(x)
