@@ -29,6 +29,12 @@ def silent(line: str) -> None:
     """A Notify that shows nothing."""
 
 
+def plural(count: int, noun: str) -> str:
+    """ "1 image", "2 images", "1,000 batches"."""
+    ending = "" if count == 1 else "es" if noun.endswith(("ch", "s", "x")) else "s"
+    return f"{count:,} {noun}{ending}"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A function (stage, done, total) that draws one bar per stage."""

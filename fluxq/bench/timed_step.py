@@ -19,13 +19,12 @@ from torch import Tensor
 
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
-from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps
 from fluxq.kernels.cutting import CHUNKS
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
-from fluxq.model.modulation import Lookahead
 from fluxq.offload.costs import Costs, Work
 from fluxq.offload.gpus import GIB, GPU
+from fluxq.training.objective import Objective
 from fluxq.training.optim import build_optimizer, optimizer_step
 
 from .timing import spread, wall
@@ -98,30 +97,37 @@ def trainer(
     """A function that makes training step `index` on a random batch, and gives its loss once the step is done. updates:
     an optimizer of the LoRA's weights, else one is made.
     """
-    training, device = TrainingConfig(), flux.device
+    training, device = TrainingConfig(batch=setting.batch), flux.device
     updates = updates or build_optimizer(optimizer, flux.parameters(), training.learning_rate, training.weight_decay)
-    batch = random_batch(flux.config, setting)
-    tokens = (setting.resolution // 16) ** 2
-
-    def times_of(index: int) -> Tensor:
-        return sample_timesteps(training.timesteps, training.seed, index, batch.examples, tokens, training.shift)
-
-    lookahead = Lookahead(
-        flux, lambda index: conditioning(flux, times_of(index), batch.pooled, training.guidance), setting.batch
-    )
-
-    def loss_of(index: int) -> Tensor:
-        noise, t = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples), times_of(index)
-        latents, noise, txt, pooled = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        return flow_loss(flux, latents, noise, t, txt, pooled, training.guidance, lookahead.rows(index)).mean()
+    objective = Objective(flux, SameBatch(random_batch(flux.config, setting), setting.resolution), training)
 
     def step(index: int) -> float:
-        loss, _ = optimizer_step(updates, loss_of, index, 1, 1.0, training.clip)
+        loss, _ = optimizer_step(updates, objective.loss, index, 1, 1.0, training.clip)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # this measures: the clock stops when the optimizer is done
         return loss
 
     return step
+
+
+@dataclass(frozen=True)
+class SameBatch:
+    """Micro-batches that are all `content`, of images of resolution x resolution pixels."""
+
+    content: Batch
+    resolution: int
+
+    def batch(self, index: int) -> Batch:
+        return self.content
+
+    def bucket_of(self, index: int) -> tuple[int, int]:
+        return self.resolution, self.resolution
+
+    def examples_of(self, index: int) -> list[str]:
+        return self.content.examples
+
+    def pooled_of(self, index: int) -> Tensor:
+        return self.content.pooled
 
 
 def random_batch(config: FluxConfig, setting: Setting) -> Batch:

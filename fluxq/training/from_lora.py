@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import replace
-from pathlib import Path
 
 import torch
 
 from fluxq.config import LoraConfig
+from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.algebra import resized
 from fluxq.formats.lora.keys import matrices
@@ -23,22 +23,23 @@ from fluxq.formats.lora.read import Lora, load_lora
 from fluxq.model.config import FluxConfig
 from fluxq.model.linear import Linear
 from fluxq.model.lora import TARGETS, targeted
-
-Notify = Callable[[str], None]
-Shapes = Mapping[str, tuple[int, ...]]
+from fluxq.models import Models
 
 
-def read_start(asked: LoraConfig, flux: FluxConfig, clip: Shapes | None, notify: Notify) -> Lora:
-    """The LoRA that `asked.from_lora` names. Raises WrongRequest where it does not fit the transformer, or CLIP-L
-    with tensors of the shapes `clip`; None where it is not trained: then that part is left out.
+def read_start(asked: LoraConfig, models: Models, notify: Notify) -> Lora | None:
+    """The LoRA that `asked.from_lora` names, if it names one. Its CLIP-L part is left out unless CLIP-L trains.
+
+    Raises WrongRequest if it does not fit the transformer, or CLIP-L.
     """
-    path = Path(asked.from_lora or "")
-    lora = load_lora(path, flux)
+    if asked.from_lora is None:
+        return None
+    path = asked.from_lora
+    lora = load_lora(path, models.flux_config)
     if not lora.adapters:
         raise WrongRequest(f"{path} adapts no layer of the transformer; begin without --from-lora")
     notes = list(lora.notes)
-    if clip is not None:
-        lora.check_clip(clip)
+    if asked.text_encoder:
+        lora.check_clip(models.open("clip_l").shapes)
     elif lora.clip:
         notes.append(f"its CLIP-L part ({len(lora.clip)} modules) is left out; --text-encoder clip_l trains it on")
         lora.clip = {}

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
@@ -18,10 +19,19 @@ from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.model.linear import Linear
 
 
-def save_state(
-    path: Path, step: int, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer, facts: dict
-) -> None:
-    """Save the run as it is after `step` optimizer steps. `facts` is JSON of the caller's own."""
+@dataclass
+class Progress:
+    """How far a run is. identity: what tells its data and its model from others ("data" and "model" -> a digest)."""
+
+    identity: Mapping[str, str]
+    step: int = 0
+    seconds: float = 0.0
+    validation: dict[str, float] | None = None  # before the first step
+    rotated: list[str] = field(default_factory=list)  # int8 layers that rotate their inputs
+
+
+def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> None:
+    """Save what `load_state` reads."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
     scalars: dict[str, dict] = {}
@@ -33,19 +43,21 @@ def save_state(
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    about = {"step": step, "scalars": scalars, "groups": saved["param_groups"], "facts": facts}
+    facts = {"seconds": progress.seconds, "validation": progress.validation, "rotated": progress.rotated}
+    facts |= progress.identity
+    about = {"step": progress.step, "scalars": scalars, "groups": saved["param_groups"], "facts": facts}
     contiguous = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
     write_safetensors(path, contiguous, {"fluxq_state": json.dumps(about)})
 
 
-def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
-    """Put the LoRA and the optimizer back as they were saved; returns the steps done and the caller's `facts`.
+def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> Progress:
+    """Put the LoRA and the optimizer back as they were saved; returns how far the run was.
 
-    Raises WrongRequest for a file that is no state, or that belongs to another set of layers or ranks.
+    Raises WrongRequest for a file that is not a saved state, or that belongs to other layers or another rank.
     """
     checkpoint = Checkpoint(path)
     if "fluxq_state" not in checkpoint.metadata:
-        raise WrongRequest(f"{path} is no saved state of fluxq; give the run directory that holds state/")
+        raise WrongRequest(f"{path} is not a saved state of fluxq; give the run directory that holds state/")
     about = json.loads(checkpoint.metadata["fluxq_state"])
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
@@ -61,7 +73,9 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.
             slots = state.setdefault(int(index), {})
             (slots.setdefault(slot, {}) if inner else slots)[inner[0] if inner else slot] = checkpoint.get(key)
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
-    return about["step"], about["facts"]
+    facts = dict(about["facts"])
+    seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
+    return Progress(facts, about["step"], seconds, validation, rotated)
 
 
 def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:

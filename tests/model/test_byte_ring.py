@@ -31,7 +31,7 @@ from fluxq.offload import spread
 from fluxq.offload.costs import Costs
 from fluxq.offload.footprint import Setting, peak_by_owner
 from fluxq.offload.streams import Immediate
-from fluxq.training import optim
+from fluxq.training import objective, optim
 
 META = torch.device("meta")
 
@@ -134,7 +134,7 @@ def owners_told(live: LiveBytes, flux: Flux) -> Iterator[None]:
     """Inside, a step tells whose bytes are whose: at its turn what it has kept, and after it has gone back, the
     gradients.
     """
-    loss = timed_step.flow_loss
+    loss = objective.flow_loss
 
     def told_loss(*arguments):
         live.belongs("workspace")
@@ -146,7 +146,7 @@ def owners_told(live: LiveBytes, flux: Flux) -> Iterator[None]:
         live.belongs("lora", [p.grad for p in flux.parameters() if p.grad is not None])
         return 0.0
 
-    with patch.object(timed_step, "flow_loss", told_loss), patch.object(optim, "float", told_number):
+    with patch.object(objective, "flow_loss", told_loss), patch.object(optim, "float", told_number):
         yield
 
 

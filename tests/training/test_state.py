@@ -10,7 +10,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.model import Flux, add_lora
 from fluxq.training.optim import build_optimizer
-from fluxq.training.state import load_state, save_state
+from fluxq.training.state import Progress, load_state, save_state
 
 
 def trained(optimizer_name: str, steps: int, rank: int = 64):
@@ -34,10 +34,11 @@ def advance(parameters, optimizer, start, stop):
 def test_training_on_from_a_saved_state_is_bit_exact(name, tmp_path):
     path = tmp_path / "state.safetensors"
     layers, parameters, optimizer = trained(name, 3)
-    save_state(path, 3, layers, optimizer, {"note": [1, 2]})
+    saved = Progress({"data": "d", "model": "m"}, 3, 1.5, {"held_out": 0.5}, ["a.b"])
+    save_state(path, saved, layers, optimizer)
     advance(parameters, optimizer, 3, 6)
     layers2, parameters2, optimizer2 = trained(name, 0)
-    assert load_state(path, layers2, optimizer2) == (3, {"note": [1, 2]})
+    assert load_state(path, layers2, optimizer2) == saved
     advance(parameters2, optimizer2, 3, 6)
     for a, b in zip(parameters, parameters2, strict=True):
         assert torch.equal(a, b)
@@ -45,7 +46,7 @@ def test_training_on_from_a_saved_state_is_bit_exact(name, tmp_path):
 
 def test_another_rank_is_refused(tmp_path):
     layers, _, optimizer = trained("adamw", 1)
-    save_state(tmp_path / "s.safetensors", 1, layers, optimizer, {})
+    save_state(tmp_path / "s.safetensors", Progress({}), layers, optimizer)
     other, _, optimizer = trained("adamw", 0, rank=4)
     with pytest.raises(WrongRequest, match="another rank or other targets"):
         load_state(tmp_path / "s.safetensors", other, optimizer)

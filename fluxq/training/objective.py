@@ -1,0 +1,79 @@
+"""What training minimizes: the flow-matching loss of micro-step i.
+
+A micro-step is known by its number alone: its images, captions, noise and timesteps are drawn by address (seed,
+purpose, number, example), so stopping and resuming changes nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Protocol
+
+from torch import Tensor
+
+from fluxq.caching.batches import Batch
+from fluxq.config import TrainingConfig
+from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
+from fluxq.model.clip import Clip
+from fluxq.model.flux import Flux
+from fluxq.model.modulation import Conditioning, Lookahead
+
+CALIBRATION_BATCHES = 2
+
+
+class NumberedBatches(Protocol):
+    """Micro-batches by number; caching.Batches is one. Only `batch` may read latents and T5's embeddings."""
+
+    def batch(self, index: int) -> Batch: ...
+    def bucket_of(self, index: int) -> tuple[int, int]: ...
+    def examples_of(self, index: int) -> list[str]: ...
+    def pooled_of(self, index: int) -> Tensor: ...
+
+
+class Objective:
+    """The loss of `flux` on `batches`. With `clip`, a CLIP-L that trains, pooled vectors come from it as it is now."""
+
+    def __init__(
+        self, flux: Flux, batches: NumberedBatches, training: TrainingConfig, clip: Clip | None = None
+    ) -> None:
+        self.flux, self.batches, self.training, self.clip = flux, batches, training, clip
+        self._lookahead: Lookahead | None = None
+
+    def loss(self, index: int) -> Tensor:
+        """The mean loss of micro-step `index`, with modulation that was computed ahead wherever that is possible.
+
+        Modulation is first computed when this is first called, so the model must have its rotations by then.
+        """
+        if self._lookahead is None:
+            self._lookahead = Lookahead(self.flux, self.conditioning, self.training.batch)
+        return self._loss(index, self._lookahead.rows(index))
+
+    def calibration(self) -> None:
+        """Forward passes of the first micro-steps, with modulation computed in the step, so every layer sees inputs."""
+        for index in range(CALIBRATION_BATCHES):
+            self._loss(index, None)
+
+    def conditioning(self, index: int) -> Conditioning:
+        """The timesteps, pooled vectors and guidance of micro-step `index`."""
+        return conditioning(self.flux, self._timesteps(index), self.batches.pooled_of(index), self.training.guidance)
+
+    def validation(self, batches: Iterable[Batch]) -> float:
+        """The mean loss of held-out `batches` at fixed timesteps and noise."""
+        settings = self.training
+        return validation_loss(self.flux, map(self._with_pooled, batches), settings.shift, settings.guidance)
+
+    def _loss(self, index: int, modulation: tuple[Tensor, ...] | None) -> Tensor:
+        batch, t, settings = self._with_pooled(self.batches.batch(index)), self._timesteps(index), self.training
+        noise = sample_noise(batch.latents.shape[1:], settings.seed, index, batch.examples)
+        inputs = (x.to(self.flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
+        latents, noise, txt, pooled = inputs
+        return flow_loss(self.flux, latents, noise, t, txt, pooled, settings.guidance, modulation).mean()
+
+    def _timesteps(self, index: int) -> Tensor:
+        (width, height), settings = self.batches.bucket_of(index), self.training
+        examples, tokens = self.batches.examples_of(index), width // 16 * (height // 16)
+        return sample_timesteps(settings.timesteps, settings.seed, index, examples, tokens, settings.shift)
+
+    def _with_pooled(self, batch: Batch) -> Batch:
+        return batch if self.clip is None else replace(batch, pooled=self.clip.pooled(batch.captions))
