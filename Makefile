@@ -3,6 +3,7 @@
 #   make test    the whole suite
 #   make quick   the tests worth running before each commit
 #   make check   formatting, lint, types (make lint), then the whole suite
+#   make size    code lines per room, against the budget in pyproject.toml
 #   make fullsize   the whole path at full width with random weights, on the processor (34 GB of disk; DEPTH="1 2")
 #   make aot     every kernel compiled for the cards in use; writes benchmarks/results/aot.md
 #   make plans   what the planner chooses for common cards; writes benchmarks/results/plans.md
@@ -18,7 +19,7 @@ OUT_DIR ?= benchmarks/results
 # Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
 VOCABULARIES := diffsynth==1.1.7
 
-.PHONY: demo test quick lint check aot plans gpu gpu-tests gpu-kernels gpu-blocks gpu-steps fullsize vocabularies clean
+.PHONY: demo test quick lint check size aot plans gpu gpu-tests gpu-kernels gpu-blocks gpu-steps fullsize vocabularies clean
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -48,6 +49,9 @@ lint: $(VENV)/installed-tests
 	$(BIN)/pyright --pythonpath $(BIN)/python
 
 check: lint test
+
+size: $(VENV)/installed-tests
+	$(BIN)/python tests/test_size.py
 
 aot: $(VENV)/installed-tests
 	$(BIN)/python benchmarks/aot.py --out $(OUT_DIR)/aot.md

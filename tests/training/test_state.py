@@ -55,5 +55,5 @@ def test_another_rank_is_refused(tmp_path):
 def test_a_file_that_is_no_state_is_refused(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     layers, _, optimizer = trained("adamw", 0)
-    with pytest.raises(WrongRequest, match="no saved state of fluxq"):
+    with pytest.raises(WrongRequest, match="is not a saved state of fluxq"):
         load_state(tmp_path / "x.safetensors", layers, optimizer)
