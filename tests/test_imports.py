@@ -13,7 +13,7 @@ import fluxq
 
 ROOT = Path(fluxq.__file__).parent
 FLOORS = [  # from the ground up; what stands on one floor may import its own folder and everything below
-    {"errors", "quiet", "machine"},
+    {"allocator", "errors", "quiet", "machine"},
     {"kernels"},
     {"offload"},
     {"model"},
