@@ -1,8 +1,8 @@
 """How torch's CUDA allocator is set up: with segments that can grow, where the user has set nothing else.
 
-A step allocates large tensors of many sizes. In segments of fixed size they leave gaps: at 1024 px the allocator then
-reserves 0.7 to 1.9 GiB more than is alive, and a plan that fills a 12 GB card runs out of memory. With segments that
-grow it reserves 0.2 to 0.3 GiB more.
+A step allocates large tensors of many sizes. In segments of fixed size they leave gaps that nothing else fits into: at
+1024 px the allocator reserves 0.7 to 1.9 GiB more than is alive, and a plan that fills a 12 GB card runs out of memory.
+The same plans run with segments that grow, which reserve 0.4 to 0.8 GiB more and give pages back when memory is short.
 
 Of torch 2.11 to 2.14, each reads PYTORCH_CUDA_ALLOC_CONF, and where that is not set PYTORCH_ALLOC_CONF, the newer name.
 They are read once, while torch is imported, so `fluxq/__init__.py` calls `use_expandable_segments` before that.
