@@ -5,7 +5,7 @@
 
 LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens. The steps are those of `fluxq bench steps`
 (fluxq/timed_step.py). `--policy planned` is the plan that training would make; every other policy is timed with all
-weights resident. Of each size the first policy comes first, then the published QLoRA recipe, then the other policies.
+weights resident. The first policy comes first, then the published QLoRA recipe, then the other policies.
 `--vram` lets the program have no more of the card than that; a combination that does not fit says so and does not count
 as failed.
 """
@@ -63,19 +63,25 @@ def main() -> None:
             return random_flux(config, kind, device, RANK)
 
         measured = partial(timed_steps, device, arguments, optimizer)
-        for policy, size in product(arguments.policy, arguments.sizes):
-            for format, compute in product(arguments.format, arguments.compute):
+
+        def ours(policy: str) -> Iterator[Case]:
+            for size, format, compute in product(arguments.sizes, arguments.format, arguments.compute):
                 setting = Setting(format, compute, policy if policy != PLANNED else None, size, 1, RANK, T5_LENGTH)
                 if policy == PLANNED:
-                    ours = partial(planned_of, model.forget, config, setting, device, arguments, optimizer)
+                    row = partial(planned_of, model.forget, config, setting, device, arguments, optimizer)
                 else:
                     bound = bound_ms(report["ceilings"], config, depth, size, policy, compute)
-                    ours = partial(ours_of, partial(model, format), config, setting, measured, bound)
-                yield Case(f"steps: {size} px, {format}, {compute}, {policy}", ours)
-            if policy == arguments.policy[0]:
-                setting = Setting(size=size, rank=RANK, t5_length=T5_LENGTH)
-                theirs = partial(recipe_of, partial(model, RECIPE), config, setting, measured, report["rows"], hopper)
-                yield Case(f"steps: {size} px, {RECIPE}", theirs)
+                    row = partial(ours_of, partial(model, format), config, setting, measured, bound)
+                yield Case(f"steps: {size} px, {format}, {compute}, {policy}", row)
+
+        first, *others = arguments.policy
+        yield from ours(first)
+        for size in arguments.sizes:
+            setting = Setting(size=size, rank=RANK, t5_length=T5_LENGTH)
+            theirs = partial(recipe_of, partial(model, RECIPE), config, setting, measured, report["rows"], hopper)
+            yield Case(f"steps: {size} px, {RECIPE}", theirs)
+        for policy in others:
+            yield from ours(policy)
 
     run_part("steps", arguments, prepare)
 

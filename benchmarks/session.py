@@ -3,9 +3,10 @@
     python3 -m benchmarks.session --out DIR [--minutes 9] [PART ...]
     python3 -m benchmarks.session --device cpu --tiny --out DIR          only tries the scripts out
 
-A part may take its share of the time that is left when it starts. What it does not need goes to the parts behind it,
-and none of these can take anything from those before. Every part writes one JSON file, row by row, so what was measured
-before an interruption is there. Parts that are named alone have all the time.
+A part may take its share of the time that is left when it starts, what its last case takes beyond that included. What
+it does not need goes to the parts behind it, and none of these can take anything from those before. Every part writes
+one JSON file, row by row, so what was measured before an interruption is there. A part that is named alone has all the
+time.
 """
 
 from __future__ import annotations
@@ -25,22 +26,24 @@ START = 10.0
 
 @dataclass(frozen=True)
 class Part:
-    """A script of this folder, the share of the time left that it may take, and its options."""
+    """A script of this folder, what it may take of nine minutes, of other times as much in proportion, and its
+    options.
+    """
 
     name: str
     module: str
-    share: float
+    seconds: float
     options: tuple[str, ...] = ()
 
 
 PARTS = (
-    Part("tests", "gpu_tests", 0.40),
-    Part("steps", "gpu", 0.40, ("--vram=12GiB", "--policy", "planned", "recompute", "--sizes", "512", "1024")),
-    Part("streaming", "streaming", 0.35),
-    Part("peaks", "peaks", 0.35),
-    Part("host", "host", 0.35),
-    Part("kernels", "kernels", 0.50),
-    Part("blocks", "blocks", 1.0),
+    Part("tests", "gpu_tests", 140),
+    Part("steps", "gpu", 130, ("--vram=12GiB", "--policy", "planned", "recompute", "--sizes", "512", "1024")),
+    Part("streaming", "streaming", 70),
+    Part("peaks", "peaks", 60),
+    Part("host", "host", 40),
+    Part("kernels", "kernels", 60),
+    Part("blocks", "blocks", 40),
 )
 
 
@@ -65,7 +68,7 @@ def run(parts: list[Part], shared: list[str], seconds: float) -> int:
     end, failed = time.monotonic() + seconds, False
     for index, part in enumerate(parts):
         left = end - time.monotonic()
-        allowed = allowance(left, part.share if index < len(parts) - 1 else 1.0)
+        allowed = left * part.seconds / sum(p.seconds for p in parts[index:]) - GRACE
         if allowed < START:
             print(f"{part.name}: not started, {max(left, 0):.0f} s are left", flush=True)
             failed = True
@@ -76,11 +79,6 @@ def run(parts: list[Part], shared: list[str], seconds: float) -> int:
         print(f"{part.name}: {time.monotonic() - began:.0f} s of {allowed:.0f} s, exit code {code}", flush=True)
         failed |= code != 0
     return int(failed)
-
-
-def allowance(left: float, share: float) -> float:
-    """The seconds within which a part may begin cases: after them its last case may take GRACE more."""
-    return share * (left - GRACE)
 
 
 if __name__ == "__main__":
