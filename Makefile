@@ -7,19 +7,22 @@
 #   make fullsize   the whole path at full width with random weights, on the processor (34 GB of disk; DEPTH="1 2")
 #   make aot     every kernel compiled for the cards in use; writes benchmarks/results/aot.md
 #   make plans   what the planner chooses for common cards; writes benchmarks/results/plans.md
-#   make gpu     GPU tests and measurements with the python3 at hand; JSON into $OUT_DIR (default benchmarks/results);
-#                its four parts, each under 9 minutes: gpu-tests gpu-kernels gpu-blocks gpu-steps
+#   make gpu     GPU tests and measurements with the python3 at hand, the most valuable first, all within $MINUTES (9);
+#                one JSON file a part into $OUT_DIR (default benchmarks/results). A part alone: gpu-tests gpu-steps
+#                gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks
 
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 OUT_DIR ?= benchmarks/results
+MINUTES ?= 9
+GPU_PARTS := gpu-tests gpu-steps gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks
 
 # Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
 VOCABULARIES := diffsynth==1.1.7
 
-.PHONY: demo test quick lint check size aot plans gpu gpu-tests gpu-kernels gpu-blocks gpu-steps fullsize vocabularies clean
+.PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -60,19 +63,10 @@ plans: $(VENV)/installed
 	$(BIN)/python -m benchmarks.plans --out $(OUT_DIR)/plans.md
 
 gpu:
-	$(MAKE) --keep-going -j1 gpu-tests gpu-kernels gpu-blocks gpu-steps
+	$(PYTHON) -m benchmarks.session --out $(OUT_DIR) --minutes $(MINUTES)
 
-gpu-tests:
-	$(PYTHON) -m benchmarks.gpu_tests --out $(OUT_DIR)
-
-gpu-kernels:
-	$(PYTHON) -m benchmarks.kernels --out $(OUT_DIR)
-
-gpu-blocks:
-	$(PYTHON) -m benchmarks.blocks --out $(OUT_DIR)
-
-gpu-steps:
-	$(PYTHON) -m benchmarks.gpu --out $(OUT_DIR)
+$(GPU_PARTS): gpu-%:
+	$(PYTHON) -m benchmarks.session --out $(OUT_DIR) --minutes $(MINUTES) $*
 
 fullsize: $(VENV)/installed-tests
 	$(BIN)/python -m benchmarks.fullsize $(if $(DEPTH),--depth $(DEPTH)) --out $(OUT_DIR)

@@ -24,6 +24,8 @@ from benchmarks.measure import about, nvidia_smi, result_path, write
 
 GO_ON = 75
 """The exit code of a process whose GPU no longer answers: the rest of the cases needs a new one."""
+GRACE = 20.0
+"""Seconds that the last case may take beyond the part's time before it is stopped."""
 
 
 class Skip(Exception):
@@ -69,7 +71,7 @@ def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[s
     raise SystemExit(supervise(path, 60 * arguments.minutes, command))
 
 
-def supervise(path: Path, seconds: float, command: list[str], grace: float = 20.0) -> int:
+def supervise(path: Path, seconds: float, command: list[str], grace: float = GRACE) -> int:
     """Start workers until all cases are through or time is up; the exit code. One that goes on for `grace` seconds
     after that is killed.
     """
@@ -172,7 +174,9 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def last_only(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, which remembers what it made last, and lets go of that before it makes another: each may fill a GPU."""
+    """`make`, which remembers what it made last, and lets go of that before it makes another: each may fill a GPU.
+    Its `forget()` lets go of that at once.
+    """
     kept: dict[tuple[Any, ...], Any] = {}
 
     def remembering(*key: Any) -> Any:
@@ -181,6 +185,7 @@ def last_only(make: Callable[..., Any]) -> Callable[..., Any]:
             kept[key] = make(*key)
         return kept[key]
 
+    remembering.forget = kept.clear
     return remembering
 
 

@@ -3,8 +3,9 @@
     python3 -m benchmarks.gpu --out DIR [--sizes 512 1024] [--policy keep_all ...] [--compute int8 ...] [--vram 12GiB]
     python3 -m benchmarks.gpu --device cpu --tiny --out DIR          only tries the script out
 
-Everything resident, LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens. The steps are those of `fluxq bench
-steps` (fluxq/bench/timed_step.py); here every policy is timed by itself, and the published QLoRA recipe in the same run.
+LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens. The steps are those of `fluxq bench steps`
+(fluxq/bench/timed_step.py). `--policy planned` is the plan that training would make; every other policy is timed with
+all weights resident. The first policy comes first, then the published QLoRA recipe, then the other policies.
 `--vram` lets the program have no more of the GPU than that; a combination that does not fit says so and does not count
 as failed.
 """
@@ -21,8 +22,8 @@ from typing import Any
 import torch
 
 from benchmarks.cases import Case, Skip, last_only, parser, run_part, target
-from benchmarks.measure import version
 from benchmarks.peers import qlora_step
+from benchmarks.placed import ENDLESS, RANK, T5_LENGTH, optimizer_of, planned, row_of
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
 from fluxq.bench.random_model import random_flux
 from fluxq.bench.steps import hold_to
@@ -34,8 +35,7 @@ from fluxq.offload.gpus import GIB, GPUS
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins
 
-RANK, T5_LENGTH, ENDLESS = 16, 512, 1 << 60
-RECIPE = "published QLoRA recipe"
+RECIPE, PLANNED = "published QLoRA recipe", "planned"
 
 
 def main() -> None:
@@ -50,7 +50,7 @@ def main() -> None:
         if arguments.tiny:
             config, depth = FluxConfig.nano(), (1, 1)
         config = replace(config, depth=depth[0], depth_single_blocks=depth[1])
-        optimizer = "adamw8bit" if version("bitsandbytes") else "adamw"
+        optimizer = optimizer_of()
         report |= {"depth": list(depth), "rank": RANK, "t5_length": T5_LENGTH, "vram_bytes": arguments.vram}
         report["optimizer"] = optimizer
         report.setdefault("ceilings", measure_ceilings(device, arguments.tiny))
@@ -63,17 +63,25 @@ def main() -> None:
             return random_flux(config, kind, device, RANK)
 
         measured = partial(timed_steps, device, arguments, optimizer)
-        for format, compute, size, policy in product(
-            arguments.format, arguments.compute, arguments.sizes, arguments.policy
-        ):
-            setting = Setting(format, compute, policy, size, 1, RANK, T5_LENGTH)
-            bound = bound_ms(report["ceilings"], config, depth, size, policy, compute)
-            ours = partial(ours_of, partial(model, format), config, setting, measured, bound)
-            yield Case(f"steps: {size} px, {format}, {compute}, {policy}", ours)
+
+        def ours(policy: str) -> Iterator[Case]:
+            for size, format, compute in product(arguments.sizes, arguments.format, arguments.compute):
+                setting = Setting(format, compute, policy if policy != PLANNED else None, size, 1, RANK, T5_LENGTH)
+                if policy == PLANNED:
+                    row = partial(planned_of, model.forget, config, setting, device, arguments, optimizer)
+                else:
+                    bound = bound_ms(report["ceilings"], config, depth, size, policy, compute)
+                    row = partial(ours_of, partial(model, format), config, setting, measured, bound)
+                yield Case(f"steps: {size} px, {format}, {compute}, {policy}", row)
+
+        first, *others = arguments.policy
+        yield from ours(first)
         for size in arguments.sizes:
             setting = Setting(resolution=size, rank=RANK, t5_length=T5_LENGTH)
             theirs = partial(recipe_of, partial(model, RECIPE), config, setting, measured, report["rows"], hopper)
             yield Case(f"steps: {size} px, {RECIPE}", theirs)
+        for policy in others:
+            yield from ours(policy)
 
     run_part("steps", arguments, prepare)
 
@@ -81,11 +89,15 @@ def main() -> None:
 def arguments_of() -> Any:
     made = parser(__doc__ or "")
     made.add_argument("--depth", type=int, nargs=2, default=(19, 38), help="double and single blocks; default: dev's")
-    made.add_argument("--sizes", type=int, nargs="+", default=(512, 768, 1024), help="pixels of a side")
+    made.add_argument("--sizes", type=int, nargs="+", default=(512, 1024, 768), help="pixels of a side")
     made.add_argument("--format", nargs="+", choices=FORMATS, default=("nf4",), help="how frozen weights are stored")
     made.add_argument("--compute", nargs="+", choices=COMPUTES, default=("bf16", "int8_dx"), help="how multiplied")
     made.add_argument(
-        "--policy", nargs="+", choices=POLICIES, default=("recompute", "keep_all"), help="what blocks keep for backward"
+        "--policy",
+        nargs="+",
+        choices=(PLANNED, *POLICIES),
+        default=(PLANNED, "recompute", "keep_all"),
+        help="what blocks keep for backward",
     )
     made.add_argument("--steps", type=int, default=12, help="timed steps each, after three that are not")
     made.add_argument("--seconds", type=float, default=15, help="but no more than fit into this, and three at least")
@@ -135,6 +147,20 @@ def ours_of(
         return {"predicted_peak_bytes": made.peak_bytes + modulation, "bound_ms": bound}
 
     return measured(figures, predicted)
+
+
+def planned_of(
+    make_room: Callable[[], None],
+    config: FluxConfig,
+    setting: Setting,
+    device: torch.device,
+    arguments: Any,
+    optimizer: str,
+) -> dict[str, Any]:
+    """The row of what training would plan for the memory that may be used; `make_room` lets go of another model."""
+    make_room()
+    made = planned(setting, config, device, optimizer, arguments.vram)
+    return row_of(made, setting, config, device, optimizer, arguments.steps)
 
 
 def recipe_of(

@@ -1,6 +1,6 @@
 """The tests that a GPU decides, file by file: kernels on it instead of in the interpreter, the model, a whole run.
 
-    python3 -m benchmarks.gpu_tests --out DIR [FILE ...]
+    python3 -m benchmarks.gpu_tests --out DIR [--jobs 4] [FILE ...]
 
 A file runs in a process of its own: what breaks the GPU's context there breaks nothing else. The row of a file counts
 its tests and has what failed, and why others were skipped.
@@ -8,7 +8,9 @@ its tests and has what failed, and why others were skipped.
 
 from __future__ import annotations
 
+import atexit
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -16,7 +18,7 @@ import tempfile
 import time
 import xml.etree.ElementTree as ElementTree
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,40 +26,84 @@ from typing import Any
 from benchmarks.cases import Case, parser, run_part
 
 ROOT = Path(__file__).parent.parent
-LAST = "test_aot.py"
-"""Compiles for GPUs that are not there: it may take the time that is left."""
+FIRST = (
+    "tests/test_gpu.py",
+    "tests/kernels/test_whole_model.py",
+    "tests/kernels/test_lora_linear.py",
+    "tests/kernels/test_nf4.py",
+    "tests/model/test_policies.py",
+    "tests/model/test_flux.py",
+)
+LAST = ("tests/kernels/test_compiles.py", "tests/kernels/test_aot.py")
+"""They compile for GPUs that are not there, and may take the time that is left."""
 
 
 def main() -> None:
     made = parser(__doc__ or "")
     made.add_argument("files", nargs="*", help="default: tests/kernels, the model's tests and tests/test_gpu.py")
+    made.add_argument("--jobs", type=int, default=max(1, min(4, (os.cpu_count() or 1) // 4)), help="files at a time")
     arguments = made.parse_args()
 
     def prepare(report: dict[str, Any]) -> Iterator[Case]:
-        for file in arguments.files or files():
-            yield Case(f"tests: {file}", partial(outcome, file, arguments.deadline))
+        names = {file: f"tests: {file}" for file in arguments.files or files()}
+        done = {row["case"] for row in report["rows"]}
+        wanted = [f for f, name in names.items() if name not in done and re.search(arguments.only, name)]
+        runs = Runs(wanted, arguments.jobs, arguments.deadline)
+        for file, name in names.items():
+            yield Case(name, partial(runs.outcome, file))
 
     run_part("tests", arguments, prepare)
 
 
 def files() -> list[str]:
-    kernels = sorted((ROOT / "tests" / "kernels").glob("test_*.py"), key=lambda path: (path.name == LAST, path))
-    first = ["tests/test_gpu.py", "tests/model/test_flux.py", "tests/model/test_policies.py"]
-    return [*first, *(path.relative_to(ROOT).as_posix() for path in kernels)]
+    """What decides comes first, in case time runs out."""
+    kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
+    return [*FIRST, *(file for file in kernels if file not in FIRST + LAST), *LAST]
 
 
-def outcome(file: str, deadline: float) -> dict[str, Any]:
-    """What pytest says of the file's tests."""
-    environment = os.environ | {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # tests ask for deterministic products
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "junit.xml"
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={path}", file]
-        child = subprocess.Popen(command, cwd=ROOT, env=environment)
-        code = wait(child, deadline)
+class Runs:
+    """Test files, each in a process of its own, `jobs` of them at a time: most of their time is the host's, which
+    imports and compiles. They start in their order.
+    """
+
+    def __init__(self, files: Sequence[str], jobs: int, deadline: float) -> None:
+        self._waiting, self._jobs, self._deadline = list(files), jobs, deadline
+        self._running: dict[str, subprocess.Popen[bytes]] = {}
+        self._folder = tempfile.TemporaryDirectory()
+        threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+        deterministic = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}  # tests ask for deterministic products
+        self._environment = os.environ | threads | deterministic
+        atexit.register(self._stop)
+
+    def outcome(self, file: str) -> dict[str, Any]:
+        """What pytest says of the file's tests."""
+        while file not in self._running:
+            self._start()
+        self._fill()
+        code = wait(self._running[file], self._deadline)
+        del self._running[file]
+        self._fill()
+        path = self._report(file)
         row = counted(path) if path.exists() else {"failed": f"pytest ended with {code} and left no report"}
-    if code == 5:  # no test was collected
-        return {"skipped": "; ".join(row.get("skips", {})) or "the file has no tests here"}
-    return row if "failed" in row else row | {"ok": code == 0, "exit_code": code}
+        if code == 5:  # no test was collected
+            return {"skipped": "; ".join(row.get("skips", {})) or "the file has no tests here"}
+        return row if "failed" in row else row | {"ok": code == 0, "exit_code": code}
+
+    def _fill(self) -> None:
+        while self._waiting and sum(child.poll() is None for child in self._running.values()) < self._jobs:
+            self._start()
+
+    def _start(self) -> None:
+        file = self._waiting.pop(0)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={self._report(file)}", file]
+        self._running[file] = subprocess.Popen(command, cwd=ROOT, env=self._environment)
+
+    def _report(self, file: str) -> Path:
+        return Path(self._folder.name) / f"{file.replace('/', '-')}.xml"
+
+    def _stop(self) -> None:
+        for child in self._running.values():
+            child.kill()
 
 
 def wait(child: subprocess.Popen[bytes], deadline: float) -> int:

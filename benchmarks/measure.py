@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+from fluxq.allocator import VARIABLES
 from fluxq.formats.atomic import atomic_path
 
 PACKAGES = ("triton", "bitsandbytes", "peft", "diffusers", "torchao", "transformers")
@@ -34,6 +35,7 @@ def about(device: torch.device) -> dict[str, Any]:
         "packages": {package: version(package) for package in PACKAGES},
         "commit": commit(),
         "date": f"{datetime.now(UTC):%Y-%m-%d %H:%M:%S} UTC",
+        "allocator": next((f"{name}={os.environ[name]}" for name in VARIABLES if name in os.environ), None),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
     }

@@ -11,7 +11,10 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread a worker, in the processes
 from pathlib import Path
 
 import pytest
-import torch
+
+import fluxq  # noqa: F401 - before torch, whose allocator it sets up
+
+import torch  # isort: skip
 
 if not torch.cuda.is_available():  # read when triton is imported: kernels are interpreted where there is no GPU
     os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -25,12 +25,14 @@ from .random_model import planned_flux
 from .timed_step import OPTIMIZER, Setting, clock_steps, trainer
 
 
-def measured_row(config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int) -> dict[str, Any]:
-    """it/s, GB moved a step and a second, the peak, and its bytes by owner, of `steps` steps of `made` with random
-    weights; or that the memory was not enough.
+def measured_row(
+    config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int, optimizer: str = OPTIMIZER
+) -> dict[str, Any]:
+    """it/s, the loss, GB moved a step and a second, the peak, and its bytes by owner, of `steps` steps of `made` with
+    random weights; or that the memory was not enough.
     """
     try:
-        return _measured(config, setting, made, device, steps)
+        return _measured(config, setting, made, device, steps, optimizer)
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).split(". ")[0]}
     finally:
@@ -39,10 +41,12 @@ def measured_row(config: FluxConfig, setting: Setting, made: Plan, device: torch
             torch.cuda.empty_cache()
 
 
-def _measured(config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int) -> dict[str, Any]:
+def _measured(
+    config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int, optimizer: str
+) -> dict[str, Any]:
     flux = planned_flux(config, made, setting.rank, device)
     training, copies, turns = TrainingConfig(), [0], [0]
-    updates = build_optimizer(OPTIMIZER, list(flux.parameters()), training.learning_rate, training.weight_decay)
+    updates = build_optimizer(optimizer, list(flux.parameters()), training.learning_rate, training.weight_decay)
     step = trainer(flux, setting, updates=updates)
 
     def counted(index: int) -> float:
@@ -62,13 +66,15 @@ def _measured(config: FluxConfig, setting: Setting, made: Plan, device: torch.de
         row = {
             "it_s": figures["it_s"],
             "ms": figures["ms"],
+            "ok": figures["ok"],
+            "loss": figures["loss"],
             "gb_moved_per_step": moved / 1e9,
             "gb_s": moved / 1e9 * figures["it_s"],
         }
         if (peak := figures.get("peak_gib")) is not None:
             owned["activations"] = max(turns) - sum(owned.values()) + owned["lora"] // 2  # no gradients at the turn
             owned["workspace"] = int(peak * GIB) - sum(owned.values())
-            row["peak_gib"] = peak
+            row |= {"peak_gib": peak, "reserved_gib": figures["reserved_gib"]}
         row["peak_gib_by_owner"] = {name: owned[name] / GIB for name in OWNERS if name in owned}
         return row
     finally:

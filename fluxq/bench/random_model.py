@@ -74,7 +74,7 @@ def planned_flux(
 
 
 class RandomUnits:
-    """What a quantized file holds, drawn when it is read."""
+    """What a quantized file holds, drawn when it is read: a unit is the same in whatever order units are read."""
 
     def __init__(self, config: FluxConfig, format: str, device: torch.device) -> None:
         self.config, self.format = config, format
@@ -82,12 +82,14 @@ class RandomUnits:
         laid_out = layout(self._shapes, format)
         self.units = {unit: places for unit, (places, _) in laid_out.items()}
         self._lengths = {unit: length for unit, (_, length) in laid_out.items()}
-        self._generator = torch.Generator(device).manual_seed(0)
+        self._generator = torch.Generator(device)
+        self._seeds = {unit: seed for seed, unit in enumerate(self.units)}
 
     def length(self, unit: str) -> int:
         return self._lengths[unit]
 
     def read(self, unit: str) -> Tensor:
+        self._generator.manual_seed(self._seeds[unit])
         flat = torch.zeros(self.length(unit), dtype=torch.uint8, device=self._device)
         for place in self.units[unit]:
             self.fill(place, view(flat, place), self.format if unit != REST else "bf16")

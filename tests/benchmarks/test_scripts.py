@@ -96,8 +96,37 @@ def test_steps_take_their_choices_from_the_command_line(run):
         assert recipe["ok"] and [(t["wanted"], t["met"]) for t in recipe["targets"]] == [(">= 2", None)]
 
 
+def test_steps_as_planned_come_first_and_are_held_against_the_recipe(run):
+    rows = run("gpu", "--sizes=64", "--steps=1", "--compute=bf16", "--policy", "planned", "recompute", "--seconds=1")
+    planned, recipe, resident = rows
+    assert planned == "steps: 64 px, nf4, bf16, planned" and "recipe" in recipe and resident.endswith("recompute")
+    assert rows[planned]["plan"]["resident"] > 0 and rows[planned]["loss"] > 0
+    assert rows[planned]["predicted_peak_bytes"] > 0
+    assert "skipped" in rows[recipe] or [t["wanted"] for t in rows[recipe]["targets"]] == [">= 1.5"]
+
+
+def test_streaming_changes_no_loss_and_is_held_against_all_resident(run):
+    rows = run("streaming", "--compute=bf16")
+    resident, streamed = rows.values()
+    assert resident["plan"]["streamed"] == 0 and streamed["plan"]["streamed"] == 2
+    assert streamed["loss"] == resident["loss"]
+    assert [t["what"] for t in streamed["targets"]] == ["speed over all resident"]
+
+
+def test_peaks_are_those_of_plans_for_other_GPUs(run):
+    for name, row in run("peaks").items():
+        assert name.endswith("planned for 12 GiB")
+        assert row["ok"] and row["predicted_peak_bytes"] > 0 and sum(row["plan"]["policies"].values()) == 2
+
+
+def test_the_hosts_time_is_that_of_steps(run):
+    rows = run("host")
+    assert len(rows) == 4 and [row["plan"]["streamed"] for row in rows.values()] == [0, 0, 3, 0]
+    assert all(row["ok"] and row["ms"]["step"]["median"] > 0 for row in rows.values())
+
+
 def test_tests_are_counted_file_by_file(run):
-    rows = run("gpu_tests", "tests/kernels/test_attention.py", "tests/test_gpu.py")
+    rows = run("gpu_tests", "--jobs=2", "tests/kernels/test_attention.py", "tests/test_gpu.py")
     assert rows["tests: tests/kernels/test_attention.py"]["passed"] > 5
     gpu = rows["tests: tests/test_gpu.py"]
     assert gpu["passed"] > 0 or list(gpu["skips"]) == ["needs a CUDA GPU"]
