@@ -1,0 +1,58 @@
+"""The objective: the loss of a micro-step depends on its number alone."""
+
+from __future__ import annotations
+
+import torch
+from helpers import randomize, tiny_config
+
+from fluxq.bench.timed_step import SameBatch
+from fluxq.caching import Batch
+from fluxq.config import TrainingConfig
+from fluxq.flow import flow_loss, sample_noise, sample_timesteps
+from fluxq.model import Flux, add_lora
+from fluxq.training.objective import Objective
+
+TRAINING = TrainingConfig(batch=2, seed=7, timesteps="flux_shift", guidance=1.5)
+
+
+def objective() -> Objective:
+    torch.manual_seed(0)
+    flux = randomize(Flux(tiny_config()))
+    for layer in add_lora(flux, 2, 3).values():
+        torch.nn.init.normal_(layer.lora_up, std=0.05)
+    names = ["photos/a.png", "photos/b.png#2"]
+    c = flux.config
+    batch = Batch(torch.randn(2, c.in_channels // 4, 8, 6), torch.randn(2, 5, c.context_in_dim),
+                  torch.randn(2, c.vec_in_dim), names)  # fmt: skip
+    return Objective(flux, SameBatch(batch, 64), TRAINING)
+
+
+def test_a_loss_does_not_depend_on_the_order_of_the_steps():
+    first, second = objective(), objective()
+    forward = [float(first.loss(i)) for i in range(4)]
+    backward = [float(second.loss(i)) for i in (3, 2, 1, 0)]
+    assert forward == backward[::-1] and len(set(forward)) == 4
+
+
+def test_a_loss_is_the_flow_loss_at_the_steps_own_noise_and_timesteps():
+    one = objective()
+    batch = one.batches.batch(3)
+    t = sample_timesteps("flux_shift", 7, 3, batch.examples, 16, TRAINING.shift)
+    noise = sample_noise(batch.latents.shape[1:], 7, 3, batch.examples)
+    expected = flow_loss(one.flux, batch.latents, noise, t, batch.txt, batch.pooled, 1.5).mean()
+    torch.testing.assert_close(one.loss(3), expected, rtol=1e-5, atol=0)
+
+
+def test_a_clip_that_trains_gives_the_pooled_vectors():
+    class Halved:
+        def __init__(self, batch: Batch) -> None:
+            self.batch = batch
+
+        def pooled(self, captions):
+            return 0.5 * self.batch.pooled
+
+    one = objective()
+    batch, plain = one.batches.batch(0), float(one.loss(0))
+    trained = Objective(one.flux, one.batches, TRAINING, Halved(batch))
+    one.flux.trains_y = True
+    assert float(trained.loss(0)) != plain
