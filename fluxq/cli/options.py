@@ -69,7 +69,7 @@ def as_config(key: str, help: str, name: str = "", without: str = "", **more: An
     if allowed["choices"]:
         kind: click.ParamType = click.Choice([choice for choice in allowed["choices"] if choice != without])
     else:
-        kind = click.IntRange(allowed["least"], None if allowed["most"] == math.inf else allowed["most"])
+        kind = click.IntRange(allowed["minimum"], None if allowed["maximum"] == math.inf else allowed["maximum"])
     shown = more.get("default") is not None
     return click.option(allowed["flag"], name or field, type=kind, show_default=shown, help=help, **more)
 
