@@ -42,62 +42,62 @@ class ModelConfig:
 
     name: str | None = option(
         None,
-        "nano: use the bundled toy model in place of FLUX.1, to try things out without any model files",
+        "Use the bundled toy model in place of FLUX.1, to try fluxq without any model files.",
         "--model",
         ("nano",),
     )
     models: Path | None = option(
         None,
-        "where to find the model files that are not named: a ComfyUI, Forge, diffusers or other folder, an all-in-one "
-        "file, or a hub id like black-forest-labs/FLUX.1-dev; default: the environment variable FLUXQ_MODELS",
+        "Where to find the model files that are not named: a ComfyUI, Forge, diffusers or other folder, an all-in-one "
+        "file, or a hub id like black-forest-labs/FLUX.1-dev; default: the environment variable FLUXQ_MODELS.",
         "--models",
     )
     flux: Path | None = option(
-        None, "the FLUX.1 transformer: a .safetensors or .gguf file, a diffusers folder or a hub id", "--flux"
+        None, "The FLUX.1 transformer: a .safetensors or .gguf file, a diffusers folder or a hub id.", "--flux"
     )
-    ae: Path | None = option(None, "the autoencoder (VAE): ae.safetensors, a diffusers folder or a hub id", "--ae")
+    ae: Path | None = option(None, "The autoencoder (VAE): ae.safetensors, a diffusers folder or a hub id.", "--ae")
     clip_l: Path | None = option(
-        None, "the CLIP-L text encoder: clip_l.safetensors, a diffusers folder or a hub id", "--clip-l"
+        None, "The CLIP-L text encoder: clip_l.safetensors, a diffusers folder or a hub id.", "--clip-l"
     )
     t5xxl: Path | None = option(
-        None, "the T5-XXL text encoder: t5xxl_fp16.safetensors, a diffusers folder or a hub id", "--t5xxl"
+        None, "The T5-XXL text encoder: t5xxl_fp16.safetensors, a diffusers folder or a hub id.", "--t5xxl"
     )
     clip_tokenizer: Path | None = option(
-        None, "CLIP's tokenizer, a folder with vocab.json; default: searched for near the text encoders"
+        None, "CLIP's tokenizer, a folder with vocab.json; default: searched for near the text encoders."
     )
     t5_tokenizer: Path | None = option(
         None,
-        "T5's tokenizer: spiece.model, tokenizer.json or a T5 .gguf file; default: searched for near the text encoders",
+        "T5's tokenizer: spiece.model, tokenizer.json or a T5 .gguf; default: searched for near the text encoders.",
     )
     t5_length: int | None = option(
         None,
         "T5 tokens per caption: longer captions are cut, fewer tokens train faster; default: 512 for dev, 256 for "
-        "schnell",
+        "schnell.",
         "--t5-length",
         minimum=2,
         maximum=512,
     )
     format: str | None = option(
         None,
-        "how frozen weights are stored: nf4 is the smallest (6.3 GiB), int8 and fp8 are more accurate (11.2 GiB), bf16 "
+        "How frozen weights are stored: nf4 is the smallest (6.3 GiB), int8 and fp8 are more accurate (11.2 GiB), bf16 "
         "is not quantized (22.2 GiB); default: nf4, but a training run on a GPU picks the most accurate format that is "
-        "predicted to be as fast",
+        "predicted to be as fast.",
         "--format",
         ("nf4", "fp8", "int8", "bf16"),
     )
     compute: str = option(
         "bf16",
-        "how frozen weights are multiplied: bf16 is the most accurate; int8 and fp8 are faster, with gradients in "
+        "How frozen weights are multiplied: bf16 is the most accurate; int8 and fp8 are faster, with gradients in "
         "bf16; int8_dx and fp8_dx are the fastest, with gradients in 8 bits too; fp8 needs an RTX 40 or newer, older "
-        "GPUs use int8 in its place",
+        "GPUs use int8 in its place.",
         "--compute",
         ("bf16", "int8", "int8_dx", "fp8", "fp8_dx"),
     )
-    base_loras: tuple[str, ...] = option((), "LoRAs to merge into the frozen transformer, as FILE or FILE=STRENGTH")
+    base_loras: tuple[str, ...] = option((), "LoRAs to merge into the frozen transformer, as FILE or FILE=STRENGTH.")
     ae_band: int | None = option(
         None,
-        "rows of the autoencoder's feature maps to process at a time: fewer rows take less memory but more time, the "
-        "result is the same; default: as many as fit",
+        "Rows of the autoencoder's feature maps to process at a time: fewer rows take less memory but more time, the "
+        "result is the same; default: as many as fit.",
         "--ae-band",
         minimum=1,
     )
@@ -108,41 +108,43 @@ class FolderConfig:
     """[[data.folders]] One folder of images."""
 
     path: Path
-    repeats: int = option(1, "how often each image is used per epoch", minimum=1)
-    trigger: str | None = option(None, "the word that calls the concept; put in front of captions that lack it")
+    repeats: int = option(1, "How often each image is used per epoch.", minimum=1)
+    trigger: str | None = option(None, "The word that calls the concept; put in front of captions that lack it.")
 
 
 @dataclass(frozen=True)
 class DataConfig:
     """[data] The images, and the shapes they are trained at."""
 
-    folders: tuple[FolderConfig, ...] = option((), "folders of images")
+    folders: tuple[FolderConfig, ...] = option((), "Folders of images.")
     validation: tuple[FolderConfig, ...] = option(
-        (), "folders of held-out images; their loss is measured before and after training"
+        (), "Folders of held-out images; their loss is measured before and after training."
     )
     trigger: str | None = option(
         None,
-        "the word that will call the concept in prompts, best a made-up one like zqx; put in front of captions that "
-        "lack it; default: none",
+        "The word that will call the concept in prompts, best a made-up one like zqx; put in front of captions that "
+        "lack it; default: none.",
         "--trigger",
     )
     resolution: int | None = option(
         None,
-        "pixels, a multiple of 16: images keep their shape and are resized to about resolution x resolution in area; "
-        "higher shows more detail, but is slower and takes more memory; default: 768, or 512 on a GPU with less than "
-        "12 GiB and on a CPU",
+        "Pixels, a multiple of 16: images keep their shape and are resized to about resolution x resolution in area; "
+        "higher learns more detail, but is slower and takes more memory; default: 512, or 768 on a GPU of 12 GiB or "
+        "more.",
         "--resolution",
         minimum=16,
     )
-    step: int = option(16, "pixels: the sides of buckets (training shapes) are multiples of this", minimum=16)
-    min_side: int | None = option(None, "pixels: shortest side of a bucket; default: half of resolution", minimum=16)
-    max_side: int | None = option(None, "pixels: longest side of a bucket; default: twice resolution", minimum=16)
-    upscale: bool = option(True, "true: enlarge images smaller than their bucket; false: give them a smaller bucket")
+    step: int = option(16, "Pixels: the sides of buckets (training shapes) are multiples of this.", minimum=16)
+    min_side: int | None = option(None, "Pixels: shortest side of a bucket; default: half of resolution.", minimum=16)
+    max_side: int | None = option(None, "Pixels: longest side of a bucket; default: twice resolution.", minimum=16)
+    upscale: bool = option(
+        True, "Enlarge images that are smaller than their bucket; if false, they get a smaller bucket."
+    )
     skip_bad: bool = option(
-        False, "skip images and captions that cannot be read, and list them, instead of stopping", "--skip-bad"
+        False, "Skip images and captions that cannot be read, and list them, instead of stopping.", "--skip-bad"
     )
     cache: Path = option(
-        Path("cache"), "folder for encoded images and captions; later runs reuse what is in it", "--cache"
+        Path("cache"), "Folder for encoded images and captions; later runs reuse what is in it.", "--cache"
     )
 
 
@@ -155,37 +157,37 @@ class LoraConfig:
 
     rank: int | None = option(
         None,
-        "rank (size) of the LoRA: a higher one can learn more, but makes a larger file and takes more memory; 4 to 64 "
-        "are usual; default: 16, or as in --from-lora",
+        "Rank (size) of the LoRA: a higher one can learn more, but makes a larger file and takes more memory; 4 to 64 "
+        "are usual; default: 16, or as in --from-lora.",
         "--rank",
         minimum=1,
     )
     alpha: float | None = option(
         None,
-        "the LoRA is scaled by alpha / rank, so a smaller alpha weakens it; default: equal to rank, or as in "
-        "--from-lora",
+        "The LoRA is scaled by alpha / rank, so a smaller alpha weakens it; default: equal to rank, or as in "
+        "--from-lora.",
         "--alpha",
         minimum=1e-09,
     )
     targets: tuple[str, ...] | None = option(
         None,
-        "layers to train: attention, attention+mlp, all, or regular expressions on layer paths; default: "
-        "attention+mlp, or the layers of --from-lora",
+        "Layers to train: attention, attention+mlp, all, or regular expressions on layer paths; default: "
+        "attention+mlp, or the layers of --from-lora.",
     )
     from_lora: Path | None = option(
-        None, "start from this LoRA, made by any program, instead of from an empty one; default: none", "--from-lora"
+        None, "Start from this LoRA, made by any program, instead of from an empty one; default: none.", "--from-lora"
     )
     text_encoder: str | None = option(
         None,
-        "also train this text encoder: clip_l only, t5xxl is not supported; slower, as captions are then encoded "
-        "again in every step; default: none",
+        "Also train this text encoder: clip_l only, t5xxl is not supported; slower, as captions are then encoded "
+        "again in every step; default: none.",
         "--text-encoder",
         ("clip_l", "t5xxl"),
     )
     file_format: str = option(
         "kohya",
-        "key names in the LoRA file: kohya loads in ComfyUI, Forge, sd-scripts and diffusers; diffusers and comfy "
-        "suit those programs; peft writes a folder, NAME.peft, for PeftModel",
+        "Key names in the LoRA file: kohya loads in ComfyUI, Forge, sd-scripts and diffusers; diffusers and comfy "
+        "suit those programs; peft writes a folder, NAME.peft, for PeftModel.",
         "--lora-format",
         ("kohya", "diffusers", "comfy", "peft"),
     )
@@ -196,57 +198,59 @@ class TrainingConfig:
     """[training] The loop."""
 
     steps: int | None = option(
-        None, "optimizer steps; default: 100 per image, at least 1,000 and at most 3,000", "--steps", minimum=1
+        None, "Optimizer steps; default: 100 per image, at least 1,000 and at most 3,000.", "--steps", minimum=1
     )
-    batch: int = option(1, "images per forward pass; more take more memory", "--batch", minimum=1)
+    batch: int = option(1, "Images per forward pass; more take more memory.", "--batch", minimum=1)
     accumulate: int = option(
         1,
-        "forward passes per optimizer step: acts like a batch so many times larger, without more memory",
+        "Forward passes per optimizer step: acts like a batch so many times larger, without more memory.",
         "--accumulate",
         minimum=1,
     )
     learning_rate: float = option(
-        1e-4, "learning rate: too high ruins images, too low learns next to nothing", "--lr", minimum=0
+        1e-4, "Learning rate: too high ruins images, too low learns next to nothing.", "--lr", minimum=0
     )
     text_learning_rate: float | None = option(
-        None, "learning rate of --text-encoder; default: half of --lr", "--text-lr", minimum=0
+        None, "Learning rate of --text-encoder; default: half of --lr.", "--text-lr", minimum=0
     )
     optimizer: str = option(
         "adamw8bit",
-        "adamw8bit takes 2 bytes of memory per trained weight for its state, adamw 8, in full precision",
+        "Optimizer: adamw8bit takes 2 bytes of memory per trained weight, adamw 8, as it keeps its state in fp32.",
         "--optimizer",
         ("adamw", "adamw8bit"),
     )
     weight_decay: float = option(
-        0.01, "how strongly the optimizer pulls trained weights toward 0; 0: not at all", minimum=0
+        0.01, "How strongly the optimizer pulls trained weights toward 0; 0: not at all.", minimum=0
     )
     schedule: str = option(
         "constant",
-        "learning rate after the warm-up: constant keeps it, so that --resume can add steps; linear and cosine lower "
-        "it to 0 by the last step",
+        "Learning rate after the warm-up: constant keeps it, so that --resume can add steps; linear and cosine lower "
+        "it to 0 by the last step.",
         "--schedule",
         ("constant", "linear", "cosine"),
     )
-    warmup: int = option(0, "optimizer steps over which the learning rate rises from 0; 0: none", "--warmup", minimum=0)
+    warmup: int = option(
+        0, "Optimizer steps over which the learning rate rises from 0; 0: none.", "--warmup", minimum=0
+    )
     clip: float = option(
-        1.0, "largest norm of the gradient, a larger gradient is scaled down to it; 0: no limit", minimum=0
+        1.0, "Largest norm of the gradient, a larger gradient is scaled down to it; 0: no limit.", minimum=0
     )
     timesteps: str = option(
         "shift",
-        "which noise levels to train at: uniform, all equally often; sigmoid, mostly medium ones; shift, more of the "
+        "Which noise levels to train at: uniform, all equally often; sigmoid, mostly medium ones; shift, more of the "
         "high ones, by training.shift; flux_shift, the more of the high ones the larger the image; keep the default "
-        "unless you copy another trainer's setting",
+        "unless you copy another trainer's setting.",
         "--timesteps",
         ("uniform", "sigmoid", "shift", "flux_shift"),
     )
     shift: float = option(
         3.1582,
-        "for timesteps = shift: above 1 trains more at high noise, where an image's layout is decided; 1: as sigmoid",
+        "For timesteps = shift: above 1 trains more at high noise, where an image's layout is decided; 1: as sigmoid.",
         minimum=0.001,
     )
-    guidance: float = option(1.0, "guidance value given to FLUX.1-dev during training", minimum=0)
+    guidance: float = option(1.0, "Guidance value given to FLUX.1-dev during training.", minimum=0)
     seed: int = option(
-        42, "random seed of the run: the same seed gives the same noise, noise levels and order of images", "--seed"
+        42, "Random seed of the run: the same seed gives the same noise, noise levels and order of images.", "--seed"
     )
 
 
@@ -257,41 +261,41 @@ class MemoryConfig:
     vram: str | None = option(
         None,
         "GPU memory to use, like 12GiB, 12GB or 12 (GiB); less leaves room for other programs; default: all that is "
-        "free",
+        "free.",
         "--vram",
     )
-    ram: str | None = option(None, "RAM to use, like 24GiB, 24GB or 24 (GiB); default: all that is free", "--ram")
+    ram: str | None = option(None, "RAM to use, like 24GiB, 24GB or 24 (GiB); default: all that is free.", "--ram")
     policy: str | None = option(
         None,
-        "what each block keeps for the backward pass, from recompute (least memory, slowest) to keep_all (most memory, "
-        "fastest); default: chosen to fit",
+        "What each block keeps for the backward pass, from recompute (least memory, slowest) to keep_all (most memory, "
+        "fastest); default: chosen to fit.",
         "--policy",
         ("recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"),
     )
     resident_units: int | None = option(
         None,
-        "how many of FLUX.1's 76 units of weights stay on the GPU, the rest is streamed from RAM; a unit is a single "
-        "block or half a double block; default: chosen to fit",
+        "How many of FLUX.1's 76 units of weights stay on the GPU, the rest is streamed from RAM; a unit is a single "
+        "block or half a double block; default: chosen to fit.",
         "--resident-units",
         minimum=0,
     )
     blocks_to_swap: int | None = option(
         None,
-        "stream this many blocks (2 units each) from RAM, as in sd-scripts; 38 is the whole model; default: chosen to "
-        "fit",
+        "Stream this many blocks (2 units each) from RAM, as in sd-scripts; 38 is the whole model; default: chosen to "
+        "fit.",
         "--blocks-to-swap",
         minimum=0,
     )
     slots: int | None = option(
         None,
-        "GPU buffers for streamed units: more of them hide transfers better but take memory; default: chosen to fit",
+        "GPU buffers for streamed units: more of them hide transfers better but take memory; default: chosen to fit.",
         "--slots",
         minimum=2,
     )
     offload: bool | None = option(
         None,
-        "keep the inputs of blocks in RAM until the backward pass: takes less GPU memory, adds transfers; default: "
-        "chosen to fit",
+        "Keep the inputs of blocks in RAM until the backward pass: takes less GPU memory, adds transfers; default: "
+        "chosen to fit.",
         "--offload",
     )
 
@@ -301,47 +305,49 @@ class SamplesConfig:
     """[samples] Images to sample: previews while training, or with fluxq sample."""
 
     prompts: tuple[str, ...] = option(
-        (), "prompts; default for previews: the triggers, or without any the first three captions"
+        (), "Prompts; default for previews: the triggers, or without any the first three captions."
     )
     every: int = option(
         0,
-        "optimizer steps between previews, images sampled while training; one more at the end; 0: none",
+        "Optimizer steps between previews, images sampled while training; one more at the end; 0: none.",
         "--sample-every",
         minimum=0,
     )
     width: int | None = option(
         None,
-        "image width in pixels, a multiple of 16; default: as --resolution of a training run",
+        "Image width in pixels, a multiple of 16; default: the training resolution (fluxq sample: 512, or 768 "
+        "on a GPU of 12 GiB or more).",
         "--width",
         minimum=16,
     )
     height: int | None = option(
         None,
-        "image height in pixels, a multiple of 16; default: as --resolution of a training run",
+        "Image height in pixels, a multiple of 16; default: the training resolution (fluxq sample: 512, or 768 "
+        "on a GPU of 12 GiB or more).",
         "--height",
         minimum=16,
     )
     steps: int = option(
-        20, "denoising (Euler) steps per image: about 20 for dev, 4 for schnell", "--sample-steps", minimum=1
+        20, "Denoising (Euler) steps per image: about 20 for dev, 4 for schnell.", "--sample-steps", minimum=1
     )
     guidance: float = option(
         3.5,
-        "guidance value given to FLUX.1-dev while sampling: higher follows the prompt more closely; schnell has none",
+        "Guidance value given to FLUX.1-dev while sampling: higher follows the prompt more closely; schnell ignores it.",
         "--guidance",
         minimum=0,
     )
     cfg: float = option(
         1.0,
-        "true classifier-free guidance, which the negative prompt needs: above 1 it doubles the time",
+        "True classifier-free guidance, which the negative prompt needs: above 1 it doubles the time.",
         "--cfg",
         minimum=1,
     )
     negative: str = option(
         "",
-        "negative prompt: what the image should not show; used only if --cfg is above 1; default: none",
+        "Negative prompt: what the image should not show; used only if --cfg is above 1; default: none.",
         "--negative",
     )
-    seed: int = option(42, "seed of the first image; each following image adds 1", "--sample-seed")
+    seed: int = option(42, "Seed of the first image; each following image adds 1.", "--sample-seed")
 
 
 @dataclass(frozen=True)
@@ -349,21 +355,21 @@ class OutputConfig:
     """[output] Where results go."""
 
     out: Path | None = option(
-        None, "run directory, for the LoRA, the log and what --resume needs; default: runs/NAME", "--out"
+        None, "Run directory, for the LoRA, the log and what --resume needs; default: runs/NAME.", "--out"
     )
     name: str | None = option(
-        None, "name of the LoRA file; default: the trigger, or without one the first folder's name", "--name"
+        None, "Name of the LoRA file; default: the trigger, or without one the first folder's name.", "--name"
     )
     save_every: int = option(
         250,
-        "optimizer steps between saves of the LoRA and of what --resume needs; 0: only at the end",
+        "Optimizer steps between saves of the LoRA and of what --resume needs; 0: only at the end.",
         "--save-every",
         minimum=0,
     )
     keep: int = option(
-        0, "how many of the LoRAs saved before the end to keep, newest first; 0: all", "--keep", minimum=0
+        0, "How many of the LoRAs saved before the end to keep, newest first; 0: all.", "--keep", minimum=0
     )
-    plot_seconds: float = option(20.0, "seconds between updates of loss.png", minimum=0)
+    plot_seconds: float = option(20.0, "Seconds between updates of loss.png.", minimum=0)
 
 
 @dataclass(frozen=True)
