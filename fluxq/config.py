@@ -332,7 +332,7 @@ class SamplesConfig:
     )
     guidance: float = option(
         3.5,
-        "Guidance value given to FLUX.1-dev while sampling: higher follows the prompt more closely; schnell ignores it.",
+        "Guidance value given to FLUX.1-dev while sampling: higher follows the prompt more; schnell ignores it.",
         "--guidance",
         minimum=0,
     )

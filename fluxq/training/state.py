@@ -1,7 +1,7 @@
-"""What a run needs to go on as if it had never stopped: the LoRA, the optimizer's state and the step, in one file.
+"""The saved state of a run, from which it resumes bit for bit: the LoRA, the optimizer's state and the step number.
 
-Everything else that a step depends on is addressed by its number. The file is a safetensors file, written whole or not
-at all.
+Everything else that a step depends on is a function of its number. The state is one safetensors file, written
+atomically.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from fluxq.model.linear import Linear
 def save_state(
     path: Path, step: int, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer, facts: dict
 ) -> None:
-    """Save the run as it is after `step` optimizer steps. `facts` is JSON of the caller's own."""
+    """Save the run after `step` optimizer steps. facts: more JSON, which load_state returns."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
     scalars: dict[str, dict] = {}
     for index, slots in saved["state"].items():
         for key, value in slots.items():
-            if isinstance(value, dict):  # bitsandbytes wraps its tensors once more
+            if isinstance(value, dict):  # bitsandbytes nests its tensors
                 tensors |= {f"optimizer.{index}.{key}.{inner}": tensor for inner, tensor in value.items()}
             elif isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value
@@ -39,13 +39,13 @@ def save_state(
 
 
 def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> tuple[int, dict]:
-    """Put the LoRA and the optimizer back as they were saved; returns the steps done and the caller's `facts`.
+    """Restore the LoRA and the optimizer; returns the number of steps done and the `facts`.
 
-    Raises WrongRequest for a file that is no state, or that belongs to another set of layers or ranks.
+    Raises WrongRequest for a file that is not a state, or that was saved with other layers or ranks.
     """
     checkpoint = Checkpoint(path)
     if "fluxq_state" not in checkpoint.metadata:
-        raise WrongRequest(f"{path} is no saved state of fluxq; give the run directory that holds state/")
+        raise WrongRequest(f"{path} is not a saved state of fluxq; name the run directory, which has state/ in it")
     about = json.loads(checkpoint.metadata["fluxq_state"])
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
