@@ -1,7 +1,7 @@
 """`python cli.py ...` in a clone: the same as the installed command `fluxq ...`.
 
-If packages that fluxq needs are missing, it first installs fluxq with them into .venv next to this file, and runs there.
-An installed torch, like one for CUDA on Windows, is used there too.
+If packages that fluxq needs are missing, it first installs fluxq and them into .venv next to this file, and runs there.
+A torch that is installed already, like one for CUDA on Windows, is used there too.
 """
 
 import importlib.util

@@ -11,7 +11,7 @@ from fluxq.data.buckets import multiple_of_16
 
 @dataclass(frozen=True)
 class Request:
-    """One image to sample. The image depends on these fields only.
+    """One image to sample. With the model and the LoRAs, these fields determine it.
 
     guidance: FLUX.1-dev's input. cfg: true classifier-free guidance; above 1 it adds a pass with the `negative` prompt.
     """
@@ -35,7 +35,7 @@ class Request:
 
 
 def requests_for(samples: SamplesConfig, prompts: Sequence[str], resolution: int) -> list[Request]:
-    """One request per prompt, each with its own seed. `resolution`: the width and height if `samples` sets none."""
+    """One request per prompt, each with its own seed. `resolution`: the width or height that `samples` leaves unset."""
     width = multiple_of_16("width", samples.width or resolution)
     height = multiple_of_16("height", samples.height or resolution)
     settings = (samples.steps, samples.guidance, samples.cfg, samples.negative)

@@ -68,7 +68,7 @@ def settings_of(lora: Lora, config: LoraConfig, flux: FluxConfig, notify: Notify
     if config.rank is None and lora.ranks[-1] > max(lora.file_ranks):
         notify(
             f"rank {rank}: the file splits fused layers into parts, whose ranks add up; --rank {max(lora.file_ranks)} "
-            "takes less memory but loses some of it"
+            "takes less memory but is not exact"
         )
     return replace(config, rank=rank, alpha=alpha, targets=targets, from_lora=lora.path.absolute())
 
