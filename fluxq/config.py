@@ -187,7 +187,7 @@ class LoraConfig:
     file_format: str = option(
         "kohya",
         "Key names in the LoRA file: kohya loads in ComfyUI, Forge, sd-scripts and diffusers; diffusers and comfy "
-        "suit those programs; peft writes a folder, NAME.peft, for PeftModel.",
+        "use those programs' own names; peft writes a folder, NAME.peft, for PeftModel.",
         "--lora-format",
         ("kohya", "diffusers", "comfy", "peft"),
     )
@@ -203,7 +203,7 @@ class TrainingConfig:
     batch: int = option(1, "Images per forward pass; more take more memory.", "--batch", minimum=1)
     accumulate: int = option(
         1,
-        "Forward passes per optimizer step: acts like a batch so many times larger, without more memory.",
+        "Forward passes per optimizer step: acts like a batch that many times larger, without more memory.",
         "--accumulate",
         minimum=1,
     )
@@ -233,13 +233,13 @@ class TrainingConfig:
         0, "Optimizer steps over which the learning rate rises from 0; 0: none.", "--warmup", minimum=0
     )
     clip: float = option(
-        1.0, "Largest norm of the gradient, a larger gradient is scaled down to it; 0: no limit.", minimum=0
+        1.0, "Largest norm of the gradient: a larger gradient is scaled down to it; 0: no limit.", minimum=0
     )
     timesteps: str = option(
         "shift",
-        "Which noise levels to train at: uniform, all equally often; sigmoid, mostly medium ones; shift, more of the "
-        "high ones, by training.shift; flux_shift, the more of the high ones the larger the image; keep the default "
-        "unless you copy another trainer's setting.",
+        "Which noise levels to train at: uniform samples all alike, sigmoid mostly medium ones, shift more high ones "
+        "(by training.shift), flux_shift more high ones the larger the image; keep the default unless you copy another "
+        "trainer's settings.",
         "--timesteps",
         ("uniform", "sigmoid", "shift", "flux_shift"),
     )

@@ -38,10 +38,10 @@ def sample_timesteps(mode: str, seed: int, index: int, examples: Sequence[str], 
     uniform: t = u. sigmoid: t = sigmoid(z). shift: sigmoid(z) shifted by `shift`. flux_shift: sigmoid(z) shifted by
     `resolution_shift(tokens)`, where `tokens` is the length of one image. u is uniform, z standard normal.
     """
-    draws = [generator(seed, "timestep", index, example) for example in examples]
+    generators = [generator(seed, "timestep", index, example) for example in examples]
     if mode == "uniform":
-        return torch.tensor([1 - draw.random() for draw in draws]).clamp(max=1 - 2**-24)
-    t = torch.tensor([draw.standard_normal() for draw in draws]).sigmoid()
+        return torch.tensor([1 - g.random() for g in generators]).clamp(max=1 - 2**-24)
+    t = torch.tensor([g.standard_normal() for g in generators]).sigmoid()
     if mode == "sigmoid":
         return t
     if mode == "shift":

@@ -41,8 +41,8 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output f
     "--rank",
     type=click.IntRange(1),
     metavar="N",
-    help="Reduce every layer to this rank, by SVD; default: keep everything, where a fused layer made from separate "
-    "parts gets the sum of their ranks.",
+    help="Reduce every layer to this rank, by SVD; default: keep everything; a fused layer made from separate "
+    "parts then has the sum of their ranks.",
 )
 @PRECISION
 @OVERWRITE

@@ -44,7 +44,7 @@ class Commands(click.Group):
                 err=True,
             )
             ctx.exit(1)
-        except OSError as error:  # a file that is locked, not permitted, named too long, on a drive that is gone
+        except OSError as error:  # a file that is locked, forbidden, too long in name or on a missing drive
             if error.filename is None:
                 raise
             click.echo(

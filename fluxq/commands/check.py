@@ -115,28 +115,30 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         assert resolved.resolution and resolved.min_side and resolved.max_side, "resolve_data fills these in"
         folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
         sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
-        found = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
-        foreign = imported(Store(resolved.cache), found.examples, models.t5_length)
+        scanned = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        foreign = imported(Store(resolved.cache), scanned.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
-    captions = {example.caption for example in found.examples}
-    buckets = Counter(example.bucket for example in found.examples)
+    captions = {example.caption for example in scanned.examples}
+    buckets = Counter(example.bucket for example in scanned.examples)
     answer = {
-        "images": len(found.examples),
+        "images": len(scanned.examples),
         "captions": len(captions),
         "resolution": resolved.resolution,
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
-        "skipped": found.skipped,
+        "skipped": scanned.skipped,
         "imported": foreign,
     }
     shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
-    console.print(f"images       {answer['images']:,}, {plural(answer['captions'], 'different caption')}; {shapes}")
+    console.print(
+        f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}"
+    )
     if foreign:
         console.print(f"             {foreign}")
-    for line in found.skipped:
+    for line in scanned.skipped:
         console.print(f"skipped      {line}")
     return answer
 

@@ -36,7 +36,7 @@ def quantize_command(
         raise WrongRequest(f"{target} is a folder or the source itself; name a new file")
     about = {"files": [path.name for path in original.files], "fingerprint": fingerprint(original.files)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console.print(f"{target} will take {stored_bytes(original.shapes, format) / 1e9:.1f} GB")
+    console.print(f"{target} will take {stored_bytes(original.shapes, format) / 1e9:.3g} GB")
     began = time.perf_counter()
     with byte_bar("quantizing") as progress:
         inspect = errors.add if report else lambda name, w, q: None
@@ -47,7 +47,7 @@ def quantize_command(
     for layer, error in errors.relative().items():
         console.print(f"{layer:40} {error:7.3%}")
     console.print(
-        f"{target}: {size / 1e9:.2f} GB in {format}, from {original.nbytes / 1e9:.2f} GB at "
+        f"{target}: {size / 1e9:.3g} GB in {format}, from {original.nbytes / 1e9:.3g} GB at "
         f"{original.nbytes / 1e9 / seconds:.2f} GB/s"
     )
     answer = {"file": str(target), "format": format, "bytes": size, "source_bytes": original.nbytes, "seconds": seconds}

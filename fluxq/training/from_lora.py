@@ -95,6 +95,6 @@ def start_from(lora: Lora, layers: Mapping[str, Linear], notify: Notify) -> None
         layer.lora_down[: own.rank] = own.down.to(layer.lora_down)
         layer.lora_up[:, : own.rank] = own.up.to(layer.lora_up) * (own.scale / layer.lora_scale)
     if lost:
-        notify(f"{lora.path.name} was reduced to the rank of this run; relative error: {math.sqrt(lost / whole):.2g}")
+        notify(f"{lora.path.name} was reduced to the rank of this run; relative error: {math.sqrt(lost / whole):.2%}")
     if fresh := len(layers) - len(lora.everything):
         notify(f"not in {lora.path.name}, so trained from zero: {plural(fresh, 'layer')}")

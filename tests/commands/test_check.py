@@ -67,7 +67,7 @@ def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_
     }
     assert answer["images"]["images"] == 3 and answer["images"]["buckets"] == {"96x96": 2, "128x64": 1}
     assert answer["disk"]["needed"] > answer["disk"]["cache"] > answer["images"]["latents_bytes"] > 0
-    assert "images       3, 1 different caption; 2 at 96x96, 1 at 128x64" in lines and lines.endswith(
+    assert "images       3; 1 different caption; buckets: 2 at 96x96, 1 at 128x64" in lines and lines.endswith(
         "ready: a run could start\n"
     )
     assert sorted(tmp_path.rglob("*")) == before

@@ -92,7 +92,7 @@ def test_a_lower_rank_is_the_best_of_its_rank_and_its_error_is_printed(tmp_path)
         own = (change(layers[module]) - adapter.change().double()).norm().item()
         assert own == pytest.approx(values[2:].norm().item(), rel=1e-4)
         lost, whole = lost + own**2, whole + values.square().sum().item()
-    assert lines == [f"x was reduced to the rank of this run; relative error: {(lost / whole) ** 0.5:.2g}"]
+    assert lines == [f"x was reduced to the rank of this run; relative error: {(lost / whole) ** 0.5:.2%}"]
 
 
 def test_targets_are_the_files_or_more_but_never_less(tmp_path):

@@ -64,7 +64,7 @@ def write(target: Path, made: Lora, to: str, dtype: torch.dtype, like: Lora | No
     written = load_lora(target, made.config)
     error = relative_error(written.everything, (like if to != "peft" else replace(like, clip={})).everything)
     name = next(name for name, d in PRECISIONS.items() if d == dtype)
-    console.print(f"{target}: {to}, {name}, {described(written)}; relative error of the weight change: {error:.2g}")
+    console.print(f"{target}: {to}, {name}, {described(written)}; relative error of the weight change: {error:.2%}")
     return {
         "file": str(target),
         "dialect": to,

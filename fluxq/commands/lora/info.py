@@ -36,7 +36,7 @@ def info_command(path: Path) -> dict[str, Any]:
     trigger, readers = trigger_of(lora.metadata), programs(lora)
     precision = str(lora.dtype).removeprefix("torch.")
     console.print(f"{path}: a LoRA, {lora.dialect}, {precision}, {described(lora)}")
-    table = Table("layer", "count", "rank", "alpha / rank", "mean norm", "largest norm", box=None, pad_edge=False)
+    table = Table("layer", "count", "rank", "alpha / rank", "mean norm", "max norm", box=None, pad_edge=False)
     for name, row in layers.items():
         cells = (row["count"], _span(row["ranks"]), _span(row["scales"]), row["norm_mean"], row["norm_largest"])
         table.add_row(name, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
