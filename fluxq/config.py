@@ -1,7 +1,7 @@
-"""What a run is told: frozen dataclasses, read from TOML, command-line options and `--set section.key=value`.
+"""The settings of a run: frozen dataclasses, read from TOML, command-line options and `--set section.key=value`.
 
-Every field carries its help text and, where it has one, its command-line option, so that the dataclasses are the only
-list of options there is. Unknown keys are refused with the nearest known one.
+This is the only list of settings: every field carries its help text and, if it has one, its command-line option.
+Unknown keys are refused with the nearest known one.
 """
 
 from __future__ import annotations
@@ -28,67 +28,78 @@ def option(
     help: str,
     flag: str | None = None,
     choices: tuple[str, ...] = (),
-    least: float | None = None,
-    most: float = math.inf,
+    minimum: float | None = None,
+    maximum: float = math.inf,
 ) -> Any:
-    """A field with its help text, its command-line option, and the values it may take or the least of them."""
-    return field(
-        default=default, metadata={"help": help, "flag": flag, "choices": choices, "least": least, "most": most}
-    )
+    """A field with its help text, its command-line option, and its choices or its range."""
+    metadata = {"help": help, "flag": flag, "choices": choices, "minimum": minimum, "maximum": maximum}
+    return field(default=default, metadata=metadata)
 
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """[model] Which files, and how the frozen weights are held."""
+    """[model] The model files, and how frozen weights are stored and multiplied."""
 
     name: str | None = option(
-        None, "'nano' for the bundled toy model, in place of the four files", "--model", ("nano",)
+        None,
+        "Use the bundled toy model in place of FLUX.1, to try fluxq without any model files.",
+        "--model",
+        ("nano",),
     )
     models: Path | None = option(
         None,
-        "where parts that are not named are looked for: a ComfyUI, Forge, diffusers or other folder, an all-in-one "
-        "file, or a hub id such as black-forest-labs/FLUX.1-dev; default: the environment's FLUXQ_MODELS",
+        "Where to find the model files that are not named: a ComfyUI, Forge, diffusers or other folder, an all-in-one "
+        "file, or a hub id like black-forest-labs/FLUX.1-dev; default: the environment variable FLUXQ_MODELS.",
         "--models",
     )
-    flux: Path | None = option(None, "the transformer: a .safetensors file, diffusers folder or hub id", "--flux")
-    ae: Path | None = option(None, "the autoencoder: ae.safetensors, a diffusers folder or hub id", "--ae")
+    flux: Path | None = option(
+        None, "The FLUX.1 transformer: a .safetensors or .gguf file, a diffusers folder or a hub id.", "--flux"
+    )
+    ae: Path | None = option(None, "The autoencoder (VAE): ae.safetensors, a diffusers folder or a hub id.", "--ae")
     clip_l: Path | None = option(
-        None, "the CLIP-L text encoder: clip_l.safetensors, a diffusers folder or hub id", "--clip-l"
+        None, "The CLIP-L text encoder: clip_l.safetensors, a diffusers folder or a hub id.", "--clip-l"
     )
     t5xxl: Path | None = option(
-        None, "the T5-XXL text encoder: t5xxl_fp16.safetensors, a diffusers folder or hub id", "--t5xxl"
+        None, "The T5-XXL text encoder: t5xxl_fp16.safetensors, a diffusers folder or a hub id.", "--t5xxl"
     )
-    clip_tokenizer: Path | None = option(None, "CLIP's tokenizer: a folder with vocab.json; default: searched for")
+    clip_tokenizer: Path | None = option(
+        None, "CLIP's tokenizer, a folder with vocab.json; default: searched for near the text encoders."
+    )
     t5_tokenizer: Path | None = option(
-        None, "T5's tokenizer: spiece.model, tokenizer.json or a GGUF T5; default: searched for"
+        None,
+        "T5's tokenizer: spiece.model, tokenizer.json or a T5 .gguf; default: searched for near the text encoders.",
     )
     t5_length: int | None = option(
         None,
-        "T5 tokens a caption, longer ones are cut; default: 512 dev, 256 schnell",
+        "T5 tokens per caption: longer captions are cut, fewer tokens train faster; default: 512 for dev, 256 for "
+        "schnell.",
         "--t5-length",
-        least=2,
-        most=512,
+        minimum=2,
+        maximum=512,
     )
     format: str | None = option(
         None,
-        "how frozen weights are stored: nf4 is the leanest; default: on a GPU the most faithful that trains as fast, "
-        "else nf4",
+        "How frozen weights are stored: nf4 is the smallest (6.3 GiB), int8 and fp8 are more accurate (11.2 GiB), bf16 "
+        "is not quantized (22.2 GiB); default: nf4, but a training run on a GPU picks the most accurate format that is "
+        "predicted to be as fast.",
         "--format",
         ("nf4", "fp8", "int8", "bf16"),
     )
     compute: str = option(
         "bf16",
-        "how frozen weights are multiplied: int8 and fp8 are faster, with the gradient in bf16; _dx: in 8 bits as well",
+        "How frozen weights are multiplied: bf16 is the most accurate; int8 and fp8 are faster, with gradients in "
+        "bf16; int8_dx and fp8_dx are the fastest, with gradients in 8 bits too; fp8 needs an RTX 40 or newer, older "
+        "GPUs use int8 in its place.",
         "--compute",
         ("bf16", "int8", "int8_dx", "fp8", "fp8_dx"),
     )
-    base_loras: tuple[str, ...] = option((), "LoRAs to merge into the frozen transformer, as FILE or FILE=STRENGTH")
+    base_loras: tuple[str, ...] = option((), "LoRAs to merge into the frozen transformer, as FILE or FILE=STRENGTH.")
     ae_band: int | None = option(
         None,
-        "rows of the autoencoder's feature maps that are worked on at a time: the same result in less memory, slower; "
-        "default: all",
+        "Rows of the autoencoder's feature maps to process at a time: fewer rows take less memory but more time, the "
+        "result is the same; default: as many as fit.",
         "--ae-band",
-        least=1,
+        minimum=1,
     )
 
 
@@ -97,34 +108,47 @@ class FolderConfig:
     """[[data.folders]] One folder of images."""
 
     path: Path
-    repeats: int = option(1, "how often each image is seen in an epoch", least=1)
-    trigger: str | None = option(None, "word that calls the concept; put in front of captions that lack it")
+    repeats: int = option(1, "How often each image is used per epoch.", minimum=1)
+    trigger: str | None = option(None, "The word that calls the concept; put in front of captions that lack it.")
 
 
 @dataclass(frozen=True)
 class DataConfig:
-    """[data] Images, and the shapes they are trained at."""
+    """[data] The images, and the shapes they are trained at."""
 
-    folders: tuple[FolderConfig, ...] = option((), "folders of images")
+    folders: tuple[FolderConfig, ...] = option((), "Folders of images.")
     validation: tuple[FolderConfig, ...] = option(
-        (), "folders of held-out images; their loss is measured at start and end"
+        (), "Folders of held-out images; their loss is measured before and after training."
     )
-    trigger: str | None = option(None, "word that calls the concept, for every folder without its own", "--trigger")
+    trigger: str | None = option(
+        None,
+        "The word that will call the concept in prompts, best a made-up one like zqx; put in front of captions that "
+        "lack it; default: none.",
+        "--trigger",
+    )
     resolution: int | None = option(
         None,
-        "pixels: images are resized to an area of resolution x resolution; default: by the GPU",
+        "Pixels, a multiple of 16: images keep their shape and are resized to about resolution x resolution in area; "
+        "higher learns more detail, but is slower and takes more memory; default: 512, or 768 on a GPU of 12 GiB or "
+        "more.",
         "--resolution",
-        least=16,
+        minimum=16,
     )
-    step: int = option(16, "pixels: sides of buckets are multiples of this", least=16)
-    min_side: int | None = option(None, "pixels: shortest side of a bucket; default: half of resolution", least=16)
-    max_side: int | None = option(None, "pixels: longest side of a bucket; default: twice resolution", least=16)
-    upscale: bool = option(True, "enlarge images smaller than their bucket; with false they get a smaller bucket")
-    skip_bad: bool = option(False, "leave out images that cannot be read, and list them", "--skip-bad")
-    cache: Path = option(Path("cache"), "folder where encoded images and captions are kept", "--cache")
+    step: int = option(16, "Pixels: the sides of buckets (training shapes) are multiples of this.", minimum=16)
+    min_side: int | None = option(None, "Pixels: shortest side of a bucket; default: half of resolution.", minimum=16)
+    max_side: int | None = option(None, "Pixels: longest side of a bucket; default: twice resolution.", minimum=16)
+    upscale: bool = option(
+        True, "Enlarge images that are smaller than their bucket; if false, they get a smaller bucket."
+    )
+    skip_bad: bool = option(
+        False, "Skip images and captions that cannot be read, and list them, instead of stopping.", "--skip-bad"
+    )
+    cache: Path = option(
+        Path("cache"), "Folder for encoded images and captions; later runs reuse what is in it.", "--cache"
+    )
 
 
-DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # where neither the user nor a LoRA to start from says
+DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # unless the user or a LoRA to start from sets them
 
 
 @dataclass(frozen=True)
@@ -133,30 +157,37 @@ class LoraConfig:
 
     rank: int | None = option(
         None,
-        "rank of the LoRA; file size and trainable weights grow with it; default: 16, or that of --from-lora",
+        "Rank (size) of the LoRA: a higher one can learn more, but makes a larger file and takes more memory; 4 to 64 "
+        "are usual; default: 16, or as in --from-lora.",
         "--rank",
-        least=1,
+        minimum=1,
     )
     alpha: float | None = option(
-        None, "the LoRA is scaled by alpha / rank; default: rank, or as in --from-lora", "--alpha", least=1e-09
+        None,
+        "The LoRA is scaled by alpha / rank, so a smaller alpha weakens it; default: equal to rank, or as in "
+        "--from-lora.",
+        "--alpha",
+        minimum=1e-09,
     )
     targets: tuple[str, ...] | None = option(
         None,
-        "attention, attention+mlp, all, or regular expressions on layer paths; default: attention+mlp, or what "
-        "--from-lora adapts",
+        "Layers to train: attention, attention+mlp, all, or regular expressions on layer paths; default: "
+        "attention+mlp, or the layers of --from-lora.",
     )
     from_lora: Path | None = option(
-        None, "start from this LoRA, of any program, in place of one that does nothing yet", "--from-lora"
+        None, "Start from this LoRA, made by any program, instead of from an empty one; default: none.", "--from-lora"
     )
     text_encoder: str | None = option(
         None,
-        "train this text encoder too: captions are then encoded anew in every step; default: none",
+        "Also train this text encoder: clip_l only, t5xxl is not supported; slower, as captions are then encoded "
+        "again in every step; default: none.",
         "--text-encoder",
         ("clip_l", "t5xxl"),
     )
     file_format: str = option(
         "kohya",
-        "names in the LoRA: kohya loads everywhere; peft writes folders, <name>.peft, for PeftModel",
+        "Key names in the LoRA file: kohya loads in ComfyUI, Forge, sd-scripts and diffusers; diffusers and comfy "
+        "use those programs' own names; peft writes a folder, NAME.peft, for PeftModel.",
         "--lora-format",
         ("kohya", "diffusers", "comfy", "peft"),
     )
@@ -166,88 +197,184 @@ class LoraConfig:
 class TrainingConfig:
     """[training] The loop."""
 
-    steps: int | None = option(None, "optimizer steps; default: 100 an image, 1,000 to 3,000", "--steps", least=1)
-    batch: int = option(1, "images a forward pass", "--batch", least=1)
-    accumulate: int = option(1, "forward passes an optimizer step", "--accumulate", least=1)
-    learning_rate: float = option(1e-4, "learning rate", "--lr", least=0)
+    steps: int | None = option(
+        None, "Optimizer steps; default: 100 per image, at least 1,000 and at most 3,000.", "--steps", minimum=1
+    )
+    batch: int = option(1, "Images per forward pass; more take more memory.", "--batch", minimum=1)
+    accumulate: int = option(
+        1,
+        "Forward passes per optimizer step: acts like a batch that many times larger, without more memory.",
+        "--accumulate",
+        minimum=1,
+    )
+    learning_rate: float = option(
+        1e-4, "Learning rate: too high ruins images, too low learns next to nothing.", "--lr", minimum=0
+    )
     text_learning_rate: float | None = option(
-        None, "learning rate of --text-encoder; default: half of --lr", "--text-lr", least=0
+        None, "Learning rate of --text-encoder; default: half of --lr.", "--text-lr", minimum=0
     )
     optimizer: str = option(
-        "adamw8bit", "adamw8bit keeps its state in 2 bytes a weight, adamw in 8", "--optimizer", ("adamw", "adamw8bit")
+        "adamw8bit",
+        "Optimizer: adamw8bit takes 2 bytes of memory per trained weight, adamw 8, as it keeps its state in fp32.",
+        "--optimizer",
+        ("adamw", "adamw8bit"),
     )
-    weight_decay: float = option(0.01, "weight decay of the optimizer", least=0)
-    schedule: str = option("constant", "learning rate over time", "--schedule", ("constant", "linear", "cosine"))
-    warmup: int = option(0, "steps over which the learning rate rises linearly", "--warmup", least=0)
-    clip: float = option(1.0, "largest norm of the gradient; 0: no limit", least=0)
-    timesteps: str = option("shift", "how t is drawn", "--timesteps", ("uniform", "sigmoid", "shift", "flux_shift"))
-    shift: float = option(3.1582, "for timesteps = shift: more of them near noise above 1", least=0.001)
-    guidance: float = option(1.0, "guidance that dev is told while it trains", least=0)
-    seed: int = option(42, "names every random draw of the run", "--seed")
+    weight_decay: float = option(
+        0.01, "How strongly the optimizer pulls trained weights toward 0; 0: not at all.", minimum=0
+    )
+    schedule: str = option(
+        "constant",
+        "Learning rate after the warm-up: constant keeps it, so that --resume can add steps; linear and cosine lower "
+        "it to 0 by the last step.",
+        "--schedule",
+        ("constant", "linear", "cosine"),
+    )
+    warmup: int = option(
+        0, "Optimizer steps over which the learning rate rises from 0; 0: none.", "--warmup", minimum=0
+    )
+    clip: float = option(
+        1.0, "Largest norm of the gradient: a larger gradient is scaled down to it; 0: no limit.", minimum=0
+    )
+    timesteps: str = option(
+        "shift",
+        "Which noise levels to train at: uniform samples all alike, sigmoid mostly medium ones, shift more high ones "
+        "(by training.shift), flux_shift more high ones the larger the image; keep the default unless you copy another "
+        "trainer's settings.",
+        "--timesteps",
+        ("uniform", "sigmoid", "shift", "flux_shift"),
+    )
+    shift: float = option(
+        3.1582,
+        "For timesteps = shift: above 1 trains more at high noise, where an image's layout is decided; 1: as sigmoid.",
+        minimum=0.001,
+    )
+    guidance: float = option(1.0, "Guidance value given to FLUX.1-dev during training.", minimum=0)
+    seed: int = option(
+        42, "Random seed of the run: the same seed gives the same noise, noise levels and order of images.", "--seed"
+    )
 
 
 @dataclass(frozen=True)
 class MemoryConfig:
-    """[memory] What a run may use, and what it keeps where."""
+    """[memory] How much memory a run may use, and what it keeps where."""
 
-    vram: str | None = option(None, "memory of the GPU to use, like 12GiB; default: what is free", "--vram")
-    ram: str | None = option(None, "memory of the host to use, like 24GiB; default: what is free", "--ram")
+    vram: str | None = option(
+        None,
+        "GPU memory to use, like 12GiB, 12GB or 12 (GiB); less leaves room for other programs; default: all that is "
+        "free.",
+        "--vram",
+    )
+    ram: str | None = option(None, "RAM to use, like 24GiB, 24GB or 24 (GiB); default: all that is free.", "--ram")
     policy: str | None = option(
         None,
-        "what a block keeps for the backward pass, from least memory to least work; default: as fits",
+        "What each block keeps for the backward pass, from recompute (least memory, slowest) to keep_all (most memory, "
+        "fastest); default: chosen to fit.",
         "--policy",
         ("recompute", "keep_attention", "keep_qkv", "keep_all8", "keep_all"),
     )
     resident_units: int | None = option(
         None,
-        "how many of FLUX.1's 76 units of weights stay on the GPU, the others are streamed; default: as fits",
+        "How many of FLUX.1's 76 units of weights stay on the GPU, the rest is streamed from RAM; a unit is a single "
+        "block or half a double block; default: chosen to fit.",
         "--resident-units",
-        least=0,
+        minimum=0,
     )
     blocks_to_swap: int | None = option(
-        None, "N blocks, 2 N units, are streamed: sd-scripts' way to say it", "--blocks-to-swap", least=0
+        None,
+        "Stream this many blocks (2 units each) from RAM, as in sd-scripts; 38 is the whole model; default: chosen to "
+        "fit.",
+        "--blocks-to-swap",
+        minimum=0,
     )
     slots: int | None = option(
-        None, "places on the GPU for streamed units; more hide copies better; default: as fits", "--slots", least=2
+        None,
+        "GPU buffers for streamed units: more of them hide transfers better but take memory; default: chosen to fit.",
+        "--slots",
+        minimum=2,
     )
     offload: bool | None = option(
         None,
-        "inputs of blocks wait in host memory for the backward pass: less of the GPU, more copies; default: as fits",
+        "Keep the inputs of blocks in RAM until the backward pass: takes less GPU memory, adds transfers; default: "
+        "chosen to fit.",
         "--offload",
     )
 
 
 @dataclass(frozen=True)
 class SamplesConfig:
-    """[samples] Images made with the model."""
+    """[samples] Images to sample: previews while training, or with fluxq sample."""
 
-    prompts: tuple[str, ...] = option((), "what to draw; while training: the trigger or a few captions")
-    every: int = option(0, "previews every so many steps, and at the end; 0: none", "--sample-every", least=0)
-    width: int | None = option(None, "pixels; default: the training size", "--width", least=16)
-    height: int | None = option(None, "pixels; default: the training size", "--height", least=16)
-    steps: int = option(20, "Euler steps an image", "--sample-steps", least=1)
-    guidance: float = option(3.5, "guidance that dev is told", "--guidance", least=0)
-    cfg: float = option(1.0, "strength of true classifier-free guidance; above 1 doubles the time", "--cfg", least=1)
-    negative: str = option("", "negative prompt, used where cfg is above 1", "--negative")
-    seed: int = option(42, "seed of the first image; the next one's is one higher", "--sample-seed")
+    prompts: tuple[str, ...] = option(
+        (), "Prompts; default for previews: the triggers, or without any the first three captions."
+    )
+    every: int = option(
+        0,
+        "Optimizer steps between previews, images sampled while training; one more at the end; 0: none.",
+        "--sample-every",
+        minimum=0,
+    )
+    width: int | None = option(
+        None,
+        "Image width in pixels, a multiple of 16; default: the training resolution (fluxq sample: 512, or 768 "
+        "on a GPU of 12 GiB or more).",
+        "--width",
+        minimum=16,
+    )
+    height: int | None = option(
+        None,
+        "Image height in pixels, a multiple of 16; default: the training resolution (fluxq sample: 512, or 768 "
+        "on a GPU of 12 GiB or more).",
+        "--height",
+        minimum=16,
+    )
+    steps: int = option(
+        20, "Denoising (Euler) steps per image: about 20 for dev, 4 for schnell.", "--sample-steps", minimum=1
+    )
+    guidance: float = option(
+        3.5,
+        "Guidance value given to FLUX.1-dev while sampling: higher follows the prompt more; schnell ignores it.",
+        "--guidance",
+        minimum=0,
+    )
+    cfg: float = option(
+        1.0,
+        "True classifier-free guidance, which the negative prompt needs: above 1 it doubles the time.",
+        "--cfg",
+        minimum=1,
+    )
+    negative: str = option(
+        "",
+        "Negative prompt: what the image should not show; used only if --cfg is above 1; default: none.",
+        "--negative",
+    )
+    seed: int = option(42, "Seed of the first image; each following image adds 1.", "--sample-seed")
 
 
 @dataclass(frozen=True)
 class OutputConfig:
     """[output] Where results go."""
 
-    out: Path | None = option(None, "run directory; default: runs/<name>", "--out")
-    name: str | None = option(None, "name of the LoRA file; default: the trigger, or the first folder's name", "--name")
-    save_every: int = option(
-        250, "steps between saves of LoRA and resumable state; 0: at the end only", "--save-every", least=0
+    out: Path | None = option(
+        None, "Run directory, for the LoRA, the log and what --resume needs; default: runs/NAME.", "--out"
     )
-    keep: int = option(0, "how many of the LoRAs saved on the way to keep, the newest; 0: all", "--keep", least=0)
-    plot_seconds: float = option(20.0, "seconds between updates of loss.png", least=0)
+    name: str | None = option(
+        None, "Name of the LoRA file; default: the trigger, or without one the first folder's name.", "--name"
+    )
+    save_every: int = option(
+        250,
+        "Optimizer steps between saves of the LoRA and of what --resume needs; 0: only at the end.",
+        "--save-every",
+        minimum=0,
+    )
+    keep: int = option(
+        0, "How many of the LoRAs saved before the end to keep, newest first; 0: all.", "--keep", minimum=0
+    )
+    plot_seconds: float = option(20.0, "Seconds between updates of loss.png.", minimum=0)
 
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All of a run."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -263,14 +390,14 @@ FORMER_KEYS = {
     "training.rate": "training.learning_rate",
     "training.text_rate": "training.text_learning_rate",
 }
-"""Names that keys had before; config files, saved runs and --set may still use them."""
+"""Former key -> its name today. Config files, saved runs and --set may still use former keys."""
 
 FORMER_OPTIONS = {"size": "resolution", "rate": "lr", "text-rate": "text-lr", "card": "gpu"}
-"""The same for command-line options, without their dashes."""
+"""Former command-line option -> its name today, without dashes."""
 
 
 def current_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
-    """A copy of a config's tables in which each former key has its current name."""
+    """A copy of a config's tables with former keys renamed. Raises WrongRequest if a table has both names of a key."""
     renamed = {name: dict(table) if isinstance(table, Mapping) else table for name, table in values.items()}
     for former, current in FORMER_KEYS.items():
         (section, old), new = former.split("."), current.split(".")[1]
@@ -283,8 +410,9 @@ def current_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
 
 
 def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainConfig, prefix: str = "") -> Any:
-    """A `cls` with `values`; WrongRequest names unknown keys (and the nearest known one) and values of the wrong
-    type.
+    """A `cls` with `values`; `source` is named in errors.
+
+    Raises WrongRequest for unknown keys (naming the nearest known one), missing keys and wrong values.
     """
     if not isinstance(values, Mapping):
         raise WrongRequest(f"{source}: {prefix.rstrip('.') or 'the file'} must be a table, not {values!r}")
@@ -304,7 +432,7 @@ def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainCo
 
 
 def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, Any]) -> Any:
-    """`value`, as TOML gives it, as the type `hint` says."""
+    """`value`, as TOML reads it, as an instance of `hint`. Raises WrongRequest if it is not one or not `allowed`."""
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -325,18 +453,18 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
             raise WrongRequest(f"{source}: {key} must be a path, not {value!r}")
         value = Path(os.path.expanduser(value))
     if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise WrongRequest(f"{source}: {key} must be {_NAMES[hint]}, not {value!r}")
-    choices, least = allowed.get("choices", ()), allowed.get("least")
+        raise WrongRequest(f"{source}: {key} must be {_TYPE_NAMES[hint]}, not {value!r}")
+    choices, minimum = allowed.get("choices", ()), allowed.get("minimum")
     if choices and value not in choices:
         raise WrongRequest(f"{source}: {key} must be one of {', '.join(choices)}, not {value!r}")
-    if least is not None and not least <= value <= min(allowed["most"], sys.float_info.max):
-        most = f" and at most {allowed['most']}" if allowed["most"] < math.inf else ""
-        raise WrongRequest(f"{source}: {key} must be at least {least}{most}, not {value!r}")
+    if minimum is not None and not minimum <= value <= min(allowed["maximum"], sys.float_info.max):
+        at_most = f" and at most {allowed['maximum']}" if allowed["maximum"] < math.inf else ""
+        raise WrongRequest(f"{source}: {key} must be at least {minimum}{at_most}, not {value!r}")
     return value
 
 
 def file_and_strength(text: str) -> tuple[Path, float]:
-    """ "FILE" or "FILE=STRENGTH" of a LoRA. Raises WrongRequest where the strength is no number."""
+    """(file, strength) from "FILE" or "FILE=STRENGTH". Raises WrongRequest if the strength is not a number."""
     path, equals, number = text.rpartition("=")
     if not equals or Path(text).exists():
         return Path(text), 1.0
@@ -345,30 +473,30 @@ def file_and_strength(text: str) -> tuple[Path, float]:
     except ValueError:
         strength = math.nan
     if not math.isfinite(strength):
-        raise WrongRequest(f"the strength in {text} is no number; write FILE=0.8")
+        raise WrongRequest(f"the strength in {text} is not a number; write FILE=0.8")
     return Path(path), strength
 
 
-_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file; WrongRequest where it is missing or malformed (with the line)."""
+    """The tables of a TOML file. Raises WrongRequest if it is missing or malformed, with the line."""
     try:
         return current_names(tomllib.loads(path.read_text(encoding="utf-8-sig")), str(path))
     except OSError as error:
         raise WrongRequest(f"the config file {path} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise WrongRequest(f"{path} is no valid TOML: {error}") from error
+        raise WrongRequest(f"{path} is not valid TOML: {error}") from error
 
 
 def set_values(values: dict[str, Any], assignments: tuple[str, ...]) -> None:
-    """Put `--set section.key=value` assignments into `values`; a value is TOML, or plain text where it is no TOML."""
+    """Put `--set section.key=value` assignments into `values`. A value that is not valid TOML is plain text."""
     for assignment in assignments:
         path, equals, text = assignment.partition("=")
         *sections, key = FORMER_KEYS.get(path.strip(), path.strip()).split(".")
         if not equals or not key:
-            raise WrongRequest(f"--set wants section.key=value, not {assignment!r}")
+            raise WrongRequest(f"--set takes SECTION.KEY=VALUE, not {assignment!r}")
         try:
             value = tomllib.loads(f"v = {text.strip()}")["v"]
         except tomllib.TOMLDecodeError:
@@ -382,7 +510,7 @@ def set_values(values: dict[str, Any], assignments: tuple[str, ...]) -> None:
 
 
 def to_toml(config: TrainConfig) -> str:
-    """`config` as TOML that reads back to an equal one; fields that are None are left out."""
+    """`config` as TOML that reads back to an equal config. Fields that are None are omitted."""
     lines: list[str] = []
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
@@ -401,4 +529,4 @@ def _toml(value: Any) -> str:
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"
     text = json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
-    return text.replace("\x7f", "\\u007f")  # the one character that JSON leaves as it is and TOML does not allow
+    return text.replace("\x7f", "\\u007f")  # the only character that JSON does not escape and TOML forbids

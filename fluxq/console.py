@@ -1,4 +1,4 @@
-"""The console, its progress bars, and imports that stay quiet."""
+"""The console, its progress bars, and imports without log noise."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from rich.progress import (
 console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 Notify = Callable[[str], None]
-"""Takes one line for the user: a choice and its reason, an event, a warning."""
+"""Shows the user one line: a choice and its reason, an event, a warning."""
 
 
 def silent(line: str) -> None:
@@ -37,7 +37,7 @@ def plural(count: int, noun: str) -> str:
 
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
-    """A function (stage, done, total) that draws one bar per stage."""
+    """A function (stage, done, total) that shows one bar per stage."""
     with progress_bars() as bars:
         tasks: dict[str, TaskID] = {}
 
@@ -51,14 +51,14 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 
 @contextmanager
 def byte_bar(stage: str) -> Iterator[Callable[[int, int], None]]:
-    """A function (bytes done, total bytes) that draws a bar with its speed."""
+    """A function (bytes done, total bytes) that shows a bar with the speed."""
     with progress_bars(DownloadColumn(), TransferSpeedColumn()) as bars:
         task = bars.add_task(stage, total=None)
         yield lambda done, total: bars.update(task, completed=done, total=total)
 
 
 def progress_bars(*columns: ProgressColumn) -> Progress:
-    """rich's progress display in this program's style. It draws nothing where the output is not a terminal."""
+    """rich's progress display in fluxq's style. It shows nothing if the output is not a terminal."""
     shown = (
         TextColumn("{task.description:>12}"),
         BarColumn(),
@@ -70,9 +70,9 @@ def progress_bars(*columns: ProgressColumn) -> Progress:
 
 @contextmanager
 def quiet_imports() -> Iterator[None]:
-    """Drop log lines up to warnings.
+    """Drop log lines up to the level of warnings.
 
-    On some CPUs, importing bitsandbytes warns about kernels that it looks for on a hub. No user can act on that.
+    On some CPUs, importing bitsandbytes warns about kernels that it looks for on a hub. Users cannot act on that.
     """
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)

@@ -1,5 +1,5 @@
-"""The one error that is the user's to mend: every command prints its sentence and exits with 2."""
+"""The error for what the user can fix: every command prints its message and exits with 2."""
 
 
 class WrongRequest(ValueError):
-    """A request that cannot be met as asked. The message says what was wanted, what came and what to do."""
+    """A request that cannot be met. The message says what was expected, what was found and what to do."""

@@ -1,8 +1,7 @@
-"""Rectified flow as FLUX.1 is trained and sampled: timesteps, the path from image to noise, its target, and Euler's
-walk back.
+"""Rectified flow, as FLUX.1 is trained and sampled: timesteps, the path from image to noise, the loss, Euler steps.
 
 t = 0 is the image, t = 1 is noise; x_t = (1 - t) image + t noise, and the model learns the velocity noise - image
-(Liu et al. 2022; Esser et al. 2024). The timestep modes have the meaning that sd-scripts gives them. Every draw is
+(Liu et al. 2022; Esser et al. 2024). The timestep modes mean the same as in sd-scripts. Every random number is
 addressed by (seed, purpose, micro-step, example), never consumed from a stream.
 """
 
@@ -24,28 +23,25 @@ TIMESTEP_MODES = ("uniform", "sigmoid", "shift", "flux_shift")
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
-    """t moved towards noise: shift t / (1 + (shift - 1) t). A shift of 1 changes nothing."""
+    """t moved toward noise: shift t / (1 + (shift - 1) t). A shift of 1 changes nothing."""
     return shift * t / (1 + (shift - 1) * t)
 
 
 def resolution_shift(tokens: int) -> float:
-    """The shift that FLUX.1 dev uses for an image of that many tokens: exp of the line through (256, 0.5) and
-    (4096, 1.15).
-    """
+    """FLUX.1-dev's shift for an image of `tokens` tokens: exp of the line through (256, 0.5) and (4096, 1.15)."""
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
 
 
 def sample_timesteps(mode: str, seed: int, index: int, examples: Sequence[str], tokens: int, shift: float) -> Tensor:
-    """t (B,) fp32 in (0, 1) for the `examples` of micro-step `index`; `tokens` is the images' length, used by
-    flux_shift.
+    """Timesteps t (B,) fp32 in (0, 1) for the `examples` of micro-step `index`.
 
     uniform: t = u. sigmoid: t = sigmoid(z). shift: sigmoid(z) shifted by `shift`. flux_shift: sigmoid(z) shifted by
-    `resolution_shift`. u is uniform, z standard normal.
+    `resolution_shift(tokens)`, where `tokens` is the length of one image. u is uniform, z standard normal.
     """
-    draws = [generator(seed, "timestep", index, example) for example in examples]
+    generators = [generator(seed, "timestep", index, example) for example in examples]
     if mode == "uniform":
-        return torch.tensor([1 - draw.random() for draw in draws]).clamp(max=1 - 2**-24)
-    t = torch.tensor([draw.standard_normal() for draw in draws]).sigmoid()
+        return torch.tensor([1 - g.random() for g in generators]).clamp(max=1 - 2**-24)
+    t = torch.tensor([g.standard_normal() for g in generators]).sigmoid()
     if mode == "sigmoid":
         return t
     if mode == "shift":
@@ -61,9 +57,7 @@ def sample_noise(shape: Sequence[int], seed: int, index: int, examples: Sequence
 
 
 def conditioning(flux: Flux, t: Tensor, pooled: Tensor, guidance: float) -> Conditioning:
-    """Times t (B,), pooled text (B, D2) and the guidance of all as the model takes them; models without guidance are
-    given none.
-    """
+    """The model's inputs (t (B,), pooled text (B, D), guidance (B,)); guidance is None for models without it."""
     return t, pooled, torch.full_like(t, guidance) if flux.config.guidance_embed else None
 
 
@@ -76,11 +70,11 @@ def velocity(
     guidance: float,
     modulation: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """The model's velocity at latents x (B, 16, H, W) and times t (B,), in fp32; modulation: see Flux."""
+    """The model's velocity (B, 16, H, W), fp32, at latents x (B, 16, H, W) and times t (B,). modulation: see Flux."""
     height, width = x.shape[2:]
     img_ids, txt_ids = image_ids(height // 2, width // 2, x.device), text_ids(txt.shape[1], x.device)
-    given = conditioning(flux, t, pooled, guidance)
-    return unpack(flux(pack(x), img_ids, txt, txt_ids, *given, modulation), height, width).float()
+    conditions = conditioning(flux, t, pooled, guidance)
+    return unpack(flux(pack(x), img_ids, txt, txt_ids, *conditions, modulation), height, width).float()
 
 
 def flow_loss(
@@ -93,7 +87,7 @@ def flow_loss(
     guidance: float,
     modulation: Sequence[Tensor] | None = None,
 ) -> Tensor:
-    """Mean squared error of the velocity per example, (B,) fp32. latents, noise (B, 16, H, W); t (B,)."""
+    """Mean squared error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,)."""
     t = t.to(latents.device)
     mix = t[:, None, None, None]
     x = (1 - mix) * latents + mix * noise
@@ -102,7 +96,7 @@ def flow_loss(
 
 
 def schedule(steps: int, shift: float) -> list[float]:
-    """steps + 1 times from 1 down to 0, evenly spaced and then moved by `shift`."""
+    """The steps + 1 times from 1 down to 0, evenly spaced, then shifted by `shift`."""
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
 
 
@@ -112,7 +106,7 @@ def euler(
     times: Sequence[float],
     tick: Callable[[], None] = lambda: None,
 ) -> Tensor:
-    """Where a walk along the velocity `field(x, t)` from `x` ends, one step from each time to the next.
+    """Integrate dx/dt = `field(x, t)` from `x` through `times` with Euler's method; returns the last x.
 
     `tick` is called after every step.
     """
@@ -124,9 +118,9 @@ def euler(
 
 @torch.no_grad()
 def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance: float, times: int = 6) -> float:
-    """Mean flow loss of the images in `batches`, at `times` fixed times (evenly spaced, then moved by `shift`).
+    """Mean flow loss of the images in `batches` at `times` fixed times, evenly spaced, then shifted by `shift`.
 
-    Each image's noise is fixed by its name, so the number does not depend on the batches.
+    Each image's noise depends only on its name, so the loss does not depend on how images are batched.
     """
     grid = shift_time((torch.arange(times) + 0.5) / times, shift)
     losses = []

@@ -1,4 +1,4 @@
-"""Settings: what is read is what was meant, and what is wrong is named."""
+"""Settings: values are read as written, and wrong ones are named."""
 
 from __future__ import annotations
 
@@ -89,7 +89,7 @@ def test_missing_and_malformed_files_are_named(tmp_path: Path):
         read_toml(tmp_path / "absent.toml")
     broken = tmp_path / "broken.toml"
     broken.write_text("[lora\nrank = 3", encoding="utf-8")
-    with pytest.raises(WrongRequest, match=r"broken.toml is no valid TOML: .*line 1"):
+    with pytest.raises(WrongRequest, match=r"broken.toml is not valid TOML: .*line 1"):
         read_toml(broken)
 
 
@@ -100,7 +100,7 @@ def test_every_field_says_what_it_is():
 
 
 def test_choices_are_those_of_the_kernels():
-    """The config names them again, because reading it must not import torch."""
+    """The config repeats them, because importing it must not import torch."""
     from fluxq.kernels import COMPUTES, FORMATS, POLICIES
 
     choices = {f.name: f.metadata.get("choices") for c in (ModelConfig, MemoryConfig) for f in dataclasses.fields(c)}

@@ -1,4 +1,4 @@
-"""Timestep distributions against closed forms, the shift's anchors, Euler on a field with a known answer."""
+"""Timestep distributions against closed forms, the shift's anchors, Euler on a field with a known solution."""
 
 from __future__ import annotations
 
@@ -30,9 +30,7 @@ CDFS = {
 
 @pytest.mark.parametrize("mode", CDFS)
 def test_timesteps_follow_their_closed_form(mode):
-    """Kolmogorov-Smirnov at 4,000 draws: 1.95 / sqrt(n) is passed by chance once in a thousand seeds; the seed is
-    fixed.
-    """
+    """Kolmogorov-Smirnov at 4,000 samples: one seed in a thousand exceeds 1.95 / sqrt(n) by chance; ours is fixed."""
     t = sample_timesteps(mode, seed=7, index=0, examples=NAMES, tokens=4096, shift=3.1582).double().sort().values
     assert t.dtype == torch.float64
     assert t.min() > 0 and t.max() < 1

@@ -78,7 +78,7 @@ def test_every_room_has_a_floor():
 
 
 def test_no_two_files_import_each_other():
-    """Not in a longer circle either. A package's __init__ is its face: it may import what is in it, never the reverse."""
+    """Nor in a longer circle. A package's __init__ is its face: it may import what is in it, never the reverse."""
     below = {module: {imported for imported, _ in imports(module)} - {module} for module in MODULES}
     done: set[str] = set()
 

@@ -1,7 +1,7 @@
 """The size budget: code lines per room, against the table in pyproject.toml. `make size` prints it.
 
-A code line has code on it: no blank line, comment or docstring counts. A room that grows beyond its row fails this test;
-raising the row is a commit of its own that says why.
+A code line has code on it: blank lines, comments and docstrings do not count. A room that grows beyond its row fails
+this test; raising the row is a commit of its own that says why.
 """
 
 from __future__ import annotations

@@ -193,7 +193,7 @@ def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
     train(config)
     before = (tmp_path / "run" / "test.safetensors").read_bytes()
     with pytest.raises(
-        WrongRequest, match="already holds a run .*; go on with it by --resume .*, replace it by --overw"
+        WrongRequest, match="already has a run .*; continue it with --resume .*, replace it with --overw"
     ):
         train(config)
     assert (tmp_path / "run" / "test.safetensors").read_bytes() == before
@@ -277,7 +277,7 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
 @pytest.mark.slow
 def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
     train(configured(tmp_path, photos))
-    with pytest.raises(WrongRequest, match=r"begun with lora.rank = 4, not 8; resume it without that change"):
+    with pytest.raises(WrongRequest, match=r"started with lora.rank = 4, not 8; resume it without that change"):
         train(configured(tmp_path, photos, lora={"rank": 8}), resume=True)
     result = train(configured(tmp_path, photos, training={"steps": 6}), resume=True)
     assert result.steps == 6
@@ -306,7 +306,7 @@ def test_resume_in_the_middle_of_what_is_computed_ahead_changes_no_bit(rows, acc
 def test_resume_without_a_saved_state_says_so(tmp_path, photos):
     train(configured(tmp_path, photos))
     (tmp_path / "run" / "state" / "state.safetensors").unlink()
-    with pytest.raises(WrongRequest, match="has saved no state yet"):
+    with pytest.raises(WrongRequest, match="has no saved state yet"):
         train(configured(tmp_path, photos), resume=True)
 
 

@@ -1,4 +1,4 @@
-"""argv -> config -> one function."""
+"""The command line: argv -> config -> one function."""
 
 from .main import main
 

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from .options import JSON, as_config, begin, finish
+from .options import JSON, begin, config_option, finish
 
 
 @click.group
@@ -16,10 +16,18 @@ def bench() -> None:
 
 
 @bench.command()
-@click.option("--tune", is_flag=True, help="Try what is worth trying, and keep what is faster for this GPU.")
+@click.option(
+    "--tune",
+    is_flag=True,
+    help="Try other tile sizes and keep the faster ones; later runs on this GPU use them. Needs a CUDA GPU and Triton.",
+)
 @JSON
 def kernels(tune: bool, as_json: bool) -> None:
-    """The linear layer's kernels at FLUX's shapes: milliseconds, TFLOP/s, and a plain 16-bit product's time over it."""
+    """Time the linear layer's kernels at FLUX.1's shapes.
+
+    Prints milliseconds, TFLOP/s, and how many times as fast as a plain 16-bit matrix product each kernel is (a kernel
+    that is limited by memory: as fast as a copy of the same bytes).
+    """
     begin(as_json)
     from fluxq.bench.kernels import bench_kernels
 
@@ -30,25 +38,53 @@ def kernels(tune: bool, as_json: bool) -> None:
 @click.option(
     "--matrix",
     type=click.Choice(["quick", "full"]),
-    help="A fixed list of settings in place of one; options that are given replace its own.",
+    help="Measure a fixed list of settings instead of one; options given here override the list's own.",
 )
-@as_config("model.format", "How frozen weights are stored  [default: nf4]")
-@as_config("model.compute", "How frozen weights are multiplied  [default: bf16]")
-@as_config("memory.policy", "What a block keeps for the backward pass; default: as fits.")
-@click.option("--resolution", type=click.IntRange(32, 2048), help="Pixels of a side  [default: 512; on a CPU 96]")
-@as_config("training.batch", "Images a step  [default: 1]")
-@as_config("lora.rank", "Rank of the LoRA  [default: 16]")
-@as_config("model.t5_length", "T5 tokens a caption  [default: 512; on a CPU 32]")
-@as_config(
+@config_option("model.format", "How frozen weights are stored: nf4 is the smallest, bf16 the largest.  [default: nf4]")
+@config_option(
+    "model.compute", "How frozen weights are multiplied: the 8-bit ways are faster, _dx ones the most.  [default: bf16]"
+)
+@config_option(
+    "memory.policy",
+    "What a block keeps for the backward pass: recompute the least, keep_all the most; default: chosen to fit.",
+)
+@click.option(
+    "--resolution",
+    type=click.IntRange(32, 2048),
+    help="Side of the square images in pixels, a multiple of 16.  [default: 512; 96 on a CPU]",
+)
+@config_option("training.batch", "Images per step; more take more memory.  [default: 1]")
+@config_option("lora.rank", "Rank of the LoRA; a higher one takes more memory.  [default: 16]")
+@config_option("model.t5_length", "T5 tokens per caption; fewer are faster.  [default: 512; 32 on a CPU]")
+@config_option(
     "memory.resident_units",
-    "How many of the 76 units of weights stay on the GPU, the others are streamed; default: as fits.",
+    "How many of the 76 units of weights stay on the GPU, the rest is streamed from RAM; default: chosen to fit.",
 )
-@as_config("memory.blocks_to_swap", "N blocks, 2 N units, are streamed: sd-scripts' way to say it; default: as fits.")
-@as_config("memory.slots", "Places on the GPU for streamed units; default: as fits.")
-@click.option("--steps", type=click.IntRange(3), default=20, show_default=True, help="Timed steps a setting.")
-@click.option("--limit-vram", metavar="TEXT", help="Have no more of the GPU than this, like 12GiB.")
-@click.option("--limit-bus", metavar="TEXT", help="Imitate a slower bus, like 12GB/s, by repeating copies.")
-@click.option("--out", type=Path, metavar="FILE", help="Also write the result there as JSON, for bench compare.")
+@config_option(
+    "memory.blocks_to_swap",
+    "Stream this many blocks (2 units each) from RAM, as in sd-scripts; default: chosen to fit.",
+)
+@config_option(
+    "memory.slots", "GPU buffers for streamed units: more of them hide transfers better; default: chosen to fit."
+)
+@click.option(
+    "--steps",
+    type=click.IntRange(3),
+    default=20,
+    show_default=True,
+    help="Timed steps per setting; more make the figures steadier.",
+)
+@click.option(
+    "--limit-vram",
+    metavar="TEXT",
+    help="Use no more GPU memory than this, like 12GiB, to imitate a smaller GPU; default: no limit.",
+)
+@click.option(
+    "--limit-bus",
+    metavar="TEXT",
+    help="Imitate a slower bus between RAM and GPU, like 12GB/s, by repeating copies; default: no limit.",
+)
+@click.option("--out", type=Path, metavar="FILE", help="Also write the result to this file as JSON, for bench compare.")
 @JSON
 def steps(
     matrix: str | None,
@@ -59,9 +95,10 @@ def steps(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Training steps of full-size FLUX.1 dev with random weights: it/s, images/s, TFLOP/s, peak memory, energy.
+    """Time training steps of full-size FLUX.1-dev.
 
-    Nothing is downloaded. Without a GPU the bundled toy is measured in its place.
+    Prints it/s, images/s, TFLOP/s, peak memory and energy. The weights are random, so nothing is downloaded. Without
+    a GPU, the bundled toy model is measured instead.
     """
     begin(as_json)
     from fluxq.bench.steps import bench_steps
@@ -71,10 +108,13 @@ def steps(
 
 @bench.command()
 @click.argument("files", nargs=-1, required=True, type=Path, metavar="FILES...")
-@click.option("--out", type=Path, metavar="FILE", help="Also draw a plot there, as PNG.")
+@click.option("--out", type=Path, metavar="FILE", help="Also save a plot to this PNG file.")
 @JSON
 def compare(files: tuple[Path, ...], out: Path | None, as_json: bool) -> None:
-    """Results of bench steps side by side, with the published speeds of other trainers beside them."""
+    """Compare results of bench steps with published speeds.
+
+    FILES are what bench steps --out wrote. The published speeds are those of other trainers.
+    """
     begin(as_json, computes=False)
     from fluxq.bench.compare import compare_results
 

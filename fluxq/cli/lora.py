@@ -11,7 +11,10 @@ from .options import JSON, begin, finish
 
 @click.group
 def lora() -> None:
-    """Convert, inspect, resize, merge and extract LoRA files of any program."""
+    """Convert, inspect, resize, merge and extract LoRA files.
+
+    They may come from any program.
+    """
 
 
 TO = click.option(
@@ -19,15 +22,15 @@ TO = click.option(
     type=click.Choice(["kohya", "diffusers", "comfy", "peft"]),
     default="kohya",
     show_default=True,
-    help="For whom: kohya is read by ComfyUI, Forge, sd-scripts and diffusers; diffusers splits fused layers, at one "
-    "rank; comfy has the original's names; peft is a folder for PeftModel.",
+    help="Target program: kohya loads in ComfyUI, Forge, sd-scripts and diffusers; diffusers splits fused layers and "
+    "gives all layers one rank; comfy uses the original model's names; peft writes a folder for PeftModel.",
 )
 PRECISION = click.option(
     "--precision",
     type=click.Choice(["bf16", "fp16", "fp32"]),
-    help="Type of the numbers  [default: as they are in the source]",
+    help="Number type of the file: bf16 and fp16 halve the size of fp32.  [default: as in the source]",
 )
-OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the file that is to be written.")
+OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the output file if it exists.")
 
 
 @lora.command()
@@ -38,8 +41,8 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the file tha
     "--rank",
     type=click.IntRange(1),
     metavar="N",
-    help="Bring every layer down to this rank, by SVD; default: all is kept, so parts with matrices of their own make "
-    "a fused layer of the sum of their ranks.",
+    help="Reduce every layer to this rank, by SVD; default: keep everything; a fused layer made from separate "
+    "parts then has the sum of their ranks.",
 )
 @PRECISION
 @OVERWRITE
@@ -47,7 +50,10 @@ OVERWRITE = click.option("--overwrite", is_flag=True, help="Replace the file tha
 def convert(
     source: Path, target: Path, to: str, rank: int | None, precision: str | None, overwrite: bool, as_json: bool
 ) -> None:
-    """Write the LoRA SRC, from any program, as DST, for another one. The error is measured and printed."""
+    """Write the LoRA SRC as DST for another program.
+
+    SRC may come from any program. The error of the conversion is measured and printed.
+    """
     begin(as_json, computes=False)
     from fluxq.commands.lora.convert import convert_command
 
@@ -57,12 +63,12 @@ def convert(
 @lora.command()
 @click.argument("source", type=Path, metavar="SRC")
 @click.argument("target", type=Path, metavar="DST")
-@click.option("--rank", type=click.IntRange(1), metavar="N", help="Bring every layer down to this rank, by SVD.")
+@click.option("--rank", type=click.IntRange(1), metavar="N", help="Reduce every layer to this rank, by SVD.")
 @click.option(
     "--energy",
     type=float,
     metavar="X",
-    help="Or keep this share, like 0.95, of each layer's sum of squares, at the least rank that does.",
+    help="Or keep this share of each layer's sum of squares, like 0.95, at the lowest rank that does.",
 )
 @TO
 @PRECISION
@@ -78,7 +84,10 @@ def resize(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Write the LoRA SRC as DST at a lower rank. The error is measured and printed."""
+    """Write the LoRA SRC as DST at a lower rank.
+
+    Give --rank or --energy. The error is measured and printed.
+    """
     begin(as_json, computes=False)
     from fluxq.commands.lora.resize import resize_command
 
@@ -87,23 +96,29 @@ def resize(
 
 @lora.command()
 @click.argument("files", nargs=-1, required=True, metavar="FILE[=STRENGTH]...")
-@click.option("--out", type=Path, required=True, metavar="PATH", help="The file to write, or folder where it is one.")
+@click.option(
+    "--out",
+    type=Path,
+    required=True,
+    metavar="PATH",
+    help="The file to write; a folder for --to peft or a --base in shards.",
+)
 @click.option(
     "--base",
     type=Path,
     metavar="PATH",
-    help="Merge into a copy of this transformer, in its own layout and precision; default: into one LoRA.",
+    help="Merge into a copy of this transformer, keeping its layout and precision; default: merge into one LoRA.",
 )
 @click.option(
     "--to",
     type=click.Choice(["kohya", "diffusers", "comfy", "peft"]),
-    help="For whom a merged LoRA is written, as in convert  [default: kohya]",
+    help="Which program a merged LoRA is for, as in fluxq lora convert.  [default: kohya]",
 )
 @click.option(
     "--rank",
     type=click.IntRange(1),
     metavar="N",
-    help="Bring a merged LoRA down to this rank, by SVD; default: the ranks of all add up and nothing is lost.",
+    help="Reduce a merged LoRA to this rank, by SVD; default: ranks add up and nothing is lost.",
 )
 @PRECISION
 @OVERWRITE
@@ -118,7 +133,10 @@ def merge(
     overwrite: bool,
     as_json: bool,
 ) -> None:
-    """Merge LoRAs, each at its strength, into one LoRA or into a transformer. The error is measured and printed."""
+    """Merge LoRAs into one LoRA or into a transformer.
+
+    Each LoRA is applied at its STRENGTH, by default 1. The error is measured and printed.
+    """
     begin(as_json, computes=False)
     from fluxq.commands.lora.merge import merge_command
 
@@ -129,21 +147,32 @@ def merge(
 @click.argument("base", type=Path, metavar="BASE")
 @click.argument("tuned", type=Path, metavar="TUNED")
 @click.argument("target", type=Path, metavar="DST")
-@click.option("--rank", type=click.IntRange(1), default=32, show_default=True, metavar="N", help="Rank of every layer.")
+@click.option(
+    "--rank",
+    type=click.IntRange(1),
+    default=32,
+    show_default=True,
+    metavar="N",
+    help="Rank of every layer; a higher one comes nearer to TUNED, in a larger file.",
+)
 @TO
 @click.option(
     "--precision",
     type=click.Choice(["bf16", "fp16", "fp32"]),
     default="bf16",
     show_default=True,
-    help="Type of the numbers.",
+    help="Number type of the file: bf16 and fp16 halve the size of fp32.",
 )
 @OVERWRITE
 @JSON
 def extract(
     base: Path, tuned: Path, target: Path, rank: int, to: str, precision: str, overwrite: bool, as_json: bool
 ) -> None:
-    """Write as DST the LoRA that comes nearest to what makes the transformer BASE into TUNED, and print how near."""
+    """Extract a LoRA from a finetuned transformer.
+
+    Writes DST, the LoRA that best turns the transformer BASE into its finetune TUNED, and prints how much of the
+    difference it misses.
+    """
     begin(as_json)
     from fluxq.commands.lora.extract import extract_command
 
@@ -154,7 +183,10 @@ def extract(
 @click.argument("file", type=Path, metavar="FILE")
 @JSON
 def info(file: Path, as_json: bool) -> None:
-    """Tell a LoRA's dialect, ranks and norms by layer, metadata and trigger, and which programs will read it."""
+    """Show what is in a LoRA file and which programs read it.
+
+    Prints its dialect, ranks and norms by layer, metadata and trigger.
+    """
     begin(as_json, computes=False)
     from fluxq.commands.lora.info import info_command
 

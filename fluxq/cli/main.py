@@ -1,7 +1,7 @@
-"""argv -> config -> one function.
+"""The commands: argv -> config -> one function.
 
-Options are the fields of `fluxq.config`; this file only says which sections a command takes. Exit codes: 0 success, 2 a
-wrong request (one sentence on stderr), 1 a failure, 130 stopped by Ctrl-C.
+Options are the fields of `fluxq.config`; this file only chooses the sections that a command takes. Exit codes: 0
+success, 2 a wrong request (one sentence on stderr), 1 a failure, 130 stopped by Ctrl-C.
 """
 
 from __future__ import annotations
@@ -17,11 +17,16 @@ from fluxq.errors import WrongRequest
 
 from .bench import bench
 from .lora import lora
-from .options import JSON, as_config, begin, finish, options, read_config
+from .options import JSON, begin, config_option, finish, options, read_config
 
-OF_A_STEP = ("--policy", "--ram", "--offload")
-OF_STREAMING = ("--resident-units", "--blocks-to-swap", "--slots")
-DRAWING = {"--sample-steps": "--steps", "--sample-seed": "--seed", "--sample-every": "", **dict.fromkeys(OF_A_STEP, "")}
+STEP_OPTIONS = ("--policy", "--ram", "--offload")
+STREAMING_OPTIONS = ("--resident-units", "--blocks-to-swap", "--slots")
+SAMPLING_NAMES = {
+    "--sample-steps": "--steps",
+    "--sample-seed": "--seed",
+    "--sample-every": "",
+    **dict.fromkeys(STEP_OPTIONS, ""),
+}
 
 
 class Commands(click.Group):
@@ -35,12 +40,11 @@ class Commands(click.Group):
             if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch here
                 raise
             click.echo(
-                "error: the GPU ran out of memory; a smaller --resolution, --batch or --t5-length needs less "
-                f"({error})",
+                f"error: the GPU ran out of memory; lower --resolution, --batch or --t5-length ({error})",
                 err=True,
             )
             ctx.exit(1)
-        except OSError as error:  # a file or folder that is locked, closed to us, too long a name, on a drive that went
+        except OSError as error:  # a file that is locked, forbidden, too long in name or on a missing drive
             if error.filename is None:
                 raise
             click.echo(
@@ -78,7 +82,8 @@ BASE_LORA = click.option(
     "model__base_loras",
     multiple=True,
     metavar="FILE[=STRENGTH]",
-    help="LoRA to merge into the frozen transformer before it is quantized; may be given again.",
+    help="LoRA to merge into the frozen transformer before it is quantized, at this strength (default 1); may be "
+    "repeated.",
 )
 
 
@@ -87,10 +92,19 @@ BASE_LORA = click.option(
 @options("model", "data", "lora", "training", "memory", "samples", "output")
 @BASE_LORA
 @click.option(
-    "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Prompt of a preview; may be given again."
+    "--prompt",
+    "samples__prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="Prompt for previews; may be repeated; default: the triggers, or without any the first three captions.",
 )
-@click.option("--resume", type=Path, metavar="RUN", help="Go on with the run in this directory, with its settings.")
-@click.option("--overwrite", is_flag=True, help="Replace the run that the run directory holds.")
+@click.option(
+    "--resume",
+    type=Path,
+    metavar="RUN",
+    help="Continue the run in this directory from its last save, with its settings.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the run in the run directory, if there is one.")
 @JSON
 def train(
     folders: tuple[Path, ...],
@@ -101,11 +115,17 @@ def train(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Train a LoRA on FOLDERS of images, captions in .txt files beside them."""
+    """Train a LoRA on FOLDERS of images.
+
+    To caption photo.jpg, put the text into photo.txt next to it. Images without a caption are trained on the trigger
+    word alone. Only FOLDERS and the model files are required; fluxq picks the rest and prints why.
+
+    Example: fluxq train photos --trigger zqx --models ~/ComfyUI
+    """
     if resume and overwrite:
-        raise WrongRequest("--resume goes on with a run and --overwrite replaces it; pass only one of them")
+        raise WrongRequest("--resume continues a run and --overwrite replaces it; pass only one of them")
     if resume and not (resume / "config.toml").is_file():
-        raise WrongRequest(f"{resume} holds no run to resume (there is no config.toml in it)")
+        raise WrongRequest(f"{resume} has no run to resume (there is no config.toml in it)")
     if folders:
         given["data__folders"] = [{"path": str(folder)} for folder in folders]
     config = read_config(config_file, assignments, given, resume / "config.toml" if resume else None)
@@ -119,19 +139,21 @@ def train(
 
 @main.command()
 @FOLDERS
-@options("model", "data", "memory", renamed=dict.fromkeys(OF_A_STEP + OF_STREAMING, ""))
+@options("model", "data", "memory", renamed=dict.fromkeys(STEP_OPTIONS + STREAMING_OPTIONS, ""))
 @click.option(
-    "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Also encode this prompt; may be given again."
+    "--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="Also encode this prompt; may be repeated."
 )
 @click.option(
     "--import",
     "imports",
     is_flag=True,
-    help="First take what sd-scripts (*_flux.npz, *_flux_te.npz) or ai-toolkit (_latent_cache, _t_e_cache) encoded of "
-    "FOLDERS.",
+    help="First import what sd-scripts (*_flux.npz, *_flux_te.npz) or ai-toolkit (_latent_cache, _t_e_cache) has "
+    "encoded for FOLDERS.",
 )
-@click.option("--verify", is_flag=True, help="Instead: read every record of the cache and delete damaged ones.")
-@click.option("--prune", is_flag=True, help="Instead: delete records that no dataset uses any more.")
+@click.option(
+    "--verify", is_flag=True, help="Instead of encoding, read every record of the cache and delete damaged ones."
+)
+@click.option("--prune", is_flag=True, help="Instead of encoding, delete records that no dataset uses any more.")
 @JSON
 def cache(
     folders: tuple[Path, ...],
@@ -143,7 +165,10 @@ def cache(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Encode the images and captions of FOLDERS ahead of training, or look after the cache."""
+    """Encode images and captions ahead of training.
+
+    Training does this itself for what is missing. With --verify or --prune: check or clean the cache.
+    """
     if folders:
         given["data__folders"] = [{"path": str(folder)} for folder in folders]
     config = read_config(config_file, assignments, given)
@@ -154,22 +179,40 @@ def cache(
 
 
 @main.command()
-@options("model", "samples", "memory", renamed=DRAWING)
+@options("model", "samples", "memory", renamed=SAMPLING_NAMES)
 @BASE_LORA
-@click.option("--prompt", "samples__prompts", multiple=True, metavar="TEXT", help="What to draw; may be given again.")
+@click.option(
+    "--prompt",
+    "samples__prompts",
+    multiple=True,
+    metavar="TEXT",
+    help="What the image should show; may be repeated, one image each.",
+)
 @click.option(
     "--lora",
     "loras",
     multiple=True,
     metavar="FILE[=STRENGTH]",
-    help="LoRA to apply; with --grid one a row; may be given again.",
+    help="LoRA to apply at this strength, by default 1; may be repeated: all are applied together, or with --grid one "
+    "per row.",
 )
 @click.option(
-    "--strength", "strengths", multiple=True, type=float, metavar="X", help="With --grid: a column; may be given again."
+    "--strength",
+    "strengths",
+    multiple=True,
+    type=float,
+    metavar="X",
+    help="With --grid: the strength of a column; may be repeated.  [default: 0, 0.5, 1]",
 )
-@click.option("--grid", is_flag=True, help="One labeled sheet a prompt: LoRA files down, strengths across.")
 @click.option(
-    "--cache", "data__cache", type=Path, metavar="PATH", help="Where encoded prompts are kept  [default: cache]"
+    "--grid", is_flag=True, help="One labeled sheet per prompt to compare images: LoRA files down, strengths across."
+)
+@click.option(
+    "--cache",
+    "data__cache",
+    type=Path,
+    metavar="PATH",
+    help="Folder for encoded prompts; later commands reuse what is in it.  [default: cache]",
 )
 @click.option(
     "--out",
@@ -178,7 +221,7 @@ def cache(
     default=Path("samples"),
     show_default=True,
     metavar="DIR",
-    help="Folder for the images.",
+    help="Folder for the images; files of the same name are replaced.",
 )
 @JSON
 def sample(
@@ -191,7 +234,10 @@ def sample(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Draw images with the model and LoRAs."""
+    """Sample images with the model and LoRAs.
+
+    Example: fluxq sample --models ~/ComfyUI --lora runs/zqx/zqx.safetensors --prompt "a photo of zqx on a beach"
+    """
     config = read_config(config_file, assignments, given)
     begin(as_json)
     from fluxq.commands.sample import sample_command
@@ -212,10 +258,12 @@ def check(
     as_json: bool,
     **given: Any,
 ) -> None:
-    """Tell what a model FILE, or a folder of them, is, or whether a run on FOLDERS could start: which file serves which
-    part, and what is missing.
+    """Show what a file is, or whether a run could start.
 
-    Nothing is loaded, fetched or written. Exit code 0: a run could start, 2: not, and why.
+    With a model or LoRA FILE, or a folder of models: shows what it is. With FOLDERS of images, or nothing: shows which
+    model files a run would use, what it needs and what is missing.
+
+    Nothing is loaded, downloaded or written. The exit code is 0 if fluxq can use the file or start the run, 2 if not.
     """
     if len(paths) > 1 or any(path.is_dir() for path in paths):
         given["data__folders"] = [{"path": str(path)} for path in paths]
@@ -231,12 +279,22 @@ def check(
 @main.command()
 @click.argument("source", type=Path, metavar="SRC")
 @click.argument("target", type=Path, metavar="DST")
-@as_config("model.format", "How weights are stored.", without="bf16", default="nf4")
-@click.option("--report", is_flag=True, help="Also print the error of every type of layer; takes twice the time.")
-@click.option("--overwrite", is_flag=True, help="Replace DST.")
+@config_option(
+    "model.format",
+    "How weights are stored: nf4 is the smallest, int8 and fp8 are nearly twice as large and more accurate.",
+    without="bf16",
+    default="nf4",
+)
+@click.option(
+    "--report", is_flag=True, help="Also print the relative error of each type of layer; takes twice as long."
+)
+@click.option("--overwrite", is_flag=True, help="Replace DST if it exists.")
 @JSON
 def quantize(source: Path, target: Path, format: str, report: bool, overwrite: bool, as_json: bool) -> None:
-    """Quantize the transformer SRC into DST, once and for all; training does the same by itself, into FLUXQ_CACHE."""
+    """Quantize the transformer SRC into the file DST.
+
+    Optional: training does the same by itself, once, into the folder FLUXQ_CACHE.
+    """
     begin(as_json)
     from fluxq.commands.quantize import quantize_command
 
@@ -245,13 +303,22 @@ def quantize(source: Path, target: Path, format: str, report: bool, overwrite: b
 
 @main.command()
 @click.option(
-    "--out", type=Path, default=Path("runs/demo"), show_default=True, metavar="DIR", help="Run directory; replaced."
+    "--out",
+    type=Path,
+    default=Path("runs/demo"),
+    show_default=True,
+    metavar="DIR",
+    help="Run directory; an earlier demo in it is replaced.",
 )
-@as_config("model.format", "How frozen weights are stored.", default="nf4")
-@as_config("model.compute", "How frozen weights are multiplied.", default="bf16")
+@config_option("model.format", "How frozen weights are stored: nf4 is the smallest.", default="nf4")
+@config_option("model.compute", "How frozen weights are multiplied: the 8-bit ways are faster.", default="bf16")
 @JSON
 def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
-    """Teach the bundled toy model a new creature: cache, quantize, train, sample, in about a minute, without a GPU."""
+    """Train the bundled toy model, without a GPU or downloads.
+
+    Teaches it a new creature through the same code as any run: cache, quantize, train, sample. Takes about a minute on
+    an idle CPU.
+    """
     begin(as_json)
     from fluxq.commands.demo import demo as run
 
@@ -262,20 +329,26 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
 @click.option(
     "--gpu",
     metavar="NAME",
-    help="Predict for this GPU, like rtx3060; an unknown name lists those known. Default: this machine's, which is "
-    "measured too.",
+    help="Predict for this GPU, like rtx3060, which need not be in this machine; an unknown name prints the list. "
+    "Default: this machine's GPU, which is also measured.",
 )
 @click.option(
     "--weights",
     type=click.Choice(["random"]),
     default="random",
     show_default=True,
-    help="What is measured: FLUX.1 dev with weights drawn at random as they are stored; no file is needed.",
+    help="Measure FLUX.1-dev with random weights, for which no model file is needed.",
 )
-@click.option("--steps", type=click.IntRange(3), default=5, show_default=True, help="Timed steps a row.")
-@as_config(
+@click.option(
+    "--steps",
+    type=click.IntRange(3),
+    default=5,
+    show_default=True,
+    help="Timed steps per row; more make the figures steadier.",
+)
+@config_option(
     "model.format",
-    "How frozen weights are stored; may be given several times.",
+    "How frozen weights are stored: nf4 is the smallest; may be repeated.",
     "formats",
     multiple=True,
     default=("nf4", "int8"),
@@ -287,19 +360,25 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     type=click.IntRange(256, 2048),
     default=(512, 768, 1024),
     show_default=True,
-    help="Pixels of a side; may be given several times.",
+    help="Side of the square images in pixels; higher is slower; may be repeated.",
 )
-@as_config("model.compute", "How frozen weights are multiplied.", default="bf16")
-@as_config("memory.policy", "What a block keeps for the backward pass.", default="recompute")
-@as_config("lora.rank", "Rank of the LoRA.", default=DEFAULT_RANK)
-@as_config("training.batch", "Images a step.", default=1)
-@as_config("model.t5_length", "T5 tokens a caption.", default=512)
-@as_config("memory.slots", "Slots for streamed units.", default=8)
-@click.option("--out", type=Path, metavar="DIR", help="Also write two plots and the rows as JSON there.")
+@config_option("model.compute", "How frozen weights are multiplied: the 8-bit ways are faster.", default="bf16")
+@config_option(
+    "memory.policy",
+    "What a block keeps for the backward pass: recompute the least, keep_all the most.",
+    default="recompute",
+)
+@config_option("lora.rank", "Rank of the LoRA; a higher one takes more memory.", default=DEFAULT_RANK)
+@config_option("training.batch", "Images per step; more take more memory.", default=1)
+@config_option("model.t5_length", "T5 tokens per caption; fewer are faster.", default=512)
+@config_option("memory.slots", "GPU buffers for streamed units: more hide transfers better.", default=8)
+@click.option("--out", type=Path, metavar="DIR", help="Also write two plots and the rows as JSON to this folder.")
 @JSON
 def profile(as_json: bool, **given: Any) -> None:
-    """Memory and speed of every block-swap setting: predicted for a GPU, which need not be there, and on this
-    machine's GPU also measured.
+    """Predict memory and speed of training on a GPU.
+
+    Prints a row per image size, format and number of blocks streamed from RAM. With --gpu everything is predicted;
+    without it, predictions and measurements of this machine's GPU are printed side by side.
     """
     begin(as_json, computes=given["gpu"] is None)
     from fluxq.bench.profile import profile_command

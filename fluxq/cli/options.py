@@ -1,4 +1,4 @@
-"""Command-line options made of the config's fields, and what every command begins and ends with."""
+"""Command-line options made from the config's fields, and what every command starts and ends with."""
 
 from __future__ import annotations
 
@@ -17,22 +17,33 @@ from fluxq.errors import WrongRequest
 
 SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
 JSON = click.option(
-    "--json", "as_json", is_flag=True, help="Print the result as one line of JSON on stdout; the rest goes to stderr."
+    "--json",
+    "as_json",
+    is_flag=True,
+    help="Print the result as one line of JSON on stdout; everything else goes to stderr.",
 )
 
 
 def options(*sections: str, renamed: dict[str, str] | None = None) -> Callable:
-    """The command-line options of these sections of the config, and --config and --set for everything else in them.
+    """The command-line options of these sections of the config, and --config and --set for their other keys.
 
-    `renamed` gives an option another name in this command, or none.
+    renamed: option -> its name in this command, "" to leave it out.
     """
 
     def decorate(command: Callable) -> Callable:
         command = click.option(
-            "--set", "assignments", multiple=True, metavar="SECTION.KEY=VALUE", help="Set any key of the config file."
+            "--set",
+            "assignments",
+            multiple=True,
+            metavar="SECTION.KEY=VALUE",
+            help="Set any key of the config file, like lora.targets=attention; may be repeated.",
         )(command)
         command = click.option(
-            "--config", "config_file", type=Path, metavar="FILE", help="Read settings from a TOML file."
+            "--config",
+            "config_file",
+            type=Path,
+            metavar="FILE",
+            help="Read settings from this TOML file; options and --set override it.",
         )(command)
         for section in reversed(sections):
             hints = typing.get_type_hints(SECTIONS[section])
@@ -47,11 +58,10 @@ def options(*sections: str, renamed: dict[str, str] | None = None) -> Callable:
 
 
 def _option(flag: str, key: str, field: dataclasses.Field, hint: Any) -> Callable:
-    """One click option for a config field. Left out on the command line it is None, so that files and defaults
-    count.
-    """
+    """One click option for a config field. It is None if not given, so that the config file or the default counts."""
     kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
-    default = "" if field.default is None or field.default is False else f"  [default: {field.default}]"
+    unset = field.default is None or field.default is False or field.default == ""
+    default = "" if unset else f"  [default: {field.default}]"
     name = key.replace(".", "__")
     if kinds[0] is bool:
         return click.option(flag, name, is_flag=True, default=None, help=field.metadata["help"] + default)
@@ -60,16 +70,17 @@ def _option(flag: str, key: str, field: dataclasses.Field, hint: Any) -> Callabl
     return click.option(flag, name, type=kind, metavar=metavar, help=field.metadata["help"] + default)
 
 
-def as_config(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:
-    """An option that takes what the config's `key`, like "model.format", takes, `without` one of its choices. `name` is
-    that of the argument, by default the field's; `more` goes to click.
+def config_option(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:
+    """An option that accepts the same values as the config's `key`, like "model.format", except the choice `without`.
+
+    name: the function's argument, by default the field's name. more: passed to click.
     """
     section, _, field = key.partition(".")
     allowed = next(f for f in dataclasses.fields(SECTIONS[section]) if f.name == field).metadata
     if allowed["choices"]:
         kind: click.ParamType = click.Choice([choice for choice in allowed["choices"] if choice != without])
     else:
-        kind = click.IntRange(allowed["least"], None if allowed["most"] == math.inf else allowed["most"])
+        kind = click.IntRange(allowed["minimum"], None if allowed["maximum"] == math.inf else allowed["maximum"])
     shown = more.get("default") is not None
     return click.option(allowed["flag"], name or field, type=kind, show_default=shown, help=help, **more)
 
@@ -77,7 +88,7 @@ def as_config(key: str, help: str, name: str = "", without: str = "", **more: An
 def read_config(
     config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any], base: Path | None = None
 ) -> TrainConfig:
-    """Defaults, then `base` (the config of a run to resume), then the file, then options, then --set."""
+    """The config: defaults, overridden by `base` (the config of a run to resume), the file, options and --set."""
     values: dict[str, Any] = read_toml(base) if base else {}
     config_from_dict(values, str(base))
     if config_file:
@@ -96,8 +107,9 @@ def read_config(
 
 
 def begin(as_json: bool, computes: bool = True) -> None:
-    """Say first, on stderr, what the user of this machine should know; raise WrongRequest where the command `computes`
-    and the GPU cannot. With --json, everything meant for people goes to stderr.
+    """Print notes about this machine on stderr. With --json, everything meant for people goes to stderr.
+
+    Raises WrongRequest if the command `computes` and the GPU cannot be used.
     """
     from fluxq.console import console
     from fluxq.memory.machine import notes, obstacle, read_machine

@@ -1,4 +1,4 @@
-"""`fluxq cache`: encode images and captions ahead of training, and look after what is encoded."""
+"""`fluxq cache`: encode images and captions ahead of training, import, verify and prune the cache."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from typing import Any
 from fluxq.caching.build import prune_cache, verify_cache
 from fluxq.caching.folders import cache_folders, import_folders
 from fluxq.config import TrainConfig
-from fluxq.console import console, progress_bar
+from fluxq.console import console, plural, progress_bar
 from fluxq.errors import WrongRequest
 from fluxq.memory.phases import gpu_budget
 from fluxq.models.parts import Models
@@ -17,26 +17,28 @@ from fluxq.training.defaults import resolve_data
 def cache_command(
     config: TrainConfig, verify: bool = False, prune: bool = False, imports: bool = False
 ) -> dict[str, Any]:
-    """Encode what `config.data` names, where `imports` does not take it from other programs' caches; or with `verify`
-    and `prune` check the cache and clear it of what nothing uses.
+    """Encode the folders of `config.data`. Returns what --json prints.
+
+    imports: first import other programs' caches. verify, prune: instead of encoding, delete damaged records and those
+    that no dataset uses. Raises WrongRequest for `imports` together with `verify` or `prune`.
     """
     if imports and (verify or prune):
-        raise WrongRequest("--import fills the cache, --verify and --prune look after it; do one after the other")
+        raise WrongRequest("--import adds to the cache, --verify and --prune clean it; run them one after the other")
     answer: dict[str, Any] = {}
     if verify:
         report = verify_cache(config.data.cache)
         for path, reason in report.bad.items():
             console.print(f"deleted {path}: {reason}")
         for path, count in report.missing.items():
-            console.print(f"{path.name} lacks {count} records; run fluxq cache on its folders again")
-        console.print(f"{report.records} records read, {len(report.bad)} were damaged")
+            console.print(f"{path.name} lacks {plural(count, 'record')}; run fluxq cache on its folders again")
+        console.print(f"{plural(report.records, 'record')} read, {len(report.bad):,} damaged")
         if report.imported:
             console.print(report.imported)
         answer |= {"imported": report.imported}
         answer |= {"records": report.records, "damaged": len(report.bad), "incomplete_datasets": len(report.missing)}
     if prune:
         files, nbytes = prune_cache(config.data.cache)
-        console.print(f"{files} records that nothing uses were deleted, {nbytes / 2**20:.1f} MiB")
+        console.print(f"deleted {plural(files, 'record')} that no dataset uses, {nbytes / 2**20:.1f} MiB")
         answer |= {"deleted": files, "deleted_bytes": nbytes}
     if verify or prune:
         return answer
@@ -48,6 +50,6 @@ def cache_command(
         dataset = cache_folders(data, models, config.samples.prompts, progress, budget)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
-    console.print(f"{len(dataset.examples)} images are ready in {data.cache}")
+    console.print(f"encoded in {data.cache}: {plural(len(dataset.examples), 'image')}")
     answer = {"images": len(dataset.examples), "skipped": list(dataset.skipped), "notes": list(dataset.notes)}
     return answer | {"imported_images": imported[0], "imported_captions": imported[1]}

@@ -1,6 +1,6 @@
-"""`fluxq check`: whether a run could start. Headers alone are read, and nothing is written.
+"""`fluxq check`: whether a run could start. Reads only headers and writes nothing.
 
-Everything that a run needs is looked at, and every reason against it gathered, not just the first. What one file is:
+It checks everything that a run needs and lists all problems, not just the first. For a single file, see
 fluxq/models/check_file.py.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 from fluxq.caching.imports import imported
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
-from fluxq.console import console
+from fluxq.console import console, plural, silent
 from fluxq.data.examples import Folder, scan
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import flux_shapes
@@ -28,13 +28,14 @@ from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
 from fluxq.training.defaults import resolve_data
 
-PROGRAM_BYTES = 2 << 30  # Python, torch, activations of the small tensors, one tensor on its way
+PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in transit
 Answer = dict[str, Any]
 
 
 def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
-    """Of a model file, a LoRA, or a folder of models: what it is. Else: whether a run on the folders `paths` could
-    start. `ready` is the verdict.
+    """What a model file, a LoRA or a folder of models is; for other `paths`, whether a run on them could start.
+
+    "ready" in the answer is the verdict.
     """
     if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
@@ -44,8 +45,8 @@ def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
 
 
 def check_run(config: TrainConfig) -> Answer:
-    """Everything that a run needs: which file serves which part and why, images, memory, disk, the GPU."""
-    models, reasons = Models(config.model, notify=lambda line: None, fetch=False), []
+    """Everything that a run needs: the model files and why they were chosen, images, RAM, GPU, disk."""
+    models, reasons = Models(config.model, notify=silent, fetch=False), []
     parts = {part: _part(models, part, reasons) for part in PARTS}
     fetched = sum(about.get("fetch_bytes", 0) for about in parts.values())
     for part, about in parts.items():
@@ -54,7 +55,7 @@ def check_run(config: TrainConfig) -> Answer:
     flux = models.flux_config if "precision" in parts["flux"] else None
     data = _data(config.data, models, reasons) if config.data.folders else None
     if data is None and not config.data.folders:
-        console.print("images     none were named, so the models alone were checked")
+        console.print("images       no folder given, so only the models were checked")
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
     machine = read_machine()
     gpu = _gpu(flux, models.format, machine.gpu, reasons)
@@ -63,14 +64,14 @@ def check_run(config: TrainConfig) -> Answer:
         reasons.append(problem)
     reasons = list(dict.fromkeys(reasons))
     for reason in reasons:
-        console.print(f"missing      {reason}")
+        console.print(f"problem      {reason}")
     console.print("not ready" if reasons else "ready: a run could start")
     answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "images": data, "ram": ram, "gpu": gpu}
     return answer | {"disk": disk, "notes": notes(machine)}
 
 
 def _part(models: Models, part: str, reasons: list[str]) -> Answer:
-    """What serves a part and why, its kind, precision and size; what is in the way goes to `reasons`."""
+    """The file of a part, why it was chosen, its kind, precision and size. Problems are appended to `reasons`."""
     try:
         served = models.served(part)
         about: Answer = {"path": str(served.path), "why": served.why}
@@ -82,7 +83,7 @@ def _part(models: Models, part: str, reasons: list[str]) -> Answer:
             raise WrongRequest(f"{source.path} {misfit}; use one model's files")
         return about
     except NotFetched as error:
-        return {"path": None, "why": f"{error}; a run fetches them first", "fetch_bytes": error.nbytes}
+        return {"path": None, "why": f"{error}; a run downloads them first", "fetch_bytes": error.nbytes}
     except WrongRequest as error:
         reasons.append(str(error))
         return {"path": None, "why": None}
@@ -94,7 +95,7 @@ def _print_part(part: str, about: Answer) -> None:
         what = f"{about['what']}, {about['precision']}, {size(about['bytes'])}"
         console.print(f"{name:<12} {about['path']} ({about['why']}): {what}")
     else:
-        console.print(f"{name:<12} {about['why'] or 'nothing serves it, see below'}")
+        console.print(f"{name:<12} {about['why'] or 'not found (see below)'}")
 
 
 def _tokenizers(models: Models, reasons: list[str]) -> None:
@@ -102,40 +103,42 @@ def _tokenizers(models: Models, reasons: list[str]) -> None:
         files = models.tokenizer_files()
         console.print(f"tokenizers   {', '.join(str(path) for kind in files for path in kind)}")
     except NotFetched as error:
-        console.print(f"tokenizers   {error}; a run fetches them first")
+        console.print(f"tokenizers   {error}; a run downloads them first")
     except WrongRequest as error:
         reasons.append(str(error))
 
 
 def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None:
-    """Images, captions and what they take in the cache."""
+    """Images, captions, buckets, and the bytes that they take in the cache."""
     try:
-        resolved = resolve_data(data, models, lambda line: None)
+        resolved = resolve_data(data, models, silent)
         assert resolved.resolution and resolved.min_side and resolved.max_side, "resolve_data fills these in"
         folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
         sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
-        found = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
-        foreign = imported(Store(resolved.cache), found.examples, models.t5_length)
+        scanned = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        foreign = imported(Store(resolved.cache), scanned.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
-    captions = {example.caption for example in found.examples}
-    buckets = Counter(example.bucket for example in found.examples)
+    captions = {example.caption for example in scanned.examples}
+    buckets = Counter(example.bucket for example in scanned.examples)
     answer = {
-        "images": len(found.examples),
+        "images": len(scanned.examples),
         "captions": len(captions),
         "resolution": resolved.resolution,
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
-        "skipped": found.skipped,
+        "skipped": scanned.skipped,
         "imported": foreign,
     }
     shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
-    console.print(f"images     {answer['images']}, {answer['captions']} different captions; {shapes}")
+    console.print(
+        f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}"
+    )
     if foreign:
         console.print(f"             {foreign}")
-    for line in found.skipped:
+    for line in scanned.skipped:
         console.print(f"skipped      {line}")
     return answer
 
@@ -143,8 +146,9 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
 def _ram(
     flux: FluxConfig | None, format: str, on_gpu: bool, parts: dict[str, Answer], reasons: list[str]
 ) -> Answer | None:
-    """The RAM that a run needs: frozen weights as they are stored, unless they lie on the GPU, or the largest other
-    part, and the program."""
+    """The RAM that a run needs: the program, and the larger of the stored frozen weights (0 if they are on the GPU) and
+    the largest encoder.
+    """
     if flux is None:
         return None
     encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
@@ -152,34 +156,34 @@ def _ram(
         PROGRAM_BYTES + max(0 if on_gpu else stored_bytes(flux_shapes(flux), format), encoders),
         memory(),
     )
-    line = f"memory       {size(needed)} of RAM needed, the transformer in {format}"
+    line = f"memory       needs {size(needed)} of RAM with the transformer in {format}"
     if has is not None:
-        line += f"; {size(has[1])} of {size(has[0])} are free"
+        line += f"; {size(has[1])} of {size(has[0])} free"
         if needed > has[0]:
             reasons.append(
-                f"{size(needed)} of RAM are needed with the transformer in {format}, this machine has "
-                f"{size(has[0])}; use a leaner --format or another machine"
+                f"a run needs {size(needed)} of RAM with the transformer in {format}, and this machine has "
+                f"{size(has[0])}; use a smaller --format or another machine"
             )
     console.print(line)
     return {"needed": needed, "all": has and has[0], "free": has and has[1]}
 
 
 def _gpu(flux: FluxConfig | None, format: str, gpu: GPU | None, reasons: list[str]) -> Answer | None:
-    """The GPU, and the least that training needs on it: the frozen weights, all of which stay there."""
+    """The GPU, and the memory that all frozen weights take on it."""
     if gpu is None:
-        console.print("GPU         none that torch can use, so training runs on the CPU")
+        console.print("GPU          none that torch can use, so training runs on the CPU")
         return None
     free, capability = free_gpu_bytes(), ".".join(map(str, gpu.capability))
-    room = f"{size(gpu.nbytes)}" if free is None else f"{size(free)} of {size(gpu.nbytes)} free"
-    line, needed = f"GPU         {gpu.name}, {room}, compute capability {capability}", None
+    amount = size(gpu.nbytes) if free is None else f"{size(free)} of {size(gpu.nbytes)} free"
+    line, needed = f"GPU          {gpu.name}, {amount}, compute capability {capability}", None
     if flux is not None:
         needed = stored_bytes(flux_shapes(flux), format)
-        line += f"; training in {format} needs {size(needed)} of it for the weights alone"
+        line += f"; the weights alone take {size(needed)} of it in {format}"
         if needed > gpu.nbytes:
             reasons.append(
                 f"the {gpu.name} has {size(gpu.nbytes)}, and the transformer's weights alone take {size(needed)} "
-                f"in {format}; use {'another gpu' if format == 'nf4' else '--format nf4 or another gpu'}, or hide "
-                "it with CUDA_VISIBLE_DEVICES=-1 and train on the CPU"
+                f"in {format}; use {'another GPU' if format == 'nf4' else '--format nf4 or another GPU'}, or hide "
+                "it with CUDA_VISIBLE_DEVICES=-1 to train on the CPU"
             )
     console.print(line)
     about = {"name": gpu.name, "capability": list(gpu.capability), "free": free, "all": gpu.nbytes}
@@ -189,7 +193,7 @@ def _gpu(flux: FluxConfig | None, format: str, gpu: GPU | None, reasons: list[st
 def _disk(
     flux: FluxConfig | None, config: TrainConfig, models: Models, data: Answer | None, fetched: int, reasons: list[str]
 ) -> Answer | None:
-    """The room that cache, stored weights and downloads take, all of it counted as if nothing were there yet."""
+    """The disk space that cache, stored weights and downloads take, as if none of it existed yet."""
     if flux is None:
         return None
     weights = 0 if models.is_quantized else stored_bytes(flux_shapes(flux), models.format)
@@ -203,21 +207,21 @@ def _disk(
         total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
         free = min(free, left)
         listed = ", ".join(f"{name} {size(needed[name])}" for name in names if needed[name])
-        console.print(f"disk         {size(total)} needed ({listed or 'nothing'}), {size(left)} free at {place}")
+        console.print(f"disk         needs {size(total)} ({listed or 'nothing'}); {size(left)} free at {place}")
         if total > left:
             reasons.append(
-                f"{size(total)} of disk are needed at {place}, {size(left)} are free; "
-                "make room, or choose another --cache, FLUXQ_CACHE or HF_HOME"
+                f"a run needs {size(total)} of disk at {place}, and {size(left)} are free; "
+                "free some space, or choose another --cache, FLUXQ_CACHE or HF_HOME"
             )
     return {"needed": sum(needed.values()), "free": free, **needed}
 
 
 def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
-    """A folder on each disk -> the names of those `places` that lie there, or would."""
+    """A folder on each disk -> the names of the `places` that are, or would be, on that disk."""
     disks: dict[int, tuple[Path, list[str]]] = {}
     for name, place in places.items():
         folder = next((f for f in (place, *place.absolute().parents) if f.is_dir()), None)
         if folder is None:
-            raise WrongRequest(f"{place} lies on a drive that is not there; choose another place")
+            raise WrongRequest(f"{place} is on a drive that does not exist; choose another folder")
         disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
     return dict(disks.values())

@@ -1,7 +1,7 @@
 """`fluxq demo`: teach the bundled toy model a creature that it has never seen, through the same code as any other run.
 
-Two dozen images of the creature, called by its trigger, are mixed with ordinary ones, which keep ordinary
-captions ordinary. Held-out images of both kinds, in colors that training never pairs, measure what was learnt and
+Two dozen images of the creature, captioned with its trigger, are mixed with ordinary images, so that ordinary captions
+keep their meaning. Held-out images of both kinds, in colors that training never combines, measure what was learned and
 what was kept.
 """
 
@@ -43,7 +43,7 @@ SEEDS = (1, 2)
 
 @dataclass(frozen=True)
 class Demo:
-    """What the demo shows. Changes are of held-out validation losses, after / before - 1."""
+    """The results of the demo. Losses are of held-out images; changes are after / before - 1."""
 
     lora: str
     loss_plot: str
@@ -58,11 +58,9 @@ class Demo:
 
 
 def demo(out: Path, format: str = "nf4", compute: str = "bf16") -> Demo:
-    """Run the demo in `out`, which is replaced if it holds an earlier one. Raises WrongRequest if it holds anything
-    else.
-    """
+    """Run the demo in `out`, replacing an earlier demo there. Raises WrongRequest if `out` has anything else in it."""
     if out.is_dir() and any(out.iterdir()) and not (out / "images" / "creature").is_dir():
-        raise WrongRequest(f"{out} holds something else than a demo; choose another folder with --out")
+        raise WrongRequest(f"{out} is not empty and not an earlier demo; choose another folder with --out")
     if out.exists():
         shutil.rmtree(out)
     config = demo_config(out, format, compute)
@@ -73,7 +71,7 @@ def demo(out: Path, format: str = "nf4", compute: str = "bf16") -> Demo:
 
 
 def demo_config(out: Path, format: str, compute: str) -> TrainConfig:
-    """The settings of the demo: what `fluxq train` would be told on the command line."""
+    """The settings of the demo, as for `fluxq train`."""
     folder = out.absolute() / "images"
     return config_from_dict(
         {
@@ -110,21 +108,23 @@ def draw_images(folder: Path) -> None:
 
 
 def before_and_after(config: TrainConfig, lora: Path, path: Path) -> Path:
-    """A labeled sheet: every prompt down; without the LoRA and with it, two seeds each, across."""
+    """A labeled sheet of images: a row per prompt; columns without and with the LoRA, two seeds each."""
     models = Models(config.model)
     flux = models.load_flux()
     adapters = load_lora(lora, flux.config).adapters
     attach_loras(flux, [(adapters, 1.0)])
     side = models.default_resolution[0]
-    wanted = [Request(prompt, seed, side, side) for prompt in PROMPTS for seed in SEEDS]
-    drawn: dict[str, list[Image.Image]] = {}
+    requests = [Request(prompt, seed, side, side) for prompt in PROMPTS for seed in SEEDS]
+    images: dict[str, list[Image.Image]] = {}
     with progress_bar() as progress:
         texts = cache_texts(config.data.cache, models, PROMPTS, progress)
         for name, strength in (("before", 0.0), ("after", 1.0)):
             with lora_strength(flux, strength):
-                drawn[name] = sample_images(flux, models.load_autoencoder, texts, wanted, partial(progress, name))
-    rows = [[drawn[name][r * len(SEEDS) + s] for name in drawn for s in range(len(SEEDS))] for r in range(len(PROMPTS))]
-    columns = [f"{name}, seed {seed}" for name in drawn for seed in SEEDS]
+                images[name] = sample_images(flux, models.load_autoencoder, texts, requests, partial(progress, name))
+    rows = [
+        [images[name][r * len(SEEDS) + s] for name in images for s in range(len(SEEDS))] for r in range(len(PROMPTS))
+    ]
+    columns = [f"{name}, seed {seed}" for name in images for seed in SEEDS]
     save_image(labeled_grid(rows, PROMPTS, columns), path)
     return path
 

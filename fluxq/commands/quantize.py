@@ -1,4 +1,4 @@
-"""`fluxq quantize`: a model file to fluxq's own quantized file, streamed tensor by tensor.
+"""`fluxq quantize`: convert a model file to fluxq's own quantized file, one tensor at a time.
 
 `fluxq train` does the same by itself, once, into a cache folder.
 """
@@ -22,31 +22,32 @@ from fluxq.kernels import Weight, dequantize
 def quantize_command(
     source: Path, target: Path, format: str, report: bool = False, overwrite: bool = False
 ) -> dict[str, Any]:
-    """Write the transformer in `source` to `target` as `format`; with `report` measure the error of every matrix on the
-    way.
+    """Write the transformer in `source` to `target` as `format`. report: also measure the error of each matrix.
 
-    Raises WrongRequest for a source that is no FLUX.1 transformer or holds numbers that are not finite, a target that
-    exists or has another suffix, or a disk without the room.
+    Raises WrongRequest for a source that is not a FLUX.1 transformer or has numbers that are not finite, a target that
+    exists or is not named .safetensors, and a disk that is too full.
     """
     if target.exists() and not overwrite:
-        raise WrongRequest(f"{target} exists; choose another name, or replace it by --overwrite")
+        raise WrongRequest(f"{target} exists; choose another name, or replace it with --overwrite")
     if target.suffix != ".safetensors":
-        raise WrongRequest(f"{target} would be a safetensors file; name it so, {target.stem}.safetensors")
+        raise WrongRequest(f"{target} must be named .safetensors, like {target.stem}.safetensors")
     original, errors = open_flux(source), Errors()
     if target.is_dir() or any(target.exists() and target.samefile(path) for path in original.files):
         raise WrongRequest(f"{target} is a folder or the source itself; name a new file")
     about = {"files": [path.name for path in original.files], "fingerprint": fingerprint(original.files)}
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    console.print(f"{target} will take {stored_bytes(original.shapes, format) / 1e9:.1f} GB")
+    console.print(f"{target} will take {stored_bytes(original.shapes, format) / 1e9:.3g} GB")
     began = time.perf_counter()
     with byte_bar("quantizing") as progress:
         inspect = errors.add if report else lambda name, w, q: None
         write_quantized(target, original, format, about, device, progress, inspect)
     seconds, size = time.perf_counter() - began, target.stat().st_size
+    if report:
+        console.print("relative error of each type of layer:")
     for layer, error in errors.relative().items():
         console.print(f"{layer:40} {error:7.3%}")
     console.print(
-        f"{target}: {size / 1e9:.2f} GB of {format} from {original.nbytes / 1e9:.2f} GB, "
+        f"{target}: {size / 1e9:.3g} GB in {format}, from {original.nbytes / 1e9:.3g} GB at "
         f"{original.nbytes / 1e9 / seconds:.2f} GB/s"
     )
     answer = {"file": str(target), "format": format, "bytes": size, "source_bytes": original.nbytes, "seconds": seconds}
@@ -54,7 +55,7 @@ def quantize_command(
 
 
 class Errors:
-    """The relative Frobenius error that each type of layer suffered, over all blocks."""
+    """The relative Frobenius error of each type of layer, over all blocks."""
 
     def __init__(self) -> None:
         self._sums: dict[str, list[float]] = {}

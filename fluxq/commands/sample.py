@@ -1,4 +1,4 @@
-"""`fluxq sample`: images from a prompt, with LoRAs.
+"""`fluxq sample`: sample images from prompts, with LoRAs.
 
 Only one model is on the GPU at a time: prompts are encoded before the transformer is loaded, and latents wait in CPU
 memory until it has denoised all of them.
@@ -34,14 +34,14 @@ from fluxq.sampling.sheets import labeled_grid, save_image
 def sample_command(
     config: TrainConfig, loras: Sequence[str], strengths: Sequence[float], grid: bool, out: Path
 ) -> dict[str, list[str]]:
-    """Sample `config.samples.prompts` into `out`; returns the names of the files.
+    """Sample `config.samples.prompts` into `out`; returns {"files": their paths}.
 
-    loras: "FILE" or "FILE=STRENGTH". Several are applied together; with `grid` each gets a row of its own, with a
-    column for each of `strengths`. Raises WrongRequest if there is no prompt or a LoRA does not fit.
+    loras: "FILE" or "FILE=STRENGTH". Several are applied together; with `grid` each has its own row, and each of
+    `strengths` a column. Raises WrongRequest if there is no prompt or a LoRA does not fit the model.
     """
     samples = config.samples
     if not samples.prompts:
-        raise WrongRequest('nothing to sample: give at least one --prompt "TEXT"')
+        raise WrongRequest('nothing to sample; give at least one --prompt "TEXT"')
     _require_writable(out)
     models = Models(config.model, notify=console.print)
     requests = requests_for(samples, samples.prompts, models.default_resolution[0])
@@ -82,7 +82,7 @@ def _require_writable(out: Path) -> None:
         with tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
-        raise WrongRequest(f"{out} cannot be written to ({error.strerror}); choose another --out") from error
+        raise WrongRequest(f"cannot write to {out} ({error.strerror}); choose another --out") from error
 
 
 def _read(path: Path, models: Models) -> Lora:
@@ -95,7 +95,7 @@ def _read(path: Path, models: Models) -> Lora:
 
 
 def _encode_prompts(config: TrainConfig, models: Models) -> dict[str, Text]:
-    """The prompts and the negative prompt, encoded. Prints which of them were truncated."""
+    """The prompts and the negative prompt, encoded. Prints which of them were cut."""
     prompts = list(dict.fromkeys((*config.samples.prompts, config.samples.negative)))
     with progress_bar() as progress:
         texts = cache_texts(config.data.cache, models, prompts, progress, gpu_budget(config.memory, models.device))
@@ -131,7 +131,8 @@ def _denoise_passes(
     if (resident := placement.resident) is not None:
         units = sum(map(len, blocks_units(models.flux_config)))
         console.print(
-            f"{len(resident)} of {units} units stay on the GPU, the others stream through {placement.slots} slots"
+            f"{len(resident)} of {units} units of weights stay on the GPU, the rest streams from RAM through "
+            f"{placement.slots} slots"
         )
     latents = list[Tensor]()
     with progress_bar() as progress:

@@ -1,4 +1,4 @@
-"""Images from the model: what is asked for, denoising, decoding, and sheets that show the result."""
+"""Sampling images: requests, denoising, decoding, and sheets of labeled images."""
 
 from .decoding import sample_images
 from .requests import Request, requests_for

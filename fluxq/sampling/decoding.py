@@ -29,7 +29,7 @@ def sample_images(
 ) -> list[Image.Image]:
     """The images of `requests`, in order.
 
-    load: gives the autoencoder, working on so many rows at a time. texts, progress: see `denoise`.
+    load: (rows to process at a time, None for all) -> the autoencoder. texts, progress: see `denoise`.
     """
     limits = limits or SamplingLimits()
     return decode_images(load, denoise(flux, texts, requests, progress, limits.tokens), limits.autoencoder, notify)
@@ -39,7 +39,7 @@ def sample_images(
 def decode_images(
     load: Callable[[int | None], AutoEncoder], latents: Iterable[Tensor], most_bytes: int | None, notify: Notify
 ) -> list[Image.Image]:
-    """The images of latents (16, H/8, W/8). most_bytes: what the autoencoder may take of the GPU; None for all."""
+    """The images of latents (16, H/8, W/8). most_bytes: the GPU memory for the autoencoder, None for no limit."""
     latents = list(latents)
     autoencoder = load(band_for(max(x[0].numel() for x in latents) * 64, most_bytes))
     return [

@@ -1,6 +1,6 @@
 """Requests to latents: Euler steps from noise, several images of one shape at once.
 
-The noise of an image depends on its seed alone, so an image does not depend on which others it is sampled with.
+The noise of an image depends only on its seed, so an image does not depend on the others in its batch.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ Texts = Mapping[str, Text]
 """Prompt -> its embeddings."""
 
 Loras = Sequence[tuple[Lora, float]]
-"""LoRAs that are applied together, each at its strength."""
+"""LoRAs to apply together, each with its strength."""
 
 
 @torch.no_grad()
@@ -43,8 +43,8 @@ def denoise(
 ) -> list[Tensor]:
     """The latents (16, H/8, W/8) of `requests`, in order, in CPU memory.
 
-    texts: every prompt and negative prompt. progress: called with (steps done, all steps) after each step. tokens: how
-    many go through the transformer at once; one image always does.
+    texts: every prompt and negative prompt. progress: called with (steps done, all steps) after each step. tokens: the
+    most that go through the transformer at once, except that one image always does.
     """
     latents: dict[int, Tensor] = {}
     total, done = sum(request.steps for request in requests), 0
@@ -61,7 +61,7 @@ def denoise(
 
 
 def _batches(requests: Sequence[Request], texts: Texts, most_tokens: int) -> Iterator[list[int]]:
-    """Indices of the requests that are denoised together."""
+    """The indices of requests that are denoised together."""
 
     def shape(i: int) -> tuple:
         request = requests[i]
@@ -76,13 +76,13 @@ def _batches(requests: Sequence[Request], texts: Texts, most_tokens: int) -> Ite
 
 
 def _denoise_batch(flux: Flux, texts: Texts, requests: Sequence[Request], tick: Callable[[], None]) -> Tensor:
-    """Latents (B, 16, H/8, W/8) of requests of one shape. `tick` is called after every step."""
+    """Latents (B, 16, H/8, W/8) of requests with the same settings. `tick` is called after every step."""
     first, device = requests[0], flux.device
     h, w = first.height // 8, first.width // 8
     times = schedule(first.steps, resolution_shift(h * w // 4) if flux.config.guidance_embed else 1.0)
 
     def velocity_of(prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
-        """(x, t) -> the velocity that leads to images of `prompts`."""
+        """(x, t) -> the velocity toward images of `prompts`."""
         batch = [texts[prompt] for prompt in prompts]
         txt, pooled = torch.stack([t.t5 for t in batch]).to(device), torch.stack([t.clip for t in batch]).to(device)
         conditions = [
@@ -111,11 +111,11 @@ def _denoise_batch(flux: Flux, texts: Texts, requests: Sequence[Request], tick: 
 
 
 def attach_loras(model: nn.Module, loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> None:
-    """Give `model` the sum of these LoRAs, each at its strength. They replace what it had."""
+    """Give `model` the sum of these LoRAs, each at its strength, in place of any LoRA it has."""
     set_lora(model, {path: (a.down, a.up, a.scale) for path, a in combined(loras).items()})
 
 
 @torch.no_grad()
 def encode_pooled(clip: Clip, texts: Texts) -> Texts:
-    """`texts` with pooled vectors from `clip` as it is now."""
+    """`texts` with new pooled vectors from `clip`."""
     return {prompt: replace(text, clip=clip.pooled([prompt])[0].cpu()) for prompt, text in texts.items()}

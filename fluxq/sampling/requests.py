@@ -1,4 +1,4 @@
-"""What is asked for: one request for each image."""
+"""Requests: one for each image to sample."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from fluxq.data.buckets import multiple_of_16
 
 @dataclass(frozen=True)
 class Request:
-    """One image to sample. The prompt, seed, size, steps and guidance fix it.
+    """One image to sample. With the model and the LoRAs, these fields determine it.
 
-    cfg above 1 adds a second pass with the `negative` prompt: true classifier-free guidance.
+    guidance: FLUX.1-dev's input. cfg: true classifier-free guidance; above 1 it adds a pass with the `negative` prompt.
     """
 
     prompt: str
@@ -26,7 +26,7 @@ class Request:
     negative: str = ""
 
     def describe(self) -> str:
-        """The settings in the form that image viewers and UIs read from a PNG's `parameters`."""
+        """The settings in the form that UIs and image viewers read from a PNG's `parameters`."""
         negative = f"\nNegative prompt: {self.negative}" if self.cfg > 1 and self.negative else ""
         return (
             f"{self.prompt}{negative}\nSteps: {self.steps}, Sampler: Euler, CFG scale: {self.cfg:g}, "
@@ -35,9 +35,7 @@ class Request:
 
 
 def requests_for(samples: SamplesConfig, prompts: Sequence[str], resolution: int) -> list[Request]:
-    """One request per prompt, each with its own seed. `resolution` replaces a width or height that `samples` leaves
-    open.
-    """
+    """One request per prompt, each with its own seed. `resolution`: the width or height that `samples` leaves unset."""
     width = multiple_of_16("width", samples.width or resolution)
     height = multiple_of_16("height", samples.height or resolution)
     settings = (samples.steps, samples.guidance, samples.cfg, samples.negative)

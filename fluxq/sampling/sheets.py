@@ -1,4 +1,4 @@
-"""PNG files with their settings inside, and sheets of labeled images."""
+"""PNG files that contain their settings, and sheets of labeled images."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .requests import Request
 
 
 def save_image(image: Image.Image, path: Path, request: Request | None = None, **facts: str) -> None:
-    """Save as PNG, with the request and `facts` in its metadata."""
+    """Save `image` as PNG, with the request and `facts` in its metadata."""
     info = PngInfo()
     if request is not None:
         settings = ", ".join([request.describe(), *(f"{key}: {value}" for key, value in facts.items())])
@@ -26,7 +26,7 @@ def save_image(image: Image.Image, path: Path, request: Request | None = None, *
 def labeled_grid(
     rows: Sequence[Sequence[Image.Image]], row_labels: Sequence[str], column_labels: Sequence[str]
 ) -> Image.Image:
-    """Images in rows and columns, with a label left of each row and above each column. Labels wrap to their cell."""
+    """Images in rows and columns, with a label left of each row and above each column. Long labels wrap."""
     cell_w, cell_h = (max(image.size[axis] for row in rows for image in row) for axis in (0, 1))
     scale = max(1, round(160 / cell_w))  # small images are enlarged
     cell_w, cell_h, gap = cell_w * scale, cell_h * scale, 6

@@ -1,4 +1,4 @@
-"""Settings that were left open, filled in from the images and the GPU, and said with their reasons."""
+"""Unset settings, filled in from the images and the GPU, and printed with the reasons."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import cast
 
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, FolderConfig, TrainConfig
-from fluxq.console import Notify
+from fluxq.console import Notify, plural
 from fluxq.data.buckets import multiple_of_16
 from fluxq.data.images import image_files
 from fluxq.errors import WrongRequest
@@ -20,8 +20,9 @@ from .from_lora import settings_of
 
 
 def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> TrainConfig:
-    """`config` with nothing left open; `start` is the LoRA that is trained on, if any. Raises WrongRequest for settings
-    that cannot be met together.
+    """`config` with every setting filled in. start: the LoRA that training starts from, if any.
+
+    Raises WrongRequest for settings that contradict each other.
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     check_text_encoder(config, models)
@@ -30,66 +31,67 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         lora = settings_of(start, lora, models.flux_config, notify)
     if lora.rank is None:
         lora = replace(lora, rank=DEFAULT_RANK)
-        notify(f"rank {lora.rank}: enough for a person or a product; a style can do with less")
+        notify(f"rank {lora.rank}: the default; a higher rank can learn more, in a larger file")
     lora = replace(lora, targets=DEFAULT_TARGETS if lora.targets is None else lora.targets)
     if lora.alpha is None:
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
-        notify(f"alpha {lora.alpha:g}: equal to rank, which leaves the LoRA unscaled and exact in every program")
+        notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
     if training.steps is None:
         images = sum(len(image_files(f.path)) for f in data.folders if f.path.is_dir())
         training = replace(training, steps=min(3000, max(1000, 100 * images)))
-        notify(f"steps {training.steps}: about 100 an image ({images} images), within 1,000 to 3,000")
+        notify(f"steps {training.steps}: 100 per image ({plural(images, 'image')}), at least 1,000 and at most 3,000")
     if training.learning_rate == defaults.training.learning_rate:
-        notify(f"learning rate {training.learning_rate:g}: the usual one where alpha equals rank")
+        notify(f"learning rate {training.learning_rate:g}: the usual one if alpha equals rank")
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=training.learning_rate / 2)
         notify(
-            f"text learning rate {training.text_learning_rate:g}: half of the other; sd-scripts too advises less for a text encoder"
+            f"text learning rate {training.text_learning_rate:g}: half of the learning rate; sd-scripts also advises a "
+            "lower one for text encoders"
         )
     if training.timesteps == "shift" and training.shift == defaults.training.shift:
-        notify(f"shift {training.shift:g}: more of the timesteps near noise, where the layout of an image is decided")
+        notify(f"shift {training.shift:g}: trains more at high noise, where the layout of an image is decided")
     if training.warmup >= cast(int, training.steps):
-        raise WrongRequest(f"a warm-up of {training.warmup} steps never ends in {training.steps}; make it shorter")
+        raise WrongRequest(
+            f"a warm-up of {training.warmup} steps does not fit into {training.steps}; lower --warmup or raise --steps"
+        )
     name = config.output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     name = _file_name(name)
     output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
-        raise WrongRequest(f"{output.out} holds the images; choose another folder for the run by --out")
+        raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
     resolve_format(config, models, notify)
     return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
 
 
 def check_text_encoder(config: TrainConfig, models: Models) -> None:
-    """Raise WrongRequest for a text encoder that is not trained, is not there, or has no room in the file, and for a
-    rate of none.
+    """Raise WrongRequest for a text encoder that cannot be trained, does not exist or does not go into the file format,
+    and for a text learning rate without a text encoder.
     """
     if config.lora.text_encoder == "t5xxl":
         raise WrongRequest(
-            "T5-XXL is not trained: its 4.7 billion weights would have to pass through the GPU in every step, forward "
-            "and backward, in place of states that are encoded once; CLIP-L can be, by --text-encoder clip_l"
+            "T5-XXL cannot be trained: its 4.7 billion weights would pass through the GPU in every step, forward and "
+            "backward, instead of encoding captions once; train CLIP-L with --text-encoder clip_l"
         )
     if config.lora.text_encoder and config.lora.file_format == "peft":
-        raise WrongRequest(
-            "a PEFT folder holds one model's LoRA, and --text-encoder trains two; choose --lora-format kohya"
-        )
+        raise WrongRequest("a PEFT folder is for one model, and --text-encoder trains two; choose --lora-format kohya")
     if config.lora.text_encoder:
-        _ = models.open("clip_l")  # a complete cache does not do without it
+        _ = models.open("clip_l")  # needed even if the cache is complete
     elif config.training.text_learning_rate is not None:
-        raise WrongRequest("--text-lr is of a text encoder that is trained; add --text-encoder clip_l, or leave it out")
+        raise WrongRequest("--text-lr needs a text encoder to train; add --text-encoder clip_l, or leave it out")
 
 
 def resolve_format(config: TrainConfig, models: Models, notify: Notify) -> None:
-    """Have `models` store weights in the best format for this GPU, where that was left open and matters."""
-    _ = models.quantized  # a quantized file has a format
+    """Choose the format of `models` for this GPU, if the user has not set it."""
+    _ = models.quantized  # a quantized file sets the format
     if models.format_is_open and models.device.type == "cuda" and not models.is_nano:
-        found = choose_format(config, models)
-        models.use_format(found.format)
-        notify(f"format {found.format}: the most faithful of those that train as fast as any on this GPU, as predicted")
+        chosen = choose_format(config, models)
+        models.use_format(chosen.format)
+        notify(f"format {chosen.format}: the most accurate of those predicted to train fastest on this GPU")
 
 
 def resolve_data(data: DataConfig, models: Models, notify: Notify) -> DataConfig:
-    """`data` with its resolution, the sides of buckets and absolute paths filled in."""
+    """`data` with resolution, sides of buckets and absolute paths filled in. Raises WrongRequest without folders."""
     if not data.folders:
         raise WrongRequest("no folder of images was given; name at least one")
     if data.resolution is None:
@@ -108,15 +110,15 @@ def resolve_data(data: DataConfig, models: Models, notify: Notify) -> DataConfig
 
 
 def _absolute(folder: FolderConfig, trigger: str | None) -> FolderConfig:
-    """`folder` by its whole path; its own trigger counts, also an empty one."""
+    """`folder` with its absolute path. Its own trigger, even an empty one, overrides `trigger`."""
     return replace(
         folder, path=folder.path.resolve(), trigger=folder.trigger if folder.trigger is not None else trigger
     )
 
 
 def _file_name(text: str) -> str:
-    """`text` as a file name that every system takes."""
+    """`text` as a file name that is valid on every system. Raises WrongRequest if nothing of it is."""
     name = re.sub(r'[<>:"/\\|?*\x00-\x1f\x7f]', "_", text).strip(". ")[:100]
     if not name:
-        raise WrongRequest(f"{text!r} is no name for a file; give one by --name")
+        raise WrongRequest(f"{text!r} is not a file name; choose one with --name")
     return name

@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules, and one step of an optimizer."""
+"""Optimizers, learning-rate schedules, and one optimizer step."""
 
 from __future__ import annotations
 
@@ -19,14 +19,15 @@ Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], rate: float, weight_decay: float
+    name: str, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], learning_rate: float, weight_decay: float
 ) -> torch.optim.Optimizer:
-    """`adamw` (states in fp32, 8 bytes a weight) or `adamw8bit` (bitsandbytes; 2 bytes a weight), at learning rate
-    `rate`, or in groups with rates of their own ("params" and "lr", as torch has them). Its state is there from the
-    start: a first step that has no room for it would stop half-way.
+    """The optimizer `name`: adamw (state in fp32, 8 bytes per weight) or adamw8bit (bitsandbytes; 2 bytes per weight).
+
+    parameters: a list, or torch's groups ("params" and "lr"), which have their own learning rates. The state is
+    allocated here, because a first step that runs out of memory for it would be left half done.
     """
     if name == "adamw":
-        optimizer = _full_rates(torch.optim.AdamW(parameters, lr=rate, weight_decay=weight_decay))
+        optimizer = _with_initial_lr(torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay))
         for p in parameters_of(optimizer):
             optimizer.state[p] = {
                 "step": torch.tensor(0.0),
@@ -35,10 +36,10 @@ def build_optimizer(
             }
         return optimizer
     if name == "adamw8bit":
-        with quiet_imports():  # late: on some CPUs this import looks for kernels on a hub
+        with quiet_imports():  # imported here, because on some CPUs it looks for kernels on a hub
             from bitsandbytes.optim import AdamW8bit
 
-        optimizer = _full_rates(AdamW8bit(parameters, lr=rate, weight_decay=weight_decay))
+        optimizer = _with_initial_lr(AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay))
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
                 optimizer.init_state(group, p, g, i)
@@ -46,8 +47,8 @@ def build_optimizer(
     raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
 
 
-def _full_rates(optimizer: Optimizer) -> Optimizer:
-    """Have every group remember its rate, which schedules multiply."""
+def _with_initial_lr(optimizer: Optimizer) -> Optimizer:
+    """`optimizer` with the learning rate of each group stored as "initial_lr", which schedules multiply."""
     for group in optimizer.param_groups:
         group["initial_lr"] = group["lr"]
     return optimizer
@@ -61,11 +62,11 @@ def optimizer_step(
     factor: float,
     clip: float,
 ) -> tuple[float, float]:
-    """Optimizer step `step`, from 0: its mean loss, and the norm of its gradient before that is clipped to `clip`.
+    """Optimizer step `step` (0-based): its mean loss, and the norm of its gradient before clipping to `clip`.
 
-    loss_of(index) is the loss of a micro-step; they are counted over the whole run, `accumulate` a step. Every rate is
-    multiplied by `factor`. clip 0: no limit. Whatever fails before the update leaves weights and state as they were.
-    Raises WrongRequest for a gradient that is not finite.
+    loss_of(index): the loss of a micro-step; the index counts over the whole run, `accumulate` per step. factor:
+    multiplies every learning rate. clip 0: no limit. If anything fails before the update, weights and state are
+    unchanged. Raises WrongRequest for a gradient that is not finite.
     """
     parameters, losses = parameters_of(optimizer), []
     optimizer.zero_grad()  # an attempt that ran out of memory may have left some
@@ -74,9 +75,9 @@ def optimizer_step(
         (loss / accumulate).backward()
         losses.append(loss.detach())
     norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf))
-    mean = float(torch.stack(losses).mean())  # nothing may fail once weights have been updated
+    mean = float(torch.stack(losses).mean())  # before the update, since nothing may fail after it
     if not math.isfinite(norm):
-        raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is good: lower --lr")
+        raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is intact; lower --lr")
     for group in optimizer.param_groups:
         group["lr"] = group["initial_lr"] * factor
     update(optimizer)
@@ -85,28 +86,28 @@ def optimizer_step(
 
 
 def update(optimizer: torch.optim.Optimizer) -> None:
-    """optimizer.step(), which out of memory changes nothing: what AdamW needs for a moment is asked for before.
+    """optimizer.step(), with the temporary memory that AdamW needs tested first, so that running out changes nothing.
 
-    adamw8bit needs nothing. Should memory run out in the middle all the same, weights are half old and half new, and
-    the run cannot go on from them: WrongRequest says so.
+    adamw8bit needs no temporary memory. Raises WrongRequest if memory runs out in the middle all the same: then only
+    some weights are updated, and the run cannot continue from them.
     """
     if isinstance(optimizer, torch.optim.AdamW):
-        room = [torch.empty_like(p) for p in parameters_of(optimizer)]  # the roots of exp_avg_sq take its place
-        del room
-    before = _updates(optimizer)
+        temporary = [torch.empty_like(p) for p in parameters_of(optimizer)]  # as large as the roots of exp_avg_sq
+        del temporary
+    before = _update_count(optimizer)
     try:
         optimizer.step()
     except torch.OutOfMemoryError as error:
-        if _updates(optimizer) == before:
+        if _update_count(optimizer) == before:
             raise
         raise WrongRequest(
-            "memory ran out while weights were being updated; the last save is good: close other programs and go on "
-            "with --resume"
+            "memory ran out while weights were being updated; the last save is intact; close other programs and "
+            "continue with --resume"
         ) from error
 
 
-def _updates(optimizer: torch.optim.Optimizer) -> float:
-    """How many updates all weights have had together; begun ones count."""
+def _update_count(optimizer: torch.optim.Optimizer) -> float:
+    """The number of updates of all weights together, including unfinished ones."""
     return sum(float(state["step"]) for state in optimizer.state.values())
 
 
@@ -115,8 +116,9 @@ def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
 
 
 def learning_rate_factor(name: str, step: int, steps: int, warmup: int) -> float:
-    """What the learning rate is multiplied by at `step` (0-based) of `steps`: a linear warm-up, then the schedule,
-    to 0 at the end.
+    """The factor of the learning rate at `step` (0-based) of `steps`: a linear warm-up, then the schedule `name`.
+
+    linear and cosine end at 0.
     """
     if step < warmup:
         return (step + 1) / warmup

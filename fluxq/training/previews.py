@@ -25,14 +25,14 @@ from .run import Run
 
 
 def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
-    """The prompts asked for, else the triggers, else the first three captions; () if the run has no previews."""
+    """The configured prompts, else the triggers, else the first three captions; () if the run has no previews."""
     samples, folders = config.samples, config.data.folders
     if not samples.every:
         return ()
     for name, pixels in (("width", samples.width), ("height", samples.height)):
         multiple_of_16(name, pixels or 16)
     if not (autoencoder := models.served("ae").path).exists():
-        raise WrongRequest(f"previews need {autoencoder}, which is missing; put it back, or pass --sample-every 0")
+        raise WrongRequest(f"previews need {autoencoder}, which does not exist; put it back, or pass --sample-every 0")
     triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
     captions = (with_trigger(read_caption(p), f.trigger) for f in folders for p in image_files(f.path))
     return samples.prompts or tuple(triggers) or tuple(dict.fromkeys(captions))[:3]
@@ -48,9 +48,9 @@ def save_previews(
     step: int,
     notify: Notify,
 ) -> None:
-    """Sample `prompts` into samples/ with the LoRA as it is after `step` steps, within the memory of a training step.
+    """Sample `prompts` into samples/ with the LoRA after `step` steps, within the memory of a training step.
 
-    If that fails, training goes on without them.
+    If that fails, it notifies the user and training continues.
     """
     requests = requests_for(run.config.samples, prompts, run.config.data.resolution or 0)
 

@@ -1,4 +1,4 @@
-"""What a run reports: a console line and a JSON line per step, a progress bar, the loss plot."""
+"""The report of a run: a console line and a JSON line per step, a progress bar, the loss plot."""
 
 from __future__ import annotations
 
@@ -12,41 +12,41 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
-from fluxq.console import console, progress_bars
+from fluxq.console import Notify, console, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.memory.peak import peak_bytes, spill_note
 
 
 @contextmanager
-def stop_request(notify: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
-    """A function that tells whether Ctrl-C was pressed inside; that asks to stop, and a second one stops at once."""
-    asked = False
+def stop_request(notify: Notify) -> Iterator[Callable[[], bool]]:
+    """A function that returns whether Ctrl-C was pressed in this context. A second Ctrl-C stops at once."""
+    requested = False
 
-    def ask(signum: int, frame: FrameType | None) -> None:
-        nonlocal asked
-        if asked:
+    def on_signal(signum: int, frame: FrameType | None) -> None:
+        nonlocal requested
+        if requested:
             raise KeyboardInterrupt
-        asked = True
+        requested = True
         notify("stopping after this step; Ctrl-C again stops at once, without saving")
 
-    if threading.current_thread() is not threading.main_thread():  # signals are the main thread's
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
         yield lambda: False
         return
-    before = signal.signal(signal.SIGINT, ask)
+    before = signal.signal(signal.SIGINT, on_signal)
     try:
-        yield lambda: asked
+        yield lambda: requested
     finally:
         signal.signal(signal.SIGINT, before)
 
 
 class Report:
-    """The log of one run, from step `start` (0-based, what is done already) to `steps`."""
+    """The log of one run of `steps` steps, of which `start` are already done."""
 
     def __init__(self, folder: Path, start: int, steps: int, plot_seconds: float) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
         self.steps, self.plot_seconds = steps, plot_seconds
-        self.records = [r for r in read_log(self.path) if r["step"] <= start]  # steps after the last save are run again
+        self.records = [r for r in read_log(self.path) if r["step"] <= start]  # steps after the last save are repeated
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
         self._file = self.path.open("a", encoding="utf-8")
@@ -66,7 +66,7 @@ class Report:
             self.plot()
 
     def step(self, step: int, loss: float, learning_rate: float, grad: float, seconds: float) -> None:
-        """One optimizer step is done: `step` of them altogether; `seconds` is what it took."""
+        """Log an optimizer step: `step` steps are done now, and this one took `seconds`."""
         if note := spill_note():
             console.print(note)
         peak = peak_bytes()
@@ -98,19 +98,17 @@ class Report:
             self._plotted = time.monotonic()
 
     def sync(self) -> None:
-        """Bring the log to the disk: a state that is saved after it never knows more steps than the log."""
+        """Flush the log to the disk. A state saved afterward never has more steps than the log."""
         os.fsync(self._file.fileno())
 
     def plot(self) -> None:
-        """Draw loss.png: every step's loss, and a smoothed one. Where it cannot be written that is said, and no
-        more.
-        """
+        """Plot the loss of every step and the smoothed loss to loss.png. If that fails, print why and continue."""
         try:
-            self._draw_plot()
+            self._write_plot()
         except (WrongRequest, OSError) as error:
-            console.print(f"loss.png was not drawn: {error}")
+            console.print(f"could not write loss.png: {error}")
 
-    def _draw_plot(self) -> None:
+    def _write_plot(self) -> None:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.figure import Figure
 
@@ -127,7 +125,7 @@ class Report:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log.jsonl, in order; a last line that a crash cut off is left out."""
+    """The records of a log.jsonl, in order, without a last line that a crash cut off."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
@@ -138,7 +136,7 @@ def read_log(path: Path) -> list[dict]:
 
 
 def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving averages, corrected for their start."""
+    """Exponential moving averages with bias correction for their start."""
     total = norm = 0.0
     result = []
     for value in values:

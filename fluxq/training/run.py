@@ -1,12 +1,12 @@
-"""A run directory: how one is begun or gone on with, and what is saved into it.
+"""A run directory: starting or resuming a run, and the files that it saves.
 
-config.toml   every setting, defaults filled in
-log.jsonl     a line a step
+config.toml   every setting, with defaults filled in
+log.jsonl     a line per step
 loss.png      the loss so far
-result.json   what came of it
+result.json   steps, seconds, losses, peak memory and the LoRA's path
 samples/      previews
 state/        what --resume needs
-<name>.safetensors, and <name>-step00000250.safetensors ... on the way; folders <name>.peft ... for PEFT
+<name>.safetensors, and before the end <name>-step00000250.safetensors ...; for PEFT, folders <name>.peft ...
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ from fluxq.models.parts import Models
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a run. Losses are of the flow; validation losses are by folder."""
+    """The result of a run. Losses are flow losses; validation losses are by folder."""
 
     steps: int
     seconds: float
@@ -68,27 +68,26 @@ class Run:
         self.state_file = self.folder / "state" / "state.safetensors"
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Raise WrongRequest where the folder cannot be written, where it holds results and neither `resume` nor
-        `overwrite` is set, and where `resume` would change what is computed. Nothing is changed."""
+        """Raise WrongRequest if the folder is not writable, if it has results and neither `resume` nor `overwrite` is
+        set, or if `resume` would change what is computed. Results are unchanged.
+        """
         if resume:
             written = self.folder / "config.toml"
             self._refuse_changes(config_from_dict(read_toml(written), str(written)))
         elif not overwrite and (present := [path for path in self._results() if path.exists()]):
             raise WrongRequest(
-                f"{self.folder} already holds a run ({present[0].name}); go on with it by --resume {self.folder}, "
-                "replace it by --overwrite, or choose another --out"
+                f"{self.folder} already has a run ({present[0].name}); continue it with --resume {self.folder}, "
+                "replace it with --overwrite, or choose another --out"
             )
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryFile(dir=self.folder):
                 pass
         except OSError as error:
-            raise WrongRequest(
-                f"{self.folder} cannot be written to ({error.strerror}); choose another --out"
-            ) from error
+            raise WrongRequest(f"cannot write to {self.folder} ({error.strerror}); choose another --out") from error
 
     def begin(self, resume: bool) -> None:
-        """Write config.toml; unless `resume`, remove the results of the run that this one replaces."""
+        """Write config.toml. Unless `resume`, first remove the results of the run that this one replaces."""
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 left_by_a_crash.unlink(missing_ok=True)
@@ -98,44 +97,45 @@ class Run:
             temporary.write_text(to_toml(self.config), encoding="utf-8")
 
     def _results(self) -> list[Path]:
-        """What a run of this name leaves: the files that a new one would replace."""
+        """The files of a run of this name, which a new one would replace."""
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
         return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
 
     def _refuse_changes(self, before: TrainConfig) -> None:
         if not self.state_file.is_file():
             raise WrongRequest(
-                f"{self.folder} has saved no state yet, so it cannot be resumed; start it anew with --overwrite"
+                f"{self.folder} has no saved state yet, so it cannot be resumed; start it again with --overwrite"
             )
         for section in ("model", "data", "lora", "training"):
             was, now = asdict(getattr(before, section)), asdict(getattr(self.config, section))
             for key in was:
                 moved = isinstance(was[key], Path) or isinstance(now[key], Path)
                 if was[key] == now[key] or moved or key == "ae_band":
-                    continue  # files may move, their contents are compared; bands change nothing
+                    continue  # files may move, as their contents are compared; ae_band does not change results
                 if key == "steps" and was["schedule"] == "constant":
-                    continue  # a shorter or longer run of the same beginning
+                    continue  # a constant schedule allows any number of steps
                 raise WrongRequest(
-                    f"{self.folder} was begun with {section}.{key} = {was[key]}, not {now[key]}; "
-                    "resume it without that change, or begin another run with --out"
+                    f"{self.folder} was started with {section}.{key} = {was[key]}, not {now[key]}; resume it without "
+                    "that change, or start another run with --out"
                 )
 
     def lora_file(self, step: int) -> Path:
-        """<name>.safetensors for the last step, <name>-step00000250.safetensors before."""
+        """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before."""
         last = step == self.config.training.steps
         return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
 
     def steps_saved(self) -> list[Path]:
-        """The LoRAs saved on the way, oldest first."""
+        """The LoRAs saved before the last step, oldest first."""
         return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))
 
     def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
-        """Write the LoRA of `flux`, and of `clip` if it is trained, as it is after `step` steps; older ones beyond
-        `output.keep` are removed.
+        """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path.
+
+        Also removes the oldest LoRAs if there are more than `output.keep`.
         """
         path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
         of_clip = {} if clip is None else adapters_of(clip, alpha)
-        if is_adapter(path):  # of before a crash: folders are not replaced in one move, as files are
+        if is_adapter(path):  # left by a crash; unlike a file, a folder cannot be replaced in one move
             _remove(path)
         save_lora(
             path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
@@ -147,7 +147,7 @@ class Run:
 
 
 def _remove(path: Path) -> None:
-    """Delete what a run left, a file or a PEFT adapter's folder, if it is there."""
+    """Delete a file, or the folder of a PEFT adapter, if it exists."""
     if is_adapter(path):
         shutil.rmtree(path)
     else:
@@ -155,7 +155,7 @@ def _remove(path: Path) -> None:
 
 
 def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
-    """The LoRA of `model`, by layer, as it is written."""
+    """The LoRA of `model`: layer path -> adapter."""
     return {
         path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), alpha)
         for path, layer in lora_layers(model).items()
@@ -166,9 +166,7 @@ def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
 def metadata_of(
     config: TrainConfig, models: Models, dataset: Dataset, batches: int
 ) -> Callable[[int, float, float], dict[str, str]]:
-    """A function (step, started, finished) -> the metadata of the LoRA at that step; `batches` is micro-batches an
-    epoch.
-    """
+    """A function (step, started, finished) -> the LoRA's metadata at that step. batches: micro-batches per epoch."""
     folders = config.data.folders
     files = {f.path: [Path(e.path) for e in dataset.examples if Path(e.path).parent == f.path] for f in folders}
     tags: dict[str | Path, Mapping[str, int]] = {path: _tag_frequency(images) for path, images in files.items()}
@@ -208,6 +206,6 @@ def metadata_of(
 
 
 def _tag_frequency(images: Sequence[Path]) -> dict[str, int]:
-    """How often each comma-separated part of the captions occurs, the most frequent first."""
+    """How often each comma-separated part of the captions occurs, most frequent first."""
     parts = (part.strip() for image in images for part in read_caption(image).split(","))
     return dict(Counter(part for part in parts if part).most_common())

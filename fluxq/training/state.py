@@ -1,7 +1,7 @@
-"""What a run needs to go on as if it had never stopped: the LoRA, the optimizer's state and the step, in one file.
+"""The saved state of a run, from which it resumes bit for bit: the LoRA, the optimizer's state and the step number.
 
-Everything else that a step depends on is addressed by its number. The file is a safetensors file, written whole or not
-at all.
+Everything else that a step depends on is a function of its number. The state is one safetensors file, written
+atomically.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
     scalars: dict[str, dict] = {}
     for index, slots in saved["state"].items():
         for key, value in slots.items():
-            if isinstance(value, dict):  # bitsandbytes wraps its tensors once more
+            if isinstance(value, dict):  # bitsandbytes nests its tensors
                 tensors |= {f"optimizer.{index}.{key}.{inner}": tensor for inner, tensor in value.items()}
             elif isinstance(value, Tensor):
                 tensors[f"optimizer.{index}.{key}"] = value
@@ -57,7 +57,7 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.
     """
     checkpoint = Checkpoint(path)
     if "fluxq_state" not in checkpoint.metadata:
-        raise WrongRequest(f"{path} is not a saved state of fluxq; give the run directory that holds state/")
+        raise WrongRequest(f"{path} is not a saved state of fluxq; name the run directory, which has state/ in it")
     about = json.loads(checkpoint.metadata["fluxq_state"])
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}

@@ -70,7 +70,7 @@ def trained(tmp_path: Path, photos: Path, *more) -> list[str]:
 
 
 def test_options_only_grow_on_purpose():
-    """New options are added here too, with a reason in the change that adds them; none disappears."""
+    """A new option is added here too, with a reason in the change that adds it; none disappears."""
     assert commands().keys() == OPTIONS.keys()
     for name, expected in OPTIONS.items():
         found = {flag for p in commands()[name].params for flag in p.opts if flag.startswith("-")}
@@ -78,7 +78,7 @@ def test_options_only_grow_on_purpose():
 
 
 def commands() -> dict[str, click.Command]:
-    """Every command by its words, those of groups too."""
+    """Name -> command, also for commands of groups, like "lora info"."""
     found = {}
     for name, command in main.commands.items():
         inner = command.commands if isinstance(command, click.Group) else {}
@@ -87,7 +87,7 @@ def commands() -> dict[str, click.Command]:
 
 
 def test_an_option_takes_the_same_in_every_command():
-    """quantize alone has nothing to do for bf16."""
+    """Only quantize does not take bf16."""
     seen: dict[str, set[tuple[str, ...]]] = {}
     for name, command in commands().items():
         for parameter in command.params:
@@ -103,7 +103,16 @@ def test_every_option_is_explained(command):
     assert run(*command.split(), "--help").exit_code == 0
     for parameter in commands()[command].params:
         if parameter.param_type_name == "option" and parameter.name != "help":
-            assert parameter.help and len(parameter.help) > 10, parameter.opts
+            assert len(parameter.help) > 10 and parameter.help[:1].upper() == parameter.help[:1], parameter.opts
+
+
+@pytest.mark.parametrize("command", ["bench", "lora", *OPTIONS])
+def test_the_list_of_commands_shows_whole_sentences(command):
+    """`fluxq --help` would cut a first sentence of more than 60 characters."""
+    found = commands().get(command) or main.commands[command]
+    assert found.help is not None
+    sentence = found.help.split("\n\n")[0]
+    assert len(sentence) <= 60 and found.get_short_help_str(60) == sentence
 
 
 def test_help_needs_no_torch():
@@ -140,21 +149,21 @@ def test_json_is_the_only_line_on_stdout(tmp_path, photos):
         (["train", "{photos}", "--model", "nano", "--steps", "0"], "training.steps must be at least 1, not 0"),
         (["train", "{photos}", "--model", "nano", "--config", "{tmp}/none.toml"], "none.toml cannot be read"),
         (["train", "{photos}", "--model", "nano", "--set", "lora.targets=['x.*y']"], "matches no layer"),
-        (["train", "--resume", "{tmp}/empty"], "holds no run to resume"),
+        (["train", "--resume", "{tmp}/empty"], "has no run to resume"),
         (["train", "{photos}", "--model", "nano", "--set", "lora.targets=[]"], "no targets were given"),
-        (["train", "{photos}", "--model", "nano", "--warmup", "50", "--steps", "9"], "never ends in 9"),
+        (["train", "{photos}", "--model", "nano", "--warmup", "50", "--steps", "9"], "does not fit into 9"),
         (["train", "{photos}", "--model", "nano", "--t5-length", "4000"], "at most 512, not 4000"),
-        (["train", "{photos}", "--model", "nano", "--out", "{photos}"], "holds the images"),
-        (["train", "{photos}", "--model", "nano", "--trigger", ".."], "is no name for a file"),
+        (["train", "{photos}", "--model", "nano", "--out", "{photos}"], "is a folder of images; choose another"),
+        (["train", "{photos}", "--model", "nano", "--trigger", ".."], "is not a file name; choose one with --name"),
         (["train", "{photos}", "--model", "nano", "--flux", "x"], "brings its own files; leave out --flux"),
         (["train", "--resume", "{tmp}", "--overwrite"], "pass only one of them"),
         (["sample", "--model", "nano", "--prompt", "x", "--width", "100"], "width must be a multiple of 16"),
-        (["sample", "--model", "nano", "--prompt", "x", "--out", "{tmp}/model.ckpt/x"], "cannot be written to"),
+        (["sample", "--model", "nano", "--prompt", "x", "--out", "{tmp}/model.ckpt/x"], "cannot write to"),
         (["sample", "--model", "nano"], "nothing to sample"),
-        (["sample", "--model", "nano", "--prompt", "x", "--lora", "a=b"], "is no number"),
+        (["sample", "--model", "nano", "--prompt", "x", "--lora", "a=b"], "is not a number"),
         (["sample", "--model", "nano", "--prompt", "x", "--lora", "{tmp}/absent.safetensors"], "absent.safetensors"),
         (["cache", "--verify", "--cache", "{tmp}/absent"], "holds no cache"),
-        (["demo", "--out", "{photos}"], "holds something else than a demo"),
+        (["demo", "--out", "{photos}"], "is not empty and not an earlier demo"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_path, photos, monkeypatch):
@@ -171,8 +180,8 @@ def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_pat
     assert {p.parts[0] for p in made} <= {"cache", "c"}
 
 
-def test_odd_names_are_files_and_words_all_the_same(tmp_path, photos):
-    """A trigger with every character that a path or a console's markup could mistake."""
+def test_odd_names_work_as_files_and_words(tmp_path, photos):
+    """A trigger with every character that a path or console markup could misread."""
     out = tmp_path / "[b]a folder ü[/b]"
     result = run(*trained(tmp_path, photos), "--trigger", "a/b:c[/x]\x7f", "--out", out)
     assert result.exit_code == 0, result.output
@@ -218,7 +227,7 @@ def test_an_output_under_a_file_is_named(tmp_path, photos):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, photos):
+def test_ctrl_c_saves_and_the_run_continues(tmp_path, photos):
     arguments = map(str, trained(tmp_path, photos, "--steps", 400))
     process = subprocess.Popen(
         [sys.executable, "-m", "fluxq", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -229,7 +238,7 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, photos):
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate()
     assert process.returncode == 130
-    assert f"go on with: fluxq train --resume {tmp_path / 'run'}" in stderr.decode()
+    assert f"fluxq train --resume {tmp_path / 'run'}" in stderr.decode()
     done = len(read_log(tmp_path / "run" / "log.jsonl"))
     assert 3 <= done < 400
     state = Checkpoint(tmp_path / "run" / "state" / "state.safetensors")
@@ -239,9 +248,9 @@ def test_ctrl_c_saves_and_the_run_goes_on(tmp_path, photos):
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == list(range(1, done + 3))
 
 
-def test_sample_draws_with_loras_and_a_grid(tmp_path, photos):
+def test_sample_applies_loras_and_makes_a_grid(tmp_path, photos):
     assert run(*trained(tmp_path, photos)).exit_code == 0
-    lora, out = tmp_path / "run" / "zqx.safetensors", tmp_path / "drawn"
+    lora, out = tmp_path / "run" / "zqx.safetensors", tmp_path / "sampled"
     common = ["--model", "nano", "--steps", 2, "--cache", tmp_path / "cache", "--out", out]
     result = run("sample", *common, "--prompt", "a red zqx", "--prompt", "a star", "--lora", f"{lora}=0.8", "--cfg", 2)
     assert result.exit_code == 0, result.output

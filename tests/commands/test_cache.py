@@ -1,4 +1,4 @@
-"""`fluxq cache` within an amount of memory: fewer captions at once, images in bands, the same dataset."""
+"""`fluxq cache` within a memory budget: fewer captions at once, images in bands, the same dataset."""
 
 from __future__ import annotations
 
@@ -26,19 +26,21 @@ def photos(tmp_path):
     return folder
 
 
-def test_both_encoders_are_given_the_room_and_the_dataset_is_the_same(photos, tmp_path, monkeypatch):
+def test_both_encoders_get_the_budget_and_the_dataset_is_the_same(photos, tmp_path, monkeypatch):
     models, asked = Models(ModelConfig(name="nano"), torch.device("cpu"), notify=lambda line: None), []
     autoencoder, text = models.load_autoencoder, models.load_text_encoders
     monkeypatch.setattr(models, "load_autoencoder", lambda band: asked.append(band) or autoencoder(band))
-    monkeypatch.setattr(models, "load_text_encoders", lambda room: asked.append((loaded := text(room)).group) or loaded)
+    monkeypatch.setattr(
+        models, "load_text_encoders", lambda budget: asked.append((loaded := text(budget)).group) or loaded
+    )
     found = {}
-    for room in (None, 1):
-        values = {"folders": [str(photos)], "resolution": nano.SIZE, "cache": str(tmp_path / f"cache {room}")}
+    for budget in (None, 1):
+        values = {"folders": [str(photos)], "resolution": nano.SIZE, "cache": str(tmp_path / f"cache {budget}")}
         data = resolve_data(config_from_dict({"data": values}, "a test").data, models, lambda line: None)
-        dataset, store = cache_folders(data, models, (), lambda *progress: None, room), Store(data.cache)
-        found[room] = dataset, [store.text(key) for _, key in sorted(dataset.prompts.items())]
+        dataset, store = cache_folders(data, models, (), lambda *progress: None, budget), Store(data.cache)
+        found[budget] = dataset, [store.text(key) for _, key in sorted(dataset.prompts.items())]
         latents = [store.latents(example.latents[0])[0] for example in dataset.examples]
-        found[room] += (latents,)
+        found[budget] += (latents,)
     assert asked[0] is None and asked[1] > 3 and asked[2:] == [32, 1]
     assert found[None][0] == found[1][0]
     assert torch.equal(found[None][1][0].t5, found[1][1][0].t5)
@@ -46,7 +48,7 @@ def test_both_encoders_are_given_the_room_and_the_dataset_is_the_same(photos, tm
         torch.testing.assert_close(banded, whole, rtol=1e-4, atol=1e-4)
 
 
-def test_an_amount_without_a_gpu_is_refused_before_anything_is_made(photos, tmp_path):
+def test_vram_without_a_gpu_is_refused_before_anything_is_written(photos, tmp_path):
     arguments = ["cache", photos, "--model", "nano", "--vram", "8GiB", "--cache", tmp_path / "cache"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
     assert result.exit_code == 2 and "--vram is about a CUDA GPU, and this machine has none" in result.output

@@ -1,4 +1,4 @@
-"""`fluxq check`: which file serves which part, what a run needs, every reason against it."""
+"""`fluxq check`: the model files, what a run needs, and all problems at once."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def _empty_folder(monkeypatch, tmp_path):
 
 
 def run(*arguments) -> tuple[int, dict, str]:
-    """Exit code, answer, and the lines meant for people."""
+    """(exit code, JSON answer, lines for people)"""
     result = CliRunner().invoke(main, ["check", *map(str, arguments), "--json"])
     return result.exit_code, json.loads(result.stdout), result.stderr
 
@@ -67,11 +67,13 @@ def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_
     }
     assert answer["images"]["images"] == 3 and answer["images"]["buckets"] == {"96x96": 2, "128x64": 1}
     assert answer["disk"]["needed"] > answer["disk"]["cache"] > answer["images"]["latents_bytes"] > 0
-    assert "3, 1 different captions; 2 at 96x96, 1 at 128x64" in lines and lines.endswith("ready: a run could start\n")
+    assert "images       3; 1 different caption; buckets: 2 at 96x96, 1 at 128x64" in lines and lines.endswith(
+        "ready: a run could start\n"
+    )
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def test_the_cache_takes_the_room_that_is_foretold(photos, tmp_path):
+def test_the_cache_takes_the_predicted_disk_space(photos, tmp_path):
     _, answer, _ = run(photos, "--model", "nano")
     result = CliRunner().invoke(main, ["cache", str(photos), "--model", "nano", "--cache", str(tmp_path / "cache")])
     assert result.exit_code == 0
@@ -94,7 +96,7 @@ def test_full_size_needs_what_is_known():
     assert 11.9e9 < stored_bytes(flux_shapes(FluxConfig.dev()), "int8") < 12.1e9
 
 
-def test_every_reason_is_given_at_once(tmp_path, photos):
+def test_all_problems_are_listed_at_once(tmp_path, photos):
     models = tmp_path / "models"
     models.mkdir()
     shutil.copy(nano.FLUX, models)
@@ -106,24 +108,24 @@ def test_every_reason_is_given_at_once(tmp_path, photos):
     assert f"{models} holds no CLIP text encoder; name it by --clip-l" in text
     assert "is a CLIP text encoder, where a T5 text encoder is wanted" in text and "bad.png" in text
     assert answer["parts"]["ae"]["why"] == f"the only one in {models}"
-    assert lines.count("missing") == 3 and lines.endswith("not ready\n")
+    assert lines.count("\nproblem ") == 3 and lines.endswith("not ready\n")
 
 
-def test_nothing_named_is_one_reason():
+def test_no_models_is_one_problem():
     code, answer, _ = run()
     assert code == 2 and len(answer["reasons"]) == 1 and "--models" in answer["reasons"][0]
 
 
-def test_too_little_memory_disk_or_gpu_is_a_reason(monkeypatch, photos):
+def test_too_little_memory_disk_or_gpu_is_a_problem(monkeypatch, photos):
     gpu = Machine("2.13", "13.0", False, True, False, GPU("old GPU", (6, 1), 1 << 20), ("sm_80",))
     monkeypatch.setattr(checks, "memory", lambda: (1 << 30, 1 << 29))
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(checks, "read_machine", lambda: gpu)
     code, answer, _ = run(photos, "--model", "nano")
     memory, gpu, disk, obstacle = answer["reasons"]
-    assert code == 2 and "2.0 GiB of RAM are needed with the transformer in nf4, this machine has 1.0 GiB" in memory
+    assert code == 2 and "needs 2.0 GiB of RAM with the transformer in nf4, and this machine has 1.0 GiB" in memory
     assert "the old GPU has 1.0 MiB, and the transformer's weights alone take 2.7 MiB in nf4; use another" in gpu
-    assert "of disk are needed at" in disk and "has no code for the old GPU (sm_61" in obstacle
+    assert " of disk at " in disk and "has no code for the old GPU (sm_61" in obstacle
 
 
 def machine_with(gpu: GPU | None, monkeypatch, free: int | None = None) -> None:
@@ -134,7 +136,7 @@ def machine_with(gpu: GPU | None, monkeypatch, free: int | None = None) -> None:
 
 @pytest.fixture(scope="module")
 def full_size(tmp_path_factory) -> Path:
-    """FLUX.1 dev as far as headers tell."""
+    """A file with the headers of FLUX.1-dev."""
     shapes = flux_shapes(FluxConfig.dev())
     return write_hollow(
         tmp_path_factory.mktemp("full") / "flux1-dev.safetensors", dict.fromkeys(shapes, torch.bfloat16), shapes
@@ -145,8 +147,10 @@ def test_the_gpu_is_described_with_what_training_needs_on_it(full_size, monkeypa
     ada = GPU("RTX 4090", (8, 9), 24 << 30)
     machine_with(ada, monkeypatch, free=int(22.5 * 2**30))
     _, answer, lines = run("--flux", full_size)
-    described = "GPU         RTX 4090, 22.5 GiB of 24.0 GiB free, compute capability 8.9; training in nf4 needs 6.3 GiB"
-    assert f"{described} of it for the weights alone\n" in lines
+    described = (
+        "GPU          RTX 4090, 22.5 GiB of 24.0 GiB free, compute capability 8.9; the weights alone take 6.3 GiB"
+    )
+    assert f"{described} of it in nf4\n" in lines
     weights = stored_bytes(flux_shapes(FluxConfig.dev()), "nf4")
     about = {"name": "RTX 4090", "capability": [8, 9], "free": int(22.5 * 2**30), "all": 24 << 30, "weights": weights}
     assert answer["gpu"] == about
@@ -162,29 +166,29 @@ def test_the_gpu_is_described_with_what_training_needs_on_it(full_size, monkeypa
         ("bf16", 24, None),
     ],
 )
-def test_a_gpu_that_cannot_hold_the_weights_is_a_reason(format, gib, sentence, full_size, monkeypatch):
+def test_a_gpu_that_cannot_hold_the_weights_is_a_problem(format, gib, sentence, full_size, monkeypatch):
     machine_with(GPU("laptop GPU", (8, 6), gib << 30), monkeypatch)
     _, answer, lines = run("--flux", full_size, "--format", format)
     found = [reason for reason in answer["reasons"] if "laptop GPU" in reason]
     assert len(found) == (sentence is not None) and (sentence is None or sentence in found[0])
-    assert f"GPU         laptop GPU, {gib}.0 GiB, compute capability 8.6; training in {format} needs" in lines
+    assert f"GPU          laptop GPU, {gib}.0 GiB, compute capability 8.6; the weights alone take" in lines
 
 
 def test_no_gpu_is_one_line(monkeypatch):
     machine_with(None, monkeypatch)
     code, answer, lines = run("--model", "nano")
     assert code == 0 and answer["gpu"] is None
-    assert lines.count("GPU ") == 1 and "GPU         none that torch can use, so training runs on the CPU" in lines
+    assert lines.count("GPU ") == 1 and "GPU          none that torch can use, so training runs on the CPU" in lines
 
 
-def test_a_gpu_beside_missing_models_is_described_without_a_need(monkeypatch):
+def test_a_gpu_without_models_is_described_without_the_weights(monkeypatch):
     machine_with(GPU("RTX 4090", (8, 9), 24 << 30), monkeypatch)
     code, answer, lines = run()
     assert code == 2 and answer["gpu"]["weights"] is None
-    assert "GPU         RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines
+    assert "GPU          RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines
 
 
-def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
+def test_downloads_from_the_hub_count_as_disk_space_and_are_not_started(monkeypatch):
     served = Models.served
 
     def from_hub(self, part):
@@ -196,11 +200,11 @@ def test_what_the_hub_would_give_counts_as_room_and_is_not_fetched(monkeypatch):
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, 10**12))
     code, answer, lines = run("--model", "nano")
     assert code == 0 and answer["disk"]["downloads"] == 9_000_000_000
-    assert "t5xxl        2 files of someone/T5, 9.0 GB, are not in the hub's cache yet; a run fetches them" in lines
+    assert "t5xxl        2 files of someone/T5, 9.0 GB, are not in the hub's cache yet; a run downloads them" in lines
 
 
-def test_room_for_what_the_hub_gives_is_wanted_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatch):
-    """Every place a disk of its own here: the one of the hub's cache is full, home has room."""
+def test_downloads_need_space_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatch):
+    """Here every folder is on its own disk: that of the hub's cache is full, the others are not."""
     hub, served = tmp_path / "other disk" / "hub", Models.served
 
     def from_hub(self, part):
@@ -217,8 +221,8 @@ def test_room_for_what_the_hub_gives_is_wanted_on_the_disk_of_the_hubs_cache(tmp
     monkeypatch.setattr(checks.shutil, "disk_usage", disk_usage)
     code, answer, lines = run("--model", "nano")
     assert code == 2 and len(answer["reasons"]) == 1
-    assert f"8.4 GiB of disk are needed at {hub}, 1.0 GiB are free" in answer["reasons"][0]
-    assert f"8.4 GiB needed (downloads 8.4 GiB), 1.0 GiB free at {hub}" in lines
+    assert f"needs 8.4 GiB of disk at {hub}, and 1.0 GiB are free" in answer["reasons"][0]
+    assert f"needs 8.4 GiB (downloads 8.4 GiB); 1.0 GiB free at {hub}" in lines
 
 
 @pytest.mark.slow
@@ -233,7 +237,7 @@ def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_p
     assert Path(printed.strip()) == tmp_path / inside
 
 
-def test_a_quantized_file_beside_its_original_is_named_with_the_reason(tmp_path):
+def test_a_quantized_file_next_to_its_original_is_named_with_the_reason(tmp_path):
     for file in (nano.FLUX, nano.AE, nano.CLIP_L, nano.T5XXL):
         shutil.copy(file, tmp_path)
     made = tmp_path / "made.safetensors"

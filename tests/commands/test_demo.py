@@ -1,4 +1,4 @@
-"""The demo: the creature is learnt, ordinary images stay, NF4 costs little, and nothing reaches for a network."""
+"""The demo: the creature is learned, ordinary images stay, NF4 costs little, and nothing uses the network."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ RUNS = [("nf4", "bf16"), ("fp8", "bf16"), ("int8", "bf16"), ("bf16", "bf16"), ("
 
 @pytest.fixture(scope="module")
 def demos(tmp_path_factory) -> dict[tuple[str, str], dict]:
-    """What demos came to, by format and compute."""
+    """(format, compute) -> the results of a demo."""
     folder = tmp_path_factory.mktemp("demo")
     return {run: run_demo(folder.joinpath(*run), *run) for run in RUNS}
 
@@ -49,13 +49,13 @@ def test_the_demo_teaches_the_creature_and_keeps_the_rest(demos):
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
 def test_every_format_ends_within_3_percent_of_bf16(format, demos):
-    """The loss of what is taught. Same seeds, so the same images, noise and times; only the storage differs."""
+    """The loss of the creature. Same seeds, so the same images, noise and timesteps; only the storage differs."""
     assert demos[format, "bf16"]["concept_after"] <= 1.03 * demos["bf16", "bf16"]["concept_after"]
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
-def test_ordinary_captions_lose_no_more_than_the_format_itself_costs(format, demos):
-    """What rounding the frozen weights costs before any training (22 % in NF4, 2 % in 8 bits) only shrinks."""
+def test_ordinary_captions_lose_no_more_than_the_format_costs(format, demos):
+    """Rounding the frozen weights costs loss before training (22 % in NF4, 2 % in 8 bits), and less after."""
     before, after = (
         demos[format, "bf16"][key] / demos["bf16", "bf16"][key] for key in ("ordinary_before", "ordinary_after")
     )
@@ -64,12 +64,12 @@ def test_ordinary_captions_lose_no_more_than_the_format_itself_costs(format, dem
 
 @pytest.mark.parametrize("compute", ["int8_dx", "fp8_dx"])
 def test_eight_bits_both_ways_end_within_3_percent_of_bf16(compute, demos):
-    """From NF4: the loss of what is taught, and of ordinary images. Only the arithmetic differs."""
+    """From NF4: the loss of the creature and of ordinary images. Only the arithmetic differs."""
     for loss in ("concept_after", "ordinary_after"):
         assert demos["nf4", compute][loss] <= 1.03 * demos["nf4", "bf16"][loss]
 
 
-def test_the_demo_leaves_what_it_promises(demos):
+def test_the_demo_writes_the_files_that_it_names(demos):
     summary = demos["nf4", "bf16"]
     run = Path(summary["lora"]).parent
     for name in ("config.toml", "log.jsonl", "result.json", "state/state.safetensors"):

@@ -1,4 +1,4 @@
-"""`fluxq quantize` and what training does by itself: the same file, made once, read from then on."""
+"""`fluxq quantize`, and what training does by itself: the same file, made once and reused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def test_the_report_tells_each_layers_error_by_format(tmp_path):
+def test_the_report_has_each_layers_error_by_format(tmp_path):
     errors = {}
     for format in ("nf4", "fp8", "int8"):
         result = run(
@@ -42,7 +42,7 @@ def test_the_report_tells_each_layers_error_by_format(tmp_path):
 
 
 def test_a_quantized_file_is_a_base_like_any_other(tmp_path):
-    """Training from it needs no cache of its own, and is refused in another format."""
+    """Training from it needs no quantized copy, and another format is refused."""
     path = tmp_path / "own.safetensors"
     assert run("quantize", nano.FLUX, path, "--format", "int8").exit_code == 0
     photos = tmp_path / "photos"
@@ -63,19 +63,19 @@ def test_a_quantized_file_is_a_base_like_any_other(tmp_path):
     assert "int8, by fluxq" in checked.output
 
 
-def test_training_quantizes_once_and_says_what_room_that_takes(tmp_path, monkeypatch):
+def test_training_quantizes_once_and_prints_the_disk_space(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path))
-    said: list[str] = []
+    lines: list[str] = []
     for _ in range(2):
-        Models(ModelConfig(name="nano"), notify=said.append).load_flux()
-    assert [line for line in said if "quantizing" in line] == [
+        Models(ModelConfig(name="nano"), notify=lines.append).load_flux()
+    assert [line for line in lines if "quantizing" in line] == [
         f"quantizing flux1-nano.safetensors to nf4, once: 0.0 GB in {cache_folder()}"
     ]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
 
 
-def test_a_file_that_is_replaced_while_it_is_read_makes_nothing(tmp_path):
-    """Half of one model and half of another would be kept under the first one's name."""
+def test_a_file_replaced_while_it_is_read_writes_nothing(tmp_path):
+    """Otherwise half of one model and half of another would be stored under the first one's name."""
     source = open_flux(Path(shutil.copy(nano.FLUX, tmp_path / "flux.safetensors")))
 
     def replaced(done, total):
@@ -107,8 +107,8 @@ def test_numbers_that_are_not_finite_are_refused(tmp_path, format, name, number)
         (["{flux}", "{tmp}/there.safetensors"], "there.safetensors exists"),
         (["{flux}", "{flux}", "--overwrite"], "is a folder or the source itself"),
         (["{flux}", "{tmp}/a.safetensors", "--overwrite"], "is a folder or the source itself"),
-        (["{flux}", "{tmp}/x.ckpt"], "x.ckpt would be a safetensors file; name it so, x.safetensors"),
-        (["{flux}", "{tmp}", "--overwrite"], "would be a safetensors file"),
+        (["{flux}", "{tmp}/x.ckpt"], "x.ckpt must be named .safetensors, like x.safetensors"),
+        (["{flux}", "{tmp}", "--overwrite"], "must be named .safetensors"),
     ],
 )
 def test_wrong_requests_write_nothing(arguments, sentence, tmp_path):

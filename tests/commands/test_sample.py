@@ -1,4 +1,4 @@
-"""Images: fixed by their seed alone, in any company; strengths, several LoRAs, grids, metadata."""
+"""Sampling: images depend on their seed, not on their batch; strengths, several LoRAs, grids, metadata."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def models():
 
 
 def same(a: Image.Image, b: Image.Image) -> bool:
-    """Equal but for the last bit of a color: a batch of another size may sum in another order."""
+    """Equal except for the last bit of a color: a batch of another size may sum in another order."""
     difference = torch.frombuffer(bytearray(a.tobytes()), dtype=torch.uint8).int()
     return bool((difference - torch.frombuffer(bytearray(b.tobytes()), dtype=torch.uint8).int()).abs().max() <= 1)
 
 
-def test_a_image_does_not_depend_on_its_company(models):
+def test_an_image_does_not_depend_on_its_batch(models):
     wanted = [Request("a", 1, 48, 32, 3), Request("b", 2, 32, 32, 3), Request("b", 3, 48, 32, 3)]
     together = sample_images(*models, wanted)
     assert [p.size for p in together] == [(48, 32), (32, 32), (48, 32)]
@@ -65,7 +65,7 @@ def test_progress_counts_every_step_of_every_image(models):
     assert [total for _, total in calls] == [5] * len(calls)
 
 
-def test_the_autoencoder_is_loaded_when_all_is_drawn_and_for_the_largest_image(models):
+def test_the_autoencoder_is_loaded_after_denoising_and_for_the_largest_image(models):
     flux, load, texts = models
     loads, done = [], []
     wanted = [Request("a", 1, 32, 32, 3), Request("b", 2, 64, 32, 2)]
@@ -116,28 +116,30 @@ def test_loras_add_up_at_their_strengths(models):
     assert list(flux.parameters()) == []
 
 
-def test_shots_take_open_sides_from_the_training_size():
+def test_requests_take_unset_sides_from_the_resolution():
     samples = SamplesConfig(prompts=("a", "b"), width=64, seed=5)
     made = requests_for(samples, samples.prompts, 96)
     assert [(s.prompt, s.seed, s.width, s.height) for s in made] == [("a", 5, 64, 96), ("b", 6, 64, 96)]
 
 
 @pytest.mark.parametrize("grid", [[], ["--grid", "--strength", "0", "--strength", "1"]])
-def test_streamed_units_sample_the_very_same_images(grid, tmp_path):
+def test_streamed_units_sample_the_same_images(grid, tmp_path):
     common = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "2", *grid]
     common += ["--cache", str(tmp_path / "cache")]
     for name, more in (("resident", []), ("streamed", ["--resident-units", "1", "--slots", "2"])):
         result = CliRunner().invoke(main, [*common, *more, "--out", str(tmp_path / name)])
         assert result.exit_code == 0, result.output
-        assert ("units stay on the GPU, the others stream through 2 slots" in result.output) == (name == "streamed")
+        assert ("units of weights stay on the GPU, the rest streams from RAM through 2 slots" in result.output) == (
+            name == "streamed"
+        )
     files = sorted(path.name for path in (tmp_path / "resident").iterdir())
     assert len(files) == 2
     for name in files:
         assert (tmp_path / "resident" / name).read_bytes() == (tmp_path / "streamed" / name).read_bytes()
 
 
-def test_the_transformer_is_gone_when_the_autoencoder_comes(tmp_path, monkeypatch):
-    """And the text encoders when the transformer does: they take turns."""
+def test_only_one_model_is_loaded_at_a_time(tmp_path, monkeypatch):
+    """Text encoders, then the transformer, then the autoencoder."""
     there, loads = weakref.WeakValueDictionary(), []
 
     def watch(name):
@@ -158,7 +160,7 @@ def test_the_transformer_is_gone_when_the_autoencoder_comes(tmp_path, monkeypatc
     assert loads == [("load_text_encoders", []), ("load_flux", []), ("load_autoencoder", [])]
 
 
-def test_an_amount_of_memory_that_cannot_be_kept_to_is_refused(tmp_path):
+def test_vram_without_a_gpu_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["sample", "--model", "nano", "--prompt", "x", "--vram", "8GiB"])
     assert result.exit_code == 2 and "--vram is about a CUDA GPU, and this machine has none" in result.output
 
@@ -172,7 +174,7 @@ def test_settings_are_in_the_png(tmp_path):
     )
 
 
-def test_a_grid_holds_every_image_in_its_cell():
+def test_a_grid_has_every_image_in_its_cell():
     colors = [["red", "green"], ["blue", "yellow"], ["white", "black"]]
     rows = [[Image.new("RGB", (96, 64), color) for color in row] for row in colors]
     sheet = labeled_grid(rows, ["first row", "second", "a very long label of the third row"], ["left", "right"])
@@ -181,7 +183,7 @@ def test_a_grid_holds_every_image_in_its_cell():
 
 
 def test_encoding_of_prompts_shows_its_progress(tmp_path, monkeypatch):
-    """T5's file may take minutes to go through: its blocks are counted as captions done."""
+    """T5's file may take minutes to read: its blocks count as captions done."""
     calls = []
     monkeypatch.setattr(sample, "progress_bar", lambda: nullcontext(lambda *call: calls.append(call)))
     arguments = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "1"]
@@ -191,7 +193,7 @@ def test_encoding_of_prompts_shows_its_progress(tmp_path, monkeypatch):
     assert calls[-1] == ("sampling", 2, 2)
 
 
-def test_prompts_that_are_too_long_are_said(tmp_path):
+def test_prompts_that_are_too_long_are_named(tmp_path):
     arguments = ["sample", "--model", "nano", "--prompt", "red star " * 50, "--steps", "1"]
     arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     lines = CliRunner().invoke(main, arguments).output.splitlines()
@@ -200,27 +202,27 @@ def test_prompts_that_are_too_long_are_said(tmp_path):
     assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines
 
 
-def test_any_dialect_is_drawn_with_and_clips_part_too(tmp_path):
-    """OneTrainer's parts, as they are, converted and without CLIP-L's part; not at all."""
+def test_any_dialect_is_applied_with_its_clip_part(tmp_path):
+    """OneTrainer's file as it is, converted, without its CLIP-L part, and no LoRA."""
     tensors, _, _ = WRITERS["OneTrainer legacy"]()
     tensors = {key: tensor if key.endswith(".alpha") else tensor * 0.1 for key, tensor in tensors.items()}
     write_safetensors(tmp_path / "without.safetensors", tensors)
     name = "lora_te1_text_model_encoder_layers_0_mlp_fc1.lora"
     tensors |= {f"{name}_down.weight": torch.randn(4, 64), f"{name}_up.weight": torch.randn(256, 4)}
     write_safetensors(tmp_path / "x.safetensors", tensors)
-    runner, drawn = CliRunner(), []
+    runner, images = CliRunner(), []
     assert runner.invoke(main, ["lora", "convert", *(str(tmp_path / n) for n in ("x.safetensors", "y"))]).exit_code == 0
     common = ["sample", "--model", "nano", "--prompt", "a red star", "--steps", "1", "--cache", str(tmp_path / "cache")]
     for lora in (*(["--lora", str(tmp_path / n)] for n in ("x.safetensors", "y", "without.safetensors")), []):
         result = runner.invoke(main, [*common, "--out", str(tmp_path / "out"), *lora])
         assert result.exit_code == 0, result.output
-        drawn.append(Image.open(tmp_path / "out/00_seed42.png").copy())
-    assert same(drawn[0], drawn[1])
-    assert not any(same(drawn[i], drawn[j]) for i, j in ((0, 2), (0, 3), (2, 3)))
+        images.append(Image.open(tmp_path / "out/00_seed42.png").copy())
+    assert same(images[0], images[1])
+    assert not any(same(images[i], images[j]) for i, j in ((0, 2), (0, 3), (2, 3)))
 
 
-def test_prompts_are_told_by_the_clip_of_each_pass(tmp_path):
-    """As a CLIP-L with the LoRAs merged into its weights tells them; CLIP-L is not loaded for passes without."""
+def test_prompts_are_encoded_by_the_clip_of_each_pass(tmp_path):
+    """As by a CLIP-L with the LoRAs merged into its weights. CLIP-L is not loaded for passes without such LoRAs."""
     models, texts, loras = Models(ModelConfig(name="nano")), dict[str, Text](), list[Lora]()
     with torch.no_grad():
         texts = {p: Text(torch.zeros(2, 3), models.load_clip().pooled([p])[0], p, 1, False) for p in ("red", "a star")}
@@ -229,8 +231,8 @@ def test_prompts_are_told_by_the_clip_of_each_pass(tmp_path):
         clip = {"encoder.layers.0.mlp.fc1": Adapter(torch.randn(rank, 64), 0.1 * torch.randn(256, rank), 5.0)}
         clip |= {"encoder.layers.1.self_attn.q_proj": Adapter(torch.randn(rank, 64), torch.randn(64, rank), 1.0)}
         loras.append(Lora(tmp_path, models.flux_config, "kohya", {}, clip, {}))
-    told = _texts_of_passes(models, texts, [[(loras[0], 0.5), (loras[1], 2.0)], [], [(loras[1], 1.0)]])
-    for pass_, strengths in zip(told, [(0.5, 2.0), (0.0, 0.0), (0.0, 1.0)], strict=True):
+    encoded = _texts_of_passes(models, texts, [[(loras[0], 0.5), (loras[1], 2.0)], [], [(loras[1], 1.0)]])
+    for pass_, strengths in zip(encoded, [(0.5, 2.0), (0.0, 0.0), (0.0, 1.0)], strict=True):
         merged = models.load_clip()
         for lora, strength in zip(loras, strengths, strict=True):
             for module, adapter in lora.clip.items():
@@ -240,5 +242,5 @@ def test_prompts_are_told_by_the_clip_of_each_pass(tmp_path):
         for prompt, text in pass_.items():
             assert relative_error(text.clip, merged.pooled([prompt])[0]) <= 1e-5
             assert text.t5 is texts[prompt].t5
-    assert relative_error(told[0]["red"].clip, texts["red"].clip) > 0.01
+    assert relative_error(encoded[0]["red"].clip, texts["red"].clip) > 0.01
     assert _texts_of_passes(Models(ModelConfig()), texts, [[], []]) == [texts, texts]

@@ -51,9 +51,9 @@ def silent(line: str) -> None:
     pass
 
 
-def started(lora, asked, notify=silent):
-    """The layers of a model that begins with `lora`, and the settings that came of `asked`."""
-    settings = settings_of(lora, asked, CONFIG, silent)
+def started(lora, requested, notify=silent):
+    """The layers of a model that starts from `lora`, and the settings that `requested` resolves to."""
+    settings = settings_of(lora, requested, CONFIG, silent)
     layers = add_lora(Flux(CONFIG), settings.rank, settings.alpha, settings.targets)
     start_from(lora, layers, notify)
     return layers, settings
@@ -64,7 +64,7 @@ def change(layer) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers", "comfy"])
-def test_a_run_starts_with_the_files_change_rank_and_strength(tmp_path, dialect):
+def test_a_run_starts_with_the_files_change_rank_and_scale(tmp_path, dialect):
     wanted = adapters(PAIR)
     layers, settings = started(saved(tmp_path / "x", wanted, dialect), LoraConfig())
     assert layers.keys() == set(PAIR) and settings.rank == 3
@@ -73,7 +73,7 @@ def test_a_run_starts_with_the_files_change_rank_and_strength(tmp_path, dialect)
         torch.testing.assert_close(change(layers[module]), adapter.change().double(), rtol=1e-5, atol=1e-5)
 
 
-def test_lower_ranks_and_other_strengths_start_alike_and_can_grow(tmp_path):
+def test_lower_ranks_and_other_scales_start_the_same_and_can_grow(tmp_path):
     wanted = adapters(PAIR[:1], rank=5, alpha=1.5) | adapters(PAIR[1:], rank=2, alpha=7.0)
     layers, settings = started(saved(tmp_path / "x", wanted), LoraConfig(alpha=4.0, rank=6))
     assert (settings.rank, settings.alpha) == (6, 4.0)
@@ -83,7 +83,7 @@ def test_lower_ranks_and_other_strengths_start_alike_and_can_grow(tmp_path):
         assert (layers[module].lora_down[adapter.rank :] != 0).any(1).all()  # a component of zeros would never move
 
 
-def test_a_lower_rank_is_the_best_of_its_rank_and_is_said(tmp_path):
+def test_a_lower_rank_is_the_best_of_its_rank_and_its_error_is_printed(tmp_path):
     wanted, lines = adapters(PAIR, rank=4), []
     layers, _ = started(saved(tmp_path / "x", wanted), LoraConfig(rank=2), lines.append)
     lost = whole = 0.0
@@ -92,31 +92,29 @@ def test_a_lower_rank_is_the_best_of_its_rank_and_is_said(tmp_path):
         own = (change(layers[module]) - adapter.change().double()).norm().item()
         assert own == pytest.approx(values[2:].norm().item(), rel=1e-4)
         lost, whole = lost + own**2, whole + values.square().sum().item()
-    assert lines == [f"x was brought to the rank asked for; relative error {(lost / whole) ** 0.5:.2g}"]
+    assert lines == [f"x was reduced to the rank of this run; relative error: {(lost / whole) ** 0.5:.2%}"]
 
 
 def test_targets_are_the_files_or_more_but_never_less(tmp_path):
     lora, lines = saved(tmp_path / "x", adapters(PAIR)), []
     more, settings = started(lora, LoraConfig(targets=("attention",)), lines.append)
     assert set(PAIR) < more.keys() and settings.targets == ("attention",)
-    assert lines == [f"{len(more) - 2} layers are not in x and begin anew"]
+    assert lines == [f"not in x, so trained from zero: {len(more) - 2} layers"]
     assert all((layer.lora_up == 0).all() for path, layer in more.items() if path not in PAIR)
-    with pytest.raises(
-        WrongRequest, match=r"adapts 1 layers that the targets leave out, such as single_blocks\.0\.linear2"
-    ):
+    with pytest.raises(WrongRequest, match=r"does not include, like single_blocks\.0\.linear2 \(1 in all\)"):
         settings_of(lora, LoraConfig(targets=(re.escape(PAIR[0]),)), CONFIG, silent)
 
 
-def test_parts_whose_ranks_add_up_are_said(tmp_path):
+def test_ranks_of_parts_that_add_up_are_printed(tmp_path):
     tensors, _, _ = WRITERS["ai-toolkit"]()
     write_safetensors(tmp_path / "x", tensors)
     lines = []
     settings = settings_of(load_lora(tmp_path / "x", CONFIG), LoraConfig(), CONFIG, lines.append)
     assert settings.rank == 16
-    assert lines[1] == "rank 16: its fused layers are in parts, whose ranks add up; --rank 4 needs less"
+    assert lines[1].startswith("rank 16: the file splits fused layers into parts, whose ranks add up; --rank 4 takes")
 
 
-def test_a_preset_is_known_again(tmp_path):
+def test_a_preset_is_recognized(tmp_path):
     lora = saved(tmp_path / "x", adapters([m for m in BLOCKS if not re.search(r"mod", m)]))
     assert settings_of(lora, LoraConfig(), CONFIG, silent).targets == ("attention+mlp",)
 
@@ -135,7 +133,7 @@ def train(tmp_path, *more):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
-def test_a_run_goes_on_from_a_file_and_resumes_without_it(tmp_path, photos):
+def test_a_run_starts_from_a_file_and_resumes_without_it(tmp_path, photos):
     path = tmp_path / "old.safetensors"
     wanted = adapters(PAIR, size=0.01)
     saved(path, wanted, "diffusers")
@@ -146,7 +144,7 @@ def test_a_run_goes_on_from_a_file_and_resumes_without_it(tmp_path, photos):
     assert written.keys() == wanted.keys()
     for module, adapter in wanted.items():
         error = (written[module].change() - adapter.change()).norm() / adapter.change().norm()
-        assert error <= 2**-7, module  # a rate of 0 changes nothing; the file rounds to bf16
+        assert error <= 2**-7, module  # a learning rate of 0 changes nothing; the file rounds to bf16
     path.unlink()
     assert train(tmp_path, "--resume", tmp_path / "run", "--steps", 2).exit_code == 0
 
@@ -179,7 +177,7 @@ def test_base_loras_are_in_the_weights_before_they_are_quantized(tmp_path, monke
                 assert (got - weight).norm() < 0.11 * weight.norm()
 
 
-def test_base_loras_and_strengths_have_caches_and_identities_of_their_own(tmp_path, monkeypatch):
+def test_base_loras_and_strengths_have_their_own_caches_and_identities(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     path = tmp_path / "a.safetensors"
     saved(path, adapters(PAIR))
@@ -224,9 +222,9 @@ def test_a_run_on_a_base_lora_is_the_run_on_the_merged_model(tmp_path, photos):
         (["--from-lora", nano.AE], "where a LoRA is wanted"),
         (["--from-lora", "{tmp}/big.safetensors"], "was made for a model of other sizes"),
         (["--from-lora", "{tmp}/clip.safetensors"], "adapts no layer of the transformer"),
-        (["--from-lora", "{tmp}/x.safetensors", "--set", "lora.targets=['txt_in']"], "that the targets leave out"),
+        (["--from-lora", "{tmp}/x.safetensors", "--set", "lora.targets=['txt_in']"], "lora.targets does not include"),
         (["--base-lora", "{tmp}/absent.safetensors"], "absent.safetensors"),
-        (["--base-lora", "{tmp}/x.safetensors=much"], "is no number; write FILE=0.8"),
+        (["--base-lora", "{tmp}/x.safetensors=much"], "is not a number; write FILE=0.8"),
         (["--base-lora", "{tmp}/big.safetensors=0.5"], "was made for a model of other sizes"),
     ],
 )

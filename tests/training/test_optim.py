@@ -16,7 +16,7 @@ from fluxq.training import optim
 from fluxq.training.optim import build_optimizer, learning_rate_factor, optimizer_step, update
 
 
-def test_warmup_rises_linearly_to_the_full_rate():
+def test_warmup_rises_linearly_to_the_full_learning_rate():
     assert [learning_rate_factor("constant", s, 100, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
 
 
@@ -34,7 +34,7 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_adamw8bit_follows_adamw_closely():
-    """On a quadratic bowl both land in the same place; 8 bits of state cost little."""
+    """On a quadratic bowl both end in the same place; 8-bit state costs little."""
     ends = {}
     for name in ("adamw", "adamw8bit"):
         torch.manual_seed(3)
@@ -51,7 +51,7 @@ def test_adamw8bit_follows_adamw_closely():
 
 
 def bowls() -> list[nn.Parameter]:
-    """Of 8-bit state, of state that stays in fp32, and one that never gets a gradient."""
+    """Parameters with 8-bit state, with state that stays in fp32, and one that never gets a gradient."""
     torch.manual_seed(3)
     return [nn.Parameter(torch.randn(shape)) for shape in ((64, 128), (3, 5), (7,))]
 
@@ -61,7 +61,7 @@ def slope(parameters: list[nn.Parameter]) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_state_that_is_there_from_the_start_changes_no_bit(name):
+def test_allocating_state_early_changes_no_bit(name):
     found = []
     for early in (True, False):
         parameters = bowls()
@@ -103,7 +103,7 @@ def test_a_step_is_the_mean_of_its_micro_steps_clipped():
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_an_update_without_room_changes_nothing_or_says_that_it_did(name, monkeypatch):
+def test_an_update_out_of_memory_changes_nothing_or_says_that_it_did(name, monkeypatch):
     parameters = bowls()
     optimizer = build_optimizer(name, parameters, 0.05, 0.1)
     slope(parameters).backward()
@@ -123,12 +123,12 @@ def test_an_update_without_room_changes_nothing_or_says_that_it_did(name, monkey
         fail()
 
     monkeypatch.setattr(optimizer, "step", fail_half_way)
-    with pytest.raises(WrongRequest, match="the last save is good"):
+    with pytest.raises(WrongRequest, match="the last save is intact"):
         update(optimizer)
 
 
 def test_nothing_is_computed_once_weights_are_updated(monkeypatch):
-    """It could run out of memory, and the step be made twice."""
+    """Otherwise it could run out of memory, and the step would be repeated."""
     parameters = bowls()
     optimizer = build_optimizer("adamw", parameters, 0.05, 0.1)
     real, after = optim.update, []
@@ -144,8 +144,8 @@ def test_nothing_is_computed_once_weights_are_updated(monkeypatch):
     assert after == []
 
 
-def test_what_adamw_needs_for_a_moment_is_asked_for_before_anything_changes(monkeypatch):
-    """Of many weights at once, as on a GPU: an allocator that refuses the roots refuses them before the update."""
+def test_temporary_memory_of_adamw_is_tested_before_anything_changes(monkeypatch):
+    """With foreach, as on a GPU: if the roots of exp_avg_sq do not fit, that fails before the update."""
     parameters = bowls()[:2]
     optimizer = build_optimizer("adamw", parameters, 0.05, 0.1)
     optimizer.param_groups[0]["foreach"] = True
@@ -165,8 +165,8 @@ def test_what_adamw_needs_for_a_moment_is_asked_for_before_anything_changes(monk
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_groups_keep_their_own_rates_under_one_schedule(name):
-    """Adam's first update moves every weight by its rate."""
+def test_groups_keep_their_own_learning_rates_under_one_schedule(name):
+    """Adam's first update moves every weight by its learning rate."""
     weights = [nn.Parameter(torch.full((64, 128), 2.0)) for _ in range(2)]
     groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.02}]
     optimizer = build_optimizer(name, groups, 9.0, 0.0)
@@ -175,7 +175,7 @@ def test_groups_keep_their_own_rates_under_one_schedule(name):
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
 
 
-def test_what_an_attempt_without_memory_left_behind_does_not_count():
+def test_gradients_left_by_an_attempt_out_of_memory_do_not_count():
     parameters = bowls()[:1]
     optimizer = build_optimizer("adamw", parameters, 1.0, 0.0)
     parameters[0].grad = torch.full_like(parameters[0], 7.0)

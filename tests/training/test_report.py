@@ -1,4 +1,4 @@
-"""The log and the plot: resumable, readable, drawn while it runs."""
+"""The log and the plot: resumable, readable, written during the run."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path):
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1, 2, 3]
 
 
-def test_one_console_line_a_step_with_its_columns(tmp_path, capsys, monkeypatch):
+def test_one_console_line_per_step_with_its_columns(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(console, "stderr", False)
     write(tmp_path, 0, 2000, 1)
     (line,) = capsys.readouterr().out.strip().splitlines()
@@ -41,7 +41,7 @@ def test_one_console_line_a_step_with_its_columns(tmp_path, capsys, monkeypatch)
     assert columns[-1] == "eta"
 
 
-def test_the_plot_is_a_image(tmp_path):
+def test_the_plot_is_an_image(tmp_path):
     write(tmp_path, 0, 3, 3)
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (800, 450)
@@ -62,7 +62,7 @@ def test_the_first_ctrl_c_asks_and_the_second_stops():
             signal.raise_signal(signal.SIGINT)
 
 
-def test_memory_that_the_driver_has_spilled_is_told_after_the_step_that_shows_it(tmp_path, monkeypatch, capsys):
+def test_memory_that_the_driver_spills_is_printed_after_the_step_that_shows_it(tmp_path, monkeypatch, capsys):
     states = iter([GPUBytes(100 << 30, 90 << 30, 0), GPUBytes(100 << 30, 50 << 30, 40 << 30)])
     full = GPUBytes(100 << 30, 0, 120 << 30)
     monkeypatch.setattr(console, "stderr", False)
@@ -72,7 +72,7 @@ def test_memory_that_the_driver_has_spilled_is_told_after_the_step_that_shows_it
         for step in (1, 2, 3):
             running.step(step, 1.0, 1e-4, 0.5, 1.0)
     lines = capsys.readouterr().out.splitlines()
-    told = ["about 30.0 GiB" in line for line in lines if "system memory" in line or line.startswith("step")]
-    assert told == [False, True, False, False]
+    noted = ["about 30.0 GiB" in line for line in lines if "system memory" in line or line.startswith("step")]
+    assert noted == [False, True, False, False]
     monkeypatch.undo()
     module.reset_peak()

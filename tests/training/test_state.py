@@ -1,4 +1,4 @@
-"""Saved state: the same bits back, for both optimizers, and no other run's."""
+"""Saved state: the same bits return, for both optimizers, and another run's state is refused."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def advance(parameters, optimizer, start, stop):
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_training_on_from_a_saved_state_is_bit_exact(name, tmp_path):
+def test_training_from_a_saved_state_is_bit_exact(name, tmp_path):
     path = tmp_path / "state.safetensors"
     layers, parameters, optimizer = trained(name, 3)
     saved = Progress({"data": "d", "model": "m"}, 3, 1.5, {"held_out": 0.5}, ["a.b"])
@@ -52,7 +52,7 @@ def test_another_rank_is_refused(tmp_path):
         load_state(tmp_path / "s.safetensors", other, optimizer)
 
 
-def test_a_file_that_is_no_state_is_refused(tmp_path):
+def test_a_file_that_is_not_a_state_is_refused(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     layers, _, optimizer = trained("adamw", 0)
     with pytest.raises(WrongRequest, match="is not a saved state of fluxq"):

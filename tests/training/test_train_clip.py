@@ -1,4 +1,4 @@
-"""Training CLIP-L beside the transformer, on nano: what it learns alone, resume, files, and LoRAs to start from."""
+"""Training CLIP-L along with the transformer, on nano: what it learns alone, resume, files, LoRAs to start from."""
 
 from __future__ import annotations
 
@@ -78,8 +78,8 @@ def lora_of(result: Result) -> Lora:
 
 
 @pytest.mark.slow
-def test_a_new_word_is_learnt_by_clip_alone(tmp_path):
-    """With the transformer's LoRA at a rate of 0, of images that were never trained on."""
+def test_clip_alone_learns_a_new_word(tmp_path):
+    """With a learning rate of 0 for the transformer's LoRA; measured on held-out images."""
     photos, held_out = images_in(tmp_path / "photos", 5, 8), images_in(tmp_path / "held_out", 77, 4)
     losses = {}
     for rate in (3e-3, 0.0):
@@ -104,7 +104,7 @@ def test_a_new_word_is_learnt_by_clip_alone(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
 def test_resume_is_bit_exact_whatever_ran_between(tmp_path, photos, optimizer):
-    """Previews on in one run and not in the other, which goes on; both rates follow the schedule."""
+    """Previews in only one of the runs; both learning rates follow the schedule."""
     lora = {"rank": 24}  # enough for bitsandbytes to keep the state of CLIP's MLP, too, in 8 bits
     training = {"steps": 5, "warmup": 1, "schedule": "cosine", "accumulate": 2, "optimizer": optimizer}
     one = run(tmp_path, photos, "one", training=training, lora=lora)
@@ -135,8 +135,8 @@ class _stopping:
 
 
 @pytest.mark.slow
-def test_a_step_that_runs_out_of_memory_half_way_is_made_again_to_the_bit(tmp_path, photos, monkeypatch):
-    """What its first micro-step had left in CLIP's gradients does not count twice."""
+def test_a_step_that_runs_out_of_memory_half_way_is_repeated_to_the_bit(tmp_path, photos, monkeypatch):
+    """The gradients that its first micro-step left in CLIP do not count twice."""
     training = {"steps": 2, "accumulate": 2}
     undisturbed, calls, real = run(tmp_path, photos, "one", training=training), [], module.flow_loss
 
@@ -156,7 +156,7 @@ def test_a_step_that_runs_out_of_memory_half_way_is_made_again_to_the_bit(tmp_pa
     ("dialect", "of_clip"),
     [("kohya", r"lora_te1_text_model_encoder_"), ("diffusers", r"text_encoder\.text_model\.enc")],
 )
-def test_the_file_has_clips_part_and_says_its_rate(tmp_path, photos, dialect, of_clip):
+def test_the_file_has_clips_part_and_its_learning_rate(tmp_path, photos, dialect, of_clip):
     result = run(tmp_path, photos, lora={"rank": 4, "text_encoder": "clip_l", "file_format": dialect})
     checkpoint, lora = Checkpoint(Path(result.lora)), lora_of(result)
     assert {tuple(a.up.shape)[:1] + tuple(a.down.shape)[1:] for a in lora.clip.values()} == set(MODULES.values())
@@ -179,10 +179,10 @@ def adapters(shapes: dict[str, tuple[int, int]], rank: int = 3, alpha: float = 2
 PAIR = {"double_blocks.1.img_attn.proj": (192, 192), "single_blocks.0.linear2": (192, 960)}
 
 
-def test_a_run_goes_on_from_clips_part_only_where_it_is_trained(tmp_path, photos):
+def test_a_run_starts_from_clips_part_only_if_clip_is_trained(tmp_path, photos):
     path, wanted = tmp_path / "old.safetensors", adapters(MODULES, 5)
     save_lora(path, adapters(PAIR), CONFIG, dtype=torch.float32, clip=wanted)
-    for encoder, said in (("clip_l", "14 layers; rank 5"), (None, "its CLIP-L part (12 modules) is left out")):
+    for encoder, said in (("clip_l", "14 layers, rank 5"), (None, "its CLIP-L part (12 modules) is left out")):
         arguments = ["train", photos, "--model", "nano", "--from-lora", path, "--lr", 0, "--steps", 1, "--name", "x"]
         arguments += ["--text-encoder", encoder] * bool(encoder) + [
             "--cache",
@@ -201,9 +201,9 @@ def test_a_run_goes_on_from_clips_part_only_where_it_is_trained(tmp_path, photos
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--text-encoder", "t5xxl"], "T5-XXL is not trained: its 4.7 billion weights"),
-        (["--text-encoder", "clip_l", "--lora-format", "peft"], "a PEFT folder holds one model's LoRA"),
-        (["--text-lr", "1e-4"], "--text-lr is of a text encoder that is trained; add --text-encoder clip_l"),
+        (["--text-encoder", "t5xxl"], "T5-XXL cannot be trained: its 4.7 billion weights"),
+        (["--text-encoder", "clip_l", "--lora-format", "peft"], "a PEFT folder is for one model"),
+        (["--text-lr", "1e-4"], "--text-lr needs a text encoder to train; add --text-encoder clip_l"),
         (
             ["--text-encoder", "clip_l", "--from-lora", "{tmp}/x.safetensors"],
             "encoder.layers.1.mlp.fc2 is (64, 32), not",
@@ -224,7 +224,7 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
-def test_captions_are_told_as_they_were_cached_before_anything_is_learnt(tmp_path, photos):
+def test_captions_are_encoded_as_cached_before_any_training(tmp_path, photos):
     run(tmp_path, photos, data={"trigger": "zqx"})
     store, clip = Store(tmp_path / "cache"), Models(ModelConfig(name="nano")).load_clip()
     texts = [store.text(record.stem) for record in store.records("text")]
@@ -234,13 +234,13 @@ def test_captions_are_told_as_they_were_cached_before_anything_is_learnt(tmp_pat
 
 
 @pytest.mark.parametrize("section", [{"lora": {"text_encoder": None}}, {"training": {"text_learning_rate": 1e-5}}])
-def test_resume_refuses_to_train_another_encoder_or_at_another_rate(tmp_path, photos, section):
+def test_resume_refuses_another_encoder_or_learning_rate(tmp_path, photos, section):
     run(tmp_path, photos)
-    with pytest.raises(WrongRequest, match=r"was begun with (lora.text_encoder|training.text_learning_rate) = "):
+    with pytest.raises(WrongRequest, match=r"was started with (lora.text_encoder|training.text_learning_rate) = "):
         run(tmp_path, photos, resume=True, **section)
 
 
-def test_a_complete_cache_does_not_do_without_the_encoder_that_is_trained(tmp_path, photos):
+def test_a_complete_cache_still_needs_the_encoder_that_is_trained(tmp_path, photos):
     files = tmp_path / "models"
     shutil.copytree(nano.WEIGHTS, files)
     parts = {part: str(files / own.name) for part, own in nano_files().items()}

@@ -1,7 +1,7 @@
-"""`fluxq lora extract`: a LoRA that makes one transformer into another, as far as its rank goes.
+"""`fluxq lora extract`: the LoRA of a given rank that best turns one transformer into another.
 
-Each matrix of the blocks is read from both, and the difference is cut down by a randomized singular value decomposition
-(Halko, Martinsson and Tropp 2011, algorithms 4.4 and 5.1) with a fixed seed. One matrix is in memory at a time.
+The difference of each matrix of the blocks is reduced to the rank by a randomized singular value decomposition (Halko,
+Martinsson and Tropp 2011, algorithms 4.4 and 5.1) with a fixed seed. One matrix is in memory at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fluxq.console import byte_bar, console
+from fluxq.console import byte_bar, console, plural
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.sizes import variant
 from fluxq.formats.checkpoint.source import Source, open_flux
@@ -23,17 +23,16 @@ from fluxq.model.config import FluxConfig
 
 from .files import PRECISIONS, refuse_existing, write
 
-OVERSAMPLING = 16  # columns drawn beyond the rank
-POWERS = 3  # multiplications by the matrix and its transpose, which separate singular values that are close
+OVERSAMPLING = 16  # random columns beyond the rank
+POWERS = 3  # multiplications by the matrix and its transpose, which separate close singular values
 
 
 def extract_command(
     base: Path, tuned: Path, out: Path, rank: int, to: str, precision: str, overwrite: bool
 ) -> dict[str, Any]:
-    """Write to `out` the LoRA of `rank` that is nearest to what makes `base` into `tuned`.
+    """Write to `out` the LoRA of `rank` that is nearest to the difference `tuned` - `base`.
 
-    Both are read in whatever layout and precision they are. Raises WrongRequest where they are of different sizes, or
-    do not differ.
+    Both models may have any layout and precision. Raises WrongRequest if their sizes differ, or if they are equal.
     """
     refuse_existing(out, overwrite)
     first, second = open_flux(base), open_flux(tuned)
@@ -45,14 +44,14 @@ def extract_command(
     made = Lora(tuned, first.config, "extracted", adapters, {}, _metadata(base, tuned, first.config))
     error = math.sqrt(lost / whole)
     answer = write(out, made, to, PRECISIONS[precision])
-    console.print(f"of the difference of the matrices {error:.2%} is beyond rank {rank}")
+    console.print(f"rank {rank} misses {error:.2%} of the difference")
     return {**answer, "modules": len(adapters), "difference_lost": error}
 
 
 def extracted(
     first: Source[FluxConfig], second: Source[FluxConfig], rank: int
 ) -> tuple[dict[str, Adapter], float, float]:
-    """module -> adapter, of every matrix that differs; the squared norm of what they lack; that of the difference."""
+    """(module -> adapter for every matrix that differs, squared norm of what they miss, that of the difference)."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     adapters: dict[str, Adapter] = {}
     lost = whole = 0.0
@@ -64,8 +63,8 @@ def extracted(
             done += second.sizes[name]
             progress(done, second.nbytes)
             if not torch.linalg.vector_norm(difference).isfinite():
-                what = f"{name} is not finite, or nearly so, in {first.path} or {second.path}"
-                raise WrongRequest(f"{what}; download them again")
+                what = f"{name} has infinite, NaN or huge numbers in {first.path} or {second.path}"
+                raise WrongRequest(f"{what}; download both again")
             if not difference.any():
                 continue
             if not is_block:
@@ -78,13 +77,14 @@ def extracted(
     if left_out:
         more = ", ..." if len(left_out) > 3 else ""
         console.print(
-            f"{len(left_out)} tensors differ that a LoRA of the blocks does not hold: {', '.join(left_out[:3])}{more}"
+            f"left out, because a LoRA of the blocks cannot change it: {plural(len(left_out), 'tensor')} "
+            f"({', '.join(left_out[:3])}{more})"
         )
     return adapters, lost, whole
 
 
 def nearest(matrix: Tensor, rank: int) -> Adapter:
-    """The adapter of `rank`, or the matrix's own where that is lower, that is nearest to `matrix` (out, in)."""
+    """The adapter nearest to `matrix` (out, in), of `rank` or of the matrix's own rank if that is lower."""
     out, inputs = matrix.shape
     generator = torch.Generator().manual_seed(0)
     count = min(rank + OVERSAMPLING, out, inputs)

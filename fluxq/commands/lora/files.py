@@ -1,4 +1,4 @@
-"""What the commands share: a LoRA read with its notes said, and one written with its true error said."""
+"""What the commands share: reading a LoRA with its notes, and writing one with its measured error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fluxq.console import console
+from fluxq.console import console, plural
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.algebra import Adapter, combined, resized
 from fluxq.formats.lora.metadata import converted_metadata
@@ -22,7 +22,7 @@ PRECISIONS = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float
 
 
 def read(path: Path, config: FluxConfig | None = None) -> Lora:
-    """The LoRA at `path`; what the user should know of it is printed."""
+    """The LoRA at `path`. Prints its notes."""
     lora = load_lora(path, config)
     for note in lora.notes:
         console.print(f"{path.name}: {note}")
@@ -30,15 +30,15 @@ def read(path: Path, config: FluxConfig | None = None) -> Lora:
 
 
 def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise WrongRequest where `target` cannot become a new file, or folder."""
+    """Raise WrongRequest if `target` exists, unless it is a file and `overwrite` is set."""
     if target.is_dir():
-        raise WrongRequest(f"{target} is a folder that exists; name a new one")
+        raise WrongRequest(f"{target} is an existing folder; choose another name")
     if target.exists() and not overwrite:
-        raise WrongRequest(f"{target} exists; choose another name, or replace it by --overwrite")
+        raise WrongRequest(f"{target} exists; choose another name, or replace it with --overwrite")
 
 
 def dtype_of(precision: str | None, *loras: Lora) -> torch.dtype:
-    """That of `precision`, a key of PRECISIONS, or else the one that all `loras` have, fp32 where they differ."""
+    """The dtype of `precision`, a key of PRECISIONS; without one, the dtype of all `loras`, or fp32 if they differ."""
     if precision:
         return PRECISIONS[precision]
     dtypes = {lora.dtype for lora in loras}
@@ -46,20 +46,25 @@ def dtype_of(precision: str | None, *loras: Lora) -> torch.dtype:
 
 
 def write(target: Path, made: Lora, to: str, dtype: torch.dtype, like: Lora | None = None) -> dict[str, Any]:
-    """Write `made` as `to`, read it again, and tell how far its change of weights is from that of `like` or `made`."""
+    """Write `made` in the dialect `to`, read it back, and print and return what was written.
+
+    The relative error compares the weight change of the file with that of `like`, by default `made`.
+    """
     like = like or made
     clip = {} if to == "peft" else made.clip
     if len(clip) < len(made.clip):
-        console.print(f"its CLIP-L part ({len(made.clip)} modules) is left out: a PEFT folder holds one model's")
+        console.print(
+            f"its CLIP-L part ({plural(len(made.clip), 'module')}) is left out: a PEFT folder is for one model"
+        )
     if not made.adapters and to == "peft":
-        raise WrongRequest(f"{made.path} adapts the text encoder only; write it as kohya or comfy")
+        raise WrongRequest(f"{made.path} adapts only the text encoder; write it with --to kohya or --to comfy")
     everything = (*made.adapters.values(), *clip.values())
     metadata = converted_metadata(made.metadata, {a.rank for a in everything}, {a.alpha for a in everything})
     save_lora(target, made.adapters, made.config, to, dtype, metadata, clip)
     written = load_lora(target, made.config)
     error = relative_error(written.everything, (like if to != "peft" else replace(like, clip={})).everything)
     name = next(name for name, d in PRECISIONS.items() if d == dtype)
-    console.print(f"{target}: {to}, {name}, {described(written)}; relative error of the weight change {error:.2g}")
+    console.print(f"{target}: {to}, {name}, {described(written)}; relative error of the weight change: {error:.2%}")
     return {
         "file": str(target),
         "dialect": to,
@@ -89,8 +94,8 @@ def _identical(a: Adapter, b: Adapter) -> bool:
     return a.scale == b.scale and torch.equal(a.down, b.down) and torch.equal(a.up, b.up)
 
 
-def shortened(lora: Lora, rank: int | None = None, energy: float | None = None) -> Lora:
-    """Every adapter at `rank`, or with `energy` of its own sum of squares."""
+def reduced(lora: Lora, rank: int | None = None, energy: float | None = None) -> Lora:
+    """`lora` with every adapter at `rank`, or at the lowest rank that keeps `energy` of its sum of squares."""
     parts = (lora.adapters, lora.clip)
     adapters, clip = ({m: resized(a, rank, energy).adapter for m, a in some.items()} for some in parts)
     return replace(lora, adapters=adapters, clip=clip)

@@ -1,4 +1,4 @@
-"""`fluxq lora info`: what is in a LoRA file, and which programs will read it."""
+"""`fluxq lora info`: what is in a LoRA file, and which programs read it."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from fluxq.formats.lora.metadata import trigger_of
 from fluxq.formats.lora.programs import programs
 from fluxq.formats.lora.read import described, load_lora
 
-SHOWN = {  # of the metadata, on the screen; --json has all of it
+SHOWN = {  # metadata on the screen; --json has all of it
     "modelspec.title": "title",
     "modelspec.architecture": "made for",
     "ss_sd_model_name": "base",
     "ss_steps": "steps",
-    "ss_learning_rate": "rate",
+    "ss_learning_rate": "learning rate",
     "ss_num_train_images": "images",
-    "ss_resolution": "size",
+    "ss_resolution": "resolution",
     "modelspec.date": "date",
     "modelspec.license": "license",
 }
@@ -36,17 +36,17 @@ def info_command(path: Path) -> dict[str, Any]:
     trigger, readers = trigger_of(lora.metadata), programs(lora)
     precision = str(lora.dtype).removeprefix("torch.")
     console.print(f"{path}: a LoRA, {lora.dialect}, {precision}, {described(lora)}")
-    table = Table("layer", "count", "rank", "alpha / rank", "norm: mean", "largest", box=None, pad_edge=False)
+    table = Table("layer", "count", "rank", "alpha / rank", "mean norm", "max norm", box=None, pad_edge=False)
     for name, row in layers.items():
         cells = (row["count"], _span(row["ranks"]), _span(row["scales"]), row["norm_mean"], row["norm_largest"])
         table.add_row(name, *(f"{cell:.4g}" if isinstance(cell, float) else str(cell) for cell in cells))
     console.print(table)
     facts = {label: lora.metadata[key] for key, label in SHOWN.items() if lora.metadata.get(key, "None") != "None"}
-    facts = {"trigger": trigger or "none is named", **facts}
+    facts = {"trigger": trigger or "not named", **facts}
     for label, value in facts.items():
-        console.print(f"{label:12}{printable(value)}")
+        console.print(f"{label:<14}{printable(value)}")
     for program, verdict in readers.items():
-        console.print(f"{program:12}{verdict}")
+        console.print(f"{program:<14}{verdict}")
     for note in lora.notes:
         console.print(f"note: {note}")
     answer = {"file": str(path), "dialect": lora.dialect, "precision": precision, "modules": len(lora.adapters)}
@@ -55,7 +55,7 @@ def info_command(path: Path) -> dict[str, Any]:
 
 
 def by_layer(adapters: Mapping[str, Adapter]) -> dict[str, dict[str, Any]]:
-    """Type of layer ("double_blocks.*.img_attn.qkv") -> count, ranks, scales, and norms of the weight change."""
+    """Type of layer (like "double_blocks.*.img_attn.qkv") -> count, ranks, scales, norms of the weight change."""
     groups: dict[str, list[Adapter]] = {}
     for module, adapter in adapters.items():
         groups.setdefault(re.sub(r"\.\d+\.", ".*.", module, count=1), []).append(adapter)

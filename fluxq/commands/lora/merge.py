@@ -1,4 +1,4 @@
-"""`fluxq lora merge`: several LoRAs into one, or into the checkpoint of a transformer."""
+"""`fluxq lora merge`: merge LoRAs into one LoRA, or into a transformer's checkpoint."""
 
 from __future__ import annotations
 
@@ -8,13 +8,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.config import file_and_strength
-from fluxq.console import byte_bar, console
+from fluxq.console import byte_bar, console, plural
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.algebra import combined
 from fluxq.formats.lora.base import Base, merge_into
 from fluxq.formats.lora.read import Lora, described
 
-from .files import dtype_of, read, refuse_existing, shortened, write
+from .files import dtype_of, read, reduced, refuse_existing, write
 
 
 def merge_command(
@@ -26,39 +26,47 @@ def merge_command(
     precision: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Merge `files`, "FILE" or "FILE=STRENGTH", into the LoRA `out`, or into a copy of the transformer `base`.
+    """Merge `files`, "FILE" or "FILE=STRENGTH", into the LoRA `out`, or into `out` as a copy of the transformer `base`.
 
-    Without `rank` ranks add up, and nothing but rounding is lost. Raises WrongRequest for LoRAs of different models.
+    Without `rank`, ranks add up and only rounding loses anything. Raises WrongRequest for LoRAs of different models.
     """
     refuse_existing(out, overwrite)
     chosen = [file_and_strength(file) for file in files]
     given = [name for name, value in (("--to", to), ("--rank", rank), ("--precision", precision)) if value]
     if base is not None and given:
-        raise WrongRequest(f"{', '.join(given)} is for a merged LoRA; a checkpoint keeps its own layout and precision")
+        raise WrongRequest(
+            f"{', '.join(given)} is for a merged LoRA; with --base, the checkpoint keeps its layout and precision"
+        )
     checkpoint = None if base is None else Base(base)
     loras = [(read(path, checkpoint.config if checkpoint else None), strength) for path, strength in chosen]
     for lora, strength in loras:
         console.print(f"{lora.path}: {lora.dialect}, {described(lora)}, at {strength:g}")
-    whole = _together(loras)
+    whole = _sum(loras)
     if checkpoint is None:
-        made = whole if rank is None else shortened(whole, rank)
+        made = whole if rank is None else reduced(whole, rank)
         dtype = dtype_of(precision, *(lora for lora, _ in loras))
         return write(out, made, to or "kohya", dtype, whole)
     if whole.clip:
-        console.print(f"the CLIP-L part ({len(whole.clip)} modules) is left out: it is no part of the transformer")
+        console.print(
+            f"the CLIP-L part ({plural(len(whole.clip), 'module')}) is left out: it is not part of the transformer"
+        )
     names = ", ".join(f"{path.name}={strength:g}" for path, strength in chosen)
     with byte_bar("merging") as progress:
         errors = merge_into(checkpoint, out, whole.adapters, names, progress)
-    console.print(f"{out}: {len(whole.adapters)} matrices changed; rounding took {errors.relative:.2%} of the change")
+    console.print(
+        f"{out}: {plural(len(whole.adapters), 'layer')} changed; rounding error {errors.relative:.2%} of the change"
+    )
     return {"file": str(out), "modules": len(whole.adapters), "relative_error": errors.relative}
 
 
-def _together(loras: Sequence[tuple[Lora, float]]) -> Lora:
-    """All as one; metadata is that of the first, without what the others make untrue of it."""
+def _sum(loras: Sequence[tuple[Lora, float]]) -> Lora:
+    """The sum of `loras` as one LoRA, with the metadata of the first that is still true."""
     first = loras[0][0]
     for lora, _ in loras:
         if lora.config != first.config:
-            raise WrongRequest(f"{lora.path} and {first.path} are LoRAs of different models; merge those of one")
+            raise WrongRequest(
+                f"{lora.path} and {first.path} are LoRAs of different models; merge LoRAs of the same model"
+            )
     if len(loras) == 1 and loras[0][1] == 1:
         return first
     adapters = combined([(lora.adapters, strength) for lora, strength in loras])

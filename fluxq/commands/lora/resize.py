@@ -1,4 +1,4 @@
-"""x"""
+"""`fluxq lora resize`: write a LoRA file at a lower rank."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import described
 
-from .files import dtype_of, read, refuse_existing, shortened, write
+from .files import dtype_of, read, reduced, refuse_existing, write
 
 
 def resize_command(
@@ -21,12 +21,15 @@ def resize_command(
     precision: str | None,
     overwrite: bool,
 ) -> dict[str, Any]:
-    """Write `source` with every module at `rank`, or at the least rank that keeps `energy` of its sum of squares."""
+    """Write `source` with each module at `rank`, or at the lowest rank that keeps `energy` of its sum of squares.
+
+    Raises WrongRequest unless exactly one of `rank` and `energy` is given.
+    """
     if (rank is None) == (energy is None):
         raise WrongRequest("give either --rank N or --energy X")
     if energy is not None and not 0 < energy <= 1:
-        raise WrongRequest(f"--energy is a share above 0 and up to 1, not {energy}")
+        raise WrongRequest(f"--energy must be above 0 and at most 1, not {energy}")
     refuse_existing(target, overwrite)
     lora = read(source)
     console.print(f"{source}: {lora.dialect}, {described(lora)}")
-    return write(target, shortened(lora, rank, energy), to, dtype_of(precision, lora), lora)
+    return write(target, reduced(lora, rank, energy), to, dtype_of(precision, lora), lora)
