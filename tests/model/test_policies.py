@@ -36,7 +36,7 @@ def step(flux: Flux) -> list[torch.Tensor]:
 def plain_gradients(flux: Flux, monkeypatch) -> list[torch.Tensor]:
     """Those of autograd alone, without replay."""
     with monkeypatch.context() as patch:
-        patch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, away: block(*inputs))
+        patch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, offload: block(*inputs))
         return step(flux)
 
 
