@@ -210,8 +210,7 @@ def _run(
 ) -> Any:
     """run(*inputs), which computes with `modules`, whose frozen weights are `units`.
 
-    Their parameters are arguments of the autograd Function: if it captured them, they would get no gradient when no
-    input needs one.
+    Parameters are arguments of the Function: captured by closure, they would get no gradient if no input needs one.
     """
     parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *parameters)):
@@ -221,10 +220,7 @@ def _run(
 
 
 class _Checkpoint(torch.autograd.Function):
-    """Gradient checkpointing: runs a block, or its modulation, without gradients and keeps what its policy names.
-
-    The backward pass replays it with gradients, and returns those of the inputs and parameters.
-    """
+    """Gradient checkpointing: forward keeps the inputs and what the policy names; backward replays with gradients."""
 
     @staticmethod
     def forward(
