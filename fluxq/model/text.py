@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .text_layers import ClipEncoder, Progress, T5Encoder
+from .text_layers import BlockProgress, ClipEncoder, T5Encoder
 
 Tokenize = Callable[[str], list[int]]
 """A caption -> its token ids, any number of them, without special tokens and padding."""
@@ -55,7 +55,7 @@ class TextEncoders:
     """The best number of captions per call of `encode`: each call reads both models' files once."""
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str], tick: Progress = lambda done, total: None) -> Encoded:
+    def encode(self, captions: Sequence[str], tick: BlockProgress = lambda done, total: None) -> Encoded:
         """Encode captions; `tick` is called after each T5 block."""
         ids, ends, clip_truncated = clip_tokens(captions, self.clip_tokenize, self.clip_ids)
         clip = self.clip(ids, ends)

@@ -41,7 +41,7 @@ Layers = Mapping[str, tuple[Tensor, ...]]
 Units = Mapping[str, Mapping[str, tuple[str, ...]]]
 """Unit -> layer -> names of its tensors; units in the order in which they run."""
 
-Progress = Callable[[int, int], None]
+BlockProgress = Callable[[int, int], None]
 """Called after each block with (blocks done, blocks in total)."""
 
 
@@ -70,7 +70,7 @@ class T5Encoder:
     layers: int
     heads: int
 
-    def __call__(self, ids: Tensor, progress: Progress = lambda done, total: None) -> Tensor:
+    def __call__(self, ids: Tensor, progress: BlockProgress = lambda done, total: None) -> Tensor:
         """States (B, L, D) of token ids (B, L)."""
         x = _embed(self.weights, "shared.weight", ids)
         first = "encoder.block.0.layer.0.SelfAttention"
