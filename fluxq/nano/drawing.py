@@ -29,8 +29,8 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "heart")
 RADII = {"medium": 20.0, "large": 29.0}  # pixels of the finished image
-PLACES = {  # direction from the center, and its wordings in captions
-    "center": (0, 0, ("in the center", "in the middle", "in the center")),
+PLACES = {  # direction from the center, and the wordings that nano was trained on
+    "center": (0, 0, ("in the centre", "in the middle", "in the center")),
     "top": (0, -1, ("at the top",)),
     "bottom": (0, 1, ("at the bottom",)),
     "left": (-1, 0, ("on the left",)),
@@ -97,6 +97,7 @@ def caption(spec: Spec, rng: random.Random, noun: str | None = None) -> str:
 
     Without `noun` it names the shape, after a nonsense word in one caption of twelve. Pretraining also uses nonsense
     words in place of the shape, so unknown words mean nothing to nano: a trigger has no effect until a LoRA learns it.
+    The wording is training data: changing it changes nano's weights.
     """
     if noun is None:
         noun = f"{nonsense(rng)} {spec.shape}" if rng.random() < 1 / 12 else spec.shape
@@ -112,7 +113,7 @@ def caption(spec: Spec, rng: random.Random, noun: str | None = None) -> str:
     if form < 0.65:
         return f"on {background} background, {thing}{place}"
     if form < 0.75:
-        return f"an image of {thing}{place}, the background is {spec.background}"
+        return f"a picture of {thing}{place}, the background is {spec.background}"
     if form < 0.85:
         return f"{thing} on {spec.background},{place}".rstrip(",")
     if form < 0.95:
