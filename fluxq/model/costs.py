@@ -74,11 +74,8 @@ def flux_costs(
     )
     sizes = {unit: length for unit, (_, length) in layout(shapes, format).items()}
 
-    trained, blocks, products = (
-        encoder.trained > 0 or any("_in." in f".{p}." or p.endswith("_in") for p in lora),
-        [],
-        [],
-    )
+    trained = encoder.trained > 0 or any("_in." in f".{p}." or p.endswith("_in") for p in lora)
+    blocks, products = [], []
     for name in _blocks(config):
         own = {p: r for p, r in lora.items() if p.startswith(f"{name}.")}
         shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates)
@@ -102,12 +99,7 @@ def flux_costs(
         blocks=tuple(blocks),
         ahead=modulation if streams else {},
         ahead_step=batch * 2 * sum(s[0] for p, s in layers.items() if unit_of(p).endswith(".mod")),
-        ahead_peak=window
-        * batch
-        * 2
-        * 2
-        * 12
-        * config.hidden_size,  # a block's rows, and the two halves they are joined from
+        ahead_peak=window * batch * 2 * 2 * 12 * config.hidden_size,  # a block's rows, and the halves before joining
         window=window if streams and modulation else 0,
         streams=streams,
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
