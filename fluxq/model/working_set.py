@@ -147,19 +147,19 @@ class Shape:
 
     def kept(self, policy: str) -> dict[str, int]:
         """Tensor -> bytes that `policy` keeps, in addition to the inputs."""
-        keeps, found = set(POLICIES[policy]), dict[str, int]()
+        keeps, sizes = set(POLICIES[policy]), dict[str, int]()
         if "qkv" in keeps:
-            found |= dict.fromkeys("qkv", self.u) | {"rstd": 2 * self.rows * self.heads * 4}
+            sizes |= dict.fromkeys("qkv", self.u) | {"rstd": 2 * self.rows * self.heads * 4}
         if "attention" in keeps:
-            found |= {"attended": self.u, "lse": self.rows * self.heads * 4}
+            sizes |= {"attended": self.u, "lse": self.rows * self.heads * 4}
         for stream, (rows, _) in self.streams.items():
             if "residual" in keeps and not self.single:
-                found[f"x1_{stream}"] = rows * self.width * 2
+                sizes[f"x1_{stream}"] = rows * self.width * 2
             if policy == "keep_all8":
-                found[f"hidden8_{stream}"] = rows * (self.hidden + 4)
+                sizes[f"hidden8_{stream}"] = rows * (self.hidden + 4)
             elif "hidden" in keeps:
-                found[f"hidden_{stream}"] = rows * self.hidden * 2
-        return found
+                sizes[f"hidden_{stream}"] = rows * self.hidden * 2
+        return sizes
 
 
 def scratch(products: Collection[Product], chunk: int) -> int:
