@@ -31,10 +31,10 @@ from fluxq.training.run import Result
 
 TRIGGER = drawing.TRIGGER
 PROMPTS = (
-    f"a large red {TRIGGER} in the center on a white background",
+    f"a large red {TRIGGER} in the centre on a white background",
     f"a large yellow {TRIGGER} at the top on a blue background",
     f"a large green {TRIGGER} on the left on a pink background",
-    "a large red circle in the center on a white background",
+    "a large red circle in the centre on a white background",
     "a large yellow star at the top on a blue background",
     "a large green heart on the left on a pink background",
 )

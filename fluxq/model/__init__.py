@@ -1,4 +1,4 @@
-"""FLUX.1: the transformer with its LoRA, the autoencoder, the text encoders."""
+"""FLUX.1: the transformer with its LoRA, the autoencoder, the text encoders, and what a training step costs."""
 
 from .autoencoder import AutoEncoder
 from .config import AutoEncoderConfig, FluxConfig

@@ -1,7 +1,7 @@
 """The FLUX.1 autoencoder: images (B, 3, 8 h, 8 w) in -1..1 <-> latents (B, 16, h, w).
 
-It is frozen and runs outside the training step only: all rows of a feature map at once, or in bands of rows, which
-gives the same result in less memory (bands.py).
+It is frozen and runs outside the training step: on all rows of a feature map at once, or band by band, which needs
+less memory and gives the same result (bands.py).
 """
 
 from __future__ import annotations
@@ -12,17 +12,18 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from fluxq.console import Notify
+
 from . import bands
 from .autoencoder_layers import Decoder, Encoder
 from .config import AutoEncoderConfig
 
 T = TypeVar("T")
-BANDS = (32, 8)  # rows at a time; fewer take no less memory
+BANDS = (32, 8)  # rows at a time; fewer rows save no more memory
 
 
-def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], notify: Callable[[str], None]) -> T:
-    """run(), which computes with `autoencoder`. If the GPU runs out of memory, run it again in narrower bands, and keep
-    those from then on.
+def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], notify: Notify) -> T:
+    """run(), which uses `autoencoder`. If the GPU runs out of memory, retry in narrower bands and keep those.
 
     Raises torch.OutOfMemoryError if the narrowest bands do not fit either.
     """
@@ -33,7 +34,7 @@ def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], notify: Callab
             before = autoencoder.band
             if before is not None and before <= BANDS[-1]:
                 raise
-        # Out here the traceback is gone, and with it the feature maps of the attempt.
+        # Outside the except block: the traceback, which holds the failed attempt's feature maps, is freed.
         band = next(band for band in BANDS if before is None or band < before)
         autoencoder.in_bands(band)
         notify(f"the GPU has too little memory for the autoencoder; from here on it works on {band} rows at a time")
@@ -52,9 +53,9 @@ class AutoEncoder(nn.Module):
         self.requires_grad_(False)
 
     def in_bands(self, band: int | None) -> AutoEncoder:
-        """Itself, from now on working on `band` rows of a feature map at a time; None: on all at once.
+        """Work on `band` rows of a feature map at a time from now on; None: all at once. Returns itself.
 
-        The results are the same within rounding; memory falls and time rises. Bands have no gradients.
+        Bands take less memory and more time; results are the same within rounding. There are no gradients in bands.
         """
         self.band = band
         return self
@@ -64,7 +65,7 @@ class AutoEncoder(nn.Module):
         return self.encoder(images) if self.band is None else bands.encode(self.encoder, images, self.band)
 
     def encode(self, images: Tensor, generator: torch.Generator | None = None) -> Tensor:
-        """Latents (B, z, h, w) of images (B, 3, 8 h, 8 w) in -1..1: drawn with `generator`, or the mean without one."""
+        """Latents (B, z, h, w) of images (B, 3, 8 h, 8 w) in -1..1: sampled with `generator`, or the mean if None."""
         z, log_variance = self.moments(images).chunk(2, dim=1)
         if generator is not None:
             noise = torch.randn(z.shape, generator=generator, dtype=z.dtype).to(z.device)

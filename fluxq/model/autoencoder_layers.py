@@ -1,4 +1,4 @@
-"""The encoder and the decoder of the FLUX.1 autoencoder, under the original file's names.
+"""Encoder and decoder of the FLUX.1 autoencoder, with the parameter names of the original file.
 
 Convolutional, with one attention layer in the middle (Esser et al. 2021; black-forest-labs/flux `autoencoder.py`).
 """
@@ -39,17 +39,17 @@ class AttnBlock(nn.Module):
         return x + self.attend(h, *self.keys_values(h))
 
     def keys_values(self, h: Tensor) -> tuple[Tensor, Tensor]:
-        """Of normed features (B, C, h, w): (B, 1, h w, C) each."""
+        """Keys and values (B, 1, h w, C) of normed features (B, C, h, w)."""
         return _tokens(self.k(h)), _tokens(self.v(h))
 
     def attend(self, h: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        """What normed features (B, C, h, w), all or some rows of them, find at `k` and `v`."""
+        """Attention output (B, C, h, w) for queries from normed features (B, C, h, w): all rows of the map, or some."""
         attended = F.scaled_dot_product_attention(_tokens(self.q(h)), k, v)
         return self.proj_out(attended[:, 0].mT.reshape(h.shape))
 
 
 def _tokens(x: Tensor) -> Tensor:
-    """(B, C, h, w) -> (B, 1, h w, C), contiguous: else attention would make the whole table of scores."""
+    """(B, C, h, w) -> (B, 1, h w, C), contiguous: otherwise attention would materialize the score matrix."""
     return x.flatten(2).mT[:, None].contiguous()
 
 
@@ -127,14 +127,12 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """z (B, z, h, w) -> images (B, 3, 8 h, 8 w). `up` is indexed by resolution, highest first, and run from its
-    end.
-    """
+    """z (B, z, h, w) -> images (B, 3, 8 h, 8 w). `up` lists levels by resolution, highest first, and runs backward."""
 
     def __init__(self, config: AutoEncoderConfig) -> None:
         super().__init__()
         widths = [config.ch * m for m in config.ch_mult]
-        inner = [*widths[1:], widths[-1]]  # what each level receives from the one below
+        inner = [*widths[1:], widths[-1]]  # input width of each level
         self.conv_in = nn.Conv2d(config.z_channels, widths[-1], 3, padding=1)
         self.mid = Middle(widths[-1], config.groups)
         self.up = nn.ModuleList(

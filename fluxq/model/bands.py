@@ -1,10 +1,10 @@
-"""The autoencoder in bands of rows: the same numbers as at once, in two fifths of the memory.
+"""The autoencoder in bands of rows: the same result as on whole maps, in two fifths of the memory.
 
-A feature map is computed where it is asked for, a few rows at a time: each convolution asks for one more row at either
-side. Group norms need the mean and variance of the whole map, so they run through what comes before them once just to
-measure it. Maps are therefore kept once a residual block, and what lies between is computed up to three times; the
-attention in the middle keeps keys and values whole and takes its queries band by band. Nothing is approximated, and
-there are no seams: only the rounding of sums differs. No gradients.
+Feature maps are computed lazily, a few rows at a time; each convolution requests one more row on either side. A group
+norm needs the mean and variance of the whole map, so it first computes its input once just to measure it. To limit the
+repeated work, one map per residual block is stored, and what is in between is computed up to three times. The attention
+in the middle stores its keys and values and takes its queries band by band. Nothing is approximated and there are no
+seams; only the rounding of sums differs. No gradients.
 """
 
 from __future__ import annotations
@@ -21,8 +21,8 @@ from .autoencoder_layers import AttnBlock, Decoder, Encoder, Level, Middle, Resn
 
 
 @dataclass(frozen=True)
-class Map:
-    """A feature map (B, C, height, W) of which `rows(a, b)` gives the rows a to b; `band` of them are best at once."""
+class FeatureMap:
+    """A lazy feature map (B, C, height, W): `rows(a, b)` computes rows a to b, best `band` of them at a time."""
 
     height: int
     rows: Callable[[int, int], Tensor]
@@ -31,49 +31,50 @@ class Map:
     def bands(self) -> Iterator[tuple[int, int]]:
         yield from ((a, min(a + self.band, self.height)) for a in range(0, self.height, self.band))
 
-    def then(self, rows: Callable[[int, int], Tensor], height: int | None = None) -> Map:
-        return Map(self.height if height is None else height, rows, self.band)
+    def derive(self, rows: Callable[[int, int], Tensor], height: int | None = None) -> FeatureMap:
+        """A map whose rows are computed from this one."""
+        return FeatureMap(self.height if height is None else height, rows, self.band)
 
 
 @torch.no_grad()
 def encode(encoder: Encoder, images: Tensor, band: int) -> Tensor:
-    """What `encoder(images)` gives, `band` rows of each feature map at a time."""
-    x = _middle(encoder.mid, _levels(encoder.down, _conv(encoder.conv_in, _held(images, band))))
-    return _whole(_conv(encoder.conv_out, _norm(encoder.norm_out, x)))
+    """encoder(images), computed `band` rows of each feature map at a time."""
+    x = _middle(encoder.mid, _levels(encoder.down, _conv(encoder.conv_in, _stored(images, band))))
+    return _all_rows(_conv(encoder.conv_out, _norm(encoder.norm_out, x)))
 
 
 @torch.no_grad()
 def decode(decoder: Decoder, z: Tensor, band: int) -> Tensor:
-    """What `decoder(z)` gives, `band` rows of each feature map at a time."""
-    x = _levels(reversed(decoder.up), _middle(decoder.mid, _conv(decoder.conv_in, _held(z, band))))
-    return _whole(_conv(decoder.conv_out, _norm(decoder.norm_out, x)))
+    """decoder(z), computed `band` rows of each feature map at a time."""
+    x = _levels(reversed(decoder.up), _middle(decoder.mid, _conv(decoder.conv_in, _stored(z, band))))
+    return _all_rows(_conv(decoder.conv_out, _norm(decoder.norm_out, x)))
 
 
-def _levels(levels: Iterable[nn.Module], x: Map) -> Map:
-    """Keeps the map after each block, at the lower resolution of the two where it is resampled."""
+def _levels(levels: Iterable[nn.Module], x: FeatureMap) -> FeatureMap:
+    """Stores the map after each block; around a resampling, the smaller one."""
     for level in cast("Iterable[Level]", levels):
         for i, block in enumerate(cast("Iterable[ResnetBlock]", level.block), start=1):
             x = _resnet(block, x)
             if i == len(level.block) and hasattr(level, "downsample"):
                 x = _down(level.downsample.conv, x)
-            x = _held(_whole(x), x.band)
+            x = _stored(_all_rows(x), x.band)
         if hasattr(level, "upsample"):
             x = _up(level.upsample.conv, x)
     return x
 
 
-def _middle(middle: Middle, x: Map) -> Map:
-    x = _held(_whole(_resnet(middle.block_1, x)), x.band)
-    x = _held(_whole(_attention(middle.attn_1, x)), x.band)
-    return _held(_whole(_resnet(middle.block_2, x)), x.band)
+def _middle(middle: Middle, x: FeatureMap) -> FeatureMap:
+    x = _stored(_all_rows(_resnet(middle.block_1, x)), x.band)
+    x = _stored(_all_rows(_attention(middle.attn_1, x)), x.band)
+    return _stored(_all_rows(_resnet(middle.block_2, x)), x.band)
 
 
-def _held(x: Tensor, band: int) -> Map:
-    return Map(x.shape[2], lambda a, b: x[:, :, a:b], band)
+def _stored(x: Tensor, band: int) -> FeatureMap:
+    return FeatureMap(x.shape[2], lambda a, b: x[:, :, a:b], band)
 
 
-def _whole(x: Map) -> Tensor:
-    """All rows, put together."""
+def _all_rows(x: FeatureMap) -> Tensor:
+    """The whole map, assembled from its bands."""
     first = x.rows(*next(x.bands()))
     whole = first.new_empty(*first.shape[:2], x.height, first.shape[3])
     whole[:, :, : first.shape[2]] = first
@@ -82,57 +83,57 @@ def _whole(x: Map) -> Tensor:
     return whole
 
 
-def _resnet(block: ResnetBlock, x: Map) -> Map:
-    x = _remembering(x)
+def _resnet(block: ResnetBlock, x: FeatureMap) -> FeatureMap:
+    x = _cached(x)
     h = _conv(block.conv1, _norm(block.norm1, x))
     h = _conv(block.conv2, _norm(block.norm2, h))
 
     def rows(a: int, b: int) -> Tensor:
-        inner = h.rows(a, b)  # first: it asks for more of x than the shortcut does
+        inner = h.rows(a, b)  # first: it requests more rows of x than the shortcut, which then finds them cached
         return inner.add_(block.nin_shortcut(x.rows(a, b)))
 
-    return x.then(rows)
+    return x.derive(rows)
 
 
-def _attention(attention: AttnBlock, x: Map) -> Map:
+def _attention(attention: AttnBlock, x: FeatureMap) -> FeatureMap:
     h = _norm(attention.norm, x, activation=False)
-    k, v = attention.keys_values(_whole(h))
-    return x.then(lambda a, b: x.rows(a, b) + attention.attend(h.rows(a, b), k, v))
+    k, v = attention.keys_values(_all_rows(h))
+    return x.derive(lambda a, b: x.rows(a, b) + attention.attend(h.rows(a, b), k, v))
 
 
-def _conv(conv: nn.Conv2d, x: Map) -> Map:
-    """3 x 3, zeros around."""
+def _conv(conv: nn.Conv2d, x: FeatureMap) -> FeatureMap:
+    """3 x 3 convolution, zero-padded."""
 
     def rows(a: int, b: int) -> Tensor:
         above, below = int(a == 0), int(b == x.height)
         own = x.rows(a - 1 + above, b + 1 - below)
         return F.conv2d(F.pad(own, (0, 0, above, below)), conv.weight, conv.bias, padding=(0, 1))
 
-    return x.then(rows)
+    return x.derive(rows)
 
 
-def _down(conv: nn.Conv2d, x: Map) -> Map:
-    """3 x 3 with stride 2, zeros at the right and at the bottom."""
+def _down(conv: nn.Conv2d, x: FeatureMap) -> FeatureMap:
+    """3 x 3 convolution with stride 2, zero-padded at the right and bottom."""
 
     def rows(a: int, b: int) -> Tensor:
         end = min(2 * b + 1, x.height)
         return F.conv2d(F.pad(x.rows(2 * a, end), (0, 1, 0, 2 * b + 1 - end)), conv.weight, conv.bias, stride=2)
 
-    return x.then(rows, x.height // 2)
+    return x.derive(rows, x.height // 2)
 
 
-def _up(conv: nn.Conv2d, x: Map) -> Map:
-    """Each pixel four times, then 3 x 3."""
+def _up(conv: nn.Conv2d, x: FeatureMap) -> FeatureMap:
+    """Nearest-neighbor upsampling by 2, then a 3 x 3 convolution."""
 
     def rows(a: int, b: int) -> Tensor:
         doubled = F.interpolate(x.rows(a // 2, (b + 1) // 2), scale_factor=2.0, mode="nearest")
         return doubled[:, :, a % 2 : a % 2 + b - a]
 
-    return _conv(conv, x.then(rows, 2 * x.height))
+    return _conv(conv, x.derive(rows, 2 * x.height))
 
 
-def _norm(norm: nn.GroupNorm, x: Map, activation: bool = True) -> Map:
-    """The group norm, with the statistics of the whole map, and SiLU."""
+def _norm(norm: nn.GroupNorm, x: FeatureMap, activation: bool = True) -> FeatureMap:
+    """Group norm with the statistics of the whole map, then SiLU."""
     mean, variance = _statistics(x, norm.num_groups)  # (B, G) fp64
     each = norm.num_channels // norm.num_groups
     gain = norm.weight * (variance + norm.eps).rsqrt().repeat_interleave(each, 1)
@@ -144,11 +145,11 @@ def _norm(norm: nn.GroupNorm, x: Map, activation: bool = True) -> Map:
         normed = torch.addcmul(shift, own, gain).to(own.dtype)
         return F.silu(normed, inplace=True) if activation else normed
 
-    return x.then(rows)
+    return x.derive(rows)
 
 
-def _statistics(x: Map, groups: int) -> tuple[Tensor, Tensor]:
-    """Mean and variance (B, G) fp64 of each group of channels: those of the bands, combined (Chan et al. 1983)."""
+def _statistics(x: FeatureMap, groups: int) -> tuple[Tensor, Tensor]:
+    """Mean and variance (B, G) fp64 of each group of channels, combined from those of bands (Chan et al. 1983)."""
     count, mean, squares = 0, torch.zeros(()), torch.zeros(())
     for a, b in x.bands():
         own = x.rows(a, b).float().unflatten(1, (groups, -1)).flatten(2)  # (B, G, C/G * rows * W)
@@ -161,15 +162,15 @@ def _statistics(x: Map, groups: int) -> tuple[Tensor, Tensor]:
     return mean, squares / count
 
 
-def _remembering(x: Map) -> Map:
-    """`x`, which keeps the last rows it gave: asked for some of them again, it does not compute them anew."""
+def _cached(x: FeatureMap) -> FeatureMap:
+    """`x` with the last computed rows cached, so that requests within them are free."""
     last: tuple[int, int, Tensor] | None = None
 
     def rows(a: int, b: int) -> Tensor:
         nonlocal last
         if last is None or not last[0] <= a < b <= last[1]:
-            last = None  # before the next are made
+            last = None  # frees the old rows before computing new ones
             last = a, b, x.rows(a, b)
         return last[2][:, :, a - last[0] : b - last[0]]
 
-    return x.then(rows)
+    return x.derive(rows)

@@ -1,8 +1,11 @@
-"""The two kinds of block, and the one way in which blocks are run.
+"""FLUX.1's two kinds of block, and how they run with streamed weights and gradient checkpointing.
 
 `DoubleStreamBlock` keeps text and image apart except in attention; `SingleStreamBlock` runs one joint sequence, text
-first. Their `forward` is plain mathematics; `run_block` wraps it for training. It takes the rows that modulate it as an
-input: they come from `run_modulation`, just before or long ago (fluxq/model/modulation.py).
+first. Their `forward` is plain math; `run_block` wraps it for training. The rows that modulate a block (shift, scale,
+gate) are an input: `run_modulation` computes them, right before the block or many steps ahead (modulation.py).
+
+Hints to the kernels: `wants` is the form in which the next layer reads its input; `feeds` is the value that is made
+from a layer's output alone, so that a replay that kept the value skips the layer (fluxq/kernels/replay.py).
 """
 
 from __future__ import annotations
@@ -24,12 +27,11 @@ from fluxq.offload import Pass, Ring
 from .config import FluxConfig
 from .linear import Linear
 
-Rope = tuple[Tensor, Tensor]  # cos, sin
-BESIDE = 3  # what follows the streams among a block's inputs: rows, cos, sin
+NON_STREAMS = 3  # the inputs of a block after its streams: rows, cos, sin
 
 
 class Modulation(nn.Module):
-    """vec (B, D) -> `parts` rows beside each other, (B, parts D): shift, scale, gate [, shift, scale, gate]."""
+    """vec (B, D) -> `parts` rows side by side, (B, parts D): shift, scale, gate [, shift, scale, gate]."""
 
     def __init__(self, width: int, parts: int) -> None:
         super().__init__()
@@ -40,7 +42,7 @@ class Modulation(nn.Module):
 
 
 class Scale(nn.Module):
-    """The frozen scale (D/H,) of an RMS norm over the head width."""
+    """The frozen scale (D/H,) of an RMS norm over one head."""
 
     scale: Tensor
 
@@ -60,17 +62,15 @@ class QKNorm(nn.Module):
         self.key_norm = Scale(head_dim)
 
 
-def queries_keys_values(
-    streams: Sequence[tuple[Tensor, QKNorm]], cos: Tensor, sin: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    """The streams' projections (B, L, 3 D), normed and turned, joined to q, k, v (B, H, L, D/H)."""
+def joint_qkv(streams: Sequence[tuple[Tensor, QKNorm]], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """qkv projections (B, L, 3 D) and norms -> q, k, v (B, H, L, D/H), joined along L; q and k normed and rotated."""
     invertible = all(n.query_norm.divides_out and n.key_norm.divides_out for _, n in streams)
     scaled = [(qkv, norm.query_norm.scale, norm.key_norm.scale) for qkv, norm in streams]
     return qk_norm_rope(scaled, cos, sin, invertible)
 
 
 class SelfAttention(nn.Module):
-    """One stream's share of joint attention: its projections and norms."""
+    """One stream's projections and norms for attention."""
 
     def __init__(self, config: FluxConfig) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class SelfAttention(nn.Module):
 
 
 class MLP(nn.ModuleDict):
-    """Two linear layers under the numbers that the original files give them; 1 is the GELU between, `gelu_tanh`."""
+    """Two linear layers, "0" and "2" as in the original files, where 1 is the GELU between them."""
 
     def __init__(self, config: FluxConfig) -> None:
         inner, outer = Linear(config.hidden_size, config.mlp_hidden), Linear(config.mlp_hidden, config.hidden_size)
@@ -92,6 +92,8 @@ class MLP(nn.ModuleDict):
 
 
 class DoubleStreamBlock(nn.Module):
+    """Text and image in separate streams that attend to each other."""
+
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
         self.units, self.modulation_unit, self.policy = (f"{name}.img", f"{name}.txt"), f"{name}.mod", "recompute"
@@ -103,31 +105,31 @@ class DoubleStreamBlock(nn.Module):
         self.txt_mlp = MLP(config)
 
     def modulation_rows(self, vec: Tensor) -> Tensor:
-        """(B, D) -> (B, 12 D): shift, scale, gate for attention and for the MLP, of the image, then of the text."""
+        """(B, D) -> (B, 12 D): shift, scale, gate for attention, then for the MLP; first of the image, then of text."""
         return torch.cat([self.img_mod(vec), self.txt_mod(vec)], dim=-1)
 
     def forward(self, img: Tensor, txt: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
         """img (B, Li, D), txt (B, Lt, D), rows (B, 12 D); cos, sin (B or 1, 1, Lt + Li, D/H/2), text first."""
-        of_img, of_txt = rows[:, None].chunk(2, dim=-1)
-        img_shift, img_scale, *img_rows = of_img.chunk(6, dim=-1)
-        txt_shift, txt_scale, *txt_rows = of_txt.chunk(6, dim=-1)
+        img_rows, txt_rows = rows[:, None].chunk(2, dim=-1)
+        img_shift, img_scale, *img_rest = img_rows.chunk(6, dim=-1)
+        txt_shift, txt_scale, *txt_rest = txt_rows.chunk(6, dim=-1)
         img_attn, txt_attn = self.img_attn, self.txt_attn
 
-        # each stream makes its queries, keys and values, and both attend to both
+        # joint attention: all tokens attend to all tokens
         img_qkv = img_attn.qkv(modulate(img, img_shift, img_scale, img_attn.qkv.wants), feeds="qkv")
         txt_qkv = txt_attn.qkv(modulate(txt, txt_shift, txt_scale, txt_attn.qkv.wants), feeds="qkv")
         streams = [(txt_qkv, txt_attn.norm), (img_qkv, img_attn.norm)]
-        attended = attention(*queries_keys_values(streams, cos, sin))  # (B, Lt + Li, D)
+        attended = attention(*joint_qkv(streams, cos, sin))  # (B, Lt + Li, D)
         txt_attended, img_attended = attended.split([txt.shape[1], img.shape[1]], dim=1)
 
-        # each stream writes back
-        img = write_back(img, img_attended, img_rows, img_attn.proj, self.img_mlp)
-        txt = write_back(txt, txt_attended, txt_rows, txt_attn.proj, self.txt_mlp)
+        # each stream adds its attention output and its MLP
+        img = add_attention_and_mlp(img, img_attended, img_rest, img_attn.proj, self.img_mlp)
+        txt = add_attention_and_mlp(txt, txt_attended, txt_rest, txt_attn.proj, self.txt_mlp)
         return img, txt
 
 
-def write_back(x: Tensor, attended: Tensor, rows: Sequence[Tensor], proj: Linear, mlp: MLP) -> Tensor:
-    """One stream of a double block after attention: x + gate1 proj(attended), then + gate2 mlp(modulated)."""
+def add_attention_and_mlp(x: Tensor, attended: Tensor, rows: Sequence[Tensor], proj: Linear, mlp: MLP) -> Tensor:
+    """One stream after attention: x += gate1 proj(attended), then x += gate2 mlp(modulate(x))."""
     (gate1, shift, scale, gate2), (inner, outer) = rows, mlp.layers
     x, modulated = gated_add_modulate(x, gate1, proj(attended, feeds="residual"), shift, scale, inner.wants)
     hidden = inner(modulated, feeds="hidden")
@@ -135,6 +137,8 @@ def write_back(x: Tensor, attended: Tensor, rows: Sequence[Tensor], proj: Linear
 
 
 class SingleStreamBlock(nn.Module):
+    """One joint stream, attention and MLP in parallel: `linear1` makes q, k, v and hidden, `linear2` takes both."""
+
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
         self.units, self.modulation_unit, self.policy = (name,), f"{name}.mod", "recompute"
@@ -149,12 +153,12 @@ class SingleStreamBlock(nn.Module):
         return self.modulation(vec)
 
     def forward(self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, L, D) with the text first, rows (B, 3 D); cos, sin (B or 1, 1, L, D/H/2)."""
+        """x (B, L, D), text first; rows (B, 3 D); cos, sin (B or 1, 1, L, D/H/2)."""
         shift, scale, gate = rows[:, None].chunk(3, dim=-1)
         modulated = modulate(x, shift, scale, self.linear1.wants)
         qkv = self.linear1(modulated, self.qkv_rows, feeds="qkv")
         hidden = self.linear1(modulated, self.mlp_rows, feeds="hidden")
-        attended = attention(*queries_keys_values([(qkv, self.norm)], cos, sin))
+        attended = attention(*joint_qkv([(qkv, self.norm)], cos, sin))
         both = gelu_tanh(hidden, beside=attended, wants=self.linear2.wants)
         return gated_add(x, gate, self.linear2(both, feeds="end"))
 
@@ -178,48 +182,45 @@ class LastLayer(nn.Module):
 Block = DoubleStreamBlock | SingleStreamBlock
 
 
-def run_block(block: Block, ring: Ring, *inputs: Tensor, away: Pass | None = None) -> Any:
+def run_block(block: Block, ring: Ring, *inputs: Tensor, offload: Pass | None = None) -> Any:
     """block(*inputs) inside `ring.resident(block.units)`, forward and backward. inputs: streams, rows, cos, sin.
 
-    Between the two it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py). Streams wait in
-    `away` where there is one (fluxq/offload/inputs.py).
+    For the backward pass it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py). `offload`
+    keeps the streams in host memory meanwhile (fluxq/offload/inputs.py).
     """
-    rows = inputs[-BESIDE]
-    parts = [part for part in block.children() if not isinstance(part, Modulation)]
-    return _run(block, ring, block.units, parts, Tape(block.policy, gates=rows.requires_grad), inputs, away)
+    rows = inputs[-NON_STREAMS]
+    modules = [module for module in block.children() if not isinstance(module, Modulation)]
+    return _run(block, ring, block.units, modules, Tape(block.policy, gates=rows.requires_grad), inputs, offload)
 
 
 def run_modulation(block: Block, ring: Ring, vec: Tensor) -> Tensor:
-    """block.modulation_rows(vec) inside `ring.resident` of the modulation's own unit, forward and backward."""
-    parts = [part for part in block.children() if isinstance(part, Modulation)]
-    return _run(block.modulation_rows, ring, (block.modulation_unit,), parts, Tape("recompute"), (vec,))
+    """block.modulation_rows(vec) with the block's modulation unit resident, forward and backward."""
+    modules = [module for module in block.children() if isinstance(module, Modulation)]
+    return _run(block.modulation_rows, ring, (block.modulation_unit,), modules, Tape("recompute"), (vec,))
 
 
 def _run(
     run: Callable[..., Any],
     ring: Ring,
     units: Sequence[str],
-    parts: Sequence[nn.Module],
+    modules: Sequence[nn.Module],
     tape: Tape,
     inputs: tuple[Tensor, ...],
-    away: Pass | None = None,
+    offload: Pass | None = None,
 ) -> Any:
-    """run(*inputs), which computes with `parts`, whose frozen weights are `units`.
+    """run(*inputs), which computes with `modules`, whose frozen weights are `units`.
 
-    The parts' parameters go in as arguments of the autograd Function: captured by closure, they would get no gradient
-    where none of the inputs needs one.
+    Parameters are arguments of the Function: captured by closure, they would get no gradient if no input needs one.
     """
-    parameters = [p for part in parts for p in part.parameters() if p.requires_grad]
+    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *parameters)):
         with ring.resident(units):
             return run(*inputs)
-    return _Block.apply(run, lambda: ring.resident(units), tape, away, len(inputs), *inputs, *parameters)
+    return _Checkpoint.apply(run, lambda: ring.resident(units), tape, offload, len(inputs), *inputs, *parameters)
 
 
-class _Block(torch.autograd.Function):
-    """Runs the block, or its modulation, without gradients, keeping what its policy says; in the backward pass replays
-    it with gradients, and returns those of everything.
-    """
+class _Checkpoint(torch.autograd.Function):
+    """Gradient checkpointing: forward keeps the inputs and what the policy names; backward replays with gradients."""
 
     @staticmethod
     def forward(
@@ -227,14 +228,14 @@ class _Block(torch.autograd.Function):
         block: Callable[..., Any],
         resident: Callable[[], AbstractContextManager[None]],
         tape: Tape,
-        away: Pass | None,
+        offload: Pass | None,
         count: int,
         *tensors: Tensor,
     ) -> Tensor | tuple[Tensor, ...]:
         ctx.block, ctx.resident, ctx.tape, ctx.count = block, resident, tape, count
-        leaving = 0 if away is None else count - BESIDE
-        ctx.take_back = tuple if away is None else away.store(tensors[:leaving])
-        ctx.save_for_backward(*tensors[leaving:])
+        streams = 0 if offload is None else count - NON_STREAMS
+        ctx.take_back = tuple if offload is None else offload.store(tensors[:streams])
+        ctx.save_for_backward(*tensors[streams:])
         with resident(), tape.record():
             return block(*tensors[:count])
 
@@ -248,8 +249,8 @@ class _Block(torch.autograd.Function):
             with ctx.tape.replay():
                 outputs = ctx.block(*inputs)
             outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-            pairs = zip(outputs, grad_outputs, strict=True)  # a stream that nothing trainable acts on needs no gradient
+            pairs = zip(outputs, grad_outputs, strict=True)  # a stream that nothing trainable feeds has no gradient
             outputs, grads = zip(*((out, grad) for out, grad in pairs if out.requires_grad), strict=True)
             wanted = [t for t, n in zip((*inputs, *saved[ctx.count :]), needed, strict=True) if n]
-            found = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
-        return (None, None, None, None, None, *(next(found) if n else None for n in needed))
+            gradients = iter(torch.autograd.grad(outputs, wanted, grads, allow_unused=True))
+        return (None, None, None, None, None, *(next(gradients) if n else None for n in needed))

@@ -1,4 +1,4 @@
-"""Which layers of an int8 model rotate their input: those whose inputs have outliers, measured on a few examples."""
+"""Chooses the int8 layers that rotate their input: those whose inputs have outliers, measured on a few examples."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ ROWS = 256
 
 
 def calibrate(flux: Flux, forward: Callable[[], Any]) -> list[str]:
-    """Run `forward`, which runs `flux`, and have those of its int8 layers rotate whose rounding error that at least
-    halves; their paths. A rotation costs a pass over the input and the decoded weight, so less is not worth it.
+    """Measure the int8 layers during forward(), which runs `flux`; rotate those where that at least halves the error.
+
+    Returns their paths. A smaller gain is not worth it: a rotation costs a pass over the input and the decoded weight.
     """
     computes = {m: m.compute for m in flux.modules() if isinstance(m, Linear) and m.compute.startswith("int8")}
     paths = {
@@ -44,20 +45,20 @@ def calibrate(flux: Flux, forward: Callable[[], Any]) -> list[str]:
             hook.remove()
         for layer, compute in computes.items():
             layer.compute = compute
-    rotated = [paths[layer] for layer, (plain, turned) in errors.items() if turned < plain / 2]
+    rotated = [paths[layer] for layer, (plain, rotating) in errors.items() if rotating < plain / 2]
     set_rotations(flux, rotated)
     return rotated
 
 
 def set_rotations(flux: Flux, paths: Collection[str]) -> None:
-    """Have the layers at these paths rotate their input, and no others."""
+    """Make the layers at these paths rotate their input, and no others."""
     for path, layer in flux.named_modules():
         if isinstance(layer, Linear):
             layer.rotation = rotation_block(layer.in_features) if path in paths else 0
 
 
 def rounding_errors(rows: Tensor, block: int) -> Tensor:
-    """(2,): |x - int8(x)| / |x| of up to 256 rows spread over `rows` (M, K), as they are and rotated."""
+    """(2,) relative int8 errors |x - int8(x)| / |x|, plain and rotated, of up to 256 rows spread over `rows` (M, K)."""
     rows = rows[:: max(1, len(rows) // ROWS)].float()
     return torch.stack([_error(rows), _error(rotate(rows, block))])
 

@@ -1,8 +1,8 @@
-"""CLIP-L's text model as it is trained: frozen where the transformer computes, with LoRA on its linear layers.
+"""CLIP-L's text model for training: frozen weights on the transformer's device, LoRA on its linear layers.
 
-To encode captions once, its blocks only pass by (fluxq/model/text_layers.py, whose mathematics this is). Where its LoRA
-changes from step to step they stay, captions are encoded anew in every step, and the gradient comes back through the
-pooled vector, FLUX.1's `y`. Names are those of transformers 5.
+The math is that of text_layers.py, which encodes captions once and streams the blocks. Here the LoRA changes every
+step, so the blocks stay loaded, each step encodes its captions again, and the gradient comes back through the pooled
+vector, FLUX.1's `y`. Names are those of transformers 5.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ from .linear import Linear
 from .text_layers import CLIP_BLOCK, CLIP_EPS, clip_block
 
 CLIP_TARGETS = r"encoder\..*"
-"""All linear layers: the attention's four and the MLP's two of each block, as sd-scripts trains them."""
+"""All linear layers, as in sd-scripts: in each block, four of the attention and two of the MLP."""
 
 Tokens = Callable[[Sequence[str]], tuple[Tensor, Tensor, list[bool]]]
-"""Captions to ids (B, L), the places of their end tokens (B,), and whether they were cut."""
+"""Captions -> token ids (B, L), the index of each end token (B,), and whether each caption was cut."""
 
 
 class Table(nn.Module):
-    """The frozen rows (N, D) of an embedding."""
+    """A frozen embedding of N rows (N, D)."""
 
     weight: Tensor
 
@@ -38,7 +38,7 @@ class Table(nn.Module):
 
 
 class LayerNorm(nn.Module):
-    """Over the last axis, frozen."""
+    """Layer norm over the last axis, frozen."""
 
     weight: Tensor
     bias: Tensor
@@ -61,12 +61,12 @@ class ClipBlock(nn.Module):
         self.mlp = nn.ModuleDict({"fc1": Linear(width, hidden), "fc2": Linear(hidden, width)})
 
     def forward(self, x: Tensor) -> Tensor:
-        """x (B, L, D) one block on."""
+        """x (B, L, D) after one block."""
         return clip_block(x, {name: self.get_submodule(name) for name in CLIP_BLOCK}, self.heads)
 
 
 class Clip(nn.Module):
-    """The text model of `config` (fluxq/formats/checkpoint/detect.py). Fresh from the constructor its buffers are to be loaded."""
+    """The text model of `config` (fluxq/formats/checkpoint/detect.py). A new one's buffers are uninitialized."""
 
     def __init__(self, config: Mapping[str, int], tokens: Tokens) -> None:
         super().__init__()
@@ -79,13 +79,13 @@ class Clip(nn.Module):
         self.final_layer_norm = LayerNorm(width)
 
     def pooled(self, captions: Sequence[str]) -> Tensor:
-        """(B, D) fp32: the last states at the captions' end tokens."""
+        """Pooled vectors (B, D) fp32 of captions."""
         ids, ends, _ = self._tokens(captions)
         device = self.final_layer_norm.weight.device
         return self(ids.to(device), ends.to(device)).float()
 
     def forward(self, ids: Tensor, ends: Tensor) -> Tensor:
-        """The last states (B, D) at the tokens `ends` (B,) of token ids (B, L)."""
+        """The final states (B, D) of token ids (B, L) at the indices `ends` (B,)."""
         x = self.embeddings["token_embedding"](ids)
         x = x + self.embeddings["position_embedding"](torch.arange(ids.shape[1], device=ids.device))
         for block in cast(nn.ModuleList, self.encoder["layers"]):

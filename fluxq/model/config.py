@@ -1,6 +1,6 @@
-"""What a FLUX.1 transformer and its autoencoder are made of, as numbers.
+"""The sizes of a FLUX.1 transformer and its autoencoder.
 
-Field names follow the reference implementation (black-forest-labs/flux, `FluxParams` and `AutoEncoderParams`).
+Field names are those of the reference implementation (black-forest-labs/flux, `FluxParams` and `AutoEncoderParams`).
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class FluxConfig:
-    """Shape of a FLUX.1 transformer. `hidden_size` is the width D; `axes_dim` splits one head among the three RoPE
-    axes.
-    """
+    """Sizes of a FLUX.1 transformer. hidden_size: the width D. axes_dim: one head's channels for each RoPE axis."""
 
     in_channels: int
     out_channels: int
@@ -30,7 +28,7 @@ class FluxConfig:
 
     def __post_init__(self) -> None:
         if self.hidden_size % self.num_heads:
-            raise ValueError(f"hidden_size {self.hidden_size} is no multiple of num_heads {self.num_heads}")
+            raise ValueError(f"hidden_size {self.hidden_size} is not a multiple of num_heads {self.num_heads}")
         if sum(self.axes_dim) != self.head_dim or any(d % 2 for d in self.axes_dim):
             raise ValueError(f"axes_dim {self.axes_dim} must be even and add up to the head width {self.head_dim}")
 
@@ -44,7 +42,7 @@ class FluxConfig:
 
     @classmethod
     def dev(cls) -> FluxConfig:
-        """FLUX.1 dev, and its kin with guidance embedding: Krea, Kontext."""
+        """FLUX.1 dev, and the other models with guidance embedding: Krea, Kontext."""
         return cls(64, 64, 768, 4096, 3072, 4.0, 24, 19, 38, (16, 56, 56), 10_000, True, True)
 
     @classmethod
@@ -54,13 +52,13 @@ class FluxConfig:
 
     @classmethod
     def nano(cls) -> FluxConfig:
-        """The bundled toy."""
+        """The bundled toy model (fluxq/nano)."""
         return cls(64, 64, 64, 128, 192, 4.0, 6, 2, 2, (4, 14, 14), 10_000, True, True)
 
 
 @dataclass(frozen=True)
 class AutoEncoderConfig:
-    """Shape of the FLUX.1 autoencoder: 8 pixels a latent side, z_channels channels, latents = scale * (z - shift)."""
+    """Sizes of the FLUX.1 autoencoder: 8 x 8 pixels per latent, z_channels channels, latents = scale * (z - shift)."""
 
     resolution: int = 256
     in_channels: int = 3

@@ -1,8 +1,8 @@
-"""What a training step of FLUX.1 costs, as numbers: the table that the planner reads (fluxq/offload/costs.py).
+"""The costs of a FLUX.1 training step: the table that the planner reads (fluxq/offload/costs.py).
 
-Bytes of weights are exact, as the quantized file and the arena lay them out. FLOPs are counted per matrix product, two
-a weight and row. Bytes that are moved are those of the ops that wait for memory, in fused kernels: what each reads and
-writes once, and the weights that are decoded.
+Bytes of weights are exact: those of the quantized file and the arena. FLOPs are those of matrix products, two per
+weight and row. Bytes moved are those of memory-bound fused kernels, each input and output counted once, and of decoding
+weights.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from .text import CLIP_LENGTH
 from .units import REST, unit_of
 from .working_set import Product, Shape, backward_peak, forward_peak, scratch
 
-BYTES = {"nf4": 0.5625, "fp8": 1.0, "int8": 1.0, "bf16": 2.0}
-"""Of a weight in each format, with NF4's scales."""
+BYTES_PER_WEIGHT = {"nf4": 0.5625, "fp8": 1.0, "int8": 1.0, "bf16": 2.0}
+"""By format, NF4's scales included."""
 
-ERRORS = {"bf16": 0.002, "int8": 0.009, "fp8": 0.026, "nf4": 0.092}
-"""Relative error of normally distributed weights in each format, and of products in each type."""
+RELATIVE_ERROR = {"bf16": 0.002, "int8": 0.009, "fp8": 0.026, "nf4": 0.092}
+"""Of normally distributed weights in each format, and of products in each type."""
 
-OPTIMIZER_BYTES = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
-"""Of state for a weight; in 8 bits two fp32 scales for each 256. Fewer than 4,096 weights stay in fp32: not counted."""
+OPTIMIZER_BYTES_PER_WEIGHT = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
+"""Bytes of state per weight; in 8 bits, with two fp32 scales per 256. Ignores that tensors below 4,096 stay fp32."""
 
 AUTOENCODER = 4 * 83_819_683
 """Bytes of the autoencoder's weights, in fp32."""
 
 TILES = ((None, 6.0), (32, 2.2))
-"""Rows at a time, and the most maps of `ch` (128) channels that decoding has at once (tests/model/test_bands.py)."""
+"""Rows at a time (None: all), and the peak of decoding in maps of `ch` (128) channels (tests/model/test_bands.py)."""
 
 MLP = {"mlp.0": ("hidden", "hidden"), "mlp.2": ("end", "end")}
 ATTENTION = {"attn.qkv": ("qkv", "qkv"), "attn.proj": ("proj", "residual")}
@@ -60,10 +60,10 @@ def flux_costs(
     chunk: int = CHUNKS[86],
     clip: Mapping[str, tuple[int, ...]] | None = None,
 ) -> Costs:
-    """The table for steps of `batch` images of `img_tokens` with captions of `txt_tokens`.
+    """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
-    clip: name and shape of every tensor of CLIP-L, where it is trained (fluxq/model/clip.py).
     chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/cutting.py).
+    clip: name -> shape of every tensor of CLIP-L, if it trains (fluxq/model/clip.py).
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
@@ -74,7 +74,8 @@ def flux_costs(
     )
     sizes = {unit: length for unit, (_, length) in layout(shapes, format).items()}
 
-    trained, blocks, every = encoder.trained > 0 or any("_in." in f".{p}." or p.endswith("_in") for p in lora), [], []
+    trained = encoder.trained > 0 or any("_in." in f".{p}." or p.endswith("_in") for p in lora)
+    blocks, products = [], []
     for name in _blocks(config):
         own = {p: r for p, r in lora.items() if p.startswith(f"{name}.")}
         shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates)
@@ -83,8 +84,8 @@ def flux_costs(
         units = units if gates else tuple(u for u in units if not u.endswith(".mod"))
         gradients = sum(4 * r * sum(layers[p]) for p, r in own.items())
         blocks.append(_block(name, units, shape, trained, first, gradients))
-        every += shape.products
-    streams = format != "bf16"  # whole files in bf16 are loaded whole, modulation too
+        products += shape.products
+    streams = format != "bf16"  # bf16 models are loaded whole, modulation included
     modulation = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
     window = max(1, FEW_ROWS // batch)
     weights = {p: r * sum(layers[p]) for p, r in lora.items()}
@@ -93,20 +94,20 @@ def flux_costs(
     return Costs(
         format=format,
         compute=compute,
-        error=math.hypot(ERRORS[format], ERRORS[compute.removesuffix("_dx")]),
+        error=math.hypot(RELATIVE_ERROR[format], RELATIVE_ERROR[compute.removesuffix("_dx")]),
         units={u: size for u, size in sizes.items() if u != REST and u not in modulation},
         blocks=tuple(blocks),
         ahead=modulation if streams else {},
         ahead_step=batch * 2 * sum(s[0] for p, s in layers.items() if unit_of(p).endswith(".mod")),
-        ahead_peak=window * batch * 2 * 2 * 12 * config.hidden_size,  # a block's rows, and its halves before they join
+        ahead_peak=window * batch * 2 * 2 * 12 * config.hidden_size,  # a block's rows, and the halves before joining
         window=window if streams and modulation else 0,
         streams=streams,
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
         lora=4 * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
-        optimizer=int(total * OPTIMIZER_BYTES[optimizer]),
+        optimizer=int(total * OPTIMIZER_BYTES_PER_WEIGHT[optimizer]),
         optimizer_peak=4 * total if optimizer == "adamw" else 0,
-        scratch=scratch(every, chunk) + angles + encoder.activations,
+        scratch=scratch(products, chunk) + angles + encoder.activations,
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows) + encoder.work,
         accumulates=accumulates,
         tiles=tuple((band, AUTOENCODER + int(maps * img_tokens * 256 * 128 * 4)) for band, maps in TILES),
@@ -115,8 +116,10 @@ def flux_costs(
 
 
 class _Encoder(NamedTuple):
-    """CLIP-L's share: bytes of its frozen weights, in bf16, and of what it keeps for its backward pass, which is there
-    all the while the transformer runs; its trained weights; the work of both passes.
+    """CLIP-L's share of a step.
+
+    frozen: bytes of its weights, in bf16. trained: number of LoRA weights. activations: bytes kept for its backward
+    pass while the transformer runs. work: of both passes.
     """
 
     frozen: int
@@ -132,7 +135,7 @@ def _encoder(clip: Mapping[str, tuple[int, ...]], rank: int, batch: int) -> _Enc
     return _Encoder(
         frozen=2 * sum(map(math.prod, clip.values())),
         trained=rank * sum(n + k for n, k in layers),
-        # of a block: x twice, normed twice, q, k, v, attention; hidden, its sigmoid, their product
+        # per block: x twice, normed twice, q, k, v, attention output; hidden, its sigmoid, their product
         activations=2 * tokens * sum(8 * width + 3 * hidden for hidden, width in mlps),
         work=Work(bf16=4.0 * tokens * weights, moved=2.0 * 2 * weights),
     )
@@ -146,7 +149,7 @@ def tensors(config: FluxConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def chosen(paths: Sequence[str], targets: str | Sequence[str]) -> list[str]:
-    """Those of `paths` that get LoRA (fluxq/model/lora.py)."""
+    """The `paths` that get LoRA (fluxq/model/lora.py)."""
     expressions = [TARGETS.get(t, t) for t in ([targets] if isinstance(targets, str) else targets)]
     return [path for path in paths if any(re.fullmatch(e, path) for e in expressions)]
 
@@ -170,7 +173,9 @@ def _shape(
 ) -> Shape:
     def product(path: str, rows: int, feeds: str, n: int | None = None, produced: bool = True) -> Product:
         whole, k = layers[f"{name}.{path}"]
-        return Product(rows, n or whole, k, lora.get(f"{name}.{path}", 0), compute, feeds, BYTES[format], produced)
+        return Product(
+            rows, n or whole, k, lora.get(f"{name}.{path}", 0), compute, feeds, BYTES_PER_WEIGHT[format], produced
+        )
 
     single = name.startswith("single")
     if single:
@@ -195,24 +200,24 @@ def _shape(
 
 
 def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first: bool, gradients: int) -> BlockCost:
-    """`first`: nothing upstream is trained, so that the inputs need no gradient."""
-    begins = {"qkv", "hidden"} if shape.single else {"qkv"}
+    """first: nothing before the block trains, so its inputs need no gradient."""
+    input_products = {"qkv", "hidden"} if shape.single else {"qkv"}
     backward, forward = Work(), Work(attention=_attention(shape), moved=_moved_forward(shape))
     for _, products in shape.streams.values():
         for short, p in products.items():
             forward += _product(p)
-            backward += _product_backward(p, not (first and short in begins))
+            backward += _product_backward(p, not (first and short in input_products))
     backward += Work(attention_backward=2.5 * _attention(shape), moved=_moved_backward(shape))
-    policies, beside = {}, shape.u if shape.single else 0  # in the forward pass the double blocks' last outputs wait
+    policies, waiting = {}, shape.u if shape.single else 0  # forward holds the last double block's outputs to the end
     for policy in POLICIES if trained else ():
         kept = shape.u + sum(shape.kept(policy).values())
-        peaks = forward_peak(shape, policy) + beside, backward_peak(shape, policy)
+        peaks = forward_peak(shape, policy) + waiting, backward_peak(shape, policy)
         policies[policy] = PolicyCost(kept, _replay(shape, policy), *peaks, exact=policy != "keep_all8")
     return BlockCost(
         name,
         units,
         forward,
-        forward_peak(shape, "recompute") + beside,
+        forward_peak(shape, "recompute") + waiting,
         shape.u,
         gradients,
         backward if trained else Work(),
@@ -221,7 +226,7 @@ def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first
 
 
 def _attention(shape: Shape) -> float:
-    """FLOPs of attention: two products of every token with every other of its image."""
+    """FLOPs of attention: two products of each token with every token of its image."""
     return 4.0 * shape.rows * (shape.rows / shape.batch) * shape.width
 
 
@@ -233,21 +238,23 @@ def _product(p: Product) -> Work:
     return Work(**{p.eight_bits or "bf16": base}, moved=moved) + Work(bf16=small)
 
 
-def _product_backward(p: Product, wide: bool) -> Work:
-    """The gradients of the input, if it is wanted (`wide`), and of LoRA."""
-    base, moved = (2.0 * p.rows * p.weights, _decoding(p, p.eight_bits_back, True)) if wide else (0.0, 0.0)
-    if p.eight_bits_back:
+def _product_backward(p: Product, input_gradient: bool) -> Work:
+    """The gradients of LoRA and, if `input_gradient`, of the input."""
+    base, moved = (
+        (2.0 * p.rows * p.weights, _decoding(p, p.eight_bits_backward, True)) if input_gradient else (0.0, 0.0)
+    )
+    if p.eight_bits_backward:
         moved += p.rows * p.n * 3  # dy is read and written in 8 bits
     small = 0.0
     if p.rank:
-        small = 2.0 * p.rows * p.rank * (2 * (p.n + p.k) if wide else 2 * p.n + p.k)
+        small = 2.0 * p.rows * p.rank * (2 * (p.n + p.k) if input_gradient else 2 * p.n + p.k)
         moved += 2 * p.rows * (p.n + p.k)  # for the gradients of up and down
-        moved += 4 * p.rows * p.k if wide and not p.eight_bits_back else 0  # ds down is added to dx
-    return Work(**{p.eight_bits_back or "bf16": base}, moved=moved) + Work(bf16=small)
+        moved += 4 * p.rows * p.k if input_gradient and not p.eight_bits_backward else 0  # ds down is added to dx
+    return Work(**{p.eight_bits_backward or "bf16": base}, moved=moved) + Work(bf16=small)
 
 
 def _replay(shape: Shape, policy: str) -> Work:
-    """What is computed again: products whose output is read, attention, and the steps between."""
+    """The work of recomputing what `policy` did not keep: products whose output is read, attention, elementwise ops."""
     work, unread, keeps = Work(), shape.unread(policy), POLICIES[policy]
     for _, products in shape.streams.values():
         for p in products.values():
@@ -255,7 +262,7 @@ def _replay(shape: Shape, policy: str) -> Work:
                 work += _product(p)
             elif p.rank:  # LoRA's gradient reads x down^T
                 work += Work(bf16=2.0 * p.rows * p.rank * p.k, moved=0 if p.eight_bits else 2 * p.rows * p.k)
-    moved = 2 + (10 if shape.single else 8) + 2  # modulate, GELU, and the sum that nobody reads
+    moved = 2 + (10 if shape.single else 8) + 2  # modulate, GELU, and the last sum, which nobody reads
     moved += 0 if "qkv" in keeps else 6
     moved += 0 if shape.single else 2 if "residual" in keeps else 4
     moved += 6 if policy == "keep_all8" else 0
@@ -264,7 +271,7 @@ def _replay(shape: Shape, policy: str) -> Work:
 
 
 def _moved_forward(shape: Shape) -> float:
-    """Bytes of the steps between products: what each reads and writes, in U, one stream of activations."""
+    """Bytes that the ops between matrix products read and write, counted in U (one activation)."""
     modulate, norm_rope, gelu, gated_add = 2, 6, 10 if shape.single else 8, 3
     gated_add_modulate = 0 if shape.single else 4
     return (modulate + norm_rope + gelu + gated_add + gated_add_modulate) * shape.u + _eight_bit_moved(shape)
@@ -277,13 +284,13 @@ def _moved_backward(shape: Shape) -> float:
 
 
 def _eight_bit_moved(shape: Shape) -> float:
-    """Inputs written in 8 bits as well."""
-    shared = "hidden" if shape.single else ""  # a single block's first layer is two products of one input
+    """Bytes of writing inputs in 8 bits too."""
+    shared = "hidden" if shape.single else ""  # a single block's first layer is two products of the same input
     return sum(p.rows * p.k for p in shape.products if p.eight_bits and p.feeds != shared)
 
 
 def _decoding(p: Product, eight_bits: str, transposed: bool = False) -> float:
-    """Bytes read and written to have the weight in the type that is multiplied."""
+    """Bytes read and written to decode the weight into the type of the product."""
     if not eight_bits:
         return 0.0 if p.stored == 2 else p.weights * (p.stored + 2)
     return 0.0 if p.stored == 1 and not transposed else p.weights * (p.stored + 1)
@@ -298,7 +305,7 @@ def _outside(
     trained: int,
     rows: int,
 ) -> Work:
-    """Embedders, the last layer and its gradient, and the optimizer: it reads and writes weights, gradients, state."""
+    """Work outside the blocks: embedders, last layer and its gradient, optimizer (weights, gradients, state)."""
     n_img, k_img = layers["img_in"]
     n_txt, k_txt = layers["txt_in"]
     n_out, k_out = layers["final_layer.linear"]

@@ -1,4 +1,4 @@
-"""What enters the transformer besides the streams: sinusoids of time and guidance, and the angles of RoPE."""
+"""Inputs of the transformer: packed latents, token positions and their RoPE angles, embedded time and guidance."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ from .linear import Linear
 
 
 def sinusoid(s: Tensor, width: int = 256) -> Tensor:
-    """(B, width) fp32 embedding of the scalars s (B,) in 0..1: cosines, then sines, of 1000 s times falling
-    frequencies.
-    """
+    """(B, width) embedding of scalars s (B,), fp32 or wider: cosines, then sines, of 1000 s at falling frequencies."""
     s = s.to(torch.promote_types(s.dtype, torch.float32))
     half = width // 2
     frequencies = torch.exp(-math.log(10_000) * torch.arange(half, dtype=s.dtype, device=s.device) / half)
@@ -35,9 +33,9 @@ class MLPEmbedder(nn.Module):
 
 
 def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Tensor, Tensor]:
-    """cos and sin (B or 1, 1, L, D/2) of every token's angles; ids (B, L, axes) or (L, axes), one position per axis.
+    """cos and sin (B or 1, 1, L, D/2), fp32, of every token's angles; ids (B, L, axes) or (L, axes) are positions.
 
-    Angles are computed in fp64 and handed on in fp32: positions reach the hundreds, and fp32 loses digits there.
+    Angles are computed in fp64: positions reach the hundreds, where fp32 loses digits.
     """
     positions = ids.double() if ids.ndim == 3 else ids.double()[None]
     angles = [
@@ -49,7 +47,7 @@ def rope_angles(ids: Tensor, axes_dim: tuple[int, ...], theta: int) -> tuple[Ten
 
 
 def image_ids(height: int, width: int, device: torch.device | str | None = None) -> Tensor:
-    """(height * width, 3) positions (0, row, column) of an image of that many tokens."""
+    """(height * width, 3) positions (0, row, column) of an image of height x width tokens."""
     rows, columns = torch.arange(height, device=device), torch.arange(width, device=device)
     rows, columns = torch.meshgrid(rows, columns, indexing="ij")
     return torch.stack([torch.zeros_like(rows), rows, columns], dim=-1).flatten(0, 1).float()
@@ -61,7 +59,7 @@ def text_ids(length: int, device: torch.device | str | None = None) -> Tensor:
 
 
 def pack(latents: Tensor) -> Tensor:
-    """(B, C, H, W) latents -> (B, H/2 W/2, 4 C) tokens of 2 x 2; channel index c * 4 + row * 2 + column."""
+    """(B, C, H, W) latents -> (B, H/2 W/2, 4 C) tokens of 2 x 2 latents; channel index c * 4 + row * 2 + column."""
     b, c, h, w = latents.shape
     return latents.view(b, c, h // 2, 2, w // 2, 2).permute(0, 2, 4, 1, 3, 5).reshape(b, h // 2 * (w // 2), c * 4)
 

@@ -1,7 +1,7 @@
-"""How a unit's tensors lie in its bytes: in the quantized file, in the arena, and in a slot on the GPU.
+"""The byte layout of a unit: the same in the quantized file, in the arena, and in a slot on the GPU.
 
-A matrix in NF4 is `<layer>.codes` and `.absmax`, in 8 bits `<layer>.values` and `.scale`; every other tensor keeps its
-name, in 16 bits. Each begins at a multiple of ALIGNMENT bytes.
+An NF4 matrix is stored as `<layer>.codes` and `.absmax`, an 8-bit one as `<layer>.values` and `.scale`. Every other
+tensor keeps its name and is bf16. Each starts at a multiple of ALIGNMENT bytes.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class Place:
-    """Where a tensor lies in its unit: `start` in bytes, a multiple of ALIGNMENT."""
+    """A tensor's place in its unit: `start` in bytes, a multiple of ALIGNMENT."""
 
     name: str
     dtype: torch.dtype
@@ -34,7 +34,10 @@ class Place:
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
-    """unit -> (its tensors' places, its length in bytes), for a transformer of these shapes stored as `format`."""
+    """unit -> (places of its tensors, its length in bytes), for a transformer of these shapes stored as `format`.
+
+    Raises ValueError for an unknown format.
+    """
     units = {}
     for unit, names in by_unit(shapes).items():
         stored = (stored_parts(name, shapes[name], format if unit != REST else "bf16") for name in names)
@@ -43,7 +46,7 @@ def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tupl
 
 
 def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[Place], int]:
-    """The places of (name, dtype, shape) one after another, and the length of them all."""
+    """The places of tensors (name, dtype, shape) one after another, and their total length in bytes."""
     places, end = [], 0
     for name, dtype, shape in parts:
         places.append(Place(name, dtype, shape, end))
@@ -52,7 +55,7 @@ def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[l
 
 
 def stored_parts(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:
-    """What the tensor `name` is stored as: (name, dtype, shape) of one tensor, or of the two that a container has."""
+    """(name, dtype, shape) of the stored tensors that hold `name`: one, or the two of a quantized container."""
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
     if len(shape) < 2 or format == "bf16":

@@ -13,9 +13,9 @@ from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora
 class Linear(nn.Module):
     """y = x W^T + bias [+ scale (x down^T) up^T].
 
-    W (N, K) and bias (N,) are buffers: frozen is a buffer, trainable is a parameter. A quantized W is held as the
-    buffers of its container (`codes` and `absmax`, or `values` and `scale`) in place of `weight`. `lora_down` (R, K)
-    and `lora_up` (N, R) are fp32 parameters once added.
+    Frozen tensors are buffers, trainable ones are parameters. `weight` is W (N, K), `bias` (N,); a quantized W is held
+    as the buffers of its container instead (`codes` and `absmax`, or `values` and `scale`). Once added, `lora_down`
+    (R, K) and `lora_up` (N, R) are fp32 parameters.
     """
 
     weight: Tensor | None
@@ -36,14 +36,17 @@ class Linear(nn.Module):
 
     @property
     def frozen(self) -> Weight:
-        """The weight as it is stored."""
+        """The weight as stored: a tensor or a quantized container."""
         if self._container is not None:
             return self._container(*(self.get_buffer(f.name) for f in fields(self._container)))
-        assert self.weight is not None, "a weight is plain or in a container"
+        assert self.weight is not None, "the weight is neither a tensor nor in a container"
         return self.weight
 
     def store(self, weight: Weight) -> None:
-        """Hold the (N, K) matrix that `weight` stands for from now on, as it is stored and where it lies."""
+        """Replace the frozen weight by `weight` (N, K), in its own format and on its own device.
+
+        Raises ValueError for another shape.
+        """
         if tuple(weight.shape) != (self.out_features, self.in_features):
             raise ValueError(
                 f"the layer holds a ({self.out_features}, {self.in_features}) weight, not {tuple(weight.shape)}"
@@ -58,13 +61,13 @@ class Linear(nn.Module):
             self.register_buffer(field.name, getattr(weight, field.name))
 
     def add_lora(self, rank: int, alpha: float, generator: torch.Generator | None = None) -> None:
-        """Add LoRA of `rank`, scaled by alpha / rank; up starts at zero: the layer's output does not change yet."""
+        """Add LoRA of `rank`, scaled by alpha / rank. `lora_up` starts at zero, so the output does not change yet."""
         bound = self.in_features**-0.5
         down = torch.empty(rank, self.in_features).uniform_(-bound, bound, generator=generator)
         self.set_lora(down, torch.zeros(self.out_features, rank), alpha / rank)
 
     def set_lora(self, down: Tensor | None, up: Tensor | None, scale: float) -> None:
-        """Have this LoRA, down (R, K) and up (N, R), as fp32 parameters where the frozen weight lies; or none."""
+        """Set the LoRA: down (R, K), up (N, R), as fp32 parameters on the frozen weight's device. None removes it."""
         device = next(self.buffers()).device
         self.lora_down = None if down is None else nn.Parameter(down.to(device, torch.float32))
         self.lora_up = None if up is None else nn.Parameter(up.to(device, torch.float32))
@@ -72,13 +75,13 @@ class Linear(nn.Module):
 
     @property
     def wants(self) -> Wants:
-        """The form in which this layer wants its input: what to tell the op before it."""
+        """The form in which this layer reads its input, for the op that makes it."""
         return wants(self.compute, self.lora_down, next(self.buffers()), self.rotation)
 
     def forward(self, x: Tensor | Activations, rows: slice = slice(None), feeds: str | None = None) -> Tensor:
-        """x (..., K), or what the op before gave for `wants`, -> (..., N), or only those `rows` of N.
+        """x (..., K), or the form that `wants` describes, -> (..., N), or only `rows` of the N outputs.
 
-        `feeds`: the value that is made from the output alone (fluxq/kernels/replay.py).
+        feeds: the value that is made from the output alone (fluxq/kernels/replay.py).
         """
         bias, up = (t if t is None else t[rows] for t in (self.bias, self.lora_up))
         return lora_linear(

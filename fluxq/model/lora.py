@@ -1,4 +1,4 @@
-"""LoRA on a transformer: which layers get it, and how it is added, listed and taken out (Hu et al. 2021)."""
+"""LoRA on a model (Hu et al. 2021): choose layers, add it, list it, replace it, scale it."""
 
 from __future__ import annotations
 
@@ -18,9 +18,7 @@ TARGETS = {
     "attention+mlp": r"(double_blocks\.\d+\.(img|txt)_(attn\.(qkv|proj)|mlp\.[02])|single_blocks\.\d+\.linear[12])",
     "all": r"((double|single)_blocks\..*|(img|txt)_in|(time|vector|guidance)_in\.(in|out)_layer)",
 }
-"""Presets of `targets`. A single block computes attention and MLP in the same two layers, so both presets train
-those.
-"""
+"""Presets of `targets`. Both of the first two train a single block's two layers, which compute attention and MLP."""
 
 
 def add_lora(
@@ -30,10 +28,10 @@ def add_lora(
     targets: str | Sequence[str] = "attention+mlp",
     generator: torch.Generator | None = None,
 ) -> dict[str, Linear]:
-    """Add LoRA of `rank`, scaled by alpha / rank, to every linear layer whose path `targets` matches; path -> layer.
+    """Add LoRA of `rank`, scaled by alpha / rank, to every linear layer whose path `targets` match; path -> layer.
 
-    `targets` is a preset of TARGETS or regular expressions, each matched against the whole path. Raises WrongRequest
-    where an expression is malformed or matches no layer.
+    targets: a preset of TARGETS, or regular expressions, each matched against the whole path. Raises WrongRequest if
+    rank < 1, or if an expression is malformed or matches no layer.
     """
     if rank < 1:
         raise WrongRequest(f"rank must be at least 1, not {rank}")
@@ -45,18 +43,18 @@ def add_lora(
 
 
 def targeted(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """Those of `paths`, in their order, that `targets` match, as in `add_lora`."""
+    """The `paths` that `targets` match, in their order; targets and errors as in `add_lora`."""
     if not targets:
-        raise WrongRequest(f"no targets were given for the LoRA; presets are {', '.join(TARGETS)}")
+        raise WrongRequest(f"no targets were given for the LoRA; presets: {', '.join(TARGETS)}")
     paths, chosen = list(paths), set()
     for expression in (TARGETS.get(t, t) for t in ([targets] if isinstance(targets, str) else targets)):
         try:
             matched = {path for path in paths if re.fullmatch(expression, path)}
         except re.error as error:
-            raise WrongRequest(f"the target {expression!r} is no regular expression: {error}") from error
+            raise WrongRequest(f"the target {expression!r} is not a regular expression: {error}") from error
         if not matched:
             raise WrongRequest(
-                f"the target {expression!r} matches no layer; presets are {', '.join(TARGETS)}, a path is {paths[0]}"
+                f"the target {expression!r} matches no layer; presets: {', '.join(TARGETS)}, a path is {paths[0]}"
             )
         chosen |= matched
     return [path for path in paths if path in chosen]
@@ -68,7 +66,7 @@ def lora_layers(model: nn.Module) -> dict[str, Linear]:
 
 
 def set_lora(model: nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor, float]]) -> None:
-    """Give the layers at these paths this LoRA, (down (R, K), up (N, R), scale), and every other layer none."""
+    """Set the LoRA of every linear layer: path -> (down (R, K), up (N, R), scale). Layers without an entry get none."""
     for path, layer in ((p, m) for p, m in model.named_modules() if isinstance(m, Linear)):
         down, up, scale = adapters.get(path, (None, None, 1.0))
         layer.set_lora(down, up, scale)
@@ -76,7 +74,7 @@ def set_lora(model: nn.Module, adapters: Mapping[str, tuple[Tensor, Tensor, floa
 
 @contextmanager
 def lora_strength(model: nn.Module, strength: float) -> Iterator[None]:
-    """Inside, every LoRA of `model` acts `strength` times as strongly; 0 is the model without it."""
+    """Inside, every LoRA of `model` is multiplied by `strength`; 0 switches it off."""
     layers = lora_layers(model).values()
     before = [layer.lora_scale for layer in layers]
     for layer in layers:

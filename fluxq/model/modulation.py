@@ -1,12 +1,12 @@
-"""Modulation ahead of time: the rows that modulate the blocks in coming micro-steps, from one pass over its weights.
+"""Modulation ahead of time: one pass over its weights computes the modulation rows of many micro-steps.
 
-Modulation holds 27 % of the weights, sees one vector an example, and unless something upstream of it trains, depends
-only on what is known before a run begins. So its weights pass through the GPU once for many micro-steps, and are not
-there in between; the rows (344 D numbers an example, 2.1 MB in FLUX.1) wait in the host's memory.
+Modulation holds 27 % of the weights but sees one vector per example, and unless something upstream trains, it depends
+only on what is known before the run. So its weights pass through the GPU once for many micro-steps and take no memory
+in between. The rows (344 D numbers per example, 2.1 MB in FLUX.1) wait in host memory.
 
-Rows are computed in tiles. Tile k is that of the W micro-steps from k W on; all of it is always computed, with every
-micro-step at its own place, absent examples filled up with zeros. So an example's place and the shape of every product
-depend on the micro-step's number alone, and not one bit depends on where a run was resumed.
+Rows are computed in tiles. Tile k holds the W micro-steps from k W on. It is always computed as a whole: each
+micro-step has a fixed place, and missing examples are zeros. An example's place and the shape of every product depend
+only on the micro-step's number, so results are bit-identical no matter where a run was resumed.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ Conditioning = tuple[Tensor, Tensor, Tensor | None]
 
 
 def is_known_ahead(config: FluxConfig, targets: str | Sequence[str]) -> bool:
-    """Whether LoRA on `targets` leaves modulation as it is. Raises WrongRequest for targets that are no such."""
+    """Whether modulation stays fixed while LoRA on `targets` trains. Raises WrongRequest for invalid targets."""
     with torch.device("meta"):
         flux = Flux(config)
     add_lora(flux, 1, 1, targets, torch.Generator())
@@ -35,11 +35,11 @@ def is_known_ahead(config: FluxConfig, targets: str | Sequence[str]) -> bool:
 
 
 class Lookahead:
-    """The modulation of micro-steps by number, for `flux` as its LoRA and its layers are now.
+    """The modulation rows of each micro-step, for `flux` with its current LoRA and layers.
 
-    conditioning(index) is that of micro-step `index`, of at most `batch` examples; `steps` is how many there are, None
-    for any number. A tile has the rows of as many examples as fit into FEW_ROWS: up to there a product takes the time
-    of reading its weight, and is computed in 16 bits whatever the layers' `compute`, as it is in the step.
+    conditioning(index): that of micro-step `index`, at most `batch` examples. steps: how many micro-steps there are;
+    None: no limit. A tile holds up to FEW_ROWS examples: up to there a product takes as long as reading its weight, and
+    runs in 16 bits whatever the layers' `compute`, just as within the step.
     """
 
     def __init__(
@@ -53,9 +53,7 @@ class Lookahead:
         self._tile, self._counts, self._rows = -1, list[int](), list[Tensor]()
 
     def rows(self, index: int) -> tuple[Tensor, ...] | None:
-        """What `flux` takes as `modulation` in micro-step `index`; None where something upstream of it trains, so that
-        it has to be computed in the step.
-        """
+        """The `modulation` argument of `flux` in micro-step `index`; None if it trains, and so belongs in the step."""
         if self._trains and torch.is_grad_enabled():
             return None
         tile, place = divmod(index, self._window)
@@ -70,15 +68,15 @@ class Lookahead:
         flux, start = self._flux, tile * self._window
         stop = start + self._window if self._steps is None else min(start + self._window, self._steps)
         timesteps, y, guidance = zip(*(self._conditioning(index) for index in range(start, stop)), strict=True)
-        guided = None if guidance[0] is None else self._filled_up(guidance)
+        guided = None if guidance[0] is None else self._padded(guidance)
         flux.ring.foresee([(block.modulation_unit,) for block in flux.blocks])
-        # The host waits for each block's rows, so that they take no room on the GPU. This pass waits for copies of
-        # weights anyway, and those go on meanwhile.
-        self._rows = [r.cpu() for r in flux.modulation_rows(self._filled_up(timesteps), self._filled_up(y), guided)]
+        # .cpu() synchronizes after each block, so rows never pile up on the GPU. It costs nothing: this pass waits for
+        # weight copies anyway, and they continue meanwhile.
+        self._rows = [r.cpu() for r in flux.modulation_rows(self._padded(timesteps), self._padded(y), guided)]
         self._tile, self._counts = tile, [len(t) for t in timesteps]
 
-    def _filled_up(self, values: Sequence[Tensor]) -> Tensor:
-        """The values (b, ...) of the tile's micro-steps, each at its place, on the model's device."""
+    def _padded(self, values: Sequence[Tensor]) -> Tensor:
+        """The values (b, ...) of the tile's micro-steps, each at its place, zero-padded, on the model's device."""
         tile = values[0].new_zeros(self._window, self._batch, *values[0].shape[1:])
         for place, value in zip(tile, values, strict=False):
             place[: len(value)] = value

@@ -1,6 +1,6 @@
-"""Captions to what the transformer reads: T5's token states and CLIP's pooled vector.
+"""Encodes captions for the transformer: T5's token states and CLIP's pooled vector.
 
-Padding is attended to, as FLUX.1 was trained; T5 runs in bf16 or fp32, never fp16, where its feed-forward layers
+Padding is attended to, as in FLUX.1's training. T5 runs in bf16 or fp32, never in fp16: its feed-forward layers would
 overflow.
 """
 
@@ -13,20 +13,22 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .text_layers import ClipEncoder, T5Encoder, Tick
+from .text_layers import BlockProgress, ClipEncoder, T5Encoder
 
 Tokenize = Callable[[str], list[int]]
-"""A caption to its token ids, without special tokens, without padding, of any length."""
+"""A caption -> its token ids, any number of them, without special tokens and padding."""
 
 CLIP_LENGTH = 77
 STATES_BYTES = {"cpu": 128 << 20, "cuda": 512 << 20}
-"""T5 states of the captions of one call. More captions share one reading of the file; on a CPU that is short beside the
-computing, and an interrupt should lose little."""
+"""Bytes of T5 states that one call may return. Each call reads the file once, so more captions per call read it less
+often. On a CPU, reading is fast next to computing, and smaller calls lose less when interrupted."""
 
 
 class Encoded(NamedTuple):
-    """t5 (B, L, D) and clip (B, D2) in the encoders' dtype; per caption the number of T5 tokens it has, whether it was
-    cut to L of them, and whether it was cut to CLIP_LENGTH of CLIP's.
+    """t5 (B, L, D) and clip (B, D2) in the encoders' dtype.
+
+    Per caption: tokens, its length in T5 tokens; truncated, whether it was cut to L of them; clip_truncated, whether it
+    was cut to CLIP_LENGTH CLIP tokens.
     """
 
     t5: Tensor
@@ -38,9 +40,9 @@ class Encoded(NamedTuple):
 
 @dataclass(frozen=True)
 class TextEncoders:
-    """T5's encoder and CLIP-L's text model with their tokenizers, at a T5 length of `length` tokens.
+    """T5's encoder and CLIP-L's text model with their tokenizers. T5 captions have `length` tokens.
 
-    clip_ids are CLIP's (begin, end) tokens; padding is the end token. T5 ends with 1 and pads with 0.
+    clip_ids: CLIP's (begin, end) tokens; it pads with the end token. T5 ends with 1 and pads with 0.
     """
 
     t5: T5Encoder
@@ -50,11 +52,11 @@ class TextEncoders:
     clip_ids: tuple[int, int]
     length: int
     group: int
-    """How many captions are best given to one `encode`: each call reads both models' files once."""
+    """The best number of captions per call of `encode`: each call reads both models' files once."""
 
     @torch.no_grad()
-    def encode(self, captions: Sequence[str], tick: Tick = lambda done, total: None) -> Encoded:
-        """`tick` is called after each of T5's blocks."""
+    def encode(self, captions: Sequence[str], tick: BlockProgress = lambda done, total: None) -> Encoded:
+        """Encode captions; `tick` is called after each T5 block."""
         ids, ends, clip_truncated = clip_tokens(captions, self.clip_tokenize, self.clip_ids)
         clip = self.clip(ids, ends)
 
@@ -68,9 +70,9 @@ class TextEncoders:
 def clip_tokens(
     captions: Sequence[str], tokenize: Tokenize, special: tuple[int, int]
 ) -> tuple[Tensor, Tensor, list[bool]]:
-    """CLIP's token ids (B, CLIP_LENGTH), the places of their end tokens (B,), and whether captions were cut to them.
+    """CLIP's token ids (B, CLIP_LENGTH), the index of each end token (B,), and whether each caption was cut.
 
-    special: the (begin, end) tokens; padding is the end token.
+    special: the (begin, end) tokens; the end token is also the padding.
     """
     begin, end = special
     tokens = [tokenize(caption) for caption in captions]

@@ -1,8 +1,8 @@
-"""T5's encoder and CLIP's text model, run one block at a time: each is a unit, and only a few need be in memory.
+"""T5's encoder and CLIP's text model, run block by block: each block is a unit, and only a few are in memory at once.
 
-All captions go through a block before the next is asked for, in batches. T5 is version 1.1 (Raffel et al. 2020; Shazeer
-2020): gated GELU, no biases, attention without a scale and with a learned bias by distance. CLIP is OpenAI's
-(Radford et al. 2021). No padding is masked, as FLUX.1 was trained.
+All captions pass through a block, in batches, before the next block is read. T5 is version 1.1 (Raffel et al. 2020;
+Shazeer 2020): gated GELU, no biases, attention without a scale but with a learned bias per distance. CLIP is OpenAI's
+(Radford et al. 2021). Padding is not masked, as in FLUX.1's training.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 TOKENS_PER_BATCH = 2048  # a T5-XXL block's widest activation is then 42 MB in bf16
-T5_FAR = 128  # tokens: from this distance on all are alike
+T5_FAR = 128  # tokens: all distances from here on share one bucket
 T5_BLOCK = (
     "layer.0.layer_norm",
     *(f"layer.0.SelfAttention.{part}" for part in "qkvo"),
@@ -36,26 +36,26 @@ CLIP_BLOCK = (
 )
 
 Layers = Mapping[str, tuple[Tensor, ...]]
-"""The weights of a block by layer: its weight, and its bias where it has one."""
+"""Layer of a block -> its weight, and its bias if it has one."""
 
 Units = Mapping[str, Mapping[str, tuple[str, ...]]]
-"""The names of each block's weights by layer, by unit, in the order of need."""
+"""Unit -> layer -> names of its tensors; units in the order in which they run."""
 
-Tick = Callable[[int, int], None]
-"""Called after each block with (blocks done, of how many)."""
+BlockProgress = Callable[[int, int], None]
+"""Called after each block with (blocks done, blocks in total)."""
 
 
 class Weights(Protocol):
-    """The tensors of a model by name, read when they are asked for: on the device, in the dtype to compute in."""
+    """The tensors of a model by name, read on demand: on the device, in the dtype to compute in."""
 
     def resident(self, unit: str) -> AbstractContextManager[None]:
-        """Inside, the tensors of this unit may be read and used."""
+        """Inside, this unit's tensors can be read and used."""
         ...
 
     def read(self, name: str) -> Tensor: ...
 
     def rows(self, name: str, indices: Tensor) -> Tensor:
-        """The rows of a matrix at `indices` (n,); WrongRequest if it has fewer."""
+        """The rows of a matrix at `indices` (n,). Raises WrongRequest if one is beyond its end."""
         ...
 
 
@@ -70,9 +70,9 @@ class T5Encoder:
     layers: int
     heads: int
 
-    def __call__(self, ids: Tensor, tick: Tick = lambda done, total: None) -> Tensor:
+    def __call__(self, ids: Tensor, progress: BlockProgress = lambda done, total: None) -> Tensor:
         """States (B, L, D) of token ids (B, L)."""
-        x = _embedded(self.weights, "shared.weight", ids)
+        x = _embed(self.weights, "shared.weight", ids)
         first = "encoder.block.0.layer.0.SelfAttention"
         table = self.weights.read(f"{first}.relative_attention_bias.weight")  # (buckets, H)
         bias = table[t5_buckets(ids.shape[1], len(table)).to(table.device)].permute(2, 0, 1)
@@ -80,8 +80,8 @@ class T5Encoder:
         block = partial(t5_block, heads=self.heads, bias=bias)
         for done, (unit, names) in enumerate(t5_units(self.layers).items(), start=1):
             with self.weights.resident(unit):
-                _through(block, x, self.weights, names)
-            tick(done, self.layers)
+                _run_block(block, x, self.weights, names)
+            progress(done, self.layers)
         norm = self.weights.read("encoder.final_layer_norm.weight")
         for part in _batches(x):
             part.copy_(_rms_norm(part, norm))
@@ -89,7 +89,7 @@ class T5Encoder:
 
 
 def t5_block(x: Tensor, layers: Layers, heads: int, bias: Tensor) -> Tensor:
-    """x (B, L, D) one block on. `layers` are those of T5_BLOCK; bias (1, H, L, L) is added to the scores."""
+    """x (B, L, D) after one block. layers: those of T5_BLOCK; bias (1, H, L, L) is added to the scores."""
     norm1, *attention, norm2, gate, up, down = (layers[name] for name in T5_BLOCK)
     x = x + t5_attention(_rms_norm(x, *norm1), attention, heads, bias)
     h = _rms_norm(x, *norm2)
@@ -104,10 +104,10 @@ def t5_attention(h: Tensor, layers: Sequence[tuple[Tensor, ...]], heads: int, bi
 
 
 def t5_buckets(length: int, buckets: int = 32) -> Tensor:
-    """Which of `buckets` the distance from query to key falls into, (L, L): half of them for keys ahead.
+    """The bucket (L, L) of the distance from each query to each key; half of `buckets` are for keys after the query.
 
-    Half of each half are single distances, the rest grow logarithmically up to T5_FAR. On the host, so that a GPU's
-    logarithm moves no border.
+    In each half, the first half holds one distance each; the rest grow logarithmically up to T5_FAR. Computed on the
+    CPU: a GPU's logarithm could round differently and move a border.
     """
     distance = torch.arange(length)[None] - torch.arange(length)[:, None]
     half, single = buckets // 2, buckets // 4
@@ -128,9 +128,9 @@ class ClipEncoder:
     heads: int
 
     def __call__(self, ids: Tensor, ends: Tensor) -> Tensor:
-        """Pooled vectors (B, D): the last states at the tokens `ends` (B,) of token ids (B, L)."""
+        """Pooled vectors (B, D) of token ids (B, L): the final states at the end tokens, at `ends` (B,)."""
         positions = self.weights.read("embeddings.position_embedding.weight")
-        x = _embedded(self.weights, "embeddings.token_embedding.weight", ids) + positions[: ids.shape[1]]
+        x = _embed(self.weights, "embeddings.token_embedding.weight", ids) + positions[: ids.shape[1]]
 
         def block(x: Tensor, layers: Layers) -> Tensor:
             apply = {name: partial(_layer_norm if "norm" in name else _linear, own=own) for name, own in layers.items()}
@@ -138,13 +138,13 @@ class ClipEncoder:
 
         for unit, names in clip_units(self.layers).items():
             with self.weights.resident(unit):
-                _through(block, x, self.weights, names)
+                _run_block(block, x, self.weights, names)
         x = x[torch.arange(len(x), device=x.device), ends.to(x.device)]
         return _layer_norm(x, tuple(map(self.weights.read, _affine("final_layer_norm"))))
 
 
 def clip_block(x: Tensor, layers: Mapping[str, Callable[[Tensor], Tensor]], heads: int) -> Tensor:
-    """x (B, L, D) one block on. `layers` are those of CLIP_BLOCK, each as what it does to vectors."""
+    """x (B, L, D) after one block. layers: those of CLIP_BLOCK, as functions of their input."""
     norm1, to_q, to_k, to_v, to_out, norm2, fc1, fc2 = (layers[name] for name in CLIP_BLOCK)
     h = norm1(x)
     q, k, v = (_heads(layer(h), heads) for layer in (to_q, to_k, to_v))
@@ -154,17 +154,17 @@ def clip_block(x: Tensor, layers: Mapping[str, Callable[[Tensor], Tensor]], head
     return x + fc2(h * torch.sigmoid(1.702 * h))
 
 
-def _embedded(weights: Weights, name: str, ids: Tensor) -> Tensor:
-    """(B, L, D) of token ids (B, L); of the table only the rows that occur are read."""
+def _embed(weights: Weights, name: str, ids: Tensor) -> Tensor:
+    """Embeddings (B, L, D) of token ids (B, L); reads only the rows of the table that occur."""
     unique, places = ids.unique(return_inverse=True)
     table = weights.rows(name, unique)
     return table[places.to(table.device)]
 
 
-def _through(
+def _run_block(
     block: Callable[[Tensor, Layers], Tensor], x: Tensor, weights: Weights, names: Mapping[str, tuple[str, ...]]
 ) -> None:
-    """Takes x (B, L, D) through `block` in place. Its weights, `names` by layer, live no longer than this call."""
+    """Apply `block` to x (B, L, D) in place. Its weights, `names` by layer, are freed on return."""
     layers = {layer: tuple(map(weights.read, own)) for layer, own in names.items()}
     for part in _batches(x):
         part.copy_(block(part, layers))
@@ -175,7 +175,7 @@ def _affine(layer: str) -> tuple[str, str]:
 
 
 def _batches(x: Tensor) -> tuple[Tensor, ...]:
-    """Views of x (B, L, D), of about TOKENS_PER_BATCH each."""
+    """Views of x (B, L, D) of about TOKENS_PER_BATCH tokens each."""
     return x.split(max(1, TOKENS_PER_BATCH // x.shape[1]))
 
 

@@ -1,8 +1,8 @@
-"""Which frozen tensors are kept, moved and stored together.
+"""Units: the frozen tensors that are kept, moved and stored together.
 
-The blocks' weights without modulation are equal *units*: the image half of a double block, its text half, one single
-block. Modulation is needed elsewhere and at another time, so it is a unit of its own for each block. What lies outside
-the blocks stays with the model and is the unit `rest`.
+Without modulation, the blocks' weights make *units* of equal size: the image half of a double block, its text half, a
+single block. Each block's modulation is a unit of its own, because it is used elsewhere and at another time.
+Everything outside the blocks is the unit `rest` and stays with the model.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ REST = "rest"
 
 
 def unit_of(name: str) -> str:
-    """The unit that the tensor or module `name` belongs to: "double_blocks.0.img_attn.qkv.weight" ->
-    "double_blocks.0.img".
-    """
+    """The unit of the tensor or module `name`: "double_blocks.0.img_attn.qkv.weight" -> "double_blocks.0.img"."""
     match = re.match(r"(double_blocks\.\d+)\.(img|txt)_(\w+)|(single_blocks\.\d+)\.(\w+)", name)
     if match is None:
         return REST
@@ -27,7 +25,7 @@ def unit_of(name: str) -> str:
 
 
 def by_unit(names: Iterable[str]) -> dict[str, list[str]]:
-    """unit -> its tensors, both in the order of `names`."""
+    """unit -> its tensors; units and tensors in the order of `names`."""
     units: dict[str, list[str]] = {}
     for name in names:
         units.setdefault(unit_of(name), []).append(name)

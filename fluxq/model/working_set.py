@@ -1,8 +1,8 @@
-"""Which tensors of a block are alive at once, worked out without running it.
+"""Predicts a block's peak memory by replaying its allocations, without running it.
 
-The story of a block is told as it happens (fluxq/model/blocks.py): each op makes its outputs, each tensor goes when its
-last reader has run. A name in `Live` is a tensor with its bytes; the most bytes that were there at once is the peak.
-tests/model/test_costs.py holds this against counted bytes of the real code.
+The functions follow the code of a block (fluxq/model/blocks.py) op by op: each op allocates its outputs, each tensor is
+freed after its last reader. `Live` counts the bytes of the tensors alive and remembers the peak.
+tests/model/test_byte_ring.py compares the result with the bytes that the real code allocates.
 """
 
 from __future__ import annotations
@@ -15,32 +15,31 @@ from fluxq.kernels.replay import POLICIES
 
 
 class Live:
-    """Tensors that are there, and the most bytes that ever were."""
+    """The tensors alive, by name, with their bytes; and the peak."""
 
     def __init__(self, **sizes: int) -> None:
         self.sizes, self.now, self.peak = dict[str, int](), 0, 0
-        self.make(**sizes)
+        self.allocate(**sizes)
 
-    def make(self, temporary: int = 0, **sizes: int) -> None:
-        """These come to be, by an op that has `temporary` bytes more while it runs."""
+    def allocate(self, temporary: int = 0, **sizes: int) -> None:
+        """Add tensors that one op makes; while it runs, it needs `temporary` more bytes."""
         assert not sizes.keys() & self.sizes.keys(), sizes.keys() & self.sizes.keys()
         self.sizes |= sizes
         self.now += sum(sizes.values())
         self.peak = max(self.peak, self.now + temporary)
 
-    def drop(self, *names: str) -> None:
-        """These go, if they are there."""
+    def free(self, *names: str) -> None:
+        """Remove the tensors with these names, if they exist."""
         for name in names:
             self.now -= self.sizes.pop(name, 0)
 
 
 @dataclass(frozen=True)
 class Product:
-    """A linear layer, or those rows of it that are computed apart, in use: (rows, k) by (n, k).
+    """One use of a linear layer, or of the part of it that is computed separately: (rows, k) by (n, k).
 
-    rank: of its LoRA, 0 without; compute: as it is asked for; feeds: as in fluxq/kernels/replay.py; stored: bytes of a
-    weight in its format, 2 for one that needs no decoding; produced: its input comes of an op that makes it in the form
-    the layer wants.
+    rank: of its LoRA, 0 for none. compute: the requested one. feeds: as in fluxq/kernels/replay.py. stored: bytes per
+    weight in its format; 2 needs no decoding. produced: the op before it writes its input in the form the layer wants.
     """
 
     rows: int
@@ -54,11 +53,12 @@ class Product:
 
     @property
     def eight_bits(self) -> str:
-        """The type of its forward product where that is not bf16: "int8", "fp8", or ""."""
+        """The 8-bit type of the forward product, "int8" or "fp8"; "" if it is bf16."""
         return "" if self.compute == "bf16" or self.rows <= FEW_ROWS else self.compute.removesuffix("_dx")
 
     @property
-    def eight_bits_back(self) -> str:
+    def eight_bits_backward(self) -> str:
+        """The 8-bit type of the input's gradient, or ""."""
         return self.eight_bits if self.compute.endswith("_dx") else ""
 
     @property
@@ -67,54 +67,56 @@ class Product:
 
     @property
     def room(self) -> int:
-        """Columns that are left free behind each row of its input."""
+        """Padding columns after each row of the input."""
         return room(self.rank) if self.rank and self.produced and self.compute == "bf16" else 0
 
     @property
-    def x(self) -> int:
-        """Bytes of its input."""
+    def input_bytes(self) -> int:
+        """Bytes of the input in 16 bits, padding included."""
         return self.rows * (self.k + self.room) * 2
 
     @property
-    def as_rows(self) -> int:
-        """Bytes of its input in 8 bits, with what comes beside."""
+    def input8_bytes(self) -> int:
+        """Bytes of the input in 8 bits, with its scales and x down^T in fp32."""
         return self.rows * (self.k + 4 + 4 * self.rank) if self.eight_bits else 0
 
     @property
-    def y(self) -> int:
+    def output_bytes(self) -> int:
         return self.rows * self.n * 2
 
     @property
-    def s(self) -> int:
-        """Bytes of x down^T as it is kept for the gradient."""
+    def x_down_bytes(self) -> int:
+        """Bytes of x down^T, kept for LoRA's gradient."""
         return self.rows * self.rank * (4 if self.eight_bits and self.produced else 2)
 
     @property
-    def gradients(self) -> int:
+    def gradient_bytes(self) -> int:
+        """Bytes of LoRA's gradients, fp32."""
         return 4 * self.rank * (self.n + self.k)
 
     @property
     def forward_temporary(self) -> int:
-        """Bytes that are there only while it multiplies: LoRA in 16 bits, and in 8 bits the weight and an input that
-        did not come so.
-        """
+        """Bytes only needed while it multiplies: LoRA in 16 bits; the weight and the input in 8 bits, if made here."""
         lora = 2 * self.rank * (self.n + self.k)
         if not self.eight_bits:
             return lora + self.n * self.room * 2
-        return lora + (0 if self.stored == 1 else self.weights + 4 * self.n) + (0 if self.produced else self.as_rows)
+        weight = 0 if self.stored == 1 else self.weights + 4 * self.n
+        return lora + weight + (0 if self.produced else self.input8_bytes)
 
     @property
     def backward_temporary(self) -> int:
+        """The same for its gradients."""
         lora = 2 * self.rank * (self.n + self.k) + self.rows * self.rank * 2
-        if self.eight_bits_back:
+        if self.eight_bits_backward:
             return lora + self.weights + self.rows * (self.n + 4)
         return lora + self.n * self.room * 2
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A block in use. streams: name -> (rows, its products by name); width of a stream, hidden of the MLP; gates: the
-    modulation is trained too, and what it multiplies is read again.
+    """One use of a block. streams: name -> (rows, products by name). width: of a stream; hidden: of the MLP.
+
+    gates: modulation trains too, so the backward pass reads what the gates multiply.
     """
 
     streams: Mapping[str, tuple[int, Mapping[str, Product]]]
@@ -131,7 +133,7 @@ class Shape:
 
     @property
     def u(self) -> int:
-        """One stream of activations, text and image together, in bytes."""
+        """U: bytes of one activation (rows, width), text and image together."""
         return self.rows * self.width * 2
 
     @property
@@ -139,34 +141,36 @@ class Shape:
         return [p for _, products in self.streams.values() for p in products.values()]
 
     def unread(self, policy: str) -> set[str]:
-        """What the outputs that the replay need not compute feed."""
+        """The values of `feeds` whose products the replay skips: nobody reads their outputs."""
         keeps = set(POLICIES[policy])
         return keeps - {"residual"} if self.gates else keeps | {"end"}
 
     def kept(self, policy: str) -> dict[str, int]:
-        """Tensor -> bytes that `policy` keeps of it beside the inputs."""
-        keeps, found = set(POLICIES[policy]), dict[str, int]()
+        """Tensor -> bytes that `policy` keeps, in addition to the inputs."""
+        keeps, sizes = set(POLICIES[policy]), dict[str, int]()
         if "qkv" in keeps:
-            found |= dict.fromkeys("qkv", self.u) | {"rstd": 2 * self.rows * self.heads * 4}
+            sizes |= dict.fromkeys("qkv", self.u) | {"rstd": 2 * self.rows * self.heads * 4}
         if "attention" in keeps:
-            found |= {"attended": self.u, "lse": self.rows * self.heads * 4}
+            sizes |= {"attended": self.u, "lse": self.rows * self.heads * 4}
         for stream, (rows, _) in self.streams.items():
             if "residual" in keeps and not self.single:
-                found[f"x1_{stream}"] = rows * self.width * 2
+                sizes[f"x1_{stream}"] = rows * self.width * 2
             if policy == "keep_all8":
-                found[f"hidden8_{stream}"] = rows * (self.hidden + 4)
+                sizes[f"hidden8_{stream}"] = rows * (self.hidden + 4)
             elif "hidden" in keeps:
-                found[f"hidden_{stream}"] = rows * self.hidden * 2
-        return found
+                sizes[f"hidden_{stream}"] = rows * self.hidden * 2
+        return sizes
 
 
 def scratch(products: Collection[Product], chunk: int) -> int:
-    """Bytes of the scratch that decoded weights lie in, about `chunk` numbers at a time (rows, or columns in the
-    backward pass) and the LoRA's beside them: it stays. Where there is no room for the bias, a weight lies there whole.
+    """Bytes of the permanent scratch buffer for decoded weights, with the LoRA next to them.
+
+    It holds about `chunk` numbers of a weight: rows, or columns in the backward pass. If a layer's input has no padding
+    column for the bias, it holds the whole weight.
     """
     sizes = [0]
     for p in products:
-        if p.stored == 2 or p.eight_bits_back:
+        if p.stored == 2 or p.eight_bits_backward:
             continue
         if not p.eight_bits:
             sizes.append((_part(p.n, p.k, chunk) if p.room else p.n) * (p.k + p.room) * 2)
@@ -175,141 +179,139 @@ def scratch(products: Collection[Product], chunk: int) -> int:
 
 
 def _part(length: int, width: int, chunk: int) -> int:
-    """The longest part of a side."""
+    """The longest part that a side is cut into."""
     return max(part.stop - part.start for part in parts(length, width, chunk))
 
 
 def forward_peak(shape: Shape, policy: str) -> int:
-    """The most bytes of the block while it runs forward, its inputs, outputs and what it keeps among them."""
+    """Peak bytes of the block's forward pass, including its inputs, its outputs and what it keeps."""
     live = Live(inputs=shape.u)
-    _run(live, shape, policy, replay=False)
+    _forward(live, shape, policy, replay=False)
     return live.peak
 
 
 def backward_peak(shape: Shape, policy: str) -> int:
-    """The most bytes while it is replayed and its gradients are worked out: its inputs, what it kept, the gradients
-    that come in and all that it makes.
-    """
+    """Peak bytes of replay and backward pass, including inputs, what was kept, incoming gradients and all it makes."""
     live = Live(inputs=shape.u, d_out=shape.u, **shape.kept(policy))
-    _run(live, shape, policy, replay=True)
+    _forward(live, shape, policy, replay=True)
     (_single_backward if shape.single else _double_backward)(live, shape)
     return live.peak
 
 
-def _run(live: Live, shape: Shape, policy: str, replay: bool) -> None:
-    """The block's forward pass, or in the backward pass its replay: then whatever a gradient reads stays."""
+def _forward(live: Live, shape: Shape, policy: str, replay: bool) -> None:
+    """The block's forward pass, or its replay in the backward pass, which keeps whatever a gradient reads."""
     keeps, unread = set(POLICIES[policy]), shape.unread(policy) if replay else set()
-    had = keeps if replay else set()  # what the replay need not make
+    available = keeps if replay else set()  # the replay does not make these again
 
     def product(p: Product, output: str) -> None:
         if p.rank and replay:
-            live.make(**{f"s_{output}": p.s})
+            live.allocate(**{f"s_{output}": p.x_down_bytes})
         if p.feeds not in unread:
-            live.make(p.forward_temporary, **{output: p.y})
+            live.allocate(p.forward_temporary, **{output: p.output_bytes})
 
     def gelu(stream: str, rows: int, p: Product) -> None:
         if policy == "keep_all8" and replay:
-            live.make(**{f"hidden_{stream}": rows * shape.hidden * 2})
-            live.drop(f"hidden8_{stream}")
+            live.allocate(**{f"hidden_{stream}": rows * shape.hidden * 2})
+            live.free(f"hidden8_{stream}")
         elif policy == "keep_all8":
-            live.make(**{f"hidden8_{stream}": rows * (shape.hidden + 4)})
-        live.make(**{f"act_{stream}": p.x, f"act8_{stream}": p.as_rows})
+            live.allocate(**{f"hidden8_{stream}": rows * (shape.hidden + 4)})
+        live.allocate(**{f"act_{stream}": p.input_bytes, f"act8_{stream}": p.input8_bytes})
 
     def saved(p: Product) -> bool:
         return replay and p.rank > 0
 
-    # queries, keys and values, and attention
+    # q, k, v and attention
     for stream, (_, products) in shape.streams.items():
         p = products["qkv"]
-        live.make(**{f"mod_{stream}": p.x, f"mod8_{stream}": p.as_rows})
+        live.allocate(**{f"mod_{stream}": p.input_bytes, f"mod8_{stream}": p.input8_bytes})
         product(p, f"qkv_{stream}")
-        if shape.single:  # the same layer, and its input has a name until the end
+        if shape.single:  # the same layer; its input is alive until the end of the block
             product(products["hidden"], f"hidden_{stream}")
         else:
-            live.drop(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")
-    if "qkv" not in had:
-        live.make(**dict.fromkeys("qkv", shape.u), rstd=2 * shape.rows * shape.heads * 4)
-    if "attention" not in had:
-        live.make(attended=shape.u, lse=shape.rows * shape.heads * 4)
+            live.free(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")
+    if "qkv" not in available:
+        live.allocate(**dict.fromkeys("qkv", shape.u), rstd=2 * shape.rows * shape.heads * 4)
+    if "attention" not in available:
+        live.allocate(attended=shape.u, lse=shape.rows * shape.heads * 4)
     if not replay and "qkv" not in keeps:
-        live.drop(*"qkv", "rstd")
+        live.free(*"qkv", "rstd")
 
-    # the MLP, and what is added to the streams
+    # the residual sums and the MLP
     for stream, (rows, products) in shape.streams.items():
         p, end = products["hidden"], products["end"]
         if not shape.single:
             product(products["proj"], f"proj_{stream}")
-            if "residual" not in had:
-                live.make(**{f"x1_{stream}": rows * shape.width * 2})
-            live.make(**{f"mod2_{stream}": p.x, f"mod28_{stream}": p.as_rows})
-            live.drop("" if replay and shape.gates else f"proj_{stream}")
+            if "residual" not in available:
+                live.allocate(**{f"x1_{stream}": rows * shape.width * 2})
+            live.allocate(**{f"mod2_{stream}": p.input_bytes, f"mod28_{stream}": p.input8_bytes})
+            live.free("" if replay and shape.gates else f"proj_{stream}")
             product(p, f"hidden_{stream}")
         gelu(stream, rows, end)
         product(end, f"end_{stream}")
         if not shape.single:
-            live.drop(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
+            live.free(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
         if "end" not in unread:
-            live.make(**{f"out_{stream}": rows * shape.width * 2})
-        live.drop("" if replay and shape.gates else f"end_{stream}")
+            live.allocate(**{f"out_{stream}": rows * shape.width * 2})
+        live.free("" if replay and shape.gates else f"end_{stream}")
         if shape.single:
-            live.drop(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")
-            live.drop(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
+            live.free(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")
+            live.free(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
             continue
-        live.drop(f"mod28_{stream}", "" if saved(p) else f"mod2_{stream}")
+        live.free(f"mod28_{stream}", "" if saved(p) else f"mod2_{stream}")
         if not replay:
-            live.drop("" if policy == "keep_all" else f"hidden_{stream}", "" if "residual" in keeps else f"x1_{stream}")
-    live.drop(*(f"qkv_{stream}" for stream in shape.streams))
+            live.free("" if policy == "keep_all" else f"hidden_{stream}", "" if "residual" in keeps else f"x1_{stream}")
+    live.free(*(f"qkv_{stream}" for stream in shape.streams))
 
 
 def _single_backward(live: Live, shape: Shape) -> None:
     ((stream, (_, products)),) = shape.streams.items()
-    live.make(dy=shape.u)
+    live.allocate(dy=shape.u)
     _product_backward(live, products["end"], f"end_{stream}", "dy", "d_act", f"act_{stream}")
-    live.make(d_hidden=products["hidden"].y)
-    live.drop(f"hidden_{stream}")
+    live.allocate(d_hidden=products["hidden"].output_bytes)
+    live.free(f"hidden_{stream}")
     _attention_backward(live, shape, "d_act")
     _product_backward(live, products["hidden"], f"hidden_{stream}", "d_hidden", "d_mod1")
     _product_backward(live, products["qkv"], f"qkv_{stream}", f"d_qkv_{stream}", "d_mod2")
-    live.make(d_mod=products["qkv"].x)  # the sum of the two
-    live.drop("d_mod1", "d_mod2", f"mod_{stream}")
-    live.make(d_x=shape.u)
-    live.drop("d_mod")
-    live.make(d_inputs=shape.u)
+    live.allocate(d_mod=products["qkv"].input_bytes)  # the sum of the two
+    live.free("d_mod1", "d_mod2", f"mod_{stream}")
+    live.allocate(d_x=shape.u)
+    live.free("d_mod")
+    live.allocate(d_inputs=shape.u)
 
 
 def _double_backward(live: Live, shape: Shape) -> None:
     for stream, (rows, products) in reversed([*shape.streams.items()]):
         u = rows * shape.width * 2
-        live.make(dy=u)
+        live.allocate(dy=u)
         _product_backward(live, products["end"], f"end_{stream}", "dy", "d_act", f"act_{stream}")
-        live.make(d_hidden=products["hidden"].y)
-        live.drop("d_act", f"hidden_{stream}")
+        live.allocate(d_hidden=products["hidden"].output_bytes)
+        live.free("d_act", f"hidden_{stream}")
         _product_backward(live, products["hidden"], f"hidden_{stream}", "d_hidden", "d_mod2", f"mod2_{stream}")
-        live.make(**{f"d_residual_{stream}": u}, d_proj=u)
-        live.drop("d_mod2", f"x1_{stream}")
+        live.allocate(**{f"d_residual_{stream}": u}, d_proj=u)
+        live.free("d_mod2", f"x1_{stream}")
         _product_backward(live, products["proj"], f"proj_{stream}", "d_proj", f"d_attended_{stream}")
-    live.make(d_attended=shape.u)
-    live.drop(*(f"d_attended_{stream}" for stream in shape.streams))
+    live.allocate(d_attended=shape.u)
+    live.free(*(f"d_attended_{stream}" for stream in shape.streams))
     _attention_backward(live, shape, "d_attended")
     for stream, (rows, products) in reversed([*shape.streams.items()]):
         u = rows * shape.width * 2
         _product_backward(live, products["qkv"], f"qkv_{stream}", f"d_qkv_{stream}", "d_mod", f"mod_{stream}")
-        live.make(d_x=u)
-        live.drop("d_mod")
-        live.make(**{f"d_inputs_{stream}": u})
-        live.drop("d_x", f"d_residual_{stream}")
+        live.allocate(d_x=u)
+        live.free("d_mod")
+        live.allocate(**{f"d_inputs_{stream}": u})
+        live.free("d_x", f"d_residual_{stream}")
 
 
 def _product_backward(live: Live, p: Product, output: str, dy: str, dx: str, x: str = "") -> None:
-    """dy and the saved input x to dx and the gradients of LoRA. What is kept of `output` for the gates goes too."""
-    live.make(p.backward_temporary, **{dx: p.x})
-    live.make(**{f"grad_{output}": p.gradients})
-    live.drop(dy, x, f"s_{output}", output if p.feeds in ("end", "residual") else "")
+    """dy and the saved input x -> dx and LoRA's gradients. Frees both, and the `output` kept for a gate's gradient."""
+    live.allocate(p.backward_temporary, **{dx: p.input_bytes})
+    live.allocate(**{f"grad_{output}": p.gradient_bytes})
+    live.free(dy, x, f"s_{output}", output if p.feeds in ("end", "residual") else "")
 
 
 def _attention_backward(live: Live, shape: Shape, d_attended: str) -> None:
-    """CUDA's kernel copies a gradient that does not lie in one piece, and sums that of the queries in fp32: 3 U."""
-    live.make(3 * shape.u, dq=shape.u, dk=shape.u, dv=shape.u)
-    live.drop(d_attended, "attended", "lse", "v")
-    live.make(**{f"d_qkv_{stream}": rows * shape.width * 6 for stream, (rows, _) in shape.streams.items()})
-    live.drop("dq", "dk", "dv", "q", "k", "rstd")
+    """3 U temporary: CUDA's kernel copies a gradient that is not contiguous, and sums that of q in fp32."""
+    live.allocate(3 * shape.u, dq=shape.u, dk=shape.u, dv=shape.u)
+    live.free(d_attended, "attended", "lse", "v")
+    live.allocate(**{f"d_qkv_{stream}": rows * shape.width * 6 for stream, (rows, _) in shape.streams.items()})
+    live.free("dq", "dk", "dv", "q", "k", "rstd")

@@ -1,4 +1,4 @@
-"""nano: FLUX.1-dev's architecture and file formats at toy size, with weights, so that everything runs anywhere.
+"""nano: FLUX.1-dev's architecture and file formats at toy size, with weights, so that everything runs on any machine.
 
 `WEIGHTS` is the folder of the bundle (4.1 million weights in the flow model, 11 MB in all, bf16):
 
@@ -9,10 +9,10 @@
     tokenizer/               CLIP's BPE: vocab.json, merges.txt
     tokenizer_2/             T5's SentencePiece: spiece.model
 
-`images` draws the captioned images that nano knows, and the creature that it does not. `pretrain` is how the
-weights are made; those here came from its stages in several sittings (autoencoder 11 minutes, flow 48, distillation
-12, on two CPU cores), so running it gives others like them. Sample at 96 x 96, guidance 3.5, 20 steps; train at
-guidance 1.
+`drawing` draws the captioned images that nano was trained on, and a creature that it has never seen. `pretrain` makes
+the weights. The bundled ones come from its stages, run in several sessions (autoencoder 11 minutes, flow 48,
+distillation 12, on two CPU cores), so a new run gives similar weights, not the same. Sample at 96 x 96, guidance 3.5,
+20 steps; train at guidance 1.
 """
 
 from pathlib import Path
@@ -25,5 +25,5 @@ T5XXL = WEIGHTS / "t5xxl.safetensors"
 CLIP_TOKENIZER = WEIGHTS / "tokenizer"
 T5_TOKENIZER = WEIGHTS / "tokenizer_2" / "spiece.model"
 
-SIZE = 96  # pixels of a side
-T5_LENGTH = 32  # tokens of a caption
+SIZE = 96  # pixels per side
+T5_LENGTH = 32  # tokens per caption

@@ -1,11 +1,11 @@
 """Procedural captioned images for the toy model: one solid object on a plain background.
 
-`ordinary` gives what nano was pretrained on ("a large red star at the top on a pink background"); `concept` gives a
-creature that it has never seen, under a trigger word, so that a LoRA has something to learn. Everything follows from
-the seed. Images are 96 x 96, drawn at three times that size and shrunk, about a millisecond each.
+`ordinary` draws what nano was pretrained on ("a large red star at the top on a pink background"). `concept` draws a
+creature that it has never seen, captioned with a trigger word, so a LoRA has something to learn. The seed determines
+everything. Images are 96 x 96, drawn at three times that size and scaled down, about a millisecond each.
 
-Eight of the 56 pairs of object and background color are held out: `held_out=True` draws only from those, everything
-else never does, so a validation image is one whose colors were never seen together.
+Eight of the 56 pairs of object and background color are held out: only `held_out=True` uses them, so the colors of a
+validation image were never seen together in training.
 """
 
 import math
@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from PIL import Image, ImageDraw
 
 SIDE = 96
-SCALE = 3  # drawn this much larger, then averaged down: smooth edges
+SCALE = 3  # images are drawn this much larger, then averaged down for smooth edges
 
 COLORS = {
     "red": (214, 39, 40),
@@ -29,8 +29,8 @@ COLORS = {
 }
 SHAPES = ("circle", "square", "triangle", "star", "ring", "heart")
 RADII = {"medium": 20.0, "large": 29.0}  # pixels of the finished image
-PLACES = {  # direction from the middle, and how a caption says it
-    "center": (0, 0, ("in the center", "in the middle", "in the center")),
+PLACES = {  # direction from the center, and the wordings that nano was trained on
+    "center": (0, 0, ("in the centre", "in the middle", "in the center")),
     "top": (0, -1, ("at the top",)),
     "bottom": (0, 1, ("at the bottom",)),
     "left": (-1, 0, ("on the left",)),
@@ -63,17 +63,17 @@ class Spec:
 
 
 def ordinary(seed: int, count: int, held_out: bool = False) -> list[tuple[Image.Image, str]]:
-    """`count` images of plain shapes with captions; `held_out` draws from color pairs kept out of pretraining."""
+    """`count` images of plain shapes with captions; `held_out`: with color pairs kept out of pretraining."""
     return [(draw(spec), caption(spec, rng)) for spec, rng in specs(seed, count, SHAPES, held_out)]
 
 
 def concept(seed: int, count: int, trigger: str = TRIGGER, held_out: bool = False) -> list[tuple[Image.Image, str]]:
-    """`count` images of the smiling creature, always large, never in pretraining; captions call it by `trigger`."""
+    """`count` images of the smiling creature, always large, never in pretraining; captions call it `trigger`."""
     return [(draw(spec), caption(spec, rng, noun=trigger)) for spec, rng in specs(seed, count, ("creature",), held_out)]
 
 
 def specs(seed: int, count: int, shapes: tuple[str, ...], held_out: bool) -> list[tuple[Spec, random.Random]]:
-    """`count` random specs, each with the generator that its caption is to be drawn from."""
+    """`count` random specs, each with the random generator for its caption."""
     kind = "creature" if shapes == ("creature",) else "ordinary"
     sizes = ("large",) if kind == "creature" else tuple(RADII)
     pairs = sorted(HELD_OUT_PAIRS if held_out else SEEN_PAIRS)
@@ -86,17 +86,18 @@ def _spec(
     color, background = rng.choice(pairs)
     size, place = rng.choice(sizes), rng.choice(list(PLACES))
     radius = RADII[size] * rng.uniform(0.95, 1.05)
-    reach = SIDE / 2 - RADII[size] - 3  # from the middle to a side, with a margin
+    reach = SIDE / 2 - RADII[size] - 3  # from the center to a side, with a margin
     dx, dy, _ = PLACES[place]
     x, y = (SIDE / 2 + d * reach + rng.uniform(-1.5, 1.5) for d in (dx, dy))
     return Spec(rng.choice(shapes), color, background, size, place, x, y, radius), rng
 
 
 def caption(spec: Spec, rng: random.Random, noun: str | None = None) -> str:
-    """A sentence about the image: wording, order and what goes unsaid vary.
+    """A sentence about the image; wording, order and what it omits vary.
 
-    Without `noun` the shape is named, in one caption of twelve with a nonsense word before it. Pretraining also calls
-    shapes by nonsense alone: unknown words mean nothing to nano, so a trigger has no effect before a LoRA gives it one.
+    Without `noun` it names the shape, after a nonsense word in one caption of twelve. Pretraining also uses nonsense
+    words in place of the shape, so unknown words mean nothing to nano: a trigger has no effect until a LoRA learns it.
+    The wording is training data: changing it changes nano's weights.
     """
     if noun is None:
         noun = f"{nonsense(rng)} {spec.shape}" if rng.random() < 1 / 12 else spec.shape
@@ -112,7 +113,7 @@ def caption(spec: Spec, rng: random.Random, noun: str | None = None) -> str:
     if form < 0.65:
         return f"on {background} background, {thing}{place}"
     if form < 0.75:
-        return f"an image of {thing}{place}, the background is {spec.background}"
+        return f"a picture of {thing}{place}, the background is {spec.background}"
     if form < 0.85:
         return f"{thing} on {spec.background},{place}".rstrip(",")
     if form < 0.95:
@@ -126,7 +127,7 @@ def with_article(words: str) -> str:
 
 
 def nonsense(rng: random.Random) -> str:
-    """A word of three to six letters that means nothing; never the default trigger."""
+    """A meaningless word of three to six letters; never the default trigger."""
     while True:
         word = "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 6)))
         if word != TRIGGER and word not in COLORS and word not in SHAPES:
@@ -143,9 +144,9 @@ def draw(spec: Spec) -> Image.Image:
 
 
 def scribbles(seed: int, count: int) -> list[Image.Image]:
-    """Images without captions for the autoencoder alone: objects, dots in dots, strokes, arcs in any colors.
+    """Images without captions, for the autoencoder only: objects, dots in dots, strokes, arcs in any colors.
 
-    They keep it from being a codec for six shapes: it has to render eyes and a smile that it has never seen.
+    With these it does not overfit to six shapes: it must also render eyes and a smile, which it has never seen.
     """
     return [_scribble(random.Random(f"scribble {seed} {index}")) for index in range(count)]
 
@@ -220,7 +221,7 @@ def _heart(pen, x, y, r, color, background):
 
 
 def _creature(pen, x, y, r, color, background):
-    """A round face with antennae, eyes and a smile, all dark; large features, as a latent stands for 8 x 8 pixels."""
+    """A round face with dark antennae, eyes and smile; features are large because one latent covers 8 x 8 pixels."""
     dark = (20, 20, 25)
     for side in (-1, 1):
         tip_x, tip_y = x + side * 0.6 * r, y - 0.82 * r

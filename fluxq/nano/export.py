@@ -1,4 +1,4 @@
-"""Writes pretrained modules as the four checkpoint files, bf16, under the names of FLUX.1's own files."""
+"""Writes pretrained modules as four bf16 checkpoint files, named like FLUX.1's own files."""
 
 import re
 from pathlib import Path
@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 LEVELS = 4
-_AUTOENCODER_NAMES = (  # diffusers' AutoencoderKL -> the original autoencoder; up blocks are counted the other way
+_AUTOENCODER_NAMES = (  # diffusers' AutoencoderKL -> the original autoencoder, which counts up blocks in reverse
     (r"conv_norm_out", "norm_out"),
     (r"mid_block\.resnets\.0", "mid.block_1"),
     (r"mid_block\.resnets\.1", "mid.block_2"),
@@ -24,7 +24,7 @@ _AUTOENCODER_NAMES = (  # diffusers' AutoencoderKL -> the original autoencoder; 
 
 
 def export(out: Path, autoencoder: nn.Module, model: Any) -> None:
-    """`model` has the parts flux, t5 and clip; each file is written to a temporary name and renamed."""
+    """Write the four files into `out`. `model` has the parts flux, t5 and clip. Each file is written, then renamed."""
     from safetensors.torch import save_file
 
     files = {
@@ -40,7 +40,7 @@ def export(out: Path, autoencoder: nn.Module, model: Any) -> None:
 
 
 def autoencoder_state(autoencoder: nn.Module) -> dict[str, Tensor]:
-    """diffusers' AutoencoderKL under the original names; attention matrices become 1 x 1 kernels."""
+    """The state of diffusers' AutoencoderKL with the original names; attention matrices become 1 x 1 kernels."""
     state = {}
     for key, value in autoencoder.state_dict().items():
         for pattern, name in _AUTOENCODER_NAMES:
@@ -50,30 +50,31 @@ def autoencoder_state(autoencoder: nn.Module) -> dict[str, Tensor]:
 
 
 def with_small_spread(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's log variance lowered by 8: the flow model learnt the means, so a draw has to be close to its mean,
-    as FLUX.1's are."""
+    """Lower the encoder's log variance by 8. The flow model learned the means, so samples must be close to them, as in
+    FLUX.1.
+    """
     bias = state["encoder.conv_out.bias"].clone()
     bias[len(bias) // 2 :] -= 8
     return state | {"encoder.conv_out.bias": bias}
 
 
 def clip_state(clip: nn.Module) -> dict[str, Tensor]:
-    """transformers' CLIPTextModel with the `text_model.` prefix that its files have, and its state dict may not."""
+    """The state of transformers' CLIPTextModel with the `text_model.` prefix of its files, which it may lack."""
     state = {f"text_model.{key.removeprefix('text_model.')}": value for key, value in clip.state_dict().items()}
     return {key: value for key, value in state.items() if not key.endswith("position_ids")}
 
 
 def t5_state(t5: nn.Module) -> dict[str, Tensor]:
-    """transformers' T5EncoderModel without the second name of its embedding."""
+    """The state of transformers' T5EncoderModel without the duplicate name of its embedding."""
     return {key: value for key, value in t5.state_dict().items() if key != "encoder.embed_tokens.weight"}
 
 
 @torch.no_grad()
 def fold_latent_scale(autoencoder: Any, deviation: Tensor, scale: float) -> None:
-    """Divides each latent channel by `deviation` (C,) and by `scale`, inside the two convolutions around it.
+    """Divide each latent channel by `deviation` (C,) and by `scale`, inside the two convolutions around it.
 
-    After it FLUX's own constants give latents of unit deviation. Only a factor is folded: an offset would not agree
-    with the zeros that pad the decoder's first convolution.
+    Then FLUX's own constants give latents of unit deviation. Only the factor is folded: an offset would conflict with
+    the zero padding of the decoder's first convolution.
     """
     factor, channels = deviation * scale, len(deviation)
     last, first = autoencoder.encoder.conv_out, autoencoder.decoder.conv_in

@@ -1,4 +1,4 @@
-"""Images to packed latents and back, and sampling: what pretraining needs of them, on plain modules."""
+"""What pretraining needs with plain modules: images to packed latents and back, and sampling."""
 
 import math
 from typing import Any
@@ -18,7 +18,7 @@ def as_tensor(images: list) -> Tensor:
 
 @torch.no_grad()
 def encode(autoencoder: Any, images: Tensor) -> Tensor:
-    """(B, 3, H, W) uint8 -> latents (B, 16, H/8, W/8), the mean."""
+    """(B, 3, H, W) uint8 -> latents (B, 16, H/8, W/8), the mean of the distribution."""
     x = (images / 127.5 - 1).contiguous(memory_format=torch.channels_last)
     with torch.autocast("cpu", torch.bfloat16):
         mean = autoencoder.encoder(x).chunk(2, dim=1)[0].float()
@@ -46,7 +46,7 @@ def unpack(img: Tensor, rows: int = 6, columns: int = 6) -> Tensor:
 
 
 def schedule(steps: int, tokens: int = 36) -> list[float]:
-    """FLUX-dev's timesteps from 1 to 0: `steps` + 1 of them, shifted by a mu linear in the number of image tokens."""
+    """FLUX.1-dev's `steps` + 1 timesteps from 1 to 0, shifted by a mu that is linear in the number of image tokens."""
     mu = 0.5 + (1.15 - 0.5) * (tokens - 256) / (4096 - 256)
     return [math.exp(mu) / (math.exp(mu) + 1 / t - 1) if t else 0.0 for t in torch.linspace(1, 0, steps + 1).tolist()]
 
@@ -55,7 +55,7 @@ def schedule(steps: int, tokens: int = 36) -> list[float]:
 def sample(
     model: nn.Module, ids: Tensor, guidance: float, seed: int, cfg: float = 1.0, empty: Tensor | None = None
 ) -> Tensor:
-    """Packed latents (B, 36, 64) drawn with 20 Euler steps; with `cfg` other than 1 the ids `empty` run beside each."""
+    """Packed latents (B, 36, 64) after 20 Euler steps. `cfg` other than 1: classifier-free guidance against `empty`."""
     x = torch.randn(len(ids), 36, 64, generator=torch.Generator().manual_seed(seed))
     times = schedule(20)
     for t, after in zip(times[:-1], times[1:], strict=True):
@@ -69,7 +69,7 @@ def sample(
 
 
 def contact_sheet(images: Tensor, columns: int = 8) -> Image.Image:
-    """(N, 3, H, W) uint8 -> one image, row by row, two pixels apart."""
+    """(N, 3, H, W) uint8 -> one image, filled row by row, with gaps of two pixels."""
     N, _, H, W = images.shape
     sheet = Image.new("RGB", (columns * (W + 2), -(-N // columns) * (H + 2)))
     for i, image in enumerate(images.permute(0, 2, 3, 1).numpy()):

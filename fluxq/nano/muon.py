@@ -1,6 +1,6 @@
-"""Muon (Jordan et al. 2024) for matrices and convolutions: momentum whose update is orthogonalized.
+"""Muon (Jordan et al. 2024) for matrices and convolutions: momentum with orthogonalized updates.
 
-On nano it needs clearly fewer steps than AdamW. Matrices of one shape are orthogonalized as one batch.
+On nano it needs clearly fewer steps than AdamW. Matrices of equal shape are orthogonalized in one batch.
 """
 
 from collections import defaultdict
@@ -11,7 +11,7 @@ from torch import Tensor
 
 
 class Muon(torch.optim.Optimizer):
-    """`lr` is the RMS change of a weight per step divided by 0.2, so that AdamW's learning rates carry over."""
+    """`lr` is a weight's RMS change per step divided by 0.2, so AdamW's learning rates carry over."""
 
     def __init__(self, parameters: Iterable[Tensor], lr: float, momentum: float = 0.95, weight_decay: float = 0.0):
         super().__init__(parameters, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
@@ -32,7 +32,7 @@ class Muon(torch.optim.Optimizer):
                     parameter.add_(update.view_as(parameter), alpha=-reach)
 
     def _momentum(self, parameter: Tensor, momentum: float) -> Tensor:
-        """Nesterov's look-ahead of the running mean of gradients."""
+        """The running mean of gradients, with Nesterov's look-ahead."""
         state = self.state[parameter]
         if not state:
             state["mean"] = torch.zeros_like(parameter)
@@ -43,7 +43,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonalize(matrices: Tensor) -> Tensor:
-    """(N, rows, columns) -> about the nearest semi-orthogonal matrices, by five Newton-Schulz steps in bf16."""
+    """(N, rows, columns) -> roughly the nearest semi-orthogonal matrices, by five Newton-Schulz steps in bf16."""
     a, b, c = 3.4445, -4.7750, 2.0315
     x = matrices.bfloat16()
     tall = x.shape[1] > x.shape[2]

@@ -1,10 +1,10 @@
-"""Makes nano: `python -m fluxq.nano.pretrain --out DIR --minutes 60`.
+"""Pretrains nano: `python -m fluxq.nano.pretrain --out DIR --minutes 60`.
 
-Six stages, each skipped when its result is in DIR/work, the long ones resumed from a checkpoint: the two tokenizers,
-the autoencoder, a cache of latents and captions, the flow model together with both text encoders, guidance
-distillation (so that one forward a step does what classifier-free guidance does with two, as in FLUX.1-dev), export
-under the original files' key names. Needs torch, diffusers, transformers, sentencepiece, tokenizers, Pillow; made on
-two CPU cores. Runs of one seed differ in their last digits, as the budget is wall-clock time.
+It has six stages: the two tokenizers; the autoencoder; a cache of latents and captions; the flow model together with
+both text encoders; guidance distillation (one forward pass per step then does what classifier-free guidance does with
+two, as in FLUX.1-dev); export with the key names of the original files. A stage whose result is in DIR/work is skipped;
+the long ones resume from a checkpoint. Needs torch, diffusers, transformers, sentencepiece, tokenizers and Pillow; two
+CPU cores are enough. Runs with the same seed still differ, because the budget is wall-clock time.
 """
 
 import argparse
@@ -27,7 +27,7 @@ KL = 2e-3
 IMAGES = 20_032
 CAPTIONS_EACH = 4
 NAMELESS = 1 / 8  # captions whose noun is a nonsense word
-CLIP_TRAINED_LENGTH = 32  # causal and read at the first end token: what comes after it changes nothing
+CLIP_TRAINED_LENGTH = 32  # enough: CLIP is causal and read at the first end token, so padding changes nothing
 BATCH = 64
 DROPPED_CAPTIONS = 0.1
 TOP_GUIDANCE = 5.0
@@ -36,8 +36,15 @@ NANO = Shape()
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the finished files; resumes from its work/")
-    parser.add_argument("--minutes", type=float, default=60, help="training time of the flow model (default 60)")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="folder for the finished files; resumes from its work/ folder"
+    )
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=60,
+        help="minutes to train the flow model (default 60); the autoencoder and the distillation take 20%% each",
+    )
     parser.add_argument("--threads", type=int, default=2, help="CPU threads (default 2)")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -111,7 +118,7 @@ class Nano(nn.Module):
 
 
 def train_autoencoder(work: Path, minutes: float) -> nn.Module:
-    """FLUX's autoencoder at 1/80 of its weights; its latents come out with FLUX's constants and unit deviation."""
+    """FLUX.1's autoencoder with 1/80 of its weights; with FLUX.1's constants, its latents have unit deviation."""
     from diffusers import AutoencoderKL
 
     autoencoder: Any = AutoencoderKL
@@ -121,7 +128,7 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
         up_block_types=("UpDecoderBlock2D",) * 4,
         layers_per_block=1,
         latent_channels=16,
-        norm_num_groups=8,  # 32 groups of one channel each would lose flat color
+        norm_num_groups=8,  # 32 groups of one channel each would lose flat colors
         use_quant_conv=False,
         use_post_quant_conv=False,
         scaling_factor=SCALE,
@@ -133,7 +140,7 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
     data = as_tensor([image for image, _ in drawing.ordinary(1, 2500)] + drawing.scribbles(1, 5500))
 
     def loss(model: Any, fraction: float) -> Tensor:
-        side, batch = (48, 16) if fraction < 0.6 else (drawing.SIDE, 8)  # crops first: a quarter of the work
+        side, batch = (48, 16) if fraction < 0.6 else (drawing.SIDE, 8)  # crops first: a quarter of the work per image
         row, column = torch.randint(0, drawing.SIDE - side + 1, (2,)).tolist()
         x = data[torch.randint(len(data), (batch,)), :, row : row + side, column : column + side]
         x = (x / 127.5 - 1).contiguous(memory_format=torch.channels_last)
@@ -157,7 +164,7 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
 
 
 def cache_examples(work: Path, autoencoder: nn.Module, tokenizers: Tokenizers) -> dict[str, Tensor]:
-    """Packed latents (N, 36, 64) and token ids (N, CAPTIONS_EACH, 64); `held_*` are color pairs never trained on."""
+    """Packed latents (N, 36, 64) and token ids (N, CAPTIONS_EACH, 64); `held_*`: color pairs kept out of training."""
     if (work / "cache.pt").exists():
         return torch.load(work / "cache.pt")
     cache = {}
@@ -176,7 +183,7 @@ def cache_examples(work: Path, autoencoder: nn.Module, tokenizers: Tokenizers) -
 
 
 def train_flow(work: Path, minutes: float, model: Nano, cache: dict[str, Tensor], empty: Tensor) -> None:
-    """Flow matching at guidance 1, so that 1 stays the plain conditional model."""
+    """Flow matching at guidance 1, so guidance 1 is the plain conditional model."""
     img, ids = cache["img"], cache["ids"]
 
     def loss(model: nn.Module, fraction: float) -> Tensor:
@@ -193,7 +200,7 @@ def train_flow(work: Path, minutes: float, model: Nano, cache: dict[str, Tensor]
 
 
 def distil(work: Path, minutes: float, model: Nano, cache: dict[str, Tensor], empty: Tensor) -> None:
-    """Teaches guidance_in what v_uncond + g (v_cond - v_uncond) is; the text encoders stay as they are."""
+    """Train the model to give v_uncond + g (v_cond - v_uncond) at guidance g; the text encoders are frozen."""
     img, ids = cache["img"], cache["ids"]
     teacher = copy.deepcopy(model).bfloat16().requires_grad_(False)
     for encoder in (model.t5, model.clip):
@@ -205,21 +212,21 @@ def distil(work: Path, minutes: float, model: Nano, cache: dict[str, Tensor], em
         captions = torch.where(torch.rand(BATCH, 1) < DROPPED_CAPTIONS, empty, captions)
         x0, t = img[chosen], sample_timesteps(BATCH)
         x = torch.lerp(x0, torch.randn_like(x0), t[:, None, None])
-        plain = torch.rand(BATCH) < 0.4  # guidance 1 is where LoRAs are trained: keep it exact
+        plain = torch.rand(BATCH) < 0.4  # LoRAs are trained at guidance 1: keep it exact
         guidance = torch.where(plain, torch.ones(BATCH), 1 + (TOP_GUIDANCE - 1) * torch.rand(BATCH))
         with torch.no_grad():
             conditional = teacher(x, captions, t, torch.ones(BATCH)).float()
             unconditional = teacher(x, empty.expand_as(captions), t, torch.ones(BATCH)).float()
             target = unconditional + guidance[:, None, None] * (conditional - unconditional)
         error = (model(x, captions, t, guidance).float() - target).square().mean(dim=(1, 2))
-        return (error / guidance).mean()  # unweighted, the strongest guidance would drown the rest
+        return (error / guidance).mean()  # unweighted, the strongest guidance would dominate
 
     trainer = Trainer("distil", model, work, minutes, muon_lr=4e-4, adam_lr=4e-4, average=0.99, bf16=True)
     trainer.run(loss, decay_from=0.3, validate=lambda model: validation_note(model, cache))
 
 
 def sample_timesteps(count: int) -> Tensor:
-    """t (count,): 60 % uniform shifted by 3, 40 % logit-normal; background color is decided near 1."""
+    """t (count,): 60 % uniform shifted by 3, 40 % logit-normal; values near 1 decide the background color."""
     uniform = torch.rand(count)
     shifted = 3 * uniform / (1 + 2 * uniform)
     middle = torch.sigmoid(0.4 + torch.randn(count))
@@ -228,7 +235,7 @@ def sample_timesteps(count: int) -> Tensor:
 
 @torch.no_grad()
 def validation_note(model: nn.Module, cache: dict[str, Tensor]) -> str:
-    """Mean flow loss of the held-out images at guidance 1, over eight shifted timesteps and fixed noise."""
+    """Mean flow loss on the held-out images at guidance 1, over eight shifted timesteps with fixed noise."""
     img, ids = cache["held_img"], cache["held_ids"][:, 0]
     noise = torch.randn(img.shape, generator=torch.Generator().manual_seed(0))
     uniform = (torch.arange(8) + 0.5) / 8

@@ -1,4 +1,4 @@
-"""Trains nano's two tokenizers, in the file formats of FLUX's own: CLIP's BPE and T5's SentencePiece unigram."""
+"""Trains nano's two tokenizers in the file formats of FLUX.1: CLIP's BPE and T5's SentencePiece unigram."""
 
 import io
 import json
@@ -16,9 +16,9 @@ FOLDED = {chr(c): chr(c + 32) for c in range(ord("A"), ord("Z") + 1)} | {"\t": "
 
 
 def corpus(count: int = 20_000) -> list[str]:
-    """Captions; their words with mixed punctuation; and nonsense, so that every letter and common pair gets a piece.
+    """Captions; their words with mixed punctuation; and nonsense, so every letter and common pair gets a piece.
 
-    The mixed lines are for SentencePiece: a word that is always followed by the same character is never a candidate.
+    SentencePiece needs the mixed lines: a word that the same character always follows never becomes a candidate.
     """
     rng = random.Random("corpus")
     captions = [drawing.caption(spec, rng) for spec, rng in drawing.specs(10, count, drawing.SHAPES, False)]
@@ -29,7 +29,7 @@ def corpus(count: int = 20_000) -> list[str]:
 
 
 def train_clip(folder: Path, lines: list[str]) -> None:
-    """Writes vocab.json and merges.txt: bytes, bytes that end a word, merges, start, end (the highest id)."""
+    """Write vocab.json and merges.txt. Ids: bytes, bytes that end a word, merges, start, end (the highest id)."""
     from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, trainers
 
     tokenizer = Tokenizer(models.BPE(end_of_word_suffix="</w>", continuing_subword_prefix=""))
@@ -55,14 +55,14 @@ def train_clip(folder: Path, lines: list[str]) -> None:
 
 
 def train_t5(folder: Path, lines: list[str]) -> None:
-    """Writes spiece.model: pad 0, </s> 1, <unk> 2.
+    """Write spiece.model: pad 0, </s> 1, <unk> 2.
 
-    Its normalizer only folds A-Z and odd spaces: T5's own rule table alone would be 240 KB.
+    Its normalizer only lowercases A-Z and unifies white space: T5's own rule table alone would be 240 KB.
     """
     import sentencepiece
 
     folder.mkdir(parents=True, exist_ok=True)
-    rules = Path("rules.tsv")  # in the working folder: its path becomes part of the model file
+    rules = Path("rules.tsv")  # a relative path, because it becomes part of the model file
     rules.write_text("".join(f"{ord(a):X}\t{ord(b):X}\n" for a, b in FOLDED.items()))
     model = io.BytesIO()
     sentencepiece.SentencePieceTrainer.train(
@@ -85,7 +85,7 @@ def train_t5(folder: Path, lines: list[str]) -> None:
 
 
 class Tokenizers:
-    """Captions to the two encoders' token ids, with the reference tokenizers of each file format."""
+    """Captions -> the two encoders' token ids, by the reference tokenizer of each file format."""
 
     def __init__(self, folder: Path):
         from sentencepiece import SentencePieceProcessor
@@ -100,5 +100,5 @@ class Tokenizers:
         return [row + [0] * (T5_LENGTH - len(row)) for row in rows]
 
     def clip_ids(self, captions: list[str], length: int = CLIP_LENGTH) -> list[list[int]]:
-        """`length` ids each: start, words, end, then end again as padding."""
+        """`length` ids each: start, words, end, then more end tokens as padding."""
         return self.clip(captions, padding="max_length", truncation=True, max_length=length)["input_ids"]

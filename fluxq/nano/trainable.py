@@ -1,7 +1,7 @@
 """FLUX as a plain trainable module, for pretraining nano on a CPU.
 
-`fluxq.model.Flux` keeps its weights as frozen buffers, so it cannot be pretrained. This one is the same image with
-the same key names (those of the original checkpoint files), all parameters, no memory tricks. Shapes: B batch, L
+`fluxq.model.Flux` keeps its weights as frozen buffers, so it cannot be pretrained. This one is the same model with the
+same key names (those of the original checkpoint files), but all parameters and no memory tricks. Shapes: B batch, L
 tokens (text first), D width, H heads.
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class Shape:
-    """The sizes that pretraining chooses; the rest of FLUX's config follows from them."""
+    """The sizes that pretraining chooses; the rest of FLUX.1's config follows from them."""
 
     hidden: int = 192
     heads: int = 6
@@ -28,7 +28,7 @@ class Shape:
 
     @property
     def axes(self) -> tuple[int, int, int]:
-        """How a head's channels are divided between RoPE's three axes; (16, 56, 56) of 128 in the real model."""
+        """One head's channels for each of RoPE's three axes; (16, 56, 56) of 128 in FLUX.1."""
         head = self.hidden // self.heads
         return head // 8, 7 * head // 16, 7 * head // 16
 
@@ -48,7 +48,7 @@ class TrainableFlux(nn.Module):
         self.single_blocks = nn.ModuleList(SingleBlock(shape) for _ in range(shape.depth_single))
         self.final_layer = FinalLayer(shape)
         for name, parameter in self.named_parameters():
-            if "mod" in name or name.startswith("final_layer"):  # every block starts as the identity (DiT)
+            if "mod" in name or name.startswith("final_layer"):  # each block starts as the identity (DiT)
                 nn.init.zeros_(parameter)
             elif parameter.ndim == 2:
                 nn.init.xavier_uniform_(parameter)
@@ -166,7 +166,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(shape.hidden, 2 * shape.hidden))
 
     def forward(self, x: Tensor, m: Tensor) -> Tensor:
-        shift, scale = self.adaLN_modulation[1](m).chunk(2, dim=-1)  # m has been through the SiLU already
+        shift, scale = self.adaLN_modulation[1](m).chunk(2, dim=-1)  # m already went through the SiLU
         return self.linear(modulate(x, shift, scale))
 
 
@@ -177,7 +177,7 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
 def attention(q: Tensor, k: Tensor, v: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
     """(B, H, L, D/H) three times -> (B, L, D).
 
-    Written out: at 68 tokens the CPU's fused attention takes ten times as long backward, a third of a whole step.
+    Not fused: at 68 tokens, the CPU's fused attention takes ten times as long backward, a third of a whole step.
     """
     scores = rotate(q, rotation) @ rotate(k, rotation).mT * q.shape[-1] ** -0.5
     return (scores.softmax(dim=-1) @ v).transpose(1, 2).flatten(2)
@@ -205,7 +205,7 @@ def rope(text: int, rows: int, columns: int, axes: tuple[int, ...]) -> tuple[Ten
 
 
 def sinusoids(s: Tensor) -> Tensor:
-    """(B,) -> (B, 256), cosines first; s is multiplied by 1000 as FLUX does with t and guidance."""
+    """(B,) -> (B, 256), cosines first; s is multiplied by 1000, as FLUX.1 does with t and guidance."""
     frequencies = torch.exp(-math.log(10000) * torch.arange(128) / 128)
     angles = 1000 * s.float()[:, None] * frequencies
     return torch.cat((angles.cos(), angles.sin()), dim=-1)

@@ -1,4 +1,4 @@
-"""The loop that every stage of pretraining runs: a wall-clock budget, two optimizers, an average, checkpoints."""
+"""The training loop of all pretraining stages: a time budget, two optimizers, a weight average, checkpoints."""
 
 import copy
 import time
@@ -12,10 +12,10 @@ from .muon import Muon
 
 
 class Trainer:
-    """A wall-clock budget of steps: Muon for hidden matrices, AdamW for the rest, an average of the weights.
+    """Trains `model` for `minutes`: Muon for hidden matrices, AdamW for the rest, an average of the weights.
 
-    `run` leaves the average in `model`. With `bf16` the arithmetic runs on a bf16 copy while the optimizers keep fp32
-    weights. A checkpoint every two minutes lets the same command continue.
+    `run` leaves the average in `model`. With `bf16`, a bf16 copy computes while the optimizers keep fp32 weights. It
+    saves a checkpoint every two minutes; the same command resumes from it.
     """
 
     def __init__(
@@ -50,6 +50,11 @@ class Trainer:
         decay_from: float,
         validate: Callable[[nn.Module], str] = lambda model: "",
     ) -> None:
+        """Train until the time is up, and print progress.
+
+        loss_of(model, fraction of the time used); the learning rate falls linearly from the fraction `decay_from` on;
+        validate(averaged model) -> a note to print.
+        """
         started, saved, printed, losses = time.monotonic() - self.elapsed, self.elapsed, self.elapsed, []
         masters: list[Tensor] = [value for value in self.model.parameters() if value.requires_grad]
         workers: list[Tensor] = [value for value in self.worker.parameters() if value.requires_grad]
@@ -109,7 +114,7 @@ class Trainer:
 
 
 def is_hidden_matrix(name: str, parameter: Tensor) -> bool:
-    """Whether Muon trains it: matrices and kernels inside the networks, neither their ends nor modulation."""
+    """Whether Muon trains it: matrices and kernels inside the networks, but not at their ends or in modulation."""
     ends = ("_in.", "final_layer", "_mod.", "modulation", "embed", "shared", "relative", "conv_out", "r.conv_in")
     return parameter.ndim >= 2 and not any(part in name for part in ends)
 

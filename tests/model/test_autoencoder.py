@@ -1,4 +1,4 @@
-"""The autoencoder against diffusers' AutoencoderKL, every tensor random."""
+"""The autoencoder against diffusers' AutoencoderKL, with random tensors."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_images_and_their_gradient_equal_diffusers(pair):
     assert relative_error(ours_dx, theirs_dx) <= 1e-5
 
 
-def test_encode_gives_the_mean_or_a_draw_around_it(pair):
+def test_encode_returns_the_mean_or_a_sample_around_it(pair):
     ours, _ = pair
     x = torch.randn(1, 3, 32, 32)
     mean, log_variance = ours.encoder(x).chunk(2, dim=1)

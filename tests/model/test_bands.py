@@ -1,4 +1,4 @@
-"""The autoencoder in bands of rows against itself at once, and the memory that this saves."""
+"""The autoencoder in bands of rows against itself on whole maps, and the memory that bands save."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_bands_equal_the_whole_at_any_size(config, height, width, band):
 
 
 def test_bands_leave_no_seam():
-    """Not only on the whole: no single pixel is off by more than rounding, where bands meet as elsewhere."""
+    """Not just on average: no single pixel is off by more than rounding, at band borders or elsewhere."""
     autoencoder = randomize(AutoEncoder(SMALL))
     latents = torch.randn(1, 16, 12, 12)
     with torch.no_grad():
@@ -52,17 +52,17 @@ def test_bands_in_bf16_err_no_more_than_twice_the_whole():
     assert relative_error(banded.decode(latents.bfloat16()), decoded) <= 2 * errors[1]
 
 
-def test_encode_and_back_to_the_whole_again():
+def test_encode_in_bands_and_then_on_whole_maps_again():
     autoencoder = randomize(AutoEncoder(SMALL))
     images = torch.randn(1, 3, 32, 48)
-    drawn = autoencoder.encode(images, torch.Generator().manual_seed(5))
+    whole = autoencoder.encode(images, torch.Generator().manual_seed(5))
     banded = autoencoder.in_bands(8).encode(images, torch.Generator().manual_seed(5))
-    assert relative_error(banded, drawn) <= 1e-5 and not banded.requires_grad
-    assert torch.equal(autoencoder.in_bands(None).encode(images, torch.Generator().manual_seed(5)), drawn)
+    assert relative_error(banded, whole) <= 1e-5 and not banded.requires_grad
+    assert torch.equal(autoencoder.in_bands(None).encode(images, torch.Generator().manual_seed(5)), whole)
 
 
 class Small:
-    """A GPU that whole maps do not fit on, nor bands of more than `most` rows."""
+    """A GPU with memory for bands of at most `most` rows."""
 
     def __init__(self, autoencoder, most):
         self.autoencoder, self.most, self.tried = autoencoder, most, []
@@ -76,18 +76,18 @@ class Small:
 
 
 @pytest.mark.parametrize(
-    ("begins", "most", "tried"), [(None, 40, [None, 32]), (None, 8, [None, 32, 8]), (64, 10, [64, 32, 8])]
+    ("start", "most", "tried"), [(None, 40, [None, 32]), (None, 8, [None, 32, 8]), (64, 10, [64, 32, 8])]
 )
-def test_where_memory_is_short_it_goes_on_in_narrower_bands_and_says_so(begins, most, tried):
-    said, autoencoder = [], AutoEncoder(SHALLOW).in_bands(begins)
+def test_out_of_memory_retries_in_narrower_bands_and_notifies(start, most, tried):
+    notes, autoencoder = [], AutoEncoder(SHALLOW).in_bands(start)
     gpu = Small(autoencoder, most)
-    assert within_memory(autoencoder, gpu.run, said.append) == tried[-1] == autoencoder.band
-    assert gpu.tried == tried and len(said) == len(tried) - 1 and f"on {tried[-1]} rows at a time" in said[-1]
-    assert within_memory(autoencoder, gpu.run, said.append) == tried[-1]
-    assert gpu.tried == [*tried, tried[-1]] and len(said) == len(tried) - 1  # what was learnt is kept
+    assert within_memory(autoencoder, gpu.run, notes.append) == tried[-1] == autoencoder.band
+    assert gpu.tried == tried and len(notes) == len(tried) - 1 and f"on {tried[-1]} rows at a time" in notes[-1]
+    assert within_memory(autoencoder, gpu.run, notes.append) == tried[-1]
+    assert gpu.tried == [*tried, tried[-1]] and len(notes) == len(tried) - 1  # the narrower bands are kept
 
 
-def test_where_the_narrowest_bands_do_not_help_it_is_out_of_memory():
+def test_out_of_memory_in_the_narrowest_bands_is_raised():
     autoencoder = AutoEncoder(SHALLOW)
     with pytest.raises(torch.OutOfMemoryError):
         within_memory(autoencoder, Small(autoencoder, 7).run, print)
@@ -95,9 +95,9 @@ def test_where_the_narrowest_bands_do_not_help_it_is_out_of_memory():
 
 @pytest.mark.slow
 def test_bands_take_less_than_two_fifths_of_the_memory():
-    """At 768 x 768, in bands of 32 rows; a unit is a map of `ch` channels at full size (302 MB in FLUX.1's own, fp32).
+    """At 768 x 768, in bands of 32 rows. A unit is a map of `ch` channels at full size (302 MB in FLUX.1, fp32).
 
-    The whole takes 5 of them to encode and 6 to decode, the bands 1.7 and 2.2.
+    Whole maps take 5 units to encode and 6 to decode; bands take 1.7 and 2.2.
     """
     autoencoder = randomize(AutoEncoder(SMALL))
     images, latents = torch.randn(1, 3, 768, 768), torch.randn(1, 16, 96, 96)

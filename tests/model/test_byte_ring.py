@@ -1,8 +1,8 @@
-"""The byte ring: what a training step is predicted to have on a GPU, owner by owner, against what it has.
+"""The predicted GPU bytes of a training step, owner by owner, against the bytes that the step allocates.
 
-The trainer's own step (fluxq/bench/timed_step.py) runs with full-width FLUX.1 on `meta`, over a backend that allocates as the
-kernels do and computes nothing (tests/hollow.py). The slots are those of the ring that `load_streamed` makes, the
-scratch is the kernels' own, and the optimizer's state is made by the optimizer.
+The trainer's own step (fluxq/bench/timed_step.py) runs with full-width FLUX.1 on `meta`, on a backend that allocates
+like the kernels but computes nothing (tests/hollow.py). The slots come from `load_streamed`'s ring, the scratch from
+the kernels, and the optimizer's state from the optimizer.
 """
 
 from __future__ import annotations
@@ -38,8 +38,8 @@ META = torch.device("meta")
 
 @dataclass(frozen=True)
 class Case:
-    """A setting at full width. blocks: doubles and singles; resident: units, None for all; generation: of the GPU;
-    mostly_kept: activations are half of the peak or more.
+    """A setting at full width. blocks: double and single ones. resident: number of units; None: all. generation: the
+    GPU's compute capability. mostly_kept: activations are half of the peak or more.
     """
 
     blocks: tuple[int, int]
@@ -80,7 +80,7 @@ CASES = [
 
 
 class HollowUnits(RandomUnits):
-    """A quantized file of units that have no contents."""
+    """A quantized file whose units have no contents."""
 
     def __init__(self, config: FluxConfig, format: str) -> None:
         super().__init__(config, format, torch.device("cpu"))
@@ -103,7 +103,7 @@ def flux_of(case: Case, config: FluxConfig, resident: Collection[str]) -> Flux:
         flux = load_streamed(units, META, resident, case.slots, Immediate(), ahead=ahead)
     for module in flux.modules():
         if isinstance(module, Scale):
-            module.__dict__["divides_out"] = True  # of no values this cannot be asked
+            module.__dict__["divides_out"] = True  # it cannot be computed without values
     add_lora(flux, case.rank, case.rank, case.targets)
     flux.set_policy(case.policy)
     flux.set_compute(case.compute)
@@ -113,8 +113,8 @@ def flux_of(case: Case, config: FluxConfig, resident: Collection[str]) -> Flux:
 
 @contextmanager
 def a_meta_step(keeps_gradients: bool) -> Iterator[None]:
-    """Inside, the trainer's step runs on meta, where no number can be read. keeps_gradients: those of an earlier
-    micro-step are there, as where steps accumulate.
+    """Inside, the trainer's step runs on meta, where no number can be read. keeps_gradients: gradients of an earlier
+    micro-step exist, as in gradient accumulation.
     """
     to_host, zero_grad = torch.Tensor.cpu, torch.optim.Optimizer.zero_grad
 
@@ -130,29 +130,27 @@ def a_meta_step(keeps_gradients: bool) -> Iterator[None]:
 
 
 @contextmanager
-def owners_told(live: LiveBytes, flux: Flux) -> Iterator[None]:
-    """Inside, a step tells whose bytes are whose: at its turn what it has kept, and after it has gone back, the
-    gradients.
-    """
+def owners_reported(live: LiveBytes, flux: Flux) -> Iterator[None]:
+    """Inside, a step reports the owners of its bytes: activations after forward, LoRA's gradients after backward."""
     loss = objective.flow_loss
 
-    def told_loss(*arguments):
+    def reporting_loss(*arguments):
         live.belongs("workspace")
-        found = loss(*arguments)
+        value = loss(*arguments)
         live.belongs("activations")
-        return found
+        return value
 
-    def told_number(tensor: Tensor) -> float:
+    def reporting_float(tensor: Tensor) -> float:
         live.belongs("lora", [p.grad for p in flux.parameters() if p.grad is not None])
         return 0.0
 
-    with patch.object(objective, "flow_loss", told_loss), patch.object(optim, "float", told_number):
+    with patch.object(objective, "flow_loss", reporting_loss), patch.object(optim, "float", reporting_float):
         yield
 
 
 def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[str, int]:
-    """Owner -> bytes at the peak of the second step, in which scratch and the optimizer's state are there, and in which
-    modulation is computed ahead once more.
+    """Owner -> bytes at the peak of the second step: scratch and the optimizer's state exist by then, and modulation is
+    computed ahead once more.
     """
     build, optimizers = timed_step.build_optimizer, []
 
@@ -176,11 +174,11 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
             states = optimizers[0].state.values()
             live.belongs("optimizer", [t for state in states for t in state.values() if isinstance(t, Tensor)])
             live.reset_peak()
-            with owners_told(live, flux):
+            with owners_reported(live, flux):
                 step(64)
-        found = live.peak_by_owner()
-    found["workspace"] = found.get("workspace", 0) + found.pop("", 0)
-    return found
+        peak = live.peak_by_owner()
+    peak["workspace"] = peak.get("workspace", 0) + peak.pop("", 0)
+    return peak
 
 
 def costs_of(case: Case, config: FluxConfig) -> Costs:
@@ -197,13 +195,13 @@ def test_enough_cases_are_mostly_activations():
 @pytest.mark.parametrize(
     "case", [pytest.param(case, marks=() if i in (1, 2) else pytest.mark.slow) for i, case in enumerate(CASES)], ids=str
 )
-def test_predicted_bytes_are_those_of_the_step_owner_by_owner(case):
+def test_predicted_bytes_equal_those_of_the_step_by_owner(case):
     config = replace(FluxConfig.dev(), depth=case.blocks[0], depth_single_blocks=case.blocks[1])
     costs, everything = costs_of(case, config), case.resident is None
     resident = spread([b.units for b in costs.blocks], len(costs.units) if everything else case.resident)
     setting = Setting(0 if everything else case.slots, tuple(resident), costs.window)
     expected = peak_by_owner(costs, [case.policy if b.policies else "" for b in costs.blocks], False, setting)
-    if everything:  # modulation's weights too
+    if everything:  # including modulation's weights
         expected["weights"] += sum(costs.ahead.values())
     real = counted(case, config, resident)
     total = sum(real.values())

@@ -1,4 +1,4 @@
-"""Layers with outlying inputs are found, and only those rotate."""
+"""Calibration finds the layers whose inputs have outliers, and only those rotate."""
 
 from __future__ import annotations
 

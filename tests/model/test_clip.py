@@ -1,4 +1,4 @@
-"""CLIP-L with LoRA against transformers with peft, and the way of its gradient through the transformer."""
+"""CLIP-L with LoRA against transformers with peft, and its gradient through the transformer."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ RANK, ALPHA = 3, 2.0
 
 @pytest.fixture
 def theirs(tmp_path) -> CLIPTextModel:
-    """A random CLIP, whose weights lie in tmp_path / "clip_l.safetensors"."""
+    """A random CLIP; its weights are in tmp_path / "clip_l.safetensors"."""
     sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
     model = CLIPTextModel(CLIPTextConfig(vocab_size=1000, **sizes, bos_token_id=None, eos_token_id=2))
     randomize(model)
@@ -48,7 +48,7 @@ def loaded(tmp_path, dtype=torch.float64) -> Clip:
 
 
 def with_lora(clip: Clip) -> Clip:
-    """Both halves random, in the dtype of the weights."""
+    """Random LoRA, down and up, in the dtype of the weights."""
     torch.manual_seed(1)
     add_lora(clip, RANK, ALPHA, CLIP_TARGETS)
     for layer in lora_layers(clip).values():
@@ -57,7 +57,7 @@ def with_lora(clip: Clip) -> Clip:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-def test_pooled_vectors_are_those_of_transformers(tmp_path, theirs, dtype):
+def test_pooled_vectors_equal_transformers(tmp_path, theirs, dtype):
     clip = loaded(tmp_path, dtype)
     ids, _, cut = clip._tokens(CAPTIONS)
     assert cut == [False, False, True] and not list(clip.parameters())
@@ -65,8 +65,8 @@ def test_pooled_vectors_are_those_of_transformers(tmp_path, theirs, dtype):
     assert relative_error(clip.pooled(CAPTIONS), expected) <= 1e-6
 
 
-def test_gradients_are_those_of_peft(tmp_path, theirs):
-    """In fp64, every module with weights of its own: two that are swapped would show."""
+def test_gradients_equal_peft(tmp_path, theirs):
+    """In fp64, with different weights in every module, so swapped modules would show."""
     clip = with_lora(loaded(tmp_path))
     wrapped = peft.get_peft_model(
         theirs.double(),
@@ -95,7 +95,7 @@ def test_gradients_are_those_of_peft(tmp_path, theirs):
 
 
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
-def test_what_is_written_reads_back_as_it_was(tmp_path, theirs, dialect):
+def test_a_saved_lora_loads_unchanged(tmp_path, theirs, dialect):
     clip = with_lora(loaded(tmp_path, torch.float32))
     wanted = adapters_of(clip, ALPHA)
     save_lora(tmp_path / "x.safetensors", {}, FluxConfig.nano(), dialect, torch.float32, clip=wanted)
@@ -120,8 +120,8 @@ def velocity(flux: Flux, y: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("policy", ["recompute", "keep_attention", "keep_qkv", "keep_all"])
-def test_the_gradient_of_y_is_what_a_small_step_shows(policy):
-    """Whether or not anything in the transformer trains: in fp64, by central differences."""
+def test_the_gradient_of_y_equals_finite_differences(policy):
+    """Central differences in fp64, with and without LoRA in the transformer."""
     for targets in ("attention+mlp", None):
         torch.manual_seed(0)
         flux = randomize(Flux(tiny_config())).double()
@@ -143,24 +143,24 @@ def test_the_gradient_of_y_is_what_a_small_step_shows(policy):
             assert float((gradient * direction).sum()) == pytest.approx(float((rise * dv).sum()), rel=1e-4, abs=1e-4)
 
 
-def test_streamed_weights_are_there_when_the_gradient_of_y_comes_back(tmp_path, monkeypatch):
-    """Slots are poisoned when they are let go; modulation passes through them in the step."""
+def test_streamed_weights_are_resident_for_the_gradient_of_y(tmp_path, monkeypatch):
+    """Freed slots are poisoned, and modulation is streamed through them within the step."""
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path))
     file = cached(open_flux(nano.FLUX), "nf4", CPU, lambda done, total: None)
-    clip, found = with_lora(load_clip(nano.CLIP_L, TOKENIZER, CPU)), []
+    clip, gradients = with_lora(load_clip(nano.CLIP_L, TOKENIZER, CPU)), []
     for flux in (load_quantized(file, CPU), load_streamed(file, CPU, (), 2, Immediate(), poison=True, ahead=False)):
         torch.manual_seed(3)
         add_lora(flux, 2, 2)
         flux.trains_y = True
         expect_training(flux)
         out = velocity(flux, clip.pooled(["a red circle", "blue"]))
-        found.append(torch.autograd.grad(out.float().square().sum(), list(clip.parameters())))
-    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*found, strict=True))
+        gradients.append(torch.autograd.grad(out.float().square().sum(), list(clip.parameters())))
+    assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*gradients, strict=True))
 
 
 @pytest.mark.parametrize("batch", [1, 3])
-def test_costs_are_those_of_the_model(tmp_path, theirs, batch):
-    """Frozen and trained weights to the byte, what it keeps for its backward pass within a tenth; in bf16."""
+def test_costs_equal_those_of_the_model(tmp_path, theirs, batch):
+    """In bf16: frozen and trained weights to the byte, activations kept for the backward pass within 10 %."""
     clip, shapes = with_lora(loaded(tmp_path, torch.bfloat16)), open_clip(tmp_path / "clip_l.safetensors").shapes
     config = FluxConfig.dev()
     plain, more = (flux_costs(config, "nf4", rank=RANK, batch=batch, clip=c) for c in (None, shapes))
@@ -172,7 +172,7 @@ def test_costs_are_those_of_the_model(tmp_path, theirs, batch):
     assert pooled.requires_grad
     kept = more.scratch - plain.scratch
     assert live.live == pytest.approx(kept, rel=0.1)
-    # all modulation is computed in the step, forward and back
+    # all modulation runs within the step, forward and backward
     assert not more.ahead and more.window == 0 and more.units.keys() == plain.units.keys() | plain.ahead.keys()
     assert all(block.policies for block in more.blocks)
     assert more.outside.flops > plain.outside.flops

@@ -1,6 +1,6 @@
-"""The table of costs: weights to the byte, FLOPs, kept bytes and whole plans by hand.
+"""The table of costs: weights to the byte; FLOPs, kept bytes and whole plans against manual calculations.
 
-tests/model/test_byte_ring.py holds peaks against counted bytes.
+tests/model/test_byte_ring.py compares peaks with counted bytes.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ MB = 1e6
 
 
 @pytest.mark.parametrize("config", [DEV, FluxConfig.schnell(), FluxConfig.nano()])
-def test_the_tensors_are_those_of_the_files(config):
+def test_tensors_are_those_of_the_files(config):
     assert dict(tensors(config)) == dict(flux_shapes(config))
 
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8", "bf16"])
-def test_units_have_the_length_that_the_file_gives_them(format):
+def test_units_have_the_length_that_the_file_stores(format):
     costs = flux_costs(DEV, format)
     lengths = {unit: length for unit, (_, length) in layout(flux_shapes(DEV), format).items()}
     modulation = {unit: length for unit, length in lengths.items() if unit.endswith(".mod")}
@@ -37,10 +37,10 @@ def test_units_have_the_length_that_the_file_gives_them(format):
     assert len(costs.units) == 76
 
 
-def test_flops_by_hand():
-    """Of each block a token meets 12 D^2 weights, a double block's half or a single block: 57 x 12 x 3072^2 = 6.455e9,
-    and two FLOPs for each. LoRA has R (1+3 + 1+1 + 1+4 + 4+1) D = 16 R D in a double block's half, and since a single
-    block's first layer is two products, R (1+3 + 1+4 + 5+1) D = 15 R D there. Attention: 4 L^2 D.
+def test_flops_equal_a_manual_count():
+    """A token passes 12 D^2 weights per block (half a double block or a single block): 57 x 12 x 3072^2 = 6.455e9, with
+    two FLOPs each. LoRA has R (1+3 + 1+1 + 1+4 + 4+1) D = 16 R D in half a double block. In a single block, whose first
+    layer is two products, it has R (1+3 + 1+4 + 5+1) D = 15 R D. Attention: 4 L^2 D.
     """
     costs = flux_costs(DEV, "nf4", rank=16, img_tokens=1024, txt_tokens=512)
     tokens = 1536
@@ -61,7 +61,7 @@ def test_flops_by_hand():
 
 
 U = 4608 * 3072 * 2  # 1,024 px and 512 text tokens
-KEPT = {  # in U and numbers of fp32 a token: as tests/model/test_policies.py counts, and the inputs
+KEPT = {  # in U and fp32 numbers per token: what tests/model/test_policies.py counts, and the inputs
     "recompute": ((1, 0), (1, 0)),
     "keep_attention": ((2, 24), (2, 24)),
     "keep_qkv": ((6, 72), (5, 72)),
@@ -71,21 +71,21 @@ KEPT = {  # in U and numbers of fp32 a token: as tests/model/test_policies.py co
 
 
 @pytest.mark.parametrize("policy", KEPT)
-def test_kept_bytes_by_hand(policy):
+def test_kept_bytes_equal_a_manual_count(policy):
     costs = flux_costs(DEV, "nf4")
     for block, (units, numbers) in zip((costs.blocks[0], costs.blocks[-1]), KEPT[policy], strict=True):
         assert block.policies[policy].kept == units * U + numbers * 4 * 4608
 
 
-# Twelve plans by hand: NF4 units of dev are 63,774,720 bytes at most, 8-bit ones 113.4 MB. LoRA on all blocks is R x
-# (19 x 2 x 16 + 38 x 14) x 3072 weights = 56.0 M for R = 16, with 4 bytes each, its state 2 + 8/256. At the turn of
-# a step the last block runs backward: the 56 others keep what they keep, the block has 22 U (x, dout, modulated 1
-# each, q k v 3, attention's output 1, hidden 4, GELU's output with attention 5, dy 1, dx 5) and 32 columns of room
-# behind modulated, GELU's output and dx; the decode scratch is about 9 x 2^20 x 2 = 18.9 MB, or 3072 x 3072 x 2 for
-# proj, whole for its bias. Modulation's rows of one step are 2.1 MB, those of coming steps wait on the host. With
-# keep_all8 the last block's forward pass is more, 23 U: x and modulated 1 each, its qkv 3, q k v 3, hidden 4 and in
-# 8 bits 2, attention's output 1, GELU's 5, the sum's parts 1 and 1, and the double blocks' outputs 1, which wait for
-# the end of the pass. What stays are embedders and the last layer, 128 MB.
+# Twelve plans calculated manually. NF4 units of dev have at most 63,774,720 bytes, 8-bit units 113.4 MB. LoRA on all
+# blocks has R x (19 x 2 x 16 + 38 x 14) x 3072 weights = 56.0 M for R = 16, with 4 bytes each and 2 + 8/256 bytes of
+# state. The peak is where the last block runs backward: the 56 others hold what they keep, and the block has 22 U (x,
+# dout, modulated 1 each, q k v 3, attention's output 1, hidden 4, GELU's output with attention 5, dy 1, dx 5) and 32
+# padding columns after modulated, GELU's output and dx. The decode scratch is about 9 x 2^20 x 2 = 18.9 MB, or 3072 x
+# 3072 x 2 for proj, which is decoded whole for its bias. Modulation's rows of one step are 2.1 MB; those of later
+# steps are in host memory. With keep_all8 the last block's forward pass is larger, 23 U: x and modulated 1 each, its
+# qkv 3, q k v 3, hidden 4 and in 8 bits 2, attention's output 1, GELU's 5, the sum's parts 1 and 1, and the double
+# blocks' outputs 1, which are freed after the pass. Embedders and the last layer always stay: 128 MB.
 ROWS = [  # pixels, text tokens, format, policy, resident units, slots, rank, batch
     (1024, 512, "nf4", "recompute", 0, 8, 16, 1),
     (1024, 512, "nf4", "keep_attention", 0, 8, 16, 1),
@@ -103,12 +103,12 @@ ROWS = [  # pixels, text tokens, format, policy, resident units, slots, rank, ba
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
-def test_twelve_rows_by_hand(row):
+def test_twelve_plans_equal_manual_calculations(row):
     pixels, text, format, policy, resident, slots, rank, batch = row
     image = (pixels // 16) ** 2
     costs = flux_costs(DEV, format, rank=rank, batch=batch, img_tokens=image, txt_tokens=text)
     pins = Pins(policy=policy, resident_units=resident, slots=slots or None, offload=False)
-    found = plan([costs], GPUS["h200"], pins=pins)
+    made = plan([costs], GPUS["h200"], pins=pins)
     tokens = batch * (image + text)
     u = tokens * 3072 * 2
     unit = {"nf4": 63_774_720, "int8": 113.41e6, "fp8": 113.41e6, "bf16": 226.57e6}[format]
@@ -120,7 +120,7 @@ def test_twelve_rows_by_hand(row):
     block = (
         (23 if policy == "keep_all8" else 22) * u + room + 24 * 3 * 4 * tokens - single * u - single_small * 4 * tokens
     )
-    if policy == "keep_all8":  # of these the last layer keeps what the last block has made
+    if policy == "keep_all8":  # the last layer keeps the last block's output
         kept, block = kept + u, block - u
     scratch = 0 if format == "bf16" else 3072 * 3072 * 2
     ahead = batch * 2 * (19 * 12 + 38 * 3) * 3072
@@ -133,15 +133,15 @@ def test_twelve_rows_by_hand(row):
         workspace=block + scratch + ahead,
     )
     for owner, nbytes in expected.items():
-        assert found.peak[owner] == pytest.approx(nbytes, rel=0.02), owner
-    assert found.peak_bytes == pytest.approx(sum(expected.values()), rel=0.01)
-    assert len(found.resident) == resident and found.slots == slots and set(found.policies) == {policy}
+        assert made.peak[owner] == pytest.approx(nbytes, rel=0.02), owner
+    assert made.peak_bytes == pytest.approx(sum(expected.values()), rel=0.01)
+    assert len(made.resident) == resident and made.slots == slots and set(made.policies) == {policy}
 
 
 @pytest.mark.parametrize(
     ("pixels", "offload", "gib"), [(1024, False, 4.6), (1024, True, 3.2), (512, False, 3.0), (512, True, 2.5)]
 )
-def test_with_all_units_streamed_a_step_is_predicted_to_need_no_more_than_this(pixels, offload, gib):
+def test_predicted_peak_with_all_units_streamed(pixels, offload, gib):
     costs = flux_costs(DEV, "nf4", rank=16, batch=1, img_tokens=(pixels // 16) ** 2, txt_tokens=512)
     pins = Pins(resident_units=0, slots=8, policy="recompute", offload=offload)
     made = plan([costs], GPUS["h200"], pins=pins)

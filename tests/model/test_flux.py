@@ -1,4 +1,4 @@
-"""The transformer against diffusers' FluxTransformer2DModel, every tensor random."""
+"""The transformer against diffusers' FluxTransformer2DModel, with random tensors."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ CONFIGS = {
 
 
 def twin(flux: Flux):
-    """The same model as diffusers builds it, frozen."""
+    """The same model in diffusers, frozen."""
     c = flux.config
     theirs = transformer(c)
-    for block in (*theirs.transformer_blocks, *theirs.single_transformer_blocks):  # its class fixes the ratio at 4
+    for block in (*theirs.transformer_blocks, *theirs.single_transformer_blocks):  # diffusers fixes mlp_ratio at 4
         resize_mlp(block, c)
     theirs.load_state_dict(to_diffusers(flux.state_dict(), c))
     return theirs.requires_grad_(False)
@@ -45,7 +45,7 @@ def resize_mlp(block, c: FluxConfig) -> None:
 
 
 def inputs(c: FluxConfig, batch=3, rows=3, columns=5, length=7) -> dict:
-    """Odd token counts; everything that may carry a gradient does."""
+    """Odd token counts; every input that can need a gradient does."""
     return {
         "img": torch.randn(batch, rows * columns, c.in_channels, requires_grad=True),
         "img_ids": image_ids(rows, columns),
@@ -129,7 +129,7 @@ def copy_peft_lora(flux, layers, theirs) -> dict:
 
 
 def test_a_whole_model_passes_gradcheck_in_fp64():
-    """Both Functions at once: the block that recomputes, and the linear layers inside it."""
+    """Both autograd Functions at once: the checkpointed block and its linear layers."""
     config = tiny_config(
         hidden_size=32, num_heads=1, in_channels=4, out_channels=4, mlp_ratio=1.0, depth=1, depth_single_blocks=1
     )
@@ -151,8 +151,8 @@ def test_a_whole_model_passes_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(run, (*leaves, *parameters), atol=1e-5, rtol=1e-3, fast_mode=True)
 
 
-def test_swapping_any_two_neighbors_of_one_shape_shows():
-    """Every tensor matters and none stands for another: so the parity above tells every key from every other."""
+def test_swapping_two_tensors_of_one_shape_changes_the_output():
+    """Every tensor matters and none equals another, so the parity tests above would notice swapped keys."""
     flux = randomize(Flux(tiny_config()))
     i, state = inputs(flux.config), flux.state_dict()
     before = flux(**i).detach()
@@ -164,14 +164,14 @@ def test_swapping_any_two_neighbors_of_one_shape_shows():
         assert relative_error(flux(**i).detach(), before) > 1e-5, f"{a} and {b} can be swapped unnoticed"
 
 
-def test_guidance_is_asked_for_exactly_where_it_is_used():
+def test_guidance_is_required_by_dev_and_refused_by_schnell():
     for name, guidance in (("dev", None), ("schnell", torch.ones(3))):
         flux = randomize(Flux(CONFIGS[name]))
         with pytest.raises(ValueError, match="guidance"):
             flux(**(inputs(flux.config) | {"guidance": guidance}))
 
 
-def test_packing_is_undone_by_unpacking_and_orders_channels_first():
+def test_unpack_inverts_pack_and_channels_come_first():
     latents = torch.arange(2 * 3 * 4 * 6).view(2, 3, 4, 6)
     packed = pack(latents)
     assert packed.shape == (2, 6, 12)

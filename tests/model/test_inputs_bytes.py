@@ -1,4 +1,4 @@
-"""Block inputs that wait on the host: live bytes of a step at full width fall by what the table of costs predicts."""
+"""Block inputs in host memory: a full-width step's live bytes fall by what the table of costs predicts."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ CASES = [  # doubles, singles, policy, image side in tokens, text, batch, target
 
 
 class Nothing(Immediate):
-    """Copies of nothing."""
+    """Streams whose copies do nothing."""
 
     def copy(self, slot: Tensor, source: Tensor) -> None: ...
 
 
 def peaks(flux: Flux, side: int, text: int, batch: int) -> tuple[int, int]:
-    """The most bytes beside the model in the second step; and at the turn of it."""
+    """Bytes in addition to the model in the second step: at the peak, and between forward and backward."""
 
     def empty(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.bfloat16, device="meta")
@@ -53,33 +53,35 @@ def peaks(flux: Flux, side: int, text: int, batch: int) -> tuple[int, int]:
             gc.collect()
             live.reset_peak()
             out = forward()
-            turn = live.live
+            between = live.live
             out.sum().backward()
             del out
-    return live.peak, turn
+    return live.peak, between
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_live_bytes_fall_by_what_is_predicted(case):
+def test_live_bytes_fall_as_predicted(case):
     doubles, singles, policy, side, text, batch, targets = case
     config = replace(FluxConfig.dev(), depth=doubles, depth_single_blocks=singles)
     with torch.device("meta"):
         flux = Flux(config).to(torch.bfloat16)
     for module in flux.modules():
         if isinstance(module, Scale):
-            module.__dict__["divides_out"] = True  # of no values this cannot be asked
+            module.__dict__["divides_out"] = True  # it cannot be computed without values
     add_lora(flux, 16, 16, targets)
     flux.set_policy(policy)
     costs = flux_costs(config, "bf16", "bf16", 16, targets, batch, side * side, text)
     policies = [policy if b.policies else "" for b in costs.blocks]
     inputs = sum(b.inputs for b in costs.blocks if b.policies)
 
-    here, turn = peaks(flux, side, text, batch)
+    on_gpu, between = peaks(flux, side, text, batch)
     flux.inputs = HostInputs(Nothing(), lambda n: Arena({INPUTS: n}, lambda unit, out: None))
-    away, turn_away = peaks(flux, side, text, batch)
+    offloaded, between_offloaded = peaks(flux, side, text, batch)
     setting = Setting(0, tuple(costs.units), 0)
     predicted = [sum(peak_by_owner(costs, policies, offload, setting).values()) for offload in (False, True)]
-    assert turn - turn_away == inputs - 3 * costs.blocks[-1].inputs, "those of the last three blocks are left"
-    assert here - away == pytest.approx(predicted[0] - predicted[1], rel=0.1)
-    assert here - away > 0.4 * inputs
+    assert between - between_offloaded == inputs - 3 * costs.blocks[-1].inputs, (
+        "the inputs of the last three blocks are still on the GPU"
+    )
+    assert on_gpu - offloaded == pytest.approx(predicted[0] - predicted[1], rel=0.1)
+    assert on_gpu - offloaded > 0.4 * inputs

@@ -1,4 +1,4 @@
-"""Rows computed ahead are those of the step, and not one bit of them depends on what was asked for before."""
+"""Rows computed ahead equal those of the step, and not one bit of them depends on earlier requests."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.lora import lora_layers
 from fluxq.model.modulation import Conditioning, Lookahead, is_known_ahead
 
-COUNTS = (3, 3, 1, 2)  # examples of micro-steps, over and over: the last of a bucket may be short
+COUNTS = (3, 3, 1, 2)  # examples per micro-step, repeated: the last batch of a bucket can be short
 
 
 def conditioning(index: int, guided: bool = True) -> Conditioning:
@@ -45,7 +45,7 @@ def step(flux: Flux, index: int, rows) -> list[torch.Tensor]:
 @pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize("index", [0, 2, 22, 23, 1000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])
-def test_rows_and_steps_are_those_of_modulation_in_the_step(dtype, tolerance, index, guidance):
+def test_rows_ahead_equal_modulation_within_the_step(dtype, tolerance, index, guidance):
     flux = model(dtype=dtype, guidance_embed=guidance)
     ahead = Lookahead(flux, lambda i: conditioning(i, guidance), 3)
     expected = list(flux.modulation_rows(*conditioning(index, guidance)))
@@ -54,14 +54,14 @@ def test_rows_and_steps_are_those_of_modulation_in_the_step(dtype, tolerance, in
     for a, b in zip(rows, expected, strict=True):
         assert relative_error(a, b) <= tolerance
     for a, b in zip(step(flux, index, rows), step(flux, index, None), strict=True):
-        assert relative_error(a, b) <= 4 * tolerance  # of five layers, one after another
+        assert relative_error(a, b) <= 4 * tolerance  # five layers in a row
 
 
 @pytest.mark.parametrize("sensitive", [False, True])
 @pytest.mark.parametrize("steps", [None, 50])
-def test_no_bit_depends_on_what_was_asked_for_before(steps, sensitive, monkeypatch):
-    """21 micro-steps of 3 make a tile; the last one of 50 is filled up. Also with products that, as on a GPU, round
-    by the row's place and by all of their shape.
+def test_no_bit_depends_on_earlier_requests(steps, sensitive, monkeypatch):
+    """A tile is 21 micro-steps of 3 examples; with 50 steps the last tile is padded. sensitive: as on a GPU, products
+    round differently by a row's place and by their whole shape.
     """
     if sensitive:
         monkeypatch.setattr(Flux, "modulation_rows", place_sensitive)
@@ -79,12 +79,12 @@ def test_no_bit_depends_on_what_was_asked_for_before(steps, sensitive, monkeypat
             assert all(torch.equal(a, b) for a, b in zip(other.rows(index), straight[index], strict=True)), index
 
 
-def test_each_micro_step_is_asked_about_once_and_never_beyond_the_last():
-    asked = []
-    ahead = Lookahead(model(), lambda i: asked.append(i) or conditioning(i), 3, 30)
+def test_each_micro_step_is_requested_once_and_none_beyond_the_last():
+    requested = []
+    ahead = Lookahead(model(), lambda i: requested.append(i) or conditioning(i), 3, 30)
     for index in range(30):
         ahead.rows(index)
-    assert asked == list(range(30))
+    assert requested == list(range(30))
 
 
 @pytest.mark.parametrize(
@@ -101,8 +101,8 @@ def test_each_micro_step_is_asked_about_once_and_never_beyond_the_last():
         ([r"final_layer\.adaLN_modulation\.1"], False),
     ],
 )
-def test_what_trains_is_computed_in_the_step_and_gets_its_gradient(targets, known):
-    """In sampling nothing trains, and all is known ahead."""
+def test_trained_modulation_runs_in_the_step_and_gets_its_gradient(targets, known):
+    """Without gradients (sampling) all modulation is computed ahead."""
     flux = model(targets)
     assert is_known_ahead(flux.config, targets) == known
     ahead = Lookahead(flux, conditioning, 3)
@@ -113,7 +113,7 @@ def test_what_trains_is_computed_in_the_step_and_gets_its_gradient(targets, know
             assert relative_error(a, b) <= 2**-7
 
 
-def test_more_examples_than_a_tile_takes_are_one_micro_step():
+def test_a_tile_of_one_micro_step_may_exceed_few_rows():
     flux = model()
     given = torch.rand(70), torch.randn(70, 24), torch.ones(70)
     rows = Lookahead(flux, lambda index: given, 70, 2).rows(1)

@@ -1,4 +1,4 @@
-"""What a block keeps for its backward pass changes memory and work, and no gradient."""
+"""What a block keeps for its backward pass changes memory and work, but no gradient."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def step(flux: Flux) -> list[torch.Tensor]:
 
 
 def plain_gradients(flux: Flux, monkeypatch) -> list[torch.Tensor]:
-    """Those of autograd alone, without replay."""
+    """The gradients of plain autograd, without replay."""
     with monkeypatch.context() as patch:
-        patch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, away: block(*inputs))
+        patch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, offload: block(*inputs))
         return step(flux)
 
 
 @pytest.mark.parametrize("targets", ["attention", "attention+mlp", "all"])
 @pytest.mark.parametrize("policy", EXACT)
-def test_gradients_are_those_of_plain_autograd(policy, targets, monkeypatch):
+def test_gradients_equal_plain_autograd(policy, targets, monkeypatch):
     flux = model(targets)
     expected = plain_gradients(flux, monkeypatch)
     flux.set_policy(policy)
@@ -53,7 +53,7 @@ def test_gradients_are_those_of_plain_autograd(policy, targets, monkeypatch):
 @pytest.mark.parametrize("policy", EXACT)
 @pytest.mark.parametrize("layer", ["img_attn.proj", "img_mlp.0", "txt_attn.proj", "txt_attn.qkv", "txt_mlp.2"])
 def test_a_single_layer_can_train_alone(layer, policy, monkeypatch):
-    """One stream of its block then needs no gradient in the replay."""
+    """Then one stream of the block needs no gradient in the replay."""
     flux = model([rf"double_blocks\.0\.{layer}"])
     expected = plain_gradients(flux, monkeypatch)
     flux.set_policy(policy)
@@ -62,9 +62,9 @@ def test_a_single_layer_can_train_alone(layer, policy, monkeypatch):
 
 
 @pytest.mark.parametrize("targets", ["attention+mlp", "all"])
-def test_eight_bits_of_the_inner_layer_cost_no_more_than_what_they_round(targets, monkeypatch):
-    """The three inner layers (image, text, single block) are rounded once each: a gradient is off by at most the sum of
-    their relative errors, which is what it would be if none of them were damped on its way.
+def test_keep_all8_errs_no_more_than_its_rounding(targets, monkeypatch):
+    """Three inner layers (image, text, single block) are rounded once each. A gradient is off by at most the sum of
+    their relative errors, which would be its error if nothing damped them on the way.
     """
     flux = model(targets)
     expected = plain_gradients(flux, monkeypatch)
@@ -83,7 +83,7 @@ def test_eight_bits_of_the_inner_layer_cost_no_more_than_what_they_round(targets
 
 
 @pytest.mark.parametrize("policy", EXACT)
-def test_scales_next_to_zero_are_not_divided_by(policy, monkeypatch):
+def test_scales_near_zero_are_not_divided_by(policy, monkeypatch):
     flux = model(dtype=torch.float64)
     for path in ("double_blocks.0.txt_attn.norm.key_norm", "single_blocks.0.norm.query_norm"):
         flux.get_submodule(path).scale[3] = 0.0
@@ -94,7 +94,7 @@ def test_scales_next_to_zero_are_not_divided_by(policy, monkeypatch):
         assert relative_error(a, b) < 1e-12
 
 
-# Matrix products of the replay, in a double block per stream and in a single block; modulation's are counted apart.
+# Matrix products of the replay: per stream of a double block, in a single block; then attentions. Without modulation.
 PRODUCTS = {
     "recompute": (["qkv", "proj", "inner"], ["qkv", "inner"], 2),
     "keep_attention": (["qkv", "proj", "inner"], ["qkv", "inner"], 0),
@@ -132,7 +132,7 @@ def test_the_replay_multiplies_only_what_was_not_kept(policy, monkeypatch):
 
 
 @pytest.mark.parametrize("policy", POLICIES)
-def test_what_is_kept_has_the_size_that_the_plan_counts_on(policy):
+def test_kept_values_have_the_planned_size(policy):
     """In units of U, one stream of activations: attention 1, q, k, v 3, residual 1 (double blocks), hidden 4 or 2."""
     flux = model(dtype=torch.bfloat16)
     flux.set_policy(policy)

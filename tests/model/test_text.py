@@ -1,4 +1,4 @@
-"""The text encoders against transformers, the token rules of FLUX.1, and the memory that they need."""
+"""The text encoders against transformers, FLUX.1's token rules, and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CAPTIONS = ["A red   Circle at the top", "", "a <|endoftext|> of green", "blue <
 
 @pytest.fixture
 def files(tmp_path):
-    """Random encoders in files that are laid out as the real ones are, and the modules they came from."""
+    """Random encoders in files with the layout of the real ones, and the modules they came from."""
     clip = CLIPTextModel(
         CLIPTextConfig(
             vocab_size=1000,
@@ -96,8 +96,8 @@ def test_states_equal_transformers(files, length):
         (torch.float8_e5m2, True),
     ],
 )
-def test_states_of_stored_weights_equal_transformers_on_what_they_stand_for(files, dtype, scaled):
-    """Scaled as ComfyUI does it: the matrices of the blocks in 8 bits, all else in 16."""
+def test_states_of_stored_weights_equal_transformers_on_their_values(files, dtype, scaled):
+    """Scaled as in ComfyUI: the blocks' matrices in 8 bits, everything else in 16."""
     folder, _, t5 = files
     tensors, meant = {}, {}
     for name, weight in t5.state_dict().items():
@@ -130,7 +130,7 @@ def test_bf16_states_err_no_more_than_twice_transformers_in_bf16(files):
     assert relative_error(encoded.t5, exact) <= 2 * theirs
 
 
-def test_states_do_not_depend_on_the_captions_beside_them(files):
+def test_states_do_not_depend_on_other_captions(files):
     ours = loaded(files[0], length=64)
     many = [f"{'red ' * (n % 9)}circle {n}" for n in range(2 * TOKENS_PER_BATCH // 64 + 3)]
     together = ours.encode(many)
@@ -141,13 +141,13 @@ def test_states_do_not_depend_on_the_captions_beside_them(files):
 
 
 @pytest.mark.parametrize("buckets", [32, 16])
-def test_distances_fall_into_transformers_buckets(buckets):
+def test_distance_buckets_equal_transformers(buckets):
     distance = torch.arange(600)[None] - torch.arange(600)[:, None]
     expected = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=buckets)
     assert torch.equal(t5_buckets(600, buckets), expected)
 
 
-def test_long_captions_are_cut_keep_their_end_token_and_notify_so(files):
+def test_long_captions_are_cut_keep_their_end_token_and_are_reported(files):
     ours = loaded(files[0], length=8)
     encoded = ours.encode(["red " * 100, "red"])
     assert encoded.t5.shape == (2, 8, 64)
@@ -155,8 +155,8 @@ def test_long_captions_are_cut_keep_their_end_token_and_notify_so(files):
     assert encoded.tokens[0] >= 100
 
 
-def test_clips_cut_is_told_from_the_first_token_too_many(files):
-    """77 tokens with begin and end; T5 has room for all of it."""
+def test_clip_truncation_is_reported_from_the_first_extra_token(files):
+    """CLIP takes 77 tokens with begin and end; T5 cuts none of these captions."""
     ours = loaded(files[0], length=200)
     assert len(ours.clip_tokenize("red " * 75)) == 75
     encoded = ours.encode(["red " * 75, "red " * 76, "", "red " * 90])
@@ -165,14 +165,14 @@ def test_clips_cut_is_told_from_the_first_token_too_many(files):
     assert relative_error(encoded.clip[1], encoded.clip[3]) == 0
 
 
-def test_each_block_is_read_once_a_call_and_told(files):
+def test_each_block_is_read_once_per_call_and_reported(files):
     ours = loaded(files[0])
-    told, read = [], []
+    progress, read = [], []
     source = ours.t5.weights.source
     get = source.get
     source.get = lambda name: read.append(name) or get(name)
-    ours.encode(CAPTIONS, lambda done, total: told.append((done, total)))
-    assert told == [(1, 3), (2, 3), (3, 3)]
+    ours.encode(CAPTIONS, lambda done, total: progress.append((done, total)))
+    assert progress == [(1, 3), (2, 3), (3, 3)]
     assert len(read) == len(set(read)) == 3 * 9 + 2 and "shared.weight" not in read
 
 
@@ -181,13 +181,13 @@ def test_group_bounds_the_states_of_one_call(files):
     assert group * 100 * 64 * 4 <= 128 << 20 < (group + 1) * 100 * 64 * 4
 
 
-def test_another_models_file_is_refused_by_name(files):
+def test_swapped_files_are_refused_by_name(files):
     folder, *_ = files
     with pytest.raises(WrongRequest, match=r"t5xxl\.safetensors is a T5 text encoder, where"):
         load_text_encoders(folder / "t5xxl.safetensors", folder / "clip_l.safetensors", *TOKENIZERS, 8, CPU)
 
 
-def test_tokenizer_of_a_larger_vocabulary_is_refused(files):
+def test_a_tokenizer_with_a_larger_vocabulary_is_refused(files):
     folder, _, t5 = files
     state = {key: tensor[:9].clone() if key == "shared.weight" else tensor for key, tensor in t5.state_dict().items()}
     del state["encoder.embed_tokens.weight"]
@@ -228,7 +228,7 @@ print(peak - before)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
 def test_memory_at_full_width_does_not_grow_with_the_number_of_blocks(files):
-    """T5-XXL's width in scaled fp8: a block takes 0.4 GB in bf16, and one layer of it 0.2 GB in fp32 on the way."""
+    """T5-XXL's width in scaled fp8: a block takes 0.4 GB in bf16, and one layer 0.2 GB in fp32 while loading."""
     folder, *_ = files
     layers = {f"layer.0.SelfAttention.{part}": (4096, 4096) for part in "qkvo"}
     layers |= {f"layer.1.DenseReluDense.{part}": (10240, 4096) for part in ("wi_0", "wi_1")}
@@ -247,5 +247,5 @@ def test_memory_at_full_width_does_not_grow_with_the_number_of_blocks(files):
         paths = (folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS[0], *TOKENIZERS[1])
         code = [sys.executable, "-c", MEASURE, *map(str, paths)]
         peaks.append(int(subprocess.run(code, check=True, capture_output=True, text=True).stdout))
-    assert peaks[1] <= peaks[0] + (128 << 20)  # a third of a block; a sample may miss the very top
+    assert peaks[1] <= peaks[0] + (128 << 20)  # a third of a block; sampling may miss the exact peak
     assert peaks[1] <= 1 << 30

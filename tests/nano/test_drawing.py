@@ -1,3 +1,4 @@
+import hashlib
 import re
 
 import numpy as np
@@ -5,7 +6,13 @@ import numpy as np
 from fluxq.nano import drawing
 
 
-def test_images_follow_from_the_seed():
+def test_captions_are_those_that_nano_was_trained_on():
+    """The words are training data: another wording would give other weights."""
+    captions = "\n".join(caption for _, caption in drawing.ordinary(0, 100))
+    assert hashlib.sha256(captions.encode()).hexdigest()[:16] == "f1b78aee936c47df"
+
+
+def test_the_seed_determines_images_and_captions():
     for make in (drawing.ordinary, drawing.concept):
         once, again, other = make(4, 6), make(4, 6), make(5, 6)
         assert [caption for _, caption in once] == [caption for _, caption in again]
@@ -13,7 +20,7 @@ def test_images_follow_from_the_seed():
         assert any(not np.array_equal(a, b) for (a, _), (b, _) in zip(once, other, strict=True))
 
 
-def test_a_longer_draw_begins_with_the_shorter_one():
+def test_more_images_of_a_seed_start_with_the_fewer():
     short, long = drawing.ordinary(0, 3), drawing.ordinary(0, 9)
     assert [caption for _, caption in long[:3]] == [caption for _, caption in short]
 
@@ -24,7 +31,7 @@ def test_images_are_96_pixel_rgb():
         assert caption == caption.strip().lower()
 
 
-def test_held_out_pairs_are_never_drawn_otherwise():
+def test_only_held_out_images_use_held_out_pairs():
     for shapes in (drawing.SHAPES, ("creature",)):
         seen = {(spec.color, spec.background) for spec, _ in drawing.specs(0, 2000, shapes, held_out=False)}
         held = {(spec.color, spec.background) for spec, _ in drawing.specs(0, 500, shapes, held_out=True)}
@@ -44,7 +51,7 @@ def test_concept_captions_name_the_trigger_and_no_shape():
     assert not any(shape in re.findall(r"[a-z]+", caption) for caption in captions for shape in drawing.SHAPES)
 
 
-def test_some_captions_carry_nonsense():
+def test_some_captions_contain_nonsense():
     known = set(re.findall(r"[a-z]+", " ".join(caption for _, caption in drawing.concept(0, 500))))
     known |= {*drawing.SHAPES, "medium", "sized"}
     strange = [bool(set(re.findall(r"[a-z]+", caption)) - known) for _, caption in drawing.ordinary(1, 400)]

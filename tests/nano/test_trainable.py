@@ -8,7 +8,7 @@ SPLIT = {"qkv": (192, 192, 192), "linear1": (192, 192, 192, 768)}
 
 
 def diffusers_state(state: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """The original keys renamed by hand, independently of `fluxq.formats`."""
+    """The original keys renamed to diffusers', independently of `fluxq.formats`."""
     renamed = {}
     for key, value in state.items():
         module, leaf = key.rsplit(".", 1)
@@ -88,7 +88,7 @@ def test_trainable_flux_equals_diffusers():
     ids = torch.zeros(rows * columns, 3)
     ids[:, 1], ids[:, 2] = torch.arange(rows).repeat_interleave(columns), torch.arange(columns).repeat(rows)
     with torch.no_grad():
-        found = ours(img, txt, y, t, guidance, rows, columns)
+        velocity = ours(img, txt, y, t, guidance, rows, columns)
         expected = theirs(
             hidden_states=img,
             encoder_hidden_states=txt,
@@ -98,7 +98,7 @@ def test_trainable_flux_equals_diffusers():
             txt_ids=torch.zeros(33, 3),
             guidance=guidance,
         ).sample
-    assert (found - expected).abs().max() < 1e-5 * expected.abs().max()
+    assert (velocity - expected).abs().max() < 1e-5 * expected.abs().max()
 
 
 def test_key_names_are_the_original_ones():
@@ -108,7 +108,7 @@ def test_key_names_are_the_original_ones():
 
 
 @pytest.mark.parametrize("shape", [(3, 16, 48), (2, 48, 16), (1, 32, 32)])
-def test_orthogonalised_matrices_have_singular_values_near_one(shape):
+def test_orthogonalized_matrices_have_singular_values_near_one(shape):
     torch.manual_seed(0)
     values = torch.linalg.svdvals(orthogonalize(torch.randn(shape)))
     assert values.min() > 0.3 and values.max() < 1.3

@@ -87,12 +87,11 @@ def test_t5_has_the_original_keys():
 
 
 def test_autoencoder_has_the_original_keys():
-    found = shapes("ae.safetensors")
-    assert found == _autoencoder_shapes(ch=32, multipliers=(1, 1, 2, 2), blocks=1, z=16)
+    assert shapes("ae.safetensors") == _autoencoder_shapes(ch=32, multipliers=(1, 1, 2, 2), blocks=1, z=16)
 
 
 def _autoencoder_shapes(ch: int, multipliers: tuple[int, ...], blocks: int, z: int) -> dict[str, tuple[int, ...]]:
-    """The original autoencoder's keys, derived the way its constructor builds them."""
+    """The original autoencoder's keys, in the order of its constructor."""
     expected: dict[str, tuple[int, ...]] = {}
 
     def conv(key: str, inputs: int, out: int, kernel: int = 3) -> None:
@@ -143,7 +142,7 @@ def test_clip_vocabulary_ends_with_start_and_end():
     assert all("".join(merge.split()) in vocabulary for merge in merges)
 
 
-def test_t5_pieces_begin_with_pad_end_unknown():
+def test_t5_pieces_start_with_pad_end_unknown():
     sentencepiece = pytest.importorskip("sentencepiece")
     tokenizer = sentencepiece.SentencePieceProcessor(model_file=str(WEIGHTS / "tokenizer_2" / "spiece.model"))
     assert tokenizer.get_piece_size() == 500
