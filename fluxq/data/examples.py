@@ -83,9 +83,7 @@ def scan(
         labels.add(label)
         _scan_folder(folder, label, shape, skip_bad, seen, result)
     if not result.examples:
-        raise WrongRequest(
-            f"no usable image is left: all {len(result.skipped)} were skipped; the first: {result.skipped[0]}"
-        )
+        raise WrongRequest(f"no usable image is left ({len(result.skipped)} skipped); the first: {result.skipped[0]}")
     return result
 
 

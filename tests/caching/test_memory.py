@@ -1,4 +1,4 @@
-"""What `fluxq cache` has in memory at full width, counted: under 4 GiB on a GPU, under 3 GiB on a CPU.
+"""The memory of `fluxq cache` at full width, counted: under 4 GiB on a GPU, under 3 GiB on a CPU.
 
 The encoders run on `meta`, where what would lie on a GPU is counted and nothing is computed: the same code, files and
 group of captions. A slow test runs the whole command on the CPU, with random weights.
@@ -99,7 +99,7 @@ def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, 
 
 @pytest.mark.parametrize("stored", ["fp16", "scaled fp8"])
 @pytest.mark.parametrize("gib", [1.5, 1.75])
-def test_the_text_encoders_keep_to_the_room_of_the_gpu(gib, stored, tmp_path, monkeypatch):
+def test_the_text_encoders_keep_to_the_gpu_budget(gib, stored, tmp_path, monkeypatch):
     """By taking fewer captions at a time: as many as fit, within one batch. Attention is one operator there."""
     monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES["cuda"])
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: torch.empty_like(q))
@@ -132,7 +132,7 @@ def test_the_autoencoder_stays_under_4_gib_on_a_gpu(batch, side, tmp_path):
 
 
 def test_meta_counts_what_the_cpu_takes(tmp_path):
-    """The autoencoder at full width, small: the numbers above stand for memory that is really used."""
+    """The autoencoder at full width on a small image: the counts above are memory that is really used."""
     shapes = autoencoder_shapes(AutoEncoderConfig())
     path = write_hollow(tmp_path / "ae.safetensors", dict.fromkeys(shapes, torch.float32), shapes)
     peaks = []

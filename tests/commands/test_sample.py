@@ -196,8 +196,8 @@ def test_prompts_that_are_too_long_are_said(tmp_path):
     arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     lines = CliRunner().invoke(main, arguments).output.splitlines()
     prompt = f"the prompt {('red star ' * 7)[:60]!r}".removesuffix("'") + "...'"
-    assert f"{prompt} is longer than 32 T5 tokens; what is beyond was cut off" in lines
-    assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines
+    assert f"{prompt} is longer than 32 T5 tokens; the rest was cut off" in lines
+    assert f"{prompt} is longer than 77 CLIP tokens; only T5 sees the rest" in lines
 
 
 def test_any_dialect_is_drawn_with_and_clips_part_too(tmp_path):
