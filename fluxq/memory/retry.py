@@ -63,7 +63,7 @@ class OutOfMemoryRetry:
                 reason = str(error).split(". ")[0]
             # After the except block the traceback is gone, and with it every tensor that the work had created.
             self._free()
-            lower = smaller_placement(self.placement, self._flux.blocks_units, training, self._models.streams)
+            lower = smaller_placement(self.placement, self._flux.blocks_units, training, self._models.can_stream)
             if lower is None:
                 raise torch.OutOfMemoryError(
                     f"in {what} even the smallest plan needs too much memory; the last save is good, continue from it "
