@@ -323,5 +323,5 @@ class Models:
         return load_text_encoders(*files, self.t5_length, self.device, budget=budget)
 
 
-def _not_fetched(kind: Kind, notify: Callable[[str], None]) -> tuple[Path, ...]:
+def _not_fetched(kind: Kind, notify: Notify) -> tuple[Path, ...]:
     raise NotFetched(kind.hub[0][0], list(kind.forms[0]), 2_000_000)

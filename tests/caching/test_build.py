@@ -140,7 +140,7 @@ def test_latents_are_scaled_shifted_and_their_variance_is_clamped(workshop):
         assert torch.allclose(spread[:, 0, 0], 0.3611 * torch.exp(0.5 * variance))
 
 
-def test_text_records_keep_what_the_encoder_said(workshop):
+def test_text_records_keep_the_output_of_the_encoder(workshop):
     (workshop.photos / "0.txt").write_text("one two three four five six seven")
     dataset, store = workshop.build(), Store(workshop.store_dir)
     text = store.text(dataset.examples[0].text[0])

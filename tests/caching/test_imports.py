@@ -68,7 +68,7 @@ def text_of(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_sd_latents(folder, n, bucket, others=(), suffixed=True, **changes):
-    """As FluxLatentsCachingStrategy does: several sizes in one file, names with the latents' height and width."""
+    """Like FluxLatentsCachingStrategy: several sizes in one file, names with the latents' height and width."""
     size, arrays = SIZES[n], {}
     for w, h in (bucket, *others):
         suffix = f"_{h // 8}x{w // 8}" if suffixed else ""
@@ -106,7 +106,7 @@ def toolkit_hash(about: dict) -> str:
 
 
 def write_toolkit(folder, n, bucket, caption=None, latents=None, flip=False, space="flux1", **said):
-    """As its dataloader_mixins do: what the latents are of is hashed into the name, and said in the header."""
+    """Like its dataloader_mixins: the source of the latents is in the header, and its hash is in the name."""
     (w, h), size = bucket, SIZES[n]
     scale = max(w / size[0], h / size[1])
     scaled = (max(w, int(size[0] * scale)), max(h, int(size[1] * scale)))

@@ -239,7 +239,7 @@ def test_a_quantized_file_beside_its_original_is_named_with_the_reason(tmp_path)
     made = tmp_path / "made.safetensors"
     quantize_command(nano.FLUX, made, "nf4")
     _, answer, lines = run("--models", tmp_path)
-    described = f"{made} (flux1-nano.safetensors in nf4 already): dev, 2 + 2 blocks, 192 wide, nf4, by fluxq"
+    described = f"{made} (flux1-nano.safetensors, already quantized to nf4): dev, 2 + 2 blocks, 192 wide, nf4, by fluxq"
     assert f"flux         {described}" in lines and answer["parts"]["flux"]["path"] == str(made)
     _, answer, lines = run("--models", tmp_path, "--format", "int8")
     assert answer["parts"]["flux"]["path"] == str(tmp_path / "flux1-nano.safetensors")
