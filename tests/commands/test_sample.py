@@ -160,7 +160,7 @@ def test_the_transformer_is_gone_when_the_autoencoder_comes(tmp_path, monkeypatc
 
 def test_an_amount_of_memory_that_cannot_be_kept_to_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["sample", "--model", "nano", "--prompt", "x", "--vram", "8GiB"])
-    assert result.exit_code == 2 and "--vram is about a CUDA GPU, and this machine has none" in result.output
+    assert result.exit_code == 2 and "--vram is for a CUDA GPU, and this machine has none" in result.output
 
 
 def test_settings_are_in_the_png(tmp_path):
