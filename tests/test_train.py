@@ -311,7 +311,7 @@ def test_resume_without_a_saved_state_says_so(tmp_path, photos):
 
 
 def test_a_size_off_the_grid_names_what_would_do(tmp_path, photos):
-    with pytest.raises(WrongRequest, match="multiple of 16 pixels, not 100; 96 or 112 would do"):
+    with pytest.raises(WrongRequest, match="multiple of 16 pixels, not 100; use 96 or 112"):
         train(configured(tmp_path, photos, data={"resolution": 100}))
     assert not (tmp_path / "run").exists()
 

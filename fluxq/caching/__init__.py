@@ -1,4 +1,4 @@
-"""What is encoded ahead of training: the content-addressed cache of latents and text embeddings, and its batches."""
+"""The content-addressed cache of latents and text embeddings, and the batches that training reads from it."""
 
 from .batches import Batch, Batches
 from .store import Store, Text

@@ -1,8 +1,8 @@
-"""Micro-batches by number: what a training step sees, drawn from the cache.
+"""Micro-batches by index: what a training step sees, read from the cache.
 
-The order of an epoch, the caption of an example and the noise of its latents are all addressed by (seed, number of the
-batch), so any batch can be had at any time, in any order, again after a resume. A batch never mixes buckets; the last
-batch of a bucket may be short.
+The order of an epoch, the choice of caption and the noise in the latents are all addressed by (seed, index), so any
+batch can be made at any time, in any order, and again after a resume. A batch never mixes buckets; the last batch of a
+bucket may be short.
 """
 
 from collections import OrderedDict
@@ -21,10 +21,10 @@ from .store import Store, Text
 
 @dataclass(frozen=True)
 class Batch:
-    """One micro-batch, on the host.
+    """One micro-batch, in RAM.
 
-    `examples` names its B items, each once in an epoch: "<folder>/<file>", with "#2", "#3" ... for repeats. `captions`
-    are what txt and pooled come from, where they come from captions.
+    `examples` are the names of its B items, unique within an epoch: "<folder>/<file>", with "#2", "#3" ... for repeats.
+    `captions` are the captions behind txt and pooled, if there are any.
     """
 
     latents: torch.Tensor  # (B, 16, h, w) fp32
@@ -35,9 +35,9 @@ class Batch:
 
 
 class Batches:
-    """The micro-batches of a dataset, epoch after epoch without end; `len` is how many one epoch has.
+    """The micro-batches of a dataset, over endless epochs; `len` is the number per epoch.
 
-    `text_cache_bytes` bounds the encoded captions that are kept in memory.
+    `text_cache_bytes` limits the encoded captions kept in memory.
     """
 
     def __init__(
@@ -52,13 +52,13 @@ class Batches:
             items += [(entry.name if n == 1 else f"{entry.name}#{n}", entry) for n in range(1, entry.repeats + 1)]
         self._per_epoch = sum(-(-len(items) // batch_size) for items in self._buckets.values())
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
-        self._texts = _Texts(store, text_cache_bytes)
+        self._texts = _TextCache(store, text_cache_bytes)
 
     def __len__(self) -> int:
         return self._per_epoch
 
     def batch(self, index: int) -> Batch:
-        """Micro-batch number `index`, counted from the start of training, at 0."""
+        """Micro-batch number `index`, counted from 0 at the start of training."""
         latents, texts, names = [], [], []
         for name, entry in self._items(index):
             mean, spread = self.store.latents(self._variant("variant", index, name, entry.latents))
@@ -69,15 +69,15 @@ class Batches:
         return Batch(torch.stack(latents), txt, pooled, names, [text.caption for text in texts])
 
     def bucket_of(self, index: int) -> tuple[int, int]:
-        """(w, h) in pixels of the images in micro-batch `index`. Reads nothing."""
+        """(w, h) in pixels of the images in micro-batch `index`. Reads no files."""
         return self._items(index)[0][1].bucket
 
     def examples_of(self, index: int) -> list[str]:
-        """The names in micro-batch `index`, as its `examples` will have them. Reads nothing."""
+        """The `examples` of micro-batch `index`. Reads no files."""
         return [name for name, _ in self._items(index)]
 
     def pooled_of(self, index: int) -> torch.Tensor:
-        """(B, D2): `pooled` of micro-batch `index`. Reads nothing else."""
+        """(B, D2): the `pooled` of micro-batch `index`. Reads nothing else."""
         keys = [self._variant("caption", index, name, entry.text) for name, entry in self._items(index)]
         return torch.stack([self.store.pooled(key) for key in keys])
 
@@ -96,13 +96,13 @@ class Batches:
         return [batches[i] for i in random.permutation(len(batches))]
 
     def _variant(self, purpose: str, index: int, name: str, keys: tuple[str, ...]) -> str:
-        """One of an example's keys: several are variants of its image or caption."""
+        """One of an example's keys, at random; several are variants of its image or caption."""
         which = int(generator(self.seed, purpose, index, name).integers(len(keys))) if len(keys) > 1 else 0
         return keys[which]
 
 
 def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterator[Batch]:
-    """Every example once, in a fixed order, as the mean of its latents: what validation looks at."""
+    """Every example once, in a fixed order, with the mean of its latents: the batches for validation."""
     entries = sorted(dataset.examples, key=lambda entry: (entry.bucket, entry.name))
     for _, group in groupby(entries, key=lambda entry: entry.bucket):
         members = list(group)
@@ -118,8 +118,8 @@ def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterato
             )
 
 
-class _Texts:
-    """Text records, the most recently used ones kept in memory, up to `max_bytes`."""
+class _TextCache:
+    """Text records; the most recently used stay in memory, up to `max_bytes`."""
 
     def __init__(self, store: Store, max_bytes: int) -> None:
         self.store, self.max_bytes, self.nbytes = store, max_bytes, 0

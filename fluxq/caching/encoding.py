@@ -1,4 +1,4 @@
-"""Runs the encoders: images to latents records, captions to text records."""
+"""Run the encoders: from images to latents records, from captions to text records."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
@@ -7,6 +7,7 @@ from typing import Any, Protocol
 
 import torch
 
+from fluxq.console import Notify, silent
 from fluxq.data.buckets import Size
 from fluxq.data.examples import Example
 from fluxq.data.images import open_image, prepare
@@ -16,7 +17,7 @@ from fluxq.model.text import CLIP_LENGTH
 
 from .store import Store, Text
 
-PIXELS_PER_BATCH = 1 << 20  # images of one bucket are encoded together up to this many; a larger one goes alone
+PIXELS_PER_BATCH = 1 << 20  # images of one bucket are encoded together up to this many; a larger one alone
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -24,16 +25,16 @@ Progress = Callable[[str, int, int], None]  # (stage, done, total)
 class TextEncoder(Protocol):
     @property
     def group(self) -> int:
-        """How many captions are best given to one `encode`, in memory and in time."""
+        """The best number of captions per `encode`, in memory and in time."""
         ...
 
     def encode(
         self, captions: list[str], tick: Callable[[int, int], None]
     ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool], Sequence[bool]]:
-        """(t5 (B, L, D), pooled (B, D2), how many T5 tokens each caption has, whether it was cut to L, whether CLIP's
-        were cut to CLIP_LENGTH).
+        """(t5 (B, L, D), pooled (B, D2), each caption's number of T5 tokens, whether they were truncated to L, whether
+        CLIP's were truncated to CLIP_LENGTH).
 
-        `tick` is called with (parts done, of how many) on the way.
+        Calls `tick` with (parts done, total parts) on the way.
         """
         ...
 
@@ -44,15 +45,14 @@ def encode_images(
     load: Callable[[], Any],
     skip_bad: bool,
     progress: Progress,
-    notify: Callable[[str], None] = lambda line: None,
+    notify: Notify = silent,
 ) -> dict[str, str]:
-    """Encodes `images`, given by key. Returns the keys of those that cannot be decoded, each with its reason.
+    """Encode `images`, a dict by key. Returns the keys of images that cannot be decoded, each with the reason.
 
-    `load` gives a module with `.moments(x (B, 3, H, W))` -> moments (B, 32, H/8, W/8), `.config.scale_factor` and
-    `.config.shift_factor`. It is called when the first image has been decoded: bad images alone need no
-    autoencoder. Where the GPU has too little memory for images, they are encoded on fewer rows at a time, which
-    `notify` is told. Raises WrongRequest for an image that cannot be decoded, unless `skip_bad`, and where the GPU has
-    too little memory all the same.
+    `load` returns a module with `.moments(x (B, 3, H, W))` -> moments (B, 32, H/8, W/8), `.config.scale_factor` and
+    `.config.shift_factor`. It is called once the first image is decoded: if all are bad, no autoencoder is needed. If
+    the GPU runs out of memory, images are encoded on fewer rows at a time, and `notify` gets a line. Raises
+    WrongRequest for an image that cannot be decoded, unless `skip_bad`, and if the GPU memory still is not enough.
     """
     bad: dict[str, str] = {}
     autoencoder, done = None, 0
@@ -84,7 +84,7 @@ def encode_images(
 def encode_captions(
     store: Store, captions: dict[str, str], encoder: TextEncoder, t5_length: int, progress: Progress
 ) -> None:
-    """Encodes `captions`, given by key, to records of `t5_length` tokens, which are written group by group."""
+    """Encode `captions`, a dict by key, to records of `t5_length` tokens; they are written group by group."""
     items, done = list(captions.items()), 0
     while done < len(items):
         batch = items[done : done + encoder.group]
@@ -95,42 +95,44 @@ def encode_captions(
 
         t5, pooled, tokens, truncated, clip_truncated = encoder.encode([caption for _, caption in batch], tick)
         if t5.shape[:2] != (len(batch), t5_length):
-            raise ValueError(f"the text encoder gave {tuple(t5.shape)} for {len(batch)} captions of {t5_length} tokens")
+            raise ValueError(
+                f"the text encoder returned {tuple(t5.shape)} for {len(batch)} captions of {t5_length} tokens"
+            )
         for n, (key, caption) in enumerate(batch):
-            cuts = bool(truncated[n]), bool(clip_truncated[n])
-            store.put_text(key, Text(t5[n], pooled[n], caption, int(tokens[n]), *cuts))
+            flags = bool(truncated[n]), bool(clip_truncated[n])
+            store.put_text(key, Text(t5[n], pooled[n], caption, int(tokens[n]), *flags))
         done += len(batch)
         progress("captions", done, len(items))
 
 
-def cut_notes(cuts: Mapping[str, tuple[bool, bool]], names: Mapping[str, str], t5_length: int) -> list[str]:
-    """What to say of captions that are too long: a line for each that T5 does not see whole, and one line for all that
-    CLIP does not, which are most long ones.
+def truncation_notes(truncated: Mapping[str, tuple[bool, bool]], names: Mapping[str, str], t5_length: int) -> list[str]:
+    """Notes on captions that are too long: a line for each that is truncated for T5, and one line for all that are
+    truncated for CLIP (most long captions are).
 
-    cuts: caption -> whether T5's and CLIP's tokens of it were cut; names: caption -> its image, where it has one.
+    truncated: caption -> whether its T5 tokens and its CLIP tokens were truncated; names: caption -> its image, if any.
     """
-    t5, clip = ([caption for caption, cut in cuts.items() if cut[which]] for which in (0, 1))
-    notes = [f"{_called(c, names)} is longer than {t5_length} T5 tokens; what is beyond was cut off" for c in t5]
+    t5, clip = ([caption for caption, flags in truncated.items() if flags[which]] for which in (0, 1))
+    notes = [f"{_label(c, names)} is longer than {t5_length} T5 tokens; the rest was cut off" for c in t5]
     if clip:
         are = f"and {len(clip) - 1} more are" if len(clip) > 1 else "is"
-        what = f"longer than {CLIP_LENGTH} CLIP tokens; what is beyond was left to T5"
-        notes.append(f"{_called(clip[0], names)} {are} {what}")
+        what = f"longer than {CLIP_LENGTH} CLIP tokens; only T5 sees the rest"
+        notes.append(f"{_label(clip[0], names)} {are} {what}")
     return notes
 
 
-def _called(caption: str, names: Mapping[str, str]) -> str:
+def _label(caption: str, names: Mapping[str, str]) -> str:
     short = caption if len(caption) <= 60 else f"{caption[:60]}..."
     return f"the caption of {names[caption]}, {short!r}," if caption in names else f"the prompt {short!r}"
 
 
 def _too_large(example: Example) -> str:
     width, height = example.bucket
-    what = f"{example.path} in {width} x {height} pixels takes more memory than the GPU has left, in bands of rows too"
+    what = f"{example.path} at {width} x {height} pixels needs more memory than the GPU has left, even in bands of rows"
     return f"{what}; choose a smaller --resolution, or close other programs that use the GPU"
 
 
 def _by_bucket(images: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:
-    """Images that are encoded together: of one bucket, and of no more than PIXELS_PER_BATCH, but at least one."""
+    """Batches of images to encode: of one bucket, at most PIXELS_PER_BATCH pixels, at least one image."""
     buckets: dict[Size, list[tuple[str, Example]]] = {}
     for key, example in images.items():
         buckets.setdefault(example.bucket, []).append((key, example))
@@ -141,7 +143,10 @@ def _by_bucket(images: dict[str, Example]) -> Iterator[list[tuple[str, Example]]
 
 @torch.no_grad()
 def _latents(autoencoder: Any, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """mean and spread (B, 16, h, w) fp32 of images (B, 3, H, W), in FLUX's units: latents = scale * (z - shift)."""
+    """mean and spread (B, 16, h, w) fp32 of images (B, 3, H, W), in FLUX's units: latents = scale * (z - shift).
+
+    `spread` is the standard deviation.
+    """
     weight = next(chain(autoencoder.parameters(), autoencoder.buffers()))
     mean, log_variance = autoencoder.moments(x.to(weight.device, weight.dtype)).float().cpu().chunk(2, dim=1)
     scale, shift = autoencoder.config.scale_factor, autoencoder.config.shift_factor

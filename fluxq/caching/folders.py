@@ -1,4 +1,4 @@
-"""What a run needs encoded."""
+"""Cache what a run needs: the records of its folders and its prompts."""
 
 from __future__ import annotations
 
@@ -16,22 +16,23 @@ from fluxq.models.parts import Models
 
 from .build import EncoderFiles, build_cache, cache_prompts
 from .encoding import PIXELS_PER_BATCH
-from .foreign import Wanted
+from .foreign import ModelShapes
 from .imports import import_caches
 from .store import Store, Text
 
 
 def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
-    """How many (images, captions) of all folders of `data`, which is resolved, other programs had encoded. Raises
-    WrongRequest where none had, and for files that are damaged or do not fit.
+    """Import other programs' caches for all folders of `data` (resolved). Returns the (images, captions) imported.
+
+    Raises WrongRequest if there are none, and for files that are damaged or do not fit.
     """
     flux = models.flux_config
-    wanted = Wanted(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim)
+    expected = ModelShapes(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim)
     with progress_bar() as progress:
         return import_caches(
             _folders(data),
             data.cache,
-            wanted,
+            expected,
             **_shapes(data),
             skip_bad=data.skip_bad,
             progress=progress,
@@ -46,8 +47,9 @@ def cache_folders(
     progress: Callable[[str, int, int], None],
     budget: int | None = None,
 ) -> Dataset:
-    """The dataset of all folders of `data`, which is resolved, held-out ones included; what is missing is encoded, one
-    encoder after the other, each within `budget` bytes of the GPU if any are said.
+    """The dataset of all folders of `data` (resolved), including the validation folders.
+
+    Missing records are encoded, one encoder after the other, each within `budget` bytes of GPU memory (None: no limit).
     """
     band = band_for(max(PIXELS_PER_BATCH, cast(int, data.resolution) ** 2), budget)
     return build_cache(
@@ -72,7 +74,7 @@ def cache_texts(
     progress: Callable[[str, int, int], None],
     budget: int | None = None,
 ) -> dict[str, Text]:
-    """Each prompt, encoded; `progress` and `budget` as of `cache_folders`."""
+    """Each prompt, encoded; `progress` and `budget` as in `cache_folders`."""
     files, load = _encoder_files(models, cache), partial(models.load_text_encoders, budget)
     return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
 
@@ -82,15 +84,15 @@ def _folders(data: DataConfig) -> list[Folder]:
 
 
 def _shapes(data: DataConfig) -> dict[str, Any]:
-    """At which shapes images are trained."""
+    """The settings that decide the shapes of training images."""
     sides = {"resolution": data.resolution, "min_side": data.min_side, "max_side": data.max_side}
     return {**sides, "step": data.step, "upscale": data.upscale}
 
 
 def _encoder_files(models: Models, cache: Path) -> EncoderFiles:
-    """Tokenizers are not looked for where a text encoder is neither there nor known."""
+    """Each encoder's files; without tokenizers if a text encoder is neither on disk nor in the hashes."""
     known = Store(cache).hashes.knows
     ae, clip_l, t5xxl = (models.files(part) for part in ("ae", "clip_l", "t5xxl"))
-    is_there = all(path.is_file() or known(path) for path in (*clip_l, *t5xxl))
-    clip, t5 = models.tokenizer_files(known) if is_there else ((), ())
+    have_encoders = all(path.is_file() or known(path) for path in (*clip_l, *t5xxl))
+    clip, t5 = models.tokenizer_files(known) if have_encoders else ((), ())
     return EncoderFiles(ae, clip_l, t5xxl, (*clip, *t5))

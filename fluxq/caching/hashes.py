@@ -1,6 +1,6 @@
-"""Hashes of files, remembered by (absolute path, size, time of change).
+"""Hashes of files, remembered by (absolute path, size, modification time).
 
-A big file is read once. A file that is gone still has its hash: what was made from it is found without it.
+A big file is read only once. A deleted file keeps its hash, so records made from it can still be found.
 """
 
 import json
@@ -13,7 +13,7 @@ from fluxq.formats.atomic import atomic_path
 
 
 class Hashes:
-    """The hashes that the JSON file at `path` remembers. New ones are kept in memory until `save` adds them to it."""
+    """The hashes stored in the JSON file at `path`. New ones stay in memory until `save` adds them to the file."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -21,7 +21,7 @@ class Hashes:
         self._new: dict[str, dict] = {}
 
     def of(self, path: str | Path) -> str:
-        """The hash of a file's bytes: remembered if the file is as it was or gone, else read.
+        """The hash of a file's bytes: the remembered one if the file is unchanged or gone, else computed.
 
         Raises WrongRequest if the file is gone and was never hashed, or cannot be read.
         """
@@ -40,8 +40,9 @@ class Hashes:
         return digest
 
     def remembered(self, path: str | Path) -> str | None:
-        """The hash of a file that is as it was or gone; None where it would have to be read. Raises OSError where it
-        cannot be looked at.
+        """The remembered hash of a file that is unchanged or gone; None if the file would have to be read.
+
+        Raises OSError if the file's status cannot be read.
         """
         known = self._known.get(os.path.abspath(path))
         try:
@@ -53,11 +54,11 @@ class Hashes:
         return None
 
     def knows(self, path: str | Path) -> bool:
-        """Whether this path was hashed before, be the file still there or not."""
+        """Whether this path was hashed before, even if the file is gone."""
         return os.path.abspath(path) in self._known
 
     def save(self) -> None:
-        """Adds what is new to the file, beside what other processes added meanwhile."""
+        """Add the new hashes to the file, keeping what other processes have added since."""
         if self._new:
             everything = self._read() | self._new
             with atomic_path(self.path) as temporary:
@@ -72,4 +73,4 @@ class Hashes:
         except OSError as error:
             raise WrongRequest(f"{self.path} cannot be read ({error.strerror}); choose another cache folder") from error
         except (ValueError, TypeError) as error:
-            raise WrongRequest(f"{self.path} is damaged ({error}); delete it, and files are hashed again") from error
+            raise WrongRequest(f"{self.path} is damaged ({error}); delete it to hash the files again") from error

@@ -1,8 +1,8 @@
-"""`fluxq cache --import`: what sd-scripts or ai-toolkit encoded becomes records of the store.
+"""`fluxq cache --import`: the caches of sd-scripts and ai-toolkit become records of the store.
 
-Every file is read and checked before the first record is written, so that a bad one leaves the store as it was. A
-record is found by the image's bytes or by the caption, as fluxq's own are: what has changed since is encoded anew.
-Whether an image or caption changed before the import is known only where the other program kept a hash of it.
+Every file is read and checked before the first record is written, so a bad one leaves the store unchanged. Records are
+addressed by the image's bytes or the caption, like fluxq's own: anything that changes later is encoded again. Whether
+an image or caption changed before the import is known only if the other program stored a hash of it.
 """
 
 from __future__ import annotations
@@ -14,21 +14,22 @@ from pathlib import Path
 
 import torch
 
+from fluxq.console import Notify, silent
 from fluxq.data.examples import Example, Folder, read_caption, scan
 from fluxq.data.images import image_size
 from fluxq.errors import WrongRequest
 
 from .encoding import Progress
-from .foreign import FILES, SD_SCRIPTS, Caches, Found, Wanted
-from .store import Origin, Store, Text, imported_latents_key, imported_line, imported_text_key
+from .foreign import FILES, SD_SCRIPTS, ForeignCache, ForeignCaches, ModelShapes
+from .store import Origin, Store, Text, imported_latents_key, imported_note, imported_text_key
 
-Item = tuple[Example, Found]
+Item = tuple[Example, ForeignCache]
 
 
 def import_caches(
     folders: Sequence[Folder],
     store_dir: str | Path,
-    wanted: Wanted,
+    expected: ModelShapes,
     *,
     resolution: int,
     min_side: int,
@@ -37,49 +38,50 @@ def import_caches(
     upscale: bool = True,
     skip_bad: bool = False,
     progress: Progress = lambda stage, done, total: None,
-    notify: Callable[[str], None] = lambda line: None,
+    notify: Notify = silent,
 ) -> tuple[int, int]:
-    """How many (images, captions) of `folders` were imported; `notify` is told from where, and what was left.
+    """Import other programs' caches for `folders`. Returns the (images, captions) imported.
 
-    Raises WrongRequest for what `scan` refuses, where no cache is there, and for one that does not fit or is damaged,
-    unless `skip_bad`; nothing is written then.
+    `notify` gets lines on where they came from and what has no cache. Raises WrongRequest, and writes nothing, for
+    anything that `scan` refuses, if there is no cache at all, and (unless `skip_bad`) for a cache that does not fit or
+    is damaged.
     """
     store = Store(store_dir)
-    found = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
-    caches = {path: Caches(path, wanted) for path in {example.path.parent: None for example in found.examples}}
+    scanned = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
+    caches = {path: ForeignCaches(path, expected) for path in {e.path.parent: None for e in scanned.examples}}
     _require_any(caches)
     latents: list[Item] = []
-    texts: dict[str, Item] = {}  # of equal captions the first
-    for done, example in enumerate(found.examples, 1):
-        near = caches[example.path.parent]
-        look = partial(_latents, near, example, found.examples, resolution**2)
-        if one := _checked(look, skip_bad, notify):
-            latents.append((example, one))
-        look = partial(_text, near, example)
-        if example.caption not in texts and (one := _checked(look, skip_bad, notify)):
-            texts[example.caption] = example, one
-        progress("checking", done, len(found.examples))
-    _write(store, latents, list(texts.values()), wanted, progress)
-    captions = len({example.caption for example in found.examples})
-    _tell(latents, list(texts.values()), len(found.examples), captions, notify)
+    texts: dict[str, Item] = {}  # for equal captions, the first
+    for done, example in enumerate(scanned.examples, 1):
+        in_folder = caches[example.path.parent]
+        find = partial(_latents, in_folder, example, scanned.examples, resolution**2)
+        if cache := _checked(find, skip_bad, notify):
+            latents.append((example, cache))
+        find = partial(_text, in_folder, example)
+        if example.caption not in texts and (cache := _checked(find, skip_bad, notify)):
+            texts[example.caption] = example, cache
+        progress("checking", done, len(scanned.examples))
+    _write(store, latents, list(texts.values()), expected, progress)
+    captions = len({example.caption for example in scanned.examples})
+    _report(latents, list(texts.values()), len(scanned.examples), captions, notify)
     return len(latents), len(texts)
 
 
-def imported(store: Store, examples: Sequence[Example], t5_length: int) -> str | None:
-    """What to say of the imported records that fit these examples; None without any. No image is read."""
+def imported_note_for(store: Store, examples: Sequence[Example], t5_length: int) -> str | None:
+    """A note on the imported records for these examples; None if there are none. Reads no images."""
     records = {("text", imported_text_key(example.caption, t5_length)) for example in examples}
     for example in examples:
         if hashed := store.hashes.remembered(example.path):
             records.add(("latents", imported_latents_key(hashed, example.resized, example.bucket, 0)))
-    return imported_line(store, [record for record in records if store.has(*record)])
+    return imported_note(store, [record for record in records if store.has(*record)])
 
 
-def _checked(look: Callable[[], Found | None], skip_bad: bool, notify: Callable[[str], None]) -> Found | None:
-    """What `look` finds, once its tensors were read and found sound; what is not is said under `skip_bad`."""
+def _checked(find: Callable[[], ForeignCache | None], skip_bad: bool, notify: Notify) -> ForeignCache | None:
+    """The cache from `find`, after reading its tensors to check them. With `skip_bad`, a bad one is only reported."""
     try:
-        if found := look():
-            found.read()
-        return found
+        if cache := find():
+            cache.read()
+        return cache
     except WrongRequest as error:
         if not skip_bad:
             raise
@@ -87,58 +89,68 @@ def _checked(look: Callable[[], Found | None], skip_bad: bool, notify: Callable[
         return None
 
 
-def _latents(near: Caches, example: Example, examples: Sequence[Example], most: int) -> Found | None:
-    found = near.latents(example, image_size(example.path), most)
-    if found and found.program == SD_SCRIPTS:
+def _latents(
+    caches: ForeignCaches, example: Example, examples: Sequence[Example], max_pixels: int
+) -> ForeignCache | None:
+    cache = caches.latents(example, image_size(example.path), max_pixels)
+    if cache and cache.program == SD_SCRIPTS:
         others = [e.path.name for e in examples if e.path.with_suffix("") == example.path.with_suffix("")]
         if len(others) > 1:
-            what = f"may be of any of {', '.join(others)}"
-            raise WrongRequest(f"{found.path} {what}; give the images different names, and delete it")
-    return found
+            what = f"may belong to any of {', '.join(others)}"
+            raise WrongRequest(f"{cache.path} {what}; give the images different names and delete it")
+    return cache
 
 
-def _text(near: Caches, example: Example) -> Found | None:
-    return near.text(example, read_caption(example.path))
+def _text(caches: ForeignCaches, example: Example) -> ForeignCache | None:
+    return caches.text(example, read_caption(example.path))
 
 
-def _require_any(caches: dict[Path, Caches]) -> None:
-    kinds = Counter({kind: sum(near.count(kind) for near in caches.values()) for kind in FILES})
+def _require_any(caches: dict[Path, ForeignCaches]) -> None:
+    kinds = Counter({kind: sum(in_folder.count(kind) for in_folder in caches.values()) for kind in FILES})
     if kinds.total() == kinds["musubi"]:
         where = ", ".join(map(str, caches))
         if kinds["musubi"]:
-            what = f"musubi-tuner's caches (_fk.safetensors) in {where} are for FLUX.1 Kontext, with a control image"
-            raise WrongRequest(f"{what} to each; fluxq has no use for those: leave out --import, and it encodes anew")
+            what = (
+                f"musubi-tuner's caches (_fk.safetensors) in {where} are for FLUX.1 Kontext, each with a control image"
+            )
+            raise WrongRequest(f"{what}; fluxq cannot use them: leave out --import, and it encodes again")
         what = "no *_flux.npz, *_flux_te.npz, _latent_cache or _t_e_cache of sd-scripts or ai-toolkit"
-        raise WrongRequest(f"{where}: there is {what}; leave out --import, and fluxq encodes")
+        raise WrongRequest(f"{where}: there is {what}; leave out --import, and fluxq encodes the images itself")
 
 
-def _write(store: Store, latents: list[Item], texts: list[Item], wanted: Wanted, progress: Progress) -> None:
+def _write(store: Store, latents: list[Item], texts: list[Item], expected: ModelShapes, progress: Progress) -> None:
     try:
-        for done, (example, one) in enumerate(latents, 1):
+        for done, (example, cache) in enumerate(latents, 1):
             hashed = store.hashes.of(example.path)
-            for variant, values in reversed([*enumerate(one.read())]):  # the mirror image first: it is optional
+            for variant, values in reversed([*enumerate(cache.read())]):  # the optional mirror image first
                 key = imported_latents_key(hashed, example.resized, example.bucket, variant)
-                origin = Origin(one.program, one.verified)
+                origin = Origin(cache.program, cache.verified)
                 store.put_latents(key, values, torch.zeros_like(values), example.name, origin)
             progress("images", done, len(latents))
     finally:
         store.hashes.save()
-    for done, (example, one) in enumerate(texts, 1):
-        t5, pooled, seen = one.read()
+    for done, (example, cache) in enumerate(texts, 1):
+        t5, pooled, seen = cache.read()
         tokens = int(seen.sum())
-        text = Text(t5, pooled, example.caption, tokens, one.program == SD_SCRIPTS and tokens == len(seen))
-        key = imported_text_key(example.caption, wanted.t5_length)
-        store.put_text(key, text, Origin(one.program, one.verified))
+        text = Text(t5, pooled, example.caption, tokens, cache.program == SD_SCRIPTS and tokens == len(seen))
+        key = imported_text_key(example.caption, expected.t5_length)
+        store.put_text(key, text, Origin(cache.program, cache.verified))
         progress("captions", done, len(texts))
 
 
-def _tell(latents: list[Item], texts: list[Item], images: int, captions: int, notify: Callable[[str], None]) -> None:
-    of = {"images": Counter(one.program for _, one in latents), "captions": Counter(one.program for _, one in texts)}
-    for program in {**of["images"], **of["captions"]}:
-        notify(f"{of['images'][program]} images and {of['captions'][program]} captions imported from {program}")
+def _report(latents: list[Item], texts: list[Item], images: int, captions: int, notify: Notify) -> None:
+    by_program = {
+        "images": Counter(cache.program for _, cache in latents),
+        "captions": Counter(cache.program for _, cache in texts),
+    }
+    for program in {**by_program["images"], **by_program["captions"]}:
+        images_read, captions_read = by_program["images"][program], by_program["captions"][program]
+        notify(f"{images_read} images and {captions_read} captions imported from {program}")
     if latents:
-        notify("imported latents are one draw from the autoencoder each: every step sees the same, fluxq's own vary")
-    if masked := sum(one.has_mask for _, one in latents):
+        notify(
+            "each imported latent is one fixed sample from the autoencoder; fluxq's own latents vary from step to step"
+        )
+    if masked := sum(cache.has_mask for _, cache in latents):
         notify(f"the alpha masks of {masked} images are ignored: fluxq trains on whole images")
     if len(latents) < images or len(texts) < captions:
-        notify(f"{images - len(latents)} images and {captions - len(texts)} captions have none; fluxq encodes those")
+        notify(f"{images - len(latents)} images and {captions - len(texts)} captions have no cache; fluxq encodes them")

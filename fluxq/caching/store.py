@@ -1,17 +1,17 @@
-"""The cache on disk: what the encoders made of images and captions, found by its content.
+"""The cache on disk: encoded images and captions, addressed by content.
 
     latents/<key>.safetensors    mean, spread (16, h, w) fp32, in FLUX's latent units: latents = mean + spread * noise
     text/<key>.safetensors       t5 (L, D) bf16, clip (D2,) fp32
     datasets/<name>.json         a `Dataset`: one request's examples and the keys of their records
-    hashes.json                  the hashes of big files, so that they are read once
+    hashes.json                  the hashes of big files, so that each is read only once
 
-A key is a hash of all that a record depends on: the image's bytes, its transform and the autoencoder file; or the
-caption, the encoder and tokenizer files and the token length. So a changed input is another key, nothing is ever stale,
-and what several images or runs share is stored once. A record is written under a temporary name and renamed when
-complete.
+A key is a hash of everything a record depends on: the image's bytes, its transform and the autoencoder file; or the
+caption, the encoder and tokenizer files and the token length. So a changed input gets a new key, no record is ever
+stale, and what several images or runs share is stored once. A record is written under a temporary name and renamed
+when complete. `spread` is a standard deviation.
 
-What another program encoded (fluxq/caching/imports.py) is found by the same image or caption in the same request, but by
-no encoder, for which one it was is not known. Such keys begin with `imported-`.
+The keys of records from other programs (fluxq/caching/imports.py) begin with `imported-` and contain no encoder: which
+encoder made them is unknown.
 """
 
 import json
@@ -29,15 +29,15 @@ from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 
 from .hashes import Hashes
 
-RECORD_VERSION = 1  # part of every key: raise it when a record's tensors change their meaning
+RECORD_VERSION = 1  # part of every key: increase it when the tensors of a record change meaning
 KINDS = {"latents": ("mean", "spread"), "text": ("t5", "clip")}
-IMPORTED = "imported-"  # how keys of records begin that other programs encoded
+IMPORTED = "imported-"  # prefix of the keys of records that other programs encoded
 
 
 @dataclass(frozen=True)
 class Text:
-    """One encoded caption: t5 (L, D) bf16, clip (D2,) fp32, how many T5 tokens the caption has, before any cut, and
-    whether T5's and CLIP's were cut.
+    """One encoded caption: t5 (L, D) bf16, clip (D2,) fp32, its number of T5 tokens before truncation, and whether its
+    T5 tokens and its CLIP tokens were truncated.
     """
 
     t5: torch.Tensor
@@ -50,7 +50,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Origin:
-    """Which program encoded a record, and whether it is known that it did so from this very image or caption."""
+    """The program that encoded a record, and whether the record is known to be of exactly this image or caption."""
 
     program: str
     verified: bool
@@ -64,19 +64,19 @@ class Store:
         self.hashes = Hashes(self.root / "hashes.json")
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether a record of `kind`, "latents" or "text", is there; then it is also complete."""
+        """Whether the store has this record of `kind`, "latents" or "text". If so, it is complete."""
         return self._path(kind, key).is_file()
 
     def put_latents(
         self, key: str, mean: torch.Tensor, spread: torch.Tensor, image: str, origin: Origin | None = None
     ) -> None:
-        """Stores mean and spread, both (16, h, w). `image` is a name for people; `origin` another program.
+        """Store mean and spread, both (16, h, w). `image` is a name for humans; `origin` is set for imported records.
 
-        ValueError if a number is not finite.
+        Raises ValueError if a number is not finite.
         """
         if mean.ndim != 3 or mean.shape != spread.shape:
             raise ValueError(
-                f"latents need mean and spread of one shape (16, h, w), not {tuple(mean.shape)}, {tuple(spread.shape)}"
+                f"mean and spread must have the same shape (16, h, w), not {tuple(mean.shape)}, {tuple(spread.shape)}"
             )
         metadata = {"picture": image, **_origin_metadata(origin)}
         self._write("latents", key, {"mean": mean.float(), "spread": spread.float()}, metadata)
@@ -87,13 +87,14 @@ class Store:
         return record.get("mean"), record.get("spread")
 
     def latents_size(self, key: str) -> tuple[int, int]:
-        """(w, h) in pixels of the image whose latents these are. Reads the header alone."""
+        """(w, h) in pixels of the encoded image. Reads only the header."""
         _, height, width = self._open("latents", key).shape("mean")
         return 8 * width, 8 * height
 
     def put_text(self, key: str, text: Text, origin: Origin | None = None) -> None:
-        """Stores one encoded caption, by fluxq or by another program, `origin`. ValueError if a number is not
-        finite.
+        """Store one encoded caption; `origin` is set for imported records.
+
+        Raises ValueError if a number is not finite.
         """
         if text.t5.ndim != 2 or text.clip.ndim != 1:
             raise ValueError(
@@ -106,24 +107,24 @@ class Store:
     def text(self, key: str) -> Text:
         """The encoded caption. Raises WrongRequest if the record is missing or damaged."""
         record = self._open("text", key)
-        return Text(record.get("t5"), record.get("clip"), **_about_text(record))
+        return Text(record.get("t5"), record.get("clip"), **_text_metadata(record))
 
     def pooled(self, key: str) -> torch.Tensor:
-        """The encoded caption's `clip` alone; nothing else is read."""
+        """Only the `clip` of the encoded caption. Reads nothing else."""
         return self._open("text", key).get("clip")
 
-    def text_cuts(self, key: str) -> tuple[bool, bool]:
-        """Whether the caption has more tokens than T5's length, and more than CLIP's. Reads the header alone."""
-        about = _about_text(self._open("text", key))
-        return about["truncated"], about["clip_truncated"]
+    def truncated(self, key: str) -> tuple[bool, bool]:
+        """Whether the caption was truncated for T5, and for CLIP. Reads only the header."""
+        metadata = _text_metadata(self._open("text", key))
+        return metadata["truncated"], metadata["clip_truncated"]
 
     def origin(self, kind: str, key: str) -> Origin | None:
-        """Which other program encoded a record; None if fluxq did. Reads the header alone."""
-        about = self._open(kind, key).metadata if is_imported(key) else {}
-        return Origin(about["imported"], about.get("verified") == "true") if "imported" in about else None
+        """The program that an imported record comes from; None if fluxq encoded it. Reads only the header."""
+        metadata = self._open(kind, key).metadata if is_imported(key) else {}
+        return Origin(metadata["imported"], metadata.get("verified") == "true") if "imported" in metadata else None
 
     def verify(self, remove: bool = False) -> dict[Path, str]:
-        """Reads every record whole and says of each bad one what is wrong. With `remove` the bad ones are deleted."""
+        """Read every record completely. Returns each bad one with its fault; with `remove`, deletes them."""
         bad = {}
         for kind in KINDS:
             for path in self.records(kind):
@@ -136,24 +137,24 @@ class Store:
         return bad
 
     def prune(self, keep: Iterable[Dataset]) -> tuple[int, int]:
-        """Deletes every record that no dataset of `keep` uses, and what killed writes left.
+        """Delete every record that no dataset in `keep` uses, and the temporary files of killed writes.
 
         Returns (files, bytes) deleted.
         """
         used = {record for dataset in keep for record in dataset.records()}
-        gone = [path for kind in KINDS for path in self.records(kind) if (kind, path.stem) not in used]
-        gone += [path for kind in KINDS for path in (self.root / kind).glob(".*.tmp-*.safetensors")]
-        nbytes = sum(path.stat().st_size for path in gone)
-        for path in gone:
+        unused = [path for kind in KINDS for path in self.records(kind) if (kind, path.stem) not in used]
+        unused += [path for kind in KINDS for path in (self.root / kind).glob(".*.tmp-*.safetensors")]
+        nbytes = sum(path.stat().st_size for path in unused)
+        for path in unused:
             path.unlink(missing_ok=True)
-        return len(gone), nbytes
+        return len(unused), nbytes
 
     def records(self, kind: str) -> list[Path]:
         """The files of all records of `kind`, sorted."""
         return sorted(path for path in (self.root / kind).glob("*.safetensors") if not path.name.startswith("."))
 
     def datasets(self) -> list[Path]:
-        """The files of all datasets that were built in this store, sorted."""
+        """The files of all datasets built in this store, sorted."""
         return sorted(path for path in (self.root / "datasets").glob("*.json") if not path.name.startswith("."))
 
     def _path(self, kind: str, key: str) -> Path:
@@ -164,14 +165,14 @@ class Store:
         for name, tensor in tensors.items():
             if not tensor.isfinite().all():
                 what = metadata.get("picture") or repr(metadata.get("caption"))
-                raise ValueError(f"the encoder gave numbers that are not finite for {what} ({name})")
+                raise ValueError(f"the encoder returned non-finite numbers for {what} ({name})")
         metadata = {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
         write_safetensors(self._path(kind, key), tensors, {"key": key, "checksum": _checksum(tensors), **metadata})
 
     def _open(self, kind: str, key: str) -> Checkpoint:
         path = self._path(kind, key)
         if not path.is_file():
-            raise WrongRequest(f"the cache {self.root} lacks {kind}/{path.name}; run `fluxq cache` again to encode it")
+            raise WrongRequest(f"the cache {self.root} has no {kind}/{path.name}; run `fluxq cache` again to encode it")
         try:
             record = Checkpoint(path)
             _check_names(record, kind)
@@ -180,16 +181,16 @@ class Store:
         return record
 
 
-def imported_line(store: Store, records: Iterable[tuple[str, str]]) -> str | None:
-    """What to say of those `records`, (kind, key), that other programs encoded; None where there are none."""
-    found = [(kind, origin) for kind, key in sorted(records) if (origin := store.origin(kind, key))]
-    if not found:
+def imported_note(store: Store, records: Iterable[tuple[str, str]]) -> str | None:
+    """A note on those of `records`, each (kind, key), that other programs encoded; None if there are none."""
+    imported = [(kind, origin) for kind, key in sorted(records) if (origin := store.origin(kind, key))]
+    if not imported:
         return None
-    count = {kind: sum(k == kind for k, _ in found) for kind in KINDS}
-    programs = " and ".join(sorted({origin.program for _, origin in found}))
-    unverified = sum(not origin.verified for _, origin in found)
+    count = {kind: sum(k == kind for k, _ in imported) for kind in KINDS}
+    programs = " and ".join(sorted({origin.program for _, origin in imported}))
+    unverified = sum(not origin.verified for _, origin in imported)
     what = f"{count['latents']} latents and {count['text']} captions imported from {programs}"
-    return f"{what}, {unverified} of these {len(found)} records unverified"
+    return f"{what}, {unverified} of these {len(imported)} records unverified"
 
 
 def latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], autoencoder_hash: str) -> str:
@@ -198,14 +199,14 @@ def latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, in
 
 
 def imported_latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], variant: int) -> str:
-    """The key of latents that another program made of an image that fluxq would bring to `bucket`; of its mirror image
-    where `variant` is 1. Their own size may be another.
+    """The key of another program's latents for an image that fluxq would put into `bucket`; `variant` 1 is the mirror
+    image. The latents themselves may have another size.
     """
     return IMPORTED + latents_key(image_hash, resized, bucket, f"another program's, {variant}")
 
 
 def imported_text_key(caption: str, length: int) -> str:
-    """The key of a caption's embeddings by another program."""
+    """The key of another program's embeddings of a caption."""
     return IMPORTED + text_key(caption, "", "", "", length)
 
 
@@ -214,7 +215,7 @@ def is_imported(key: str) -> bool:
 
 
 def text_key(caption: str, t5_hash: str, clip_hash: str, tokenizer_hash: str, length: int) -> str:
-    """The key of a caption's embeddings; `length` is the number of T5 tokens, padding included."""
+    """The key of a caption's embeddings; `length` is the number of T5 tokens, including padding."""
     return _key("text", caption, t5_hash, clip_hash, tokenizer_hash, length)
 
 
@@ -234,21 +235,21 @@ def _origin_metadata(origin: Origin | None) -> dict[str, str]:
     return {"imported": origin.program, "verified": str(origin.verified).lower()} if origin else {}
 
 
-def _about_text(record: Checkpoint) -> dict:
+def _text_metadata(record: Checkpoint) -> dict:
     try:
-        about = record.metadata
+        metadata = record.metadata
         return {
-            "caption": about["caption"],
-            "tokens": int(about["tokens"]),
-            "truncated": about["truncated"] == "true",
-            "clip_truncated": about.get("clip_truncated") == "true",  # records of before it was asked lack it
+            "caption": metadata["caption"],
+            "tokens": int(metadata["tokens"]),
+            "truncated": metadata["truncated"] == "true",
+            "clip_truncated": metadata.get("clip_truncated") == "true",  # older records lack it
         }
     except (KeyError, ValueError) as error:
         raise _damaged(record.path, error) from error
 
 
 def _check_record(path: Path, kind: str) -> None:
-    """Raises WrongRequest if the record is not as it was written."""
+    """Raise WrongRequest if the record is not exactly as it was written."""
     record = Checkpoint(path)
     _check_names(record, kind)
     tensors = {name: record.get(name) for name in KINDS[kind]}
@@ -257,21 +258,21 @@ def _check_record(path: Path, kind: str) -> None:
     if record.metadata.get("checksum") != _checksum(tensors):
         raise WrongRequest(f"{path} has changed since it was written")
     if kind == "text":
-        _about_text(record)
+        _text_metadata(record)
 
 
 def _check_names(record: Checkpoint, kind: str) -> None:
     if set(record.keys()) != set(KINDS[kind]):
-        raise WrongRequest(f"{record.path} holds {', '.join(record.keys())} and not {', '.join(KINDS[kind])}")
+        raise WrongRequest(f"{record.path} holds {', '.join(record.keys())} instead of {', '.join(KINDS[kind])}")
 
 
 def _damaged(path: Path, error: Exception) -> WrongRequest:
     return WrongRequest(
-        f"the cache record {path} is damaged ({_reason(path, error)}); run `fluxq cache --verify`, which deletes it, "
-        "and then `fluxq cache` again"
+        f"the cache record {path} is damaged ({_reason(path, error)}); run `fluxq cache --verify` to delete it, then "
+        "`fluxq cache` again"
     )
 
 
 def _reason(path: Path, error: Exception) -> str:
-    """What is wrong with `path`, without its name and without a remedy that is meant for model files."""
+    """What is wrong with `path`, without its name and without the remedy (which is for model files)."""
     return str(error).removeprefix(f"{path} ").split("; ")[0]

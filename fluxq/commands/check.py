@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fluxq.caching.imports import imported
+from fluxq.caching.imports import imported_note_for
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent
@@ -116,7 +116,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
         sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
         scanned = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
-        foreign = imported(Store(resolved.cache), scanned.examples, models.t5_length)
+        foreign = imported_note_for(Store(resolved.cache), scanned.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
         return None

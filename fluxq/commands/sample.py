@@ -14,7 +14,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from fluxq.caching.encoding import cut_notes
+from fluxq.caching.encoding import truncation_notes
 from fluxq.caching.folders import cache_texts
 from fluxq.caching.store import Text
 from fluxq.config import TrainConfig, file_and_strength
@@ -100,7 +100,7 @@ def _encode_prompts(config: TrainConfig, models: Models) -> dict[str, Text]:
     with progress_bar() as progress:
         texts = cache_texts(config.data.cache, models, prompts, progress, gpu_budget(config.memory, models.device))
     cuts = {prompt: (text.truncated, text.clip_truncated) for prompt, text in texts.items()}
-    for line in cut_notes(cuts, {}, models.t5_length):
+    for line in truncation_notes(cuts, {}, models.t5_length):
         console.print(line)
     return texts
 

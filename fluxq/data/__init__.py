@@ -1,4 +1,4 @@
-"""Images and captions: files, buckets, datasets, and randomness that is addressed."""
+"""Images and captions: files, buckets, datasets, and addressed random numbers."""
 
 from .buckets import choose_bucket
 from .dataset import Dataset, Entry

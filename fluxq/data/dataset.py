@@ -1,4 +1,4 @@
-"""A dataset file: which examples a run trains on, and which records of the store hold them."""
+"""The dataset file: the examples that a run trains on, and the keys of their records in the store."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ DATASET_VERSION = 1
 
 @dataclass(frozen=True)
 class Entry:
-    """One example of a dataset. Several latents keys or text keys are variants, of which each step draws one."""
+    """One example of a dataset. Several latents or text keys are variants; each step picks one at random."""
 
     name: str
     path: str
@@ -31,9 +31,10 @@ class Entry:
 
 @dataclass(frozen=True)
 class Dataset:
-    """What a run trains on: the examples, and the text records of prompts, of which "" is always one.
+    """What a run trains on: the examples, and the text records of its prompts.
 
-    `skipped` and `notes` are lines for the user: images left out, captions cut short and the like.
+    The prompts include "" unless the text encoders were missing when the cache was built. `skipped` and `notes` are
+    lines for the user: images left out, truncated captions and the like.
     """
 
     examples: tuple[Entry, ...]
@@ -43,22 +44,22 @@ class Dataset:
     notes: tuple[str, ...] = ()
 
     def records(self) -> set[tuple[str, str]]:
-        """(kind, key) of every record that is used."""
+        """(kind, key) of every record in use."""
         latents = {("latents", key) for example in self.examples for key in example.latents}
         text = {("text", key) for example in self.examples for key in example.text}
         return latents | text | {("text", key) for key in self.prompts.values()}
 
     def part(self, folders: Sequence[Path]) -> Dataset:
-        """The examples that lie in `folders`. Raises WrongRequest where there are none."""
+        """The dataset with only the examples from `folders`. Raises WrongRequest if there are none."""
         wanted = {os.path.abspath(folder) for folder in folders}
         examples = tuple(e for e in self.examples if os.path.dirname(e.path) in wanted)
         if not examples:
             names = ", ".join(str(folder) for folder in folders)
-            raise WrongRequest(f"no usable image of its own is left in {names}; an image named twice counts once")
+            raise WrongRequest(f"{names} has no usable image of its own; an image listed in two folders counts once")
         return replace(self, examples=examples)
 
     def digest(self) -> str:
-        """What tells a dataset from another: its images, captions, shapes and encoders, but not where they lie."""
+        """A hash of what identifies a dataset: its images, captions, shapes and encoders, but not their paths."""
         facts = sorted((e.name, e.repeats, e.bucket, e.latents, e.text) for e in self.examples)
         return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
@@ -70,7 +71,7 @@ class Dataset:
 
     @classmethod
     def load(cls, path: Path) -> Dataset:
-        """Raises WrongRequest if the file is missing or is no dataset of this version."""
+        """The dataset in `path`. Raises WrongRequest if the file is missing or not a dataset of this version."""
         try:
             data = json.loads(path.read_text(encoding="utf-8"))
             if data.pop("version") != DATASET_VERSION:
@@ -80,7 +81,9 @@ class Dataset:
         except OSError as error:
             raise WrongRequest(f"{path} cannot be read ({error.strerror}); run `fluxq cache` again") from error
         except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise WrongRequest(f"{path} is no dataset ({error}); delete it and run `fluxq cache` again") from error
+            raise WrongRequest(
+                f"{path} is not a dataset file ({error}); delete it and run `fluxq cache` again"
+            ) from error
 
 
 def _lists_to_tuples(data: dict) -> dict:

@@ -1,7 +1,7 @@
-"""Image files to tensors: whatever a camera, a phone or a painting program wrote becomes RGB, upright, on white.
+"""From image files to tensors: anything from a camera, a phone or a paint program becomes upright RGB on white.
 
-Pillow decodes. It does not scale 16-bit gray (it clips it), apply EXIF orientation or average areas when shrinking;
-that is done here. Color profiles are not applied, as in other trainers.
+Pillow decodes. It clips 16-bit gray instead of scaling it, ignores EXIF orientation, and has no exact area average for
+shrinking; this file does those. Color profiles are not applied, as in other trainers.
 """
 
 import os
@@ -18,11 +18,13 @@ from PIL import ExifTags, Image
 from fluxq.errors import WrongRequest
 
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")  # what such a file may really hold, whatever its name
-MAX_PIXELS = 178_956_970  # where Pillow itself refuses to go on: 0.5 GiB as RGB
-TRANSFORM_VERSION = 1  # part of every cached latent's key: raise it when `open_image` or `prepare` give other numbers
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")  # what a file with such a suffix may really contain
+MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GiB as RGB
+TRANSFORM_VERSION = (
+    1  # in the key of all cached latents: increase it when `open_image` or `prepare` change their numbers
+)
 
-UPRIGHT = {  # EXIF orientation -> what makes the image upright
+UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -34,22 +36,22 @@ UPRIGHT = {  # EXIF orientation -> what makes the image upright
 
 
 def image_files(folder: Path) -> list[Path]:
-    """The images in `folder` itself, told by suffix in any case, sorted by name. Hidden files are left out."""
+    """The images directly in `folder`, by suffix (in any case), sorted by name. Hidden files are left out."""
     files = (Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
     return sorted((file for file in files if file.suffix.lower() in SUFFIXES), key=lambda file: file.name)
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
-    """(width, height) of the upright image, from the file's header. Raises WrongRequest as `open_image` does."""
+    """(width, height) of the upright image, from the file's header. Raises the errors of `open_image`."""
     with _opened(path, max_pixels) as image:
         width, height = image.size
         return (height, width) if _orientation(image) >= 5 else (width, height)
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The whole image as 8-bit RGB: upright, transparency flattened on white, deep grays scaled to 8 bits.
+    """The image as 8-bit RGB: upright, transparency flattened onto white, deeper gray scaled to 8 bits.
 
-    Raises WrongRequest, naming the file and the remedy, if it cannot be read or has more than `max_pixels` pixels.
+    Raises WrongRequest with the file and the remedy if it cannot be read or has more than `max_pixels` pixels.
     """
     with _opened(path, max_pixels) as image:
         image.load()
@@ -59,10 +61,10 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
 
 def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int]) -> torch.Tensor:
-    """`image`, RGB, at `resized` (w, h), with its center of `bucket` (w, h) cut out: (3, H, W) fp32 in [-1, 1].
+    """The RGB `image` resized to `resized` (w, h) and center-cropped to `bucket` (w, h): (3, H, W) fp32 in [-1, 1].
 
-    Shrinking averages areas exactly; if either side grows, Lanczos is used for both. ValueError if `resized` does not
-    cover `bucket`.
+    Shrinking averages areas exactly; if either side grows, Lanczos is used for both. Raises ValueError if `resized`
+    does not cover `bucket`.
     """
     left, top = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
     if left < 0 or top < 0:
@@ -79,19 +81,19 @@ def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int
 
 @contextmanager
 def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
-    """The file opened and its header read. Whatever goes wrong inside the block is the file's fault, and told so."""
+    """The opened file, header read. Any exception inside the block becomes a WrongRequest that names the file."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # about bombs, checked below, and about odd metadata, which is not used
+            warnings.simplefilter("ignore")  # about bombs (checked below) and odd metadata (unused)
             with Image.open(path, formats=FORMATS) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
                 yield image
-    except Image.DecompressionBombError as error:  # raised by Pillow as well, above its own limit
+    except Image.DecompressionBombError as error:  # Pillow raises it too, above its own limit
         raise WrongRequest(
-            f"{path} is gigantic (more than {max_pixels:,} pixels); remove it or replace it, or pass --skip-bad"
+            f"{path} is too large (more than {max_pixels:,} pixels); remove it or replace it, or pass --skip-bad"
         ) from error
-    except Exception as error:  # Pillow's decoders raise nearly every type there is when bytes are damaged
+    except Exception as error:  # on damaged bytes Pillow's decoders raise almost any type
         raise WrongRequest(
             f"{path} cannot be read ({_reason(path, error)}); remove it or replace it, or pass --skip-bad"
         ) from error
@@ -100,16 +102,16 @@ def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
 def _reason(path: Path, error: Exception) -> str:
     if isinstance(error, Image.UnidentifiedImageError):
         size = path.stat().st_size
-        return "it is empty" if size == 0 else f"its {size:,} bytes are no image, or one of an unknown format"
+        return "it is empty" if size == 0 else f"its {size:,} bytes are not an image in a known format"
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     return str(error) or type(error).__name__
 
 
 def _orientation(image: Image.Image) -> int:
-    """The EXIF orientation, 1 to 8; 1 where the metadata is absent or damaged."""
+    """The EXIF orientation, 1 to 8; 1 if the metadata is missing or damaged."""
     try:
-        # The base class's method: PNG's own decodes the whole image to look for metadata behind it.
+        # The base class's method: PNG's own decodes the whole image to look for metadata after it.
         value = Image.Image.getexif(image).get(ExifTags.Base.Orientation, 1)
     except (OSError, SyntaxError, ValueError, TypeError, KeyError, IndexError, struct.error):
         return 1
@@ -118,32 +120,32 @@ def _orientation(image: Image.Image) -> int:
 
 def _rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
-        return Image.fromarray(_eight_bits(np.asarray(image))).convert("RGB")
+        return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
     return image.convert("RGB")
 
 
-def _eight_bits(gray: np.ndarray) -> np.ndarray:
-    """Deep gray (H, W) scaled to uint8: white is 65,535, for floats 1, or the largest value if that is more."""
+def _to_uint8(gray: np.ndarray) -> np.ndarray:
+    """Deep gray (H, W) scaled to uint8. White is 65,535 (1.0 for floats), or the largest value if that is more."""
     white = 1.0 if gray.dtype.kind == "f" else 65535.0
     values = np.nan_to_num(gray.astype(np.float64), posinf=white, neginf=0.0)
     return np.rint(values.clip(0.0) * (255.0 / max(white, float(values.max())))).astype(np.uint8)
 
 
 def _area_average(pixels: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """(H, W, C) shrunk to `size` (w, h): each pixel is the mean of the area it covers, with fractions at its edges."""
+    """(H, W, C) shrunk to `size` (w, h): each pixel is the mean of the area it covers, edge pixels weighted."""
     rows = _average_rows(pixels, size[1])
     return _average_rows(rows.swapaxes(0, 1), size[0]).swapaxes(0, 1)
 
 
 def _average_rows(pixels: np.ndarray, count: int) -> np.ndarray:
-    """(N, M, C) to (count, M, C) fp32, count <= N. Row by row, so that no large image is ever held in fp32."""
+    """(N, M, C) to (count, M, C) fp32, count <= N. Works row by row, to never hold a large image in fp32."""
     total = len(pixels)
     result = np.empty((count, *pixels.shape[1:]), np.float32)
     for row in range(count):
-        start, stop = row * total, (row + 1) * total  # in units of 1/count of an input row, so that all is exact
+        start, stop = row * total, (row + 1) * total  # exact: in units of 1/count of an input row
         index = np.arange(start // count, -(-stop // count))
         share = np.minimum((index + 1) * count, stop) - np.maximum(index * count, start)
         result[row] = np.tensordot((share / total).astype(np.float32), pixels[index].astype(np.float32), axes=1)

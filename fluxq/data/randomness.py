@@ -1,9 +1,8 @@
-"""Addressed randomness: every draw has an address, and equal addresses give equal numbers.
+"""Addressed random numbers: every draw has an address, and equal addresses give equal numbers.
 
-A generator is Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3"), whose 128-bit key is a hash
-of (seed, purpose, address). Nothing is consumed and nothing is global, so a step's inputs do not depend on what ran
-before it: a resumed run, a preview in between or another number of workers changes no number. Draws are made on the
-host in fp64.
+Each generator is a Philox (Salmon et al. 2011, "Parallel random numbers: as easy as 1, 2, 3") whose 128-bit key is a
+hash of (seed, purpose, address). There is no global state, so a step's inputs do not depend on what ran before it:
+resuming, previews and the number of workers change no number. Numbers are drawn on the CPU in fp64.
 """
 
 import operator
@@ -15,9 +14,9 @@ import torch
 
 
 def generator(seed: int, purpose: str, *address: int | str) -> np.random.Generator:
-    """The generator that lives at this address. Ask again for a fresh one that starts at the same first number.
+    """A new generator for this address. Every call returns one that starts at the same first number.
 
-    TypeError if a part of the address is neither a whole number nor text: other types have no stable encoding.
+    Raises TypeError if a part of the address is neither an integer nor a string: other types have no stable encoding.
     """
     digest = blake2b(digest_size=16, person=b"fluxq.random")
     for part in (seed, purpose, *address):
@@ -27,7 +26,7 @@ def generator(seed: int, purpose: str, *address: int | str) -> np.random.Generat
 
 
 def normal(shape: Sequence[int], seed: int, purpose: str, *address: int | str) -> torch.Tensor:
-    """Standard normal numbers of `shape`, fp32 on the host."""
+    """Standard normal numbers of `shape`, fp32 on the CPU."""
     return torch.from_numpy(generator(seed, purpose, *address).standard_normal(tuple(shape)).astype(np.float32))
 
 
@@ -35,5 +34,5 @@ def _encode(part: int | str) -> bytes:
     if isinstance(part, str):
         return b"s" + part.encode("utf-8", "surrogateescape")
     if isinstance(part, bool):
-        raise TypeError(f"an address is made of whole numbers and text, not {part!r}")
+        raise TypeError(f"an address consists of integers and strings, not {part!r}")
     return b"i" + str(operator.index(part)).encode()

@@ -1,6 +1,6 @@
-"""What this machine has that a run depends on: memory, the NVIDIA driver, GPUs, and what this torch can do with them.
+"""What a run depends on in this machine: memory, the NVIDIA driver, GPUs, and what this torch can do with them.
 
-`read_machine` looks; `notes` and `obstacle` judge what it saw, so that they are tested without any GPU.
+`read_machine` collects the facts; `notes` and `obstacle` judge them, so they can be tested without a GPU.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 LIBCUDA = tuple(f"{folder}/libcuda.so.1" for folder in ("/usr/lib/wsl/lib", "/usr/lib/x86_64-linux-gnu", "/usr/lib64"))
-DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of Linux' own driver, and of Windows' in WSL
+DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of the native Linux driver, and of the Windows driver in WSL
 
 
 @dataclass(frozen=True)
@@ -30,11 +30,11 @@ class GPU:
 
 @dataclass(frozen=True)
 class Machine:
-    """What torch was built for, what is there, and the GPU that a run would use.
+    """What torch was built for, what is installed, and the GPU that a run would use.
 
-    cuda is torch's CUDA version, None for a build without; architectures what it has code for ("sm_90",
-    "compute_120"); hidden says that CUDA_VISIBLE_DEVICES takes all GPUs away on purpose; bf16, that torch makes bf16
-    tensors on the GPU, be their arithmetic emulated or not; triton, that the package is installed.
+    cuda: torch's CUDA version, None for a build without; architectures: what torch has code for ("sm_90",
+    "compute_120"); hidden: CUDA_VISIBLE_DEVICES hides all GPUs on purpose; bf16: torch can use bf16 tensors on the GPU,
+    native or emulated; triton: the package is installed.
     """
 
     torch: str
@@ -49,7 +49,7 @@ class Machine:
 
 
 def read_machine() -> Machine:
-    """This machine, through torch."""
+    """The facts about this machine, from torch."""
     import torch
 
     gpu, available = None, torch.cuda.is_available()
@@ -74,21 +74,21 @@ def has_nvidia_driver(
     exists: Callable[[str], bool] = os.path.exists,
     which: Callable[[str], str | None] = shutil.which,
 ) -> bool:
-    """Whether the NVIDIA driver is installed, told without loading anything of it."""
+    """Whether the NVIDIA driver is installed, judged by its files: no library is loaded."""
     if system == "Windows":
         return exists(os.path.join(os.environ.get("SYSTEMROOT", r"C:\Windows"), "System32", "nvcuda.dll"))
     return any(map(exists, DEVICES)) and (which("nvidia-smi") is not None or any(map(exists, LIBCUDA)))
 
 
 def obstacle(machine: Machine) -> str | None:
-    """Why the GPU cannot be used although torch offers it, in one sentence with the way out; None if it can."""
+    """Why the GPU cannot be used although torch reports it, in one sentence with the remedy; None if it can."""
     gpu = machine.gpu
     if gpu is None or machine.rocm:
         return None
     if machine.architectures and not any(_runs(code, gpu.capability) for code in machine.architectures):
         return (
             f"torch {machine.torch} has no code for the {gpu.name} ({_sm(gpu.capability)}; it has "
-            f"{', '.join(machine.architectures)}); install the build that pytorch.org names for this GPU, or hide "
+            f"{', '.join(machine.architectures)}); install the build that pytorch.org lists for this GPU, or hide "
             "the GPU with CUDA_VISIBLE_DEVICES=-1"
         )
     if not machine.bf16:
@@ -100,35 +100,35 @@ def obstacle(machine: Machine) -> str | None:
 
 
 def notes(machine: Machine) -> list[str]:
-    """What the user of this machine should know, a line each."""
+    """What the user should know about this machine, one line each."""
     gpu = machine.gpu
     if gpu is None and machine.driver and not machine.rocm and not machine.hidden:
         if machine.cuda is None:
             return [
-                f"an NVIDIA driver is installed, but this torch ({machine.torch}) was built without CUDA, so all of it "
-                "runs on the CPU; mend it with: pip install --force-reinstall torch --index-url INDEX, where "
+                f"an NVIDIA driver is installed, but this torch ({machine.torch}) was built without CUDA, so "
+                "everything runs on the CPU; fix it with: pip install --force-reinstall torch --index-url INDEX, where "
                 "INDEX is the CUDA address that pytorch.org shows under Get Started"
             ]
         return [
             f"this torch ({machine.torch}) was built for CUDA {machine.cuda} but finds no GPU that it can use, so "
-            "everything runs on the CPU; update the NVIDIA driver (nvidia-smi shows the CUDA version it reaches)"
+            "everything runs on the CPU; update the NVIDIA driver (nvidia-smi shows the CUDA version it supports)"
         ]
     if gpu is not None and not machine.rocm and gpu.capability < (8, 0):
         return [
-            f"the {gpu.name} ({_sm(gpu.capability)}) has no bf16 arithmetic: torch emulates it, which is right but "
+            f"the {gpu.name} ({_sm(gpu.capability)}) has no bf16 arithmetic: torch emulates it, which is correct but "
             "several times slower than on the RTX 30 series and newer"
         ]
     if gpu is not None and not machine.rocm and not machine.triton:
         return [
-            "Triton is not installed, so the GPU runs plain PyTorch in place of fluxq's "
-            "kernels; mend it with: pip install triton (on Windows: pip install triton-windows)"
+            "Triton is not installed, so the GPU runs plain PyTorch instead of fluxq's "
+            "kernels; fix it with: pip install triton (on Windows: pip install triton-windows)"
         ]
     return []
 
 
 def free_gpu_bytes() -> int | None:
-    """Bytes of the GPU that a run could use: the driver's free ones, and those that torch has taken and does not use;
-    None without a GPU, or where it does not say.
+    """Bytes of GPU memory that a run could use: what the driver reports free, plus what torch has reserved but not
+    allocated. None without a GPU, or if it cannot be read.
     """
     import torch
 
@@ -136,16 +136,16 @@ def free_gpu_bytes() -> int | None:
         return None
     try:
         return torch.cuda.mem_get_info()[0] + torch.cuda.memory_reserved() - torch.cuda.memory_allocated()
-    except RuntimeError:  # another program may have it for itself
+    except RuntimeError:  # another program may use the GPU exclusively
         return None
 
 
-SPILL_LEAST = 256 << 20
-"""Less than so many bytes beyond what the GPU had free may be rounding, and the driver's own."""
+MIN_SPILL = 256 << 20
+"""Fewer bytes than this beyond the GPU's free memory may be rounding or the driver's own use."""
 
 
 class GPUBytes(NamedTuple):
-    """Of a GPU: its own memory, what of it is free, and what torch has taken from the driver."""
+    """A GPU's memory: in total, free, and reserved by torch."""
 
     total: int
     free: int
@@ -153,19 +153,22 @@ class GPUBytes(NamedTuple):
 
 
 def spilled(before: GPUBytes, now: GPUBytes) -> int:
-    """Bytes that torch has taken since `before` and that cannot lie on the GPU: more than was free, or on a GPU that
-    is full more than its free memory went down by. 0 where they are few.
+    """Bytes that torch has reserved since `before` and that cannot be on the GPU; 0 if there are fewer than MIN_SPILL.
+
+    That is what exceeds the memory that was free or, on a nearly full GPU, the drop in its free memory.
     """
-    taken = now.reserved - before.reserved
-    beyond = taken - before.free
+    reserved = now.reserved - before.reserved
+    beyond = reserved - before.free
     if now.free < now.total // 20:
-        beyond = max(beyond, taken - (before.free - now.free))
-    return beyond if beyond > SPILL_LEAST else 0
+        beyond = max(beyond, reserved - (before.free - now.free))
+    return beyond if beyond > MIN_SPILL else 0
 
 
 class SpillWatch:
-    """Tells once when the driver has put into system memory what should be on the GPU, which on Windows and in WSL it
-    does without a word, instead of running out. To be made before a run puts anything on the GPU.
+    """Notices, once, that the driver has put data into system memory that should be on the GPU.
+
+    On Windows and in WSL the driver does so silently instead of running out of memory. Create the watch before the run
+    puts anything on the GPU.
     """
 
     def __init__(self, read: Callable[[], GPUBytes | None] | None = None) -> None:
@@ -173,19 +176,19 @@ class SpillWatch:
         self._before = self._read()
 
     def note(self) -> str | None:
-        """What to tell the user, if it has happened and was not told yet."""
+        """A warning for the user, if the driver has spilled and this was not reported before."""
         if self._before is None or (now := self._read()) is None or not (nbytes := spilled(self._before, now)):
             return None
         self._before = None
         return (
-            f"about {nbytes / 2**30:.1f} GiB that should be on the GPU lie in system memory, where the driver has put "
-            "them without a word: steps take many times as long. Lower --vram by as much or close what else uses the "
+            f"about {nbytes / 2**30:.1f} GiB that should be on the GPU are in system memory; the driver moved them "
+            "there silently: steps take many times as long. Lower --vram by as much, or close other programs on the "
             'GPU; "CUDA - Sysmem Fallback Policy: Prefer No Sysmem Fallback" in the NVIDIA Control Panel turns it off'
         )
 
 
 def _gpu_bytes() -> GPUBytes | None:
-    """Those of the GPU in use, where its driver may spill."""
+    """The memory of the GPU in use; None if its driver cannot spill."""
     import torch
 
     if not torch.cuda.is_available() or not may_spill(platform.system(), platform.release()):
@@ -195,21 +198,21 @@ def _gpu_bytes() -> GPUBytes | None:
 
 
 def may_spill(system: str, release: str) -> bool:
-    """Whether the NVIDIA driver of this system lends system memory to programs that need more than the GPU has."""
+    """Whether this system's NVIDIA driver gives system memory to programs that need more than the GPU has."""
     return system == "Windows" or "microsoft" in release.lower()
 
 
 def memory() -> tuple[int, int] | None:
-    """(all, available) bytes of RAM, within the limit of a container; None where the system does not say."""
+    """(total, available) bytes of RAM, within a container's limit; None if the system does not report them."""
     if platform.system() == "Windows":
         return _windows_memory()
     try:
         lines = Path("/proc/meminfo").read_text().splitlines()
-        about = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines)}
-        total, available = about["MemTotal"], about["MemAvailable"]
+        fields = {name: int(value.split()[0]) << 10 for name, value in (line.split(":", 1) for line in lines)}
+        total, available = fields["MemTotal"], fields["MemAvailable"]
     except (OSError, KeyError, ValueError):
         return None
-    try:  # cgroup v2; "max" where there is no limit
+    try:  # cgroup v2; the limit is "max" if there is none
         limit = int(Path("/sys/fs/cgroup/memory.max").read_text())
         used = int(Path("/sys/fs/cgroup/memory.current").read_text())
         return min(total, limit), min(available, max(limit - used, 0))
@@ -218,7 +221,7 @@ def memory() -> tuple[int, int] | None:
 
 
 def _windows_memory() -> tuple[int, int] | None:
-    """By GlobalMemoryStatusEx. Its struct is two 32-bit numbers, the first its size, and seven of 64 bits."""
+    """From GlobalMemoryStatusEx, whose struct is two 32-bit numbers (the first is its size) and seven 64-bit ones."""
     status = (ctypes.c_uint64 * 8)()
     ctypes.cast(status, ctypes.POINTER(ctypes.c_uint32))[0] = ctypes.sizeof(status)
     if not ctypes.windll.kernel32.GlobalMemoryStatusEx(status):  # type: ignore[attr-defined]
@@ -227,7 +230,7 @@ def _windows_memory() -> tuple[int, int] | None:
 
 
 def _runs(code: str, capability: tuple[int, int]) -> bool:
-    """Whether code built for "sm_86" or "compute_120" runs on such a GPU: the same generation, or PTX of an older."""
+    """Whether code for `code` ("sm_86", "compute_120") runs on such a GPU: same generation, or PTX of an older one."""
     kind, _, digits = code.rstrip("af").partition("_")
     if not digits.isdigit():
         return True

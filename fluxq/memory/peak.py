@@ -1,4 +1,4 @@
-"""The most memory that a run has used, and a watch for drivers that spill into system memory."""
+"""A run's peak memory, and a watch for drivers that spill into system memory."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ _spill = SpillWatch(lambda: None)
 
 
 def reset_peak() -> None:
-    """Measure the peak on the GPU from now on. What is in use counts, so a run calls this before it loads anything."""
+    """Measure the GPU's peak from now on. Memory in use counts, so call this before the run loads anything."""
     global _spill
     _spill = SpillWatch()
     if torch.cuda.is_available():
@@ -21,7 +21,7 @@ def reset_peak() -> None:
 
 
 def peak_bytes() -> int | None:
-    """The most memory in use so far: on the GPU if there is one, else resident in RAM; None if it is unknown."""
+    """The peak memory so far: on the GPU if there is one, else resident in RAM; None if unknown."""
     if torch.cuda.is_available():
         return torch.cuda.max_memory_allocated()
     if sys.platform == "win32":
@@ -33,5 +33,5 @@ def peak_bytes() -> int | None:
 
 
 def spill_note() -> str | None:
-    """A warning if the driver has begun to use system memory for the GPU since `reset_peak`; see SpillWatch."""
+    """A warning if the driver has started to use system memory for the GPU since `reset_peak`; see SpillWatch."""
     return _spill.note()

@@ -1,8 +1,8 @@
-"""Text encoders, transformer and autoencoder take turns on the GPU: what each of them may have of it.
+"""The GPU memory for each phase: encoding, sampling and decoding.
 
-None is there with another, but that a run's own transformer and its optimizer stay while it draws previews. Everything
-here is worked out from a number of bytes before anything is loaded. Forward passes alone need each unit once, so that
-the transformer gets as many resident units as fit beside them; the autoencoder works on as many rows at a time.
+Only one model is on the GPU at a time. Exception: during previews the run's own transformer and optimizer stay loaded.
+Everything here is computed from a number of bytes before any model is loaded. Sampling needs each unit once per forward
+pass, so the transformer keeps as many units resident as fit; the autoencoder works on as many rows at a time as fit.
 """
 
 from __future__ import annotations
@@ -26,37 +26,39 @@ from fluxq.offload.plans import gib, gib_up
 from .machine import free_gpu_bytes
 from .placement import SLOTS, Placement, nbytes, pinned_residents
 
-TOKENS_PER_BATCH = 4608  # of one image of 1024 x 1024 pixels with 512 text tokens: so many are drawn at once
-SAMPLING_SLOTS = 4  # hide copies nearly as well as eight (benchmarks/results/plans.md), and leave room for residents
+TOKENS_PER_BATCH = 4608  # sampled at once: those of one 1024 x 1024 image with 512 text tokens
+SAMPLING_SLOTS = 4  # hide copies nearly as well as 8 (benchmarks/results/plans.md) and leave memory for residents
 AUTOENCODER_CHANNELS = 128
 
 
 @dataclass(frozen=True)
 class SamplingLimits:
-    """How images are drawn: the tokens of those that the transformer has at once, but one at least, and the bytes
-    that the autoencoder may take after it, None for any.
+    """tokens: the most that the transformer samples at once (always at least one image). autoencoder: the bytes that
+    decoding may take afterwards; None for no limit.
     """
 
     tokens: int = TOKENS_PER_BATCH
     autoencoder: int | None = None
 
 
-def gpu_budget(wishes: MemoryConfig, device: torch.device) -> int | None:
-    """The bytes of the GPU that one model may take when it is its turn; None on a CPU. Raises WrongRequest for
-    an amount that makes no sense here.
+def gpu_budget(config: MemoryConfig, device: torch.device) -> int | None:
+    """The bytes of GPU memory that one model may take in its phase; None on a CPU.
+
+    Raises WrongRequest if --vram is set but there is no CUDA GPU.
     """
-    vram = nbytes(wishes.vram, "--vram")
+    vram = nbytes(config.vram, "--vram")
     if device.type != "cuda":
         if vram:
-            raise WrongRequest("--vram is about a CUDA GPU, and this machine has none; leave it out")
+            raise WrongRequest("--vram is for a CUDA GPU, and this machine has none; leave it out")
         return None
     allowed = vram or free_gpu_bytes()
     return None if allowed is None else allowed - MARGIN
 
 
 def band_for(pixels: int, budget: int | None) -> int | None:
-    """How many rows of its maps the autoencoder works on at a time with images of `pixels` in all: None for all where
-    that takes no more than `budget` bytes, else the most that do, else the fewest.
+    """The band for the autoencoder (rows of a feature map at a time) with images of `pixels` pixels in total.
+
+    None (all rows) if that fits `budget` bytes, else the largest band that fits, else the smallest.
     """
     for band, maps in TILES:
         if budget is None or AUTOENCODER + int(maps * pixels * AUTOENCODER_CHANNELS * 4) <= budget:
@@ -65,19 +67,19 @@ def band_for(pixels: int, budget: int | None) -> int | None:
 
 
 def place_sampling(
-    config: TrainConfig, models: Models, sizes: Collection[tuple[int, int]], ranks: Sequence[int], lora: int
+    config: TrainConfig, models: Models, sizes: Collection[tuple[int, int]], ranks: Sequence[int], lora_bytes: int
 ) -> tuple[Placement, SamplingLimits]:
-    """Where the transformer's weights are while `fluxq sample` draws images of these `sizes` (width, height), one for
-    each image; and how many it draws at once. ranks and lora: of the LoRA files together, and their bytes.
+    """The transformer's placement while `fluxq sample` makes images, and how many images it samples at once.
 
-    Raises WrongRequest where not even one image at a time fits.
+    sizes: (width, height) of each image; ranks: of all LoRA files; lora_bytes: of all LoRA files together. Raises
+    WrongRequest if not even one image at a time fits.
     """
-    wishes, budget = config.memory, gpu_budget(config.memory, models.device)
+    memory, budget = config.memory, gpu_budget(config.memory, models.device)
     pinned = None
-    if wishes.resident_units is not None or wishes.blocks_to_swap is not None:
-        pinned = pinned_residents(wishes, models)
+    if memory.resident_units is not None or memory.blocks_to_swap is not None:
+        pinned = pinned_residents(memory, models)
     if budget is None:
-        return Placement(pinned_residents(wishes, models), wishes.slots or SLOTS), SamplingLimits()
+        return Placement(pinned_residents(memory, models), memory.slots or SLOTS), SamplingLimits()
     needed = 0
     for tokens in (TOKENS_PER_BATCH, 0):
         tables = [
@@ -93,43 +95,44 @@ def place_sampling(
             )
             for image, count in Counter(width // 16 * (height // 16) for width, height in sizes).items()
         ]
-        largest = max(tables, key=_forward)
-        if found := sampling_residents(largest, lora, budget, wishes.slots, pinned):
-            return Placement(*found), SamplingLimits(tokens, budget)
-        needed = least_sampling_bytes(largest, lora, wishes.slots, len(pinned or ()))
+        largest = max(tables, key=_forward_bytes)
+        if placed := sampling_residents(largest, lora_bytes, budget, memory.slots, pinned):
+            return Placement(*placed), SamplingLimits(tokens, budget)
+        needed = least_sampling_bytes(largest, lora_bytes, memory.slots, len(pinned or ()))
     raise WrongRequest(
-        f"drawing takes at least {gib(needed + MARGIN)} of the GPU, and {gib(budget + MARGIN)} may be used; allow "
-        f"--vram {gib_up(needed + MARGIN)}, or draw smaller images by --width and --height"
+        f"sampling needs at least {gib(needed + MARGIN)} of GPU memory, but only {gib(budget + MARGIN)} may be used; "
+        f"pass --vram {gib_up(needed + MARGIN)}, or make smaller images with --width and --height"
     )
 
 
 def sampling_residents(
-    costs: Costs, lora: int, budget: int, slots: int | None = None, pinned: tuple[str, ...] | None = None
+    costs: Costs, lora_bytes: int, budget: int, slots: int | None = None, pinned: tuple[str, ...] | None = None
 ) -> tuple[tuple[str, ...] | None, int] | None:
-    """(resident units, slots) of a forward pass of `costs` within `budget` bytes: the whole model, its modulation too,
-    where it fits (None), else as many units as fit beside the slots; None where there is no room for slots.
+    """(resident units, slots) for a forward pass of `costs` within `budget` bytes; None if not even the slots fit.
+
+    The units are None if the whole model fits, including its modulation; else as many as fit next to the slots.
     """
     everything = sum(costs.units.values()) + sum(costs.ahead.values())
-    if pinned is None and slots is None and _forward(costs) + lora + everything <= budget:
+    if pinned is None and slots is None and _forward_bytes(costs) + lora_bytes + everything <= budget:
         return None, 0
     blocks, largest = [block.units for block in costs.blocks], max(costs.units.values())
-    for count in (slots,) if slots else (SAMPLING_SLOTS, *_fewest(blocks)):
-        left = budget - least_sampling_bytes(costs, lora, count, len(pinned or ()))
+    for count in (slots,) if slots else (SAMPLING_SLOTS, _fewest_slots(blocks)):
+        left = budget - least_sampling_bytes(costs, lora_bytes, count, len(pinned or ()))
         if left >= 0:
             chosen = pinned if pinned is not None else spread(blocks, min(len(costs.units), left // largest))
             return tuple(u for u in costs.units if u in set(chosen)), count
     return None
 
 
-def least_sampling_bytes(costs: Costs, lora: int, slots: int | None, resident: int = 0) -> int:
-    """The bytes of a forward pass with this number of slots, by default the fewest, and of resident units."""
-    slots = slots or _fewest([block.units for block in costs.blocks])[0]
-    return _forward(costs) + lora + slots * costs.slot + resident * max(costs.units.values())
+def least_sampling_bytes(costs: Costs, lora_bytes: int, slots: int | None, resident: int = 0) -> int:
+    """The bytes of a forward pass with this number of slots (by default the fewest possible) and of resident units."""
+    slots = slots or _fewest_slots([block.units for block in costs.blocks])
+    return _forward_bytes(costs) + lora_bytes + slots * costs.slot + resident * max(costs.units.values())
 
 
 def preview_limits(config: TrainConfig, models: Models, placement: Placement) -> SamplingLimits:
-    """How a run draws previews beside what stays of it: no more images at once than a step has, and the autoencoder
-    in the room of a step's activations.
+    """The limits for a run's previews, while its transformer stays loaded: no more tokens at once than a training step
+    has, and the autoencoder fits into the memory of a step's activations.
     """
     if placement.plan is None or placement.budget is None:
         return SamplingLimits()
@@ -140,10 +143,10 @@ def preview_limits(config: TrainConfig, models: Models, placement: Placement) ->
     )
 
 
-def _forward(costs: Costs) -> int:
-    """The bytes of a forward pass without the units' and the LoRA's weights."""
+def _forward_bytes(costs: Costs) -> int:
+    """The bytes of a forward pass without the weights of the units and the LoRA."""
     return costs.stays + costs.scratch + costs.ahead_step + max(block.forward_peak for block in costs.blocks)
 
 
-def _fewest(blocks: Sequence[Sequence[str]]) -> tuple[int]:
-    return (max(2, *map(len, blocks)),)
+def _fewest_slots(blocks: Sequence[Sequence[str]]) -> int:
+    return max(2, *map(len, blocks))

@@ -1,21 +1,21 @@
-"""What a run may use of GPU and host, and the plan that keeps to it.
+"""How much GPU memory and RAM a run may use, and a plan that fits.
 
-On a GPU the plan is made before anything is loaded: by the planner (fluxq/offload/planner.py) from the model's costs,
-the GPU as it was measured, and what the user pinned. On a CPU nothing is predicted: everything stays where it
-is, unless streaming is asked for, which is how it is tried out.
+On a GPU, the planner (fluxq/offload/planner.py) makes the plan before anything is loaded, from the model's costs, the
+measured GPU, and the user's pins. On a CPU nothing is predicted: everything stays in place unless streaming is
+requested, which allows trying it without a GPU.
 """
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig
+from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
@@ -38,7 +38,7 @@ UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "m": 2**20, "mib": 2*
 
 @dataclass(frozen=True)
 class Budget:
-    """What a plan is made from beside the GPU's bytes: a step's costs, the GPU, bytes of RAM, the user's pins."""
+    """What a plan is made from, except the GPU memory: a step's costs, the GPU, bytes of RAM, and the user's pins."""
 
     costs: Costs
     gpu: GPU
@@ -48,9 +48,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Placement:
-    """Where frozen weights are and what blocks keep. resident: the units that stay on the GPU, None for all; slots:
-    for the others; policies: one for every block, or one for each; offload: block inputs wait on the host.
-    `plan` and `budget`: what they come from, if a plan was made.
+    """Where the frozen weights are, and what blocks keep for the backward pass.
+
+    resident: the units that stay on the GPU, None for all; slots: for streaming the others; policies: one for all
+    blocks, or one per block; offload: block inputs wait in RAM; plan and budget: where the above comes from, if a plan
+    was made.
     """
 
     resident: tuple[str, ...] | None = None
@@ -61,69 +63,67 @@ class Placement:
     budget: Budget | None = None
 
     def save(self, folder: Path) -> None:
-        """Write plan.json: the plan with its predictions, or the bare choices."""
-        bare = {name: getattr(self, name) for name in ("resident", "slots", "policies", "offload")}
-        content = self.plan.to_json() if self.plan else {"predicted": False, **bare}
+        """Write plan.json: the plan with its predictions, or only the choices."""
+        choices = {name: getattr(self, name) for name in ("resident", "slots", "policies", "offload")}
+        content = self.plan.to_json() if self.plan else {"predicted": False, **choices}
         with atomic_path(folder / "plan.json") as temporary:
             temporary.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
-def place(config: TrainConfig, models: Models, notify: Callable[[str], None]) -> Placement:
-    """Where the frozen weights of a resolved run go. Raises WrongRequest where nothing fits what it may use, and says
-    what would.
-    """
-    wishes = config.memory
-    vram, ram = nbytes(wishes.vram, "--vram"), nbytes(wishes.ram, "--ram")
+def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
+    """The placement of a resolved run. Raises WrongRequest, with settings that would fit, if nothing fits."""
+    memory_config = config.memory
+    vram, ram = nbytes(memory_config.vram, "--vram"), nbytes(memory_config.ram, "--ram")
     if models.device.type != "cuda":
         if vram or ram:
-            raise WrongRequest("--vram and --ram plan for a CUDA GPU, and this machine has none; leave them out")
-        policies = wishes.policy or ("keep_all" if models.is_nano else "recompute")
-        resident = pinned_residents(wishes, models)
-        return Placement(resident, wishes.slots or SLOTS, policies, bool(wishes.offload))
+            raise WrongRequest("--vram and --ram are for a CUDA GPU, and this machine has none; leave them out")
+        policies = memory_config.policy or ("keep_all" if models.is_nano else "recompute")
+        resident = pinned_residents(memory_config, models)
+        return Placement(resident, memory_config.slots or SLOTS, policies, bool(memory_config.offload))
     pins = Pins(
         format=models.format,
         compute=models.compute,
-        resident_units=wishes.resident_units,
-        blocks_to_swap=wishes.blocks_to_swap,
-        policy=wishes.policy or ("keep_all" if models.is_nano else None),
-        slots=wishes.slots,
-        offload=wishes.offload,
+        resident_units=memory_config.resident_units,
+        blocks_to_swap=memory_config.blocks_to_swap,
+        policy=memory_config.policy or ("keep_all" if models.is_nano else None),
+        slots=memory_config.slots,
+        offload=memory_config.offload,
     )
     size = config.data.resolution or 0
     smaller = {f"--resolution {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
     budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (memory() or (0, None))[1], pins)
-    found = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
-    notify(describe(found))
-    return placed(found, budget)
+    chosen = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
+    notify(describe(chosen))
+    return placement_of(chosen, budget)
 
 
-def placed(found: Plan, budget: Budget) -> Placement:
-    """The placement that a plan says."""
-    return Placement(found.placed, found.slots, found.policies, found.offload, found, budget)
+def placement_of(plan: Plan, budget: Budget) -> Placement:
+    """The placement that `plan` describes."""
+    return Placement(plan.placed, plan.slots, plan.policies, plan.offload, plan, budget)
 
 
 def choose_format(config: TrainConfig, models: Models) -> Plan:
-    """The plan of a run whose format is left open: the most faithful of those that are as fast as any on this GPU.
+    """The plan of a run whose format is unset: the most accurate of the fastest formats on this GPU.
 
-    Candidates are nf4, 8 bits and bf16, as far as the disk has room for the quantized file. 8 bits are int8, which
-    rounds a third as much as fp8 does and takes as much room, but where fp8 is what is multiplied.
+    The candidates are nf4, an 8-bit format and bf16, if the disk has room for the quantized file. The 8-bit format is
+    int8, which rounds a third as much as fp8 at the same size; it is fp8 if the matrix products are in fp8.
     """
-    wishes, eight_bits = config.memory, "fp8" if models.compute.startswith("fp8") else "int8"
+    memory_config, eight_bits = config.memory, "fp8" if models.compute.startswith("fp8") else "int8"
     pins = Pins(
-        resident_units=wishes.resident_units,
-        blocks_to_swap=wishes.blocks_to_swap,
-        policy=wishes.policy,
-        slots=wishes.slots,
-        offload=wishes.offload,
+        resident_units=memory_config.resident_units,
+        blocks_to_swap=memory_config.blocks_to_swap,
+        policy=memory_config.policy,
+        slots=memory_config.slots,
+        offload=memory_config.offload,
     )
     formats = [format for format in ("nf4", eight_bits, "bf16") if models.has_room_for(format)]
     tables = [costs_of(config, models, config.data.resolution or 0, format) for format in formats or ["nf4"]]
-    vram, ram = nbytes(wishes.vram, "--vram"), nbytes(wishes.ram, "--ram")
+    vram, ram = nbytes(memory_config.vram, "--vram"), nbytes(memory_config.ram, "--ram")
     return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (memory() or (0, None))[1], pins)
 
 
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
-    """The table of costs of a run's steps with images of the area of size x size pixels, on the GPU at hand."""
+    """The costs of a run's steps on this machine's GPU, with images of the area of size x size pixels."""
     training = config.training
     return flux_costs(
         models.flux_config,
@@ -141,11 +141,11 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
     )
 
 
-def pinned_residents(wishes: MemoryConfig, models: Models) -> tuple[str, ...] | None:
-    """The units that stay where the user said how many, None for all of them."""
+def pinned_residents(config: MemoryConfig, models: Models) -> tuple[str, ...] | None:
+    """The units that stay on the GPU according to the user's pins; None for all."""
     blocks = blocks_units(models.flux_config)
     total = sum(map(len, blocks))
-    count = Pins(resident_units=wishes.resident_units, blocks_to_swap=wishes.blocks_to_swap).resident(total)
+    count = Pins(resident_units=config.resident_units, blocks_to_swap=config.blocks_to_swap).resident(total)
     return None if count in (None, total) else tuple(spread(blocks, count))
 
 
@@ -155,10 +155,10 @@ def blocks_units(config: FluxConfig) -> tuple[tuple[str, ...], ...]:
 
 
 def nbytes(text: str | None, option: str) -> int | None:
-    """Bytes from a text like 12GiB, 11.5 or 8000MB; a bare number is GiB."""
+    """The bytes of an amount like 12GiB, 11.5 or 8000MB; a number without a unit is GiB. None for None."""
     if text is None:
         return None
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
-    if found is None or found[2] not in UNITS:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([a-z]*)\s*", str(text).lower())
+    if match is None or match[2] not in UNITS:
         raise WrongRequest(f"{option} must be an amount of memory like 12GiB, not {text!r}")
-    return int(float(found[1]) * UNITS[found[2]])
+    return int(float(match[1]) * UNITS[match[2]])

@@ -1,8 +1,8 @@
-"""What a run does when memory runs out: the same work once more, under the next smaller plan.
+"""When GPU memory runs out: repeat the same work with the next smaller plan.
 
-Plans differ in where things lie and in what is computed again, never in what comes out; and whatever is random is
-addressed by its step. So work that is repeated gives, bit for bit, what it would have given with more memory. (Only
-keep_all8 rounds: a plan without it never turns into one with it.)
+Plans differ in where data is stored and what is recomputed, never in the result; and all random numbers are addressed
+by step. So repeated work gives bit for bit the result that it would have given with more memory. (Only keep_all8
+rounds: a plan without it is never replaced by one with it.)
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import TypeVar
 
 import torch
 
+from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.formats.stream import expect_training
 from fluxq.model.flux import Flux
@@ -24,31 +25,35 @@ from fluxq.offload.inputs import inputs_for
 from fluxq.offload.planner import MARGIN, plan
 from fluxq.offload.plans import Pins, Plan, counted
 
-from .placement import Placement, placed
+from .placement import Placement, placement_of
 
 T = TypeVar("T")
-LOWER = {"keep_all": "keep_qkv", "keep_all8": "keep_qkv", "keep_qkv": "keep_attention", "keep_attention": "recompute"}
-"""Policy -> the next that keeps less and rounds nothing."""
+LOWER_POLICY = {
+    "keep_all": "keep_qkv",
+    "keep_all8": "keep_qkv",
+    "keep_qkv": "keep_attention",
+    "keep_attention": "recompute",
+}
+"""Policy -> the next one that keeps less and does not round."""
 
-SMALLER = 0.95
-"""The next plan's predicted peak is at most so much of the last one's."""
+SHRINK = 0.95
+"""The next plan's predicted peak is at most this fraction of the last one's."""
 
 
 class OutOfMemoryRetry:
-    """The memory of a run: `flux`, which `models` has loaded as `placement` says, and what is done where that is too
-    much. `ahead`: see Models.load_flux.
+    """Runs work on `flux`, which `models` has loaded according to `placement`, with ever smaller placements if memory
+    runs out. `ahead`: see Models.load_flux.
     """
 
-    def __init__(
-        self, placement: Placement, models: Models, flux: Flux, ahead: bool, notify: Callable[[str], None]
-    ) -> None:
+    def __init__(self, placement: Placement, models: Models, flux: Flux, ahead: bool, notify: Notify) -> None:
         self.placement, self._models, self._flux, self._ahead, self._notify = placement, models, flux, ahead, notify
         self._placed: tuple | None = (placement.resident, placement.slots)
 
     def run(self, what: str, work: Callable[[], T], training: bool = True) -> T:
-        """work(), again under smaller plans where memory runs out. Raises torch.OutOfMemoryError when there is none.
+        """The result of work(), repeated with smaller plans if memory runs out.
 
-        training: it has a backward pass. What it had made before must not matter to it: gradients are dropped.
+        training: the work has a backward pass. The work must not depend on what its failed attempt left behind;
+        gradients are dropped. Raises torch.OutOfMemoryError if there is no smaller plan.
         """
         while True:
             try:
@@ -56,29 +61,31 @@ class OutOfMemoryRetry:
                 return work()
             except torch.OutOfMemoryError as error:
                 reason = str(error).split(". ")[0]
-            # Out here the traceback is gone, and with it all that the work had made.
+            # After the except block the traceback is gone, and with it every tensor that the work had created.
             self._free()
-            found = smaller(self.placement, self._flux.blocks_units, training, self._models.streams)
-            if found is None:
+            lower = smaller_placement(self.placement, self._flux.blocks_units, training, self._models.can_stream)
+            if lower is None:
                 raise torch.OutOfMemoryError(
-                    f"in {what} even the smallest plan was too much; what was saved last is good, and --resume goes on "
-                    f"from there: {reason}"
+                    f"in {what} even the smallest plan needs too much memory; the last save is good, continue from it "
+                    f"with --resume: {reason}"
                 )
-            self._notify(f"out of memory in {what} ({reason}); again with {described(found, self._flux.blocks_units)}")
-            self.placement = found
+            described = describe_placement(lower, self._flux.blocks_units)
+            self._notify(f"out of memory in {what} ({reason}); repeating with {described}")
+            self.placement = lower
 
     def _apply(self) -> None:
-        """Have the model as `placement` says, where it is not."""
-        flux, to = self._flux, self.placement
-        flux.set_policy(to.policies)
-        if to.offload != (flux.inputs is not None):
-            flux.inputs = inputs_for(flux.device, self._notify) if to.offload else None
-        if self._placed != (to.resident, to.slots):
-            self._placed = None  # should it fail, nothing is where it was
+        """Make the model match `placement`."""
+        flux, target = self._flux, self.placement
+        flux.set_policy(target.policies)
+        if target.offload != (flux.inputs is not None):
+            flux.inputs = inputs_for(flux.device, self._notify) if target.offload else None
+        if self._placed != (target.resident, target.slots):
+            self._placed = None  # if placing fails, the units are in no known state
             units = [unit for block in flux.blocks_units for unit in block]
-            self._models.place_units(flux, units if to.resident is None else to.resident, to.slots, self._ahead)
+            resident = units if target.resident is None else target.resident
+            self._models.place_units(flux, resident, target.slots, self._ahead)
             expect_training(flux)
-            self._placed = (to.resident, to.slots)
+            self._placed = (target.resident, target.slots)
 
     def _free(self) -> None:
         for parameter in self._flux.parameters():
@@ -90,60 +97,62 @@ class OutOfMemoryRetry:
             torch.cuda.empty_cache()
 
 
-def smaller(placement: Placement, blocks: Sequence[Sequence[str]], training: bool, streams: bool) -> Placement | None:
-    """The next placement that takes less of the GPU; None where there is none. Formats and arithmetic stay.
+def smaller_placement(
+    placement: Placement, blocks: Sequence[Sequence[str]], training: bool, can_stream: bool
+) -> Placement | None:
+    """The next placement that needs less GPU memory; None if there is none. Format and compute do not change.
 
-    A plan is made anew, for less. What was placed by hand goes down a ladder: policies, block inputs to the host, fewer
-    resident units, fewer slots. Without a backward pass, where blocks keep nothing, units and slots alone. streams:
-    units can be streamed.
+    A planned run gets a new, smaller plan. A pinned placement goes down a ladder: lower policies, block inputs in RAM,
+    fewer resident units, fewer slots; without a backward pass blocks keep nothing, so only units and slots.
+    can_stream: the units can be streamed.
     """
     if training and placement.plan and placement.budget:
-        found = smaller_plan(placement, streams)
-        return found and placed(found, placement.budget)
-    bare = replace(placement, plan=None, budget=None)  # their figures are no longer its own
+        lower_plan = smaller_plan(placement, can_stream)
+        return lower_plan and placement_of(lower_plan, placement.budget)
+    unplanned = replace(placement, plan=None, budget=None)  # their predictions no longer apply
     if training:
         each = [placement.policies] * len(blocks) if isinstance(placement.policies, str) else placement.policies
-        lower = tuple(LOWER.get(policy, policy) for policy in each)
+        lower = tuple(LOWER_POLICY.get(policy, policy) for policy in each)
         if lower != tuple(each):
-            return replace(bare, policies=lower)
+            return replace(unplanned, policies=lower)
         if not placement.offload:
-            return replace(bare, offload=True)
+            return replace(unplanned, offload=True)
     count = sum(map(len, blocks)) if placement.resident is None else len(placement.resident)
-    if streams and count:
-        return replace(bare, resident=tuple(spread(blocks, count // 2)))
-    if streams and placement.slots > (fewest := max(2, *map(len, blocks))):
-        return replace(bare, slots=max(fewest, placement.slots // 2))
+    if can_stream and count:
+        return replace(unplanned, resident=tuple(spread(blocks, count // 2)))
+    if can_stream and placement.slots > (fewest := max(2, *map(len, blocks))):
+        return replace(unplanned, slots=max(fewest, placement.slots // 2))
     return None
 
 
-def smaller_plan(placement: Placement, streams: bool) -> Plan | None:
-    """The fastest plan that needs less of the GPU, with what the user pinned if there is one, else without."""
-    made, budget = placement.plan, placement.budget
-    assert made is not None and budget is not None
-    costs, everything = budget.costs, None if streams else len(budget.costs.units)
-    if "keep_all8" not in made.policies:
-        costs = exactly(costs)
-    for pins in (budget.pins, Pins(made.format, made.compute)):
-        if everything is not None:
-            pins = replace(pins, resident_units=everything, blocks_to_swap=None)
+def smaller_plan(placement: Placement, can_stream: bool) -> Plan | None:
+    """The fastest plan that needs less GPU memory: with the user's pins if possible, else without; or None."""
+    old, budget = placement.plan, placement.budget
+    assert old is not None and budget is not None
+    costs, all_units = budget.costs, None if can_stream else len(budget.costs.units)
+    if "keep_all8" not in old.policies:
+        costs = without_rounding(costs)
+    for pins in (budget.pins, Pins(old.format, old.compute)):
+        if all_units is not None:
+            pins = replace(pins, resident_units=all_units, blocks_to_swap=None)
         try:
-            return plan([costs], budget.gpu, MARGIN + int(SMALLER * made.peak_bytes), budget.ram, pins)
+            return plan([costs], budget.gpu, MARGIN + int(SHRINK * old.peak_bytes), budget.ram, pins)
         except WrongRequest:
             continue
     return None
 
 
-def exactly(costs: Costs) -> Costs:
-    """`costs` without policies that round."""
+def without_rounding(costs: Costs) -> Costs:
+    """`costs` without the policies that round."""
     blocks = (replace(b, policies={n: p for n, p in b.policies.items() if p.exact}) for b in costs.blocks)
     return replace(costs, blocks=tuple(blocks))
 
 
-def described(placement: Placement, blocks: Sequence[Sequence[str]]) -> str:
-    """In a line."""
+def describe_placement(placement: Placement, blocks: Sequence[Sequence[str]]) -> str:
+    """`placement` in one line for the user."""
     total = sum(map(len, blocks))
     count = total if placement.resident is None else len(placement.resident)
     each = [placement.policies] * len(blocks) if isinstance(placement.policies, str) else placement.policies
     kept = ", ".join(f"{n} x {name}" for name, n in counted(each).items())
     units = f"{count} of {total} units resident" + (f" and {placement.slots} slots" if count < total else "")
-    return f"{units}; blocks keep {kept or 'nothing'}, their inputs on the {'host' if placement.offload else 'GPU'}"
+    return f"{units}; blocks keep {kept or 'nothing'}, their inputs {'in RAM' if placement.offload else 'on the GPU'}"

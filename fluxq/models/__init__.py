@@ -1,4 +1,4 @@
-"""Which file serves which part of FLUX.1, the hub, and what one file is."""
+"""A run's four models: finding their files (in folders or on the hub), loading them, and describing one file."""
 
 from .parts import Models, Served
 

@@ -1,5 +1,6 @@
-"""`fluxq check FILE`: what one file is, on one screen, and what fluxq does with it or why it refuses. Of models headers
-alone are read.
+"""`fluxq check FILE`: one screen on what a file is, and what fluxq does with it or why it refuses it.
+
+For models, only headers are read.
 """
 
 from __future__ import annotations
@@ -23,9 +24,9 @@ from fluxq.formats.quantized import QuantizedFile, stored_bytes
 from fluxq.kernels import FORMATS
 from fluxq.model.config import FluxConfig
 
-from .parts import FLAGS, PARTS
+from .finder import FLAGS, PARTS
 
-KEPT = {  # format -> the precisions that are that already
+SAME_FORMAT = {  # format -> the precisions that already have this format
     "nf4": ("nf4", "nf4, nested"),
     "fp8": ("fp8 e4m3", "fp8 e4m3, scaled"),
     "int8": ("int8",),
@@ -36,7 +37,7 @@ Answer = dict[str, Any]
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The model files in `folder` and in the folders that diffusers' layout has below it; none where images are."""
+    """The model files in `folder` and in its subfolders of diffusers' layout; none if `folder` has images."""
     if any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
         return []
     places = [folder, *(folder / name for name in FOLDERS.values())]
@@ -44,7 +45,7 @@ def model_files(folder: Path) -> list[Path]:
 
 
 def check_files(paths: list[Path]) -> Answer:
-    """`check_file` of each; what is no checkpoint at all is a reason against it."""
+    """`check_file` for each path; a file that is not a checkpoint is refused with the reason."""
     answers = {}
     for path in paths:
         try:
@@ -56,16 +57,16 @@ def check_files(paths: list[Path]) -> Answer:
 
 
 def check_file(path: Path) -> Answer:
-    """One screen about one file, the index of shards, or a PEFT adapter's folder: its kind, parts and precision, and
-    what fluxq does with it or why it refuses.
+    """Print one screen on a file, an index of shards or a PEFT adapter's folder: its kind, parts and precision, and
+    what fluxq does with it or why it refuses it.
 
-    Raises WrongRequest for what is no complete safetensors or GGUF file.
+    Raises WrongRequest for anything but a complete safetensors or GGUF file.
     """
     shards = Shards(path / PEFT_FILES[0] if path.is_dir() else path)
     if "fluxq" in shards.metadata:
         about = about_quantized(file := QuantizedFile.open(path))
         console.print(f"holds        {detect.FLUX}: {about['what']}, {about['precision']}")
-        console.print(f"             use it by --flux with --format {file.format}")
+        console.print(f"             use it with --flux and --format {file.format}")
         return {"ready": True, "kind": detect.FLUX, "path": str(path), "parts": {"flux": about}, "reasons": []}
     kind = detect.kind(shards.shapes)
     stored = Counter(tensor.kind for tensor in shards.tensors.values())
@@ -80,7 +81,7 @@ def check_file(path: Path) -> Answer:
     if title:
         console.print(f"title        {printable(title)}")
     if not parts and not lora and not reasons:
-        reasons.append(f"{path} is {kind}; fluxq has no use for it")
+        reasons.append(f"{path} is {kind}; fluxq cannot use it")
     for reason in reasons:
         console.print(f"refused      {reason}")
     answer = {"ready": bool(parts or lora), "kind": kind, "path": str(path), "stored": dict(stored), "lora": lora}
@@ -88,7 +89,7 @@ def check_file(path: Path) -> Answer:
 
 
 def _parts(path: Path, meant: list[str], reasons: list[str]) -> Answer:
-    """Which of the models that the file is `meant` to hold it does hold; what is in the way goes to `reasons`."""
+    """The models in the file, out of those that it is `meant` to hold; adds to `reasons` why one cannot be used."""
     parts = {}
     for part, wanted in PARTS.items():
         if wanted not in meant:
@@ -99,13 +100,16 @@ def _parts(path: Path, meant: list[str], reasons: list[str]) -> Answer:
             reasons.append(str(error))
             continue
         parts[part] = about = about_source(source) | {"use": _use(part, source)}
-        console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it by {FLAGS[part]}")
+        console.print(f"holds        {wanted}: {about['what']}, {about['precision']}; use it with {FLAGS[part]}")
         console.print(f"             {about['use']}")
     return parts
 
 
 def _lora(path: Path, reasons: list[str]) -> Answer | None:
-    """What a LoRA is, and who reads it; None where fluxq does not, which goes to `reasons`. It is read whole."""
+    """What a LoRA is, and which programs load it. Reads the whole file.
+
+    None if fluxq cannot load it; the reason is added to `reasons`.
+    """
     try:
         lora = load_lora(path)
     except WrongRequest as error:
@@ -114,10 +118,12 @@ def _lora(path: Path, reasons: list[str]) -> Answer | None:
     verdicts = programs(lora)
     readers = [program for program, verdict in verdicts.items() if verdict == "yes"]
     others = ", ".join(program for program in verdicts if program not in readers)
-    limits = f"; not, or not all of it, by {others}" if others else ""
+    limits = f"; not, or not completely, by {others}" if others else ""
     console.print(f"holds        a LoRA, {lora.dialect}, {described(lora)}")
-    console.print(f"             read as it is by {', '.join(readers) or 'no other program'}{limits}")
-    console.print("             draw with it by fluxq sample --lora, train on by --from-lora; more: fluxq lora info")
+    console.print(f"             loaded as is by {', '.join(readers) or 'no other program'}{limits}")
+    console.print(
+        "             sample with fluxq sample --lora, continue training with --from-lora; more: fluxq lora info"
+    )
     about = {"dialect": lora.dialect, "modules": len(lora.adapters), "clip_modules": len(lora.clip)}
     return about | {"ranks": lora.ranks, "programs": verdicts, "notes": lora.notes}
 
@@ -125,15 +131,15 @@ def _lora(path: Path, reasons: list[str]) -> Answer | None:
 def _use(part: str, source: Source) -> str:
     """What fluxq does with the weights of a part."""
     if part == "ae":
-        return "all of it is read, in fp32"
+        return "loaded completely, in fp32"
     if part != "flux":
-        return "a block at a time is read and decoded"
-    kept = next((format for format, like in KEPT.items() if source.precision in like), None)
+        return "read and dequantized one block at a time"
+    kept = next((format for format, like in SAME_FORMAT.items() if source.precision in like), None)
     others = ", ".join(f"{format} {size(stored_bytes(source.shapes, format))}" for format in FORMATS if format != kept)
     if kept is None:
-        return f"it is decoded in bands of rows, and stored once in the --format of a run: {others}"
+        return f"dequantized a few rows at a time, then stored once in the --format of a run: {others}"
     same = size(stored_bytes(source.shapes, kept))
-    return f"--format {kept} keeps its matrices' very bytes ({same}); made from their values: {others}"
+    return f"--format {kept} keeps the exact bytes of its matrices ({same}); or converts them: {others}"
 
 
 def about_quantized(file: QuantizedFile) -> Answer:
@@ -151,7 +157,7 @@ def about_source(source: Source) -> Answer:
 
 
 def _sizes(config: Any) -> str:
-    """The sizes of one of the four models, for people."""
+    """The sizes of one of the four models, for humans."""
     if isinstance(config, FluxConfig):
         blocks = f"{config.depth} + {config.depth_single_blocks} blocks"
         return f"{variant(config)}, {blocks}, {config.hidden_size} wide"

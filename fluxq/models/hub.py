@@ -1,12 +1,12 @@
-"""Models from the Hugging Face hub: out of its cache, else fetched, just the files that one part needs."""
+"""Models from the Hugging Face hub: read from its cache or downloaded, only the files that one part needs."""
 
 from __future__ import annotations
 
 import importlib.util
 import re
-from collections.abc import Callable
 from pathlib import Path
 
+from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import PICKLE_SUFFIXES
 from fluxq.formats.checkpoint.shards import FOLDERS, SUFFIXES, locate
@@ -14,7 +14,7 @@ from fluxq.formats.checkpoint.source import OPENERS
 
 
 class NotFetched(WrongRequest):
-    """The files are in the hub and not in its cache; `nbytes` of them would have to be fetched."""
+    """The files are on the hub but not in its cache; `nbytes` would have to be downloaded."""
 
     def __init__(self, repository: str, files: list[str], nbytes: int) -> None:
         self.repository, self.files, self.nbytes = repository, files, nbytes
@@ -22,7 +22,7 @@ class NotFetched(WrongRequest):
 
 
 def hub_id(path: Path) -> str | None:
-    """`path` as owner/name where it can be read as one: what exists is always a path."""
+    """`path` as a hub id, owner/name; None if it is not one. A path that exists is never a hub id."""
     text = path.as_posix()
     is_id = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", text)
     is_file = path.suffix.lower() in {*SUFFIXES, *PICKLE_SUFFIXES, ".json"}
@@ -30,16 +30,17 @@ def hub_id(path: Path) -> str | None:
 
 
 def hub_cache() -> Path:
-    """Where the hub's library keeps what it fetches, tokenizers too: HF_HUB_CACHE, or `hub` in HF_HOME."""
+    """The folder where the hub's library stores downloads, including tokenizers: HF_HUB_CACHE, or `hub` in HF_HOME."""
     from huggingface_hub import constants
 
     return Path(constants.HF_HUB_CACHE)
 
 
-def from_hub(repository: str, part: str, notify: Callable[[str], None], fetch: bool = True) -> Path:
-    """Where the model `part` of `repository` lies on this disk, after fetching what was missing; that is said.
+def from_hub(repository: str, part: str, notify: Notify, fetch: bool = True) -> Path:
+    """The local path of the model `part` of `repository`; downloads missing files and notifies of it.
 
-    Raises NotFetched instead where `fetch` is false, and WrongRequest where the hub refuses or cannot be reached.
+    If files are missing and `fetch` is false, raises NotFetched. Raises WrongRequest if the hub refuses or cannot be
+    reached.
     """
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
@@ -47,35 +48,35 @@ def from_hub(repository: str, part: str, notify: Callable[[str], None], fetch: b
     if cached := _cached(repository, part):
         return cached
     try:
-        files, nbytes = _needed(repository, part)
+        files, nbytes = _files_of(repository, part)
         if not fetch:
             raise NotFetched(repository, files, nbytes)
         notify(f"fetching {len(files)} files of {repository} for {part}, {nbytes / 1e9:.1f} GB, once")
         snapshot_download(repository, allow_patterns=files)
     except GatedRepoError as error:
         raise WrongRequest(
-            f"{repository} asks you to accept its licence: do so on its page of the Hugging Face hub, make a token in "
-            "your settings there, and run `hf auth login` or set HF_TOKEN; then start again"
+            f"{repository} asks you to accept its license: do so on its page on the hub, create a token in your "
+            "settings there, and run `hf auth login` or set HF_TOKEN; then start again"
         ) from error
     except (RepositoryNotFoundError, HFValidationError) as error:
         raise WrongRequest(
-            f"{repository} is neither a file or folder here nor a model of the Hugging Face hub; check the name "
+            f"{repository} is neither a file or folder here nor a model on the Hugging Face hub; check the name "
             "(a private one needs `hf auth login`)"
         ) from error
     except (HfHubHTTPError, OSError, _transport_error()) as error:
         reason = str(error).splitlines()[0][:200] if str(error) else type(error).__name__
         raise WrongRequest(
-            f"{repository} is neither a file or folder here nor wholly in the hub's cache, and the hub cannot be "
+            f"{repository} is neither a file or folder here nor complete in the hub's cache, and the hub cannot be "
             f"reached ({reason}); go online once, or give paths"
         ) from error
-    found = _cached(repository, part)
-    if found is None:
+    path = _cached(repository, part)
+    if path is None:
         raise WrongRequest(f"{repository} was fetched, but holds no usable file with {part}; give another")
-    return found
+    return path
 
 
 def _transport_error() -> type[Exception]:
-    """What the hub's library lets through where there is no network: the base class of its HTTP client's errors."""
+    """The base class of the HTTP client's errors, which the hub's library does not convert if there is no network."""
     for client in ("httpx2", "httpx"):
         if importlib.util.find_spec(client):
             return importlib.import_module(client).HTTPError
@@ -83,29 +84,29 @@ def _transport_error() -> type[Exception]:
 
 
 def _cached(repository: str, part: str) -> Path | None:
-    """The file or index in the hub's cache, where it is there and whole."""
+    """The file or index in the hub's cache; None if it is missing or incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
 
     try:
         folder = Path(snapshot_download(repository, local_files_only=True))
-    except LocalEntryNotFoundError as error:  # what was fetched in part has its path with it
+    except LocalEntryNotFoundError as error:  # the error has the path of a partial download
         folder = Path(getattr(error, "snapshot_path", None) or "")
     except (HFValidationError, OSError):
         return None
     if folder == Path(""):
         return None
     try:
-        found = locate(folder, part)
-        OPENERS[part](found)
+        path = locate(folder, part)
+        OPENERS[part](path)
     except WrongRequest:
         return None
-    return found
+    return path
 
 
-def _needed(repository: str, part: str) -> tuple[list[str], int]:
-    """The files of `repository` that hold `part`: its folder in diffusers' layout, else the only file; and their
-    bytes.
+def _files_of(repository: str, part: str) -> tuple[list[str], int]:
+    """The files of `repository` that hold `part`, and their bytes: its folder in diffusers' layout, else the only
+    .safetensors file.
     """
     from huggingface_hub import HfApi
 
@@ -118,7 +119,7 @@ def _needed(repository: str, part: str) -> tuple[list[str], int]:
         if len(inside) != 1:
             names = ", ".join(inside[:6]) or "no .safetensors file"
             raise WrongRequest(
-                f"{repository} has no folder {FOLDERS[part]}, and beside that {names}; download the one with {part} "
+                f"{repository} has no folder {FOLDERS[part]} but {names}; download the file with {part} "
                 "and give its path"
             )
     return inside, sum(sizes[name] for name in inside)

@@ -1,28 +1,29 @@
-"""Kernel choices measured on this GPU: `fluxq bench kernels --tune` keeps them in the cache folder, and they are used
-from then on.
+"""Kernel choices measured on this GPU: `fluxq bench kernels --tune` saves them in the cache folder, and all later runs
+use them.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
+from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.dispatch import triton_installed
 
 
 def tuned_file(gpu: str) -> Path:
-    """Where the choices measured on the GPU of that name lie."""
+    """The file with the choices measured on the GPU of this name."""
     return cache_folder() / f"kernels-{re.sub(r'[^a-z0-9]+', '-', gpu.lower()).strip('-')}.json"
 
 
-def use_tuned(device: torch.device, notify: Callable[[str], None]) -> None:
-    """Have kernels take the choices that were measured on the GPU `device`, if any were. A damaged file is a
-    WrongRequest that names it.
+def use_tuned(device: torch.device, notify: Notify) -> None:
+    """Make the kernels use the choices measured on the GPU `device`, if there are any.
+
+    Raises WrongRequest if their file is damaged.
     """
     if device.type != "cuda" or not triton_installed():
         return

@@ -1,4 +1,4 @@
-"""Batches by number: one bucket each, every example in every epoch, the same whatever was asked before."""
+"""Batches by index: one bucket each, every example in every epoch, independent of earlier requests."""
 
 from collections import Counter
 
@@ -58,8 +58,8 @@ def test_repeats_are_named_apart(store):
     assert {"photos/0.png", "photos/0.png#2", "photos/0.png#3"} <= names and len(names) == 24
 
 
-def test_what_is_known_ahead_is_what_the_batch_will_have(store, monkeypatch):
-    """And neither latents nor T5's tokens are read for it."""
+def test_facts_known_ahead_match_the_batch(store, monkeypatch):
+    """And neither latents nor T5 embeddings are read for them."""
     batches = Batches(some_dataset(repeats=2), store, 3, seed=3)
     expected = [batches.batch(index) for index in range(20)]
     read, get = [], Checkpoint.get
@@ -90,7 +90,7 @@ def test_batch_holds_latents_text_and_names_of_its_examples(store):
             assert torch.equal(batch.latents[n], number + 0.5 * noise)
 
 
-def test_a_batch_is_the_same_whatever_was_asked_before(store):
+def test_a_batch_does_not_depend_on_earlier_requests(store):
     first = Batches(some_dataset(), store, 2, seed=3)
     expected = [first.batch(index) for index in range(12)]
     second = Batches(some_dataset(), Store(store.root), 2, seed=3)
@@ -118,7 +118,7 @@ def test_epochs_and_seeds_differ_and_buckets_are_mixed(store):
     assert sum(a != b for a, b in zip(buckets, buckets[1:], strict=False)) > 1
 
 
-def test_latents_are_drawn_anew_each_time(store):
+def test_latents_are_sampled_again_each_time(store):
     batches = Batches(some_dataset(), store, 8, seed=3)
     seen: dict[str, list[torch.Tensor]] = {}
     for index in range(40 * len(batches)):
@@ -133,7 +133,7 @@ def test_latents_are_drawn_anew_each_time(store):
         assert draws.flatten(1).unique(dim=0).shape[0] == 40
 
 
-def test_variants_are_all_drawn_and_addressed(store):
+def test_all_variants_are_sampled_by_address(store):
     entry = Entry("photos/a.png", "", 0, 0, 1, SMALL, ("picture0", "picture1"), ("caption0", "caption1", "caption2"))
     batches = Batches(Dataset((entry,), {}, 7), store, 1, seed=3)
     texts = [batches.batch(index).pooled[0, 0].item() for index in range(60)]

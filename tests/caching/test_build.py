@@ -23,7 +23,7 @@ LENGTH, CLIP_WORDS = 6, 4
 
 
 class ToyAutoencoder(torch.nn.Module):
-    """Moments that a test can work out: means of 8 x 8 patches, and fixed log variances, some beyond the clamp."""
+    """Moments that a test can compute: means of 8 x 8 patches, and fixed log variances, some beyond the clamp."""
 
     config = SimpleNamespace(scale_factor=0.3611, shift_factor=0.1159)
     log_variance = torch.linspace(-40, 4, 16)
@@ -56,7 +56,7 @@ class ToyText:
 
 
 class Workshop:
-    """A folder of images, toy encoders with files of their own, and a log of what they were asked."""
+    """A folder of images, toy encoders with their own files, and a log of their calls."""
 
     def __init__(self, root: Path):
         self.root, self.photos, self.store_dir = root, root / "photos", root / "cache"
@@ -82,7 +82,7 @@ class Workshop:
         return ToyText(self.captions)
 
     def build(self, **changes) -> Dataset:
-        """Builds the cache; afterwards `images`, `captions` and `loads` hold what this build asked for."""
+        """Build the cache; afterwards `images`, `captions` and `loads` hold what this build requested."""
         for log in (self.images, self.captions, self.loads):
             log.clear()
         arguments = {
@@ -140,7 +140,7 @@ def test_latents_are_scaled_shifted_and_their_variance_is_clamped(workshop):
         assert torch.allclose(spread[:, 0, 0], 0.3611 * torch.exp(0.5 * variance))
 
 
-def test_text_records_keep_what_the_encoder_said(workshop):
+def test_text_records_keep_the_output_of_the_encoder(workshop):
     (workshop.photos / "0.txt").write_text("one two three four five six seven")
     dataset, store = workshop.build(), Store(workshop.store_dir)
     text = store.text(dataset.examples[0].text[0])
@@ -149,11 +149,11 @@ def test_text_records_keep_what_the_encoder_said(workshop):
     assert store.text(dataset.prompts[""]).tokens == 0
 
 
-def test_each_caption_that_is_cut_is_mentioned_in_every_build(workshop):
+def test_every_build_notes_each_truncated_caption(workshop):
     (workshop.photos / "0.txt").write_text("one two three four five six seven")
     (workshop.photos / "1.txt").write_text("one two three four five six seven")
     (workshop.photos / "3.txt").write_text("word " * 100)
-    t5 = "is longer than 6 T5 tokens; what is beyond was cut off"
+    t5 = "is longer than 6 T5 tokens; the rest was cut off"
     for _ in range(2):
         first, second, prompt, _ = workshop.build(prompts=["a b c d e f g"]).notes
         assert first == f"the caption of photos/0.png, 'one two three four five six seven', {t5}"
@@ -170,15 +170,15 @@ def test_each_caption_that_is_cut_is_mentioned_in_every_build(workshop):
         (["1 2 3 4 5 6", "6 5 4 3 2", "2 3 4 5 6"], "the caption of photos/0.png, '1 2 3 4 5 6', and 2 more are"),
     ],
 )
-def test_captions_that_clip_does_not_see_whole_are_one_line_in_every_build(texts, are, workshop):
+def test_every_build_notes_captions_truncated_for_clip_in_one_line(texts, are, workshop):
     for n, text in enumerate(texts):
         (workshop.photos / f"{n}.txt").write_text(text)
-    wanted = (f"{are} longer than 77 CLIP tokens; what is beyond was left to T5",) if are else ()
+    wanted = (f"{are} longer than 77 CLIP tokens; only T5 sees the rest",) if are else ()
     assert workshop.build().notes == workshop.build().notes == wanted
     assert workshop.loads == []
 
 
-def test_records_of_before_clips_cut_was_written_are_read(workshop):
+def test_records_without_clip_truncated_are_read(workshop):
     (workshop.photos / "0.txt").write_text("1 2 3 4 5")
     dataset, store = workshop.build(), Store(workshop.store_dir)
     path = store.root / "text" / f"{dataset.examples[0].text[0]}.safetensors"
@@ -295,7 +295,7 @@ def test_missing_encoder_is_named_with_what_needs_it(workshop):
     assert workshop.asked() == NOTHING
 
 
-def test_encoder_that_never_was_is_named_before_anything_is_read(workshop):
+def test_encoder_never_seen_is_named_before_anything_is_read(workshop):
     workshop.delete_encoders()
     with pytest.raises(WrongRequest, match=r"^4 images must be encoded, but .*ae.safetensors does not exist"):
         workshop.build()
@@ -346,7 +346,7 @@ def test_progress_counts_every_stage_to_its_end(workshop):
     assert [done for stage, done, _ in told if stage == "captions"] == [2, 5]  # half of the only group, then all
 
 
-def test_one_encoder_is_let_go_before_the_other_is_loaded(workshop):
+def test_one_encoder_is_freed_before_the_other_is_loaded(workshop):
     alive = []
 
     def load_autoencoder():
@@ -396,7 +396,7 @@ class Short(ToyAutoencoder):
         return super().moments(x)
 
 
-def test_images_too_large_for_the_gpu_are_encoded_in_bands_which_is_said_once(workshop):
+def test_images_too_large_for_the_gpu_are_encoded_in_bands_with_one_notice(workshop):
     said, wanted = [], workshop.build()
     shutil.rmtree(workshop.store_dir)
     dataset = workshop.build(load_autoencoder=lambda: Short(workshop.images, 32), notify=said.append)
@@ -404,9 +404,9 @@ def test_images_too_large_for_the_gpu_are_encoded_in_bands_which_is_said_once(wo
     assert said == ["the GPU has too little memory for the autoencoder; from here on it works on 32 rows at a time"]
 
 
-def test_images_too_large_in_bands_too_are_refused_by_name(workshop):
+def test_images_too_large_even_in_bands_are_refused_by_name(workshop):
     with pytest.raises(
-        WrongRequest, match=r"\.png in \d+ x \d+ pixels takes more memory than the GPU has left, in bands"
+        WrongRequest, match=r"\.png at \d+ x \d+ pixels needs more memory than the GPU has left, even in bands"
     ):
         workshop.build(load_autoencoder=lambda: Short([], 1))
     assert Store(workshop.store_dir).datasets() == []
@@ -415,9 +415,7 @@ def test_images_too_large_in_bands_too_are_refused_by_name(workshop):
 def test_only_bad_images_are_refused_even_when_skipping(workshop):
     for path in workshop.photos.glob("*.png"):
         path.write_bytes(path.read_bytes()[:200])
-    with pytest.raises(
-        WrongRequest, match=r"no usable image is left, all were skipped; the first: .*png cannot be read"
-    ):
+    with pytest.raises(WrongRequest, match=r"no usable image is left \(\d+ skipped\); the first: .*png cannot be read"):
         workshop.build(skip_bad=True)
 
 
@@ -449,7 +447,7 @@ def test_prompts_are_encoded_once_and_shared_with_the_captions(workshop):
         cache_prompts(["newer"], *arguments, t5_length=LENGTH)
 
 
-def test_verify_removes_damage_and_the_next_build_mends_it(workshop):
+def test_verify_removes_damage_and_the_next_build_repairs_it(workshop):
     dataset = workshop.build()
     victim = workshop.store_dir / "latents" / f"{dataset.examples[0].latents[0]}.safetensors"
     data = bytearray(victim.read_bytes())
@@ -487,20 +485,20 @@ def test_prune_deletes_nothing_when_a_dataset_cannot_be_read(workshop):
     path = Store(workshop.store_dir).datasets()[0]
     path.write_text("{")
     before = sorted(workshop.store_dir.rglob("*"))
-    with pytest.raises(WrongRequest, match="is no dataset"):
+    with pytest.raises(WrongRequest, match="is not a dataset file"):
         prune_cache(workshop.store_dir)
     assert sorted(workshop.store_dir.rglob("*")) == before
 
 
 @pytest.mark.parametrize("command", [verify_cache, prune_cache])
-def test_folder_that_is_no_cache_is_refused(workshop, command):
+def test_folder_that_is_not_a_cache_is_refused(workshop, command):
     with pytest.raises(WrongRequest, match="holds no cache"):
         command(workshop.photos)
     with pytest.raises(WrongRequest, match="holds no cache"):
         command(workshop.root / "none")
 
 
-def test_unwritable_cache_is_refused_with_one_sentence(workshop):
+def test_unwritable_cache_gives_one_error(workshop):
     workshop.store_dir.write_text("a file where the folder should be")
     with pytest.raises(WrongRequest, match=r"cache/hashes.json cannot be read \(Not a directory\); choose another"):
         workshop.build()

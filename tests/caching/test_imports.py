@@ -1,4 +1,4 @@
-"""Caches of sd-scripts and ai-toolkit: imported they train without an encoder; what does not fit is one sentence."""
+"""Imported caches of sd-scripts and ai-toolkit train without an encoder; one that does not fit gives one error."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def cached(tmp_path, *more):
 
 
 def without_encoders(tmp_path) -> list:
-    """Options for the toy whose encoders are nowhere."""
+    """Options for the toy model with missing encoders."""
     names = {"--ae": "ae", "--clip-l": "clip", "--t5xxl": "t5"}
     gone = [word for flag, name in names.items() for word in (flag, tmp_path / f"{name}.safetensors")]
     return ["--flux", nano.FLUX, *gone, "--t5-length", LENGTH, "--resolution", 96]
@@ -68,7 +68,7 @@ def text_of(n: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def write_sd_latents(folder, n, bucket, others=(), suffixed=True, **changes):
-    """As FluxLatentsCachingStrategy does: several sizes in one file, names with the latents' height and width."""
+    """Like FluxLatentsCachingStrategy: several sizes in one file, names with the latents' height and width."""
     size, arrays = SIZES[n], {}
     for w, h in (bucket, *others):
         suffix = f"_{h // 8}x{w // 8}" if suffixed else ""
@@ -106,7 +106,7 @@ def toolkit_hash(about: dict) -> str:
 
 
 def write_toolkit(folder, n, bucket, caption=None, latents=None, flip=False, space="flux1", **said):
-    """As its dataloader_mixins do: what the latents are of is hashed into the name, and said in the header."""
+    """Like its dataloader_mixins: the source of the latents is in the header, and its hash is in the name."""
     (w, h), size = bucket, SIZES[n]
     scale = max(w / size[0], h / size[1])
     scaled = (max(w, int(size[0] * scale)), max(h, int(size[1] * scale)))
@@ -178,7 +178,7 @@ def test_ai_toolkit_cache_trains_without_any_encoder(tmp_path, photos):
     assert "imported from ai-toolkit, 6 of these 9 records unverified" in " ".join(result.output.split())
 
 
-def test_verify_tells_what_is_unverified_and_keeps_it(tmp_path, sd_scripts):
+def test_verify_reports_unverified_records_and_keeps_them(tmp_path, sd_scripts):
     assert cached(tmp_path, "--import").exit_code == 0
     told = cached(tmp_path, "--verify")
     assert told.exit_code == 0 and "6 of these 6 records unverified" in " ".join(told.output.split())
@@ -186,7 +186,7 @@ def test_verify_tells_what_is_unverified_and_keeps_it(tmp_path, sd_scripts):
     assert len(Store(tmp_path / "cache").records("latents")) == 3
 
 
-def test_check_tells_what_is_unverified_of_what_is_as_it_was(tmp_path, sd_scripts):
+def test_check_reports_unverified_records_of_unchanged_files(tmp_path, sd_scripts):
     assert cached(tmp_path, "--import").exit_code == 0
     for change, counts in ((lambda: None, "3 latents and 3"), ((sd_scripts / "0.txt").unlink, "3 latents and 2")):
         change()
@@ -196,7 +196,7 @@ def test_check_tells_what_is_unverified_of_what_is_as_it_was(tmp_path, sd_script
     assert "imported" not in run("check", sd_scripts, "--model", "nano", "--cache", tmp_path / "elsewhere").output
 
 
-def test_a_changed_image_or_caption_is_encoded_anew(tmp_path, sd_scripts):
+def test_a_changed_image_or_caption_is_encoded_again(tmp_path, sd_scripts):
     assert cached(tmp_path, "--import").exit_code == 0
     Image.effect_noise(SIZES[1], 50).convert("RGB").save(sd_scripts / "1.png")
     (sd_scripts / "2.txt").write_text("another caption")
@@ -210,7 +210,7 @@ def test_a_changed_image_or_caption_is_encoded_anew(tmp_path, sd_scripts):
     assert result.exit_code == 2 and "must be encoded, but" in result.stderr
 
 
-def test_what_fluxq_encoded_comes_first(tmp_path, sd_scripts):
+def test_own_records_come_first(tmp_path, sd_scripts):
     assert cached(tmp_path).exit_code == 0
     before = dataset_of(tmp_path)[0]
     assert cached(tmp_path, "--import").exit_code == 0
@@ -226,7 +226,7 @@ def test_early_names_mirror_images_and_masks(tmp_path, photos):
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "2 images and 0 captions imported from sd-scripts" in said
-    assert "the alpha masks of 1 images are ignored" in said and "1 images and 3 captions have none" in said
+    assert "the alpha masks of 1 images are ignored" in said and "1 images and 3 captions have no cache" in said
     dataset, store = dataset_of(tmp_path)
     assert torch.equal(store.latents(dataset.examples[0].latents[1])[0], torch.from_numpy(mirrored))
     assert torch.equal(store.latents(dataset.examples[1].latents[0])[0], torch.from_numpy(latents_of(1, 128, 64)))
@@ -240,7 +240,7 @@ def nan(shape):
 
 
 def spoil(folder, name):
-    """Writes one bad cache for image 1 among good ones."""
+    """Write one bad cache, for image 1, among good ones."""
     if name == "truncated":
         path = write_sd_text(folder, 1)
         path.write_bytes(path.read_bytes()[:-100])
@@ -274,16 +274,16 @@ def spoil(folder, name):
 
 BAD = {
     "truncated": "1_flux_te.npz is no sound .npz file",
-    "image replaced": "1_0128x0072_flux.npz was made from an image of another size, 1.png has [64, 128] pixels",
-    "two images": "may be of any of 1.bmp, 1.png",
-    "latents: other size": "has 1.png in 32 x 32, where about 128 x 64 pixels are wanted; choose the --resolution",
-    "latents: too large": "has 1.png in 256 x 128, where about",
-    "latents: odd": "has 1.png in 136 x 56, where about",
-    "latents: channels": "has latents_8x16 of (4, 8, 16), not (16, h, w)",
-    "latents: name": "has latents_8x16 of (16, 16, 8), not (16, h, w)",
+    "image replaced": "1_0128x0072_flux.npz was made from an image of another size, but 1.png has [64, 128] pixels",
+    "two images": "may belong to any of 1.bmp, 1.png",
+    "latents: other size": "has 1.png at 32 x 32, but about 128 x 64 pixels are needed; choose the --resolution",
+    "latents: too large": "has 1.png at 256 x 128, but about",
+    "latents: odd": "has 1.png at 136 x 56, but about",
+    "latents: channels": "has latents_8x16 of shape (4, 8, 16), not (16, h, w)",
+    "latents: name": "has latents_8x16 of shape (16, 16, 8), not (16, h, w)",
     "latents: not finite": "holds numbers that are not finite in latents_8x16",
-    "latents: mirror": "has latents_flipped_8x16 of (16, 8, 8), unlike",
-    "latents: original": "was made from an image of [72, 128], 1.png has [128, 72] pixels",
+    "latents: mirror": "has latents_flipped_8x16 of shape (16, 8, 8), unlike",
+    "latents: original": "was made from an image of [72, 128], but 1.png has [128, 72] pixels",
     "latents: objects": "holds more than numbers in latents_8x16.npy",
     "text: masked": "was made with apply_t5_attn_mask",
     "text: flag lacks": "lacks apply_t5_attn_mask",
@@ -294,7 +294,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_one_bad_cache_is_a_sentence_and_nothing_is_imported(tmp_path, sd_scripts, name):
+def test_one_bad_cache_gives_one_error_and_nothing_is_imported(tmp_path, sd_scripts, name):
     spoil(sd_scripts, name)
     before = snapshot(tmp_path)
     result = cached(tmp_path, "--import")
@@ -314,23 +314,23 @@ def test_a_trigger_that_the_cache_lacks_is_named(tmp_path, sd_scripts):
 @pytest.mark.parametrize(
     ("changes", "sentence"),
     [
-        (dict(said={"crop_x": 8}), "says in its header what its name denies"),
-        (dict(latents=torch.zeros(16, 8, 8)), "has latents of (16, 8, 8)"),
+        (dict(said={"crop_x": 8}), "has a header that contradicts its name"),
+        (dict(latents=torch.zeros(16, 8, 8)), "has latents of shape (16, 8, 8)"),
         (dict(latents=torch.full((16, 8, 16), torch.inf)), "numbers that are not finite in latent"),
-        (dict(space="sdxl"), "is not of FLUX.1's latents"),
+        (dict(space="sdxl"), "has no latents of FLUX.1"),
     ],
 )
-def test_a_bad_cache_of_ai_toolkit_is_a_sentence(tmp_path, photos, changes, sentence):
+def test_a_bad_cache_of_ai_toolkit_gives_one_error(tmp_path, photos, changes, sentence):
     write_toolkit(photos, 1, (128, 64), **{k: v for k, v in changes.items() if k != "said"}, **changes.get("said", {}))
     result = cached(tmp_path, "--import")
     assert result.exit_code == 2 and sentence in result.stderr, result.output
     assert not (tmp_path / "cache").exists()
 
 
-def test_ai_toolkits_hash_tells_another_caption(tmp_path, photos):
+def test_ai_toolkits_hash_detects_another_caption(tmp_path, photos):
     write_toolkit(photos, 1, (128, 64), caption="of before")
     result = cached(tmp_path, "--import")
-    assert result.exit_code == 0 and "2 images and 3 captions have none" in " ".join(result.output.split())
+    assert result.exit_code == 0 and "2 images and 3 captions have no cache" in " ".join(result.output.split())
 
 
 def test_ai_toolkits_masked_text_is_refused(tmp_path, photos):

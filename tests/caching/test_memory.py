@@ -1,7 +1,7 @@
-"""What `fluxq cache` has in memory at full width, counted: under 4 GiB on a GPU, under 3 GiB on a CPU.
+"""The memory of `fluxq cache` at full width, counted: under 4 GiB on a GPU, under 3 GiB on a CPU.
 
-The encoders run on `meta`, where what would lie on a GPU is counted and nothing is computed: the same code, files and
-group of captions. A slow test runs the whole command on the CPU, with random weights.
+The encoders run on `meta`, which counts the GPU memory without computing anything: the same code, files and group of
+captions. A slow test runs the whole command on the CPU, with random weights.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def hollow_t5(path: Path, layers: int, stored: str) -> Path:
 
 
 def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype) -> None:
-    """Matrices by 1/sqrt(fan-in), scales around 1; tensors of one shape are alike, to take less time."""
+    """Matrices by 1/sqrt(fan-in), scales around 1; tensors of one shape are equal, to save time."""
     noise = {}
     for shape in set(shapes.values()):
         scale, around = (shape[1:].numel() ** -0.5, 0.0) if len(shape := torch.Size(shape)) > 1 else (0.1, 1.0)
@@ -75,8 +75,8 @@ def write_random(path: Path, shapes: dict[str, tuple[int, ...]], dtype: torch.dt
     ],
 )
 def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, tmp_path, monkeypatch):
-    """512 tokens a caption, as many captions as there are in one call. On a GPU two blocks as they are stored lie in
-    the ring's slots beside the one that is computed with, on a CPU there is only that one.
+    """512 tokens per caption, a full group of captions per call. On a GPU the ring's slots hold two stored blocks in
+    addition to the block in use; on a CPU there is only the block in use.
     """
     monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES[place])
     clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
@@ -99,8 +99,8 @@ def test_the_text_encoders_stay_within_their_memory(place, dtype, stored, most, 
 
 @pytest.mark.parametrize("stored", ["fp16", "scaled fp8"])
 @pytest.mark.parametrize("gib", [1.5, 1.75])
-def test_the_text_encoders_keep_to_the_room_of_the_gpu(gib, stored, tmp_path, monkeypatch):
-    """By taking fewer captions at a time: as many as fit, within one batch. Attention is one operator there."""
+def test_the_text_encoders_keep_to_the_gpu_budget(gib, stored, tmp_path, monkeypatch):
+    """They take fewer captions at a time: as many as fit, to within one batch. Attention is a single operator here."""
     monkeypatch.setitem(STATES_BYTES, "meta", STATES_BYTES["cuda"])
     monkeypatch.setattr(F, "scaled_dot_product_attention", lambda q, k, v, **options: torch.empty_like(q))
     clip = write_hollow(tmp_path / "clip_l.safetensors", dict.fromkeys(CLIP_L, torch.float16), CLIP_L)
@@ -116,7 +116,7 @@ def test_the_text_encoders_keep_to_the_room_of_the_gpu(gib, stored, tmp_path, mo
 
 @pytest.mark.parametrize(("batch", "side"), [(1, 1024), (4, 512)])
 def test_the_autoencoder_stays_under_4_gib_on_a_gpu(batch, side, tmp_path):
-    """With its weights, the decoder's too, in fp32; a convolution's workspace comes on top. In bands it takes less."""
+    """Includes all weights, even the decoder's, in fp32, but no convolution workspace. Bands take less."""
     assert batch * side * side == PIXELS_PER_BATCH
     shapes = autoencoder_shapes(AutoEncoderConfig())
     path = write_hollow(tmp_path / "ae.safetensors", dict.fromkeys(shapes, torch.float32), shapes)
@@ -132,7 +132,7 @@ def test_the_autoencoder_stays_under_4_gib_on_a_gpu(batch, side, tmp_path):
 
 
 def test_meta_counts_what_the_cpu_takes(tmp_path):
-    """The autoencoder at full width, small: the numbers above stand for memory that is really used."""
+    """The autoencoder at full width on a small image: the counts above are memory that is really used."""
     shapes = autoencoder_shapes(AutoEncoderConfig())
     path = write_hollow(tmp_path / "ae.safetensors", dict.fromkeys(shapes, torch.float32), shapes)
     peaks = []
@@ -147,7 +147,7 @@ def test_meta_counts_what_the_cpu_takes(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("stored", ["fp16", "fp8"])
 def test_the_command_stays_under_3_gib_on_a_cpu(stored, tmp_path, monkeypatch):
-    """All of `fluxq cache`, an image of 512 x 512 with a caption of 512 tokens; T5 with 2 layers and with 4."""
+    """All of `fluxq cache` with a 512 x 512 image and a caption of 512 tokens; T5 with 2 and with 4 layers."""
     write_hollow(
         tmp_path / "flux.safetensors",
         dict.fromkeys(flux := flux_shapes(FluxConfig.dev()), torch.bfloat16),

@@ -39,10 +39,10 @@ def test_records_come_back_exactly(tmp_path):
 
 
 @pytest.mark.parametrize("cuts", [(False, False), (False, True), (True, True)])
-def test_what_was_cut_is_remembered(cuts, tmp_path):
+def test_truncation_is_remembered(cuts, tmp_path):
     store = Store(tmp_path)
     store.put_text("ab", replace(some_text(), truncated=cuts[0], clip_truncated=cuts[1]))
-    assert store.text_cuts("ab") == cuts
+    assert store.truncated("ab") == cuts
     text = store.text("ab")
     assert (text.truncated, text.clip_truncated) == cuts
 
@@ -67,9 +67,9 @@ def test_keys_depend_on_every_part():
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_never_stored(tmp_path, bad):
     store = Store(tmp_path)
-    with pytest.raises(ValueError, match=r"not finite for photos/a.png \(mean\)"):
+    with pytest.raises(ValueError, match=r"non-finite numbers for photos/a.png \(mean\)"):
         store.put_latents("ab", torch.full((16, 2, 2), bad), torch.ones(16, 2, 2), "photos/a.png")
-    with pytest.raises(ValueError, match=r"not finite for 'a dog' \(clip\)"):
+    with pytest.raises(ValueError, match=r"non-finite numbers for 'a dog' \(clip\)"):
         store.put_text("cd", Text(torch.ones(5, 8), torch.full((6,), bad), "a dog", 3, False))
     assert not store.has("latents", "ab") and not store.has("text", "cd")
 
@@ -82,7 +82,7 @@ def test_wrong_shapes_are_refused(tmp_path):
 
 
 def test_missing_record_is_named_with_the_remedy(tmp_path):
-    with pytest.raises(WrongRequest, match=r"lacks text/cd.safetensors; run `fluxq cache` again"):
+    with pytest.raises(WrongRequest, match=r"has no text/cd.safetensors; run `fluxq cache` again"):
         Store(tmp_path).text("cd")
 
 
@@ -90,7 +90,7 @@ def test_missing_record_is_named_with_the_remedy(tmp_path):
 def test_damaged_record_is_named_with_the_remedy(tmp_path, data):
     (tmp_path / "text").mkdir()
     (tmp_path / "text" / "cd.safetensors").write_bytes(data)
-    for read in (Store(tmp_path).text, Store(tmp_path).text_cuts):
+    for read in (Store(tmp_path).text, Store(tmp_path).truncated):
         with pytest.raises(
             WrongRequest, match=r"cache record .*cd.safetensors is damaged \(.+\); run `fluxq cache --verify`"
         ):
@@ -153,7 +153,7 @@ def test_verify_finds_every_kind_of_damage_and_nothing_else(tmp_path):
     assert {path.stem for path in bad if path.parent.name == "text"} == set(expected)
     assert {path.stem for path in bad if path.parent.name == "latents"} == {*expected, "kind"}
     for path, reason in bad.items():
-        assert expected.get(path.stem, "holds clip, t5 and not mean, spread") in reason and ";" not in reason
+        assert expected.get(path.stem, "holds clip, t5 instead of mean, spread") in reason and ";" not in reason
         assert path.exists()
     assert store.verify(remove=True) == bad
     assert store.verify() == {} and store.has("text", "good") and not any(path.exists() for path in bad)
@@ -185,7 +185,7 @@ def test_dataset_comes_back_equal(tmp_path):
 @pytest.mark.parametrize("text", ["", "[]", "{}", '{"version": 0}', '{"version": 1, "examples": [{"name": "a"}]}'])
 def test_damaged_dataset_is_refused(tmp_path, text):
     (tmp_path / "d.json").write_text(text)
-    with pytest.raises(WrongRequest, match=r"d.json is no dataset \(.+\); delete it"):
+    with pytest.raises(WrongRequest, match=r"d.json is not a dataset file \(.+\); delete it"):
         Dataset.load(tmp_path / "d.json")
     with pytest.raises(WrongRequest, match="none.json cannot be read"):
         Dataset.load(tmp_path / "none.json")

@@ -51,5 +51,5 @@ def test_both_encoders_get_the_budget_and_the_dataset_is_the_same(photos, tmp_pa
 def test_vram_without_a_gpu_is_refused_before_anything_is_written(photos, tmp_path):
     arguments = ["cache", photos, "--model", "nano", "--vram", "8GiB", "--cache", tmp_path / "cache"]
     result = CliRunner().invoke(main, [str(a) for a in arguments])
-    assert result.exit_code == 2 and "--vram is about a CUDA GPU, and this machine has none" in result.output
+    assert result.exit_code == 2 and "--vram is for a CUDA GPU, and this machine has none" in result.output
     assert not (tmp_path / "cache").exists()

@@ -105,7 +105,7 @@ def test_all_problems_are_listed_at_once(tmp_path, photos):
     code, answer, lines = run(photos, "--models", models, "--t5xxl", nano.CLIP_L)
     assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 3
     text = "\n".join(answer["reasons"])
-    assert f"{models} holds no CLIP text encoder; name it by --clip-l" in text
+    assert f"{models} holds no CLIP text encoder; name it with --clip-l" in text
     assert "is a CLIP text encoder, where a T5 text encoder is wanted" in text and "bad.png" in text
     assert answer["parts"]["ae"]["why"] == f"the only one in {models}"
     assert lines.count("\nproblem ") == 3 and lines.endswith("not ready\n")
@@ -243,8 +243,8 @@ def test_a_quantized_file_next_to_its_original_is_named_with_the_reason(tmp_path
     made = tmp_path / "made.safetensors"
     quantize_command(nano.FLUX, made, "nf4")
     _, answer, lines = run("--models", tmp_path)
-    described = f"{made} (flux1-nano.safetensors in nf4 already): dev, 2 + 2 blocks, 192 wide, nf4, by fluxq"
+    described = f"{made} (flux1-nano.safetensors, already quantized to nf4): dev, 2 + 2 blocks, 192 wide, nf4, by fluxq"
     assert f"flux         {described}" in lines and answer["parts"]["flux"]["path"] == str(made)
     _, answer, lines = run("--models", tmp_path, "--format", "int8")
     assert answer["parts"]["flux"]["path"] == str(tmp_path / "flux1-nano.safetensors")
-    assert f"(the only one in {tmp_path}; made.safetensors is it in nf4)" in lines
+    assert f"(the only one in {tmp_path}; made.safetensors is the same in nf4)" in lines

@@ -162,7 +162,7 @@ def test_only_one_model_is_loaded_at_a_time(tmp_path, monkeypatch):
 
 def test_vram_without_a_gpu_is_refused(tmp_path):
     result = CliRunner().invoke(main, ["sample", "--model", "nano", "--prompt", "x", "--vram", "8GiB"])
-    assert result.exit_code == 2 and "--vram is about a CUDA GPU, and this machine has none" in result.output
+    assert result.exit_code == 2 and "--vram is for a CUDA GPU, and this machine has none" in result.output
 
 
 def test_settings_are_in_the_png(tmp_path):
@@ -198,8 +198,8 @@ def test_prompts_that_are_too_long_are_named(tmp_path):
     arguments += ["--cache", str(tmp_path / "cache"), "--out", str(tmp_path / "out")]
     lines = CliRunner().invoke(main, arguments).output.splitlines()
     prompt = f"the prompt {('red star ' * 7)[:60]!r}".removesuffix("'") + "...'"
-    assert f"{prompt} is longer than 32 T5 tokens; what is beyond was cut off" in lines
-    assert f"{prompt} is longer than 77 CLIP tokens; what is beyond was left to T5" in lines
+    assert f"{prompt} is longer than 32 T5 tokens; the rest was cut off" in lines
+    assert f"{prompt} is longer than 77 CLIP tokens; only T5 sees the rest" in lines
 
 
 def test_any_dialect_is_applied_with_its_clip_part(tmp_path):

@@ -1,4 +1,4 @@
-"""The bucket rule, against values worked out by hand from the rule of sd-scripts, and its properties."""
+"""The bucket rule: its properties, and values computed by hand from the rule of sd-scripts."""
 
 import random
 
@@ -8,13 +8,13 @@ from fluxq.data.buckets import bucket_table, choose_bucket
 from fluxq.errors import WrongRequest
 
 
-def test_table_of_a_small_request_is_what_the_rule_says():
+def test_small_table_follows_the_rule():
     # 256 * 256 = 65,536: 128 -> 512, but max_side is 384; 192 -> 341 -> 320; 256; 320 -> 204 -> 192; 384 -> 170 -> 128
     expected = [(128, 384), (192, 320), (256, 256), (320, 192), (384, 128)]
     assert list(bucket_table(256, 128, 384, 64)) == expected
 
 
-def test_square_is_in_the_table_even_where_no_side_gives_it():
+def test_square_is_in_the_table_even_if_no_side_gives_it():
     assert (480, 480) in bucket_table(500, 256, 1024, 96)  # sides are 192, 288, 384, 480, ...; 500 is cut to 480
     assert (256, 256) in bucket_table((512, 128), 64, 512, 64)  # 512 * 128 = 256 * 256
 
@@ -75,7 +75,7 @@ def test_without_upscale_images_only_shrink(size, arguments, bucket, resized):
     assert choose_bucket(*size, resolution, 256, 1024, step, False) == (bucket, resized)
 
 
-def test_without_upscale_the_side_limits_play_no_part():
+def test_without_upscale_the_side_limits_are_ignored():
     assert choose_bucket(4000, 40, 512, 256, 1024, 16, False) == ((4000, 32), (4000, 40))
 
 
@@ -108,12 +108,12 @@ def test_every_bucket_maps_to_itself():
         assert choose_bucket(*size, 512, 256, 1024, 16, True) == (size, size)
 
 
-def test_side_limits_are_moved_outwards_to_the_step():
+def test_side_limits_are_widened_to_multiples_of_the_step():
     assert bucket_table(512, 250, 1000, 64) == bucket_table(512, 192, 1024, 64)
 
 
 @pytest.mark.parametrize("step", [0, -16, 8, 24, 100])
-def test_step_that_is_no_multiple_of_16_is_refused(step):
+def test_step_not_a_multiple_of_16_is_refused(step):
     for upscale in (True, False):
         with pytest.raises(WrongRequest, match=f"step of {step} .*multiple of 16"):
             choose_bucket(512, 512, 512, 256, 1024, step, upscale)

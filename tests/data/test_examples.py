@@ -1,4 +1,4 @@
-"""Folders to examples: captions, triggers, repeats, and a clear sentence for every bad request."""
+"""From folders to examples: captions, triggers, repeats, and a clear error for every bad request."""
 
 from pathlib import Path
 
@@ -66,24 +66,23 @@ def test_caption_is_the_first_line_with_text(tmp_path, files, caption):
         ("a sks  man (x)", "man (x)", "a sks  man (x)"),
     ],
 )
-def test_trigger_is_put_in_front_unless_it_is_there(caption, trigger, expected):
+def test_trigger_is_put_in_front_unless_the_caption_has_it(caption, trigger, expected):
     assert with_trigger(caption, trigger) == expected
 
 
-def test_what_was_done_to_captions_is_noted_once_a_folder(tmp_path):
+def test_caption_changes_are_noted_once_per_folder(tmp_path):
     for name in "abcdef":
         write_image(tmp_path / "photos" / f"{name}.png")
         (tmp_path / "photos" / f"{name}.txt").write_text("a dog" if name < "e" else "")
     notes = scanned(Folder(tmp_path / "photos", trigger="zqx")).notes
     assert notes == [
-        f"{tmp_path / 'photos'}: captions without the trigger 'zqx', which was put in front: 4 "
-        "(a.png, b.png, c.png, ...)"
+        f"{tmp_path / 'photos'}: captions without the trigger 'zqx', now put in front: 4 (a.png, b.png, c.png, ...)"
     ]
     notes = scanned(Folder(tmp_path / "photos")).notes
     assert len(notes) == 1 and notes[0].endswith("trained with the empty caption: 2 (e.png, f.png)")
 
 
-def test_file_that_is_listed_twice_counts_once_and_is_said(tmp_path):
+def test_file_listed_twice_counts_once_and_is_noted(tmp_path):
     write_image(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "link.png").symlink_to(tmp_path / "photos" / "a.png")
     found = scanned(
@@ -128,7 +127,7 @@ def test_impossible_request_is_not_blamed_on_the_images(tmp_path):
             scanned(Folder(tmp_path), step=24, upscale=upscale, skip_bad=True)
 
 
-def test_folder_that_cannot_be_used_gets_one_clear_sentence(tmp_path):
+def test_unusable_folder_gives_one_clear_error(tmp_path):
     write_image(tmp_path / "a.png")
     (tmp_path / "empty").mkdir()
     (tmp_path / "nested" / "inside").mkdir(parents=True)
@@ -137,8 +136,8 @@ def test_folder_that_cannot_be_used_gets_one_clear_sentence(tmp_path):
         (Folder(tmp_path / "none"), "none does not exist"),
         (Folder(tmp_path / "a.png"), "a.png is a file, not a folder"),
         (Folder(tmp_path / "empty"), "empty holds no image"),
-        (Folder(tmp_path / "nested"), "folders inside it are not searched"),
-        (Folder(tmp_path, repeats=0), "repeated 0 times"),
+        (Folder(tmp_path / "nested"), "subfolders are not searched"),
+        (Folder(tmp_path, repeats=0), "0 repeats"),
     ]:
         with pytest.raises(WrongRequest, match=message):
             scanned(folder, skip_bad=True)
@@ -148,7 +147,5 @@ def test_folder_that_cannot_be_used_gets_one_clear_sentence(tmp_path):
 
 def test_nothing_left_after_skipping_is_refused(tmp_path):
     (tmp_path / "a.png").write_bytes(b"")
-    with pytest.raises(
-        WrongRequest, match=r"no usable image is left, 1 were skipped; the first: .*a.png cannot be read"
-    ):
+    with pytest.raises(WrongRequest, match=r"no usable image is left \(1 skipped\); the first: .*a.png cannot be read"):
         scanned(Folder(tmp_path), skip_bad=True)

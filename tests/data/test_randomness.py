@@ -8,12 +8,12 @@ from fluxq.data.randomness import generator, normal
 
 
 def test_numbers_of_an_address_are_frozen():
-    """These numbers are what every resumed run relies on: if this test fails, a resumed run would see other noise."""
+    """Every resumed run relies on these numbers: if this test fails, a resumed run would see other noise."""
     assert generator(7, "noise", 3, "photos/07.jpg").integers(0, 1 << 32, 3).tolist() == FROZEN_INTEGERS
     assert normal((3,), 7, "noise", 3, "photos/07.jpg").tolist() == FROZEN_NORMALS
 
 
-def test_draws_do_not_depend_on_what_was_drawn_before():
+def test_draws_do_not_depend_on_earlier_draws():
     first = normal((2, 3), 1, "noise", 5)
     torch.manual_seed(0)
     np.random.seed(0)

@@ -1,4 +1,4 @@
-"""What is said about a machine, from what was seen on it: no GPU is needed to test that."""
+"""Notes and obstacles from the facts about a machine; testing them needs no GPU."""
 
 from __future__ import annotations
 
@@ -31,35 +31,35 @@ GOOD = Machine("2.13.0+cu130", "13.0", False, True, False, ADA, ARCHITECTURES)
 NO_CUDA = replace(GOOD, torch="2.13.0+cpu", cuda=None, gpu=None, architectures=())
 
 
-def test_a_good_gpu_needs_no_words():
+def test_a_good_gpu_gives_no_note():
     assert notes(GOOD) == [] and obstacle(GOOD) is None
 
 
-def test_torch_without_cuda_beside_a_driver_is_said_with_the_way_out():
+def test_torch_without_cuda_despite_a_driver_is_noted_with_the_remedy():
     (note,) = notes(NO_CUDA)
     assert "this torch (2.13.0+cpu) was built without CUDA" in note and "pip install --force-reinstall torch" in note
     assert "pytorch.org" in note and "\n" not in note and "http" not in note
 
 
-def test_a_gpu_without_triton_is_said_in_one_line():
+def test_a_gpu_without_triton_is_noted_in_one_line():
     (note,) = notes(replace(GOOD, triton=False))
     assert "Triton is not installed" in note and "triton-windows" in note and "\n" not in note
     assert notes(replace(NO_CUDA, driver=False, triton=False)) == []
 
 
 @pytest.mark.parametrize("change", [{"driver": False}, {"hidden": True}, {"rocm": True}])
-def test_no_driver_or_a_hidden_gpu_is_as_wanted(change):
+def test_no_driver_or_a_hidden_gpu_gives_no_note(change):
     assert notes(replace(NO_CUDA, **change)) == []
 
 
-def test_a_driver_too_old_for_torch_is_said():
+def test_a_driver_too_old_for_torch_is_noted():
     (note,) = notes(replace(GOOD, gpu=None, architectures=()))
     assert "built for CUDA 13.0 but finds no GPU" in note and "update the NVIDIA driver" in note
 
 
 @pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
-def test_emulated_bf16_is_said(capability):
-    """torch multiplies bf16 on every GPU that it has code for, below sm_80 by way of fp32."""
+def test_emulated_bf16_is_noted(capability):
+    """torch multiplies bf16 on every GPU that it has code for; below sm_80 it uses fp32."""
     old = replace(GOOD, gpu=GPU("RTX 2080", capability, 8 << 30), architectures=("sm_50", "sm_60", "sm_70", "sm_75"))
     (note,) = notes(old)
     assert "has no bf16 arithmetic: torch emulates it" in note and f"sm_{capability[0]}{capability[1]}" in note
@@ -71,7 +71,7 @@ def test_emulated_bf16_is_said(capability):
     [((8, 6), True), ((8, 9), True), ((12, 0), True), ((13, 0), True), ((6, 1), False), ((10, 0), False)],
 )
 def test_a_gpu_that_torch_has_no_code_for_is_refused(capability, runs):
-    """Code runs on its own generation from its own version on; PTX on every later one."""
+    """Code runs on its own generation, from its own version up; PTX runs on every later one."""
     sentence = obstacle(replace(GOOD, gpu=GPU("the GPU", capability, 8 << 30)))
     assert (sentence is None) is runs
     if sentence:
@@ -95,8 +95,8 @@ def test_a_gpu_that_cannot_hold_bf16_is_refused():
         ("Darwin", set(), set(), False),
     ],
 )
-def test_the_driver_is_told_from_files(system, there, programs, found):
-    """On Linux a library alone, as container images have it, is no driver: a device must be there too."""
+def test_the_driver_is_detected_from_files(system, there, programs, found):
+    """On Linux a library alone, as in container images, is not a driver: there must be a device too."""
 
     def exists(path: str) -> bool:
         return path.replace("\\", "/").rsplit("/", 1)[-1] in there
@@ -112,14 +112,14 @@ def test_this_machine_is_read():
         assert 0 < has[1] <= has[0]
 
 
-def test_what_torch_has_taken_and_nothing_lies_in_is_free(monkeypatch):
-    said = dict(is_available=True, mem_get_info=(6 << 30, 8 << 30), memory_reserved=2 << 30, memory_allocated=1 << 30)
-    for name, value in said.items():
+def test_memory_that_torch_reserved_but_does_not_use_is_free(monkeypatch):
+    values = dict(is_available=True, mem_get_info=(6 << 30, 8 << 30), memory_reserved=2 << 30, memory_allocated=1 << 30)
+    for name, value in values.items():
         monkeypatch.setattr(torch.cuda, name, lambda value=value: value)
     assert free_gpu_bytes() == 7 << 30
 
 
-def test_every_command_says_it_once_on_stderr(tmp_path, monkeypatch):
+def test_every_command_notes_it_once_on_stderr(tmp_path, monkeypatch):
     monkeypatch.setattr(machine, "read_machine", lambda: NO_CUDA)
     monkeypatch.chdir(tmp_path)
     for command in ("train", "cache", "sample", "check"):
@@ -154,12 +154,12 @@ GIB = 1 << 30
         ((12, 10, 0), (12, 0.1, 10.1), 0),  # too little to tell
     ],
 )
-def test_what_cannot_lie_on_the_gpu_has_been_spilled(before, now, expected):
+def test_what_cannot_be_on_the_gpu_counts_as_spilled(before, now, expected):
     before, now = (GPUBytes(*(int(n * GIB) for n in numbers)) for numbers in (before, now))
     assert spilled(before, now) == pytest.approx(expected * GIB, abs=0.01 * GIB)
 
 
-def test_a_spill_is_told_once_with_what_to_do():
+def test_a_spill_is_reported_once_with_the_remedy():
     states = iter([GPUBytes(12 * GIB, 11 * GIB, 0), GPUBytes(12 * GIB, 5 * GIB, 6 * GIB)])
     watch = SpillWatch(lambda: next(states, GPUBytes(12 * GIB, 0, 14 * GIB)))
     assert watch.note() is None

@@ -1,4 +1,4 @@
-"""Sampling within the memory of training: what is on the GPU while images are drawn, counted at full width."""
+"""Sampling within the memory of training: what is on the GPU while sampling, counted at full width."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.formats.load import load_autoencoder
 from fluxq.formats.quantized import assign, layout, view
-from fluxq.memory import phases as turns
+from fluxq.memory import phases
 from fluxq.memory.phases import (
     SAMPLING_SLOTS,
     TOKENS_PER_BATCH,
@@ -31,7 +31,7 @@ from fluxq.memory.phases import (
     preview_limits,
     sampling_residents,
 )
-from fluxq.memory.placement import Budget, Placement, placed
+from fluxq.memory.placement import Budget, Placement, placement_of
 from fluxq.model import AutoEncoderConfig, Flux, FluxConfig, add_lora
 from fluxq.model.blocks import Scale
 from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
@@ -56,7 +56,7 @@ def skeleton() -> Flux:
 
 
 def filled(flux: Flux, resident, slots: int, format: str = "nf4") -> Flux:
-    """The transformer at full size on `meta`, as it is streamed: what stays in memory of its own, the rest in slots.
+    """The transformer at full size on `meta`, streamed: residents in their own memory, the rest in slots.
     Nothing is on the host.
     """
     units = layout(flux_shapes(DEV), format)
@@ -82,7 +82,7 @@ def filled(flux: Flux, resident, slots: int, format: str = "nf4") -> Flux:
 
 @pytest.fixture
 def gpus(monkeypatch):
-    """Tensors that leave `meta` for the host have no values there."""
+    """Tensors moved from `meta` to the CPU have no values there."""
     cpu = torch.Tensor.cpu
     empty = lambda t: torch.zeros(t.shape, dtype=t.dtype) if t.is_meta else cpu(t)  # noqa: E731
     monkeypatch.setattr(torch.Tensor, "cpu", empty)
@@ -101,7 +101,7 @@ def texts() -> dict[str, Text]:
 
 @dataclass
 class Full:
-    """Models of FLUX.1 dev's shape that are never loaded, on a GPU that is not there."""
+    """Models of FLUX.1 dev's shape that are never loaded, on a GPU that does not exist."""
 
     format = "nf4"
     flux_config, compute, is_nano, t5_length = DEV, "bf16", False, 512
@@ -118,12 +118,12 @@ def a_plan(pixels: int, resident: int, **pins):
 @pytest.mark.parametrize("resident", [UNITS, UNITS // 2, 0])
 @pytest.mark.parametrize("pixels", [512, 1024])
 def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpus, autoencoder):
-    """Beside all that stays between steps, the optimizer's state too. The leanest policy leaves the least to draw in:
+    """With all that stays between steps, including optimizer state. The leanest policy leaves the least memory:
     plans that keep more have a higher peak.
     """
     costs, made = a_plan(pixels, resident)
     config = config_from_dict({"data": {"resolution": pixels}}, "a test")
-    own = preview_limits(config, Full(), placed(made, Budget(costs, GPUS["h200"], None, Pins())))
+    own = preview_limits(config, Full(), placement_of(made, Budget(costs, GPUS["h200"], None, Pins())))
     shots = [Request("x", seed, pixels, pixels, steps=2, cfg=2.0, negative="x") for seed in (1, 2)]
     flux = skeleton()
     with hollow(), LiveBytes(device="meta") as live:
@@ -133,20 +133,20 @@ def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpu
         latents = denoise(flux, texts(), shots, tokens=own.tokens)
         gc.collect()
         assert live.live == pytest.approx(fixed(costs, made.setting), rel=0.01)
-        drawing_peak, copies = live.peak, getattr(flux.ring, "copies", 0)
+        sampling_peak, copies = live.peak, getattr(flux.ring, "copies", 0)
         live.reset_peak()
         with patch("fluxq.sampling.decoding.to_image", lambda x: x):
             images = decode_images(autoencoder, latents, own.autoencoder, print)
-    names = {k: round(v / GIB, 2) for k, v in dict(sampling=drawing_peak, autoencoder=live.peak).items()}
+    names = {k: round(v / GIB, 2) for k, v in dict(sampling=sampling_peak, autoencoder=live.peak).items()}
     print(f"{pixels} px, {resident} resident: {names} of {made.peak_bytes / GIB:.2f} GiB that a step is predicted")
     assert state.nbytes and copies > 0 and images[0].shape == (3, pixels, pixels)
-    assert max(drawing_peak, live.peak) <= made.peak_bytes
+    assert max(sampling_peak, live.peak) <= made.peak_bytes
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("gib", [2, 4, 6.5, 8, 24])
-def test_drawing_keeps_to_the_room_that_it_is_given(gib, gpus):
-    """And leaves less than two units of it empty, unless all is resident."""
+def test_sampling_keeps_to_its_budget(gib, gpus):
+    """And leaves less than two units of it unused, unless everything is resident."""
     costs = flux_costs(DEV, "nf4", targets=())
     budget = int(gib * GIB)
     resident, slots = sampling_residents(costs, 0, budget)
@@ -161,8 +161,8 @@ def test_drawing_keeps_to_the_room_that_it_is_given(gib, gpus):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("run", ["moments", "decode"])
-def test_the_autoencoder_takes_what_its_band_is_chosen_by(run, autoencoder):
-    """Weights and maps; what comes in, and a convolution's workspace, come on top."""
+def test_the_autoencoder_takes_what_its_band_predicts(run, autoencoder):
+    """Weights and maps; the input and a convolution's workspace come on top."""
     pixels = 1024 * 768
     for band, maps in TILES:
         claimed = AUTOENCODER + int(maps * pixels * 128 * 4)
@@ -175,21 +175,21 @@ def test_the_autoencoder_takes_what_its_band_is_chosen_by(run, autoencoder):
         assert live.peak <= claimed + 2 * x.nbytes
 
 
-def test_the_band_is_the_widest_that_fits_and_the_narrowest_where_none_does():
+def test_the_band_is_the_largest_that_fits_else_the_smallest():
     assert band_for(1 << 20, None) is None
     assert [band_for(1 << 20, gib * GIB) for gib in (8, 4, 2, 1)] == [None, None, 32, 32]
     assert band_for(4 << 20, 8 * GIB) == 32
 
 
-def wishes(**values) -> TrainConfig:
+def memory_config(**values) -> TrainConfig:
     return config_from_dict({"memory": values}, "a test")
 
 
 def place_at(pixels: int, images: int = 1, lora: int = 0, **values) -> tuple[Placement, SamplingLimits]:
-    return place_sampling(wishes(**values), Full(), [(pixels, pixels)] * images, [16] if lora else [], lora)
+    return place_sampling(memory_config(**values), Full(), [(pixels, pixels)] * images, [16] if lora else [], lora)
 
 
-def test_a_budget_decides_what_stays_and_how_many_are_drawn_at_once():
+def test_a_budget_decides_what_stays_and_how_many_are_sampled_at_once():
     assert place_at(1024, vram="24GiB")[0].resident is None
     few, more = place_at(1024, vram="4GiB")[0], place_at(1024, vram="6GiB")[0]
     assert 0 < len(few.resident) < len(more.resident) < UNITS and few.slots == more.slots == SAMPLING_SLOTS
@@ -197,7 +197,7 @@ def test_a_budget_decides_what_stays_and_how_many_are_drawn_at_once():
     assert len(place_at(512, 3, vram="4GiB")[0].resident) < len(place_at(512, vram="4GiB")[0].resident)
 
 
-def test_where_several_images_do_not_fit_they_are_drawn_one_by_one():
+def test_images_that_do_not_fit_together_are_sampled_one_by_one():
     costs = flux_costs(DEV, "nf4", targets=(), img_tokens=32 * 32)
     least = least_sampling_bytes(costs, 0, None) + MARGIN
     placement, own = place_at(512, 3, vram=f"{least // 2**20 + 1}MiB")
@@ -205,31 +205,31 @@ def test_where_several_images_do_not_fit_they_are_drawn_one_by_one():
     assert place_at(512, 3, vram="4GiB")[1].tokens == TOKENS_PER_BATCH
 
 
-def test_where_one_image_does_not_fit_it_says_what_would():
+def test_an_image_that_does_not_fit_gives_an_error_with_a_remedy():
     with pytest.raises(
-        WrongRequest, match=r"drawing takes at least .* GiB of the GPU, and 1.0 GiB may be used"
+        WrongRequest, match=r"sampling needs at least .* GiB of GPU memory, but only 1.0 GiB may be used"
     ) as told:
         place_at(1024, vram="1GiB")
     enough = re.search(r"--vram (\S+),", str(told.value))[1]
     assert place_at(1024, vram=enough)[0].slots == 2
 
 
-def test_pins_of_drawing_are_kept():
+def test_pins_are_kept_while_sampling():
     assert len(place_at(1024, vram="8GiB", resident_units=10)[0].resident) == 10
     assert len(place_at(1024, vram="8GiB", blocks_to_swap=30, slots=3)[0].resident) == 16
     assert place_at(1024, vram="8GiB", slots=3)[0].slots == 3
-    with pytest.raises(WrongRequest, match="drawing takes at least"):
+    with pytest.raises(WrongRequest, match="sampling needs at least"):
         place_at(1024, vram="4GiB", resident_units=70)
 
 
-def test_without_an_amount_what_is_free_counts(monkeypatch):
-    monkeypatch.setattr(turns, "free_gpu_bytes", lambda: 9 * GIB)
+def test_without_vram_the_free_memory_counts(monkeypatch):
+    monkeypatch.setattr(phases, "free_gpu_bytes", lambda: 9 * GIB)
     assert gpu_budget(MemoryConfig(), Full.device) == 9 * GIB - MARGIN
     assert gpu_budget(MemoryConfig(vram="3GiB"), Full.device) == 3 * GIB - MARGIN
     assert gpu_budget(MemoryConfig(), torch.device("cpu")) is None
-    with pytest.raises(WrongRequest, match="--vram is about a CUDA GPU"):
+    with pytest.raises(WrongRequest, match="--vram is for a CUDA GPU"):
         gpu_budget(MemoryConfig(vram="3GiB"), torch.device("cpu"))
 
 
-def test_previews_of_a_run_without_a_plan_are_as_they_were():
+def test_previews_of_a_run_without_a_plan_have_the_default_limits():
     assert preview_limits(TrainConfig(), Full(), Placement()) == SamplingLimits()

@@ -1,4 +1,4 @@
-"""What a run may use: amounts that are read, units kept and streamed by hand, and the plan of a GPU."""
+"""The memory of a run: amounts are parsed, units are pinned or streamed, and a GPU gets a plan."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ GIB = 2**30
     ("text", "expected"),
     [("12GiB", 12 * GIB), ("12", 12 * GIB), ("1.5 gib", 3 * GIB // 2), ("12GB", 12 * 10**9), ("500MiB", 500 * 2**20)],
 )
-def test_amounts_of_memory_are_read(text, expected):
+def test_amounts_of_memory_are_parsed(text, expected):
     assert nbytes(text, "--vram") == expected
 
 
@@ -40,7 +40,7 @@ def test_other_amounts_are_refused_by_name(text):
 
 
 class Full:
-    """Models of FLUX.1 dev's shape that are never loaded, on a GPU that is not there."""
+    """Models of FLUX.1 dev's shape that are never loaded, on a GPU that does not exist."""
 
     flux_config, format, compute, is_nano, t5_length = FluxConfig.dev(), "nf4", "bf16", False, 512
     device, quantized, format_is_open, disk = torch.device("cuda"), None, True, ("nf4", "int8", "fp8", "bf16")
@@ -52,7 +52,7 @@ class Full:
         self.format, self.format_is_open = format, False
 
 
-def test_units_stay_or_stream_as_they_are_counted():
+def test_pinned_units_stay_and_the_others_stream():
     models = Models(ModelConfig(name="nano"), torch.device("cpu"))
     total = 2 * models.flux_config.depth + models.flux_config.depth_single_blocks
     assert pinned_residents(MemoryConfig(), models) is None
@@ -72,19 +72,19 @@ def a_4060ti(monkeypatch):
     monkeypatch.setattr(memory, "memory", lambda: (32 * GIB, 28 * GIB))
 
 
-def planned(**wishes) -> Placement:
-    values = {"data": {"resolution": 1024, "folders": ["x"]}, "memory": wishes}
+def planned(**settings) -> Placement:
+    values = {"data": {"resolution": 1024, "folders": ["x"]}, "memory": settings}
     return place(config_from_dict(values, "a test"), Full(), lambda line: None)
 
 
-def chosen_format(size: int = 1024, models: Full | None = None, **wishes) -> str:
+def chosen_format(size: int = 1024, models: Full | None = None, **settings) -> str:
     models = models or Full()
-    values = {"data": {"resolution": size, "folders": ["x"]}, "memory": wishes}
+    values = {"data": {"resolution": size, "folders": ["x"]}, "memory": settings}
     resolve_format(config_from_dict(values, "a test"), models, lambda line: None)
     return models.format
 
 
-def test_a_format_left_open_is_the_most_faithful_that_is_as_fast(a_4060ti):
+def test_an_unset_format_is_the_most_accurate_of_the_fastest(a_4060ti):
     """The bus of a 4060 Ti hides int8 behind 1,024 px; what is pinned, or read from a quantized file, stays."""
     assert chosen_format(1024) == "int8"
     pinned = Full()
@@ -106,15 +106,15 @@ def test_gpu_ram_and_disk_have_to_hold_the_format(a_4060ti, monkeypatch):
     assert chosen_format(1024, eight, vram="20GiB") == "fp8"
 
 
-def test_a_plan_knows_how_much_this_gpu_decodes_at_a_time(a_4060ti, monkeypatch):
+def test_a_plan_knows_how_much_this_gpu_dequantizes_at_a_time(a_4060ti, monkeypatch):
     config = config_from_dict({"data": {"folders": ["x"]}}, "a test")
     geforce = costs_of(config, Full(), 1024).scratch
     monkeypatch.setattr(memory, "measure", lambda folder: GPUS["h100"])
     assert costs_of(config, Full(), 1024).scratch - geforce > 50e6
 
 
-def test_a_text_encoder_that_is_trained_has_its_room(a_4060ti):
-    """With the sizes of nano's: they are read from the file."""
+def test_a_trained_text_encoder_is_part_of_the_costs(a_4060ti):
+    """Here of nano's size, which is read from its file."""
 
     class WithClip(Full):
         def open(self, part: str):
@@ -126,7 +126,7 @@ def test_a_text_encoder_that_is_trained_has_its_room(a_4060ti):
     assert plain.ahead and not more.ahead
 
 
-def test_a_gpu_gets_a_plan_that_keeps_to_what_it_may_use(a_4060ti):
+def test_a_gpu_gets_a_plan_within_its_budget(a_4060ti):
     small, large = planned(vram="6GiB"), planned(vram="16GiB")
     assert small.plan.peak_bytes < 6 * GIB < large.plan.peak_bytes < 16 * GIB
     assert large.plan.seconds < small.plan.seconds
@@ -138,12 +138,12 @@ def test_pins_are_kept(a_4060ti):
     assert (set(pinned.policies), len(pinned.resident), pinned.slots) == ({"recompute"}, 36, 4)
 
 
-def test_where_nothing_fits_it_says_what_would(a_4060ti):
+def test_if_nothing_fits_the_error_names_what_would(a_4060ti):
     with pytest.raises(WrongRequest, match=r"needs at least .* what would do: --vram"):
         planned(vram="2GiB")
 
 
-def test_a_cpu_has_nothing_to_plan_with():
+def test_vram_and_ram_are_refused_on_a_cpu():
     models = Models(ModelConfig(name="nano"), torch.device("cpu"))
     with pytest.raises(WrongRequest, match="this machine has none"):
         place(TrainConfig(memory=MemoryConfig(vram="12GiB")), models, print)
@@ -152,7 +152,7 @@ def test_a_cpu_has_nothing_to_plan_with():
 
 @pytest.mark.slow
 @pytest.mark.parametrize("what", [(), ("--set", "lora.targets=all"), ("--text-encoder", "clip_l")])
-def test_a_streamed_run_ends_in_the_very_same_lora(what, tmp_path: Path):
+def test_a_streamed_run_gives_exactly_the_same_lora(what, tmp_path: Path):
     photos = tmp_path / "photos"
     photos.mkdir()
     for i, (image, caption) in enumerate(drawing.concept(seed=1, count=2)):

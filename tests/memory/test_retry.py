@@ -1,4 +1,4 @@
-"""Out of memory in a run: it goes on under smaller plans, and ends in the very LoRA of a run that nothing disturbed."""
+"""A run that is out of memory continues with smaller plans, and ends with exactly the LoRA of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from click.testing import CliRunner
 from fluxq.cli.main import main
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.quantized import QuantizedFile
-from fluxq.memory.placement import Budget, Placement, placed
-from fluxq.memory.retry import described, smaller
+from fluxq.memory.placement import Budget, Placement, placement_of
+from fluxq.memory.retry import describe_placement, smaller_placement
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.blocks import DoubleStreamBlock, SingleStreamBlock
@@ -40,19 +40,19 @@ def short_blocks():
 
 def rungs(placement: Placement, training: bool = True, streams: bool = True) -> list[Placement]:
     found = []
-    while (following := smaller(placement, BLOCKS, training, streams)) is not None:
+    while (following := smaller_placement(placement, BLOCKS, training, streams)) is not None:
         found.append(placement := following)
         assert len(found) < 20
     return found
 
 
-def test_by_hand_policies_go_first_then_inputs_then_units_then_slots():
+def test_pinned_policies_go_first_then_inputs_then_units_then_slots():
     found = rungs(Placement(policies="keep_all"))
     assert [p.policies for p in found[:3]] == [(name,) * 4 for name in ("keep_qkv", "keep_attention", "recompute")]
     assert [p.offload for p in found] == [False] * 3 + [True] * (len(found) - 3)
     assert [6 if p.resident is None else len(p.resident) for p in found[3:]] == [6, 3, 1, 0, 0, 0]
     assert [p.slots for p in found[3:]] == [8, 8, 8, 8, 4, 2]
-    mixed = smaller(Placement(policies=("", "recompute", "keep_all8", "keep_qkv")), BLOCKS, True, True)
+    mixed = smaller_placement(Placement(policies=("", "recompute", "keep_all8", "keep_qkv")), BLOCKS, True, True)
     assert mixed.policies == ("", "recompute", "keep_qkv", "keep_attention"), "none begins to round"
     assert [p.offload for p in rungs(Placement(policies="recompute"), streams=False)] == [True]
 
@@ -63,13 +63,13 @@ def test_without_a_backward_pass_policies_stay():
     assert [len(p.resident or ()) for p in found] == [3, 1, 0, 0, 0]
 
 
-def test_a_line_says_what_it_is_now():
-    assert described(Placement(policies="keep_all"), BLOCKS) == (
+def test_a_placement_is_described_in_one_line():
+    assert describe_placement(Placement(policies="keep_all"), BLOCKS) == (
         "6 of 6 units resident; blocks keep 4 x keep_all, their inputs on the GPU"
     )
     last = Placement((), 2, ("", "recompute", "keep_qkv", "recompute"), True)
-    assert described(last, BLOCKS) == (
-        "0 of 6 units resident and 2 slots; blocks keep 2 x recompute, 1 x keep_qkv, their inputs on the host"
+    assert describe_placement(last, BLOCKS) == (
+        "0 of 6 units resident and 2 slots; blocks keep 2 x recompute, 1 x keep_qkv, their inputs in RAM"
     )
 
 
@@ -77,29 +77,29 @@ def test_a_line_says_what_it_is_now():
 @pytest.mark.parametrize(
     ("name", "format", "vram"), [("rtx4090", "nf4", 8), ("rtx3060", "nf4", 4), ("rtx4090", "int8", 5)]
 )
-def test_on_a_gpu_plans_are_made_anew_each_smaller_than_the_last(name, format, vram, short_blocks):
+def test_on_a_gpu_each_new_plan_is_smaller_than_the_last(name, format, vram, short_blocks):
     costs = flux_costs(SHORT, format, img_tokens=1024)
     budget = Budget(costs, GPUS[name], 64 << 30, Pins(format=format, compute="bf16"))
-    placement = placed(plan([costs], budget.gpu, vram << 30, budget.ram, budget.pins), budget)
+    placement = placement_of(plan([costs], budget.gpu, vram << 30, budget.ram, budget.pins), budget)
     rounds, made = "keep_all8" in placement.plan.policies, []
     while placement is not None:
         made.append(placement.plan)
         assert (placement.plan.format, placement.plan.compute) == (format, "bf16")
         assert rounds or "keep_all8" not in placement.plan.policies
-        placement = smaller(placement, short_blocks, True, True)
+        placement = smaller_placement(placement, short_blocks, True, True)
     peaks = [p.peak_bytes for p in made]
     assert len(peaks) > 5 and all(b <= 0.95 * a for a, b in zip(peaks, peaks[1:], strict=False))
     assert made[-1].offload and not made[-1].resident, "at last, nothing stays that need not"
     assert rounds or all(a.seconds <= GRAIN * b.seconds for a, b in zip(made, made[1:], strict=False))
 
 
-def test_pins_hold_as_long_as_they_can(short_blocks):
+def test_pins_hold_as_long_as_possible(short_blocks):
     costs = flux_costs(SHORT, "nf4", img_tokens=1024)
     pins = Pins(format="nf4", compute="bf16", policy="keep_qkv")
     budget = Budget(costs, GPUS["rtx4090"], 64 << 30, pins)
-    placement = placed(plan([costs], budget.gpu, 5 << 30, budget.ram, pins), budget)
+    placement = placement_of(plan([costs], budget.gpu, 5 << 30, budget.ram, pins), budget)
     kept = []
-    while (placement := smaller(placement, short_blocks, True, True)) is not None:
+    while (placement := smaller_placement(placement, short_blocks, True, True)) is not None:
         kept.append(set(placement.plan.policies) == {"keep_qkv"})
     assert kept[0] and not kept[-1] and kept == sorted(kept, reverse=True)
 
@@ -108,10 +108,10 @@ def test_what_cannot_be_streamed_stays(short_blocks):
     costs = flux_costs(SHORT, "bf16", img_tokens=1024)
     pins = Pins(format="bf16", compute="bf16", resident_units=16)
     budget = Budget(costs, GPUS["h200"], None, pins)
-    placement = placed(plan([costs], budget.gpu, 20 << 30, None, pins), budget)
+    placement = placement_of(plan([costs], budget.gpu, 20 << 30, None, pins), budget)
     while placement is not None:
         assert placement.plan.streamed == 0
-        placement = smaller(placement, short_blocks, True, streams=False)
+        placement = smaller_placement(placement, short_blocks, True, can_stream=False)
 
 
 # --- runs
@@ -145,7 +145,7 @@ def undisturbed(photos):
 
 
 class Shortage:
-    """Runs out of memory at these calls of a function, counted from 1; `before` it does its work, or after."""
+    """Run out of memory at these calls of a function, counted from 1; `before` or after it does its work."""
 
     def __init__(self, monkeypatch, owner: object, name: str, calls: set[int], after: bool = False):
         self.made, real = 0, getattr(owner, name)
@@ -182,17 +182,17 @@ def test_a_step_that_runs_out_of_memory_is_repeated(kind, call, more, photos, un
     Shortage(monkeypatch, kind, "forward", {call})
     result = run(photos, tmp_path, *more)
     assert_undisturbed(result, tmp_path, undisturbed)
-    assert f"out of memory in step {1 + (call - 1) // 8} (CUDA out of memory); again with" in result.output
+    assert f"out of memory in step {1 + (call - 1) // 8} (CUDA out of memory); repeating with" in result.output
 
 
 @pytest.mark.slow
 def test_shortage_after_shortage_goes_down_the_whole_ladder(photos, undisturbed, tmp_path, monkeypatch):
-    """And where even placing the weights anew runs out of memory, that is one more."""
+    """If placing the weights again runs out of memory too, that is one more shortage."""
     Shortage(monkeypatch, SingleStreamBlock, "forward", {3, 8, 10, 15, 20, 21})
     Shortage(monkeypatch, QuantizedFile, "read_into", {2})
     result = run(photos, tmp_path)
     assert_undisturbed(result, tmp_path, undisturbed, 7)
-    for words in ("4 x keep_qkv", "4 x keep_attention", "4 x recompute", "inputs on the host", "0 of 6 units"):
+    for words in ("4 x keep_qkv", "4 x keep_attention", "4 x recompute", "inputs in RAM", "0 of 6 units"):
         assert words in result.output
     assert '"offload": true' in (tmp_path / "plan.json").read_text()
 
@@ -213,7 +213,7 @@ def test_half_an_update_cannot_be_repeated_and_the_last_save_is_good(photos, und
 
 
 @pytest.mark.slow
-def test_where_nothing_smaller_is_left_it_says_so_and_the_last_save_is_good(photos, undisturbed, tmp_path, monkeypatch):
+def test_no_smaller_plan_gives_an_error_and_the_last_save_is_good(photos, undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         Shortage(patch, SingleStreamBlock, "forward", set(range(9, 1000)))
         least = ("--policy", "recompute", "--resident-units", 0, "--slots", 4)
@@ -224,14 +224,14 @@ def test_where_nothing_smaller_is_left_it_says_so_and_the_last_save_is_good(phot
     assert error.startswith(
         "error: the GPU ran out of memory; a smaller --resolution, --batch or --t5-length needs less"
     )
-    assert "in step 2 even the smallest plan was too much" in error and "--resume" in error
+    assert "in step 2 even the smallest plan needs too much memory" in error and "--resume" in error
     resumed = CliRunner().invoke(main, ["train", "--resume", str(tmp_path)])
     assert_undisturbed(resumed, tmp_path, undisturbed, 0)
 
 
 @pytest.mark.slow
 def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path, monkeypatch):
-    """Units go to the host; what blocks keep has nothing to do with it, and stays."""
+    """Units move to RAM; what blocks keep does not matter here and stays."""
     Shortage(monkeypatch, Flux, "forward", {2})  # in the validation before
     Shortage(monkeypatch, AutoEncoder, "decode", {1, 2, 3})  # whole, on 32 rows at a time, and on 8
     more = ["--sample-every", 3, "--sample-steps", 2, "--set", f"data.validation=['{photos}']"]
@@ -242,7 +242,7 @@ def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path,
 
 
 @pytest.mark.slow
-def test_a_preview_that_nothing_makes_small_enough_is_given_up(photos, undisturbed, tmp_path, monkeypatch):
+def test_a_preview_that_never_fits_is_skipped(photos, undisturbed, tmp_path, monkeypatch):
     Shortage(monkeypatch, AutoEncoder, "decode", set(range(1000)))
     result = run(photos, tmp_path, "--sample-every", 2, "--sample-steps", 1)
     assert_undisturbed(result, tmp_path, undisturbed, 5)
@@ -250,7 +250,7 @@ def test_a_preview_that_nothing_makes_small_enough_is_given_up(photos, undisturb
 
 
 @pytest.mark.parametrize("more", [(), ("--resident-units", "0", "--slots", "2")])
-def test_inputs_on_the_host_by_hand_end_in_the_very_same_lora(more, photos, undisturbed, tmp_path, monkeypatch):
+def test_pinned_inputs_in_ram_give_exactly_the_same_lora(more, photos, undisturbed, tmp_path, monkeypatch):
     stored = []
     real = HostInputs.store
     monkeypatch.setattr(HostInputs, "store", lambda self, tensors: stored.append(1) or real(self, tensors))

@@ -32,7 +32,7 @@ WIDE = tiny_config(in_channels=64, out_channels=64, vec_in_dim=64, context_in_di
 
 
 def run(*arguments) -> tuple[int, dict, str]:
-    """Exit code, answer, and the lines meant for people."""
+    """Exit code, JSON answer, and the lines for humans."""
     result = CliRunner().invoke(main, ["check", *map(str, arguments), "--json"])
     return result.exit_code, json.loads(result.stdout), result.stderr
 
@@ -42,7 +42,7 @@ def test_a_file_is_described_with_its_use(part):
     file = {"flux": nano.FLUX, "ae": nano.AE, "clip_l": nano.CLIP_L, "t5xxl": nano.T5XXL}[part]
     code, answer, lines = run(file)
     assert code == 0 and list(answer["parts"]) == [part] and answer["parts"][part]["precision"] == "bf16"
-    assert f"holds        {PARTS[part]}" in lines and f"use it by --{part.replace('_', '-')}" in lines
+    assert f"holds        {PARTS[part]}" in lines and f"use it with --{part.replace('_', '-')}" in lines
 
 
 LAYER = "lora_unet_double_blocks_0_img_attn_qkv"
@@ -69,17 +69,17 @@ def test_a_lora_is_described_with_its_uses(tmp_path):
         (
             "kohya",
             "kohya, 15 modules of rank",
-            "read as it is by ComfyUI, Forge, sd-scripts; not, or not all of it, by diff",
+            "loaded as is by ComfyUI, Forge, sd-scripts; not, or not completely, by diff",
         ),
         (
             "ai-toolkit",
             "diffusers, ",
-            "read as it is by ComfyUI, Forge, diffusers; not, or not all of it, by sd-scripts",
+            "loaded as is by ComfyUI, Forge, diffusers; not, or not completely, by sd-scripts",
         ),
-        ("fal Kontext", "peft, ", "read as it is by no other program; not, or not all of it, by ComfyUI, Forge, diff"),
+        ("fal Kontext", "peft, ", "loaded as is by no other program; not, or not completely, by ComfyUI, Forge, diff"),
     ],
 )
-def test_a_lora_is_told_with_what_reads_it(tmp_path, dialect, what, reads):
+def test_a_lora_is_described_with_the_programs_that_load_it(tmp_path, dialect, what, reads):
     tensors, _, metadata = WRITERS[dialect]()
     write_safetensors(tmp_path / "x.safetensors", tensors, {**metadata, "ss_output_name": "zqx"})
     code, answer, lines = run(tmp_path / "x.safetensors")
@@ -120,7 +120,7 @@ def test_a_lora_that_fluxq_cannot_use_is_refused_with_the_reason(tmp_path, what)
 
 
 def test_a_folder_of_models_is_described_file_by_file(tmp_path):
-    """diffusers' layout, of which a shard alone says nothing; one of the files is damaged."""
+    """diffusers' layout, with shards that do not identify themselves; one of the files is damaged."""
     for file, name in ((nano.AE, "vae/a"), (nano.T5XXL, "text_encoder_2/b"), (nano.CLIP_L, "clip")):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(file, tmp_path / f"{name}.safetensors")
@@ -134,7 +134,7 @@ def test_a_folder_of_models_is_described_file_by_file(tmp_path):
     assert "images" in run(tmp_path, "--model", "nano")[1], "models beside images are no matter"
 
 
-def test_a_model_under_an_unknown_prefix_is_no_model_without_a_use(tmp_path):
+def test_a_model_under_an_unknown_prefix_is_refused_by_its_keys(tmp_path):
     ae = {f"first_stage_model.{key}": tensor for key, tensor in load_file(nano.AE).items()}
     save_file(ae, tmp_path / "a.safetensors")
     code, answer, _ = run(tmp_path / "a.safetensors")
@@ -197,19 +197,19 @@ def write_gguf(path: Path) -> Path:
 @pytest.mark.parametrize(
     ("write", "precision", "use"),
     [
-        (transformer, "bf16", "--format bf16 keeps its matrices' very bytes"),
-        (as_nf4, "nf4", "--format nf4 keeps its matrices' very bytes"),
-        (as_scaled_fp8, "fp8 e4m3, scaled", "--format fp8 keeps its matrices' very bytes"),
-        (None, "Q8_0", "it is decoded in bands of rows, and stored once in the --format of a run: nf4"),
+        (transformer, "bf16", "--format bf16 keeps the exact bytes of its matrices"),
+        (as_nf4, "nf4", "--format nf4 keeps the exact bytes of its matrices"),
+        (as_scaled_fp8, "fp8 e4m3, scaled", "--format fp8 keeps the exact bytes of its matrices"),
+        (None, "Q8_0", "dequantized a few rows at a time, then stored once in the --format of a run: nf4"),
     ],
 )
-def test_a_stored_kind_is_named_with_what_becomes_of_it(tmp_path, write, precision, use):
+def test_a_stored_precision_is_named_with_its_use(tmp_path, write, precision, use):
     path = tmp_path / "flux.safetensors"
     save_file(write(), path) if write else write_gguf(path := tmp_path / "flux.gguf")
     code, answer, lines = run(path)
     assert code == 0 and answer["parts"]["flux"]["precision"] == precision
     assert answer["parts"]["flux"]["use"].startswith(use) and use in lines
-    assert f"holds        a FLUX.1 transformer: dev, 1 + 1 blocks, 64 wide, {precision}; use it by --flux" in lines
+    assert f"holds        a FLUX.1 transformer: dev, 1 + 1 blocks, 64 wide, {precision}; use it with --flux" in lines
     assert len(lines.splitlines()) == 3
 
 
@@ -230,7 +230,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_what_fluxq_has_no_use_for_is_named(tmp_path, name):
+def test_a_model_that_fluxq_cannot_use_is_named(tmp_path, name):
     save_file({key: torch.ones(2, 2) for key in REFUSED[name]}, tmp_path / "a.safetensors")
     code, answer, lines = run(tmp_path / "a.safetensors")
     assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 1 and name in answer["reasons"][0]
@@ -250,8 +250,8 @@ BAD = {
 
 @pytest.mark.parametrize("command", ["check", "quantize"])
 @pytest.mark.parametrize("what", BAD)
-def test_a_bad_file_costs_one_sentence(tmp_path, what, command):
-    """No traceback, no memory, and nothing is written."""
+def test_a_bad_file_gives_one_error(tmp_path, what, command):
+    """No traceback, little memory, and nothing is written."""
     (path := tmp_path / "bad.safetensors").write_bytes(BAD[what]())
     arguments = [command, str(path)] + ([str(tmp_path / "out.safetensors")] if command == "quantize" else [])
     tracemalloc.start()
@@ -271,8 +271,8 @@ def test_a_pipe_is_not_waited_for(tmp_path):
 
 
 @pytest.mark.parametrize("command", ["check", "quantize", "train --flux"])
-def test_a_path_that_the_system_refuses_is_one_sentence(command, tmp_path, monkeypatch):
-    """As for a file in a folder that is closed to us, or on a drive that went."""
+def test_a_path_that_the_system_refuses_gives_one_error(command, tmp_path, monkeypatch):
+    """Such as a file in a folder without permission, or on a drive that is gone."""
 
     def closed(path, *args, **options):
         if "closed" in str(path):
@@ -290,7 +290,7 @@ def test_a_path_that_the_system_refuses_is_one_sentence(command, tmp_path, monke
 
 
 @pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is GGUF of version"), (None, "does not exist")])
-def test_what_is_no_safetensors_file_is_one_sentence(tmp_path, content, sentence):
+def test_a_file_that_is_not_safetensors_gives_one_error(tmp_path, content, sentence):
     if content:
         (tmp_path / "x.safetensors").write_bytes(content * 9)
     result = CliRunner().invoke(main, ["check", str(tmp_path / "x.safetensors")])

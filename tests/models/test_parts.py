@@ -1,4 +1,4 @@
-"""Where models are found: named, below a folder by their headers, in the hub's cache; and what is said when not."""
+"""Finding models: by path, below a folder by their headers, in the hub's cache; and the errors if they are missing."""
 
 from __future__ import annotations
 
@@ -23,10 +23,11 @@ from fluxq.errors import WrongRequest
 from fluxq.formats import quantized as quantized_module
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.model import FluxConfig
-from fluxq.models import find
-from fluxq.models.find import search
+from fluxq.models import candidates
+from fluxq.models.candidates import search
+from fluxq.models.finder import NANO, PARTS
 from fluxq.models.hub import NotFetched, hub_id
-from fluxq.models.parts import NANO, PARTS, Models
+from fluxq.models.parts import Models
 from fluxq.train import train
 
 REPOSITORY = "someone/FLUX.1-toy"
@@ -45,7 +46,7 @@ def place(file: Path, target: Path) -> Path:
 
 
 def comfy(folder: Path) -> dict[str, Path]:
-    """nano as ComfyUI's folders have models, under names that say nothing, among files that are none of ours."""
+    """nano in ComfyUI's folders, under meaningless names, among unrelated files."""
     places = {"flux": "unet/a", "ae": "vae/b", "clip_l": "clip/c", "t5xxl": "text_encoders/sub/d"}
     files = {part: place(NANO[part], folder / "models" / f"{name}.safetensors") for part, name in places.items()}
     save_lora(folder / "models/loras/style.safetensors")
@@ -84,10 +85,10 @@ def test_a_folder_is_searched_by_headers(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_MODELS", str(tmp_path))
     assert served() == files
     other = place(nano.AE, tmp_path / "other" / "x.safetensors")
-    assert served(ae=other, models=tmp_path / "models")["ae"] == other  # what is named wins
+    assert served(ae=other, models=tmp_path / "models")["ae"] == other  # an explicit path wins
 
 
-def test_what_was_found_and_why_is_said_once(tmp_path):
+def test_each_file_and_its_reason_are_printed_once(tmp_path):
     files, lines = comfy(tmp_path), []
     models = Models(ModelConfig(models=tmp_path), notify=lines.append)
     models.check()
@@ -105,27 +106,30 @@ def test_one_all_in_one_file_serves_every_part(tmp_path):
     lines = []
     models = Models(ModelConfig(models=tmp_path), notify=lines.append)
     assert models.served("ae").path == alone
-    assert lines[-1].endswith(f"of 2 in {tmp_path} the one with a file of its own)")
+    assert lines[-1].endswith(f"the best of 2 in {tmp_path}: it holds no other model)")
 
 
-def test_of_several_the_one_with_the_most_bits_serves(tmp_path):
+def test_the_file_with_the_most_bits_wins(tmp_path):
     files = comfy(tmp_path)
     cast("t5xxl", tmp_path / "models/text_encoders/8.safetensors", torch.float8_e4m3fn)
     lines = []
     models = Models(ModelConfig(models=tmp_path), notify=lines.append)
     assert models.served("t5xxl").path == files["t5xxl"]
-    assert lines[-1].endswith(f"of 2 in {tmp_path} the one with the most bits, bf16)")
+    assert lines[-1].endswith(f"the best of 2 in {tmp_path}: it has the most bits (bf16))")
 
 
-def test_two_files_that_are_alike_are_both_named(tmp_path):
+def test_two_equally_good_files_are_both_named(tmp_path):
     files = comfy(tmp_path)
     second = place(nano.FLUX, tmp_path / "models/unet/finetune.safetensors")
     sentence = refusal(models=tmp_path)
-    assert f"in {files['flux']} and in {second}, which are alike (bf16); name the one to use, by --flux" in sentence
+    assert (
+        f"in {files['flux']} and in {second}, which are equally good (bf16); name the one to use with --flux"
+        in sentence
+    )
     assert served(models=tmp_path, flux=second)["flux"] == second
 
 
-# --- the transformer beside what fluxq quantize made of it ---
+# --- the transformer next to files that fluxq quantize made from it ---
 
 
 def quantized(source: Path, target: Path, format: str) -> Path:
@@ -135,7 +139,7 @@ def quantized(source: Path, target: Path, format: str) -> Path:
 
 
 def found_flux(**config) -> tuple[Path, str]:
-    """The transformer's file and what is said of it."""
+    """The transformer's file and the line that is printed about it."""
     lines = []
     models = Models(ModelConfig(**config), torch.device("cpu"), notify=lines.append)
     models.check()
@@ -143,17 +147,19 @@ def found_flux(**config) -> tuple[Path, str]:
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_a_quantized_file_serves_where_its_format_is_wanted(format, tmp_path):
-    """In place of its original, which is another form of the same model: no two files for one part."""
+def test_a_quantized_file_serves_if_its_format_is_requested(format, tmp_path):
+    """In place of its original: both are the same model, so this is not an ambiguity."""
     files = comfy(tmp_path)
     made = {f: quantized(files["flux"], tmp_path / f"models/unet/{f}.safetensors", f) for f in ("nf4", "int8")}
     assert found_flux(models=tmp_path, format=format) == (
         made[format],
-        f"flux: {made[format]} (a.safetensors in {format} already)",
+        f"flux: {made[format]} (a.safetensors, already quantized to {format})",
     )
     path, said = found_flux(models=tmp_path, format="fp8")
     assert path == files["flux"]
-    assert said.endswith(f"(the only one in {tmp_path}; int8.safetensors is it in int8; nf4.safetensors is it in nf4)")
+    assert said.endswith(
+        f"(the only one in {tmp_path}; int8.safetensors is the same in int8; nf4.safetensors is the same in nf4)"
+    )
 
 
 def test_a_quantized_file_alone_serves_in_its_format(tmp_path):
@@ -169,7 +175,7 @@ def test_a_quantized_file_alone_serves_in_its_format(tmp_path):
     assert found_flux(models=tmp_path, format="int8")[0] in (made, again)
 
 
-def test_a_format_that_is_chosen_later_is_served_by_what_was_quantized_in_it(tmp_path):
+def test_a_format_chosen_later_is_served_by_its_quantized_file(tmp_path):
     files = comfy(tmp_path)
     made = quantized(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
     models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), notify=lambda line: None)
@@ -179,7 +185,7 @@ def test_a_format_that_is_chosen_later_is_served_by_what_was_quantized_in_it(tmp
     assert models.flux_file == made and models.quantized and models.resolved().format == "int8"
 
 
-def test_a_format_that_the_disk_cannot_hold_is_no_candidate(tmp_path, monkeypatch):
+def test_a_format_that_does_not_fit_on_the_disk_is_not_a_candidate(tmp_path, monkeypatch):
     models = Models(
         ModelConfig(models=comfy(tmp_path)["flux"].parents[2]), torch.device("cpu"), notify=lambda line: None
     )
@@ -188,8 +194,8 @@ def test_a_format_that_the_disk_cannot_hold_is_no_candidate(tmp_path, monkeypatc
     assert [f for f in ("nf4", "int8", "bf16") if models.has_room_for(f)] == ["bf16"]
 
 
-def test_the_original_is_chosen_first_then_its_form(tmp_path):
-    """Of originals the one with the most bits serves as ever, whatever was quantized of the other."""
+def test_the_original_is_chosen_first_then_its_quantized_form(tmp_path):
+    """The original with the most bits wins, even if the other one was quantized."""
     files = comfy(tmp_path)
     fewer = cast("flux", tmp_path / "models/unet/8.safetensors", torch.float8_e4m3fn)
     quantized(fewer, tmp_path / "models/unet/8-nf4.safetensors", "nf4")
@@ -202,7 +208,7 @@ def test_two_originals_stay_an_ambiguity_whatever_is_quantized(tmp_path):
     files = comfy(tmp_path)
     second = place(nano.FLUX, tmp_path / "models/unet/finetune.safetensors")
     quantized(second, tmp_path / "models/unet/made.safetensors", "nf4")
-    assert f"in {files['flux']} and in {second}, which are alike (bf16)" in refusal(models=tmp_path)
+    assert f"in {files['flux']} and in {second}, which are equally good (bf16)" in refusal(models=tmp_path)
 
 
 def test_quantized_files_of_different_models_are_both_named(tmp_path):
@@ -210,24 +216,24 @@ def test_quantized_files_of_different_models_are_both_named(tmp_path):
     other = cast("flux", tmp_path / "elsewhere/other.safetensors", torch.float16)
     first = quantized(other, tmp_path / "models/unet/first.safetensors", "nf4")
     sentence = refusal(models=tmp_path / "models")
-    assert f"in {files['flux']}, and one in nf4 that was made from another file in {first}; name the one" in sentence
-    assert sentence.endswith("to use, by --flux")
+    assert f"in {files['flux']}, and {first} in nf4, which was made from another file; name the one" in sentence
+    assert sentence.endswith("to use with --flux")
     assert found_flux(models=tmp_path / "models", format="int8")[0] == files["flux"]
     second = quantized(files["flux"], tmp_path / "models/unet/second.safetensors", "nf4")
     files["flux"].unlink()
-    assert f"in {first} and in {second}, which are alike (nf4); name" in refusal(models=tmp_path / "models")
+    assert f"in {first} and in {second}, which are equally good (nf4); name" in refusal(models=tmp_path / "models")
 
 
-def test_a_damaged_quantized_file_is_passed_over(tmp_path):
+def test_a_damaged_quantized_file_is_skipped(tmp_path):
     files = comfy(tmp_path)
     made = quantized(files["flux"], tmp_path / "models/unet/made.safetensors", "nf4")
     made.write_bytes(made.read_bytes()[:-5])
     assert found_flux(models=tmp_path)[0] == files["flux"]
     files["flux"].unlink()
-    assert f"passed over: {made} is truncated" in refusal(models=tmp_path)
+    assert f"skipped: {made} is truncated" in refusal(models=tmp_path)
 
 
-def test_encoders_of_another_size_are_passed_over(tmp_path):
+def test_encoders_of_another_size_are_skipped(tmp_path):
     files = comfy(tmp_path)
     ae = load_file(nano.AE)
     tensors = {
@@ -239,22 +245,22 @@ def test_encoders_of_another_size_are_passed_over(tmp_path):
     save_file(tensors, wide)
     assert served(models=tmp_path)["ae"] == files["ae"]
     files["ae"].unlink()
-    assert f"{wide} gives vectors of 32 where {files['flux']} takes 16" in refusal(models=tmp_path)
+    assert f"{wide} gives vectors of width 32, but {files['flux']} takes 16" in refusal(models=tmp_path)
 
 
-def test_a_part_that_is_missing_is_named_with_what_was_passed_over(tmp_path):
+def test_a_missing_part_is_named_with_the_skipped_files(tmp_path):
     files = comfy(tmp_path)
     files["flux"].write_bytes(files["flux"].read_bytes()[:-5])
     sentence = refusal(models=tmp_path)
     assert (
-        f"{tmp_path} holds no FLUX.1 transformer; name it by --flux; passed over: {files['flux']} is truncated"
+        f"{tmp_path} holds no FLUX.1 transformer; name it with --flux; skipped: {files['flux']} is truncated"
         in sentence
     )
     assert "style" not in sentence
 
 
-def test_nothing_named_and_nowhere_to_look_names_every_way():
-    assert "no --flux, --ae, --clip-l, --t5xxl was given; name the files, or the folder to look for" in refusal()
+def test_no_model_and_nowhere_to_look_names_every_remedy():
+    assert "no --flux, --ae, --clip-l, --t5xxl was given; pass --models FOLDER (or set FLUXQ_MODELS)" in refusal()
 
 
 def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
@@ -265,18 +271,18 @@ def test_a_folder_that_is_gone_is_named(tmp_path, monkeypatch):
 
 def test_the_search_has_limits(tmp_path, monkeypatch):
     comfy(tmp_path)
-    monkeypatch.setattr(find, "MAX_FILES", 2)
+    monkeypatch.setattr(candidates, "MAX_FILES", 2)
     assert "holds more than 2 model files; name a folder further down" in refusal(models=tmp_path)
-    monkeypatch.setattr(find, "MAX_FILES", 100)
-    monkeypatch.setattr(find, "MAX_FOLDERS", 3)
+    monkeypatch.setattr(candidates, "MAX_FILES", 100)
+    monkeypatch.setattr(candidates, "MAX_FOLDERS", 3)
     assert "holds more than 3 folders" in refusal(models=tmp_path)
-    monkeypatch.setattr(find, "MAX_FOLDERS", 100)
-    monkeypatch.setattr(find, "MAX_DEPTH", 3)
+    monkeypatch.setattr(candidates, "MAX_FOLDERS", 100)
+    monkeypatch.setattr(candidates, "MAX_DEPTH", 3)
     assert "holds no T5 text encoder" in refusal(models=tmp_path)
 
 
 def test_links_are_followed_once(tmp_path):
-    """A link to a folder is searched, a circle of links ends, and a file is met once however it is reached."""
+    """A link to a folder is searched, a cycle of links ends, and a file counts once however it is reached."""
     files = comfy(tmp_path / "real")
     linked = tmp_path / "linked"
     linked.mkdir()
@@ -359,7 +365,7 @@ def test_a_hub_id_is_answered_from_the_cache_first(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["flux.gguf", "flux.sft", "flux.safetensors", "FLUX.GGUF", "flux.ckpt", "a.json"])
-def test_the_name_of_a_file_is_no_hub_id(name):
+def test_the_name_of_a_file_is_not_a_hub_id(name):
     assert hub_id(Path("models") / name) is None and hub_id(Path(REPOSITORY)) == REPOSITORY
 
 
@@ -382,10 +388,10 @@ def test_a_path_that_exists_wins_over_a_hub_id(tmp_path):
     assert served(models=Path(REPOSITORY)) == {part: path.relative_to(tmp_path) for part, path in files.items()}
 
 
-def test_offline_is_one_sentence(tmp_path):
+def test_offline_gives_one_error(tmp_path):
     snapshot = cached(tmp_path, {"flux": "flux.safetensors"})
     sentence = refusal(models=Path(REPOSITORY))
-    assert f"{REPOSITORY} is neither a file or folder here nor wholly in the hub's cache" in sentence
+    assert f"{REPOSITORY} is neither a file or folder here nor complete in the hub's cache" in sentence
     assert sentence.endswith("go online once, or give paths")
     assert snapshot.exists()
 
@@ -416,7 +422,7 @@ class MadeUpHub:
         monkeypatch.setattr(huggingface_hub, "snapshot_download", self.snapshot_download)
 
 
-def test_just_the_needed_files_are_fetched_once(tmp_path, monkeypatch):
+def test_only_the_needed_files_are_fetched_once(tmp_path, monkeypatch):
     hub, lines = MadeUpHub(tmp_path, NAMES), []
     hub.install(monkeypatch)
     models = Models(ModelConfig(models=Path(REPOSITORY)), notify=lines.append)
@@ -435,7 +441,7 @@ ANSWER = SimpleNamespace(headers={}, request=None)  # of the hub, as its errors 
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (lambda: GatedRepoError("gated", response=ANSWER), "asks you to accept its licence: do so on its page"),
+        (lambda: GatedRepoError("gated", response=ANSWER), "asks you to accept its license: do so on its page"),
         (
             lambda: RepositoryNotFoundError("none", response=ANSWER),
             "is neither a file or folder here nor a model",
@@ -443,7 +449,7 @@ ANSWER = SimpleNamespace(headers={}, request=None)  # of the hub, as its errors 
         (lambda: OSError("no route"), "the hub cannot be reached (no route); go online once, or give paths"),
     ],
 )
-def test_what_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch, error, sentence):
+def test_a_refusal_of_the_hub_gives_one_error(tmp_path, monkeypatch, error, sentence):
     hub = MadeUpHub(tmp_path, NAMES, error())
     hub.install(monkeypatch)
     found = refusal(models=Path(REPOSITORY))
@@ -454,10 +460,7 @@ def test_what_the_hub_refuses_is_one_sentence(tmp_path, monkeypatch, error, sent
 def test_a_repository_of_many_loose_files_asks_for_one(tmp_path, monkeypatch):
     MadeUpHub(tmp_path, {"flux": "a.safetensors", "t5xxl": "b.safetensors"}).install(monkeypatch)
     sentence = refusal(flux=Path(REPOSITORY), models=tmp_path)
-    assert (
-        f"{REPOSITORY} has no folder transformer, and beside that a.safetensors, b.safetensors; download the one"
-        in sentence
-    )
+    assert f"{REPOSITORY} has no folder transformer but a.safetensors, b.safetensors; download the file" in sentence
 
 
 @pytest.mark.parametrize(("capability", "used"), [((8, 6), "int8_dx"), ((8, 9), "fp8_dx"), ((12, 0), "fp8_dx")])
