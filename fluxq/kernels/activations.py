@@ -13,7 +13,7 @@ from torch import Tensor
 class Wants:
     """The form in which a linear layer wants its input.
 
-    room: columns left free behind each row, where the layer puts x down^T, so that base and LoRA are one matrix product
+    padding: columns left free behind each row, where the layer puts x down^T, so that base and LoRA are one matrix product
         (the K-extension, README.md).
     dtype: torch.int8 or torch.float8_e4m3fn where the layer multiplies in 8 bits: the producer gives those rows, each
         with its scale, and with `down` (R, K) their product with it, in the same pass.
@@ -21,7 +21,7 @@ class Wants:
         Such a layer does not ask for a product with `down`, which sees rows as they are, but makes it itself.
     """
 
-    room: int = 0
+    padding: int = 0
     dtype: torch.dtype | None = None
     down: Tensor | None = None
     rotation: int = 0
@@ -30,7 +30,7 @@ class Wants:
 class Activations(NamedTuple):
     """A linear layer's input, rows of width K.
 
-    x (..., K + room) in the model's dtype, what lies in the room undefined; and where they were wanted values (M, K) in
+    x (..., K + padding) in the model's dtype, what lies in the padding undefined; and where they were wanted values (M, K) in
     8 bits, scale (M,) fp32, and s = x down^T (M, R) fp32. Gradients flow through x alone.
     """
 

@@ -12,14 +12,14 @@ FEW_ROWS = 64
 """Up to here (modulation, embedders) reading the weight is all the work: 8 bits would only cost accuracy."""
 
 LANES = 32
-"""The room behind each row is a multiple of as many columns, so that every row begins on 64 bytes."""
+"""The padding behind each row is a multiple of as many columns, so that every row begins on 64 bytes."""
 
 MILLION = 1 << 20
 CHUNKS = {80: 45 * MILLION, 86: 9 * MILLION, 89: 9 * MILLION, 90: 45 * MILLION, 120: 9 * MILLION}
 """Compute capability -> numbers of a weight that are decoded at a time; fluxq/kernels/triton/shipped.py says why."""
 
 
-def room(rank: int) -> int:
+def padding(rank: int) -> int:
     """How many columns the Triton kernels want behind each row of the input of a bf16 layer with LoRA of that rank: one
     for each of x down^T, and one for the 1 that the bias is multiplied by.
     """

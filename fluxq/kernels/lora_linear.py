@@ -23,7 +23,7 @@ def wants(compute: str, down: Tensor | None, like: Tensor, rotation: int = 0) ->
     """The form in which a layer with LoRA `down` (R, K), or none, wants an input that lies where `like` lies."""
     if compute != "bf16":
         return Wants(dtype=_dtype(compute), down=None if rotation else down, rotation=rotation)
-    return Wants(room=0 if down is None else ops(like).room(down.shape[0]))
+    return Wants(padding=0 if down is None else ops(like).padding(down.shape[0]))
 
 
 def lora_linear(
@@ -50,8 +50,8 @@ def lora_linear(
         raise ValueError(f"compute must be one of {', '.join(COMPUTES)}, not {compute!r}")
     given = x if isinstance(x, Activations) else Activations(x)
     rows, columns = weight.shape
-    room = 0 if down is None or x is given.x else ops(given.x).room(down.shape[0])
-    if given.x.shape[-1] not in (columns, columns + room):
+    padding = 0 if down is None or x is given.x else ops(given.x).padding(down.shape[0])
+    if given.x.shape[-1] not in (columns, columns + padding):
         raise ValueError(f"the layer takes vectors of width {columns}, not {given.x.shape[-1]}")
     if (down is None) != (up is None):
         raise ValueError("LoRA needs down and up together; one of them is missing")

@@ -174,7 +174,7 @@ def unnest_absmax(absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, offs
     return quant_map[absmax.long()] * scales + offset
 
 
-def room(rank: int) -> int:
+def padding(rank: int) -> int:
     """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank."""
     return 0
 
@@ -184,7 +184,7 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
 
-    x (..., K) or with room behind each row; weight (N, K) as stored; down (R, K), up (N, R), bias (N,) in x's dtype.
+    x (..., K) or with padding behind each row; weight (N, K) as stored; down (R, K), up (N, R), bias (N,) in x's dtype.
     """
     x = x[..., : weight.shape[1]]
     y = F.linear(x, dequantize(weight, x.dtype), bias)
@@ -203,7 +203,7 @@ def lora_linear_backward(
     up: Tensor | None,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the room undefined.
+    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the padding undefined.
 
     weight None: the gradient of x is not wanted; s None: there is no LoRA, and x is not needed.
     """
@@ -249,7 +249,7 @@ def matmul_8bit(
 def activations(x: Tensor, wants: Wants) -> Activations:
     """`x` (..., K) in the form in which the layer after it wants it."""
     if wants.dtype is None:
-        return Activations(F.pad(x, (0, wants.room)) if wants.room else x)
+        return Activations(F.pad(x, (0, wants.padding)) if wants.padding else x)
     rows = x.flatten(0, -2)
     s = None if wants.down is None else rows.float() @ wants.down.float().t()
     return Activations(x, *row_quantize(rows, wants.dtype, rotation=wants.rotation), s)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from fluxq.kernels.cutting import FEW_ROWS, parts, room
+from fluxq.kernels.cutting import FEW_ROWS, padding, parts
 from fluxq.kernels.replay import POLICIES
 
 
@@ -66,14 +66,14 @@ class Product:
         return self.n * self.k
 
     @property
-    def room(self) -> int:
+    def padding(self) -> int:
         """Columns that are left free behind each row of its input."""
-        return room(self.rank) if self.rank and self.produced and self.compute == "bf16" else 0
+        return padding(self.rank) if self.rank and self.produced and self.compute == "bf16" else 0
 
     @property
     def x(self) -> int:
         """Bytes of its input."""
-        return self.rows * (self.k + self.room) * 2
+        return self.rows * (self.k + self.padding) * 2
 
     @property
     def as_rows(self) -> int:
@@ -100,7 +100,7 @@ class Product:
         """
         lora = 2 * self.rank * (self.n + self.k)
         if not self.eight_bits:
-            return lora + self.n * self.room * 2
+            return lora + self.n * self.padding * 2
         return lora + (0 if self.stored == 1 else self.weights + 4 * self.n) + (0 if self.produced else self.as_rows)
 
     @property
@@ -108,7 +108,7 @@ class Product:
         lora = 2 * self.rank * (self.n + self.k) + self.rows * self.rank * 2
         if self.eight_bits_back:
             return lora + self.weights + self.rows * (self.n + 4)
-        return lora + self.n * self.room * 2
+        return lora + self.n * self.padding * 2
 
 
 @dataclass(frozen=True)
@@ -162,15 +162,15 @@ class Shape:
 
 def scratch(products: Collection[Product], chunk: int) -> int:
     """Bytes of the scratch that decoded weights lie in, about `chunk` numbers at a time (rows, or columns in the
-    backward pass) and the LoRA's beside them: it stays. Where there is no room for the bias, a weight lies there whole.
+    backward pass) and the LoRA's beside them: it stays. If no padding holds the bias, a weight is decoded whole.
     """
     sizes = [0]
     for p in products:
         if p.stored == 2 or p.eight_bits_back:
             continue
         if not p.eight_bits:
-            sizes.append((_part(p.n, p.k, chunk) if p.room else p.n) * (p.k + p.room) * 2)
-        sizes.append(p.n * (_part(p.k, p.n, chunk) + p.room) * 2)
+            sizes.append((_part(p.n, p.k, chunk) if p.padding else p.n) * (p.k + p.padding) * 2)
+        sizes.append(p.n * (_part(p.k, p.n, chunk) + p.padding) * 2)
     return max(sizes)
 
 

@@ -92,7 +92,7 @@ def test_how_rows_are_shared_out_is_all_that_rounding_depends_on():
     torch.testing.assert_close(found[0], found[2])
 
 
-def test_gradients_may_lie_apart_and_inputs_have_room():
+def test_gradients_may_be_strided_and_inputs_padded():
     layer = Layer("nf4", 6, 192, torch.float32, 5)
     expected = layer.gradients(linear, torch.float32)
     layer.dy = torch.full((6, 2 * N), torch.nan).index_copy_(1, torch.arange(0, 2 * N, 2), layer.dy)[:, ::2]

@@ -47,9 +47,9 @@ def test_far_from_zero_it_is_the_identity_or_zero(either_backend, device):
     torch.testing.assert_close(dh, torch.tensor([0, 0, 0.5, 1, 1], device=device).expand(1, 3, 5))
 
 
-def test_rows_leave_room_and_gradients_come_from_wider_rows(either_backend, device):
+def test_rows_are_padded_and_gradients_come_from_wider_rows(either_backend, device):
     h, beside = operands(device)
-    made = gelu_tanh(h, beside, Wants(room=16))
+    made = gelu_tanh(h, beside, Wants(padding=16))
     assert made.x.shape == (2, 21, 432) and made.x.is_contiguous()
     torch.testing.assert_close(made.x[..., :416], gelu_tanh(h, beside).x)
     wide = torch.randn(2, 21, 432, device=device)

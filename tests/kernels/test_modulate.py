@@ -112,13 +112,13 @@ def test_the_sum_may_get_no_gradient_of_its_own(either_backend, device):
     )
 
 
-def test_room_is_left_behind_each_row(either_backend, device):
+def test_each_row_is_padded(either_backend, device):
     shift, scale, gate = chunks(2, 96, device)
     x, y = stream((2, 21, 96), device), stream((2, 21, 96), device, 3)
-    wide, plain = modulate(x, shift, scale, Wants(room=16)).x, modulate(x, shift, scale).x
+    wide, plain = modulate(x, shift, scale, Wants(padding=16)).x, modulate(x, shift, scale).x
     assert wide.shape == (2, 21, 112) and wide.is_contiguous()
     torch.testing.assert_close(wide[..., :96], plain)
-    total, made = gated_add_modulate(x, gate, y, shift, scale, Wants(room=16))
+    total, made = gated_add_modulate(x, gate, y, shift, scale, Wants(padding=16))
     assert made.x.shape == (2, 21, 112)
     torch.testing.assert_close(made.x[..., :96], modulate(total, shift, scale).x)
 

@@ -80,9 +80,9 @@ def test_kept_bytes_by_hand(policy):
 # Twelve plans by hand: NF4 units of dev are 63,774,720 bytes at most, 8-bit ones 113.4 MB. LoRA on all blocks is R x
 # (19 x 2 x 16 + 38 x 14) x 3072 weights = 56.0 M for R = 16, with 4 bytes each, its state 2 + 8/256. At the turn of
 # a step the last block runs backward: the 56 others keep what they keep, the block has 22 U (x, dout, modulated 1
-# each, q k v 3, attention's output 1, hidden 4, GELU's output with attention 5, dy 1, dx 5) and 32 columns of room
-# behind modulated, GELU's output and dx; the decode scratch is about 9 x 2^20 x 2 = 18.9 MB, or 3072 x 3072 x 2 for
-# proj, whole for its bias. Modulation's rows of one step are 2.1 MB, those of coming steps wait on the host. With
+# each, q k v 3, attention's output 1, hidden 4, GELU's output with attention 5, dy 1, dx 5) and 32 columns of
+# padding behind modulated, GELU's output and dx; the decode scratch is about 9 x 2^20 x 2 = 18.9 MB, or 3072 x 3072 x 2
+# for proj, whole for its bias. Modulation's rows of one step are 2.1 MB, those of coming steps wait on the host. With
 # keep_all8 the last block's forward pass is more, 23 U: x and modulated 1 each, its qkv 3, q k v 3, hidden 4 and in
 # 8 bits 2, attention's output 1, GELU's 5, the sum's parts 1 and 1, and the double blocks' outputs 1, which wait for
 # the end of the pass. What stays are embedders and the last layer, 128 MB.
@@ -116,9 +116,13 @@ def test_twelve_rows_by_hand(row):
     (double, double_small), (single, single_small) = KEPT[policy]
     kept = (19 * double + 38 * single) * u + (19 * double_small + 38 * single_small) * 4 * tokens
     columns = -(-(rank + 1) // 32) * 32
-    room = columns * 2 * tokens * 3 + 2 * tokens * rank * 3  # and three x down^T
+    padding = columns * 2 * tokens * 3 + 2 * tokens * rank * 3  # and three x down^T
     block = (
-        (23 if policy == "keep_all8" else 22) * u + room + 24 * 3 * 4 * tokens - single * u - single_small * 4 * tokens
+        (23 if policy == "keep_all8" else 22) * u
+        + padding
+        + 24 * 3 * 4 * tokens
+        - single * u
+        - single_small * 4 * tokens
     )
     if policy == "keep_all8":  # of these the last layer keeps what the last block has made
         kept, block = kept + u, block - u

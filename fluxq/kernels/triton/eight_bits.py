@@ -17,7 +17,7 @@ def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
     Values are bytes here; `named` gives them their type.
     """
     batch, length, _ = like.shape
-    y = like.new_empty(batch, length, width + (wants.room if wants.dtype is None else 0))
+    y = like.new_empty(batch, length, width + (wants.padding if wants.dtype is None else 0))
     if wants.dtype is None:
         return Activations(y)
     values = like.new_empty(batch * length, width, dtype=torch.uint8)

@@ -13,10 +13,10 @@ from .stored import along_rows
 from .table import choose
 
 
-def fill_room(rows: Tensor, k: int, s: Tensor) -> None:
+def fill_padding(rows: Tensor, k: int, s: Tensor) -> None:
     """[s | 1 | 0] into the columns of `rows` (M, ...) from k on. s (M, R)."""
-    tile, width, s = choose("fill_room", rows.device), rows.shape[1] - k, along_rows(s)
-    _fill_room[triton.cdiv(len(rows), tile.block_m), triton.cdiv(width, tile.block_n)](
+    tile, width, s = choose("fill_padding", rows.device), rows.shape[1] - k, along_rows(s)
+    _fill_padding[triton.cdiv(len(rows), tile.block_m), triton.cdiv(width, tile.block_n)](
         rows[:, k:], s, len(rows), width, s.shape[1], rows.stride(0), s.stride(0),
         EIGHTS=_by_eights(s), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -43,7 +43,7 @@ def _multiple(n, EIGHTS: tl.constexpr):
 
 
 @triton.jit(do_not_specialize=["M", "R", "s_stride"])
-def _fill_room(
+def _fill_padding(
     out_ptr,  # (M, width) out, rows out_stride apart
     s_ptr,  # (M, R)
     M,

@@ -3,9 +3,9 @@
 Paths, chosen by the table:
 
 extended  The weight is decoded, some rows at a time, into a scratch [W | scale up | bias]; the input carries
-          [x | x down^T | 1] where its producer left room behind each row. Base, LoRA and bias are then one product of
+          [x | x down^T | 1] where its producer left padding behind each row. Base, LoRA and bias are then one product of
           the vendor's library, and backward dy [W | scale up] is the input's gradient and LoRA's inner one.
-plain     No room, or a weight that needs no decoding: the products one after the other.
+plain     No padding, or a weight that needs no decoding: the products one after the other.
 fused     The weight is decoded in the product's loop (matmul.py, few_rows.py): few rows, or no memory for a scratch.
 """
 
@@ -18,7 +18,7 @@ from torch import Tensor
 from ..cutting import parts
 from ..weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 from . import matmul
-from .extension import fill_room, fill_tail
+from .extension import fill_padding, fill_tail
 from .few_rows import input_gradient
 from .storage import dequantize
 from .table import choose
@@ -29,11 +29,11 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
 
-    x (..., K) or with room behind each row, which is written to; weight (N, K) as stored; down (R, K), up (N, R), bias
+    x (..., K) or with padding behind each row, which is written to; weight (N, K) as stored; down (R, K), up (N, R), bias
     (N,) in x's dtype, or up in a wider one, which is rounded once it is scaled.
     """
     n, k = weight.shape
-    # Several layers may share an input, each filling the room anew. What autograd keeps of x is not in the room, so it
+    # Several layers may share an input, each filling the padding anew. What autograd keeps of x is not in the padding, so it
     # is not told (through `data`); s is a tensor of its own.
     rows = x.data.reshape(-1, x.shape[-1])
     choice = choose(f"lora_linear_{_format(weight)}", x.device, len(rows))
@@ -59,13 +59,13 @@ def lora_linear_backward(
     up: Tensor | None,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the room is finite.
+    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the padding is finite.
 
     weight None: the gradient of x is not wanted; s None: there is no LoRA, and x is not needed. Those of down and up
     are summed and returned in fp32.
     """
-    rows, room = dy.reshape(-1, dy.shape[-1]), 0 if x is None or down is None else x.shape[-1] - down.shape[1]
-    dx, ds = (None, None) if weight is None else _dx(rows, weight, down, up, scale, room)
+    rows, padding = dy.reshape(-1, dy.shape[-1]), 0 if x is None or down is None else x.shape[-1] - down.shape[1]
+    dx, ds = (None, None) if weight is None else _dx(rows, weight, down, up, scale, padding)
     dx = None if dx is None else dx.view(*dy.shape[:-1], -1)
     if x is None or s is None or down is None or up is None:
         return dx, None, None
@@ -92,7 +92,7 @@ def _extended(
 ) -> Tensor:
     """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
     (n, k), width = weight.shape, rows.shape[1]
-    fill_room(rows, k, s)  # to its end, for what was there may be NaN, which no zero in the scratch would take away
+    fill_padding(rows, k, s)  # to its end, for what was there may be NaN, which no zero in the scratch would take away
     y = rows.new_empty(len(rows), n)
     for part in parts(n, k, chunk):
         w = _scratch(part.stop - part.start, width, rows)
@@ -118,12 +118,12 @@ def _plain(
 
 
 def _dx(
-    rows: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, room: int
+    rows: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, padding: int
 ) -> tuple[Tensor, Tensor | None]:
-    """dy W + ds down, (M, K + room), and ds = scale dy up, (M, R), where there is LoRA."""
+    """dy W + ds down, (M, K + padding), and ds = scale dy up, (M, R), where there is LoRA."""
     k = weight.shape[1]
     choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows))
-    dx = rows.new_empty(len(rows), k + room)
+    dx = rows.new_empty(len(rows), k + padding)
     if choice.path == "fused" and rows.dtype != torch.float64:
         ds = None if up is None else _ds(rows, up, scale)
         input_gradient(rows, weight, ds, down, dx[:, :k], choice)
@@ -132,7 +132,7 @@ def _dx(
     _decoded_dx(dx, rows, weight, up, scale, choice.chunk)
     if up is None or down is None:
         return dx, None
-    ds = dx[:, k : k + len(down)] if room else _ds(rows, up, scale)
+    ds = dx[:, k : k + len(down)] if padding else _ds(rows, up, scale)
     dx[:, :k].addmm_(ds, down)
     return dx, ds
 
@@ -142,20 +142,20 @@ def _ds(rows: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, scale: float, chunk: int) -> None:
-    """dy [W | scale up | 0] into `dx` (M, K + room). For some columns of W at a time: their parts of the result are
+    """dy [W | scale up | 0] into `dx` (M, K + padding). For some columns of W at a time: their parts of the result are
     final, and none is rounded twice.
     """
     n, k = weight.shape
-    room = dx.shape[1] - k
+    padding = dx.shape[1] - k
     if isinstance(weight, Tensor):
         torch.mm(rows, weight.to(rows.dtype), out=dx[:, :k])
-        if up is not None and room:
-            tail = rows.new_empty(n, room)
+        if up is not None and padding:
+            tail = rows.new_empty(n, padding)
             fill_tail(tail, up, scale, None)
             torch.mm(rows, tail, out=dx[:, k:])
         return
     for part in parts(k, n, chunk):
-        columns, last = part.stop - part.start, room if part.stop == k else 0
+        columns, last = part.stop - part.start, padding if part.stop == k else 0
         w = _scratch(n, columns + last, rows)
         dequantize(_columns(weight, part), w.dtype, w[:, :columns])
         if up is not None and last:
