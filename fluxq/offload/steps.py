@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .clock import Span, TimedStreams
-from .costs import BUFFERS
+from .inputs import Transit
 from .ring import StreamingRing
 from .schedule import Schedule
 
@@ -70,7 +70,7 @@ def run_steps(
     ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), clock)
     ring.expect(backward)
     settles = min(SETTLES, every)
-    waiting, compute = _Inputs(clock, inputs or {}), clock.lanes["compute"]
+    waiting, compute = _TimedInputs(clock, inputs or {}), clock.lanes["compute"]
 
     def visit(units: Sequence[str], label: str, seconds: float) -> None:
         with ring.resident(units):
@@ -118,40 +118,43 @@ def run_steps(
     return Timeline(seconds, stalled, round(copied), spans)
 
 
-class _Inputs:
-    """The waits of fluxq/offload/inputs.py without its tensors, since a search makes many thousands of steps
-    (tests/offload/test_inputs.py holds the two together): one lane both ways, in order. Beside the block's own inputs,
-    those of BUFFERS more may be on the GPU.
+class _TimedInputs(Transit[int]):
+    """Block inputs as numbers of bytes, by block number, on a lane that copies both ways, in order.
 
-    They come back over the bus that units take too: of two copies the one that was asked for first goes first.
+    A search simulates many thousands of steps, so no tensors are made. Fetches share the bus with copies of units: of
+    two copies, the one requested first goes first.
     """
 
     def __init__(self, streams: TimedStreams, sizes: Mapping[int, int]) -> None:
+        super().__init__()
         self._streams, self._sizes, self._lane = streams, sizes, streams.lanes["inputs"]
-        self._on_gpu: dict[int, float] = {}  # block -> when its last copy is done
+        self._stored = sorted(sizes)
+        self._places = {number: place for place, number in enumerate(self._stored)}
         self.fetched = 0
 
     def store(self, number: int) -> None:
         """Before block `number` runs forward."""
         if number in self._sizes:
-            self._copy(number, f"store {number}")
-            while len(self._on_gpu) > 1 + BUFFERS:
-                oldest = next(iter(self._on_gpu))
-                self._streams.lanes["compute"].wait_until(self._on_gpu.pop(oldest))
+            self.to_host(number)
 
     def take(self, number: int) -> None:
         """Before block `number` runs backward."""
-        if number not in self._sizes:
-            return
-        for ahead in range(number, number - BUFFERS - 1, -1):
-            if ahead in self._sizes and ahead not in self._on_gpu:
-                self._lane.wait_until(self._streams.lanes["copy"].time)
-                self._copy(ahead, f"fetch {ahead}")
-                self._streams.bus_until = self._lane.time
-                self.fetched += self._sizes[ahead]
-        self._streams.lanes["compute"].wait_until(self._on_gpu.pop(number))
+        if number in self._sizes:
+            self.to_gpu(self._stored, self._places[number])
 
-    def _copy(self, number: int, label: str) -> None:
+    def _copy_to_host(self, inputs: int) -> float:
+        return self._copy(inputs, f"store {inputs}")
+
+    def _copy_to_gpu(self, inputs: int) -> float:
+        self._lane.wait_until(self._streams.lanes["copy"].time)
+        self._streams.bus_until = self._copy(inputs, f"fetch {inputs}")
+        self.fetched += self._sizes[inputs]
+        return self._lane.time
+
+    def _compute_waits(self, event: float) -> None:
+        self._streams.lanes["compute"].wait_until(event)
+
+    def _copy(self, number: int, label: str) -> float:
         self._lane.wait_until(max(self._streams.lanes["compute"].time, self._streams.host_time))
         self._lane.run(label, self._streams.copy_seconds(self._sizes[number]))
-        self._on_gpu[number] = self._lane.time
+        return self._lane.time

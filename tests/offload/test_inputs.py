@@ -63,7 +63,7 @@ def test_inputs_come_back_as_they_were_whatever_passes_there_are(streams, blocks
     forward(inputs, 33, blocks, seed=1)  # given up at once
     failed = forward(inputs, 33, blocks, seed=2)
     assert_back(failed, 33, stop=blocks // 2, seed=2)  # fails on the way back, and lives on
-    inputs.settle()
+    inputs.release()
     first, second = forward(inputs, 33, blocks, seed=3), forward(inputs, 33, blocks, seed=4)
     assert_back(second, 33, seed=4)
     assert_back(first, 33, seed=3)
@@ -73,7 +73,7 @@ def test_inputs_come_back_as_they_were_whatever_passes_there_are(streams, blocks
 def test_inputs_come_back_once():
     takes = forward(HostInputs(Immediate(), Buffers()), 33)
     takes[6]()
-    with pytest.raises(RuntimeError, match="came back from the host already"):
+    with pytest.raises(RuntimeError, match="already fetched from the host"):
         takes[6]()
 
 
@@ -120,7 +120,7 @@ def test_beside_the_inputs_in_use_so_many_lie_on_the_gpu_as_the_planner_counts(b
         forward_only = inputs.begin()
         for _ in range(blocks):
             forward_only.store([torch.empty(size, dtype=torch.uint8, device="meta")])
-        inputs.settle()
+        inputs.release()
         assert live.live == 0
 
 
@@ -387,7 +387,7 @@ def test_the_planner_counts_with_the_waits_that_are_made(seed, monkeypatch):
         return run_steps(schedule, nbytes, forward, backward, lambda n: n / bus, **options)
 
     counted = timeline()
-    monkeypatch.setattr(steps, "_Inputs", Shipped)
+    monkeypatch.setattr(steps, "_TimedInputs", Shipped)
     made = timeline()
     assert (made.seconds, made.stalled) == pytest.approx((counted.seconds, counted.stalled))
     assert made.copied == counted.copied
