@@ -71,7 +71,7 @@ class Lookahead:
         stop = start + self._window if self._steps is None else min(start + self._window, self._steps)
         timesteps, y, guidance = zip(*(self._conditioning(index) for index in range(start, stop)), strict=True)
         guided = None if guidance[0] is None else self._filled_up(guidance)
-        flux.ring.foresee([(block.modulation_unit,) for block in flux.blocks])
+        flux.ring.announce([(block.modulation_unit,) for block in flux.blocks])
         # The host waits for each block's rows, so that they take no room on the GPU. This pass waits for copies of
         # weights anyway, and those go on meanwhile.
         self._rows = [r.cpu() for r in flux.modulation_rows(self._filled_up(timesteps), self._filled_up(y), guided)]

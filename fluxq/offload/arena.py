@@ -115,12 +115,12 @@ def streams_for(arena: Arena, device: torch.device, notify: Callable[[str], None
         notify(f"{size}, copied through pinned buffers at {rates['staged'] / 1e9:.1f} GB/s: {failure}")
         return staged
     rates["pinned"] = copy_rate(direct, target, longest)
-    told = f"{rates['pinned'] / 1e9:.1f} GB/s pinned, {rates['staged'] / 1e9:.1f} GB/s through pinned buffers"
+    rates_text = f"{rates['pinned'] / 1e9:.1f} GB/s pinned, {rates['staged'] / 1e9:.1f} GB/s through pinned buffers"
     if rates["pinned"] >= rates["staged"]:
-        notify(f"{size}, pinned: {told}")
+        notify(f"{size}, pinned: {rates_text}")
         return direct
     arena.unpin()
-    notify(f"{size}, copied through pinned buffers: {told}")
+    notify(f"{size}, copied through pinned buffers: {rates_text}")
     return staged
 
 
@@ -144,8 +144,8 @@ def copy_rate(streams: Streams, target: Tensor, source: Tensor, copies: int = 6)
     streams.copy_waits(streams.computed())  # the first copy waits for whatever had target's memory before
     streams.copy(target, source)
     streams.host_waits(streams.copied())
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(copies):
         streams.copy(target, source)
     streams.host_waits(streams.copied())  # this measures: the clock stops when the last copy is done
-    return copies * len(source) / (time.perf_counter() - began)
+    return copies * len(source) / (time.perf_counter() - start)

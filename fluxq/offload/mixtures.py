@@ -34,18 +34,18 @@ Option = tuple[int, float, str]
 def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[Point]:
     """The ways for the blocks to keep things that none beats in both seconds and bytes, the fastest first.
 
-    Blocks that cost the same are alike, so that it only counts how many of them have each policy; they are mixed
+    Blocks that cost the same are groups, so that it only counts how many of them have each policy; they are mixed
     evenly. Without a GPU only the leanest matters: seconds are FLOPs then.
     """
-    alike = _alike(costs, gpu, policy, offload)
+    groups = _groups(costs, gpu, policy, offload)
     front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
-    for members, options in alike:
+    for members, options in groups:
         for _ in members:
-            front = _unbeaten([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
+            front = _pareto_front([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
 
     forward = sum(gpu.seconds(b.forward) if gpu else b.forward.flops for b in costs.blocks)
     leanest, found = math.inf, list[Point]()
-    for point in sorted(_point(costs, alike, s + forward, chain, offload) for _, s, chain in front):
+    for point in sorted(_point(costs, groups, s + forward, chain, offload) for _, s, chain in front):
         if point.peak < leanest:  # the fastest first, then only what is leaner
             found.append(point)
             leanest = point.peak
@@ -53,7 +53,7 @@ def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> 
     return [found[round(i * last / 63)] for i in range(64)] if last > 63 else found
 
 
-def _alike(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
+def _groups(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
     """The blocks that are trained, by number, those together that cost the same, and their options."""
     members: dict[tuple[Any, ...], list[int]] = {}
     options: dict[tuple[Any, ...], list[Option]] = {}
@@ -74,7 +74,7 @@ def _alike(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> 
 
 
 def _point(
-    costs: Costs, alike: Sequence[tuple[list[int], list[Option]]], seconds: float, chain: Any, offload: bool
+    costs: Costs, groups: Sequence[tuple[list[int], list[Option]]], seconds: float, chain: Any, offload: bool
 ) -> Point:
     """The point of a mixture; `chain`: (the mixture without its last name, that name), over all members in order."""
     names = []
@@ -82,16 +82,16 @@ def _point(
         chain, name = chain
         names.append(name)
     policies, names = [""] * len(costs.blocks), names[::-1]
-    for members, _ in alike:
+    for members, _ in groups:
         own, names = names[: len(members)], names[len(members) :]
-        for number, name in zip(members, _mixed(own), strict=True):
+        for number, name in zip(members, _interleaved(own), strict=True):
             policies[number] = name
     peak = max(sum(moment) for moment in moments(costs, policies, offload))
     rounded = sum(n in b.policies and not b.policies[n].exact for b, n in zip(costs.blocks, policies, strict=True))
     return Point(seconds, peak, tuple(policies), rounded)
 
 
-def _unbeaten(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
+def _pareto_front(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
     """Those that no other beats in both bytes and seconds; of very many about `POINTS`."""
     found.sort(key=lambda f: f[:2])
     front, fastest = list[tuple[int, float, Any]](), math.inf
@@ -109,7 +109,7 @@ def _unbeaten(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any
     return thinned
 
 
-def _mixed(names: Sequence[str]) -> list[str]:
+def _interleaved(names: Sequence[str]) -> list[str]:
     """`names` in an order in which each lies evenly among the others."""
     places = []
     for name in dict.fromkeys(names):

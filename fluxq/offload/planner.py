@@ -155,12 +155,12 @@ class _Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class _Search:
-    """For the fastest plan of one table; `room`: what of `vram` is planned with."""
+    """For the fastest plan of one table; `budget`: what of `vram` is planned with."""
 
     costs: Costs
     gpu: GPU
     vram: int
-    room: int
+    budget: int
     ram: int | None
     pins: Pins
 
@@ -194,7 +194,7 @@ class _Search:
             known = points(self.costs, self.gpu, self.pins.policy, offload)
             for setting in settings(self.costs, self.pins):
                 if self.ram is None or host_bytes(self.costs, setting, offload) <= self.ram:
-                    left = self.room - fixed(self.costs, setting)
+                    left = self.budget - fixed(self.costs, setting)
                     yield setting, offload, iter([p for p in known if p.peak <= left])
 
     def _push(
@@ -215,7 +215,7 @@ class _Search:
         copies take power and are hidden only as far as predictions hold; the leaner.
         """
         nbytes = fixed(self.costs, setting) + point.peak
-        crowded = nbytes > (1 - FREE) * self.room
+        crowded = nbytes > (1 - FREE) * self.budget
         grain = math.ceil(math.log(seconds, GRAIN) - 1e-6)
         return grain, offload, point.rounded, crowded, 0 if crowded else moved, nbytes
 
@@ -320,14 +320,14 @@ def _what_would_fit(
     return f"this needs at least {gib(needed)} of the GPU, and {gib(vram)} are allowed; what would do: {would}"
 
 
-def _least_host(costs: Costs, pins: Pins, room: int) -> int:
-    """The fewest bytes of RAM of any plan that keeps to `room` bytes of the GPU."""
+def _least_host(costs: Costs, pins: Pins, budget: int) -> int:
+    """The fewest bytes of RAM of any plan that keeps to `budget` bytes of the GPU."""
     return min(
         (
             host_bytes(costs, setting, offload)
             for offload in _offloads(pins)
             for setting in settings(costs, pins)
-            if fixed(costs, setting) + min(p.peak for p in points(costs, None, pins.policy, offload)) <= room
+            if fixed(costs, setting) + min(p.peak for p in points(costs, None, pins.policy, offload)) <= budget
         ),
         default=1 << 62,
     )

@@ -29,7 +29,7 @@ class Ring(Protocol):
         """Inside, the frozen weights of `units` lie where their layers expect them."""
         ...
 
-    def foresee(self, visits: Sequence[Sequence[str]]) -> None:
+    def announce(self, visits: Sequence[Sequence[str]]) -> None:
         """Say that `resident` will be asked for these next, once, before what would have come without them."""
         ...
 
@@ -40,7 +40,7 @@ class AllResident:
     def resident(self, units: Sequence[str]) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def foresee(self, visits: Sequence[Sequence[str]]) -> None: ...
+    def announce(self, visits: Sequence[Sequence[str]]) -> None: ...
 
 
 @dataclass
@@ -99,14 +99,14 @@ class StreamingRing:
     def expect(self, backward: Collection[int] | None = None) -> None:
         """Say which blocks, by number, training steps go back through: all of them, unless it is said."""
         self._rounds: tuple[tuple[Visit, ...], ...] = (self.schedule.step(backward), self.schedule.forward)
-        self._detour: deque[Visit] = deque()
+        self._announced: deque[Visit] = deque()
         self._last: Visit = ()
         self._round: tuple[Visit, ...] = self._rounds[0]
         self._next = 0 if self._round else None  # the visit that comes next in the round, None if that cannot be told
         self._prefetch()
 
-    def foresee(self, visits: Sequence[Sequence[str]]) -> None:
-        self._detour = deque(visit for visit in map(self._streamed, visits) if visit)
+    def announce(self, visits: Sequence[Sequence[str]]) -> None:
+        self._announced = deque(visit for visit in map(self._streamed, visits) if visit)
         self._prefetch()
 
     @contextmanager
@@ -125,7 +125,7 @@ class StreamingRing:
     def close(self) -> None:
         """Fetch nothing ahead any more, and wait until nothing is being copied: the host's bytes may then be freed."""
         self._rounds, self._round, self._next = ((), ()), (), None
-        self._detour.clear()
+        self._announced.clear()
         drain(self._streams)
 
     def _streamed(self, units: Sequence[str]) -> Visit:
@@ -136,7 +136,7 @@ class StreamingRing:
         for unit, slot in zip(visit, slots, strict=True):
             if (slot.users and slot.holds != unit) or sum(other is slot for other in slots) > 1:
                 raise RuntimeError(f"{unit} is needed together with a unit that has the same slot; use more slots")
-        foreseen = self._follow(visit)
+        expected = self._follow(visit)
         for unit, slot in zip(visit, slots, strict=True):
             if slot.holds != unit:
                 self._load(unit, slot)
@@ -145,7 +145,7 @@ class StreamingRing:
             if slot.ready is not None:
                 self._streams.compute_waits(slot.ready)  # compute(u) waits until copy(u) has arrived in slot s
                 slot.ready = None
-        if not foreseen:
+        if not expected:
             self._prefetch()
 
     def _leave(self, visit: Visit) -> None:
@@ -169,8 +169,8 @@ class StreamingRing:
                     return
 
     def _ahead(self) -> Iterator[str]:
-        """The units of what was foreseen and of one whole round after it, in the order of need."""
-        for visit in self._detour:
+        """The units of what was expected and of one whole round after it, in the order of need."""
+        for visit in self._announced:
             yield from visit
         if self._next is not None:
             for visit in self._round[self._next :] + self._round[: self._next]:
@@ -190,12 +190,12 @@ class StreamingRing:
         """Move on in the schedule; whether `visit` was what came next.
 
         Where it was not, training has turned to sampling or back, most likely: go on where a round has this visit, best
-        where the one before is the last one too. Where none has it, nothing is foreseen until one has.
+        where the one before is the last one too. Where none has it, nothing is expected until one has.
         """
-        if self._detour and self._detour[0] == visit:
-            self._detour.popleft()
+        if self._announced and self._announced[0] == visit:
+            self._announced.popleft()
             return True
-        self._detour.clear()
+        self._announced.clear()
         last, self._last = self._last, visit
         if self._next is not None and self._round[self._next] == visit:
             self._next = (self._next + 1) % len(self._round)

@@ -30,7 +30,7 @@ class Copy(NamedTuple):
 class Schedule:
     """The units of each block in forward order, which of them are resident, and the slots for the others.
 
-    Units `aside` belong to no block. They are visited one by one in passes of their own, in this order.
+    Units `extra` belong to no block. They are visited one by one in passes of their own, in this order.
     More slots than streamed units are no use and are not had. Raises ValueError for fewer than 2 (there would be
     nothing to copy into while a unit is used), fewer than a block needs, a resident unit that no block has, and a unit
     that two blocks have.
@@ -39,7 +39,7 @@ class Schedule:
     blocks: tuple[tuple[str, ...], ...]
     resident: frozenset[str]
     slots: int
-    aside: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         units = self.units
@@ -54,8 +54,8 @@ class Schedule:
 
     @property
     def units(self) -> list[str]:
-        """All units: the blocks' in forward order, then those aside."""
-        return [*(unit for block in self.blocks for unit in block), *self.aside]
+        """All units: the blocks' in forward order, then those extra."""
+        return [*(unit for block in self.blocks for unit in block), *self.extra]
 
     @cached_property
     def slot(self) -> dict[str, int]:

@@ -90,7 +90,7 @@ def run_steps(
             step()
 
     def passes() -> None:
-        ring.foresee([(unit,) for unit in ahead or ()])
+        ring.announce([(unit,) for unit in ahead or ()])
         for unit, seconds in (ahead or {}).items():
             visit((unit,), f"ahead {unit}", seconds)
         repeat(settles)

@@ -179,9 +179,9 @@ class Staged:
     def __init__(self, streams: Streams, buffers: Collection[Tensor]) -> None:
         self._owner = buffers  # of their memory, perhaps
         self._streams, self._work = streams, SimpleQueue[Callable[[], None] | None]()
-        thread = threading.Thread(target=_work_off, args=(self._work,), name=STAGING, daemon=True)
+        thread = threading.Thread(target=_run_queue, args=(self._work,), name=STAGING, daemon=True)
         thread.start()
-        weakref.finalize(self, _end, self._work, thread)  # at the latest when the program ends
+        weakref.finalize(self, _stop, self._work, thread)  # at the latest when the program ends
         self._buffers: deque[tuple[Tensor, Any]] = deque((buffer, None) for buffer in buffers)
         self._failure: BaseException | None = None
 
@@ -242,14 +242,14 @@ class Staged:
         raise RuntimeError("a weight could not be brought to the GPU") from self._failure
 
 
-def _work_off(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+def _run_queue(queue: SimpleQueue[Callable[[], None] | None]) -> None:
     """Do what comes, until None does; nothing of it is kept while nothing comes."""
     while (work := queue.get()) is not None:
         work()
         del work
 
 
-def _end(queue: SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
+def _stop(queue: SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
     """Have the thread end, and wait until it has."""
     queue.put(None)
     if threading.current_thread().name != STAGING:

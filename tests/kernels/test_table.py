@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _nothing_laid_over():
     yield
-    table.lay_over({})
+    table.use_measured({})
     table.nearest.cache_clear()
 
 
@@ -99,10 +99,10 @@ def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
     mine = replace(table.SHIPPED["matmul_int8", 89, "large"], block_n=256, word="measured", why="1.2 ms, before 1.3 ms")
     table.write(file, {("matmul_int8", 89, "large"): mine}, "RTX 4090")
     assert json.loads(file.read_text())["measured_on"] == "RTX 4090"
-    table.lay_over(table.read(file))
+    table.use_measured(table.read(file))
     assert table.choose("matmul_int8", CPU, 4608) == mine
     assert table.choose("matmul_fp8", CPU, 4608).word == "predicted"
-    table.lay_over({})
+    table.use_measured({})
     assert table.choose("matmul_int8", CPU, 4608).word == "predicted"
 
 

@@ -110,21 +110,21 @@ def test_sampling_amid_training_costs_copies_only_where_it_begins_and_ends():
 @pytest.mark.parametrize("slots", [2, 3, 8])
 def test_a_pass_aside_that_is_foreseen_makes_the_copies_of_the_schedule(slots, streams):
     """Before every second step, and one that is given up."""
-    aside = tuple(f"m{i}" for i in range(5))
-    schedule = Schedule(SINGLE, frozenset({"s4", "m1"}), slots, aside)
-    reader, passed = Reader(schedule, streams()), [(unit,) for unit in aside]
+    extra = tuple(f"m{i}" for i in range(5))
+    schedule = Schedule(SINGLE, frozenset({"s4", "m1"}), slots, extra)
+    reader, passed = Reader(schedule, streams()), [(unit,) for unit in extra]
     assert set(schedule.slot) == {"s0", "s1", "s2", "s3", "s5", "s6", "m0", "m2", "m3", "m4"}
     step = [*SINGLE, *reversed(SINGLE)]
     streamed = [visit for visit in passed if visit[0] in schedule.slot]
     made = []
     for _ in range(3):
         before = reader.ring.copies
-        reader.ring.foresee(passed)
+        reader.ring.announce(passed)
         for units in passed + step + step:
             reader.visit(units)
         made.append(reader.ring.copies - before)
     assert made[1] == made[2] == len(schedule.copies([*streamed, *schedule.step(), *schedule.step()]))
-    reader.ring.foresee(passed)
+    reader.ring.announce(passed)
     for units in passed[:2] + step:
         reader.visit(units)
     before = reader.ring.copies
@@ -376,11 +376,11 @@ class Dropping(VirtualStreams):
 
 
 def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True) -> StreamingRing:
-    """Train, and if `odd` also sample, part of a step, visits in no order, and a pass aside; Race is raised by the
+    """Train, and if `odd` also sample, part of a step, visits in no order, and a pass extra; Race is raised by the
     clock.
     """
-    aside = tuple(f"m{i}" for i in range(4)) if odd else ()
-    schedule, passed = Schedule(blocks, frozenset(), slots, aside), [(unit,) for unit in aside]
+    extra = tuple(f"m{i}" for i in range(4)) if odd else ()
+    schedule, passed = Schedule(blocks, frozenset(), slots, extra), [(unit,) for unit in extra]
     host = {u: torch.empty(256, dtype=torch.uint8, device="meta") for u in schedule.slot}
     ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
     forward, backward = list(blocks), list(reversed(blocks))
@@ -390,7 +390,7 @@ def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True) -> St
         order += [passed + forward + backward, passed[:2] + forward]
     for visits in order:
         if visits[0] in passed:
-            ring.foresee(passed)
+            ring.announce(passed)
         for units in visits:
             with ring.resident(units):
                 streams.compute("+".join(units), 1.0, [(ring.memory(u), host[u]) for u in units])

@@ -1,4 +1,4 @@
-"""The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py."""
+"""The ops as Triton kernels, with the names and signatures of fluxq/kernels/reference.py."""
 
 from ..cutting import padding
 from .gelu import gelu_tanh, gelu_tanh_backward
