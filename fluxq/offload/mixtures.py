@@ -1,4 +1,4 @@
-"""What the blocks can keep, all together: the mixtures of policies that no other beats in both bytes and seconds."""
+"""Mixtures of policies over the blocks: those on the Pareto front of bytes and seconds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .footprint import kept, moments
 from .gpus import GPU
 
 POINTS = 250
-"""So many mixtures are looked at in drawing up the best of them, evenly apart in bytes; of those 64."""
+"""How many mixtures are kept while the front is built, spaced evenly in bytes; it is then thinned to 64."""
 
 
 class Point(NamedTuple):
-    """One way for the blocks to keep things: seconds of the blocks' compute, the most bytes (activations and workspace
-    and gradients that have come up by then), each block's policy, and how many blocks round what they keep.
+    """One assignment of policies to blocks: seconds of the blocks' compute, peak bytes (activations, workspace and the
+    gradients that exist by then), each block's policy, and how many blocks round what they keep.
     """
 
     seconds: float
@@ -28,14 +28,14 @@ class Point(NamedTuple):
 
 
 Option = tuple[int, float, str]
-"""What a policy costs a block: bytes that are kept, seconds backward, and its name."""
+"""What a policy costs a block: bytes kept, seconds backward, and its name."""
 
 
 def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[Point]:
-    """The ways for the blocks to keep things that none beats in both seconds and bytes, the fastest first.
+    """The Pareto-optimal assignments in seconds and bytes, the fastest first.
 
-    Blocks that cost the same are groups, so that it only counts how many of them have each policy; they are mixed
-    evenly. Without a GPU only the leanest matters: seconds are FLOPs then.
+    Blocks that cost the same form a group; only the number of blocks with each policy matters there, and policies are
+    interleaved evenly. Without a GPU only the leanest assignment matters, and seconds are FLOPs.
     """
     groups = _groups(costs, gpu, policy, offload)
     front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
@@ -46,7 +46,7 @@ def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> 
     forward = sum(gpu.seconds(b.forward) if gpu else b.forward.flops for b in costs.blocks)
     leanest, found = math.inf, list[Point]()
     for point in sorted(_point(costs, groups, s + forward, chain, offload) for _, s, chain in front):
-        if point.peak < leanest:  # the fastest first, then only what is leaner
+        if point.peak < leanest:  # the fastest first, then only leaner ones
             found.append(point)
             leanest = point.peak
     last = len(found) - 1
@@ -54,7 +54,7 @@ def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> 
 
 
 def _groups(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
-    """The blocks that are trained, by number, those together that cost the same, and their options."""
+    """The trained blocks, by number, grouped by equal cost, with their options."""
     members: dict[tuple[Any, ...], list[int]] = {}
     options: dict[tuple[Any, ...], list[Option]] = {}
     for number, block in enumerate(costs.blocks):
@@ -76,7 +76,7 @@ def _groups(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) ->
 def _point(
     costs: Costs, groups: Sequence[tuple[list[int], list[Option]]], seconds: float, chain: Any, offload: bool
 ) -> Point:
-    """The point of a mixture; `chain`: (the mixture without its last name, that name), over all members in order."""
+    """The point of a mixture. `chain`: (the mixture without its last name, that name), over all members in order."""
     names = []
     while chain is not None:
         chain, name = chain
@@ -92,7 +92,7 @@ def _point(
 
 
 def _pareto_front(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
-    """Those that no other beats in both bytes and seconds; of very many about `POINTS`."""
+    """The options that no other beats in both bytes and seconds, thinned to about `POINTS`."""
     found.sort(key=lambda f: f[:2])
     front, fastest = list[tuple[int, float, Any]](), math.inf
     for option in found:
@@ -110,7 +110,7 @@ def _pareto_front(found: list[tuple[int, float, Any]]) -> list[tuple[int, float,
 
 
 def _interleaved(names: Sequence[str]) -> list[str]:
-    """`names` in an order in which each lies evenly among the others."""
+    """`names`, reordered so that each is spread evenly among the others."""
     places = []
     for name in dict.fromkeys(names):
         number = names.count(name)

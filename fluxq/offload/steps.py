@@ -1,4 +1,4 @@
-"""Training steps of the ring that trains under a virtual clock (clock.py): what a step takes in the long run, and when
+"""Training steps of the shipped ring under a virtual clock (clock.py): how long a step takes in the long run, and when
 compute waits for copies of units, of block inputs, or of what is computed ahead.
 """
 
@@ -19,7 +19,7 @@ from .schedule import Schedule
 class Timeline:
     """One training step in the long run: its seconds, those that compute waits for copies, and what the lanes did.
 
-    Spans begin at the step's own zero. `copied` are the bytes that were moved.
+    Spans count from the start of the step. `copied` is the number of bytes copied.
     """
 
     seconds: float
@@ -29,17 +29,17 @@ class Timeline:
 
     @property
     def stall(self) -> float:
-        """The share of the step in which compute waits."""
+        """The fraction of the step in which compute waits."""
         return self.stalled / self.seconds if self.seconds else 0.0
 
     def busy(self, lane: str) -> float:
-        """The share of the step in which a lane works; copies may have been begun in the step before."""
+        """The fraction of the step in which a lane works; copies may have started in the step before."""
         spans = ((max(0.0, s.start), min(self.seconds, s.end)) for s in self.spans[lane])
         return sum(max(0.0, end - start) for start, end in spans) / self.seconds if self.seconds else 0.0
 
 
 SETTLES = 2
-"""After a pass aside, steps until they are alike again: the first has other units in the slots."""
+"""Steps after a pass ahead until steps are alike again: the first one finds other units in the slots."""
 
 
 def run_steps(
@@ -59,11 +59,11 @@ def run_steps(
 ) -> Timeline:
     """The mean of training steps in the long run, by the ring itself.
 
-    nbytes: the length of each unit; forward: seconds of each block; backward: block's number -> seconds, replay
-    included; tail: seconds of computing between steps (the optimizer, embedders) in which copies can go on; run_ahead:
-    see TimedStreams. ahead: seconds with each unit aside, which are visited before one step of `every`. inputs: block's
-    number -> bytes that wait on the host until it runs backward. `steps` are looked at after `warmup`; their spans are
-    returned.
+    nbytes: the length of each unit; forward: seconds of each block; backward: block number -> seconds, replay included;
+    tail: seconds of compute between steps (the optimizer, embedders) during which copies continue; run_ahead: see
+    TimedStreams. ahead: extra unit -> seconds; all of them are visited before every `every`-th step. inputs: block
+    number -> bytes that are kept on the host until it runs backward. Measures `steps` after `warmup`; returns their
+    spans.
     """
     host = {unit: torch.empty(nbytes[unit], dtype=torch.uint8, device="meta") for unit in schedule.slot}
     clock = streams(copy_seconds, {id(source): unit for unit, source in host.items()}, run_ahead)
@@ -102,7 +102,7 @@ def run_steps(
         return after[0] - before[0], after[1] - before[1], after[2] - before[2]
 
     if ahead and every:
-        passes()  # the one that counts meets what this one has left
+        passes()  # the pass that counts finds what this one leaves
     repeat(warmup)
     start = compute.time
     seconds, stalled, copied = (x / steps for x in counted(lambda: repeat(steps)))

@@ -82,7 +82,7 @@ def test_the_fastest_right_choice_is_kept_and_used(small, monkeypatch, tmp_path)
     finally:
         table.use_measured({})
     path.write_text("{}")
-    with pytest.raises(WrongRequest, match="is no table of kernel choices"):
+    with pytest.raises(WrongRequest, match="is not a table of kernel choices"):
         tuning.use_tuned(gpu, said.append)
 
 

@@ -118,7 +118,7 @@ def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_pat
         (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA GPU"),
         (["--limit-vram", "much"], "must be an amount of memory like 12GiB"),
         (["--blocks-to-swap", 9], "--blocks-to-swap must be 0 to 3, not 9"),
-        (["--blocks-to-swap", 1, "--resident-units", 2], "say the same in two ways"),
+        (["--blocks-to-swap", 1, "--resident-units", 2], "set the same thing"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence):

@@ -109,11 +109,11 @@ def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(op="softmax"), "there is no softmax"),
+        (dict(op="softmax"), "softmax has no path"),
         (dict(gpu=75), "sm_75"),
         (dict(shape="middling"), "middling"),
         (dict(path="cuda"), "cuda"),
-        (dict(op="matmul_fp8", path="scaled"), "no matmul_fp8 scaled"),
+        (dict(op="matmul_fp8", path="scaled"), "matmul_fp8 has no path scaled"),
         (dict(block_m=48), "tiles"),
         (dict(block_m="64"), "sizes"),
         (dict(warps=3), "3 warps"),
@@ -147,7 +147,7 @@ def refuse(file, key, change, said):
     content = json.loads(file.read_text())
     content["rows"][0] |= change
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"kernels.json is no table of kernel choices .*{said}.*tune again"):
+    with pytest.raises(ValueError, match=f"kernels.json is not a table of kernel choices .*{said}.*tune again"):
         table.read(file)
 
 
@@ -162,7 +162,7 @@ def refuse(file, key, change, said):
 )
 def test_another_file_is_refused(tmp_path, text, said):
     (tmp_path / "kernels.json").write_text(text)
-    with pytest.raises(ValueError, match=f"kernels.json is no table of kernel choices .*{said}"):
+    with pytest.raises(ValueError, match=f"kernels.json is not a table of kernel choices .*{said}"):
         table.read(tmp_path / "kernels.json")
 
 

@@ -139,7 +139,7 @@ def test_pins_are_kept(a_4060ti):
 
 
 def test_where_nothing_fits_it_says_what_would(a_4060ti):
-    with pytest.raises(WrongRequest, match=r"needs at least .* what would do: --vram"):
+    with pytest.raises(WrongRequest, match=r"needs at least .* try --vram"):
         planned(vram="2GiB")
 
 

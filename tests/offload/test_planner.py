@@ -134,11 +134,11 @@ def test_what_is_pinned_stays():
 @pytest.mark.parametrize(
     ("pins", "said"),
     [
-        (Pins(format="fp8"), "format fp8 is not among those that can be had: nf4"),
-        (Pins(compute="int8"), "compute int8 is not among"),
+        (Pins(format="fp8"), "format fp8 is not available here; choose one of nf4"),
+        (Pins(compute="int8"), "compute int8 is not available"),
         (Pins(resident_units=7), "--resident-units must be 0 to 6, not 7"),
         (Pins(blocks_to_swap=4), "--blocks-to-swap must be 0 to 3, not 4"),
-        (Pins(blocks_to_swap=1, resident_units=1), "say the same in two ways"),
+        (Pins(blocks_to_swap=1, resident_units=1), "set the same thing"),
         (Pins(policy="keep_nothing"), "the policy must be one of recompute, keep_some, keep_all, not 'keep_nothing'"),
         (Pins(slots=1), "--slots must be at least 2"),
     ],
@@ -157,7 +157,7 @@ def test_where_nothing_fits_it_says_what_would():
     assert "leave out --policy" in str(caught.value) and "--vram" in str(caught.value)
     assert plan([costs], TEST_GPU, vram, margin=0)
     vram = least(costs, margin=0) - MB
-    with pytest.raises(WrongRequest, match=r"what would do: --vram 0\.\dGiB, or --resolution 512"):
+    with pytest.raises(WrongRequest, match=r"allowed; try --vram 0\.\dGiB, or --resolution 512"):
         plan([costs], TEST_GPU, vram, smaller={"--resolution 512": [smaller]}, margin=0)
     with pytest.raises(WrongRequest, match="of RAM in nf4"):
         plan([costs], TEST_GPU, 4000 * MB, ram=10**9, margin=0)
@@ -262,7 +262,7 @@ def test_ram_holds_what_streams_and_more_of_the_gpu_spares_it():
     assert streamed.host - resident.host == 6 * 200 * MB
     found = plan([costs], TEST_GPU, 4000 * MB, ram=resident.host + 250 * MB, margin=0)
     assert found.host <= resident.host + 250 * MB and len(found.resident) >= 5
-    with pytest.raises(WrongRequest, match="of RAM in nf4, and 3.0 GiB are allowed; raise --ram"):
+    with pytest.raises(WrongRequest, match="of RAM in nf4, but only 3.0 GiB are allowed; raise --ram"):
         plan([costs], TEST_GPU, least(costs, margin=0), ram=resident.host, margin=0)
 
 

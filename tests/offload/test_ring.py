@@ -247,10 +247,10 @@ def test_an_error_of_the_staging_thread_is_raised_where_its_copy_is_waited_for()
     staged.copy(torch.empty(8, dtype=torch.uint8), torch.empty(9, dtype=torch.uint8))
     event = staged.copied()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="could not be brought") as caught:
+        with pytest.raises(RuntimeError, match="could not be copied") as caught:
             staged.compute_waits(event)
     assert isinstance(caught.value.__cause__, RuntimeError)
-    with pytest.raises(RuntimeError, match="could not be brought"):
+    with pytest.raises(RuntimeError, match="could not be copied"):
         staged.compute_waits(staged.copied())
     staged.host_waits(staged.copied())  # whoever only wants the memory back is not told again
 

@@ -106,7 +106,7 @@ def test_impossible_schedules_notify_why():
         Schedule((("a", "b", "c"), ("d",)), frozenset(), 2)
     with pytest.raises(ValueError, match="resident units s9"):
         Schedule(SINGLE, frozenset({"s9"}), 2)
-    with pytest.raises(ValueError, match="belongs to one block"):
+    with pytest.raises(ValueError, match="only once, in one block"):
         Schedule((("a",), ("a",)), frozenset(), 2)
 
 
