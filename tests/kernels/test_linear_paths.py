@@ -34,7 +34,7 @@ def _on_device(triton_ops, device):
 
 
 class Layer:
-    """Random operands, and the answers in fp64 and of plain PyTorch in their dtype."""
+    """Random operands, and the results in fp64 and of plain PyTorch in their dtype."""
 
     def __init__(self, format, dtype, rows=(2, 50), rank=5, bias=True, n=N, k=K):
         self.weight = quantize(torch.randn(n, k) / k**0.5, format)
@@ -86,7 +86,7 @@ def check(layer, results, slack=2.0):
 
 
 class Launches(TorchDispatchMode):
-    """Counts inside it what a GPU would be told to do: kernels, and PyTorch's operations that are no views."""
+    """Counts the GPU's launches inside it: kernels, and PyTorch operations that are not views."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -109,7 +109,7 @@ class Launches(TorchDispatchMode):
 
 
 def taking(path, format, **changes):
-    """The row of large shapes in use, with that path."""
+    """The table row for large shapes, with that path."""
     op = f"lora_linear_{format}"
     choice = table.choose(op, torch.empty(0).device, 1000)
     return table.using(op, replace(choice, path=path, **changes))
@@ -124,8 +124,8 @@ def test_extended(format, dtype, rank):
         check(layer, layer.run(layer.padded()))
 
 
-def test_extended_launches_nothing_but_products_decoding_and_what_stands_beside(monkeypatch, device):
-    """In three parts forward and three backward, with a LoRA in fp32. On a CPU d_down and d_up cast besides."""
+def test_extended_launches_only_products_decoding_and_extension(monkeypatch, device):
+    """In three parts forward and three backward, with a LoRA in fp32. On a CPU, d_down and d_up are also cast."""
     if device.type == "cuda":
         pytest.skip("the interpreter counts")
     layer = Layer("nf4", torch.bfloat16)
@@ -203,8 +203,8 @@ def test_without_lora(format, rows, bias):
 
 
 @pytest.mark.parametrize("path", ["extended", "plain", "fused"])
-def test_rows_may_lie_apart_and_gradients_be_expanded(path):
-    """x as a part of a joint sequence, dy as the columns of something wider, dy that is one number."""
+def test_rows_may_be_strided_and_gradients_expanded(path):
+    """x as a part of a joint sequence, dy as columns of a wider matrix, dy expanded from one number."""
     layer = Layer("nf4", torch.float32)
     joint = torch.full((2, 70, K + 32), torch.nan)
     joint[:, 20:, :K] = layer.x
@@ -216,7 +216,7 @@ def test_rows_may_lie_apart_and_gradients_be_expanded(path):
 
 
 @pytest.mark.parametrize("path", ["extended", "plain"])
-def test_a_chunk_of_none_is_all(path):
+def test_chunk_zero_is_everything(path):
     layer = Layer("bf16", torch.float32)
     with taking(path, "bf16", chunk=0):
         check(layer, layer.run(layer.padded()))
@@ -230,7 +230,7 @@ def test_operands_may_be_transposed():
 
 
 def test_gradients_of_lora_alone():
-    """Where nothing upstream is trained the input's gradient is not worked out."""
+    """If nothing upstream is trained, the input's gradient is not computed."""
     layer = Layer("nf4", torch.bfloat16)
     _, s, _, *expected = layer.answers(torch.float64)
     x = layer.padded()
@@ -243,7 +243,7 @@ def test_gradients_of_lora_alone():
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_the_face_gives_both_backends_the_same_gradients(format):
+def test_both_backends_have_the_same_gradients(format):
     """Through autograd, with the padding that the layer wants."""
     layer = Layer(format, torch.float32, rank=6)
     down, up = layer.down.requires_grad_(), layer.up.requires_grad_()
@@ -293,7 +293,7 @@ def test_parts_are_even_and_of_about_one_size(n, k):
         assert list(parts(length, width, 0)) == [slice(0, length)]
 
 
-def test_the_scratch_is_one_and_grows():
+def test_there_is_one_scratch_and_it_grows():
     linear._scratches.clear()
     like = torch.empty(1)
     small = linear._scratch(10, 64, like)
@@ -315,7 +315,7 @@ def test_a_bias_without_lora_takes_one_product_unless_the_table_says_otherwise(p
     assert len(calls) == products
 
 
-def test_what_predicts_memory_knows_how_much_is_decoded_at_a_time():
+def test_memory_predictions_use_the_chunks_of_the_table():
     for generation, chunk in CHUNKS.items():
         for op in ("lora_linear_nf4", "lora_linear_int8", "lora_linear_backward_nf4", "lora_linear_backward_fp8"):
             assert SHIPPED[op, generation, "large"].chunk == chunk
