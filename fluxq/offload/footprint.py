@@ -24,15 +24,15 @@ class Setting(NamedTuple):
 
 def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Setting) -> dict[str, int]:
     """Owner -> bytes at the moment of the peak."""
-    found: dict[str, int] = dict.fromkeys(OWNERS, 0)
-    found["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
-    found["slots"] = setting.slots * costs.slot
-    found["optimizer"] = costs.optimizer
+    peak_bytes: dict[str, int] = dict.fromkeys(OWNERS, 0)
+    peak_bytes["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
+    peak_bytes["slots"] = setting.slots * costs.slot
+    peak_bytes["optimizer"] = costs.optimizer
     activations, workspace, gradients = max(moments(costs, policies, offload), key=sum)
-    found["lora"] = costs.lora + gradients
-    found["activations"] = activations
-    found["workspace"] = workspace + costs.scratch + costs.ahead_step
-    return found
+    peak_bytes["lora"] = costs.lora + gradients
+    peak_bytes["activations"] = activations
+    peak_bytes["workspace"] = workspace + costs.scratch + costs.ahead_step
+    return peak_bytes
 
 
 def fixed(costs: Costs, setting: Setting) -> int:
@@ -48,18 +48,18 @@ def moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tu
     """
     total = costs.gradients + sum(b.gradients for b in costs.blocks)
     before, gradients = 0, total if costs.accumulates else 0
-    travelling = BUFFERS * max((b.inputs for b in costs.blocks), default=0) if offload else 0
+    in_transit = BUFFERS * max((b.inputs for b in costs.blocks), default=0) if offload else 0
     earlier = []
     for block, policy in zip(costs.blocks, policies, strict=True):
         cost = block.policies.get(policy)
         peak, own = (cost.forward_peak, cost.kept) if cost else (block.forward_peak, 0)
         outputs = min(block.inputs, peak - own) if cost else 0  # the next block keeps them
-        yield before + own + outputs + travelling, peak - own - outputs, gradients
+        yield before + own + outputs + in_transit, peak - own - outputs, gradients
         earlier.append(before)
         before += kept(block, policy, offload) if cost else 0
     for block, policy, held in reversed([*zip(costs.blocks, policies, earlier, strict=True)]):
         if cost := block.policies.get(policy):
-            yield held + cost.kept + travelling, cost.backward_peak - cost.kept, gradients
+            yield held + cost.kept + in_transit, cost.backward_peak - cost.kept, gradients
             gradients += 0 if costs.accumulates else block.gradients
     yield 0, costs.ahead_peak, total if costs.accumulates else 0
     yield 0, costs.optimizer_peak, total

@@ -33,24 +33,25 @@ INPUTS = "inputs"
 
 
 class Transit(Generic[T]):
-    """When inputs are copied each way and when compute waits for the copies, whatever it is that copies.
+    """Decides when block inputs are copied each way, and when compute waits for the copies.
 
-    This is the one statement of these rules: `HostInputs` copies tensors by it, and the planner (steps.py) simulates it
-    with numbers of bytes. `T` stands for one block's inputs. Subclasses return, as events, that a copy has been made.
+    `HostInputs` follows these rules with tensors; the planner's simulation (steps.py) follows them with byte counts.
+    `T` identifies one block's inputs. Subclasses make the copies and return an event for each.
     """
 
     def __init__(self) -> None:
-        self._on_gpu: dict[T, Any] = {}  # inputs -> event: their last copy has been made; the oldest first
+        self._on_gpu: dict[T, Any] = {}  # inputs -> event of their last copy; the oldest first
 
     def to_host(self, inputs: T) -> None:
-        """Before the block of `inputs` runs forward."""
+        """Call this before the block of `inputs` runs forward."""
         self._on_gpu[inputs] = self._copy_to_host(inputs)
         while len(self._on_gpu) > 1 + BUFFERS:
             self._release(next(iter(self._on_gpu)))
 
     def to_gpu(self, stored: Sequence[T | None], number: int) -> None:
-        """Before the block of `stored[number]` runs backward. `stored` are those of a pass in forward order, None for
-        those that are used up.
+        """Call this before the block of `stored[number]` runs backward.
+
+        `stored`: the inputs of a pass in forward order, None for those already taken.
         """
         for inputs in reversed(stored[max(0, number - BUFFERS) : number + 1]):
             if inputs is not None and inputs not in self._on_gpu:
@@ -58,11 +59,11 @@ class Transit(Generic[T]):
         self._wait(stored[number])
 
     def _release(self, inputs: T) -> None:
-        """Give up the GPU memory of `inputs`: compute(i) waits until store(i - 1 - BUFFERS) has left it."""
+        """Release the GPU memory of `inputs`: compute(i) waits until store(i - 1 - BUFFERS) is done with it."""
         self._wait(inputs)
 
     def _wait(self, inputs: T | None) -> None:
-        assert inputs is not None, "used up"
+        assert inputs is not None, "already taken"
         self._compute_waits(self._on_gpu.pop(inputs))
 
     def _copy_to_host(self, inputs: T) -> Any:
@@ -189,8 +190,8 @@ class Pass:
 def inputs_for(
     device: torch.device, notify: Notify, through: Callable[[Streams], Streams] = lambda streams: streams
 ) -> HostInputs:
-    """For a model on `device`. If the driver refuses to pin memory for it, `notify` is told once: copies are slow then.
-    `through` may wrap its streams.
+    """For a model on `device`. If the driver refuses to pin memory for it, `notify` gets one warning: copies are slow
+    then. `through` may wrap its streams.
     """
     if device.type != "cuda":
         return HostInputs(through(Immediate()), _buffer)

@@ -44,13 +44,13 @@ def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> 
             front = _pareto_front([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
 
     forward = sum(gpu.seconds(b.forward) if gpu else b.forward.flops for b in costs.blocks)
-    leanest, found = math.inf, list[Point]()
+    leanest, best = math.inf, list[Point]()
     for point in sorted(_point(costs, groups, s + forward, chain, offload) for _, s, chain in front):
         if point.peak < leanest:  # the fastest first, then only leaner ones
-            found.append(point)
+            best.append(point)
             leanest = point.peak
-    last = len(found) - 1
-    return [found[round(i * last / 63)] for i in range(64)] if last > 63 else found
+    last = len(best) - 1
+    return [best[round(i * last / 63)] for i in range(64)] if last > 63 else best
 
 
 def _groups(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
@@ -91,11 +91,11 @@ def _point(
     return Point(seconds, peak, tuple(policies), rounded)
 
 
-def _pareto_front(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
+def _pareto_front(options: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
     """The options that no other beats in both bytes and seconds, thinned to about `POINTS`."""
-    found.sort(key=lambda f: f[:2])
+    options.sort(key=lambda option: option[:2])
     front, fastest = list[tuple[int, float, Any]](), math.inf
-    for option in found:
+    for option in options:
         if option[1] < fastest - 1e-12:
             front.append(option)
             fastest = option[1]

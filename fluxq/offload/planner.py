@@ -64,12 +64,12 @@ def plan(
     best: list[tuple[float, Plan]] = []
     for costs in (allowed := _allowed(tables, gpu, pins)):
         limit = AS_GOOD * min((p.seconds for _, p in best), default=math.inf)
-        if found := _Search(costs, gpu, vram, vram - margin, ram, pins).fastest(limit):
-            best.append((costs.error, found))
+        if fastest := _Search(costs, gpu, vram, vram - margin, ram, pins).fastest(limit):
+            best.append((costs.error, fastest))
     if not best:
         raise WrongRequest(_what_would_fit(allowed, vram, ram, pins, smaller or {}, margin))
-    fastest = min(p.seconds for _, p in best)
-    as_good = [(error, p.seconds, i) for i, (error, p) in enumerate(best) if p.seconds <= AS_GOOD * fastest]
+    least_seconds = min(p.seconds for _, p in best)
+    as_good = [(error, p.seconds, i) for i, (error, p) in enumerate(best) if p.seconds <= AS_GOOD * least_seconds]
     return best[min(as_good)[2]][1]
 
 
@@ -118,7 +118,7 @@ def timeline(
 
 def settings(costs: Costs, pins: Pins) -> list[Setting]:
     """Every combination of slots, resident units and look-ahead that the pins allow."""
-    units, blocks, found = len(costs.units), [b.units for b in costs.blocks], []
+    units, blocks, combinations = len(costs.units), [b.units for b in costs.blocks], []
     numbers: Sequence[int] = sorted({*range(0, units, max(1, units // RESIDENTS)), units})
     if (pinned := pins.resident(units)) is not None:
         numbers = (pinned,)
@@ -134,8 +134,8 @@ def settings(costs: Costs, pins: Pins) -> list[Setting]:
         slots = {min(s, max(units - number - 1, fewest)) for s in wanted} if number < units else {0}
         if costs.ahead:  # these always pass through slots
             slots = {max(2, s) for s in slots}
-        found += [Setting(s, resident, costs.window) for s in sorted(slots)]
-    return found
+        combinations += [Setting(s, resident, costs.window) for s in sorted(slots)]
+    return combinations
 
 
 Rank = tuple[int, bool, int, bool, int, int]

@@ -78,13 +78,13 @@ class Schedule:
         holds: dict[int, str] = {}
         for unit in (unit for visit in visits for unit in visit):  # left over from the round before
             holds[self.slot[unit]] = unit
-        found = []
+        copies = []
         for number, visit in enumerate(visits):
             for unit in visit:
                 if holds[self.slot[unit]] != unit:
                     holds[self.slot[unit]] = unit
-                    found.append(Copy(number, unit, self.slot[unit]))
-        return found
+                    copies.append(Copy(number, unit, self.slot[unit]))
+        return copies
 
     def _visits(self, order: Collection[int]) -> tuple[Visit, ...]:
         """One visit for each block in `order` that streams anything."""

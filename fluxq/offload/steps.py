@@ -133,12 +133,12 @@ class _TimedInputs(Transit[int]):
         self.fetched = 0
 
     def store(self, number: int) -> None:
-        """Before block `number` runs forward."""
+        """Call this before block `number` runs forward."""
         if number in self._sizes:
             self.to_host(number)
 
     def take(self, number: int) -> None:
-        """Before block `number` runs backward."""
+        """Call this before block `number` runs backward."""
         if number in self._sizes:
             self.to_gpu(self._stored, self._places[number])
 

@@ -50,7 +50,7 @@ Bytes = Tensor | Stored
 
 
 class Streams(Protocol):
-    """An event stands for all work that its lane had when it was recorded."""
+    """An event marks all work that its lane had when it was recorded."""
 
     def copy(self, slot: Tensor, source: Bytes) -> None:
         """The copy lane copies `source` to the start of `slot`, flat uint8."""

@@ -1,8 +1,8 @@
 """One kernel for a linear layer with the weight as it is stored: decoded in the loop, LoRA added to the accumulator.
 
-For few rows of input, where reading the weight is all the work, and for whenever there is no memory to decode a weight
-into. With many rows, every tile of rows would decode each weight again, which costs more than decoding it once into a
-scratch (linear.py).
+For few rows of input, where reading the weight is all the work, and if there is no memory to decode a weight into. With
+many rows, every tile of rows would decode each weight again, which costs more than decoding it once into a scratch
+(linear.py).
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
