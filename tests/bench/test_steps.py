@@ -146,7 +146,7 @@ def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():
     assert {s.format for s in settings("full", {"format": "fp8"}, True)} == {"fp8"}
     assert {s.resident_units for s in settings("quick", {"blocks_to_swap": 18}, True)} == {None}
     assert settings(None, {"resolution": 768, "rank": None}, True) == [Setting(resolution=768)]
-    with pytest.raises(WrongRequest, match="two ways"):
+    with pytest.raises(WrongRequest, match="set the same thing"):
         settings("quick", {"blocks_to_swap": 1, "resident_units": 1}, True)
 
 

@@ -61,7 +61,7 @@ def test_units_stay_or_stream_as_they_are_counted():
     assert len(pinned_residents(MemoryConfig(blocks_to_swap=16), Full())) == 76 - 32
     with pytest.raises(WrongRequest, match="must be 0 to 38, not 39: this model has 76 units"):
         pinned_residents(MemoryConfig(blocks_to_swap=39), Full())
-    with pytest.raises(WrongRequest, match="the same in two ways"):
+    with pytest.raises(WrongRequest, match="set the same thing"):
         pinned_residents(MemoryConfig(blocks_to_swap=1, resident_units=1), Full())
 
 
