@@ -9,7 +9,7 @@ from fluxq.kernels.triton import extension
 from fluxq.kernels.triton.table import SHIPPED
 
 KERNELS = {
-    "fill_room": (extension._fill_room, dict(out_ptr="*bf16", s_ptr="*bf16")),
+    "fill_padding": (extension._fill_padding, dict(out_ptr="*bf16", s_ptr="*bf16")),
     "fill_tail": (extension._fill_tail, dict(out_ptr="*bf16", up_ptr="*fp32", bias_ptr="*bf16", scale="fp32")),
 }
 

@@ -102,9 +102,9 @@ def measure(s: Setting, layer: str, rows: int, format: str) -> dict[str, Any]:
 
 
 def produced(o: Operands) -> Activations:
-    """x as the op before hands it on: with the room that the layer wants behind each row."""
-    room = wants("bf16", o.down, o.x).room
-    wide = torch.empty(len(o.x), o.x.shape[1] + room, dtype=o.x.dtype, device=o.x.device)
+    """x as the op before hands it on: with the padding that the layer wants behind each row."""
+    padding = wants("bf16", o.down, o.x).padding
+    wide = torch.empty(len(o.x), o.x.shape[1] + padding, dtype=o.x.dtype, device=o.x.device)
     wide[:, : o.x.shape[1]] = o.x
     return Activations(wide)
 

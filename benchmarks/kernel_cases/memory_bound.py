@@ -40,7 +40,7 @@ def measure_step(s: Setting, make: Callable[[], Step]) -> dict[str, Any]:
     double = {name: t.double() for name, t in step.inputs.items()}
 
     def run(on: ModuleType) -> Any:
-        return step.run(on, on.room(s.rank) if step.width and step.dtype is None else 0)
+        return step.run(on, on.padding(s.rank) if step.width and step.dtype is None else 0)
 
     outputs = run(s.ours)
     exact = in_full(step.call(reference, Wants(), double), step, double.get("down"))

@@ -76,7 +76,7 @@ def linear_cases(format: str, shape_class: str, shape: tuple[int, int, int], dev
     sizes, (m, n, k) = Sizes(device), shape
     x, dy, bias, down, up = (sizes.randn(*s) for s in ((m, k), (m, n), (n,), (RANK, k), (n, RANK)))
     stored = quantize(sizes.randn(n, k, std=k**-0.5), format)
-    decoded, s, wide = dequantize(stored, torch.bfloat16), F.linear(x, down), F.pad(x, (0, ops(x).room(RANK)))
+    decoded, s, wide = dequantize(stored, torch.bfloat16), F.linear(x, down), F.pad(x, (0, ops(x).padding(RANK)))
 
     def forward() -> Tensor:
         return ops(x).lora_linear(wide, stored, bias, down, up, SCALE)[0]
@@ -148,7 +148,7 @@ def joined(outputs: Any) -> Tensor:
 
 
 def comparable(outputs: Any, width: int | None = None) -> list[Tensor]:
-    """Every output as numbers: the room behind rows of `width` cut off, 8-bit rows times their scales."""
+    """Every output as numbers: the padding behind rows of `width` cut off, 8-bit rows times their scales."""
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, Activations):

@@ -40,7 +40,7 @@ class Sizes:
 class Step:
     """An op that waits for memory, on fixed inputs: `call(ops, wants, inputs)` gives its outputs.
 
-    width: that of its Activations, without room; 0 where it feeds no linear layer. dtype: of the 8-bit rows wanted of
+    width: that of its Activations, without padding; 0 if it feeds no linear layer. dtype: of the 8-bit rows wanted of
     it; inputs["down"] is the LoRA whose product is wanted beside them. rotation: the block in which those rows are
     rotated, 0 for none. extra: bytes that outputs have and are not written.
     """
@@ -53,11 +53,11 @@ class Step:
     rotation: int = 0
     extra: int = 0
 
-    def run(self, on: ModuleType, room: int = 0) -> Any:
-        return self.call(on, Wants(room, self.dtype, self.inputs.get("down"), self.rotation), self.inputs)
+    def run(self, on: ModuleType, padding: int = 0) -> Any:
+        return self.call(on, Wants(padding, self.dtype, self.inputs.get("down"), self.rotation), self.inputs)
 
     def moved(self, outputs: Any) -> int:
-        """Bytes: every input read once, every output written once, what is left as room not."""
+        """Bytes: every input read once, every output written once, what is left as padding not."""
         written = sum(
             nbytes([t]) * (self.width / t.shape[-1] if self.width and t.ndim == 3 and t.shape[-1] > self.width else 1)
             for t in tensors(outputs)

@@ -60,7 +60,7 @@ def earlier_choices(device: torch.device) -> dict[Any, Any]:
 
     with suppress(OSError, ValueError):
         rows = table.read(tuned_file(torch.cuda.get_device_name(device)))
-        table.lay_over(rows)
+        table.use_measured(rows)
         return rows
     return {}
 

@@ -1,4 +1,4 @@
-"""What passes from the op that produces a linear layer's input to the layer."""
+"""The data that an op passes on to the linear layer after it."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from torch import Tensor
 class Wants:
     """The form in which a linear layer wants its input.
 
-    room: columns left free behind each row, where the layer puts x down^T, so that base and LoRA are one matrix product
+    padding: free columns behind each row. The layer puts x down^T there, so that base and LoRA are one matrix product
         (the K-extension, README.md).
-    dtype: torch.int8 or torch.float8_e4m3fn where the layer multiplies in 8 bits: the producer gives those rows, each
-        with its scale, and with `down` (R, K) their product with it, in the same pass.
+    dtype: torch.int8 or torch.float8_e4m3fn if the layer multiplies in 8 bits. The producer then also returns the rows
+        in 8 bits, each with its scale, and their product with `down` (R, K) if given, in the same pass.
     rotation: the block of columns in which 8-bit rows are rotated before they are rounded, 0 for none (rotation.py).
-        Such a layer does not ask for a product with `down`, which sees rows as they are, but makes it itself.
+        Such a layer sets no `down`, because the LoRA needs the unrotated rows; it computes that product itself.
     """
 
-    room: int = 0
+    padding: int = 0
     dtype: torch.dtype | None = None
     down: Tensor | None = None
     rotation: int = 0
@@ -30,8 +30,8 @@ class Wants:
 class Activations(NamedTuple):
     """A linear layer's input, rows of width K.
 
-    x (..., K + room) in the model's dtype, what lies in the room undefined; and where they were wanted values (M, K) in
-    8 bits, scale (M,) fp32, and s = x down^T (M, R) fp32. Gradients flow through x alone.
+    x (..., K + padding) in the model's dtype; the padding is undefined. If the layer wants 8 bits: values (M, K) in 8
+    bits and scale (M,) fp32, and with `down` also s = x down^T (M, R) fp32. Gradients flow through x only.
     """
 
     x: Tensor

@@ -1,7 +1,7 @@
-"""Attention that hands back its log-sum-exp too: with both, the backward pass needs no forward pass of its own.
+"""Attention that also returns its log-sum-exp, so that the backward pass needs no second forward pass.
 
-PyTorch's scaled_dot_product_attention keeps the log-sum-exp inside its graph, where a block's replay cannot reach it;
-so its kernels are called by name here, one pair a device.
+PyTorch's scaled_dot_product_attention keeps the log-sum-exp inside its graph, where a block's replay cannot reach it.
+So this file calls its kernels by name, one pair per device.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ _aten = torch.ops.aten
 def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
     """softmax(q k^T / sqrt(D)) v with the heads joined: q, k, v (B, H, L, D) -> (B, L, H D).
 
-    mask (B, L), where given, is True for the keys that may be attended to.
+    mask (B, L), if given, is True for the keys that may be attended to.
     """
     bias = None
     if mask is not None:
-        padded = q.new_zeros(mask.shape[0], 1, 1, -(-mask.shape[1] // 16) * 16)  # CUDA wants rows aligned to 16
+        padded = q.new_zeros(mask.shape[0], 1, 1, -(-mask.shape[1] // 16) * 16)  # CUDA needs rows aligned to 16
         bias = padded[..., : mask.shape[1]].masked_fill_(~mask[:, None, None], -torch.inf)
         bias = bias.expand(-1, q.shape[1], q.shape[2], -1)
     out = _Attention.apply(q, k, v, bias)  # (B, H, L, D)
@@ -46,7 +46,7 @@ class _Attention(torch.autograd.Function):
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, bias: Tensor | None) -> tuple[Tensor, ...]:
-    """The output (B, H, L, D), the log-sum-exp, and what else the device's backward kernel asks for."""
+    """The output (B, H, L, D), the log-sum-exp, and whatever else the device's backward kernel needs."""
     if not q.is_cuda:
         return _aten._scaled_dot_product_flash_attention_for_cpu(q, k, v, attn_mask=bias)
     if _flash(q, bias):
@@ -79,7 +79,7 @@ def _backward(
 
 
 def _flash(q: Tensor, bias: Tensor | None) -> bool:
-    """Whether flash attention runs: it takes 16 bits, no mask, and a GPU and a build of PyTorch that have it."""
+    """Whether flash attention runs. It needs 16 bits, no mask, and a GPU and a PyTorch build that support it."""
     return bias is None and q.dtype in (torch.bfloat16, torch.float16) and _has_flash(q.device)
 
 
@@ -90,7 +90,7 @@ def _has_flash(device: torch.device) -> bool:
 
 
 def _widened(*tensors: Tensor | None) -> list[Tensor | None]:
-    """In fp32 where they are bf16 on a GPU that has no bf16 arithmetic: the efficient kernel takes none there."""
+    """The tensors, bf16 ones in fp32 if the GPU has no bf16 arithmetic: the efficient kernel rejects bf16 there."""
     return [t.float() if t is not None and t.dtype == torch.bfloat16 and _no_bf16(t.device) else t for t in tensors]
 
 

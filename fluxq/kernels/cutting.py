@@ -1,5 +1,6 @@
-"""How rows are padded and weights are cut where weights are decoded: for the Triton kernels, and for who predicts their
-memory without Triton.
+"""How rows are padded and how weights are cut into chunks to be decoded.
+
+Shared by the Triton kernels and by the code that predicts their memory without Triton.
 """
 
 from __future__ import annotations
@@ -9,26 +10,28 @@ from collections.abc import Iterator
 from .weights import NF4_BLOCK
 
 FEW_ROWS = 64
-"""Up to here (modulation, embedders) reading the weight is all the work: 8 bits would only cost accuracy."""
+"""Up to this many rows (modulation, embedders), reading the weight is all the work; 8 bits would only cost accuracy."""
 
 LANES = 32
-"""The room behind each row is a multiple of as many columns, so that every row begins on 64 bytes."""
+"""The padding behind each row is a multiple of this many columns, so that every row starts at a multiple of 64 bytes.
+"""
 
 MILLION = 1 << 20
 CHUNKS = {80: 45 * MILLION, 86: 9 * MILLION, 89: 9 * MILLION, 90: 45 * MILLION, 120: 9 * MILLION}
-"""Compute capability -> numbers of a weight that are decoded at a time; fluxq/kernels/triton/shipped.py says why."""
+"""Compute capability -> how many weights are decoded at a time; fluxq/kernels/triton/shipped.py says why."""
 
 
-def room(rank: int) -> int:
-    """How many columns the Triton kernels want behind each row of the input of a bf16 layer with LoRA of that rank: one
-    for each of x down^T, and one for the 1 that the bias is multiplied by.
+def padding(rank: int) -> int:
+    """How many columns the Triton kernels need behind each row of the input of a bf16 layer with LoRA of that rank: one
+    for each of x down^T, and one for the 1 that multiplies the bias.
     """
     return -(-(rank + 1) // LANES) * LANES
 
 
 def parts(length: int, width: int, chunk: int) -> Iterator[slice]:
-    """A side of a weight cut into parts of about `chunk` numbers, 0 for no cut, each `width` numbers wide: multiples of
-    64, as even as these can be, so that no product is left with a sliver.
+    """Cut a side of a weight into parts of about `chunk` weights each; the weight is `width` wide on its other side.
+
+    chunk 0: do not cut. Parts are multiples of 64 and as even as possible, so that no product is left with a sliver.
     """
     count = max(1, -(-length * width // chunk)) if chunk else 1
     step = -(-length // (count * NF4_BLOCK)) * NF4_BLOCK
@@ -36,5 +39,5 @@ def parts(length: int, width: int, chunk: int) -> Iterator[slice]:
 
 
 def chunk_of(capability: int) -> int:
-    """The chunk of a GPU; an unknown one takes that of the nearest known, of two as near the older's."""
+    """The chunk of a GPU. An unknown GPU uses that of the nearest known one; of two equally near, the older."""
     return CHUNKS[min(CHUNKS, key=lambda known: (abs(known - capability), known))]

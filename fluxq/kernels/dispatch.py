@@ -1,7 +1,7 @@
-"""Which implementation of the ops runs: the only place where that is decided.
+"""Decides which implementation of the ops runs; nothing else does.
 
-`reference` is plain PyTorch, runs anywhere and defines what is correct. `triton` is what runs on a GPU of compute
-capability 8.0 or newer where Triton is installed; under TRITON_INTERPRET=1 it can be asked for anywhere.
+`reference` is plain PyTorch, runs anywhere and defines what is correct. `triton` runs on GPUs of compute capability 8.0
+or newer if Triton is installed; with TRITON_INTERPRET=1 it can be selected anywhere.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ _forced: ModuleType | None = None
 
 
 def ops(like: Tensor) -> ModuleType:
-    """The module whose functions run on tensors that lie where `like` lies."""
+    """The module whose functions run on tensors on the device of `like`."""
     if _forced is not None:
         return _forced
     return _for_device(like.device)
@@ -35,10 +35,10 @@ def _for_device(device: torch.device) -> ModuleType:
 
 
 def triton_installed() -> bool:
-    """Whether Triton can be imported (on Windows it is the package triton-windows)."""
+    """Whether Triton can be imported (on Windows, the package triton-windows)."""
     try:
         return importlib.util.find_spec("triton") is not None
-    except ValueError:  # a module without a specification stands in its place
+    except ValueError:  # another module without a spec took its name
         return False
 
 
@@ -50,8 +50,8 @@ def _triton() -> ModuleType:
 
 @contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Run every op inside on backend `name`, wherever its tensors lie. Raises ValueError for a name that is not there,
-    or where Triton is not installed.
+    """Inside, run every op on backend `name`, on any device. Raises ValueError for an unknown name, or if Triton is not
+    installed.
     """
     global _forced
     if name not in BACKENDS:

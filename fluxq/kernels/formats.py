@@ -1,4 +1,4 @@
-"""A matrix into one of the stored formats and back."""
+"""Converts a matrix to and from the stored formats."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from .weights import FORMATS, NF4_BLOCK, NF4Weight, RowScaled, Weight
 def quantize(w: Weight, format: str) -> Weight:
     """The (N, K) matrix `w`, of any float dtype or stored in any format, stored as `format`.
 
-    What is in that format already keeps its bytes; e4m3 without scales counts as fp8 whose scales are 1. Raises
-    ValueError for an unknown format, and for NF4 where K is no multiple of 64.
+    A weight that is already in that format keeps its bytes; e4m3 without scales counts as fp8 with scales of 1. Raises
+    ValueError for an unknown format, and for NF4 if K is not a multiple of 64.
     """
     if format not in FORMATS:
         raise ValueError(f"format must be one of {', '.join(FORMATS)}, not {format!r}")
@@ -31,12 +31,12 @@ def quantize(w: Weight, format: str) -> Weight:
     if eight_bits is not None:
         return RowScaled(*ops(w).row_quantize(w, eight_bits))
     if w.ndim != 2 or w.shape[1] % NF4_BLOCK:
-        raise ValueError(f"nf4 stores matrices whose width is a multiple of {NF4_BLOCK}, not {tuple(w.shape)}")
+        raise ValueError(f"nf4 needs a matrix whose width is a multiple of {NF4_BLOCK}, not {tuple(w.shape)}")
     return NF4Weight(*ops(w).nf4_quantize(w))
 
 
 def dequantize(q: Weight, dtype: torch.dtype) -> Tensor:
-    """The (N, K) matrix that `q` stands for, in `dtype`."""
+    """The (N, K) matrix that `q` encodes, in `dtype`."""
     if isinstance(q, Tensor):
         return q.to(dtype)
     return ops(q.codes if isinstance(q, NF4Weight) else q.values).dequantize(q, dtype)

@@ -1,4 +1,4 @@
-"""A frozen linear layer and its LoRA as one differentiable op, in every way of multiplying."""
+"""A frozen linear layer and its LoRA as one differentiable op, for every way of multiplying."""
 
 from __future__ import annotations
 
@@ -12,18 +12,19 @@ from torch.autograd.function import once_differentiable
 from .activations import Activations, Wants
 from .cutting import FEW_ROWS
 from .dispatch import ops
-from .replay import nothing, unread
+from .replay import placeholder, unread
 from .weights import Weight
 
 COMPUTES = ("bf16", "int8", "int8_dx", "fp8", "fp8_dx")
-"""bf16: in the dtype of the input. int8, fp8: the product forward in 8 bits, the gradient as in bf16; _dx: both."""
+"""bf16: in the input's dtype. int8, fp8: the forward product in 8 bits, the gradient as in bf16; _dx: both in 8 bits.
+"""
 
 
 def wants(compute: str, down: Tensor | None, like: Tensor, rotation: int = 0) -> Wants:
-    """The form in which a layer with LoRA `down` (R, K), or none, wants an input that lies where `like` lies."""
+    """The form in which a layer with LoRA `down` (R, K), or without, wants its input, on the device of `like`."""
     if compute != "bf16":
         return Wants(dtype=_dtype(compute), down=None if rotation else down, rotation=rotation)
-    return Wants(room=0 if down is None else ops(like).room(down.shape[0]))
+    return Wants(padding=0 if down is None else ops(like).padding(down.shape[0]))
 
 
 def lora_linear(
@@ -39,20 +40,20 @@ def lora_linear(
 ) -> Tensor:
     """x W^T + bias + scale (x down^T) up^T, differentiable in x, down and up.
 
-    x (..., K), or what the op before gave for this layer's `wants`; weight stands for (N, K) in any stored format; bias
-    (N,); down (R, K) and up (N, R) in any float dtype. They are multiplied in x's dtype, the frozen weight as `compute`
-    says; gradients come back in each argument's own. The weight is decoded anew in the backward pass and never kept by
-    autograd. `feeds`: the value that is made from the output alone (fluxq/kernels/replay.py). `rotation`: the block in
-    which 8-bit products rotate their factors (fluxq/kernels/rotation.py), 0 for none. Raises ValueError where widths
-    disagree.
+    x (..., K), or the output that the previous op made for this layer's `wants`; weight encodes (N, K) in any stored
+    format; bias (N,); down (R, K) and up (N, R) in any float dtype. LoRA and bias are used in x's dtype, the frozen
+    weight is multiplied according to `compute`; gradients have each argument's dtype. The backward pass decodes the
+    weight again; autograd never keeps it. `feeds`: the value that is computed from the output alone
+    (fluxq/kernels/replay.py). `rotation`: the block in which 8-bit products rotate their factors
+    (fluxq/kernels/rotation.py), 0 for none. Raises ValueError if widths do not match.
     """
     if compute not in COMPUTES:
         raise ValueError(f"compute must be one of {', '.join(COMPUTES)}, not {compute!r}")
     given = x if isinstance(x, Activations) else Activations(x)
     rows, columns = weight.shape
-    room = 0 if down is None or x is given.x else ops(given.x).room(down.shape[0])
-    if given.x.shape[-1] not in (columns, columns + room):
-        raise ValueError(f"the layer takes vectors of width {columns}, not {given.x.shape[-1]}")
+    padding = 0 if down is None or x is given.x else ops(given.x).padding(down.shape[0])
+    if given.x.shape[-1] not in (columns, columns + padding):
+        raise ValueError(f"the layer needs vectors of width {columns}, not {given.x.shape[-1]}")
     if (down is None) != (up is None):
         raise ValueError("LoRA needs down and up together; one of them is missing")
     if down is not None and up is not None and (down.shape[1] != columns or up.shape != (rows, down.shape[0])):
@@ -82,12 +83,12 @@ class _LoRALinear(torch.autograd.Function):
         cast_down, cast_up, cast_bias = (t if t is None else t.to(x.dtype) for t in (down, up, bias))
         if unread:
             s = given.s if cast_down is None or given.s is not None else F.linear(x[..., : weight.shape[1]], cast_down)
-            y = nothing(*x.shape[:-1], weight.shape[0], like=x)
+            y = placeholder(*x.shape[:-1], weight.shape[0], like=x)
         elif compute == "bf16":
             y, s = ops(x).lora_linear(x, weight, cast_bias, cast_down, cast_up, scale)
         else:
             y, s = _forward_8bit(given, weight, cast_bias, cast_down, up, scale, _dtype(compute), rotation)
-        # The gradient multiplies by the rounded LoRA too: it is not rounded again for that.
+        # The gradient uses the rounded LoRA too, so that it is rounded only once.
         ctx.save_for_backward(x if down is not None else None, s, cast_down, cast_up)
         ctx.dtypes = [t if t is None else t.dtype for t in (down, up)]
         ctx.weight, ctx.scale, ctx.compute, ctx.rotation = weight, scale, compute, rotation
@@ -123,7 +124,7 @@ def _forward_8bit(
     dtype: torch.dtype,
     rotation: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """y and s from 8-bit rows of the input and the weight, each row with its scale."""
+    """y and s, from the input and the weight as 8-bit rows, each row with its scale."""
     x, values, row_scale, s = given
     rows = x.flatten(0, -2)
     if values is None or row_scale is None:
@@ -138,9 +139,11 @@ def _forward_8bit(
 def _dx_8bit(
     dy: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, dtype: torch.dtype, rotation: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The gradient of the input, in 8 bits, and that of s: it contracts over W's rows, so their scales go into dy
-    before dy is rounded (folding costs no second copy of W and no accuracy). Over a rotated W it comes out rotated; so
-    LoRA's part joins it rotated, and the sum is turned back.
+    """The gradient of the input, in 8 bits, and that of s.
+
+    It contracts over W's rows, so dy is multiplied by their scales before it is rounded (this saves a second copy of W
+    and costs no accuracy). With a rotated W the product is rotated too, so LoRA's part is added rotated, and the sum is
+    rotated back.
     """
     rows = dy.flatten(0, -2)
     w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True, rotation=rotation)  # (K, N)

@@ -1,4 +1,4 @@
-"""The ops in plain PyTorch: the definition of correct, and what runs where no kernel does.
+"""The ops in plain PyTorch: they define what is correct, and run wherever no kernel does.
 
 Letters: N out, K in, M rows (batch x tokens), R rank, B batch, H heads, L tokens, D head width.
 """
@@ -16,8 +16,8 @@ from .activations import Activations, Wants
 from .rotation import rotate
 from .weights import NF4_BLOCK, NF4Weight, Weight
 
-# The 16 quantiles of a normal distribution that NF4 stores, as bitsandbytes has them (Dettmers et al. 2023, appendix
-# E).
+# The 16 quantiles of a normal distribution that NF4 uses, with bitsandbytes' values (Dettmers et al. 2023,
+# appendix E).
 NF4_LEVELS = (
     -1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453,
     -0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0,
@@ -27,11 +27,11 @@ NF4_LEVELS = (
 
 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
-    """NF4 codes (N, K/2) uint8 and scales (N, K/64) fp32 of the (N, K) matrix `w`, the very bytes of bitsandbytes.
+    """NF4 codes (N, K/2) uint8 and scales (N, K/64) fp32 of the (N, K) matrix `w`, byte for byte as bitsandbytes.
 
-    A weight divided by its block's largest magnitude gets the number of level midpoints below it. A search over 15
-    midpoints per weight is slow in PyTorch, so the upper half of the float's bits looks the answer up; in the few table
-    cells that contain a midpoint, one comparison decides.
+    The code of a weight is the number of level midpoints below it, after division by its block's largest magnitude.
+    Searching 15 midpoints per weight is slow in PyTorch, so the upper half of the float's bits indexes a table; in the
+    few table cells that contain a midpoint, one comparison decides.
     """
     rows, columns = w.shape
     codes = torch.empty(rows * columns // 2, dtype=torch.uint8, device=w.device)
@@ -53,7 +53,7 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
 
 @cache
 def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
-    """For each upper half of a float (as int16 + 32768): how many midpoints lie below the cell, and the midpoint
+    """For each upper half of a float (as int16 + 32768): the number of midpoints below the cell, and the midpoint
     inside it or inf.
     """
     levels = torch.tensor(NF4_LEVELS)
@@ -67,8 +67,8 @@ def _nf4_tables(device: torch.device) -> tuple[Tensor, Tensor]:
 
 
 def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """The (N, K) matrix that `weight` stands for, in `dtype`, or its transpose (K, N); written into `out`, rows of any
-    stride, if given.
+    """The (N, K) matrix that `weight` encodes, in `dtype`, or its transpose (K, N). If `out` is given (rows of any
+    stride), the result is written there.
     """
     if transposed:
         matrix = dequantize(weight, dtype).t()
@@ -83,8 +83,8 @@ def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, tr
 def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """`weight` as a matrix of 8-bit values (N, K), or (K, N) if `transposed`, and its row scales (N,) fp32.
 
-    8-bit tensor cores before sm_100 read both factors along K; the gradient of the input contracts over N instead, and
-    so wants the transposed matrix. A weight stored in that dtype keeps its values. `rotation`: the block of columns in
+    8-bit tensor cores before sm_100 read both factors along K; the gradient of the input contracts over N instead, so
+    it needs the transposed matrix. A weight stored in that dtype keeps its values. `rotation`: the block of columns in
     which rows are rotated before they are rounded (fluxq/kernels/rotation.py), 0 for none.
     """
     if not rotation and not isinstance(weight, (Tensor, NF4Weight)) and weight.values.dtype == dtype:
@@ -111,7 +111,7 @@ def nf4_dequantize(codes: Tensor, absmax: Tensor, dtype: torch.dtype, out: Tenso
 
 @cache
 def _nf4_pairs(device: torch.device) -> Tensor:
-    """(256,) int64: both levels of a byte, two fp32 gathered as one number."""
+    """(256,) int64: both levels of a byte, two fp32 that are gathered as one number."""
     levels = torch.tensor(NF4_LEVELS, device=device)
     return torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1).view(torch.int64).view(-1)
 
@@ -119,11 +119,11 @@ def _nf4_pairs(device: torch.device) -> Tensor:
 def row_quantize(
     w: Tensor, dtype: torch.dtype, columns: Tensor | None = None, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that bring each row back.
+    """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that restore each row.
 
-    A row's largest magnitude becomes the largest number of the type; int8 rounds half to even and never uses -128.
-    columns (K,) fp32, if given, multiplies every row first; then `rotation`, if not 0, is the block of columns in which
-    it is rotated (fluxq/kernels/rotation.py).
+    A row's largest magnitude maps to the largest number of the type; int8 rounds half to even and never uses -128. If
+    columns (K,) fp32 is given, every row is first multiplied by it. Then, if `rotation` is not 0, each row is rotated
+    in blocks of that many columns (fluxq/kernels/rotation.py).
     """
     largest = 127.0 if dtype == torch.int8 else torch.finfo(dtype).max
     values, scale = torch.empty_like(w, dtype=dtype), torch.empty(w.shape[0], device=w.device)
@@ -148,7 +148,7 @@ def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tenso
 
 
 def _numbers(values: Tensor) -> Tensor:
-    """8-bit values in fp32. A CPU converts fp8 bit by bit; looking the 256 numbers up is several times faster."""
+    """8-bit values in fp32. CPUs convert fp8 bit by bit; looking up the 256 numbers is several times faster."""
     if values.dtype != torch.float8_e4m3fn or values.device.type != "cpu":
         return values.float()
     return _e4m3_numbers().index_select(0, values.view(torch.uint8).int().view(-1)).view(values.shape)
@@ -160,22 +160,22 @@ def _e4m3_numbers() -> Tensor:
 
 
 def _chunk(device: torch.device) -> int:
-    """How many weights are handled at a time: what stays in a CPU's cache, or what fills a GPU."""
+    """How many weights are processed at a time: what fits a CPU's cache, or what keeps a GPU busy."""
     return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def unnest_absmax(absmax: Tensor, quant_map: Tensor, nested_absmax: Tensor, offset: float, block: int = 256) -> Tensor:
-    """fp32 scales from bitsandbytes' nested ("double quantized") form, which stores them in 8 bits of their own.
+    """fp32 scales from bitsandbytes' nested ("double quantized") form, which stores the scales themselves in 8 bits.
 
-    absmax (n,) uint8; quant_map (256,) fp32; nested_absmax (ceil(n/block),) fp32; offset is the mean that was taken
-    off.
+    absmax (n,) uint8; quant_map (256,) fp32; nested_absmax (ceil(n/block),) fp32; offset is the mean that was
+    subtracted.
     """
     scales = nested_absmax.repeat_interleave(block)[: absmax.numel()]
     return quant_map[absmax.long()] * scales + offset
 
 
-def room(rank: int) -> int:
-    """How many columns this backend wants behind each row of the input of a bf16 layer with LoRA of that rank."""
+def padding(rank: int) -> int:
+    """How many columns this backend needs behind each row of the input of a bf16 layer with LoRA of that rank."""
     return 0
 
 
@@ -184,7 +184,8 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
 
-    x (..., K) or with room behind each row; weight (N, K) as stored; down (R, K), up (N, R), bias (N,) in x's dtype.
+    x (..., K), or with padding behind each row; weight (N, K) as stored; down (R, K), up (N, R), bias (N,) in x's
+    dtype.
     """
     x = x[..., : weight.shape[1]]
     y = F.linear(x, dequantize(weight, x.dtype), bias)
@@ -203,9 +204,9 @@ def lora_linear_backward(
     up: Tensor | None,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the room undefined.
+    """Gradients of x, down and up for `lora_linear`. That of x has x's width; its padding is undefined.
 
-    weight None: the gradient of x is not wanted; s None: there is no LoRA, and x is not needed.
+    weight None: do not compute the gradient of x. s None: there is no LoRA, and x is not needed.
     """
     dx = None if weight is None else dy @ dequantize(weight, dy.dtype)
     if x is None or s is None or down is None or up is None:
@@ -217,7 +218,7 @@ def lora_linear_backward(
 
 
 def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Those of down and up. dy (..., N), x (..., K), s (..., R), and its gradient ds (M, R), scale dy up."""
+    """Gradients of down and up. dy (..., N), x (..., K), s (..., R), and the gradient of s: ds (M, R) = scale dy up."""
     return ds.mT @ x.flatten(0, -2), scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
 
 
@@ -247,16 +248,16 @@ def matmul_8bit(
 
 
 def activations(x: Tensor, wants: Wants) -> Activations:
-    """`x` (..., K) in the form in which the layer after it wants it."""
+    """`x` (..., K) in the form that the next layer wants."""
     if wants.dtype is None:
-        return Activations(F.pad(x, (0, wants.room)) if wants.room else x)
+        return Activations(F.pad(x, (0, wants.padding)) if wants.padding else x)
     rows = x.flatten(0, -2)
     s = None if wants.down is None else rows.float() @ wants.down.float().t()
     return Activations(x, *row_quantize(rows, wants.dtype, rotation=wants.rotation), s)
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
-    """(1 + scale) LayerNorm(x) + shift, for the layer that `wants` it. x (B, L, D); shift, scale (B, 1, D)."""
+    """(1 + scale) LayerNorm(x) + shift, as the next layer `wants` it. x (B, L, D); shift, scale (B, 1, D)."""
     return activations(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale), wants)
 
 
@@ -279,14 +280,14 @@ def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of y, and of gate (B, 1, D) where `y` is given. That of the residual is `dout` itself."""
+    """Gradients of y, and of gate (B, 1, D) if `y` is given. The gradient of the residual is `dout` itself."""
     return gate * dout, None if y is None else (dout * y).sum(1, keepdim=True)
 
 
 def gated_add_modulate(
     residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants
 ) -> tuple[Tensor, Activations]:
-    """x = residual + gate y, and x modulated: `gated_add` and the `modulate` that follows it in one pass."""
+    """x = residual + gate y, and x modulated: `gated_add` and the `modulate` after it in one pass."""
     x = gated_add(residual, gate, y)
     return x, modulate(x, shift, scale, wants)
 
@@ -294,7 +295,7 @@ def gated_add_modulate(
 def gated_add_modulate_backward(
     dx: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor, y: Tensor | None, scale: Tensor, rows: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of residual and y, of gate where `y` is given, and if `rows` of shift and scale.
+    """Gradients of residual and y, of gate if `y` is given, and if `rows` of shift and scale.
 
     dx (B, L, D) is the gradient of the sum x, None for zero; dy (B, L, D or wider) that of x modulated.
     """
@@ -309,23 +310,24 @@ Stream = tuple[Tensor, Tensor, Tensor]
 
 
 def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v of all streams one after another, (B, H, L, D/H), q and k normed and turned; and rstd (2, B, L, H) fp32.
+    """q, k, v of all streams concatenated, (B, H, L, D/H), q and k normed and with RoPE applied; and rstd (2, B, L, H)
+    fp32.
 
-    q and k are divided by their root mean square over the head width, times the stream's scale; then each adjacent pair
-    of numbers is turned by its angle, cos and sin (B or 1, 1, L, D/H/2), L counting all streams. In fp32 or better,
-    rounded once. rstd is 1/rms of queries and keys.
+    q and k are divided by their root mean square over the head width and multiplied by the stream's scale. Then RoPE
+    rotates each adjacent pair of numbers by its angle: cos and sin (B or 1, 1, L, D/H/2), L counting all streams. In
+    fp32 or better, rounded once. rstd is 1/rms of queries and keys.
     """
     parts = [_split_heads(qkv, q_scale.shape[0]) for qkv, q_scale, _ in streams]  # each (B, L, H, D/H)
     inverse = [torch.stack([_rstd(q), _rstd(k)]) for q, k, _ in parts]
     cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)  # (B or 1, L, 1, D/H/2)
-    turned, start = ([], []), 0
+    qk, start = ([], []), 0
     for part, rstd, (_, *scales) in zip(parts, inverse, streams, strict=True):
         stop = start + part[0].shape[1]
-        for x, r, scale, out in zip(part, rstd, scales, turned, strict=False):
+        for x, r, scale, out in zip(part, rstd, scales, qk, strict=False):
             normed = _at_least_fp32(x) * r[..., None] * _at_least_fp32(scale)
-            out.append(_turn(normed, cos[:, start:stop], sin[:, start:stop]).to(x.dtype))
+            out.append(_apply_rope(normed, cos[:, start:stop], sin[:, start:stop]).to(x.dtype))
         start = stop
-    joined = (*(torch.cat(x, 1) for x in turned), torch.cat([v for _, _, v in parts], 1))
+    joined = (*(torch.cat(x, 1) for x in qk), torch.cat([v for _, _, v in parts], 1))
     q, k, v = (x.transpose(1, 2) for x in joined)
     return q, k, v, torch.cat(inverse, 2)
 
@@ -345,8 +347,8 @@ def qk_norm_rope_backward(
 ) -> list[Tensor]:
     """The gradient (B, L, 3 D) of each stream's qkv; `scales` and `lengths` are the streams'.
 
-    The normed values are got back from q and k, turned back and divided by the scale, so that qkv need not be kept;
-    where a scale is too near zero for that, from the streams' qkv, the `inputs`.
+    The normed values are recovered from q and k by undoing RoPE and dividing by the scale, so that qkv need not be
+    kept. If a scale is too near zero for that, they are computed from `inputs`, the streams' qkv.
     """
     cos, sin = cos.transpose(1, 2), sin.transpose(1, 2)
     grads, start = [], 0
@@ -355,9 +357,9 @@ def qk_norm_rope_backward(
         angles, parts = (cos[:, start:stop], sin[:, start:stop]), []
         for j, (dy, y, scale) in enumerate(zip((dq, dk), (q, k), pair, strict=True)):
             r, g = rstd[j, :, start:stop, :, None], _at_least_fp32(scale)
-            d_normed = _turn_back(dy.transpose(1, 2)[:, start:stop], *angles) * g
+            d_normed = _undo_rope(dy.transpose(1, 2)[:, start:stop], *angles) * g
             if inputs is None:
-                normed = _turn_back(y.transpose(1, 2)[:, start:stop], *angles) / g
+                normed = _undo_rope(y.transpose(1, 2)[:, start:stop], *angles) / g
             else:
                 normed = _at_least_fp32(_split_heads(inputs[i], len(scale))[j]) * r
             parts.append(r * (d_normed - normed * (normed * d_normed).mean(-1, keepdim=True)))
@@ -376,24 +378,24 @@ def _rstd(x: Tensor) -> Tensor:
     return torch.rsqrt(_at_least_fp32(x).square().mean(-1) + 1e-6)
 
 
-def _turn(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Each adjacent pair of x turned by its angle: a product of complex numbers."""
+def _apply_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """x with each adjacent pair rotated by its angle: a product of complex numbers."""
     pairs = torch.view_as_complex(_at_least_fp32(x).unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * torch.complex(cos, sin)).flatten(-2)
 
 
-def _turn_back(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    return _turn(x, cos, -sin)
+def _undo_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    return _apply_rope(x, cos, -sin)
 
 
 def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
-    """gelu(h), tanh's approximation, for the layer that `wants` it; with `beside` (B, L, D) to its left."""
+    """gelu(h), tanh's approximation, in the form that the next layer `wants`; with `beside` (B, L, D) to its left."""
     y = F.gelu(h, approximate="tanh")
     return activations(y if beside is None else torch.cat([beside, y], -1), wants)
 
 
 def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
-    """The gradient of h (B, L, W) for the columns of dy (B, L, W) that gelu(h) was written to."""
+    """The gradient of h (B, L, W), from the columns of dy (B, L, W) that correspond to gelu(h)."""
     return torch.ops.aten.gelu_backward(dy, h, approximate="tanh")
 
 

@@ -1,15 +1,15 @@
-"""What a block keeps of its forward pass, and how the replay of it in the backward pass uses that.
+"""What a block keeps from its forward pass, and how its replay in the backward pass uses that.
 
 A block runs twice: once without gradients, and again in the backward pass with them. In between it keeps its inputs
-and, by its policy, some values from inside. The ops that make or read such a value call it by name:
+and, depending on its policy, some inner values. The ops that produce or use such a value refer to it by name:
 
 qkv        queries, keys and values after norm and RoPE      kept by `qk_norm_rope`
 attention  attention's output and log-sum-exp                kept by `attention`
 residual   the stream between attention and MLP              kept by `gated_add_modulate`
-hidden     the MLP's inner layer before GELU                 kept by `gelu_tanh`, on request in 8 bits
+hidden     the MLP's inner layer before GELU                 kept by `gelu_tanh`, optionally in 8 bits
 
-A linear layer keeps nothing. It is told which value its output `feeds`: where the replay has that value already, nobody
-reads the output, and it is not computed. What a block ends in (`end`) is never read in a replay.
+A linear layer keeps nothing. Its argument `feeds` names the value that its output is used for: if the replay already
+has that value, nobody reads the output, so it is not computed. A replay never reads a block's final sum (`end`).
 """
 
 from __future__ import annotations
@@ -31,17 +31,18 @@ POLICIES = {
     "keep_all8": ("attention", "qkv", "residual", "hidden"),
     "keep_all": ("attention", "qkv", "residual", "hidden"),
 }
-"""Policy -> what is kept beside the inputs, from least memory to least work. keep_all8 keeps `hidden` in int8 rows."""
+"""Policy -> what is kept in addition to the inputs, from least memory to least work. keep_all8 keeps `hidden` as int8
+rows."""
 
 T = TypeVar("T")
 _tape: Tape | None = None
 
 
 class Tape:
-    """The values kept between one forward pass of a block and its replay, in the order in which they come up.
+    """The values kept between a block's forward pass and its replay, in order.
 
-    `gates`: the gates are trained, so that their gradients read what they multiply; then nothing that feeds a gated
-    sum may be left out.
+    `gates`: the gates are trained, so their gradients read what they multiply; then nothing that feeds a gated sum may
+    be skipped.
     """
 
     def __init__(self, policy: str, gates: bool = False) -> None:
@@ -53,13 +54,13 @@ class Tape:
 
     @contextmanager
     def record(self) -> Iterator[None]:
-        """Inside, ops keep what the policy names."""
+        """Inside, ops keep the values that the policy names."""
         with self._running(False):
             yield
 
     @contextmanager
     def replay(self) -> Iterator[None]:
-        """Inside, ops take what was kept instead of computing it, each value once."""
+        """Inside, ops use the kept values instead of computing them, each value once."""
         with self._running(True):
             yield
 
@@ -74,7 +75,7 @@ class Tape:
 
 
 def kept(name: str, compute: Callable[[], T]) -> T:
-    """compute(), or in a replay that has it, what it gave in the forward pass."""
+    """compute(); in a replay that has the value, its result from the forward pass."""
     if _tape is None or name not in _tape.keeps:
         return compute()
     if _tape.replaying:
@@ -85,7 +86,7 @@ def kept(name: str, compute: Callable[[], T]) -> T:
 
 
 def kept_rows(name: str, x: Tensor) -> Tensor:
-    """`x` (..., K), or in a replay that has it, `x` as it was in the forward pass: exactly, or from int8 rows."""
+    """`x` (..., K); in a replay that has the value, `x` from the forward pass: exact, or restored from int8 rows."""
     if _tape is None or not _tape.eight_bits:
         return kept(name, lambda: x)
     values, scale = kept(name, lambda: ops(x).row_quantize(x.flatten(0, -2), torch.int8))
@@ -93,10 +94,10 @@ def kept_rows(name: str, x: Tensor) -> Tensor:
 
 
 def unread(feeds: str | None) -> bool:
-    """Whether this is a replay in which nobody reads what feeds `feeds`."""
+    """Whether this is a replay in which nobody reads what the value `feeds` is made from."""
     return _tape is not None and _tape.replaying and feeds in _tape.unread
 
 
-def nothing(*shape: int, like: Tensor) -> Tensor:
-    """A tensor of that shape that takes no memory and is NaN: it stands where nobody reads."""
+def placeholder(*shape: int, like: Tensor) -> Tensor:
+    """A tensor of that shape that takes no memory and is NaN, for outputs that nobody reads."""
     return like.new_full((), torch.nan).expand(shape)

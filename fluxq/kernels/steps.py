@@ -1,7 +1,7 @@
-"""The memory-bound steps of a block as differentiable ops: what stands between its matrix products and attention.
+"""The memory-bound steps of a block as differentiable ops: everything between its matrix products and attention.
 
-Each keeps for its gradient only what its backward pass reads, and calls one function of the backend each way. A step
-that feeds a linear layer gives its output in the form that the layer `wants`.
+Each keeps for its gradient only what its backward pass reads, and calls one backend function each way. A step before a
+linear layer returns its output in the form that the layer `wants`.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from torch.autograd.function import once_differentiable
 from .activations import Activations, Wants
 from .dispatch import ops
 from .reference import Stream
-from .replay import kept, kept_rows, nothing, unread
+from .replay import kept, kept_rows, placeholder, unread
 
 PLAIN = Wants()
 
@@ -27,14 +27,14 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants = PLAIN) -> A
 
 
 def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
-    """residual + gate y, which a block ends in. residual, y (B, L, D); gate (B, 1, D)."""
+    """residual + gate y, the last step of a block. residual, y (B, L, D); gate (B, 1, D)."""
     return _GatedAdd.apply(residual, gate, y)
 
 
 def gated_add_modulate(
     residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants = PLAIN
 ) -> tuple[Tensor, Activations]:
-    """x = residual + gate y, and (1 + scale) LayerNorm(x) + shift: `gated_add` and the `modulate` after it, in one."""
+    """x = residual + gate y, and (1 + scale) LayerNorm(x) + shift: `gated_add` and the `modulate` after it."""
     x, *modulated = _GatedAddModulate.apply(residual, gate, y, shift, scale, wants)
     return x, Activations(*modulated)
 
@@ -42,11 +42,11 @@ def gated_add_modulate(
 def qk_norm_rope(
     streams: Sequence[Stream], cos: Tensor, sin: Tensor, invertible: bool = True
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """q, k, v (B, H, L, D/H) of all streams one after another, q and k RMS-normed per head and turned by RoPE.
+    """q, k, v (B, H, L, D/H) of all streams concatenated, q and k RMS-normed per head and with RoPE applied.
 
-    streams: qkv (B, L, 3 D) and the frozen scales (D/H,) of the query and key norms, each; cos, sin (B or 1, 1, L,
-    D/H/2) for the joint sequence: adjacent pairs are turned (black-forest-labs/flux). The gradient is worked out from q
-    and k alone; where a scale is too near zero to be divided out (not `invertible`), from qkv, which is then kept.
+    streams: for each, qkv (B, L, 3 D) and the frozen scales (D/H,) of the query and key norms; cos, sin (B or 1, 1, L,
+    D/H/2) for the joint sequence: RoPE rotates adjacent pairs (black-forest-labs/flux). The gradient is computed from q
+    and k alone; if a scale is too near zero to divide by (not `invertible`), from qkv, which is then kept.
     """
     return _QKNormRope.apply(cos, sin, invertible, *(tensor for stream in streams for tensor in stream))[:3]
 
@@ -54,7 +54,7 @@ def qk_norm_rope(
 def divides_out(scale: Tensor) -> bool:
     """Whether a norm's scale (D/H,) can be divided out again after RoPE.
 
-    RoPE mixes adjacent pairs, so a number that is small beside its neighbor drowns in the neighbor's rounding: at a
+    RoPE mixes adjacent pairs, so a number that is small next to its neighbor drowns in the neighbor's rounding: at a
     thirtieth, the gradient of that channel is 2 % off in bf16 (measured), and the whole gradient not visibly.
     """
     pairs = scale.float().abs().view(-1, 2)
@@ -62,8 +62,8 @@ def divides_out(scale: Tensor) -> bool:
 
 
 def gelu_tanh(h: Tensor, beside: Tensor | None = None, wants: Wants = PLAIN) -> Activations:
-    """gelu(h), tanh's approximation, with `beside` (B, L, D) to its left if given: both are written where the layer
-    after it reads them. h (B, L, W).
+    """gelu(h), tanh's approximation, with `beside` (B, L, D) to its left if given; both are written where the next
+    layer reads them. h (B, L, W).
     """
     return Activations(*_GeluTanh.apply(h, beside, wants))
 
@@ -88,7 +88,7 @@ class _GatedAdd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
         ctx.save_for_backward(gate, y if ctx.needs_input_grad[1] else None)
-        return nothing(*y.shape, like=y) if unread("end") else ops(residual).gated_add(residual, gate, y)
+        return placeholder(*y.shape, like=y) if unread("end") else ops(residual).gated_add(residual, gate, y)
 
     @staticmethod
     @once_differentiable
@@ -103,15 +103,16 @@ class _GatedAddModulate(torch.autograd.Function):
     def forward(
         ctx: Any, residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants
     ) -> tuple[Tensor | None, ...]:
-        made = None  # a replay that kept x still has to modulate it
+        modulated = None  # a replay that has x must still modulate it
 
         def compute() -> Tensor:
-            nonlocal made
-            x, made = ops(residual).gated_add_modulate(residual, gate, y, shift, scale, wants)
+            nonlocal modulated
+            x, modulated = ops(residual).gated_add_modulate(residual, gate, y, shift, scale, wants)
             return x
 
         x = kept("residual", compute)
-        modulated = ops(x).modulate(x, shift, scale, wants) if made is None else made
+        if modulated is None:
+            modulated = ops(x).modulate(x, shift, scale, wants)
         ctx.save_for_backward(x, gate, y if ctx.needs_input_grad[1] else None, scale)
         return x, *_differentiable_in_x(ctx, modulated)
 

@@ -1,7 +1,7 @@
 """How frozen weights are stored: plain containers of tensors, not tensor subclasses.
 
-nf4    two 4-bit codes a byte, one fp32 scale per 64 weights: bitsandbytes' bytes
-fp8    e4m3 (4 exponent bits, 3 of mantissa), one fp32 scale per output row; a file that is fp8 already keeps its bytes
+nf4    two 4-bit codes per byte, one fp32 scale per 64 weights: byte for byte bitsandbytes' format
+fp8    e4m3 (4 exponent bits, 3 of mantissa), one fp32 scale per output row; fp8 files keep their bytes
 int8   symmetric in -127..127, one fp32 scale per output row
 bf16   a plain tensor
 """
@@ -61,14 +61,14 @@ class RowScaled:
 
 
 Weight = Tensor | NF4Weight | RowScaled
-"""An (N, K) matrix as it is stored; `weight[a:b]` is its rows a to b, a view."""
+"""An (N, K) matrix as it is stored; `weight[a:b]` are its rows a to b, a view."""
 
 
 def parts_of(weight: Weight) -> tuple[Tensor, ...]:
-    """The tensors that a weight is made of, in the order of its fields."""
+    """The tensors of a weight, in the order of its fields."""
     return (weight,) if isinstance(weight, Tensor) else tuple(getattr(weight, field.name) for field in fields(weight))
 
 
 def of_parts(like: Weight, parts: Sequence[Tensor]) -> Weight:
-    """The weight of the kind of `like` that is made of `parts`."""
+    """A weight of the same kind as `like`, made of `parts`."""
     return parts[0] if isinstance(like, Tensor) else type(like)(*parts)

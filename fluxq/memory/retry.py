@@ -91,7 +91,7 @@ class OutOfMemoryRetry:
         for parameter in self._flux.parameters():
             parameter.grad = None
         if self._flux.inputs is not None:
-            self._flux.inputs.settle()
+            self._flux.inputs.release()
         gc.collect()
         if self._flux.device.type == "cuda":
             torch.cuda.empty_cache()

@@ -69,7 +69,7 @@ class Lookahead:
         stop = start + self._window if self._steps is None else min(start + self._window, self._steps)
         timesteps, y, guidance = zip(*(self._conditioning(index) for index in range(start, stop)), strict=True)
         guided = None if guidance[0] is None else self._padded(guidance)
-        flux.ring.foresee([(block.modulation_unit,) for block in flux.blocks])
+        flux.ring.announce([(block.modulation_unit,) for block in flux.blocks])
         # .cpu() synchronizes after each block, so rows never pile up on the GPU. It costs nothing: this pass waits for
         # weight copies anyway, and they continue meanwhile.
         self._rows = [r.cpu() for r in flux.modulation_rows(self._padded(timesteps), self._padded(y), guided)]

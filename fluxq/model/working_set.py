@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from fluxq.kernels.cutting import FEW_ROWS, parts, room
+from fluxq.kernels.cutting import FEW_ROWS, padding, parts
 from fluxq.kernels.replay import POLICIES
 
 
@@ -66,14 +66,14 @@ class Product:
         return self.n * self.k
 
     @property
-    def room(self) -> int:
+    def padding(self) -> int:
         """Padding columns after each row of the input."""
-        return room(self.rank) if self.rank and self.produced and self.compute == "bf16" else 0
+        return padding(self.rank) if self.rank and self.produced and self.compute == "bf16" else 0
 
     @property
     def input_bytes(self) -> int:
         """Bytes of the input in 16 bits, padding included."""
-        return self.rows * (self.k + self.room) * 2
+        return self.rows * (self.k + self.padding) * 2
 
     @property
     def input8_bytes(self) -> int:
@@ -99,7 +99,7 @@ class Product:
         """Bytes only needed while it multiplies: LoRA in 16 bits; the weight and the input in 8 bits, if made here."""
         lora = 2 * self.rank * (self.n + self.k)
         if not self.eight_bits:
-            return lora + self.n * self.room * 2
+            return lora + self.n * self.padding * 2
         weight = 0 if self.stored == 1 else self.weights + 4 * self.n
         return lora + weight + (0 if self.produced else self.input8_bytes)
 
@@ -109,7 +109,7 @@ class Product:
         lora = 2 * self.rank * (self.n + self.k) + self.rows * self.rank * 2
         if self.eight_bits_backward:
             return lora + self.weights + self.rows * (self.n + 4)
-        return lora + self.n * self.room * 2
+        return lora + self.n * self.padding * 2
 
 
 @dataclass(frozen=True)
@@ -173,8 +173,8 @@ def scratch(products: Collection[Product], chunk: int) -> int:
         if p.stored == 2 or p.eight_bits_backward:
             continue
         if not p.eight_bits:
-            sizes.append((_part(p.n, p.k, chunk) if p.room else p.n) * (p.k + p.room) * 2)
-        sizes.append(p.n * (_part(p.k, p.n, chunk) + p.room) * 2)
+            sizes.append((_part(p.n, p.k, chunk) if p.padding else p.n) * (p.k + p.padding) * 2)
+        sizes.append(p.n * (_part(p.k, p.n, chunk) + p.padding) * 2)
     return max(sizes)
 
 

@@ -36,5 +36,5 @@ def use_tuned(device: torch.device, notify: Notify) -> None:
         rows = table.read(path)
     except ValueError as error:
         raise WrongRequest(str(error)) from error
-    table.lay_over(rows)
+    table.use_measured(rows)
     notify(f"kernels: {len(rows)} choices measured on this GPU, from {path}")

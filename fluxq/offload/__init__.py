@@ -1,4 +1,4 @@
-"""Streaming of frozen weights between host and GPU, for any module with buffers."""
+"""Streams frozen weights between host and GPU, for any module with buffers."""
 
 from .inputs import HostInputs, Pass
 from .ring import AllResident, Ring, StreamingRing

@@ -1,9 +1,9 @@
-"""The host's memory for the units that are streamed: one allocation, pinned if the system lets it.
+"""Host memory for the streamed units: one allocation, pinned if the system allows it.
 
-Copies from pinned memory run beside everything else and at the bus' full rate. torch's own pinned allocator rounds
-every tensor up to a power of two; here the arena is registered with the driver as it lies, in chunks, and no unit lies
-across two of them, since one copy may read from one registration only. Where the driver refuses (Windows limits it to
-half of the memory) copies go through a few small pinned buffers: `streams_for` decides.
+Copies from pinned memory run in parallel with everything else and at the full rate of the bus. torch's own pinned
+allocator rounds every tensor up to a power of two; here the arena is registered with the driver as it is, in chunks. No
+unit spans two chunks, since one copy may read from only one registration. If the driver refuses (Windows limits pinned
+memory to half of RAM), copies go through a few small pinned buffers: `streams_for` decides.
 """
 
 from __future__ import annotations
@@ -17,6 +17,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxq.console import Notify
+
 from .streams import CudaStreams, Immediate, Staged, Streams
 
 ALIGNMENT, PAGE, CHUNK = 256, 4096, 2 << 30
@@ -24,10 +26,10 @@ STAGING_BUFFERS = 3
 
 
 class Arena(Mapping[str, Tensor]):
-    """Unit -> its bytes, flat uint8, each from a multiple of 256.
+    """Unit -> its bytes, flat uint8, each at a multiple of 256.
 
-    nbytes: unit -> length; `read(unit, out)` is called for each to fill `out` with its bytes. `close` before it is let
-    go, once no copy is under way; what it forgets is made up for when it is collected.
+    nbytes: unit -> length. `read(unit, out)` is called for each unit to fill `out` with its bytes. Call `close` before
+    dropping the arena, when no copy is running; if that is forgotten, garbage collection does it.
     """
 
     def __init__(self, nbytes: Mapping[str, int], read: Callable[[str, Tensor], Any], chunk: int = CHUNK) -> None:
@@ -61,8 +63,8 @@ class Arena(Mapping[str, Tensor]):
         return len(self._memory)
 
     def pin(self, cudart: Any = None) -> str | None:
-        """Have the driver pin all of it; why it did not, in which case nothing is pinned. cudart: torch.cuda.cudart(),
-        unless a test brings its own.
+        """Have the driver pin all of it. Returns None, or why the driver refused; then nothing is pinned. cudart:
+        torch.cuda.cudart(), unless a test passes its own.
         """
         cudart = cudart or torch.cuda.cudart()
         base, failure = self._memory.data_ptr(), None
@@ -79,7 +81,7 @@ class Arena(Mapping[str, Tensor]):
         return failure
 
     def unpin(self) -> None:
-        """Give the driver its pins back. No copy may be under way. Raises RuntimeError where it does not take them."""
+        """Unpin the memory. No copy may be running. Raises RuntimeError if the driver refuses."""
         self._unpin()
 
     close = unpin
@@ -88,11 +90,11 @@ class Arena(Mapping[str, Tensor]):
 def _unregister(cudart: Any, registered: list[int]) -> None:
     errors = [int(cudart.cudaHostUnregister(registered.pop())) for _ in range(len(registered))]
     if any(errors):
-        raise RuntimeError(f"pinned memory could not be given back (CUDA error {max(errors)})")
+        raise RuntimeError(f"the driver refused to unpin memory (CUDA error {max(errors)})")
 
 
 def _clear_error() -> None:
-    """What the driver refused stays its last error, which the next kernel would be blamed for: it is this one."""
+    """A refusal stays the driver's last error, which the next kernel launch would report: let this launch report it."""
     if torch.cuda.is_available():
         with suppress(RuntimeError):
             torch.zeros(1, device="cuda").add_(1)
@@ -102,12 +104,14 @@ def _up(n: int, multiple: int) -> int:
     return -(-n // multiple) * multiple
 
 
-def streams_for(arena: Arena, device: torch.device, notify: Callable[[str], None]) -> Streams:
-    """The streams for a ring on `device` that copies from `arena`: the faster of pinned and staged, measured there."""
+def streams_for(arena: Arena, device: torch.device, notify: Notify) -> Streams:
+    """The streams for a ring on `device` that copies from `arena`: pinned or staged, whichever a measurement shows to
+    be faster.
+    """
     if device.type != "cuda" or not len(arena):
         return Immediate()
     longest = max(arena.values(), key=len)
-    direct, size = CudaStreams(device), f"{arena.nbytes / 1e9:.1f} GB of weights wait in host memory"
+    direct, size = CudaStreams(device), f"{arena.nbytes / 1e9:.1f} GB of weights in RAM"
     staged = staged_on(direct, len(longest), device)
     target = torch.empty(len(longest), dtype=torch.uint8, device=device)
     rates = {"staged": copy_rate(staged, target, longest)}
@@ -115,37 +119,38 @@ def streams_for(arena: Arena, device: torch.device, notify: Callable[[str], None
         notify(f"{size}, copied through pinned buffers at {rates['staged'] / 1e9:.1f} GB/s: {failure}")
         return staged
     rates["pinned"] = copy_rate(direct, target, longest)
-    told = f"{rates['pinned'] / 1e9:.1f} GB/s pinned, {rates['staged'] / 1e9:.1f} GB/s through pinned buffers"
+    rates_text = f"{rates['pinned'] / 1e9:.1f} GB/s pinned, {rates['staged'] / 1e9:.1f} GB/s through pinned buffers"
     if rates["pinned"] >= rates["staged"]:
-        notify(f"{size}, pinned: {told}")
+        notify(f"{size}, pinned: {rates_text}")
         return direct
     arena.unpin()
-    notify(f"{size}, copied through pinned buffers: {told}")
+    notify(f"{size}, copied through pinned buffers: {rates_text}")
     return staged
 
 
 def staged_on(streams: Streams, longest: int, device: torch.device) -> Staged:
-    """`streams`, reached through buffers for pieces of up to `longest` bytes: what is not pinned, or lies in files."""
+    """`streams` behind pinned buffers for pieces of up to `longest` bytes: for unpinned memory or files."""
     buffers = Arena({f"buffer {i}": longest for i in range(STAGING_BUFFERS)}, lambda unit, out: None)
     if device.type == "cuda":
-        buffers.pin()  # where even that is refused, copies are slow and right
+        buffers.pin()  # if even that is refused, copies are slow but correct
     return Staged(streams, buffers.values())
 
 
 def streams_from_files(longest: int, device: torch.device) -> Streams:
-    """The streams for a ring on `device` whose units are read from files, in pieces of up to `longest` bytes, by a
-    thread: the host holds a few pieces, and its cache of files is the arena that gives way when memory is short.
+    """The streams for a ring on `device` whose units a thread reads from files, in pieces of up to `longest` bytes.
+
+    The host holds only a few pieces; the system's file cache serves as the arena, and shrinks when memory is short.
     """
     return staged_on(CudaStreams(device) if device.type == "cuda" else Immediate(), longest, device)
 
 
 def copy_rate(streams: Streams, target: Tensor, source: Tensor, copies: int = 6) -> float:
-    """Bytes a second of copying `source` to `target` again and again, after one that is not counted."""
-    streams.copy_waits(streams.computed())  # the first copy waits for whatever had target's memory before
+    """Bytes per second of copying `source` to `target` repeatedly, after one warm-up copy."""
+    streams.copy_waits(streams.computed())  # the first copy waits for whatever used target's memory before
     streams.copy(target, source)
     streams.host_waits(streams.copied())
-    began = time.perf_counter()
+    start = time.perf_counter()
     for _ in range(copies):
         streams.copy(target, source)
-    streams.host_waits(streams.copied())  # this measures: the clock stops when the last copy is done
-    return copies * len(source) / (time.perf_counter() - began)
+    streams.host_waits(streams.copied())  # for timing: the clock stops when the last copy is done
+    return copies * len(source) / (time.perf_counter() - start)

@@ -1,10 +1,10 @@
-"""A virtual clock: on its lanes the ring that trains takes no time, and tells how long it would take elsewhere.
+"""A virtual clock: on its lanes the shipped ring runs in no time and reports how long it would take on a GPU.
 
-Each lane does its operations one after another, each for a given number of seconds, and starts one when the events that
-it waits for have happened. The host runs ahead of both, without end or by a number of blocks. That is `TimedStreams`,
-by which plans are predicted. `VirtualStreams` know beside the time what each lane has seen of the others (a vector
-clock, Mattern 1989); so memory that is read before it is ready, or overwritten before it is free, is found whatever the
-durations are: what nothing orders is an error even where it happens to go well.
+Each lane runs its operations one after another, each for a given number of seconds, and starts one when the events that
+it waits for have happened. The host runs ahead of both lanes, without limit or by a number of operations. That is
+`TimedStreams`, which predicts plans. `VirtualStreams` also track what each lane has seen of the others (a vector clock,
+Mattern 1989). So they find memory that is read before it is ready or overwritten before it is free, whatever the
+durations: a missing order is an error even if the timing happens to work out.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Span(NamedTuple):
 
 @dataclass
 class Lane:
-    """Does one thing after another. time: when it is done with all it was given; stalled: seconds that it waited."""
+    """Runs one operation after another. time: when its last operation ends; stalled: seconds that it waited."""
 
     name: str
     time: float = 0.0
@@ -51,12 +51,11 @@ class Lane:
 
 
 class TimedStreams:
-    """Streams for a ring under a virtual clock; an event is a time. `copy_seconds`: the duration of a copy of so many
-    bytes.
+    """Streams for a ring under a virtual clock; an event is a time. `copy_seconds`: bytes -> how long a copy takes.
 
-    run_ahead: how many operations the host may have given to the compute lane that it has not finished; None for any
-    number. A copy cannot start before the host has got to it. The lanes are `compute`, `copy`, and for block inputs
-    that go to the host and come back, `inputs`.
+    run_ahead: how many unfinished operations the host may have queued on the compute lane; None for no limit. A copy
+    cannot start before the host has issued it. The lanes are `compute`, `copy`, and `inputs` for block inputs that go
+    to the host and come back.
     """
 
     def __init__(
@@ -73,7 +72,7 @@ class TimedStreams:
         return Lane(name)
 
     def compute(self, label: str, seconds: float, reads: Sequence[tuple[Tensor, Tensor]] = ()) -> None:
-        """Compute for so long, reading slots: (slot, the source that its bytes should be of)."""
+        """Compute for `seconds`, reading slots: (slot, the source whose bytes it should hold)."""
         lane = self.lanes["compute"]
         lane.run(label, seconds)
         if self._run_ahead is not None and len(lane.spans) > self._run_ahead:
@@ -97,7 +96,7 @@ class TimedStreams:
         self.lanes["compute"].wait_until(event)
 
     def host_waits(self, event: Any) -> None:
-        """The host's time is not counted."""
+        """Not simulated: the host's time does not count."""
 
     def hold(self, held: object) -> None: ...
 
@@ -106,7 +105,7 @@ class TimedStreams:
 
 
 class Event(NamedTuple):
-    """The state of a lane: the time at which it gets there, and how many operations of each lane come before that."""
+    """The state of a lane: its time, and how many operations of each lane are done by then."""
 
     time: float
     seen: dict[str, int]
@@ -114,7 +113,7 @@ class Event(NamedTuple):
 
 @dataclass
 class WatchedLane(Lane):
-    """A lane that knows how many operations of each lane are over when its next one starts."""
+    """A lane that knows how many operations of each lane are done when its next one starts."""
 
     seen: dict[str, int] = field(default_factory=dict)
 
@@ -130,13 +129,13 @@ class WatchedLane(Lane):
         self.seen = {lane: max(self.seen.get(lane, 0), event.seen.get(lane, 0)) for lane in self.seen | event.seen}
 
     def knows(self, lane: str, number: int) -> bool:
-        """Whether operation `number` of `lane` is over when this lane's next one starts."""
+        """Whether operation `number` of `lane` is done when this lane's next one starts."""
         return self.seen.get(lane, 0) >= number
 
 
 @dataclass
 class _Memory:
-    """Who used a slot last: operations by their numbers. Before the ring it was somebody else's on the compute lane."""
+    """Who used a slot last, by the numbers of operations. Before the ring, an operation on the compute lane used it."""
 
     source: Bytes | None = None
     written: int = 0
@@ -144,7 +143,7 @@ class _Memory:
 
 
 class VirtualStreams(TimedStreams):
-    """Streams under a virtual clock that raise Race where memory is used by two lanes and no event orders them."""
+    """Streams under a virtual clock that raise Race if two lanes use the same memory and no event orders them."""
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
@@ -186,5 +185,5 @@ class VirtualStreams(TimedStreams):
         self.lanes["compute"].wait(event)
 
     def _of(self, slot: Tensor) -> _Memory:
-        key = slot.untyped_storage()._cdata  # a copy may be given a view of the slot
+        key = slot.untyped_storage()._cdata  # a copy may get a view of the slot
         return self._memory.setdefault(key, (slot, _Memory()))[1]

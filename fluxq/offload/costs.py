@@ -1,7 +1,7 @@
-"""What training a model costs, as numbers: the table that a planner reads.
+"""What training a model costs, in numbers: the table that the planner reads.
 
 Bytes and FLOPs per unit (what is swapped together) and per block (what runs as one, forward and backward). Nothing here
-knows which model it is; fluxq/model/costs.py fills the table in for FLUX.1.
+knows the model; fluxq/model/costs.py fills in the table for FLUX.1.
 """
 
 from __future__ import annotations
@@ -10,17 +10,18 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
 OWNERS: tuple[str, ...] = ("weights", "slots", "lora", "optimizer", "activations", "workspace")
-"""Whose bytes they are. weights: frozen ones that stay on the GPU; slots: those that pass through; lora: its weights
-and gradients; activations: what is kept for the backward pass; workspace: all that comes and goes."""
+"""What the bytes are for. weights: frozen ones that stay on the GPU; slots: for streamed ones; lora: the LoRA's weights
+and gradients; activations: kept for the backward pass; workspace: everything temporary."""
 
 BUFFERS = 2
-"""Block inputs that may be on the GPU while they travel to the host or back, beside those of the block that runs."""
+"""How many blocks' inputs may be on the GPU in transit to or from the host, in addition to those of the running block.
+"""
 
 
 @dataclass(frozen=True)
 class Work:
     """What a GPU has to do. bf16, int8, fp8: FLOPs of matrix products; attention and attention_backward: FLOPs of
-    attention, in bf16; moved: bytes read and written by what waits for memory alone.
+    attention, in bf16; moved: bytes read and written by memory-bound ops.
     """
 
     bf16: float = 0.0
@@ -42,9 +43,9 @@ class Work:
 class PolicyCost:
     """What one policy costs in one block.
 
-    kept: bytes from the forward pass to the backward pass, the block's inputs among them. replay: what is computed
-    again. forward_peak, backward_peak: the most bytes of the block at once while it runs, what it keeps, its inputs and
-    the gradients that come in among them. exact: it rounds nothing of what it keeps.
+    kept: bytes kept from the forward to the backward pass, including the block's inputs. replay: the work of
+    recomputation. forward_peak, backward_peak: the block's most bytes at once while it runs, including what it keeps,
+    its inputs and the incoming gradients. exact: whether everything is kept without rounding.
     """
 
     kept: int
@@ -56,10 +57,10 @@ class PolicyCost:
 
 @dataclass(frozen=True)
 class BlockCost:
-    """What runs as one. A block with no policy has no backward pass: nothing before it is trained.
+    """What runs as one. A block without policies has no backward pass: nothing before it is trained.
 
-    inputs: bytes of the streams that come in, which can go to the host meanwhile. gradients: bytes of the gradients of
-    its trained weights, there from its backward pass to the end of the step.
+    inputs: bytes of the incoming streams, which can be kept on the host in between. gradients: bytes of the gradients
+    of its trained weights, from its backward pass to the end of the step.
     """
 
     name: str
@@ -76,15 +77,14 @@ class BlockCost:
 class Costs:
     """One way of holding and multiplying a model's weights, for one batch of images.
 
-    units: bytes of each unit, in the order in which the forward pass needs them; not `streams`: all of them stay.
-    ahead: bytes of each unit whose results are computed for `window` steps at once, apart from the blocks; a step's
-    results take `ahead_step` bytes, and computing them `ahead_peak`.
-    stays: frozen bytes that are always on the GPU; lora, gradients and optimizer: trained weights, gradients outside
-    the blocks, the optimizer's state; scratch: workspace held all the time. outside: the step's work outside the
-    blocks, and `optimizer_peak` the bytes that come and go in the optimizer's step. accumulates: gradients of an
-    earlier forward pass are there. tiles: rows that the autoencoder works on at a time (None: all) and its most bytes,
-    from fast to lean. error: of the weights as they are stored and multiplied, relative; the smaller, the more
-    faithful.
+    units: bytes of each unit, in the order of the forward pass; if not `streams`, all of them stay on the GPU. ahead:
+    bytes of each unit whose results are computed for `window` steps at once, apart from the blocks; the results of one
+    step take `ahead_step` bytes, and computing them `ahead_peak`. stays: frozen bytes that are always on the GPU; lora,
+    gradients and optimizer: trained weights, gradients outside the blocks, the optimizer's state; scratch: workspace
+    that is held all the time. outside: the step's work outside the blocks; optimizer_peak: temporary bytes of the
+    optimizer's step. accumulates: gradients of an earlier forward pass exist. tiles: rows that the autoencoder
+    processes at a time (None: all) and its peak bytes, from fast to lean. error: relative, of the weights as they are
+    stored and multiplied; smaller is more accurate.
     """
 
     format: str
@@ -110,5 +110,5 @@ class Costs:
 
     @property
     def slot(self) -> int:
-        """The bytes of a slot: those of the largest unit that passes through."""
+        """The bytes of a slot: those of the largest streamed unit."""
         return max((*self.units.values(), *self.ahead.values()), default=0)

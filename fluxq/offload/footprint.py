@@ -1,4 +1,4 @@
-"""What a setting takes of the GPU and of the host: which bytes, whose, and when there are most of them."""
+"""How much GPU and host memory a setting takes: for what, and when the peak is."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ from .costs import BUFFERS, OWNERS, BlockCost, Costs
 from .gpus import GIB
 
 HOST = 3 * GIB
-"""Bytes of RAM beside the weights: the program, its libraries, images read ahead."""
+"""Bytes of RAM in addition to the weights: the program, its libraries, images read ahead."""
 
 
 class Setting(NamedTuple):
-    """What does not depend on the policies: slots, resident units, and steps that one pass ahead serves (0: none)."""
+    """The choices that do not depend on the policies: slots, resident units, and how many steps one pass ahead serves
+    (0: none).
+    """
 
     slots: int
     resident: tuple[str, ...]
@@ -21,43 +23,43 @@ class Setting(NamedTuple):
 
 
 def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Setting) -> dict[str, int]:
-    """Owner -> bytes at the moment of the most."""
-    found: dict[str, int] = dict.fromkeys(OWNERS, 0)
-    found["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
-    found["slots"] = setting.slots * costs.slot
-    found["optimizer"] = costs.optimizer
+    """Owner -> bytes at the moment of the peak."""
+    peak_bytes: dict[str, int] = dict.fromkeys(OWNERS, 0)
+    peak_bytes["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
+    peak_bytes["slots"] = setting.slots * costs.slot
+    peak_bytes["optimizer"] = costs.optimizer
     activations, workspace, gradients = max(moments(costs, policies, offload), key=sum)
-    found["lora"] = costs.lora + gradients
-    found["activations"] = activations
-    found["workspace"] = workspace + costs.scratch + costs.ahead_step
-    return found
+    peak_bytes["lora"] = costs.lora + gradients
+    peak_bytes["activations"] = activations
+    peak_bytes["workspace"] = workspace + costs.scratch + costs.ahead_step
+    return peak_bytes
 
 
 def fixed(costs: Costs, setting: Setting) -> int:
-    """Bytes on the GPU that are there all the time."""
+    """Bytes that are on the GPU all the time."""
     held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
     return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.ahead_step
 
 
 def moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
-    """(activations, workspace, gradients) in bytes while each block runs, forward and backward, while results are
-    computed ahead, and in the optimizer's step. Inputs that are on their way to or from the host take `BUFFERS` more
-    places.
+    """(activations, workspace, gradients) in bytes: while each block runs forward and backward, while results are
+    computed ahead, and in the optimizer's step. Inputs in transit to or from the host take the space of `BUFFERS` more
+    blocks.
     """
     total = costs.gradients + sum(b.gradients for b in costs.blocks)
     before, gradients = 0, total if costs.accumulates else 0
-    travelling = BUFFERS * max((b.inputs for b in costs.blocks), default=0) if offload else 0
+    in_transit = BUFFERS * max((b.inputs for b in costs.blocks), default=0) if offload else 0
     earlier = []
     for block, policy in zip(costs.blocks, policies, strict=True):
         cost = block.policies.get(policy)
         peak, own = (cost.forward_peak, cost.kept) if cost else (block.forward_peak, 0)
-        outputs = min(block.inputs, peak - own) if cost else 0  # what comes next keeps them
-        yield before + own + outputs + travelling, peak - own - outputs, gradients
+        outputs = min(block.inputs, peak - own) if cost else 0  # the next block keeps them
+        yield before + own + outputs + in_transit, peak - own - outputs, gradients
         earlier.append(before)
         before += kept(block, policy, offload) if cost else 0
     for block, policy, held in reversed([*zip(costs.blocks, policies, earlier, strict=True)]):
         if cost := block.policies.get(policy):
-            yield held + cost.kept + travelling, cost.backward_peak - cost.kept, gradients
+            yield held + cost.kept + in_transit, cost.backward_peak - cost.kept, gradients
             gradients += 0 if costs.accumulates else block.gradients
     yield 0, costs.ahead_peak, total if costs.accumulates else 0
     yield 0, costs.optimizer_peak, total
@@ -68,7 +70,7 @@ def kept(block: BlockCost, policy: str, offload: bool) -> int:
 
 
 def host_bytes(costs: Costs, setting: Setting, offload: bool) -> int:
-    """Bytes of RAM: the arena with the units that pass through slots, and the inputs and results that wait there."""
+    """Bytes of RAM: the arena with the streamed units, and the inputs and results that are kept there."""
     arena = sum(costs.units.values()) - sum(costs.units[u] for u in setting.resident) + sum(costs.ahead.values())
     inputs = sum(b.inputs for b in costs.blocks if b.policies) if offload else 0
     return HOST + arena + setting.ahead * costs.ahead_step + inputs

@@ -1,8 +1,8 @@
-"""How fast GPUs are: a table of those people own, and a measurement of the one at hand.
+"""How fast GPUs are: a table of common ones, and a measurement of the one in this machine.
 
-Nominal rates are dense. GeForce GPUs multiply bf16 with sums in fp32 at half the rate of their datasheets' headline,
-int8 at four times that and fp8 at twice. What of it real code reaches is assumed, in `Efficiency`, beside the rates.
-All that is worked out from either is a prediction.
+Nominal rates are dense. GeForce GPUs multiply bf16 with sums in fp32 at half the headline rate of their datasheets,
+int8 at four times that and fp8 at twice. How much of the rates real code reaches is assumed, in `Efficiency`, next to
+them. Everything computed from either is a prediction.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ GIB = 2**30
 
 @dataclass(frozen=True)
 class Efficiency:
-    """Which part of the GPU's rates is reached: by matrix products in bf16 and in 8 bits, by attention and its
-    gradient (of the bf16 rate), and by what waits for memory.
+    """The fraction of the GPU's rates that code reaches: in matrix products in bf16 and in 8 bits, in attention and its
+    gradient (of the bf16 rate), and in memory-bound ops.
     """
 
     bf16: float = 0.80
@@ -34,12 +34,13 @@ class Efficiency:
 
 
 MEASURED = Efficiency(bf16=1.0, eight_bits=1.0, attention=0.75, attention_backward=0.62, memory=1.0)
-"""Beside measured rates, which have losses in them already. Attention is not measured: in proportion as above."""
+"""For measured rates, which already include losses. Attention is not measured; it is scaled in the same proportion as
+above."""
 
 
 @dataclass(frozen=True)
 class GPU:
-    """Rates of a GPU: TFLOP/s of bf16, int8 and fp8 products (0: it has none), GB/s of its memory and of copies from
+    """Rates of a GPU: TFLOP/s of bf16, int8 and fp8 products (0: not supported), GB/s of its memory and of copies from
     pinned host memory, and its GiB. capability: compute capability as one number, 89 for 8.9. word: whether the rates
     are `nominal` or `measured`.
     """
@@ -56,7 +57,7 @@ class GPU:
     efficiency: Efficiency = Efficiency()
 
     def seconds(self, work: Work) -> float:
-        """The predicted time of `work`; infinite where the GPU lacks the arithmetic."""
+        """The predicted time of `work`; infinite if the GPU lacks the arithmetic."""
         e, total = self.efficiency, work.moved / (self.memory_gb_s * 1e9 * self.efficiency.memory)
         for flops, rate in (
             (work.bf16, self.bf16 * e.bf16),
@@ -98,11 +99,11 @@ _TABLE = (
     ("h200", 90, 989, 1979, 1979, 4800, 141, PCIE_5_X16),
 )
 GPUS = {row[0]: GPU(*row) for row in _TABLE}
-"""Name -> GPU, each in the widest slot it can use; one in a narrower slot is measured."""
+"""Name -> GPU, each in the widest slot that it supports; a GPU in a narrower slot is measured."""
 
 
 def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float = 0.3, copied: int = 1 << 28) -> GPU:
-    """The GPU `device` (or a CPU, for tests) by what it does in about two seconds, remembered in `folder`.
+    """Measure the GPU `device` (or a CPU, for tests) in about two seconds; the result is saved in `folder`.
 
     size: of the matrices; seconds: of each of the five measurements; copied: bytes of a copy.
     """
@@ -120,10 +121,10 @@ def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float
     memory_rate = _rate(lambda: target.copy_(source), 2 * copied, device, seconds) / 1e9
     host = torch.zeros(copied, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
     bus = _rate(lambda: target.copy_(host, non_blocking=True), copied, device, seconds) / 1e9
-    found = {k: round(rates.get(k, 0.0), 3) for k in ("bf16", "int8", "fp8")}
-    gpu = GPU(name, capability, **found, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
+    rounded = {k: round(rates.get(k, 0.0), 3) for k in ("bf16", "int8", "fp8")}
+    gpu = GPU(name, capability, **rounded, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
                 bus_gb_s=round(bus, 2), word="measured", efficiency=MEASURED)  # fmt: skip
-    with suppress(OSError):  # a folder that cannot be written to: it is measured again next time
+    with suppress(OSError):  # if the folder is read-only, the next run measures again
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(gpu), indent=1), encoding="utf-8")
@@ -142,7 +143,7 @@ def _identity(device: str) -> tuple[str, int, int]:
 
 
 def _products(size: int, device: str) -> dict[str, Callable[[], Any]]:
-    """The matrix products that torch has on `device`, by type: its own, not fluxq's kernels."""
+    """The matrix products that torch supports on `device`, by type: torch's own, not fluxq's kernels."""
     import torch
 
     a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
@@ -156,23 +157,23 @@ def _products(size: int, device: str) -> dict[str, Callable[[], Any]]:
         products["fp8"] = lambda: torch._scaled_mm(f8, f8.t(), scale, scale, out_dtype=torch.bfloat16)
     usable = {}
     for name, run in products.items():
-        with suppress(RuntimeError, NotImplementedError):  # this GPU has no such arithmetic
+        with suppress(RuntimeError, NotImplementedError):  # this GPU lacks the arithmetic
             run()
             usable[name] = run
     return usable
 
 
 def _rate(run: Callable[[], Any], amount: float, device: str, seconds: float) -> float:
-    """`amount` a second: the median of the times of `run`, repeated for `seconds`."""
+    """`amount` per second: from the median time of `run`, repeated for `seconds`."""
     import torch
 
     def timed(count: int) -> float:
-        begun = time.perf_counter()
+        start = time.perf_counter()
         for _ in range(count):
             run()
         if device.startswith("cuda"):
             torch.cuda.synchronize()
-        return (time.perf_counter() - begun) / count
+        return (time.perf_counter() - start) / count
 
     timed(2)
     once = max(timed(1), 1e-7)

@@ -1,4 +1,4 @@
-"""What the blocks can keep, all together: the mixtures of policies that no other beats in both bytes and seconds."""
+"""Mixtures of policies over the blocks: those on the Pareto front of bytes and seconds."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from .footprint import kept, moments
 from .gpus import GPU
 
 POINTS = 250
-"""So many mixtures are looked at in drawing up the best of them, evenly apart in bytes; of those 64."""
+"""How many mixtures are kept while the front is built, spaced evenly in bytes; it is then thinned to 64."""
 
 
 class Point(NamedTuple):
-    """One way for the blocks to keep things: seconds of the blocks' compute, the most bytes (activations and workspace
-    and gradients that have come up by then), each block's policy, and how many blocks round what they keep.
+    """One assignment of policies to blocks: seconds of the blocks' compute, peak bytes (activations, workspace and the
+    gradients that exist by then), each block's policy, and how many blocks round what they keep.
     """
 
     seconds: float
@@ -28,33 +28,33 @@ class Point(NamedTuple):
 
 
 Option = tuple[int, float, str]
-"""What a policy costs a block: bytes that are kept, seconds backward, and its name."""
+"""What a policy costs a block: bytes kept, seconds backward, and its name."""
 
 
 def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[Point]:
-    """The ways for the blocks to keep things that none beats in both seconds and bytes, the fastest first.
+    """The Pareto-optimal assignments in seconds and bytes, the fastest first.
 
-    Blocks that cost the same are alike, so that it only counts how many of them have each policy; they are mixed
-    evenly. Without a GPU only the leanest matters: seconds are FLOPs then.
+    Blocks that cost the same form a group; only the number of blocks with each policy matters there, and policies are
+    interleaved evenly. Without a GPU only the leanest assignment matters, and seconds are FLOPs.
     """
-    alike = _alike(costs, gpu, policy, offload)
+    groups = _groups(costs, gpu, policy, offload)
     front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
-    for members, options in alike:
+    for members, options in groups:
         for _ in members:
-            front = _unbeaten([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
+            front = _pareto_front([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
 
     forward = sum(gpu.seconds(b.forward) if gpu else b.forward.flops for b in costs.blocks)
-    leanest, found = math.inf, list[Point]()
-    for point in sorted(_point(costs, alike, s + forward, chain, offload) for _, s, chain in front):
-        if point.peak < leanest:  # the fastest first, then only what is leaner
-            found.append(point)
+    leanest, best = math.inf, list[Point]()
+    for point in sorted(_point(costs, groups, s + forward, chain, offload) for _, s, chain in front):
+        if point.peak < leanest:  # the fastest first, then only leaner ones
+            best.append(point)
             leanest = point.peak
-    last = len(found) - 1
-    return [found[round(i * last / 63)] for i in range(64)] if last > 63 else found
+    last = len(best) - 1
+    return [best[round(i * last / 63)] for i in range(64)] if last > 63 else best
 
 
-def _alike(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
-    """The blocks that are trained, by number, those together that cost the same, and their options."""
+def _groups(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[tuple[list[int], list[Option]]]:
+    """The trained blocks, by number, grouped by equal cost, with their options."""
     members: dict[tuple[Any, ...], list[int]] = {}
     options: dict[tuple[Any, ...], list[Option]] = {}
     for number, block in enumerate(costs.blocks):
@@ -74,28 +74,28 @@ def _alike(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> 
 
 
 def _point(
-    costs: Costs, alike: Sequence[tuple[list[int], list[Option]]], seconds: float, chain: Any, offload: bool
+    costs: Costs, groups: Sequence[tuple[list[int], list[Option]]], seconds: float, chain: Any, offload: bool
 ) -> Point:
-    """The point of a mixture; `chain`: (the mixture without its last name, that name), over all members in order."""
+    """The point of a mixture. `chain`: (the mixture without its last name, that name), over all members in order."""
     names = []
     while chain is not None:
         chain, name = chain
         names.append(name)
     policies, names = [""] * len(costs.blocks), names[::-1]
-    for members, _ in alike:
+    for members, _ in groups:
         own, names = names[: len(members)], names[len(members) :]
-        for number, name in zip(members, _mixed(own), strict=True):
+        for number, name in zip(members, _interleaved(own), strict=True):
             policies[number] = name
     peak = max(sum(moment) for moment in moments(costs, policies, offload))
     rounded = sum(n in b.policies and not b.policies[n].exact for b, n in zip(costs.blocks, policies, strict=True))
     return Point(seconds, peak, tuple(policies), rounded)
 
 
-def _unbeaten(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
-    """Those that no other beats in both bytes and seconds; of very many about `POINTS`."""
-    found.sort(key=lambda f: f[:2])
+def _pareto_front(options: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
+    """The options that no other beats in both bytes and seconds, thinned to about `POINTS`."""
+    options.sort(key=lambda option: option[:2])
     front, fastest = list[tuple[int, float, Any]](), math.inf
-    for option in found:
+    for option in options:
         if option[1] < fastest - 1e-12:
             front.append(option)
             fastest = option[1]
@@ -109,8 +109,8 @@ def _unbeaten(found: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any
     return thinned
 
 
-def _mixed(names: Sequence[str]) -> list[str]:
-    """`names` in an order in which each lies evenly among the others."""
+def _interleaved(names: Sequence[str]) -> list[str]:
+    """`names`, reordered so that each is spread evenly among the others."""
     places = []
     for name in dict.fromkeys(names):
         number = names.count(name)

@@ -1,11 +1,11 @@
-"""What to keep, stream, compute again or send to the host, so that a step fits on the GPU and is fast: a pure
+"""Plans what to keep, stream, recompute or move to the host so that a step fits on the GPU and is fast: a pure
 function.
 
-`plan` reads tables of bytes and FLOPs (fluxq/offload/costs.py), one for each way of holding and multiplying the weights
-that is allowed, and a GPU. For each it draws up what the blocks can keep (mixtures.py), and with every number of slots
-and of resident units takes what fits (footprint.py). Candidates are tried the most promising first: the ring itself,
-under a virtual clock (steps.py), says how long a step takes. Of what fits, the fastest is taken; among plans within 1 %
-of it the one whose weights are most faithful. Every figure is a prediction.
+`plan` reads a GPU and tables of bytes and FLOPs (fluxq/offload/costs.py), one for each allowed way of holding and
+multiplying the weights. For each table it lists what the blocks can keep (mixtures.py) and combines that with every
+number of slots and of resident units that fits (footprint.py). It tries the most promising candidates first: the ring
+itself, under a virtual clock (steps.py), says how long a step takes. It picks the fastest that fits; of the plans
+within 1 % of it, the one with the most accurate weights. Every figure is a prediction.
 """
 
 from __future__ import annotations
@@ -29,20 +29,20 @@ from .schedule import Schedule, spread
 from .steps import Timeline, run_steps
 
 SLOTS = (2, 3, 4, 8)
-"""How many are tried: a double block holds two, and more than eight hide nothing more."""
+"""The numbers to try: a double block holds two units, and more than eight hide nothing more."""
 
 RESIDENTS = 20
-"""Of how many units are resident, so many numbers are tried, and all where there are no more."""
+"""How many numbers of resident units to try; all of them if there are no more than that."""
 
 MARGIN = int(0.75 * GIB)
-"""Bytes of the GPU that are not the program's tensors: CUDA's own, and what the allocator loses between them."""
+"""Bytes of the GPU that are not the program's tensors: CUDA's own, and fragmentation of the allocator."""
 
 AS_GOOD = 1.01
 GRAIN = 1.002
-"""Plans of one table that differ by less are as fast; which of them is taken, `_rank` says."""
+"""Plans of one table that differ by less count as equally fast; `_rank` chooses between them."""
 
 FREE = 0.1
-"""The part of the memory that is left free where that costs no time."""
+"""The fraction of the memory to leave free if that costs no time."""
 
 
 def plan(
@@ -54,21 +54,22 @@ def plan(
     smaller: Mapping[str, Sequence[Costs]] | None = None,
     margin: int = MARGIN,
 ) -> Plan:
-    """The fastest plan of `tables` that keeps to `vram` and `ram` bytes, or as good as that and more faithful.
+    """The fastest plan of `tables` within `vram` and `ram` bytes, or one that is as good and more accurate.
 
-    vram: of the GPU by default; `margin` of it is not planned with. smaller: name -> tables of what the user could ask
-    for instead, said where nothing fits. Raises WrongRequest then, and for pins that no plan can have.
+    vram: by default, the GPU's; `margin` of it is not planned with. smaller: name -> tables of settings that the user
+    could choose instead, for the error message if nothing fits. Raises WrongRequest then, and for pins that no plan can
+    satisfy.
     """
     pins, vram = pins or Pins(), gpu.vram if vram is None else vram
     best: list[tuple[float, Plan]] = []
     for costs in (allowed := _allowed(tables, gpu, pins)):
         limit = AS_GOOD * min((p.seconds for _, p in best), default=math.inf)
-        if found := _Search(costs, gpu, vram, vram - margin, ram, pins).fastest(limit):
-            best.append((costs.error, found))
+        if fastest := _Search(costs, gpu, vram, vram - margin, ram, pins).fastest(limit):
+            best.append((costs.error, fastest))
     if not best:
         raise WrongRequest(_what_would_fit(allowed, vram, ram, pins, smaller or {}, margin))
-    fastest = min(p.seconds for _, p in best)
-    as_good = [(error, p.seconds, i) for i, (error, p) in enumerate(best) if p.seconds <= AS_GOOD * fastest]
+    least_seconds = min(p.seconds for _, p in best)
+    as_good = [(error, p.seconds, i) for i, (error, p) in enumerate(best) if p.seconds <= AS_GOOD * least_seconds]
     return best[min(as_good)[2]][1]
 
 
@@ -98,7 +99,7 @@ def timeline(
     offload: bool = False,
     run_ahead: int | None = None,
 ) -> Timeline:
-    """A step of `costs` on `gpu` in the long run, by the ring under a virtual clock (run_ahead: see there)."""
+    """A step of `costs` on `gpu` in the long run, by the ring under a virtual clock (run_ahead: see TimedStreams)."""
     outside, forward, backward = block_seconds(costs, gpu)
     blocks = tuple(b.units for b in costs.blocks)
     return run_steps(
@@ -116,8 +117,8 @@ def timeline(
 
 
 def settings(costs: Costs, pins: Pins) -> list[Setting]:
-    """Every combination of slots, resident units and look-ahead that the pins leave."""
-    units, blocks, found = len(costs.units), [b.units for b in costs.blocks], []
+    """Every combination of slots, resident units and look-ahead that the pins allow."""
+    units, blocks, combinations = len(costs.units), [b.units for b in costs.blocks], []
     numbers: Sequence[int] = sorted({*range(0, units, max(1, units // RESIDENTS)), units})
     if (pinned := pins.resident(units)) is not None:
         numbers = (pinned,)
@@ -128,22 +129,20 @@ def settings(costs: Costs, pins: Pins) -> list[Setting]:
         resident = tuple(u for u in costs.units if u in chosen)
         fewest = max(2, max((len(set(b) - set(resident)) for b in blocks), default=0))
         if pins.slots is not None and pins.slots < fewest:
-            raise WrongRequest(f"--slots must be at least {fewest}: a block needs so many units at once")
+            raise WrongRequest(f"--slots must be at least {fewest}: a block needs that many units at once")
         wanted = {max(s, fewest) for s in ((pins.slots,) if pins.slots else SLOTS)}
         slots = {min(s, max(units - number - 1, fewest)) for s in wanted} if number < units else {0}
-        if costs.ahead:  # these pass through slots in any case
+        if costs.ahead:  # these always pass through slots
             slots = {max(2, s) for s in slots}
-        found += [Setting(s, resident, costs.window) for s in sorted(slots)]
-    return found
+        combinations += [Setting(s, resident, costs.window) for s in sorted(slots)]
+    return combinations
 
 
 Rank = tuple[int, bool, int, bool, int, int]
 
 
 class _Candidate(NamedTuple):
-    """One point with one setting. Its `rank` is at least as good as it will turn out; those that keep less come after
-    it, in `rest`.
-    """
+    """One point with one setting. Its `rank` is a lower bound; the points that keep less follow in `rest`."""
 
     rank: Rank
     number: int
@@ -155,20 +154,20 @@ class _Candidate(NamedTuple):
 
 @dataclass(frozen=True)
 class _Search:
-    """For the fastest plan of one table; `room`: what of `vram` is planned with."""
+    """Searches for the fastest plan of one table. `budget`: the bytes of `vram` to plan with."""
 
     costs: Costs
     gpu: GPU
     vram: int
-    room: int
+    budget: int
     ram: int | None
     pins: Pins
 
     def fastest(self, limit: float) -> Plan | None:
         """The fastest plan, if one fits and takes at most `limit` seconds.
 
-        The most promising candidate first: a plan takes at least its compute and at least its copies, so that the
-        search ends when no other can be better.
+        Tries the most promising candidate first. A plan takes at least its compute and at least its copies, so the
+        search ends when no other candidate can be better.
         """
         number, heap = count(), list[_Candidate]()
         for setting, offload, rest in self._fitting():
@@ -179,43 +178,43 @@ class _Search:
             if best and candidate.rank >= best[0]:
                 break
             *_, point, setting, offload, rest = candidate
-            steps, (passing, aside) = self._timeline(candidate, passes=False), self._passing(setting)
-            seconds = steps.seconds + passing
-            rank = self._rank(seconds, steps.copied + aside, point, setting, offload)
+            steps, (pass_seconds, pass_bytes) = self._timeline(candidate, passes=False), self._pass_share(setting)
+            seconds = steps.seconds + pass_seconds
+            rank = self._rank(seconds, steps.copied + pass_bytes, point, setting, offload)
             if seconds <= limit and (best is None or rank < best[0]):
                 best = rank, seconds, candidate
-            if seconds <= AS_GOOD * min(limit, best[1] if best else math.inf):  # what keeps less is not faster
+            if seconds <= AS_GOOD * min(limit, best[1] if best else math.inf):  # a point that keeps less is not faster
                 self._push(heap, number, setting, offload, rest)
         return None if best is None else self._plan(best[2])
 
     def _fitting(self) -> Iterator[tuple[Setting, bool, Iterator[Point]]]:
-        """Every setting, with the points that fit beside it, the fastest first."""
+        """Every setting, with the points that fit with it, the fastest first."""
         for offload in _offloads(self.pins) if self.costs.blocks else ():
             known = points(self.costs, self.gpu, self.pins.policy, offload)
             for setting in settings(self.costs, self.pins):
                 if self.ram is None or host_bytes(self.costs, setting, offload) <= self.ram:
-                    left = self.room - fixed(self.costs, setting)
+                    left = self.budget - fixed(self.costs, setting)
                     yield setting, offload, iter([p for p in known if p.peak <= left])
 
     def _push(
         self, heap: list[_Candidate], number: Iterator[int], setting: Setting, offload: bool, rest: Iterator[Point]
     ) -> None:
-        """The next of `rest`, with the least time that it can take."""
+        """Push the next point of `rest` with a lower bound of its time."""
         if (point := next(rest, None)) is None:
             return
-        passing, aside = self._passing(setting)
-        moved = self._least_moved(setting, offload) + aside
-        seconds = max(point.seconds + self._outside + passing, moved / (self.gpu.bus_gb_s * 1e9))
+        pass_seconds, pass_bytes = self._pass_share(setting)
+        moved = self._least_moved(setting, offload) + pass_bytes
+        seconds = max(point.seconds + self._outside + pass_seconds, moved / (self.gpu.bus_gb_s * 1e9))
         rank = self._rank(seconds, moved, point, setting, offload)
         heapq.heappush(heap, _Candidate(rank, next(number), point, setting, offload, rest))
 
     def _rank(self, seconds: float, moved: int, point: Point, setting: Setting, offload: bool) -> Rank:
-        """What is smaller is taken first. Of those as fast: one that has no inputs on the host; that rounds less of
-        what it keeps; that leaves a part of the memory free, for whatever else needs the GPU; that copies less, since
-        copies take power and are hidden only as far as predictions hold; the leaner.
+        """The smallest rank wins. Of equally fast plans, prefer one that keeps no inputs on the host; that rounds less
+        of what it keeps; that leaves some memory free, for anything else that needs the GPU; that copies less, since
+        copies take power and are hidden only if the predictions hold; that uses less memory.
         """
         nbytes = fixed(self.costs, setting) + point.peak
-        crowded = nbytes > (1 - FREE) * self.room
+        crowded = nbytes > (1 - FREE) * self.budget
         grain = math.ceil(math.log(seconds, GRAIN) - 1e-6)
         return grain, offload, point.rounded, crowded, 0 if crowded else moved, nbytes
 
@@ -223,10 +222,12 @@ class _Search:
     def _outside(self) -> float:
         return self.gpu.seconds(self.costs.outside)
 
-    def _passing(self, setting: Setting) -> tuple[float, int]:
-        """Seconds and bytes, a step's share of a pass ahead, at the least: it reads each unit and, but for those in the
-        slots when it begins, waits for their copies; then what it has taken the slots from comes back. In the search it
-        stands for the pass.
+    def _pass_share(self, setting: Setting) -> tuple[float, int]:
+        """A lower bound of one step's share of a pass ahead, in seconds and bytes. The search uses it in place of the
+        pass.
+
+        The pass reads each unit and waits for their copies, except for those in the slots when it starts; afterwards
+        the units that it evicted are copied back.
         """
         sizes, window = self.costs.ahead.values(), max(1, setting.ahead)
         copied = max(0, sum(sizes) - setting.slots * self.costs.slot)
@@ -236,8 +237,8 @@ class _Search:
         return seconds / window, (copied + back) // window
 
     def _least_moved(self, setting: Setting, offload: bool) -> int:
-        """The fewest bytes that a step copies to the GPU: all streamed units each way, but for those that a turn finds
-        in the slots.
+        """The fewest bytes that a step copies to the GPU: all streamed units each way, except those still in the slots
+        when the direction changes.
         """
         costs, resident = self.costs, set(setting.resident)
         streamed = {unit: size for unit, size in costs.units.items() if unit not in resident}
@@ -254,7 +255,7 @@ class _Search:
     def _plan(self, chosen: _Candidate) -> Plan:
         costs, setting, point, offload = self.costs, chosen.setting, chosen.point, chosen.offload
         timing, peak = self._timeline(chosen), peak_by_owner(costs, point.policies, offload, setting)
-        left = sum(peak.values()) - fixed(costs, setting)  # previews are developed in what a step takes for a while
+        left = sum(peak.values()) - fixed(costs, setting)  # previews are decoded in the memory of a step's temporaries
         tiles = next((band for band, size in costs.tiles if size <= left), costs.tiles[-1][0] if costs.tiles else None)
         return Plan(
             costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),
@@ -264,11 +265,11 @@ class _Search:
 
 
 def _allowed(tables: Sequence[Costs], gpu: GPU, pins: Pins) -> list[Costs]:
-    """The tables that the pins and the GPU's arithmetic leave."""
+    """The tables that the pins and the GPU's arithmetic allow."""
     for name in ("format", "compute"):
         wanted, there = getattr(pins, name), sorted({getattr(t, name) for t in tables})
         if wanted is not None and wanted not in there:
-            raise WrongRequest(f"{name} {wanted} is not among those that can be had: {', '.join(there)}")
+            raise WrongRequest(f"{name} {wanted} is not available here; choose one of {', '.join(there)}")
     left = [t for t in tables if pins.format in (None, t.format) and pins.compute in (None, t.compute)]
     able = [t for t in left if all(math.isfinite(gpu.seconds(b.forward + b.backward)) for b in t.blocks)]
     if not able:
@@ -284,7 +285,7 @@ def _offloads(pins: Pins) -> tuple[bool, ...]:
 
 
 def _reading(gpu: GPU, nbytes: int) -> float:
-    """Seconds of a product of few rows, which waits for its weights."""
+    """Seconds of a product with few rows, which waits for its weights."""
     return nbytes / (gpu.memory_gb_s * 1e9 * gpu.efficiency.memory)
 
 
@@ -302,8 +303,8 @@ def _what_would_fit(
         hosts = {t.format: _least_host(t, pins, vram - margin) for t in tables}
         lean = min(hosts, key=hosts.__getitem__)
         return (
-            f"the frozen weights need {gib(hosts[lean])} of RAM in {lean}, and {gib(ram)} are allowed; raise --ram, "
-            "or close other programs"
+            f"the frozen weights need {gib(hosts[lean])} of RAM in {lean}, but only {gib(ram)} are allowed; "
+            "raise --ram, or close other programs"
         )
     ways = [f"--vram {gib_up(needed)}"]
     free = Pins(format=pins.format, compute=pins.compute)
@@ -317,17 +318,17 @@ def _what_would_fit(
             ways.append(f"{name} ({gib(lean)})")
             break
     would = ", or ".join(ways)
-    return f"this needs at least {gib(needed)} of the GPU, and {gib(vram)} are allowed; what would do: {would}"
+    return f"this needs at least {gib(needed)} of GPU memory, but only {gib(vram)} are allowed; try {would}"
 
 
-def _least_host(costs: Costs, pins: Pins, room: int) -> int:
-    """The fewest bytes of RAM of any plan that keeps to `room` bytes of the GPU."""
+def _least_host(costs: Costs, pins: Pins, budget: int) -> int:
+    """The fewest bytes of RAM of any plan that keeps to `budget` bytes of the GPU."""
     return min(
         (
             host_bytes(costs, setting, offload)
             for offload in _offloads(pins)
             for setting in settings(costs, pins)
-            if fixed(costs, setting) + min(p.peak for p in points(costs, None, pins.policy, offload)) <= room
+            if fixed(costs, setting) + min(p.peak for p in points(costs, None, pins.policy, offload)) <= budget
         ),
         default=1 << 62,
     )

@@ -1,4 +1,4 @@
-"""A plan: all choices for a training step and what is predicted of it, as data, as a table to read and as JSON."""
+"""A plan: all choices for a training step and its predictions, as data, as a table to read and as JSON."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .gpus import GIB
 
 @dataclass(frozen=True)
 class Pins:
-    """What the user has decided. resident_units, or blocks_to_swap: of them, 2 N units are streamed (sd-scripts)."""
+    """What the user has pinned. resident_units, or blocks_to_swap N: 2 N units are streamed (sd-scripts' option)."""
 
     format: str | None = None
     compute: str | None = None
@@ -26,30 +26,32 @@ class Pins:
     offload: bool | None = None
 
     def resident(self, units: int) -> int | None:
-        """How many of `units` stay, None where that is left open. Raises WrongRequest for what cannot be."""
+        """How many of `units` stay on the GPU, None if unset. Raises WrongRequest for impossible numbers."""
         if self.resident_units is not None and self.blocks_to_swap is not None:
-            raise WrongRequest("--resident-units and --blocks-to-swap say the same in two ways; give one of them")
+            raise WrongRequest("--resident-units and --blocks-to-swap set the same thing; pass only one of them")
         if self.resident_units is not None and not 0 <= self.resident_units <= units:
-            raise WrongRequest(f"--resident-units must be 0 to {units}, not {self.resident_units}: so many there are")
+            raise WrongRequest(
+                f"--resident-units must be 0 to {units}, not {self.resident_units}: the model has {units} units"
+            )
         if self.blocks_to_swap is None:
             return self.resident_units
         if not 0 <= 2 * self.blocks_to_swap <= units:
             raise WrongRequest(
                 f"--blocks-to-swap must be 0 to {units // 2}, not {self.blocks_to_swap}: this model has {units} units, "
-                "and a block is two"
+                "two per block"
             )
         return units - 2 * self.blocks_to_swap
 
 
 @dataclass(frozen=True)
 class Plan:
-    """All choices for a training step, and what is predicted of it.
+    """All choices for a training step, and its predictions.
 
-    resident: units that always stay; slots: for the others; policies: of each block, "" where it has no backward pass;
-    offload: block inputs wait on the host; tiles: rows that the autoencoder works on at a time for a preview, in what a
-    step takes of the GPU and gives back, None for all; look_ahead: steps whose modulation is computed in one pass, 0
-    where it is part of the step. peak: bytes by owner at the moment of the most; seconds a step, of which `stall` waits
-    for copies; moved: bytes copied to the GPU a step; host: bytes of RAM.
+    resident: units that always stay on the GPU; slots: for the others; policies: of each block, "" if it has no
+    backward pass; offload: block inputs are kept on the host; tiles: rows that the autoencoder decodes at a time for a
+    preview, in the memory of a step's temporaries, None for all; look_ahead: steps whose modulation is computed in one
+    pass, 0 if it is part of the step. peak: bytes by owner at the moment of the peak; seconds: per step, of which
+    `stall` are spent waiting for copies; moved: bytes copied to the GPU per step; host: bytes of RAM.
     """
 
     format: str
@@ -72,12 +74,12 @@ class Plan:
 
     @property
     def placed(self) -> tuple[str, ...] | None:
-        """The resident units, or None where nothing passes through slots: all weights stay."""
+        """The resident units, or None if there are no slots and all weights stay on the GPU."""
         return self.resident if self.slots else None
 
     @property
     def setting(self) -> Setting:
-        """What does not depend on the policies."""
+        """The choices that do not depend on the policies."""
         return Setting(self.slots, self.resident, self.look_ahead)
 
     @property
@@ -86,7 +88,7 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What the step waits for most: "compute" or "bus"."""
+        """What limits the step: "compute" or "bus"."""
         return "bus" if self.stall > 0.05 * self.seconds else "compute"
 
     def to_json(self) -> dict[str, Any]:
@@ -103,21 +105,21 @@ def gib_up(nbytes: float) -> str:
 
 
 def describe(plan: Plan) -> str:
-    """The plan as a table that a person can read."""
+    """The plan as a table for people to read."""
     units = len(plan.resident) + plan.streamed
     rows = [
         ("weights", f"{plan.format}, multiplied in {plan.compute}"),
         ("units", f"{len(plan.resident)} of {units} resident, {plan.streamed} streamed through {plan.slots} slots"),
         ("blocks keep", ", ".join(f"{n} x {name}" for name, n in counted(plan.policies).items()) or "nothing"),
-        ("block inputs", "on the host" if plan.offload else "on the GPU"),
+        ("block inputs", "in RAM" if plan.offload else "on the GPU"),
         ("modulation", f"{plan.look_ahead} steps ahead" if plan.look_ahead else "in the step"),
         ("autoencoder", "whole" if plan.tiles is None else f"{plan.tiles} rows at a time"),
         ("peak, predicted", f"{gib(plan.peak_bytes)} of {gib(plan.vram)}"),
         *((f"  {owner}", gib(nbytes)) for owner, nbytes in plan.peak.items()),
         ("RAM, predicted", gib(plan.host)),
-        ("copied a step", f"{plan.moved / 1e9:.1f} GB"),
+        ("copied per step", f"{plan.moved / 1e9:.1f} GB"),
         ("step, predicted", f"{plan.seconds:.2f} s on {plan.gpu}, {plan.stall / plan.seconds:.0%} of it waiting"
-         f" for copies; bound by {'the bus' if plan.bound == 'bus' else 'compute'}"),
+         f" for copies; limited by {'the bus' if plan.bound == 'bus' else 'compute'}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

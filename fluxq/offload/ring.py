@@ -1,11 +1,11 @@
-"""Who may use which frozen weights when.
+"""Decides which frozen weights are on the GPU at each moment.
 
-A *unit* is what is swapped together. Whatever computes with frozen weights does so inside `with ring.resident(units)`:
-that is the only promise a ring makes, and all that the model knows of it.
+A *unit* is what is swapped together. Code that computes with frozen weights runs inside `with ring.resident(units)`.
+That is a ring's only promise, and all that the model knows about it.
 
-`StreamingRing` keeps it with a few slots. On leaving, each slot that was used is given the next unit that the schedule
-needs in it, so copies run ahead of compute by as much as the slots allow. The schedule is only a forecast: units that
-come at another time are fetched when they come.
+`StreamingRing` keeps it with a few slots. On leaving, each slot that was used gets the unit that the schedule needs in
+it next, so copies run ahead of compute as far as the slots allow. The schedule is only a forecast: a unit that is
+needed at another time is copied then.
 """
 
 from __future__ import annotations
@@ -26,28 +26,29 @@ from .streams import Bytes, Streams, drain
 
 class Ring(Protocol):
     def resident(self, units: Sequence[str]) -> AbstractContextManager[None]:
-        """Inside, the frozen weights of `units` lie where their layers expect them."""
+        """Inside, the frozen weights of `units` are where their layers expect them."""
         ...
 
-    def foresee(self, visits: Sequence[Sequence[str]]) -> None:
-        """Say that `resident` will be asked for these next, once, before what would have come without them."""
+    def announce(self, visits: Sequence[Sequence[str]]) -> None:
+        """Announce that the next calls of `resident` will be these, once, before continuing with the schedule."""
         ...
 
 
 class AllResident:
-    """The ring of a model that fits: every unit always lies where its layers expect it."""
+    """The ring of a model that fits: every unit is always where its layers expect it."""
 
     def resident(self, units: Sequence[str]) -> AbstractContextManager[None]:
         return nullcontext()
 
-    def foresee(self, visits: Sequence[Sequence[str]]) -> None: ...
+    def announce(self, visits: Sequence[Sequence[str]]) -> None: ...
 
 
 @dataclass
 class _Slot:
-    """Memory for one unit. `free` and `ready` are events: all that computed with it has left; its copy has arrived.
+    """Memory for one unit.
 
-    `ready` is None once compute has waited for it; `users` counts who is inside `resident` with it.
+    `free` and `ready` are events: all compute that uses it has finished; its copy has arrived. `ready` is None once
+    compute has waited for it. `users` counts the callers inside `resident` that use it.
     """
 
     memory: Tensor
@@ -58,12 +59,12 @@ class _Slot:
 
 
 class StreamingRing:
-    """Streams the units of `schedule` that are not resident through its slots, host to device only.
+    """Streams the units of `schedule` that are not resident through its slots, from host to device only.
 
-    host: each streamed unit's bytes: flat uint8, pinned if `streams` are a GPU's own, or read out of files as they are
-    copied. `place(unit, flat)` is called
-    once for each streamed unit, with the memory in which its bytes will always lie. `poison` fills a slot with 0xFF
-    (NaN in every float format) when its unit is given up. Slots are allocated here and never again.
+    host: each streamed unit's bytes: flat uint8, pinned if `streams` are a GPU's own, or read from files while they are
+    copied. `place(unit, flat)` is called once for each streamed unit with the memory where its bytes will always be.
+    `poison` fills a slot with 0xFF (NaN in every float format) when its unit is evicted. Slots are allocated here,
+    once.
     """
 
     def __init__(
@@ -80,11 +81,11 @@ class StreamingRing:
         self._known = set(schedule.units)
         length = max((len(host[unit]) for unit in schedule.slot), default=0)
         memory = [torch.empty(length, dtype=torch.uint8, device=device) for _ in range(schedule.slots)]
-        free = streams.computed()  # the first copies wait for whatever had this memory before
+        free = streams.computed()  # the first copies wait for whatever used this memory before
         self._slots = [_Slot(m, free) for m in memory]
         for unit in schedule.slot:
             place(unit, self.memory(unit)[: len(host[unit])])
-        weakref.finalize(self, streams.hold, (memory, host)).atexit = False  # what copies are under way for outlives it
+        weakref.finalize(self, streams.hold, (memory, host)).atexit = False  # memory that is being copied outlives it
         self.expect()
 
     def memory(self, unit: str) -> Tensor:
@@ -93,20 +94,20 @@ class StreamingRing:
 
     @property
     def slot_bytes(self) -> int:
-        """What the slots take of the device."""
+        """The slots' bytes on the device."""
         return sum(slot.memory.nbytes for slot in self._slots)
 
     def expect(self, backward: Collection[int] | None = None) -> None:
-        """Say which blocks, by number, training steps go back through: all of them, unless it is said."""
+        """Set the blocks, by number, that training steps run backward through: by default, all of them."""
         self._rounds: tuple[tuple[Visit, ...], ...] = (self.schedule.step(backward), self.schedule.forward)
-        self._detour: deque[Visit] = deque()
+        self._announced: deque[Visit] = deque()
         self._last: Visit = ()
         self._round: tuple[Visit, ...] = self._rounds[0]
-        self._next = 0 if self._round else None  # the visit that comes next in the round, None if that cannot be told
+        self._next = 0 if self._round else None  # the index of the next visit in the round, None if unknown
         self._prefetch()
 
-    def foresee(self, visits: Sequence[Sequence[str]]) -> None:
-        self._detour = deque(visit for visit in map(self._streamed, visits) if visit)
+    def announce(self, visits: Sequence[Sequence[str]]) -> None:
+        self._announced = deque(visit for visit in map(self._streamed, visits) if visit)
         self._prefetch()
 
     @contextmanager
@@ -123,9 +124,9 @@ class StreamingRing:
                 self._leave(visit)
 
     def close(self) -> None:
-        """Fetch nothing ahead any more, and wait until nothing is being copied: the host's bytes may then be freed."""
+        """Stop prefetching, and wait until no copy is running: then the host's bytes may be freed."""
         self._rounds, self._round, self._next = ((), ()), (), None
-        self._detour.clear()
+        self._announced.clear()
         drain(self._streams)
 
     def _streamed(self, units: Sequence[str]) -> Visit:
@@ -136,7 +137,7 @@ class StreamingRing:
         for unit, slot in zip(visit, slots, strict=True):
             if (slot.users and slot.holds != unit) or sum(other is slot for other in slots) > 1:
                 raise RuntimeError(f"{unit} is needed together with a unit that has the same slot; use more slots")
-        foreseen = self._follow(visit)
+        expected = self._follow(visit)
         for unit, slot in zip(visit, slots, strict=True):
             if slot.holds != unit:
                 self._load(unit, slot)
@@ -145,7 +146,7 @@ class StreamingRing:
             if slot.ready is not None:
                 self._streams.compute_waits(slot.ready)  # compute(u) waits until copy(u) has arrived in slot s
                 slot.ready = None
-        if not foreseen:
+        if not expected:
             self._prefetch()
 
     def _leave(self, visit: Visit) -> None:
@@ -156,7 +157,7 @@ class StreamingRing:
         self._prefetch()
 
     def _prefetch(self) -> None:
-        """Give every slot that nobody is using the unit that is needed in it next."""
+        """Start copying into every unused slot the unit that it needs next."""
         decided: set[int] = set()
         for unit in self._ahead():
             number = self.schedule.slot[unit]
@@ -169,8 +170,8 @@ class StreamingRing:
                     return
 
     def _ahead(self) -> Iterator[str]:
-        """The units of what was foreseen and of one whole round after it, in the order of need."""
-        for visit in self._detour:
+        """The units of the announced visits and of one whole round after them, in the order of need."""
+        for visit in self._announced:
             yield from visit
         if self._next is not None:
             for visit in self._round[self._next :] + self._round[: self._next]:
@@ -187,15 +188,16 @@ class StreamingRing:
         self.bytes_copied += len(self.host[unit])
 
     def _follow(self, visit: Visit) -> bool:
-        """Move on in the schedule; whether `visit` was what came next.
+        """Advance in the schedule. Returns whether `visit` was the expected one.
 
-        Where it was not, training has turned to sampling or back, most likely: go on where a round has this visit, best
-        where the one before is the last one too. Where none has it, nothing is foreseen until one has.
+        If it was not, training has probably switched to sampling or back: continue at a place in a round that has this
+        visit, preferably one whose preceding visit was also the last one. If no round has it, nothing is expected until
+        one does.
         """
-        if self._detour and self._detour[0] == visit:
-            self._detour.popleft()
+        if self._announced and self._announced[0] == visit:
+            self._announced.popleft()
             return True
-        self._detour.clear()
+        self._announced.clear()
         last, self._last = self._last, visit
         if self._next is not None and self._round[self._next] == visit:
             self._next = (self._next + 1) % len(self._round)

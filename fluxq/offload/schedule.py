@@ -1,10 +1,10 @@
-"""In which order units are needed, in which slot each lies, and which copies that takes.
+"""The order in which units are needed, the slot of each, and the copies that result.
 
 Blocks are visited in order, and each visit needs all units of its block at once. Some units are resident; the other S
-are *streamed* through R slots: streamed unit i always lies in slot i mod R. So every unit has one address, and the
-units of one block never share a slot. A slot can only be overwritten by the next unit that is needed in it, hence the
-fewest copies are made if each slot keeps what it holds until another unit is needed in it. Where every block trains
-those are 2 (S - R) a step and none at the turns: backward begins with the R units that forward ended with.
+are *streamed* through R slots: streamed unit i always uses slot i mod R. So every unit has one address, and the units
+of one block never share a slot. A slot can only be overwritten by the next unit that needs it, so keeping each unit
+until another needs its slot makes the fewest copies. If every block trains, that is 2 (S - R) per step, with none when
+the direction changes: the backward pass starts with the R units that the forward pass ended with.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ Visit = tuple[str, ...]
 
 
 class Copy(NamedTuple):
-    """`unit` goes into `slot`, for the visit of that number."""
+    """`unit` is copied into `slot`, for the visit of that number."""
 
     visit: int
     unit: str
@@ -28,23 +28,23 @@ class Copy(NamedTuple):
 
 @dataclass(frozen=True)
 class Schedule:
-    """The units of each block in forward order, which of them are resident, and the slots for the others.
+    """The units of each block in forward order, which of them are resident, and the number of slots for the others.
 
-    Units `aside` belong to no block. They are visited one by one in passes of their own, in this order.
-    More slots than streamed units are no use and are not had. Raises ValueError for fewer than 2 (there would be
-    nothing to copy into while a unit is used), fewer than a block needs, a resident unit that no block has, and a unit
-    that two blocks have.
+    `extra` units belong to no block. They are visited one by one in separate passes, in this order. The number of slots
+    is reduced to that of the streamed units. Raises ValueError for fewer than 2 slots (nothing could be copied while a
+    unit is used), for fewer than a block needs, for a resident unit that no block has, and for a unit that two blocks
+    have.
     """
 
     blocks: tuple[tuple[str, ...], ...]
     resident: frozenset[str]
     slots: int
-    aside: tuple[str, ...] = ()
+    extra: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         units = self.units
         if len(set(units)) != len(units):
-            raise ValueError("a unit belongs to one block, once")
+            raise ValueError("a unit may occur only once, in one block")
         if unknown := sorted(self.resident.difference(units)):
             raise ValueError(f"no block has the resident units {', '.join(unknown)}")
         most = max((len(visit) for visit in self.forward), default=0)
@@ -54,8 +54,8 @@ class Schedule:
 
     @property
     def units(self) -> list[str]:
-        """All units: the blocks' in forward order, then those aside."""
-        return [*(unit for block in self.blocks for unit in block), *self.aside]
+        """All units: the blocks' in forward order, then the extra ones."""
+        return [*(unit for block in self.blocks for unit in block), *self.extra]
 
     @cached_property
     def slot(self) -> dict[str, int]:
@@ -69,22 +69,22 @@ class Schedule:
         return self._visits(range(len(self.blocks)))
 
     def step(self, backward: Collection[int] | None = None) -> tuple[Visit, ...]:
-        """The visits of one training step: forward, then back through the blocks in `backward`, by default all."""
+        """The visits of one training step: forward, then backward through the blocks in `backward`, by default all."""
         chosen = range(len(self.blocks)) if backward is None else backward
         return self.forward + self._visits(sorted(chosen, reverse=True))
 
     def copies(self, visits: Sequence[Visit]) -> list[Copy]:
-        """The copies of one round of `visits` that is repeated for ever, in the order of need."""
+        """The copies in one round of `visits`, repeated forever, in the order of need."""
         holds: dict[int, str] = {}
-        for unit in (unit for visit in visits for unit in visit):  # what the round before leaves
+        for unit in (unit for visit in visits for unit in visit):  # left over from the round before
             holds[self.slot[unit]] = unit
-        found = []
+        copies = []
         for number, visit in enumerate(visits):
             for unit in visit:
                 if holds[self.slot[unit]] != unit:
                     holds[self.slot[unit]] = unit
-                    found.append(Copy(number, unit, self.slot[unit]))
-        return found
+                    copies.append(Copy(number, unit, self.slot[unit]))
+        return copies
 
     def _visits(self, order: Collection[int]) -> tuple[Visit, ...]:
         """One visit for each block in `order` that streams anything."""
@@ -93,13 +93,13 @@ class Schedule:
 
 
 def spread(blocks: Sequence[Sequence[str]], count: int) -> frozenset[str]:
-    """The `count` units to make resident so that the other units' copies have compute to hide behind.
+    """The `count` units to make resident so that the other units' copies can hide behind compute.
 
-    Blocks take about equally long, so each should move equally much: the blocks with most streamed units give one up
-    first, those that do lie evenly spread among them, and so on.
+    Blocks take about equally long, so each should copy about as much: the blocks with the most streamed units give up
+    one each, spread evenly, and so on.
     """
     if not 0 <= count <= (total := sum(map(len, blocks))):
-        raise ValueError(f"of {total} units 0 to {total} can be resident, not {count}")
+        raise ValueError(f"of {total} units, 0 to {total} can be resident, not {count}")
     streamed = [list(block) for block in blocks]
     resident: set[str] = set()
     while count:

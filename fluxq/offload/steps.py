@@ -1,4 +1,4 @@
-"""Training steps of the ring that trains under a virtual clock (clock.py): what a step takes in the long run, and when
+"""Training steps of the shipped ring under a virtual clock (clock.py): how long a step takes in the long run, and when
 compute waits for copies of units, of block inputs, or of what is computed ahead.
 """
 
@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 
 from .clock import Span, TimedStreams
-from .costs import BUFFERS
+from .inputs import Transit
 from .ring import StreamingRing
 from .schedule import Schedule
 
@@ -19,7 +19,7 @@ from .schedule import Schedule
 class Timeline:
     """One training step in the long run: its seconds, those that compute waits for copies, and what the lanes did.
 
-    Spans begin at the step's own zero. `copied` are the bytes that were moved.
+    Spans count from the start of the step. `copied` is the number of bytes copied.
     """
 
     seconds: float
@@ -29,17 +29,17 @@ class Timeline:
 
     @property
     def stall(self) -> float:
-        """The share of the step in which compute waits."""
+        """The fraction of the step in which compute waits."""
         return self.stalled / self.seconds if self.seconds else 0.0
 
     def busy(self, lane: str) -> float:
-        """The share of the step in which a lane works; copies may have been begun in the step before."""
+        """The fraction of the step in which a lane works; copies may have started in the step before."""
         spans = ((max(0.0, s.start), min(self.seconds, s.end)) for s in self.spans[lane])
         return sum(max(0.0, end - start) for start, end in spans) / self.seconds if self.seconds else 0.0
 
 
 SETTLES = 2
-"""After a pass aside, steps until they are alike again: the first has other units in the slots."""
+"""Steps after a pass ahead until steps are alike again: the first one finds other units in the slots."""
 
 
 def run_steps(
@@ -59,18 +59,18 @@ def run_steps(
 ) -> Timeline:
     """The mean of training steps in the long run, by the ring itself.
 
-    nbytes: the length of each unit; forward: seconds of each block; backward: block's number -> seconds, replay
-    included; tail: seconds of computing between steps (the optimizer, embedders) in which copies can go on; run_ahead:
-    see TimedStreams. ahead: seconds with each unit aside, which are visited before one step of `every`. inputs: block's
-    number -> bytes that wait on the host until it runs backward. `steps` are looked at after `warmup`; their spans are
-    returned.
+    nbytes: the length of each unit; forward: seconds of each block; backward: block number -> seconds, replay included;
+    tail: seconds of compute between steps (the optimizer, embedders) during which copies continue; run_ahead: see
+    TimedStreams. ahead: extra unit -> seconds; all of them are visited before every `every`-th step. inputs: block
+    number -> bytes that are kept on the host until it runs backward. Measures `steps` after `warmup`; returns their
+    spans.
     """
     host = {unit: torch.empty(nbytes[unit], dtype=torch.uint8, device="meta") for unit in schedule.slot}
     clock = streams(copy_seconds, {id(source): unit for unit, source in host.items()}, run_ahead)
     ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), clock)
     ring.expect(backward)
     settles = min(SETTLES, every)
-    waiting, compute = _Inputs(clock, inputs or {}), clock.lanes["compute"]
+    waiting, compute = _TimedInputs(clock, inputs or {}), clock.lanes["compute"]
 
     def visit(units: Sequence[str], label: str, seconds: float) -> None:
         with ring.resident(units):
@@ -90,7 +90,7 @@ def run_steps(
             step()
 
     def passes() -> None:
-        ring.foresee([(unit,) for unit in ahead or ()])
+        ring.announce([(unit,) for unit in ahead or ()])
         for unit, seconds in (ahead or {}).items():
             visit((unit,), f"ahead {unit}", seconds)
         repeat(settles)
@@ -102,7 +102,7 @@ def run_steps(
         return after[0] - before[0], after[1] - before[1], after[2] - before[2]
 
     if ahead and every:
-        passes()  # the one that counts meets what this one has left
+        passes()  # the pass that counts finds what this one leaves
     repeat(warmup)
     start = compute.time
     seconds, stalled, copied = (x / steps for x in counted(lambda: repeat(steps)))
@@ -118,40 +118,43 @@ def run_steps(
     return Timeline(seconds, stalled, round(copied), spans)
 
 
-class _Inputs:
-    """The waits of fluxq/offload/inputs.py without its tensors, since a search makes many thousands of steps
-    (tests/offload/test_inputs.py holds the two together): one lane both ways, in order. Beside the block's own inputs,
-    those of BUFFERS more may be on the GPU.
+class _TimedInputs(Transit[int]):
+    """Block inputs as numbers of bytes, by block number, on a lane that copies both ways, in order.
 
-    They come back over the bus that units take too: of two copies the one that was asked for first goes first.
+    A search simulates many thousands of steps, so no tensors are made. Fetches share the bus with copies of units: of
+    two copies, the one requested first goes first.
     """
 
     def __init__(self, streams: TimedStreams, sizes: Mapping[int, int]) -> None:
+        super().__init__()
         self._streams, self._sizes, self._lane = streams, sizes, streams.lanes["inputs"]
-        self._on_gpu: dict[int, float] = {}  # block -> when its last copy is done
+        self._stored = sorted(sizes)
+        self._places = {number: place for place, number in enumerate(self._stored)}
         self.fetched = 0
 
     def store(self, number: int) -> None:
-        """Before block `number` runs forward."""
+        """Call this before block `number` runs forward."""
         if number in self._sizes:
-            self._copy(number, f"store {number}")
-            while len(self._on_gpu) > 1 + BUFFERS:
-                oldest = next(iter(self._on_gpu))
-                self._streams.lanes["compute"].wait_until(self._on_gpu.pop(oldest))
+            self.to_host(number)
 
     def take(self, number: int) -> None:
-        """Before block `number` runs backward."""
-        if number not in self._sizes:
-            return
-        for ahead in range(number, number - BUFFERS - 1, -1):
-            if ahead in self._sizes and ahead not in self._on_gpu:
-                self._lane.wait_until(self._streams.lanes["copy"].time)
-                self._copy(ahead, f"fetch {ahead}")
-                self._streams.bus_until = self._lane.time
-                self.fetched += self._sizes[ahead]
-        self._streams.lanes["compute"].wait_until(self._on_gpu.pop(number))
+        """Call this before block `number` runs backward."""
+        if number in self._sizes:
+            self.to_gpu(self._stored, self._places[number])
 
-    def _copy(self, number: int, label: str) -> None:
+    def _copy_to_host(self, inputs: int) -> float:
+        return self._copy(inputs, f"store {inputs}")
+
+    def _copy_to_gpu(self, inputs: int) -> float:
+        self._lane.wait_until(self._streams.lanes["copy"].time)
+        self._streams.bus_until = self._copy(inputs, f"fetch {inputs}")
+        self.fetched += self._sizes[inputs]
+        return self._lane.time
+
+    def _compute_waits(self, event: float) -> None:
+        self._streams.lanes["compute"].wait_until(event)
+
+    def _copy(self, number: int, label: str) -> float:
         self._lane.wait_until(max(self._streams.lanes["compute"].time, self._streams.host_time))
         self._lane.run(label, self._streams.copy_seconds(self._sizes[number]))
-        self._on_gpu[number] = self._lane.time
+        return self._lane.time

@@ -1,9 +1,8 @@
-"""The two lanes that a ring works with: one computes, one copies, and events order them.
+"""The two streams that a ring uses: one computes, one copies, and events order them.
 
-Each lane does in order what it is given; between lanes nothing is ordered but by events. `CudaStreams` are those of a
-GPU; `Immediate` and `Late` are the two extremes of what timing can do, on the CPU; `Staged` copies through
-pinned buffers where the host's memory is not pinned, or where units lie in files. fluxq/offload/clock.py has lanes that
-take no time at all.
+Each lane runs its work in order; only events order work on different lanes. `CudaStreams` are those of a GPU;
+`Immediate` and `Late` are the two extremes of timing, on the CPU; `Staged` copies through pinned buffers if host memory
+is not pinned or if units are in files. fluxq/offload/clock.py has lanes that take no time.
 """
 
 from __future__ import annotations
@@ -28,7 +27,7 @@ STAGING = "staging"
 
 
 class Piece(NamedTuple):
-    """`length` bytes of a unit from its byte `begin` on. `read(out)` fills `out`, flat uint8 on the host, with them."""
+    """`length` bytes of a unit from byte `begin` on. `read(out)` fills `out`, flat uint8 on the host, with them."""
 
     begin: int
     length: int
@@ -37,7 +36,7 @@ class Piece(NamedTuple):
 
 @dataclass(frozen=True)
 class Stored:
-    """A unit of `length` bytes that lies in files: each of its pieces is read when it is copied."""
+    """A unit of `length` bytes that is stored in files: each piece is read when it is copied."""
 
     length: int
     pieces: tuple[Piece, ...]
@@ -47,14 +46,14 @@ class Stored:
 
 
 Bytes = Tensor | Stored
-"""A unit on the host: flat uint8, or what reads it."""
+"""A unit on the host: flat uint8, or something that reads it."""
 
 
 class Streams(Protocol):
-    """An event stands for all that its lane had been given when it was recorded."""
+    """An event marks all work that its lane had when it was recorded."""
 
     def copy(self, slot: Tensor, source: Bytes) -> None:
-        """The copy lane copies `source` to the beginning of `slot`, flat uint8."""
+        """The copy lane copies `source` to the start of `slot`, flat uint8."""
         ...
 
     def copied(self) -> Any:
@@ -66,11 +65,11 @@ class Streams(Protocol):
         ...
 
     def copy_waits(self, event: Any) -> None:
-        """What the copy lane is given from now on waits for `event`."""
+        """Later work on the copy lane waits for `event`."""
         ...
 
     def compute_waits(self, event: Any) -> None:
-        """What the compute lane is given from now on waits for `event`."""
+        """Later work on the compute lane waits for `event`."""
         ...
 
     def host_waits(self, event: Any) -> None:
@@ -78,19 +77,19 @@ class Streams(Protocol):
         ...
 
     def hold(self, held: object) -> None:
-        """`held` is freed once all copies so far are over, and not before. The garbage collector may call this in any
-        thread, in the midst of anything.
+        """Keep `held` until all copies so far are done. The garbage collector may call this in any thread, at any
+        moment.
         """
         ...
 
 
 def drain(streams: Streams) -> None:
-    """The caller waits for all copies: what they read and write may be freed after this, and not before."""
+    """The caller waits for all copies; only then may their sources and targets be freed."""
     streams.host_waits(streams.copied())
 
 
 class Immediate:
-    """Everything is done at once: copies as early as they can be."""
+    """Everything happens at once: copies run as early as possible."""
 
     def copy(self, slot: Tensor, source: Bytes) -> None:
         for begin, length, read in _pieces(source):
@@ -110,7 +109,7 @@ class Immediate:
 
 
 class Late(Immediate):
-    """Copies are done when they are waited for, and no sooner: as late as they can be."""
+    """Copies run when something waits for them, and no sooner: as late as possible."""
 
     def __init__(self) -> None:
         self._queue: deque[tuple[Tensor, Bytes]] = deque()
@@ -136,13 +135,13 @@ class Late(Immediate):
 
 
 class CudaStreams:
-    """The GPU's current stream computes; one more copies. Compute must stay on one stream."""
+    """The GPU's current stream computes; a second one copies. Compute must stay on one stream."""
 
     def __init__(self, device: torch.device) -> None:
         self._device, self._copies = device, torch.cuda.Stream(device)
 
     def copy(self, slot: Tensor, source: Bytes) -> None:
-        assert isinstance(source, Tensor), "what lies in files is staged"
+        assert isinstance(source, Tensor), "units in files need Staged"
         with torch.cuda.stream(self._copies), torch.no_grad():
             slot[: len(source)].copy_(source, non_blocking=True)
 
@@ -166,22 +165,23 @@ class CudaStreams:
 
 
 class Staged:
-    """`streams`, with a thread that brings every piece of a source into one of `buffers` before it is copied on.
+    """`streams`, with a thread that loads every piece of a source into one of `buffers` before it is copied on.
 
-    The copy lane is given its work by that thread, in order; so an event of it is a Future, and whoever waits for it
-    waits until the thread has got there. An error of the thread's is raised there, and again by all that computes
-    later; nothing is being copied then.
+    That thread gives the copy lane its work, in order, so an event of that lane is a Future, and waiting for it
+    includes waiting for the thread. If the thread fails, the error is raised there, and again in all later waits; no
+    copy is running then.
 
-    The thread's queue is one that takes work in the midst of taking work, as when a ring is collected just then. Where
-    the thread itself collects it, it cannot wait for what it has yet to do: there it does that, and frees it after.
+    The thread's queue can be used reentrantly, for when garbage collection drops a ring in the middle of a queue
+    operation. If the thread itself collects the ring, it cannot wait for its own later work; it queues the release
+    behind that work instead.
     """
 
     def __init__(self, streams: Streams, buffers: Collection[Tensor]) -> None:
-        self._owner = buffers  # of their memory, perhaps
+        self._owner = buffers  # may own their memory
         self._streams, self._work = streams, SimpleQueue[Callable[[], None] | None]()
-        thread = threading.Thread(target=_work_off, args=(self._work,), name=STAGING, daemon=True)
+        thread = threading.Thread(target=_run_queue, args=(self._work,), name=STAGING, daemon=True)
         thread.start()
-        weakref.finalize(self, _end, self._work, thread)  # at the latest when the program ends
+        weakref.finalize(self, _stop, self._work, thread)  # at the latest when the program ends
         self._buffers: deque[tuple[Tensor, Any]] = deque((buffer, None) for buffer in buffers)
         self._failure: BaseException | None = None
 
@@ -192,7 +192,7 @@ class Staged:
     def _copy(self, slot: Tensor, begin: int, length: int, read: Callable[[Tensor], Any]) -> None:
         buffer, emptied = self._buffers.popleft()
         if emptied is not None:
-            self._streams.host_waits(emptied)  # the thread waits until the copy out of this buffer has been done
+            self._streams.host_waits(emptied)  # the thread waits until the copy out of this buffer is done
         read(staged := buffer[:length])
         self._streams.copy(slot[begin:], staged)
         self._buffers.append((buffer, self._streams.copied()))
@@ -217,7 +217,7 @@ class Staged:
         if threading.current_thread().name == STAGING:
             self._submit(lambda: self._streams.hold(held))
         else:
-            drain(self)  # the caller has them meanwhile
+            drain(self)  # the caller keeps them until then
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
         future = Future[T]()
@@ -239,18 +239,18 @@ class Staged:
                 self._streams.host_waits(self._streams.copied())
         if isinstance(self._failure, WrongRequest):
             raise WrongRequest(str(self._failure)) from self._failure
-        raise RuntimeError("a weight could not be brought to the GPU") from self._failure
+        raise RuntimeError("a weight could not be copied to the GPU") from self._failure
 
 
-def _work_off(queue: SimpleQueue[Callable[[], None] | None]) -> None:
-    """Do what comes, until None does; nothing of it is kept while nothing comes."""
+def _run_queue(queue: SimpleQueue[Callable[[], None] | None]) -> None:
+    """Run queued work until None arrives; keep no reference to it while the queue is empty."""
     while (work := queue.get()) is not None:
         work()
         del work
 
 
-def _end(queue: SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
-    """Have the thread end, and wait until it has."""
+def _stop(queue: SimpleQueue[Callable[[], None] | None], thread: threading.Thread) -> None:
+    """End the thread, and wait until it has ended."""
     queue.put(None)
     if threading.current_thread().name != STAGING:
         thread.join()

@@ -80,9 +80,9 @@ def test_the_fastest_right_choice_is_kept_and_used(small, monkeypatch, tmp_path)
         tuning.use_tuned(gpu, said.append)
         assert table.choose("lora_linear_nf4", gpu, 96) == fast and str(path) in said[0]
     finally:
-        table.lay_over({})
+        table.use_measured({})
     path.write_text("{}")
-    with pytest.raises(WrongRequest, match="is no table of kernel choices"):
+    with pytest.raises(WrongRequest, match="is not a table of kernel choices"):
         tuning.use_tuned(gpu, said.append)
 
 
@@ -101,4 +101,4 @@ def test_what_was_measured_before_is_kept_and_a_damaged_file_is_begun_anew(monke
         tuning.tuned_file("a GPU").write_text("{}")
         assert bench.earlier_choices(torch.device("cuda")) == {}
     finally:
-        table.lay_over({})
+        table.use_measured({})

@@ -118,7 +118,7 @@ def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_pat
         (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA GPU"),
         (["--limit-vram", "much"], "must be an amount of memory like 12GiB"),
         (["--blocks-to-swap", 9], "--blocks-to-swap must be 0 to 3, not 9"),
-        (["--blocks-to-swap", 1, "--resident-units", 2], "say the same in two ways"),
+        (["--blocks-to-swap", 1, "--resident-units", 2], "set the same thing"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence):
@@ -146,7 +146,7 @@ def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():
     assert {s.format for s in settings("full", {"format": "fp8"}, True)} == {"fp8"}
     assert {s.resident_units for s in settings("quick", {"blocks_to_swap": 18}, True)} == {None}
     assert settings(None, {"resolution": 768, "rank": None}, True) == [Setting(resolution=768)]
-    with pytest.raises(WrongRequest, match="two ways"):
+    with pytest.raises(WrongRequest, match="set the same thing"):
         settings("quick", {"blocks_to_swap": 1, "resident_units": 1}, True)
 
 

@@ -56,9 +56,9 @@ def fused(format: str, shape: str = "large") -> Launch:
     tiles = table.SHIPPED[f"lora_linear_{format}", GPU, shape]
 
     def launch(rows: int, rank: int) -> None:
-        # As where the layer's input has room, and where it has not.
-        for room in (0, ops.room(rank)):
-            x = torch.empty(rows if shape == "large" else rows % 64 + 1, K + room, dtype=torch.bfloat16)
+        # With padding behind the rows of the input, and without.
+        for padding in (0, ops.padding(rank)):
+            x = torch.empty(rows if shape == "large" else rows % 64 + 1, K + padding, dtype=torch.bfloat16)
             s, up = x[:, :rank].contiguous(), torch.empty(N, rank, dtype=torch.bfloat16)
             matmul.linear(x[:, :K], weight, up[:, 0].contiguous(), s, up, tiles)
 
@@ -142,7 +142,7 @@ def decoded(format: str) -> Launch:
 
     def launch(rows: int, rank: int) -> None:
         dequantize(weight, torch.bfloat16)
-        ops.dequantize(weight, torch.bfloat16, bf16(N, K + ops.room(rank))[:, :K])
+        ops.dequantize(weight, torch.bfloat16, bf16(N, K + ops.padding(rank))[:, :K])
 
     return launch
 
@@ -154,8 +154,8 @@ def bf16(*shape: int) -> Tensor:
 
 def steps(length: int, rank: int) -> dict[str, Callable[[], object]]:
     """Each memory-bound step, as a block of FLUX calls it."""
-    room = ops.room(rank)
-    x, wide, h = bf16(1, length, K), bf16(1, length, K + room), bf16(1, length, 4 * K)
+    padding = ops.padding(rank)
+    x, wide, h = bf16(1, length, K), bf16(1, length, K + padding), bf16(1, length, 4 * K)
     shift, scale, gate = bf16(1, 6 * K)[:, None].chunk(6, -1)[:3]
     eight = Wants(dtype=torch.int8, down=bf16(rank, K))
     both = Wants(dtype=torch.int8, down=bf16(rank, 5 * K))
@@ -164,21 +164,21 @@ def steps(length: int, rank: int) -> dict[str, Callable[[], object]]:
     cos = torch.empty(1, 1, length, 64)
     q = bf16(1, length, HEADS, 128).transpose(1, 2)
     rstd, pairs, lengths = torch.empty(2, 1, length, HEADS), [s[1:] for s in streams], [TEXT, length - TEXT]
-    dboth = bf16(1, length, 5 * K + room)[..., K : 5 * K]
+    dboth = bf16(1, length, 5 * K + padding)[..., K : 5 * K]
     return {
-        "modulate": lambda: ops.modulate(x, shift, scale, Wants(room=room)),
+        "modulate": lambda: ops.modulate(x, shift, scale, Wants(padding=padding)),
         "modulate, 8 bits": lambda: ops.modulate(x, shift, scale, eight),
         "modulate, rotated": lambda: ops.modulate(x, shift, scale, rotated),
         "modulate_backward": lambda: ops.modulate_backward(wide, x, scale, False),
         "gated_add": lambda: ops.gated_add(x, gate, x),
         "gated_add_backward": lambda: ops.gated_add_backward(x, gate, None),
-        "gated_add_modulate": lambda: ops.gated_add_modulate(x, gate, x, shift, scale, Wants(room=room)),
+        "gated_add_modulate": lambda: ops.gated_add_modulate(x, gate, x, shift, scale, Wants(padding=padding)),
         "gated_add_modulate, 8 bits": lambda: ops.gated_add_modulate(x, gate, x, shift, scale, eight),
         "gated_add_modulate_backward": lambda: ops.gated_add_modulate_backward(x, wide, x, gate, None, scale, False),
         "qk_norm_rope": lambda: ops.qk_norm_rope(streams, cos, cos),
         "qk_norm_rope_backward": lambda: ops.qk_norm_rope_backward(q, q, q, q, q, rstd, pairs, lengths, cos, cos, None),
-        "gelu_tanh": lambda: ops.gelu_tanh(h, None, Wants(room=room)),
-        "gelu_tanh, beside": lambda: ops.gelu_tanh(h, x, Wants(room=room)),
+        "gelu_tanh": lambda: ops.gelu_tanh(h, None, Wants(padding=padding)),
+        "gelu_tanh, beside": lambda: ops.gelu_tanh(h, x, Wants(padding=padding)),
         "gelu_tanh, 8 bits": lambda: ops.gelu_tanh(h, x, both),
         "gelu_tanh, rotated": lambda: ops.gelu_tanh(h, x, rotated),
         "gelu_tanh_backward": lambda: ops.gelu_tanh_backward(dboth, h),

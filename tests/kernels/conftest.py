@@ -1,5 +1,5 @@
-"""Where kernels are tested: on the GPU if there is one, else in Triton's interpreter, made right for bf16 and able to
-multiply in scaled blocks.
+"""Kernel tests run on the GPU if there is one, else in Triton's interpreter, fixed for bf16 and extended by scaled
+products.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ def device() -> torch.device:
 
 @pytest.fixture
 def triton_ops(device):
-    """The Triton backend's module, in use inside the test."""
+    """The Triton backend's module, active during the test."""
     pytest.importorskip("triton")
     if device.type == "cpu":
         mend_interpreted_dot()
@@ -31,7 +31,7 @@ def triton_ops(device):
 
 @pytest.fixture(params=["reference", "triton"])
 def either_backend(request):
-    """A test that asks for this runs twice, on the reference and on Triton."""
+    """Runs the test twice, on the reference and on Triton."""
     if request.param == "triton":
         request.getfixturevalue("triton_ops")
         yield request.param
@@ -41,7 +41,7 @@ def either_backend(request):
 
 
 def mend_interpreted_dot() -> None:
-    """Triton's interpreter multiplies the bits of bf16 as if they were integers; here they become fp32 first."""
+    """Triton's interpreter multiplies the bits of bf16 as if they were integers; convert them to fp32 first."""
     import triton.language as tl
     from triton.runtime import interpreter
 

@@ -10,7 +10,7 @@ from fluxq.kernels import Tape, attention
 
 
 def operands(dtype=torch.float64, device="cpu"):
-    """Laid out as the joint buffers are: (B, L, H, D) in memory."""
+    """In the memory layout of the joint buffers: (B, L, H, D)."""
     return [torch.randn(2, 37, 3, 16, dtype=dtype, device=device).transpose(1, 2).requires_grad_() for _ in range(3)]
 
 

@@ -1,4 +1,4 @@
-"""Numbers of 8 bits by integer arithmetic, held against PyTorch's conversions bit for bit."""
+"""8-bit numbers by integer arithmetic, compared bit for bit with PyTorch's conversions."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_int8_number_is_decoded(device):
     assert torch.equal(applied(int8_decode, byte, torch.float32), byte.view(torch.int8).float())
 
 
-def test_e4m3_is_rounded_like_pytorch_at_and_beside_every_tie(device):
+def test_e4m3_is_rounded_like_pytorch_at_and_next_to_every_tie(device):
     """All numbers, all midpoints between neighbors, the floats next to those, and random ones of every size."""
     numbers = torch.arange(127, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
     ties = (numbers[1:] + numbers[:-1]) / 2

@@ -1,4 +1,4 @@
-"""Frozen weights multiplied in 8 bits: how far that is from the exact product, and what stays exact."""
+"""Frozen weights multiplied in 8 bits: the distance from the exact product, and what stays exact."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_lora_and_bias_are_not_rounded_to_eight_bits(compute):
 
 
 @pytest.mark.parametrize("compute", EIGHT_BITS)
-def test_the_gradient_is_exact_or_in_eight_bits_as_asked(compute):
+def test_the_gradient_is_exact_or_in_eight_bits_as_requested(compute):
     x, weight, bias, down, up = operands()
     stored = quantize(weight, compute.removesuffix("_dx"))
     dy = torch.randn(M, N) * (1 + 10 * torch.rand(M, 1))
@@ -77,7 +77,7 @@ def test_storage_and_compute_are_separate_choices(compute, format):
 
 
 @pytest.mark.parametrize("compute", EIGHT_BITS)
-def test_the_op_before_gives_the_same_rows_as_the_layer_makes_itself(compute):
+def test_the_previous_op_and_the_layer_make_the_same_rows(compute):
     x, weight, bias, down, up = operands()
     x, shift, scale = x.view(2, M // 2, K), torch.randn(2, 1, K), torch.randn(2, 1, K)
     for produce in (lambda w: modulate(x, shift, scale, w), lambda w: gelu_tanh(x, None, w)):

@@ -1,6 +1,6 @@
-"""A linear layer over few rows, as modulation and the embedders have: backward too without decoding the weight first.
+"""A linear layer over few rows, as in modulation and the embedders: backward, also without decoding the weight first.
 
-Forward, every format at few rows is in test_linear_paths.py.
+The forward pass, in every format, is in test_linear_paths.py.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _on_device(triton_ops, device):
 
 
 class Layer:
-    """Random operands of a layer with LoRA, and its gradients by whoever is asked."""
+    """Random operands of a layer with LoRA, and its gradients by a given implementation."""
 
     def __init__(self, format, rows, k, dtype, rank):
         self.weight = quantize(torch.randn(N, k) / k**0.5, format)
@@ -68,8 +68,8 @@ def test_in_other_dtypes(format, dtype, device):
         check(Layer(format, 3, 192, dtype, 5), dtype, device)
 
 
-def test_many_rows_may_take_it_too(device):
-    """Where memory for a scratch is refused."""
+def test_many_rows_may_use_it_too(device):
+    """If there is no memory for a scratch."""
     with table.using("lora_linear_backward_nf4", SHARES):
         check(Layer("nf4", 100, 192, torch.float32, 5), torch.float32, device)
 
@@ -82,8 +82,8 @@ def test_the_shipped_table_sends_few_rows_past_the_scratch(monkeypatch):
             assert table.SHIPPED[f"lora_linear_backward_{format}", gpu, "few"].path == "fused"
 
 
-def test_how_rows_are_shared_out_is_all_that_rounding_depends_on():
-    """No atomic additions: twice the same bits, and by other shares the same to a rounding."""
+def test_rounding_depends_only_on_the_shares():
+    """No atomic additions: two runs have the same bits, and other shares differ only by rounding."""
     layer, found = Layer("int8", 3, 200, torch.float32, 0), []
     for chunk in (64 * 64, 64 * 64, 32 * 64):
         with table.using("lora_linear_backward_int8", replace(SHARES, chunk=chunk)):
@@ -92,7 +92,7 @@ def test_how_rows_are_shared_out_is_all_that_rounding_depends_on():
     torch.testing.assert_close(found[0], found[2])
 
 
-def test_gradients_may_lie_apart_and_inputs_have_room():
+def test_gradients_may_be_strided_and_inputs_padded():
     layer = Layer("nf4", 6, 192, torch.float32, 5)
     expected = layer.gradients(linear, torch.float32)
     layer.dy = torch.full((6, 2 * N), torch.nan).index_copy_(1, torch.arange(0, 2 * N, 2), layer.dy)[:, ::2]
@@ -104,7 +104,7 @@ def test_gradients_may_lie_apart_and_inputs_have_room():
         torch.testing.assert_close(a, b)
 
 
-def test_the_face_differentiates_through_a_modulation_layer_with_lora():
+def test_lora_linear_differentiates_through_a_modulation_layer():
     weight = quantize(torch.randn(N, 128) / 11, "nf4")
     x, down = torch.randn(2, 1, 128, requires_grad=True), torch.randn(5, 128, requires_grad=True)
     up, dy = torch.randn(N, 5, requires_grad=True), torch.randn(2, 1, N)

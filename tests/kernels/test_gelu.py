@@ -47,9 +47,9 @@ def test_far_from_zero_it_is_the_identity_or_zero(either_backend, device):
     torch.testing.assert_close(dh, torch.tensor([0, 0, 0.5, 1, 1], device=device).expand(1, 3, 5))
 
 
-def test_rows_leave_room_and_gradients_come_from_wider_rows(either_backend, device):
+def test_rows_are_padded_and_gradients_come_from_wider_rows(either_backend, device):
     h, beside = operands(device)
-    made = gelu_tanh(h, beside, Wants(room=16))
+    made = gelu_tanh(h, beside, Wants(padding=16))
     assert made.x.shape == (2, 21, 432) and made.x.is_contiguous()
     torch.testing.assert_close(made.x[..., :416], gelu_tanh(h, beside).x)
     wide = torch.randn(2, 21, 432, device=device)
@@ -57,7 +57,7 @@ def test_rows_leave_room_and_gradients_come_from_wider_rows(either_backend, devi
     torch.testing.assert_close(ops(h).gelu_tanh_backward(part, h), ops(h).gelu_tanh_backward(part.contiguous(), h))
 
 
-def test_columns_of_a_wider_row_are_taken_as_they_are(either_backend, device):
+def test_columns_of_a_wider_row_are_accepted(either_backend, device):
     wide = torch.randn(2, 21, 500, device=device)
     h, beside = wide[..., 100:420], wide[..., :96]
     torch.testing.assert_close(gelu_tanh(h, beside).x, gelu_tanh(h.contiguous(), beside.contiguous()).x)

@@ -6,7 +6,7 @@ from fluxq.bench import kernel_cases
 from fluxq.bench.kernel_cases import cases
 from fluxq.bench.kernels import check
 
-WITHIN_OTHERS = {"fill_room", "fill_tail", "sum_shares"}  # parts of lora_linear
+WITHIN_OTHERS = {"fill_padding", "fill_tail", "sum_shares"}  # parts of lora_linear
 
 
 def test_every_case_is_right_and_every_op_with_a_choice_has_one(triton_ops, device, monkeypatch):

@@ -11,7 +11,7 @@ from helpers import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fluxq.kernels import Activations, lora_linear, quantize, reference, wants
-from fluxq.kernels.cutting import CHUNKS, chunk_of, parts, room
+from fluxq.kernels.cutting import CHUNKS, chunk_of, padding, parts
 
 triton = pytest.importorskip("triton")
 
@@ -34,7 +34,7 @@ def _on_device(triton_ops, device):
 
 
 class Layer:
-    """Random operands, and the answers in fp64 and of plain PyTorch in their dtype."""
+    """Random operands, and the results in fp64 and of plain PyTorch in their dtype."""
 
     def __init__(self, format, dtype, rows=(2, 50), rank=5, bias=True, n=N, k=K):
         self.weight = quantize(torch.randn(n, k) / k**0.5, format)
@@ -54,9 +54,9 @@ class Layer:
         y, s = reference.lora_linear(x, w, bias, down, up, self.scale)
         return y, s, *reference.lora_linear_backward(dy, w, x, s, down, up, self.scale)
 
-    def with_room(self):
-        """x with NaN in the room behind each row."""
-        columns = room(len(self.down))
+    def padded(self):
+        """x with NaN in the padding behind each row."""
+        columns = padding(len(self.down))
         wide = self.x.new_full((*self.x.shape[:-1], self.x.shape[-1] + columns), torch.nan)
         wide[..., : self.x.shape[-1]] = self.x
         return wide
@@ -86,7 +86,7 @@ def check(layer, results, slack=2.0):
 
 
 class Launches(TorchDispatchMode):
-    """Counts inside it what a GPU would be told to do: kernels, and PyTorch's operations that are no views."""
+    """Counts the GPU's launches inside it: kernels, and PyTorch operations that are not views."""
 
     def __init__(self, monkeypatch):
         super().__init__()
@@ -109,7 +109,7 @@ class Launches(TorchDispatchMode):
 
 
 def taking(path, format, **changes):
-    """The row of large shapes in use, with that path."""
+    """The table row for large shapes, with that path."""
     op = f"lora_linear_{format}"
     choice = table.choose(op, torch.empty(0).device, 1000)
     return table.using(op, replace(choice, path=path, **changes))
@@ -121,21 +121,21 @@ def test_extended(format, dtype, rank):
     """One product for base, LoRA and bias."""
     layer = Layer(format, dtype, rank=rank)
     with taking("extended", format, chunk=64 * K):
-        check(layer, layer.run(layer.with_room()))
+        check(layer, layer.run(layer.padded()))
 
 
-def test_extended_launches_nothing_but_products_decoding_and_what_stands_beside(monkeypatch, device):
-    """In three parts forward and three backward, with a LoRA in fp32. On a CPU d_down and d_up cast besides."""
+def test_extended_launches_only_products_decoding_and_extension(monkeypatch, device):
+    """In three parts forward and three backward, with a LoRA in fp32. On a CPU, d_down and d_up are also cast."""
     if device.type == "cuda":
         pytest.skip("the interpreter counts")
     layer = Layer("nf4", torch.bfloat16)
-    layer.up, x, launches = layer.up.float(), layer.with_room(), Launches(monkeypatch)
+    layer.up, x, launches = layer.up.float(), layer.padded(), Launches(monkeypatch)
     args = (layer.down, layer.up, layer.scale)
     with taking("extended", "nf4", chunk=64 * K), launches:
         _, s = linear.lora_linear(x, layer.weight, layer.bias, *args)
         forward, launches.counts = launches.counts, Counter()
         linear.lora_linear_backward(layer.dy, layer.weight, x, s, *args)
-    assert forward == {"mm": 4, "_fill_room": 1, "_convert": 3, "_fill_tail": 3}
+    assert forward == {"mm": 4, "_fill_padding": 1, "_convert": 3, "_fill_tail": 3}
     del launches.counts["_to_copy"]
     assert launches.counts == {"mm": 5, "_convert": 3, "_fill_tail": 1, "addmm_": 1, "mul_": 1}
 
@@ -147,7 +147,7 @@ def test_up_may_be_wider_than_the_input(path, up):
     exact = layer.up.float() + 2**-12 * torch.randn_like(layer.up.float())
     with taking(path, "nf4"):
         layer.up = exact.to(up)
-        x = layer.with_room() if path == "extended" else layer.x
+        x = layer.padded() if path == "extended" else layer.x
         y, _, dx, *_ = layer.run(x)
         layer.up = exact.bfloat16()
         expected, _, dx_expected, *_ = layer.run(x)
@@ -156,11 +156,11 @@ def test_up_may_be_wider_than_the_input(path, up):
 
 
 @pytest.mark.parametrize(("format", "dtype"), CASES)
-@pytest.mark.parametrize("room", [False, True])
-def test_plain(format, dtype, room):
+@pytest.mark.parametrize("padding", [False, True])
+def test_plain(format, dtype, padding):
     layer = Layer(format, dtype)
     with taking("plain", format, chunk=64 * K):
-        check(layer, layer.run(layer.with_room() if room else layer.x))
+        check(layer, layer.run(layer.padded() if padding else layer.x))
 
 
 @pytest.mark.parametrize(("format", "dtype"), CASES)
@@ -168,14 +168,14 @@ def test_plain(format, dtype, room):
 def test_fused(format, dtype, rank, k, device):
     layer = Layer(format, dtype, rows=(2, 33), rank=rank, n=97, k=k)
     with taking("fused", format, block_m=32, block_n=32, block_k=128 if k == 320 else 64):
-        check(layer, layer.run(layer.with_room()), slack=2.0 if device.type == "cuda" else 4.0)  # casts truncate there
+        check(layer, layer.run(layer.padded()), slack=2.0 if device.type == "cuda" else 4.0)  # casts truncate there
 
 
 def test_fused_reads_a_ragged_end_of_k_as_zeros():
-    """Behind K the room holds NaN."""
+    """The padding behind K holds NaN."""
     layer = Layer("int8", torch.float32, rows=(33,), n=97, k=200)
     with taking("fused", "int8", block_m=32, block_n=32, block_k=64):
-        check(layer, layer.run(layer.with_room()))
+        check(layer, layer.run(layer.padded()))
 
 
 @pytest.mark.parametrize("format", FORMATS)
@@ -203,8 +203,8 @@ def test_without_lora(format, rows, bias):
 
 
 @pytest.mark.parametrize("path", ["extended", "plain", "fused"])
-def test_rows_may_lie_apart_and_gradients_be_expanded(path):
-    """x as a part of a joint sequence, dy as the columns of something wider, dy that is one number."""
+def test_rows_may_be_strided_and_gradients_expanded(path):
+    """x as a part of a joint sequence, dy as columns of a wider matrix, dy expanded from one number."""
     layer = Layer("nf4", torch.float32)
     joint = torch.full((2, 70, K + 32), torch.nan)
     joint[:, 20:, :K] = layer.x
@@ -212,14 +212,14 @@ def test_rows_may_lie_apart_and_gradients_be_expanded(path):
     with taking(path, "nf4"):
         check(layer, layer.run(joint[:, 20:]))
         layer.dy = torch.randn(1, 1, 1).expand(2, 50, N)
-        check(layer, layer.run(layer.with_room()))
+        check(layer, layer.run(layer.padded()))
 
 
 @pytest.mark.parametrize("path", ["extended", "plain"])
-def test_a_chunk_of_none_is_all(path):
+def test_chunk_zero_is_everything(path):
     layer = Layer("bf16", torch.float32)
     with taking(path, "bf16", chunk=0):
-        check(layer, layer.run(layer.with_room()))
+        check(layer, layer.run(layer.padded()))
 
 
 def test_operands_may_be_transposed():
@@ -230,10 +230,10 @@ def test_operands_may_be_transposed():
 
 
 def test_gradients_of_lora_alone():
-    """Where nothing upstream is trained the input's gradient is not worked out."""
+    """If nothing upstream is trained, the input's gradient is not computed."""
     layer = Layer("nf4", torch.bfloat16)
     _, s, _, *expected = layer.answers(torch.float64)
-    x = layer.with_room()
+    x = layer.padded()
     _, s = linear.lora_linear(x, layer.weight, layer.bias, layer.down, layer.up, layer.scale)
     dx, *grads = linear.lora_linear_backward(layer.dy, None, x, s, layer.down, layer.up, layer.scale)
     assert dx is None
@@ -243,25 +243,25 @@ def test_gradients_of_lora_alone():
 
 
 @pytest.mark.parametrize("format", ["nf4", "int8"])
-def test_the_face_gives_both_backends_the_same_gradients(format):
-    """With the room that the layer wants behind its input, through autograd."""
+def test_both_backends_have_the_same_gradients(format):
+    """Through autograd, with the padding that the layer wants."""
     layer = Layer(format, torch.float32, rank=6)
     down, up = layer.down.requires_grad_(), layer.up.requires_grad_()
     asked = wants("bf16", down, layer.x)
-    assert asked.room == 32
+    assert asked.padding == 32
 
     def gradients(x):
         leaf = x.requires_grad_()
         y = lora_linear(Activations(leaf * 1), layer.weight, layer.bias, down, up, layer.scale)
         return torch.autograd.grad((y * layer.dy).sum(), (leaf, down, up))
 
-    wide, *ours = gradients(layer.with_room().nan_to_num())
+    wide, *ours = gradients(layer.padded().nan_to_num())
     x, *theirs = gradients(layer.x)
     for a, b in zip((wide[..., :K], *ours), (x, *theirs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
 
 
-def test_layers_may_share_an_input_with_room():
+def test_layers_may_share_a_padded_input():
     """The single block's first layer is called twice on one input, for two parts of its rows; here the second has a
     LoRA of its own, too, so that each call's x down^T must outlive the other's.
     """
@@ -275,7 +275,7 @@ def test_layers_may_share_an_input_with_room():
         b = lora_linear(shared, second.weight, second.bias, *loras[2:], 0.7)
         return torch.autograd.grad((a * first.dy).sum() + (b * second.dy).sum(), (leaf, *loras))
 
-    wide, *ours = gradients(first.with_room().nan_to_num())
+    wide, *ours = gradients(first.padded().nan_to_num())
     x, *theirs = gradients(first.x)
     for a, b in zip((wide[..., :K], *ours), (x, *theirs), strict=True):
         torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
@@ -293,7 +293,7 @@ def test_parts_are_even_and_of_about_one_size(n, k):
         assert list(parts(length, width, 0)) == [slice(0, length)]
 
 
-def test_the_scratch_is_one_and_grows():
+def test_there_is_one_scratch_and_it_grows():
     linear._scratches.clear()
     like = torch.empty(1)
     small = linear._scratch(10, 64, like)
@@ -302,8 +302,8 @@ def test_the_scratch_is_one_and_grows():
     assert [t.numel() for t in linear._scratches.values()] == [20 * 64]
 
 
-def test_room_is_a_multiple_of_32_and_has_a_column_for_the_bias():
-    assert [room(rank) for rank in (1, 16, 31, 32, 64, 100, 128)] == [32, 32, 32, 64, 96, 128, 160]
+def test_padding_is_a_multiple_of_32_and_has_a_column_for_the_bias():
+    assert [padding(rank) for rank in (1, 16, 31, 32, 64, 100, 128)] == [32, 32, 32, 64, 96, 128, 160]
 
 
 @pytest.mark.parametrize(("path", "products"), [("extended", 1), ("plain", 3)])
@@ -315,7 +315,7 @@ def test_a_bias_without_lora_takes_one_product_unless_the_table_says_otherwise(p
     assert len(calls) == products
 
 
-def test_what_predicts_memory_knows_how_much_is_decoded_at_a_time():
+def test_memory_predictions_use_the_chunks_of_the_table():
     for generation, chunk in CHUNKS.items():
         for op in ("lora_linear_nf4", "lora_linear_int8", "lora_linear_backward_nf4", "lora_linear_backward_fp8"):
             assert SHIPPED[op, generation, "large"].chunk == chunk

@@ -1,4 +1,4 @@
-"""The one linear op on both backends: its mathematics, its gradient, and that it keeps no weight alive."""
+"""The linear op on both backends: its mathematics, its gradient, and that it keeps no weight alive."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_frozen_input_still_gives_lora_gradients():
     assert down.grad is not None and up.grad is not None
 
 
-def test_gradients_have_the_dtype_of_what_they_belong_to():
+def test_gradients_have_the_dtype_of_their_arguments():
     x, weight, bias, down, up = operands()
     x16 = x.detach().bfloat16().requires_grad_()
     down32, up32 = (t.detach().float().requires_grad_() for t in (down, up))
@@ -72,7 +72,7 @@ def test_autograd_keeps_no_frozen_weight(format):
 
 
 class Launches(TorchDispatchMode):
-    """Inside it, each operation's name and the shape of what it gives."""
+    """Inside it, records each operation's name and the shape of its result."""
 
     def __init__(self):
         super().__init__()
@@ -86,7 +86,7 @@ class Launches(TorchDispatchMode):
 
 @pytest.mark.parametrize("compute", ["bf16", "int8_dx"])
 def test_the_gradient_multiplies_by_up_once_and_rounds_no_lora_again(compute):
-    """With LoRA in fp32 and an input in bf16, of more rows than few."""
+    """With LoRA in fp32 and an input in bf16, of more than FEW_ROWS rows."""
     x, weight, bias, down, up = operands(torch.float32, rank=7, shape=(70,))
     x = x.detach().bfloat16().requires_grad_()
     y = lora_linear(x, quantize(weight, "int8"), bias, down, up, 0.7, compute)
@@ -98,8 +98,8 @@ def test_the_gradient_multiplies_by_up_once_and_rounds_no_lora_again(compute):
     assert all(cast.count(shape) <= 1 for shape in (down.shape, up.shape)), cast
 
 
-def test_the_gradient_is_of_the_lora_that_was_multiplied():
-    """An optimizer that steps in between, in place, does not reach into it; the next product has what it wrote."""
+def test_the_gradient_uses_the_lora_of_its_forward_pass():
+    """An optimizer step in between, in place, does not affect it; the next product uses the new values."""
     x, weight, bias, down, up = operands(torch.float32)
     x = x.detach().bfloat16().requires_grad_()
 

@@ -16,7 +16,7 @@ KINDS = (torch.int8, torch.float8_e4m3fn)
 
 @pytest.fixture(params=["reference", "triton"])
 def matmul_8bit(request, device):
-    """The op on each backend. torch multiplies int8 on a GPU only for some shapes: there the reference is left out."""
+    """The op on each backend. On a GPU, torch multiplies int8 only for some shapes; the reference is skipped."""
     if request.param == "triton":
         return request.getfixturevalue("triton_ops").matmul_8bit
     if device.type == "cuda":
@@ -65,7 +65,7 @@ def test_sums_are_exact_and_rounded_once(matmul_8bit, kind, dtype, k, device):
 @pytest.mark.parametrize("rank", [1, 5, 16, 40])
 @pytest.mark.parametrize("s_dtype", [torch.float32, None])
 def test_lora_and_bias_are_added_in_fp32(matmul_8bit, kind, dtype, rank, s_dtype, device):
-    """s and up of any float; plain PyTorch rounds them to `dtype`, and so may a kernel."""
+    """s and up of any float dtype; plain PyTorch rounds them to `dtype`, and a kernel may too."""
     operands = factors(kind, device)
     s = (torch.randn(33, rank) * 9).to(device, s_dtype or dtype)
     up, bias = torch.randn(97, rank).to(device, dtype), torch.randn(97).to(device, dtype)
@@ -75,14 +75,14 @@ def test_lora_and_bias_are_added_in_fp32(matmul_8bit, kind, dtype, rank, s_dtype
 
 
 def test_the_gradients_call_has_no_column_scale_and_a_transposed_up(matmul_8bit, kind, device):
-    """dx = (dy scale) W + ds down: `up` is down^T, whose rank does not lie in one piece."""
+    """dx = (dy scale) W + ds down: `up` is down^T, which is not contiguous along the rank."""
     a, a_scale, b, _ = factors(kind, device)
     ds, down = torch.randn(33, 5, device=device), torch.randn(5, 97, device=device)
     y = matmul_8bit(a, a_scale, b, None, torch.float32, ds, down.t())
     assert relative_error(y, truth(a, a_scale, b, None, ds, down.t())) < 2e-4
 
 
-def test_rows_may_lie_apart(matmul_8bit, kind, device):
+def test_rows_may_be_strided(matmul_8bit, kind, device):
     a, a_scale, b, b_scale = factors(kind, device, k=256)
     expected = truth(a[:, :192], a_scale, b[:, :192], b_scale)
     y = matmul_8bit(a[:, :192], a_scale, b[:, :192], b_scale, torch.float32)
@@ -91,8 +91,8 @@ def test_rows_may_lie_apart(matmul_8bit, kind, device):
 
 @pytest.mark.parametrize("k", [192, 208])
 @pytest.mark.parametrize("dx", [False, True])
-def test_products_in_scaled_blocks_are_those_without(triton_ops, device, dx, k):
-    """Only RTX 50 and its like multiply so; every block's scale stands for 1."""
+def test_scaled_blocks_give_the_same_products(triton_ops, device, dx, k):
+    """Only RTX 50 and similar GPUs multiply this way; every block's scale is 1."""
     from fluxq.kernels.triton import table
 
     if device.type == "cuda" and torch.cuda.get_device_capability(device) < (12, 0):
@@ -108,8 +108,8 @@ def test_products_in_scaled_blocks_are_those_without(triton_ops, device, dx, k):
 
 
 @pytest.mark.parametrize("compute", ["int8_dx", "fp8_dx"])
-def test_both_backends_give_the_face_the_same(triton_ops, compute, device):
-    """Forward and every gradient of the op above, at batch 2 and more than 64 rows."""
+def test_both_backends_agree(triton_ops, compute, device):
+    """Forward and every gradient of lora_linear, at batch 2 and more than 64 rows."""
     from fluxq.kernels import backend
 
     if compute == "fp8_dx" and device.type == "cuda" and torch.cuda.get_device_capability(device) < (8, 9):

@@ -11,14 +11,14 @@ from fluxq.kernels import Wants, backend, gated_add, gated_add_modulate, modulat
 
 
 def stream(shape, device, seed=0):
-    """Rows whose means and deviations differ, as in a residual stream."""
+    """Rows with different means and deviations, as in a residual stream."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(shape, generator=generator) * (torch.rand(*shape[:-1], 1, generator=generator) * 3 + 0.3)
     return (x + torch.randn(*shape[:-1], 1, generator=generator)).to(device)
 
 
 def chunks(batch, width, device, seed=1):
-    """Shift, scale and gate (B, 1, D): views of one wide row each image."""
+    """Shift, scale and gate (B, 1, D): views of one wide row per image."""
     generator = torch.Generator().manual_seed(seed)
     return torch.randn(batch, 6 * width, generator=generator).to(device)[:, None].chunk(6, dim=-1)[1:4]
 
@@ -112,18 +112,18 @@ def test_the_sum_may_get_no_gradient_of_its_own(either_backend, device):
     )
 
 
-def test_room_is_left_behind_each_row(either_backend, device):
+def test_each_row_is_padded(either_backend, device):
     shift, scale, gate = chunks(2, 96, device)
     x, y = stream((2, 21, 96), device), stream((2, 21, 96), device, 3)
-    wide, plain = modulate(x, shift, scale, Wants(room=16)).x, modulate(x, shift, scale).x
+    wide, plain = modulate(x, shift, scale, Wants(padding=16)).x, modulate(x, shift, scale).x
     assert wide.shape == (2, 21, 112) and wide.is_contiguous()
     torch.testing.assert_close(wide[..., :96], plain)
-    total, made = gated_add_modulate(x, gate, y, shift, scale, Wants(room=16))
+    total, made = gated_add_modulate(x, gate, y, shift, scale, Wants(padding=16))
     assert made.x.shape == (2, 21, 112)
     torch.testing.assert_close(made.x[..., :96], modulate(total, shift, scale).x)
 
 
-def test_the_gradient_of_a_wider_row_is_read_where_it_lies(either_backend, device):
+def test_the_gradient_of_a_wider_row_is_read_in_place(either_backend, device):
     shift, scale, gate = chunks(2, 96, device)
     x, y, dx = (stream((2, 21, 96), device, seed) for seed in (0, 3, 4))
     wide = torch.full((2, 21, 112), torch.nan, device=device)
@@ -136,7 +136,7 @@ def test_the_gradient_of_a_wider_row_is_read_where_it_lies(either_backend, devic
         torch.testing.assert_close(call(wide), call(dy))
 
 
-def test_part_of_a_sequence_and_an_expanded_gradient_are_taken_as_they_are(either_backend, device):
+def test_part_of_a_sequence_and_an_expanded_gradient_are_accepted(either_backend, device):
     """The last layer reads the image's part of the joint sequence; the gradient of a sum is one number, expanded."""
     shift, scale, _ = chunks(2, 96, device)
     joint = stream((2, 40, 96), device)
@@ -148,7 +148,7 @@ def test_part_of_a_sequence_and_an_expanded_gradient_are_taken_as_they_are(eithe
     torch.testing.assert_close(part.grad, copy.grad)
 
 
-def test_what_nobody_reads_may_be_one_number_expanded(either_backend, device):
+def test_unread_inputs_may_be_an_expanded_number(either_backend, device):
     gate, residual = chunks(2, 96, device)[2], stream((2, 21, 96), device)
     one = torch.full((), 3.0, device=device).expand(2, 21, 96)
     torch.testing.assert_close(gated_add(residual, gate, one), residual + gate * 3)

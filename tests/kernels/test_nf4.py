@@ -14,14 +14,14 @@ DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 
 def close(ours: torch.Tensor, expected: torch.Tensor) -> None:
-    """Equal; but Triton's interpreter cuts bf16 off instead of rounding it."""
+    """Equal, except that Triton's interpreter truncates bf16 instead of rounding it."""
     assert ours.dtype == expected.dtype
     cut = ours.dtype == torch.bfloat16 and ours.device.type == "cpu"
     torch.testing.assert_close(ours, expected, rtol=2**-7 if cut else 0, atol=0)
 
 
 def random_nf4(rows: int, columns: int, device: torch.device) -> NF4Weight:
-    """Any bytes: also blocks in which no code stands for the largest magnitude."""
+    """Any bytes: also blocks in which no code encodes the largest magnitude."""
     codes = torch.randint(0, 256, (rows, columns // 2), dtype=torch.uint8, device=device)
     return NF4Weight(codes, torch.rand(rows, columns // 64, device=device) + 0.01)
 
@@ -78,7 +78,7 @@ def test_nf4_decodes_like_bitsandbytes(device):
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("shape", [(1, 64), (33, 192), (70, 1216)])
-def test_any_bytes_are_decoded_alike_whichever_way_they_are_written(shape, dtype, device):
+def test_any_bytes_are_decoded_alike_on_every_path(shape, dtype, device):
     weight = random_nf4(*shape, device)
     expected = reference.nf4_dequantize(weight.codes, weight.absmax, dtype)
     dequantize_ = ops(weight.codes).dequantize
@@ -110,7 +110,7 @@ def test_rows_decoded_in_parts_make_the_whole(device):
 
 @pytest.mark.usefixtures("either_backend")
 def test_columns_decoded_in_parts_make_the_whole(device):
-    """A view of columns: rows of codes and of scales that lie apart."""
+    """A view of columns: strided rows of codes and of scales."""
     weight = random_nf4(33, 384, device)
     left, right = (
         NF4Weight(weight.codes[:, a // 2 : b // 2], weight.absmax[:, a // 64 : b // 64])

@@ -92,7 +92,7 @@ def test_a_scale_of_zero_needs_the_inputs(either_backend, device):
 
 
 def test_buffers_are_joint_and_their_rows_hold_all_heads(either_backend, device):
-    """What attention reads: (B, H, L, W) views of (B, L, H, W) memory; and 1 / rms of queries and keys."""
+    """As attention reads them: (B, H, L, W) views of (B, L, H, W) memory; and 1 / rms of queries and keys."""
     cos, sin = angles(1, 9, 32, device)
     scales = norms(2, 32, device)
     qkvs = [torch.randn(2, length, 288, device=device) for length in (4, 5)]
@@ -105,7 +105,7 @@ def test_buffers_are_joint_and_their_rows_hold_all_heads(either_backend, device)
     assert rstd.dtype == torch.float32
 
 
-def test_rows_and_gradients_of_any_stride_are_taken_as_they_are(either_backend, device):
+def test_rows_and_gradients_of_any_stride_are_accepted(either_backend, device):
     cos, sin = angles(1, 9, 32, device)
     ((q_scale, k_scale),) = norms(1, 32, device)
     wide = torch.randn(2, 11, 400, device=device)

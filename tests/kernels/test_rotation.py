@@ -1,4 +1,4 @@
-"""Rotation by blocks of Hadamard matrices, alone and on the way to 8-bit rows, on both backends against fp64."""
+"""Rotation by blocks of Hadamard matrices, alone and before 8-bit rounding, on both backends against fp64."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_rows_are_rotated_as_exactly_as_their_dtype_is(shape, block, dtype, devi
 
 
 @pytest.mark.usefixtures("either_backend")
-def test_rows_may_lie_apart(device):
+def test_rows_may_be_strided(device):
     wide = torch.randn(33, 300, device=device)
     torch.testing.assert_close(ops(wide).rotate(wide[:, 4:260], 64), rotate(wide[:, 4:260], 64))
 
@@ -89,7 +89,7 @@ def any_tensor(weight):
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8", "bf16"])
 @pytest.mark.parametrize(("block", "rows"), [(256, 33), (64, 9)])
 def test_a_stored_weight_becomes_rotated_rows(block, rows, format, to, device):
-    """Plain and transposed, which find their scales in different passes; what is stored stays as it is."""
+    """Plain and transposed, whose scales are computed in different passes; the stored weight is unchanged."""
     weight = stored(format, (rows, WIDTHS[block]), device)
     before, backend = any_tensor(weight).clone(), ops(any_tensor(weight))
     exact = rotate(dequantize(weight, torch.float32).double(), block)
@@ -142,7 +142,7 @@ def test_rotation_brings_outliers_down_to_the_error_of_even_rows(width, block):
 
 
 @pytest.mark.usefixtures("triton_ops")
-def test_both_backends_give_a_rotated_layer_the_same(device):
+def test_both_backends_agree_on_a_rotated_layer(device):
     """Forward and every gradient, at batch 2."""
     weight = stored("nf4", (70, 192), device)
     x, down = torch.randn(2, 33, 192, device=device), torch.randn(5, 192, device=device) / 14
@@ -170,8 +170,8 @@ def test_the_reference_rotates_before_it_rounds():
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("to", DTYPES)
 @pytest.mark.parametrize("block", BLOCKS)
-def test_the_op_before_rotates_what_it_rounds(block, to, device):
-    """Rows of the layer's input, not of less: exact up to the rounding of the input itself, which comes too."""
+def test_the_previous_op_rotates_what_it_rounds(block, to, device):
+    """All rows of the layer's input: exact up to the rounding of the input itself, which is returned too."""
     width, wanted = WIDTHS[block], Wants(dtype=DTYPES[to], rotation=block)
     x, y, shift, scale, gate = (torch.randn(2, n, width, device=device) for n in (9, 9, 1, 1, 1))
     x[..., 3] *= 9
@@ -196,7 +196,7 @@ def test_a_block_across_two_inputs_is_right_too(device):
     assert relative_error(y, exact) < 0.015
 
 
-def test_only_a_rotated_layer_makes_loras_product_itself():
+def test_only_a_rotated_layer_computes_loras_product_itself():
     down = torch.randn(5, 256)
     assert wants("int8", down, down).down is down
     assert wants("int8", down, down, 256) == Wants(dtype=torch.int8, rotation=256)

@@ -1,4 +1,4 @@
-"""8-bit weights and activations with a scale a row: the nearest values, the right scales, files' own bytes kept."""
+"""8-bit weights and activations with a scale per row: the nearest values, the right scales, files keep their bytes."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def assert_nearest(values: torch.Tensor, scale: torch.Tensor, w: torch.Tensor) -
 
 
 def stored(format: str, shape: tuple[int, int], device: torch.device):
-    """A random weight of that format; NF4 with any bytes, not only those that quantizing gives."""
+    """A random weight of that format; NF4 with any bytes, not only those that quantization makes."""
     if format == "nf4":
         codes = torch.randint(0, 256, (shape[0], shape[1] // 2), dtype=torch.uint8, device=device)
         return NF4Weight(codes, torch.rand(shape[0], shape[1] // 64, device=device) + 0.01)
@@ -65,7 +65,7 @@ def test_columns_are_multiplied_before_rows_are_rounded(format, shape, device):
 
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("format", LARGEST)
-def test_rows_may_lie_in_wider_memory_and_the_matrix_may_be_transposed(format, device):
+def test_rows_may_be_strided_and_the_matrix_transposed(format, device):
     wide = torch.randn(33, 210, device=device)
     w = wide[:, 5:197]
     for view in (w, w.t()):
@@ -111,7 +111,7 @@ def test_weights_that_are_fp8_keep_their_bytes():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", LARGEST)
 @pytest.mark.parametrize("shape", [(1, 1), (33, 192), (70, 1100)])
-def test_rows_are_brought_back_alike_whichever_way_they_are_written(shape, format, dtype, device):
+def test_rows_are_restored_alike_on_every_path(shape, format, dtype, device):
     weight = stored(format, shape, device)
     expected = reference.row_dequantize(weight.values, weight.scale, dtype)
     backend = ops(weight.values)
@@ -157,7 +157,7 @@ def test_rows_too_wide_for_one_read_are_read_twice(format, to, device):
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8", "bfloat16"])
 @pytest.mark.parametrize("shape", [(33, 192), (70, 1216)])
 def test_the_transposed_rows_are_the_same_values(shape, format, to, device):
-    """(K, N) in memory, so that a product over N reads along its rows; and the scales are still those of W's rows."""
+    """(K, N) in memory, so that a product over N reads along its rows; the scales are still those of W's rows."""
     weight = stored(format, shape, device)
     backend = ops(weight.codes if isinstance(weight, NF4Weight) else getattr(weight, "values", weight))
     values, scale = backend.to_rows(weight, DTYPES[to])
@@ -169,7 +169,7 @@ def test_the_transposed_rows_are_the_same_values(shape, format, to, device):
 
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("format", ["int8", "fp8", "nf4"])
-def test_a_linear_layer_multiplies_by_what_is_stored(format, device):
+def test_a_linear_layer_multiplies_by_the_stored_weight(format, device):
     w, x = torch.randn(33, 64, device=device), torch.randn(7, 64, device=device, requires_grad=True)
     q = quantize(w, format)
     y = lora_linear(x, q)

@@ -1,4 +1,4 @@
-"""The table of paths and tiles: complete, nearest for unknown GPUs, and open to what a user measured."""
+"""The table of paths and tiles: complete, nearest for unknown GPUs, and extended by a user's measurements."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ CPU = torch.device("cpu")
 @pytest.fixture(autouse=True)
 def _nothing_laid_over():
     yield
-    table.lay_over({})
+    table.use_measured({})
     table.nearest.cache_clear()
 
 
@@ -43,7 +43,7 @@ def test_every_op_has_a_row_for_every_gpu_and_a_reason(op, gpu):
         assert choice.word in ("predicted", "measured") and choice.why
 
 
-def test_no_row_is_for_an_op_or_shape_that_is_not_there():
+def test_every_row_is_for_a_known_op_and_shape():
     for op, gpu, shape in table.SHIPPED:
         assert op in table.PATHS and shape in table.shape_classes(op)
         assert gpu in (*table.GENERATIONS, table.INTERPRETED)
@@ -53,14 +53,14 @@ def test_few_rows_are_up_to_64(on_ada):
     assert [table.choose("lora_linear_nf4", CPU, rows).path for rows in (1, 64, 65)] == ["fused", "fused", "extended"]
 
 
-def test_large_rows_stand_in_where_few_have_none(on_ada):
+def test_large_rows_are_used_if_few_have_none(on_ada):
     assert table.choose("matmul_int8", CPU, 1) is table.SHIPPED["matmul_int8", 89, "large"]
 
 
 @pytest.mark.parametrize(
     ("gpu", "nearest"), [(80, 80), (87, 86), (88, 89), (100, 90), (103, 90), (110, 120), (121, 120)]
 )
-def test_an_unknown_gpu_takes_the_nearest_and_says_so_once(gpu, nearest, caplog):
+def test_an_unknown_gpu_uses_the_nearest_and_warns_once(gpu, nearest, caplog):
     assert [table.nearest(gpu), table.nearest(gpu)] == [nearest, nearest]
     lines = [record.message for record in caplog.records]
     assert len(lines) == (gpu != nearest)
@@ -87,33 +87,33 @@ def test_candidates_fit_the_gpu_and_start_with_the_row_in_use(op, gpu, shape):
 
 @pytest.mark.parametrize(("op", "shape"), EVERY)
 @pytest.mark.parametrize("gpu", table.GENERATIONS)
-def test_every_candidate_can_be_kept_and_read_again(op, gpu, shape, tmp_path):
+def test_every_candidate_survives_saving_and_reading(op, gpu, shape, tmp_path):
     for choice in table.candidates(op, gpu, shape)[:: 1 if op in table.STREAMING else 7]:
         rows = {(op, gpu, shape): choice}
         table.write(tmp_path / "kernels.json", rows, "a GPU")
         assert table.read(tmp_path / "kernels.json") == rows
 
 
-def test_measured_rows_go_before_shipped_ones(on_ada, tmp_path):
+def test_measured_rows_take_precedence(on_ada, tmp_path):
     file = tmp_path / "new folder" / "kernels.json"
     mine = replace(table.SHIPPED["matmul_int8", 89, "large"], block_n=256, word="measured", why="1.2 ms, before 1.3 ms")
     table.write(file, {("matmul_int8", 89, "large"): mine}, "RTX 4090")
     assert json.loads(file.read_text())["measured_on"] == "RTX 4090"
-    table.lay_over(table.read(file))
+    table.use_measured(table.read(file))
     assert table.choose("matmul_int8", CPU, 4608) == mine
     assert table.choose("matmul_fp8", CPU, 4608).word == "predicted"
-    table.lay_over({})
+    table.use_measured({})
     assert table.choose("matmul_int8", CPU, 4608).word == "predicted"
 
 
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (dict(op="softmax"), "there is no softmax"),
+        (dict(op="softmax"), "softmax has no path"),
         (dict(gpu=75), "sm_75"),
         (dict(shape="middling"), "middling"),
         (dict(path="cuda"), "cuda"),
-        (dict(op="matmul_fp8", path="scaled"), "no matmul_fp8 scaled"),
+        (dict(op="matmul_fp8", path="scaled"), "matmul_fp8 has no path scaled"),
         (dict(block_m=48), "tiles"),
         (dict(block_m="64"), "sizes"),
         (dict(warps=3), "3 warps"),
@@ -138,7 +138,7 @@ def test_a_file_with_a_wrong_row_is_refused_by_name(tmp_path, change, said):
         ("qk_norm_rope", dict(warps=6)),
     ],
 )
-def test_a_tile_that_a_streaming_kernel_cannot_take_is_refused(tmp_path, op, change):
+def test_a_tile_that_a_streaming_kernel_cannot_use_is_refused(tmp_path, op, change):
     refuse(tmp_path / "kernels.json", (op, 89, "large"), change, "tiles")
 
 
@@ -147,7 +147,7 @@ def refuse(file, key, change, said):
     content = json.loads(file.read_text())
     content["rows"][0] |= change
     file.write_text(json.dumps(content))
-    with pytest.raises(ValueError, match=f"kernels.json is no table of kernel choices .*{said}.*tune again"):
+    with pytest.raises(ValueError, match=f"kernels.json is not a table of kernel choices .*{said}.*tune again"):
         table.read(file)
 
 
@@ -162,11 +162,11 @@ def refuse(file, key, change, said):
 )
 def test_another_file_is_refused(tmp_path, text, said):
     (tmp_path / "kernels.json").write_text(text)
-    with pytest.raises(ValueError, match=f"kernels.json is no table of kernel choices .*{said}"):
+    with pytest.raises(ValueError, match=f"kernels.json is not a table of kernel choices .*{said}"):
         table.read(tmp_path / "kernels.json")
 
 
-def test_using_is_undone_also_where_it_is_nested():
+def test_using_is_undone_even_if_nested():
     first, second = table.Choice("triton", 16), table.Choice("triton", 32)
     before = table.choose("matmul_int8", CPU, 100)
     with table.using("matmul_int8", first):

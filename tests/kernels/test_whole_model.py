@@ -1,4 +1,4 @@
-"""A whole FLUX in NF4 has the same gradients on both backends, whatever it keeps and however it multiplies."""
+"""A whole FLUX in NF4 has the same gradients on both backends, with any policy and compute."""
 
 from __future__ import annotations
 

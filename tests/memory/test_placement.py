@@ -61,7 +61,7 @@ def test_pinned_units_stay_and_the_others_stream():
     assert len(pinned_residents(MemoryConfig(blocks_to_swap=16), Full())) == 76 - 32
     with pytest.raises(WrongRequest, match="must be 0 to 38, not 39: this model has 76 units"):
         pinned_residents(MemoryConfig(blocks_to_swap=39), Full())
-    with pytest.raises(WrongRequest, match="the same in two ways"):
+    with pytest.raises(WrongRequest, match="set the same thing"):
         pinned_residents(MemoryConfig(blocks_to_swap=1, resident_units=1), Full())
 
 
@@ -139,7 +139,7 @@ def test_pins_are_kept(a_4060ti):
 
 
 def test_if_nothing_fits_the_error_names_what_would(a_4060ti):
-    with pytest.raises(WrongRequest, match=r"needs at least .* what would do: --vram"):
+    with pytest.raises(WrongRequest, match=r"needs at least .* try --vram"):
         planned(vram="2GiB")
 
 

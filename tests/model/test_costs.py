@@ -116,9 +116,13 @@ def test_twelve_plans_equal_manual_calculations(row):
     (double, double_small), (single, single_small) = KEPT[policy]
     kept = (19 * double + 38 * single) * u + (19 * double_small + 38 * single_small) * 4 * tokens
     columns = -(-(rank + 1) // 32) * 32
-    room = columns * 2 * tokens * 3 + 2 * tokens * rank * 3  # and three x down^T
+    padding = columns * 2 * tokens * 3 + 2 * tokens * rank * 3  # and three x down^T
     block = (
-        (23 if policy == "keep_all8" else 22) * u + room + 24 * 3 * 4 * tokens - single * u - single_small * 4 * tokens
+        (23 if policy == "keep_all8" else 22) * u
+        + padding
+        + 24 * 3 * 4 * tokens
+        - single * u
+        - single_small * 4 * tokens
     )
     if policy == "keep_all8":  # the last layer keeps the last block's output
         kept, block = kept + u, block - u

@@ -1,4 +1,4 @@
-"""The arena: where units lie, how they are filled and pinned, and what happens where the driver refuses."""
+"""The arena: where units are stored, how they are read and pinned, and what happens if the driver refuses."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def fill(unit: str, out: torch.Tensor) -> None:
 
 
 class Driver:
-    """A CUDA runtime that pins so many ranges and refuses the next."""
+    """A CUDA runtime that pins `limit` ranges and refuses the next."""
 
     def __init__(self, limit: int = 100, unregister_error: int = 0):
         self.pinned, self.limit, self.error = {}, limit, unregister_error
@@ -56,7 +56,7 @@ def test_units_are_aligned_apart_and_each_within_one_chunk(chunk):
     assert len({unit.untyped_storage().data_ptr() for unit in arena.values()}) == 1
 
 
-def test_what_was_pinned_is_given_back_once():
+def test_pinned_memory_is_unpinned_once():
     arena, driver = Arena(SIZES, fill, 4096), Driver()
     arena.pin(driver)
     assert len(driver.pinned) > 1
@@ -65,7 +65,7 @@ def test_what_was_pinned_is_given_back_once():
     assert driver.pinned == {}
 
 
-def test_an_arena_that_is_let_go_gives_back_its_pins():
+def test_a_collected_arena_unpins_its_memory():
     arena, driver = Arena(SIZES, fill), Driver()
     arena.pin(driver)
     del arena
@@ -73,7 +73,7 @@ def test_an_arena_that_is_let_go_gives_back_its_pins():
     assert driver.pinned == {}
 
 
-def test_where_the_driver_refuses_nothing_stays_pinned():
+def test_a_refusal_leaves_nothing_pinned():
     arena, driver = Arena(SIZES, fill, 4096), Driver(limit=2)
     assert "error 2" in arena.pin(driver)
     assert driver.pinned == {}
@@ -81,14 +81,14 @@ def test_where_the_driver_refuses_nothing_stays_pinned():
     assert arena.pin(driver) is None
 
 
-def test_pins_that_cannot_be_given_back_are_said():
+def test_a_failure_to_unpin_raises():
     arena = Arena(SIZES, fill)
     arena.pin(Driver(unregister_error=4))
     with pytest.raises(RuntimeError, match="CUDA error 4"):
         arena.close()
 
 
-def test_an_error_of_reading_is_passed_on():
+def test_a_read_error_is_raised():
     def read(unit, out):
         raise OSError(unit)
 
@@ -102,7 +102,7 @@ def test_no_units_need_no_memory():
 
 
 class Paced(Immediate):
-    """A GPU's lanes whose copies take so long, of pinned sources and of those that a thread stages."""
+    """A GPU's lanes whose copies take the given seconds, from pinned memory and through the staging thread."""
 
     def __init__(self, pinned: float, staged: float):
         self.seconds = {True: pinned, False: staged}
@@ -121,8 +121,8 @@ class Paced(Immediate):
         (0, 0.0, 0.01, Staged, "the driver pinned 0.0 of 0.0 GB (error 2)"),
     ],
 )
-def test_the_way_to_the_gpu_is_measured_and_said_in_a_line(limit, pinned, staged, chosen, words, monkeypatch):
-    """On the CPU, which is told that it is a GPU. limit: so many ranges are pinned; the buffers are one."""
+def test_streams_are_chosen_by_measurement_with_one_notice(limit, pinned, staged, chosen, words, monkeypatch):
+    """On a CPU that is passed off as a GPU. limit: ranges that can be pinned; the buffers are one."""
     driver, said, empty = Driver(limit), [], torch.empty
     monkeypatch.setattr(torch.cuda, "cudart", lambda: driver)
     monkeypatch.setattr(torch, "empty", lambda *shape, device=None, **options: empty(*shape, **options))

@@ -1,4 +1,4 @@
-"""GPUs: what the rates say, and the measurement on whatever is at hand."""
+"""GPUs: what follows from the rates, and the measurement on this machine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluxq.offload.costs import Work
 from fluxq.offload.gpus import GPU, GPUS, MEASURED, Efficiency, measure
 
 
-def test_seconds_by_hand():
+def test_seconds_match_a_manual_calculation():
     gpu = GPU("c", 0, bf16=10, int8=40, fp8=0, memory_gb_s=100, memory_gib=8, bus_gb_s=10)
     gpu = dataclasses.replace(gpu, efficiency=Efficiency(0.5, 0.25, 0.2, 0.1, 0.8))
     assert gpu.seconds(Work(bf16=5e12)) == pytest.approx(1)
@@ -29,7 +29,7 @@ def test_geforce_multiplies_int8_at_four_times_and_fp8_at_twice_the_rate():
             assert gpu.fp8 == (0 if gpu.capability < 89 else pytest.approx(2 * gpu.bf16, rel=0.02)), name
 
 
-def test_measuring_gives_rates_and_remembers_them(tmp_path):
+def test_measured_rates_are_saved(tmp_path):
     small = dict(device="cpu", size=64, seconds=0.01, copied=1 << 16)
     gpu = measure(tmp_path, **small)
     assert gpu.word == "measured" and gpu.efficiency == MEASURED
@@ -42,6 +42,6 @@ def test_measuring_gives_rates_and_remembers_them(tmp_path):
     assert measure(tmp_path, **small).bf16 != 123.0
 
 
-def test_a_folder_that_cannot_be_written_to_is_no_obstacle(tmp_path):
+def test_a_read_only_folder_does_not_matter(tmp_path):
     (tmp_path / "file").touch()
     assert measure(tmp_path / "file" / "sub", device="cpu", size=64, seconds=0.01, copied=1 << 16).bf16 > 0

@@ -1,4 +1,4 @@
-"""Inputs that wait on the host: every bit comes back, few lie on the GPU, no race, and every wait is needed."""
+"""Block inputs in host memory: every bit is restored, few are on the GPU, no race, and every wait is needed."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ CPU = torch.device("cpu")
 
 
 class Buffers:
-    """Allocates on the host, and keeps count."""
+    """Allocates on the host, and records the lengths."""
 
     def __init__(self):
         self.lengths = []
@@ -35,20 +35,20 @@ class Buffers:
 
 
 def streams_of(block: int, tokens: int, seed: int = 0) -> list[Tensor]:
-    """Two streams first, then one, of odd sizes; all tell the block."""
+    """Two streams first, then one, of odd sizes; the contents identify the block."""
     generator = torch.Generator().manual_seed(1000 * seed + block)
     shapes = [(2, tokens, 3), (2, 5, 3)] if block < 3 else [(2, tokens + 5, 3)]
     return [torch.randn(shape, generator=generator).bfloat16() for shape in shapes]
 
 
 def forward(inputs: HostInputs, tokens: int, blocks: int = 7, seed: int = 0) -> list:
-    """A pass whose streams nobody else holds: what takes back each block's."""
+    """A pass whose streams nobody else holds: for each block, the function that fetches its inputs."""
     away = inputs.begin()
     return [away.store(streams_of(block, tokens, seed)) for block in range(blocks)]
 
 
 def assert_back(takes: list, tokens: int, stop: int = 0, seed: int = 0) -> None:
-    """Back through the blocks to number `stop`."""
+    """Fetch backward through the blocks down to number `stop`."""
     for block in range(len(takes) - 1, stop - 1, -1):
         back = takes[block]()
         for found, expected in zip(back, streams_of(block, tokens, seed), strict=True):
@@ -57,27 +57,27 @@ def assert_back(takes: list, tokens: int, stop: int = 0, seed: int = 0) -> None:
 
 @pytest.mark.parametrize("blocks", [1, 2, 3, 4, 7])
 @pytest.mark.parametrize("streams", [Immediate, Late])
-def test_inputs_come_back_as_they_were_whatever_passes_there_are(streams, blocks):
+def test_inputs_are_restored_for_any_order_of_passes(streams, blocks):
     inputs = HostInputs(streams(), Buffers(), poison=True)
     assert_back(forward(inputs, 33, blocks), 33)
     forward(inputs, 33, blocks, seed=1)  # given up at once
     failed = forward(inputs, 33, blocks, seed=2)
     assert_back(failed, 33, stop=blocks // 2, seed=2)  # fails on the way back, and lives on
-    inputs.settle()
+    inputs.release()
     first, second = forward(inputs, 33, blocks, seed=3), forward(inputs, 33, blocks, seed=4)
     assert_back(second, 33, seed=4)
     assert_back(first, 33, seed=3)
     assert_back(failed[: blocks // 2], 33, seed=2)
 
 
-def test_inputs_come_back_once():
+def test_inputs_are_fetched_only_once():
     takes = forward(HostInputs(Immediate(), Buffers()), 33)
     takes[6]()
-    with pytest.raises(RuntimeError, match="came back from the host already"):
+    with pytest.raises(RuntimeError, match="already fetched from the host"):
         takes[6]()
 
 
-def test_what_does_not_lie_in_one_piece_comes_back_too():
+def test_strided_inputs_are_restored():
     inputs, x = HostInputs(Late(), Buffers(), poison=True), torch.randn(3, 5, 4)
     away = inputs.begin()
     takes = [away.store([x.mT.clone().mT, x[:, 1:3]]) for _ in range(6)]
@@ -85,7 +85,7 @@ def test_what_does_not_lie_in_one_piece_comes_back_too():
         assert all(map(torch.equal, take(), (x, x[:, 1:3])))
 
 
-def test_buffers_are_allocated_once_and_replaced_where_a_batch_is_longer():
+def test_buffers_are_reused_and_replaced_for_a_longer_batch():
     buffers = Buffers()
     inputs = HostInputs(Immediate(), buffers)
     for _ in range(3):
@@ -103,7 +103,7 @@ def test_buffers_are_allocated_once_and_replaced_where_a_batch_is_longer():
 
 
 @pytest.mark.parametrize("blocks", [2, 7, 12])
-def test_beside_the_inputs_in_use_so_many_lie_on_the_gpu_as_the_planner_counts(blocks):
+def test_inputs_in_transit_take_the_memory_that_the_planner_counts(blocks):
     inputs, size = HostInputs(Nothing(), Buffers()), 1 << 16
     with LiveBytes(device="meta") as live:
         away, takes = inputs.begin(), []
@@ -120,7 +120,7 @@ def test_beside_the_inputs_in_use_so_many_lie_on_the_gpu_as_the_planner_counts(b
         forward_only = inputs.begin()
         for _ in range(blocks):
             forward_only.store([torch.empty(size, dtype=torch.uint8, device="meta")])
-        inputs.settle()
+        inputs.release()
         assert live.live == 0
 
 
@@ -134,9 +134,9 @@ class Nothing(Immediate):
 
 
 class Clock:
-    """Lanes on which `number` of `side`'s waits is left out. What an allocator takes for granted is a rule: memory is
-    let go once the compute lane knows that the second one has left it, and new memory is written by the second lane
-    after all that compute had been given. Everything that breaks a rule is in `races`.
+    """Lanes on which wait `number` of `side` is left out. What an allocator assumes is a rule here: memory is released
+    only when the compute lane knows that the second lane is done with it, and the second lane writes to new memory only
+    after all earlier compute. `races` lists every broken rule.
     """
 
     def __init__(self, side: str = "", number: int = -1):
@@ -239,7 +239,7 @@ def pass_back(clock: Clock, takes: list, stop: int = 0) -> None:
 
 
 def clocked(clock: Clock) -> Clock:
-    """Steps, some given up forward and backward, some of another size, one beside another; then all is let go."""
+    """Steps, some abandoned forward and backward, some of another size, two interleaved; then everything is dropped."""
     inputs = HostInputs(clock, clock.buffer)
     for tokens, stop in ((33, 0), (20, 3), (192, 0), (33, 7), (33, 0)):
         takes = pass_forward(inputs, clock, tokens)
@@ -262,7 +262,7 @@ def test_no_race_and_every_single_wait_is_needed():
 
 
 def test_copies_hide_behind_blocks_that_take_longer():
-    """Copies of 1.5 s and blocks of 2: nothing is waited for but the last store, which is let go at once."""
+    """Copies of 1.5 s and blocks of 2 s: compute waits only for the last store, which is released at once."""
     clock = Clock()
     inputs = HostInputs(clock, clock.buffer)
     for _ in range(2):
@@ -280,7 +280,7 @@ def test_copies_hide_behind_blocks_that_take_longer():
 
 
 class Driver:
-    """A CUDA runtime that pins so many ranges and refuses the next."""
+    """A CUDA runtime that pins `limit` ranges and refuses the next."""
 
     def __init__(self, limit: int):
         self.pinned, self.limit, self.asked = set(), limit, 0
@@ -298,7 +298,7 @@ class Driver:
 
 
 @pytest.mark.parametrize("limit", [0, 3, 100])
-def test_where_pinning_is_refused_it_is_said_once_and_inputs_come_back_all_the_same(limit):
+def test_without_pinning_inputs_are_restored_with_one_notice(limit):
     driver, said = Driver(limit), []
     inputs = HostInputs(Late(), PinnedBuffers(said.append, driver), poison=True)
     for _ in range(2):
@@ -320,7 +320,7 @@ def test_without_a_gpu_nothing_is_pinned():
 
 
 class InputsLane(Immediate):
-    """The second lane of a clock on which units are copied too: what is fetched comes over their bus."""
+    """The second lane of a clock on which units are copied too: fetches share their bus."""
 
     def __init__(self, clock: TimedStreams):
         self.clock, self.lane, self.fetched = clock, clock.lanes["inputs"], 0
@@ -347,7 +347,7 @@ class InputsLane(Immediate):
 
 
 class Shipped:
-    """HostInputs in the place of what the planner counts with in its stead, which makes no tensors."""
+    """HostInputs in place of the planner's simulation, which makes no tensors."""
 
     def __init__(self, clock: TimedStreams, sizes: Mapping[int, int]):
         self.lane, self.sizes, self.takes = InputsLane(clock), sizes, {}
@@ -369,8 +369,8 @@ class Shipped:
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_the_planner_counts_with_the_waits_that_are_made(seed, monkeypatch):
-    """Beside units that stream, from whichever block on there is a backward pass, and with any host."""
+def test_the_simulation_waits_like_the_shipped_inputs(seed, monkeypatch):
+    """Together with streamed units, with the backward pass starting at any block, and with any host."""
     draw = random.Random(seed)
     blocks = tuple((f"b{i}",) for i in range(draw.randint(3, 9)))
     first = draw.randrange(len(blocks) - 1)
@@ -387,7 +387,7 @@ def test_the_planner_counts_with_the_waits_that_are_made(seed, monkeypatch):
         return run_steps(schedule, nbytes, forward, backward, lambda n: n / bus, **options)
 
     counted = timeline()
-    monkeypatch.setattr(steps, "_Inputs", Shipped)
+    monkeypatch.setattr(steps, "_TimedInputs", Shipped)
     made = timeline()
     assert (made.seconds, made.stalled) == pytest.approx((counted.seconds, counted.stalled))
     assert made.copied == counted.copied

@@ -1,4 +1,4 @@
-"""The planner on models that are small enough to try everything, and what it promises on any."""
+"""The planner, on models small enough for brute force, and its promises on any model."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ TFLOP, MB = 1e12, 10**6
 def model(
     seed: int = 0, doubles: int = 2, singles: int = 2, unit: int = 100 * MB, policies: int = 3, **changes
 ) -> Costs:
-    """Blocks of two units and of one, with seconds and bytes drawn at random; alike where `seed` is 0."""
+    """Blocks of two units and of one, with random seconds and bytes; all alike if `seed` is 0."""
     draw = random.Random(seed)
 
     def vary(x: float) -> float:
@@ -73,7 +73,7 @@ def brute_force(costs: Costs, floor: int, extras: tuple[int, ...]) -> list[float
     return [best[extra] for extra in extras]
 
 
-def test_it_equals_brute_force_on_small_models():
+def test_plan_equals_brute_force_on_small_models():
     """Blocks that differ, a bus from far too slow to free, memory from next to none to plenty; but for the 0.2 % that a
     plan with other merits may take.
     """
@@ -97,7 +97,7 @@ def test_more_memory_is_never_slower(seed):
     assert seconds[-1] < seconds[0]
 
 
-def test_the_least_is_the_least():
+def test_least_is_the_least_that_fits():
     costs = model(3)
     needed = least(costs, margin=0)
     assert plan([costs], TEST_GPU, needed, margin=0).peak_bytes == needed
@@ -105,14 +105,14 @@ def test_the_least_is_the_least():
         plan([costs], TEST_GPU, needed - 1, margin=0)
 
 
-def test_a_free_bus_leaves_memory_to_what_blocks_keep_and_a_slow_one_to_residents():
+def test_a_fast_bus_leaves_memory_to_activations_and_a_slow_one_to_residents():
     found = plan([model(unit=MB)], TEST_GPU, least(model(unit=MB), margin=0) + 250 * MB, margin=0)
     assert found.stall < 0.01 * found.seconds and set(found.policies) != {"recompute"}
     slow = plan([model(unit=1500 * MB)], TEST_GPU, 12_000 * MB, margin=0)
     assert slow.moved == slow.stall == 0 and len(slow.resident) >= 4  # two more may lie in two slots for good
 
 
-def test_among_equals_the_more_faithful_format_is_taken():
+def test_of_equally_fast_formats_the_more_accurate_wins():
     nf4, int8 = model(unit=5 * MB), model(unit=9 * MB, format="int8", error=0.01)
     assert plan([nf4, int8], TEST_GPU, 4000 * MB, margin=0).format == "int8"
     slow_bus = [model(unit=500 * MB), model(unit=900 * MB, format="int8", error=0.01)]
@@ -120,7 +120,7 @@ def test_among_equals_the_more_faithful_format_is_taken():
     assert plan(slow_bus, TEST_GPU, 2500 * MB, pins=Pins(format="int8"), margin=0).format == "int8"
 
 
-def test_what_is_pinned_stays():
+def test_pins_are_kept():
     costs = model()
     full = 4000 * MB
     assert set(plan([costs], TEST_GPU, full, pins=Pins(policy="keep_some"), margin=0).policies) == {"keep_some"}
@@ -134,21 +134,21 @@ def test_what_is_pinned_stays():
 @pytest.mark.parametrize(
     ("pins", "said"),
     [
-        (Pins(format="fp8"), "format fp8 is not among those that can be had: nf4"),
-        (Pins(compute="int8"), "compute int8 is not among"),
+        (Pins(format="fp8"), "format fp8 is not available here; choose one of nf4"),
+        (Pins(compute="int8"), "compute int8 is not available"),
         (Pins(resident_units=7), "--resident-units must be 0 to 6, not 7"),
         (Pins(blocks_to_swap=4), "--blocks-to-swap must be 0 to 3, not 4"),
-        (Pins(blocks_to_swap=1, resident_units=1), "say the same in two ways"),
+        (Pins(blocks_to_swap=1, resident_units=1), "set the same thing"),
         (Pins(policy="keep_nothing"), "the policy must be one of recompute, keep_some, keep_all, not 'keep_nothing'"),
         (Pins(slots=1), "--slots must be at least 2"),
     ],
 )
-def test_a_pin_that_cannot_be_kept_is_said(pins, said):
+def test_an_impossible_pin_is_refused(pins, said):
     with pytest.raises(WrongRequest, match=said):
         plan([model()], TEST_GPU, 4000 * MB, pins=pins, margin=0)
 
 
-def test_where_nothing_fits_it_says_what_would():
+def test_if_nothing_fits_the_error_names_what_would():
     costs, smaller = model(), model(stays=0)
     needed = least(costs, Pins(policy="keep_all"), 0)
     vram = (needed + least(costs, margin=0)) // 2
@@ -157,14 +157,14 @@ def test_where_nothing_fits_it_says_what_would():
     assert "leave out --policy" in str(caught.value) and "--vram" in str(caught.value)
     assert plan([costs], TEST_GPU, vram, margin=0)
     vram = least(costs, margin=0) - MB
-    with pytest.raises(WrongRequest, match=r"what would do: --vram 0\.\dGiB, or --resolution 512"):
+    with pytest.raises(WrongRequest, match=r"allowed; try --vram 0\.\dGiB, or --resolution 512"):
         plan([costs], TEST_GPU, vram, smaller={"--resolution 512": [smaller]}, margin=0)
     with pytest.raises(WrongRequest, match="of RAM in nf4"):
         plan([costs], TEST_GPU, 4000 * MB, ram=10**9, margin=0)
 
 
-def test_what_it_names_does():
-    """The --vram of the message, given, leads to a plan."""
+def test_the_vram_that_the_error_names_fits():
+    """Passing the --vram of the message leads to a plan."""
     costs = model()
     with pytest.raises(WrongRequest) as caught:
         plan([costs], TEST_GPU, 10**8)
@@ -172,7 +172,7 @@ def test_what_it_names_does():
     assert plan([costs], TEST_GPU, int(gib * 2**30))
 
 
-def test_a_gpu_without_the_arithmetic_is_passed_over():
+def test_formats_that_the_gpu_cannot_multiply_are_skipped():
     eight = model(compute="fp8")
     blocks = tuple(
         BlockCost(b.name, b.units, Work(fp8=TFLOP), b.forward_peak, b.inputs, 0, b.backward, b.policies)
@@ -184,7 +184,7 @@ def test_a_gpu_without_the_arithmetic_is_passed_over():
         plan([eight], TEST_GPU, 4000 * MB, margin=0)
 
 
-def test_a_plan_s_seconds_and_stall_are_the_virtual_clock_s(monkeypatch):
+def test_seconds_and_stall_are_those_of_the_virtual_clock(monkeypatch):
     """Of the shipped ring, whose copies race with nothing, with a pass aside before every 16th step; the long run is
     worked out of a few steps as it is when all of them are made.
     """
@@ -213,8 +213,8 @@ def test_a_plan_s_seconds_and_stall_are_the_virtual_clock_s(monkeypatch):
         assert found.seconds == pytest.approx(whole.seconds, rel=1e-9)
 
 
-def test_inputs_that_travel_take_their_time():
-    """Five blocks of 1 s forward and back, all weights resident, inputs of 1.5 s each."""
+def test_copies_of_inputs_take_time():
+    """Five blocks of 1 s forward and backward, all weights resident, inputs of 1.5 s each."""
     blocks = tuple((f"{i}",) for i in range(5))
     schedule = Schedule(blocks, frozenset("01234"), 2)
     seconds, nbytes = [1.0] * 5, dict.fromkeys("01234", 0)
@@ -228,7 +228,7 @@ def test_inputs_that_travel_take_their_time():
     assert (free.seconds, free.stalled) == (10, 0)
 
 
-def test_inputs_and_units_come_over_one_bus():
+def test_inputs_and_units_share_one_bus():
     """Both at once take as long as one after the other."""
     schedule, nbytes = (
         Schedule(tuple((f"{i}",) for i in range(8)), frozenset(), 2),
@@ -240,7 +240,7 @@ def test_inputs_and_units_come_over_one_bus():
     assert both.seconds >= both.copied / 1e9
 
 
-def test_of_plans_as_fast_the_one_that_copies_least_is_taken_but_a_tenth_is_left_free():
+def test_of_equally_fast_plans_the_one_with_least_copies_and_a_tenth_free_wins():
     costs = model(unit=20 * MB)
     plenty, needed = plan([costs], TEST_GPU, 4000 * MB, margin=0), least(costs, margin=0)
     assert plenty.moved == 0 and len(plenty.resident) >= 4, "a bus that rests costs nothing"
@@ -255,18 +255,18 @@ def test_of_plans_as_fast_the_one_that_copies_least_is_taken_but_a_tenth_is_left
             assert found.peak_bytes <= min(p.peak_bytes for p in same)
 
 
-def test_ram_holds_what_streams_and_more_of_the_gpu_spares_it():
+def test_ram_holds_streamed_units_and_more_vram_saves_ram():
     costs = model(unit=200 * MB)
     streamed = plan([costs], TEST_GPU, 4000 * MB, pins=Pins(resident_units=0, offload=False), margin=0)
     resident = plan([costs], TEST_GPU, 4000 * MB, pins=Pins(resident_units=6, offload=False), margin=0)
     assert streamed.host - resident.host == 6 * 200 * MB
     found = plan([costs], TEST_GPU, 4000 * MB, ram=resident.host + 250 * MB, margin=0)
     assert found.host <= resident.host + 250 * MB and len(found.resident) >= 5
-    with pytest.raises(WrongRequest, match="of RAM in nf4, and 3.0 GiB are allowed; raise --ram"):
+    with pytest.raises(WrongRequest, match="of RAM in nf4, but only 3.0 GiB are allowed; raise --ram"):
         plan([costs], TEST_GPU, least(costs, margin=0), ram=resident.host, margin=0)
 
 
-def test_weights_that_are_not_streamed_stay_or_are_passed_over():
+def test_weights_that_cannot_stream_stay_resident_or_are_refused():
     whole = model(unit=200 * MB, format="bf16", error=0.002, streams=False)
     found = plan([whole], TEST_GPU, 4000 * MB, margin=0)
     assert len(found.resident) == 6 and found.slots == found.moved == 0 and found.placed is None
@@ -278,7 +278,7 @@ def test_weights_that_are_not_streamed_stay_or_are_passed_over():
         plan([whole], TEST_GPU, 4000 * MB, pins=Pins(resident_units=2), margin=0)
 
 
-def test_what_is_computed_ahead_passes_through_slots_even_where_all_else_stays():
+def test_units_computed_ahead_use_slots_even_if_all_others_are_resident():
     costs = model(unit=MB, ahead={"m0": 80 * MB, "m1": 60 * MB, "m2": 60 * MB}, window=8, ahead_peak=3000 * MB)
     found = plan([costs], TEST_GPU, 8000 * MB, pins=Pins(resident_units=6), margin=0)
     assert (found.slots, found.look_ahead, found.placed) == (2, 8, found.resident) and found.peak["slots"] == 160 * MB
@@ -286,14 +286,14 @@ def test_what_is_computed_ahead_passes_through_slots_even_where_all_else_stays()
     assert found.moved == (80 + 60) * MB // 8, "m1 stays in its slot, m0 and m2 share one"
 
 
-def test_points_are_worth_having():
+def test_points_are_pareto_optimal():
     costs = model(5, doubles=3, singles=5)
     front = points(costs, TEST_GPU, None, False)
     assert all(a.seconds < b.seconds and a.peak > b.peak for a, b in itertools.pairwise(front))
     assert front[-1].policies == ("recompute",) * 8
 
 
-def test_where_memory_is_plenty_nothing_is_rounded():
+def test_with_plenty_of_memory_nothing_is_rounded():
     def rounded(block: BlockCost) -> BlockCost:
         exact = block.policies["keep_all"]
         all8 = dataclasses.replace(

@@ -39,12 +39,12 @@ def units_of(blocks) -> list[str]:
 
 
 def host_of(schedule: Schedule) -> dict[str, torch.Tensor]:
-    """Bytes that tell the unit; lengths differ."""
+    """Bytes that identify the unit; lengths differ."""
     return {u: torch.full((256 + 16 * i,), i + 1, dtype=torch.uint8) for i, u in enumerate(schedule.slot)}
 
 
 class Reader:
-    """A ring whose places are read as a layer would: every visit checks the bytes of what it has made resident."""
+    """Reads a ring's units as a layer would: every visit checks the bytes of its resident units."""
 
     def __init__(self, schedule: Schedule, streams=None):
         self.host, self.placed = host_of(schedule), {}
@@ -62,7 +62,7 @@ class Reader:
 @pytest.mark.parametrize("slots", [2, 3, 5, 7])
 @pytest.mark.parametrize("count", [0, 1, 3, 7])
 @pytest.mark.parametrize("blocks", [SINGLE, MIXED])
-def test_units_lie_where_they_belong_whatever_comes(blocks, count, slots, streams):
+def test_units_are_in_place_for_any_order_of_visits(blocks, count, slots, streams):
     reader = Reader(Schedule(blocks, spread(blocks, count), slots), streams())
     forward, backward = list(blocks), list(reversed(blocks))
     for visits in (forward + backward, forward, forward, forward + backward[:2], forward[:3], backward, forward):
@@ -90,7 +90,7 @@ def test_the_ring_makes_the_copies_of_the_schedule(backward, count, slots):
     assert made[1] == made[2] == len(schedule.copies(schedule.step(backward)))
 
 
-def test_sampling_amid_training_costs_copies_only_where_it_begins_and_ends():
+def test_sampling_during_training_costs_extra_copies_only_at_its_ends():
     schedule = Schedule(SINGLE, frozenset(), 3)
     reader = Reader(schedule)
     step, forward = [*SINGLE, *reversed(SINGLE)], list(SINGLE)
@@ -108,23 +108,23 @@ def test_sampling_amid_training_costs_copies_only_where_it_begins_and_ends():
 
 @pytest.mark.parametrize("streams", [Immediate, Late])
 @pytest.mark.parametrize("slots", [2, 3, 8])
-def test_a_pass_aside_that_is_foreseen_makes_the_copies_of_the_schedule(slots, streams):
-    """Before every second step, and one that is given up."""
-    aside = tuple(f"m{i}" for i in range(5))
-    schedule = Schedule(SINGLE, frozenset({"s4", "m1"}), slots, aside)
-    reader, passed = Reader(schedule, streams()), [(unit,) for unit in aside]
+def test_an_announced_pass_makes_the_copies_of_the_schedule(slots, streams):
+    """Before every second step, and one that is abandoned."""
+    extra = tuple(f"m{i}" for i in range(5))
+    schedule = Schedule(SINGLE, frozenset({"s4", "m1"}), slots, extra)
+    reader, passed = Reader(schedule, streams()), [(unit,) for unit in extra]
     assert set(schedule.slot) == {"s0", "s1", "s2", "s3", "s5", "s6", "m0", "m2", "m3", "m4"}
     step = [*SINGLE, *reversed(SINGLE)]
     streamed = [visit for visit in passed if visit[0] in schedule.slot]
     made = []
     for _ in range(3):
         before = reader.ring.copies
-        reader.ring.foresee(passed)
+        reader.ring.announce(passed)
         for units in passed + step + step:
             reader.visit(units)
         made.append(reader.ring.copies - before)
     assert made[1] == made[2] == len(schedule.copies([*streamed, *schedule.step(), *schedule.step()]))
-    reader.ring.foresee(passed)
+    reader.ring.announce(passed)
     for units in passed[:2] + step:
         reader.visit(units)
     before = reader.ring.copies
@@ -133,8 +133,8 @@ def test_a_pass_aside_that_is_foreseen_makes_the_copies_of_the_schedule(slots, s
     assert reader.ring.copies - before == len(schedule.copies(schedule.step()))
 
 
-def test_nothing_can_be_read_outside_but_poison():
-    """Late copies show it: what has left and is needed later is not there in between."""
+def test_outside_resident_only_poison_can_be_read():
+    """With late copies: a unit that was evicted and is needed later is absent in between."""
     reader = Reader(Schedule(SINGLE, frozenset(), 2), Late())
     for units in SINGLE[:3]:
         reader.visit(units)
@@ -153,7 +153,7 @@ def test_each_unit_has_one_address_and_views_are_made_once():
     assert reader.placed == placed
 
 
-def test_what_cannot_be_served_is_refused():
+def test_impossible_visits_are_refused():
     reader = Reader(Schedule(SINGLE, frozenset({"s6"}), 2))
     with pytest.raises(KeyError, match="no unit s9"):
         reader.visit(("s9",))
@@ -178,7 +178,7 @@ def test_an_error_inside_leaves_the_ring_in_order():
             reader.visit(units)
 
 
-def test_a_closed_ring_fetches_nothing_ahead():
+def test_a_closed_ring_prefetches_nothing():
     reader = Reader(Schedule(SINGLE, frozenset(), 3))
     reader.visit(SINGLE[0])
     reader.ring.close()
@@ -188,7 +188,7 @@ def test_a_closed_ring_fetches_nothing_ahead():
     assert reader.ring.copies == before + 2
 
 
-def test_a_ring_that_is_let_go_waits_for_its_copies_first():
+def test_a_collected_ring_first_waits_for_its_copies():
     late = Late()
     reader = Reader(Schedule(SINGLE, frozenset(), 3), late)
     reader.ring = None
@@ -247,15 +247,15 @@ def test_an_error_of_the_staging_thread_is_raised_where_its_copy_is_waited_for()
     staged.copy(torch.empty(8, dtype=torch.uint8), torch.empty(9, dtype=torch.uint8))
     event = staged.copied()
     for _ in range(2):
-        with pytest.raises(RuntimeError, match="could not be brought") as caught:
+        with pytest.raises(RuntimeError, match="could not be copied") as caught:
             staged.compute_waits(event)
     assert isinstance(caught.value.__cause__, RuntimeError)
-    with pytest.raises(RuntimeError, match="could not be brought"):
+    with pytest.raises(RuntimeError, match="could not be copied"):
         staged.compute_waits(staged.copied())
     staged.host_waits(staged.copied())  # whoever only wants the memory back is not told again
 
 
-def test_a_ring_whose_units_cannot_be_read_says_why_and_is_let_go():
+def test_a_ring_whose_units_cannot_be_read_raises_why_and_is_freed():
     def read(out):
         raise WrongRequest("the file has become shorter")
 
@@ -271,8 +271,8 @@ def test_a_ring_whose_units_cannot_be_read_says_why_and_is_let_go():
     assert left() is None
 
 
-def test_a_ring_may_be_collected_in_the_very_thread_that_copies_for_it():
-    """And its slots live until it has done all it was given."""
+def test_a_ring_may_be_collected_in_its_own_staging_thread():
+    """And its slots live until the thread has done all its work."""
     rings, host, slots, over = [], {}, [], threading.Event()
 
     def read(out):
@@ -295,7 +295,7 @@ def test_a_ring_may_be_collected_in_the_very_thread_that_copies_for_it():
     assert over.wait(10)
 
 
-def test_a_ring_may_be_collected_while_its_thread_is_given_work(monkeypatch):
+def test_a_ring_may_be_collected_while_work_is_queued(monkeypatch):
     streams = Staged(Immediate(), [torch.empty(8, dtype=torch.uint8)])
     host = {unit: torch.zeros(8, dtype=torch.uint8) for unit in ("s0", "s1", "s2")}
     rings = [StreamingRing(Schedule(SINGLE[:3], frozenset(), 2), host, lambda unit, flat: None, CPU, streams)]
@@ -322,8 +322,8 @@ def test_the_thread_ends_with_its_streams():
     assert not own.is_alive()
 
 
-def test_a_program_that_ends_waits_for_what_its_thread_is_doing():
-    """A thread that computes while the program is torn down may take it with it."""
+def test_at_exit_the_program_waits_for_the_staging_thread():
+    """A thread that computes during interpreter shutdown may crash the program."""
     program = """
 import time, torch
 from fluxq.offload import Immediate, Staged
@@ -352,8 +352,8 @@ def test_a_unit_in_pieces_is_copied_whole_through_smaller_buffers():
 
 
 class Dropping(VirtualStreams):
-    """A clock on which one wait is left out: the copy lane's before its operation of that number, or all of the compute
-    lane's before its operation of that number. `waits` are the numbers of those that earlier ones do not imply.
+    """A clock that leaves out one wait: of the copy lane before its operation `number`, or all of the compute lane
+    before its operation `number`. `waits` lists the numbers of the waits that earlier ones do not imply.
     """
 
     def __init__(self, side: str = "", number: int = -1):
@@ -376,11 +376,11 @@ class Dropping(VirtualStreams):
 
 
 def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True) -> StreamingRing:
-    """Train, and if `odd` also sample, part of a step, visits in no order, and a pass aside; Race is raised by the
-    clock.
+    """Train, and if `odd` also sample, run part of a step, visits in random order, and an extra pass; the clock raises
+    Race.
     """
-    aside = tuple(f"m{i}" for i in range(4)) if odd else ()
-    schedule, passed = Schedule(blocks, frozenset(), slots, aside), [(unit,) for unit in aside]
+    extra = tuple(f"m{i}" for i in range(4)) if odd else ()
+    schedule, passed = Schedule(blocks, frozenset(), slots, extra), [(unit,) for unit in extra]
     host = {u: torch.empty(256, dtype=torch.uint8, device="meta") for u in schedule.slot}
     ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
     forward, backward = list(blocks), list(reversed(blocks))
@@ -390,7 +390,7 @@ def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True) -> St
         order += [passed + forward + backward, passed[:2] + forward]
     for visits in order:
         if visits[0] in passed:
-            ring.foresee(passed)
+            ring.announce(passed)
         for units in visits:
             with ring.resident(units):
                 streams.compute("+".join(units), 1.0, [(ring.memory(u), host[u]) for u in units])
@@ -413,7 +413,7 @@ def test_no_race_and_every_single_wait_is_needed(blocks, slots, odd):
 
 
 class Staging(Dropping):
-    """A clock behind a staging thread: what is copied is told by its bytes, which come out of a buffer."""
+    """A clock behind a staging thread; copies from its buffers are identified by their bytes."""
 
     def __init__(self, sources: dict[int, torch.Tensor], side: str = "", number: int = -1):
         super().__init__(side, number)
@@ -424,7 +424,7 @@ class Staging(Dropping):
 
 
 def staged(side: str = "", number: int = -1) -> Staging:
-    """Three steps through a staging thread with two buffers. Raises Race, or what the thread makes of it."""
+    """Three steps through a staging thread with two buffers. Raises Race, or the thread's error for it."""
     schedule = Schedule(SINGLE, frozenset(), 3)
     host = host_of(schedule)
     clock = Staging({int(source[0]): source for source in host.values()}, side, number)
@@ -447,7 +447,7 @@ def test_through_a_staging_thread_there_is_no_race_and_every_wait_is_needed():
             assert isinstance(caught.value, Race) or isinstance(caught.value.__cause__, Race)
 
 
-def test_the_clock_finds_wrong_bytes_too():
+def test_the_clock_also_detects_wrong_bytes():
     streams, slot = VirtualStreams(lambda nbytes: 1.0), torch.empty(4, device="meta")
     a, b = torch.empty(4, device="meta"), torch.empty(4, device="meta")
     with pytest.raises(Race, match="reads nothing where"):
@@ -461,7 +461,7 @@ def test_the_clock_finds_wrong_bytes_too():
 
 
 @pytest.mark.parametrize(("count", "slots"), [(8, 2), (8, 4), (7, 4), (7, 5), (7, 3)])
-def test_sampling_is_foreseen_once_it_has_begun(count, slots):
+def test_sampling_is_predicted_once_it_has_started(count, slots):
     """From its third pass on it never waits for copies that fit behind compute, nor does the second step after it, even
     with a host that never runs ahead. But if the last unit has the first one's slot, its copy shows once a pass.
     """

@@ -1,4 +1,4 @@
-"""The order of need and the copies that it takes, against exhaustive search."""
+"""The order of need and the resulting copies, against exhaustive search."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def rounds(schedule: Schedule):
 @pytest.mark.parametrize("slots", [2, 3, 4])
 @pytest.mark.parametrize("resident", [(), ("s1",), ("d0.txt", "s2")])
 @pytest.mark.parametrize("blocks", [SINGLE[:5], MIXED])
-def test_copies_are_the_fewest_that_the_slots_allow(blocks, resident, slots):
+def test_copies_are_the_fewest_possible_with_these_slots(blocks, resident, slots):
     units = [u for block in blocks for u in block]
     schedule = Schedule(blocks, frozenset(resident).intersection(units), slots)
     for visits in rounds(schedule):
@@ -57,7 +57,7 @@ def test_copies_are_the_fewest_that_the_slots_allow(blocks, resident, slots):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("slots", [2, 3])
-def test_where_all_blocks_train_no_other_slots_would_do_with_fewer(slots):
+def test_if_all_blocks_train_no_other_slots_need_fewer_copies(slots):
     for blocks in (SINGLE[:5], MIXED[1:]):
         schedule = Schedule(blocks, frozenset(), slots)
         visits = schedule.step()
@@ -67,7 +67,7 @@ def test_where_all_blocks_train_no_other_slots_would_do_with_fewer(slots):
 
 @pytest.mark.parametrize("blocks", [SINGLE, MIXED])
 @pytest.mark.parametrize("slots", [2, 3, 5, 6])
-def test_a_step_moves_twice_what_has_no_slot_and_nothing_at_the_turns(blocks, slots):
+def test_a_step_copies_each_unit_without_a_slot_twice(blocks, slots):
     schedule = Schedule(blocks, frozenset(), slots)
     copies, streamed = schedule.copies(schedule.step()), len(schedule.slot)
     assert len(copies) == 2 * (streamed - slots)
@@ -77,14 +77,14 @@ def test_a_step_moves_twice_what_has_no_slot_and_nothing_at_the_turns(blocks, sl
     assert forward == set(units[slots:]) and backward == set(units[: streamed - slots])
 
 
-def test_fewer_copies_where_only_some_blocks_train():
+def test_fewer_copies_if_only_some_blocks_train():
     schedule = Schedule(SINGLE, frozenset(), 2)
     counts = [len(schedule.copies(schedule.step(range(first, 7)))) for first in range(8)]
     assert counts == [10, 10, 10, 9, 8, 7, 7, 7]  # those of the last two blocks are still there
     assert len(schedule.copies(schedule.forward)) == 7  # sampling needs each unit once
 
 
-def test_no_copies_where_all_fit():
+def test_no_copies_if_all_units_fit():
     for schedule in (Schedule(MIXED, frozenset(), 7), Schedule(MIXED, frozenset(), 100)):
         assert schedule.slots == 7 and schedule.copies(schedule.step()) == []
     assert Schedule(SINGLE, frozenset(u for (u,) in SINGLE), 2).forward == ()
@@ -92,21 +92,21 @@ def test_no_copies_where_all_fit():
 
 @pytest.mark.parametrize("slots", [2, 3, 4])
 @pytest.mark.parametrize("resident", [(), ("d0.img",), ("d0.txt", "s0")])
-def test_units_that_are_needed_together_have_slots_of_their_own(resident, slots):
+def test_units_that_are_needed_together_have_different_slots(resident, slots):
     schedule = Schedule(MIXED, frozenset(resident), slots)
     assert list(schedule.slot.values()) == [i % slots for i in range(len(schedule.slot))]
     for visit in schedule.step():
         assert len({schedule.slot[unit] for unit in visit}) == len(visit)
 
 
-def test_impossible_schedules_notify_why():
+def test_impossible_schedules_raise_why():
     with pytest.raises(ValueError, match="at least 2 slots are needed, not 1"):
         Schedule(SINGLE, frozenset(), 1)
     with pytest.raises(ValueError, match="at least 3 slots are needed, not 2"):
         Schedule((("a", "b", "c"), ("d",)), frozenset(), 2)
     with pytest.raises(ValueError, match="resident units s9"):
         Schedule(SINGLE, frozenset({"s9"}), 2)
-    with pytest.raises(ValueError, match="belongs to one block"):
+    with pytest.raises(ValueError, match="only once, in one block"):
         Schedule((("a",), ("a",)), frozenset(), 2)
 
 
@@ -114,7 +114,7 @@ FLUX = tuple((f"d{i}.img", f"d{i}.txt") for i in range(19)) + tuple((f"s{i}",) f
 
 
 @pytest.mark.parametrize("count", range(77))
-def test_residents_level_what_blocks_move(count):
+def test_residents_balance_what_blocks_copy(count):
     resident = spread(FLUX, count)
     assert len(resident) == count
     moved = [len(set(block) - resident) for block in FLUX]

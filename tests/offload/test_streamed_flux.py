@@ -91,8 +91,8 @@ def gradients(flux: Flux, seed: int, ahead: Lookahead | None = None) -> list[tor
 
 
 def train_sample_train(flux: Flux) -> list[torch.Tensor]:
-    """All outputs and gradients of a step, three passes of sampling, a forward pass that is given up, three steps, the
-    last with modulation in it.
+    """All outputs and gradients of a step, three sampling passes, an abandoned forward pass, and three steps, the last
+    with modulation in the step.
     """
     ahead = lookahead(flux)
     found = gradients(flux, 0, ahead)
@@ -103,7 +103,7 @@ def train_sample_train(flux: Flux) -> list[torch.Tensor]:
 
 
 def on_the_host(flux: Flux, streams) -> Flux:
-    """With block inputs that wait on the host; what is given up of them is NaN."""
+    """With block inputs in host memory; released memory is filled with NaN."""
     flux.inputs = HostInputs(streams, lambda n: Arena({INPUTS: n}, lambda unit, out: None), poison=True)
     return flux
 
@@ -118,7 +118,7 @@ def assert_equal(flux: Flux, expected: list[torch.Tensor]) -> None:
 @pytest.mark.parametrize("policy", POLICIES)
 @pytest.mark.parametrize("format", FORMATS)
 def test_streaming_changes_no_bit(format, policy, files):
-    """For every number of slots and several resident sets, in every timing."""
+    """For every number of slots and several resident sets, with every timing."""
     expected = train_sample_train(with_lora(load_quantized(files(format), CPU), "attention+mlp", policy))
     streams = itertools.cycle((Immediate, Late))
     for resident in RESIDENT:
@@ -130,7 +130,7 @@ def test_streaming_changes_no_bit(format, policy, files):
 @pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize("told", [True, False])
-def test_streaming_changes_no_bit_where_only_some_blocks_train(told, targets, files):
+def test_streaming_changes_no_bit_if_only_some_blocks_train(told, targets, files):
     expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), TARGETS[targets], "keep_attention"))
     for slots, streams, ahead in itertools.product((2, 3, 5), (Immediate, Late), (True, False)):
         flux = load_streamed(files("nf4"), CPU, UNITS[3:4], slots, streams(), poison=True, ahead=ahead)
@@ -160,7 +160,7 @@ def test_a_staging_thread_changes_no_bit(files):
 @pytest.mark.parametrize("streams", [Immediate, Late])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_inputs_on_the_host_change_no_bit(policy, streams, files):
-    """With all weights resident and with all streamed. Poison would show a reference that somebody else has kept."""
+    """With all weights resident and with all streamed. Poison would reveal a reference that something else keeps."""
     resident = with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", policy)
     expected = train_sample_train(resident)
     streamed = with_lora(load_streamed(files("nf4"), CPU, (), 2, streams(), poison=True), "attention+mlp", policy)
@@ -169,15 +169,15 @@ def test_inputs_on_the_host_change_no_bit(policy, streams, files):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_inputs_on_the_host_change_no_bit_where_only_some_blocks_train(targets, files):
+def test_inputs_on_the_host_change_no_bit_if_only_some_blocks_train(targets, files):
     flux = with_lora(load_quantized(files("nf4"), CPU), TARGETS[targets], "keep_attention")
     expected = train_sample_train(flux)
     assert_equal(on_the_host(flux, Late()), expected)
 
 
 @pytest.mark.parametrize("at", ["forward 1", "forward 3", "backward 3", "backward 0"])
-def test_a_step_that_fails_leaves_the_next_one_as_it_was(at, files):
-    """Out of memory in a block, on the way forward or back, with weights and inputs on the host."""
+def test_a_failed_step_does_not_change_the_next(at, files):
+    """Out of memory in a block, forward or backward, with weights and inputs on the host."""
     expected = train_sample_train(with_lora(load_quantized(files("nf4"), CPU), "attention+mlp", "recompute"))
     flux = load_streamed(files("nf4"), CPU, (), 2, Late(), poison=True)
     on_the_host(with_lora(flux, "attention+mlp", "recompute"), Late())
@@ -197,8 +197,8 @@ def test_a_step_that_fails_leaves_the_next_one_as_it_was(at, files):
 
 
 @pytest.mark.parametrize("targets", TARGETS)
-def test_the_model_makes_the_visits_that_the_schedule_foresees(targets, files):
-    """So that nothing is copied in vain: the copies of a step are those of the schedule."""
+def test_the_model_makes_the_visits_of_the_schedule(targets, files):
+    """So no copy is wasted: the copies of a step are those of the schedule."""
     known = is_known_ahead(files("nf4").config, TARGETS[targets])
     flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Immediate(), ahead=known), TARGETS[targets], "recompute")
     ahead, schedule = lookahead(flux), flux.ring.schedule
@@ -221,8 +221,8 @@ def test_modulation_can_be_all_that_is_streamed(streams, files):
     assert_equal(with_lora(flux, "attention+mlp", "recompute"), expected)
 
 
-def test_a_tile_takes_each_of_modulations_weights_once(files):
-    """And no more of the blocks' than it has to put out of their slots."""
+def test_a_tile_copies_each_modulation_weight_once(files):
+    """And only as many of the blocks' units as it had to evict."""
     flux = with_lora(load_streamed(files("nf4"), CPU, (), 2, Immediate()), "attention+mlp", "recompute")
     ahead, schedule, asked = lookahead(flux), flux.ring.schedule, []
     gradients(flux, 0, ahead)
@@ -236,8 +236,8 @@ def test_a_tile_takes_each_of_modulations_weights_once(files):
 
 @pytest.mark.parametrize("resident", RESIDENT[:3])
 @pytest.mark.parametrize("slots", [2, 3])
-def test_drawing_takes_each_unit_once_a_forward_pass(slots, resident, files):
-    """And modulation's once in all. Where a slot has one unit alone it keeps it."""
+def test_sampling_copies_each_unit_once_per_forward_pass(slots, resident, files):
+    """And modulation's once in all. A slot that serves only one unit keeps it."""
     flux = load_streamed(files("nf4"), CPU, resident, slots, Immediate(), poison=True)
     expect_sampling(flux)
     ahead, ring, counts = lookahead(flux), flux.ring, []
@@ -252,7 +252,7 @@ def test_drawing_takes_each_unit_once_a_forward_pass(slots, resident, files):
     assert counts[0] <= len(MODULATION) + len(streamed) + slots
 
 
-def test_poison_shows_where_weights_are_read_outside_their_time(files):
+def test_poison_reveals_weights_that_are_read_outside_resident(files):
     flux = load_streamed(files("nf4"), CPU, (), 2, Late(), poison=True)
     with_lora(flux, "attention+mlp", "recompute")
     flux.ring, ring = AllResident(), flux.ring
@@ -264,8 +264,8 @@ def test_poison_shows_where_weights_are_read_outside_their_time(files):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_loading_takes_the_arena_the_slots_and_what_stays(format, files):
-    """Beside these, one unit at a time that stays; nothing of what is streamed is ever there twice."""
+def test_loading_takes_arena_slots_and_residents_only(format, files):
+    """In addition, one resident unit at a time; no streamed unit is ever in memory twice."""
     file = files(format)
     length = {unit: file.checkpoint.shape(unit)[0] for unit in file.units}
     with LiveBytes(device="cpu") as counted:
@@ -277,7 +277,7 @@ def test_loading_takes_the_arena_the_slots_and_what_stays(format, files):
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_is_not_streamed_lies_in_memory_of_its_own(format, files):
+def test_resident_units_have_memory_of_their_own(format, files):
     flux = load_streamed(files(format), CPU, UNITS[:2], 2, Immediate())
     slots = {flux.ring.memory(unit).untyped_storage().data_ptr() for unit in flux.ring.schedule.slot}
     assert len(slots) == 2
@@ -287,8 +287,8 @@ def test_what_is_not_streamed_lies_in_memory_of_its_own(format, files):
     assert sum(p.numel() for p in flux.parameters()) == 0
 
 
-def test_units_are_placed_anew_in_a_model_that_trains(files):
-    """From all resident to all streamed and back up, LoRA and its optimizer untouched; and once it fails half-way."""
+def test_units_are_moved_in_a_model_that_trains(files):
+    """From all resident to all streamed and back, LoRA and its optimizer unchanged; and with one failure half-way."""
     file = files("nf4")
     expected = train_sample_train(with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv"))
     flux = with_lora(load_quantized(file, CPU), "attention+mlp", "keep_qkv")
@@ -312,7 +312,7 @@ def test_units_are_placed_anew_in_a_model_that_trains(files):
     assert all(a is b for a, b in zip(flux.parameters(), parameters, strict=True))
 
 
-def test_placing_units_anew_takes_no_more_than_before_or_after(files):
+def test_moving_units_never_takes_more_than_before_or_after(files):
     file = files("nf4")
     flux = load_streamed(file, CPU, UNITS[:3], 3, Immediate())
     held = [*flux.buffers(), flux.ring.host._memory, *(slot.memory for slot in flux.ring._slots)]

@@ -1,6 +1,6 @@
-"""The ops as Triton kernels, by the names and signatures of fluxq/kernels/reference.py."""
+"""The ops as Triton kernels, with the names and signatures of fluxq/kernels/reference.py."""
 
-from ..cutting import room
+from ..cutting import padding
 from .gelu import gelu_tanh, gelu_tanh_backward
 from .linear import lora_gradients, lora_linear, lora_linear_backward
 from .matmul_8bit import matmul_8bit
@@ -35,7 +35,7 @@ __all__ = [
     "nf4_quantize",
     "qk_norm_rope",
     "qk_norm_rope_backward",
-    "room",
+    "padding",
     "rotate",
     "row_dequantize",
     "row_quantize",

@@ -1,4 +1,4 @@
-"""What the producers of a linear layer's input share: 8-bit rows, and their product with LoRA's `down`."""
+"""Shared by the ops that produce a linear layer's input: 8-bit rows, and their product with LoRA's `down`."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from .bits import e4m3_encode, int8_encode
 
 
 def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
-    """Uninitialized memory for rows of `width`, as many as `like` (B, L, ...) has, in the form that is wanted.
+    """Uninitialized memory for rows of `width`, as many as `like` (B, L, ...) has, in the form that `wants` names.
 
-    Values are bytes here; `named` gives them their type.
+    Values are uint8 here; `with_dtype` sets their type.
     """
     batch, length, _ = like.shape
-    y = like.new_empty(batch, length, width + (wants.room if wants.dtype is None else 0))
+    y = like.new_empty(batch, length, width + (wants.padding if wants.dtype is None else 0))
     if wants.dtype is None:
         return Activations(y)
     values = like.new_empty(batch * length, width, dtype=torch.uint8)
@@ -26,14 +26,14 @@ def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
     return Activations(y, values, scale, s)
 
 
-def named(made: Activations, wants: Wants) -> Activations:
-    """`made` with its values called what they are."""
-    return made if made.values is None or wants.dtype is None else made._replace(values=made.values.view(wants.dtype))
+def with_dtype(rows: Activations, wants: Wants) -> Activations:
+    """`rows` with its values viewed in the dtype that `wants` names."""
+    return rows if rows.values is None or wants.dtype is None else rows._replace(values=rows.values.view(wants.dtype))
 
 
 def down_and_block(wants: Wants, like: Tensor) -> tuple[Tensor | None, int]:
-    """`down` (R, K) in the dtype of `like` where its product is wanted, and how much of R is done at a time: 16 for
-    small ranks, else 64, so that ranks make two kernels and no more.
+    """`down` (R, K) in the dtype of `like` if its product is wanted, and how much of R to compute at a time: 16 for
+    small ranks, else 64, so that all ranks need only two kernels.
     """
     if wants.dtype is None or wants.down is None:
         return None, 16
@@ -41,8 +41,8 @@ def down_and_block(wants: Wants, like: Tensor) -> tuple[Tensor | None, int]:
 
 
 def registers(warps: int) -> int:
-    """The most that a thread may have if two programs are to run on a multiprocessor at a time, so that one works while
-    the other waits for memory. Left alone, the compiler takes more than its work needs.
+    """The most registers per thread that let two programs run on a multiprocessor, so that one works while the other
+    waits for memory. Without a limit, the compiler uses more than it needs.
     """
     return min(65536 // (2 * 32 * warps), 255)
 
@@ -62,10 +62,10 @@ def to_8_bits(y, scale, INT8: tl.constexpr):
 
 @triton.jit
 def multiply_by_down(
-    y_ptr,  # (ROWS, K) what this program has written
+    y_ptr,  # (ROWS, K) written by this program
     down_ptr,  # (R, K)
     s_ptr,  # (ROWS, R) fp32 out
-    rows,  # how many of ROWS there are
+    rows,  # how many of ROWS exist
     R,
     K: tl.constexpr,
     ROWS: tl.constexpr,
@@ -73,8 +73,8 @@ def multiply_by_down(
     BLOCK_K: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """s = y down^T for a tile of rows; y comes back from the cache that it has just gone to."""
-    tl.debug_barrier()  # other threads of this program wrote what is read here
+    """s = y down^T for a tile of rows; y is read back from the cache right after it was written."""
+    tl.debug_barrier()  # other threads of this program wrote what this one reads
     row = tl.arange(0, ROWS)[:, None]
     here = row < rows
     for first in range(0, R, BLOCK_R):

@@ -1,4 +1,4 @@
-"""What stands beside x and W where base, LoRA and bias are one product (linear.py): a kernel for each, and no more."""
+"""Fills the columns next to x and next to W that make base, LoRA and bias one product (linear.py)."""
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -9,22 +9,22 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .stored import along_rows
+from .layout import contiguous_rows
 from .table import choose
 
 
-def fill_room(rows: Tensor, k: int, s: Tensor) -> None:
-    """[s | 1 | 0] into the columns of `rows` (M, ...) from k on. s (M, R)."""
-    tile, width, s = choose("fill_room", rows.device), rows.shape[1] - k, along_rows(s)
-    _fill_room[triton.cdiv(len(rows), tile.block_m), triton.cdiv(width, tile.block_n)](
+def fill_padding(rows: Tensor, k: int, s: Tensor) -> None:
+    """Write [s | 1 | 0] into the columns of `rows` (M, ...) from k on. s (M, R)."""
+    tile, width, s = choose("fill_padding", rows.device), rows.shape[1] - k, contiguous_rows(s)
+    _fill_padding[triton.cdiv(len(rows), tile.block_m), triton.cdiv(width, tile.block_n)](
         rows[:, k:], s, len(rows), width, s.shape[1], rows.stride(0), s.stride(0),
         EIGHTS=_by_eights(s), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
 def fill_tail(out: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> None:
-    """[scale up | bias | 0] into `out` (N, ...). up (N, R) of any float dtype; bias (N,), or None for zeros."""
-    tile, up = choose("fill_tail", out.device), along_rows(up)
+    """Write [scale up | bias | 0] into `out` (N, ...). up (N, R) of any float dtype; bias (N,), or None for zeros."""
+    tile, up = choose("fill_tail", out.device), contiguous_rows(up)
     _fill_tail[triton.cdiv(len(out), tile.block_m), triton.cdiv(out.shape[1], tile.block_n)](
         out, up, bias, scale, *out.shape, up.shape[1], out.stride(0), up.stride(0),
         EIGHTS=_by_eights(up), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
@@ -32,22 +32,22 @@ def fill_tail(out: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> Non
 
 
 def _by_eights(factor: Tensor) -> bool:
-    """Whether the rows of s or of `up` can be read eight numbers at a time, as those of common ranks can."""
+    """Whether rows of s or `up` can be read eight numbers at a time, which holds for common ranks."""
     return factor.shape[1] % 8 == 0 and factor.stride(0) % 8 == 0
 
 
 @triton.jit
 def _multiple(n, EIGHTS: tl.constexpr):
-    """n, which the compiler sees to be a multiple of eight where it is said to be one."""
+    """n, in a form that tells the compiler that it is a multiple of eight, if EIGHTS."""
     return n // 8 * 8 if EIGHTS else n
 
 
 @triton.jit(do_not_specialize=["M", "R", "s_stride"])
-def _fill_room(
+def _fill_padding(
     out_ptr,  # (M, width) out, rows out_stride apart
     s_ptr,  # (M, R)
     M,
-    width,  # a multiple of 32 in use, so that all who have some are one kernel
+    width,  # in practice a multiple of 32, so that all widths share one kernel
     R,
     out_stride,
     s_stride,

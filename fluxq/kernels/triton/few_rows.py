@@ -1,9 +1,9 @@
-"""The gradient of a linear layer's input where it has few rows, over the weight as it is stored.
+"""The gradient of a linear layer's input with few rows, from the weight as it is stored.
 
-Reading the weight is all the work, so it is read once and decoded in the loop. It lies along K and the gradient sums
-over N: a program takes some columns of W and a share of its rows, so that programs are many and what they read lies
-together. Shares are summed by a second kernel, always in the same order; atomic additions would need no second one, but
-would round differently from run to run.
+Reading the weight is all the work, so the kernel reads it once and decodes it in the loop. The weight is contiguous
+along K and the gradient sums over N: a program handles some columns of W and a share of its rows, so that there are
+many programs and each reads contiguous memory. A second kernel sums the shares, always in the same order. Atomic
+additions would not need it, but would round differently from run to run.
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -17,18 +17,19 @@ import triton.language as tl
 from torch import Tensor
 
 from ..weights import Weight
-from .stored import along_rows, read, stored
+from .layout import contiguous_rows
+from .stored import read, stored
 from .table import Choice, choose
 
 
 def input_gradient(
     dy: Tensor, weight: Weight, ds: Tensor | None, down: Tensor | None, out: Tensor, tile: Choice
 ) -> None:
-    """dy W + ds down into `out` (M, K), rows of any stride. dy (M, N), ds (M, R), down (R, K); or no LoRA."""
+    """Write dy W + ds down into `out` (M, K), rows of any stride. dy (M, N), ds (M, R), down (R, K); or no LoRA."""
     (m, n), k = dy.shape, weight.shape[1]
     numbers, absmax, levels, scale, form = stored(weight)
-    dy = along_rows(dy)
-    rows = tile.block_m if m <= tile.block_m else 64  # all of them at once, so that no weight is read again
+    dy = contiguous_rows(dy)
+    rows = tile.block_m if m <= tile.block_m else 64  # all of them at once, so that each weight is read only once
     share = max(tile.chunk // tile.block_n, tile.block_k)
     sums = torch.empty(triton.cdiv(n, share), m, k, dtype=torch.float32, device=dy.device)
     _shares[triton.cdiv(k, tile.block_n), len(sums), triton.cdiv(m, rows)](
@@ -37,7 +38,7 @@ def input_gradient(
         FORM=form, SHARE=share, BLOCK_M=rows, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    ds, down = (None, None) if ds is None or down is None else (along_rows(ds), along_rows(down))
+    ds, down = (None, None) if ds is None or down is None else (contiguous_rows(ds), contiguous_rows(down))
     tile = choose("sum_shares", dy.device)
     _sum_shares[triton.cdiv(k, tile.block_n), triton.cdiv(m, tile.block_m)](
         sums, ds, down, out, len(sums), m, k, 0 if ds is None else ds.shape[1],
@@ -61,7 +62,7 @@ def _shares(
     w_stride,
     absmax_stride,
     FORM: tl.constexpr,
-    SHARE: tl.constexpr,  # how many rows of W make one
+    SHARE: tl.constexpr,  # how many rows of W per share
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,

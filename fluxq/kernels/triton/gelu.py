@@ -1,8 +1,8 @@
-"""GELU by tanh's approximation, written where the next layer reads it, with what belongs to its left.
+"""GELU by tanh's approximation, written where the next layer reads it, with another tensor to its left.
 
 gelu(h) = h sigmoid(2 u) with u = sqrt(2/pi) (h + 0.044715 h^3), since (1 + tanh u) / 2 = sigmoid(2 u). In 8 bits a
-program holds a whole row, both parts of it, so that its largest magnitude costs no second reading; only where the
-product with LoRA's `down` is wanted too does a tile of rows come back from the cache.
+program holds a whole row, both parts of it, so finding the largest magnitude needs no second read. Only the product
+with LoRA's `down`, if wanted, reads a tile of rows back from the cache.
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -19,46 +19,46 @@ from ..activations import Activations, Wants
 from .eight_bits import (
     down_and_block,
     multiply_by_down,
-    named,
     outputs,
     registers,
     scale_of,
     to_8_bits,
+    with_dtype,
 )
-from .layout import with_whole_rows
+from .layout import contiguous_rows
 from .rotation import rotated
 from .table import choose
 
 
 def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
-    """gelu(h), tanh's approximation, for the layer that `wants` it; with `beside` (B, L, D) to its left."""
-    (batch, length, width), h = h.shape, with_whole_rows(h)
-    beside, left = (None, 0) if beside is None else (with_whole_rows(beside), beside.shape[-1])
-    made = outputs(h, left + width, wants)
-    strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), made.x.stride(1))
-    if made.values is None:
+    """gelu(h), tanh's approximation, in the form that the next layer `wants`; with `beside` (B, L, D) to its left."""
+    (batch, length, width), h = h.shape, contiguous_rows(h)
+    beside, left = (None, 0) if beside is None else (contiguous_rows(beside), beside.shape[-1])
+    out = outputs(h, left + width, wants)
+    strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), out.x.stride(1))
+    if out.values is None:
         tile = choose("gelu_tanh", h.device)
         rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
         _gelu[triton.cdiv(left, block) + triton.cdiv(width, block), triton.cdiv(length, rows), batch](
-            h, beside, made.x, *strides, length,
+            h, beside, out.x, *strides, length,
             W=width, D=left, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
-        return made
+        return out
     down, block_r = down_and_block(wants, h)
     tile = choose("gelu_tanh_8bit" if down is None else "gelu_tanh_8bit_down", h.device)
     _gelu_8_bits[triton.cdiv(length, tile.block_m), batch](
-        h, beside, made.x, made.values, made.scale, down, made.s,
+        h, beside, out.x, out.values, out.scale, down, out.s,
         *strides[:4], length, 0 if down is None else len(down),
         W=width, D=left, BLOCK=triton.next_power_of_2(left + width), ROWS=tile.block_m,
         INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
-    return named(made, wants)
+    return with_dtype(out, wants)
 
 
 def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
-    """The gradient of h (B, L, W) for the columns of dy (B, L, W) that gelu(h) was written to."""
-    (batch, length, width), dy, h = h.shape, with_whole_rows(dy), with_whole_rows(h)
+    """The gradient of h (B, L, W), from the columns of dy (B, L, W) that correspond to gelu(h)."""
+    (batch, length, width), dy, h = h.shape, contiguous_rows(dy), contiguous_rows(h)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     tile = choose("gelu_tanh_backward", h.device)
     rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
@@ -123,7 +123,7 @@ def _gelu_8_bits(
     R,
     W: tl.constexpr,
     D: tl.constexpr,
-    BLOCK: tl.constexpr,  # D + W at least
+    BLOCK: tl.constexpr,  # at least D + W
     ROWS: tl.constexpr,
     INT8: tl.constexpr,
     ROTATION: tl.constexpr,  # the block of 8-bit rows, or 0
@@ -143,7 +143,7 @@ def _gelu_8_bits(
         h = tl.load(h_ptr + b * h_b + row * h_l + column - D, mask=inside & (column >= D), other=x).to(tl.float32)
         rounded = tl.where(left, h, h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + to, rounded, mask=inside)
-        y = rounded.to(tl.float32)  # gelu(0) = 0: nothing comes from beyond the width
+        y = rounded.to(tl.float32)  # gelu(0) = 0, so columns past the width stay zero
         y = rotated(y, ROTATION) if ROTATION else y
         row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
         tl.store(row_scale_ptr + b * L + row + tl.arange(0, 1), row_scale)

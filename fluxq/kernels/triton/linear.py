@@ -1,12 +1,13 @@
-"""A frozen linear layer with LoRA, multiplied in 16 bits: one product for both, over a weight decoded once.
+"""A frozen linear layer with LoRA, multiplied in 16 bits: one product for both, with a weight that is decoded once.
 
-Paths, chosen by the table:
+The table chooses one of these paths:
 
-extended  The weight is decoded, some rows at a time, into a scratch [W | scale up | bias]; the input carries
-          [x | x down^T | 1] where its producer left room behind each row. Base, LoRA and bias are then one product of
-          the vendor's library, and backward dy [W | scale up] is the input's gradient and LoRA's inner one.
-plain     No room, or a weight that needs no decoding: the products one after the other.
-fused     The weight is decoded in the product's loop (matmul.py, few_rows.py): few rows, or no memory for a scratch.
+extended  The weight is decoded, some rows at a time, into a scratch [W | scale up | bias]; the input is
+          [x | x down^T | 1] if its producer left padding behind each row. Base, LoRA and bias are then one product by
+          the vendor's library; in the backward pass dy [W | scale up] is the input's gradient and LoRA's inner one.
+plain     There is no padding, or the weight needs no decoding: the products one after the other.
+fused     The weight is decoded in the product's loop (matmul.py, few_rows.py): for few rows, or without memory for a
+          scratch.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from torch import Tensor
 from ..cutting import parts
 from ..weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 from . import matmul
-from .extension import fill_room, fill_tail
+from .extension import fill_padding, fill_tail
 from .few_rows import input_gradient
 from .storage import dequantize
 from .table import choose
@@ -29,12 +30,12 @@ def lora_linear(
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
 
-    x (..., K) or with room behind each row, which is written to; weight (N, K) as stored; down (R, K), up (N, R), bias
-    (N,) in x's dtype, or up in a wider one, which is rounded once it is scaled.
+    x (..., K), or with padding behind each row, which this op overwrites; weight (N, K) as stored; down (R, K), up (N,
+    R), bias (N,) in x's dtype; up may have a wider dtype and is then rounded after scaling.
     """
     n, k = weight.shape
-    # Several layers may share an input, each filling the room anew. What autograd keeps of x is not in the room, so it
-    # is not told (through `data`); s is a tensor of its own.
+    # Layers may share an input; each fills the padding again. Autograd keeps nothing that is in the padding, so `data`
+    # hides the write from it; s is a separate tensor.
     rows = x.data.reshape(-1, x.shape[-1])
     choice = choose(f"lora_linear_{_format(weight)}", x.device, len(rows))
     s = None if down is None or up is None else torch.mm(rows[:, :k], down.t())
@@ -43,8 +44,8 @@ def lora_linear(
     elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
         y = _extended(rows, weight, bias, s, up, scale, choice.chunk)
     else:
-        # A bias is free where the result is in one piece, which is what it is without chunks; added to some of its
-        # columns, it is written to them first and read again. Only a row of the table that says "plain" decides anew.
+        # Adding a bias is free if the result is in one piece, as it is without chunks. If it is added to some columns,
+        # it is first written to them and then read back. So with a bias, only a table row "plain" uses chunks.
         whole = bias is not None and choice.path == "extended"
         y = _plain(rows[:, :k], weight, bias, s, up, scale, 0 if whole else choice.chunk)
     return y.view(*x.shape[:-1], n), s if s is None else s.view(*x.shape[:-1], -1)
@@ -59,13 +60,13 @@ def lora_linear_backward(
     up: Tensor | None,
     scale: float,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of x, down and up for `lora_linear`; that of x has x's width, what lies in the room is finite.
+    """Gradients of x, down and up for `lora_linear`. That of x has x's width; its padding is finite.
 
-    weight None: the gradient of x is not wanted; s None: there is no LoRA, and x is not needed. Those of down and up
-    are summed and returned in fp32.
+    weight None: do not compute the gradient of x. s None: there is no LoRA, and x is not needed. The gradients of down
+    and up are summed and returned in fp32.
     """
-    rows, room = dy.reshape(-1, dy.shape[-1]), 0 if x is None or down is None else x.shape[-1] - down.shape[1]
-    dx, ds = (None, None) if weight is None else _dx(rows, weight, down, up, scale, room)
+    rows, padding = dy.reshape(-1, dy.shape[-1]), 0 if x is None or down is None else x.shape[-1] - down.shape[1]
+    dx, ds = (None, None) if weight is None else _dx(rows, weight, down, up, scale, padding)
     dx = None if dx is None else dx.view(*dy.shape[:-1], -1)
     if x is None or s is None or down is None or up is None:
         return dx, None, None
@@ -74,7 +75,7 @@ def lora_linear_backward(
 
 
 def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Those of down and up, in fp32. dy (..., N), x (..., K), s (..., R), and its gradient ds (M, R)."""
+    """Gradients of down and up, in fp32. dy (..., N), x (..., K), s (..., R), and the gradient of s: ds (M, R)."""
     d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1]))
     return d_down, _mm_fp32(dy.reshape(-1, dy.shape[-1]).t(), s.reshape(-1, s.shape[-1])).mul_(scale)
 
@@ -92,7 +93,7 @@ def _extended(
 ) -> Tensor:
     """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
     (n, k), width = weight.shape, rows.shape[1]
-    fill_room(rows, k, s)  # to its end, for what was there may be NaN, which no zero in the scratch would take away
+    fill_padding(rows, k, s)  # all of it: leftover NaN would survive the zeros in the scratch
     y = rows.new_empty(len(rows), n)
     for part in parts(n, k, chunk):
         w = _scratch(part.stop - part.start, width, rows)
@@ -118,12 +119,12 @@ def _plain(
 
 
 def _dx(
-    rows: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, room: int
+    rows: Tensor, weight: Weight, down: Tensor | None, up: Tensor | None, scale: float, padding: int
 ) -> tuple[Tensor, Tensor | None]:
-    """dy W + ds down, (M, K + room), and ds = scale dy up, (M, R), where there is LoRA."""
+    """dy W + ds down, (M, K + padding), and with LoRA ds = scale dy up, (M, R)."""
     k = weight.shape[1]
     choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows))
-    dx = rows.new_empty(len(rows), k + room)
+    dx = rows.new_empty(len(rows), k + padding)
     if choice.path == "fused" and rows.dtype != torch.float64:
         ds = None if up is None else _ds(rows, up, scale)
         input_gradient(rows, weight, ds, down, dx[:, :k], choice)
@@ -132,7 +133,7 @@ def _dx(
     _decoded_dx(dx, rows, weight, up, scale, choice.chunk)
     if up is None or down is None:
         return dx, None
-    ds = dx[:, k : k + len(down)] if room else _ds(rows, up, scale)
+    ds = dx[:, k : k + len(down)] if padding else _ds(rows, up, scale)
     dx[:, :k].addmm_(ds, down)
     return dx, ds
 
@@ -142,20 +143,20 @@ def _ds(rows: Tensor, up: Tensor, scale: float) -> Tensor:
 
 
 def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, scale: float, chunk: int) -> None:
-    """dy [W | scale up | 0] into `dx` (M, K + room). For some columns of W at a time: their parts of the result are
-    final, and none is rounded twice.
+    """Write dy [W | scale up | 0] into `dx` (M, K + padding), for some columns of W at a time: their parts of the
+    result are final, and none is rounded twice.
     """
     n, k = weight.shape
-    room = dx.shape[1] - k
+    padding = dx.shape[1] - k
     if isinstance(weight, Tensor):
         torch.mm(rows, weight.to(rows.dtype), out=dx[:, :k])
-        if up is not None and room:
-            tail = rows.new_empty(n, room)
+        if up is not None and padding:
+            tail = rows.new_empty(n, padding)
             fill_tail(tail, up, scale, None)
             torch.mm(rows, tail, out=dx[:, k:])
         return
     for part in parts(k, n, chunk):
-        columns, last = part.stop - part.start, room if part.stop == k else 0
+        columns, last = part.stop - part.start, padding if part.stop == k else 0
         w = _scratch(n, columns + last, rows)
         dequantize(_columns(weight, part), w.dtype, w[:, :columns])
         if up is not None and last:
@@ -164,7 +165,7 @@ def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, sca
 
 
 def _columns(weight: NF4Weight | RowScaled, part: slice) -> Weight:
-    """Columns of a weight, multiples of 64 of NF4: a view."""
+    """Some columns of a weight (for NF4, multiples of 64): a view."""
     if isinstance(weight, NF4Weight):
         blocks = slice(part.start // NF4_BLOCK, part.stop // NF4_BLOCK)
         return NF4Weight(weight.codes[:, part.start // 2 : part.stop // 2], weight.absmax[:, blocks])
@@ -179,7 +180,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
 
 
 def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed and returned in fp32, or better where the factors are."""
+    """a b, summed and returned in fp32, or in the factors' dtype if that is wider."""
     if a.dtype not in (torch.bfloat16, torch.float16):
         return a @ b
     if a.is_cuda:
@@ -193,11 +194,11 @@ _scratches: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
 def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
     """(rows, columns) for a decoded weight, in the dtype and on the device of `like`: the same memory each time.
 
-    Uses follow one another in the order of one stream, and each stream has its own. It grows to the largest asked for.
+    Uses are ordered by the stream, and each stream has its own scratch. It grows to the largest size requested.
     """
     stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
     key = (like.device, like.dtype, stream)
     if key not in _scratches or _scratches[key].numel() < rows * columns:
-        _scratches.pop(key, None)  # first, so that both are never there at once
+        _scratches.pop(key, None)  # first, so that old and new never exist together
         _scratches[key] = torch.empty(rows * columns, dtype=like.dtype, device=like.device)
     return _scratches[key][: rows * columns].view(rows, columns)

@@ -1,8 +1,8 @@
-"""One kernel for a linear layer over a weight as it is stored: decoded in the loop, LoRA in the accumulator.
+"""One kernel for a linear layer with the weight as it is stored: decoded in the loop, LoRA added to the accumulator.
 
-For few rows of input, where reading the weight is all the work, and wherever there is no room to decode a weight into.
-With many rows each weight would be decoded again for every tile of rows, which costs more than decoding it once into a
-scratch (linear.py).
+For few rows of input, where reading the weight is all the work, and if there is no memory to decode a weight into. With
+many rows, every tile of rows would decode each weight again, which costs more than decoding it once into a scratch
+(linear.py).
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
@@ -16,7 +16,8 @@ from torch import Tensor
 
 from ..weights import Weight
 from .bits import e4m3_decode, int8_decode, nf4_decode
-from .stored import along_rows, stored
+from .layout import contiguous_rows
+from .stored import stored
 from .table import Choice
 from .tiles import add_lora, tile_of
 
@@ -29,8 +30,8 @@ def linear(
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
     grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)
     numbers, absmax, levels, row_scale, form = stored(weight)
-    x = along_rows(x)
-    s, up = (None, None) if s is None or up is None else (along_rows(s), along_rows(up))
+    x = contiguous_rows(x)
+    s, up = (None, None) if s is None or up is None else (contiguous_rows(s), contiguous_rows(up))
     _linear[grid](
         x,
         numbers,
@@ -61,7 +62,7 @@ def linear(
     return y
 
 
-@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from image to image, LoRA to LoRA
+@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
 def _linear(
     x_ptr,  # (M, K) any float, rows x_stride apart
     w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/8) int32; rows w_stride apart
@@ -88,18 +89,18 @@ def _linear(
     BLOCK_K: tl.constexpr,
 ):
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
-    # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large images) once a program.
+    # From here on pointers, M and N are the tile's, so 64-bit arithmetic (M N can exceed 2^31) runs once per program.
     first_m, first_n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside_m, inside_n = m < M - first_m, n < N - first_n
     dtype: tl.constexpr = y_ptr.dtype.element_ty
-    # Rows past the end read the tile's first again: it is not stored, and the loop needs no mask for them.
+    # Rows past the end read the tile's first row, so the loop needs no mask for them; their results are not stored.
     x_ptrs = x_ptr + first_m * x_stride + tl.where(inside_m, m, 0)[:, None] * x_stride + k
     near_n = tl.where(inside_n, n, 0)[:, None]
     w_ptrs = w_ptr + first_n * w_stride + near_n * w_stride
     acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
     for start in range(0, K, BLOCK_K):
-        # Behind K x may hold anything, in its room NaN: it is masked as the weight is.
+        # x may hold anything behind K, and its padding NaN, so it is masked like the weight.
         x = tl.load(x_ptrs) if EVEN_K else tl.load(x_ptrs, mask=start + k < K, other=0.0)
         if FORM == "nf4":
             word = start // 8 + tl.arange(0, BLOCK_K // 8)

@@ -1,13 +1,13 @@
 """Products of int8 or e4m3 matrices on the tensor cores, with scales, LoRA and bias in the epilogue.
 
-Sums are exact in int32, or in fp32; a tile is scaled, has LoRA and bias added in fp32, and is rounded once. Done after
-the product, those passes over its int32 result would take half as long again (predicted, for RTX 40).
+Sums are exact in int32, or in fp32. A tile is scaled, LoRA and bias are added in fp32, and the result is rounded once.
+As separate passes over the int32 result, these would add half of the product's time (predicted, for RTX 40).
 
-Paths, chosen by the table:
+The table chooses one of these paths:
 
 triton  The plain product.
-scaled  fp8 on RTX 50 and its like, whose units multiply e4m3 at full rate only as numbers in blocks of 32 with a scale
-        each (OneTrainer measured half of it without): every block's scale is 1, so that the numbers are the same.
+scaled  fp8 on RTX 50 and similar GPUs, which multiply e4m3 at full rate only in blocks of 32 numbers with a scale each
+        (OneTrainer measured half the rate without): every block's scale is 1, so the results are the same.
 """
 
 # pyright: reportCallIssue=false, reportGeneralTypeIssues=false
@@ -21,7 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .stored import along_rows
+from .layout import contiguous_rows
 from .table import INTERPRETED, choose, generation
 from .tiles import add_lora, tile_of
 
@@ -39,16 +39,16 @@ def matmul_8bit(
     """(M, N) in `dtype`: a b^T, row m times a_scale[m], column n times b_scale[n], plus s up^T and bias, rounded once.
 
     a (M, K), b (N, K) both int8 or both float8_e4m3fn; a_scale (M,), b_scale (N,) fp32; s (M, R), up (N, R), bias (N,).
-    s and up are rounded to `dtype` for their product. Raises ValueError for fp8 on a GPU without it.
+    s and up are rounded to `dtype` for their product. Raises ValueError for fp8 on a GPU that lacks it.
     """
     if a.dtype != torch.int8 and INTERPRETED < generation(a.device) < 89:
         raise ValueError("this GPU cannot multiply in fp8 (RTX 40 series and newer can); use compute int8 or bf16")
     (m, k), n = a.shape, b.shape[0]
     y = torch.empty(m, n, dtype=dtype, device=a.device)
     choice = choose("matmul_int8" if a.dtype == torch.int8 else "matmul_fp8", a.device, m)
-    a, b = along_rows(a), along_rows(b)  # as 8-bit tensor cores before sm_100 read both
-    # The gradient's `up` is down^T: small, and slow to read across its rows.
-    s, up = (None, None) if s is None or up is None else (along_rows(s), along_rows(up))
+    a, b = contiguous_rows(a), contiguous_rows(b)  # 8-bit tensor cores before sm_100 read both along K
+    # For the gradient, `up` is down^T: small, but slow to read across its rows.
+    s, up = (None, None) if s is None or up is None else (contiguous_rows(s), contiguous_rows(up))
     grid = (triton.cdiv(m, choice.block_m) * triton.cdiv(n, choice.block_n),)
     _matmul_8bit[grid](
         a,
@@ -80,11 +80,11 @@ def matmul_8bit(
 
 @cache
 def _has_scaled_dot() -> bool:
-    """Whether Triton compiles a scaled product of fp8 to the GPU's own; before 3.6 it does not."""
+    """Whether Triton compiles a scaled product of fp8 to the GPU's native instruction; before 3.6 it does not."""
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
-@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary from image to image, LoRA to LoRA
+@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
 def _matmul_8bit(
     a_ptr,  # (M, K) int8 or e4m3, rows a_stride apart
     a_scale_ptr,  # (M,) fp32
@@ -109,11 +109,11 @@ def _matmul_8bit(
     SCALED: tl.constexpr,
 ):
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
-    # From here on pointers, M and N are the tile's: 64 bits (M N passes 2^31 with a few large images) once a program.
+    # From here on pointers, M and N are the tile's, so 64-bit arithmetic (M N can exceed 2^31) runs once per program.
     first_m, first_n = row.to(tl.int64) * BLOCK_M, column.to(tl.int64) * BLOCK_N
     m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
     inside_m, inside_n = m < M - first_m, n < N - first_n
-    # Rows past the end read the tile's first again: it is not stored, and the loop needs no mask for them.
+    # Rows past the end read the tile's first row, so the loop needs no mask for them; their results are not stored.
     a_ptrs = a_ptr + first_m * a_stride + tl.where(inside_m, m, 0)[:, None] * a_stride + k
     b_ptrs = b_ptr + first_n * b_stride + tl.where(inside_n, n, 0)[:, None] * b_stride + k
     acc_type: tl.constexpr = tl.int32 if a_ptr.dtype.element_ty == tl.int8 else tl.float32
@@ -129,7 +129,7 @@ def _matmul_8bit(
             b_unit = tl.full((BLOCK_N, BLOCK_K // 32), 127, tl.uint8)
             acc = tl.dot_scaled(a, a_unit, "e4m3", b.trans(), b_unit, "e4m3", acc)
         else:
-            # Hopper's fp8 units keep 14 bits of a sum; after each tile it goes into a real fp32 one.
+            # Hopper's fp8 units keep only 14 bits of a sum, so it is added to a true fp32 sum after each tile.
             acc = tl.dot(a, b.trans(), acc, max_num_imprecise_acc=BLOCK_K, out_dtype=acc_type)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K

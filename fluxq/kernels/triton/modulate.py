@@ -1,9 +1,9 @@
 """LayerNorm with shift and scale, and the gated sum before it, each a single pass over the rows.
 
-A program holds whole rows in registers, so that mean, variance and the largest magnitude cost no second reading. Where
-the product with LoRA's `down` is wanted too, a program takes 16 rows, what a tensor core multiplies at a time, and
-reads back from the cache what it has just written. Gradients of shift, scale and gate are summed over a program's rows
-and written down; PyTorch sums the programs, always in the same order.
+A program holds whole rows in registers, so mean, variance and the largest magnitude need no second read. If the product
+with LoRA's `down` is wanted too, a program handles 16 rows, which a tensor core multiplies at a time, and reads back
+from the cache what it has just written. Each program sums the gradients of shift, scale and gate over its rows and
+stores the sums; PyTorch adds up the programs, always in the same order.
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -20,26 +20,26 @@ from ..activations import Activations, Wants
 from .eight_bits import (
     down_and_block,
     multiply_by_down,
-    named,
     outputs,
     registers,
     scale_of,
     to_8_bits,
+    with_dtype,
 )
-from .layout import with_whole_rows
+from .layout import contiguous_rows
 from .rotation import rotated
 from .table import choose
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
-    """(1 + scale) LayerNorm(x) + shift, for the layer that `wants` it. x (B, L, D); shift, scale (B, 1, D)."""
+    """(1 + scale) LayerNorm(x) + shift, as the next layer `wants` it. x (B, L, D); shift, scale (B, 1, D)."""
     return _forward(x, None, None, None, shift, scale, wants)
 
 
 def gated_add_modulate(
     residual: Tensor, gate: Tensor, y: Tensor, shift: Tensor, scale: Tensor, wants: Wants
 ) -> tuple[Tensor, Activations]:
-    """x = residual + gate y, and x modulated: `gated_add` and the `modulate` that follows it in one pass."""
+    """x = residual + gate y, and x modulated: `gated_add` and the `modulate` after it in one pass."""
     x = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     return x, _forward(residual, gate, y, x, shift, scale, wants)
 
@@ -47,22 +47,22 @@ def gated_add_modulate(
 def _forward(
     x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor | None, shift: Tensor, scale: Tensor, wants: Wants
 ) -> Activations:
-    (batch, length, width), x = x.shape, with_whole_rows(x)
-    gate, y = (t if t is None else with_whole_rows(t) for t in (gate, y))
-    shift, scale = with_whole_rows(shift), with_whole_rows(scale)
-    made = outputs(x, width, wants)
+    (batch, length, width), x = x.shape, contiguous_rows(x)
+    gate, y = (t if t is None else contiguous_rows(t) for t in (gate, y))
+    shift, scale = contiguous_rows(shift), contiguous_rows(scale)
+    out = outputs(x, width, wants)
     down, block_r = down_and_block(wants, x)
     form = "" if wants.dtype is None else "_8bit" if down is None else "_8bit_down"
     tile = choose(f"modulate{form}", x.device)
     _modulate[triton.cdiv(length, tile.block_m), batch](
-        x, gate, y, total, shift, scale, made.x, made.values, made.scale, down, made.s,
+        x, gate, y, total, shift, scale, out.x, out.values, out.scale, down, out.s,
         x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
-        shift.stride(0), scale.stride(0), made.x.stride(1), length, 0 if down is None else len(down),
+        shift.stride(0), scale.stride(0), out.x.stride(1), length, 0 if down is None else len(down),
         D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
         INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
-    return named(made, wants)
+    return with_dtype(out, wants)
 
 
 def modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, rows: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
@@ -74,7 +74,7 @@ def modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, rows: bool) -> tuple
 def gated_add_modulate_backward(
     dx: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor, y: Tensor | None, scale: Tensor, rows: bool
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of residual and y, of gate where `y` is given, and if `rows` of shift and scale.
+    """Gradients of residual and y, of gate if `y` is given, and if `rows` of shift and scale.
 
     dx (B, L, D) is the gradient of the sum x, None for zero; dy (B, L, D or wider) that of x modulated.
     """
@@ -87,8 +87,8 @@ def _backward(
     dx: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor | None, y: Tensor | None, scale: Tensor, rows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     batch, length, width = x.shape
-    dy, x, scale = with_whole_rows(dy), with_whole_rows(x), with_whole_rows(scale)
-    dx, gate, y = (t if t is None else with_whole_rows(t) for t in (dx, gate, y))
+    dy, x, scale = contiguous_rows(dy), contiguous_rows(x), contiguous_rows(scale)
+    dx, gate, y = (t if t is None else contiguous_rows(t) for t in (dx, gate, y))
     d_residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_y = None if gate is None else torch.empty_like(d_residual)
     tile = choose("modulate_backward_sums" if rows or y is not None else "modulate_backward", x.device)
@@ -101,15 +101,15 @@ def _backward(
         D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step, SHIFT=rows,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    found = _summed(sums, x.dtype)
-    d_shift, d_scale = (found[0], found[1]) if rows else (None, None)
-    return d_residual, d_y, None if y is None else found[-1], d_shift, d_scale
+    totals = _summed(sums, x.dtype)
+    d_shift, d_scale = (totals[0], totals[1]) if rows else (None, None)
+    return d_residual, d_y, None if y is None else totals[-1], d_shift, d_scale
 
 
 def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """residual + gate y. residual, y (B, L, D); gate (B, 1, D)."""
     batch, length, width = residual.shape
-    residual, gate, y = with_whole_rows(residual), with_whole_rows(gate), with_whole_rows(y)
+    residual, gate, y = contiguous_rows(residual), contiguous_rows(gate), contiguous_rows(y)
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     tile = choose("gated_add", residual.device)
     rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
@@ -122,9 +122,9 @@ def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
 
 
 def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Gradients of y, and of gate (B, 1, D) where `y` is given. That of the residual is `dout` itself."""
+    """Gradients of y, and of gate (B, 1, D) if `y` is given. The gradient of the residual is `dout` itself."""
     batch, length, width = dout.shape
-    dout, gate, y = with_whole_rows(dout), with_whole_rows(gate), y if y is None else with_whole_rows(y)
+    dout, gate, y = contiguous_rows(dout), contiguous_rows(gate), y if y is None else contiguous_rows(y)
     dy = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
     tile = choose("gated_add_backward" if y is None else "gated_add_backward_sums", dout.device)
     block = min(tile.block_n, triton.next_power_of_2(width))
@@ -139,21 +139,21 @@ def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Te
 
 
 def _partial_sums(count: int, grid: tuple[int, int], x: Tensor) -> Tensor | None:
-    """Room for what each program sums up, (count, B, programs, D) fp32; nothing where nothing is wanted."""
+    """Memory for the programs' sums, (count, B, programs, D) fp32, or None if count is 0."""
     programs, batch = grid
     return x.new_empty(count, batch, programs, x.shape[-1], dtype=torch.float32) if count else None
 
 
 def _summed(sums: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """(count, B, 1, D): the programs' sums together."""
+    """(count, B, 1, D): the sum over all programs."""
     return torch.empty(0) if sums is None else sums.sum(2, keepdim=True).to(dtype)
 
 
 @triton.jit(do_not_specialize=["L", "R"])
 def _modulate(
-    x_ptr,  # (B, L, D); the residual where there is a gate
+    x_ptr,  # (B, L, D); the residual if there is a gate
     gate_ptr,  # (B, 1, D) or None
-    add_ptr,  # (B, L, D) what is gated, or None
+    add_ptr,  # (B, L, D) the gated input, or None
     sum_ptr,  # (B, L, D) out: residual + gate * add, or None
     shift_ptr,  # (B, 1, D)
     scale_ptr,  # (B, 1, D)
@@ -196,7 +196,7 @@ def _modulate(
             x += gate * tl.load(add_ptr + b * add_b + row * add_l + column, mask=mask, other=0.0).to(tl.float32)
             rounded = x.to(sum_ptr.dtype.element_ty)
             tl.store(sum_ptr + m * D + column, rounded, mask=mask)
-            x = rounded.to(tl.float32)  # the next layers see the stream as it is stored
+            x = rounded.to(tl.float32)  # the next layers read the stream as it is stored
         centered, rstd = _centered(x, column, D)
         y = (centered * rstd[:, None] * (1.0 + scale) + shift).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + m * y_l + column, y, mask=mask)
@@ -213,7 +213,7 @@ def _modulate(
 
 @triton.jit
 def _centered(x, column, D: tl.constexpr):
-    """x (rows, columns) less each row's mean, zero from column D on; and 1 / its deviation (rows,)."""
+    """x (rows, columns) minus each row's mean, zero from column D on; and 1 / its standard deviation (rows,)."""
     mean = tl.sum(x, axis=1) / D
     centered = tl.where(column < D, x - mean[:, None], 0.0)
     return centered, tl.rsqrt(tl.sum(centered * centered, axis=1) / D + 1e-6)
@@ -221,15 +221,15 @@ def _centered(x, column, D: tl.constexpr):
 
 @triton.jit(do_not_specialize=["L"])
 def _modulate_backward(
-    dx_ptr,  # (B, L, D) gradient of the gated sum from elsewhere, or None
-    dy_ptr,  # (B, L, D) gradient of what was modulated
+    dx_ptr,  # (B, L, D) gradient of the gated sum from its other uses, or None
+    dy_ptr,  # (B, L, D) gradient of the modulated output
     x_ptr,  # (B, L, D)
     gate_ptr,  # (B, 1, D) or None
-    add_ptr,  # (B, L, D) what was gated, or None where the gate's gradient is not wanted
+    add_ptr,  # (B, L, D) the gated input, or None if the gate's gradient is not wanted
     scale_ptr,  # (B, 1, D)
     d_residual_ptr,  # (B, L, D) out
     d_add_ptr,  # (B, L, D) out, or None
-    sums_ptr,  # (shift, scale and gate, as far as wanted; B, programs, D) fp32 out, or None
+    sums_ptr,  # (those wanted of shift, scale, gate; B, programs, D) fp32 out, or None
     dx_b,
     dx_l,
     dy_b,
@@ -317,7 +317,7 @@ def _gated_add(
 def _gated_add_backward(
     dout_ptr,  # (B, L, D)
     gate_ptr,  # (B, 1, D)
-    y_ptr,  # (B, L, D), or None where the gate's gradient is not wanted
+    y_ptr,  # (B, L, D), or None if the gate's gradient is not wanted
     dy_ptr,  # (B, L, D) out
     sums_ptr,  # (1, B, programs, D) fp32 out, or None
     dout_b,

@@ -1,4 +1,4 @@
-"""NF4 codes of a matrix, bitsandbytes' bytes (Dettmers et al. 2023, appendix E); decoding is in storage.py."""
+"""Encodes a matrix in NF4, byte for byte as bitsandbytes (Dettmers et al. 2023, appendix E); storage.py decodes."""
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -16,9 +16,9 @@ from .table import choose
 
 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
-    """NF4 codes (N, K/2) uint8 and scales (N, K/64) fp32 of the (N, K) matrix `w`, the very bytes of bitsandbytes."""
+    """NF4 codes (N, K/2) uint8 and scales (N, K/64) fp32 of the (N, K) matrix `w`, byte for byte as bitsandbytes."""
     rows, columns = w.shape
-    flat = w.contiguous()  # weights are read from files whole; blocks run through rows
+    flat = w.contiguous()  # a no-op for weights from files; blocks run along rows
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(rows, columns // NF4_BLOCK, dtype=torch.float32, device=w.device)
     tile = choose("nf4_quantize", w.device)
@@ -42,9 +42,9 @@ def _quantize(
     inside = (block < blocks)[:, None]
     w = tl.load(w_ptr + block[:, None] * 64 + tl.arange(0, 64)[None, :], mask=inside, other=0.0).to(tl.float32)
     largest = tl.max(tl.abs(w), axis=1)
-    least = tl.full([BLOCKS], 1e-38, tl.float32)  # a subnormal number: written plainly it would be fp64
+    least = tl.full([BLOCKS], 1e-38, tl.float32)  # subnormal; a plain literal would be fp64
     scaled = w * tl.div_rn(1.0, tl.maximum(largest, least))[:, None]
-    # A code is the number of midpoints below: four halvings of the 15.
+    # A code is the number of midpoints below: a binary search over the 15, in four steps.
     midpoints, scaled = tl.load(midpoints_ptr + tl.arange(0, 16)), scaled.reshape(BLOCKS * 64)
     code = tl.zeros([BLOCKS * 64], tl.int32)
     for step in tl.static_range(3, -1, -1):

@@ -1,7 +1,7 @@
-"""RMS norm of queries and keys, RoPE, and the streams joined: one pass over each stream's qkv.
+"""RMS norm of queries and keys, RoPE, and concatenation of the streams: one pass over each stream's qkv.
 
-A program takes one token: its heads lie side by side in a row of qkv and in a row of each joint buffer, so everything
-is read and written once, 128 bits at a time. The backward pass turns what was turned back again.
+A program handles one token: its heads are adjacent in a row of qkv and in a row of each joint buffer, so everything is
+read and written once, 128 bits at a time. The backward pass undoes the rotation of RoPE.
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -17,24 +17,25 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Stream
-from .layout import with_whole_rows
+from .layout import contiguous_rows
 from .table import choose
 
 
 def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """q, k, v of all streams one after another, (B, H, L, D/H), q and k normed and turned; and rstd (2, B, L, H) fp32.
+    """q, k, v of all streams concatenated, (B, H, L, D/H), q and k normed and with RoPE applied; and rstd (2, B, L, H)
+    fp32.
 
-    q, k and v lie in memory as (B, L, H, D/H). A head's width must be a power of two, 16 or more.
+    In memory q, k and v are (B, L, H, D/H). The head width must be a power of two, 16 or more.
     """
     qkv, q_scale, _ = streams[0]
     batch, width, length = qkv.shape[0], len(q_scale), sum(s[0].shape[1] for s in streams)
     heads = qkv.shape[2] // (3 * width)
     q, k, v = (qkv.new_empty(batch, length, heads, width) for _ in range(3))
     rstd = qkv.new_empty(2, batch, length, heads, dtype=torch.float32)
-    cos, sin = cos.contiguous(), sin.contiguous()  # which they are, unless a caller expanded them
+    cos, sin = cos.contiguous(), sin.contiguous()  # a no-op unless a caller expanded them
     tile, start = choose("qk_norm_rope", qkv.device), 0
     for qkv, q_scale, k_scale in streams:
-        qkv = with_whole_rows(qkv)
+        qkv = contiguous_rows(qkv)
         _forward[qkv.shape[1], batch](
             qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, q, k, v, rstd,
             qkv.stride(0), qkv.stride(1), _per_image(cos), start, length,
@@ -59,16 +60,17 @@ def qk_norm_rope_backward(
 ) -> list[Tensor]:
     """The gradient (B, L, 3 D) of each stream's qkv; `scales` and `lengths` are the streams'.
 
-    The normed values come from q and k, turned back and divided by the scale; or from the streams' qkv, the `inputs`.
+    The normed values are computed from q and k by undoing RoPE and dividing by the scale, or from `inputs`, the
+    streams' qkv.
     """
     batch, heads, total, width = q.shape
-    joint = [with_whole_rows(t) for t in (dq, dk, dv, q, k)]
+    joint = [contiguous_rows(t) for t in (dq, dk, dv, q, k)]
     strides = [stride for t in joint for stride in t.stride()[:3]]
     cos, sin = cos.contiguous(), sin.contiguous()
     tile, grads, start = choose("qk_norm_rope_backward", q.device), [], 0
     for i, ((q_scale, k_scale), length) in enumerate(zip(scales, lengths, strict=True)):
         grad = q.new_empty(batch, length, 3 * heads * width)
-        qkv = None if inputs is None else with_whole_rows(inputs[i])
+        qkv = None if inputs is None else contiguous_rows(inputs[i])
         _backward[length, batch](
             *joint, qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, rstd, grad,
             *strides, *((0, 0) if qkv is None else qkv.stride()[:2]), _per_image(cos), start, total, length,
@@ -80,7 +82,7 @@ def qk_norm_rope_backward(
 
 
 def _per_image(cos: Tensor) -> int:
-    """How far apart the angles of two images lie; 0 where they share them."""
+    """The distance between the angles of two images; 0 if the images share them."""
     return cos.stride(0) if cos.shape[0] > 1 else 0
 
 
@@ -98,7 +100,7 @@ def _forward(
     qkv_b,
     qkv_l,
     angles_b,
-    start,  # where this stream begins in the joint sequence
+    start,  # where this stream starts in the joint sequence
     L,
     H: tl.constexpr,
     W: tl.constexpr,
@@ -115,26 +117,26 @@ def _forward(
     cos, sin = _angles(cos_ptr, sin_ptr, b * angles_b, start + token, W)
     out = (b * L + start + token) * (H * W) + place
     rstd = rstd_ptr + (b * L + start + token) * H + head
-    q, q_rstd = _normed_and_turned(q, q_scale_ptr, cos, sin, W)
+    q, q_rstd = _norm_and_rope(q, q_scale_ptr, cos, sin, W)
     tl.store(q_ptr + out, q.to(q_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd, q_rstd, mask=head < H)
-    k, k_rstd = _normed_and_turned(k, k_scale_ptr, cos, sin, W)
+    k, k_rstd = _norm_and_rope(k, k_scale_ptr, cos, sin, W)
     tl.store(k_ptr + out, k.to(k_ptr.dtype.element_ty), mask=mask)
     tl.store(rstd + tl.num_programs(1).to(tl.int64) * L * H, k_rstd, mask=head < H)
     tl.store(v_ptr + out, v, mask=mask)
 
 
 @triton.jit
-def _normed_and_turned(x, scale_ptr, cos, sin, W: tl.constexpr):
-    """x (heads, W) fp32 over its root mean square, times the scale, turned; and 1 / rms (heads,)."""
+def _norm_and_rope(x, scale_ptr, cos, sin, W: tl.constexpr):
+    """x (heads, W) fp32 divided by its root mean square, times the scale, with RoPE applied; and 1 / rms (heads,)."""
     rstd = tl.rsqrt(tl.sum(x * x, axis=1) / W + 1e-6)
     scale = tl.load(scale_ptr + tl.arange(0, W)).to(tl.float32)
-    return _turned(x * rstd[:, None] * scale[None, :], cos, sin), rstd
+    return _apply_rope(x * rstd[:, None] * scale[None, :], cos, sin), rstd
 
 
 @triton.jit
-def _turned(x, cos, sin):
-    """Each adjacent pair of x (heads, W) turned by its angle, cos and sin (1, W/2)."""
+def _apply_rope(x, cos, sin):
+    """Each adjacent pair of x (heads, W) rotated by its angle, cos and sin (1, W/2)."""
     even, odd = tl.split(tl.reshape(x, (x.shape[0], x.shape[1] // 2, 2)))
     return tl.reshape(tl.join(even * cos - odd * sin, even * sin + odd * cos), x.shape)
 
@@ -148,11 +150,11 @@ def _angles(cos_ptr, sin_ptr, image, place, W: tl.constexpr):
 
 @triton.jit(do_not_specialize=["start", "L", "length"])
 def _backward(
-    dq_ptr,  # (B, H, L, W), like all up to k any strides between rows
+    dq_ptr,  # (B, H, L, W); rows of the tensors up to k have any strides
     dk_ptr,  # (B, H, L, W)
     dv_ptr,  # (B, H, L, W)
-    q_ptr,  # (B, H, L, W) turned
-    k_ptr,  # (B, H, L, W) turned
+    q_ptr,  # (B, H, L, W) with RoPE applied
+    k_ptr,  # (B, H, L, W) with RoPE applied
     qkv_ptr,  # (B, length, 3 D), or None
     q_scale_ptr,  # (W,)
     k_scale_ptr,  # (W,)
@@ -178,7 +180,7 @@ def _backward(
     qkv_b,
     qkv_l,
     angles_b,
-    start,  # where this stream begins in the joint sequence
+    start,  # where this stream starts in the joint sequence
     L,
     length,  # of this stream
     H: tl.constexpr,
@@ -203,21 +205,21 @@ def _backward(
     if qkv_ptr is None:
         q = tl.load(q_ptr + b * q_b + at * q_l + row * q_h + column, mask=mask, other=0.0).to(tl.float32)
         k = tl.load(k_ptr + b * k_b + at * k_l + row * k_h + column, mask=mask, other=0.0).to(tl.float32)
-        q, k = _turned(q, cos, -sin) / q_scale, _turned(k, cos, -sin) / k_scale
+        q, k = _apply_rope(q, cos, -sin) / q_scale, _apply_rope(k, cos, -sin) / k_scale
     else:
         qkv = qkv_ptr + b * qkv_b + token * qkv_l + place
         q = tl.load(qkv, mask=mask, other=0.0).to(tl.float32) * q_rstd
         k = tl.load(qkv + H * W, mask=mask, other=0.0).to(tl.float32) * k_rstd
     grad = grad_ptr + (b * length + token) * (3 * H * W) + place
-    dq = _through_norm(_turned(dq, cos, -sin) * q_scale, q, q_rstd, W)
+    dq = _rms_norm_backward(_apply_rope(dq, cos, -sin) * q_scale, q, q_rstd, W)
     tl.store(grad, dq.to(grad_ptr.dtype.element_ty), mask=mask)
-    dk = _through_norm(_turned(dk, cos, -sin) * k_scale, k, k_rstd, W)
+    dk = _rms_norm_backward(_apply_rope(dk, cos, -sin) * k_scale, k, k_rstd, W)
     tl.store(grad + H * W, dk.to(grad_ptr.dtype.element_ty), mask=mask)
     tl.store(grad + 2 * H * W, dv.to(grad_ptr.dtype.element_ty), mask=mask)
 
 
 @triton.jit
-def _through_norm(d_normed, normed, rstd, W: tl.constexpr):
-    """The gradient before an RMS norm from that behind it; all (heads, W), rstd (heads, 1)."""
+def _rms_norm_backward(d_normed, normed, rstd, W: tl.constexpr):
+    """The gradient before an RMS norm from that after it; all (heads, W), rstd (heads, 1)."""
     along = tl.sum(normed * d_normed, axis=1)[:, None] / W
     return rstd * (d_normed - normed * along)

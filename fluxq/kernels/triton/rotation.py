@@ -1,10 +1,10 @@
 """Rotation by blocks of regular Hadamard matrices (fluxq/kernels/rotation.py), in registers and in fp32.
 
-A matrix of 4^n is a product of n steps: in step i the four numbers whose places differ in the i-th digit to base 4
-become half their sum, less each. Within a row the digits of a block lie in a thread or in the lanes of its warp, so a
-step costs a few additions and shuffles and no shared memory. Two products with 16 x 16 matrices, on tensor cores, take
-a fifth fewer instructions, but go through shared memory four times, hold less in flight and round to tf32 (compiled for
-all GPUs; neither was timed).
+A matrix of size 4^n is a product of n steps: in step i, each group of four numbers whose positions differ in the i-th
+base-4 digit is replaced by half its sum minus each number. Within a row, the digits of a block are in one thread or in
+the lanes of its warp, so a step costs a few additions and shuffles and no shared memory. Two products with 16 x 16
+matrices on tensor cores would take a fifth fewer instructions, but go through shared memory four times, keep less in
+flight and round to tf32 (compiled for all GPUs; neither was timed).
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -21,7 +21,7 @@ from .table import choose
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
-    """x H for x (..., K), H the (block, block) matrix on every stretch of `block` columns; its own inverse."""
+    """x H for x (..., K), with the (block, block) matrix H applied to every `block` columns; its own inverse."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = choose("rotate", x.device)
     _rotate[(triton.cdiv(x.numel(), tile.block_n),)](
@@ -32,14 +32,14 @@ def rotate(x: Tensor, block: int) -> Tensor:
 
 @triton.jit
 def rotated(x, BLOCK: tl.constexpr):
-    """x H for a tile x (rows, columns) fp32, BLOCK 64 or 256, of which columns are a multiple."""
+    """x H for a tile x (rows, columns) fp32; BLOCK is 64 or 256, and columns is a multiple of it."""
     x = _step(_step(_step(x, 1), 4), 16)
     return _step(x, 64) if BLOCK == 256 else x
 
 
 @triton.jit
 def _step(x, PLACE: tl.constexpr):
-    """Four numbers are summed at once, not two and two: such a sum the compiler does not do again for each reader."""
+    """Sum four numbers at once, not in pairs: the compiler does not repeat such a sum for each reader."""
     four = x.reshape(x.numel // (4 * PLACE), 4, PLACE)
     return (0.5 * tl.sum(four, axis=1, keep_dims=True) - four).reshape(x.shape)
 
@@ -48,7 +48,7 @@ def _step(x, PLACE: tl.constexpr):
 def _rotate(
     x_ptr,  # (blocks, BLOCK) any float
     y_ptr,  # as x, out
-    blocks,  # counted in these, sizes of images fit 32 bits
+    blocks,  # the count of blocks fits 32 bits for any image size
     BLOCK: tl.constexpr,
     NUMBERS: tl.constexpr,
 ):

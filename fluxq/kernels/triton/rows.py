@@ -1,6 +1,6 @@
-"""Rows of a matrix in 8 bits, each with its own scale: activations, gradients, and weights of any stored form.
+"""Quantizes rows to 8 bits, each with its own scale: activations, gradients, and weights of any stored form.
 
-A program has a row in registers, and so reads it once; rows too wide for that are read again.
+A program holds a row in registers, so it reads it once; it reads rows that are too wide for that again.
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -23,10 +23,10 @@ from .table import choose
 def row_quantize(
     w: Tensor, dtype: torch.dtype, columns: Tensor | None = None, rotation: int = 0
 ) -> tuple[Tensor, Tensor]:
-    """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that bring each row back.
+    """`w` (N, K) in 8 bits of `dtype` (int8 or float8_e4m3fn), and the fp32 scales (N,) that restore each row.
 
-    columns (K,) fp32, if given, multiplies every row first; then `rotation`, if not 0, is the block of columns in which
-    it is rotated (rotation.py).
+    If columns (K,) fp32 is given, every row is first multiplied by it. Then, if `rotation` is not 0, each row is
+    rotated in blocks of that many columns (rotation.py).
     """
     return _quantize(w, dtype, columns, rotation)
 
@@ -49,7 +49,7 @@ def _quantize(weight: Weight, dtype: torch.dtype, columns: Tensor | None, rotati
 def _launch(
     weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: Tensor | None, rotation: int = 0
 ) -> Tensor:
-    """Writes into `values` if given."""
+    """The row scales (N,); the values are written into `values` if given."""
     numbers, absmax, levels, scale, form = stored(weight)
     rows, width = weight.shape
     scales = torch.empty(rows, dtype=torch.float32, device=numbers.device)
@@ -70,7 +70,7 @@ def _rows(
     levels_ptr,  # (16,) fp32 of NF4
     scale_ptr,  # (N,) fp32 of 8 bits
     columns_ptr,  # (K,) fp32, or None
-    out_ptr,  # (N, K) uint8, or None where only scales are wanted
+    out_ptr,  # (N, K) uint8, or None if only scales are wanted
     scales_ptr,  # (N,) fp32
     N,
     K,
@@ -80,7 +80,7 @@ def _rows(
     TO: tl.constexpr,
     ROTATION: tl.constexpr,  # the block, or 0
     LARGEST: tl.constexpr,
-    ONCE: tl.constexpr,  # a row is no wider than COLUMNS
+    ONCE: tl.constexpr,  # COLUMNS holds a whole row
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
@@ -127,7 +127,7 @@ def _piece(
     ROTATION: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """(1, COLUMNS) fp32 of a row, and the largest magnitude in them."""
+    """(1, COLUMNS) fp32 of a row, and the largest magnitude in it."""
     x = read(
         numbers_ptr, absmax_ptr, levels_ptr, row + tl.arange(0, 1), first, N, K, stride, absmax_stride, FROM, COLUMNS
     )
@@ -148,8 +148,8 @@ def _piece(
 def _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS: tl.constexpr):
     """The largest magnitude of a row of NF4: a block's is that of its lowest or highest code.
 
-    From the codes, so that only two a block are looked up: the compiler gives a reduction a layout of its own, and to
-    reduce the decoded row would decode it twice.
+    It is found from the codes, so that only two per block are looked up. Reducing the decoded row would decode it
+    twice, because the compiler gives a reduction its own layout.
     """
     words, absmax = read_nf4(
         numbers_ptr, absmax_ptr, row + tl.arange(0, 1), first, N, K, stride, absmax_stride, COLUMNS

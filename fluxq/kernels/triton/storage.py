@@ -1,7 +1,7 @@
-"""Stored weights decoded: to the dtype that is computed in, or to 8-bit values with a scale a row.
+"""Decodes stored weights: to the dtype of the computation, or to 8-bit values with a scale per row.
 
-One kernel takes any stored form to any other tile by tile, and writes the tile as it is or transposed. Where the row
-scales are not known yet, rows.py finds them. A large layer can be decoded in parts: `weight[a:b]` is a view.
+One kernel converts any stored form to any other, tile by tile, and writes the tile as it is or transposed. If the row
+scales are not known yet, rows.py computes them. A large layer can be decoded in parts: `weight[a:b]` is a view.
 """
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
@@ -22,8 +22,8 @@ from .table import choose
 
 
 def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, transposed: bool = False) -> Tensor:
-    """The (N, K) matrix that `weight` stands for, in `dtype`, or its transpose (K, N); written into `out`, rows of any
-    stride, if given.
+    """The (N, K) matrix that `weight` encodes, in `dtype`, or its transpose (K, N). If `out` is given (rows of any
+    stride), the result is written there.
     """
     if isinstance(weight, Tensor):
         matrix = weight.t() if transposed else weight
@@ -44,8 +44,8 @@ def row_dequantize(values: Tensor, scale: Tensor, dtype: torch.dtype, out: Tenso
 def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False, rotation: int = 0) -> tuple[Tensor, Tensor]:
     """`weight` as a matrix of 8-bit values (N, K), or (K, N) if `transposed`, and its row scales (N,) fp32.
 
-    Transposed it takes two passes, since no tile has a whole row: the first finds the scales and writes nothing else.
-    `rotation`: the block of columns in which rows are rotated before they are rounded (rotation.py), 0 for none.
+    Transposing takes two passes, since no tile holds a whole row: the first only computes the scales. `rotation`: the
+    block of columns in which rows are rotated before they are rounded (rotation.py), 0 for none.
     """
     if not rotation and isinstance(weight, RowScaled) and weight.values.dtype == dtype:
         if not transposed:
@@ -61,10 +61,10 @@ def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False, rotati
 
 
 def _write(weight: Weight, divisor: Tensor | None, out: Tensor, transposed: bool, rotation: int) -> None:
-    """`weight` into `out`, rotated if asked, its rows divided by `divisor` (N,) where given."""
+    """Write `weight` into `out`, rotated if `rotation` is not 0, its rows divided by `divisor` (N,) if given."""
     (rows, columns), (numbers, absmax, levels, scale, form) = weight.shape, stored(weight)
     to = FORMS.get(out.dtype, "float")
-    if form == to != "float" and not rotation:  # the same 8 bits move as they are
+    if form == to != "float" and not rotation:  # the same 8-bit format: copy the bytes
         form, to, scale, divisor = "bytes", "bytes", None, None
     tile = choose(f"dequantize{'_transposed' if transposed else ''}{'_rotated' if rotation else ''}", out.device)
     _convert[triton.cdiv(rows, tile.block_m), triton.cdiv(columns, tile.block_n)](

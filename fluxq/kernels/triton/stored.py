@@ -1,4 +1,4 @@
-"""A matrix in any stored form as kernels read it, tile by tile, and the forms in which they write one."""
+"""How kernels read a matrix in any stored form, tile by tile, and the forms in which they write one."""
 
 # pyright: reportGeneralTypeIssues=false
 
@@ -20,13 +20,14 @@ from .bits import (
     nf4_decode,
     nf4_levels,
 )
+from .layout import contiguous_rows
 
 FORMS = {torch.int8: "int8", torch.float8_e4m3fn: "fp8"}
 LARGEST = {"int8": 127.0, "fp8": 448.0}
 
 
 class Stored(NamedTuple):
-    """A weight's tensors, rows any distance apart, and the name of its form: "nf4", "int8", "fp8" or "float"."""
+    """A weight's tensors, rows of any stride, and the name of its form: "nf4", "int8", "fp8" or "float"."""
 
     numbers: Tensor  # (N, K/8) int32 of NF4, (N, K) uint8 of 8 bits, else (N, K)
     absmax: Tensor | None  # (N, K/64) fp32 of NF4
@@ -40,17 +41,12 @@ def stored(weight: Weight) -> Stored:
         words = weight.codes.view(torch.int32)
         return Stored(words, weight.absmax, nf4_levels(words.device), None, "nf4")
     if isinstance(weight, RowScaled):
-        return Stored(bytes_of(along_rows(weight.values)), None, None, weight.scale, FORMS[weight.values.dtype])
-    return Stored(along_rows(weight), None, None, None, "float")
-
-
-def along_rows(x: Tensor) -> Tensor:
-    """`x` with each row in one piece: threads side by side read along it."""
-    return x if x.stride(-1) == 1 else x.contiguous()
+        return Stored(bytes_of(contiguous_rows(weight.values)), None, None, weight.scale, FORMS[weight.values.dtype])
+    return Stored(contiguous_rows(weight), None, None, None, "float")
 
 
 def bytes_of(x: Tensor) -> Tensor:
-    """`x` as kernels take it: numbers of 8 bits as uint8."""
+    """`x` as kernels take it: 8-bit numbers as uint8."""
     return x.view(torch.uint8) if x.dtype in FORMS else x
 
 
@@ -68,7 +64,7 @@ def read(
     FROM: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Columns first to first + COLUMNS of `rows` as fp32 (bytes as they are); beyond the edges zeros."""
+    """Columns first to first + COLUMNS of `rows` as fp32 (bytes unchanged); zeros beyond the edges."""
     inside, start = (rows < N)[:, None], rows.to(tl.int64)[:, None]
     if FROM == "nf4":
         words, absmax = read_nf4(numbers_ptr, absmax_ptr, rows, first, N, K, stride, absmax_stride, COLUMNS)
@@ -89,7 +85,7 @@ def read(
 
 @triton.jit
 def read_nf4(numbers_ptr, absmax_ptr, rows, first, N, K, stride, absmax_stride, COLUMNS: tl.constexpr):
-    """(R, COLUMNS/8) int32 and (R, COLUMNS/64) fp32; beyond the edges zeros."""
+    """(R, COLUMNS/8) int32 and (R, COLUMNS/64) fp32; zeros beyond the edges."""
     inside, start, blocks = (rows < N)[:, None], rows.to(tl.int64)[:, None], K // 64
     block = first // 64 + tl.arange(0, COLUMNS // 64)[None, :]
     absmax = tl.load(absmax_ptr + start * absmax_stride + block, mask=inside & (block < blocks), other=0.0)
@@ -100,7 +96,7 @@ def read_nf4(numbers_ptr, absmax_ptr, rows, first, N, K, stride, absmax_stride, 
 
 @triton.jit
 def encode(x, TO: tl.constexpr, dtype: tl.constexpr):
-    """fp32 as what is written: `dtype`, or the form TO as uint8."""
+    """fp32 as it is written: as `dtype`, or in the form TO as uint8."""
     if TO == "bytes":
         return x
     elif TO == "int8":
