@@ -25,7 +25,7 @@ from fluxq.formats.checkpoint.sizes import variant
 from fluxq.formats.checkpoint.source import OPENERS, Source
 from fluxq.formats.load import load_autoencoder, load_clip, load_flux, load_text_encoders
 from fluxq.formats.lora.algebra import combined
-from fluxq.formats.lora.base import MergedSource, identity
+from fluxq.formats.lora.base import MergedSource, lora_hashes
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.quantized import (
     QuantizedFile,
@@ -35,7 +35,7 @@ from fluxq.formats.quantized import (
     fingerprint,
     is_quantized,
     load_quantized,
-    require_room,
+    require_disk_space,
     stored_bytes,
 )
 from fluxq.formats.stream import load_streamed
@@ -179,7 +179,7 @@ class Models:
             _ = self._merged(self._notify)
         if not self.is_quantized:
             place = cached_path(self.files("flux"), self.format, self._identity)
-            require_room(place, stored_bytes(self.open("flux").shapes, self.format))
+            require_disk_space(place, stored_bytes(self.open("flux").shapes, self.format))
 
     def misfit(self, part: str, config: Any) -> str | None:
         """What is wrong with an encoder of this config in the place of `part`; None if it fits the transformer."""
@@ -209,7 +209,7 @@ class Models:
 
     @cached_property
     def _identity(self) -> str:
-        return identity(self.base_loras)
+        return lora_hashes(self.base_loras)
 
     def _merged(self, notify: Callable[[str], None] = lambda line: None) -> Source[FluxConfig]:
         """The transformer's tensors with `base_loras` in them. Raises WrongRequest where those do not fit."""
@@ -243,7 +243,7 @@ class Models:
         if format == "bf16" or place.is_file():
             return True
         try:
-            require_room(place, stored_bytes(self.open("flux").shapes, format))
+            require_disk_space(place, stored_bytes(self.open("flux").shapes, format))
         except WrongRequest:
             return False
         return True

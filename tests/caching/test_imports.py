@@ -273,7 +273,7 @@ def spoil(folder, name):
 
 
 BAD = {
-    "truncated": "1_flux_te.npz is no sound .npz file",
+    "truncated": "1_flux_te.npz is not a valid .npz file",
     "image replaced": "1_0128x0072_flux.npz was made from an image of another size, 1.png has [64, 128] pixels",
     "two images": "may be of any of 1.bmp, 1.png",
     "latents: other size": "has 1.png in 32 x 32, where about 128 x 64 pixels are wanted; choose the --resolution",

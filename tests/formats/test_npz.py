@@ -93,13 +93,13 @@ BAD = {
     "text": ({"a.npy": npy(np.array(["x"]))}, "holds more than numbers in a.npy"),
     "no array": ({"a.txt": b"x"}, "holds a.txt, which is no array"),
     "version 2": ({"a.npy": header(DICT, (2, 0)) + bytes(8)}, "version (2, 0)"),
-    "endless header": ({"a.npy": b"\x93NUMPY\1\0\xff\xff" + b" " * 70000}, "no sound .npz"),
+    "endless header": ({"a.npy": b"\x93NUMPY\1\0\xff\xff" + b" " * 70000}, "not a valid .npz"),
     "negative": ({"a.npy": header(DICT.replace("(2,)", "(-2, -1)")) + bytes(8)}, "of shape (-2, -1)"),
     "huge": ({"a.npy": header(DICT.replace("(2,)", "(2, 99999999999999999)"))}, "would unpack to"),
-    "no tuple": ({"a.npy": header(DICT.replace("(2,)", "[2]")) + bytes(8)}, "no sound .npz"),
-    "code": ({"a.npy": header(DICT.replace("(2,)", "exit()")) + bytes(8)}, "no sound .npz"),
-    "open brackets": ({"a.npy": header("(" * 5000)}, "no sound .npz"),
-    "empty": ({"a.npy": b""}, "no sound .npz"),
+    "no tuple": ({"a.npy": header(DICT.replace("(2,)", "[2]")) + bytes(8)}, "not a valid .npz"),
+    "code": ({"a.npy": header(DICT.replace("(2,)", "exit()")) + bytes(8)}, "not a valid .npz"),
+    "open brackets": ({"a.npy": header("(" * 5000)}, "not a valid .npz"),
+    "empty": ({"a.npy": b""}, "not a valid .npz"),
     "short": ({"a.npy": header(DICT) + bytes(7)}, "takes"),
     "many": ({f"{n}.npy": b"" for n in range(MAX_MEMBERS + 1)}, "it lists 257 arrays"),
 }
@@ -118,7 +118,7 @@ def test_a_truncated_archive_is_refused(tmp_path, kept):
     np.savez(tmp_path / "x.npz", **ARRAYS)
     data = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "x.npz").write_bytes(data[: kept if kept >= 1 else int(kept * len(data))])
-    with pytest.raises(WrongRequest, match="is no sound .npz file"):
+    with pytest.raises(WrongRequest, match="is not a valid .npz file"):
         NpzFile(tmp_path / "x.npz")
 
 

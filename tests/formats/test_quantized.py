@@ -283,14 +283,14 @@ def test_a_lying_header_is_refused(damage, source, tmp_path):
     about = json.loads(checkpoint.metadata["fluxq"])
     damage(about)
     write_safetensors(path, {unit: checkpoint.get(unit) for unit in checkpoint.keys()}, {"fluxq": json.dumps(about)})
-    with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantize it anew"):
+    with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantize it again"):
         QuantizedFile.open(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
 def test_a_header_without_a_layout_is_refused(text, tmp_path):
     write_safetensors(tmp_path / "q.safetensors", {"x": torch.zeros(1)}, {"fluxq": text})
-    with pytest.raises(WrongRequest, match=r"q\.safetensors has a damaged header of fluxq's .*quantize it anew"):
+    with pytest.raises(WrongRequest, match=r"q\.safetensors has a damaged header of fluxq's .*quantize it again"):
         QuantizedFile.open(tmp_path / "q.safetensors")
 
 

@@ -65,7 +65,7 @@ def test_nanos_ids_equal_transformers():
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
 def test_file_of_another_kind_is_no_t5_tokenizer(tmp_path, name):
     (tmp_path / name).write_text('{"version": "1.0"}')
-    with pytest.raises(WrongRequest, match=rf"{name} is no usable T5 tokenizer \(.*\); give spiece.model"):
+    with pytest.raises(WrongRequest, match=rf"{name} is not a usable T5 tokenizer \(.*\); use spiece.model"):
         load_t5_tokenizer((tmp_path / name,))
 
 
@@ -74,14 +74,16 @@ def test_clips_json_is_no_t5_tokenizer_nor_the_other_way_round(vocabularies, tmp
     with pytest.raises(WrongRequest, match="its ids 0 and 1 are not <pad> and </s>"):
         load_t5_tokenizer((tmp_path / "tokenizer.json",))
     with pytest.raises(
-        WrongRequest, match=r"no usable CLIP tokenizer \(it has no <\|startoftext\|>\); give vocab.json"
+        WrongRequest, match=r"not a usable CLIP tokenizer \(it has no <\|startoftext\|>\); use vocab.json"
     ):
         load_clip_tokenizer((vocabularies / "tokenizer_2" / "tokenizer.json",))
 
 
 def test_missing_or_damaged_vocabulary_is_one_sentence(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
-    with pytest.raises(WrongRequest, match=r"vocab\.json with .*merges\.txt is no usable CLIP tokenizer \(.*\); give"):
+    with pytest.raises(
+        WrongRequest, match=r"vocab\.json with .*merges\.txt is not a usable CLIP tokenizer \(.*\); give"
+    ):
         load_clip_tokenizer((tmp_path / "vocab.json", tmp_path / "merges.txt"))
 
 
@@ -212,7 +214,9 @@ def test_a_gguf_beside_a_model_comes_after_other_files_and_before_the_hubs_cache
 )
 def test_a_gguf_without_a_tokenizer_of_t5s_is_refused(tmp_path, changes, sentence):
     path = write_gguf(tmp_path / "t5.gguf", nano.T5_TOKENIZER, **changes)
-    with pytest.raises(WrongRequest, match=rf"t5.gguf is no usable T5 tokenizer \(.*{sentence}.*\); give spiece.model"):
+    with pytest.raises(
+        WrongRequest, match=rf"t5.gguf is not a usable T5 tokenizer \(.*{sentence}.*\); use spiece.model"
+    ):
         load_t5_tokenizer((path,))
 
 
@@ -228,7 +232,7 @@ def key_value(kind: int, data: bytes, key: bytes = b"tokenizer.ggml.tokens") -> 
     [
         (1, 1, b"", "is GGUF of version 1, only 2 and 3 are read"),
         (3, HUGE, b"", "1,099,511,627,776 key-values"),
-        (3, 9, b"", "8 more bytes, 0 are left"),
+        (3, 9, b"", "8 more bytes, but only 0 are left"),
         (3, 1, struct.pack("<Q", HUGE), "a string of 1,099,511,627,776 bytes"),
         (3, 1, struct.pack("<Q", 1) + b"\xff", "not UTF-8"),
         (3, 1, key_value(8, struct.pack("<Q", HUGE)), "a string of 1,099,511,627,776 bytes"),
@@ -237,7 +241,7 @@ def key_value(kind: int, data: bytes, key: bytes = b"tokenizer.ggml.tokens") -> 
         (3, 1, key_value(9, struct.pack("<IQ", 9, 1)), "of the unknown type 9"),
         (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
         (3, 1, key_value(9, struct.pack("<IQ", 6, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
-        (3, 1, key_value(9, struct.pack("<IQ", 8, 1 << 21) + bytes(1 << 24)), "the most that are read is 1,048,576"),
+        (3, 1, key_value(9, struct.pack("<IQ", 8, 1 << 21) + bytes(1 << 24)), "the limit is 1,048,576"),
         (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE), b"other"), "other claims 1,099,511,627,776 values"),
         (3, 1, key_value(8, struct.pack("<Q", HUGE), b"other"), "1,099,511,627,776 more bytes, 0 are left"),
     ],
@@ -257,7 +261,7 @@ def test_a_gguf_header_that_lies_is_one_sentence_and_no_memory(tmp_path, version
 @pytest.mark.parametrize("content", [b"", b"GGU", b"GGML" + bytes(20)])
 def test_a_file_that_is_only_called_gguf_is_no_gguf(tmp_path, content):
     (tmp_path / "t5.gguf").write_bytes(content)
-    with pytest.raises(WrongRequest, match=r"t5.gguf is no GGUF file; give one that is"):
+    with pytest.raises(WrongRequest, match=r"t5.gguf is not a GGUF file; use a GGUF file"):
         load_t5_tokenizer((tmp_path / "t5.gguf",))
 
 

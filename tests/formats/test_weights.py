@@ -139,7 +139,7 @@ def test_a_file_that_becomes_shorter_is_refused_by_name(folder):
     ours = loaded(folder, "fp16", slots=2)
     with (folder / "fp16.safetensors").open("rb+") as file:
         file.truncate(100_000)
-    with pytest.raises(WrongRequest, match=r"fp16\.safetensors has become shorter while it was read"):
+    with pytest.raises(WrongRequest, match=r"fp16\.safetensors became shorter while it was read"):
         ours.encode(CAPTIONS)
 
 

@@ -105,7 +105,7 @@ LORAS = {
          (("A", (4, 6144)), ("B", (18432, 4)))},
         "was made for FLUX.2 dev, another model",
     ),
-    "LoKr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4)}, "lokr_w1; give a plain LoRA"),
+    "LoKr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4)}, "lokr_w1; use a plain LoRA"),
     "half": ({f"{LAYER}.lora_down.weight": (4, 3072)}, "1 halves missing"),
     "ranks": ({f"{LAYER}.lora_down.weight": (4, 3072), f"{LAYER}.lora_up.weight": (9216, 5)}, "is (9216, 5), not (92"),
 }  # fmt: skip
@@ -146,11 +146,11 @@ def test_other_files_are_refused_with_the_reason(tmp_path):
     fill = {name: torch.zeros(shape).bfloat16() for name, shape in flux_shapes(tiny_config()).items()}
     write_safetensors(tmp_path / "fill.safetensors", fill | {"img_in.weight": torch.zeros(64, 96)})
     code, answer, lines = run(tmp_path / "fill.safetensors")
-    assert code == 2 and "has 96 inputs as of Fill where 16 are wanted" in lines and answer["parts"] == {}
+    assert code == 2 and "has 96 input channels like Fill, not 16" in lines and answer["parts"] == {}
 
     save_file({"layer.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     code, answer, _ = run(tmp_path / "other.safetensors")
-    assert code == 2 and "is no model that fluxq knows (its first key is layer.weight)" in answer["reasons"][0]
+    assert code == 2 and "is a model that fluxq does not know (its first key is layer.weight)" in answer["reasons"][0]
 
     near = {"img_in.weight": torch.ones(2, 2), "txt_in.bias": torch.ones(2), "blocks.0.qkv.weight": torch.ones(2, 2)}
     save_file(near, tmp_path / "near.safetensors")

@@ -158,13 +158,13 @@ def test_the_randomized_decomposition_is_near_the_exact_one(shape):
 
 
 PROGRAMS = {
-    "kohya": {"ComfyUI": "yes", "Forge": "yes", "diffusers": "all but 4 modules outside", "sd-scripts": "yes"},
+    "kohya": {"ComfyUI": "yes", "Forge": "yes", "diffusers": "partly: it drops 4 modules outside", "sd-scripts": "yes"},
     "ai-toolkit": {"ComfyUI": "yes", "diffusers": "yes", "sd-scripts": "after its convert"},
     "diffusers with alpha": {"ComfyUI": "yes", "diffusers": "yes", "sd-scripts": "wrong"},
     "diffusers with metadata": {"ComfyUI": "wrong", "Forge": "wrong", "diffusers": "yes"},
     "diffusers down/up": {"ComfyUI": "yes", "diffusers": "wrong"},
     "comfy A/B": {"ComfyUI": "yes", "diffusers": "no: applies nothing"},
-    "comfy down/up": {"ComfyUI": "yes", "diffusers": "all but 4 modules outside"},
+    "comfy down/up": {"ComfyUI": "yes", "diffusers": "partly: it drops 4 modules outside"},
     "OneTrainer legacy": {"ComfyUI": "yes", "diffusers": "attention only"},
     "fal Kontext": {"ComfyUI": "no"},
     "XLabs": {"ComfyUI": "only if", "Forge": "no", "diffusers": "yes"},
@@ -214,7 +214,7 @@ def test_info_shows_what_a_stranger_wrote_as_plain_text(tmp_path):
         (["convert", "{tmp}/x", "{tmp}/there"], "there exists; choose another name"),
         (["convert", "{tmp}/x", "{tmp}"], "is a folder that exists"),
         (["convert", "{tmp}/absent", "{tmp}/y"], "absent does not exist"),
-        (["convert", nano.FLUX, "{tmp}/y"], "is a FLUX.1 transformer, where a LoRA is wanted"),
+        (["convert", nano.FLUX, "{tmp}/y"], "is a FLUX.1 transformer, not a LoRA"),
         (["convert", "{tmp}/there", "{tmp}/y"], "there"),
         (["convert", "{tmp}/lies", "{tmp}/y"], "has a damaged header"),
         (["convert", "{tmp}/nan", "{tmp}/y"], "numbers that are not finite"),

@@ -247,9 +247,9 @@ def changed_state(tensors, **changes) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.pop(f"{LAYER}.absmax"), f"has a damaged {LAYER}.absmax (missing, 1,280 bytes are wanted"),
-        (lambda t: t.pop(f"{LAYER}.nested_quant_map"), "nested_quant_map (missing, 1,024 bytes are wanted"),
-        (lambda t: t.pop(f"{LAYER}.quant_map"), "quant_map (missing, 64 bytes are wanted"),
+        (lambda t: t.pop(f"{LAYER}.absmax"), f"has a damaged {LAYER}.absmax (missing, but shape (64, 1280) needs 1,280 bytes"),
+        (lambda t: t.pop(f"{LAYER}.nested_quant_map"), "nested_quant_map (missing, but shape (64, 1280) needs 1,024 bytes"),
+        (lambda t: t.pop(f"{LAYER}.quant_map"), "quant_map (missing, but shape (64, 1280) needs 64 bytes"),
         (lambda t: t.update({f"{LAYER}.absmax": t[f"{LAYER}.absmax"][1:]}), "absmax (1,279 bytes, 1,280 bytes are"),
         (lambda t: t.update({LAYER: t[LAYER][1:]}), f"has a damaged {LAYER} (40,959 bytes, 40,960 bytes are wanted"),
         (lambda t: changed_state(t, shape=[128, 640 << 20]), "(40,960 bytes, 42,949,672,960 bytes are wanted for"),
@@ -260,7 +260,7 @@ def changed_state(tensors, **changes) -> None:
         (lambda t: changed_state(t, shape=[256, 320]), "1 wrong shape (single_blocks.1.linear2.weight is (256, 320)"),
         (lambda t: changed_state(t, blocksize=0), "blocks of 0)"),
         (lambda t: changed_state(t, blocksize=None), "blocks of None)"),
-        (lambda t: changed_state(t, blocksize=256), "in blocks of 256 that run over the ends of rows of 640"),
+        (lambda t: changed_state(t, blocksize=256), "in blocks of 256 that do not divide its rows of 640"),
         (lambda t: changed_state(t, nested_blocksize=0), "nested blocks of 0)"),
         (lambda t: changed_state(t, nested_offset="x"), "quant_state (offset x"),
         (lambda t: t.update({f"{LAYER}.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}), "damaged"),

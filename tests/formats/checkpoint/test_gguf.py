@@ -145,7 +145,7 @@ def test_t5_is_read_under_llama_cpps_names(tmp_path, kind):
     source = open_t5(path)
     assert source.config.items() >= T5.items()
     assert_values(source, values)
-    with pytest.raises(WrongRequest, match=r"is a T5 text encoder, where a FLUX\.1 transformer is wanted"):
+    with pytest.raises(WrongRequest, match=r"is a T5 text encoder, not a FLUX\.1 transformer"):
         open_flux(path)
 
 
@@ -244,29 +244,29 @@ def alignment(value: bytes, kind: int = 4) -> bytes:
 
 TWICE = alignment(struct.pack("<I", 32)) * 2
 LIES = {
-    "tensors": (packed(b"", HUGE, 0), "claims 1,099,511,627,776 tensors, the most that are read is 65,536"),
-    "absent tensors": (packed(tensor_info(dimensions=(2, 1), kind=0), 60_000, 0)[:65], "8 more bytes, 0 are left"),
+    "tensors": (packed(b"", HUGE, 0), "claims 1,099,511,627,776 tensors, the limit is 65,536"),
+    "absent tensors": (packed(tensor_info(dimensions=(2, 1), kind=0), 60_000, 0)[:65], "8 more bytes, but only 0 are left"),
     "name": (packed(struct.pack("<Q", HUGE), 1, 0), "claims a string of 1,099,511,627,776 bytes"),
     "twice": (packed(tensor_info() + tensor_info(offset=96), 2, 192), "the tensor x occurs twice"),
-    "no dimensions": (packed(tensor_info(count=0), 1, 96), "x has 0 dimensions, 1 to 4 are possible"),
+    "no dimensions": (packed(tensor_info(count=0), 1, 96), "x has 0 dimensions, not 1 to 4"),
     "dimensions": (packed(tensor_info(count=1 << 31), 1, 96), "x has 2,147,483,648 dimensions"),
-    "huge": (packed(tensor_info(dimensions=(32, HUGE)), 1, 96), "x of 32 x 1,099,511,627,776 in Q8_0, whose blocks"),
-    "overflow": (packed(tensor_info(dimensions=(1 << 63, 1 << 63, 2)), 1, 96), "is impossible"),
-    "half a block": (packed(tensor_info(dimensions=(33, 2)), 1, 96), "x of 33 x 2 in Q8_0, whose blocks are 32, is"),
-    "type": (packed(tensor_info(kind=4), 1, 96), "x is of the unknown type 4"),
-    "type beyond": (packed(tensor_info(kind=1 << 31), 1, 96), "x is of the unknown type 2147483648"),
-    "truncated": (packed(tensor_info(), 1, 67), "is truncated: 164 bytes were expected by its header, 163 came, 1 are"),
-    "goes on": (packed(tensor_info(), 1, 100), "goes on for 32 bytes after the last tensor of its header"),
-    "offset": (packed(tensor_info(offset=HUGE), 1, 96), "x does not begin where that before it ends: at byte 1,099"),
-    "unaligned": (packed(tensor_info(offset=8), 1, 96), "x does not begin where that before it ends: at byte 8"),
+    "huge": (packed(tensor_info(dimensions=(32, HUGE)), 1, 96), "x cannot be 32 x 1,099,511,627,776 in Q8_0, whose blocks"),
+    "overflow": (packed(tensor_info(dimensions=(1 << 63, 1 << 63, 2)), 1, 96), "x cannot be"),
+    "half a block": (packed(tensor_info(dimensions=(33, 2)), 1, 96), "x cannot be 33 x 2 in Q8_0, whose blocks are 32"),
+    "type": (packed(tensor_info(kind=4), 1, 96), "x has the unknown type 4"),
+    "type beyond": (packed(tensor_info(kind=1 << 31), 1, 96), "x has the unknown type 2147483648"),
+    "truncated": (packed(tensor_info(), 1, 67), "is truncated: expected 164 bytes according to its header, found 163, 1 missing"),
+    "goes on": (packed(tensor_info(), 1, 100), "has 32 extra bytes after the last tensor of its header"),
+    "offset": (packed(tensor_info(offset=HUGE), 1, 96), "x does not follow the tensor before it: it begins at byte 1,099"),
+    "unaligned": (packed(tensor_info(offset=8), 1, 96), "x does not follow the tensor before it: it begins at byte 8"),
     "overlap": (packed(tensor_info() + tensor_info(b"y", offset=64), 2, 192), "y overlaps the tensor before it"),
-    "gap": (packed(tensor_info() + tensor_info(b"y", offset=128), 2, 256), "y does not begin where that before"),
-    "alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 48)), 1), "its alignment 48 is no power of"),
-    "no alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 0)), 1), "its alignment 0 is no power"),
-    "alignment text": (packed(tensor_info(), 1, 96, alignment(struct.pack("<Q", 1) + b"a", 8), 1), "alignment a is no"),
+    "gap": (packed(tensor_info() + tensor_info(b"y", offset=128), 2, 256), "y does not follow the tensor before it"),
+    "alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 48)), 1), "its alignment 48 is not a power"),
+    "no alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 0)), 1), "its alignment 0 is not a power"),
+    "alignment text": (packed(tensor_info(), 1, 96, alignment(struct.pack("<Q", 1) + b"a", 8), 1), "alignment a is not"),
     "key twice": (packed(tensor_info(), 1, 96, TWICE, 2), "the key general.alignment occurs twice"),
-    "version": (b"GGUF" + struct.pack(">IQQ", 3, 1, 0) + bytes(99), "is GGUF of version 50331648, only 2 and 3"),
-    "cut": (b"GGUF" + struct.pack("<IQ", 3, 1), "it claims 8 more bytes, 0 are left"),
+    "version": (b"GGUF" + struct.pack(">IQQ", 3, 1, 0) + bytes(99), "is GGUF version 50331648, but fluxq reads only 2 and 3"),
+    "cut": (b"GGUF" + struct.pack("<IQ", 3, 1), "it claims 8 more bytes, but only 0 are left"),
 }  # fmt: skip
 
 
@@ -320,6 +320,6 @@ def test_a_gguf_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     tensors, _ = transformer("Q8_0")
     source = open_flux(path := write(tmp_path / "a.gguf", tensors))
     path.write_bytes(path.read_bytes()[:4000])
-    with pytest.raises(WrongRequest, match="has become shorter while it was read"):
+    with pytest.raises(WrongRequest, match="became shorter while it was read"):
         write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, CPU)
     assert not (tmp_path / "q.safetensors").exists()

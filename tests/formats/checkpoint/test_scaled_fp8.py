@@ -179,11 +179,11 @@ def test_nvfp4_is_known_by_its_second_scale(tmp_path):
     [
         (b"{", "has a damaged img_in.comfy_quant (Expecting"),
         (b"[]", "has a damaged img_in.comfy_quant (a JSON list, not an object)"),
-        (b"{}", "has a damaged img_in.comfy_quant (it names no format)"),
-        (b'{"format": 3}', "has a damaged img_in.comfy_quant (it names no format)"),
+        (b"{}", "has a damaged img_in.comfy_quant (it has no format)"),
+        (b'{"format": 3}', "has a damaged img_in.comfy_quant (it has no format)"),
         (b"\xff\xfe\xfd\xfc", "has a damaged img_in.comfy_quant ("),
         (b"[" * 60_000, "has a damaged img_in.comfy_quant ("),
-        (b" " * 70_000, "has a damaged img_in.comfy_quant (70,000 bytes, the most that are read is 65,536)"),
+        (b" " * 70_000, "has a damaged img_in.comfy_quant (70,000 bytes, the limit is 65,536)"),
     ],
 )
 def test_a_damaged_note_of_the_format_is_refused(tmp_path, blob, sentence):

@@ -125,7 +125,7 @@ FOREIGN = {
         "is Chroma, which is another model",
     ),
     "flux2": ({"double_stream_modulation_img.lin.weight": (1, 1), "double_blocks.0.x": (1,)}, "is FLUX.2, which is"),
-    "fill": (dict(DEV) | {"img_in.weight": (3072, 384)}, "has 384 inputs as of Fill where 64 are wanted"),
+    "fill": (dict(DEV) | {"img_in.weight": (3072, 384)}, "has 384 input channels like Fill, not 64"),
     "canny": (dict(DEV) | {"img_in.weight": (3072, 128)}, "has 128 inputs as of Canny or Depth where 64"),
     "nunchaku": ({"transformer_blocks.0.qkv_proj.qweight": (1, 1), "a.lora_down": (1, 1)}, "is a nunchaku"),
     "kohya_lora": ({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": (4, 8)}, "is a LoRA"),
@@ -133,7 +133,7 @@ FOREIGN = {
     "xlabs_lora": ({"double_blocks.0.processor.qkv_lora1.down.weight": (4, 8)}, "is a LoRA"),
     "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 8)}, "is a LoRA"),
     "diffusers": ({"single_transformer_blocks.0.attn.to_q.weight": (4, 8)}, "is a FLUX.1 transformer in diffusers'"),
-    "autoencoder": (autoencoder_shapes(NANO_AE), "is a FLUX.1 autoencoder, where a FLUX.1 transformer is wanted"),
+    "autoencoder": (autoencoder_shapes(NANO_AE), "is a FLUX.1 autoencoder, not a FLUX.1 transformer"),
     "sd_autoencoder": ({"decoder.up.0.x": (1,), "quant_conv.weight": (8, 8, 1, 1)}, "is the autoencoder of another"),
     "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "is a T5 text encoder, where"),
     "umt5": (
@@ -146,7 +146,7 @@ FOREIGN = {
     "sd3": ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is Stable Diffusion 3"),
     "unet": ({"down_blocks.0.resnets.0.conv1.weight": (1,)}, "is a model in diffusers' layout"),
     "nothing": ({}, "is empty: it has no tensors"),
-    "unknown": ({"layers.0.weight": (3,)}, "is no model that fluxq knows (its first key is layers.0.weight)"),
+    "unknown": ({"layers.0.weight": (3,)}, "is a model that fluxq does not know (its first key is layers.0.weight)"),
     "prefix": (
         {f"ema.{name}": shape for name, shape in DEV.items()},
         "is a FLUX.1 transformer under an unknown prefix",
@@ -154,7 +154,7 @@ FOREIGN = {
     "twice": (dict(DEV) | {f"model.{name}": shape for name, shape in DEV.items()}, "holds a FLUX.1 transformer twice"),
     "neighbor": (
         {f"model.{name}": shape for name, shape in DEV.items()} | {"x.y": (1,)},
-        "beside it: 1 unexpected (x.y)",
+        "extra tensors: 1 unexpected (x.y)",
     ),
     "no singles": (
         {name: shape for name, shape in DEV.items() if not name.startswith("single_")},
@@ -183,7 +183,7 @@ def test_foreign_file_is_refused_by_name(what):
     ("config_of", "wanted"), [(autoencoder_config, "autoencoder"), (clip_config, "CLIP"), (t5_config, "T5")]
 )
 def test_transformer_in_the_place_of_another_model_is_refused(config_of, wanted):
-    with pytest.raises(WrongRequest, match=rf"flux\.st is a FLUX.1 transformer, where a .*{wanted}.* is wanted; give "):
+    with pytest.raises(WrongRequest, match=rf"flux\.st is a FLUX.1 transformer, not a .*{wanted}.*; use "):
         config_of(flux_shapes(ODD), "flux.st")
 
 

@@ -165,7 +165,7 @@ def test_a_diffusers_autoencoder_is_mapped_back(tmp_path):
 
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 1.5305, "shift_factor": 0.0609}))
-    assert "is the autoencoder of another model (scaling_factor 1.5305" in refusal(open_autoencoder, tmp_path)
+    assert "belongs to another model's autoencoder (scaling_factor 1.5305" in refusal(open_autoencoder, tmp_path)
 
 
 def clip_model() -> CLIPTextModel:
@@ -284,7 +284,7 @@ def test_missing_shards_and_shards_that_disagree_are_named(tmp_path):
     assert open_flux(folder).config == CONFIG
     second = folder / "a-00002-of-00002.safetensors"
     tensors = load_file(second)
-    assert f"is one shard of several; give its folder, {folder}" in refusal(open_flux, second)
+    assert f"is one shard of several; name its folder, {folder}" in refusal(open_flux, second)
 
     moved = tensors.pop("x_embedder.weight", None)
     key = "x_embedder.weight" if moved is not None else next(iter(tensors))
@@ -304,13 +304,13 @@ def test_missing_shards_and_shards_that_disagree_are_named(tmp_path):
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ("{", "is no valid JSON"),
-        (" " * (17 << 20), "has 17,825,792 bytes, the most that are read is 16,777,216"),
+        ("{", "is not valid JSON"),
+        (" " * (17 << 20), "has 17,825,792 bytes, the limit is 16,777,216"),
         ("[]", "is a JSON list, not an object"),
         ("{}", "has no weight_map"),
         (
             '{"weight_map": {"a": "../b.safetensors"}}',
-            "lists ../b.safetensors, which is no .safetensors file beside it",
+            "lists ../b.safetensors, which is not a .safetensors file in the same folder",
         ),
         ('{"weight_map": {"a": 3}}', "lists 3, which is no"),
         ('{"weight_map": {"a": "b.bin"}}', "lists b.bin, which is no"),
@@ -326,7 +326,7 @@ def test_two_files_for_one_part_are_both_named(tmp_path):
         write(tmp_path / f"{name}.safetensors", own_flux(torch.bfloat16))
     shutil.copy(nano.AE, tmp_path)
     sentence = refusal(open_flux, tmp_path)
-    assert "holds a FLUX.1 transformer in one.safetensors and in two.safetensors; name the one to use" in sentence
+    assert "holds a FLUX.1 transformer in one.safetensors and in two.safetensors; name the file to use" in sentence
     assert open_autoencoder(tmp_path).path == tmp_path / nano.AE.name
     assert f"{tmp_path} holds no .safetensors or .gguf file with a T5 text encoder" in refusal(open_t5, tmp_path)
 
@@ -340,7 +340,7 @@ def test_each_model_is_told_from_the_others(wanted, given):
     if wanted == given:
         assert OPENERS[wanted](FILES[given]).alone
     else:
-        assert f"is {given}, where {wanted} is wanted" in refusal(OPENERS[wanted], FILES[given])
+        assert f"is {given}, not {wanted}" in refusal(OPENERS[wanted], FILES[given])
 
 
 @pytest.mark.parametrize("opener", [open_clip, open_t5])
@@ -356,9 +356,9 @@ def test_every_tensor_of_a_text_encoder_must_be_there(tmp_path, opener):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"_class_name": "ChromaTransformer2DModel"}, "is of the class ChromaTransformer2DModel"),
-        ({"quantization_config": {"quant_method": "torchao"}}, "says that torchao quantized a FLUX.1 transformer"),
-        ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56] where heads are 32 wide"),
+        ({"_class_name": "ChromaTransformer2DModel"}, "is for the class ChromaTransformer2DModel"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "describes a FLUX.1 transformer quantized by torchao"),
+        ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56], which does not fit heads of width 32"),
         ({"axes_dims_rope": "x"}, "has axes_dims_rope x"),
     ],
 )
@@ -383,7 +383,7 @@ FOREIGN = {
     "is a nunchaku": {"transformer_blocks.0.qkv_proj.qweight": (2, 2)},
     "is a Stable Diffusion model": {"model.diffusion_model.input_blocks.0.0.weight": (2, 2)},
     "is a LoRA": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (2, 2)},
-    "is a file that quanto or torchao": {"single_transformer_blocks.0.proj_out.weight._data": (2, 2)},
+    "is a file quantized by quanto or torchao": {"single_transformer_blocks.0.proj_out.weight._data": (2, 2)},
     "is HunyuanVideo": {"txt_in.individual_token_refiner.x": (2,), "double_blocks.0.x": (2,)},
 }
 

@@ -177,6 +177,6 @@ def test_too_little_room_is_said_before_anything_is_written(tmp_path, weights, a
     write_safetensors(tmp_path / "base.safetensors", weights)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(WrongRequest, match="make room there"):
+    with pytest.raises(WrongRequest, match="free some space on that disk"):
         merge(tmp_path / "base.safetensors", tmp_path / "out.safetensors", adapters)
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]

@@ -12,7 +12,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.formats.lora.peft import PeftSettings, read_settings
 from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.write import WRITTEN, save_lora
+from fluxq.formats.lora.write import WRITTEN_DIALECTS, save_lora
 from fluxq.model.config import FluxConfig
 
 
@@ -32,7 +32,7 @@ def test_every_dialect_is_read_as_the_change_that_it_stands_for(tmp_path, dialec
     assert_same_change(lora.adapters, changes)
 
 
-@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("written", WRITTEN_DIALECTS)
 @pytest.mark.parametrize("dialect", WRITERS)
 def test_what_is_written_from_any_dialect_is_the_same_change(tmp_path, dialect, written):
     tensors, changes, metadata = WRITERS[dialect]()
@@ -113,7 +113,7 @@ def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
     write_safetensors(tmp_path / "x", tensors)
     lora = load_lora(tmp_path / "x")
     assert list(lora.clip) == ["encoder.layers.3.self_attn.q_proj"]
-    assert any(note.startswith("its T5 part (1 modules) is left out") for note in lora.notes)
+    assert any(note.startswith("its T5 part (1 modules) is ignored") for note in lora.notes)
     assert any(note.startswith("its text projection part (1 modules)") for note in lora.notes)
     assert any("bundle_emb" in note for note in lora.notes)
     save_lora(tmp_path / "y", lora.adapters, CONFIG, written, torch.float32, clip=lora.clip)
@@ -206,7 +206,7 @@ REFUSED = {
     "dora": (one("dora_scale"), "is a DoRA"),
     "oft": (one("oft_blocks"), "is an OFT"),
     "mid": (one("lora_mid.weight"), "is a LoCon with a third factor"),
-    "diff": (one("diff_b"), "is no plain LoRA: it replaces whole tensors"),
+    "diff": (one("diff_b"), "is an adapter that replaces whole tensors"),
     "control": (
         {"double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(4, 192), "img_in.lora_B.bias": torch.ones(192)},
         "as BFL's control LoRAs (Canny, Depth) do: img_in.lora_B.bias",
@@ -239,7 +239,7 @@ REFUSED = {
         {"double_blocks.0.img_attn.qkv.weight": torch.ones(1)},
         "is a FLUX.1 transformer, where a LoRA is",
     ),
-    "nothing": ({}, "is empty: it has no tensors, where a LoRA is wanted"),
+    "nothing": ({}, "is empty (it has no tensors), not a LoRA"),
 }
 
 

@@ -14,7 +14,7 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.metadata import sshs_hashes
 from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.write import WRITTEN, save_lora
+from fluxq.formats.lora.write import WRITTEN_DIALECTS, save_lora
 from fluxq.model.config import FluxConfig
 
 CONFIG = FluxConfig.nano()
@@ -123,7 +123,7 @@ def test_file_carries_the_hashes_of_its_own_tensors(tmp_path):
     assert checkpoint.metadata == {"ss_steps": "7", "modelspec.title": "t"} | hashes
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
+@pytest.mark.parametrize("dialect", WRITTEN_DIALECTS)
 def test_a_place_that_cannot_be_written_to_is_named_and_left_alone(tmp_path, dialect):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WrongRequest, match="file"):
@@ -132,6 +132,6 @@ def test_a_place_that_cannot_be_written_to_is_named_and_left_alone(tmp_path, dia
 
 
 def test_a_folder_that_exists_is_not_replaced(tmp_path):
-    with pytest.raises(WrongRequest, match="exists already; name a new folder"):
+    with pytest.raises(WrongRequest, match="already exists; name a new folder"):
         save_lora(tmp_path, random_adapters(modules=MODULES[:1]), CONFIG, "peft")
     assert not os.listdir(tmp_path)
