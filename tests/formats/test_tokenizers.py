@@ -82,7 +82,7 @@ def test_clips_json_is_no_t5_tokenizer_nor_the_other_way_round(vocabularies, tmp
 def test_missing_or_damaged_vocabulary_is_one_sentence(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
     with pytest.raises(
-        WrongRequest, match=r"vocab\.json with .*merges\.txt is not a usable CLIP tokenizer \(.*\); give"
+        WrongRequest, match=r"vocab\.json with .*merges\.txt is not a usable CLIP tokenizer \(.*\); use"
     ):
         load_clip_tokenizer((tmp_path / "vocab.json", tmp_path / "merges.txt"))
 
@@ -197,17 +197,17 @@ def test_a_gguf_beside_a_model_comes_after_other_files_and_before_the_hubs_cache
     ("changes", "sentence"),
     [
         ({"architecture": "llama"}, "it is not a GGUF T5"),
-        ({"tokenizer_model": "llama"}, "it holds no tokenizer of T5's"),
+        ({"tokenizer_model": "llama"}, "it has no T5 tokenizer"),
         ({"token_scores": None}, "its tokens, scores or token types are missing"),
         ({"token_scores": [0.5]}, "it has 500 tokens, 1 scores and 500 token types"),
         ({"token_scores": [float("nan")] * 500}, "a score is not a number"),
         ({"token_types": [7] * 500}, "a token has an unknown type"),
-        ({"token_types": [5] * 500}, "its ids 0 and 1 are not <pad> and </s>"),
-        ({"eos_token_id": 2}, "its ids 0 and 1 are not <pad> and </s>"),
-        ({"token_types": [1] * 500}, "or 2 is not the unknown one's"),
+        ({"token_types": [5] * 500}, "its ids 0, 1 and 2 are not <pad>, </s>"),
+        ({"eos_token_id": 2}, "its ids 0, 1 and 2 are not <pad>, </s>"),
+        ({"token_types": [1] * 500}, "its ids 0, 1 and 2 are not <pad>, </s> and the unknown token"),
         (
             {"token_list": ["<pad>", "</s>"], "token_scores": [0.0] * 2, "token_types": [3] * 2},
-            "or 2 is not the unknown",
+            "its ids 0, 1 and 2 are not",
         ),
         ({"precompiled_charsmap": b"\xff\xff\xff\xff" * 4}, "."),
     ],
@@ -230,20 +230,30 @@ def key_value(kind: int, data: bytes, key: bytes = b"tokenizer.ggml.tokens") -> 
 @pytest.mark.parametrize(
     ("version", "count", "data", "sentence"),
     [
-        (1, 1, b"", "is GGUF of version 1, only 2 and 3 are read"),
-        (3, HUGE, b"", "1,099,511,627,776 key-values"),
+        (1, 1, b"", "is GGUF version 1, but fluxq reads only 2 and 3"),
+        (3, HUGE, b"", "1,099,511,627,776 key-value pairs"),
         (3, 9, b"", "8 more bytes, but only 0 are left"),
         (3, 1, struct.pack("<Q", HUGE), "a string of 1,099,511,627,776 bytes"),
         (3, 1, struct.pack("<Q", 1) + b"\xff", "not UTF-8"),
         (3, 1, key_value(8, struct.pack("<Q", HUGE)), "a string of 1,099,511,627,776 bytes"),
-        (3, 1, key_value(8, struct.pack("<Q", 1 << 25)), "33,554,432 more bytes, 0 are left"),
-        (3, 1, key_value(13, b""), "tokenizer.ggml.tokens has a value of the unknown type 13"),
-        (3, 1, key_value(9, struct.pack("<IQ", 9, 1)), "of the unknown type 9"),
-        (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
-        (3, 1, key_value(9, struct.pack("<IQ", 6, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
+        (3, 1, key_value(8, struct.pack("<Q", 1 << 25)), "33,554,432 more bytes, but only 0 are left"),
+        (3, 1, key_value(13, b""), "tokenizer.ggml.tokens has the unknown type 13"),
+        (3, 1, key_value(9, struct.pack("<IQ", 9, 1)), "has the unknown type 9"),
+        (
+            3,
+            1,
+            key_value(9, struct.pack("<IQ", 8, HUGE)),
+            "tokens claims 1,099,511,627,776 values, but only 0 bytes are left",
+        ),
+        (
+            3,
+            1,
+            key_value(9, struct.pack("<IQ", 6, HUGE)),
+            "tokens claims 1,099,511,627,776 values, but only 0 bytes are left",
+        ),
         (3, 1, key_value(9, struct.pack("<IQ", 8, 1 << 21) + bytes(1 << 24)), "the limit is 1,048,576"),
         (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE), b"other"), "other claims 1,099,511,627,776 values"),
-        (3, 1, key_value(8, struct.pack("<Q", HUGE), b"other"), "1,099,511,627,776 more bytes, 0 are left"),
+        (3, 1, key_value(8, struct.pack("<Q", HUGE), b"other"), "1,099,511,627,776 more bytes, but only 0 are left"),
     ],
 )
 def test_a_gguf_header_that_lies_is_one_sentence_and_no_memory(tmp_path, version, count, data, sentence):
@@ -355,7 +365,7 @@ def test_a_given_folder_or_file_is_taken_also_when_it_is_gone_but_known(nowhere)
     t5.unlink()
     for given in (t5, t5.parent):
         assert find_tokenizers([], nowhere / "c", given, known) == (clip, (t5,))
-    with pytest.raises(WrongRequest, match=r"/c is no CLIP tokenizer; --set model.clip_tokenizer=FOLDER wants vocab"):
+    with pytest.raises(WrongRequest, match=r"/c is not a CLIP tokenizer; use vocab"):
         find_tokenizers([], nowhere / "c", t5)
 
 
@@ -376,8 +386,8 @@ def test_fetching_is_said_and_takes_the_ungated_ones(nowhere, monkeypatch):
     assert clip == tuple(nowhere / "openai/clip-vit-large-patch14" / name for name in CLIP_LISTS)
     assert t5 == (nowhere / "google/t5-v1_1-xxl" / "spiece.model",)
     assert said == [
-        "fetching CLIP's tokenizer (vocab.json, merges.txt) from openai/clip-vit-large-patch14, once",
-        "fetching T5's tokenizer (spiece.model) from google/t5-v1_1-xxl, once",
+        "downloading CLIP's tokenizer (vocab.json, merges.txt) from openai/clip-vit-large-patch14 (only this once)",
+        "downloading T5's tokenizer (spiece.model) from google/t5-v1_1-xxl (only this once)",
     ]
 
 

@@ -103,7 +103,7 @@ LORAS = {
     "FLUX.2": (
         {f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{half}.weight": s for half, s in
          (("A", (4, 6144)), ("B", (18432, 4)))},
-        "was made for FLUX.2 dev, another model",
+        "was made for FLUX.2 dev, a different model",
     ),
     "LoKr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4)}, "lokr_w1; use a plain LoRA"),
     "half": ({f"{LAYER}.lora_down.weight": (4, 3072)}, "1 halves missing"),
@@ -156,7 +156,7 @@ def test_other_files_are_refused_with_the_reason(tmp_path):
     save_file(near, tmp_path / "near.safetensors")
     code, answer, _ = run(tmp_path / "near.safetensors")
     sentence = (
-        "nearest to a FLUX.1 transformer: 46 missing (img_in.bias; txt_in.weight; time_in.in_layer.weight; time_in.in"
+        "closest to a FLUX.1 transformer: 46 missing (img_in.bias; txt_in.weight; time_in.in_layer.weight; time_in.in"
     )
     assert code == 2 and sentence in answer["reasons"][0]
     assert "1 unexpected (blocks.0.qkv.weight)" in answer["reasons"][0]
@@ -289,7 +289,7 @@ def test_a_path_that_the_system_refuses_is_one_sentence(command, tmp_path, monke
         assert sentence in result.stderr and len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is GGUF of version"), (None, "does not exist")])
+@pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is GGUF version"), (None, "does not exist")])
 def test_what_is_no_safetensors_file_is_one_sentence(tmp_path, content, sentence):
     if content:
         (tmp_path / "x.safetensors").write_bytes(content * 9)

@@ -213,7 +213,7 @@ def _shape(shapes: Shapes, name: str, dimensions: int, source: str | Path) -> tu
     if name not in shapes:
         refuse(source, f"has no tensor {name}", "download it again")
     if len(shapes[name]) != dimensions or 0 in shapes[name]:
-        what = f"has {name} in shape {shapes[name]}, not {dimensions} dimensions without a 0"
+        what = f"has {name} of shape {shapes[name]}, not {dimensions} nonzero dimensions"
         refuse(source, what, "use the original file")
     return shapes[name]
 

@@ -31,5 +31,5 @@ def test_a_file_means_to_hold_each_model_whose_marker_is_under_one_of_its_prefix
 def test_the_nearest_kind_is_named_with_the_first_keys_that_differ(count):
     keys = [name for name in autoencoder_shapes(AutoEncoderConfig()) if ".up." not in name]
     found = kind([f"strange.{i}.x" for i in range(count)] + keys)
-    assert "nearest to a FLUX.1 autoencoder: " in found and " missing (decoder.up." in found
+    assert "closest to a FLUX.1 autoencoder: " in found and " missing (decoder.up." in found
     assert "1 unexpected (strange.0.x)" in found

@@ -122,11 +122,14 @@ DEV = flux_shapes(FluxConfig.dev())
 FOREIGN = {
     "chroma": (
         {"distilled_guidance_layer.in_proj.weight": (5120, 64)} | dict(DEV),
-        "is Chroma, which is another model",
+        "is Chroma (a different model",
     ),
-    "flux2": ({"double_stream_modulation_img.lin.weight": (1, 1), "double_blocks.0.x": (1,)}, "is FLUX.2, which is"),
+    "flux2": (
+        {"double_stream_modulation_img.lin.weight": (1, 1), "double_blocks.0.x": (1,)},
+        "is FLUX.2 (a different model",
+    ),
     "fill": (dict(DEV) | {"img_in.weight": (3072, 384)}, "has 384 input channels like Fill, not 64"),
-    "canny": (dict(DEV) | {"img_in.weight": (3072, 128)}, "has 128 inputs as of Canny or Depth where 64"),
+    "canny": (dict(DEV) | {"img_in.weight": (3072, 128)}, "has 128 input channels like Canny or Depth, not 64"),
     "nunchaku": ({"transformer_blocks.0.qkv_proj.qweight": (1, 1), "a.lora_down": (1, 1)}, "is a nunchaku"),
     "kohya_lora": ({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": (4, 8)}, "is a LoRA"),
     "comfy_lora": ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (4, 8)}, "is a LoRA"),
@@ -135,17 +138,17 @@ FOREIGN = {
     "diffusers": ({"single_transformer_blocks.0.attn.to_q.weight": (4, 8)}, "is a FLUX.1 transformer in diffusers'"),
     "autoencoder": (autoencoder_shapes(NANO_AE), "is a FLUX.1 autoencoder, not a FLUX.1 transformer"),
     "sd_autoencoder": ({"decoder.up.0.x": (1,), "quant_conv.weight": (8, 8, 1, 1)}, "is the autoencoder of another"),
-    "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "is a T5 text encoder, where"),
+    "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "is a T5 text encoder, not"),
     "umt5": (
         {f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight": (4, 4) for i in range(2)},
-        "is UMT5, another model than T5",
+        "is UMT5 (a different model from T5)",
     ),
-    "clip": ({"text_model.embeddings.position_embedding.weight": (77, 768)}, "is a CLIP text encoder, where"),
+    "clip": ({"text_model.embeddings.position_embedding.weight": (77, 768)}, "is a CLIP text encoder, not"),
     "openclip": ({"transformer.resblocks.0.ln_1.weight": (8,)}, "is a CLIP text encoder in OpenCLIP's layout"),
     "sdxl": ({"model.diffusion_model.input_blocks.0.0.weight": (1,)}, "is a Stable Diffusion model"),
     "sd3": ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is Stable Diffusion 3"),
     "unet": ({"down_blocks.0.resnets.0.conv1.weight": (1,)}, "is a model in diffusers' layout"),
-    "nothing": ({}, "is empty: it has no tensors"),
+    "nothing": ({}, "is empty (it has no tensors)"),
     "unknown": ({"layers.0.weight": (3,)}, "is a model that fluxq does not know (its first key is layers.0.weight)"),
     "prefix": (
         {f"ema.{name}": shape for name, shape in DEV.items()},
@@ -158,14 +161,20 @@ FOREIGN = {
     ),
     "no singles": (
         {name: shape for name, shape in DEV.items() if not name.startswith("single_")},
-        "lacks all of its single_blocks; download it again",
+        "has no single_blocks; download it again",
     ),
     "headless": (
         without(DEV, "double_blocks.0.img_attn.norm.query_norm.scale"),
-        "lacks the tensor double_blocks.0.img_",
+        "has no tensor double_blocks.0.img_",
     ),
-    "flat": (dict(DEV) | {"img_in.weight": (196_608,)}, "has img_in.weight in shape (196608,), not in 2 dimensions"),
-    "heads": (dict(DEV) | {"double_blocks.0.img_attn.norm.query_norm.scale": (100,)}, "has heads of 100 in a width of"),
+    "flat": (
+        dict(DEV) | {"img_in.weight": (196_608,)},
+        "has img_in.weight of shape (196608,), not 2 nonzero dimensions",
+    ),
+    "heads": (
+        dict(DEV) | {"double_blocks.0.img_attn.norm.query_norm.scale": (100,)},
+        "has heads of width 100 at hidden size",
+    ),
     "far": (dict(DEV) | {"double_blocks." + "9" * 5000 + ".x": (1,)}, "1 unexpected (double_blocks.9999999"),
 }
 

@@ -296,9 +296,9 @@ def test_missing_shards_and_shards_that_disagree_are_named(tmp_path):
     second.write_bytes(second.read_bytes()[:-7])
     assert "a-00002-of-00002.safetensors is truncated" in refusal(open_flux, folder)
     second.unlink()
-    assert "lists a-00002-of-00002.safetensors, which is not there" in refusal(open_flux, folder)
+    assert "lists a-00002-of-00002.safetensors, which does not exist" in refusal(open_flux, folder)
     (folder / "a.safetensors.index.json").unlink()
-    assert "holds shards but no .safetensors.index.json" in refusal(open_flux, folder)
+    assert "has shards but no .safetensors.index.json" in refusal(open_flux, folder)
 
 
 @pytest.mark.parametrize(
@@ -328,7 +328,7 @@ def test_two_files_for_one_part_are_both_named(tmp_path):
     sentence = refusal(open_flux, tmp_path)
     assert "holds a FLUX.1 transformer in one.safetensors and in two.safetensors; name the file to use" in sentence
     assert open_autoencoder(tmp_path).path == tmp_path / nano.AE.name
-    assert f"{tmp_path} holds no .safetensors or .gguf file with a T5 text encoder" in refusal(open_t5, tmp_path)
+    assert f"{tmp_path} has no .safetensors or .gguf file with a T5 text encoder" in refusal(open_t5, tmp_path)
 
 
 FILES = {FLUX: nano.FLUX, AUTOENCODER: nano.AE, CLIP: nano.CLIP_L, T5: nano.T5XXL}
@@ -398,7 +398,7 @@ def test_fill_and_canny_are_refused_by_their_inputs(tmp_path):
     for inputs, name in ((96, "Fill"), (32, "Canny or Depth")):
         tensors = own_flux(torch.bfloat16) | {"img_in.weight": torch.zeros(64, inputs, dtype=torch.bfloat16)}
         sentence = refusal(open_flux, write(tmp_path / "a.safetensors", tensors))
-        assert f"has {inputs} inputs as of {name}" in sentence
+        assert f"has {inputs} input channels like {name}" in sentence
 
 
 # --- CLIP under OpenCLIP's names ---

@@ -154,7 +154,7 @@ def test_what_a_lora_cannot_be_merged_into_is_refused(tmp_path, weights):
         "1 unexpected": write(tmp_path / "bnb.safetensors", bnb),
         "quantized by fluxq; merge into the original": write(tmp_path / "own.safetensors", weights, {"fluxq": "{}"}),
         "stores single_blocks.0.linear1.weight as I8": write(tmp_path / "int8.safetensors", whole),
-        "is a LoRA, where": write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(1)}),
+        "is a LoRA, not": write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(1)}),
         "absent.safetensors does not exist": tmp_path / "absent.safetensors",
     }
     for sentence, path in cases.items():
