@@ -51,8 +51,8 @@ def load_streamed(
     """The transformer of `file`; its blocks' units, except `resident`, are streamed to `device` through slots.
 
     Everything outside the blocks is on `device`. Call `expect_training` or `expect_sampling` to set which blocks have a
-    backward pass, and `flux.ring.close()` before you drop the model. Read frozen weights only inside `resident`, and do
-    not move or cast the model.
+    backward pass, and `flux.ring.close()` before you drop the model. Read frozen weights only inside `ring.resident`,
+    and do not move or cast the model.
 
     slots            the number of slots
     streams, poison  see StreamingRing

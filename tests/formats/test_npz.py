@@ -1,4 +1,4 @@
-"""Archives of numpy from anyone: numbers come back as they were, and all else is a sentence that costs no memory."""
+"""NumPy archives from untrusted sources: numbers are read exactly, anything else is refused without using memory."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def header(text: str, version=(1, 0)) -> bytes:
 
 
 @pytest.mark.parametrize("save", [np.savez, np.savez_compressed])
-def test_what_numpy_wrote_comes_back(tmp_path, save):
+def test_arrays_written_by_numpy_are_read_exactly(tmp_path, save):
     save(tmp_path / "x.npz", **ARRAYS)
     npz = NpzFile(tmp_path / "x.npz")
     assert npz.shapes == {name: array.shape for name, array in ARRAYS.items()}
@@ -63,7 +63,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     tracemalloc.stop()
 
 
-def test_a_bomb_of_the_right_length_is_known_by_its_shape_alone(tmp_path):
+def test_a_bomb_of_the_right_length_shows_in_its_shape(tmp_path):
     path = archive(tmp_path / "x.npz", {"a.npy": npy(np.zeros((16, 2048, 2048), np.float32))}, zipfile.ZIP_DEFLATED)
     tracemalloc.start()
     assert NpzFile(path).shapes == {"a": (16, 2048, 2048)}
@@ -71,8 +71,8 @@ def test_a_bomb_of_the_right_length_is_known_by_its_shape_alone(tmp_path):
     tracemalloc.stop()
 
 
-def test_a_length_that_the_list_denies_is_found_when_it_is_read(tmp_path):
-    """The list says 144 bytes, what is packed are 64 MiB."""
+def test_a_false_length_in_the_directory_is_noticed_on_reading(tmp_path):
+    """The directory claims 144 bytes, the packed data are 64 MiB."""
     path = archive(tmp_path / "x.npz", {"a.npy": npy(np.ones(4, np.float32)) + bytes(64 << 20)}, zipfile.ZIP_DEFLATED)
     data = bytearray(path.read_bytes())
     place = data.index(b"PK\1\2") + 24
@@ -106,7 +106,7 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_what_is_no_archive_of_numbers_is_one_sentence(tmp_path, name):
+def test_file_that_is_not_an_archive_of_numbers_is_refused_in_one_sentence(tmp_path, name):
     members, sentence = BAD[name]
     with pytest.raises(WrongRequest, match=re.escape(sentence)) as caught:
         NpzFile(archive(tmp_path / "x.npz", members))
@@ -122,7 +122,7 @@ def test_a_truncated_archive_is_refused(tmp_path, kept):
         NpzFile(tmp_path / "x.npz")
 
 
-def test_a_list_of_the_longer_kind_is_refused_unread(tmp_path):
+def test_a_zip64_directory_is_refused_unread(tmp_path):
     np.savez(tmp_path / "x.npz", **ARRAYS)
     data = (tmp_path / "x.npz").read_bytes()
     (tmp_path / "x.npz").write_bytes(data[:-22] + b"PK\6\7" + bytes(16) + data[-22:])
@@ -130,8 +130,8 @@ def test_a_list_of_the_longer_kind_is_refused_unread(tmp_path):
         NpzFile(tmp_path / "x.npz")
 
 
-def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path):
-    """Every byte of a small archive is spoilt in turn, and nothing but WrongRequest is raised."""
+def test_damage_anywhere_is_refused_or_harmless(tmp_path):
+    """Each byte of a small archive is changed, one at a time; only WrongRequest is ever raised."""
     np.savez_compressed(tmp_path / "x.npz", a=np.arange(6.0), b=np.asarray(False))
     data, refused = (tmp_path / "x.npz").read_bytes(), 0
     for place in range(len(data)):
@@ -147,6 +147,6 @@ def test_damage_anywhere_is_a_sentence_or_harmless(tmp_path):
     assert refused > len(data) // 2
 
 
-def test_a_file_that_is_not_there_is_named(tmp_path):
+def test_missing_file_is_named(tmp_path):
     with pytest.raises(WrongRequest, match=r"absent.npz cannot be read \(No such file"):
         NpzFile(tmp_path / "absent.npz")

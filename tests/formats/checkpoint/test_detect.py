@@ -1,4 +1,4 @@
-"""What a file is, in words, from its keys."""
+"""What a file is, from its keys."""
 
 import pytest
 
@@ -10,12 +10,12 @@ from fluxq.model.config import AutoEncoderConfig, FluxConfig
 DEV = FluxConfig.dev()
 
 
-def test_kind_knows_each_model():
+def test_kind_recognizes_each_model():
     assert kind(flux_shapes(DEV)) == FLUX and kind(autoencoder_shapes(AutoEncoderConfig())) == AUTOENCODER
     assert kind(flux_diffusers_shapes(DEV)) == DIFFUSERS_FLUX
 
 
-def test_a_file_means_to_hold_each_model_whose_marker_is_under_one_of_its_prefixes():
+def test_models_in_lists_each_model_whose_marker_is_under_one_of_its_prefixes():
     keys = ["model.diffusion_model.double_blocks.0.x", "vae.decoder.up.0.x", "text_encoders.t5xxl.transformer.x"]
     assert models_in(keys) == [FLUX, AUTOENCODER]
     assert models_in(
@@ -28,7 +28,7 @@ def test_a_file_means_to_hold_each_model_whose_marker_is_under_one_of_its_prefix
 
 
 @pytest.mark.parametrize("count", [1, 7])
-def test_the_nearest_kind_is_named_with_the_first_keys_that_differ(count):
+def test_the_closest_kind_is_named_with_the_first_keys_that_differ(count):
     keys = [name for name in autoencoder_shapes(AutoEncoderConfig()) if ".up." not in name]
     found = kind([f"strange.{i}.x" for i in range(count)] + keys)
     assert "closest to a FLUX.1 autoencoder: " in found and " missing (decoder.up." in found

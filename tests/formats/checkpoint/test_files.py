@@ -38,7 +38,7 @@ def test_file_is_the_librarys_byte_for_byte(tmp_path):
         assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
-def test_rows_are_read_alone_at_their_place(tmp_path):
+def test_rows_are_read_alone(tmp_path):
     tensors, path = some_tensors(), tmp_path / "x.safetensors"
     write_safetensors(path, tensors)
     checkpoint = Checkpoint(path)
@@ -79,7 +79,7 @@ def test_equal_tensors_give_equal_files(tmp_path):
 # --- writing ---
 
 
-def test_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+def test_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
@@ -105,7 +105,7 @@ def test_full_disk_names_path_and_bytes_and_keeps_the_old_file(tmp_path, monkeyp
     assert path.read_bytes() == good and os.listdir(tmp_path) == ["lora.safetensors"]
 
 
-def test_write_that_the_system_breaks_off_keeps_the_old_file(tmp_path):
+def test_write_that_the_system_aborts_keeps_the_old_file(tmp_path):
     resource = pytest.importorskip("resource")  # POSIX
     path = tmp_path / "lora.safetensors"
     write_safetensors(path, {"x": torch.zeros(3)})
@@ -119,7 +119,7 @@ def test_write_that_the_system_breaks_off_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == good and os.listdir(tmp_path) == ["lora.safetensors"]
 
 
-def test_unwritable_place_is_a_clear_sentence(tmp_path):
+def test_unwritable_path_is_a_clear_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file" / "lora.safetensors", tmp_path / "file" / "deeper" / "lora.safetensors"):
         with pytest.raises(WrongRequest, match=r"lora\.safetensors cannot be written \(.*\); choose a folder"):
@@ -231,7 +231,7 @@ def test_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
         checkpoint.get("y")
 
 
-def test_spans_are_read_alone_in_the_order_asked(tmp_path):
+def test_only_the_requested_spans_are_read_in_order(tmp_path):
     cube = torch.randn(5, 3, 2).bfloat16()
     write_safetensors(tmp_path / "x.safetensors", {"cube": cube, "other": torch.ones(7)})
     checkpoint = Checkpoint(tmp_path / "x.safetensors")
@@ -256,7 +256,7 @@ BOMBS = {
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_header_that_unpacks_to_much_more_is_refused_in_little_memory(tmp_path, bomb):
+def test_a_header_that_parses_to_much_more_is_refused_in_little_memory(tmp_path, bomb):
     text, sentence = BOMBS[bomb]
     (path := tmp_path / "x.safetensors").write_bytes(packed(text))
     tracemalloc.start()

@@ -1,4 +1,4 @@
-"""How large the models in a file are, from its keys and shapes; the public files' lists are held by their digests."""
+"""Model sizes from a file's keys and shapes; the public files' lists are kept as digests."""
 
 import hashlib
 import math
@@ -37,7 +37,7 @@ CLIP_L = dict(
 
 
 def digest(shapes) -> str:
-    """Of every name and shape, as listed for flux1-dev.safetensors and ae.safetensors."""
+    """The digest of every name and shape, as listed for flux1-dev.safetensors and ae.safetensors."""
     return hashlib.sha256("\n".join(sorted(f"{key} {shape}" for key, shape in shapes.items())).encode()).hexdigest()
 
 
@@ -64,7 +64,7 @@ def test_flux_config_follows_from_shapes_under_any_prefix(config, prefix):
 
 
 def all_in_one() -> dict[str, tuple[int, ...]]:
-    """An all-in-one file, its transformer neither first nor alone."""
+    """An all-in-one file whose transformer is neither first nor alone."""
     clip, t5 = "text_encoders.clip_l.transformer.text_model.", "text_encoders.t5xxl.transformer."
     return (
         {"vae." + name: shape for name, shape in autoencoder_shapes(NANO_AE).items()}
@@ -85,7 +85,7 @@ def test_all_in_one_file_gives_each_model_its_own():
     assert all(key.startswith("vae.") for key in autoencoder_keys(shapes).values())
 
 
-def test_norm_weight_is_read_as_norm_scale_but_not_beside_it():
+def test_norm_weight_is_read_as_norm_scale_but_not_next_to_it():
     shapes = dict(flux_shapes(ODD))
     name = "single_blocks.2.norm.key_norm.scale"
     alias = name.replace("scale", "weight")
@@ -255,7 +255,7 @@ def test_t5_is_read_with_either_name_of_its_embedding(tmp_path, prefix, embeddin
         if not name.endswith(("shared.weight", "embed_tokens.weight"))
     }
     tensors |= {f"{prefix}{name}.weight": original.shared.weight.detach() for name in embeddings}
-    tensors |= {"logit_scale": torch.tensor(4.6)}  # ComfyUI's CLIPSave writes it beside
+    tensors |= {"logit_scale": torch.tensor(4.6)}  # ComfyUI's CLIPSave adds it
     read = loaded(tmp_path, tensors, t5_keys, lambda shapes: T5EncoderModel(T5Config(**t5_config(shapes))))
     ids = torch.randint(1, 40, (2, 50))
     assert torch.equal(original(ids).last_hidden_state, read(ids).last_hidden_state)

@@ -1,4 +1,4 @@
-"""One reader for every place that a model's tensors lie in, against files that other projects' code wrote."""
+"""One reader for every kind of checkpoint, tested with files written by other projects' code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(path: Path, tensors) -> Path:
 
 
 def assert_holds(source, tensors) -> None:
-    """The source gives exactly these tensors, bit for bit, and says their shapes and dtypes beforehand."""
+    """The source returns exactly these tensors, bit for bit, and `shapes` lists their shapes."""
     assert source.shapes.keys() == tensors.keys()
     for name, wanted in tensors.items():
         found = source.get(name)
@@ -74,7 +74,7 @@ def refusal(opener, path: Path) -> str:
     ],
 )
 def test_a_single_file_gives_its_tensors_as_they_are_stored(tmp_path, dtype, precision):
-    """Kijai's fp8 files store the vectors too in 8 bits: they come as 8 bits, and as their values."""
+    """Kijai's fp8 files also store the vectors in 8 bits: they are read both as 8 bits and as values."""
     tensors = own_flux(dtype)
     source = open_flux(write(tmp_path / "flux.safetensors", tensors))
     assert_holds(source, tensors)
@@ -86,7 +86,7 @@ def test_a_single_file_gives_its_tensors_as_they_are_stored(tmp_path, dtype, pre
 
 
 def all_in_one() -> dict[str, torch.Tensor]:
-    """nano's four files as Comfy writes them in one: its prefixes, and what lies beside."""
+    """nano's four files in one, as Comfy writes it: with its prefixes and extra tensors."""
     prefixes = {
         nano.FLUX: "model.diffusion_model.",
         nano.AE: "vae.",
@@ -202,7 +202,7 @@ def test_text_encoder_folders_are_read(tmp_path, shard_size):
 
 
 def scaled_t5(rows: bool = False, key: str = "scale_weight", prefix: str = ""):
-    """T5 as Comfy scales it: matrices fp8 with a scale each, the rest fp16. Returns the file's and the true values."""
+    """T5 as Comfy scales it: fp8 matrices with one scale each, the rest fp16. Returns the file's and the true values."""
     stored, values = {prefix + "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
     for name, tensor in randomize(t5_model()).state_dict().items():
         if name == "encoder.embed_tokens.weight":
@@ -223,7 +223,7 @@ def scaled_t5(rows: bool = False, key: str = "scale_weight", prefix: str = ""):
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("key", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("prefix", ["", "text_encoders.t5xxl.transformer."])
-def test_scales_of_fp8_text_encoders_are_kept_beside_their_bytes(tmp_path, rows, key, prefix):
+def test_fp8_text_encoders_keep_their_bytes_and_scales(tmp_path, rows, key, prefix):
     stored, values = scaled_t5(rows, key, prefix)
     source = open_t5(write(tmp_path / "t5.safetensors", stored))
     assert source.precision == "fp8 e4m3, scaled" and source.shapes.keys() == values.keys()
@@ -256,7 +256,7 @@ def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
         assert sentence in refusal(open_t5, write(tmp_path / "t5.safetensors", stored))
 
 
-def test_a_scaled_transformer_beside_it_is_no_matter_to_t5(tmp_path):
+def test_a_scaled_transformer_in_the_same_file_does_not_affect_t5(tmp_path):
     tensors = all_in_one() | {"model.diffusion_model.scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
     tensors["model.diffusion_model.txt_in.weight"] = tensors["model.diffusion_model.txt_in.weight"].to(FP8)
     path = write(tmp_path / "all.safetensors", tensors)
@@ -336,7 +336,7 @@ FILES = {FLUX: nano.FLUX, AUTOENCODER: nano.AE, CLIP: nano.CLIP_L, T5: nano.T5XX
 
 @pytest.mark.parametrize("wanted", FILES)
 @pytest.mark.parametrize("given", FILES)
-def test_each_model_is_told_from_the_others(wanted, given):
+def test_each_model_is_distinguished_from_the_others(wanted, given):
     if wanted == given:
         assert OPENERS[wanted](FILES[given]).alone
     else:
@@ -362,14 +362,14 @@ def test_every_tensor_of_a_text_encoder_must_be_there(tmp_path, opener):
         ({"axes_dims_rope": "x"}, "has axes_dims_rope x"),
     ],
 )
-def test_what_a_folder_says_of_itself_must_fit(tmp_path, settings, sentence):
+def test_a_folders_config_must_fit(tmp_path, settings, sentence):
     folder = sharded(tmp_path)
     (folder / "config.json").write_text(json.dumps(settings))
     assert sentence in refusal(open_flux, folder)
 
 
 def test_a_diffusers_transformer_with_a_wrong_split_is_refused(tmp_path):
-    """Rows that add up to the right sum in the wrong places are seen."""
+    """The wrong shapes are noticed although the rows add up to the right sum."""
     tensors = to_diffusers(own_flux(), CONFIG)
     for name, rows in (("to_q", 63), ("to_k", 65)):
         tensors[f"single_transformer_blocks.1.attn.{name}.weight"] = torch.ones(rows, 64)
@@ -405,7 +405,7 @@ def test_fill_and_canny_are_refused_by_their_inputs(tmp_path):
 
 
 class OpenClipBlock(torch.nn.Module):
-    """A layer as OpenAI's and OpenCLIP's code have it: torch's own attention, and fc, GELU, projection."""
+    """A layer as in OpenAI's and OpenCLIP's code: torch's own attention, and fc, GELU, projection."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""LoRA files: every dialect is read as the change of weights that it stands for, and refused in one clear sentence."""
+"""Every dialect of LoRA files is read as the right weight change, and other files are refused in one clear sentence."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def assert_same_change(adapters, changes, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("dialect", WRITERS)
-def test_every_dialect_is_read_as_the_change_that_it_stands_for(tmp_path, dialect):
+def test_every_dialect_is_read_as_the_right_change(tmp_path, dialect):
     tensors, changes, metadata = WRITERS[dialect]()
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
     lora = load_lora(tmp_path / "x.safetensors")
@@ -34,7 +34,7 @@ def test_every_dialect_is_read_as_the_change_that_it_stands_for(tmp_path, dialec
 
 @pytest.mark.parametrize("written", WRITTEN_DIALECTS)
 @pytest.mark.parametrize("dialect", WRITERS)
-def test_what_is_written_from_any_dialect_is_the_same_change(tmp_path, dialect, written):
+def test_written_files_make_the_same_change_as_what_was_read(tmp_path, dialect, written):
     tensors, changes, metadata = WRITERS[dialect]()
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
     lora, out = load_lora(tmp_path / "x.safetensors"), tmp_path / "y"
@@ -46,7 +46,7 @@ def test_what_is_written_from_any_dialect_is_the_same_change(tmp_path, dialect, 
     assert_same_change(load_lora(tmp_path / "z").adapters, changes, tolerance=2**-7)  # two factors of 8 bits
 
 
-def test_one_down_makes_one_rank_and_own_downs_their_sum(tmp_path):
+def test_equal_downs_keep_the_rank_and_different_downs_add_ranks(tmp_path):
     for shared, rank in ((True, RANK), (False, 3 * RANK)):
         write_safetensors(
             tmp_path / "x", split("transformer.", False, ".lora_A.weight", ".lora_B.weight", False, 1.0, shared)[0]
@@ -103,7 +103,7 @@ def test_alphas_in_tensors_and_metadata_count_once(tmp_path):
     ],
 )
 @pytest.mark.parametrize("written", ["kohya", "diffusers", "comfy"])
-def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
+def test_clip_is_read_and_t5_is_ignored(tmp_path, keys, t5, written):
     tensors, changes = fused("lora_unet_", True, ".lora_down.weight", ".lora_up.weight", True)
     parts = ("A", "B") if "." in keys.removesuffix(".lora_{}.weight") and "te1" not in keys else ("down", "up")
     a, b = torch.randn(3, 64), torch.randn(64, 3)
@@ -122,7 +122,7 @@ def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
     assert_same_change(again.adapters, changes)
 
 
-def test_split_qkv_of_sd_scripts_gets_its_strength_back(tmp_path):
+def test_split_qkv_of_sd_scripts_is_read_at_its_trained_strength(tmp_path):
     """LoRANetwork.state_dict stacks the parts block-diagonally and keeps the alpha of one part."""
     wanted, tensors = {}, {}
     for module, n, out in (("double_blocks.0.img_attn.qkv", 3, 576), ("single_blocks.0.linear1", 4, 1344)):
@@ -160,7 +160,7 @@ def test_a_kernel_of_1_x_1_and_fp8_are_read(tmp_path):
 
 
 def kohya(**changes):
-    """One plain module of a kohya file; a part by name is replaced, or left out by None."""
+    """One plain module of a kohya file; arguments replace a part, None leaves it out."""
     name = "lora_unet_double_blocks_0_img_attn_proj"
     parts = {"lora_down.weight": torch.ones(4, 192), "lora_up.weight": torch.ones(192, 4), "alpha": torch.tensor(4.0)}
     parts |= {part.replace("__", "."): value for part, value in changes.items()}
@@ -168,7 +168,7 @@ def kohya(**changes):
 
 
 def named(*names, inputs=64):
-    """Modules of rank 2 and no alpha."""
+    """Modules of rank 2 without alpha."""
     downs = {f"{name}.lora_down.weight": torch.ones(2, inputs) for name in names}
     return downs | {f"{name}.lora_up.weight": torch.ones(inputs, 2) for name in names}
 
@@ -253,7 +253,7 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_lora_of_this_model_is_one_sentence(tmp_path, what):
+def test_file_that_is_not_a_lora_of_this_model_is_refused_in_one_sentence(tmp_path, what):
     tensors, sentence = REFUSED[what]
     path = tmp_path / f"{what}.safetensors"
     write_safetensors(path, tensors)
@@ -267,8 +267,8 @@ def test_the_tables_own_file_is_readable_unchanged(tmp_path):
     assert load_lora(tmp_path / "x", CONFIG).adapters
 
 
-def test_metadata_that_names_another_model_is_believed(tmp_path):
-    """A LoRA of Chroma that leaves modulation alone has FLUX.1's names and shapes."""
+def test_metadata_that_names_another_model_decides(tmp_path):
+    """A LoRA of Chroma without modulation has FLUX.1's names and shapes."""
     write_safetensors(tmp_path / "x", kohya(), {"modelspec.architecture": "chroma/lora"})
     with pytest.raises(WrongRequest, match=r"another model, Chroma \(its metadata says so\)"):
         load_lora(tmp_path / "x", CONFIG)
@@ -276,7 +276,7 @@ def test_metadata_that_names_another_model_is_believed(tmp_path):
     assert load_lora(tmp_path / "x", CONFIG).adapters
 
 
-def test_the_full_size_is_told_from_the_toy(tmp_path):
+def test_full_size_and_toy_are_distinguished(tmp_path):
     names = named("lora_unet_double_blocks_18_img_attn_proj", inputs=3072)
     write_safetensors(tmp_path / "x", names)
     assert load_lora(tmp_path / "x").config == FluxConfig.dev()
@@ -294,14 +294,14 @@ def test_the_full_size_is_told_from_the_toy(tmp_path):
         ('{"use_dora": true}', "is for a DoRA"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused(tmp_path, config, sentence):
+def test_unusable_settings_are_refused(tmp_path, config, sentence):
     write_safetensors(tmp_path / "adapter_model.safetensors", named("base_model.model.proj_out"))
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(WrongRequest, match=sentence):
         load_lora(tmp_path)
 
 
-def test_metadata_that_is_no_settings_is_refused(tmp_path):
+def test_invalid_settings_in_metadata_are_refused(tmp_path):
     write_safetensors(
         tmp_path / "x",
         split("transformer.", False, ".lora_A.weight", ".lora_B.weight", False)[0],
@@ -312,14 +312,14 @@ def test_metadata_that_is_no_settings_is_refused(tmp_path):
 
 
 @pytest.mark.parametrize("pattern", ["(.*.*)*x", "(a+)+b", "(.?){99}{99}", ".*" * 9 + "x"])
-def test_patterns_that_take_for_ever_are_refused(pattern):
+def test_patterns_that_take_forever_are_refused(pattern):
     with pytest.raises(ValueError, match="could take forever"):
         PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {pattern: 3}})
     PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {r"(.*\.)?transformer_blocks\.\d+\.attn\.(to_q|to_k)": 3}})
 
 
 @pytest.mark.parametrize("patterns", [[1], "x", 3])
-def test_patterns_that_are_no_table_are_refused(tmp_path, patterns):
+def test_patterns_that_are_not_a_table_are_refused(tmp_path, patterns):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "alpha_pattern": patterns}))
     with pytest.raises(WrongRequest, match="is not a valid adapter_config.json"):
         read_settings(tmp_path / "adapter_config.json")

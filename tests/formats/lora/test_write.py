@@ -1,4 +1,4 @@
-"""LoRA files as they are written: names and tensors that each program wants, exact round trips, nothing by halves."""
+"""Written LoRA files: the names and tensors that each program needs, exact round trips, no partial files."""
 
 from __future__ import annotations
 
@@ -43,8 +43,8 @@ def test_fused_round_trip_is_exact(tmp_path, dialect, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [3, 1.5])
 @pytest.mark.parametrize("dialect", ["diffusers", "peft"])
-def test_split_round_trip_is_exact_where_the_fold_is(tmp_path, dialect, dtype, alpha):
-    """alpha / rank of 1 or a power of two folds without rounding; the swapped and the split modules come back whole."""
+def test_split_round_trip_is_exact_if_the_fold_is(tmp_path, dialect, dtype, alpha):
+    """alpha / rank of 1 or a power of two folds without rounding; swapped and split modules are restored."""
     adapters = random_adapters(rank=3, alpha=alpha)
     save_lora(tmp_path / "x", adapters, CONFIG, dialect, dtype)
     read = load_lora(tmp_path / "x", CONFIG).adapters
@@ -124,7 +124,7 @@ def test_file_carries_the_hashes_of_its_own_tensors(tmp_path):
 
 
 @pytest.mark.parametrize("dialect", WRITTEN_DIALECTS)
-def test_a_place_that_cannot_be_written_to_is_named_and_left_alone(tmp_path, dialect):
+def test_unwritable_path_is_named_and_unchanged(tmp_path, dialect):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WrongRequest, match="file"):
         save_lora(tmp_path / "file" / "x", random_adapters(modules=MODULES[:1]), CONFIG, dialect)
