@@ -1,4 +1,4 @@
-"""The text encoders' weights through a ring: bit-identical states, and each unit is copied once per batch of captions."""
+"""The text encoders' weights through a ring: bit-identical states, each unit copied once per batch of captions."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_weights_that_need_no_conversion_are_views_of_their_slot(dtype, folder):
 
 @pytest.mark.parametrize("slots", [2, 3, UNITS])
 def test_each_unit_is_copied_once_for_a_batch_of_captions(slots, folder):
-    """At the end also the first units of the next batch, CLIP's, which are small. If all fit in slots: once in total."""
+    """At the end also the next batch's first units, CLIP's, which are small. If all fit in slots: once in total."""
     ours = loaded(folder, "fp16", slots=slots, streams=Immediate())
     ring = ring_of(ours)
     for batch in (1, 2, 3):

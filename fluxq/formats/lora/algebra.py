@@ -1,9 +1,9 @@
-"""Operations on the low-rank change of a weight, scale * up @ down, that never compute the full matrix.
+"""Operations on the low-rank change of a weight, scale * up @ down, without the full matrix.
 
 `stacked` merges several changes of one matrix, each of some of its rows: the downs are stacked below each other, the
-ups go to their rows and columns of a block matrix. That is exact; if all downs are equal, the rank does not grow.
-`split` is the inverse. Truncation uses the singular value decomposition of up @ down, computed from two thin QR
-factorizations.
+ups go to their rows and columns of a block matrix. That is exact; if the rows are disjoint and all downs are equal, the
+rank does not grow. `split` is the inverse. Truncation uses the singular value decomposition of up @ down, computed from
+two thin QR factorizations.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ class Resized(NamedTuple):
 
 
 def resized(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> Resized:
-    """`adapter` truncated to `rank`, or to `energy` of its sum of squares; unchanged if its rank is already lower."""
+    """`adapter` truncated to `rank`, or to `energy` of its sum of squares; unchanged if it is not above `rank`."""
     if rank is not None and rank >= adapter.rank:
         return Resized(adapter, 0.0, adapter.norm() ** 2)
     parts = singular(adapter)

@@ -124,7 +124,7 @@ class LoraFile:
         self._check_shapes(placed, config)
         without_alpha = sum("alpha" not in self._bases[base] for base in own)
         if 0 < without_alpha < len(own) and not self._settings:
-            self.notes.append(f"{without_alpha} modules have no alpha and are used at full strength, like in ComfyUI")
+            self.notes.append(f"{without_alpha} modules have no alpha and are used at full strength, as in ComfyUI")
         return placed
 
     def _check_shapes(self, placed: Mapping[str, Place], config: FluxConfig) -> None:

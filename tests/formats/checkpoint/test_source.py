@@ -202,7 +202,7 @@ def test_text_encoder_folders_are_read(tmp_path, shard_size):
 
 
 def scaled_t5(rows: bool = False, key: str = "scale_weight", prefix: str = ""):
-    """T5 as Comfy scales it: fp8 matrices with one scale each, the rest fp16. Returns the file's and the true values."""
+    """T5 as Comfy scales it: fp8 matrices with one scale each, the rest fp16. Returns (file's, true) values."""
     stored, values = {prefix + "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
     for name, tensor in randomize(t5_model()).state_dict().items():
         if name == "encoder.embed_tokens.weight":
