@@ -284,7 +284,7 @@ BAD = {
     "latents: not finite": "holds numbers that are not finite in latents_8x16",
     "latents: mirror": "has latents_flipped_8x16 of (16, 8, 8), unlike",
     "latents: original": "was made from an image of [72, 128], 1.png has [128, 72] pixels",
-    "latents: objects": "holds more than numbers in latents_8x16.npy",
+    "latents: objects": "has more than numbers in latents_8x16.npy",
     "text: masked": "was made with apply_t5_attn_mask",
     "text: flag lacks": "lacks apply_t5_attn_mask",
     "text: length": "does not fit --t5-length 32 and this model: t5_out is (64, 128), not (32, 128)",

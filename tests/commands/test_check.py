@@ -104,7 +104,7 @@ def test_every_reason_is_given_at_once(tmp_path, photos):
     assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 3
     text = "\n".join(answer["reasons"])
     assert f"{models} holds no CLIP text encoder; name it by --clip-l" in text
-    assert "is a CLIP text encoder, not a T5 text encoder is wanted" in text and "bad.png" in text
+    assert "is a CLIP text encoder, not a T5 text encoder" in text and "bad.png" in text
     assert answer["parts"]["ae"]["why"] == f"the only one in {models}"
     assert lines.count("missing") == 3 and lines.endswith("not ready\n")
 

@@ -98,7 +98,7 @@ def test_a_peft_folder_is_a_lora_too(tmp_path):
 LORAS = {
     "SDXL": (
         {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight": (4, 640)},
-        "is a LoRA of another model, Stable Diff",
+        "is a LoRA for another model, Stable Diff",
     ),
     "FLUX.2": (
         {f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{half}.weight": s for half, s in
