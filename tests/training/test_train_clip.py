@@ -182,7 +182,7 @@ PAIR = {"double_blocks.1.img_attn.proj": (192, 192), "single_blocks.0.linear2": 
 def test_a_run_goes_on_from_clips_part_only_where_it_is_trained(tmp_path, photos):
     path, wanted = tmp_path / "old.safetensors", adapters(MODULES, 5)
     save_lora(path, adapters(PAIR), CONFIG, dtype=torch.float32, clip=wanted)
-    for encoder, said in (("clip_l", "14 layers; rank 5"), (None, "its CLIP-L part (12 modules) is ignored")):
+    for encoder, said in (("clip_l", "14 layers; rank 5"), (None, "its CLIP-L part (12 modules) is left out")):
         arguments = ["train", photos, "--model", "nano", "--from-lora", path, "--lr", 0, "--steps", 1, "--name", "x"]
         arguments += ["--text-encoder", encoder] * bool(encoder) + [
             "--cache",
