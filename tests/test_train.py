@@ -22,7 +22,7 @@ from fluxq.config import LoraConfig, config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.write import WRITTEN
+from fluxq.formats.lora.write import WRITTEN_DIALECTS
 from fluxq.model import FluxConfig
 from fluxq.nano import drawing
 from fluxq.train import train
@@ -202,7 +202,7 @@ def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
 @pytest.mark.slow
 def test_every_lora_format_is_the_same_lora_and_replaces_only_its_own(tmp_path, photos):
     formats = next(f for f in fields(LoraConfig) if f.name == "file_format").metadata["choices"]
-    assert formats == WRITTEN
+    assert formats == WRITTEN_DIALECTS
     found = {}
     for name in formats:
         out = tmp_path / f"run {name}"

@@ -1,7 +1,7 @@
-"""Files that are written wholly or not at all.
+"""Write a file completely or not at all.
 
-Writing goes to a temporary name in the same folder, which is renamed when complete: a crash or a full disk never costs
-the last good file.
+The data goes to a temporary file in the same folder, which is renamed when it is complete. A crash or a full disk never
+costs the last good file.
 """
 
 import contextlib
@@ -22,11 +22,11 @@ WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS}
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
-    """A temporary path beside `path`, with its suffix, to be written and closed inside the block.
+    """A temporary path next to `path`, with the same suffix, to be written and closed inside the block.
 
-    At the end of the block it is flushed to disk and renamed to `path`; on any error it is removed and `path` stays as
-    it was. Missing folders are created. `nbytes`, where known, is what the file needs: the message of a full disk says
-    it. Raises WrongRequest if `path` cannot be written.
+    At the end of the block the file is flushed to disk and renamed to `path`. On any error it is removed and `path` is
+    unchanged. Missing folders are created. `nbytes` is the size of the file, if known, for the message about a full
+    disk. Raises WrongRequest if `path` cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}")
@@ -40,7 +40,7 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
     except OSError as error:
         ours = error.filename is not None and Path(error.filename) in (temporary, path, *path.parents)
         if not ours and (error.filename is not None or error.errno not in WRITE_ERRORS):
-            raise  # about something else that the block was doing, such as reading another file
+            raise  # not about `path`, but for example about another file that the block reads
         raise _unwritable(path, nbytes, error) from error
     finally:
         with contextlib.suppress(OSError):
@@ -48,9 +48,7 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
 
 
 def _replace(temporary: Path, path: Path) -> None:
-    """os.replace, which on Windows fails while another program, such as a virus scanner, has `path` open: try for 5
-    s.
-    """
+    """os.replace. On Windows it fails while another program (a virus scanner) has `path` open, so retry for 5 s."""
     for pause in (0.02, 0.05, 0.1, 0.3, 0.5, 1.0, 1.0, 2.0) if IS_WINDOWS else ():
         try:
             return os.replace(temporary, path)
@@ -70,7 +68,8 @@ def _flush(path: Path, flags: int) -> None:
 def _unwritable(path: Path, nbytes: int | None, error: OSError) -> WrongRequest:
     if error.errno in FULL_DISK_ERRORS:
         needed = f"{nbytes:,} bytes are needed, " if nbytes is not None else ""
-        free = f"{shutil.disk_usage(path.parent).free:,} are free" if path.parent.is_dir() else "none can be had"
-        kept = "; what it held before is untouched" if path.exists() else ""
-        return WrongRequest(f"{path} cannot be written, the disk is full ({needed}{free}){kept}; make room, try again")
+        free = f"{shutil.disk_usage(path.parent).free:,} are free" if path.parent.is_dir() else "none is free"
+        kept = "; the existing file is unchanged" if path.exists() else ""
+        problem = f"cannot be written because the disk is full ({needed}{free}){kept}"
+        return WrongRequest(f"{path} {problem}; free some space and try again")
     return WrongRequest(f"{path} cannot be written ({error.strerror or error}); choose a folder that can be written to")

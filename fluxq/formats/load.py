@@ -1,4 +1,4 @@
-"""Model files to models on a device: the transformer in its stored format, the autoencoder, the text encoders."""
+"""Load models from files onto a device: the transformer in its stored format, the autoencoder, the text encoders."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ from .checkpoint.source import Source, open_autoencoder, open_clip, open_flux, o
 from .tokenizers import load_clip_tokenizer, load_t5_tokenizer
 from .weights import StoredWeights, StreamedWeights, streamed
 
-ENCODER_SLOTS = 2  # a block of T5-XXL takes 386 MB; reading the file is one pipe, which more would not widen
+ENCODER_SLOTS = 2  # a block of T5-XXL takes 386 MB; reading the file is the bottleneck, so more slots would not help
 
 
 def load_flux(
     path: Path | Source[FluxConfig], format: str, device: torch.device, dtype: torch.dtype = torch.bfloat16
 ) -> Flux:
-    """The transformer at `path`, a file or a folder in either layout, or of a source, computing in `dtype`.
+    """The transformer at `path` (a file or a folder in either layout) or of a source, computing in `dtype`.
 
-    The matrices of the blocks are stored as `format`; what lies outside the blocks, and every vector, stays in `dtype`.
-    One tensor at a time is read, moved to `device` and quantized there. Raises WrongRequest as `open_flux` does.
+    The matrices of the blocks are stored in `format`; vectors, and everything outside the blocks, are in `dtype`.
+    Tensors are read, moved to `device` and quantized there one at a time. Raises WrongRequest as `open_flux` does.
     """
     source = open_flux(path) if isinstance(path, Path) else path
     with torch.device("meta"):
@@ -50,8 +50,9 @@ def load_flux(
 
 
 def load_autoencoder(path: Path, device: torch.device, dtype: torch.dtype = torch.float32) -> AutoEncoder:
-    """The autoencoder at `path`, a file or a folder in either layout, in `dtype`. Raises WrongRequest as
-    `open_autoencoder` does.
+    """The autoencoder at `path`, a file or a folder in either layout, in `dtype`.
+
+    Raises WrongRequest as `open_autoencoder` does.
     """
     source = open_autoencoder(path)
     with torch.device("meta"):
@@ -61,8 +62,10 @@ def load_autoencoder(path: Path, device: torch.device, dtype: torch.dtype = torc
 
 
 def load_clip(clip_l: Path, tokenizer: Sequence[Path], device: torch.device, dtype: torch.dtype | None = None) -> Clip:
-    """CLIP-L with its tokenizer, all of it on `device`, to be trained; in bf16 on a GPU, as the transformer computes,
-    else in fp32. The tokenizer's files are as `find_tokenizers` gives them. Raises WrongRequest as `open_clip` does.
+    """CLIP-L with its tokenizer, entirely on `device`, for training.
+
+    By default in bf16 on a GPU, like the transformer, and in fp32 on a CPU. `tokenizer` are files from
+    `find_tokenizers`. Raises WrongRequest as `open_clip` does.
     """
     dtype = dtype or (torch.float32 if device.type == "cpu" else torch.bfloat16)
     source = open_clip(clip_l)
@@ -88,11 +91,15 @@ def load_text_encoders(
 ) -> TextEncoders:
     """CLIP-L (fp32) and T5's encoder with their tokenizers, at a T5 length of `length` tokens.
 
-    Their blocks pass through one ring of `slots` slots, by default of 2; with 0, the default on CPUs, each block
-    is read when it is computed with. T5 computes in `dtype`: by default in bf16, and in fp32 on CPUs that have no
-    fast bf16. The tokenizers' files are as `find_tokenizers` gives them. Raises WrongRequest for a file that is not
-    what its name says. `streams` and `poison`: see StreamingRing. They take at most `budget` bytes of the device, if any
-    are said, by taking fewer captions at a time; one at least.
+    clip_tokenizer, t5_tokenizer   files from `find_tokenizers`
+    dtype            what T5 computes in: by default bf16, or fp32 on CPUs without fast bf16
+    slots            size of the ring that streams their blocks, by default 2; with 0, the default on CPUs, each block
+                     is read when it is needed
+    streams, poison  see StreamingRing
+    budget           the most bytes of the device to use; to stay within it, fewer captions are encoded at a time, but
+                     at least one
+
+    Raises WrongRequest for a file that is not the model it should be.
     """
     if dtype is None:
         mkldnn = torch.backends.mkldnn.is_available()  # absent on some Arm builds
@@ -102,8 +109,8 @@ def load_text_encoders(
     clip_source, t5_source = open_clip(clip_l), open_t5(t5xxl)
     sizes = clip_source.config
     if sizes["max_position_embeddings"] < CLIP_LENGTH:
-        what = f"has {sizes['max_position_embeddings']} positions, where {CLIP_LENGTH} are wanted"
-        refuse(clip_l, what, f"give {EXAMPLES[CLIP]}")
+        what = f"has {sizes['max_position_embeddings']} positions, fewer than {CLIP_LENGTH}"
+        refuse(clip_l, what, f"use {EXAMPLES[CLIP]}")
     weights = [StoredWeights(clip_source, device, torch.float32), StoredWeights(t5_source, device, dtype)]
     if slots is None:
         slots = 0 if device.type == "cpu" else ENCODER_SLOTS
@@ -123,16 +130,16 @@ def load_text_encoders(
 
 
 def encoder_bytes(t5: StoredWeights, length: int) -> int:
-    """What T5 takes of the device beside the states: the ring's slots, a block's values, and what comes and goes.
+    """Bytes that T5 needs on the device besides the states: the ring's slots, one block's values, and temporaries.
 
-    Of a batch of tokens that are in its feed-forward layers the states, normed too, the gate twice and what it is
-    multiplied by; and the bias of the scores.
+    The temporaries are, for a batch of tokens in the feed-forward layers: the states, the normed states, the gate
+    twice and its factor; and the bias of the attention scores.
     """
     sizes, shapes = t5.source.config, t5.source.shapes
     width, hidden = sizes["d_model"], sizes["d_ff"]
     (layers,) = t5_units(1).values()
     block = sum(math.prod(shapes[name]) for own in layers.values() for name in own)
     tokens = max(1, TOKENS_PER_BATCH // length) * length
-    passing = tokens * (2 * width + 3 * hidden) + sizes["num_heads"] * length**2
+    temporaries = tokens * (2 * width + 3 * hidden) + sizes["num_heads"] * length**2
     slots = t5.ring.slot_bytes if isinstance(t5, StreamedWeights) else 0
-    return slots + (block + passing) * t5.dtype.itemsize
+    return slots + (block + temporaries) * t5.dtype.itemsize

@@ -1,9 +1,9 @@
-"""fluxq's own file of a quantized transformer: every unit is one contiguous, aligned piece, filled by one read.
+"""fluxq's file format for a quantized transformer: every unit is one contiguous, aligned piece, loaded with one read.
 
-It is a safetensors file with one flat uint8 tensor a unit (fluxq/model/units.py), whose start and length are multiples
-of 256 bytes. The metadata's `fluxq` is JSON: format, config, source (name, fingerprint, hash of the tensors' bytes) and
-layout, which gives each unit's tensors as [name, dtype, shape, first byte]. A matrix in NF4 is `<layer>.codes` and
-`.absmax`, in 8 bits `<layer>.values` and `.scale`; every other tensor keeps its name, in 16 bits.
+It is a safetensors file with one flat uint8 tensor per unit (fluxq/model/units.py), whose start and length are
+multiples of 256 bytes. The metadata's `fluxq` is JSON: format, config, source (name, fingerprint, hash of the tensors'
+bytes) and layout, which lists each unit's tensors as [name, dtype, shape, first byte]. A matrix in NF4 is
+`<layer>.codes` and `.absmax`, in 8 bits `<layer>.values` and `.scale`; every other tensor keeps its name, in 16 bits.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from .checkpoint.shards import open_file
 from .checkpoint.source import Source
 
 LAYOUT_VERSION = 1
-MAX_VECTOR_BYTES = 1 << 17  # the longest vector of FLUX.1 is 86 KB in fp32; absmax of a matrix 590 KB and more
+MAX_VECTOR_BYTES = 1 << 17  # the longest vector of FLUX.1 takes 86 KB in fp32, the absmax of a matrix at least 590 KB
 
 
 def write_quantized(
@@ -55,11 +55,11 @@ def write_quantized(
     progress: Callable[[int, int], None] = lambda done, total: None,
     inspect: Callable[[str, Weight, Weight], None] = lambda name, w, q: None,
 ) -> None:
-    """Quantize `source` into `path` on `device`, one tensor at a time, or a band of its rows where it is large.
+    """Quantize `source` into `path` on `device`, one tensor at a time, or one band of rows at a time if it is large.
 
-    `about` is JSON that goes into the metadata; progress is told (bytes read, of all); `inspect` sees every matrix,
-    or each band of it, and what that became. Raises WrongRequest, before anything is read, where the disk has too
-    little room, and for numbers that are not finite.
+    `about` is JSON for the metadata. `progress` is called with (bytes read, total bytes), `inspect` with every matrix's
+    name, weight and quantized weight, band by band. Raises WrongRequest if the disk has too little space, before
+    anything is read, and for numbers that are not finite.
     """
     units = layout(source.shapes, format)
     description = {
@@ -71,10 +71,10 @@ def write_quantized(
             for unit, (places, _) in units.items()
         },
     }
-    blank = "0" * 32  # the hash of what was read is known at the end
+    blank = "0" * 32  # a placeholder: the hash of the source is known at the end
     header = _header(units, {**description, "source": {**about, "hash": blank}})
     needed = len(header) + sum(length for _, length in units.values())
-    require_room(path, needed)
+    require_disk_space(path, needed)
     versions = _versions(source.files)
     digest, done = blake2b(digest_size=16), 0
     with atomic_path(path, needed) as temporary, temporary.open("wb") as file:
@@ -88,38 +88,39 @@ def write_quantized(
                 targets = [view(buffer, next(parts)) for _ in stored_parts(name, source.shapes[name], own)]
                 for rows in source.bands(name):
                     weight = next(bands).to(device)
-                    for target, made in zip(targets, _quantized(name, weight, own, inspect), strict=True):
-                        target[rows.start : rows.stop].copy_(made)
-                for target in targets:  # of a matrix the scales tell
+                    for target, part in zip(targets, _quantized(name, weight, own, inspect), strict=True):
+                        target[rows.start : rows.stop].copy_(part)
+                for target in targets:  # if a matrix has such numbers, its scales are not finite
                     if target.dtype in (torch.float32, torch.bfloat16) and not target.isfinite().all():
-                        refuse(source.path, f"holds numbers that are not finite in {name}", "it is spoilt: use another")
+                        refuse(source.path, f"has NaN or infinite numbers in {name}", "use another file")
                 done += source.sizes[name]
                 progress(done, source.nbytes)
             file.write(buffer.numpy().data)
         if _versions(source.files) != versions:
-            refuse(source.path, "was replaced or changed while it was read", "start again")
+            refuse(source.path, "changed while it was read", "start again")
         final = _header(units, {**description, "source": {**about, "hash": digest.hexdigest()}})
         file.seek(0)
         file.write(final)
 
 
 def _versions(files: Sequence[Path]) -> list[tuple[int, int]]:
-    """What changes where one of `files` is replaced or written to."""
+    """Size and modification time of each file, to notice if one is replaced or written to."""
     return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
 
 
-def require_room(path: Path, needed: int) -> None:
+def require_disk_space(path: Path, needed: int) -> None:
     """Raise WrongRequest if the disk of `path`, which need not exist, has fewer than `needed` bytes free."""
     folder = next((p for p in path.absolute().parents if p.is_dir()), None)
     if folder is None:
-        raise WrongRequest(f"{path.parent} lies on a drive that is not there; choose another place")
+        raise WrongRequest(f"{path.parent} is on a drive that does not exist; choose another folder")
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise WrongRequest(f"{path} needs {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free; make room there")
+        need = f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
+        raise WrongRequest(f"{path} {need}; free some space on that disk")
 
 
 def _read_ahead(source: Source[FluxConfig], names: Sequence[str], digest: Any) -> Iterator[Weight]:
-    """The bands of `names` in order; while one is worked on, a thread reads the next and adds its bytes to `digest`."""
+    """The bands of `names` in order. While one is processed, a thread reads the next and hashes it into `digest`."""
 
     def read(name: str, rows: range) -> Weight:
         digest.update(name.encode())
@@ -127,11 +128,11 @@ def _read_ahead(source: Source[FluxConfig], names: Sequence[str], digest: Any) -
 
     bands = [(name, rows) for name in names for rows in source.bands(name)]
     with ThreadPoolExecutor(1) as reader:
-        coming = reader.submit(read, *bands[0])
+        next_band = reader.submit(read, *bands[0])
         for band in bands[1:]:
-            weight, coming = coming.result(), reader.submit(read, *band)
+            weight, next_band = next_band.result(), reader.submit(read, *band)
             yield weight
-        yield coming.result()
+        yield next_band.result()
 
 
 def _quantized(name: str, w: Weight, format: str, inspect: Callable[[str, Weight, Weight], None]) -> list[Tensor]:
@@ -166,49 +167,52 @@ def cached(
     progress: Callable[[int, int], None] = lambda done, total: None,
     merged: str = "",
 ) -> QuantizedFile:
-    """`source` in `format`: from the cache folder, or quantized into it once. `merged`: see `fingerprint`."""
+    """`source` in `format`, from the cache folder; if it is not there yet, it is quantized into it.
+
+    `merged`: see `fingerprint`.
+    """
     path = cached_path(source.files, format, merged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise WrongRequest(
-            f"{path.parent} cannot be made ({error.strerror}); set FLUXQ_CACHE to another folder"
+            f"{path.parent} cannot be created ({error.strerror or error}); set FLUXQ_CACHE to another folder"
         ) from error
-    with FileLock(f"{path}.lock"):  # of two runs that start at once, the second waits for the first one's file
+    with FileLock(f"{path}.lock"):  # if two runs start at the same time, the second waits for the first one's file
         if path.is_file():
-            with suppress(WrongRequest):  # damaged: it is made anew
+            with suppress(WrongRequest):  # if it is damaged, it is written again
                 return QuantizedFile.open(path)
-        for left_by_a_crash in path.parent.glob(f".{glob.escape(path.stem)}.tmp-*"):
-            left_by_a_crash.unlink(missing_ok=True)
+        for leftover in path.parent.glob(f".{glob.escape(path.stem)}.tmp-*"):  # from a crash
+            leftover.unlink(missing_ok=True)
         about = {"files": [file.name for file in source.files], "fingerprint": fingerprint(source.files, merged)}
         write_quantized(path, source, format, about, device, progress)
         return QuantizedFile.open(path)
 
 
 def stored_bytes(shapes: Mapping[str, tuple[int, ...]], format: str) -> int:
-    """The room that a transformer of these shapes takes in `format`."""
+    """The bytes that a transformer with these shapes takes in `format`."""
     return sum(length for _, length in layout(shapes, format).values())
 
 
 def cached_path(files: Sequence[Path], format: str, merged: str = "") -> Path:
-    """Where the transformer in `files`, with `merged` in it, is kept in `format`."""
+    """The path in the cache folder of the transformer in `files`, with `merged` merged in, in `format`."""
     name = files[0].stem if len(files) == 1 else files[0].parent.name
     return cache_folder() / f"{name}-{format}-v{LAYOUT_VERSION}-{fingerprint(files, merged)}.safetensors"
 
 
 def cache_folder() -> Path:
-    """Where quantized models are kept: FLUXQ_CACHE, else the system's place for caches."""
-    if place := os.environ.get("FLUXQ_CACHE"):
-        return Path(place)
+    """The folder for quantized models: FLUXQ_CACHE, else the system's cache folder."""
+    if folder := os.environ.get("FLUXQ_CACHE"):
+        return Path(folder)
     base = os.environ.get("LOCALAPPDATA") if os.name == "nt" else os.environ.get("XDG_CACHE_HOME")
     return Path(base or Path.home() / ".cache") / "fluxq"
 
 
 def fingerprint(files: Sequence[Path], merged: str = "") -> str:
-    """What tells files from others without reading them whole: their lengths, headers, vectors, and 2,048 pieces of
-    each; and in diffusers' layout the config.json beside them. `merged` tells what was merged into them (LoRAs).
+    """A hash that identifies files without reading them completely; moved or copied files keep it.
 
-    In FLUX.1 every matrix is sampled, and all vectors are 6 MB. Files that were moved or copied stay the same.
+    It covers each file's length, header, vectors and 2,048 samples, and config.json in diffusers' layout. `merged`
+    identifies the LoRAs that were merged in. In FLUX.1 every matrix is sampled, and all vectors together are 6 MB.
     """
     digest, layouts = blake2b(digest_size=8), set()
     for path in files:
@@ -225,7 +229,7 @@ def fingerprint(files: Sequence[Path], merged: str = "") -> str:
 
 @lru_cache(maxsize=64)
 def _sampled(path: Path, length: int, mtime_ns: int, samples: int = 2048, size: int = 1 << 12) -> tuple[bytes, bool]:
-    """The hash of one file's part in a fingerprint, and whether its keys are diffusers'."""
+    """The hash of one file for `fingerprint`, and whether its keys are diffusers'."""
     digest, opened = blake2b(str(length).encode(), digest_size=16), open_file(path)
     with path.open("rb", buffering=0) as file:
         digest.update(file.read(1 << 20))
@@ -238,8 +242,9 @@ def _sampled(path: Path, length: int, mtime_ns: int, samples: int = 2048, size: 
 
 
 def _vectors(file: TensorFile) -> Iterator[Tensor]:
-    """The bytes of all that has one dimension or none, and is no 4-bit matrix's absmax, by far the longest of these; in
-    a quantized file the vectors lie within its units.
+    """The bytes of all tensors with at most one dimension, without the absmax of 4-bit matrices, which is much longer.
+
+    In a quantized file the vectors are inside its units.
     """
     if "fluxq" not in file.metadata:
         small = (key for key, shape in file.shapes.items() if len(shape) < 2 and file.size(key) <= MAX_VECTOR_BYTES)
@@ -250,13 +255,13 @@ def _vectors(file: TensorFile) -> Iterator[Tensor]:
 
 
 def is_quantized(path: Path) -> bool:
-    """Whether `path` is a file of `write_quantized`. Raises WrongRequest where it is no model file."""
+    """Whether `write_quantized` wrote the file `path`. Raises WrongRequest if it is not a model file."""
     return path.suffix.lower() != ".json" and "fluxq" in open_file(path).metadata
 
 
 @dataclass(frozen=True)
 class QuantizedFile:
-    """A file that `write_quantized` made, its header read."""
+    """A file written by `write_quantized`, with its header parsed."""
 
     path: Path
     format: str
@@ -267,25 +272,25 @@ class QuantizedFile:
 
     @classmethod
     def open(cls, path: Path) -> QuantizedFile:
-        """Raises WrongRequest for any other file, or one of another version."""
+        """Read the header. Raises WrongRequest for any other file, and for another layout version."""
         checkpoint = Checkpoint(path)
         if "fluxq" not in checkpoint.metadata:
-            raise WrongRequest(f"{path} was not written by fluxq quantize; give it a model file to quantize first")
+            raise WrongRequest(f"{path} was not written by fluxq; quantize a model file with fluxq quantize first")
         try:
             return cls._checked(path, checkpoint, json.loads(checkpoint.metadata["fluxq"]))
         except WrongRequest:
             raise
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise WrongRequest(f"{path} has a damaged header of fluxq's ({error}); quantize it anew") from error
+            raise WrongRequest(f"{path} has damaged fluxq metadata ({error}); quantize it again") from error
 
     @classmethod
     def _checked(cls, path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> QuantizedFile:
-        """Raises ValueError and the like where the layout is not the one that this config and format have."""
+        """Raises ValueError and similar errors unless the layout is the one for its config and format."""
         if about["version"] != LAYOUT_VERSION:
-            raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantize it anew")
+            raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantize it again")
         sizes = {**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])}
         if any(isinstance(size, float) for name, size in sizes.items() if name != "mlp_ratio"):
-            raise ValueError("its config has fractions for sizes")
+            raise ValueError("its config has fractional sizes")
         config = FluxConfig(**sizes)
         units = {
             unit: [
@@ -294,11 +299,11 @@ class QuantizedFile:
             for unit, places in about["layout"].items()
         }
         if not isinstance(about["source"], dict) or not isinstance(about["source"].get("fingerprint", ""), str):
-            raise ValueError("it does not say what it was made from")
+            raise ValueError("it does not name its source")
         names = [place.name for places in units.values() for place in places]
         if len(units) == 0 or len(set(names)) != len(names):
             raise ValueError("its layout names a tensor twice")
-        if config.depth + config.depth_single_blocks > len(units):  # before as many are listed
+        if config.depth + config.depth_single_blocks > len(units):  # checked before `layout` lists that many units
             raise ValueError("its units are not those of its config")
         expected = layout(dict(flux_shapes(config)), about["format"])
         if expected.keys() != units.keys():
@@ -317,11 +322,11 @@ class QuantizedFile:
         return cls(path, about["format"], config, about["source"], units, checkpoint)
 
     def length(self, unit: str) -> int:
-        """The unit's bytes, counted."""
+        """The unit's size in bytes."""
         return self.checkpoint.shape(unit)[0]
 
     def read(self, unit: str) -> Tensor:
-        """The unit's bytes, flat uint8, by one read."""
+        """The unit's bytes, flat uint8, with one read."""
         return self.checkpoint.get(unit)
 
     def read_into(self, unit: str, out: Tensor) -> None:
@@ -329,12 +334,12 @@ class QuantizedFile:
         self.checkpoint.read_into(unit, out)
 
     def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        """(name, view) of every tensor of `unit` in its bytes `flat`, wherever they lie."""
+        """(name, view) of every tensor of `unit`, in its bytes `flat` on any device."""
         return ((place.name, view(flat, place)) for place in self.units[unit])
 
 
 def load_quantized(file: QuantizedFile, device: torch.device) -> Flux:
-    """The transformer of `file` on `device`: one read and one copy a unit; the layers hold views of it."""
+    """The transformer of `file` on `device`, with one read and one copy per unit; the layers hold views of them."""
     with torch.device("meta"):
         flux = Flux(file.config)
     for unit in file.units:

@@ -1,4 +1,4 @@
-"""A quantized file to a transformer that streams: a few units on the GPU, the others in host memory."""
+"""Load a quantized file as a transformer that streams: some units are resident on the GPU, the others are in RAM."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fluxq.console import Notify, silent
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.units import unit_of
@@ -18,7 +19,7 @@ from .quantized import assign
 
 
 class StoredUnits(Protocol):
-    """Where units come from: a QuantizedFile, or what is drawn at random (fluxq/bench/random_model.py)."""
+    """The source of the units: a QuantizedFile, or random weights (fluxq/bench/random_model.py)."""
 
     @property
     def config(self) -> FluxConfig: ...
@@ -42,22 +43,25 @@ def load_streamed(
     slots: int = 8,
     streams: Streams | None = None,
     poison: bool = False,
-    notify: Callable[[str], None] = lambda line: None,
+    notify: Notify = silent,
     ahead: bool = True,
     through: Callable[[Streams], Streams] = lambda streams: streams,
     into: Flux | None = None,
 ) -> Flux:
-    """The transformer of `file`, whose blocks' units but `resident` are streamed to `device` through `slots` slots.
+    """The transformer of `file`; its blocks' units, except `resident`, are streamed to `device` through slots.
 
-    What lies outside the blocks is on `device`. Modulation is streamed for passes of its own where it is computed
-    `ahead` (fluxq/model/modulation.py), else in each step, before its block. `flux.ring.close()` before the model is
-    let go. Tell the ring which blocks train with `expect_training`. Frozen weights are then only to be read inside
-    `resident`, and the model is not to be moved or cast. `streams` and `poison`: see StreamingRing. `through`
-    may put something between the ring and its streams.
+    Everything outside the blocks is on `device`. Call `expect_training` or `expect_sampling` to set which blocks have a
+    backward pass, and `flux.ring.close()` before you drop the model. Read frozen weights only inside `ring.resident`,
+    and do not move or cast the model.
 
-    into: a model of these weights, which holds them anew: what it had of streamed units goes before anything comes, so
-    that it never takes more than before or after; what stays, stays where it is, and so does LoRA. Where that fails it
-    can be done again.
+    slots            the number of slots
+    streams, poison  see StreamingRing
+    ahead            whether modulation is computed ahead and thus streamed in its own passes
+                     (fluxq/model/modulation.py); else it is streamed in each step, before its block
+    through          wraps the streams before the ring gets them
+    into             a model with these weights to place again, instead of a new one. Its streamed units are freed
+                     before anything is loaded, so it never takes more memory than before or after. Units that stay,
+                     and LoRA, are not moved. If this fails, it can be repeated.
     """
     with torch.device("meta"):
         flux = Flux(file.config).eval() if into is None else into
@@ -89,13 +93,13 @@ def load_streamed(
 
 
 def expect_sampling(flux: Flux) -> None:
-    """Tell the ring of a streamed model that forward passes are all that comes."""
+    """Tell the ring of a streamed model to expect forward passes only."""
     if isinstance(flux.ring, StreamingRing):
         flux.ring.expect(backward=())
 
 
 def expect_training(flux: Flux) -> None:
-    """Tell the ring of a streamed model which blocks have a backward pass, as LoRA is now."""
+    """Tell the ring of a streamed model which blocks have a backward pass with the model's current LoRA."""
     if isinstance(flux.ring, StreamingRing):
         trained, visits = flux.units_with_backward, flux.ring.schedule.blocks
         flux.ring.expect([i for i, units in enumerate(visits) if trained.issuperset(units)])

@@ -1,8 +1,8 @@
-"""The two tokenizers, which model files do not contain: where they are found, and captions to ids.
+"""Find the files of the two tokenizers, which model files do not contain, and turn captions into ids.
 
-CLIP's is a byte-level BPE (vocab.json and merges.txt, or tokenizer.json), T5's a SentencePiece model (spiece.model, or
-the same as tokenizer.json, or within a GGUF T5, of which nothing else is read). Each form gives the ids that
-transformers gives, also for special tokens that a caption spells out, such as `</s>`.
+CLIP's is a byte-level BPE (vocab.json and merges.txt, or tokenizer.json), T5's a SentencePiece model (spiece.model,
+tokenizer.json, or inside a GGUF T5, of which nothing else is read). Every form gives the same ids as transformers, also
+for special tokens that a caption spells out, such as `</s>`.
 """
 
 import contextlib
@@ -13,22 +13,26 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers
 
+from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.model.text import Tokenize
 
 from .gguf_tokenizer import read_gguf_tokenizer, spiece_of
 
-LEVELS_UP = 6  # a model may lie in ComfyUI/models/text_encoders/flux/, the tokenizers in ComfyUI/comfy/
+LEVELS_UP = 6  # a model may be in ComfyUI/models/text_encoders/flux/ and the tokenizers in ComfyUI/comfy/
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
-T5_PIECES, T5_SENTINELS = 32000, 100  # of the public T5 models; the sentinels are not in spiece.model
+T5_PIECES, T5_SENTINELS = 32000, 100  # in the public T5 models; the sentinels are not in spiece.model
 
 
 @dataclass(frozen=True)
 class Kind:
-    """What is looked for: `forms` are the sets of files that serve, the best first.
+    """A tokenizer to look for.
 
-    The first may lie loose beside a model: its names say what it is. `folders` are looked into from there upwards, and
-    `hub` are (repository, folder in it) in the hub's cache, the first of which is where the files are fetched from.
+    forms    the sets of files that work, best first; the first may also be directly next to a model, because its
+             names are unmistakable
+    folders  searched in the model's folder and the folders above it
+    hub      (repository, folder in it), searched in the hub's cache; the files are downloaded from the first
+    option   the setting that names the files
     """
 
     name: str
@@ -38,7 +42,7 @@ class Kind:
     option: str
 
     def within(self, folder: Path) -> list[tuple[Path, ...]]:
-        """The files of each form, as they would be called in `folder`."""
+        """The paths that the files of each form would have in `folder`."""
         return [tuple(folder / name for name in form) for form in self.forms]
 
 
@@ -59,7 +63,7 @@ T5 = Kind(
     option="t5_tokenizer=FILE",
 )
 
-# --- where they are ---
+# --- finding the files ---
 
 
 def find_tokenizers(
@@ -67,40 +71,44 @@ def find_tokenizers(
     clip: Path | None = None,
     t5: Path | None = None,
     known: Callable[[Path], bool] = Path.is_file,
-    notify: Callable[[str], None] = print,
-    fetch: Callable[[Kind, Callable[[str], None]], tuple[Path, ...]] | None = None,
+    notify: Notify = print,
+    fetch: Callable[[Kind, Notify], tuple[Path, ...]] | None = None,
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The files of CLIP's and of T5's tokenizer.
 
-    `clip` and `t5`, where given, name a tokenizer's file or folder. Else they are looked for from the folders of
-    `model_files` upwards, in the places where a diffusers folder, ComfyUI and Forge have them; then, T5's, in a GGUF T5
-    beside one of them; then in the hub's cache; then they are fetched from the hub, which is said. A file that is gone
-    counts as found where `known` says so, unless it is a GGUF that nobody named. `fetch` may stand in for fetching.
-    Raises WrongRequest, naming the files and where they usually lie, if one is nowhere.
+    `clip` and `t5`, if given, name a tokenizer's file or folder. Otherwise the search goes, in this order:
+    1. the folders of `model_files` and those above them, where a diffusers folder, ComfyUI and Forge keep tokenizers;
+    2. for T5, a GGUF T5 next to one of the models;
+    3. the hub's cache;
+    4. a download from the hub, announced with `notify`. `fetch` replaces this step.
+
+    A missing file counts as found if `known` is true for it, unless it is a GGUF that was not named. If a tokenizer is
+    found nowhere, raises WrongRequest with the files' names and usual places.
     """
-    found, failed = [], []
+    files, failed = [], []
     for kind, given in ((CLIP, clip), (T5, t5)):
         try:
             if given:
-                files = _given(kind, given, known)
+                local = _given(kind, given, known)
             else:
-                files = _beside(kind, model_files, known) or _gguf_beside(kind, model_files) or _cached(kind)
-            found.append(files or (fetch or _fetched)(kind, notify))
+                local = _near(kind, model_files, known) or _gguf_near(kind, model_files) or _cached(kind)
+            files.append(local or (fetch or _fetched)(kind, notify))
         except OSError:
             failed.append(kind)
     if failed:
         names = " and ".join(f"{kind.name}'s tokenizer ({' and '.join(kind.forms[0])})" for kind in failed)
         places = ", ".join(place for kind in failed for place in _usual_places(kind))
         options = " ".join(f"--set model.{kind.option}" for kind in failed)
+        verb = "was" if len(failed) == 1 else "were"
         raise WrongRequest(
-            f"{names} was found neither near the model files nor in the hub's cache, and the hub cannot be reached; "
-            f"copy the files beside the text encoders or pass {options}: they usually lie in {places}"
+            f"{names} {verb} found neither near the model files nor in the hub's cache, and the hub cannot be reached; "
+            f"copy the files next to the text encoders or pass {options} (the files are usually in {places})"
         )
-    return found[0], found[1]
+    return files[0], files[1]
 
 
 def _given(kind: Kind, path: Path, known: Callable[[Path], bool]) -> tuple[Path, ...]:
-    """The files that `path`, a file or folder, stands for."""
+    """The tokenizer's files at `path`, a file or folder that the user named."""
     forms = kind.within(path)
     for exists in (Path.is_file, known):
         for form in forms:
@@ -109,11 +117,11 @@ def _given(kind: Kind, path: Path, known: Callable[[Path], bool]) -> tuple[Path,
         if exists(path):
             return (path,)
     names = " or ".join(" with ".join(form) for form in kind.forms)
-    raise WrongRequest(f"{path} is no {kind.name} tokenizer; --set model.{kind.option} wants {names}")
+    raise WrongRequest(f"{path} is not a {kind.name} tokenizer; use {names} (--set model.{kind.option})")
 
 
-def _beside(kind: Kind, model_files: Sequence[Path], known: Callable[[Path], bool]) -> tuple[Path, ...] | None:
-    """The nearest files; what is there comes before what is only `known`."""
+def _near(kind: Kind, model_files: Sequence[Path], known: Callable[[Path], bool]) -> tuple[Path, ...] | None:
+    """The nearest files; files that exist come before files that are only `known`."""
     near = _folders(model_files)
     candidates = [kind.within(folder)[0] for folder in near]
     levels = [(folder, *folder.parents)[:LEVELS_UP] for folder in near]
@@ -127,8 +135,8 @@ def _beside(kind: Kind, model_files: Sequence[Path], known: Callable[[Path], boo
     return None
 
 
-def _gguf_beside(kind: Kind, model_files: Sequence[Path]) -> tuple[Path, ...] | None:
-    """The first GGUF T5 that lies beside a model and holds a tokenizer; one that cannot be read holds none."""
+def _gguf_near(kind: Kind, model_files: Sequence[Path]) -> tuple[Path, ...] | None:
+    """The first GGUF T5 with a tokenizer next to a model; files that cannot be read are skipped."""
     if kind is not T5:
         return None
     for folder in _folders(model_files):
@@ -142,7 +150,7 @@ def _gguf_beside(kind: Kind, model_files: Sequence[Path]) -> tuple[Path, ...] | 
 
 
 def _folders(model_files: Sequence[Path]) -> list[Path]:
-    """Where the models lie, and where they are links to."""
+    """The folders of the models, and the folders that symbolic links lead to."""
     return list(dict.fromkeys(path.parent for file in model_files for path in (file.absolute(), file.resolve())))
 
 
@@ -158,14 +166,14 @@ def _cached(kind: Kind) -> tuple[Path, ...] | None:
     return None
 
 
-def _fetched(kind: Kind, notify: Callable[[str], None]) -> tuple[Path, ...]:
-    """From the hub; OSError if it cannot be reached."""
+def _fetched(kind: Kind, notify: Notify) -> tuple[Path, ...]:
+    """Download the files from the hub. Raises OSError if it cannot be reached."""
     from huggingface_hub import hf_hub_download
     from huggingface_hub.constants import HF_HUB_OFFLINE
 
     repository, names = kind.hub[0][0], kind.forms[0]
     if not HF_HUB_OFFLINE:
-        notify(f"fetching {kind.name}'s tokenizer ({', '.join(names)}) from {repository}, once")
+        notify(f"downloading {kind.name}'s tokenizer ({', '.join(names)}) from {repository} (only this once)")
     return tuple(Path(hf_hub_download(repository, name)) for name in names)
 
 
@@ -185,7 +193,7 @@ def _usual_places(kind: Kind) -> list[str]:
 def load_clip_tokenizer(files: Sequence[Path]) -> tuple[Tokenize, tuple[int, int]]:
     """CLIP's tokenizer, and its (begin, end) ids. `files`: vocab.json and merges.txt, or tokenizer.json.
 
-    Raises WrongRequest for files of anything else.
+    Raises WrongRequest for any other files.
     """
     try:
         tokenizer = _read_json(files[0]) if len(files) == 1 else _clip_bpe(*files)
@@ -199,9 +207,9 @@ def load_clip_tokenizer(files: Sequence[Path]) -> tuple[Tokenize, tuple[int, int
 
 
 def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
-    """T5's tokenizer. `files`: one, spiece.model, tokenizer.json or a GGUF T5.
+    """T5's tokenizer. `files`: exactly one of spiece.model, tokenizer.json or a GGUF T5.
 
-    Raises WrongRequest for a file of anything else.
+    Raises WrongRequest for any other file.
     """
     (path,) = files
     if path.suffix == ".json":
@@ -218,28 +226,28 @@ def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
     try:
         if path.suffix.lower() == ".gguf":
             values = read_gguf_tokenizer(path)
-            cpu = SentencePieceProcessor(model_proto=spiece_of(values))
-            if not values.get("precompiled_charsmap"):  # T5's is nmt_nfkc; this differs from it in a few rare letters
+            processor = SentencePieceProcessor(model_proto=spiece_of(values))
+            if not values.get("precompiled_charsmap"):  # T5 uses nmt_nfkc; this differs from it in a few rare letters
                 prepare = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()]).normalize_str
         else:
-            cpu = SentencePieceProcessor(model_file=str(path))
+            processor = SentencePieceProcessor(model_file=str(path))
     except (OSError, RuntimeError) as error:
         raise _unusable(files, "T5 tokenizer", "spiece.model", error) from error
-    pieces = cpu.vocab_size()
-    special = {cpu.id_to_piece(i): i for i in (0, 1, 2)}
+    pieces = processor.vocab_size()
+    special = {processor.id_to_piece(i): i for i in (0, 1, 2)}
     if pieces == T5_PIECES:
         special |= {f"<extra_id_{n}>": pieces + T5_SENTINELS - 1 - n for n in range(T5_SENTINELS)}
     split = re.compile("(" + "|".join(map(re.escape, special)) + ")")
 
     def tokenize(caption: str) -> list[int]:
         parts = split.split(caption)
-        return [i for part in parts for i in ([special[part]] if part in special else cpu.encode(prepare(part)))]
+        return [i for part in parts for i in ([special[part]] if part in special else processor.encode(prepare(part)))]
 
     return tokenize
 
 
 def _clip_bpe(vocabulary: Path, merges: Path) -> Tokenizer:
-    """OpenAI's: lower case, white space collapsed, split into words, then byte-level BPE with `</w>` at their ends."""
+    """OpenAI's: lower case, collapsed white space, split into words, then byte-level BPE with `</w>` at word ends."""
     bpe = models.BPE.from_file(str(vocabulary), str(merges), unk_token=CLIP_END, end_of_word_suffix="</w>")
     tokenizer = Tokenizer(bpe)
     tokenizer.normalizer = normalizers.Sequence(
@@ -269,4 +277,4 @@ def _ids_of(tokenizer: Tokenizer) -> Tokenize:
 
 def _unusable(files: Sequence[Path], what: str, wanted: str, error: object) -> WrongRequest:
     reason = str(error).strip().split("\n")[0]
-    return WrongRequest(f"{' with '.join(map(str, files))} is no usable {what} ({reason}); give {wanted}")
+    return WrongRequest(f"{' with '.join(map(str, files))} is not a usable {what} ({reason}); use {wanted}")

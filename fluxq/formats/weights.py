@@ -1,9 +1,9 @@
-"""A source's tensors as numbers to compute with: on a device, in one dtype.
+"""A source's tensors for computing: decoded, on a device, in one dtype.
 
-`StoredWeights` reads each from its file when it is asked for. `StreamedWeights` has the same tensors come through a
-ring: they travel as they are stored, a thread reads the next unit while the one before is computed with, and the values
-are made on the device. Only pieces of a unit lie on the host, none of it for long: the files are read once for many
-captions, mostly once in all, so an arena of them would only be one more copy, and 10 GB of RAM.
+`StoredWeights` reads each tensor from its file when it is needed. `StreamedWeights` streams the same tensors through a
+ring: they are copied as they are stored and decoded on the device, and a thread reads the next unit during the
+computation with the current one. Host memory only ever holds pieces of a unit. The files are read once for many
+captions, usually only once, so an arena would just be another copy, of 10 GB.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from .quantized import view
 
 @dataclass(frozen=True)
 class StoredWeights:
-    """The tensors of `source`, given on `device` in `dtype`; 8-bit ones are scaled in fp32 first."""
+    """The tensors of `source`, on `device` in `dtype`; 8-bit ones are scaled in fp32 first."""
 
     source: Source[Any]
     device: torch.device
@@ -45,15 +45,16 @@ class StoredWeights:
     def rows(self, name: str, indices: Tensor) -> Tensor:
         """The rows of a matrix at `indices` (n,). Raises WrongRequest if it has fewer."""
         if (count := self.source.shapes[name][0]) <= int(indices.max()):
-            what = f"has {count:,} rows in {name}, but the tokenizer gives the number {int(indices.max()):,}"
+            what = f"has {count:,} rows in {name}, but the tokenizer returns the id {int(indices.max()):,}"
             refuse(self.source.path, what, "use the tokenizer that belongs to it")
         return self.source.rows(name, indices.tolist(), self.dtype, self.device)
 
 
 @dataclass(frozen=True)
 class StreamedWeights(StoredWeights):
-    """Those whose `units` come through `ring`; what belongs to none is read when it is asked for. views: name -> the
-    tensor as it is stored, in its unit's slot.
+    """Weights whose units are streamed through `ring`; tensors outside the units are read when they are needed.
+
+    views: name -> the tensor as it is stored, in its unit's slot.
     """
 
     ring: StreamingRing
@@ -68,8 +69,9 @@ class StreamedWeights(StoredWeights):
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor in its unit: from which byte on, where what it is stored as lies behind that, the length of all of it.
-    kind makes a weight of the tensors in `places`.
+    """A tensor in its unit: its first byte, the places of its stored parts relative to that, and its length in bytes.
+
+    `kind` builds a weight from the stored parts.
     """
 
     begin: int
@@ -89,8 +91,9 @@ def streamed(
     streams: Streams | None = None,
     poison: bool = False,
 ) -> list[StreamedWeights]:
-    """These models' weights through one ring, which passes through them in this order, again and again. Unit names
-    differ between them. `streams` and `poison`: see StreamingRing.
+    """The weights of these models, streamed through one ring that visits their units in this order, cyclically.
+
+    No two units may have the same name. `streams` and `poison`: see StreamingRing.
     """
     stored, parts = dict[str, Stored](), dict[str, dict[str, _Part]]()
     for weights, units in models:
@@ -111,7 +114,7 @@ def streamed(
 
 
 def _stored(weights: StoredWeights, names: Sequence[str]) -> tuple[dict[str, _Part], Stored]:
-    """How a unit of these tensors lies in its slot, and what reads it."""
+    """The layout of a unit with these tensors in its slot, and the pieces that read it."""
     parts, pieces, end = dict[str, _Part](), list[Piece](), 0
     for name in names:
         parts[name] = part = _part(weights, name, end)
@@ -121,8 +124,9 @@ def _stored(weights: StoredWeights, names: Sequence[str]) -> tuple[dict[str, _Pa
 
 
 def _part(weights: StoredWeights, name: str, begin: int) -> _Part:
-    """What its first row tells. What comes as fp32, as all does that has to be decoded on the host, travels in the
-    dtype to compute in.
+    """The layout of one tensor, found by reading its first row.
+
+    Tensors that come as fp32, like all that must be decoded on the host, are copied to the device in `weights.dtype`.
     """
     rows, first = weights.source.shapes[name][0], weights.source.get(name, range(1))
     dtypes = [
@@ -135,6 +139,7 @@ def _part(weights: StoredWeights, name: str, begin: int) -> _Part:
 
 
 def _read(source: Source[Any], name: str, part: _Part, out: Tensor) -> None:
+    """Fill `out`, flat uint8, with the stored parts of the tensor `name`."""
     targets = [view(out, place) for place in part.places]
     if len(targets) == 1 and source.is_plain(name, targets[0].dtype):
         source.read_into(name, out[: targets[0].nbytes])

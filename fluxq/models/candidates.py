@@ -15,7 +15,7 @@ from pathlib import Path
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.detect import FLUX
 from fluxq.formats.checkpoint.files import refuse
-from fluxq.formats.checkpoint.shards import meant, units
+from fluxq.formats.checkpoint.shards import models_in, units
 from fluxq.formats.checkpoint.source import OPENERS, Source
 from fluxq.formats.quantized import QuantizedFile, fingerprint, is_quantized
 
@@ -51,7 +51,7 @@ def search(place: Path) -> Candidates:
         if len(seen) > MAX_FILES:
             refuse(place, f"holds more than {MAX_FILES:,} model files", "name a folder further down")
         try:
-            parts = meant(unit)
+            parts = models_in(unit)
         except WrongRequest as error:
             candidates.unusable.append(str(error))
             continue

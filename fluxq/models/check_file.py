@@ -76,7 +76,7 @@ def check_file(path: Path) -> Answer:
     if kind == detect.LORA:
         lora = _lora(path, reasons)
     else:
-        parts = _parts(path, detect.meant(shards.shapes) or [kind], reasons)
+        parts = _parts(path, detect.models_in(shards.shapes) or [kind], reasons)
     title = next(filter(None, map(shards.metadata.get, TITLES)), None)
     if title:
         console.print(f"title        {printable(title)}")

@@ -21,7 +21,7 @@ from fluxq.formats.checkpoint.sizes import variant
 from fluxq.formats.checkpoint.source import OPENERS, Source
 from fluxq.formats.load import load_autoencoder, load_clip, load_flux, load_text_encoders
 from fluxq.formats.lora.algebra import combined
-from fluxq.formats.lora.base import MergedSource, identity
+from fluxq.formats.lora.base import MergedSource, lora_hashes
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.quantized import (
     QuantizedFile,
@@ -31,7 +31,7 @@ from fluxq.formats.quantized import (
     fingerprint,
     is_quantized,
     load_quantized,
-    require_room,
+    require_disk_space,
     stored_bytes,
 )
 from fluxq.formats.stream import load_streamed
@@ -169,7 +169,7 @@ class Models:
             _ = self._merged(self._notify)
         if not self.is_quantized:
             path = cached_path(self.files("flux"), self.format, self._identity)
-            require_room(path, stored_bytes(self.open("flux").shapes, self.format))
+            require_disk_space(path, stored_bytes(self.open("flux").shapes, self.format))
 
     def misfit(self, part: str, config: Any) -> str | None:
         """Why an encoder with this config does not fit the transformer as `part`; None if it does."""
@@ -199,7 +199,7 @@ class Models:
 
     @cached_property
     def _identity(self) -> str:
-        return identity(self.base_loras)
+        return lora_hashes(self.base_loras)
 
     def _merged(self, notify: Notify = silent) -> Source[FluxConfig]:
         """The transformer's tensors with `base_loras` merged in. Raises WrongRequest if those do not fit."""
@@ -235,7 +235,7 @@ class Models:
         if format == "bf16" or path.is_file():
             return True
         try:
-            require_room(path, stored_bytes(self.open("flux").shapes, format))
+            require_disk_space(path, stored_bytes(self.open("flux").shapes, format))
         except WrongRequest:
             return False
         return True

@@ -273,7 +273,7 @@ def spoil(folder, name):
 
 
 BAD = {
-    "truncated": "1_flux_te.npz is no sound .npz file",
+    "truncated": "1_flux_te.npz is not a valid .npz file",
     "image replaced": "1_0128x0072_flux.npz was made from an image of another size, but 1.png has [64, 128] pixels",
     "two images": "may belong to any of 1.bmp, 1.png",
     "latents: other size": "has 1.png at 32 x 32, but about 128 x 64 pixels are needed; choose the --resolution",
@@ -284,7 +284,7 @@ BAD = {
     "latents: not finite": "holds numbers that are not finite in latents_8x16",
     "latents: mirror": "has latents_flipped_8x16 of shape (16, 8, 8), unlike",
     "latents: original": "was made from an image of [72, 128], but 1.png has [128, 72] pixels",
-    "latents: objects": "holds more than numbers in latents_8x16.npy",
+    "latents: objects": "has more than numbers in latents_8x16.npy",
     "text: masked": "was made with apply_t5_attn_mask",
     "text: flag lacks": "lacks apply_t5_attn_mask",
     "text: length": "does not fit --t5-length 32 and this model: t5_out is (64, 128), not (32, 128)",

@@ -106,7 +106,7 @@ def test_all_problems_are_listed_at_once(tmp_path, photos):
     assert code == 2 and not answer["ready"] and len(answer["reasons"]) == 3
     text = "\n".join(answer["reasons"])
     assert f"{models} holds no CLIP text encoder; name it with --clip-l" in text
-    assert "is a CLIP text encoder, where a T5 text encoder is wanted" in text and "bad.png" in text
+    assert "is a CLIP text encoder, not a T5 text encoder" in text and "bad.png" in text
     assert answer["parts"]["ae"]["why"] == f"the only one in {models}"
     assert lines.count("\nproblem ") == 3 and lines.endswith("not ready\n")
 

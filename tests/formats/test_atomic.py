@@ -1,4 +1,4 @@
-"""Files are written wholly or not at all."""
+"""Files are written completely or not at all."""
 
 import os
 from contextlib import nullcontext
@@ -33,7 +33,7 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, interruption):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
 
 
-def test_error_about_another_file_stays_what_it_is(tmp_path):
+def test_error_about_another_file_is_unchanged(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "x"):
         Path("/nowhere/elsewhere").read_bytes()
     with pytest.raises(TimeoutError), atomic_path(tmp_path / "x"):
@@ -42,7 +42,7 @@ def test_error_about_another_file_stays_what_it_is(tmp_path):
 
 @pytest.mark.parametrize("held_for", [3, 1000])
 def test_a_file_that_another_program_holds_open_is_waited_for(tmp_path, monkeypatch, held_for):
-    """On Windows nothing replaces what is open without sharing: a virus scanner lets go within a second."""
+    """On Windows a file cannot be replaced while a virus scanner has it open, which takes less than a second."""
     (path := tmp_path / "x.json").write_text("old")
     tries, pauses, replace = [], [], os.replace
 

@@ -1,4 +1,4 @@
-"""The quantized file: what is in it, where it lies, that it is made once and never by halves."""
+"""The quantized file: its contents and path, and that it is written once and completely."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def source(tmp_path) -> Tensors:
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_what_was_written_is_what_was_quantized(format, source, tmp_path):
+def test_written_tensors_are_the_quantized_ones(format, source, tmp_path):
     write_quantized(tmp_path / "q.safetensors", source, format, {}, CPU)
     flux = load_quantized(QuantizedFile.open(tmp_path / "q.safetensors"), CPU)
     assert sorted(source.asked) == sorted(source.tensors)  # each read once
@@ -104,7 +104,7 @@ def test_every_tensor_has_one_unit():
     ]
 
 
-def test_a_file_is_quantized_once_wherever_it_lies(source, tmp_path, monkeypatch):
+def test_a_file_is_quantized_once_even_if_moved(source, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     first = cached(source, "nf4", CPU)
     source.asked.clear()
@@ -116,7 +116,7 @@ def test_a_file_is_quantized_once_wherever_it_lies(source, tmp_path, monkeypatch
     assert cached(source, "int8", CPU).path != first.path
 
 
-def test_a_changed_file_is_quantized_anew(source, tmp_path, monkeypatch):
+def test_a_changed_file_is_quantized_again(source, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     first = cached(source, "nf4", CPU)
     source.tensors["single_blocks.0.linear1.weight"] = source.tensors["single_blocks.0.linear1.weight"] * 2
@@ -127,13 +127,13 @@ def test_a_changed_file_is_quantized_anew(source, tmp_path, monkeypatch):
 
 
 def few_samples(path: Path) -> bytes:
-    """The part of a file in a fingerprint, from its first MiB, its vectors, and just 32 sampled bytes."""
+    """One file's part of a fingerprint, from its first MiB, its vectors, and only 32 sampled bytes."""
     quantized._sampled.cache_clear()
     return quantized._sampled(path, path.stat().st_size, 0, samples=2, size=16)[0]
 
 
-def test_a_change_in_any_vector_is_seen(tmp_path):
-    """Samples alone could miss it: in FLUX.1 a norm is 256 bytes of 23.8 GB."""
+def test_a_change_in_any_vector_changes_the_fingerprint(tmp_path):
+    """Samples alone could miss it: a norm of FLUX.1 is 256 bytes of 23.8 GB."""
     path, big = tmp_path / "x.safetensors", torch.zeros(1024, 1024).bfloat16()
     tensors = {"a.weight": big, "b.weight": torch.zeros(4, 4), "c.bias": torch.zeros(7), "d.scale": torch.tensor(1.0)}
     tensors |= {"e.scale": torch.zeros(0), "f.norm": torch.zeros(128).bfloat16(), "z.weight": big.clone()}
@@ -149,7 +149,7 @@ def test_a_change_in_any_vector_is_seen(tmp_path):
     assert few_samples(path) in seen
 
 
-def test_a_change_in_any_vector_of_a_quantized_file_is_seen(tmp_path):
+def test_a_change_in_any_vector_of_a_quantized_file_changes_the_fingerprint(tmp_path):
     path = tmp_path / "q.safetensors"
     write_quantized(path, open_flux(nano.FLUX), "nf4", {}, CPU)
     file, raw, before = QuantizedFile.open(path), path.read_bytes(), few_samples(path)
@@ -177,8 +177,8 @@ def diffusers_folder(folder: Path, **settings) -> Path:
     return folder
 
 
-def test_the_config_beside_diffusers_files_is_part_of_what_they_are(tmp_path, monkeypatch):
-    """The axes of rope are there alone: with others it is another model of the same tensors."""
+def test_the_config_next_to_diffusers_files_is_in_the_fingerprint(tmp_path, monkeypatch):
+    """Only the config has the axes of rope: other axes make another model from the same tensors."""
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     folders = [diffusers_folder(tmp_path / "a"), diffusers_folder(tmp_path / "b")]
     folders += [diffusers_folder(tmp_path / "c", axes_dims_rope=[8, 12, 12])]
@@ -188,7 +188,7 @@ def test_the_config_beside_diffusers_files_is_part_of_what_they_are(tmp_path, mo
     assert files[2].config.axes_dim == (8, 12, 12) != files[0].config.axes_dim
 
 
-def test_a_stray_config_beside_a_single_file_changes_nothing(source):
+def test_a_stray_config_next_to_a_single_file_changes_nothing(source):
     before = fingerprint(source.files)
     (source.files[0].parent / "config.json").write_text("{}")
     assert fingerprint(source.files) == before
@@ -204,15 +204,15 @@ def test_an_interrupted_write_leaves_nothing_under_the_real_name(source, tmp_pat
     assert list((tmp_path / "out").iterdir()) == []
 
 
-def test_a_full_disk_is_said_before_anything_is_read(source, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_anything_is_read(source, tmp_path, monkeypatch):
     monkeypatch.setattr(quantized.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
-    with pytest.raises(WrongRequest, match=r"q.safetensors needs 0\.0 GB, and 0\.0 GB are free"):
+    with pytest.raises(WrongRequest, match=r"q.safetensors needs 0\.0 GB, but only 0\.0 GB are free"):
         write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, CPU)
     assert source.asked == []
 
 
 def test_another_file_is_refused(source):
-    with pytest.raises(WrongRequest, match="was not written by fluxq quantize"):
+    with pytest.raises(WrongRequest, match="was not written by fluxq"):
         QuantizedFile.open(source.files[0])
 
 
@@ -228,7 +228,7 @@ def test_fp8_weights_keep_their_bytes(source, tmp_path):
 
 
 @pytest.mark.parametrize(("format", "bound"), [("nf4", 0.12), ("fp8", 0.04), ("int8", 0.015)])
-def test_the_model_in_every_format_answers_like_in_bf16(format, bound, source, tmp_path):
+def test_the_model_in_every_format_computes_about_the_same_as_in_bf16(format, bound, source, tmp_path):
     from fluxq.model.embed import image_ids, text_ids
 
     outputs = {}
@@ -276,25 +276,25 @@ def test_the_file_is_a_safetensors_file_like_any_other(source, tmp_path):
         lambda about: about.update(source="somewhere"),
     ],
 )
-def test_a_lying_header_is_refused(damage, source, tmp_path):
+def test_a_false_header_is_refused(damage, source, tmp_path):
     path = tmp_path / "q.safetensors"
     write_quantized(path, source, "nf4", {}, CPU)
     checkpoint = Checkpoint(path)
     about = json.loads(checkpoint.metadata["fluxq"])
     damage(about)
     write_safetensors(path, {unit: checkpoint.get(unit) for unit in checkpoint.keys()}, {"fluxq": json.dumps(about)})
-    with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantize it anew"):
+    with pytest.raises(WrongRequest, match=r"q\.safetensors .*quantize it again"):
         QuantizedFile.open(path)
 
 
 @pytest.mark.parametrize("text", ["", "[]", "{}", "[" * 100_000])
 def test_a_header_without_a_layout_is_refused(text, tmp_path):
     write_safetensors(tmp_path / "q.safetensors", {"x": torch.zeros(1)}, {"fluxq": text})
-    with pytest.raises(WrongRequest, match=r"q\.safetensors has a damaged header of fluxq's .*quantize it anew"):
+    with pytest.raises(WrongRequest, match=r"q\.safetensors has damaged fluxq metadata .*quantize it again"):
         QuantizedFile.open(tmp_path / "q.safetensors")
 
 
-def test_a_damaged_file_in_the_cache_is_made_anew(source, tmp_path, monkeypatch):
+def test_a_damaged_file_in_the_cache_is_written_again(source, tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     path = cached(source, "nf4", CPU).path
     whole = path.read_bytes()
@@ -303,7 +303,7 @@ def test_a_damaged_file_in_the_cache_is_made_anew(source, tmp_path, monkeypatch)
 
 
 def test_two_runs_that_start_at_once_quantize_once(source, tmp_path, monkeypatch):
-    """And what a crash left half-written beside it is cleared away."""
+    """Partial files from a crash are removed."""
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     path = quantized.cached_path(source.files, "nf4")
     path.parent.mkdir()
@@ -316,8 +316,8 @@ def test_two_runs_that_start_at_once_quantize_once(source, tmp_path, monkeypatch
     assert len(list(path.parent.iterdir())) == 2
 
 
-def test_a_cache_that_cannot_be_made_is_named(source, tmp_path, monkeypatch):
+def test_a_cache_folder_that_cannot_be_created_is_named(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(WrongRequest, match="cannot be made .*; set FLUXQ_CACHE to another folder"):
+    with pytest.raises(WrongRequest, match="cannot be created .*; set FLUXQ_CACHE to another folder"):
         cached(source, "nf4", CPU)

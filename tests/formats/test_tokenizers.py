@@ -1,4 +1,4 @@
-"""Token ids against transformers with the real vocabularies, and where tokenizers are found."""
+"""Token ids compared with transformers, with the real vocabularies; and where tokenizers are found."""
 
 import os
 import shutil
@@ -63,25 +63,27 @@ def test_nanos_ids_equal_transformers():
 
 
 @pytest.mark.parametrize("name", ["spiece.model", "tokenizer.json"])
-def test_file_of_another_kind_is_no_t5_tokenizer(tmp_path, name):
+def test_file_of_another_kind_is_refused(tmp_path, name):
     (tmp_path / name).write_text('{"version": "1.0"}')
-    with pytest.raises(WrongRequest, match=rf"{name} is no usable T5 tokenizer \(.*\); give spiece.model"):
+    with pytest.raises(WrongRequest, match=rf"{name} is not a usable T5 tokenizer \(.*\); use spiece.model"):
         load_t5_tokenizer((tmp_path / name,))
 
 
-def test_clips_json_is_no_t5_tokenizer_nor_the_other_way_round(vocabularies, tmp_path):
+def test_clips_json_is_refused_for_t5_and_vice_versa(vocabularies, tmp_path):
     CLIPTokenizer.from_pretrained(str(vocabularies / "tokenizer_1")).save_pretrained(tmp_path)
     with pytest.raises(WrongRequest, match="its ids 0 and 1 are not <pad> and </s>"):
         load_t5_tokenizer((tmp_path / "tokenizer.json",))
     with pytest.raises(
-        WrongRequest, match=r"no usable CLIP tokenizer \(it has no <\|startoftext\|>\); give vocab.json"
+        WrongRequest, match=r"not a usable CLIP tokenizer \(it has no <\|startoftext\|>\); use vocab.json"
     ):
         load_clip_tokenizer((vocabularies / "tokenizer_2" / "tokenizer.json",))
 
 
 def test_missing_or_damaged_vocabulary_is_one_sentence(tmp_path):
     (tmp_path / "vocab.json").write_text("{")
-    with pytest.raises(WrongRequest, match=r"vocab\.json with .*merges\.txt is no usable CLIP tokenizer \(.*\); give"):
+    with pytest.raises(
+        WrongRequest, match=r"vocab\.json with .*merges\.txt is not a usable CLIP tokenizer \(.*\); use"
+    ):
         load_clip_tokenizer((tmp_path / "vocab.json", tmp_path / "merges.txt"))
 
 
@@ -94,7 +96,7 @@ def charsmap_of(spiece: Path) -> bytes:
 
 
 def fields(message: bytes) -> dict[int, bytes]:
-    """The last value of each field of a protocol buffer that has bytes."""
+    """Field number -> last value, for the bytes fields of a protocol buffer."""
     found, at = {}, 0
 
     def varint() -> int:
@@ -117,7 +119,7 @@ def fields(message: bytes) -> dict[int, bytes]:
 
 
 def write_gguf(path: Path, spiece: Path, charsmap: bool = True, padding: int = 0, architecture="t5encoder", **changes):
-    """A GGUF T5 as llama.cpp's converter makes it from `spiece`, without tensors; of `changes` None leaves out."""
+    """A GGUF T5 as llama.cpp's converter makes it from `spiece`, without tensors; None in `changes` removes a value."""
     gguf = pytest.importorskip("gguf")
     cpu = SentencePieceProcessor(model_file=str(spiece))
     ids = range(cpu.vocab_size())
@@ -172,7 +174,7 @@ def test_ids_of_a_real_gguf_equal_those_of_its_spiece_model(vocabularies, tmp_pa
         assert ours(text) == theirs(text)
 
 
-def test_a_gguf_beside_a_model_comes_after_other_files_and_before_the_hubs_cache(nowhere, monkeypatch):
+def test_a_gguf_next_to_a_model_comes_after_other_files_and_before_the_hubs_cache(nowhere, monkeypatch):
     model = touch(nowhere / "clip" / "t5.st")
     for name in CLIP_LISTS:
         touch(model.parent / name)
@@ -195,24 +197,26 @@ def test_a_gguf_beside_a_model_comes_after_other_files_and_before_the_hubs_cache
     ("changes", "sentence"),
     [
         ({"architecture": "llama"}, "it is not a GGUF T5"),
-        ({"tokenizer_model": "llama"}, "it holds no tokenizer of T5's"),
+        ({"tokenizer_model": "llama"}, "it has no T5 tokenizer"),
         ({"token_scores": None}, "its tokens, scores or token types are missing"),
         ({"token_scores": [0.5]}, "it has 500 tokens, 1 scores and 500 token types"),
         ({"token_scores": [float("nan")] * 500}, "a score is not a number"),
         ({"token_types": [7] * 500}, "a token has an unknown type"),
-        ({"token_types": [5] * 500}, "its ids 0 and 1 are not <pad> and </s>"),
-        ({"eos_token_id": 2}, "its ids 0 and 1 are not <pad> and </s>"),
-        ({"token_types": [1] * 500}, "or 2 is not the unknown one's"),
+        ({"token_types": [5] * 500}, "its ids 0, 1 and 2 are not <pad>, </s>"),
+        ({"eos_token_id": 2}, "its ids 0, 1 and 2 are not <pad>, </s>"),
+        ({"token_types": [1] * 500}, "its ids 0, 1 and 2 are not <pad>, </s> and the unknown token"),
         (
             {"token_list": ["<pad>", "</s>"], "token_scores": [0.0] * 2, "token_types": [3] * 2},
-            "or 2 is not the unknown",
+            "its ids 0, 1 and 2 are not",
         ),
         ({"precompiled_charsmap": b"\xff\xff\xff\xff" * 4}, "."),
     ],
 )
 def test_a_gguf_without_a_tokenizer_of_t5s_is_refused(tmp_path, changes, sentence):
     path = write_gguf(tmp_path / "t5.gguf", nano.T5_TOKENIZER, **changes)
-    with pytest.raises(WrongRequest, match=rf"t5.gguf is no usable T5 tokenizer \(.*{sentence}.*\); give spiece.model"):
+    with pytest.raises(
+        WrongRequest, match=rf"t5.gguf is not a usable T5 tokenizer \(.*{sentence}.*\); use spiece.model"
+    ):
         load_t5_tokenizer((path,))
 
 
@@ -226,23 +230,33 @@ def key_value(kind: int, data: bytes, key: bytes = b"tokenizer.ggml.tokens") -> 
 @pytest.mark.parametrize(
     ("version", "count", "data", "sentence"),
     [
-        (1, 1, b"", "is GGUF of version 1, only 2 and 3 are read"),
-        (3, HUGE, b"", "1,099,511,627,776 key-values"),
-        (3, 9, b"", "8 more bytes, 0 are left"),
+        (1, 1, b"", "is GGUF version 1, but fluxq reads only 2 and 3"),
+        (3, HUGE, b"", "1,099,511,627,776 key-value pairs"),
+        (3, 9, b"", "8 more bytes, but only 0 are left"),
         (3, 1, struct.pack("<Q", HUGE), "a string of 1,099,511,627,776 bytes"),
         (3, 1, struct.pack("<Q", 1) + b"\xff", "not UTF-8"),
         (3, 1, key_value(8, struct.pack("<Q", HUGE)), "a string of 1,099,511,627,776 bytes"),
-        (3, 1, key_value(8, struct.pack("<Q", 1 << 25)), "33,554,432 more bytes, 0 are left"),
-        (3, 1, key_value(13, b""), "tokenizer.ggml.tokens has a value of the unknown type 13"),
-        (3, 1, key_value(9, struct.pack("<IQ", 9, 1)), "of the unknown type 9"),
-        (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
-        (3, 1, key_value(9, struct.pack("<IQ", 6, HUGE)), "tokens claims 1,099,511,627,776 values, 0 bytes are left"),
-        (3, 1, key_value(9, struct.pack("<IQ", 8, 1 << 21) + bytes(1 << 24)), "the most that are read is 1,048,576"),
+        (3, 1, key_value(8, struct.pack("<Q", 1 << 25)), "33,554,432 more bytes, but only 0 are left"),
+        (3, 1, key_value(13, b""), "tokenizer.ggml.tokens has the unknown type 13"),
+        (3, 1, key_value(9, struct.pack("<IQ", 9, 1)), "has the unknown type 9"),
+        (
+            3,
+            1,
+            key_value(9, struct.pack("<IQ", 8, HUGE)),
+            "tokens claims 1,099,511,627,776 values, but only 0 bytes are left",
+        ),
+        (
+            3,
+            1,
+            key_value(9, struct.pack("<IQ", 6, HUGE)),
+            "tokens claims 1,099,511,627,776 values, but only 0 bytes are left",
+        ),
+        (3, 1, key_value(9, struct.pack("<IQ", 8, 1 << 21) + bytes(1 << 24)), "the limit is 1,048,576"),
         (3, 1, key_value(9, struct.pack("<IQ", 8, HUGE), b"other"), "other claims 1,099,511,627,776 values"),
-        (3, 1, key_value(8, struct.pack("<Q", HUGE), b"other"), "1,099,511,627,776 more bytes, 0 are left"),
+        (3, 1, key_value(8, struct.pack("<Q", HUGE), b"other"), "1,099,511,627,776 more bytes, but only 0 are left"),
     ],
 )
-def test_a_gguf_header_that_lies_is_one_sentence_and_no_memory(tmp_path, version, count, data, sentence):
+def test_a_false_gguf_header_is_refused_without_using_memory(tmp_path, version, count, data, sentence):
     path = tmp_path / "t5.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", version, 0, count) + data)
     tracemalloc.start()
@@ -255,9 +269,9 @@ def test_a_gguf_header_that_lies_is_one_sentence_and_no_memory(tmp_path, version
 
 
 @pytest.mark.parametrize("content", [b"", b"GGU", b"GGML" + bytes(20)])
-def test_a_file_that_is_only_called_gguf_is_no_gguf(tmp_path, content):
+def test_a_file_that_is_only_named_gguf_is_refused(tmp_path, content):
     (tmp_path / "t5.gguf").write_bytes(content)
-    with pytest.raises(WrongRequest, match=r"t5.gguf is no GGUF file; give one that is"):
+    with pytest.raises(WrongRequest, match=r"t5.gguf is not a GGUF file; use a GGUF file"):
         load_t5_tokenizer((tmp_path / "t5.gguf",))
 
 
@@ -288,7 +302,7 @@ PLACES = {  # CLIP's model, T5's model, CLIP's tokenizer, its files, T5's tokeni
 
 @pytest.fixture
 def nowhere(tmp_path, monkeypatch):
-    """A folder to put things into, and a hub whose cache is empty and that cannot be reached."""
+    """A folder for files; the hub's cache is empty and the hub cannot be reached."""
     monkeypatch.setattr("huggingface_hub.try_to_load_from_cache", lambda *a, **k: None)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", unreachable)
     return tmp_path
@@ -305,7 +319,7 @@ def touch(path: Path) -> Path:
 
 
 @pytest.mark.parametrize("place", PLACES)
-def test_tokenizers_are_found_where_each_program_has_them(nowhere, place):
+def test_tokenizers_are_found_where_each_program_keeps_them(nowhere, place):
     clip, t5, folder, names, spiece = PLACES[place]
     models = [touch(nowhere / clip), touch(nowhere / t5)]
     expected = tuple(touch(nowhere / folder / name) for name in names), (touch(nowhere / spiece),)
@@ -323,7 +337,7 @@ def test_models_that_are_links_have_their_tokenizers_at_either_end(nowhere):
     assert find_tokenizers([link]) == (tuple(clip), (t5,))
 
 
-def test_the_nearest_and_what_is_there_come_first(nowhere):
+def test_the_nearest_and_existing_files_come_first(nowhere):
     model = touch(nowhere / "a" / "b" / "t5.st")
     far, near = touch(nowhere / "tokenizer_2" / "spiece.model"), nowhere / "a" / "tokenizer_2" / "spiece.model"
     for name in CLIP_LISTS:
@@ -334,14 +348,14 @@ def test_the_nearest_and_what_is_there_come_first(nowhere):
     assert find_tokenizers([model], t5=touch(near))[1] == (near,)
 
 
-def test_a_bare_tokenizer_json_beside_a_model_is_nobodys(nowhere):
+def test_a_bare_tokenizer_json_next_to_a_model_is_ignored(nowhere):
     model = touch(nowhere / "t5.st")
     touch(nowhere / "tokenizer.json")
     with pytest.raises(WrongRequest, match="CLIP's tokenizer .* and T5's tokenizer"):
         find_tokenizers([model])
 
 
-def test_a_given_folder_or_file_is_taken_also_when_it_is_gone_but_known(nowhere):
+def test_a_given_folder_or_file_is_used_even_if_only_known(nowhere):
     clip = tuple(touch(nowhere / "c" / name) for name in CLIP_LISTS)
     t5 = touch(nowhere / "t" / "tokenizer.json")
     for given in (t5, t5.parent):
@@ -351,11 +365,11 @@ def test_a_given_folder_or_file_is_taken_also_when_it_is_gone_but_known(nowhere)
     t5.unlink()
     for given in (t5, t5.parent):
         assert find_tokenizers([], nowhere / "c", given, known) == (clip, (t5,))
-    with pytest.raises(WrongRequest, match=r"/c is no CLIP tokenizer; --set model.clip_tokenizer=FOLDER wants vocab"):
+    with pytest.raises(WrongRequest, match=r"/c is not a CLIP tokenizer; use vocab"):
         find_tokenizers([], nowhere / "c", t5)
 
 
-def test_the_hubs_cache_is_looked_into_before_the_hub_is_asked(nowhere, monkeypatch):
+def test_the_hubs_cache_is_searched_before_the_hub(nowhere, monkeypatch):
     cached = {("black-forest-labs/FLUX.1-dev", f"tokenizer/{name}"): str(nowhere / name) for name in CLIP_LISTS}
     cached["google/t5-v1_1-xxl", "spiece.model"] = str(nowhere / "s")
     monkeypatch.setattr(
@@ -364,7 +378,7 @@ def test_the_hubs_cache_is_looked_into_before_the_hub_is_asked(nowhere, monkeypa
     assert find_tokenizers([]) == (tuple(nowhere / name for name in CLIP_LISTS), (nowhere / "s",))
 
 
-def test_fetching_is_said_and_takes_the_ungated_ones(nowhere, monkeypatch):
+def test_downloads_are_announced_and_use_the_ungated_repositories(nowhere, monkeypatch):
     said = []
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda repository, name: str(nowhere / repository / name))
@@ -372,8 +386,8 @@ def test_fetching_is_said_and_takes_the_ungated_ones(nowhere, monkeypatch):
     assert clip == tuple(nowhere / "openai/clip-vit-large-patch14" / name for name in CLIP_LISTS)
     assert t5 == (nowhere / "google/t5-v1_1-xxl" / "spiece.model",)
     assert said == [
-        "fetching CLIP's tokenizer (vocab.json, merges.txt) from openai/clip-vit-large-patch14, once",
-        "fetching T5's tokenizer (spiece.model) from google/t5-v1_1-xxl, once",
+        "downloading CLIP's tokenizer (vocab.json, merges.txt) from openai/clip-vit-large-patch14 (only this once)",
+        "downloading T5's tokenizer (spiece.model) from google/t5-v1_1-xxl (only this once)",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The text encoders' weights through a ring: the same states to the bit, each unit once for a batch of captions."""
+"""The text encoders' weights through a ring: bit-identical states, each unit copied once per batch of captions."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ LANES = {
 
 @pytest.fixture
 def folder(tmp_path):
-    """Random encoders, T5 in every way of storing it."""
+    """Random encoders, with T5 in every kind of storage."""
 
     def random(shapes, dtype):
         return {
@@ -71,8 +71,8 @@ def ring_of(encoders):
 
 @pytest.mark.parametrize("lanes", LANES)
 @pytest.mark.parametrize("stored", STORED)
-def test_states_through_a_ring_are_the_same_to_the_bit(stored, lanes, folder):
-    """Again and again, for several slots, given 0xFF when their unit is given up."""
+def test_states_through_a_ring_are_bit_identical(stored, lanes, folder):
+    """For several batches and numbers of slots; freed slots are filled with 0xFF."""
     expected = [loaded(folder, stored).encode(captions) for captions in (CAPTIONS, CAPTIONS[:1])]
     for slots in (2, 3, UNITS, 20):
         ours = loaded(folder, stored, slots=slots, streams=LANES[lanes]())
@@ -97,7 +97,7 @@ def test_weights_that_need_no_conversion_are_views_of_their_slot(dtype, folder):
 
 @pytest.mark.parametrize("slots", [2, 3, UNITS])
 def test_each_unit_is_copied_once_for_a_batch_of_captions(slots, folder):
-    """And at the end those that the next batch begins with, which are CLIP's and small; all in slots: once in all."""
+    """At the end also the next batch's first units, CLIP's, which are small. If all fit in slots: once in total."""
     ours = loaded(folder, "fp16", slots=slots, streams=Immediate())
     ring = ring_of(ours)
     for batch in (1, 2, 3):
@@ -117,7 +117,7 @@ def test_both_models_pass_through_the_same_ring(folder):
 
 
 def test_the_host_holds_no_more_than_a_few_pieces(folder, monkeypatch):
-    """Nothing is read but into the buffers of the staging thread, of the largest tensor each."""
+    """Everything is read into the staging thread's buffers, each as large as the largest tensor."""
     sizes, threads = set(), set()
     ours = loaded(folder, "fp16", slots=2)
     source = ours.t5.weights.source
@@ -139,7 +139,7 @@ def test_a_file_that_becomes_shorter_is_refused_by_name(folder):
     ours = loaded(folder, "fp16", slots=2)
     with (folder / "fp16.safetensors").open("rb+") as file:
         file.truncate(100_000)
-    with pytest.raises(WrongRequest, match=r"fp16\.safetensors has become shorter while it was read"):
+    with pytest.raises(WrongRequest, match=r"fp16\.safetensors became shorter while it was read"):
         ours.encode(CAPTIONS)
 
 

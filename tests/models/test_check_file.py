@@ -98,14 +98,14 @@ def test_a_peft_folder_is_a_lora_too(tmp_path):
 LORAS = {
     "SDXL": (
         {"lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_q.lora_down.weight": (4, 640)},
-        "is a LoRA of another model, Stable Diff",
+        "is a LoRA for another model, Stable Diff",
     ),
     "FLUX.2": (
         {f"diffusion_model.double_blocks.0.img_attn.qkv.lora_{half}.weight": s for half, s in
          (("A", (4, 6144)), ("B", (18432, 4)))},
-        "was made for FLUX.2 dev, another model",
+        "was made for FLUX.2 dev, a different model",
     ),
-    "LoKr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4)}, "lokr_w1; give a plain LoRA"),
+    "LoKr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4)}, "lokr_w1; use a plain LoRA"),
     "half": ({f"{LAYER}.lora_down.weight": (4, 3072)}, "1 halves missing"),
     "ranks": ({f"{LAYER}.lora_down.weight": (4, 3072), f"{LAYER}.lora_up.weight": (9216, 5)}, "is (9216, 5), not (92"),
 }  # fmt: skip
@@ -146,17 +146,17 @@ def test_other_files_are_refused_with_the_reason(tmp_path):
     fill = {name: torch.zeros(shape).bfloat16() for name, shape in flux_shapes(tiny_config()).items()}
     write_safetensors(tmp_path / "fill.safetensors", fill | {"img_in.weight": torch.zeros(64, 96)})
     code, answer, lines = run(tmp_path / "fill.safetensors")
-    assert code == 2 and "has 96 inputs as of Fill where 16 are wanted" in lines and answer["parts"] == {}
+    assert code == 2 and "has 96 input channels like Fill, not 16" in lines and answer["parts"] == {}
 
     save_file({"layer.weight": torch.ones(2)}, tmp_path / "other.safetensors")
     code, answer, _ = run(tmp_path / "other.safetensors")
-    assert code == 2 and "is no model that fluxq knows (its first key is layer.weight)" in answer["reasons"][0]
+    assert code == 2 and "is a model that fluxq does not know (its first key is layer.weight)" in answer["reasons"][0]
 
     near = {"img_in.weight": torch.ones(2, 2), "txt_in.bias": torch.ones(2), "blocks.0.qkv.weight": torch.ones(2, 2)}
     save_file(near, tmp_path / "near.safetensors")
     code, answer, _ = run(tmp_path / "near.safetensors")
     sentence = (
-        "nearest to a FLUX.1 transformer: 46 missing (img_in.bias; txt_in.weight; time_in.in_layer.weight; time_in.in"
+        "closest to a FLUX.1 transformer: 46 missing (img_in.bias; txt_in.weight; time_in.in_layer.weight; time_in.in"
     )
     assert code == 2 and sentence in answer["reasons"][0]
     assert "1 unexpected (blocks.0.qkv.weight)" in answer["reasons"][0]
@@ -289,7 +289,7 @@ def test_a_path_that_the_system_refuses_gives_one_error(command, tmp_path, monke
         assert sentence in result.stderr and len(result.stderr.splitlines()) == 1 and not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is GGUF of version"), (None, "does not exist")])
+@pytest.mark.parametrize(("content", "sentence"), [(b"GGUF....", "is GGUF version"), (None, "does not exist")])
 def test_a_file_that_is_not_safetensors_gives_one_error(tmp_path, content, sentence):
     if content:
         (tmp_path / "x.safetensors").write_bytes(content * 9)

@@ -1,8 +1,8 @@
-"""What a checkpoint is, told from its keys alone, before any tensor is read.
+"""Recognize a checkpoint from its keys alone, before any tensor is read.
 
-`kind` says it in words, `meant` which of the four models it means to hold, and `without_prefix` which of its keys are
-that model's: prefixes of all-in-one files are stripped, the other models of such a file left out. Whatever does not fit
-is refused by the name of what it is. How large the models are: fluxq/formats/checkpoint/sizes.py.
+`kind` names what the file is, `models_in` lists which of the four models it is meant to hold, and `without_prefix`
+selects one model's keys: it strips the prefix of an all-in-one file and leaves the file's other models out. A file that
+does not fit is refused, and the message names what it is. Model sizes: fluxq/formats/checkpoint/sizes.py.
 """
 
 import re
@@ -37,7 +37,7 @@ AUTOENCODER_PREFIXES = ("", "vae.")
 CLIP_PREFIXES = ("", "text_model.", "text_encoders.clip_l.transformer.text_model.", "text_encoders.clip_l.transformer.")
 T5_PREFIXES = ("", "text_encoders.t5xxl.transformer.")
 
-# What shows, under one of the prefixes, that a file means to hold the model, in either layout.
+# The keys, under one of the prefixes, that show that a file is meant to hold the model, in either layout.
 MARKERS = {
     FLUX: (FLUX_PREFIXES, r"(double|single)_blocks\.\d|single_transformer_blocks\.\d"),
     AUTOENCODER: (AUTOENCODER_PREFIXES, r"decoder\.up(_blocks)?\.\d"),
@@ -45,77 +45,76 @@ MARKERS = {
     T5: (T5_PREFIXES, r"encoder\.block\.\d"),
 }
 
-# What may lie beside a model that has a prefix: the other models of an all-in-one file, and CLIP's image side.
+# Keys allowed next to a model that has a prefix: the other models of an all-in-one file, and CLIP's image encoder.
 NEIGHBORS = re.compile(
     r"(model|diffusion_model|vae|text_encoders|first_stage_model|cond_stage_model|conditioner"
     r"|vision_model|visual_projection|text_projection|logit_scale)(\.|$)"
 )
 
-# The first pattern that is found in any key names the file, so the special cases come before the models they resemble.
+# The first pattern that matches any key decides, so special cases come before the models they resemble.
 KINDS = {
     r"\.(qweight|wscales)$": "a nunchaku (SVDQuant) file",
     r"^(lora|lycoris)_|\.lora_(A|B|up|down)\b|[._]lora\d?\.(up|down)\.": LORA,
-    r"(^|\.)distilled_guidance_layer\.": "Chroma, which is another model than FLUX.1",
-    r"(^|\.)(double_stream_modulation|single_stream_modulation)": "FLUX.2, which is another model than FLUX.1",
-    r"\.weight(\._data|\._scale|_qdata)$": "a file that quanto or torchao has quantized",
+    r"(^|\.)distilled_guidance_layer\.": "Chroma (a different model from FLUX.1)",
+    r"(^|\.)(double_stream_modulation|single_stream_modulation)": "FLUX.2 (a different model from FLUX.1)",
+    r"\.weight(\._data|\._scale|_qdata)$": "a file quantized by quanto or torchao",
     r"(^|\.)(controlnet_blocks|controlnet_x_embedder|input_hint_block)\.": "a ControlNet",
     r"(^|[._])ip_adapter[._]|^image_proj\.": "an IP-Adapter",
-    r"^redux_(up|down)\.": "FLUX.1 Redux, which makes prompts of images",
-    r"^pulid_": "PuLID, which puts a face into images",
-    r"(^|\.)txt_in\.individual_token_refiner\.": "HunyuanVideo, which is another model than FLUX.1",
+    r"^redux_(up|down)\.": "FLUX.1 Redux (which turns images into prompts)",
+    r"^pulid_": "PuLID (which puts a face into images)",
+    r"(^|\.)txt_in\.individual_token_refiner\.": "HunyuanVideo (a different model from FLUX.1)",
     r"(^|\.)(double_blocks|single_blocks)\.\d": FLUX,
     r"(^|\.)single_transformer_blocks\.\d": DIFFUSERS_FLUX,
     r"(^|\.)(input_blocks|label_emb|time_embedding)\.": "a Stable Diffusion model (1.x, 2.x or XL)",
     r"(^|\.)joint_blocks\.\d": "Stable Diffusion 3",
-    r"(^|\.)transformer_blocks\.\d+\.(img|txt)_mod\.": "Qwen-Image, which is another model than FLUX.1",
+    r"(^|\.)transformer_blocks\.\d+\.(img|txt)_mod\.": "Qwen-Image (a different model from FLUX.1)",
     r"(^|\.)blocks\.\d+\.cross_attn\.": "a video model such as Wan",
-    r"(^|\.)cap_embedder\.": "Lumina 2 or Z-Image, which are other models than FLUX.1",
+    r"(^|\.)cap_embedder\.": "Lumina 2 or Z-Image (different models from FLUX.1)",
     r"(^|\.)(quant_conv|post_quant_conv)\.": "the autoencoder of another model (Stable Diffusion or FLUX.2)",
     r"(^|\.)(mid_block|down_blocks|up_blocks)\.": DIFFUSERS_OTHER,
     r"(^|\.)decoder\.up\.\d": AUTOENCODER,
-    r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias": "UMT5, another model than T5",
+    r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias": "UMT5 (a different model from T5)",
     r"\.SelfAttention\.|\.DenseReluDense\.": T5,
     r"(^|\.)resblocks\.\d": OPENCLIP,
     r"(^|\.)embeddings\.position_embedding\.": CLIP,
-    r"^(encoder|decoder)\.(layers\.)?\d+\.": "a tiny autoencoder (TAESD), made for previews",
+    r"^(encoder|decoder)\.(layers\.)?\d+\.": "a tiny autoencoder for previews (TAESD)",
     r"^blk\.\d+\.attn_": "a language model",
 }
 
 
-def meant(keys: Iterable[str]) -> list[str]:
-    """Which of the four models a file with these keys means to hold, were they whole or not; none in a LoRA."""
+def models_in(keys: Iterable[str]) -> list[str]:
+    """Which of the four models a file with these keys is meant to hold, complete or not; none for a LoRA."""
     keys = list(keys)
     return [] if kind(keys) == LORA else [wanted for wanted in MARKERS if _prefixes(keys, wanted)]
 
 
 def kind(keys: Iterable[str]) -> str:
-    """What a file with these keys is, in words for a message."""
+    """What a file with these keys is, as a phrase for messages."""
     keys = list(keys)
     for pattern, name in KINDS.items():
         if any(re.search(pattern, key) for key in keys):
             return name
-    return f"no model that fluxq knows ({_nearest(keys)})" if keys else "empty: it has no tensors"
+    return f"a model that fluxq does not know ({_nearest(keys)})" if keys else "empty (it has no tensors)"
 
 
 def without_prefix(keys: Iterable[str], wanted: str, source: str | Path) -> dict[str, str]:
-    """Stripped name -> key, of all keys under the one prefix under which the marker of `wanted` occurs in any key.
+    """Stripped name -> key, for all keys under the prefix of the model `wanted`.
 
-    Raises WrongRequest if that is none or several, or if what is there is not `wanted`.
+    Raises WrongRequest if the model occurs under no known prefix or under several, or if the keys are not `wanted`.
     """
     keys = list(keys)
     present = _prefixes(keys, wanted)
     if len(present) > 1:
-        refuse(source, f"holds {wanted} twice, under the prefixes {' and '.join(map(repr, present))}", "keep one")
+        refuse(source, f"holds {wanted} twice, under the prefixes {' and '.join(map(repr, present))}", "remove one")
     prefix = present[0] if present else ""
     names = {key.removeprefix(prefix): key for key in keys if key.startswith(prefix)}
-    found = kind(names)
-    if found != wanted:
-        refuse(source, f"is {found}, where {wanted} is wanted", f"give {EXAMPLES[wanted]}")
+    if (actual := kind(names)) != wanted:
+        refuse(source, f"is {actual}, not {wanted}", f"use {EXAMPLES[wanted]}")
     if not present:
-        refuse(source, f"is {wanted} under an unknown prefix ({printable(keys[0])})", f"give {EXAMPLES[wanted]}")
+        refuse(source, f"is {wanted} under an unknown prefix ({printable(keys[0])})", f"use {EXAMPLES[wanted]}")
     strange = [printable(key) for key in keys if not key.startswith(prefix) and not NEIGHBORS.match(key)]
     if strange:
-        refuse(source, f"is {wanted} with tensors beside it: {listed(unexpected=strange)}", f"give {EXAMPLES[wanted]}")
+        refuse(source, f"is {wanted} with extra tensors: {listed(unexpected=strange)}", f"use {EXAMPLES[wanted]}")
     return names
 
 
@@ -125,7 +124,7 @@ def _prefixes(keys: list[str], wanted: str) -> list[str]:
 
 
 def _nearest(keys: list[str]) -> str:
-    """Which model has the most names in common with `keys`, blocks' numbers aside, and the first that differ."""
+    """The model that shares the most names with `keys`, ignoring block numbers, and the first names that differ."""
     own = _by_unnumbered(keys)
     common, wanted = max(((len(own.keys() & names), wanted) for wanted, names in _templates().items()))
     if common == 0:
@@ -133,12 +132,12 @@ def _nearest(keys: list[str]) -> str:
     names = _templates()[wanted]
     missing = [name for unnumbered, name in names.items() if unnumbered not in own]
     strange = [printable(key) for unnumbered, key in own.items() if unnumbered not in names]
-    return f"nearest to {wanted}: {listed(missing=missing, unexpected=strange)}"
+    return f"closest to {wanted}: {listed(missing=missing, unexpected=strange)}"
 
 
 @cache
 def _templates() -> dict[str, dict[str, str]]:
-    """For each model and layout the names of the public file's tensors, by what they are without numbers."""
+    """For each model and layout: name without block numbers -> name, for every tensor of the public file."""
     flux, autoencoder = FluxConfig.dev(), AutoEncoderConfig()
     clip = {"vocab_size": 1, "hidden_size": 1, "intermediate_size": 1, "num_hidden_layers": 1}
     t5 = {"vocab_size": 1, "d_model": 1, "d_ff": 1, "d_kv": 1, "num_heads": 1, "num_layers": 1}
@@ -154,11 +153,11 @@ def _templates() -> dict[str, dict[str, str]]:
 
 
 def _by_unnumbered(keys: Iterable[str]) -> dict[str, str]:
-    """The first of `keys` that is each without its number."""
-    found: dict[str, str] = {}
+    """Name without block numbers -> the first of `keys` with that name."""
+    names: dict[str, str] = {}
     for key in keys:
-        found.setdefault(_unnumbered(key), key)
-    return found
+        names.setdefault(_unnumbered(key), key)
+    return names
 
 
 def _unnumbered(key: str) -> str:

@@ -1,8 +1,8 @@
-"""Safetensors files, read and written by fluxq itself.
+"""Read and write safetensors files.
 
 A file is 8 bytes of header length, a JSON header, then the tensors back to back (github.com/huggingface/safetensors).
-Reading checks the whole header against the file's size before a single tensor is touched, and then reads one tensor at
-a time at its position: no memory map, so a file can be replaced while it is in use, also on Windows.
+The reader checks the whole header against the file's size before it touches any tensor. Then it reads one tensor at a
+time at its position. It uses no memory map, so a file can be replaced while it is in use, also on Windows.
 """
 
 import json
@@ -20,10 +20,10 @@ from ..atomic import atomic_path
 
 MAX_HEADER_BYTES = 32 << 20  # real headers are below 1 MB; embedded preview images add a few more
 MAX_TENSORS = 1 << 16  # real files have up to a few thousand
-MAX_HEADER_ITEMS = 16 * MAX_TENSORS  # commas and brackets: 8 a tensor, the rest for metadata that is JSON in itself
+MAX_HEADER_ITEMS = 16 * MAX_TENSORS  # commas and brackets: 8 per tensor, the rest for metadata that is itself JSON
 MAX_DIMENSIONS = 8
 
-# In the order in which the safetensors library ranks them; a file stores the tensors of the last of these first.
+# In the safetensors library's order. A file stores its tensors by falling rank, the last dtype of this table first.
 DTYPES = {
     "BOOL": torch.bool,
     "U8": torch.uint8,
@@ -51,24 +51,24 @@ OTHER_MAGIC = {
     b"GGUF": "a GGUF file",
     b"\x89PNG": "an image (PNG)",
     b"\xff\xd8\xff": "an image (JPEG)",
-    b"RIFF": "an image or sound (RIFF)",
+    b"RIFF": "an image or sound file (RIFF)",
     b"GIF8": "an image (GIF)",
     b"BM": "an image (BMP)",
-    b"<": "a web page, probably an error page in place of the download",
-    b"version https://git-lfs": "a git-lfs pointer, not the file that it points to",
+    b"<": "a web page, probably an error page instead of the download",
+    b"version https://git-lfs": "a git-lfs pointer, not the file it points to",
 }
 
-Span = tuple[int, int]  # first byte, byte after the last
-_Entry = tuple[torch.dtype, tuple[int, ...], Span]  # the span is within the data section
+Span = tuple[int, int]  # [begin, end) in bytes
+_Entry = tuple[torch.dtype, tuple[int, ...], Span]  # the span is relative to the data section
 
 
 def write_safetensors(
     path: str | Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Writes `tensors`, of any device and stride, and `metadata` to `path`, wholly or not at all.
+    """Write `tensors`, on any device and of any stride, and `metadata` to `path`, completely or not at all.
 
-    Equal arguments give equal bytes; with at most one metadata entry they are also the bytes that the safetensors
-    library writes. Raises WrongRequest if the path cannot be written or the disk is full; an older file then stays.
+    Equal arguments give equal bytes; with at most one metadata entry, the same bytes as the safetensors library. Raises
+    WrongRequest if the path cannot be written or the disk is full; an existing file is then unchanged.
     """
     header = safetensors_header(tensors, metadata)
     nbytes = len(header) + sum(tensor.nbytes for tensor in tensors.values())
@@ -79,7 +79,7 @@ def write_safetensors(
 
 
 def safetensors_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
-    """Everything in a file before the tensors' bytes: length, JSON, and spaces up to a multiple of 8."""
+    """All bytes of a file before its tensors: length, JSON, and spaces up to a multiple of 8."""
     header: dict[str, object] = {"__metadata__": dict(sorted(metadata.items()))} if metadata else {}
     offset = 0
     for name in _storage_order(tensors):
@@ -93,21 +93,21 @@ def safetensors_header(tensors: Mapping[str, torch.Tensor], metadata: Mapping[st
 
 
 def safetensors_data(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview]:
-    """The bytes of each tensor, in the order in which a file stores them."""
+    """The bytes of each tensor, in the order of the file."""
     for name in _storage_order(tensors):
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 class TensorFile:
-    """A file whose header has been read and found to fit it; its tensors are read by position, bytes as they lie.
+    """A file whose header has been read and checked; its tensors are read by position, as raw bytes.
 
-    shapes maps each key to its shape; nbytes is the size of all tensors together; metadata is text about the file.
+    shapes maps each key to its shape; nbytes is the total size of all tensors; metadata is text about the file.
     """
 
     def __init__(
         self, path: Path, shapes: Mapping[str, tuple[int, ...]], spans: Mapping[str, Span], metadata: dict[str, str]
     ):
-        """spans are [begin, end) in the file."""
+        """spans: key -> [begin, end) in the file."""
         self.path, self.shapes, self.metadata, self._spans = path, shapes, metadata, spans
 
     def keys(self) -> KeysView[str]:
@@ -118,19 +118,19 @@ class TensorFile:
         return self.shapes[key]
 
     def size(self, key: str) -> int:
-        """The tensor's bytes, counted."""
+        """The tensor's size in bytes."""
         begin, end = self._span(key)
         return end - begin
 
     def read(self, key: str, spans: Sequence[Span] | None = None) -> torch.Tensor:
-        """The tensor's bytes, flat uint8 in memory of their own; of `spans`, [begin, end) within it, only those."""
+        """A copy of the tensor's bytes, flat uint8; with `spans`, [begin, end) within the tensor, only those bytes."""
         spans = [(0, self.size(key))] if spans is None else spans
         data = torch.empty(sum(end - begin for begin, end in spans), dtype=torch.uint8)
         self._fill(key, spans, data)
         return data
 
     def read_into(self, key: str, out: torch.Tensor) -> None:
-        """Fill `out`, flat uint8 of the tensor's length, with its bytes. Raises ValueError for another length."""
+        """Fill `out`, flat uint8 of the tensor's length, with its bytes. Raises ValueError for a different length."""
         if len(out) != self.size(key):
             raise ValueError(f"{printable(key)} has {self.size(key):,} bytes, not {len(out):,}")
         self._fill(key, [(0, len(out))], out)
@@ -142,24 +142,24 @@ class TensorFile:
                 for begin, end in spans:
                     file.seek(start + begin)
                     wanted += end - begin
-                    while done < wanted and (count := file.readinto(view[done:wanted])):  # at most 2 GiB a call
+                    while done < wanted and (count := file.readinto(view[done:wanted])):  # at most 2 GiB per call
                         done += count
         except OSError as error:
             raise _unreadable(self.path, error) from error
         if done < len(view):
-            what = f"{done:,} of the {len(view):,} bytes of {printable(key)} are left"
-            refuse(self.path, f"has become shorter while it was read: {what}", "start again")
+            what = f"only {done:,} of the {len(view):,} bytes of {printable(key)} are left"
+            refuse(self.path, f"became shorter while it was read: {what}", "start again")
 
     def _span(self, key: str) -> Span:
         if key not in self._spans:
-            refuse(self.path, f"has no tensor {printable(key)}", "give a file that has it")
+            refuse(self.path, f"has no tensor {printable(key)}", "use a file that has it")
         return self._spans[key]
 
 
 class Checkpoint(TensorFile):
-    """A safetensors file; metadata is the header's `__metadata__`, {} without one.
+    """A safetensors file; metadata is the header's `__metadata__`, or {}.
 
-    Raises WrongRequest for all but a complete safetensors file, saying what is wrong with it.
+    Raises WrongRequest, with what is wrong, unless the file is a complete safetensors file.
     """
 
     def __init__(self, path: str | Path):
@@ -178,44 +178,40 @@ class Checkpoint(TensorFile):
         return self._dtypes[key]
 
     def get(self, key: str, begin: int = 0, end: int | None = None) -> torch.Tensor:
-        """The tensor, or its rows from `begin` to before `end`, in the file's own dtype, in memory of its own.
-
-        Just these bytes are read.
-        """
+        """A copy of the tensor, or of its rows [begin, end), in the file's dtype. Only these bytes are read."""
         shape = self.shape(key)
         if not shape or (begin == 0 and end is None):
             return self.read(key).view(self.dtype(key)).reshape(shape)
         end = shape[0] if end is None else end
         if not 0 <= begin <= end <= shape[0]:
-            raise ValueError(f"{printable(key)} has {shape[0]} rows, not those from {begin} to {end}")
+            raise ValueError(f"{printable(key)} has {shape[0]} rows, so there are no rows {begin} to {end}")
         row = self.size(key) // max(shape[0], 1)
         return self.read(key, [(begin * row, end * row)]).view(self.dtype(key)).reshape(end - begin, *shape[1:])
 
 
 def strict_load(module: torch.nn.Module, tensors: Mapping[str, torch.Tensor], source: str | Path) -> None:
-    """Makes `tensors` the parameters and buffers of `module`: exactly its keys and shapes, nothing copied or cast.
+    """Make `tensors` the parameters and buffers of `module`, without copying or casting; keys and shapes must match.
 
-    The tensors themselves become the module's, so their dtype and device stay. Of names that are tied in the module
-    (one tensor under several names) one is enough. Raises WrongRequest, naming `source` and the keys, and then leaves
-    the module as it was.
+    Dtypes and devices stay as they are. If the module ties names (one tensor under several names), one of them is
+    enough. Raises WrongRequest, with `source` and the keys, and then leaves the module unchanged.
     """
     wanted = module.state_dict(keep_vars=True)
     tied = {id(wanted[key]): tensor for key, tensor in tensors.items() if key in wanted}
-    found = {key: tensors.get(key, tied.get(id(own))) for key, own in wanted.items()}
-    missing = [key for key, tensor in found.items() if tensor is None]
+    state = {key: tensors.get(key, tied.get(id(own))) for key, own in wanted.items()}
+    missing = [key for key, tensor in state.items() if tensor is None]
     unexpected = [printable(key) for key in tensors if key not in wanted]
     wrong = [
         f"{key} is {tuple(tensor.shape)}, not {tuple(wanted[key].shape)}"
-        for key, tensor in found.items()
+        for key, tensor in state.items()
         if tensor is not None and tensor.shape != wanted[key].shape
     ]
     if problems := listed(missing=missing, unexpected=unexpected, wrong_shape=wrong):
-        refuse(source, f"does not fit {type(module).__name__}: {problems}", "give the file that belongs to it")
-    module.load_state_dict(found, strict=True, assign=True)
+        refuse(source, f"does not fit {type(module).__name__}: {problems}", "use the file that belongs to it")
+    module.load_state_dict(state, strict=True, assign=True)
 
 
 def listed(**problems: list[str]) -> str:
-    """A clause such as "2 missing (a, b), 1 wrong shape (c is (2,), not (3,))"; empty lists are left out."""
+    """A clause like "2 missing (a; b), 1 wrong shape (c is (2,), not (3,))"; empty lists are left out."""
     return ", ".join(
         f"{len(names):,} {what.replace('_', ' ')} ({'; '.join(names[:4])}{'; ...' if len(names) > 4 else ''})"
         for what, names in problems.items()
@@ -224,9 +220,9 @@ def listed(**problems: list[str]) -> str:
 
 
 def _read_header(path: Path) -> tuple[int, int, dict]:
-    """The file's size, where its data section starts, and its header as JSON gives it."""
+    """(file size, start of the data section, parsed JSON header)."""
     if path.is_dir():
-        refuse(path, "is a folder, not a safetensors file", "name the file in it")
+        refuse(path, "is a folder, not a safetensors file", "name the file inside it")
     if not path.is_file():
         refuse(path, "does not exist", "check the path")
     if path.suffix.lower() in PICKLE_SUFFIXES:
@@ -238,15 +234,15 @@ def _read_header(path: Path) -> tuple[int, int, dict]:
             _refuse_foreign(path, size, start)
             length = int.from_bytes(start[:8], "little")
             if length > MAX_HEADER_BYTES:
-                _refuse_header(path, f"it claims {length:,} bytes, the most that are read is {MAX_HEADER_BYTES:,}")
+                _refuse_header(path, f"it claims {length:,} bytes, the limit is {MAX_HEADER_BYTES:,}")
             if 8 + length > size:
                 _refuse_truncated(path, 8 + length, size, "for its header alone")
             file.seek(8)
             text = file.read(length)
     except OSError as error:
         raise _unreadable(path, error) from error
-    if sum(map(text.count, b",[{")) > MAX_HEADER_ITEMS:  # each would take 60 bytes and more
-        _refuse_header(path, f"it lists more than {MAX_HEADER_ITEMS:,} things")
+    if sum(map(text.count, b",[{")) > MAX_HEADER_ITEMS:  # parsed, each takes at least 60 bytes
+        _refuse_header(path, f"it lists more than {MAX_HEADER_ITEMS:,} items")
     try:
         header = json.loads(text.decode(), object_pairs_hook=_unique_keys)
     except (ValueError, RecursionError) as error:
@@ -254,12 +250,12 @@ def _read_header(path: Path) -> tuple[int, int, dict]:
     if not isinstance(header, dict):
         _refuse_header(path, f"it is a JSON {type(header).__name__}, not an object")
     if len(header) > MAX_TENSORS:
-        _refuse_header(path, f"it lists {len(header):,} tensors, the most that are read is {MAX_TENSORS:,}")
+        _refuse_header(path, f"it lists {len(header):,} tensors, the limit is {MAX_TENSORS:,}")
     return size, 8 + length, header
 
 
 def _refuse_foreign(path: Path, size: int, start: bytes) -> None:
-    """Raises if the first bytes show that the file is of another kind."""
+    """Raise WrongRequest if the first bytes show that the file is not a safetensors file."""
     if size == 0:
         refuse(path, "is empty (0 bytes)", "download it again")
     if start[8:9] == b"{":
@@ -268,10 +264,11 @@ def _refuse_foreign(path: Path, size: int, start: bytes) -> None:
         _refuse_pickle(path)
     for magic, kind in OTHER_MAGIC.items():
         if start.startswith(magic):
-            refuse(path, f"is {kind}", "give a .safetensors file")
+            refuse(path, f"is {kind}", "use a .safetensors file")
     if size <= 8:
         _refuse_truncated(path, 10, size, "at the very least")
-    refuse(path, f"is no safetensors file (its header begins with {start[8:9]!r}, not b'{{')", "download it again")
+    what = f"is not a safetensors file (its header begins with {start[8:9]!r}, not b'{{')"
+    refuse(path, what, "download it again")
 
 
 def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
@@ -285,26 +282,26 @@ def _unique_keys(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _checked_metadata(path: Path, metadata: object) -> dict[str, str]:
     if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-        _refuse_header(path, "its metadata should map names to text")
+        _refuse_header(path, "its metadata must map names to text")
     return metadata
 
 
 def _checked_entry(path: Path, key: str, entry: object) -> _Entry:
-    """One tensor's dtype, shape and span, once they are found to agree with each other."""
+    """One tensor's dtype, shape and span. Raises WrongRequest unless they agree with each other."""
     if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-        _refuse_header(path, f"{printable(key)} should have a dtype, a shape and data_offsets, and nothing else")
+        _refuse_header(path, f"{printable(key)} must have a dtype, a shape and data_offsets, and nothing else")
     dtype, shape, span = entry["dtype"], entry["shape"], entry["data_offsets"]
     if not isinstance(dtype, str) or not _whole_numbers(shape) or not _whole_numbers(span) or len(span) != 2:
-        _refuse_header(path, f"the dtype, shape or data_offsets of {printable(key)} is of the wrong type")
+        _refuse_header(path, f"the dtype, shape or data_offsets of {printable(key)} has the wrong type")
     if dtype not in DTYPES:
         what = f"stores {printable(key)} as {printable(dtype)}, which fluxq does not read"
-        refuse(path, what, "give a 16- or 32-bit version")
+        refuse(path, what, "use a 16- or 32-bit version")
     itemsize = DTYPES[dtype].itemsize
     if len(shape) > MAX_DIMENSIONS or math.prod(max(n, 1) for n in shape) * itemsize >= 1 << 63:
         _refuse_header(path, f"the shape of {printable(key)} is impossible: {printable(str(shape))}")
     wanted, given = math.prod(shape) * itemsize, span[1] - span[0]
     if wanted != given:
-        what = f"{printable(key)} of shape {shape} in {dtype} takes {wanted:,} bytes, but is given {given:,}"
+        what = f"{printable(key)} of shape {shape} in {dtype} takes {wanted:,} bytes, but has {given:,}"
         _refuse_header(path, what)
     return DTYPES[dtype], tuple(shape), (span[0], span[1])
 
@@ -314,7 +311,7 @@ def _whole_numbers(values: object) -> bool:
 
 
 def _checked_nbytes(path: Path, file_size: int, data_start: int, entries: dict[str, _Entry]) -> int:
-    """The bytes of all tensors, once these are found to fill the data section: no overlap, no gap, no rest."""
+    """The total size of all tensors. Raises WrongRequest unless they fill the data section: no overlap, no gap."""
     nbytes = 0
     for key, (_, _, (begin, end)) in sorted(entries.items(), key=lambda item: item[1][2]):
         if begin != nbytes:
@@ -322,14 +319,15 @@ def _checked_nbytes(path: Path, file_size: int, data_start: int, entries: dict[s
             _refuse_header(path, f"{printable(key)} {what}: it begins at byte {begin:,} of the data, not {nbytes:,}")
         nbytes = end
     if data_start + nbytes > file_size:
-        _refuse_truncated(path, data_start + nbytes, file_size, "by its header")
+        _refuse_truncated(path, data_start + nbytes, file_size, "according to its header")
     if data_start + nbytes < file_size:
         rest = file_size - data_start - nbytes
-        refuse(path, f"goes on for {rest:,} bytes after the last tensor of its header", "download it again")
+        refuse(path, f"has {rest:,} extra bytes after the last tensor of its header", "download it again")
     return nbytes
 
 
 def refuse(path: str | Path, what: str, remedy: str) -> NoReturn:
+    """Raise WrongRequest with the sentence "<path> <what>; <remedy>"."""
     raise WrongRequest(f"{path} {what}; {remedy}")
 
 
@@ -338,12 +336,12 @@ def _refuse_header(path: Path, what: str) -> NoReturn:
 
 
 def _refuse_truncated(path: Path, expected: int, actual: int, why: str) -> NoReturn:
-    what = f"is truncated: {expected:,} bytes were expected {why}, {actual:,} came, {expected - actual:,} are missing"
+    what = f"is truncated: expected {expected:,} bytes {why}, found {actual:,}, {expected - actual:,} missing"
     refuse(path, what, "download it again")
 
 
 def _refuse_pickle(path: Path) -> NoReturn:
-    refuse(path, "is a pickle checkpoint, and loading one can run hidden code", "use its .safetensors version")
+    refuse(path, "is a pickle checkpoint, which can run hidden code when loaded", "use its .safetensors version")
 
 
 def _unreadable(path: Path, error: OSError) -> WrongRequest:
@@ -351,11 +349,11 @@ def _unreadable(path: Path, error: OSError) -> WrongRequest:
 
 
 def printable(text: str) -> str:
-    """A name out of a file, short and fit for a console whatever it holds."""
+    """A name from a file, shortened and safe to print."""
     text = text if text.isprintable() else ascii(text)
     return text if len(text) <= 120 else text[:117] + "..."
 
 
 def _storage_order(tensors: Mapping[str, torch.Tensor]) -> list[str]:
-    """Names by falling dtype rank, then alphabetically: wide types first, so that every tensor is aligned."""
+    """Names by falling dtype rank, then alphabetically. Wide types come first, so every tensor is aligned."""
     return sorted(tensors, key=lambda name: (-DTYPE_RANK[tensors[name].dtype], name))

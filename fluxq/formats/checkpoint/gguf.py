@@ -1,7 +1,8 @@
-"""GGUF files (github.com/ggml-org/ggml, docs/gguf.md): the header, and where the tensors lie.
+"""Read the header of a GGUF file, including its tensors' positions (github.com/ggml-org/ggml, docs/gguf.md).
 
-A header is key-values, then a name, sizes, a type and a place for each tensor. Every length is checked against what is
-left before anything is read, and only what was asked for is kept: a header that lies costs no memory.
+A header holds key-value pairs, then each tensor's name, dimensions, type and offset. Every length is checked against
+the bytes that are left before anything is read, and only requested values are kept, so a header with false lengths
+costs no memory.
 """
 
 import math
@@ -17,10 +18,10 @@ from .files import MAX_TENSORS, Span, TensorFile, printable, refuse
 
 MAX_BYTES = 32 << 20  # of a whole header; a vocabulary of 256,000 pieces with its merges takes about 12 MB
 MAX_NAME_BYTES = 1024  # GGML itself allows 64
-MAX_DIMENSIONS = 4  # as the format has it
-ALIGNMENT = 32  # where `general.alignment` says nothing else
-MAX_KEYS = 4096  # real files have below 100
-MAX_KEY_BYTES = 65535  # as the format has it
+MAX_DIMENSIONS = 4  # the format's limit
+ALIGNMENT = 32  # unless `general.alignment` differs
+MAX_KEYS = 4096  # real files have fewer than 100
+MAX_KEY_BYTES = 65535  # the format's limit
 MAX_ITEMS = 1 << 20  # of an array that is kept; T5's charsmap is 237,539 bytes
 VERSIONS = (2, 3)
 STRING, ARRAY = 8, 9
@@ -33,7 +34,7 @@ Value = str | int | float | bool | list[str] | tuple[int | float | bool, ...]
 class GgufFile(TensorFile):
     """A GGUF file; types maps each key to the name of its type ("BF16", "Q4_K"), and shapes are (..., in).
 
-    Raises WrongRequest for all but a complete GGUF file, saying what is wrong with it.
+    Raises WrongRequest, with what is wrong, unless the file is a complete GGUF file.
     """
 
     def __init__(self, path: Path):
@@ -49,12 +50,12 @@ class GgufFile(TensorFile):
 
 
 def read_gguf_values(path: Path, keys: Collection[str]) -> dict[str, Value]:
-    """The values of those of `keys` that the file has. Raises WrongRequest, saying what is wrong with its header."""
+    """The values of all `keys` that the file has. Raises WrongRequest if its header is damaged."""
     try:
         with open(path, "rb") as file:
             return _Reader(path, file).values(keys)
     except OSError as error:
-        raise WrongRequest(f"{path} cannot be read ({error.strerror or error})") from error
+        raise WrongRequest(f"{path} cannot be read ({error.strerror or error}); check its permissions") from error
 
 
 class _Reader:
@@ -65,29 +66,32 @@ class _Reader:
 
     def values(self, keys: Collection[str]) -> dict[str, Value]:
         if self.left < 4 or self.take(4) != b"GGUF":
-            refuse(self.path, "is no GGUF file", "give one that is")
+            refuse(self.path, "is not a GGUF file", "use a GGUF file")
         version = self.number("I")
         if version not in VERSIONS:
-            refuse(self.path, f"is GGUF of version {version}, only 2 and 3 are read", "convert it again")
+            refuse(self.path, f"is GGUF version {version}, but fluxq reads only 2 and 3", "convert it again")
         self.count, count = self.number("Q"), self.number("Q")
         if count > MAX_KEYS:
-            self.damaged(f"it claims {count:,} key-values, the most that are read is {MAX_KEYS:,}")
-        found = {}
+            self.damaged(f"it claims {count:,} key-value pairs, the limit is {MAX_KEYS:,}")
+        values = {}
         for _ in range(count):
             key = self.string(MAX_KEY_BYTES)
             value = self.value(key, keep=key in keys)
-            if key in found:
+            if key in values:
                 self.damaged(f"the key {printable(key)} occurs twice")
             if value is not None:
-                found[key] = value
-        return found
+                values[key] = value
+        return values
 
     def tensors(self, alignment: Value) -> tuple[dict[str, Shape], dict[str, str], dict[str, Span]]:
-        """Shapes, types and spans of all tensors, which begin at the next multiple of `alignment`; after `values`."""
+        """Shapes, types and spans of all tensors. Call it after `values`.
+
+        The data section begins at the next multiple of `alignment`.
+        """
         if not isinstance(alignment, int) or not 0 < alignment <= 1 << 20 or alignment & (alignment - 1):
-            self.damaged(f"its alignment {printable(str(alignment))} is no power of two")
+            self.damaged(f"its alignment {printable(str(alignment))} is not a power of two")
         if self.count > MAX_TENSORS:
-            self.damaged(f"it claims {self.count:,} tensors, the most that are read is {MAX_TENSORS:,}")
+            self.damaged(f"it claims {self.count:,} tensors, the limit is {MAX_TENSORS:,}")
         shapes: dict[str, Shape] = {}
         types: dict[str, str] = {}
         places: dict[str, Span] = {}
@@ -103,63 +107,63 @@ class _Reader:
         return shapes, types, {name: (data + begin, data + end) for name, (begin, end) in places.items()}
 
     def sizes(self, name: str) -> tuple[Shape, str, int]:
-        """The next tensor's shape, type and bytes: its rows are whole blocks."""
-        from gguf import GGML_QUANT_SIZES  # 0.1 s that only GGUF files cost
+        """The next tensor's shape, type and size in bytes. Each row must be a whole number of blocks."""
+        from gguf import GGML_QUANT_SIZES  # imported here because it takes 0.1 s
 
         dimensions = self.number("I")
         if not 0 < dimensions <= MAX_DIMENSIONS:
-            self.damaged(f"{printable(name)} has {dimensions:,} dimensions, 1 to {MAX_DIMENSIONS} are possible")
+            self.damaged(f"{printable(name)} has {dimensions:,} dimensions, not 1 to {MAX_DIMENSIONS}")
         reverse = [self.number("Q") for _ in range(dimensions)]
         number = self.number("I")
         kind = next((kind for kind in GGML_QUANT_SIZES if kind.value == number), None)
         if kind is None:
-            self.damaged(f"{printable(name)} is of the unknown type {number}")
+            self.damaged(f"{printable(name)} has the unknown type {number}")
         block, block_bytes = GGML_QUANT_SIZES[kind]
         count = math.prod(reverse)
         if reverse[0] % block or count // block * block_bytes > self.size:
             shape = " x ".join(f"{n:,}" for n in reverse)
-            self.damaged(f"{printable(name)} of {shape} in {kind.name}, whose blocks are {block}, is impossible")
+            self.damaged(f"{printable(name)} cannot be {shape} in {kind.name}, whose blocks are {block}")
         return tuple(reversed(reverse)), kind.name, count // block * block_bytes
 
     def check(self, places: dict[str, Span], data: int, alignment: int) -> None:
-        """Raise unless the tensors fill the file from `data` on: no overlap, no gap or rest but padding."""
+        """Raise WrongRequest unless the tensors fill the file from `data` on: no overlap, and no gap but padding."""
         filled = 0
         for name, (begin, end) in sorted(places.items(), key=lambda item: item[1]):
             if begin % alignment or not filled <= begin < filled + alignment:
-                what = "overlaps the tensor before it" if begin < filled else "does not begin where that before it ends"
-                self.damaged(f"{printable(name)} {what}: at byte {begin:,} of the data, not {filled:,}")
+                what = "overlaps the tensor before it" if begin < filled else "does not follow the tensor before it"
+                self.damaged(f"{printable(name)} {what}: it begins at byte {begin:,} of the data, not {filled:,}")
             filled = end
         if (missing := data + filled - self.size) > 0 and places:
-            what = f"is truncated: {data + filled:,} bytes were expected by its header, {self.size:,} came"
-            refuse(self.path, f"{what}, {missing:,} are missing", "download it again")
+            what = f"is truncated: expected {data + filled:,} bytes according to its header, found {self.size:,}"
+            refuse(self.path, f"{what}, {missing:,} missing", "download it again")
         if -missing >= alignment:
-            what = f"goes on for {-missing:,} bytes after the last tensor of its header"
+            what = f"has {-missing:,} extra bytes after the last tensor of its header"
             refuse(self.path, what, "download it again")
 
     def value(self, key: str, keep: bool) -> Value | None:
-        """The next value; None, and only passed over, unless `keep`."""
+        """The next value; without `keep` it is skipped, and the result is None."""
         kind, count = self.number("I"), 1
         is_array = kind == ARRAY
         if is_array:
             kind, count = self.number("I"), self.number("Q")
         if kind != STRING and kind not in SCALARS:
-            self.damaged(f"{printable(key)} has a value of the unknown type {kind}")
-        least = count * (8 if kind == STRING else struct.calcsize(SCALARS[kind]))
-        if least > self.left:
-            self.damaged(f"{printable(key)} claims {count:,} values, {self.left:,} bytes are left or allowed")
+            self.damaged(f"{printable(key)} has the unknown type {kind}")
+        min_bytes = count * (8 if kind == STRING else struct.calcsize(SCALARS[kind]))
+        if min_bytes > self.left:
+            self.damaged(f"{printable(key)} claims {count:,} values, but only {self.left:,} bytes are left or allowed")
         if not keep:
             if kind != STRING:
-                self.skip(least)
+                self.skip(min_bytes)
             else:
                 for _ in range(count):
                     self.skip(self.number("Q"))
             return None
         if count > MAX_ITEMS:
-            self.damaged(f"{printable(key)} claims {count:,} values, the most that are read is {MAX_ITEMS:,}")
+            self.damaged(f"{printable(key)} claims {count:,} values, the limit is {MAX_ITEMS:,}")
         if kind == STRING:
             strings = [self.string() for _ in range(count)]
             return strings if is_array else strings[0]
-        numbers = struct.unpack(f"<{count}{SCALARS[kind]}", self.take(least))
+        numbers = struct.unpack(f"<{count}{SCALARS[kind]}", self.take(min_bytes))
         return numbers if is_array else numbers[0]
 
     def number(self, code: str) -> int:
@@ -168,7 +172,7 @@ class _Reader:
     def string(self, most: int = MAX_BYTES) -> str:
         length = self.number("Q")
         if length > most:
-            self.damaged(f"it claims a string of {length:,} bytes, the most that are read is {most:,}")
+            self.damaged(f"it claims a string of {length:,} bytes, the limit is {most:,}")
         try:
             return self.take(length).decode()
         except UnicodeDecodeError:
@@ -178,7 +182,7 @@ class _Reader:
         self.spend(count)
         data = self.file.read(count)
         if len(data) < count:
-            self.damaged("it has become shorter while it was read")
+            self.damaged("it became shorter while it was read")
         return data
 
     def skip(self, count: int) -> None:
@@ -187,7 +191,7 @@ class _Reader:
 
     def spend(self, count: int) -> None:
         if count > self.left:
-            self.damaged(f"it claims {count:,} more bytes, {self.left:,} are left or allowed")
+            self.damaged(f"it claims {count:,} more bytes, but only {self.left:,} are left or allowed")
         self.left -= count
 
     def damaged(self, what: str) -> NoReturn:

@@ -1,9 +1,10 @@
-"""The names that others give to tensors: diffusers to FLUX.1's and its autoencoder's, OpenCLIP to CLIP's, llama.cpp to
-T5's.
+"""Other projects' tensor names, mapped to the original ones.
 
-The original files (BFL) fuse q, k, v and the MLP's input into one matrix where diffusers has several, and order the two
-halves of the last modulation the other way round. Both are said by one rule: a diffusers module is the concatenation,
-in the order given, of row ranges of one BFL module. Neither file's columns ever differ.
+diffusers renames the tensors of FLUX.1 and its autoencoder, OpenCLIP those of CLIP, llama.cpp those of T5.
+
+The original files (BFL) fuse q, k, v and the MLP's input into one matrix where diffusers has several, and they store
+the two halves of the last modulation in the opposite order. One rule covers both: a diffusers module is the
+concatenation, in the order given, of row ranges of one BFL module. Columns never differ.
 """
 
 import re
@@ -56,7 +57,7 @@ SINGLE = {
 }
 BLOCKS = {"double_blocks": ("transformer_blocks", DOUBLE), "single_blocks": ("single_transformer_blocks", SINGLE)}
 
-# Applied in turn to the autoencoder's names; the index of decoder.up is mirrored as well.
+# Applied in order to the autoencoder's names; the index of decoder.up is also reversed.
 AUTOENCODER = {
     r"\.norm_out\.": ".conv_norm_out.",
     r"\.mid\.block_1\.": ".mid_block.resnets.0.",
@@ -84,7 +85,7 @@ OPENCLIP_LAYER = {
     "mlp.c_proj": ("mlp.fc2",),
 }
 
-# Applied in turn to the names of T5's encoder in a GGUF, which are llama.cpp's.
+# Applied in order to the names of T5's encoder in a GGUF file, which are llama.cpp's.
 T5_GGUF = {
     r"^enc\.output_norm\.": "encoder.final_layer_norm.",
     r"^enc\.blk\.": "encoder.block.",
@@ -99,7 +100,7 @@ T5_GGUF = {
 
 
 def gguf_name(name: str) -> str:
-    """The name that a GGUF's tensor has elsewhere: transformers' where it is of T5's encoder, else its own."""
+    """transformers' name of a GGUF tensor of T5's encoder; any other name is returned unchanged."""
     if name == "token_embd.weight":
         return "shared.weight"
     if name.startswith("enc."):
@@ -111,7 +112,7 @@ def gguf_name(name: str) -> str:
 def module_split(module: str, config: FluxConfig) -> list[tuple[str, int, int]]:
     """The diffusers modules that a BFL module becomes: (name, first row, row after the last), in diffusers' order.
 
-    A diffusers module that is named twice (the last modulation) is its pieces one after the other. Raises KeyError for
+    If a name occurs twice (the last modulation), that diffusers module is the pieces in this order. Raises KeyError for
     a module that a transformer of this config does not have.
     """
     shapes = flux_shapes(config)
@@ -133,7 +134,7 @@ def module_split(module: str, config: FluxConfig) -> list[tuple[str, int, int]]:
 
 
 def to_diffusers(tensors: Mapping[str, torch.Tensor], config: FluxConfig) -> dict[str, torch.Tensor]:
-    """A transformer's tensors under diffusers' names: 1160 of dev's 780. Views, but for the two swapped tensors."""
+    """A transformer's tensors under diffusers' names: dev's 780 become 1160. All are views except the two swapped."""
     result: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():
         module, leaf = key.rsplit(".", 1)
@@ -145,7 +146,7 @@ def to_diffusers(tensors: Mapping[str, torch.Tensor], config: FluxConfig) -> dic
 
 
 class Piece(NamedTuple):
-    """Rows of a tensor in a file: `rows` of them from row `first` of the tensor `key`."""
+    """`rows` rows of the file's tensor `key`, starting at row `first`."""
 
     key: str
     first: int
@@ -154,20 +155,20 @@ class Piece(NamedTuple):
 
 @lru_cache(maxsize=8)
 def flux_pieces(config: FluxConfig) -> Mapping[str, tuple[Piece, ...]]:
-    """Original name -> the diffusers rows that it is, one after the other: the way back from `to_diffusers`."""
-    found: dict[str, list[tuple[int, Piece]]] = {}
+    """Original name -> the diffusers rows that make it up, in order: the inverse of `to_diffusers`."""
+    parts: dict[str, list[tuple[int, Piece]]] = {}
     filled: dict[str, int] = {}
     for key in flux_shapes(config):
         module, leaf = key.rsplit(".", 1)
         for name, start, end in module_split(module, config):
             name = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
-            found.setdefault(key, []).append((start, Piece(name, filled.get(name, 0), end - start)))
+            parts.setdefault(key, []).append((start, Piece(name, filled.get(name, 0), end - start)))
             filled[name] = filled.get(name, 0) + end - start
-    return {key: tuple(piece for _, piece in sorted(pieces)) for key, pieces in found.items()}
+    return {key: tuple(piece for _, piece in sorted(pieces)) for key, pieces in parts.items()}
 
 
 def openclip_pieces(shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
-    """transformers' name -> the rows of the one tensor that it is, for a CLIP text model under OpenCLIP's names."""
+    """transformers' name -> the rows of the one OpenCLIP tensor that hold it, for a CLIP text model."""
     pieces: dict[str, tuple[Piece, ...]] = {}
     for key, shape in shapes.items():
         if key in OPENCLIP:
@@ -181,7 +182,7 @@ def openclip_pieces(shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
 
 
 def flux_diffusers_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
-    """diffusers' name and shape of every tensor of a transformer, 1160 for dev."""
+    """diffusers' name and shape of every tensor of a transformer: 1160 for dev."""
     own, shapes = flux_shapes(config), {}
     for name, pieces in flux_pieces(config).items():
         for piece in pieces:
@@ -190,10 +191,10 @@ def flux_diffusers_shapes(config: FluxConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
-def flux_telling(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Shapes of a diffusers file by the original's names, of one piece where the original has several together.
+def flux_original_names(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """A diffusers file's shapes under the original names, to read model sizes from before the file is checked.
 
-    Good for telling sizes before it is known that everything is there.
+    If the original fuses several diffusers tensors, the shape is that of the first one.
     """
     globals_ = {name: own for own, name in GLOBAL.items()}
     blocks = {
@@ -224,14 +225,14 @@ def autoencoder_diffusers_shapes(config: AutoEncoderConfig) -> dict[str, tuple[i
     return {names[key]: shape[:2] if _is_attention(names[key]) else shape for key, shape in own.items()}
 
 
-def autoencoder_telling(shapes: Shapes) -> dict[str, tuple[int, ...]]:
-    """Those shapes of a diffusers file, by the original's names, that tell an autoencoder's sizes."""
+def autoencoder_original_names(shapes: Shapes) -> dict[str, tuple[int, ...]]:
+    """A diffusers file's shapes, with the original names for those that determine an autoencoder's sizes."""
     pattern, own = r"^encoder\.down_blocks\.(\d+)\.resnets\.", r"encoder.down.\1.block."
     return {re.sub(pattern, own, key): shape for key, shape in shapes.items()}
 
 
 def autoencoder_to_diffusers(tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """An autoencoder's tensors under diffusers' names. Views: the attention's 1x1 convolutions become matrices."""
+    """An autoencoder's tensors under diffusers' names, as views; the attention's 1x1 convolutions become matrices."""
     deepest = max(int(match[1]) for key in tensors if (match := re.match(r"decoder\.up\.(\d+)\.", key)))
     result: dict[str, torch.Tensor] = {}
     for key, tensor in tensors.items():

@@ -1,6 +1,6 @@
-"""Every tensor of the four models, by name and shape, from a model's sizes alone; names are the original files'.
+"""Name and shape of every tensor of the four models, computed from a model's sizes; names are the original files'.
 
-`detect` holds files against these, `quantized` lays them out, `check` counts their bytes.
+`sizes` compares files with these, `quantized` lays them out, `check` counts their bytes.
 """
 
 from collections.abc import Iterable, Mapping
@@ -52,7 +52,7 @@ def flux_shapes(config: FluxConfig) -> Mapping[str, tuple[int, ...]]:
 
 
 def autoencoder_shapes(config: AutoEncoderConfig) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of an autoencoder, 244 for FLUX.1's. Convolutions are (out, in, height, width)."""
+    """Name and shape of every tensor of an autoencoder: 244 for FLUX.1. Convolutions are (out, in, height, width)."""
     shapes: dict[str, tuple[int, ...]] = {}
     widths = [config.ch * mult for mult in config.ch_mult]
 
@@ -100,7 +100,7 @@ def autoencoder_shapes(config: AutoEncoderConfig) -> dict[str, tuple[int, ...]]:
 
 
 def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a CLIP text model of this `clip_config`: 196 for CLIP-L."""
+    """Name and shape of every tensor of a CLIP text model with this `clip_config`: 196 for CLIP-L."""
     width, inner = config["hidden_size"], config["intermediate_size"]
     shapes: dict[str, tuple[int, ...]] = {
         "embeddings.token_embedding.weight": (config["vocab_size"], width),
@@ -119,7 +119,7 @@ def clip_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
 
 
 def t5_shapes(config: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """Name and shape of every tensor of a T5 encoder of this `t5_config`, the embedding once: 219 for T5-XXL."""
+    """Name and shape of every tensor of a T5 encoder with this `t5_config`, the embedding once: 219 for T5-XXL."""
     width, hidden, inner = config["d_model"], config["d_ff"], config["num_heads"] * config["d_kv"]
     first = "encoder.block.0.layer.0.SelfAttention.relative_attention_bias.weight"
     shapes: dict[str, tuple[int, ...]] = {

@@ -1,6 +1,6 @@
-"""Where the tensors of one checkpoint lie: a safetensors or GGUF file, or a folder with shards and their index.
+"""Locate the tensors of one checkpoint: a safetensors or GGUF file, or a folder with shards and their index.
 
-Headers alone are read. What a file is called says nothing but that it is one of the two.
+Only headers are read. A file's name shows only that it is a model file; its first bytes show which kind.
 """
 
 from __future__ import annotations
@@ -22,27 +22,28 @@ from .storage import stored_tensors
 from .stored import FP8, PRECISIONS, Foreign, Plain, Scaled, Stored
 
 FOLDERS = {FLUX: "transformer", AUTOENCODER: "vae", CLIP: "text_encoder", T5: "text_encoder_2"}
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # of a file's stem
+SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of a file's stem
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 SUFFIXES = (".safetensors", ".sft", ".gguf")
-MAX_JSON_BYTES = 16 << 20  # the index of FLUX.1 dev has 121 KB
+MAX_JSON_BYTES = 16 << 20  # FLUX.1 dev's index is 121 KB
 
 
 def open_file(path: Path) -> Checkpoint | GgufFile:
-    """The file's header, read; which of the two kinds it is its first bytes say."""
+    """Read the header of a safetensors or GGUF file; the first bytes decide which it is."""
     is_gguf = False
-    with suppress(OSError):  # Checkpoint says what is the matter
-        if path.is_file():  # a pipe would be waited for
+    with suppress(OSError):  # Checkpoint reports what is wrong
+        if path.is_file():  # reading a pipe would block
             with open(path, "rb") as file:
                 is_gguf = file.read(4) == b"GGUF"
     return GgufFile(path) if is_gguf else Checkpoint(path)
 
 
 class Shards:
-    """One checkpoint in one file or in several, whose index `path` then is. shapes are by the files' own keys, of the
-    tensors that are stood for; nbytes is what all take together; metadata is the one file's.
+    """One checkpoint in one file, or in several; `path` is then their index.
 
-    Raises WrongRequest for a missing shard, and for shards that hold other keys than the index says.
+    shapes are by the files' own keys and hold the logical tensors only, without scales and the like; nbytes is the
+    total size in bytes; metadata is a single file's, {} for shards. Raises WrongRequest if a shard is missing, or if
+    the shards' keys differ from the index.
     """
 
     def __init__(self, path: Path) -> None:
@@ -59,21 +60,22 @@ class Shards:
         self.shapes = {key: stored.shape for key, stored in self.tensors.items()}
 
     def require_readable(self, keys: Iterable[str]) -> None:
-        """Raise WrongRequest where a tensor of `keys` is stored as fluxq does not read it, or as nothing could."""
+        """Raise WrongRequest if a tensor of `keys` is stored in a way that fluxq does not read, or inconsistently."""
         own = {key: self.tensors[key] for key in keys}
         if foreign := [(key, stored.kind) for key, stored in own.items() if isinstance(stored, Foreign)]:
             what = f"stores {len(foreign):,} of its tensors ({printable(foreign[0][0])}; ...) as {foreign[0][1]}"
-            refuse(self.path, f"{what}, which fluxq does not read", "give a version in fp8, NF4, GGUF or 16 bits")
+            refuse(self.path, f"{what}, which fluxq does not read", "use a version in fp8, NF4, GGUF or 16 bits")
         for key, stored in own.items():
             if isinstance(stored, Plain) and stored.dtype not in PRECISIONS:
-                refuse(self.path, f"stores {printable(key)} as {stored.kind}", "give a version in 8 to 32 bits")
+                what = f"stores {printable(key)} as {stored.kind}, which fluxq does not read"
+                refuse(self.path, what, "use a floating-point version in 8 to 32 bits")
         missing, wrong = self._without_scale(own), [stored.wrong for stored in own.values() if stored.wrong]
         if problems := listed(without_a_scale=missing, wrong_scale=wrong):
-            what = f"has 8-bit weights whose scales, one number a matrix or a row, do not fit: {problems}"
-            refuse(self.path, what, "download it again, or give a 16-bit version")
+            what = f"has 8-bit weights whose scales (one number per matrix or per row) do not fit: {problems}"
+            refuse(self.path, what, "download it again, or use a 16-bit version")
 
     def _without_scale(self, own: dict[str, Stored]) -> list[str]:
-        """The fp8 tensors that lack a scale, where the others have one or the file says that all do."""
+        """The fp8 tensors without a scale, if others have one or the file is marked as scaled."""
         marked = tuple(key.removesuffix("scaled_fp8") for key in self._owners if key.endswith("scaled_fp8"))
         if not any(isinstance(stored, Scaled) or key.startswith(marked) for key, stored in own.items()):
             return []
@@ -83,33 +85,33 @@ class Shards:
 def locate(path: str | Path, wanted: str) -> Path:
     """The file, or the index of shards, that holds the model `wanted` at `path`, which may be a folder.
 
-    Raises WrongRequest if a folder holds none or several, and for one shard in the place of all.
+    Raises WrongRequest if a folder holds none or several, or if `path` is a single shard.
     """
     path = Path(path)
     if not path.is_dir():
         if SHARD.search(path.stem) and path.is_file():
-            refuse(path, "is one shard of several", f"give its folder, {path.parent}")
+            refuse(path, "is one shard of several", f"name its folder, {path.parent}")
         return path
     inner = path / FOLDERS[wanted]
     folder = inner if inner.is_dir() else path
-    found = units(folder)
-    fitting = found if len(found) == 1 else [unit for unit in found if _means(unit, wanted)]
+    candidates = units(folder)
+    fitting = candidates if len(candidates) == 1 else [unit for unit in candidates if _holds(unit, wanted)]
     if len(fitting) > 1:
         what = f"holds {wanted} in {' and in '.join(unit.name for unit in fitting)}"
-        refuse(folder, what, "name the one to use")
+        refuse(folder, what, "name the file to use")
     if not fitting and any(SHARD.search(file.stem) for file in folder.glob("*.safetensors")):
-        refuse(folder, "holds shards but no .safetensors.index.json, which lists them", "download it again")
+        refuse(folder, "has shards but no .safetensors.index.json that lists them", "download the folder again")
     if not fitting:
-        refuse(folder, f"holds no .safetensors or .gguf file with {wanted}", f"give {EXAMPLES[wanted]}")
+        refuse(folder, f"has no .safetensors or .gguf file with {wanted}", f"use {EXAMPLES[wanted]}")
     return fitting[0]
 
 
 def units(folder: Path) -> list[Path]:
-    """The checkpoints that lie directly in `folder`: every index of shards, and every file that is no shard; sorted."""
+    """The checkpoints directly in `folder`, sorted: every index of shards, and every file that is not a shard."""
     try:
         files = [path for path in folder.iterdir() if not path.name.startswith(".")]
     except OSError as error:
-        refuse(folder, f"cannot be read ({error.strerror})", "check its permissions")
+        refuse(folder, f"cannot be read ({error.strerror or error})", "check its permissions")
     return sorted(path for path in files if _is_unit(path))
 
 
@@ -118,14 +120,14 @@ def _is_unit(path: Path) -> bool:
     return INDEX.search(name) is not None or (name.endswith(SUFFIXES) and not SHARD.search(path.stem))
 
 
-def meant(unit: Path) -> list[str]:
-    """Which of the four models a file or an index means to hold. Raises WrongRequest where it is damaged."""
-    return detect.meant(_weight_map(unit) if unit.suffix == ".json" else Shards(unit).shapes)
+def models_in(unit: Path) -> list[str]:
+    """Which of the four models a file or an index is meant to hold. Raises WrongRequest if it is damaged."""
+    return detect.models_in(_weight_map(unit) if unit.suffix == ".json" else Shards(unit).shapes)
 
 
-def _means(unit: Path, wanted: str) -> bool:
+def _holds(unit: Path, wanted: str) -> bool:
     try:
-        return wanted in meant(unit)
+        return wanted in models_in(unit)
     except WrongRequest:
         return False
 
@@ -136,7 +138,7 @@ def _sharded(index: Path) -> dict[str, Checkpoint]:
     shards = {}
     for name in dict.fromkeys(listing.values()):
         if not (index.parent / name).is_file():
-            refuse(index, f"lists {printable(name)}, which is not there", "download that shard too")
+            refuse(index, f"lists {printable(name)}, which does not exist", "download that shard too")
         shards[name] = Checkpoint(index.parent / name)
     missing = [f"{printable(key)} in {name}" for key, name in listing.items() if key not in shards[name].shapes]
     unexpected = [
@@ -147,36 +149,37 @@ def _sharded(index: Path) -> dict[str, Checkpoint]:
     ]
     if missing or unexpected:
         what = f"and its shards disagree: {listed(missing=missing, unlisted=unexpected)}"
-        refuse(index, what, "download index and shards again, from one place")
+        refuse(index, what, "download the index and the shards again, from the same place")
     return {key: shards[name] for key, name in listing.items()}
 
 
 def _weight_map(index: Path) -> dict[str, str]:
-    """Key -> name of its shard, as the index says."""
+    """Key -> file name of its shard, from the index."""
     listing = read_json(index).get("weight_map")
     if not isinstance(listing, dict) or not listing:
-        refuse(index, "has no weight_map, which says what lies in which shard", "download it again")
+        refuse(index, "has no weight_map, which lists each tensor's shard", "download it again")
     for name in listing.values():
         if not isinstance(name, str) or Path(name).name != name or "\\" in name or not name.endswith(".safetensors"):
-            refuse(index, f"lists {printable(str(name))}, which is no .safetensors file beside it", "download it again")
+            what = f"lists {printable(str(name))}, which is not a .safetensors file in the same folder"
+            refuse(index, what, "download it again")
     return listing
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """The object that a JSON file is."""
+    """The JSON object in a file. Raises WrongRequest for anything else."""
     try:
         nbytes = path.stat().st_size
         text = path.read_bytes() if nbytes <= MAX_JSON_BYTES else b""
     except FileNotFoundError:
         refuse(path, "does not exist", "check the path")
     except OSError as error:
-        refuse(path, f"cannot be read ({error.strerror})", "check its permissions")
+        refuse(path, f"cannot be read ({error.strerror or error})", "check its permissions")
     if nbytes > MAX_JSON_BYTES:
-        refuse(path, f"has {nbytes:,} bytes, the most that are read is {MAX_JSON_BYTES:,}", "download it again")
+        refuse(path, f"has {nbytes:,} bytes, the limit is {MAX_JSON_BYTES:,}", "download it again")
     try:
         content = json.loads(text.decode("utf-8-sig"))
     except (ValueError, RecursionError) as error:
-        refuse(path, f"is no valid JSON ({printable(str(error))})", "download it again")
+        refuse(path, f"is not valid JSON ({printable(str(error))})", "download it again")
     if not isinstance(content, dict):
         refuse(path, f"is a JSON {type(content).__name__}, not an object", "download it again")
     return content

@@ -1,8 +1,8 @@
-"""How large each of the four models in a file is, from keys and shapes alone.
+"""Read the sizes of each of the four models from a file's keys and shapes alone.
 
-For each model: `*_keys` gives the names that the model uses, mapped to the file's own keys, with aliases resolved, and
-`*_config` the sizes, once every tensor has been found to be one of `shapes`. The same rules read the full-size files
-and the bundled toy. The other spelling, diffusers', is in `keys`.
+For each model, `*_keys` maps the names that the model uses to the file's keys and resolves aliases, and `*_config`
+returns the sizes after checking that the tensors are exactly those of `shapes`. The same rules read the full-size files
+and the bundled toy. diffusers' names are in `keys`.
 """
 
 import re
@@ -23,22 +23,21 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def flux_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
-    """The transformer's names, as the original file spells them, each with the key that it has in `source`.
+    """Original name -> key in `source`, for every tensor of the transformer.
 
-    `*_norm.weight`, which ComfyUI writes, stands for `*_norm.scale`; both at once is an error.
+    ComfyUI writes `*_norm.weight` for `*_norm.scale`; a file with both is an error.
     """
-    found = without_prefix(keys, FLUX, source)
     names: dict[str, str] = {}
-    for name, key in found.items():
+    for name, key in without_prefix(keys, FLUX, source).items():
         name = re.sub(r"(\.norm\.(query|key)_norm)\.weight$", r"\1.scale", name)
         if name in names:
-            refuse(source, f"has one tensor under two names ({key}, {names[name]})", "remove either")
+            refuse(source, f"has one tensor under two names ({key}, {names[name]})", "remove one of them")
         names[name] = key
     return names
 
 
 def flux_config(shapes: Shapes, source: str | Path = "the file") -> FluxConfig:
-    """The sizes of the transformer in a file of these shapes, every one of whose tensors has been found to fit them."""
+    """The sizes of the transformer in a file with these shapes. Raises WrongRequest unless every tensor fits them."""
     own = {name: shapes[key] for name, key in flux_keys(shapes, source).items()}
     config = flux_sizes(own, source)
     compare(own, flux_shapes(config), FLUX, source)
@@ -46,17 +45,18 @@ def flux_config(shapes: Shapes, source: str | Path = "the file") -> FluxConfig:
 
 
 def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
-    """The sizes that the telling ones among `own`, shapes by the original's names, speak of."""
+    """The transformer's sizes, read from a few of `own`, shapes by original name; the others are not checked."""
     hidden, in_channels = _matrix(own, "img_in.weight", source)
     out_channels = _matrix(own, "final_layer.linear.weight", source)[0]
     if in_channels != out_channels:
-        kind = {2 * out_channels: " as of Canny or Depth", 6 * out_channels: " as of Fill"}.get(in_channels, "")
-        refuse(source, f"has {in_channels} inputs{kind} where {out_channels} are wanted", "give dev, schnell or Krea")
+        kind = {2 * out_channels: " like Canny or Depth", 6 * out_channels: " like Fill"}.get(in_channels, "")
+        refuse(source, f"has {in_channels} input channels{kind}, not {out_channels}", "use dev, schnell or Krea")
     head_dim = _shape(own, "double_blocks.0.img_attn.norm.query_norm.scale", 1, source)[0]
     if head_dim % 32 or hidden % head_dim:
-        refuse(source, f"has heads of {head_dim} in a width of {hidden}", "the head's width must be a multiple of 32")
+        what = f"has heads of width {head_dim} at hidden size {hidden}, not a multiple of 32 that divides it"
+        refuse(source, what, "use dev, schnell or Krea")
     if not any(name.startswith("single_blocks.") for name in own):
-        refuse(source, "lacks all of its single_blocks", "download it again")
+        refuse(source, "has no single_blocks", "download it again")
     return FluxConfig(
         in_channels=in_channels,
         out_channels=out_channels,
@@ -75,7 +75,7 @@ def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
 
 
 def variant(config: FluxConfig) -> str:
-    """ "dev" for a model that is told the guidance, "schnell" for one that is not."""
+    """ "dev" for a model with a guidance input, "schnell" for one without."""
     return "dev" if config.guidance_embed else "schnell"
 
 
@@ -83,15 +83,15 @@ def variant(config: FluxConfig) -> str:
 
 
 def autoencoder_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
-    """The autoencoder's names, as ae.safetensors spells them, each with the key that it has in `source`."""
+    """Name in ae.safetensors -> key in `source`, for every tensor of the autoencoder."""
     return without_prefix(keys, AUTOENCODER, source)
 
 
 def autoencoder_config(shapes: Shapes, source: str | Path = "the file") -> AutoEncoderConfig:
-    """The sizes of the autoencoder in a file of these shapes, every one of whose tensors has been found to fit them.
+    """The sizes of the autoencoder in a file with these shapes. Raises WrongRequest unless every tensor fits them.
 
-    Shapes do not tell the norms' groups (ch / 4 here, which is 32 for ae.safetensors) nor scale_factor, shift_factor
-    and resolution, which are FLUX.1's.
+    Shapes do not show the norms' groups, so these are ch / 4 (32 for ae.safetensors), nor scale_factor, shift_factor
+    and resolution, so these are FLUX.1's.
     """
     own = {name: shapes[key] for name, key in autoencoder_keys(shapes, source).items()}
     config = autoencoder_sizes(own, source)
@@ -100,14 +100,15 @@ def autoencoder_config(shapes: Shapes, source: str | Path = "the file") -> AutoE
 
 
 def autoencoder_sizes(own: Shapes, source: str | Path) -> AutoEncoderConfig:
-    """The sizes that the telling ones among `own`, shapes by the original's names, speak of."""
+    """The autoencoder's sizes, read from a few of `own`, shapes by original name; the others are not checked."""
     ch, in_channels, *_ = _shape(own, "encoder.conv_in.weight", 4, source)
     widths = [
         _shape(own, f"encoder.down.{level}.block.0.conv1.weight", 4, source)[0]
         for level in range(_count(own, r"encoder\.down\.(\d{1,3})\."))
     ]
     if ch % 4 or any(width % ch for width in widths):
-        refuse(source, f"has levels of {widths} channels, no multiples of its first {ch}", "give ae.safetensors")
+        what = f"has levels of {widths} channels, which are not multiples of its first {ch}"
+        refuse(source, what, "use ae.safetensors")
     return AutoEncoderConfig(
         in_channels=in_channels,
         ch=ch,
@@ -123,25 +124,25 @@ def autoencoder_sizes(own: Shapes, source: str | Path) -> AutoEncoderConfig:
 
 
 def clip_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
-    """CLIP's names without the `text_model.` prefix, as transformers 5 has them, each with the key in `source`.
+    """Name in transformers 5 (without the `text_model.` prefix) -> key in `source`, for CLIP's text model.
 
-    What belongs to CLIP's image side, and position_ids, which is no weight, are left out.
+    The image encoder and position_ids, which is not a weight, are left out.
     """
-    found = without_prefix(keys, CLIP, source)
+    names = without_prefix(keys, CLIP, source)
     return {
-        name: key for name, key in found.items() if not re.search(r"^(text_projection|logit_scale|vision)|ids$", name)
+        name: key for name, key in names.items() if not re.search(r"^(text_projection|logit_scale|vision)|ids$", name)
     }
 
 
 def clip_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]:
-    """Arguments of transformers.CLIPTextConfig for a file of these shapes; heads are 64 wide, as in all of OpenAI's.
+    """Arguments of transformers.CLIPTextConfig for a file with these shapes; heads are 64 wide, as in all of OpenAI's.
 
-    eos_token_id 2 makes transformers pool at the highest id, which is the end token in every CLIP vocabulary.
+    With eos_token_id 2, transformers pools at the highest id, which is the end token in every CLIP vocabulary.
     """
     own = {name: shapes[key] for name, key in clip_keys(shapes, source).items()}
     vocabulary, width = _matrix(own, "embeddings.token_embedding.weight", source)
     if width % 64:
-        refuse(source, f"is {width} wide, which is no multiple of a head's 64", "give clip_l.safetensors")
+        refuse(source, f"has width {width}, not a multiple of the head width 64", "use clip_l.safetensors")
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
@@ -157,18 +158,18 @@ def clip_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, An
 
 
 def t5_keys(keys: Iterable[str], source: str | Path = "the file") -> dict[str, str]:
-    """T5's encoder names, each with the key in `source`; the embedding once, as `shared.weight`.
+    """Name -> key in `source`, for T5's encoder; the embedding occurs once, as `shared.weight`.
 
-    ComfyUI's CLIPSave leaves a `logit_scale` beside it, which is none of T5's.
+    ComfyUI's CLIPSave adds a `logit_scale`, which does not belong to T5.
     """
-    found = without_prefix(keys, T5, source)
-    found.pop("logit_scale", None)
-    tied = found.pop("encoder.embed_tokens.weight", None)
-    return found if tied is None else {"shared.weight": tied} | found
+    names = without_prefix(keys, T5, source)
+    names.pop("logit_scale", None)
+    tied = names.pop("encoder.embed_tokens.weight", None)
+    return names if tied is None else {"shared.weight": tied} | names
 
 
 def t5_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]:
-    """Arguments of transformers.T5Config for the encoder (of the 1.1 kind: gated GELU) in a file of these shapes."""
+    """Arguments of transformers.T5Config for the encoder (T5 1.1: gated GELU) in a file with these shapes."""
     own = {name: shapes[key] for name, key in t5_keys(shapes, source).items()}
     vocabulary, width = _matrix(own, "shared.weight", source)
     attention = "encoder.block.0.layer.0.SelfAttention"
@@ -195,7 +196,7 @@ def t5_config(shapes: Shapes, source: str | Path = "the file") -> dict[str, Any]
 
 
 def compare(own: Shapes, wanted: Shapes, what: str, source: str | Path) -> None:
-    """Raises WrongRequest, naming keys, unless `own` are exactly the `wanted` shapes."""
+    """Raise WrongRequest, with the keys that differ, unless `own` are exactly the `wanted` shapes."""
     problems = listed(
         missing=[name for name in wanted if name not in own],
         unexpected=[printable(name) for name in own if name not in wanted],
@@ -204,15 +205,16 @@ def compare(own: Shapes, wanted: Shapes, what: str, source: str | Path) -> None:
         ],
     )
     if problems:
-        refuse(source, f"is {what}, but of its {len(wanted):,} tensors {problems}", "download it again")
+        refuse(source, f"is {what}, but its {len(wanted):,} tensors do not fit: {problems}", "download it again")
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int, source: str | Path) -> tuple[int, ...]:
-    """A shape that is there, with that many dimensions, none of them 0."""
+    """The shape of `name`. Raises WrongRequest if it is missing, has a 0, or has another number of dimensions."""
     if name not in shapes:
-        refuse(source, f"lacks the tensor {name}", "download it again")
+        refuse(source, f"has no tensor {name}", "download it again")
     if len(shapes[name]) != dimensions or 0 in shapes[name]:
-        refuse(source, f"has {name} in shape {shapes[name]}, not in {dimensions} dimensions", "give the right file")
+        what = f"has {name} of shape {shapes[name]}, not {dimensions} nonzero dimensions"
+        refuse(source, what, "use the original file")
     return shapes[name]
 
 

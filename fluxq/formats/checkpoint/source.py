@@ -1,9 +1,9 @@
-"""One of the four models, wherever its tensors lie: a file of its own, an all-in-one file, a folder of shards.
+"""Read one of the four models from any kind of checkpoint: its own file, an all-in-one file, or a folder of shards.
 
-`open_flux`, `open_autoencoder`, `open_clip` and `open_t5` read headers only, hold every name and shape against what the
-model must have, and give a `Source`, which then reads one tensor at a time, under the name that the model uses, by
-positioned reads of just its bytes. A folder is diffusers' layout: the part's own (`transformer`, `vae`, `text_encoder`,
-`text_encoder_2`) or the one above it. diffusers' names are mapped back to the original ones.
+`open_flux`, `open_autoencoder`, `open_clip` and `open_t5` read only headers, compare every name and shape with what the
+model must have, and return a `Source`. A `Source` reads one tensor at a time, under the name that the model uses, with
+positioned reads of only its bytes. A folder has diffusers' layout: it is the part's folder (`transformer`, `vae`,
+`text_encoder`, `text_encoder_2`) or the one above it. diffusers' names are mapped to the original ones.
 """
 
 from __future__ import annotations
@@ -24,26 +24,18 @@ from fluxq.kernels import Weight, dequantize
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
 from . import detect, keys, sizes
-from .detect import (
-    AUTOENCODER,
-    CLIP,
-    DIFFUSERS_FLUX,
-    DIFFUSERS_OTHER,
-    EXAMPLES,
-    FLUX,
-    T5,
-)
+from .detect import AUTOENCODER, CLIP, DIFFUSERS_FLUX, DIFFUSERS_OTHER, EXAMPLES, FLUX, T5
 from .files import printable, refuse
 from .keys import Piece
 from .shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from .shards import Shards, locate, read_json
-from .stored import Plain, Seen, joined, unseen
+from .stored import OnRead, Plain, ignore_bytes, joined
 
 BAND = 1 << 24
-"""Weights that are decoded at a time: 64 MiB of fp32."""
+"""How many weights are decoded at a time: 64 MiB of fp32."""
 
-# What lies beside the text model in OpenCLIP's own files: the image side, and what no weight of ours is.
-OPENCLIP_BESIDE = re.compile(
+# Keys next to the text model in OpenCLIP's own files: the image encoder, and values that are not weights of the model.
+OPENCLIP_IGNORED = re.compile(
     r"visual\.|logit_(scale|bias)$|text_projection$|attn_mask$|(input_resolution|context_length|vocab_size)$"
 )
 
@@ -51,12 +43,17 @@ Config = TypeVar("Config")
 
 
 class Source(Generic[Config]):
-    """The tensors of one model. `config` is what the model is built from; `path` the file, or the index of its shards.
+    """The tensors of one model.
 
-    files are all files that tensors lie in; shapes are by the names that the model uses, in the original layout
-    whatever the files' is, which `diffusers` says; sizes are bytes as they are stored, what only serves storage left
-    out; precision is how most of the weights are stored, for people ("bf16", "fp8 e4m3, scaled", "nf4", "Q4_K"), bits
-    how many one of these takes; `alone`, that the files hold no other of the four models.
+    config     what the model is built from
+    path       the file, or the index of its shards
+    files      all files with tensors
+    diffusers  whether the files have diffusers' layout
+    shapes     name -> shape, with the model's names, always in the original layout
+    sizes      name -> stored bytes, without scales and the like
+    precision  how most weights are stored, as text: "bf16", "fp8 e4m3, scaled", "nf4", "Q4_K"
+    bits       bits per weight of that storage
+    alone      whether the files hold none of the other three models
     """
 
     def __init__(
@@ -69,7 +66,7 @@ class Source(Generic[Config]):
     ) -> None:
         self.config, self.path, self.files, self.diffusers = config, shards.path, shards.files, diffusers
         self.shapes: dict[str, tuple[int, ...]] = {name: shapes[name] for name in pieces}
-        self.alone = len(detect.meant(shards.shapes)) == 1
+        self.alone = len(detect.models_in(shards.shapes)) == 1
         self._tensors, self._pieces = shards.tensors, pieces
         self.sizes = {name: sum(map(self._size, parts)) for name, parts in pieces.items()}
         weights: Counter[tuple[str, float]] = Counter()
@@ -78,9 +75,11 @@ class Source(Generic[Config]):
             weights[stored.kind, stored.bits] += math.prod(self.shapes[name])
         ((self.precision, self.bits),) = (most for most, _ in weights.most_common(1))
 
-    def get(self, name: str, rows: range | None = None, seen: Seen = unseen) -> Weight:
-        """The tensor as it is stored, or just its `rows`, in memory of its own: the very bytes of what fluxq has a
-        container for, else fp32. `seen` is given all bytes as they are read.
+    def get(self, name: str, rows: range | None = None, on_read: OnRead = ignore_bytes) -> Weight:
+        """A copy of the tensor as it is stored, or of only its `rows`.
+
+        Formats with a container in fluxq keep their exact bytes, all others become fp32. `on_read` is called with all
+        bytes as they are read.
         """
         shape = self.shapes[name]
         rows = range((*shape, 1)[0]) if rows is None else rows
@@ -88,31 +87,31 @@ class Source(Generic[Config]):
         for key, first, count in self._pieces[name]:
             own = range(max(rows.start - start, 0), min(rows.stop - start, count))
             if own:
-                parts.append(self._tensors[key].rows(range(first + own.start, first + own.stop), seen))
+                parts.append(self._tensors[key].rows(range(first + own.start, first + own.stop), on_read))
             start += count
         whole = joined(parts)
         return whole.reshape(len(rows), *shape[1:]) if isinstance(whole, Tensor) and shape else whole
 
     def is_plain(self, name: str, dtype: torch.dtype) -> bool:
-        """Whether the tensor lies in a file as it is, in one piece of this dtype: `read_into` can then read it."""
+        """Whether the tensor is stored unchanged, in one piece of this dtype, so that `read_into` can read it."""
         (key, _, rows), *more = self._pieces[name]
         stored = self._tensors[key]
         return isinstance(stored, Plain) and stored.dtype == dtype and not more and rows == (*stored.shape, 1)[0]
 
     def read_into(self, name: str, out: Tensor) -> None:
-        """Fill `out`, flat uint8 of the length of a plain tensor, with its bytes."""
+        """Fill `out`, flat uint8 of the tensor's length, with the bytes of a plain tensor (see `is_plain`)."""
         stored = self._tensors[self._pieces[name][0].key]
         assert isinstance(stored, Plain)
         stored.file.read_into(stored.key, out)
 
     def bands(self, name: str) -> Iterator[range]:
-        """The tensor's rows, as many at a time as are worth decoding at once."""
+        """The tensor's rows in ranges of about `BAND` weights, to be decoded one at a time."""
         rows, *others = (*self.shapes[name], 1)
         step = max(1, BAND // math.prod(others))
         return (range(start, min(start + step, rows)) for start in range(0, rows, step))
 
     def value(self, name: str, dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """What the tensor stands for, in `dtype` on `device`: it travels as it is stored, and is decoded there."""
+        """The decoded tensor, in `dtype` on `device`. The stored bytes are copied there and then decoded."""
         bands = list(self.bands(name))
         if len(bands) == 1:
             return dequantize(self.get(name).to(device), dtype)
@@ -122,7 +121,7 @@ class Source(Generic[Config]):
         return whole
 
     def rows(self, name: str, indices: Sequence[int], dtype: torch.dtype, device: torch.device | str = "cpu") -> Tensor:
-        """`value` of a matrix at the rows `indices` alone; nothing else is read. The tensor must lie in one piece."""
+        """`value` of a matrix, only the rows `indices`; nothing else is read. The tensor must be in one piece."""
         (piece,) = self._pieces[name]
         weight = self._tensors[piece.key].rows([piece.first + i for i in indices])
         return dequantize(weight.to(device), dtype)
@@ -137,11 +136,11 @@ class Source(Generic[Config]):
 
 
 def open_flux(path: str | Path) -> Source[FluxConfig]:
-    """The transformer at `path`. Raises WrongRequest for everything that is no whole, plain FLUX.1 dev or schnell."""
+    """The transformer at `path`. Raises WrongRequest unless it is a complete, plain FLUX.1 dev or schnell."""
     shards = Shards(locate(path, FLUX))
     if "fluxq" in shards.metadata:
-        what = "is quantized by fluxq already"
-        refuse(shards.path, what, "give it by --flux, with the --format that it was made with")
+        what = "is already quantized by fluxq"
+        refuse(shards.path, what, "pass it with --flux, and with the --format that it was made with")
     if detect.kind(shards.shapes) != DIFFUSERS_FLUX:
         names = sizes.flux_keys(shards.shapes, shards.path)
         shards.require_readable(names.values())
@@ -149,7 +148,7 @@ def open_flux(path: str | Path) -> Source[FluxConfig]:
         return _whole(shards, config, names, flux_shapes(config))
     settings = _settings(shards, "FluxTransformer2DModel", FLUX)
     shards.require_readable(shards.shapes)
-    config = sizes.flux_sizes(keys.flux_telling(shards.shapes), shards.path)
+    config = sizes.flux_sizes(keys.flux_original_names(shards.shapes), shards.path)
     if axes := settings.get("axes_dims_rope"):
         config = _with_axes(config, axes, shards.path)
     sizes.compare(shards.shapes, keys.flux_diffusers_shapes(config), FLUX, shards.path)
@@ -157,7 +156,7 @@ def open_flux(path: str | Path) -> Source[FluxConfig]:
 
 
 def open_autoencoder(path: str | Path) -> Source[AutoEncoderConfig]:
-    """The autoencoder at `path`. Raises WrongRequest for everything that is no whole FLUX.1 autoencoder."""
+    """The autoencoder at `path`. Raises WrongRequest unless it is a complete FLUX.1 autoencoder."""
     shards = Shards(locate(path, AUTOENCODER))
     if detect.kind(shards.shapes) != DIFFUSERS_OTHER or "decoder.conv_in.weight" not in shards.shapes:
         names = sizes.autoencoder_keys(shards.shapes, shards.path)
@@ -166,21 +165,22 @@ def open_autoencoder(path: str | Path) -> Source[AutoEncoderConfig]:
         return _whole(shards, config, names, autoencoder_shapes(config))
     settings = _settings(shards, "AutoencoderKL", AUTOENCODER)
     shards.require_readable(shards.shapes)
-    config = sizes.autoencoder_sizes(keys.autoencoder_telling(shards.shapes), shards.path)
+    config = sizes.autoencoder_sizes(keys.autoencoder_original_names(shards.shapes), shards.path)
     if isinstance(groups := settings.get("norm_num_groups"), int):
         config = replace(config, groups=groups)
     for ours, theirs in (("scale_factor", "scaling_factor"), ("shift_factor", "shift_factor")):
         if settings.get(theirs, getattr(config, ours)) != getattr(config, ours):
-            what = f"is the autoencoder of another model ({theirs} {settings[theirs]}, not {getattr(config, ours)})"
-            refuse(shards.path.parent / "config.json", what, "give FLUX.1's")
+            what = f"belongs to another model's autoencoder ({theirs} {settings[theirs]}, not {getattr(config, ours)})"
+            refuse(shards.path.parent / "config.json", what, "use FLUX.1's autoencoder")
     sizes.compare(shards.shapes, keys.autoencoder_diffusers_shapes(config), AUTOENCODER, shards.path)
     names = keys.autoencoder_diffusers_names(config)
     return _whole(shards, config, names, autoencoder_shapes(config), diffusers=True)
 
 
 def open_clip(path: str | Path) -> Source[dict[str, Any]]:
-    """The CLIP text model at `path`, under transformers 5's names; config is `sizes.clip_config`. Raises
-    WrongRequest.
+    """The CLIP text model at `path`, with transformers 5's names; config is `sizes.clip_config`.
+
+    Raises WrongRequest unless it is a complete CLIP text model.
     """
     shards = Shards(locate(path, CLIP))
     if detect.kind(shards.shapes) != detect.OPENCLIP:
@@ -189,15 +189,16 @@ def open_clip(path: str | Path) -> Source[dict[str, Any]]:
     used = {piece.key for parts in pieces.values() for piece in parts}
     shards.require_readable(used)
     own = {name: (piece.rows, *shards.shapes[piece.key][1:]) for name, (piece,) in pieces.items()}
-    own |= {key: shape for key, shape in shards.shapes.items() if key not in used and not OPENCLIP_BESIDE.match(key)}
+    own |= {key: shape for key, shape in shards.shapes.items() if key not in used and not OPENCLIP_IGNORED.match(key)}
     config = sizes.clip_config(own, shards.path)
     sizes.compare(own, clip_shapes(config), CLIP, shards.path)
     return Source(shards, config, pieces, clip_shapes(config))
 
 
 def open_t5(path: str | Path) -> Source[dict[str, Any]]:
-    """The T5 encoder at `path`, its embedding once, as `shared.weight`; config is `sizes.t5_config`. Raises
-    WrongRequest.
+    """The T5 encoder at `path`, its embedding once, as `shared.weight`; config is `sizes.t5_config`.
+
+    Raises WrongRequest unless it is a complete T5 encoder.
     """
     return _open_text(Shards(locate(path, T5)), T5, sizes.t5_keys, sizes.t5_config, t5_shapes)
 
@@ -205,13 +206,13 @@ def open_t5(path: str | Path) -> Source[dict[str, Any]]:
 OPENERS = {FLUX: open_flux, AUTOENCODER: open_autoencoder, CLIP: open_clip, T5: open_t5}
 
 
-# --- what they are ---
+# --- helpers ---
 
 
 def _whole(
     shards: Shards, config: Config, names: Mapping[str, str], shapes: sizes.Shapes, diffusers: bool = False
 ) -> Source[Config]:
-    """A source each of whose tensors is one tensor of the files."""
+    """A source in which every tensor is exactly one tensor of the files."""
     pieces = {name: (Piece(key, 0, (*shards.shapes[key], 1)[0]),) for name, key in names.items()}
     return Source(shards, config, pieces, shapes, diffusers)
 
@@ -225,26 +226,27 @@ def _open_text(shards: Shards, wanted: str, keys_of: Any, config_of: Any, shapes
 
 
 def _settings(shards: Shards, wanted: str, what: str) -> dict[str, Any]:
-    """The config.json beside diffusers' files, {} without one. Raises WrongRequest where it is of another class."""
+    """The config.json next to diffusers' files, or {}. Raises WrongRequest if it is for another class."""
     path = shards.path.parent / "config.json"
     if not path.is_file():
         return {}
     settings = read_json(path)
     if settings.get("quantization_config") and (method := _method(settings["quantization_config"])) != "bitsandbytes":
-        refuse(path, f"says that {method} quantized {what}", f"give {EXAMPLES[what]}, or the folder of a 16-bit model")
-    if (found := settings.get("_class_name", wanted)) != wanted:
-        refuse(path, f"is of the class {printable(str(found))}, not {wanted}", f"give {EXAMPLES[what]}")
+        problem = f"describes {what} quantized by {method}, which fluxq does not read"
+        refuse(path, problem, f"use {EXAMPLES[what]}, or the folder of a 16-bit model")
+    if (actual := settings.get("_class_name", wanted)) != wanted:
+        refuse(path, f"is for the class {printable(str(actual))}, not {wanted}", f"use {EXAMPLES[what]}")
     return settings
 
 
 def _method(quantized: Any) -> str:
     method = quantized.get("quant_method") if isinstance(quantized, dict) else None
-    return printable(method) if isinstance(method, str) else "something unknown"
+    return printable(method) if isinstance(method, str) else "an unknown method"
 
 
 def _with_axes(config: FluxConfig, axes: Any, path: Path) -> FluxConfig:
     try:
         return replace(config, axes_dim=tuple(map(int, axes)))
     except (TypeError, ValueError) as error:
-        what = f"has axes_dims_rope {printable(str(axes))} where heads are {config.head_dim} wide"
+        what = f"has axes_dims_rope {printable(str(axes))}, which does not fit heads of width {config.head_dim}"
         raise WrongRequest(f"{path.parent / 'config.json'} {what}; download it again") from error

@@ -1,13 +1,13 @@
-"""How files store tensors, and how stored rows become weights: one small class a kind.
+"""How files store tensors, and how stored rows become weights: one small class per kind of storage.
 
     Plain     numbers of 8 to 64 bits
-    Scaled    Comfy's scaled fp8: `<layer>.scale_weight` or `.weight_scale` beside the weight
-    FourBits  bitsandbytes' NF4 and FP4: `.absmax`, nested or not, `.quant_map` and `.quant_state.*` beside the weight
-    EightBits bitsandbytes' int8: `<layer>.SCB` beside the weight
+    Scaled    Comfy's scaled fp8: the weight and `<layer>.scale_weight` or `.weight_scale`
+    FourBits  bitsandbytes' NF4 and FP4: the weight and `.absmax`, nested or not, `.quant_map`, `.quant_state.*`
+    EightBits bitsandbytes' int8: the weight and `<layer>.SCB`
     Blocks    GGUF's quantized types, decoded by the gguf package
-    Foreign   what fluxq does not read; it says so by name
+    Foreign   storage that fluxq does not read, kept to name it in messages
 
-What has a container in fluxq/kernels/weights.py comes as the very bytes in the file, all else as fp32.
+Formats with a container in fluxq/kernels/weights.py keep the file's exact bytes, all others become fp32.
 """
 
 from __future__ import annotations
@@ -37,27 +37,30 @@ PRECISIONS = {
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NESTED = ("nested_absmax", "nested_quant_map")
 
-Seen = Callable[[Tensor], object]
-"""Is given the bytes of every weight as they are read."""
+OnRead = Callable[[Tensor], object]
+"""Called with the bytes of every weight as they are read, to hash them."""
 
 
-def unseen(data: Tensor) -> None:
-    pass
+def ignore_bytes(data: Tensor) -> None:
+    """An OnRead that does nothing."""
 
 
 class Stored(ABC):
-    """One tensor of a checkpoint: the shape that it stands for, its kind for people, its bits a weight, its bytes."""
+    """One logical tensor of a checkpoint."""
 
     shape: tuple[int, ...]
+    """The shape of the decoded tensor."""
     kind: str
+    """The kind of storage, as text for messages."""
     bits: float
+    """Bits per weight."""
     nbytes: int
     wrong: str | None = None
-    """What does not fit about a scale."""
+    """Why the scale does not fit, or None."""
 
     @abstractmethod
-    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
-        """The slices at `rows` of the first dimension; nothing else is read. A number alone counts as one row."""
+    def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> Weight:
+        """The slices `rows` of the first dimension; nothing else is read. A scalar counts as one row."""
 
 
 class Plain(Stored):
@@ -66,27 +69,30 @@ class Plain(Stored):
         self.nbytes, self.bits = file.size(key), dtype.itemsize * 8
         self.kind = PRECISIONS.get(dtype, DTYPE_NAMES[dtype])
 
-    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Tensor:
-        data = _rows(self.file, self.key, rows, self.nbytes // max((*self.shape, 1)[0], 1), seen).view(self.dtype)
+    def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> Tensor:
+        data = _rows(self.file, self.key, rows, self.nbytes // max((*self.shape, 1)[0], 1), on_read).view(self.dtype)
         return data.reshape(len(rows), *self.shape[1:]) if self.shape else data.reshape(())
 
 
 class Scaled(Stored):
-    """A tensor that one number multiplies, or a matrix with one a row, or (rows, n, 1), one for each n-th of a row."""
+    """A tensor times its scale.
+
+    The scale is one number, or for a matrix one per row, or (rows, n, 1): one for each of the n equal blocks of a row.
+    """
 
     def __init__(self, plain: Plain, scale: Plain) -> None:
         self.plain, self.scale = plain, scale
         self.shape, self.nbytes, self.bits = plain.shape, plain.nbytes, plain.bits
-        of, by = plain.shape, scale.shape
-        in_blocks = len(of) == 2 and len(by) == 3 and by[::2] == (of[0], 1) and by[1] and of[1] % by[1] == 0
+        shape, by = plain.shape, scale.shape
+        in_blocks = len(shape) == 2 and len(by) == 3 and by[::2] == (shape[0], 1) and by[1] and shape[1] % by[1] == 0
         self.kind = f"{plain.kind}, scaled" + (" in blocks" if in_blocks else "")
-        fits = math.prod(by) == 1 or in_blocks or (len(of) == 2 and by in (of[:1], (*of[:1], 1)))
+        fits = math.prod(by) == 1 or in_blocks or (len(shape) == 2 and by in (shape[:1], (*shape[:1], 1)))
         if not fits or scale.dtype in FP8 or scale.dtype not in PRECISIONS:
-            self.wrong = _misfit(scale, of)
+            self.wrong = _misfit(scale, shape)
 
-    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
-        values, scale = self.plain.rows(rows, seen), self.scale.file.read(self.scale.key)
-        seen(scale)
+    def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> Weight:
+        values, scale = self.plain.rows(rows, on_read), self.scale.file.read(self.scale.key)
+        on_read(scale)
         scale = scale.view(self.scale.dtype).float().reshape(self.scale.shape)
         if scale.numel() == 1:
             scale = scale.reshape(1).expand(len(rows)).contiguous()
@@ -100,9 +106,9 @@ class Scaled(Stored):
 
 
 class FourBits(Stored):
-    """Two codes a byte, high nibble first; each is a level of the table times its block's absmax.
+    """Two codes per byte, high nibble first; each stands for a level of the table times its block's absmax.
 
-    state is the JSON that lies beside it; the other parts lie in the files of `owners`.
+    state is the JSON of `.quant_state.*`; owners maps the keys of the other parts to their files.
     """
 
     def __init__(self, file: TensorFile, key: str, type: str, state: Any, owners: Mapping[str, TensorFile]) -> None:
@@ -116,19 +122,17 @@ class FourBits(Stored):
         if not _is_count(self.block) or self.block % NF4_BLOCK:
             damaged(file, f"{key}.quant_state", f"blocks of {printable(str(self.block))}")
         if not _is_count(self.nested_block) or not isinstance(self.offset, float) or not math.isfinite(self.offset):
-            found = f"offset {self.offset}, nested blocks of {self.nested_block}"
-            damaged(file, f"{key}.quant_state", printable(found))
+            state = f"offset {self.offset}, nested blocks of {self.nested_block}"
+            damaged(file, f"{key}.quant_state", printable(state))
         self.shape = tuple(self.shape)
         if self.shape[1] % self.block:
-            what = (
-                f"stores {printable(key)} in blocks of {self.block} that run over the ends of rows of {self.shape[1]}"
-            )
-            refuse(file.path, what, "give a 16-bit version")
+            what = f"stores {printable(key)} in blocks of {self.block}, which do not divide its rows of {self.shape[1]}"
+            refuse(file.path, what, "use a 16-bit version")
         self.nbytes, self.bits = math.prod(self.shape) // 2, 4
         self._check_sizes()
 
     def _check_sizes(self) -> None:
-        """Raise unless each part is there and as long as the shape wants it."""
+        """Raise WrongRequest unless each part exists and has the length that the shape requires."""
         blocks = math.prod(self.shape) // self.block
         sizes = {"": self.nbytes, ".quant_map": 64, ".absmax": blocks * (1 if self.is_nested else 4)}
         if self.is_nested:
@@ -136,37 +140,37 @@ class FourBits(Stored):
         for part, size in sizes.items():
             name = f"{self.key}{part}"
             if name not in self.owners or self.owners[name].size(name) != size:
-                found = f"{self.owners[name].size(name):,} bytes" if name in self.owners else "missing"
-                damaged(self.file, name, f"{found}, {size:,} bytes are wanted for {self.shape}")
+                actual = f"{self.owners[name].size(name):,} bytes" if name in self.owners else "missing"
+                damaged(self.file, name, f"{actual}, but shape {self.shape} needs {size:,} bytes")
 
-    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Weight:
-        codes = _rows(self.file, self.key, rows, self.shape[1] // 2, seen).view(len(rows), -1)
-        absmax, levels = self._absmax(rows, seen), self._floats("quant_map", seen)
+    def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> Weight:
+        codes = _rows(self.file, self.key, rows, self.shape[1] // 2, on_read).view(len(rows), -1)
+        absmax, levels = self._absmax(rows, on_read), self._floats("quant_map", on_read)
         if self.type == "nf4" and torch.allclose(levels, torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6):
             return NF4Weight(codes, absmax.repeat_interleave(self.block // NF4_BLOCK, 1))
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
         values = pairs[codes.int()].view(len(rows), -1, self.block)
         return values.mul_(absmax[..., None]).view(len(rows), -1)
 
-    def _absmax(self, rows: Sequence[int], seen: Seen) -> Tensor:
-        """(rows, blocks of a row) fp32, out of its nested form where it has one."""
+    def _absmax(self, rows: Sequence[int], on_read: OnRead) -> Tensor:
+        """(rows, blocks per row) fp32, decoded if it is nested."""
         name, count = f"{self.key}.absmax", self.shape[1] // self.block
-        data = _rows(self.owners[name], name, rows, count * (1 if self.is_nested else 4), seen)
+        data = _rows(self.owners[name], name, rows, count * (1 if self.is_nested else 4), on_read)
         if not self.is_nested:
             return data.view(torch.float32).view(len(rows), count)
         index = torch.tensor(rows)[:, None] * count + torch.arange(count)
-        nested, table = (self._floats(part, seen) for part in NESTED)
-        found = unnest_absmax(data, table, nested[index.view(-1) // self.nested_block], self.offset, block=1)
-        return found.view(len(rows), count)
+        nested, table = (self._floats(part, on_read) for part in NESTED)
+        absmax = unnest_absmax(data, table, nested[index.view(-1) // self.nested_block], self.offset, block=1)
+        return absmax.view(len(rows), count)
 
-    def _floats(self, part: str, seen: Seen) -> Tensor:
+    def _floats(self, part: str, on_read: OnRead) -> Tensor:
         data = self.owners[f"{self.key}.{part}"].read(f"{self.key}.{part}")
-        seen(data)
+        on_read(data)
         return data.view(torch.float32)
 
 
 class EightBits(Stored):
-    """int8 rows, each times its largest magnitude / 127."""
+    """int8 rows, each scaled by its largest magnitude / 127."""
 
     def __init__(self, plain: Plain, largest: Plain) -> None:
         self.plain, self.largest, self.shape = plain, largest, plain.shape
@@ -174,41 +178,41 @@ class EightBits(Stored):
         if (plain.dtype, largest.dtype, largest.shape) != (torch.int8, torch.float32, plain.shape[:1]):
             self.wrong = _misfit(largest, plain.shape)
 
-    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> RowScaled:
-        values = self.plain.rows(rows, seen)
-        largest = self.largest.rows(rows, seen)
+    def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> RowScaled:
+        values = self.plain.rows(rows, on_read)
+        largest = self.largest.rows(rows, on_read)
         return RowScaled(values, largest / 127)
 
 
 class Blocks(Stored):
-    """A matrix in blocks of 32 or 256 numbers, whole ones in each row."""
+    """A matrix in blocks of 32 or 256 numbers; each row is a whole number of blocks."""
 
     def __init__(self, file: GgufFile, key: str) -> None:
         self.file, self.key, self.type, self.shape = file, key, file.types[key], file.shape(key)
         self.nbytes, self.kind = file.size(key), file.types[key]
         self.bits = 8 * self.nbytes / max(math.prod(self.shape), 1)
 
-    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> Tensor:
+    def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> Tensor:
         from gguf import GGMLQuantizationType
         from gguf.quants import dequantize
 
-        data = _rows(self.file, self.key, rows, self.nbytes // self.shape[0], seen).view(len(rows), -1)
+        data = _rows(self.file, self.key, rows, self.nbytes // self.shape[0], on_read).view(len(rows), -1)
         return torch.from_numpy(dequantize(data.numpy(), GGMLQuantizationType[self.type]))
 
 
 class Foreign(Stored):
-    """A tensor that is stored as fluxq does not read it."""
+    """A tensor stored in a way that fluxq does not read."""
 
     def __init__(self, file: TensorFile, key: str, kind: str) -> None:
         self.kind, self.shape, self.nbytes = kind, file.shape(key), file.size(key)
         self.bits = 8 * self.nbytes / max(math.prod(self.shape), 1)
 
-    def rows(self, rows: Sequence[int], seen: Seen = unseen) -> NoReturn:
-        raise TypeError(f"{self.kind} is not read")
+    def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> NoReturn:
+        raise TypeError(f"fluxq does not read {self.kind}")
 
 
 def joined(parts: Sequence[Weight]) -> Weight:
-    """The rows of `parts` one after another: the same bytes where all are of one kind, else numbers in fp32."""
+    """The rows of `parts`, concatenated: with their exact bytes if all are of one kind, else in fp32."""
     if len(parts) == 1:
         return parts[0]
     if len({(type(part), *(tensor.dtype for tensor in parts_of(part))) for part in parts}) > 1:
@@ -217,6 +221,7 @@ def joined(parts: Sequence[Weight]) -> Weight:
 
 
 def damaged(file: TensorFile, key: str, what: str) -> NoReturn:
+    """Raise WrongRequest: the tensor or entry `key` is damaged."""
     refuse(file.path, f"has a damaged {printable(key)} ({what})", "download it again")
 
 
@@ -224,16 +229,16 @@ def _is_count(value: Any) -> bool:
     return isinstance(value, int) and 0 < value < 1 << 31
 
 
-def _misfit(scale: Plain, of: tuple[int, ...]) -> str:
-    return f"{printable(scale.key)} of {of} is {scale.shape} {DTYPE_NAMES[scale.dtype]}"
+def _misfit(scale: Plain, shape: tuple[int, ...]) -> str:
+    return f"{printable(scale.key)} of {shape} is {scale.shape} {DTYPE_NAMES[scale.dtype]}"
 
 
-def _rows(file: TensorFile, key: str, rows: Sequence[int], size: int, seen: Seen) -> Tensor:
-    """The bytes of `rows`, of `size` bytes each; neighbors by one read."""
+def _rows(file: TensorFile, key: str, rows: Sequence[int], size: int, on_read: OnRead) -> Tensor:
+    """The bytes of `rows`, of `size` bytes each; a range is read at once."""
     if isinstance(rows, range):
         spans = [(rows.start * size, rows.stop * size)]
     else:
         spans = [(i * size, (i + 1) * size) for i in rows]
     data = file.read(key, spans)
-    seen(data)
+    on_read(data)
     return data

@@ -1,4 +1,4 @@
-"""LoRA files of every program of the field: read, combined, written."""
+"""Read, combine and write LoRA files of all common programs."""
 
 from .read import Lora, load_lora
 from .write import save_lora

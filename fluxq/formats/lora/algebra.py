@@ -1,8 +1,9 @@
-"""What can be done to the low-rank change of a weight, scale * up @ down, without ever writing it out.
+"""Operations on the low-rank change of a weight, scale * up @ down, without the full matrix.
 
-Several changes of one matrix, each of some of its rows, become one by stacking: downs below each other, ups in their
-rows and columns of a block matrix. That is exact, and of one rank where all have the same down. `split` is the way
-back. Truncation is by the singular value decomposition of up @ down, found from two thin QR factorisations.
+`stacked` merges several changes of one matrix, each of some of its rows: the downs are stacked below each other, the
+ups go to their rows and columns of a block matrix. That is exact; if the rows are disjoint and all downs are equal, the
+rank does not grow. `split` is the inverse. Truncation uses the singular value decomposition of up @ down, computed from
+two thin QR factorizations.
 """
 
 from __future__ import annotations
@@ -15,12 +16,12 @@ import torch
 from torch import Tensor
 from torch.nn.functional import pad
 
-Rows = tuple[tuple[int, int], ...]  # (first, after the last) of each range, in the order in which they are meant
+Rows = tuple[tuple[int, int], ...]  # ordered ranges of rows, each [begin, end)
 
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA of one module: down (rank, in), up (out, rank), strength alpha / rank."""
+    """The LoRA of one module: down (rank, in), up (out, rank), scale alpha / rank."""
 
     down: Tensor
     up: Tensor
@@ -39,12 +40,12 @@ class Adapter:
         return (self.up.float() * self.scale) @ self.down.float()
 
     def norm(self) -> float:
-        """Its Frobenius norm: of two rank x rank products, in fp64."""
+        """The Frobenius norm of the change, from two rank x rank products in fp64."""
         up, down = self.up.double(), self.down.double()
         return abs(self.scale) * float(((up.T @ up) * (down @ down.T)).sum().clamp(min=0).sqrt())
 
     def folded(self) -> Adapter:
-        """The same with alpha = rank: its strength goes into up, in fp32 or wider unless it is 1."""
+        """The same change with alpha = rank: up is multiplied by the scale, in fp32 or wider unless the scale is 1."""
         wide = torch.promote_types(self.up.dtype, torch.float32)
         up = self.up if self.scale == 1 else self.up.to(wide) * self.scale
         return Adapter(self.down, up, float(self.rank))
@@ -54,17 +55,17 @@ class Adapter:
 
 
 class Part(NamedTuple):
-    """A change of some rows of a module: up's rows are the module's `rows`, one range after the other."""
+    """A change of some rows of a module: up's rows are the module's `rows`, range after range."""
 
     rows: Rows
     adapter: Adapter
 
 
 def stacked(parts: Sequence[Part], out: int) -> Adapter:
-    """One adapter of `out` rows that changes a weight as all `parts` together; rows of no part stay as they are.
+    """One adapter of `out` rows that makes the changes of all `parts`; rows in no part are unchanged.
 
-    Exact, but for the fold of strengths that differ, which is rounded in fp32. The ranks add up, unless the rows are
-    apart and all downs the same.
+    Exact, except that different scales are folded into up, rounded in fp32. The ranks add up, unless the rows are
+    disjoint and all downs are equal.
     """
     first = parts[0]
     if len(parts) == 1 and first.rows == ((0, out),):
@@ -73,7 +74,7 @@ def stacked(parts: Sequence[Part], out: int) -> Adapter:
     scales = {adapter.scale for adapter in adapters}
     if len(scales) > 1:
         adapters = [adapter.folded() for adapter in adapters]
-    shared = _apart(parts, out) and all(torch.equal(adapters[0].down, a.down) for a in adapters[1:])
+    shared = _are_disjoint(parts, out) and all(torch.equal(adapters[0].down, a.down) for a in adapters[1:])
     dtype = adapters[0].up.dtype
     for adapter in adapters[1:]:
         dtype = torch.promote_types(dtype, adapter.up.dtype)
@@ -90,7 +91,7 @@ def stacked(parts: Sequence[Part], out: int) -> Adapter:
 
 
 def combined(loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, Adapter]:
-    """Several LoRAs, adapters by module, each at its strength, as one: exact, and ranks add up."""
+    """One LoRA that equals several LoRAs (module -> adapter), each at its strength. Exact; the ranks add up."""
     parts: dict[str, list[Part]] = {}
     for adapters, strength in loras:
         for module, adapter in adapters.items():
@@ -99,7 +100,7 @@ def combined(loras: Sequence[tuple[Mapping[str, Adapter], float]]) -> dict[str, 
     return {module: stacked(some, some[0].rows[0][1]) for module, some in parts.items()}
 
 
-def _apart(parts: Sequence[Part], out: int) -> bool:
+def _are_disjoint(parts: Sequence[Part], out: int) -> bool:
     counts = torch.zeros(out, dtype=torch.int32)
     for rows, _ in parts:
         for start, end in rows:
@@ -108,10 +109,10 @@ def _apart(parts: Sequence[Part], out: int) -> bool:
 
 
 def split(adapter: Adapter, pieces: Mapping[str, Rows]) -> dict[str, Adapter]:
-    """The adapters of the modules whose rows in this one are `pieces`, losslessly, at the strength of the whole.
+    """The adapters of the modules whose rows in this one are `pieces`, without loss and at the same scale.
 
-    Each gets a copy of down, unless every component reaches one piece at most, as in what was stacked: then each gets
-    its own. A piece that is not reached at all is left out.
+    If every component changes at most one piece, as in a stacked adapter, each piece gets only its own components; else
+    each gets a copy of down. Pieces that no component changes are left out, unless that is true of all pieces.
     """
     ups = {name: torch.cat([adapter.up[start:end] for start, end in rows]) for name, rows in pieces.items()}
     reached = {name: (up != 0).any(0) for name, up in ups.items()}
@@ -125,31 +126,32 @@ def split(adapter: Adapter, pieces: Mapping[str, Rows]) -> dict[str, Adapter]:
 
 
 def padded(adapter: Adapter, rank: int) -> Adapter:
-    """The same change at a higher rank, by components of zero."""
+    """The same change at a higher rank, padded with components of zero."""
     more = rank - adapter.rank
     return Adapter(pad(adapter.down, (0, 0, 0, more)), pad(adapter.up, (0, more)), adapter.scale * rank)
 
 
 class Singular(NamedTuple):
-    """scale * up @ down as left (out, n) * values (n,) @ right (n, in), values falling, in fp64."""
+    """scale * up @ down as left (out, n) * values (n,) @ right (n, in), with falling values, in fp64."""
 
     left: Tensor
     values: Tensor
     right: Tensor
 
     def first(self, rank: int) -> Adapter:
-        """The best adapter of `rank` (Eckart and Young 1936), its norm shared evenly by up and down, in fp32."""
+        """The best adapter of `rank` (Eckart and Young 1936), in fp32; up and down share its norm evenly."""
         root = self.values[:rank].sqrt()
         up, down = self.left[:, :rank] * root, self.right[:rank] * root[:, None]
         return Adapter(down.float(), up.float(), float(len(root)))
 
     def rank_for(self, energy: float) -> int:
-        """The least rank, 1 or more, whose components have this share of the sum of squares."""
+        """The smallest rank, at least 1, whose components have this share of the sum of squares."""
         squares = self.values.square().cumsum(0)
         return min(len(squares), 1 + int((squares < energy * squares[-1]).sum()))
 
 
 def singular(adapter: Adapter) -> Singular:
+    """The singular value decomposition of the adapter's change."""
     q_up, r_up = torch.linalg.qr(adapter.up.double() * adapter.scale)
     q_down, r_down = torch.linalg.qr(adapter.down.double().T)
     left, values, right = torch.linalg.svd(r_up @ r_down.T, full_matrices=False)
@@ -157,7 +159,7 @@ def singular(adapter: Adapter) -> Singular:
 
 
 class Resized(NamedTuple):
-    """An adapter of another rank, the squared norm of what it lacks, and that of the whole."""
+    """An adapter of another rank, the squared norm of the part that was cut off, and that of the whole change."""
 
     adapter: Adapter
     lost: float
@@ -165,7 +167,7 @@ class Resized(NamedTuple):
 
 
 def resized(adapter: Adapter, rank: int | None = None, energy: float | None = None) -> Resized:
-    """`adapter` at `rank`, or with `energy` of its sum of squares; as it is where that takes nothing away."""
+    """`adapter` truncated to `rank`, or to `energy` of its sum of squares; unchanged if it is not above `rank`."""
     if rank is not None and rank >= adapter.rank:
         return Resized(adapter, 0.0, adapter.norm() ** 2)
     parts = singular(adapter)

@@ -1,8 +1,8 @@
-"""A LoRA merged into the transformer that it is for: for training on top of it, and into a checkpoint's own tensors.
+"""Merge a LoRA into its transformer, in memory to train on top of it, or into a checkpoint's tensors.
 
-`MergedSource` gives a source's tensors as they are with LoRAs in them, so whatever reads a source reads the merged
-model. `merge_into` writes a checkpoint anew, one tensor at a time: every tensor keeps its key, shape and dtype, 8-bit
-weights keep their scales, and what rounding to that dtype loses is measured.
+`MergedSource` returns a source's tensors with the LoRAs merged in, so any code that reads a source reads the merged
+model. `merge_into` writes a new checkpoint, one tensor at a time: every tensor keeps its key, shape and dtype, 8-bit
+weights keep their scales, and the loss from rounding to that dtype is measured.
 """
 
 from __future__ import annotations
@@ -30,18 +30,18 @@ from ..checkpoint.gguf import GgufFile
 from ..checkpoint.keys import Piece
 from ..checkpoint.shards import Shards, locate
 from ..checkpoint.source import Source
-from ..checkpoint.stored import Plain, Scaled, Seen, unseen
-from ..quantized import require_room
+from ..checkpoint.stored import OnRead, Plain, Scaled, ignore_bytes
+from ..quantized import require_disk_space
 from .algebra import Adapter
 from .peft import adapter_files
 
-HOLDS = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
-SLAB = 512  # rows that are merged at a time: few enough that they stay in the caches
-GIVE = "give a transformer in 16 or 32 bits or in fp8, a BFL file or a diffusers folder"
+MERGEABLE_DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float8_e4m3fn, torch.float8_e5m2)
+ROWS_AT_ONCE = 512  # few enough that the merged rows stay in the CPU's caches
+REMEDY = "use a transformer in 16 or 32 bits or in fp8, as a BFL file or a diffusers folder"
 
 
-def identity(loras: Iterable[tuple[Path, float]]) -> str:
-    """What tells these LoRAs, at these strengths, from any others: hashes of their files; "" for none."""
+def lora_hashes(loras: Iterable[tuple[Path, float]]) -> str:
+    """One line per LoRA with its files' hash and its strength; "" for no LoRAs. Used as a cache key."""
     lines = []
     for path, strength in loras:
         digest = blake2b(digest_size=16)
@@ -61,14 +61,14 @@ def _hash(path: Path) -> bytes:
 
 
 class MergedSource(Source[FluxConfig]):
-    """`source` with the changes of `adapters`, by BFL module, in its weights. Merged matrices are fp32."""
+    """`source` with `adapters` (BFL module -> adapter) merged into its weights. Merged matrices are fp32."""
 
     def __init__(self, source: Source[FluxConfig], adapters: Mapping[str, Adapter]) -> None:
         vars(self).update(vars(source))
         self.original, self.adapters = source, adapters
 
-    def get(self, name: str, rows: range | None = None, seen: Seen = unseen) -> Weight:
-        weight, adapter = self.original.get(name, rows, seen), self.adapters.get(name.removesuffix(".weight"))
+    def get(self, name: str, rows: range | None = None, on_read: OnRead = ignore_bytes) -> Weight:
+        weight, adapter = self.original.get(name, rows, on_read), self.adapters.get(name.removesuffix(".weight"))
         if adapter is None:
             return weight
         up = adapter.up if rows is None else adapter.up[rows.start : rows.stop]
@@ -78,20 +78,21 @@ class MergedSource(Source[FluxConfig]):
 
 
 class Base:
-    """A checkpoint to merge into: which rows of which of its tensors are which module. Only headers are read.
+    """A checkpoint to merge into, with the module of each row of its tensors. Only headers are read.
 
-    Raises WrongRequest for a file that is no whole FLUX.1 transformer in 16 or 32 bits or in fp8.
+    Raises WrongRequest unless the file is a complete FLUX.1 transformer in 16 or 32 bits or in fp8.
     """
 
     def __init__(self, path: Path) -> None:
         located = locate(path, FLUX)
         self.is_folder, self.shards = path.is_dir() or located.suffix.lower() == ".json", Shards(located)
         if "fluxq" in self.shards.metadata:
-            refuse(path, "is quantized by fluxq", "merge into the original file, or train on it with --base-lora")
+            what = "is already quantized by fluxq"
+            refuse(path, what, "merge into the original file, or train on it with --base-lora")
         shapes = self.shards.shapes
         pieces: Mapping[str, tuple[Piece, ...]]
         if detect.kind(shapes) == DIFFUSERS_FLUX:
-            self.config = sizes.flux_sizes(keys.flux_telling(shapes), located)
+            self.config = sizes.flux_sizes(keys.flux_original_names(shapes), located)
             sizes.compare(shapes, keys.flux_diffusers_shapes(self.config), FLUX, located)
             pieces = keys.flux_pieces(self.config)
         else:
@@ -101,15 +102,15 @@ class Base:
         self.places = _places(pieces)
         for key in self.places:
             plain = stored.plain if isinstance(stored := self.shards.tensors[key], Scaled) else stored
-            if not isinstance(plain, Plain) or plain.dtype not in HOLDS or isinstance(plain.file, GgufFile):
-                refuse(located, f"stores {key} as {stored.kind}", GIVE)
+            if not isinstance(plain, Plain) or plain.dtype not in MERGEABLE_DTYPES or isinstance(plain.file, GgufFile):
+                refuse(located, f"stores {key} as {stored.kind}, which fluxq cannot merge into", REMEDY)
 
-    def merged(self, key: str, stored: Tensor, adapters: Mapping[str, Adapter], errors: Errors) -> Tensor:
-        """`stored` with the changes of `adapters` in it, in place, in the same dtype and by the same scale."""
+    def merged(self, key: str, stored: Tensor, adapters: Mapping[str, Adapter], errors: RoundingError) -> Tensor:
+        """`stored` after merging `adapters` into it in place, with the same dtype and scale."""
         scale = self._scale(key)
         for piece, module, start in self.places.get(key, ()):
-            for first in range(0, piece.rows if module in adapters else 0, SLAB):
-                count, adapter = min(SLAB, piece.rows - first), adapters[module]
+            for first in range(0, piece.rows if module in adapters else 0, ROWS_AT_ONCE):
+                count, adapter = min(ROWS_AT_ONCE, piece.rows - first), adapters[module]
                 rows = slice(piece.first + first, piece.first + first + count)
                 own = scale[rows] if scale.ndim else scale
                 up = adapter.up[start + first : start + first + count]
@@ -126,12 +127,13 @@ class Base:
             return torch.ones(())
         scale = stored.scale.rows(range((*stored.scale.shape, 1)[0])).float()
         if scale.numel() not in (1, stored.shape[0]) or not (scale > 0).all():
-            refuse(self.shards.path, f"has a scale {stored.scale.key} of {tuple(scale.shape)} that does not fit", GIVE)
+            what = f"has a scale {stored.scale.key} of shape {tuple(scale.shape)} that does not fit"
+            refuse(self.shards.path, what, REMEDY)
         return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
 
 
-class Errors:
-    """What rounding took from a change: sums of squares over all merged tensors."""
+class RoundingError:
+    """The part of the change that rounding lost, and the whole change: sums of squares over all merged tensors."""
 
     def __init__(self) -> None:
         self.lost = self.whole = 0.0
@@ -152,14 +154,15 @@ def merge_into(
     adapters: Mapping[str, Adapter],
     merged_from: str,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Errors:
-    """Write `base` with `adapters` in its weights to `target`, a file or, as the base is, a folder of shards.
+) -> RoundingError:
+    """Write `base` with `adapters` merged into its weights to `target`, completely or not at all.
 
-    progress is told (bytes written, of all). Whole or not at all. Raises WrongRequest where there is no room.
+    target is a file or, like the base, a folder of shards. `progress` is called with (bytes written, total bytes).
+    Raises WrongRequest if the disk has too little space.
     """
     files = [Checkpoint(path) for path in base.shards.files]
-    errors, total, done = Errors(), sum(file.nbytes for file in files), 0
-    require_room(target, total)
+    errors, total, done = RoundingError(), sum(file.nbytes for file in files), 0
+    require_disk_space(target, total)
 
     def count(nbytes: int) -> None:
         nonlocal done
@@ -173,9 +176,9 @@ def merge_into(
     try:
         for file in files:
             _write(file, temporary / file.path.name, base, adapters, merged_from, errors, count)
-        for beside in (base.shards.path, base.shards.path.parent / "config.json"):
-            if beside.suffix == ".json" and beside.is_file():
-                shutil.copyfile(beside, temporary / beside.name)
+        for path in (base.shards.path, base.shards.path.parent / "config.json"):
+            if path.suffix == ".json" and path.is_file():
+                shutil.copyfile(path, temporary / path.name)
         temporary.rename(target)
     except OSError as error:
         refuse(target, f"cannot be written ({error.strerror or error})", "choose a folder that can be written to")
@@ -190,12 +193,12 @@ def _write(
     base: Base,
     adapters: Mapping[str, Adapter],
     merged_from: str,
-    errors: Errors,
+    errors: RoundingError,
     count: Callable[[int], None],
 ) -> None:
-    """One file of `base` anew, tensor by tensor, in the order of its header."""
-    hollow = {key: torch.empty(file.shape(key), dtype=file.dtype(key), device="meta") for key in file.keys()}
-    header = safetensors_header(hollow, {**file.metadata, "modelspec.merged_from": merged_from})
+    """Write one merged file of `base` to `target`, tensor by tensor, in the order of its header."""
+    empty = {key: torch.empty(file.shape(key), dtype=file.dtype(key), device="meta") for key in file.keys()}
+    header = safetensors_header(empty, {**file.metadata, "modelspec.merged_from": merged_from})
     order: Iterable[str] = (key for key in json.loads(header[8:]) if key != "__metadata__")
     with atomic_path(target, len(header) + file.nbytes) as temporary, temporary.open("wb") as out:
         out.write(header)
@@ -207,23 +210,23 @@ def _write(
 
 
 def _places(pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, list[tuple[Piece, str, int]]]:
-    """Key of a matrix -> the pieces of it, each with the BFL module that it is of and where in that it begins."""
-    found: dict[str, list[tuple[Piece, str, int]]] = {}
+    """Key of a matrix -> its pieces, each with its BFL module and its first row in that module."""
+    places: dict[str, list[tuple[Piece, str, int]]] = {}
     for name, parts in pieces.items():
         row = 0
         for piece in parts:
             if name.endswith(".weight"):
-                found.setdefault(piece.key, []).append((piece, name.removesuffix(".weight"), row))
+                places.setdefault(piece.key, []).append((piece, name.removesuffix(".weight"), row))
             row += piece.rows
-    return found
+    return places
 
 
 def _require_finite(merged: Tensor, key: str) -> None:
     if not merged.isfinite().all():
-        raise WrongRequest(f"{key} is not finite with the LoRA in it: the change is too large; use a lower strength")
+        raise WrongRequest(f"{key} is not finite after merging the LoRA, whose change is too large; lower its strength")
 
 
 def _rounded(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """`values` in `dtype`; what is beyond its range becomes its largest number: fp8 would make it NaN."""
+    """`values` in `dtype`, clamped to its range, because fp8 turns values beyond it into NaN."""
     largest = torch.finfo(dtype).max
     return values.clamp_(-largest, largest).to(dtype)

@@ -1,8 +1,9 @@
-"""The tensors of a LoRA file, told apart by their keys and checked before they are read.
+"""The tensors of a LoRA file, recognized by their keys and checked before they are read.
 
 A key's base names a module in some dialect (fluxq/formats/lora/keys.py), its suffix one of the module's tensors. Every
-tensor must have its place, its shape and its other half; what belongs to other models or is no plain LoRA is refused by
-name. Strength is in alpha tensors, in PEFT's settings, or nowhere, which means 1.
+tensor must belong to a module, have the right shape and have its other half. LoRAs of other models and other kinds of
+adapters are refused, and the message names them. The strength is stored in alpha tensors or in PEFT's settings; without
+either it is 1.
 """
 
 from __future__ import annotations
@@ -34,9 +35,9 @@ from .keys import (
     role,
 )
 from .peft import (
-    GIVE,
     PEFT_FILES,
     PEFT_METADATA,
+    REMEDY,
     PeftSettings,
     adapter_files,
     is_adapter,
@@ -47,46 +48,53 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.flo
 
 
 class LoraFile:
-    """The tensors of a file by the base of their keys: base -> "down" | "up" | "alpha" -> key."""
+    """The tensors of a LoRA file, grouped by the base of their keys: base -> "down" | "up" | "alpha" -> key.
+
+    clip maps CLIP-L modules to bases, filled by `placed`; notes are sentences for the user.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.is_dir() and not is_adapter(path):
-            refuse(path, f"is a folder without {PEFT_FILES[0]}", "name a LoRA file or a PEFT adapter's folder")
+            refuse(path, f"is a folder without {PEFT_FILES[0]}", "name a LoRA file or the folder of a PEFT adapter")
         path, settings = adapter_files(path)
         self.checkpoint = Checkpoint(path)
         self.notes: list[str] = []
         self.clip: dict[str, str] = {}
         self._refuse_others()
-        self._settings = read_settings(settings) if settings and settings.is_file() else self._inside("transformer.")
-        self._clip_settings = self._inside("text_encoder.")
+        self._settings = (
+            read_settings(settings) if settings and settings.is_file() else self._metadata_settings("transformer.")
+        )
+        self._clip_settings = self._metadata_settings("text_encoder.")
         if settings and not self._settings and any(key.startswith("base_model.") for key in self.checkpoint.shapes):
-            self.notes.append(f"{settings.name} is not there, so its LoRA counts at full strength (alpha = rank)")
+            self.notes.append(f"{settings.name} is missing, so the LoRA is used at full strength (alpha = rank)")
         self._bases: dict[str, dict[str, str]] = {}
         foreign = []
         for key in self.checkpoint.shapes:
-            if found := role(key):
-                other = self._bases.setdefault(found[0], {}).setdefault(found[1], key)
+            if parsed := role(key):
+                other = self._bases.setdefault(parsed[0], {}).setdefault(parsed[1], key)
                 if other != key:
-                    refuse(path, f"has one tensor under two names ({printable(other)}, {printable(key)})", "remove one")
+                    what = f"has one tensor under two names ({printable(other)}, {printable(key)})"
+                    refuse(path, what, "remove one of them")
             elif not re.match(EMBEDDINGS, key):
                 foreign.append(printable(key))
         if foreign:
-            refuse(path, f"is no plain LoRA: {listed(unexpected=foreign)}", GIVE)
+            refuse(path, f"is not a plain LoRA: {listed(unexpected=foreign)}", REMEDY)
         self._leave_out("T5", T5_KEYS)
         self._leave_out("text projection", CLIP_REST)
         if any(re.match(EMBEDDINGS, key) for key in self.checkpoint.shapes):
-            self.notes.append("its textual inversions (bundle_emb) are left out: they belong to the text encoders")
+            self.notes.append("its textual inversions (bundle_emb) are ignored: they belong to the text encoders")
         if len(self.alphas) > 1:
-            self.notes.append(f"its alphas are in tensors and in {PEFT_METADATA}; the tensors count, as in ComfyUI")
+            self.notes.append(f"it has alphas in tensors and in {PEFT_METADATA}; fluxq uses the tensors, like ComfyUI")
 
     @property
     def alphas(self) -> frozenset[str]:
+        """Where the file stores strengths: any of "tensors", "settings"."""
         tensors = {"tensors"} if any("alpha" in parts for parts in self._bases.values()) else set()
         return frozenset(tensors | ({"settings"} if self._settings else set()))
 
     def guess(self) -> FluxConfig:
-        """FLUX.1's sizes, or nano's where more of the file's tensors fit those."""
+        """FLUX.1's sizes, or nano's if more of the file's tensors fit those."""
         return max((FluxConfig.dev(), FluxConfig.nano()), key=self._fitting)
 
     def _fitting(self, config: FluxConfig) -> int:
@@ -95,52 +103,51 @@ class LoraFile:
         return sum(self.checkpoint.shape(key)[1:2] == shapes[f"{module}.weight"][1:] for module, key in downs)
 
     def placed(self, config: FluxConfig) -> dict[str, Place]:
-        """base -> where it belongs, once every tensor is found to have its place and its shape."""
-        known, found, unmatched = places(config), {}, []
+        """base -> its place in the transformer. Raises WrongRequest unless every tensor has a module and fits it."""
+        known, placed, unmatched = places(config), {}, []
         for base in self._bases:
             if base in known:
-                found[base] = known[base]
+                placed[base] = known[base]
             elif (module := clip_module(base)) and module not in self.clip:
                 self.clip[module] = base
             else:
                 unmatched.append(printable(base))
-        if unmatched and not found:
-            what = f"is a LoRA of another model: none of its {len(unmatched):,} modules (such as {unmatched[0]}) is in"
-            refuse(self.path, f"{what} FLUX.1", GIVE)
-        own = (*found, *self.clip.values())
+        if unmatched and not placed:
+            what = f"is a LoRA for another model: FLUX.1 has none of its {len(unmatched):,} modules"
+            refuse(self.path, f"{what} (the first is {unmatched[0]})", REMEDY)
+        own = (*placed, *self.clip.values())
         halves = [f"{base} has no {part}" for base in own for part in ("down", "up") if part not in self._bases[base]]
         if problems := listed(halves_missing=[printable(half) for half in halves], unmatched_modules=unmatched):
-            refuse(self.path, f"is no LoRA that fits this model: {problems}", GIVE)
+            refuse(self.path, f"is not a LoRA that fits this model: {problems}", REMEDY)
         if not own:
-            refuse(self.path, "has no adapter of the transformer or of CLIP-L in it", GIVE)
-        self._check_shapes(found, config)
-        lacking = sum("alpha" not in self._bases[base] for base in own)
-        if 0 < lacking < len(own) and not self._settings:
-            self.notes.append(f"{lacking} modules have no alpha and count at full strength, as in ComfyUI")
-        return found
+            refuse(self.path, "has no adapter for the transformer or for CLIP-L", REMEDY)
+        self._check_shapes(placed, config)
+        without_alpha = sum("alpha" not in self._bases[base] for base in own)
+        if 0 < without_alpha < len(own) and not self._settings:
+            self.notes.append(f"{without_alpha} modules have no alpha and are used at full strength, as in ComfyUI")
+        return placed
 
-    def _check_shapes(self, found: Mapping[str, Place], config: FluxConfig) -> None:
+    def _check_shapes(self, placed: Mapping[str, Place], config: FluxConfig) -> None:
         shapes = flux_shapes(config)
         sizes = {
             base: (sum(end - start for start, end in place.rows), shapes[f"{place.module}.weight"][1])
-            for base, place in found.items()
+            for base, place in placed.items()
         }
-        wrong = [p for base in (*found, *self.clip.values()) for p in self._misshapen(base, sizes.get(base))]
+        wrong = [p for base in (*placed, *self.clip.values()) for p in self._misshapen(base, sizes.get(base))]
         if not wrong:
             return
-        own = {b: tuple(self.checkpoint.shape(self._bases[b][part]) for part in ("up", "down")) for b in found}
+        own = {b: tuple(self.checkpoint.shape(self._bases[b][part]) for part in ("up", "down")) for b in placed}
         if all((up[:1], down[1:2]) == ((sizes[b][0],), (sizes[b][1],)) for b, (up, down) in own.items()):
-            refuse(self.path, f"is damaged: {listed(wrong_tensor=wrong)}", "export it again, or use an earlier one")
-        what = (
-            "FLUX.2 dev, another model" if any(d[1:2] == (6144,) for _, d in own.values()) else "a model of other sizes"
-        )
-        refuse(self.path, f"was made for {what}: {listed(wrong_shape=wrong)}", GIVE)
+            refuse(self.path, f"is damaged: {listed(wrong_tensor=wrong)}", "export it again, or use an earlier version")
+        is_flux_2 = any(d[1:2] == (6144,) for _, d in own.values())
+        what = "FLUX.2 dev, a different model" if is_flux_2 else "a model of other sizes"
+        refuse(self.path, f"was made for {what}: {listed(wrong_shape=wrong)}", REMEDY)
 
     def rank(self, base: str) -> int:
         return self.checkpoint.shape(self._bases[base]["down"])[0]
 
     def adapter(self, base: str) -> Adapter:
-        """The adapter of `base`, at its strength."""
+        """The adapter of `base`, with the strength that it was trained at."""
         parts = self._bases[base]
         down, up = self._read(parts["down"]), self._read(parts["up"])
         rank = down.shape[0]
@@ -152,17 +159,15 @@ class LoraFile:
         return Adapter(down, up, alpha)
 
     def _read(self, key: str) -> Tensor:
-        """The tensor of `key`, finite, without the kernel of 1 x 1 that some programs append."""
+        """The tensor of `key`, checked to be finite, without the 1 x 1 kernel dimensions that some programs append."""
         tensor = self.checkpoint.get(key)
         tensor = tensor.to(torch.bfloat16) if tensor.dtype.itemsize == 1 else tensor
         if not tensor.isfinite().all():
-            refuse(
-                self.path, f"holds numbers that are not finite in {printable(key)}", "it is spoilt: use an earlier one"
-            )
+            refuse(self.path, f"has NaN or infinite numbers in {printable(key)}", "use an earlier version")
         return tensor.reshape(tensor.shape[:2]) if tensor.ndim == 4 else tensor
 
     def _misshapen(self, base: str, size: tuple[int, int] | None) -> Iterable[str]:
-        """What is wrong with the shapes of `base`, whose module has `size` (out, in), or any."""
+        """What is wrong with the tensors of `base`; its module has `size` (out, in), or an unknown size."""
         parts = self._bases[base]
         shapes = {name: self.checkpoint.shape(key) for name, key in parts.items()}
         for name in ("down", "up"):
@@ -184,25 +189,25 @@ class LoraFile:
         for base in left:
             del self._bases[base]
         if left:
-            self.notes.append(f"its {what} part ({len(left)} modules) is left out: fluxq keeps {what} as it is")
+            self.notes.append(f"its {what} part ({len(left)} modules) is ignored: fluxq leaves {what} unchanged")
 
     def _refuse_others(self) -> None:
         keys, metadata = list(self.checkpoint.shapes), self.checkpoint.metadata
         if not any(role(key) for key in keys) and not other_kind(keys):
-            refuse(self.path, f"is {kind(keys)}, where {LORA} is wanted", GIVE)
+            refuse(self.path, f"is {kind(keys)}, not {LORA}", REMEDY)
         if model := other_model(keys, metadata):
             first = next((printable(key) for key in keys if other_model([key], {})), "its metadata says so")
-            refuse(self.path, f"is a LoRA of another model, {model} ({first})", GIVE)
+            refuse(self.path, f"is a LoRA for another model, {model} ({first})", REMEDY)
         if what := other_kind(keys):
             first = next(printable(key) for key in keys if other_kind([key]))
-            refuse(self.path, f"is {what}: {first}", "give a plain LoRA, or extract one: fluxq lora extract")
+            refuse(self.path, f"is {what}: {first}", "use a plain LoRA, or make one with fluxq lora extract")
 
-    def _inside(self, prefix: str) -> PeftSettings | None:
-        """What the header's metadata says of the modules that begin with `prefix`."""
+    def _metadata_settings(self, prefix: str) -> PeftSettings | None:
+        """The settings in the header's metadata for the modules that begin with `prefix`."""
         text = self.checkpoint.metadata.get(PEFT_METADATA)
         if text is None:
             return None
         try:
             return PeftSettings.parsed(json.loads(text), prefix)
         except (ValueError, TypeError, RecursionError) as error:
-            refuse(self.path, f"has no valid JSON in {PEFT_METADATA} ({printable(str(error))})", "export it again")
+            refuse(self.path, f"has invalid JSON in {PEFT_METADATA} ({printable(str(error))})", "export it again")

@@ -1,8 +1,8 @@
-"""How the programs of this field name the tensors of a LoRA, as tables; and how LoRAs of other models are known.
+"""Tables of how training programs name the tensors of a LoRA, and of keys that mark LoRAs for other models.
 
-A key is a prefix, a module's path in the original (BFL) or in diffusers' layout, with dots or underscores, and a suffix
-that says which of an adapter's tensors it is. One dialect is a prefix, a layout and a separator; every program's files
-are read by looking a key's base up in all of them at once.
+A key is a prefix, a module's path in the original (BFL) or diffusers' layout, with dots or underscores, and a suffix
+that shows which of the adapter's tensors it is. A dialect is a prefix, a layout and a separator. Files of every program
+are read by looking up a key's base in all dialects at once.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from .algebra import Rows
 
 
 class Dialect(NamedTuple):
-    """prefix + path: paths are `original` or diffusers', their dots become `separator`."""
+    """Bases are prefix + path; paths are `original` (BFL) or diffusers', with dots replaced by `separator`."""
 
     name: str
     prefix: str
@@ -40,7 +40,7 @@ DIALECTS = (
     Dialect("lycoris", "lycoris_", False, "_"),  # SimpleTuner
 )
 
-# x-flux: attention only; 1 is the image's half of a double block, 2 the text's.
+# x-flux: attention only; in a double block, 1 is the image stream and 2 the text stream.
 XLABS = {
     "double_blocks.{}.processor.qkv_lora1": "double_blocks.{}.img_attn.qkv",
     "double_blocks.{}.processor.proj_lora1": "double_blocks.{}.img_attn.proj",
@@ -65,7 +65,7 @@ CLIP_REST = r"(lora_te1?_|text_encoder\.|text_encoders\.clip_l\.(transformer\.)?
 T5_KEYS = r"(lora_te[23]_|text_encoder_2\.|text_encoders\.t5xxl\.transformer\.)"
 EMBEDDINGS = r"bundle_emb\."  # OneTrainer's textual inversions
 
-# Adapters of other kinds, by a key that only they have.
+# Other kinds of adapters, recognized by a key that only they have.
 OTHER_KINDS = {
     r"\.lokr_w[12]": "a LoKr (LyCORIS)",
     r"\.hada_w[12]": "a LoHa (LyCORIS)",
@@ -73,12 +73,12 @@ OTHER_KINDS = {
     r"\.(oft_blocks|oft_diag|oft_R|boft_R)\b": "an OFT",
     r"\.lora_mid\.": "a LoCon with a third factor",
     r"\.lora_B(\.\w+)?\.bias$": "a LoRA that also changes biases, as BFL's control LoRAs (Canny, Depth) do",
-    r"\.(diff|diff_b|set_weight|reshape_weight)$": "no plain LoRA: it replaces whole tensors (.diff, .set_weight)",
+    r"\.(diff|diff_b|set_weight|reshape_weight)$": "an adapter that replaces whole tensors (.diff, .set_weight)",
 }
 
-# LoRAs of other models, by a key that FLUX.1's never have; the first that fits names the file.
+# LoRAs for other models, recognized by a key that FLUX.1's never have; the first match decides.
 OTHER_MODELS = {
-    # sd-scripts names the blocks of XL as Stability does, those of 1.x and 2.x as diffusers does
+    # sd-scripts uses Stability's block names for XL, diffusers' for 1.x and 2.x
     r"lora_te2_text_model_|(input|output|middle)_blocks?[._]|(down|up|mid)_blocks?[._].*transformer_blocks[._][1-9]": (
         "Stable Diffusion XL"
     ),
@@ -103,7 +103,7 @@ OTHER_ARCHITECTURES = {
 
 
 class Place(NamedTuple):
-    """What a base stands for: these rows of a BFL module, in a file of `dialect`."""
+    """What a base refers to: these rows of a BFL module, in a file of `dialect`."""
 
     dialect: str
     module: str
@@ -112,34 +112,34 @@ class Place(NamedTuple):
 
 @lru_cache(maxsize=4)
 def places(config: FluxConfig) -> Mapping[str, Place]:
-    """Every base of a LoRA's keys, in every dialect, of a transformer of these sizes."""
-    found: dict[str, Place] = {}
+    """Base of a LoRA's key -> its place, in every dialect, for a transformer of these sizes."""
+    table: dict[str, Place] = {}
     for module, out in matrices(config).items():
         pieces = split_rows(module, config)
         for dialect in DIALECTS:
             named = {module: ((0, out),)} if dialect.original else pieces
             for path, rows in named.items():
-                found[dialect.prefix + path.replace(".", dialect.separator)] = Place(dialect.name, module, rows)
+                table[dialect.prefix + path.replace(".", dialect.separator)] = Place(dialect.name, module, rows)
         if module.endswith(".linear1"):  # ComfyUI's name for the rows of q, k and v alone
-            found[f"diffusion_model.{module}_qkv"] = Place("comfy", module, ((0, 3 * config.hidden_size),))
+            table[f"diffusion_model.{module}_qkv"] = Place("comfy", module, ((0, 3 * config.hidden_size),))
     for blocks, count in (("double", config.depth), ("single", config.depth_single_blocks)):
         for base, module in XLABS.items():
             if base.startswith(blocks):
                 for index in range(count):
                     path = module.format(index)
                     rows = 3 * config.hidden_size if path.endswith("linear1") else matrices(config)[path]
-                    found[base.format(index)] = Place("xlabs", path, ((0, rows),))
-    return found
+                    table[base.format(index)] = Place("xlabs", path, ((0, rows),))
+    return table
 
 
 @lru_cache(maxsize=4)
 def matrices(config: FluxConfig) -> Mapping[str, int]:
-    """BFL module -> its rows, of all that have a matrix."""
+    """BFL module -> its number of rows, for all modules with a matrix."""
     return {key.removesuffix(".weight"): shape[0] for key, shape in flux_shapes(config).items() if len(shape) == 2}
 
 
 def split_rows(module: str, config: FluxConfig) -> dict[str, Rows]:
-    """diffusers module -> the rows of the BFL `module` that it is, in its order."""
+    """diffusers module -> the rows of the BFL `module` that make it up, in its order."""
     rows: dict[str, Rows] = {}
     for name, start, end in module_split(module, config):
         rows[name] = (*rows.get(name, ()), (start, end))
@@ -147,7 +147,7 @@ def split_rows(module: str, config: FluxConfig) -> dict[str, Rows]:
 
 
 def role(key: str) -> tuple[str, str] | None:
-    """(base, "down" | "up" | "alpha") of a LoRA's key; None for any other."""
+    """(base, "down" | "up" | "alpha") of a LoRA's key; None for any other key."""
     for name, pattern in ROLES.items():
         if match := re.search(f"{pattern}$", key):
             return key[: match.start()], name
@@ -155,7 +155,7 @@ def role(key: str) -> tuple[str, str] | None:
 
 
 def clip_module(base: str) -> str | None:
-    """The module of CLIP-L that `base` names, as transformers 5 spells it; None for any other base."""
+    """The CLIP-L module that `base` names, spelled as in transformers 5; None for any other base."""
     match = re.fullmatch(CLIP_KEYS, base)
     if match is None:
         return None
@@ -164,18 +164,19 @@ def clip_module(base: str) -> str | None:
 
 
 def other_kind(keys: Iterable[str]) -> str | None:
-    """What kind of adapter these are keys of, if it is none that is a plain LoRA."""
+    """The kind of adapter that these keys belong to; None for a plain LoRA."""
     return _first(OTHER_KINDS, keys)
 
 
 def other_model(keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:
-    """The model, other than FLUX.1, that a LoRA with these keys and metadata belongs to."""
-    if found := _first(OTHER_MODELS, keys):
-        return found
-    said = " ".join(metadata.get(k, "") for k in ("modelspec.architecture", "ss_base_model_version")).lower()
-    return next((name for word, name in OTHER_ARCHITECTURES.items() if word in said), None)
+    """The model, other than FLUX.1, that a LoRA with these keys and metadata was made for; None if there is none."""
+    if model := _first(OTHER_MODELS, keys):
+        return model
+    declared = " ".join(metadata.get(k, "") for k in ("modelspec.architecture", "ss_base_model_version")).lower()
+    return next((name for word, name in OTHER_ARCHITECTURES.items() if word in declared), None)
 
 
 def _first(table: Mapping[str, str], keys: Iterable[str]) -> str | None:
+    """The name of the first pattern in `table` that matches any key."""
     keys = list(keys)
     return next((name for pattern, name in table.items() if any(re.search(pattern, key) for key in keys)), None)

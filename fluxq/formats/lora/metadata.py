@@ -1,7 +1,7 @@
-"""What a LoRA file says about itself, in the words that ComfyUI, Forge, SwarmUI and sd-scripts read.
+"""The metadata of a LoRA file, under the keys that ComfyUI, Forge, SwarmUI and sd-scripts read.
 
 `ss_*` and `sshs_*` follow kohya-ss/sd-scripts, `modelspec.*` follows github.com/Stability-AI/ModelSpec. All values are
-text, equal arguments give equal metadata, and of the user's folders and files only the last name is told.
+text, and equal arguments give equal metadata. Only the last names of the user's folders and files are included.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ import torch
 
 from ..checkpoint.files import safetensors_data, safetensors_header
 
-IMPLEMENTATION = "https://github.com/black-forest-labs/flux"  # Forge knows a FLUX LoRA by this address
+IMPLEMENTATION = "https://github.com/black-forest-labs/flux"  # Forge recognizes a FLUX LoRA by this address
 
 
 def lora_metadata(
@@ -46,9 +46,13 @@ def lora_metadata(
 ) -> dict[str, str]:
     """The metadata of a trained LoRA, without the hashes, which `save_lora` adds.
 
-    variant: "dev" or "schnell"; datasets: folder -> (repeats, images); tag_frequency: folder -> caption part -> how
-    often; buckets: (width, height) -> images; started, finished: seconds since 1970; precision: "bf16" and the like;
-    text_rate: the learning rate of CLIP-L, where it was trained.
+    variant              "dev" or "schnell"
+    datasets             folder -> (repeats, images)
+    tag_frequency        folder -> part of a caption -> count
+    buckets              (width, height) -> images
+    started, finished    seconds since 1970
+    precision            as in sd-scripts, e.g. "bf16"
+    text_learning_rate   CLIP-L's learning rate if it was trained, else None
     """
     labels = _folder_labels(datasets)
     dirs = {labels[folder]: {"n_repeats": n, "img_count": count} for folder, (n, count) in datasets.items()}
@@ -105,10 +109,10 @@ def lora_metadata(
 
 
 def converted_metadata(metadata: Mapping[str, str], ranks: set[int], alphas: set[float]) -> dict[str, str]:
-    """The metadata of a LoRA that was made from another file's: that file's, true to what is in it now.
+    """The metadata of a LoRA made from another file: that file's metadata, with rank, alpha and module updated.
 
-    What sd-scripts and Forge know a FLUX LoRA by is added where it is missing; ranks and alphas that differ are
-    "Dynamic", as sd-scripts has it; hashes are left to `save_lora`.
+    The keys by which sd-scripts and Forge recognize a FLUX LoRA are added if missing. As in sd-scripts, ranks or alphas
+    that differ become "Dynamic". `save_lora` adds the hashes.
     """
     kept = {key: value for key, value in metadata.items() if not key.startswith("sshs_")}
     known = {
@@ -128,7 +132,7 @@ def converted_metadata(metadata: Mapping[str, str], ranks: set[int], alphas: set
 
 
 def trigger_of(metadata: Mapping[str, str]) -> str | None:
-    """The word that calls a LoRA's concept: what the file says, else the most frequent part of its captions."""
+    """A LoRA's trigger: the phrase in its metadata, else the most frequent part of its captions."""
     if phrase := metadata.get("modelspec.trigger_phrase"):
         return phrase
     counts: Counter[str] = Counter()
@@ -136,15 +140,15 @@ def trigger_of(metadata: Mapping[str, str]) -> str | None:
         for tags in json.loads(metadata.get("ss_tag_frequency") or "{}").values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
     except (ValueError, TypeError, AttributeError, RecursionError):
-        return None  # not as sd-scripts writes it
+        return None  # not in sd-scripts' format
     return counts.most_common(1)[0][0] if counts else None
 
 
 def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]) -> dict[str, str]:
-    """The two hashes by which UIs recognize a LoRA whatever its metadata says later.
+    """The two hashes by which UIs recognize a LoRA even after its metadata was edited.
 
-    sshs_model_hash is the SHA-256 of the tensors' bytes as the file has them; sshs_legacy_hash the first 8 digits of
-    that of bytes 0x100000 to 0x110000 of the file as it would be with none but the ss_* entries.
+    sshs_model_hash is the SHA-256 of the tensors' bytes in the file. sshs_legacy_hash is the first 8 digits of the
+    SHA-256 of bytes 0x100000 to 0x110000 of the file as it would be with only the ss_* entries as metadata.
     """
     model, legacy = hashlib.sha256(), hashlib.sha256()
     ss_entries = {key: value for key, value in metadata.items() if key.startswith("ss_")}
@@ -158,7 +162,7 @@ def sshs_hashes(tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str]
 
 
 def _folder_labels(folders: Mapping[str | Path, object]) -> dict[str | Path, str]:
-    """Folder -> its last name, numbered where two are alike."""
+    """Folder -> its last name, with a number if two are equal."""
     labels: dict[str | Path, str] = {}
     for folder in folders:
         label = base = Path(folder).name or "images"

@@ -1,4 +1,4 @@
-"""The settings that PEFT keeps beside an adapter, or diffusers in a file's metadata: where strengths are written."""
+"""PEFT's settings, which hold a LoRA's strengths: in a file next to the adapter, or in its metadata (diffusers)."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ from ..checkpoint.files import printable, refuse
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PEFT_METADATA = "lora_adapter_metadata"  # diffusers and SimpleTuner keep PEFT's settings there
-GIVE = "give a LoRA that was trained on FLUX.1"
+REMEDY = "use a LoRA that was trained on FLUX.1"
 
 
 @dataclass(frozen=True)
 class PeftSettings:
-    """What PEFT's settings say of strengths: alpha, and patterns of modules with others."""
+    """The strengths in PEFT's settings: the default alpha, and patterns of modules with other alphas."""
 
     default: float | None
     patterns: Mapping[str, float]
@@ -29,21 +29,21 @@ class PeftSettings:
 
     @classmethod
     def parsed(cls, settings: Any, prefix: str = "") -> PeftSettings:
-        """Raises ValueError and TypeError where they are not as PEFT writes them."""
+        """Raises ValueError or TypeError if the settings are not in PEFT's format."""
         if not isinstance(settings, dict):
-            raise TypeError(f"a {type(settings).__name__} in place of an object")
+            raise TypeError(f"a {type(settings).__name__}, not an object")
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
         default = own.get("lora_alpha")
         patterns = {key: float(value) for key, value in dict(own.get("alpha_pattern") or {}).items()}
         if slow := next((p for p in patterns if re.search(r"\)[*+{]", p) or len(re.findall(r"[*+{]", p)) > 4), None):
-            raise ValueError(f"the pattern {slow} may take for ever")
+            raise ValueError(f"the pattern {slow} could take forever to match")
         values = (*patterns.values(), 0.0 if default is None else float(default))
         if not all(map(math.isfinite, values)):
-            raise ValueError(f"an alpha of {values}")
+            raise ValueError(f"an alpha that is not finite, in {values}")
         return cls(None if default is None else float(default), patterns, bool(own.get("use_rslora")))
 
     def alpha(self, base: str, rank: int) -> float:
-        """What alpha / rank of the module is to be computed from."""
+        """The alpha of the module `base`, times sqrt(rank) with rslora, so that alpha / rank is always the scale."""
         alpha = self.default if self.default is not None else float(rank)
         for pattern, value in self.patterns.items():  # peft.utils.get_pattern_key
             if base == pattern or base.endswith("." + pattern) or _matches(pattern, base):
@@ -65,8 +65,9 @@ def is_adapter(path: Path) -> bool:
 
 
 def adapter_files(path: Path) -> tuple[Path, Path | None]:
-    """Where the tensors of the LoRA at `path` are; and its settings, which may be missing, where it is a PEFT adapter:
-    a folder, or the file in it.
+    """The file with the tensors of the LoRA at `path`, and the file with its settings, which may not exist.
+
+    The settings are None unless `path` is a PEFT adapter: its folder, or the file inside it.
     """
     if path.is_dir():
         return path / PEFT_FILES[0], path / PEFT_FILES[1]
@@ -74,17 +75,17 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
 
 
 def read_settings(path: Path) -> PeftSettings:
+    """The settings in an adapter_config.json. Raises WrongRequest if it is damaged or not for a plain LoRA."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
         settings = PeftSettings.parsed(content)
     except OSError as error:
-        raise WrongRequest(f"{path} cannot be read ({error.strerror}); check its permissions") from error
+        raise WrongRequest(f"{path} cannot be read ({error.strerror or error}); check its permissions") from error
     except (ValueError, TypeError, RecursionError) as error:
-        raise WrongRequest(
-            f"{path} is no valid adapter_config.json ({printable(str(error))}); save it again"
-        ) from error
+        what = f"is not a valid adapter_config.json ({printable(str(error))})"
+        raise WrongRequest(f"{path} {what}; save the adapter again") from error
     if (peft_type := content.get("peft_type", "LORA")) != "LORA":
-        refuse(path, f"is of a {printable(str(peft_type))} adapter, not a LoRA", GIVE)
+        refuse(path, f"is for a {printable(str(peft_type))} adapter, not a LoRA", REMEDY)
     if content.get("use_dora"):
-        refuse(path, "is of a DoRA, not a plain LoRA", GIVE)
+        refuse(path, "is for a DoRA, not a plain LoRA", REMEDY)
     return settings

@@ -1,8 +1,8 @@
-"""A LoRA from any program's file, as one adapter a module of the original transformer: `load_lora`.
+"""`load_lora` reads a LoRA file of any program as one adapter per module of the original transformer.
 
-Whatever a file's dialect is, its tensors are parts: a change of some rows of a module. The parts of a module are
-stacked into one adapter (fluxq/formats/lora/algebra.py), at the strength at which the file was trained. CLIP-L's
-modules come along, T5's are left out.
+In every dialect, a file's tensors are parts: changes of some rows of a module. The parts of a module are stacked into
+one adapter (fluxq/formats/lora/algebra.py), with the strength at which the file was trained. CLIP-L's modules are
+included, T5's are ignored.
 """
 
 from __future__ import annotations
@@ -22,15 +22,20 @@ from ..checkpoint.files import listed, printable, refuse
 from .algebra import Adapter, Part, split, stacked
 from .file import LoraFile
 from .keys import SPELLINGS, matrices, split_rows
+from .peft import REMEDY
 
 
 @dataclass
 class Lora:
-    """What a LoRA file holds. adapters are by BFL module, `clip` by CLIP-L module as transformers 5 names it.
+    """The contents of a LoRA file.
 
-    alphas tells where the strengths came from: any of "tensors", "settings"; spellings, any of "A/B", "down/up";
-    file_ranks are those of the file's own modules, which may be parts of these; too_weak, whether other programs apply
-    less than was trained; notes are sentences for the user about what was not taken as it stands.
+    adapters    BFL module -> adapter
+    clip        CLIP-L module, named as in transformers 5 -> adapter
+    spellings   any of "A/B", "down/up"
+    alphas      where the strengths came from: any of "tensors", "settings"
+    file_ranks  the ranks of the file's own modules, which may be parts of the modules in `adapters`
+    too_weak    whether other programs apply the LoRA weaker than it was trained
+    notes       sentences for the user about what was ignored or corrected
     """
 
     path: Path
@@ -56,11 +61,11 @@ class Lora:
 
     @property
     def everything(self) -> dict[str, Adapter]:
-        """The adapters of the transformer and of CLIP-L, whose modules begin with "clip."."""
+        """The adapters of the transformer and of CLIP-L; CLIP-L's module names get the prefix "clip."."""
         return self.adapters | {f"clip.{module}": adapter for module, adapter in self.clip.items()}
 
     def check_clip(self, shapes: Mapping[str, tuple[int, ...]]) -> None:
-        """Raises WrongRequest where `clip` does not fit the CLIP-L whose tensors have these shapes."""
+        """Raise WrongRequest if `clip` does not fit a CLIP-L whose tensors have these shapes."""
         wrong = [
             f"{module} is ({adapter.up.shape[0]}, {adapter.down.shape[1]}), not {shapes.get(f'{module}.weight')}"
             for module, adapter in self.clip.items()
@@ -68,37 +73,38 @@ class Lora:
         ]
         if wrong:
             what = f"has a CLIP-L part for a text encoder of other sizes: {listed(wrong_shape=wrong)}"
-            refuse(self.path, what, "give a LoRA that was trained on FLUX.1")
+            refuse(self.path, what, REMEDY)
 
     @property
     def ranks(self) -> list[int]:
+        """The different ranks of the transformer's adapters, sorted."""
         return sorted({adapter.rank for adapter in self.adapters.values()})
 
 
 def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
-    """The LoRA in a .safetensors file or a PEFT folder, in any dialect of `lora_keys`, for a transformer of `config`.
+    """The LoRA in a .safetensors file or a PEFT folder, in any dialect of fluxq/formats/lora/keys.py.
 
-    Without a config it is that of FLUX.1 or of nano, whichever fits. Tensors keep their dtype, 8-bit ones become bf16.
-    Raises WrongRequest for adapters of other kinds or of other models, and for missing, unmatched, ill-shaped or
-    non-finite tensors.
+    `config` is the transformer's; by default FLUX.1's or nano's, whichever fits better. Tensors keep their dtype, but
+    8-bit ones become bf16. Raises WrongRequest for other kinds of adapters, for LoRAs of other models, and for tensors
+    that are missing, unknown, misshapen or not finite.
     """
     file = LoraFile(Path(path))
     config = config or file.guess()
-    found = file.placed(config)
+    placed = file.placed(config)
     lora = Lora(
         file.path,
         config,
-        Counter(place.dialect for place in found.values()).most_common(1)[0][0] if found else "text encoder only",
+        Counter(place.dialect for place in placed.values()).most_common(1)[0][0] if placed else "text encoder only",
         {},
         {},
         dict(file.checkpoint.metadata),
         frozenset(name for name, p in SPELLINGS.items() if any(re.search(p, key) for key in file.checkpoint.shapes)),
         file.alphas,
-        tuple(sorted({file.rank(base) for base in found})),
+        tuple(sorted({file.rank(base) for base in placed})),
         notes=file.notes,
     )
     parts: dict[str, list[tuple[str, Part]]] = {}
-    for base, place in found.items():
+    for base, place in placed.items():
         parts.setdefault(place.module, []).append((base, Part(place.rows, file.adapter(base))))
     for module, out in matrices(config).items():
         if module in parts:
@@ -110,13 +116,16 @@ def load_lora(path: str | Path, config: FluxConfig | None = None) -> Lora:
 
 
 def described(lora: Lora) -> str:
-    """ "304 modules of rank 16", and of which ranks the file's own are where it has them in parts."""
-    parts = f" (its own: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
+    """ "304 modules of rank 16", and the ranks of the file's own modules if those are parts."""
+    parts = (
+        f" (in the file: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
+    )
     clip = f", {len(lora.clip)} of CLIP-L" if lora.clip else ""
     return f"{len(lora.adapters)} modules of {_spread(lora.ranks)}{parts}{clip}"
 
 
 def _spread(ranks: Sequence[int]) -> str:
+    """ "ranks 4 to 16", "rank 16" or "no rank"."""
     if len(ranks) > 1:
         return f"ranks {ranks[0]} to {ranks[-1]}"
     return f"rank {ranks[0]}" if ranks else "no rank"
@@ -127,14 +136,14 @@ def _refuse_twice(path: Path, module: str, parts: list[tuple[str, Part]]) -> Non
     for before, after in zip(covered, covered[1:], strict=False):
         if after[0] < before[1]:
             what = f"adapts {module} twice, as {printable(before[2])} and as {printable(after[2])}"
-            refuse(path, what, "remove either")
+            refuse(path, what, "remove one of them")
 
 
 def _correct_split_qkv(lora: Lora) -> None:
-    """Give the modules that sd-scripts' split_qkv merged the strength that they were trained at.
+    """Restore the trained strength of the modules that sd-scripts' split_qkv merged.
 
-    It stacks the n parts of a module into rank n * r and leaves alpha at that of a part (networks/lora_flux.py), so
-    that every reader applies a third or a quarter of the LoRA.
+    It stacks the n parts of a module into rank n * r but keeps the alpha of a part (networks/lora_flux.py), so every
+    reader applies only a third or a quarter of the LoRA.
     """
     try:
         arguments = json.loads(lora.metadata.get("ss_network_args") or "{}")
@@ -154,6 +163,6 @@ def _correct_split_qkv(lora: Lora) -> None:
         del lora.metadata["ss_network_args"]
         lora.too_weak = True
         lora.notes.append(
-            f"{corrected} modules were trained with sd-scripts' split_qkv, whose files are too weak: "
-            "they get the strength at which they were trained"
+            f"{corrected} modules were trained with sd-scripts' split_qkv, which saves them too weak; "
+            "fluxq uses them at the strength at which they were trained"
         )

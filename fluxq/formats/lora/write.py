@@ -1,12 +1,12 @@
-"""LoRA files as each program reads them exactly; facts, which were tried, decided what is written and what never.
+"""Write LoRA files in the form that each program reads correctly, as found by testing the programs.
 
 kohya      lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight, .lora_up.weight, .alpha: the original model's fused
-           modules. The default: ComfyUI, Forge, sd-scripts and diffusers all read it.
-diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight, .lora_B.weight: fused modules split, alpha / rank
-           folded into lora_B, one rank (components of zero fill up lower ones), neither alpha tensors nor adapter
-           metadata, which some programs ignore and others refuse together.
+           modules. The default, because ComfyUI, Forge, sd-scripts and diffusers all read it.
+diffusers  transformer.transformer_blocks.0.attn.to_q.lora_A.weight, .lora_B.weight: fused modules are split, alpha /
+           rank is folded into lora_B, and lower ranks are padded with zeros to one rank. There are no alpha tensors and
+           no adapter metadata: some programs ignore one of them, others refuse a file with both.
 comfy      diffusion_model.double_blocks.0.img_attn.qkv.lora_down.weight, .lora_up.weight, .alpha. Never lora_A with an
-           alpha here: diffusers would apply nothing, and say nothing.
+           alpha: diffusers would silently apply nothing.
 peft       a folder for PeftModel and load_adapter: diffusers' tensors under base_model.model., and their settings.
 """
 
@@ -29,7 +29,7 @@ from .keys import split_rows
 from .metadata import sshs_hashes
 from .peft import PEFT_FILES, PEFT_METADATA
 
-WRITTEN = ("kohya", "diffusers", "comfy", "peft")
+WRITTEN_DIALECTS = ("kohya", "diffusers", "comfy", "peft")
 Adapters = Mapping[str, Adapter]
 
 
@@ -42,10 +42,10 @@ def save_lora(
     metadata: Mapping[str, str] | None = None,
     clip: Adapters | None = None,
 ) -> None:
-    """Write `adapters`, by BFL module, and `clip`, by CLIP-L module, and add sshs_* hashes to `metadata`.
+    """Write a LoRA file: `adapters` by BFL module, `clip` by CLIP-L module, `metadata` plus the sshs_* hashes.
 
-    alpha is stored in fp32 whatever `dtype` is. For "peft" `path` is a new folder, and has no room for `clip`. Raises
-    WrongRequest if it cannot be written, and for numbers that `dtype` does not hold; nothing is written then.
+    alpha is always stored in fp32. For "peft", `path` is a new folder, and `clip` is not written. Raises WrongRequest,
+    and writes nothing, if the path cannot be written or if a number is out of the range of `dtype`.
     """
     clip = clip or {}
     metadata = {key: value for key, value in (metadata or {}).items() if key != PEFT_METADATA}
@@ -62,8 +62,9 @@ def save_lora(
         named = {f"diffusion_model.{module}": a for module, a in adapters.items()}
         named |= {f"text_encoders.clip_l.transformer.text_model.{module}": a for module, a in clip.items()}
         tensors = _with_alpha(named, dtype)
-    if spoilt := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
-        refuse(path, f"was not written: {spoilt} has numbers beyond {DTYPE_NAMES[dtype]}", "choose a wider type")
+    if overflow := next((key for key, tensor in tensors.items() if not tensor.isfinite().all()), None):
+        what = f"was not written, because {overflow} has numbers out of the range of {DTYPE_NAMES[dtype]}"
+        refuse(path, what, "choose a type with a wider range")
     if dialect == "peft":
         return _save_folder(Path(path), tensors, metadata)
     write_safetensors(path, tensors, metadata | sshs_hashes(tensors, metadata))
@@ -88,6 +89,7 @@ def _split(adapters: Adapters, config: FluxConfig, prefix: str, dtype: torch.dty
 
 
 def _one_rank(named: Adapters, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The tensors of `named`, all padded to the highest rank, with alpha / rank folded into lora_B."""
     rank = max((adapter.rank for adapter in named.values()), default=0)
     tensors: dict[str, Tensor] = {}
     for name, adapter in named.items():
@@ -97,9 +99,9 @@ def _one_rank(named: Adapters, dtype: torch.dtype) -> dict[str, Tensor]:
 
 
 def _save_folder(folder: Path, tensors: dict[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """A PEFT adapter: whole or not at all."""
+    """Write the folder of a PEFT adapter, completely or not at all."""
     if folder.exists():
-        refuse(folder, "exists already", "name a new folder")
+        refuse(folder, "already exists", "name a new folder")
     downs = [key for key in tensors if key.endswith(".lora_A.weight")]
     modules = [key.removeprefix("base_model.model.").removesuffix(".lora_A.weight") for key in downs]
     rank = tensors[downs[0]].shape[0]

@@ -158,13 +158,13 @@ def test_the_randomized_decomposition_is_near_the_exact_one(shape):
 
 
 PROGRAMS = {
-    "kohya": {"ComfyUI": "yes", "Forge": "yes", "diffusers": "all but 4 modules outside", "sd-scripts": "yes"},
+    "kohya": {"ComfyUI": "yes", "Forge": "yes", "diffusers": "partly: it drops 4 modules outside", "sd-scripts": "yes"},
     "ai-toolkit": {"ComfyUI": "yes", "diffusers": "yes", "sd-scripts": "after its convert"},
     "diffusers with alpha": {"ComfyUI": "yes", "diffusers": "yes", "sd-scripts": "wrong"},
     "diffusers with metadata": {"ComfyUI": "wrong", "Forge": "wrong", "diffusers": "yes"},
     "diffusers down/up": {"ComfyUI": "yes", "diffusers": "wrong"},
     "comfy A/B": {"ComfyUI": "yes", "diffusers": "no: applies nothing"},
-    "comfy down/up": {"ComfyUI": "yes", "diffusers": "all but 4 modules outside"},
+    "comfy down/up": {"ComfyUI": "yes", "diffusers": "partly: it drops 4 modules outside"},
     "OneTrainer legacy": {"ComfyUI": "yes", "diffusers": "attention only"},
     "fal Kontext": {"ComfyUI": "no"},
     "XLabs": {"ComfyUI": "only if", "Forge": "no", "diffusers": "yes"},
@@ -219,17 +219,26 @@ def test_info_shows_metadata_of_strangers_as_plain_text(tmp_path):
         (["convert", "{tmp}/x", "{tmp}/there"], "there exists; choose another name"),
         (["convert", "{tmp}/x", "{tmp}"], "is an existing folder; choose another name"),
         (["convert", "{tmp}/absent", "{tmp}/y"], "absent does not exist"),
-        (["convert", nano.FLUX, "{tmp}/y"], "is a FLUX.1 transformer, where a LoRA is wanted"),
+        (["convert", nano.FLUX, "{tmp}/y"], "is a FLUX.1 transformer, not a LoRA"),
         (["convert", "{tmp}/there", "{tmp}/y"], "there"),
         (["convert", "{tmp}/lies", "{tmp}/y"], "has a damaged header"),
-        (["convert", "{tmp}/nan", "{tmp}/y"], "numbers that are not finite"),
-        (["convert", "{tmp}/large", "{tmp}/large", "--overwrite", "--precision", "fp16"], "has numbers beyond F16"),
-        (["convert", "{tmp}/large", "{tmp}/y", "--to", "peft", "--precision", "fp16"], "has numbers beyond F16"),
+        (["convert", "{tmp}/nan", "{tmp}/y"], "NaN or infinite numbers"),
+        (
+            ["convert", "{tmp}/large", "{tmp}/large", "--overwrite", "--precision", "fp16"],
+            "has numbers out of the range of F16",
+        ),
+        (
+            ["convert", "{tmp}/large", "{tmp}/y", "--to", "peft", "--precision", "fp16"],
+            "has numbers out of the range of F16",
+        ),
         (
             ["convert", "{tmp}/ranks", "{tmp}/y"],
             "is damaged: 1 wrong tensor (lora_unet_txt_in.lora_up.weight is (192, 4)",
         ),
-        (["merge", "{tmp}/large=1e300", "--base", nano.FLUX, "--out", "{tmp}/y"], "is not finite with the LoRA in it"),
+        (
+            ["merge", "{tmp}/large=1e300", "--base", nano.FLUX, "--out", "{tmp}/y"],
+            "is not finite after merging the LoRA",
+        ),
         (["resize", "{tmp}/x", "{tmp}/y"], "give either --rank N or --energy X"),
         (["resize", "{tmp}/x", "{tmp}/y", "--rank", "2", "--energy", "0.5"], "give either --rank N or --energy X"),
         (["resize", "{tmp}/x", "{tmp}/y", "--energy", "nan"], "energy"),

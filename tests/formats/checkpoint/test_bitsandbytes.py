@@ -1,4 +1,4 @@
-"""Files that bitsandbytes has quantized, written by its own code alone or through diffusers and transformers."""
+"""Files quantized by bitsandbytes, written by its own code, or through diffusers and transformers."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ LAYER = "single_blocks.1.linear2.weight"
 
 
 def packed(name: str, w: torch.Tensor, **options) -> dict[str, torch.Tensor]:
-    """What bitsandbytes saves of a matrix."""
+    """The tensors that bitsandbytes saves for a matrix."""
     codes, state = bnb.quantize_4bit(w, **options)
     return {name: codes} | {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
 
@@ -47,7 +47,7 @@ def unpacked(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def absmax_of(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
-    """Its scales, de-nested by bitsandbytes where they are nested."""
+    """The matrix's scales, un-nested by bitsandbytes if they are nested."""
     parts = {key.removeprefix(f"{name}."): t.clone() for key, t in tensors.items() if key.startswith(f"{name}.")}
     state = bnb.QuantState.from_dict(parts, CPU)
     if not state.nested:
@@ -56,7 +56,7 @@ def absmax_of(name: str, tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 
 def single_file(prefix: str = "model.diffusion_model.", **options) -> dict[str, torch.Tensor]:
-    """A transformer as lllyasviel stores it: all matrices in 4 bits, vectors in bf16, the original's fused names."""
+    """A transformer as lllyasviel stores it: matrices in 4 bits, vectors in bf16, the original fused names."""
     tensors: dict[str, torch.Tensor] = {}
     for name, shape in flux_shapes(CONFIG).items():
         w = torch.randn(shape).bfloat16()
@@ -82,7 +82,7 @@ def write(path: Path, tensors) -> Path:
     ids=["nf4", "nf4 nested", "nf4 by 128", "fp4", "fp4 nested"],
 )
 def test_single_files_have_the_values_that_bitsandbytes_gives_them(tmp_path, monkeypatch, options, storage, band):
-    """Whole or in bands of rows, that begin anywhere in a nested block."""
+    """At once, or in bands of rows that begin anywhere in a nested block."""
     monkeypatch.setattr(sources, "BAND", band)
     prefix = "model.diffusion_model."
     tensors = by_128(prefix, **options) if "blocksize" in options else single_file(prefix, **options)
@@ -100,7 +100,7 @@ def test_single_files_have_the_values_that_bitsandbytes_gives_them(tmp_path, mon
 
 
 def by_128(prefix: str, **options) -> dict[str, torch.Tensor]:
-    """Blocks of 128, where rows are wide enough for whole ones."""
+    """Blocks of 128 if they divide the rows."""
     tensors = single_file(prefix, quant_type="nf4")
     for name in (LAYER, "double_blocks.0.img_mlp.0.weight"):
         tensors |= packed(prefix + name, torch.randn(flux_shapes(CONFIG)[name]), **options)
@@ -109,7 +109,7 @@ def by_128(prefix: str, **options) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("band", [1 << 24, 1 << 12])
 @pytest.mark.parametrize("nested", [False, True])
-def test_nf4_keeps_its_very_bytes(tmp_path, monkeypatch, nested, band):
+def test_nf4_keeps_its_exact_bytes(tmp_path, monkeypatch, nested, band):
     monkeypatch.setattr(sources, "BAND", band)
     tensors = single_file("", quant_type="nf4", compress_statistics=nested)
     source = open_flux(write(tmp_path / "a.safetensors", tensors))
@@ -137,7 +137,7 @@ def test_an_all_in_one_file_gives_each_model_as_it_is_stored(tmp_path):
     assert found == ["nf4, nested", "fp32", "fp16", "fp8 e4m3"]
 
 
-def test_another_format_is_made_of_the_decoded_values(tmp_path):
+def test_another_format_is_made_from_the_decoded_values(tmp_path):
     tensors = single_file("", quant_type="nf4", compress_statistics=True)
     source = open_flux(write(tmp_path / "a.safetensors", tensors))
     write_quantized(tmp_path / "q.safetensors", source, "int8", {}, CPU)
@@ -165,7 +165,7 @@ def plain_folder(folder: Path) -> diffusers.FluxTransformer2DModel:
 
 
 def quantized_folder(folder: Path, shard_size: str = "10GB", **options) -> dict[str, torch.Tensor]:
-    """diffusers quantizes what it loads and saves it again; its look for a GPU is all that is left out."""
+    """diffusers loads, quantizes and saves; only its check for a GPU is skipped."""
     plain_folder(folder / "plain")
     quantizer = bnb_quantizer.BnB4BitDiffusersQuantizer
     with (
@@ -184,9 +184,10 @@ def quantized_folder(folder: Path, shard_size: str = "10GB", **options) -> dict[
     ("nested", "shard_size", "skipped"),
     [(True, "10GB", None), (False, "10GB", None), (True, "100KB", None), (True, "10GB", ["to_k", "proj_mlp"])],
 )
-def test_diffusers_4bit_folders_are_fused_from_what_they_hold(tmp_path, nested, shard_size, skipped):
-    """q, k and v become one matrix though each has an offset of its own; with shards, a matrix and its scales lie in
-    different files; where one of three is in bf16, all come as numbers.
+def test_diffusers_4bit_folders_are_fused(tmp_path, nested, shard_size, skipped):
+    """q, k and v become one matrix although each has its own offset.
+
+    With shards, a matrix and its scales are in different files. If one of the three is in bf16, all are decoded.
     """
     options = {"llm_int8_skip_modules": skipped} if skipped else {}
     tensors = quantized_folder(tmp_path, shard_size, bnb_4bit_use_double_quant=nested, **options)
@@ -211,7 +212,7 @@ def test_diffusers_4bit_folders_are_fused_from_what_they_hold(tmp_path, nested, 
 
 @pytest.mark.parametrize("options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
 def test_a_quantized_t5_folder_is_read(tmp_path, options):
-    """transformers keeps T5's `wo` as it was."""
+    """transformers does not quantize T5's `wo`."""
     config = transformers.T5Config(
         vocab_size=40, d_model=64, d_kv=16, d_ff=128, num_layers=2, num_heads=4, feed_forward_proj="gated-gelu",
         is_encoder_decoder=False,
@@ -247,12 +248,12 @@ def changed_state(tensors, **changes) -> None:
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
-        (lambda t: t.pop(f"{LAYER}.absmax"), f"has a damaged {LAYER}.absmax (missing, 1,280 bytes are wanted"),
-        (lambda t: t.pop(f"{LAYER}.nested_quant_map"), "nested_quant_map (missing, 1,024 bytes are wanted"),
-        (lambda t: t.pop(f"{LAYER}.quant_map"), "quant_map (missing, 64 bytes are wanted"),
-        (lambda t: t.update({f"{LAYER}.absmax": t[f"{LAYER}.absmax"][1:]}), "absmax (1,279 bytes, 1,280 bytes are"),
-        (lambda t: t.update({LAYER: t[LAYER][1:]}), f"has a damaged {LAYER} (40,959 bytes, 40,960 bytes are wanted"),
-        (lambda t: changed_state(t, shape=[128, 640 << 20]), "(40,960 bytes, 42,949,672,960 bytes are wanted for"),
+        (lambda t: t.pop(f"{LAYER}.absmax"), f"damaged {LAYER}.absmax (missing, but shape (128, 640) needs 1,280"),
+        (lambda t: t.pop(f"{LAYER}.nested_quant_map"), "nested_quant_map (missing, but shape (128, 640) needs 1,024"),
+        (lambda t: t.pop(f"{LAYER}.quant_map"), "quant_map (missing, but shape (128, 640) needs 64 bytes"),
+        (lambda t: t.update({f"{LAYER}.absmax": t[f"{LAYER}.absmax"][1:]}), "absmax (1,279 bytes, but shape"),
+        (lambda t: t.update({LAYER: t[LAYER][1:]}), f"damaged {LAYER} (40,959 bytes, but shape (128, 640) needs"),
+        (lambda t: changed_state(t, shape=[128, 640 << 20]), "needs 42,949,672,960 bytes"),
         (lambda t: changed_state(t, shape=[128, -640]), "quant_state (shape [128, -640])"),
         (lambda t: changed_state(t, shape=[128, 10**4000]), "quant_state (shape [128, 1000"),
         (lambda t: changed_state(t, nested_offset=float("nan")), "quant_state (offset nan"),
@@ -260,7 +261,7 @@ def changed_state(tensors, **changes) -> None:
         (lambda t: changed_state(t, shape=[256, 320]), "1 wrong shape (single_blocks.1.linear2.weight is (256, 320)"),
         (lambda t: changed_state(t, blocksize=0), "blocks of 0)"),
         (lambda t: changed_state(t, blocksize=None), "blocks of None)"),
-        (lambda t: changed_state(t, blocksize=256), "in blocks of 256 that run over the ends of rows of 640"),
+        (lambda t: changed_state(t, blocksize=256), "in blocks of 256, which do not divide its rows of 640"),
         (lambda t: changed_state(t, nested_blocksize=0), "nested blocks of 0)"),
         (lambda t: changed_state(t, nested_offset="x"), "quant_state (offset x"),
         (lambda t: t.update({f"{LAYER}.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}), "damaged"),

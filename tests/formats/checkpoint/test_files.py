@@ -38,7 +38,7 @@ def test_file_is_the_librarys_byte_for_byte(tmp_path):
         assert (tmp_path / "ours.safetensors").read_bytes() == (tmp_path / "library.safetensors").read_bytes()
 
 
-def test_rows_are_read_alone_at_their_place(tmp_path):
+def test_rows_are_read_alone(tmp_path):
     tensors, path = some_tensors(), tmp_path / "x.safetensors"
     write_safetensors(path, tensors)
     checkpoint = Checkpoint(path)
@@ -47,7 +47,7 @@ def test_rows_are_read_alone_at_their_place(tmp_path):
     assert torch.equal(checkpoint.get("a.weight", 2, 5), tensors["a.weight"][2:5])
     assert checkpoint.get("scalar", 0, 1).shape == ()
     for begin, end in ((0, 34), (-1, 2), (4, 3)):
-        with pytest.raises(ValueError, match=f"b.weight has 33 rows, not those from {begin} to {end}"):
+        with pytest.raises(ValueError, match=f"b.weight has 33 rows, so there are no rows {begin} to {end}"):
             checkpoint.get("b.weight", begin, end)
 
 
@@ -79,7 +79,7 @@ def test_equal_tensors_give_equal_files(tmp_path):
 # --- writing ---
 
 
-def test_file_reaches_the_disk_before_its_name_does(tmp_path, monkeypatch):
+def test_file_is_flushed_before_it_is_renamed(tmp_path, monkeypatch):
     calls = []
     for name in ("fsync", "replace"):
         original = getattr(os, name)
@@ -99,13 +99,13 @@ def test_full_disk_names_path_and_bytes_and_keeps_the_old_file(tmp_path, monkeyp
 
     monkeypatch.setattr(files, "safetensors_data", fill_up)
     with pytest.raises(
-        WrongRequest, match=r"lora\.safetensors cannot be written, the disk is full \(4,0\d\d bytes are"
+        WrongRequest, match=r"lora\.safetensors cannot be written because the disk is full \(4,0\d\d bytes are"
     ):
         write_safetensors(path, {"x": torch.zeros(1000)})
     assert path.read_bytes() == good and os.listdir(tmp_path) == ["lora.safetensors"]
 
 
-def test_write_that_the_system_breaks_off_keeps_the_old_file(tmp_path):
+def test_write_that_the_system_aborts_keeps_the_old_file(tmp_path):
     resource = pytest.importorskip("resource")  # POSIX
     path = tmp_path / "lora.safetensors"
     write_safetensors(path, {"x": torch.zeros(3)})
@@ -119,7 +119,7 @@ def test_write_that_the_system_breaks_off_keeps_the_old_file(tmp_path):
     assert path.read_bytes() == good and os.listdir(tmp_path) == ["lora.safetensors"]
 
 
-def test_unwritable_place_is_a_clear_sentence(tmp_path):
+def test_unwritable_path_is_a_clear_sentence(tmp_path):
     (tmp_path / "file").write_text("in the way")
     for path in (tmp_path / "file" / "lora.safetensors", tmp_path / "file" / "deeper" / "lora.safetensors"):
         with pytest.raises(WrongRequest, match=r"lora\.safetensors cannot be written \(.*\); choose a folder"):
@@ -145,38 +145,38 @@ def entry(begin: int, end: int, shape: list | None = None, dtype: object = "F32"
 GOOD = packed({"x": entry(0, 8), "y": entry(8, 20)}, bytes(20))
 DAMAGE = {
     "empty": (b"", "is empty (0 bytes)"),
-    "seven_bytes": (b"\x01\0\0\0\0\0\0", "truncated: 10 bytes were expected at the very least, 7 came, 3 are missing"),
-    "only_a_length": (GOOD[:8], "truncated: 10 bytes were expected"),
-    "cut_in_header": (GOOD[:50], f"truncated: {len(GOOD) - 20} bytes were expected for its header alone, 50 came"),
+    "seven_bytes": (b"\x01\0\0\0\0\0\0", "truncated: expected 10 bytes at the very least, found 7, 3 missing"),
+    "only_a_length": (GOOD[:8], "truncated: expected 10 bytes"),
+    "cut_in_header": (GOOD[:50], f"truncated: expected {len(GOOD) - 20} bytes for its header alone, found 50"),
     "cut_in_data": (
         GOOD[:-3],
-        f"truncated: {len(GOOD)} bytes were expected by its header, {len(GOOD) - 3} came, 3 are",
+        f"truncated: expected {len(GOOD)} bytes according to its header, found {len(GOOD) - 3}, 3 missing",
     ),
-    "too_long": (GOOD + b"12345", "goes on for 5 bytes after the last tensor"),
-    "huge_header": (b"\xff" * 7 + b"\0{" + bytes(30), "claims 72,057,594,037,927,935 bytes, the most that are read is"),
+    "too_long": (GOOD + b"12345", "has 5 extra bytes after the last tensor"),
+    "huge_header": (b"\xff" * 7 + b"\0{" + bytes(30), "claims 72,057,594,037,927,935 bytes, the limit is"),
     "no_json": (packed(b"{not json"), "damaged header (Expecting property name"),
     "no_utf8": (packed(b'{"\xff\xfe": 1}'), "damaged header ('utf-8' codec"),
     "deep_json": (packed(b'{"x":' + b"[" * 100_000), "damaged header (maximum recursion depth"),
     "huge_number": (packed(b'{"x":' + b"9" * 10_000 + b"}"), "damaged header (Exceeds the limit"),
-    "starts_with_no_brace": (packed([1, 2, 3]), "is no safetensors file (its header begins with b'[', not b'{')"),
-    "entry_is_a_list": (packed({"x": [1]}), "x should have a dtype, a shape and data_offsets"),
-    "entry_has_more": (packed({"x": entry(0, 4) | {"code": "1"}}, bytes(4)), "x should have a dtype"),
-    "metadata_is_nested": (packed({"__metadata__": {"a": {}}}), "its metadata should map names to text"),
+    "starts_with_no_brace": (packed([1, 2, 3]), "is not a safetensors file (its header begins with b'[', not b'{')"),
+    "entry_is_a_list": (packed({"x": [1]}), "x must have a dtype, a shape and data_offsets"),
+    "entry_has_more": (packed({"x": entry(0, 4) | {"code": "1"}}, bytes(4)), "x must have a dtype"),
+    "metadata_is_nested": (packed({"__metadata__": {"a": {}}}), "its metadata must map names to text"),
     "duplicate_key": (packed(b'{"x":{},"x":{}}'), "the key x occurs twice"),
     "unknown_dtype": (packed({"x": entry(0, 4, dtype="F4")}, bytes(4)), "stores x as F4, which fluxq does not read"),
-    "dtype_is_a_number": (packed({"x": entry(0, 4, dtype=32)}, bytes(4)), "shape or data_offsets of x is of the wrong"),
-    "negative_shape": (packed({"x": entry(0, 4, [-1])}, bytes(4)), "of x is of the wrong type"),
-    "boolean_shape": (packed({"x": entry(0, 4, [True])}, bytes(4)), "of x is of the wrong type"),
-    "fractional_offset": (packed({"x": entry(0, 4) | {"data_offsets": [0, 4.0]}}, bytes(4)), "of x is of the wrong"),
-    "three_offsets": (packed({"x": entry(0, 4) | {"data_offsets": [0, 4, 8]}}, bytes(4)), "of x is of the wrong type"),
+    "dtype_is_a_number": (packed({"x": entry(0, 4, dtype=32)}, bytes(4)), "shape or data_offsets of x has the wrong"),
+    "negative_shape": (packed({"x": entry(0, 4, [-1])}, bytes(4)), "of x has the wrong type"),
+    "boolean_shape": (packed({"x": entry(0, 4, [True])}, bytes(4)), "of x has the wrong type"),
+    "fractional_offset": (packed({"x": entry(0, 4) | {"data_offsets": [0, 4.0]}}, bytes(4)), "of x has the wrong"),
+    "three_offsets": (packed({"x": entry(0, 4) | {"data_offsets": [0, 4, 8]}}, bytes(4)), "of x has the wrong type"),
     "nine_dimensions": (packed({"x": entry(0, 4, [1] * 9)}, bytes(4)), "the shape of x is impossible"),
     "endless_empty": (packed({"x": entry(0, 0, [0, 1 << 62, 1 << 62])}), "the shape of x is impossible"),
-    "shape_lies": (packed({"x": entry(0, 8, [3])}, bytes(8)), "x of shape [3] in F32 takes 12 bytes, but is given 8"),
-    "span_runs_back": (packed({"x": entry(8, 4, [1])}, bytes(8)), "takes 4 bytes, but is given -4"),
+    "shape_lies": (packed({"x": entry(0, 8, [3])}, bytes(8)), "x of shape [3] in F32 takes 12 bytes, but has 8"),
+    "span_runs_back": (packed({"x": entry(8, 4, [1])}, bytes(8)), "takes 4 bytes, but has -4"),
     "overlap": (packed({"x": entry(0, 8), "y": entry(4, 12)}, bytes(12)), "y overlaps the tensor before it"),
     "gap": (packed({"x": entry(0, 8), "y": entry(12, 16)}, bytes(16)), "begins at byte 12 of the data, not 8"),
     "gap_at_start": (packed({"x": entry(4, 8)}, bytes(8)), "x leaves a gap"),
-    "zip_pickle": (b"PK\x03\x04" + bytes(60), "is a pickle checkpoint, and loading one can run hidden code"),
+    "zip_pickle": (b"PK\x03\x04" + bytes(60), "is a pickle checkpoint, which can run hidden code when loaded"),
     "bare_pickle": (b"\x80\x02}q\0." + bytes(60), "is a pickle checkpoint"),
     "gguf": (b"GGUF\x03\0\0\0" + bytes(60), "is a GGUF file"),
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(60), "is an image (PNG)"),
@@ -227,11 +227,11 @@ def test_file_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     (path := tmp_path / "x.safetensors").write_bytes(GOOD)
     checkpoint = Checkpoint(path)
     path.write_bytes(GOOD[:-5])
-    with pytest.raises(WrongRequest, match="has become shorter while it was read: 7 of the 12 bytes of y are left"):
+    with pytest.raises(WrongRequest, match="became shorter while it was read: only 7 of the 12 bytes of y are left"):
         checkpoint.get("y")
 
 
-def test_spans_are_read_alone_in_the_order_asked(tmp_path):
+def test_only_the_requested_spans_are_read_in_order(tmp_path):
     cube = torch.randn(5, 3, 2).bfloat16()
     write_safetensors(tmp_path / "x.safetensors", {"cube": cube, "other": torch.ones(7)})
     checkpoint = Checkpoint(tmp_path / "x.safetensors")
@@ -239,24 +239,24 @@ def test_spans_are_read_alone_in_the_order_asked(tmp_path):
     assert torch.equal(read.view(3, 3, 2), cube[[4, 0, 4]])
     assert checkpoint.read("cube", []).numel() == 0
     assert torch.equal(checkpoint.get("cube", 1, 4), cube[1:4])
-    with pytest.raises(ValueError, match="cube has 5 rows, not those from 2 to 6"):
+    with pytest.raises(ValueError, match="cube has 5 rows, so there are no rows 2 to 6"):
         checkpoint.get("cube", 2, 6)
 
 
 BOMBS = {
-    "lists": (b'{"x":[' + b"[]," * (8 << 20) + b"0]}", "lists more than 1,048,576 things"),
-    "objects": (b'{"x":[' + b"{}," * (8 << 20) + b"0]}", "lists more than 1,048,576 things"),
-    "numbers": (b'{"x":[' + b"1000," * (5 << 20) + b"0]}", "lists more than 1,048,576 things"),
-    "text": (json.dumps({"__metadata__": {"x": "[]," * (8 << 20)}}).encode(), "lists more than 1,048,576 things"),
+    "lists": (b'{"x":[' + b"[]," * (8 << 20) + b"0]}", "lists more than 1,048,576 items"),
+    "objects": (b'{"x":[' + b"{}," * (8 << 20) + b"0]}", "lists more than 1,048,576 items"),
+    "numbers": (b'{"x":[' + b"1000," * (5 << 20) + b"0]}", "lists more than 1,048,576 items"),
+    "text": (json.dumps({"__metadata__": {"x": "[]," * (8 << 20)}}).encode(), "lists more than 1,048,576 items"),
     "tensors": (
         b"{%s}" % b",".join(b'"%d":{"dtype":"U8","shape":[0],"data_offsets":[0,0]}' % i for i in range(65_537)),
-        "lists 65,537 tensors, the most that are read is 65,536",
+        "lists 65,537 tensors, the limit is 65,536",
     ),
 }
 
 
 @pytest.mark.parametrize("bomb", BOMBS)
-def test_a_header_that_unpacks_to_much_more_is_refused_in_little_memory(tmp_path, bomb):
+def test_a_header_that_parses_to_much_more_is_refused_in_little_memory(tmp_path, bomb):
     text, sentence = BOMBS[bomb]
     (path := tmp_path / "x.safetensors").write_bytes(packed(text))
     tracemalloc.start()
@@ -364,7 +364,7 @@ def test_strict_load_names_every_kind_of_misfit_and_changes_nothing():
     assert str(caught.value) == (
         "x.safetensors does not fit Small: 1 missing (frozen), "
         "6 unexpected (extra.0; extra.1; extra.2; extra.3; ...), "
-        "1 wrong shape (linear.weight is (3, 2), not (2, 3)); give the file that belongs to it"
+        "1 wrong shape (linear.weight is (3, 2), not (2, 3)); use the file that belongs to it"
     )
     assert all(torch.equal(tensor, before[name]) for name, tensor in module.state_dict().items())
 

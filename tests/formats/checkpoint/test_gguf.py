@@ -1,4 +1,4 @@
-"""GGUF files, written by the gguf package: values, names, and one clear sentence for every header that lies."""
+"""GGUF files, written by the gguf package: values, names, and one clear sentence for every false header."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ DECODERS = ("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_NL", "IQ4_XS")  # and o
 
 @cache
 def stored_as(kind: str, shape: tuple[int, ...]) -> tuple[np.ndarray, torch.Tensor]:
-    """Random data of that type, and its values by the gguf package."""
+    """Random data of that type, and its values from the gguf package."""
     type = GGMLQuantizationType[kind]
     w = np.random.default_rng(sum(shape)).standard_normal(shape, dtype=np.float32)
     if kind not in DECODERS:
@@ -87,7 +87,7 @@ def write(path: Path, tensors: dict[str, tuple[np.ndarray, str]], architecture: 
 
 
 def transformer(kind: str, prefix: str = "", outside: str = "BF16", vectors: str = "F32"):
-    """A transformer as city96 stores it: the blocks' matrices quantized, what lies outside them not; and its values."""
+    """A transformer as city96 stores it, with only the blocks' matrices quantized; and its values."""
     tensors, values = {}, {}
     for name, shape in flux_shapes(CONFIG).items():
         own = vectors if len(shape) == 1 else kind if "_blocks." in name else outside
@@ -127,7 +127,7 @@ def test_every_type_has_the_values_that_the_gguf_package_gives_it(tmp_path, monk
         ("", "cow", "BF16", "BF16", 256),
     ],
 )
-def test_names_and_types_vary_from_maker_to_maker(tmp_path, prefix, architecture, outside, vectors, alignment):
+def test_names_and_types_may_vary(tmp_path, prefix, architecture, outside, vectors, alignment):
     tensors, values = transformer("Q5_0", prefix, outside, vectors)
     data, values[LAYER] = stored_as("Q6_K", values[LAYER].shape)
     tensors[prefix + LAYER] = data, "Q6_K"  # the type may change from tensor to tensor
@@ -145,14 +145,14 @@ def test_t5_is_read_under_llama_cpps_names(tmp_path, kind):
     source = open_t5(path)
     assert source.config.items() >= T5.items()
     assert_values(source, values)
-    with pytest.raises(WrongRequest, match=r"is a T5 text encoder, where a FLUX\.1 transformer is wanted"):
+    with pytest.raises(WrongRequest, match=r"is a T5 text encoder, not a FLUX\.1 transformer"):
         open_flux(path)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
 @pytest.mark.parametrize("kind", ["Q4_K", "Q8_0", "BF16"])
 def test_a_t5_through_a_ring_has_the_same_values(tmp_path, monkeypatch, kind, dtype):
-    """What is decoded on the host travels in the dtype to compute in, a band at a time."""
+    """Tensors decoded on the host are copied in the dtype of the computation, one band at a time."""
     monkeypatch.setattr(sources, "BAND", 1 << 14)
     tensors = {}
     for name, shape in t5_shapes(T5).items():
@@ -171,7 +171,7 @@ def test_a_t5_through_a_ring_has_the_same_values(tmp_path, monkeypatch, kind, dt
 
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8"])
 def test_a_gguf_is_quantized_from_its_exact_values(tmp_path, monkeypatch, format):
-    """Band by band it becomes the same as whole, and the cache knows it again."""
+    """Quantizing in bands gives the same result as at once, and the cache recognizes the file."""
     monkeypatch.setattr(sources, "BAND", 1 << 14)
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     tensors, values = transformer("Q4_K")
@@ -197,7 +197,7 @@ def test_types_that_fluxq_does_not_read_are_named(tmp_path):
 
 
 @pytest.mark.parametrize("order", [1, -1])
-def test_one_tensor_under_two_makers_names_is_refused(tmp_path, order):
+def test_one_tensor_under_two_names_is_refused(tmp_path, order):
     names = ["token_embd.weight", "shared.weight"][::order]
     tensors = {name: stored_as("F16", (2, 32))[:1] + ("F16",) for name in names}
     with pytest.raises(WrongRequest, match=r"a\.gguf has one tensor under two names \(.*shared\.weight\); remove"):
@@ -205,7 +205,7 @@ def test_one_tensor_under_two_makers_names_is_refused(tmp_path, order):
 
 
 def test_a_vector_in_blocks_is_refused(tmp_path):
-    """No program makes one; its blocks are not the vector's rows."""
+    """No program writes one; its blocks are not the vector's rows."""
     tensors, values = transformer("Q8_0")
     tensors["img_in.bias"] = stored_as("Q8_0", tuple(values["img_in.bias"].shape))[0], "Q8_0"
     with pytest.raises(
@@ -221,7 +221,7 @@ def test_a_gguf_without_a_tensor_is_refused_by_its_name(tmp_path):
         open_flux(write(tmp_path / "a.gguf", tensors))
 
 
-# --- headers that lie ---
+# --- false headers ---
 
 HUGE = 1 << 40
 
@@ -244,34 +244,34 @@ def alignment(value: bytes, kind: int = 4) -> bytes:
 
 TWICE = alignment(struct.pack("<I", 32)) * 2
 LIES = {
-    "tensors": (packed(b"", HUGE, 0), "claims 1,099,511,627,776 tensors, the most that are read is 65,536"),
-    "absent tensors": (packed(tensor_info(dimensions=(2, 1), kind=0), 60_000, 0)[:65], "8 more bytes, 0 are left"),
+    "tensors": (packed(b"", HUGE, 0), "claims 1,099,511,627,776 tensors, the limit is 65,536"),
+    "absent tensors": (packed(tensor_info(dimensions=(2, 1), kind=0), 60_000, 0)[:65], "8 more bytes, but only 0 are"),
     "name": (packed(struct.pack("<Q", HUGE), 1, 0), "claims a string of 1,099,511,627,776 bytes"),
     "twice": (packed(tensor_info() + tensor_info(offset=96), 2, 192), "the tensor x occurs twice"),
-    "no dimensions": (packed(tensor_info(count=0), 1, 96), "x has 0 dimensions, 1 to 4 are possible"),
+    "no dimensions": (packed(tensor_info(count=0), 1, 96), "x has 0 dimensions, not 1 to 4"),
     "dimensions": (packed(tensor_info(count=1 << 31), 1, 96), "x has 2,147,483,648 dimensions"),
-    "huge": (packed(tensor_info(dimensions=(32, HUGE)), 1, 96), "x of 32 x 1,099,511,627,776 in Q8_0, whose blocks"),
-    "overflow": (packed(tensor_info(dimensions=(1 << 63, 1 << 63, 2)), 1, 96), "is impossible"),
-    "half a block": (packed(tensor_info(dimensions=(33, 2)), 1, 96), "x of 33 x 2 in Q8_0, whose blocks are 32, is"),
-    "type": (packed(tensor_info(kind=4), 1, 96), "x is of the unknown type 4"),
-    "type beyond": (packed(tensor_info(kind=1 << 31), 1, 96), "x is of the unknown type 2147483648"),
-    "truncated": (packed(tensor_info(), 1, 67), "is truncated: 164 bytes were expected by its header, 163 came, 1 are"),
-    "goes on": (packed(tensor_info(), 1, 100), "goes on for 32 bytes after the last tensor of its header"),
-    "offset": (packed(tensor_info(offset=HUGE), 1, 96), "x does not begin where that before it ends: at byte 1,099"),
-    "unaligned": (packed(tensor_info(offset=8), 1, 96), "x does not begin where that before it ends: at byte 8"),
+    "huge": (packed(tensor_info(dimensions=(32, HUGE)), 1, 96), "x cannot be 32 x 1,099,511,627,776 in Q8_0"),
+    "overflow": (packed(tensor_info(dimensions=(1 << 63, 1 << 63, 2)), 1, 96), "x cannot be"),
+    "half a block": (packed(tensor_info(dimensions=(33, 2)), 1, 96), "x cannot be 33 x 2 in Q8_0, whose blocks"),
+    "type": (packed(tensor_info(kind=4), 1, 96), "x has the unknown type 4"),
+    "type beyond": (packed(tensor_info(kind=1 << 31), 1, 96), "x has the unknown type 2147483648"),
+    "truncated": (packed(tensor_info(), 1, 67), "expected 164 bytes according to its header, found 163, 1 missing"),
+    "goes on": (packed(tensor_info(), 1, 100), "has 32 extra bytes after the last tensor of its header"),
+    "offset": (packed(tensor_info(offset=HUGE), 1, 96), "x does not follow the tensor before it: it begins at byte 1,"),
+    "unaligned": (packed(tensor_info(offset=8), 1, 96), "x does not follow the tensor before it: it begins at byte 8"),
     "overlap": (packed(tensor_info() + tensor_info(b"y", offset=64), 2, 192), "y overlaps the tensor before it"),
-    "gap": (packed(tensor_info() + tensor_info(b"y", offset=128), 2, 256), "y does not begin where that before"),
-    "alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 48)), 1), "its alignment 48 is no power of"),
-    "no alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 0)), 1), "its alignment 0 is no power"),
+    "gap": (packed(tensor_info() + tensor_info(b"y", offset=128), 2, 256), "y does not follow the tensor before it"),
+    "alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 48)), 1), "its alignment 48 is not a"),
+    "no alignment": (packed(tensor_info(), 1, 96, alignment(struct.pack("<I", 0)), 1), "its alignment 0 is not a"),
     "alignment text": (packed(tensor_info(), 1, 96, alignment(struct.pack("<Q", 1) + b"a", 8), 1), "alignment a is no"),
     "key twice": (packed(tensor_info(), 1, 96, TWICE, 2), "the key general.alignment occurs twice"),
-    "version": (b"GGUF" + struct.pack(">IQQ", 3, 1, 0) + bytes(99), "is GGUF of version 50331648, only 2 and 3"),
-    "cut": (b"GGUF" + struct.pack("<IQ", 3, 1), "it claims 8 more bytes, 0 are left"),
+    "version": (b"GGUF" + struct.pack(">IQQ", 3, 1, 0) + bytes(99), "is GGUF version 50331648, but fluxq"),
+    "cut": (b"GGUF" + struct.pack("<IQ", 3, 1), "it claims 8 more bytes, but only 0 are left"),
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_a_header_that_lies_is_one_sentence_and_no_memory(tmp_path, lie):
+def test_a_false_header_is_refused_without_using_memory(tmp_path, lie):
     content, sentence = LIES[lie]
     (tmp_path / "a.gguf").write_bytes(content)
     tracemalloc.start()
@@ -287,7 +287,7 @@ def test_a_header_that_lies_is_one_sentence_and_no_memory(tmp_path, lie):
 
 
 def test_random_mutations_let_only_wrong_request_escape(tmp_path):
-    """And whatever is taken for whole can be read to the end."""
+    """Files that are accepted can be read to the end."""
     rng, path = random.Random(0), tmp_path / "a.gguf"
     tensors = {
         f"blocks.{i}.{kind}": (stored_as(kind, (3, 256))[0], kind) for i, kind in enumerate(("Q8_0", "F16", "Q4_0"))
@@ -320,6 +320,6 @@ def test_a_gguf_that_shrinks_while_it_is_read_is_noticed(tmp_path):
     tensors, _ = transformer("Q8_0")
     source = open_flux(path := write(tmp_path / "a.gguf", tensors))
     path.write_bytes(path.read_bytes()[:4000])
-    with pytest.raises(WrongRequest, match="has become shorter while it was read"):
+    with pytest.raises(WrongRequest, match="became shorter while it was read"):
         write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, CPU)
     assert not (tmp_path / "q.safetensors").exists()

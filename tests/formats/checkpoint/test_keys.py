@@ -1,4 +1,4 @@
-"""diffusers' names: its own models, built without weights, say what the full-size set must be."""
+"""diffusers' names, compared with its own full-size models, built without weights."""
 
 import hashlib
 
@@ -22,7 +22,7 @@ def test_transformer_has_exactly_diffusers_names_and_shapes(config):
 
 
 def test_every_name_of_dev_maps_as_listed():
-    """The digest is of a list of all 780 names, made from diffusers' own conversion and checked by equal outputs."""
+    """The digest is of a list of all 780 names, made with diffusers' own conversion and checked by equal outputs."""
     config, lines = FluxConfig.dev(), []
     for key in flux_shapes(config):
         module, leaf = key.rsplit(".", 1)

@@ -1,4 +1,4 @@
-"""Comfy's scaled fp8, in all its spellings, against a decoder of plain numpy."""
+"""Comfy's scaled fp8, in all its spellings, compared with a decoder in plain NumPy."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def scaled(
     dtype: torch.dtype = torch.float8_e4m3fn,
     prefix: str = "",
 ) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """A transformer as Comfy stores it, every matrix with a random scale; and its values by plain numpy."""
+    """A transformer as Comfy stores it, every matrix with a random scale; and its values from plain NumPy."""
     stored: dict[str, torch.Tensor] = {}
     values: dict[str, torch.Tensor] = {}
     for name, shape in flux_shapes(CONFIG).items():
@@ -92,7 +92,7 @@ def test_older_files_are_read_with_scales_of_any_shape(tmp_path, prefix, dtype, 
 
 
 @pytest.mark.parametrize("where", ["beside", "header", "nowhere"])
-def test_newer_files_are_read_wherever_they_notify_their_format(tmp_path, where):
+def test_newer_files_are_read_wherever_they_store_their_format(tmp_path, where):
     stored, values = scaled(suffix="weight_scale")
     stored |= {f"{layer}.input_scale": torch.tensor(7.0) for layer in LAYERS[::2]}
     about, metadata = {"format": "float8_e4m3fn", "full_precision_matrix_mult": True}, {}
@@ -104,7 +104,7 @@ def test_newer_files_are_read_wherever_they_notify_their_format(tmp_path, where)
     assert_values(write(tmp_path / "a.safetensors", stored, **metadata), values)
 
 
-def test_a_vector_may_have_one_number_for_a_scale(tmp_path):
+def test_a_vector_may_have_a_scalar_scale(tmp_path):
     stored, values = scaled()
     name = "single_blocks.1.norm.key_norm.weight"  # as Comfy spells it
     own = stored.pop(name.replace("weight", "scale")).to(torch.float8_e4m3fn)
@@ -113,7 +113,7 @@ def test_a_vector_may_have_one_number_for_a_scale(tmp_path):
     assert_values(write(tmp_path / "a.safetensors", stored), values)
 
 
-def test_unscaled_layers_of_a_newer_file_are_what_they_are(tmp_path):
+def test_unscaled_layers_of_a_newer_file_are_plain(tmp_path):
     stored, values = scaled(suffix="weight_scale")
     stored.pop(f"{LAYER}.weight_scale")
     stored[f"{LAYER}.weight"] = values[f"{LAYER}.weight"] = torch.randn(values[f"{LAYER}.weight"].shape)
@@ -154,7 +154,7 @@ def refusal(path: Path) -> str:
 @pytest.mark.parametrize("format", ["nvfp4", "mxfp8", "int8_tensorwise", "convrot_w4a4", "svdquant_w4a4", "awq_w4a16"])
 @pytest.mark.parametrize("where", ["beside", "header"])
 def test_comfys_other_formats_are_refused_by_name(tmp_path, format, where):
-    """Their packed shapes, half the columns, are never taken for the model's."""
+    """Their packed shapes, with half the columns, are never mistaken for the model's."""
     stored, _ = scaled(suffix="weight_scale")
     about, metadata = {"format": format}, {}
     stored[f"{LAYER}.weight"] = torch.zeros(64, 160, dtype=torch.uint8)
@@ -167,7 +167,7 @@ def test_comfys_other_formats_are_refused_by_name(tmp_path, format, where):
     assert f"stores 1 of its tensors ({LAYER}.weight; ...) as {format}, which fluxq does not read" in sentence
 
 
-def test_nvfp4_is_known_by_its_second_scale(tmp_path):
+def test_nvfp4_is_recognized_by_its_second_scale(tmp_path):
     stored, _ = scaled(suffix="weight_scale")
     stored |= {f"{layer}.weight_scale_2": torch.tensor(1.0) for layer in LAYERS}
     sentence = refusal(write(tmp_path / "a.safetensors", stored))
@@ -179,21 +179,21 @@ def test_nvfp4_is_known_by_its_second_scale(tmp_path):
     [
         (b"{", "has a damaged img_in.comfy_quant (Expecting"),
         (b"[]", "has a damaged img_in.comfy_quant (a JSON list, not an object)"),
-        (b"{}", "has a damaged img_in.comfy_quant (it names no format)"),
-        (b'{"format": 3}', "has a damaged img_in.comfy_quant (it names no format)"),
+        (b"{}", "has a damaged img_in.comfy_quant (it has no format)"),
+        (b'{"format": 3}', "has a damaged img_in.comfy_quant (it has no format)"),
         (b"\xff\xfe\xfd\xfc", "has a damaged img_in.comfy_quant ("),
         (b"[" * 60_000, "has a damaged img_in.comfy_quant ("),
-        (b" " * 70_000, "has a damaged img_in.comfy_quant (70,000 bytes, the most that are read is 65,536)"),
+        (b" " * 70_000, "has a damaged img_in.comfy_quant (70,000 bytes, the limit is 65,536)"),
     ],
 )
-def test_a_damaged_note_of_the_format_is_refused(tmp_path, blob, sentence):
+def test_a_damaged_format_entry_is_refused(tmp_path, blob, sentence):
     stored, _ = scaled(suffix="weight_scale")
     stored["img_in.comfy_quant"] = torch.tensor(list(blob), dtype=torch.uint8)
     assert sentence in refusal(write(tmp_path / "a.safetensors", stored))
 
 
 @pytest.mark.parametrize("text", ["{", "[]", "{}", '{"layers": 3}', '{"layers": {"img_in": null}}'])
-def test_a_damaged_header_note_is_refused(tmp_path, text):
+def test_damaged_quantization_metadata_is_refused(tmp_path, text):
     stored, _ = scaled(suffix="weight_scale")
     assert "has a damaged" in refusal(write(tmp_path / "a.safetensors", stored, _quantization_metadata=text))
 

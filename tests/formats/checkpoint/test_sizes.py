@@ -1,4 +1,4 @@
-"""How large the models in a file are, from its keys and shapes; the public files' lists are held by their digests."""
+"""Model sizes from a file's keys and shapes; the public files' lists are kept as digests."""
 
 import hashlib
 import math
@@ -37,7 +37,7 @@ CLIP_L = dict(
 
 
 def digest(shapes) -> str:
-    """Of every name and shape, as listed for flux1-dev.safetensors and ae.safetensors."""
+    """The digest of every name and shape, as listed for flux1-dev.safetensors and ae.safetensors."""
     return hashlib.sha256("\n".join(sorted(f"{key} {shape}" for key, shape in shapes.items())).encode()).hexdigest()
 
 
@@ -64,7 +64,7 @@ def test_flux_config_follows_from_shapes_under_any_prefix(config, prefix):
 
 
 def all_in_one() -> dict[str, tuple[int, ...]]:
-    """An all-in-one file, its transformer neither first nor alone."""
+    """An all-in-one file whose transformer is neither first nor alone."""
     clip, t5 = "text_encoders.clip_l.transformer.text_model.", "text_encoders.t5xxl.transformer."
     return (
         {"vae." + name: shape for name, shape in autoencoder_shapes(NANO_AE).items()}
@@ -85,7 +85,7 @@ def test_all_in_one_file_gives_each_model_its_own():
     assert all(key.startswith("vae.") for key in autoencoder_keys(shapes).values())
 
 
-def test_norm_weight_is_read_as_norm_scale_but_not_beside_it():
+def test_norm_weight_is_read_as_norm_scale_but_not_next_to_it():
     shapes = dict(flux_shapes(ODD))
     name = "single_blocks.2.norm.key_norm.scale"
     alias = name.replace("scale", "weight")
@@ -122,31 +122,34 @@ DEV = flux_shapes(FluxConfig.dev())
 FOREIGN = {
     "chroma": (
         {"distilled_guidance_layer.in_proj.weight": (5120, 64)} | dict(DEV),
-        "is Chroma, which is another model",
+        "is Chroma (a different model",
     ),
-    "flux2": ({"double_stream_modulation_img.lin.weight": (1, 1), "double_blocks.0.x": (1,)}, "is FLUX.2, which is"),
-    "fill": (dict(DEV) | {"img_in.weight": (3072, 384)}, "has 384 inputs as of Fill where 64 are wanted"),
-    "canny": (dict(DEV) | {"img_in.weight": (3072, 128)}, "has 128 inputs as of Canny or Depth where 64"),
+    "flux2": (
+        {"double_stream_modulation_img.lin.weight": (1, 1), "double_blocks.0.x": (1,)},
+        "is FLUX.2 (a different model",
+    ),
+    "fill": (dict(DEV) | {"img_in.weight": (3072, 384)}, "has 384 input channels like Fill, not 64"),
+    "canny": (dict(DEV) | {"img_in.weight": (3072, 128)}, "has 128 input channels like Canny or Depth, not 64"),
     "nunchaku": ({"transformer_blocks.0.qkv_proj.qweight": (1, 1), "a.lora_down": (1, 1)}, "is a nunchaku"),
     "kohya_lora": ({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": (4, 8)}, "is a LoRA"),
     "comfy_lora": ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (4, 8)}, "is a LoRA"),
     "xlabs_lora": ({"double_blocks.0.processor.qkv_lora1.down.weight": (4, 8)}, "is a LoRA"),
     "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 8)}, "is a LoRA"),
     "diffusers": ({"single_transformer_blocks.0.attn.to_q.weight": (4, 8)}, "is a FLUX.1 transformer in diffusers'"),
-    "autoencoder": (autoencoder_shapes(NANO_AE), "is a FLUX.1 autoencoder, where a FLUX.1 transformer is wanted"),
+    "autoencoder": (autoencoder_shapes(NANO_AE), "is a FLUX.1 autoencoder, not a FLUX.1 transformer"),
     "sd_autoencoder": ({"decoder.up.0.x": (1,), "quant_conv.weight": (8, 8, 1, 1)}, "is the autoencoder of another"),
-    "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "is a T5 text encoder, where"),
+    "t5": ({"encoder.block.0.layer.0.SelfAttention.q.weight": (4, 4)}, "is a T5 text encoder, not"),
     "umt5": (
         {f"encoder.block.{i}.layer.0.SelfAttention.relative_attention_bias.weight": (4, 4) for i in range(2)},
-        "is UMT5, another model than T5",
+        "is UMT5 (a different model from T5)",
     ),
-    "clip": ({"text_model.embeddings.position_embedding.weight": (77, 768)}, "is a CLIP text encoder, where"),
+    "clip": ({"text_model.embeddings.position_embedding.weight": (77, 768)}, "is a CLIP text encoder, not"),
     "openclip": ({"transformer.resblocks.0.ln_1.weight": (8,)}, "is a CLIP text encoder in OpenCLIP's layout"),
     "sdxl": ({"model.diffusion_model.input_blocks.0.0.weight": (1,)}, "is a Stable Diffusion model"),
     "sd3": ({"model.diffusion_model.joint_blocks.0.x": (1,)}, "is Stable Diffusion 3"),
     "unet": ({"down_blocks.0.resnets.0.conv1.weight": (1,)}, "is a model in diffusers' layout"),
-    "nothing": ({}, "is empty: it has no tensors"),
-    "unknown": ({"layers.0.weight": (3,)}, "is no model that fluxq knows (its first key is layers.0.weight)"),
+    "nothing": ({}, "is empty (it has no tensors)"),
+    "unknown": ({"layers.0.weight": (3,)}, "is a model that fluxq does not know (its first key is layers.0.weight)"),
     "prefix": (
         {f"ema.{name}": shape for name, shape in DEV.items()},
         "is a FLUX.1 transformer under an unknown prefix",
@@ -154,18 +157,24 @@ FOREIGN = {
     "twice": (dict(DEV) | {f"model.{name}": shape for name, shape in DEV.items()}, "holds a FLUX.1 transformer twice"),
     "neighbor": (
         {f"model.{name}": shape for name, shape in DEV.items()} | {"x.y": (1,)},
-        "beside it: 1 unexpected (x.y)",
+        "extra tensors: 1 unexpected (x.y)",
     ),
     "no singles": (
         {name: shape for name, shape in DEV.items() if not name.startswith("single_")},
-        "lacks all of its single_blocks; download it again",
+        "has no single_blocks; download it again",
     ),
     "headless": (
         without(DEV, "double_blocks.0.img_attn.norm.query_norm.scale"),
-        "lacks the tensor double_blocks.0.img_",
+        "has no tensor double_blocks.0.img_",
     ),
-    "flat": (dict(DEV) | {"img_in.weight": (196_608,)}, "has img_in.weight in shape (196608,), not in 2 dimensions"),
-    "heads": (dict(DEV) | {"double_blocks.0.img_attn.norm.query_norm.scale": (100,)}, "has heads of 100 in a width of"),
+    "flat": (
+        dict(DEV) | {"img_in.weight": (196_608,)},
+        "has img_in.weight of shape (196608,), not 2 nonzero dimensions",
+    ),
+    "heads": (
+        dict(DEV) | {"double_blocks.0.img_attn.norm.query_norm.scale": (100,)},
+        "has heads of width 100 at hidden size",
+    ),
     "far": (dict(DEV) | {"double_blocks." + "9" * 5000 + ".x": (1,)}, "1 unexpected (double_blocks.9999999"),
 }
 
@@ -183,7 +192,7 @@ def test_foreign_file_is_refused_by_name(what):
     ("config_of", "wanted"), [(autoencoder_config, "autoencoder"), (clip_config, "CLIP"), (t5_config, "T5")]
 )
 def test_transformer_in_the_place_of_another_model_is_refused(config_of, wanted):
-    with pytest.raises(WrongRequest, match=rf"flux\.st is a FLUX.1 transformer, where a .*{wanted}.* is wanted; give "):
+    with pytest.raises(WrongRequest, match=rf"flux\.st is a FLUX.1 transformer, not a .*{wanted}.*; use "):
         config_of(flux_shapes(ODD), "flux.st")
 
 
@@ -246,7 +255,7 @@ def test_t5_is_read_with_either_name_of_its_embedding(tmp_path, prefix, embeddin
         if not name.endswith(("shared.weight", "embed_tokens.weight"))
     }
     tensors |= {f"{prefix}{name}.weight": original.shared.weight.detach() for name in embeddings}
-    tensors |= {"logit_scale": torch.tensor(4.6)}  # ComfyUI's CLIPSave writes it beside
+    tensors |= {"logit_scale": torch.tensor(4.6)}  # ComfyUI's CLIPSave adds it
     read = loaded(tmp_path, tensors, t5_keys, lambda shapes: T5EncoderModel(T5Config(**t5_config(shapes))))
     ids = torch.randint(1, 40, (2, 50))
     assert torch.equal(original(ids).last_hidden_state, read(ids).last_hidden_state)

@@ -1,4 +1,4 @@
-"""One reader for every place that a model's tensors lie in, against files that other projects' code wrote."""
+"""One reader for every kind of checkpoint, tested with files written by other projects' code."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def write(path: Path, tensors) -> Path:
 
 
 def assert_holds(source, tensors) -> None:
-    """The source gives exactly these tensors, bit for bit, and says their shapes and dtypes beforehand."""
+    """The source returns exactly these tensors, bit for bit, and `shapes` lists their shapes."""
     assert source.shapes.keys() == tensors.keys()
     for name, wanted in tensors.items():
         found = source.get(name)
@@ -74,7 +74,7 @@ def refusal(opener, path: Path) -> str:
     ],
 )
 def test_a_single_file_gives_its_tensors_as_they_are_stored(tmp_path, dtype, precision):
-    """Kijai's fp8 files store the vectors too in 8 bits: they come as 8 bits, and as their values."""
+    """Kijai's fp8 files also store the vectors in 8 bits: they are read both as 8 bits and as values."""
     tensors = own_flux(dtype)
     source = open_flux(write(tmp_path / "flux.safetensors", tensors))
     assert_holds(source, tensors)
@@ -86,7 +86,7 @@ def test_a_single_file_gives_its_tensors_as_they_are_stored(tmp_path, dtype, pre
 
 
 def all_in_one() -> dict[str, torch.Tensor]:
-    """nano's four files as Comfy writes them in one: its prefixes, and what lies beside."""
+    """nano's four files in one, as Comfy writes it: with its prefixes and extra tensors."""
     prefixes = {
         nano.FLUX: "model.diffusion_model.",
         nano.AE: "vae.",
@@ -165,7 +165,7 @@ def test_a_diffusers_autoencoder_is_mapped_back(tmp_path):
 
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 1.5305, "shift_factor": 0.0609}))
-    assert "is the autoencoder of another model (scaling_factor 1.5305" in refusal(open_autoencoder, tmp_path)
+    assert "belongs to another model's autoencoder (scaling_factor 1.5305" in refusal(open_autoencoder, tmp_path)
 
 
 def clip_model() -> CLIPTextModel:
@@ -202,7 +202,7 @@ def test_text_encoder_folders_are_read(tmp_path, shard_size):
 
 
 def scaled_t5(rows: bool = False, key: str = "scale_weight", prefix: str = ""):
-    """T5 as Comfy scales it: matrices fp8 with a scale each, the rest fp16. Returns the file's and the true values."""
+    """T5 as Comfy scales it: fp8 matrices with one scale each, the rest fp16. Returns (file's, true) values."""
     stored, values = {prefix + "scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}, {}
     for name, tensor in randomize(t5_model()).state_dict().items():
         if name == "encoder.embed_tokens.weight":
@@ -223,7 +223,7 @@ def scaled_t5(rows: bool = False, key: str = "scale_weight", prefix: str = ""):
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("key", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("prefix", ["", "text_encoders.t5xxl.transformer."])
-def test_scales_of_fp8_text_encoders_are_kept_beside_their_bytes(tmp_path, rows, key, prefix):
+def test_fp8_text_encoders_keep_their_bytes_and_scales(tmp_path, rows, key, prefix):
     stored, values = scaled_t5(rows, key, prefix)
     source = open_t5(write(tmp_path / "t5.safetensors", stored))
     assert source.precision == "fp8 e4m3, scaled" and source.shapes.keys() == values.keys()
@@ -256,7 +256,7 @@ def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
         assert sentence in refusal(open_t5, write(tmp_path / "t5.safetensors", stored))
 
 
-def test_a_scaled_transformer_beside_it_is_no_matter_to_t5(tmp_path):
+def test_a_scaled_transformer_in_the_same_file_does_not_affect_t5(tmp_path):
     tensors = all_in_one() | {"model.diffusion_model.scaled_fp8": torch.empty(0, dtype=torch.float8_e4m3fn)}
     tensors["model.diffusion_model.txt_in.weight"] = tensors["model.diffusion_model.txt_in.weight"].to(FP8)
     path = write(tmp_path / "all.safetensors", tensors)
@@ -284,7 +284,7 @@ def test_missing_shards_and_shards_that_disagree_are_named(tmp_path):
     assert open_flux(folder).config == CONFIG
     second = folder / "a-00002-of-00002.safetensors"
     tensors = load_file(second)
-    assert f"is one shard of several; give its folder, {folder}" in refusal(open_flux, second)
+    assert f"is one shard of several; name its folder, {folder}" in refusal(open_flux, second)
 
     moved = tensors.pop("x_embedder.weight", None)
     key = "x_embedder.weight" if moved is not None else next(iter(tensors))
@@ -296,21 +296,21 @@ def test_missing_shards_and_shards_that_disagree_are_named(tmp_path):
     second.write_bytes(second.read_bytes()[:-7])
     assert "a-00002-of-00002.safetensors is truncated" in refusal(open_flux, folder)
     second.unlink()
-    assert "lists a-00002-of-00002.safetensors, which is not there" in refusal(open_flux, folder)
+    assert "lists a-00002-of-00002.safetensors, which does not exist" in refusal(open_flux, folder)
     (folder / "a.safetensors.index.json").unlink()
-    assert "holds shards but no .safetensors.index.json" in refusal(open_flux, folder)
+    assert "has shards but no .safetensors.index.json" in refusal(open_flux, folder)
 
 
 @pytest.mark.parametrize(
     ("index", "sentence"),
     [
-        ("{", "is no valid JSON"),
-        (" " * (17 << 20), "has 17,825,792 bytes, the most that are read is 16,777,216"),
+        ("{", "is not valid JSON"),
+        (" " * (17 << 20), "has 17,825,792 bytes, the limit is 16,777,216"),
         ("[]", "is a JSON list, not an object"),
         ("{}", "has no weight_map"),
         (
             '{"weight_map": {"a": "../b.safetensors"}}',
-            "lists ../b.safetensors, which is no .safetensors file beside it",
+            "lists ../b.safetensors, which is not a .safetensors file in the same folder",
         ),
         ('{"weight_map": {"a": 3}}', "lists 3, which is no"),
         ('{"weight_map": {"a": "b.bin"}}', "lists b.bin, which is no"),
@@ -326,9 +326,9 @@ def test_two_files_for_one_part_are_both_named(tmp_path):
         write(tmp_path / f"{name}.safetensors", own_flux(torch.bfloat16))
     shutil.copy(nano.AE, tmp_path)
     sentence = refusal(open_flux, tmp_path)
-    assert "holds a FLUX.1 transformer in one.safetensors and in two.safetensors; name the one to use" in sentence
+    assert "holds a FLUX.1 transformer in one.safetensors and in two.safetensors; name the file to use" in sentence
     assert open_autoencoder(tmp_path).path == tmp_path / nano.AE.name
-    assert f"{tmp_path} holds no .safetensors or .gguf file with a T5 text encoder" in refusal(open_t5, tmp_path)
+    assert f"{tmp_path} has no .safetensors or .gguf file with a T5 text encoder" in refusal(open_t5, tmp_path)
 
 
 FILES = {FLUX: nano.FLUX, AUTOENCODER: nano.AE, CLIP: nano.CLIP_L, T5: nano.T5XXL}
@@ -336,11 +336,11 @@ FILES = {FLUX: nano.FLUX, AUTOENCODER: nano.AE, CLIP: nano.CLIP_L, T5: nano.T5XX
 
 @pytest.mark.parametrize("wanted", FILES)
 @pytest.mark.parametrize("given", FILES)
-def test_each_model_is_told_from_the_others(wanted, given):
+def test_each_model_is_distinguished_from_the_others(wanted, given):
     if wanted == given:
         assert OPENERS[wanted](FILES[given]).alone
     else:
-        assert f"is {given}, where {wanted} is wanted" in refusal(OPENERS[wanted], FILES[given])
+        assert f"is {given}, not {wanted}" in refusal(OPENERS[wanted], FILES[given])
 
 
 @pytest.mark.parametrize("opener", [open_clip, open_t5])
@@ -356,20 +356,20 @@ def test_every_tensor_of_a_text_encoder_must_be_there(tmp_path, opener):
 @pytest.mark.parametrize(
     ("settings", "sentence"),
     [
-        ({"_class_name": "ChromaTransformer2DModel"}, "is of the class ChromaTransformer2DModel"),
-        ({"quantization_config": {"quant_method": "torchao"}}, "says that torchao quantized a FLUX.1 transformer"),
-        ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56] where heads are 32 wide"),
+        ({"_class_name": "ChromaTransformer2DModel"}, "is for the class ChromaTransformer2DModel"),
+        ({"quantization_config": {"quant_method": "torchao"}}, "describes a FLUX.1 transformer quantized by torchao"),
+        ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56], which does not fit heads of width 32"),
         ({"axes_dims_rope": "x"}, "has axes_dims_rope x"),
     ],
 )
-def test_what_a_folder_says_of_itself_must_fit(tmp_path, settings, sentence):
+def test_a_folders_config_must_fit(tmp_path, settings, sentence):
     folder = sharded(tmp_path)
     (folder / "config.json").write_text(json.dumps(settings))
     assert sentence in refusal(open_flux, folder)
 
 
 def test_a_diffusers_transformer_with_a_wrong_split_is_refused(tmp_path):
-    """Rows that add up to the right sum in the wrong places are seen."""
+    """The wrong shapes are noticed although the rows add up to the right sum."""
     tensors = to_diffusers(own_flux(), CONFIG)
     for name, rows in (("to_q", 63), ("to_k", 65)):
         tensors[f"single_transformer_blocks.1.attn.{name}.weight"] = torch.ones(rows, 64)
@@ -383,7 +383,7 @@ FOREIGN = {
     "is a nunchaku": {"transformer_blocks.0.qkv_proj.qweight": (2, 2)},
     "is a Stable Diffusion model": {"model.diffusion_model.input_blocks.0.0.weight": (2, 2)},
     "is a LoRA": {"lora_unet_double_blocks_0_img_attn_qkv.lora_down.weight": (2, 2)},
-    "is a file that quanto or torchao": {"single_transformer_blocks.0.proj_out.weight._data": (2, 2)},
+    "is a file quantized by quanto or torchao": {"single_transformer_blocks.0.proj_out.weight._data": (2, 2)},
     "is HunyuanVideo": {"txt_in.individual_token_refiner.x": (2,), "double_blocks.0.x": (2,)},
 }
 
@@ -398,14 +398,14 @@ def test_fill_and_canny_are_refused_by_their_inputs(tmp_path):
     for inputs, name in ((96, "Fill"), (32, "Canny or Depth")):
         tensors = own_flux(torch.bfloat16) | {"img_in.weight": torch.zeros(64, inputs, dtype=torch.bfloat16)}
         sentence = refusal(open_flux, write(tmp_path / "a.safetensors", tensors))
-        assert f"has {inputs} inputs as of {name}" in sentence
+        assert f"has {inputs} input channels like {name}" in sentence
 
 
 # --- CLIP under OpenCLIP's names ---
 
 
 class OpenClipBlock(torch.nn.Module):
-    """A layer as OpenAI's and OpenCLIP's code have it: torch's own attention, and fc, GELU, projection."""
+    """A layer as in OpenAI's and OpenCLIP's code: torch's own attention, and fc, GELU, projection."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()

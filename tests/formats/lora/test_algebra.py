@@ -34,7 +34,7 @@ def test_stacked_parts_change_their_rows_and_no_others(alphas):
         torch.testing.assert_close(change(back[str(i)]), change(part.adapter), rtol=1e-6, atol=1e-6)
 
 
-def test_one_down_keeps_its_rank_only_where_rows_are_apart():
+def test_equal_downs_keep_the_rank_only_if_rows_are_disjoint():
     down = torch.randn(3, 6)
     halves = [Part(((i * 4, i * 4 + 4),), Adapter(down.clone(), torch.randn(4, 3), 2.0)) for i in range(2)]
     assert stacked(halves, 8).rank == 3
@@ -43,7 +43,7 @@ def test_one_down_keeps_its_rank_only_where_rows_are_apart():
     torch.testing.assert_close(change(stacked(both, 4)), sum(change(h.adapter) for h in halves))
 
 
-def test_split_copies_down_where_components_are_shared():
+def test_split_copies_down_if_components_are_shared():
     whole = adapter(10, 6, 3)
     parts = split(whole, {"a": ((4, 10),), "b": ((0, 4),)})
     assert all(torch.equal(part.down, whole.down) for part in parts.values())
@@ -71,7 +71,7 @@ def test_loras_combine_at_their_strengths():
 
 
 @pytest.mark.parametrize("rank", [1, 4, 7])
-def test_truncation_is_the_best_of_its_rank_and_tells_what_it_lost(rank):
+def test_truncation_is_the_best_of_its_rank_and_returns_the_loss(rank):
     whole = adapter(20, 15, 8)
     left, values, right = torch.linalg.svd(change(whole))
     best = left[:, :rank] * values[:rank] @ right[:rank]
@@ -82,7 +82,7 @@ def test_truncation_is_the_best_of_its_rank_and_tells_what_it_lost(rank):
     assert shorter.whole == pytest.approx(float(values.square().sum()), rel=1e-4)
 
 
-def test_energy_chooses_the_least_rank_that_has_it():
+def test_energy_chooses_the_smallest_sufficient_rank():
     values = torch.tensor([4.0, 2.0, 1.0, 0.5])
     q1, q2 = torch.linalg.qr(torch.randn(12, 4))[0], torch.linalg.qr(torch.randn(9, 4))[0]
     whole = Adapter(q2.T.contiguous(), q1 * values, 4.0)
@@ -93,13 +93,13 @@ def test_energy_chooses_the_least_rank_that_has_it():
     assert resized(whole, energy=1.0).lost <= 1e-9
 
 
-def test_a_rank_above_the_matrix_is_brought_down_exactly():
+def test_a_rank_above_the_matrix_is_reduced_exactly():
     whole = adapter(4, 6, 9)
     shorter = resized(whole, 5)
     assert shorter.adapter.rank == 4 and shorter.lost == 0
     torch.testing.assert_close(change(shorter.adapter), change(whole), rtol=1e-5, atol=1e-5)
 
 
-def test_a_rank_that_is_no_less_changes_nothing():
+def test_resizing_to_the_same_or_a_higher_rank_changes_nothing():
     whole = adapter(10, 6, 3)
     assert resized(whole, 3).adapter is whole and resized(whole, 9).adapter is whole

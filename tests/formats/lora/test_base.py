@@ -1,4 +1,4 @@
-"""LoRAs merged into checkpoints: every layout and precision keeps itself, and holds what the merged weights are."""
+"""LoRAs merged into checkpoints: layout and precision are kept, and the stored weights are the merged ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def weights() -> dict[str, torch.Tensor]:
 
 @pytest.fixture
 def adapters() -> dict[str, Adapter]:
-    """Of two thirds of all matrices, the last modulation with its swapped halves among them."""
+    """For two thirds of all matrices, including the last modulation with its swapped halves."""
     chosen = [m for i, m in enumerate(MODULES) if i % 3 or "adaLN" in m]
     return {
         m: Adapter(torch.randn(3, SHAPES[f"{m}.weight"][1]), torch.randn(SHAPES[f"{m}.weight"][0], 3) * 0.02, 1.7)
@@ -39,7 +39,7 @@ def adapters() -> dict[str, Adapter]:
 
 
 def merged_weights(weights, adapters):
-    """In fp64, from the definition."""
+    """The merged weights in fp64, from the definition."""
     wanted = {name: tensor.double() for name, tensor in weights.items()}
     for module, a in adapters.items():
         wanted[f"{module}.weight"] += 1.7 / 3 * a.up.double() @ a.down.double()
@@ -147,14 +147,14 @@ def write(path, tensors, metadata=None):
     return path
 
 
-def test_what_a_lora_cannot_be_merged_into_is_refused(tmp_path, weights):
+def test_unsuitable_base_is_refused(tmp_path, weights):
     bnb = {f"{n}.absmax" if i == 9 else n: t for i, (n, t) in enumerate(weights.items())}
     whole = {n: t.to(torch.int8) if n.endswith("linear1.weight") else t for n, t in weights.items()}
     cases = {
         "1 unexpected": write(tmp_path / "bnb.safetensors", bnb),
         "quantized by fluxq; merge into the original": write(tmp_path / "own.safetensors", weights, {"fluxq": "{}"}),
         "stores single_blocks.0.linear1.weight as I8": write(tmp_path / "int8.safetensors", whole),
-        "is a LoRA, where": write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(1)}),
+        "is a LoRA, not": write(tmp_path / "lora.safetensors", {"lora_unet_x.lora_down.weight": torch.ones(1)}),
         "absent.safetensors does not exist": tmp_path / "absent.safetensors",
     }
     for sentence, path in cases.items():
@@ -173,10 +173,10 @@ def test_a_failure_leaves_nothing(tmp_path, weights, adapters, monkeypatch):
         assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]
 
 
-def test_too_little_room_is_said_before_anything_is_written(tmp_path, weights, adapters, monkeypatch):
+def test_full_disk_is_reported_before_anything_is_written(tmp_path, weights, adapters, monkeypatch):
     write_safetensors(tmp_path / "base.safetensors", weights)
     usage = type("Usage", (), {"free": 1000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-    with pytest.raises(WrongRequest, match="make room there"):
+    with pytest.raises(WrongRequest, match="free some space on that disk"):
         merge(tmp_path / "base.safetensors", tmp_path / "out.safetensors", adapters)
     assert [path.name for path in tmp_path.iterdir()] == ["base.safetensors"]

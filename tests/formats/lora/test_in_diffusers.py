@@ -1,6 +1,6 @@
-"""diffusers and peft themselves load what is written for them, and draw what fluxq draws with it.
+"""diffusers and peft load the files written for them, and sample the same images as fluxq.
 
-Its converter for kohya files fixes FLUX.1's real width of 3072, so the model here has it, with one block of each kind.
+diffusers' converter for kohya files assumes FLUX.1's width of 3072, so the model has it, with one block of each kind.
 """
 
 from __future__ import annotations
@@ -39,8 +39,10 @@ RANK = 4
 
 @pytest.fixture(scope="module")
 def models():
-    """One model twice: fluxq's, and a diffusers pipeline of nothing but the transformer. The weights are cut from one
-    pool of noise, which is fast."""
+    """The same model as fluxq's and as a diffusers pipeline with only the transformer.
+
+    The weights are slices of one tensor of noise, which is fast.
+    """
     pool = torch.randn(70_000_003, generator=torch.Generator().manual_seed(0))
     tensors, start = {}, 0
     for name, shape in flux_shapes(CONFIG).items():
@@ -87,7 +89,7 @@ def their_velocity(pipeline) -> torch.Tensor:
 
 
 def velocity_with(pipeline, path, dialect) -> torch.Tensor:
-    """What diffusers draws with the LoRA at `path`, which is taken out again."""
+    """diffusers' result with the LoRA at `path`, which is unloaded afterwards."""
     if dialect == "peft":
         wrapped = peft.PeftModel.from_pretrained(pipeline.transformer, path)
         velocity = their_velocity(pipeline)
@@ -103,7 +105,7 @@ def velocity_with(pipeline, path, dialect) -> torch.Tensor:
 @pytest.mark.parametrize("alpha", [2, 3])  # alpha / rank a power of two, and not
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers", "comfy", "peft"])
 @torch.no_grad()
-def test_diffusers_draws_what_fluxq_draws(tmp_path, models, dialect, alpha):
+def test_diffusers_samples_the_same_as_fluxq(tmp_path, models, dialect, alpha):
     flux, pipeline = models
     generator = torch.Generator().manual_seed(alpha)
     adapters = {}
@@ -133,7 +135,7 @@ def test_diffusers_draws_what_fluxq_draws(tmp_path, models, dialect, alpha):
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers", "comfy", "peft"])
 @torch.no_grad()
 def test_what_peft_trained_is_the_same_in_every_dialect(tmp_path, models, dialect):
-    """An adapter made and saved by peft, with parts of their own and alpha / rank not 1, read and written by fluxq."""
+    """fluxq reads and writes an adapter saved by peft, with separate parts and alpha / rank other than 1."""
     flux, pipeline = models
     names = ["attn.to_q", "attn.to_v", "attn.add_k_proj", "proj_mlp", "attn.to_out.0", "ff.net.0.proj", "norm.linear"]
     targets = rf".*transformer_blocks\.0\.({'|'.join(map(re.escape, names))})"
@@ -185,8 +187,8 @@ def test_the_clip_part_reaches_the_text_encoder(tmp_path, models, dialect):
 @pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 @torch.no_grad()
-def test_diffusers_tells_prompts_as_the_clip_that_was_trained(tmp_path, models, dialect):
-    """nano's CLIP-L with LoRA on all of its layers, as a run saves it."""
+def test_diffusers_encodes_prompts_like_the_trained_clip(tmp_path, models, dialect):
+    """nano's CLIP-L with LoRA on all layers, as a run saves it."""
     _, pipeline = models
     tokenizer = (nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt")
     clip, source = load_clip(nano.CLIP_L, tokenizer, torch.device("cpu")), open_clip(nano.CLIP_L)

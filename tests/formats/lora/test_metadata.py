@@ -1,4 +1,4 @@
-"""What a LoRA says about itself, and the hashes by which UIs know it."""
+"""The metadata of a LoRA, and the hashes by which UIs recognize it."""
 
 import hashlib
 import json
@@ -64,7 +64,7 @@ def test_metadata_is_what_the_uis_look_for():
     assert json.loads(metadata["ss_network_args"]) == {}
 
 
-def test_metadata_is_text_repeatable_and_tells_no_paths():
+def test_metadata_is_text_repeatable_and_has_no_paths():
     metadata = lora_metadata(**ARGUMENTS)
     assert metadata == lora_metadata(**ARGUMENTS)
     assert all(isinstance(value, str) and "someone" not in value for value in metadata.values())

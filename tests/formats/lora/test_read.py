@@ -1,4 +1,4 @@
-"""LoRA files: every dialect is read as the change of weights that it stands for, and refused in one clear sentence."""
+"""Every dialect of LoRA files is read as the right weight change, and other files are refused in one clear sentence."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.formats.lora.peft import PeftSettings, read_settings
 from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.write import WRITTEN, save_lora
+from fluxq.formats.lora.write import WRITTEN_DIALECTS, save_lora
 from fluxq.model.config import FluxConfig
 
 
@@ -24,7 +24,7 @@ def assert_same_change(adapters, changes, tolerance=1e-5):
 
 
 @pytest.mark.parametrize("dialect", WRITERS)
-def test_every_dialect_is_read_as_the_change_that_it_stands_for(tmp_path, dialect):
+def test_every_dialect_is_read_as_the_right_change(tmp_path, dialect):
     tensors, changes, metadata = WRITERS[dialect]()
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
     lora = load_lora(tmp_path / "x.safetensors")
@@ -32,9 +32,9 @@ def test_every_dialect_is_read_as_the_change_that_it_stands_for(tmp_path, dialec
     assert_same_change(lora.adapters, changes)
 
 
-@pytest.mark.parametrize("written", WRITTEN)
+@pytest.mark.parametrize("written", WRITTEN_DIALECTS)
 @pytest.mark.parametrize("dialect", WRITERS)
-def test_what_is_written_from_any_dialect_is_the_same_change(tmp_path, dialect, written):
+def test_written_files_make_the_same_change_as_what_was_read(tmp_path, dialect, written):
     tensors, changes, metadata = WRITERS[dialect]()
     write_safetensors(tmp_path / "x.safetensors", tensors, metadata)
     lora, out = load_lora(tmp_path / "x.safetensors"), tmp_path / "y"
@@ -46,7 +46,7 @@ def test_what_is_written_from_any_dialect_is_the_same_change(tmp_path, dialect, 
     assert_same_change(load_lora(tmp_path / "z").adapters, changes, tolerance=2**-7)  # two factors of 8 bits
 
 
-def test_one_down_makes_one_rank_and_own_downs_their_sum(tmp_path):
+def test_equal_downs_keep_the_rank_and_different_downs_add_ranks(tmp_path):
     for shared, rank in ((True, RANK), (False, 3 * RANK)):
         write_safetensors(
             tmp_path / "x", split("transformer.", False, ".lora_A.weight", ".lora_B.weight", False, 1.0, shared)[0]
@@ -85,7 +85,7 @@ def test_alphas_in_tensors_and_metadata_count_once(tmp_path):
     write_safetensors(tmp_path / "x", tensors, {"lora_adapter_metadata": json.dumps({"transformer.lora_alpha": 99})})
     lora = load_lora(tmp_path / "x")
     assert_same_change(lora.adapters, changes)
-    assert "the tensors count" in lora.notes[0]
+    assert "fluxq uses the tensors" in lora.notes[0]
 
 
 @pytest.mark.parametrize(
@@ -103,7 +103,7 @@ def test_alphas_in_tensors_and_metadata_count_once(tmp_path):
     ],
 )
 @pytest.mark.parametrize("written", ["kohya", "diffusers", "comfy"])
-def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
+def test_clip_is_read_and_t5_is_ignored(tmp_path, keys, t5, written):
     tensors, changes = fused("lora_unet_", True, ".lora_down.weight", ".lora_up.weight", True)
     parts = ("A", "B") if "." in keys.removesuffix(".lora_{}.weight") and "te1" not in keys else ("down", "up")
     a, b = torch.randn(3, 64), torch.randn(64, 3)
@@ -113,7 +113,7 @@ def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
     write_safetensors(tmp_path / "x", tensors)
     lora = load_lora(tmp_path / "x")
     assert list(lora.clip) == ["encoder.layers.3.self_attn.q_proj"]
-    assert any(note.startswith("its T5 part (1 modules) is left out") for note in lora.notes)
+    assert any(note.startswith("its T5 part (1 modules) is ignored") for note in lora.notes)
     assert any(note.startswith("its text projection part (1 modules)") for note in lora.notes)
     assert any("bundle_emb" in note for note in lora.notes)
     save_lora(tmp_path / "y", lora.adapters, CONFIG, written, torch.float32, clip=lora.clip)
@@ -122,7 +122,7 @@ def test_clip_comes_along_and_t5_is_left_out(tmp_path, keys, t5, written):
     assert_same_change(again.adapters, changes)
 
 
-def test_split_qkv_of_sd_scripts_gets_its_strength_back(tmp_path):
+def test_split_qkv_of_sd_scripts_is_read_at_its_trained_strength(tmp_path):
     """LoRANetwork.state_dict stacks the parts block-diagonally and keeps the alpha of one part."""
     wanted, tensors = {}, {}
     for module, n, out in (("double_blocks.0.img_attn.qkv", 3, 576), ("single_blocks.0.linear1", 4, 1344)):
@@ -160,7 +160,7 @@ def test_a_kernel_of_1_x_1_and_fp8_are_read(tmp_path):
 
 
 def kohya(**changes):
-    """One plain module of a kohya file; a part by name is replaced, or left out by None."""
+    """One plain module of a kohya file; arguments replace a part, None leaves it out."""
     name = "lora_unet_double_blocks_0_img_attn_proj"
     parts = {"lora_down.weight": torch.ones(4, 192), "lora_up.weight": torch.ones(192, 4), "alpha": torch.tensor(4.0)}
     parts |= {part.replace("__", "."): value for part, value in changes.items()}
@@ -168,7 +168,7 @@ def kohya(**changes):
 
 
 def named(*names, inputs=64):
-    """Modules of rank 2 and no alpha."""
+    """Modules of rank 2 without alpha."""
     downs = {f"{name}.lora_down.weight": torch.ones(2, inputs) for name in names}
     return downs | {f"{name}.lora_up.weight": torch.ones(inputs, 2) for name in names}
 
@@ -192,8 +192,11 @@ REFUSED = {
     "kernel": (kohya(lora_down__weight=torch.ones(4, 192, 3, 3)), "is (4, 192, 3, 3), not (4, 192)"),
     "whole_numbers": (kohya(lora_up__weight=torch.ones(192, 4, dtype=torch.int64)), "is I64, not floating point"),
     "long_alpha": (kohya(alpha=torch.ones(2)), f"{PROJ}.alpha is (2,), not one number"),
-    "nan": (kohya(lora_up__weight=torch.full((192, 4), torch.nan)), f"not finite in {PROJ}.lora_up.weight"),
-    "infinite_alpha": (kohya(alpha=torch.tensor(torch.inf)), f"not finite in {PROJ}.alpha"),
+    "nan": (
+        kohya(lora_up__weight=torch.full((192, 4), torch.nan)),
+        f"NaN or infinite numbers in {PROJ}.lora_up.weight",
+    ),
+    "infinite_alpha": (kohya(alpha=torch.tensor(torch.inf)), f"NaN or infinite numbers in {PROJ}.alpha"),
     "later_block": (kohya() | named("lora_unet_single_blocks_37_linear2"), "1 unmatched modules (lora_unet_single_b"),
     "strange": (kohya() | {"something.else": torch.ones(1)}, "1 unexpected (something.else)"),
     "twice": (
@@ -206,7 +209,7 @@ REFUSED = {
     "dora": (one("dora_scale"), "is a DoRA"),
     "oft": (one("oft_blocks"), "is an OFT"),
     "mid": (one("lora_mid.weight"), "is a LoCon with a third factor"),
-    "diff": (one("diff_b"), "is no plain LoRA: it replaces whole tensors"),
+    "diff": (one("diff_b"), "is an adapter that replaces whole tensors"),
     "control": (
         {"double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(4, 192), "img_in.lora_B.bias": torch.ones(192)},
         "as BFL's control LoRAs (Canny, Depth) do: img_in.lora_B.bias",
@@ -226,25 +229,31 @@ REFUSED = {
     "sd3": (named("lora_unet_joint_blocks_0_x_block_attn_qkv"), "another model, Stable Diffusion 3"),
     "chroma": (kohya() | named("lora_unet_distilled_guidance_layer_in_proj"), "another model, Chroma"),
     "flux2": (named("transformer.single_transformer_blocks.0.attn.to_qkv_mlp_proj"), "another model, FLUX.2"),
-    "flux2_shapes": (named("lora_unet_double_blocks_0_img_attn_proj", inputs=6144), "was made for FLUX.2 dev, another"),
+    "flux2_shapes": (
+        named("lora_unet_double_blocks_0_img_attn_proj", inputs=6144),
+        "was made for FLUX.2 dev, a different",
+    ),
     "qwen": (named("transformer.transformer_blocks.3.img_mlp.net.2"), "another model, Qwen-Image"),
     "wan": (named("diffusion_model.blocks.3.self_attn.q"), "another model, Wan"),
     "hunyuan": (named("transformer.double_blocks.3.img_attn_qkv"), "another model, HunyuanVideo"),
-    "nobody_knows": (named("lora_unet_something"), "none of its 1 modules (such as lora_unet_something) is in FLUX.1"),
+    "nobody_knows": (
+        named("lora_unet_something"),
+        "FLUX.1 has none of its 1 modules (the first is lora_unet_something)",
+    ),
     "only_t5": (
         named("lora_te3_encoder_block_0_layer_0_SelfAttention_q"),
-        "no adapter of the transformer or of CLIP-L",
+        "no adapter for the transformer or for CLIP-L",
     ),
     "a_base_model": (
         {"double_blocks.0.img_attn.qkv.weight": torch.ones(1)},
-        "is a FLUX.1 transformer, where a LoRA is",
+        "is a FLUX.1 transformer, not a LoRA",
     ),
-    "nothing": ({}, "is empty: it has no tensors, where a LoRA is wanted"),
+    "nothing": ({}, "is empty (it has no tensors), not a LoRA"),
 }
 
 
 @pytest.mark.parametrize("what", REFUSED)
-def test_what_is_no_lora_of_this_model_is_one_sentence(tmp_path, what):
+def test_file_that_is_not_a_lora_of_this_model_is_refused_in_one_sentence(tmp_path, what):
     tensors, sentence = REFUSED[what]
     path = tmp_path / f"{what}.safetensors"
     write_safetensors(path, tensors)
@@ -258,8 +267,8 @@ def test_the_tables_own_file_is_readable_unchanged(tmp_path):
     assert load_lora(tmp_path / "x", CONFIG).adapters
 
 
-def test_metadata_that_names_another_model_is_believed(tmp_path):
-    """A LoRA of Chroma that leaves modulation alone has FLUX.1's names and shapes."""
+def test_metadata_that_names_another_model_decides(tmp_path):
+    """A LoRA of Chroma without modulation has FLUX.1's names and shapes."""
     write_safetensors(tmp_path / "x", kohya(), {"modelspec.architecture": "chroma/lora"})
     with pytest.raises(WrongRequest, match=r"another model, Chroma \(its metadata says so\)"):
         load_lora(tmp_path / "x", CONFIG)
@@ -267,7 +276,7 @@ def test_metadata_that_names_another_model_is_believed(tmp_path):
     assert load_lora(tmp_path / "x", CONFIG).adapters
 
 
-def test_the_full_size_is_told_from_the_toy(tmp_path):
+def test_full_size_and_toy_are_distinguished(tmp_path):
     names = named("lora_unet_double_blocks_18_img_attn_proj", inputs=3072)
     write_safetensors(tmp_path / "x", names)
     assert load_lora(tmp_path / "x").config == FluxConfig.dev()
@@ -278,39 +287,39 @@ def test_the_full_size_is_told_from_the_toy(tmp_path):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("[]", "is no valid adapter_config.json"),
-        ('{"lora_alpha": "x"}', "is no valid adapter_config.json"),
-        ('{"lora_alpha": 1e999}', "is no valid adapter_config.json"),
-        ('{"peft_type": "LOKR"}', "is of a LOKR adapter, not a LoRA"),
-        ('{"use_dora": true}', "is of a DoRA"),
+        ("[]", "is not a valid adapter_config.json"),
+        ('{"lora_alpha": "x"}', "is not a valid adapter_config.json"),
+        ('{"lora_alpha": 1e999}', "is not a valid adapter_config.json"),
+        ('{"peft_type": "LOKR"}', "is for a LOKR adapter, not a LoRA"),
+        ('{"use_dora": true}', "is for a DoRA"),
     ],
 )
-def test_settings_that_cannot_be_followed_are_refused(tmp_path, config, sentence):
+def test_unusable_settings_are_refused(tmp_path, config, sentence):
     write_safetensors(tmp_path / "adapter_model.safetensors", named("base_model.model.proj_out"))
     (tmp_path / "adapter_config.json").write_text(config)
     with pytest.raises(WrongRequest, match=sentence):
         load_lora(tmp_path)
 
 
-def test_metadata_that_is_no_settings_is_refused(tmp_path):
+def test_invalid_settings_in_metadata_are_refused(tmp_path):
     write_safetensors(
         tmp_path / "x",
         split("transformer.", False, ".lora_A.weight", ".lora_B.weight", False)[0],
         {"lora_adapter_metadata": "{"},
     )
-    with pytest.raises(WrongRequest, match="has no valid JSON in lora_adapter_metadata"):
+    with pytest.raises(WrongRequest, match="has invalid JSON in lora_adapter_metadata"):
         load_lora(tmp_path / "x")
 
 
 @pytest.mark.parametrize("pattern", ["(.*.*)*x", "(a+)+b", "(.?){99}{99}", ".*" * 9 + "x"])
-def test_patterns_that_take_for_ever_are_refused(pattern):
-    with pytest.raises(ValueError, match="may take for ever"):
+def test_patterns_that_take_forever_are_refused(pattern):
+    with pytest.raises(ValueError, match="could take forever"):
         PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {pattern: 3}})
     PeftSettings.parsed({"lora_alpha": 2, "alpha_pattern": {r"(.*\.)?transformer_blocks\.\d+\.attn\.(to_q|to_k)": 3}})
 
 
 @pytest.mark.parametrize("patterns", [[1], "x", 3])
-def test_patterns_that_are_no_table_are_refused(tmp_path, patterns):
+def test_patterns_that_are_not_a_table_are_refused(tmp_path, patterns):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "alpha_pattern": patterns}))
-    with pytest.raises(WrongRequest, match="is no valid adapter_config.json"):
+    with pytest.raises(WrongRequest, match="is not a valid adapter_config.json"):
         read_settings(tmp_path / "adapter_config.json")

@@ -1,4 +1,4 @@
-"""LoRA files as they are written: names and tensors that each program wants, exact round trips, nothing by halves."""
+"""Written LoRA files: the names and tensors that each program needs, exact round trips, no partial files."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.metadata import sshs_hashes
 from fluxq.formats.lora.read import load_lora
-from fluxq.formats.lora.write import WRITTEN, save_lora
+from fluxq.formats.lora.write import WRITTEN_DIALECTS, save_lora
 from fluxq.model.config import FluxConfig
 
 CONFIG = FluxConfig.nano()
@@ -43,8 +43,8 @@ def test_fused_round_trip_is_exact(tmp_path, dialect, dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("alpha", [3, 1.5])
 @pytest.mark.parametrize("dialect", ["diffusers", "peft"])
-def test_split_round_trip_is_exact_where_the_fold_is(tmp_path, dialect, dtype, alpha):
-    """alpha / rank of 1 or a power of two folds without rounding; the swapped and the split modules come back whole."""
+def test_split_round_trip_is_exact_if_the_fold_is(tmp_path, dialect, dtype, alpha):
+    """alpha / rank of 1 or a power of two folds without rounding; swapped and split modules are restored."""
     adapters = random_adapters(rank=3, alpha=alpha)
     save_lora(tmp_path / "x", adapters, CONFIG, dialect, dtype)
     read = load_lora(tmp_path / "x", CONFIG).adapters
@@ -123,8 +123,8 @@ def test_file_carries_the_hashes_of_its_own_tensors(tmp_path):
     assert checkpoint.metadata == {"ss_steps": "7", "modelspec.title": "t"} | hashes
 
 
-@pytest.mark.parametrize("dialect", WRITTEN)
-def test_a_place_that_cannot_be_written_to_is_named_and_left_alone(tmp_path, dialect):
+@pytest.mark.parametrize("dialect", WRITTEN_DIALECTS)
+def test_unwritable_path_is_named_and_unchanged(tmp_path, dialect):
     (tmp_path / "file").write_text("mine")
     with pytest.raises(WrongRequest, match="file"):
         save_lora(tmp_path / "file" / "x", random_adapters(modules=MODULES[:1]), CONFIG, dialect)
@@ -132,6 +132,6 @@ def test_a_place_that_cannot_be_written_to_is_named_and_left_alone(tmp_path, dia
 
 
 def test_a_folder_that_exists_is_not_replaced(tmp_path):
-    with pytest.raises(WrongRequest, match="exists already; name a new folder"):
+    with pytest.raises(WrongRequest, match="already exists; name a new folder"):
         save_lora(tmp_path, random_adapters(modules=MODULES[:1]), CONFIG, "peft")
     assert not os.listdir(tmp_path)
