@@ -53,7 +53,7 @@ lint: $(VENV)/installed-tests
 check: lint test
 
 aot: $(VENV)/installed-tests
-	$(BIN)/python benchmarks/aot.py --out $(OUT_DIR)/aot.md
+	$(BIN)/python -m benchmarks.aot --out $(OUT_DIR)/aot.md
 
 plans: $(VENV)/installed
 	$(BIN)/python -m benchmarks.plans --out $(OUT_DIR)/plans.md

@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cases import Case, last_only, parser, run_part, target
-from benchmarks.kernel_cases.eight_bits import refuse_fp8_where_missing
-from benchmarks.kernel_cases.setting import Setting, cosine, relative_error
+from benchmarks.kernel_rows.setting import Setting, setting_of, skip_missing_fp8
 from benchmarks.peers import diffusers_blocks
 from benchmarks.peers.peft_lora import trained
 from benchmarks.roofline import KINDS, block_ms, measure_ceilings
+from fluxq.bench.closeness import cosine, relative_error
 from fluxq.bench.random_model import random_flux
 from fluxq.bench.timing import timed
 from fluxq.kernels import COMPUTES, POLICIES, backend, dequantize, quantize
@@ -52,12 +52,12 @@ class Bench:
     rows: int
 
     def __post_init__(self) -> None:
-        s = self.setting
+        s, device = self.setting.sizes, self.setting.device
         torch.manual_seed(0)
-        config = FluxConfig.nano() if s.tiny else FluxConfig.dev()
+        config = FluxConfig.nano() if self.setting.tiny else FluxConfig.dev()
         double, single = (1, 0) if self.kind == "double" else (0, 1)
         config = replace(config, depth=double, depth_single_blocks=single)
-        self.flux: Flux = random_flux(config, "bf16", s.device, s.rank)
+        self.flux: Flux = random_flux(config, "bf16", device, s.rank)
         self.config = self.flux.config
         self.block: Block = self.flux.blocks[0]
         self.tensors = {
@@ -66,7 +66,7 @@ class Bench:
         for layer in linears(self.block):
             layer.store(quantize(dequantize(layer.frozen, torch.bfloat16), "nf4"))
         image, side = self.rows - s.text, math.isqrt(self.rows - s.text)
-        ids = torch.cat([text_ids(s.text, s.device), image_ids(side, -(-image // side), s.device)[:image]])
+        ids = torch.cat([text_ids(s.text, device), image_ids(side, -(-image // side), device)[:image]])
         cos, sin = rope_angles(ids, config.axes_dim, config.theta)
         lengths = (image, s.text) if self.kind == "double" else (self.rows,)
         width = config.hidden_size
@@ -135,10 +135,11 @@ def main() -> None:
 
     def prepare(report: dict[str, Any]) -> Iterator[Case]:
         report.setdefault("ceilings", measure_ceilings(device, arguments.tiny))
-        setting = Setting(device, rows=tuple(arguments.rows), ceilings=report["ceilings"], seconds=1.0)
-        if arguments.tiny:
-            setting = Setting(device, True, (150,), 4, 0.0, report["ceilings"])
-        report |= {"backend": setting.ours.__name__, "rank": setting.rank, "text_tokens": setting.text}
+        setting = setting_of(device, arguments.tiny, report["ceilings"])
+        rows, seconds = ((150,), 0.0) if arguments.tiny else (tuple(arguments.rows), 1.0)
+        setting = replace(setting, rows=rows, seconds=seconds)
+        sizes = setting.sizes
+        report |= {"backend": setting.ours.__name__, "rank": sizes.rank, "text_tokens": sizes.text}
         return cases(setting)
 
     run_part("blocks", arguments, prepare)
@@ -182,7 +183,7 @@ def alone(
 ) -> dict[str, Any]:
     """Ours with one policy and one way of multiplying."""
     b = bench(kind, rows)
-    refuse_fp8_where_missing(b.setting, compute.removesuffix("_dx"))
+    skip_missing_fp8(b.setting.device, compute)
     set_up(b, policy, compute)
     with backend("reference") if reference else nullcontext():
         checked = check(b, b.seen(b.step()), policy, compute)
@@ -275,7 +276,7 @@ def peer_step(b: Bench, block: nn.Module, run: Callable[..., Any]) -> tuple[Tens
 
 def apart(b: Bench, joined: Tensor) -> list[Tensor]:
     """(B, L, D), text first -> image, text."""
-    txt, img = joined.split([b.setting.text, b.rows - b.setting.text], dim=1)
+    txt, img = joined.split([b.setting.sizes.text, b.rows - b.setting.sizes.text], dim=1)
     return [img, txt]
 
 

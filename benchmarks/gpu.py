@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Skip, last_only, parser, run_part, target
+from benchmarks.cases import Case, last_only, parser, run_part, target
+from benchmarks.kernel_rows.setting import skip_missing_fp8
 from benchmarks.peers import qlora_step
 from benchmarks.placed import ENDLESS, RANK, T5_LENGTH, optimizer_of, planned, row_of
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
@@ -129,8 +130,7 @@ def ours_of(
     bound: float | None,
 ) -> dict[str, Any]:
     """The row of fluxq's own steps, with what a plan predicts for everything resident."""
-    if torch.cuda.is_available() and setting.compute.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
-        raise Skip("this GPU multiplies no fp8; there fluxq computes in int8")
+    skip_missing_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"), setting.compute)
 
     def figures(steps: int, seconds: float, optimizer: str) -> dict[str, Any]:
         flux = model()

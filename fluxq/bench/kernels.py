@@ -17,9 +17,11 @@ from fluxq.errors import WrongRequest
 from fluxq.kernels.dispatch import triton_installed
 from fluxq.models.tuning import tuned_file, use_tuned
 
-from .kernel_cases import RANK, Case, cases, joined
+from .kernel_cases import Case, cases
+from .memory_bound import Sizes
 from .timing import milliseconds
 
+SLACK = 2**-10  # Triton's interpreter cuts bf16 off, which doubles the error of one rounding
 GAIN = 0.98  # what a choice must beat the one in use by: less is noise
 
 
@@ -50,7 +52,7 @@ def bench_kernels(tune: bool = False, runs: int = 20) -> dict[str, Any]:
     if tune:
         keep(better, name)
         console.print(f"{len(better)} measured choices in {tuned_file(name)}; every run on this GPU uses them")
-    about = {"gpu": name, "torch": torch.__version__, "rank": RANK}
+    about = {"gpu": name, "torch": torch.__version__, "rank": Sizes.rank}
     return {**about, "rows": rows, "tuned": [[*key, asdict(choice)] for key, choice in better.items()]}
 
 
@@ -74,7 +76,7 @@ def keep(choices: dict[Any, Any], gpu: str) -> None:
 
 def timed(case: Case, device: torch.device, runs: int, found: tuple[Any, Any] | None) -> dict[str, Any]:
     """The row of a case, run by the choice that was found for it, or by the one in use."""
-    plain = milliseconds(case.plain, device, runs)
+    plain = milliseconds(case.against, device, runs)
     with _using(case.op, found):
         check(case)
         ms = milliseconds(case.run, device, runs)
@@ -115,13 +117,8 @@ def _using(op: str, found: tuple[Any, Any] | None) -> Any:
 
 
 def check(case: Case) -> None:
-    """Raise AssertionError where the op's answer is not the one expected: a product's may be off by twice what plain
-    PyTorch's is in the same dtype, both held against fp64; any other's by a few roundings to bf16.
-    """
-    ours, expected = joined(case.run()), joined(case.expected())
-    exact, allowed = expected, 4 * torch.finfo(torch.bfloat16).eps
-    if case.exact is not None:
-        exact = joined(case.exact())
-        allowed = 2 * float((expected - exact).norm() / exact.norm()) + 2**-12
-    error = float((ours - exact).norm() / exact.norm())
-    assert error <= allowed, f"{case.op} is off by {error:.2%}, more than {allowed:.2%}"
+    """Raise AssertionError unless the op's answer is within the twice rule (closeness.py)."""
+    checked = case.check(SLACK)
+    if not checked["ok"]:
+        errors = ", ".join(f"{e['ours']:.2%} (plain PyTorch {e['plain']:.2%})" for e in checked["errors"])
+        raise AssertionError(f"{case.op} is off by {errors}, more than twice as much as plain PyTorch")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_cases.setting import LAYERS
+from benchmarks.kernel_rows.setting import LAYERS
 from fluxq.kernels import COMPUTES, POLICIES
 
 ROOT = Path(__file__).parent.parent.parent
