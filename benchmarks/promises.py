@@ -28,7 +28,7 @@ class Promise:
     one.
 
     narrow: if the kernel is memory-bound, the pointers through which it may move fewer than 128 bits at a time, since
-    they hold a few numbers of each row or block; None if it is not. permutes: the most byte permutes (PRMT) there may be.
+    they hold a few numbers of each row or block; None if it is not. permutes: the most byte permutes (PRMT) allowed.
     """
 
     dots: tuple[Product, ...] = ()

@@ -1,8 +1,8 @@
 """The kernels' cases, stated once: each op at FLUX.1's shapes, how it is checked, and what it is timed against.
 
-`fluxq bench kernels` times them and tunes by them; `make gpu`'s kernel part and benchmarks/bench_kernels.py time them
-next to other libraries; `make aot` compiles them for every GPU generation; the tests check their results and count their
-compilations.
+`fluxq bench kernels` times them and tunes by them. `make gpu`'s kernel part and benchmarks/bench_kernels.py time them
+next to other libraries. `make aot` compiles what they launch for every GPU generation. Tests check their results and
+count their compilations.
 """
 
 from __future__ import annotations
@@ -129,8 +129,8 @@ class Layer:
 
 
 def cases(device: torch.device, sizes: Sizes | None = None, stored: tuple[int, int] | None = None) -> Iterator[Case]:
-    """One for each op that has a choice and each of its shape classes; operands are made one case at a time. stored: the
-    shape of weights that change form, by default that of the MLP's first layer.
+    """One per op in the table of choices and per shape class; operands are made one case at a time. stored: the shape
+    of weights that change form, by default that of the MLP's first layer.
     """
     s = sizes or (Sizes(device) if device.type == "cuda" else SMALL)
     large = (max(s.tokens, FEW_ROWS + 1), *layer_shape(s, "mlp.0"))
@@ -161,7 +161,7 @@ def layer_shape(s: Sizes, layer: str) -> tuple[int, int]:
 
 
 def linear_cases(layer: Layer, format: str, shape_class: str) -> Iterator[Case]:
-    """The layer forward and backward, without autograd; backward also gives LoRA's gradients, which are not compared."""
+    """The layer forward and backward, without autograd; of the gradients only that of x is compared."""
     decoded = reference.dequantize(layer.weight, torch.bfloat16)
     down, up = layer.down.bfloat16(), layer.up.bfloat16()
     x, dy, bias, wide = layer.x, layer.dy, layer.bias, layer.given().x

@@ -1,7 +1,7 @@
-"""What waits for memory, at any size: the steps between a block's products, and weights changing their form.
+"""The memory-bound ops at any size: the steps between a block's products, and weights changing their form.
 
-Each is an op with its inputs, from which follow its outputs on any backend and the bytes that it must move. Operands
-are made when a step is.
+A `Step` is an op with its inputs. From these follow its outputs on any backend, the exact outputs, and the bytes that
+it must move. Operands are created with the step.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ EIGHT_BITS = {"int8": torch.int8, "fp8": torch.float8_e4m3fn}
 
 @dataclass(frozen=True)
 class Sizes:
-    """FLUX.1's at 768 x 768 pixels, where nothing else is said. `tokens`: of text and image together."""
+    """By default FLUX.1's at 768 x 768 pixels. tokens: text and image together."""
 
     device: torch.device
     tokens: int = 2816
@@ -118,7 +118,7 @@ def gated_add_modulate_backward(s: Sizes, sums: bool = False) -> Step:
 
 
 def qk_norm_rope(s: Sizes, streams: int = 1) -> Step:
-    """Of one stream, or of text and image."""
+    """For one stream, or for text and image."""
     head = s.width // s.heads
     angles = torch.rand(1, 1, s.tokens, head // 2, device=s.device) * 6
     given = {f"qkv{n}": s.randn(1, length, 3 * s.width) for n, length in enumerate(_lengths(s, streams))}
@@ -164,7 +164,7 @@ def rotate(s: Sizes, dtype: torch.dtype = torch.bfloat16) -> Step:
 
 
 def in_8_bits(make: Callable[[Sizes], Step], dtype: torch.dtype, down: bool, rotated: bool, s: Sizes) -> Step:
-    """That step for a layer that multiplies in 8 bits."""
+    """That step, feeding a layer that multiplies in 8 bits."""
     step = make(s)
     rotation = rotation_block(step.width) if rotated else 0
     given = {"down": s.randn(s.rank, step.width, std=step.width**-0.5)} if down else {}
@@ -205,20 +205,18 @@ STEPS: dict[str, Callable[[Sizes], Step]] = {
     "qk_norm_rope_backward, from qkv": partial(qk_norm_rope_backward, from_qkv=True),
     "gelu_tanh_backward": gelu_tanh_backward,
 }
-"""By name, what stands between the products of a block."""
+"""By name, the steps between the products of a block."""
 
 
 def decode(s: Sizes, n: int, k: int, format: str, transposed: bool = False, wide: bool = False) -> Step:
-    """A weight (N, K) to bf16; `wide`: into a scratch that has LoRA's columns too."""
+    """A weight (N, K) to bf16. wide: into a scratch that also has LoRA's columns."""
     weight, out = _stored(s, n, k, format), s.randn(n, k + 32)[:, :k] if wide else None
     call = lambda o, _, i: o.dequantize(i["weight"], torch.bfloat16, out, transposed)  # noqa: E731
     return Step("dequantize" + "_transposed" * transposed, {"weight": weight}, call, stores=True)
 
 
 def to_rows(s: Sizes, n: int, k: int, format: str, bits: str, transposed: bool = False, rotated: bool = False) -> Step:
-    """A weight to 8-bit rows. The scales of a weight that has such rows already are handed on, neither read nor
-    written.
-    """
+    """A weight to 8-bit rows. If it has such rows already, its scales are passed on, neither read nor written."""
     weight, extra = _stored(s, n, k, format), 8 * n if format == bits else 0
     rotation = rotation_block(k) if rotated else 0
     call = lambda o, _, i: o.to_rows(i["weight"], EIGHT_BITS[bits], transposed, rotation)  # noqa: E731
@@ -234,7 +232,7 @@ def to_nf4(s: Sizes, n: int, k: int, dtype: torch.dtype = torch.bfloat16) -> Ste
 def row_quantize(
     s: Sizes, n: int, k: int, bits: str, rotated: bool = False, columns: bool = False, fp32: bool = False
 ) -> Step:
-    """columns: of a gradient, which the scales of the weight's rows multiply first."""
+    """columns: multiply the columns first, as those of a gradient are by the scales of the weight's rows."""
     rotation = rotation_block(k) if rotated else 0
     given = {"x": s.randn(n, k).float() if fp32 else s.randn(n, k)} | (
         {"columns": torch.rand(k, device=s.device) + 0.5} if columns else {}
@@ -264,7 +262,7 @@ STORAGE: dict[str, Callable[[Sizes, int, int], Step]] = {
     },
     "bf16 -> nf4": to_nf4,
 }
-"""By name, a stored weight (N, K) made from another form of it."""
+"""By name, a weight (N, K) converted from one stored form to another."""
 
 ROWS: dict[str, Callable[[Sizes], Step]] = {
     f"{bits} rows of {times} D{way}": (
@@ -311,7 +309,7 @@ RARE_STORAGE: dict[str, Callable[[Sizes, int, int], Step]] = {
     "int8 -> int8, rotated by 64": lambda s, n, k: to_rows(s, n, k - 64, "int8", "int8", rotated=True),
     "fp32 -> nf4": partial(to_nf4, dtype=torch.float32),
 }
-"""Paths that training seldom takes: compiled and checked, but not timed."""
+"""What training seldom does, or only with other settings: compiled and checked, but not timed."""
 
 
 def numbers(step: Step, outputs: Any) -> list[Tensor]:
@@ -381,7 +379,7 @@ def has_fp8(device: torch.device) -> bool:
 
 
 def tensors(outputs: Any) -> list[Tensor]:
-    """Every tensor in an op's inputs or outputs, which may be nested, or None here and there."""
+    """Every tensor in an op's inputs or outputs, which may be nested and contain None."""
     if isinstance(outputs, Tensor):
         return [outputs]
     if isinstance(outputs, NF4Weight | RowScaled):
@@ -390,7 +388,7 @@ def tensors(outputs: Any) -> list[Tensor]:
 
 
 def nbytes(parts: Sequence[Tensor]) -> int:
-    """Bytes that reading or writing each of `parts` once moves; what is expanded has none of its own."""
+    """Bytes of reading or writing each of `parts` once; expanded tensors have none of their own."""
     return sum(t.numel() * t.element_size() for t in parts if t.numel() and 0 not in t.stride())
 
 

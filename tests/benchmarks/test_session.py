@@ -1,4 +1,4 @@
-"""`make gpu`: the parts share one time, and what comes first comes first."""
+"""`make gpu`: the parts share one time limit, and run in order of importance."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Parts that take what `takes` says, or else all they may and GRACE more; gives (module, minutes) of each."""
+    """Parts that take the time in `takes`, by default all they may and GRACE more; records (module, minutes) of each."""
     now, started, takes = [0.0], [], {}
 
     def call(command, check):

@@ -100,7 +100,7 @@ def train_flux(policy: str, compute: str, tokens: int, rank: int) -> None:
 
 
 def count() -> dict[str, int]:
-    """By how many times the keys of each kernel in each call grow from one size to all. Sizes take the ranks in turn."""
+    """How many times as many keys all sizes have as one, by call and kernel. Sizes take the ranks in turn."""
     keys: dict[str, dict[int, set[str]]] = defaultdict(lambda: defaultdict(set))
     with recording(GPU) as launches:
         for i, (width, height) in enumerate(SIZES):

@@ -1,4 +1,4 @@
-"""The cases of `fluxq bench kernels` and `make aot` are right on the Triton backend, and cover every op with a choice."""
+"""The kernels' cases (fluxq/bench) are right on the Triton backend, and cover every op with a choice."""
 
 from __future__ import annotations
 
