@@ -89,8 +89,9 @@ class Layer:
     def given(self, compute: str = "bf16", rotation: int = 0) -> Activations:
         """The input as the op before writes it: with room behind each row, or with 8-bit rows and s."""
         if compute != "bf16":
-            rows = ops(self.x).row_quantize(self.x, EIGHT_BITS[compute.removesuffix("_dx")], rotation=rotation)
-            return Activations(self.x, *rows, self.x.float() @ self.down.t())
+            dtype = EIGHT_BITS[compute.removesuffix("_dx")]
+            values, scale = ops(self.x).row_quantize(self.x, dtype, rotation=rotation)
+            return Activations(self.x, values, scale, self.x.float() @ self.down.t())
         wide = F.pad(self.x, (0, wants("bf16", self.down, self.x).room))
         return Activations(wide)
 
@@ -141,10 +142,12 @@ def cases(device: torch.device, sizes: Sizes | None = None, stored: tuple[int, i
     for bits in EIGHT_BITS:
         if bits == "int8" or has_fp8(device):
             yield product_case(s, bits, large)
-    n, k = stored or large[1:]
+    n, k = stored or layer_shape(s, "mlp.0")
+    steps: list[Callable[[], Step]] = [partial(make, s) for make in (*STEPS.values(), *ROWS.values())]
+    steps += [partial(make, s, n, k) for make in STORAGE.values()]
     seen: set[tuple[str, str]] = set()
-    for make in (*STEPS.values(), *ROWS.values(), *(partial(make, n=n, k=k) for make in STORAGE.values())):
-        case = step_case(make(s))
+    for make in steps:
+        case = step_case(make())
         if (case.op, case.shape_class) not in seen:
             seen.add((case.op, case.shape_class))
             yield case

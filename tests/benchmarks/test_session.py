@@ -18,7 +18,7 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Parts that take the time in `takes`, by default all they may and GRACE more; records (module, minutes) of each."""
+    """Parts that take the time in `takes`, by default all they may and GRACE more; records (module, minutes)."""
     now, started, takes = [0.0], [], {}
 
     def call(command, check):
