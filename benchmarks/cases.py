@@ -68,7 +68,8 @@ def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[s
     write(path, {"part": part, "about": None, "settings": settings, "rows": []})
     module = sys.modules["__main__"].__spec__
     command = [sys.executable, *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
-    raise SystemExit(supervise(path, 60 * arguments.minutes, command))
+    seconds = arguments.deadline - time.time() if arguments.deadline else 60 * arguments.minutes
+    raise SystemExit(supervise(path, seconds, command))
 
 
 def supervise(path: Path, seconds: float, command: list[str], grace: float = GRACE) -> int:
