@@ -21,11 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import about, nvidia_smi, result_path, write
+from benchmarks.session import GRACE
 
 GO_ON = 75
 """The exit code of a process whose card no longer answers: the rest of the cases needs a new one."""
-GRACE = 20.0
-"""Seconds that the last case may take beyond the part's time before it is stopped."""
 
 
 class Skip(Exception):

@@ -9,9 +9,8 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import session
-from benchmarks.cases import GRACE
 from benchmarks.gpu_tests import FIRST, LAST, files
-from benchmarks.session import PARTS, run
+from benchmarks.session import GRACE, PARTS, RESERVE, run
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -41,7 +40,7 @@ def test_all_parts_together_keep_to_the_time(clock):
 
 def test_a_later_part_takes_nothing_from_an_earlier_one(clock):
     clock.takes["blocks"] = 1e6
-    run(list(PARTS), [], 540)
+    run(list(PARTS), [], 540 + RESERVE)
     seconds = dict(clock.started)
     assert all(seconds[part.module] == pytest.approx(part.seconds - GRACE) for part in PARTS)
 
@@ -57,7 +56,7 @@ def test_time_that_a_part_leaves_goes_to_the_next(clock):
 
 def test_a_part_alone_has_all_the_time(clock):
     run([PARTS[1]], [], 540)
-    assert clock.started == [("gpu", pytest.approx(540 - GRACE))]
+    assert clock.started == [("gpu", pytest.approx(540 - RESERVE - GRACE))]
 
 
 def test_a_part_without_time_is_not_started(clock, capsys):
