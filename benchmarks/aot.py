@@ -62,7 +62,7 @@ class Report:
     broken: list[str] = field(default_factory=list)
 
 
-def run_cases(generation: int) -> Iterator[None]:
+def run_cases(generation: int) -> Iterator[Any]:
     """Call every op, on every path and in every form that training uses, as on a GPU of that generation."""
     s = Sizes(torch.device("meta"))
     for make in (*STEPS.values(), *ROWS.values(), *RARE_STEPS.values()):

@@ -21,11 +21,10 @@ from typing import Any
 import torch
 
 from benchmarks.measure import about, nvidia_smi, result_path, write
+from benchmarks.session import GRACE
 
 GO_ON = 75
 """The exit code of a worker whose GPU no longer answers: the remaining cases need a new one."""
-GRACE = 20.0
-"""Seconds that the last case may exceed the part's time before it is stopped."""
 
 
 class Skip(Exception):
@@ -68,7 +67,8 @@ def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[s
     write(path, {"part": part, "about": None, "settings": settings, "rows": []})
     module = sys.modules["__main__"].__spec__
     command = [sys.executable, *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
-    raise SystemExit(supervise(path, 60 * arguments.minutes, command))
+    seconds = arguments.deadline - time.time() if arguments.deadline else 60 * arguments.minutes
+    raise SystemExit(supervise(path, seconds, command))
 
 
 def supervise(path: Path, seconds: float, command: list[str], grace: float = GRACE) -> int:

@@ -17,10 +17,12 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from benchmarks.cases import GRACE
-
+GRACE = 20.0
+"""Seconds that a part's last case may take beyond the part's time before it is stopped."""
 START = 10.0
 """Seconds to import torch and to open the GPU; with less time left a part is not started."""
+RESERVE = 10.0
+"""Seconds for what no part's clock counts: processes starting and ending."""
 
 
 @dataclass(frozen=True)
@@ -62,18 +64,18 @@ def main() -> None:
 
 def run(parts: list[Part], shared: list[str], seconds: float) -> int:
     """Run `parts` one after another within `seconds` in total; returns 1 if one of them failed."""
-    end, failed = time.monotonic() + seconds, False
+    end, failed = time.time() + seconds - RESERVE, False
     for index, part in enumerate(parts):
-        left = end - time.monotonic()
+        left = end - time.time()
         allowed = left * part.seconds / sum(p.seconds for p in parts[index:]) - GRACE
         if allowed < START:
             print(f"{part.name}: not started, {max(left, 0):.0f} s are left", flush=True)
             failed = True
             continue
-        began = time.monotonic()
+        began = time.time()
         command = [sys.executable, "-m", f"benchmarks.{part.module}", *part.options, *shared]
-        code = subprocess.run([*command, f"--minutes={allowed / 60}"], check=False).returncode
-        print(f"{part.name}: {time.monotonic() - began:.0f} s of {allowed:.0f} s, exit code {code}", flush=True)
+        code = subprocess.run([*command, f"--deadline={began + allowed}"], check=False).returncode
+        print(f"{part.name}: {time.time() - began:.0f} s of {allowed:.0f} s, exit code {code}", flush=True)
         failed |= code != 0
     return int(failed)
 
