@@ -57,7 +57,7 @@ size: $(VENV)/installed-tests
 	$(BIN)/python tests/test_size.py
 
 aot: $(VENV)/installed-tests
-	$(BIN)/python benchmarks/aot.py --out $(OUT_DIR)/aot.md
+	$(BIN)/python -m benchmarks.aot --out $(OUT_DIR)/aot.md
 
 plans: $(VENV)/installed
 	$(BIN)/python -m benchmarks.plans --out $(OUT_DIR)/plans.md

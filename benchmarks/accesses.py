@@ -1,7 +1,7 @@
-"""By how many bits at a time a compiled kernel reads and writes global memory, and through which of its pointers.
+"""How many bits at a time a compiled kernel reads and writes global memory, pointer by pointer.
 
-Read from LLVM's code, where each access stands as one line of assembler with its width, and where its address can be
-followed back to the argument that it was reckoned from. The assembler keeps those widths.
+Read from the LLVM code, in which each access is one line of assembler with its width, and its address can be traced
+back to a kernel argument. The assembler keeps those widths.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ ADDRESS = re.compile(r"^ +(%[\w.]+) = (?:getelementptr|select|phi ptr addrspace\
 
 
 def widths(llir: str, arguments: Sequence[str]) -> dict[str, set[int]]:
-    """Bits of each access through each of the kernel's `arguments`, those that are no constants, in their order."""
+    """Bits of each access through each of the kernel's `arguments` (those that are not constants, in order)."""
     body = llir[llir.index("\ndefine ") :]
     sources = {made: re.findall(r"(?:ptr addrspace\(1\)|\[) (%[\w.]+)", rest) for made, rest in ADDRESS.findall(body)}
     found: dict[str, set[int]] = {}
@@ -34,7 +34,7 @@ def widths(llir: str, arguments: Sequence[str]) -> dict[str, set[int]]:
 
 
 def _origins(address: str, sources: dict[str, list[str]], seen: set[str]) -> set[str]:
-    """The arguments that `address` may come from; a loop carries one around."""
+    """The arguments that `address` may derive from; in a loop it may derive from itself."""
     if address in seen:
         return set()
     seen.add(address)

@@ -1,81 +1,54 @@
-"""Every kernel compiled ahead of time for the GPUs in use, on any machine, and held against what it promised.
+"""Every kernel compiled ahead of time for every GPU generation, on any machine, and checked against its promises.
 
-    python benchmarks/aot.py [--out benchmarks/results/aot.md] [--json FILE] [--only NAME]
+    python -m benchmarks.aot [--out benchmarks/results/aot.md] [--json FILE] [--only NAME] [--jobs 2] [--quick]
 
-Triton compiles for a GPU that is not there; the `cuobjdump` inside its wheel reads registers, stack, shared memory and
-opcodes of the result. Occupancy is predicted from them. The cases lie in benchmarks/aot_cases/, a file a topic; this
-must run without TRITON_INTERPRET. Ends with 1 where a case broke a promise, and names it.
+The cases are those of fluxq/bench: each op runs on `meta` at FLUX.1's shapes, what it launches is recorded
+(launches.py), and each distinct launch is compiled once. Triton compiles for a GPU that is not there; the `cuobjdump`
+inside its wheel reads registers, stack, shared memory and opcodes of the result. Occupancy is predicted from them.
+Exits with 1 if a kernel breaks a promise, and names it. Must run without TRITON_INTERPRET.
 """
 
 from __future__ import annotations
 
 import argparse
-import importlib
 import json
+import multiprocessing
 import os
-import pkgutil
 import re
 import subprocess
-import sys
 import tempfile
 from collections import Counter
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field, replace
+from itertools import product
 from pathlib import Path
 from typing import Any
 
-ROOT = Path(__file__).parent
-sys.path.insert(0, str(ROOT.parent))
+import torch
 
-from benchmarks.accesses import widths  # noqa: E402  (as a script it has no parent)
-from fluxq.kernels.triton.shipped import GENERATIONS as CAPABILITIES  # noqa: E402
-from fluxq.kernels.triton.shipped import SHARED_KIB  # noqa: E402
+from benchmarks.accesses import widths
+from benchmarks.launches import Launch, recording
+from benchmarks.promises import Product, Promise, label, promise
+from fluxq.bench.kernel_cases import Layer, layer_shape
+from fluxq.bench.memory_bound import RARE_STEPS, RARE_STORAGE, ROWS, STEPS, STORAGE, Sizes
+from fluxq.kernels import COMPUTES, FORMATS
+from fluxq.kernels import triton as ops
+from fluxq.kernels.cutting import FEW_ROWS
+from fluxq.kernels.rotation import rotation_block
+from fluxq.kernels.triton import table
+from fluxq.kernels.triton.shipped import GENERATIONS, SHARED_KIB
 
 GPUS = {80: "A100", 86: "RTX 30", 89: "RTX 40", 90: "H100, H200", 120: "RTX 50"}
 SHARED_SM_KIB = {80: 164, 86: 100, 89: 100, 90: 228, 120: 100}
 WARPS_SM = {80: 64, 86: 48, 89: 48, 90: 64, 120: 48}
 
 
-@dataclass(frozen=True)
-class Product:
-    """One `tl.dot` of a (m, k) by a (k, n) tile, of numbers of `kind`: "bf16", "int8", "fp8" or "fp8 scaled"."""
-
-    m: int
-    n: int
-    k: int
-    kind: str
-
-
-@dataclass(frozen=True)
-class Case:
-    """A kernel at the tile sizes in use, and what is expected of its compilation.
-
-    types: each argument's Triton type ("*bf16", "i32", "fp32"); `constants`: the constexpr arguments. Pointers and the
-    integers named in `aligned` are multiples of 16. `registers`: the most that the compiler is told to use (maxnreg).
-    `dots`: the products in the code, each as often as it stands there; where there is one, the assembler may unroll the
-    loop around it. `narrow`: where the kernel waits for memory, the pointers through which it may move fewer than 128
-    bits at a time, since what lies there is a few numbers of each row or block; through every other pointer each access
-    is of 128. None: it does not wait for memory. `permutes`: the most byte permutes (PRMT) there may be.
-    """
-
-    name: str
-    kernel: Any
-    types: Mapping[str, str]
-    constants: Mapping[str, Any] = field(default_factory=dict)
-    warps: int = 4
-    stages: int = 3
-    registers: int | None = None
-    aligned: tuple[str, ...] = ()
-    capabilities: tuple[int, ...] = CAPABILITIES
-    dots: tuple[Product, ...] = ()
-    narrow: tuple[str, ...] | None = None
-    permutes: int | None = None
-
-
 @dataclass
 class Report:
-    """What became of a case on one GPU."""
+    """What became of a launch on one GPU generation."""
 
+    kernel: str
     case: str
     capability: int
     warps: int
@@ -89,57 +62,122 @@ class Report:
     broken: list[str] = field(default_factory=list)
 
 
-def compile_case(case: Case, capability: int) -> Report:
+def run_cases(generation: int) -> Iterator[Any]:
+    """Call every op, on every path and in every form that training uses, as on a GPU of that generation."""
+    s = Sizes(torch.device("meta"))
+    for make in (*STEPS.values(), *ROWS.values(), *RARE_STEPS.values()):
+        yield make(s).run(ops)
+    for make, layer in product(STORAGE.values(), ("mlp.0", "linear2")):
+        yield make(s, *layer_shape(s, layer)).run(ops)
+    for make in RARE_STORAGE.values():
+        yield make(s, *layer_shape(s, "mlp.0")).run(ops)
+    computes = [compute for compute in COMPUTES if generation >= 89 or not compute.startswith("fp8")]
+    for format, compute in product(FORMATS, computes):
+        layer = Layer.random(s, (s.tokens, *layer_shape(s, "mlp.0")), format)
+        yield layer.ours(layer.given(compute), compute)
+        if compute == "int8_dx":
+            rotation = rotation_block(s.width)
+            yield layer.ours(layer.given(compute, rotation), compute, rotation=rotation)
+        if compute == "fp8_dx" and generation >= 120:
+            # With block scales fp8 runs at full rate on RTX 50. No GPU has shown its numbers yet: it is a candidate.
+            with on_path("matmul_fp8", generation, "scaled"):
+                yield layer.ours(layer.given(compute), compute)
+    for format, rank in product(FORMATS, (s.rank, 5)):  # 5: no multiple of 8, read number by number
+        layer = Layer.random(replace(s, rank=rank), (s.tokens, *layer_shape(s, "mlp.0")), format)
+        yield layer.ours(layer.given())
+    for format, rows in product(FORMATS, (s.tokens, 1, 64)):  # also where the table prefers another path
+        layer = Layer.random(s, (rows, *layer_shape(s, "modulation")), format)
+        with ExitStack() as paths:
+            paths.enter_context(on_path(f"lora_linear_{format}", generation, "fused", rows))
+            if rows <= FEW_ROWS:
+                paths.enter_context(on_path(f"lora_linear_backward_{format}", generation, "fused", rows))
+            yield layer.ours(layer.given())
+
+
+def on_path(op: str, generation: int, path: str, rows: int = 1 << 20) -> Any:
+    """Inside, `op` takes that path, in the tiles that the table has for it."""
+    key = (op, generation, table.shape_class(op, rows))
+    choice = table.SHIPPED.get(key) or table.SHIPPED[op, generation, "large"]
+    return table.using(op, replace(choice, path=path))
+
+
+def launches(generation: int) -> dict[str, Launch]:
+    """Label -> launch, each distinct one once. Launches that a label does not tell apart get what differs added."""
+    with recording(generation) as recorded:
+        for _ in run_cases(generation):
+            pass
+    named: dict[str, Launch] = {}
+    for launch in {launch.key: launch for launch in recorded}.values():
+        name = label(launch)
+        if name in named:
+            name += f" ({', '.join(differences(named[name], launch))})"
+        named[name] = launch
+    return named
+
+
+def hardest(named: Mapping[str, Launch]) -> list[str]:
+    """One launch of each kernel for each kind of products in it: that from NF4, if there is one, or else the first."""
+    chosen: dict[Any, str] = {}
+    for name in sorted(named, key=lambda name: "nf4" not in name):
+        launch = named[name]
+        chosen.setdefault((launch.name, tuple(dot.kind for dot in promise(launch).dots)), name)
+    return [name for name in named if name in chosen.values()]
+
+
+def differences(first: Launch, other: Launch) -> list[str]:
+    """The arguments by which two launches of a kernel differ."""
+    found = []
+    for i, name in enumerate(first.kernel.arg_names):
+        a, b = ((x.signature[name], x.constants.get(name), x.attributes.get((i,))) for x in (first, other))
+        if a != b:
+            found.append(f"{name} {b[1] if b[0] == 'constexpr' else b[0]}")
+    return found or [f"{other.warps} warps"]
+
+
+def compiled(name: str, launch: Launch, generation: int) -> Report:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    names = case.kernel.arg_names
-    signature = {n: "constexpr" if n in case.constants else case.types[n] for n in names}
-    divisible = {(i,) for i, n in enumerate(names) if signature[n].startswith("*") or n in case.aligned}
+    names = launch.kernel.arg_names
     source = ASTSource(
-        fn=case.kernel,
-        signature=signature,
-        constexprs={(names.index(n),): v for n, v in case.constants.items()},
-        attrs={i: [["tt.divisibility", 16]] for i in divisible},
+        fn=launch.kernel,
+        signature=dict(launch.signature),
+        constexprs={(names.index(n),): value for n, value in launch.constants.items()},
+        attrs=dict(launch.attributes),
     )
-    options = {"num_warps": case.warps, "num_stages": case.stages, "maxnreg": case.registers}
-    compiled = triton.compile(source, target=GPUTarget("cuda", capability, 32), options=options)
-    usage, opcodes = read_cubin(compiled.asm["cubin"])
-    shared = compiled.metadata.shared
+    options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
+    made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
+    usage, opcodes = read_cubin(made.asm["cubin"])
+    accessed = widths(made.asm["llir"], [n for n in names if n not in launch.constants])
     report = Report(
-        case.name,
-        capability,
-        case.warps,
-        case.stages,
+        launch.name,
+        name,
+        generation,
+        launch.warps,
+        launch.stages,
         usage["REG"],
         usage["STACK"],
-        shared,
+        made.metadata.shared,
         dict(sorted(opcodes.items())),
-        {
-            n: sorted(bits)
-            for n, bits in widths(compiled.asm["llir"], [n for n in names if n not in case.constants]).items()
-        },
-        occupancy(capability, case.warps, usage["REG"], shared),
+        {n: sorted(bits) for n, bits in accessed.items()},
+        occupancy(generation, launch.warps, usage["REG"], made.metadata.shared),
     )
-    unknown = {p.name for p in case.kernel.params if p.do_not_specialize}.intersection(case.aligned)
-    report.broken = [f"{name} is aligned, but not specialized" for name in sorted(unknown)]
-    report.broken += broken_promises(case, report)
+    report.broken = broken_promises(promise(launch), report)
     return report
 
 
 def read_cubin(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """Registers and the like by cuobjdump's names, and how often each opcode stands in the code."""
+    """Registers and the like by cuobjdump's names, and how often each opcode is in the code."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        usage = subprocess.run([tool, "-res-usage", path], capture_output=True, text=True, check=True).stdout
-        code = subprocess.run([tool, "-sass", path], capture_output=True, text=True, check=True).stdout
-    numbers = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", usage)}
-    return numbers, Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", code, re.MULTILINE))
+        text = subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
+    numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
+    return numbers, Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", text, re.MULTILINE))
 
 
 def occupancy(capability: int, warps: int, registers: int, shared: int) -> float:
@@ -151,7 +189,7 @@ def occupancy(capability: int, warps: int, registers: int, shared: int) -> float
     return blocks * warps / WARPS_SM[capability]
 
 
-def broken_promises(case: Case, report: Report) -> list[str]:
+def broken_promises(promised: Promise, report: Report) -> list[str]:
     """What does not hold, a sentence each."""
     count, broken = total(report.opcodes), []
     if report.stack or count("LDL") or count("STL"):
@@ -160,15 +198,15 @@ def broken_promises(case: Case, report: Report) -> list[str]:
         broken.append(f"{report.registers} registers")
     if report.shared > SHARED_KIB[report.capability] * 1024:
         broken.append(f"{report.shared / 1024:.0f} KiB of shared memory, {SHARED_KIB[report.capability]} at most")
-    if case.narrow is not None:
-        too_narrow = {n: bits for n, bits in report.widths.items() if bits != [128] and n not in case.narrow}
+    if promised.narrow is not None:
+        too_narrow = {n: bits for n, bits in report.widths.items() if bits != [128] and n not in promised.narrow}
         broken += [f"{'- and '.join(map(str, bits))}-bit accesses through {n}" for n, bits in too_narrow.items()]
-    for opcode, wanted in expected_products(case.dots, report.capability, case.warps).items():
-        unrolled = len(case.dots) == 1 and count(opcode) and count(opcode) % wanted == 0
+    for opcode, wanted in expected_products(promised.dots, report.capability, report.warps).items():
+        unrolled = len(promised.dots) == 1 and count(opcode) and count(opcode) % wanted == 0
         if count(opcode) != wanted and not unrolled:
             broken.append(f"{count(opcode)} {opcode}, not {wanted}")
-    if case.permutes is not None and count("PRMT") > case.permutes:
-        broken.append(f"{count('PRMT')} PRMT, {case.permutes} at most")
+    if promised.permutes is not None and count("PRMT") > promised.permutes:
+        broken.append(f"{count('PRMT')} PRMT, {promised.permutes} at most")
     return broken
 
 
@@ -190,8 +228,8 @@ def total(opcodes: Mapping[str, int]) -> Any:
 def expected_products(dots: Sequence[Product], capability: int, warps: int) -> Counter[str]:
     """How many tensor-core instructions of which opcode one warp needs for `dots`.
 
-    One multiplies 16 x 8 x 16 (bf16) or 16 x 8 x 32 (8 bits) for a warp; on sm_90, where there are 64 rows or more,
-    64 x n x 16 or 32 for four warps. Warps that find no 16 x 8 of their own multiply what another does.
+    One multiplies 16 x 8 x 16 (bf16) or 16 x 8 x 32 (8 bits) for a warp; on sm_90, from 64 rows on, 64 x n x 16 or 32
+    for four warps. A warp without a 16 x 8 of its own multiplies what another one does.
     """
     opcode = {"bf16": "HMMA", "int8": "IMMA", "fp8": "QMMA", "fp8 scaled": "QMMA.SF"}
     wanted: Counter[str] = Counter()
@@ -204,14 +242,7 @@ def expected_products(dots: Sequence[Product], capability: int, warps: int) -> C
     return wanted
 
 
-def cases() -> list[Case]:
-    names = sorted(m.name for m in pkgutil.iter_modules([str(ROOT / "aot_cases")]))
-    found = [case for name in names for case in importlib.import_module(f"benchmarks.aot_cases.{name}").CASES]
-    places = {case.name: i for i, case in reversed([*enumerate(found)])}
-    return sorted(found, key=lambda case: places[case.name])  # the GPUs of a kernel one after another
-
-
-def table(reports: Sequence[Report]) -> str:
+def table_of(reports: Sequence[Report]) -> str:
     """The reports as a page of markdown."""
     import triton
 
@@ -241,23 +272,49 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, help="the page to write")
     parser.add_argument("--json", type=Path, help="everything, for programs")
-    parser.add_argument("--only", default="", help="cases whose name has this in it")
+    parser.add_argument("--only", default="", help="kernels whose name contains this")
+    parser.add_argument(
+        "--quick", action="store_true", help="one launch of each kernel for each kind of products in it"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes that compile")
     arguments = parser.parse_args()
     if os.environ.get("TRITON_INTERPRET", "0") == "1":
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
+    work = []
+    for gpu in GENERATIONS:
+        named = launches(gpu)
+        chosen = hardest(named) if arguments.quick else named
+        work += [(name, named[name], gpu) for name in chosen if arguments.only in name]
     reports = []
-    for case in (c for c in cases() if arguments.only in c.name):
-        for capability in case.capabilities:
-            report = compile_case(case, capability)
-            reports.append(report)
-            print(f"{case.name} sm_{capability}: {report.registers} registers, {report.shared} bytes shared", end="")
-            print(f"  BROKEN: {'; '.join(report.broken)}" if report.broken else "", flush=True)
+    for report in compile_all(work, arguments.jobs):
+        reports.append(report)
+        print(
+            f"{report.case} sm_{report.capability}: {report.registers} registers, {report.shared} bytes shared", end=""
+        )
+        print(f"  BROKEN: {'; '.join(report.broken)}" if report.broken else "", flush=True)
+    places = {report.case: i for i, report in reversed([*enumerate(reports)])}
+    reports.sort(key=lambda r: (places[r.case], r.capability))  # the GPUs of a kernel one after another
     if arguments.out:
-        arguments.out.write_text(table(reports), encoding="utf-8")
+        arguments.out.write_text(table_of(reports), encoding="utf-8")
     if arguments.json:
         arguments.json.write_text(json.dumps([asdict(r) for r in reports], indent=1) + "\n", encoding="utf-8")
     if any(r.broken for r in reports):
         raise SystemExit(1)
+
+
+def compile_all(work: Sequence[tuple[str, Launch, int]], jobs: int) -> Iterator[Report]:
+    """Forked processes share `work`; launches cannot be pickled."""
+    global _work
+    _work = work
+    with multiprocessing.get_context("fork").Pool(jobs) as pool:
+        yield from pool.imap(_compile, range(len(work)))
+
+
+_work: Sequence[tuple[str, Launch, int]] = ()
+
+
+def _compile(index: int) -> Report:
+    return compiled(*_work[index])
 
 
 if __name__ == "__main__":

@@ -1,12 +1,12 @@
-"""One double and one single block of FLUX.1 dev, forward and backward: right first, then seconds and peak bytes.
+"""One double and one single block of FLUX.1 dev, forward and backward: first checked, then timed, with peak bytes.
 
     python3 -m benchmarks.blocks --out DIR [--rows 1536 4608] [--only "double"]
-    python3 -m benchmarks.blocks --device cpu --tiny --out DIR          only tries the script out
+    python3 -m benchmarks.blocks --device cpu --tiny --out DIR          only to try the script
 
-Ours over NF4 with LoRA of rank 16: every policy and every way of multiplying, and on the reference in plain PyTorch.
-Beside it diffusers' block with bitsandbytes' NF4 and peft's LoRA in bf16, eager, checkpointed and under torch.compile,
-with the same weights and LoRA. Correct means: in bf16 at most twice the error of plain autograd against fp32, in 8 bits
-a cosine of at least 0.99. The host's time counts. `bound_ms` is what the GPU's best products alone would take.
+Ours over NF4 with LoRA of rank 16: every policy and compute, and the reference in plain PyTorch. Compared with
+diffusers' block with bitsandbytes' NF4 and peft's LoRA in bf16, eager, checkpointed and under torch.compile, with the
+same weights and LoRA. Correct means: in bf16 at most twice the error of plain autograd against fp32, in 8 bits a cosine
+of at least 0.99. CPU time counts. `bound_ms` is the time of the products alone at the GPU's best rates.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cases import Case, last_only, parser, run_part, target
-from benchmarks.kernel_cases.eight_bits import refuse_fp8_where_missing
-from benchmarks.kernel_cases.setting import Setting, cosine, relative_error
+from benchmarks.kernel_rows.setting import Setting, setting_of, skip_missing_fp8
 from benchmarks.peers import diffusers_blocks
 from benchmarks.peers.peft_lora import trained
 from benchmarks.roofline import KINDS, block_ms, measure_ceilings
+from fluxq.bench.closeness import cosine, relative_error
 from fluxq.bench.random_model import random_flux
 from fluxq.bench.timing import timed
 from fluxq.kernels import COMPUTES, POLICIES, backend, dequantize, quantize
@@ -45,19 +45,19 @@ SEEN = ("output", "d_input", "d_lora")
 
 @dataclass
 class Bench:
-    """One block with its inputs: the leading ones (img and txt, or both joined), vec, cos, sin, and the gradients."""
+    """One block with its inputs: the leading ones (img and txt, or both joined), vec, cos, sin; output gradients."""
 
     setting: Setting
     kind: str
     rows: int
 
     def __post_init__(self) -> None:
-        s = self.setting
+        s, device = self.setting.sizes, self.setting.device
         torch.manual_seed(0)
-        config = FluxConfig.nano() if s.tiny else FluxConfig.dev()
+        config = FluxConfig.nano() if self.setting.tiny else FluxConfig.dev()
         double, single = (1, 0) if self.kind == "double" else (0, 1)
         config = replace(config, depth=double, depth_single_blocks=single)
-        self.flux: Flux = random_flux(config, "bf16", s.device, s.rank)
+        self.flux: Flux = random_flux(config, "bf16", device, s.rank)
         self.config = self.flux.config
         self.block: Block = self.flux.blocks[0]
         self.tensors = {
@@ -66,7 +66,7 @@ class Bench:
         for layer in linears(self.block):
             layer.store(quantize(dequantize(layer.frozen, torch.bfloat16), "nf4"))
         image, side = self.rows - s.text, math.isqrt(self.rows - s.text)
-        ids = torch.cat([text_ids(s.text, s.device), image_ids(side, -(-image // side), s.device)[:image]])
+        ids = torch.cat([text_ids(s.text, device), image_ids(side, -(-image // side), device)[:image]])
         cos, sin = rope_angles(ids, config.axes_dim, config.theta)
         lengths = (image, s.text) if self.kind == "double" else (self.rows,)
         width = config.hidden_size
@@ -75,7 +75,7 @@ class Bench:
         self.douts = [s.randn(1, length, width) for length in lengths]
 
     def step(self, run: Callable[..., Any] | None = None) -> tuple[Tensor, ...]:
-        """Outputs, and gradients of the inputs and of every LoRA, by `run`, else as in training."""
+        """Outputs, and gradients of the inputs and of every LoRA, by `run`, by default as in training."""
         return forward_backward(run or self.ours, self.leading, self.rest, list(self.block.parameters()), self.douts)
 
     def ours(self, *inputs: Tensor) -> Any:
@@ -97,7 +97,7 @@ class Bench:
         return self._plain(torch.bfloat16)
 
     def _plain(self, dtype: torch.dtype) -> dict[str, Tensor]:
-        """By autograd alone over the decoded weights, every frozen number in `dtype`, as fp32 numbers."""
+        """By plain autograd over the decoded weights, with every frozen tensor in `dtype`; returned in fp32."""
         block = copy.deepcopy(self.block)
         for layer in linears(block):
             layer.store(dequantize(layer.frozen, dtype))
@@ -135,17 +135,18 @@ def main() -> None:
 
     def prepare(report: dict[str, Any]) -> Iterator[Case]:
         report.setdefault("ceilings", measure_ceilings(device, arguments.tiny))
-        setting = Setting(device, rows=tuple(arguments.rows), ceilings=report["ceilings"], seconds=1.0)
-        if arguments.tiny:
-            setting = Setting(device, True, (150,), 4, 0.0, report["ceilings"])
-        report |= {"backend": setting.ours.__name__, "rank": setting.rank, "text_tokens": setting.text}
+        setting = setting_of(device, arguments.tiny, report["ceilings"])
+        rows, seconds = ((150,), 0.0) if arguments.tiny else (tuple(arguments.rows), 1.0)
+        setting = replace(setting, rows=rows, seconds=seconds)
+        sizes = setting.sizes
+        report |= {"backend": setting.ours.__name__, "rank": sizes.rank, "text_tokens": sizes.text}
         return cases(setting)
 
     run_part("blocks", arguments, prepare)
 
 
 def cases(s: Setting) -> Iterator[Case]:
-    """What decides comes first, in case time runs out."""
+    """The most important cases first, in case time runs out."""
 
     @last_only
     def bench(kind: str, rows: int) -> Bench:
@@ -180,9 +181,9 @@ def cases(s: Setting) -> Iterator[Case]:
 def alone(
     bench: Callable[[str, int], Bench], kind: str, rows: int, policy: str, compute: str, reference: bool = False
 ) -> dict[str, Any]:
-    """Ours with one policy and one way of multiplying."""
+    """Ours with one policy and one compute."""
     b = bench(kind, rows)
-    refuse_fp8_where_missing(b.setting, compute.removesuffix("_dx"))
+    skip_missing_fp8(b.setting.device, compute)
     set_up(b, policy, compute)
     with backend("reference") if reference else nullcontext():
         checked = check(b, b.seen(b.step()), policy, compute)
@@ -194,7 +195,7 @@ def alone(
 
 
 def against_eager(bench: Callable[[str, int], Bench], kind: str, rows: int) -> dict[str, Any]:
-    """Both sides keeping everything, and both recomputing from their inputs."""
+    """Both keeping everything, and both recomputing from their inputs."""
     b = bench(kind, rows)
     block, run = diffusers_blocks.twin(kind, b.config, b.tensors, lora_layers(b.flux))
     theirs = partial(peer_step, b, block, run)
@@ -215,7 +216,7 @@ def against_compiled(bench: Callable[[str, int], Bench], kind: str, rows: int) -
 
 
 def against(b: Bench, pairs: dict[str, tuple[str, Callable[[], Any]]]) -> dict[str, Any]:
-    """policy -> an opponent's name and step: times of ours under that policy and of theirs, alternating."""
+    """pairs: policy -> an opponent's name and step. Times ours under that policy and theirs, alternating."""
     device, runs = b.setting.device, {}
 
     def ours(policy: str) -> tuple[Tensor, ...]:
@@ -242,7 +243,7 @@ def set_up(b: Bench, policy: str, compute: str) -> None:
 
 
 def check(b: Bench, found: dict[str, Tensor], policy: str, compute: str) -> dict[str, Any]:
-    """Of the kept inner layer in 8 bits, two hundredths are allowed on top."""
+    """keep_all8 keeps the hidden layer in 8 bits: 0.02 more are allowed."""
     errors = b.errors(found)
     slack = 0.02 if policy == "keep_all8" else 1e-6
     if compute == "bf16":
@@ -265,7 +266,7 @@ def forward_backward(
 
 
 def peer_step(b: Bench, block: nn.Module, run: Callable[..., Any]) -> tuple[Tensor, ...]:
-    """diffusers' single block takes text and image apart, so it gets them apart."""
+    """diffusers' single block takes text and image separately."""
     leading, douts = b.leading, b.douts
     if b.kind == "single":
         leading, douts = apart(b, leading[0]), apart(b, douts[0])
@@ -275,12 +276,12 @@ def peer_step(b: Bench, block: nn.Module, run: Callable[..., Any]) -> tuple[Tens
 
 def apart(b: Bench, joined: Tensor) -> list[Tensor]:
     """(B, L, D), text first -> image, text."""
-    txt, img = joined.split([b.setting.text, b.rows - b.setting.text], dim=1)
+    txt, img = joined.split([b.setting.sizes.text, b.rows - b.setting.sizes.text], dim=1)
     return [img, txt]
 
 
 def peer_seen(b: Bench, found: Sequence[Tensor]) -> dict[str, Tensor]:
-    """A step of diffusers' block as ours: joined where ours are. Its LoRA is cut differently, and left out."""
+    """A step of diffusers' block in our layout. Its LoRA is split differently, and left out."""
     outputs, inputs = found[:2], found[2:4]
     if b.kind == "single":
         outputs, inputs = ((torch.cat([txt, img], dim=1),) for img, txt in (outputs, inputs))
@@ -288,7 +289,7 @@ def peer_seen(b: Bench, found: Sequence[Tensor]) -> dict[str, Tensor]:
 
 
 def peak_bytes(run: Callable[[], Any], device: torch.device) -> int | None:
-    """Of one run, above what lay on the GPU before it."""
+    """Peak bytes of one run, beyond what was allocated before it."""
     if device.type != "cuda":
         return None
     torch.cuda.reset_peak_memory_stats(device)

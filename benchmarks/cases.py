@@ -1,7 +1,7 @@
-"""How a part of `make gpu` runs: case after case, each written down at once, and no case takes the others with it.
+"""Runs a part of `make gpu` case by case: each result is saved at once, and a failing case does not affect the others.
 
-The cases run in a process of their own. Where one breaks the GPU's context or the process, a new process goes on
-behind it; where time runs out, what is left is written down as skipped.
+The cases run in a worker process. If a case breaks the GPU's context or kills the process, a new worker continues with
+the next case. If time runs out, the remaining cases are recorded as skipped.
 """
 
 from __future__ import annotations
@@ -21,42 +21,41 @@ from typing import Any
 import torch
 
 from benchmarks.measure import about, nvidia_smi, result_path, write
+from benchmarks.session import GRACE
 
 GO_ON = 75
-"""The exit code of a process whose GPU no longer answers: the rest of the cases needs a new one."""
-GRACE = 20.0
-"""Seconds that the last case may take beyond the part's time before it is stopped."""
+"""The exit code of a worker whose GPU no longer answers: the remaining cases need a new one."""
 
 
 class Skip(Exception):
-    """The case cannot be run here; its text says why."""
+    """The case cannot run here; the text says why."""
 
 
 @dataclass(frozen=True)
 class Case:
-    """`measure` checks, then times, and gives the row; `ok` in it is False where the check failed."""
+    """`measure` checks, then times, and returns the row; its `ok` is False if the check failed."""
 
     name: str
     measure: Callable[[], dict[str, Any]]
 
 
 def parser(text: str) -> argparse.ArgumentParser:
-    """With the options that every part has."""
+    """A parser with the options of every part."""
     made = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON file")
-    made.add_argument("--device", default="cuda", help="cpu tries the script out, with --tiny")
-    made.add_argument("--tiny", action="store_true", help="small shapes: numbers that mean nothing, in seconds")
-    made.add_argument("--only", default="", help="cases whose name this regular expression finds")
-    made.add_argument("--minutes", type=float, default=8.5, help="time for all; cases that would start later are left")
+    made.add_argument("--device", default="cuda", help="cpu: only to try the script, with --tiny")
+    made.add_argument("--tiny", action="store_true", help="small shapes: runs in seconds, measures nothing")
+    made.add_argument("--only", default="", help="run cases whose name matches this regular expression")
+    made.add_argument("--minutes", type=float, default=8.5, help="time limit; cases that would start later are skipped")
     made.add_argument("--worker", type=Path, help=argparse.SUPPRESS)
     made.add_argument("--deadline", type=float, default=0.0, help=argparse.SUPPRESS)
     return made
 
 
 def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[str, Any]], Iterable[Case]]) -> None:
-    """Run the cases that `prepare(report)` gives, which may write what holds for all of them into the report.
+    """Run the cases of `prepare(report)`, which may add facts about all of them to the report.
 
-    Ends the program: with 1 where a case failed.
+    Exits the program, with 1 if a case failed.
     """
     if arguments.worker is not None:
         raise SystemExit(_work(arguments, prepare))
@@ -68,12 +67,13 @@ def run_part(part: str, arguments: argparse.Namespace, prepare: Callable[[dict[s
     write(path, {"part": part, "about": None, "settings": settings, "rows": []})
     module = sys.modules["__main__"].__spec__
     command = [sys.executable, *(["-m", module.name] if module else sys.argv[:1]), *sys.argv[1:]]
-    raise SystemExit(supervise(path, 60 * arguments.minutes, command))
+    seconds = arguments.deadline - time.time() if arguments.deadline else 60 * arguments.minutes
+    raise SystemExit(supervise(path, seconds, command))
 
 
 def supervise(path: Path, seconds: float, command: list[str], grace: float = GRACE) -> int:
-    """Start workers until all cases are through or time is up; the exit code. One that goes on for `grace` seconds
-    after that is killed.
+    """Start workers until all cases are done or time is up, and return the exit code. A worker still running after
+    `grace` more seconds is killed.
     """
     deadline, broken = time.time() + seconds, None
     while True:
@@ -100,7 +100,7 @@ def supervise(path: Path, seconds: float, command: list[str], grace: float = GRA
 
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, int]:
-    """How many cases there were, failed (the check counts), were skipped; how many targets are met and how many not."""
+    """Counts: cases, failed ones (also by their check), skipped ones, targets met and missed."""
     targets = [target["met"] for row in rows for target in row.get("targets", [])]
     return {
         "cases": len(rows),
@@ -129,7 +129,7 @@ def _work(arguments: argparse.Namespace, prepare: Callable[[dict[str, Any]], Ite
         write(path, report)
         print(f"{case.name}: {in_words(row)}", flush=True)
         if "failed" in row or "out_of_memory" in row:
-            gc.collect()  # what the case held may lie in a cycle with its error
+            gc.collect()  # the error and what the case held may refer to each other
         if device.type == "cuda":
             if "failed" in row and not _answers(device):
                 return GO_ON
@@ -145,7 +145,7 @@ def _measured(case: Case) -> dict[str, Any]:
         return dict(case.measure())
     except Skip as reason:
         return {"skipped": str(reason)}
-    except Exception as error:  # whatever it is, the other cases are still wanted
+    except Exception as error:  # the other cases shall still run
         return {"failed": f"{type(error).__name__}: {error}"[:2000]}
 
 
@@ -174,8 +174,8 @@ def in_words(row: dict[str, Any]) -> str:
 
 
 def last_only(make: Callable[..., Any]) -> Callable[..., Any]:
-    """`make`, which remembers what it made last, and lets go of that before it makes another: each may fill a GPU.
-    Its `forget()` lets go of that at once.
+    """`make` with a cache of one entry, which is freed before the next is made: each may fill a GPU. `forget()` frees
+    it at once.
     """
     kept: dict[tuple[Any, ...], Any] = {}
 
@@ -190,9 +190,7 @@ def last_only(make: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def target(what: str, wanted: str, reached: float, applies: bool = True) -> dict[str, Any]:
-    """A figure beside what the project wants of it; `wanted` is ">= 0.8" or "<= 1.08". Where it does not apply it is
-    only recorded.
-    """
+    """A figure with its target, such as ">= 0.8" or "<= 1.08". If the target does not apply, `met` is None."""
     relation, bound = wanted.split()
     met = (reached >= float(bound)) if relation == ">=" else (reached <= float(bound))
     return {"what": what, "wanted": wanted, "reached": reached, "met": met if applies else None}

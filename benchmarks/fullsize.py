@@ -1,14 +1,13 @@
-"""The whole path at full width on this machine's CPU, with random weights: does it fit, and how long does it
-take?
+"""The whole path at full width on this machine's CPU, with random weights: does it fit, and how long does it take?
 
     make fullsize                 the real depth: about 34 GB of files in build/fullsize, kept for the next time
     make fullsize DEPTH="1 2"     one double and two single blocks, one T5 block: minutes
 
 Writes FLUX.1 dev (bf16), T5-XXL (fp16), CLIP-L (fp16) and the autoencoder (fp32) with random weights in the real files'
-layouts. Then the commands that a user runs: `quantize` to NF4, `cache` of two photographs with captions, `train` for
-one step at 256 x 256 pixels, with every unit streamed through a few slots, as on a small GPU; but here the slots and
-the arena are one memory. Each command's anonymous resident memory (RssAnon: no mapped files, no page cache) is sampled
-every 20 ms. The JSON has peaks, seconds, versions and the commit.
+layouts. Then runs a user's commands: `quantize` to NF4, `cache` of two photographs with captions, `train` for one step
+at 256 x 256 pixels, with every unit streamed through a few slots, as on a small GPU; but here slots and arena share the
+same RAM. Each command's anonymous resident memory (RssAnon: no mapped files, no page cache) is sampled every 20 ms. The
+JSON has peaks, seconds, versions and the commit.
 """
 
 from __future__ import annotations
@@ -48,7 +47,7 @@ def main() -> None:
     double, single = arguments.depth
     folder = (arguments.folder / f"{double}_{single}").resolve()
     files = write_models(folder, double, single)
-    shutil.rmtree(folder / "cache", ignore_errors=True)  # what is measured is encoding, not finding it done
+    shutil.rmtree(folder / "cache", ignore_errors=True)  # measure encoding, not reading the cache
     quantized = folder / "flux-nf4.safetensors"
     encoders = [f"--ae={files['ae']}", f"--clip-l={files['clip_l']}", f"--t5xxl={files['t5xxl']}"]
     tokenizers = [f"--set=model.clip_tokenizer={nano.CLIP_TOKENIZER}", f"--set=model.t5_tokenizer={nano.T5_TOKENIZER}"]
@@ -106,7 +105,7 @@ def anonymous_bytes(pid: int) -> int:
 
 
 def write_models(folder: Path, double: int, single: int) -> dict[str, Path]:
-    """The four files, unless they are there already."""
+    """Write the four files, unless they exist."""
     config = replace(FluxConfig.dev(), depth=double, depth_single_blocks=single)
     models: dict[str, tuple[Shapes, torch.dtype]] = {
         "flux": (flux_shapes(config), torch.bfloat16),

@@ -1,13 +1,13 @@
-"""Training steps of FLUX.1 dev on the GPU at hand, with random weights: seconds a step and peak memory.
+"""Training steps of FLUX.1 dev with random weights on this machine's GPU: seconds per step and peak memory.
 
     python3 -m benchmarks.gpu --out DIR [--sizes 512 1024] [--policy keep_all ...] [--compute int8 ...] [--vram 12GiB]
-    python3 -m benchmarks.gpu --device cpu --tiny --out DIR          only tries the script out
+    python3 -m benchmarks.gpu --device cpu --tiny --out DIR          only to try the script
 
 LoRA of rank 16 on attention and MLP, batch 1, 512 T5 tokens. The steps are those of `fluxq bench steps`
 (fluxq/bench/timed_step.py). `--policy planned` is the plan that training would make; every other policy is timed with
 all weights resident. The first policy comes first, then the published QLoRA recipe, then the other policies.
-`--vram` lets the program have no more of the GPU than that; a combination that does not fit says so and does not count
-as failed.
+`--vram` limits the memory of the GPU that may be used; a combination that does not fit says so and does not count as
+failed.
 """
 
 from __future__ import annotations
@@ -21,7 +21,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.cases import Case, Skip, last_only, parser, run_part, target
+from benchmarks.cases import Case, last_only, parser, run_part, target
+from benchmarks.kernel_rows.setting import skip_missing_fp8
 from benchmarks.peers import qlora_step
 from benchmarks.placed import ENDLESS, RANK, T5_LENGTH, optimizer_of, planned, row_of
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
@@ -91,7 +92,9 @@ def arguments_of() -> Any:
     made.add_argument("--depth", type=int, nargs=2, default=(19, 38), help="double and single blocks; default: dev's")
     made.add_argument("--sizes", type=int, nargs="+", default=(512, 1024, 768), help="pixels of a side")
     made.add_argument("--format", nargs="+", choices=FORMATS, default=("nf4",), help="how frozen weights are stored")
-    made.add_argument("--compute", nargs="+", choices=COMPUTES, default=("bf16", "int8_dx"), help="how multiplied")
+    made.add_argument(
+        "--compute", nargs="+", choices=COMPUTES, default=("bf16", "int8_dx"), help="how they are multiplied"
+    )
     made.add_argument(
         "--policy",
         nargs="+",
@@ -99,9 +102,11 @@ def arguments_of() -> Any:
         default=(PLANNED, "recompute", "keep_all"),
         help="what blocks keep for backward",
     )
-    made.add_argument("--steps", type=int, default=12, help="timed steps each, after three that are not")
-    made.add_argument("--seconds", type=float, default=15, help="but no more than fit into this, and three at least")
-    made.add_argument("--vram", type=gibibytes, help='most of the GPU that may be used, such as "12GiB"')
+    made.add_argument("--steps", type=int, default=12, help="timed steps each, after three untimed ones")
+    made.add_argument(
+        "--seconds", type=float, default=15, help="at most as many steps as fit into this, but at least three"
+    )
+    made.add_argument("--vram", type=gibibytes, help='limit for the GPU memory used, such as "12GiB"')
     return made.parse_args()
 
 
@@ -115,7 +120,7 @@ def gibibytes(text: str) -> int:
 def bound_ms(
     ceilings: Ceilings, config: FluxConfig, depth: Sequence[int], size: int, policy: str, compute: str
 ) -> float | None:
-    """The products of all blocks at the GPU's best rates; the rest of the step is left out."""
+    """The time of all blocks' products at the GPU's best rates, without the rest of the step."""
     rows = T5_LENGTH + (size // 16) ** 2
     times = [block_ms(ceilings, kind, config.hidden_size, rows, policy, compute) for kind in KINDS]
     return None if None in times else sum(n * (t or 0.0) for n, t in zip(depth, times, strict=True))
@@ -128,9 +133,8 @@ def ours_of(
     measured: Callable[..., dict[str, Any]],
     bound: float | None,
 ) -> dict[str, Any]:
-    """The row of fluxq's own steps, with what a plan predicts for everything resident."""
-    if torch.cuda.is_available() and setting.compute.startswith("fp8") and torch.cuda.get_device_capability() < (8, 9):
-        raise Skip("this GPU multiplies no fp8; there fluxq computes in int8")
+    """The row of fluxq's own steps, with a plan's prediction for everything resident."""
+    skip_missing_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"), setting.compute)
 
     def figures(steps: int, seconds: float, optimizer: str) -> dict[str, Any]:
         flux = model()
@@ -150,15 +154,15 @@ def ours_of(
 
 
 def planned_of(
-    make_room: Callable[[], None],
+    free_model: Callable[[], None],
     config: FluxConfig,
     setting: Setting,
     device: torch.device,
     arguments: Any,
     optimizer: str,
 ) -> dict[str, Any]:
-    """The row of what training would plan for the memory that may be used; `make_room` lets go of another model."""
-    make_room()
+    """The row of the plan that training would make for the memory that may be used. free_model: frees another model."""
+    free_model()
     made = planned(setting, config, device, optimizer, arguments.vram)
     return row_of(made, setting, config, device, optimizer, arguments.steps)
 
@@ -171,7 +175,7 @@ def recipe_of(
     rows: Sequence[dict[str, Any]],
     hopper: bool,
 ) -> dict[str, Any]:
-    """The recipe's row, and how many times as fast ours were at that size: the best in bf16, and in 8 bits."""
+    """The recipe's row, and its time over that of our best in bf16 and in 8 bits at that resolution."""
 
     def figures(steps: int, seconds: float, optimizer: str) -> dict[str, Any]:
         transformer = model()
@@ -202,7 +206,7 @@ def timed_steps(
     figures: Callable[[int, float, str], dict[str, Any]],
     predicted: Callable[[str], dict[str, Any]] = lambda optimizer: {},
 ) -> dict[str, Any]:
-    """A row: the figures under the names that every part uses, or that it ran out of memory."""
+    """A row: the figures under the names that all parts use, or that it ran out of memory."""
     try:
         found = figures(arguments.steps, arguments.seconds, optimizer)
     except torch.OutOfMemoryError as error:

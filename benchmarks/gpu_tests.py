@@ -1,9 +1,9 @@
-"""The tests that a GPU decides, file by file: kernels on it instead of in the interpreter, the model, a whole run.
+"""The tests that need a GPU, file by file: kernels (instead of in the interpreter), the model, a whole run.
 
     python3 -m benchmarks.gpu_tests --out DIR [--jobs 4] [FILE ...]
 
-A file runs in a process of its own: what breaks the GPU's context there breaks nothing else. The row of a file counts
-its tests and has what failed, and why others were skipped.
+Each file runs in its own process, so that a broken GPU context affects no other file. A file's row counts its tests and
+lists failures and reasons for skips.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ FIRST = (
     "tests/model/test_flux.py",
 )
 LAST = ("tests/kernels/test_compiles.py", "tests/kernels/test_aot.py")
-"""They compile for GPUs that are not there, and may take the time that is left."""
+"""They compile for other GPUs, and may take the time that is left."""
 
 
 def main() -> None:
@@ -56,14 +56,14 @@ def main() -> None:
 
 
 def files() -> list[str]:
-    """What decides comes first, in case time runs out."""
+    """The most important files first, in case time runs out."""
     kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
     return [*FIRST, *(file for file in kernels if file not in FIRST + LAST), *LAST]
 
 
 class Runs:
-    """Test files, each in a process of its own, `jobs` of them at a time: most of their time is the host's, which
-    imports and compiles. They start in their order.
+    """Test files, each in its own process, `jobs` at a time: they spend most of their time on the CPU, importing and
+    compiling. They start in order.
     """
 
     def __init__(self, files: Sequence[str], jobs: int, deadline: float) -> None:
@@ -76,7 +76,7 @@ class Runs:
         atexit.register(self._stop)
 
     def outcome(self, file: str) -> dict[str, Any]:
-        """What pytest says of the file's tests."""
+        """The file's row, from pytest's report."""
         while file not in self._running:
             self._start()
         self._fill()
@@ -107,7 +107,7 @@ class Runs:
 
 
 def wait(child: subprocess.Popen[bytes], deadline: float) -> int:
-    """Interrupted when time is up, so that it still reports; killed where it does not answer."""
+    """Wait; when time is up, interrupt the child so that it still reports, and kill it if it does not answer."""
     try:
         return child.wait(max(1.0, deadline - time.time()))
     except subprocess.TimeoutExpired:

@@ -1,11 +1,11 @@
-"""The host's time of a training step: what Python and PyTorch need to hand a step's kernels to the GPU.
+"""CPU time of a training step: how long Python and PyTorch take to launch a step's kernels.
 
     python3 -m benchmarks.host --out DIR
-    python3 -m benchmarks.host --device cpu --tiny --out DIR          only tries the script out
+    python3 -m benchmarks.host --device cpu --tiny --out DIR          only to try the script
 
-The step is that of FLUX.1 dev with all its blocks, but so narrow that the GPU is done with a kernel before the next
-one comes: the wall time is the host's. A GPU that computes the full width faster than this is limited by the host.
-Where the GPU's kernels cut large weights into parts, the full width launches more than is counted here.
+The step is that of FLUX.1 dev with all its blocks, but so narrow that the GPU finishes each kernel before the next is
+launched: the wall time is CPU time. A GPU that computes the full width faster than this is limited by the CPU. If the
+kernels of a GPU cut large weights into parts, the full width launches more than is counted here.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ROWS = (
 
 def main() -> None:
     made = parser(__doc__ or "")
-    made.add_argument("--steps", type=int, default=10, help="timed steps each, after three that are not")
+    made.add_argument("--steps", type=int, default=10, help="timed steps each, after three untimed ones")
     arguments = made.parse_args()
     device, steps = torch.device(arguments.device), 1 if arguments.tiny else arguments.steps
 
@@ -57,7 +57,7 @@ def measure(
     pins = dict(resident_units=0 if streamed else None, blocks_to_swap=None if streamed else 0)
     made = planned(setting, config, device, optimizer, slots=setting.slots, offload=False, **pins)
     row = row_of(made, setting, config, device, optimizer, steps)
-    row.pop("targets", None)  # peaks of so narrow a model say nothing
+    row.pop("targets", None)  # peaks of such a narrow model mean nothing
     return row
 
 

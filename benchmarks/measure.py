@@ -1,4 +1,4 @@
-"""What every measurement shares: what it was made on, and the file that it goes into."""
+"""What every measurement records: machine, versions and commit; and the file it is written to."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ SMI_FIELDS = (
 
 
 def about(device: torch.device) -> dict[str, Any]:
-    """What the numbers were measured on and with."""
+    """Machine, GPU and versions of a measurement."""
     facts: dict[str, Any] = {
         "gpu": gpu_name(device),
         "python": sys.version.split()[0],
@@ -52,14 +52,14 @@ def about(device: torch.device) -> dict[str, Any]:
 
 
 def gpu_name(device: torch.device) -> str:
-    """As nvidia-smi has it: asking torch would open a context on the GPU."""
+    """From nvidia-smi: asking torch would open a context on the GPU."""
     if device.type != "cuda":
         return f"{device.type} {platform.machine()}"
     return nvidia_smi().get("name") or "cuda GPU"
 
 
 def nvidia_smi() -> dict[str, str]:
-    """The GPU's name, driver, clocks (MHz) and power (W) at this moment; empty where nvidia-smi does not answer."""
+    """The GPU's name, driver, clocks (MHz) and power (W) right now; empty if nvidia-smi does not answer."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0").split(",")[0] or "0"
     query = ["nvidia-smi", "-i", visible, f"--query-gpu={','.join(SMI_FIELDS)}", "--format=csv,noheader,nounits"]
     try:
@@ -78,7 +78,7 @@ def version(package: str) -> str | None:
 
 
 def commit() -> str:
-    """What COMMIT says, for a tree without git; else git's answer."""
+    """The commit, from the variable COMMIT (for a tree without git) or from git."""
     if os.environ.get("COMMIT"):
         return os.environ["COMMIT"]
     try:
@@ -89,7 +89,7 @@ def commit() -> str:
 
 
 def result_path(out: Path, part: str, device: torch.device) -> Path:
-    """<GPU>_<date>_<part>.json in the folder `out`, which is made."""
+    """<GPU>_<date>_<part>.json in the folder `out`, which is created."""
     out.mkdir(parents=True, exist_ok=True)
     gpu = "".join(c if c.isalnum() else "_" for c in gpu_name(device)).strip("_").lower()
     return out / f"{gpu}_{datetime.now(UTC):%Y-%m-%d}_{part}.json"

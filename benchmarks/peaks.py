@@ -1,10 +1,10 @@
-"""Predicted against measured peak memory: what `fluxq train` would plan for GPUs of several sizes, on the one at hand.
+"""Predicted against measured peak memory: plans for GPUs of several sizes, run on this one.
 
     python3 -m benchmarks.peaks --out DIR [--sizes 512 1024] [--vram 8 12 16 24]
-    python3 -m benchmarks.peaks --device cpu --tiny --out DIR          only tries the script out
+    python3 -m benchmarks.peaks --device cpu --tiny --out DIR          only to try the script
 
-Four steps each. A peak does not depend on the GPU's size, but on the plan that is made for it, so a large GPU shows
-those of small ones. `fits` says whether what the allocator reserved would have had room there.
+Four steps each. A peak depends on the plan, not on the GPU, so a large GPU can run the plans of small ones. `fits`:
+whether the allocator reserved no more than the small GPU has.
 """
 
 from __future__ import annotations

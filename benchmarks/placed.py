@@ -1,7 +1,7 @@
-"""One row of a plan's training steps on the device at hand: what `steps`, `streaming` and `peaks` have in common.
+"""One row of training steps under a plan: what the parts `steps`, `streaming`, `peaks` and `host` share.
 
-The steps are the trainer's own, with random weights, placed as the plan says (fluxq/bench/measured.py). A row holds the
-figures under the names that every part uses, the plan, and its predicted peak beside the measured one.
+The steps are the trainer's own, with random weights placed by the plan (fluxq/bench/measured.py). A row has the figures
+under the names that all parts use, the plan, and its predicted peak next to the measured one.
 """
 
 from __future__ import annotations
@@ -31,20 +31,20 @@ def config_of(tiny: bool) -> FluxConfig:
 
 
 def optimizer_of() -> str:
-    """The default one where bitsandbytes is installed."""
+    """The default one if bitsandbytes is installed."""
     return "adamw8bit" if version("bitsandbytes") else "adamw"
 
 
 def gpu_of(device: torch.device) -> GPU:
-    """The GPU at hand, measured once and remembered; for a CPU, some GPU."""
+    """This machine's GPU, measured once and cached; on a CPU, an arbitrary one."""
     return measure(cache_folder()) if device.type == "cuda" else GPUS["rtx3060"]
 
 
 def planned(
     setting: Setting, config: FluxConfig, device: torch.device, optimizer: str, vram: int | None = None, **pins: Any
 ) -> Plan:
-    """The plan that training makes. vram: the bytes that it may count on, by default what is free; pins: beside the
-    policy, what is decided already. Raises WrongRequest where nothing fits.
+    """The plan that training would make. vram: bytes that it may use, by default what is free; pins: what is fixed in
+    addition to the policy. Raises WrongRequest if nothing fits.
     """
     gpu = gpu_of(device)
     costs = costs_of(setting, config, optimizer, chunk_of(gpu.capability))
@@ -56,7 +56,7 @@ def planned(
 def row_of(
     made: Plan, setting: Setting, config: FluxConfig, device: torch.device, optimizer: str, steps: int
 ) -> dict[str, Any]:
-    torch.manual_seed(0)  # of LoRA: rows of one setting have the same loss
+    torch.manual_seed(0)  # for LoRA: rows of one setting have the same loss
     found = measured_row(config, setting, made, device, steps, optimizer)
     row: dict[str, Any] = {
         "setting": asdict(setting),

@@ -1,6 +1,6 @@
-"""What the planner chooses for the GPUs people own: writes benchmarks/results/plans.md. Nothing in it is measured.
+"""What the planner chooses for common GPUs: writes benchmarks/results/plans.md. Nothing in it is measured.
 
-python benchmarks/plans.py [--out FILE]
+python -m benchmarks.plans [--out FILE]
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from fluxq.offload.plans import Pins, Plan, counted
 
 SIZES = (512, 768, 1024)
 TEXT, RANK = 512, 16
-ROWS = (  # GPU, GiB of RAM beside it
+ROWS = (  # GPU, GiB of RAM
     ("rtx3070", 16),
     ("rtx4060", 16),
     ("rtx3080", 24),
@@ -35,16 +35,16 @@ FORMATS, COMPUTES = ("nf4", "int8", "bf16"), ("bf16", "int8")
 
 HEADER = f"""# Plans, predicted
 
-What fluxq's planner chooses for FLUX.1 dev, one image a step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
-MLP, adamw8bit, in nf4, int8 or bf16, the most faithful of those as fast. **Every figure is predicted, none is
-measured**: bytes by the planner's own count, seconds from nominal rates of the GPUs and assumed efficiencies
-(fluxq/offload/gpus.py). Each GPU is in the widest slot it can use; {MARGIN / GIB:.2f} GiB of its memory are left out
-(CUDA's own, and what an allocator loses), and RAM of common size is beside it. Made by `make plans`.
+What fluxq's planner chooses for FLUX.1 dev, one image per step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
+MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every figure is predicted, none is measured**:
+bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
+Each GPU is in the widest slot it can use and has RAM of common size; {MARGIN / GIB:.2f} GiB of its memory are not
+counted (CUDA's own, and the allocator's losses). `make plans` writes this page.
 
-units: resident + streamed through slots; of plans as fast the one that copies least is taken, as long as it leaves a
-tenth of the memory free. host: the inputs of blocks wait in RAM. Peak: tensors, without what is left out. waits: the
-share of the step in which compute waits for copies, by the ring under a virtual clock, with the passes that compute
-modulation ahead.
+units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
+a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: tensors only. waits: the share of the
+step in which compute waits for copies, by the ring under a virtual clock, including the passes that compute modulation
+ahead.
 """
 
 
@@ -65,7 +65,7 @@ def main() -> None:
 
 
 def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
-    """One table for each way of multiplying."""
+    """One table per compute."""
     lines = []
     for compute in COMPUTES:
         lines += [f"## Multiplied in {compute}", ""]
@@ -92,7 +92,7 @@ def row(found: Plan) -> str:
 
 
 def smallest(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
-    """The least that each size needs of a GPU, and where those bytes are."""
+    """The least GPU memory that each resolution needs, and its owners."""
     about = "nf4 multiplied in bf16, all units streamed through 8 slots. Aims for a GPU, with recompute: at 1024 px at "
     about += "most 4.6 GiB, 3.2 with inputs on the host; at 512 px 3.0 and 2.5."
     lines = ["## The least of a GPU, GiB", "", about, ""]

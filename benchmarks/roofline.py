@@ -1,6 +1,6 @@
-"""What the GPU can do at best, measured in the same run, and the times that follow from it.
+"""The GPU's best rates, measured in the same run, and the times predicted from them.
 
-A prediction is the larger of two: all numbers multiplied at the rate of a large square product, all bytes moved once at
+A prediction is the longer of two times: multiplying at the rate of a large square product, and moving all bytes once at
 the rate of a large copy.
 """
 
@@ -15,10 +15,10 @@ from fluxq.bench.timing import timed
 
 KINDS = ("double", "single")
 REPLAYED = {"recompute": (8, 7, 1), "keep_attention": (8, 7, 0), "keep_qkv": (4, 4, 0)}
-"""Policy -> twelfths of a double and of a single block's products that the replay computes again, and attentions."""
+"""Policy -> twelfths of a double and of a single block's products that are recomputed, and attentions."""
 
 Ceilings = dict[str, float | None]
-"""bytes: a copy's bytes a second, read and written together; bf16, int8, fp8: operations a second. None: not here."""
+"""bytes: a copy's bytes per second, reads and writes together; bf16, int8, fp8: operations per second, or None."""
 
 
 def measure_ceilings(device: torch.device, tiny: bool) -> Ceilings:
@@ -38,7 +38,7 @@ def measure_ceilings(device: torch.device, tiny: bool) -> Ceilings:
 
 
 def product(kind: str, m: int, n: int, k: int, device: torch.device) -> Callable[[], Any]:
-    """The library's own product (M, K) x (N, K)^T of random numbers of that kind, without any scales by row."""
+    """The library's bare product (M, K) x (N, K)^T of random numbers of that kind, without scales by row."""
     a, b = (torch.randn(rows, k, device=device) for rows in (m, n))
     if kind == "bf16":
         a, b = a.bfloat16(), b.bfloat16()
@@ -52,8 +52,8 @@ def product(kind: str, m: int, n: int, k: int, device: torch.device) -> Callable
 
 
 def predicted_ms(ceilings: Ceilings, nbytes: float, **operations: float) -> float | None:
-    """Milliseconds of one pass over `nbytes`, or of the `operations` (by kind), whichever is longer; None where the
-    GPU has no such product.
+    """Milliseconds of moving `nbytes` or of the `operations` (by kind), whichever is longer; None if the GPU has no
+    such product.
     """
     times = [share(count, ceilings.get(kind)) for kind, count in operations.items()]
     moving = share(nbytes, ceilings.get("bytes"))
@@ -65,9 +65,9 @@ def share(count: float, rate: float | None) -> float | None:
 
 
 def block_ms(ceilings: Ceilings, kind: str, width: int, rows: int, policy: str, compute: str) -> float | None:
-    """The least that a block's forward and backward pass can take: its products alone, LoRA's left out.
+    """A lower bound for a block's forward and backward pass: its products alone, without LoRA's.
 
-    A token meets 12 D^2 weights each way, in either kind of block; attention stays in bf16.
+    A token is multiplied by 12 D^2 weights each way, in either kind of block; attention is in bf16.
     """
     *replayed, attentions = REPLAYED.get(policy, (0, 0, 0))
     bits = compute.removesuffix("_dx")

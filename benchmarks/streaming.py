@@ -1,9 +1,9 @@
 """Streaming on against off: the same training steps with every unit resident, and with all and half of them streamed.
 
     python3 -m benchmarks.streaming --out DIR [--sizes 512 1024] [--policy recompute] [--slots 8]
-    python3 -m benchmarks.streaming --device cpu --tiny --out DIR          only tries the script out
+    python3 -m benchmarks.streaming --device cpu --tiny --out DIR          only to try the script
 
-Weights and LoRA are the same, and so must be the loss; the target is the speed with streaming over that without.
+Weights and LoRA are the same, so the loss must be the same. The target is the speed with streaming over that without.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fluxq.kernels import COMPUTES, FORMATS, POLICIES
 from fluxq.model import FluxConfig
 
 SAME_LOSS = 1e-3
-"""Relative. Streaming changes no number, but products on a GPU may be summed in another order."""
+"""Relative. Streaming changes no numbers, but a GPU may sum products in another order."""
 
 
 def main() -> None:
@@ -32,8 +32,8 @@ def main() -> None:
     made.add_argument("--format", choices=FORMATS[1:], default="nf4", help="how frozen weights are stored")
     made.add_argument("--compute", nargs="+", choices=COMPUTES, default=("bf16", "int8_dx"), help="how multiplied")
     made.add_argument("--policy", choices=POLICIES, default="recompute", help="what blocks keep for backward")
-    made.add_argument("--slots", type=int, default=8, help="places on the GPU for streamed units")
-    made.add_argument("--steps", type=int, default=8, help="timed steps each, after three that are not")
+    made.add_argument("--slots", type=int, default=8, help="slots on the GPU for streamed units")
+    made.add_argument("--steps", type=int, default=8, help="timed steps each, after three untimed ones")
     arguments = made.parse_args()
     device, a = torch.device(arguments.device), arguments
     if a.tiny:
@@ -64,7 +64,7 @@ def measure(
     rows: Sequence[dict[str, Any]],
     name: str,
 ) -> dict[str, Any]:
-    """The row of `swap` blocks, 2 units each, streamed; `name` begins the names of the rows to compare it with."""
+    """The row with `swap` blocks (2 units each) streamed. name: the prefix of the rows to compare it with."""
     pins = dict(blocks_to_swap=swap, slots=setting.slots, offload=False)
     made = planned(setting, config, device, optimizer, **pins)
     row = row_of(made, setting, config, device, optimizer, steps)

@@ -1,6 +1,6 @@
-"""The opponents: what others would run in a case's place. Each is skipped, with the reason, where it is not installed.
+"""The opponents: other libraries doing the same work. One that is not installed is skipped, with the reason.
 
-No file is named like the package that it uses: run as a script, it would stand in that package's place.
+No file here has the name of the package that it uses: run as a script, it would shadow that package.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from fluxq.console import quiet_imports
 
 
 def need(package: str) -> ModuleType:
-    """The package, or Skip where it is missing or does not load."""
+    """The package; raises Skip if it is missing or does not load."""
     try:
         with quiet_imports():
             return importlib.import_module(package)

@@ -1,4 +1,4 @@
-"""Frozen layers as bitsandbytes stores them: 4-bit codes, decoded in every product, forward and backward."""
+"""Frozen layers in bitsandbytes' NF4: decoded in every product, forward and backward."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from benchmarks.peers import need
 
 
 def nf4_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
-    """bitsandbytes' NF4 layer of a (N, K) bf16 matrix, its scales in fp32 as ours are."""
+    """bitsandbytes' NF4 layer of a (N, K) bf16 matrix, with fp32 scales like ours."""
     bnb = need("bitsandbytes")
     layer = bnb.nn.Linear4bit(
         weight.shape[1],
@@ -23,11 +23,11 @@ def nf4_linear(weight: Tensor, bias: Tensor | None) -> nn.Module:
     )
     if bias is not None:
         layer.bias = nn.Parameter(bias.detach().clone(), requires_grad=False)
-    return layer.to(weight.device)  # going there quantizes
+    return layer.to(weight.device)  # the move quantizes it
 
 
 def quantize_linears(module: nn.Module) -> None:
-    """Every linear layer below `module` becomes bitsandbytes' of the same weights."""
+    """Replace every linear layer below `module` with bitsandbytes' of the same weights."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             bias = None if child.bias is None else child.bias.data

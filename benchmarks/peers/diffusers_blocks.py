@@ -1,4 +1,4 @@
-"""diffusers' blocks with bitsandbytes' NF4 and peft's LoRA: the same weights and the same LoRA as a block of ours."""
+"""diffusers' blocks with bitsandbytes' NF4 and peft's LoRA, given the weights and the LoRA of one of our blocks."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from fluxq.model import FluxConfig
 from fluxq.model.linear import Linear
 
 Run = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
-"""(img, txt, vec, cos, sin) -> (img, txt), both halves apart for either kind of block."""
+"""(img, txt, vec, cos, sin) -> (img, txt), separate for either kind of block."""
 
 
 def transformer(config: FluxConfig) -> nn.Module:
-    """diffusers' transformer of these sizes, as it comes from the constructor. Skip where diffusers is missing."""
+    """diffusers' transformer of these sizes, fresh from the constructor. Raises Skip without diffusers."""
     models = need("diffusers.models.transformers.transformer_flux")
     return models.FluxTransformer2DModel(
         in_channels=config.in_channels,
@@ -36,9 +36,9 @@ def transformer(config: FluxConfig) -> nn.Module:
 def twin(
     kind: str, config: FluxConfig, tensors: Mapping[str, Tensor], layers: Mapping[str, Linear]
 ) -> tuple[nn.Module, Run]:
-    """diffusers' block number 0 of that kind ("double", "single"), and how to call it with our inputs.
+    """diffusers' first block of that kind ("double", "single"), and a function that calls it with our inputs.
 
-    tensors: the original's names -> bf16; layers: path -> our layer, for those that have LoRA.
+    tensors: original name -> bf16 tensor; layers: path -> our layer, for layers with LoRA.
     """
     models = need("diffusers.models.transformers.transformer_flux")
     made = models.FluxTransformerBlock if kind == "double" else models.FluxSingleTransformerBlock

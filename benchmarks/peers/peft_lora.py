@@ -1,4 +1,4 @@
-"""LoRA as peft puts it on a layer: two more linear layers beside it, each step an op of its own."""
+"""LoRA by peft: two more linear layers next to each layer, every step a separate op."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from benchmarks.peers import need
 from benchmarks.peers.bnb_nf4 import nf4_linear
 
 ADAPTERS = ("bf16", "fp32 under autocast")
-"""In which dtype the LoRA is kept. The second is how training scripts usually run it."""
+"""The LoRA's dtype. The second is how training scripts usually run it."""
 
 
 def add(module: nn.Module, rank: int, alpha: float, targets: Sequence[str], adapters: str = "bf16") -> None:
-    """LoRA on the layers of `module` at these paths."""
+    """Add LoRA to the layers of `module` at these paths."""
     peft = need("peft")
     config = peft.LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(targets), init_lora_weights=False)
     peft.inject_adapter_in_model(config, module)
@@ -37,7 +37,7 @@ def fill(layer: nn.Module, down: Tensor, up: Tensor) -> None:
 def nf4_lora_linear(
     weight: Tensor, bias: Tensor | None, down: Tensor, up: Tensor, scale: float, adapters: str
 ) -> tuple[Callable[[Tensor], Tensor], list[nn.Parameter]]:
-    """x -> y through bitsandbytes' NF4 layer with peft's LoRA, and what is trained in it."""
+    """x -> y through bitsandbytes' NF4 layer with peft's LoRA, and its trained parameters."""
     host = nn.ModuleDict({"layer": nf4_linear(weight, bias)})
     add(host, len(down), scale * len(down), ["layer"], adapters)
     fill(host["layer"], down, up)

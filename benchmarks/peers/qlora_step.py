@@ -1,9 +1,9 @@
 """The whole training step of the published QLoRA recipe: diffusers' FLUX.1 in bitsandbytes' NF4, peft's LoRA in fp32
 under bf16 autocast, every block checkpointed.
 
-The recipe is Hugging Face's (its blog's flux-qlora, and train_dreambooth_lora_flux_miniature.py in diffusers): all
-linear layers in NF4 without double quantization, what is not quantized in fp32 (`prepare_model_for_kbit_training`). It
-is given fluxq's layers to train, its images, captions, optimizer and clipping in place of the recipe's own.
+The recipe is Hugging Face's (blog post flux-qlora, and train_dreambooth_lora_flux_miniature.py in diffusers): all
+linear layers in NF4 without double quantization, everything else in fp32 (`prepare_model_for_kbit_training`). Trained
+layers, images, captions, optimizer and clipping are fluxq's instead of the recipe's.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from fluxq.training.optim import build_optimizer
 
 
 def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:
-    """diffusers' transformer of that size with random weights, ready to train. Skip where a package is missing."""
+    """diffusers' transformer of that size with random weights, ready to train. Raises Skip if a package is missing."""
     need("bitsandbytes"), need("peft")
     with torch.device("meta"):
         model = diffusers_blocks.transformer(config)
-    draw(model, device)
+    randomize(model, device)
     model.requires_grad_(False)
     model.enable_gradient_checkpointing()
     paths = [name.removesuffix(".weight") for name, shape in flux_shapes(config).items() if len(shape) == 2]
@@ -43,8 +43,8 @@ def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Modul
     return model.to(device).train()
 
 
-def draw(module: nn.Module, device: torch.device) -> None:
-    """Give what lies below `module` random weights, a layer at a time: matrices in NF4, the rest in fp32."""
+def randomize(module: nn.Module, device: torch.device) -> None:
+    """Give everything below `module` random weights, layer by layer: matrices in NF4, the rest in fp32."""
     for name, child in module.named_children():
         if isinstance(child, nn.Linear):
             n, k = child.weight.shape
@@ -52,14 +52,14 @@ def draw(module: nn.Module, device: torch.device) -> None:
             layer = nf4_linear(weight, None if child.bias is None else 0.02 * torch.randn(n, device=device))
             setattr(module, name, layer)
         else:
-            draw(child, device)
+            randomize(child, device)
     for name, parameter in list(module.named_parameters(recurse=False)):
         if parameter.is_meta:
             setattr(module, name, nn.Parameter(torch.ones(parameter.shape, device=device)))
 
 
 def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: str) -> Callable[[int], float]:
-    """As fluxq.timed_step.trainer, of which this is the twin: training step `index`, which gives its loss."""
+    """Runs training step `index` and returns its loss, the counterpart of `trainer` in fluxq/bench/timed_step.py."""
     training, parameters = TrainingConfig(), peft_lora.trained(model)
     updates = build_optimizer(optimizer, parameters, training.learning_rate, training.weight_decay)
     batch, device, side = random_batch(config, setting), parameters[0].device, setting.resolution // 16

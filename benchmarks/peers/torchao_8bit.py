@@ -1,4 +1,4 @@
-"""torchao's 8-bit layers, forward only: activations rounded per token, weights per row, as fluxq rounds them."""
+"""torchao's 8-bit layers, forward only: like fluxq, with a scale per token and per row of the weight."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ def linear(weight: Tensor, bias: Tensor | None, bits: str) -> Callable[[Tensor],
     layer.requires_grad_(False).weight.copy_(weight)
     if bias is not None:
         layer.bias.copy_(bias)
-    host = nn.Sequential(layer)  # what stands alone cannot be replaced
+    host = nn.Sequential(layer)  # quantize_ replaces children only
     if bits == "int8":
         config = api.Int8DynamicActivationInt8WeightConfig()
     else:

@@ -1,7 +1,7 @@
 """`fluxq bench compare`: results of `fluxq bench steps` side by side, and the published speeds of other trainers.
 
-A line is a setting, a column a machine. The published figures were made with settings of their own, which stand beside
-them as far as they are known: they are anchors to read by, not rows of one race.
+Each line is a setting, each column a machine. The published figures were measured with other settings, listed as far as
+they are known: they give a sense of scale, and are not directly comparable.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ AXES = (
     "blocks_to_swap",
     "slots",
 )
-"""What makes two rows the same setting."""
+"""Rows that agree in these have the same setting."""
 
 NANO, PUBLISHED = "nano", "published by others"
 
 
 @dataclass(frozen=True)
 class Anchor:
-    """A speed that somebody published: images trained on in a second, and all that is known of how."""
+    """A published speed, in images trained on per second, and what is known of its conditions."""
 
     trainer: str
     gpu: str
@@ -67,8 +67,11 @@ ANCHORS = (
 
 
 def compare_results(files: Sequence[Path], out: Path | None = None) -> dict[str, Any]:
-    """The table as data; `out`: a PNG of it. Raises WrongRequest for a file that `fluxq bench steps` did not write."""
-    results = dict(zip(names(files, found := [read(path) for path in files]), found, strict=True))
+    """The table as data, and as a PNG into `out`. Raises WrongRequest for a file that `fluxq bench steps` did not
+    write.
+    """
+    loaded = [read(path) for path in files]
+    results = dict(zip(names(files, loaded), loaded, strict=True))
     lines = side_by_side(results)
     show(results, lines)
     if out is not None:
@@ -78,17 +81,17 @@ def compare_results(files: Sequence[Path], out: Path | None = None) -> dict[str,
 
 
 def read(path: Path) -> dict[str, Any]:
-    """A result, looked through so that nothing below meets a surprise."""
+    """A result, checked so that the code below can rely on its fields."""
     try:
         result = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise WrongRequest(
-            f"{path} cannot be read ({error.strerror}); name files of fluxq bench steps --out"
+            f"{path} cannot be read ({error.strerror}); pass files written by fluxq bench steps --out"
         ) from error
     except ValueError:
         result = None
     if not (isinstance(result, dict) and result.get("kind") == KIND and _sound(result)):
-        raise WrongRequest(f"{path} is no result of fluxq bench steps; write one with fluxq bench steps --out FILE")
+        raise WrongRequest(f"{path} is not a result of fluxq bench steps; write one with fluxq bench steps --out FILE")
     return result
 
 
@@ -110,14 +113,14 @@ def _sound(result: dict[str, Any]) -> bool:
 
 
 def names(files: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]:
-    """What each column is called: the machine, and the file where two are of one machine."""
+    """Each column's heading: the machine, with the file name if two are from one machine."""
     machines = [result["about"]["machine"] for result in results]
     chosen = [m if machines.count(m) == 1 else f"{m} [{p.stem}]" for m, p in zip(machines, files, strict=True)]
     return [n if chosen.count(n) == 1 else f"{n} #{chosen[:i].count(n) + 1}" for i, n in enumerate(chosen)]
 
 
 def side_by_side(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
-    """A line for every setting that any machine has: the setting, and {machine: its row's figures}."""
+    """A line for every setting that any machine has: the setting, and {machine: the figures of its row}."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
     kept = ("it_s", "images_s", "ms", "tflops", "share_of_peak", "peak_gib", "out_of_memory", "not_run")
     for name, result in results.items():
@@ -142,7 +145,7 @@ def setting_in_words(line: dict[str, Any]) -> str:
 
 
 def cell(figures: dict[str, Any] | None) -> str:
-    """What a machine's column says of a setting."""
+    """A machine's cell in the line of a setting."""
     if figures is None:
         return "-"
     if "images_s" not in figures:
@@ -152,10 +155,10 @@ def cell(figures: dict[str, Any] | None) -> str:
 
 
 def show(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]]) -> None:
-    """The table on the console, and the anchors below it."""
-    console.print("images a second, and peak GiB where it was measured")
+    """Print the table, and the published speeds below it."""
+    console.print("images/s, and peak GiB if it was measured")
     _table([["", *results], *([setting_in_words(x), *(cell(x["machines"].get(n)) for n in results)] for x in lines)])
-    console.print(f"\n{PUBLISHED}, not measured here, each under its own conditions; of FLUX.1, not of nano")
+    console.print(f"\n{PUBLISHED}, not measured here, each under its own conditions; FLUX.1, not nano")
     _table(
         [
             ["", "images/s", "as published", "under", "source"],
@@ -171,8 +174,8 @@ def _table(rows: Sequence[Sequence[str]]) -> None:
 
 
 def plot(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]], path: Path) -> None:
-    """Images a second as bars, a color a machine; hatched: published, left out where all that was measured is
-    nano.
+    """Images per second as bars, one color per machine. Published speeds are hatched, and left out if only nano was
+    measured.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -191,7 +194,7 @@ def plot(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]], pa
         own = [(i, value) for i, (_, value, name) in enumerate(bars) if name == series]
         look: dict[str, Any] = {"color": "#dddddd", "hatch": "///"} if series == PUBLISHED else {}
         axes.barh([i for i, _ in own], [value for _, value in own], label=series, **look)
-    axes.set(yticks=range(len(bars)), xlabel="images a second", title="LoRA training: longer is faster")
+    axes.set(yticks=range(len(bars)), xlabel="images per second", title="LoRA training: longer is faster")
     axes.set_yticklabels([text for text, *_ in bars], fontsize=7)
     axes.invert_yaxis()
     axes.grid(alpha=0.3, axis="x")

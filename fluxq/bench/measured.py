@@ -1,8 +1,7 @@
-"""What a plan really takes: the trainer's steps on the GPU at hand, with the bytes of each owner and of the copies.
+"""What a plan takes in practice: training steps on this machine's GPU, with the bytes per owner and the bytes copied.
 
-Weights, slots, LoRA and the optimizer's state are tensors that can be counted. What is there beside them when a step
-turns from forward to backward are the activations; what the peak has beyond all that is the workspace. A CPU
-tells neither.
+Weights, slots, LoRA and optimizer state are tensors that can be counted. What is allocated in addition at the end of
+the forward pass are the activations; what the peak has on top of all that is the workspace. On a CPU neither is known.
 """
 
 from __future__ import annotations
@@ -28,15 +27,15 @@ from .timed_step import OPTIMIZER, Setting, clock_steps, trainer
 def measured_row(
     config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int, optimizer: str = OPTIMIZER
 ) -> dict[str, Any]:
-    """it/s, the loss, GB moved a step and a second, the peak, and its bytes by owner, of `steps` steps of `made` with
-    random weights; or that the memory was not enough.
+    """Measures `steps` steps of the plan `made` with random weights: it/s, the loss, GB moved per step and per second,
+    the peak and its bytes by owner; or says that it ran out of memory.
     """
     try:
         return _measured(config, setting, made, device, steps, optimizer)
     except torch.OutOfMemoryError as error:
         return {"out_of_memory": str(error).split(". ")[0]}
     finally:
-        gc.collect()  # a model may lie in a cycle with its error
+        gc.collect()  # the error and the model may refer to each other
         if device.type == "cuda":
             torch.cuda.empty_cache()
 
@@ -45,7 +44,7 @@ def _measured(
     config: FluxConfig, setting: Setting, made: Plan, device: torch.device, steps: int, optimizer: str
 ) -> dict[str, Any]:
     flux = planned_flux(config, made, setting.rank, device)
-    training, copies, turns = TrainingConfig(), [0], [0]
+    training, copies, after_forward = TrainingConfig(), [0], [0]
     updates = build_optimizer(optimizer, list(flux.parameters()), training.learning_rate, training.weight_decay)
     step = trainer(flux, setting, updates=updates)
 
@@ -55,10 +54,10 @@ def _measured(
         copies.append(_copied(flux) - before)
         return loss
 
-    def at_the_turn(*_: Any) -> None:
-        turns.append(_allocated(device))
+    def note_allocated(*_: Any) -> None:
+        after_forward.append(_allocated(device))
 
-    hook = flux.register_forward_hook(at_the_turn)
+    hook = flux.register_forward_hook(note_allocated)
     try:
         figures = clock_steps(counted, device, setting.batch, steps)
         owned = _owned(flux, updates)
@@ -72,7 +71,7 @@ def _measured(
             "gb_s": moved / 1e9 * figures["it_s"],
         }
         if (peak := figures.get("peak_gib")) is not None:
-            owned["activations"] = max(turns) - sum(owned.values()) + owned["lora"] // 2  # no gradients at the turn
+            owned["activations"] = max(after_forward) - sum(owned.values()) + owned["lora"] // 2  # no gradients yet
             owned["workspace"] = int(peak * GIB) - sum(owned.values())
             row |= {"peak_gib": peak, "reserved_gib": figures["reserved_gib"]}
         row["peak_gib_by_owner"] = {name: owned[name] / GIB for name in OWNERS if name in owned}
@@ -84,7 +83,7 @@ def _measured(
 
 
 def _owned(flux: Flux, updates: torch.optim.Optimizer) -> dict[str, int]:
-    """Owner -> bytes of what can be counted; LoRA with its gradients."""
+    """Owner -> bytes, as far as tensors can be counted; LoRA with its gradients."""
     slots = {slot.memory.untyped_storage().data_ptr(): slot.memory for slot in getattr(flux.ring, "_slots", ())}
     weights = [b for b in flux.buffers() if b.untyped_storage().data_ptr() not in slots]
     states = [t for state in updates.state.values() for t in state.values() if isinstance(t, Tensor)]
@@ -97,7 +96,7 @@ def _owned(flux: Flux, updates: torch.optim.Optimizer) -> dict[str, int]:
 
 
 def _nbytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the storages of `tensors`, each once."""
+    """Bytes of the storages of `tensors`, each counted once."""
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}.values())
 
 

@@ -1,8 +1,8 @@
-"""`fluxq profile`: memory and speed of every block-swap setting, predicted, and on a GPU of one's own also measured.
+"""`fluxq profile`: memory and speed of every block-swap setting, predicted, and on this machine's GPU also measured.
 
-A row is a number of blocks to swap (sd-scripts' word; 2 N units are streamed), a format and an image resolution. Its
-predicted peak is split by owner, its seconds come from the GPU's rates and the ring under a virtual clock; the GPU
-need not be there. Measured are the trainer's own steps, of FLUX.1 dev with random weights (measured_row.py).
+A row is a number of blocks to swap (sd-scripts' term; N blocks are 2 N streamed units), a format and a resolution. Its
+predicted peak is split by owner; its seconds come from the GPU's rates and the ring under a virtual clock, so the GPU
+itself is not needed. What is measured are the trainer's own steps, of FLUX.1 dev with random weights (measured.py).
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ SWAPS = (0, 8, 16, 18, 22, 28, 35, 38)
 """Blocks to swap. 38 is all: 76 units."""
 ENDLESS = 1 << 60
 STALLED = 0.05
-"""Above this share of a step that waits for copies the bus is what binds it."""
+"""If a larger share of the step waits for copies, the bus is the bottleneck."""
 
 COLUMNS = "{px:>5} {format:>6} {swap:>5} {resident:>8} |{predicted}"
 FIGURES = " {peak:>9} {it_s:>7} {moved:>8} {rate:>6} {stall:>6} {bound:>8}"
@@ -56,8 +56,8 @@ def profile_command(
     weights: str,
     out: Path | None,
 ) -> dict[str, Any]:
-    """Every row. GPU: its name, or None for the one at hand, on which `steps` steps of each row are measured too.
-    weights: "random", the only ones there are. out: a folder for the plots of peak against speed and of one step.
+    """Every row. gpu: a name, or None for this machine's, on which `steps` steps of each row are also measured.
+    weights: "random", the only kind there is. out: a folder for the plots of peak against speed and of one step.
     """
     device = None if gpu else torch.device("cuda")
     chosen = known_gpu(gpu)
@@ -65,7 +65,7 @@ def profile_command(
     console.print(
         f"PREDICTED for {chosen.name} ({chosen.memory_gib:g} GiB, {chosen.bus_gb_s:g} GB/s, rates {chosen.word}), "
         f"FLUX.1 dev, rank {rank}, batch {batch}, {t5_length} T5 tokens, {compute}, {policy}, {slots} slots; "
-        + (f"behind the second bar MEASURED, {weights} weights" if device else "nothing here was measured")
+        + (f"after the second bar MEASURED, {weights} weights" if device else "nothing here was measured")
     )
     rows, plans = rows_of(chosen, device, base, formats, resolutions, steps)
     answer = {"predicted": True, "measured": device is not None, "gpu": chosen.name, "weights": weights}
@@ -81,20 +81,20 @@ def profile_command(
 
 
 def known_gpu(name: str | None) -> GPU:
-    """The GPU of that name, or the one at hand."""
+    """The GPU of that name, or this machine's."""
     if name is None:
         if not torch.cuda.is_available():
-            raise WrongRequest(f"this machine has no CUDA GPU to measure; name one by --gpu: {', '.join(GPUS)}")
+            raise WrongRequest(f"this machine has no CUDA GPU to measure; name one with --gpu: {', '.join(GPUS)}")
         return measure(cache_folder())
     if name not in GPUS:
-        raise WrongRequest(f"no GPU {name!r} is known; there are {', '.join(GPUS)}")
+        raise WrongRequest(f"unknown GPU {name!r}; known are {', '.join(GPUS)}")
     return GPUS[name]
 
 
 def rows_of(
     gpu: GPU, device: torch.device | None, base: Setting, formats: Sequence[str], resolutions: Sequence[int], steps: int
 ) -> tuple[list[dict[str, Any]], list[Plan]]:
-    """The rows and their plans, each row said when it is there. device: where they are measured, if they are."""
+    """The rows and their plans; each row is printed as soon as it is known. device: where to measure, or None."""
     names = dict(px="px", format="format", swap="swap", resident="resident", predicted=FIGURES.format(**NAMES))
     console.print(COLUMNS.format(**names) + (" |" + FIGURES.format(**NAMES) if device else ""))
     rows, plans = [], []
@@ -116,7 +116,7 @@ def rows_of(
 
 
 def planned(setting: Setting, gpu: GPU) -> Plan:
-    """The plan of a row: all is pinned, and nothing is too large."""
+    """The plan of a row: everything is pinned, and memory is unlimited."""
     s, costs = setting, costs_of(setting, FluxConfig.dev(), chunk=chunk_of(gpu.capability))
     slots = s.slots if costs.streams else None
     pins = Pins(blocks_to_swap=s.blocks_to_swap, policy=s.policy, slots=slots, offload=False)
@@ -124,7 +124,7 @@ def planned(setting: Setting, gpu: GPU) -> Plan:
 
 
 def predicted_row(made: Plan, setting: Setting, gpu: GPU) -> dict[str, Any]:
-    """The figures of a row, all predicted."""
+    """The predicted figures of a row."""
     return {
         "resolution": setting.resolution,
         "format": made.format,
@@ -144,7 +144,7 @@ def predicted_row(made: Plan, setting: Setting, gpu: GPU) -> dict[str, Any]:
 
 
 def _compare(ran: list[dict[str, Any]]) -> None:
-    """Have the last of these rows say how much of its step it waits, against the first, which swaps nothing."""
+    """Add to the last row how much of its step it waits, compared with the first, which swaps nothing."""
     first, last = ran[0], ran[-1]
     if "it_s" in first and "it_s" in last:
         last["stall"] = max(0.0, 1 - last["it_s"] / first["it_s"])
@@ -163,7 +163,7 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def _figures(row: dict[str, Any], fits: bool) -> str:
-    """Cells of a row, predicted or measured; "-" for what is not known."""
+    """The cells of a row, predicted or measured; "-" for unknown figures."""
 
     def cell(name: str, form: str) -> str:
         return "-" if row.get(name) is None else format(row[name], form)
@@ -179,14 +179,14 @@ def _figures(row: dict[str, Any], fits: bool) -> str:
 
 
 def step_of(made: Plan, row: dict[str, Any], gpu: GPU, base: Setting) -> Timeline:
-    """What compute and copies do in one step of a plan, by the shipped ring under the virtual clock."""
+    """When compute and copies run in one step of a plan: the real ring under a virtual clock."""
     setting = replace(base, format=row["format"], resolution=row["resolution"])
     costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(gpu.capability))
     return timeline(costs, gpu, made.setting, made.policies, run_ahead=1)
 
 
 def plot_speeds(rows: Sequence[dict[str, Any]], gpu: GPU, path: Path) -> None:
-    """Peak against it/s, a line for each format and resolution; what was measured as crosses."""
+    """Peak against it/s, one line per format and resolution; measurements are crosses."""
     figure, axes = _figure()
     for format, resolution in dict.fromkeys((r["format"], r["resolution"]) for r in rows):
         own = [r for r in rows if (r["format"], r["resolution"]) == (format, resolution)]
@@ -207,7 +207,7 @@ def plot_speeds(rows: Sequence[dict[str, Any]], gpu: GPU, path: Path) -> None:
 
 
 def plot_timeline(step: Timeline, made: Plan, gpu: GPU, path: Path) -> None:
-    """The lanes of one step: compute above, copies below."""
+    """The timeline of one step: compute above, copies below."""
     figure, axes = _figure()
     end = max(span.end for span in step.spans["compute"])
     for height, (lane, color) in enumerate((("copy", "#c07830"), ("compute", "#1f4e9c"))):

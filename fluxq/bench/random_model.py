@@ -1,7 +1,7 @@
-"""FLUX.1 with random weights, drawn on the device directly as they are stored: no file is needed, none is written.
+"""FLUX.1 with random weights, generated on the device in their stored form: no file is read or written.
 
-Speed and memory do not depend on what weights say. They lie as those of a quantized file do
-(fluxq/formats/quantized.py) and are streamed by the same ring.
+Speed and memory do not depend on the weights' values. Their layout is that of a quantized file
+(fluxq/formats/quantized.py), and the same ring streams them.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fluxq.offload.inputs import inputs_for
 from fluxq.offload.plans import Plan
 
 SPREAD = {"nf4": 0.518, "int8": 73.6, "fp8": 1.0}
-"""Standard deviation of what codes and values stand for before they are scaled, drawn as `fill` does."""
+"""Standard deviation of codes and values as `fill` draws them, decoded but not yet scaled."""
 
 
 def random_flux(
@@ -38,8 +38,8 @@ def random_flux(
 ) -> Flux:
     """The transformer in `format`, with LoRA on attention and MLP, both halves random.
 
-    resident: the units that stay on the device, the others are streamed through `slots`; None for all. say,
-    through: see load_streamed.
+    resident: the units that stay on the device, None for all; the others are streamed through `slots`. notify, through:
+    see load_streamed.
     """
     units = RandomUnits(config, format, device)
     if resident is None:
@@ -64,7 +64,7 @@ def planned_flux(
     device: torch.device,
     through: Callable[[Streams], Streams] = lambda streams: streams,
 ) -> Flux:
-    """The transformer with random weights, stored, placed and multiplied as the plan says."""
+    """The transformer with random weights, stored, placed and multiplied as the plan `made` says."""
     flux = random_flux(config, made.format, device, rank, made.placed, made.slots, through=through)
     flux.set_policy(made.policies)
     flux.set_compute(made.compute)
@@ -74,7 +74,7 @@ def planned_flux(
 
 
 class RandomUnits:
-    """What a quantized file holds, drawn when it is read: a unit is the same in whatever order units are read."""
+    """The content of a quantized file, generated on reading; a unit does not depend on the order of reading."""
 
     def __init__(self, config: FluxConfig, format: str, device: torch.device) -> None:
         self.config, self.format = config, format
@@ -102,7 +102,7 @@ class RandomUnits:
         return ((place.name, view(flat, place)) for place in self.units[unit])
 
     def fill(self, place: Place, out: Tensor, format: str) -> None:
-        """Matrices come out with a standard deviation of 1/sqrt(fan-in), biases of 0.02, scales around 1."""
+        """Matrices get a standard deviation of 1/sqrt(fan-in), biases one of 0.02; scales are around 1."""
         layer, _, leaf = place.name.rpartition(".")
         if leaf == "codes":
             out.random_(0, 256, generator=self._generator)

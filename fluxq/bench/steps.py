@@ -1,7 +1,7 @@
-"""`fluxq bench steps`: how fast this machine trains, in steps and images a second.
+"""`fluxq bench steps`: how fast this machine trains, in steps and images per second.
 
-The step is the trainer's own (fluxq/bench/timed_step.py). On a GPU the weights are FLUX.1 dev's in size, drawn at random as
-they are stored, and placed by the plan that training would make; on a CPU they are nano's.
+The step is the trainer's own (timed_step.py). On a GPU the model is FLUX.1 dev with random weights, placed by the plan
+that training would make; on a CPU it is nano.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ from .timed_step import OPTIMIZER, TARGETS, Setting, costs_of, measure_steps, ra
 
 KIND = "fluxq bench steps"
 WORTH = (
-    "no CUDA GPU: this benches nano, 2,900 times smaller than FLUX.1; it shows that all runs, not how fast GPUs train"
+    "no CUDA GPU: this measures nano, 2,900 times smaller than FLUX.1; it shows that it works, not how fast GPUs train"
 )
 COLUMNS = "{px:>5} {batch:>5} {t5:>4} {weights:<13} {keeps:<14} {swap:>6} {it_s:>8} {spread:>13} {images_s:>10} {tflops:>7} {share:>6} {peak:>7} {predicted:>9} {joules:>7}"  # noqa: E501
 HEADINGS = dict(
@@ -63,8 +63,8 @@ def bench_steps(
     limit_bus: str | None = None,
     out: Path | None = None,
 ) -> dict[str, Any]:
-    """A row a setting. `given`: fields of Setting, which in a `matrix` ("quick", "full") replace its own. limit_vram
-    ("12GiB") and limit_bus ("12GB/s") hold the GPU back. out: a file for the answer, as JSON.
+    """A row per setting. given: fields of Setting; with a `matrix` ("quick", "full") they replace the matrix's own.
+    limit_vram ("12GiB") and limit_bus ("12GB/s") imitate a smaller GPU. out: a JSON file for the answer.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     limit = nbytes(limit_vram, "--limit-vram")
@@ -79,7 +79,7 @@ def bench_steps(
             gpu, slower = on_slower_bus(gpu, limit_bus)
     else:
         if limit or limit_bus:
-            raise WrongRequest("--limit-vram and --limit-bus hold back a CUDA GPU, and this machine has none")
+            raise WrongRequest("--limit-vram and --limit-bus need a CUDA GPU, and this machine has none")
         console.print(WORTH)
     about = about_machine(device, gpu) | {"steps": steps, "limit_vram_bytes": limit, "optimizer": OPTIMIZER}
     about["limit_bus_gb_s"] = gpu.bus_gb_s if gpu and slower > 1 else None
@@ -96,13 +96,13 @@ def bench_steps(
 
 
 def hold_to(limit: int, device: torch.device) -> None:
-    """Let this process have no more than `limit` bytes of the GPU for tensors; CUDA's own come on top."""
+    """Limit this process to `limit` bytes of the GPU for tensors; CUDA's own come on top."""
     share = limit / torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # of the GPU in use: it takes no `cuda` without number
+    torch.cuda.set_per_process_memory_fraction(min(1.0, share))  # of the current GPU: it refuses a `cuda` without index
 
 
 def on_slower_bus(gpu: GPU, text: str) -> tuple[GPU, float]:
-    """`gpu` behind a bus as slow as "12GB/s", and how many times each copy is made for that."""
+    """`gpu` behind a bus as slow as "12GB/s", and how often each copy is repeated to imitate it."""
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:gb/s)?\s*", text.lower())
     if found is None or not 0 < (limit := float(found[1])) < gpu.bus_gb_s:
         raise WrongRequest(f"--limit-bus must be a rate below this machine's {gpu.bus_gb_s:g} GB/s, not {text!r}")
@@ -110,7 +110,7 @@ def on_slower_bus(gpu: GPU, text: str) -> tuple[GPU, float]:
 
 
 class SlowBus:
-    """`streams` whose copies are made `times` times over, the last one in part: a slower bus, to test predictions."""
+    """`streams` that repeat each copy `times` times, the last one in part: a slower bus, to test predictions."""
 
     def __init__(self, streams: Streams, times: float) -> None:
         self._streams, self._times = streams, times
@@ -131,7 +131,7 @@ def save(answer: dict[str, Any], path: Path) -> None:
 
 
 def settings(matrix: str | None, given: dict[str, Any], full_size: bool) -> list[Setting]:
-    """The settings to measure: one, or those of a matrix, in which what is given replaces the matrix's own."""
+    """The settings to measure: one, or those of a matrix, with the fields in `given` replaced."""
     given = {name: value for name, value in given.items() if value is not None}
     Pins(resident_units=given.get("resident_units"), blocks_to_swap=given.get("blocks_to_swap")).resident(1 << 30)
     if given.get("resolution", 16) % 16:
@@ -143,7 +143,7 @@ def settings(matrix: str | None, given: dict[str, Any], full_size: bool) -> list
 
 
 def _quick(base: Setting, full_size: bool) -> list[Setting]:
-    """As planned at two resolutions and two batches, and in 8 bits; then everything resident, and everything streamed."""
+    """As planned at two resolutions and two batch sizes, and in 8 bits; then all resident, and all streamed."""
     large = replace(base, resolution=1024) if full_size else base
     eight_bits = dict(format="int8", compute="int8_dx")
     return [
@@ -157,7 +157,7 @@ def _quick(base: Setting, full_size: bool) -> list[Setting]:
 
 
 def _full(base: Setting, full_size: bool) -> list[Setting]:
-    """All pairs of format and compute that are of use, at three resolutions and two batches; then none, half and all
+    """All useful pairs of format and compute, at three resolutions and two batch sizes; then none, half and all
     streamed.
     """
     pairs = [("nf4", "bf16"), ("nf4", "int8_dx"), ("int8", "bf16"), ("int8", "int8_dx"), ("fp8", "fp8_dx")]
@@ -183,8 +183,8 @@ MATRICES: dict[str, Callable[[Setting, bool], list[Setting]]] = {"quick": _quick
 def row_of(
     setting: Setting, device: torch.device, gpu: GPU | None, steps: int, limit: int | None, slower: float = 1.0
 ) -> dict[str, Any]:
-    """The figures of a setting; where it runs out of memory, or cannot be run, the row says so. GPU: None for nano on
-    the CPU; limit: bytes of the GPU; slower: how many times each copy is made.
+    """The figures of a setting, or that it ran out of memory or cannot run. gpu: None for nano on the CPU; limit: bytes
+    of the GPU; slower: how often each copy is repeated.
     """
     row = asdict(setting)
     try:
@@ -249,7 +249,7 @@ def nano_flux(setting: Setting) -> Flux:
 
 
 def predicted(made: Plan) -> dict[str, Any]:
-    """What the plan says of itself, beside what was measured."""
+    """The plan's predictions, for comparison with what was measured."""
     return {
         "predicted_peak_gib": made.peak_bytes / GIB,
         "predicted_s": made.seconds,
@@ -262,7 +262,7 @@ def predicted(made: Plan) -> dict[str, Any]:
 
 
 def about_machine(device: torch.device, gpu: GPU | None) -> dict[str, Any]:
-    """What the rows were measured on and with."""
+    """Machine, model and versions that the rows were measured with."""
     about: dict[str, Any] = {
         "machine": gpu.name if gpu else f"CPU ({platform.machine()}), nano",
         "model": "FLUX.1 dev, random weights" if gpu else "nano",
@@ -312,13 +312,13 @@ def line_of(row: dict[str, Any]) -> str:
 
 
 def swapped(row: dict[str, Any]) -> str:
-    """How a row says what is streamed where no plan does."""
+    """What is streamed, for a row without a plan."""
     if row["blocks_to_swap"] is not None:
         return str(2 * row["blocks_to_swap"])
     return "-" if row["resident_units"] is None else f"R{row['resident_units']}"
 
 
 def _release(device: torch.device) -> None:
-    gc.collect()  # what a row held may lie in a cycle with its error
+    gc.collect()  # the error and what a row held may refer to each other
     if device.type == "cuda":
         torch.cuda.empty_cache()

@@ -1,9 +1,9 @@
 """The trainer's own step, timed on random images: what `fluxq bench steps` and `make gpu` measure.
 
-A step is what fluxq/train.py makes of a batch: noise and times drawn, the batch moved to the GPU, flow_loss, backward,
-clipping, the loss read back and the optimizer, on the host's clock. Left out are reading the cache, previews and
-saving, and under int8 the look for outliers: with random weights no layer rotates its input. The pass that computes
-modulation for 64 coming images falls into the warm-up, and into one timed step of 64; the median does not show it.
+A step is what fluxq/train.py does with a batch, by the CPU's clock: sample noise and times, move the batch to the GPU,
+flow_loss, backward, clip, read the loss back, update. It leaves out reading the cache, previews, saving, and in int8
+the search for outliers: with random weights no layer rotates its input. Modulation is computed ahead for 64 images at
+a time, which falls into the warm-up and into one timed step of 64; the median does not show it.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ OPTIMIZER = TrainingConfig().optimizer
 
 @dataclass(frozen=True)
 class Setting:
-    """What one row measures. policy, resident_units, blocks_to_swap and slots may be left to the planner, as in
-    training; blocks_to_swap N is 2 N streamed units.
+    """What one row measures. The planner chooses policy, resident_units, blocks_to_swap and slots where they are None,
+    as in training. N blocks to swap are 2 N streamed units.
     """
 
     format: str = "nf4"
@@ -55,7 +55,7 @@ class Setting:
 def measure_steps(
     flux: Flux, setting: Setting, steps: int, seconds: float = math.inf, optimizer: str = OPTIMIZER
 ) -> dict[str, Any]:
-    """The figures of training `flux` (see `clock_steps`)."""
+    """`clock_steps` of training `flux`."""
     try:
         return clock_steps(trainer(flux, setting, optimizer), flux.device, setting.batch, steps, seconds)
     finally:
@@ -65,9 +65,9 @@ def measure_steps(
 def clock_steps(
     step: Callable[[int], float], device: torch.device, batch: int, steps: int, seconds: float = math.inf
 ) -> dict[str, Any]:
-    """Milliseconds of `steps` training steps, or of as many as fit into `seconds` but at least LEAST, after WARM_UP
-    that do not count; their speed, the peak memory and, where the driver tells, the energy a step takes. `step(index)`
-    gives the loss, once all its work is done.
+    """Milliseconds, speed, peak memory and, if the driver reports it, energy per step, of `steps` training steps; or of
+    as many as fit into `seconds`, but at least LEAST. WARM_UP untimed steps come first. `step(index)` returns the loss
+    once all its work is done.
     """
     energy, cuda = energy_counter(device), device.type == "cuda"
     if cuda:
@@ -94,8 +94,8 @@ def clock_steps(
 def trainer(
     flux: Flux, setting: Setting, optimizer: str = OPTIMIZER, updates: torch.optim.Optimizer | None = None
 ) -> Callable[[int], float]:
-    """A function that makes training step `index` on a random batch, and gives its loss once the step is done. updates:
-    an optimizer of the LoRA's weights, else one is made.
+    """A function that runs training step `index` on a random batch and returns its loss. updates: the optimizer of the
+    LoRA's weights, by default a new one of kind `optimizer`.
     """
     training, device = TrainingConfig(batch=setting.batch), flux.device
     updates = updates or build_optimizer(optimizer, flux.parameters(), training.learning_rate, training.weight_decay)
@@ -104,7 +104,7 @@ def trainer(
     def step(index: int) -> float:
         loss, _ = optimizer_step(updates, objective.loss, index, 1, 1.0, training.clip)
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # this measures: the clock stops when the optimizer is done
+            torch.cuda.synchronize(device)  # a measurement: the clock stops when the update is done
         return loss
 
     return step
@@ -131,7 +131,7 @@ class SameBatch:
 
 
 def random_batch(config: FluxConfig, setting: Setting) -> Batch:
-    """Images and captions of the right shapes, all random."""
+    """Random images and captions of the right shapes."""
     generator = torch.Generator().manual_seed(0)
 
     def randn(*shape: int) -> Tensor:
@@ -151,8 +151,8 @@ def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER, c
 
 
 def rates(costs: Costs, policies: Sequence[str], ms: float, gpu: GPU | None) -> dict[str, Any]:
-    """TFLOP of a step, those of the policy's repeats among them, TFLOP/s, and the share of the GPU's measured peak: of
-    the step's time, what its products would take at the rate of a large product of their type.
+    """TFLOP of a step (recomputation included), TFLOP/s, and the share of the GPU's measured peak: the time that its
+    products would take at the rate of a large product of their type, over the time of the step.
     """
     work = costs.outside
     for block, policy in zip(costs.blocks, policies, strict=True):
@@ -171,7 +171,7 @@ def ideal_seconds(work: Work, gpu: GPU) -> float:
 
 
 def energy_counter(device: torch.device) -> Callable[[], float | None]:
-    """A function that reads the GPU's energy counter, in joules; None where NVML does not tell (before Volta, WSL)."""
+    """A function that reads the GPU's energy counter in joules, or None without one (GPUs before Volta, WSL)."""
     if device.type != "cuda":
         return lambda: None
     try:

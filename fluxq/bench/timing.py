@@ -1,4 +1,4 @@
-"""The clock of every measurement: medians and percentiles, on a GPU between two events with a head start."""
+"""The clock of every measurement: medians and percentiles; on a GPU, the time between two events."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import torch
 FLUSH_BYTES = 256 << 20
 """More than any GPU's L2 holds."""
 HEAD_START = 2_000_000
-"""Cycles, about a millisecond, for which the GPU waits, so that what it is to run has been handed to it by then."""
+"""Cycles, about a millisecond, that the GPU sleeps, so that the work is queued before the clock starts."""
 
 
 def timed(
@@ -21,11 +21,11 @@ def timed(
     cold: bool = True,
     most: int = 50,
 ) -> dict[str, dict[str, float]]:
-    """Milliseconds of each of `runs`, as median, p10 and p90; they alternate, so that all meet the same clocks.
+    """Milliseconds of each of `runs`, as median, p10 and p90. Runs alternate, so that all meet the same clock rates.
 
-    As many rounds as fit into `seconds`, 3 at least and `most` at most, after two that do not count. `cold`: an op by
-    itself, on the GPU with its L2 flushed and the host's own work hidden. Else runs follow each other as they would in
-    training, and a host that cannot keep up shows.
+    As many rounds as fit into `seconds`, at least 3 and at most `most`, after two warm-up rounds. cold: each run alone,
+    with the GPU's L2 flushed and the CPU's launch time hidden. Otherwise runs follow each other as in training, and a
+    CPU that cannot keep up shows.
     """
     clock = _cuda_clock(device, cold) if device.type == "cuda" else _host_clock
     for run in (*runs.values(), *runs.values()):
@@ -38,19 +38,19 @@ def timed(
 
 
 def milliseconds(run: Callable[[], Any], device: torch.device, most: int = 20) -> float:
-    """The median time of `run` by itself, of `most` times at most."""
+    """The median time of `run` alone, in at most `most` runs."""
     return timed({"": run}, device, most=most)[""]["median"]
 
 
 def spread(times: Sequence[float]) -> dict[str, float]:
-    """Median, 10th and 90th percentile of `times`, and their number."""
+    """Median, 10th and 90th percentile of `times`, and their count."""
     ordered = sorted(times)
     at = lambda share: ordered[round(share * (len(ordered) - 1))]  # noqa: E731
     return {"median": at(0.5), "p10": at(0.1), "p90": at(0.9), "runs": len(ordered)}
 
 
 def wall(run: Callable[[], Any]) -> float:
-    """Milliseconds of `run` on the host's clock; what it hands to a GPU counts only if it waits for it."""
+    """Milliseconds of `run` by the CPU's clock; GPU work counts only if `run` waits for it."""
     start = time.perf_counter()
     run()
     return (time.perf_counter() - start) * 1e3
@@ -61,7 +61,7 @@ def _host_clock(runs: Sequence[Callable[[], Any]]) -> list[float]:
 
 
 def _cuda_clock(device: torch.device, cold: bool) -> Callable[[Sequence[Callable[[], Any]]], list[float]]:
-    """Times between two events on the GPU."""
+    """Measures times between two GPU events."""
     flush = torch.empty(FLUSH_BYTES, dtype=torch.uint8, device=device) if cold else None
 
     def clock(runs: Sequence[Callable[[], Any]]) -> list[float]:

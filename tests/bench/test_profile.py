@@ -46,7 +46,7 @@ def test_every_setting_has_a_row_and_what_is_swapped_is_saved(tmp_path: Path):
     assert json.loads((tmp_path / "profile_rtx4060ti.json").read_text())["rows"] == found
 
 
-def test_a_slow_bus_before_a_fast_gpu_is_said_to_bind():
+def test_a_fast_gpu_behind_a_slow_bus_is_bound_by_the_bus():
     stalls = {
         name: rows("--gpu", name, "--resolution", "512", "--format", "int8", "--compute", "int8")[-1]
         for name in ("rtx3060", "rtx4090")
@@ -59,16 +59,16 @@ def test_an_unknown_gpu_lists_those_known():
     assert result.exit_code == 2 and "rtx3060" in result.stderr
 
 
-def test_without_a_gpu_there_is_nothing_to_measure():
+def test_measuring_needs_a_gpu():
     if torch.cuda.is_available():
         pytest.skip("there is one")
     result = CliRunner().invoke(main, ["profile"])
-    assert result.exit_code == 2 and "no CUDA GPU to measure; name one by --gpu: rtx3060" in result.stderr
+    assert result.exit_code == 2 and "no CUDA GPU to measure; name one with --gpu: rtx3060" in result.stderr
 
 
 @pytest.mark.slow
-def test_predicted_and_measured_stand_beside_each_other(monkeypatch, capsys):
-    """Rows of nano on the CPU, which is told that it is a GPU; its memory it does not tell."""
+def test_measured_figures_stand_next_to_predicted_ones(monkeypatch, capsys):
+    """Rows of nano on the CPU posing as a GPU, without its memory."""
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
     monkeypatch.setattr(profile, "SWAPS", (0, 1, 3))
     base = Setting(policy="recompute", rank=2, t5_length=4, slots=2)

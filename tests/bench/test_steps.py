@@ -41,7 +41,7 @@ def run(*arguments: object):
 
 
 @on_cpu
-def test_nano_is_benched_without_a_gpu_and_what_that_is_worth_is_said(tmp_path: Path):
+def test_without_a_gpu_nano_is_measured_and_the_output_says_what_that_is_worth(tmp_path: Path):
     result = run("steps", "--json", "--steps", 3, "--resolution", 32, "--t5-length", 8, "--out", tmp_path / "a.json")
     assert result.exit_code == 0, result.stderr
     assert "nano" in result.stderr and "not how fast GPUs train" in result.stderr
@@ -56,7 +56,7 @@ def test_nano_is_benched_without_a_gpu_and_what_that_is_worth_is_said(tmp_path: 
 
 @pytest.mark.slow
 @on_cpu
-def test_a_matrix_has_streamed_rows_and_its_results_stand_side_by_side(tmp_path: Path):
+def test_a_matrix_has_streamed_rows_and_its_results_can_be_compared(tmp_path: Path):
     small = ("--resolution", 32, "--t5-length", 4, "--rank", 2, "--steps", 3)
     assert run("steps", "--matrix", "quick", *small, "--out", tmp_path / "a.json").exit_code == 0
     assert run("steps", *small, "--out", tmp_path / "b.json").exit_code == 0
@@ -89,14 +89,14 @@ def test_the_published_anchors_are_those_of_their_sources():
     ("content", "sentence"),
     [
         (None, "cannot be read"),
-        ("no json", "is no result of fluxq bench steps"),
-        ("[1]", "is no result of fluxq bench steps"),
-        ('{"predicted": true, "rows": []}', "is no result of fluxq bench steps"),
+        ("no json", "is not a result of fluxq bench steps"),
+        ("[1]", "is not a result of fluxq bench steps"),
+        ('{"predicted": true, "rows": []}', "is not a result of fluxq bench steps"),
         (
             '{"kind": "fluxq bench steps", "about": {"machine": "x", "model": "nano"}, "rows": [{"resolution": 1}]}',
-            "is no result",
+            "is not a result",
         ),
-        ('{"kind": "fluxq bench steps", "rows": []}', "is no result"),
+        ('{"kind": "fluxq bench steps", "rows": []}', "is not a result"),
     ],
 )
 def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_path):
@@ -114,8 +114,8 @@ def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_pat
     ("arguments", "sentence"),
     [
         (["--resolution", 100], "--resolution must be a multiple of 16, not 100"),
-        (["--limit-vram", "12GiB"], "--limit-vram and --limit-bus hold back a CUDA GPU"),
-        (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus hold back a CUDA GPU"),
+        (["--limit-vram", "12GiB"], "--limit-vram and --limit-bus need a CUDA GPU"),
+        (["--limit-bus", "12GB/s"], "--limit-vram and --limit-bus need a CUDA GPU"),
         (["--limit-vram", "much"], "must be an amount of memory like 12GiB"),
         (["--blocks-to-swap", 9], "--blocks-to-swap must be 0 to 3, not 9"),
         (["--blocks-to-swap", 1, "--resident-units", 2], "set the same thing"),
@@ -138,7 +138,7 @@ def test_out_of_memory_and_what_cannot_be_run_are_rows(monkeypatch):
     assert "must be 0 to 3, not 30" in row["not_run"] and "not run: " in line_of(row)
 
 
-def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():
+def test_matrices_are_fixed_lists_whose_fields_can_be_replaced():
     quick, full = settings("quick", {}, True), settings("full", {}, True)
     assert len(quick) == 7 and len(full) == 48 and len(set(full)) == 48
     assert {s.resident_units for s in full} == {None, 76, 38, 0}
@@ -151,7 +151,7 @@ def test_matrices_are_fixed_lists_and_what_is_given_replaces_their_own():
 
 
 @pytest.mark.parametrize("format", FORMATS)
-def test_random_weights_are_as_large_as_real_ones_and_stream_as_they_are(format):
+def test_random_weights_have_real_magnitudes_and_can_be_streamed(format):
     whole = random_flux(FluxConfig.nano(), format, CPU, 2)
     for path, layer in whole.named_modules():
         if isinstance(layer, Linear):
@@ -166,7 +166,7 @@ def test_random_weights_are_as_large_as_real_ones_and_stream_as_they_are(format)
     assert streamed.ring.copies > 0
 
 
-def test_a_step_is_counted_in_flops_by_hand_and_held_against_measured_rates():
+def test_flops_of_a_step_are_counted_and_compared_with_measured_rates():
     """A GPU that multiplies bf16 at 100 and int8 at 200 TFLOP/s, at its peak for half of the step."""
     gpu = replace(GPUS["rtx4090"], bf16=100, int8=200, fp8=0)
     assert ideal_seconds(Work(bf16=1e12, int8=4e12, attention=2e12, attention_backward=1e12), gpu) == 0.06
@@ -189,10 +189,8 @@ def test_one_clock_times_everything():
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("resident", "copies"), [(None, False), (0, True)])
-def test_on_a_gpu_a_plan_places_the_weights_and_its_predictions_stand_beside_what_was_measured(
-    monkeypatch, resident, copies
-):
-    """With nano's sizes on the CPU, which is told that it is a GPU."""
+def test_on_a_gpu_a_plan_places_the_weights_and_its_predictions_are_in_the_row(monkeypatch, resident, copies):
+    """With nano's sizes on the CPU posing as a GPU."""
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
     setting = replace(TINY, policy="recompute", resident_units=resident, slots=2)
     row = row_of(setting, CPU, replace(GPUS["rtx4090"], name="imagined"), 3, None)
@@ -205,7 +203,7 @@ def test_on_a_gpu_a_plan_places_the_weights_and_its_predictions_stand_beside_wha
     assert "GiB" in refused["not_run"] and "ms" not in refused
 
 
-def test_inputs_wait_on_the_host_where_a_plan_says_so(monkeypatch):
+def test_a_plan_with_offload_stores_inputs_in_ram(monkeypatch):
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
     stored, store = [], HostInputs.store
     monkeypatch.setattr(HostInputs, "store", lambda self, tensors: stored.append(1) or store(self, tensors))
@@ -215,7 +213,7 @@ def test_inputs_wait_on_the_host_where_a_plan_says_so(monkeypatch):
     assert row["ok"] and row["offload"] and len(stored) == 4 * (3 + timed_step.WARM_UP)
 
 
-def test_a_process_is_held_to_a_part_of_the_gpu_in_use(monkeypatch):
+def test_a_process_can_be_limited_to_a_part_of_the_gpu(monkeypatch):
     held = []
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(total_memory=24 << 30))
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
@@ -226,7 +224,7 @@ def test_a_process_is_held_to_a_part_of_the_gpu_in_use(monkeypatch):
     assert held == [(0.5, 0), (1.0, 0)]
 
 
-def test_a_slower_bus_is_copies_made_again(monkeypatch):
+def test_a_slower_bus_is_imitated_by_repeated_copies(monkeypatch):
     copied = []
 
     class Counting(Immediate):
@@ -260,7 +258,7 @@ def test_flux_and_nano_are_told_apart(tmp_path):
     assert "nano, 32 px" in result.stderr
 
 
-def test_energy_is_read_from_the_gpus_own_counter_and_missed_where_there_is_none(monkeypatch):
+def test_energy_comes_from_the_gpus_counter_if_it_has_one(monkeypatch):
     """With an NVML that counts 2,000 millijoules a call."""
     assert timed_step.energy_counter(CPU)() is None
     asked, gpu = [], torch.device("cuda")

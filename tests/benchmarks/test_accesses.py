@@ -1,4 +1,4 @@
-"""The ahead-of-time ring sees through which pointer a kernel moves how many bits, and says where they are too few."""
+"""`make aot` sees how many bits a kernel moves at a time through each pointer, and names those that move too few."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ import pytest
 pytest.importorskip("triton")
 
 from benchmarks.accesses import widths
-from benchmarks.aot import Case, Report, broken_promises
+from benchmarks.aot import Report, broken_promises
+from benchmarks.promises import Promise
 
 LLIR = """
 define ptx_kernel void @_kernel(ptr addrspace(1) %0, ptr addrspace(1) readnone %1, i32 %2, ptr addrspace(1) %3) {
@@ -29,12 +30,12 @@ def test_each_access_is_followed_back_to_its_argument():
     assert widths(LLIR, ("a", "b", "n", "c")) == {"a": {128}, "b": {64, 16}, "c": {128}}
 
 
-def test_an_access_that_is_not_understood_is_no_wide_one():
+def test_an_unknown_access_is_an_error():
     with pytest.raises(AssertionError, match="unknown width"):
         widths(LLIR.replace("  ret", "  store i32 %2, ptr addrspace(1) %3\n  ret"), ("a", "b", "n", "c"))
 
 
 @pytest.mark.parametrize(("narrow", "broken"), [(None, []), (("b",), []), ((), ["16- and 64-bit accesses through b"])])
 def test_only_named_pointers_may_be_narrow(narrow, broken):
-    case = Case("kernel", None, {}, narrow=narrow)
-    assert broken_promises(case, Report("kernel", 89, 4, 3, 32, 0, 0, {}, {"a": [128], "b": [16, 64]}, 1.0)) == broken
+    report = Report("kernel", "kernel", 89, 4, 3, 32, 0, 0, {}, {"a": [128], "b": [16, 64]}, 1.0)
+    assert broken_promises(Promise(narrow=narrow), report) == broken

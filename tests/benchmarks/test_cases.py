@@ -1,4 +1,4 @@
-"""A part of `make gpu`: every case leaves a row, whatever becomes of the others."""
+"""A part of `make gpu`: every case leaves a row, even if others fail."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def run(tmp_path, monkeypatch):
     return start
 
 
-def test_what_fails_or_dies_takes_no_other_case_with_it(run):
+def test_a_case_that_fails_or_dies_does_not_affect_the_others(run):
     code, report = run("--only=good|wrong|dies|fails|skips|after")
     rows = {row["case"]: row for row in report["rows"]}
     assert list(rows) == ["good", "wrong", "dies", "fails", "skips", "after"]
@@ -70,7 +70,7 @@ def test_what_fails_or_dies_takes_no_other_case_with_it(run):
     assert report["about"]["commit"] == "abc" and "running" not in report
 
 
-def test_what_would_start_too_late_is_left_and_said(run):
+def test_cases_that_would_start_too_late_are_recorded_as_skipped(run):
     code, report = run("--only=last|late")
     assert [row.get("skipped") for row in report["rows"]] == [None, "out of time"]
     assert code == 0
@@ -87,7 +87,7 @@ time.sleep(600)
     assert json.loads(path.read_text())["rows"] == [{"case": "hangs", "failed": "out of time, and stopped"}]
 
 
-def test_a_target_for_another_gpu_is_recorded_and_not_judged():
+def test_a_target_for_another_gpu_is_recorded_but_not_judged():
     assert [target("x", ">= 0.8", 0.9)["met"], target("x", "<= 1.08", 1.1)["met"]] == [True, False]
     assert target("x", ">= 1.4", 0.5, applies=False)["met"] is None
     assert target("x", ">= 1.4", float("nan"))["met"] is False
@@ -112,7 +112,7 @@ def test_a_prediction_is_the_longer_of_moving_and_multiplying():
     assert predicted_ms(ceilings, 0, fp8=1.0) is None
 
 
-def test_a_blocks_bound_counts_what_its_policy_replays():
+def test_a_blocks_bound_counts_what_its_policy_recomputes():
     ceilings = {"bytes": 1e12, "bf16": 1e14, "int8": 2e14, "fp8": None}
 
     def at(policy, compute="bf16", kind="double"):

@@ -1,4 +1,4 @@
-"""The parts of `make gpu` run from end to end, tiny and on the CPU, and write what they promise."""
+"""The parts of `make gpu` run from end to end, tiny and on the CPU, and write their rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.kernel_cases.setting import LAYERS
+from benchmarks.kernel_rows.setting import LAYERS
 from fluxq.kernels import COMPUTES, POLICIES
 
 ROOT = Path(__file__).parent.parent.parent
@@ -40,7 +40,7 @@ def run(tmp_path):
     return start
 
 
-def test_kernels_are_checked_and_timed_beside_their_targets(run):
+def test_kernels_are_checked_and_timed_against_their_targets(run):
     rows = run("kernels")
     assert {name.split(":")[0] for name in rows} == {"steps", "storage", "linear", "8 bits", "errors"}
     assert sum(name.startswith("8 bits") for name in rows) == len(LAYERS) * 4
@@ -82,7 +82,7 @@ def test_blocks_are_right_under_every_policy_and_compute(run):
         assert set(eager["errors_of_diffusers"]) == {"output", "d_input"}
 
 
-def test_steps_take_their_choices_from_the_command_line(run):
+def test_steps_follow_the_command_line(run):
     options = ["--sizes=64", "--steps=1", "--format", "nf4", "int8", "--compute=int8", "--policy=keep_qkv"]
     rows = run("gpu", *options, "--vram=12GiB", "--seconds=1")
     ours = [f"steps: 64 px, {format}, int8, keep_qkv" for format in ("nf4", "int8")]
@@ -96,7 +96,7 @@ def test_steps_take_their_choices_from_the_command_line(run):
         assert recipe["ok"] and [(t["wanted"], t["met"]) for t in recipe["targets"]] == [(">= 2", None)]
 
 
-def test_steps_as_planned_come_first_and_are_held_against_the_recipe(run):
+def test_planned_steps_come_first_and_are_compared_with_the_recipe(run):
     rows = run("gpu", "--sizes=64", "--steps=1", "--compute=bf16", "--policy", "planned", "recompute", "--seconds=1")
     planned, recipe, resident = rows
     assert planned == "steps: 64 px, nf4, bf16, planned" and "recipe" in recipe and resident.endswith("recompute")
@@ -105,7 +105,7 @@ def test_steps_as_planned_come_first_and_are_held_against_the_recipe(run):
     assert "skipped" in rows[recipe] or [t["wanted"] for t in rows[recipe]["targets"]] == [">= 1.5"]
 
 
-def test_streaming_changes_no_loss_and_is_held_against_all_resident(run):
+def test_streaming_changes_no_loss_and_is_compared_with_all_resident(run):
     rows = run("streaming", "--compute=bf16")
     resident, streamed = rows.values()
     assert resident["plan"]["streamed"] == 0 and streamed["plan"]["streamed"] == 2
@@ -119,7 +119,7 @@ def test_peaks_are_those_of_plans_for_other_GPUs(run):
         assert row["ok"] and row["predicted_peak_bytes"] > 0 and sum(row["plan"]["policies"].values()) == 2
 
 
-def test_the_hosts_time_is_that_of_steps(run):
+def test_cpu_time_is_measured_in_steps(run):
     rows = run("host")
     assert len(rows) == 4 and [row["plan"]["streamed"] for row in rows.values()] == [0, 0, 3, 0]
     assert all(row["ok"] and row["ms"]["step"]["median"] > 0 for row in rows.values())

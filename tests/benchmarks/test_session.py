@@ -1,4 +1,4 @@
-"""`make gpu`: the parts share one time, and what comes first comes first."""
+"""`make gpu`: the parts share one time limit, and run in order of importance."""
 
 from __future__ import annotations
 
@@ -9,26 +9,25 @@ from types import SimpleNamespace
 import pytest
 
 from benchmarks import session
-from benchmarks.cases import GRACE
 from benchmarks.gpu_tests import FIRST, LAST, files
-from benchmarks.session import PARTS, run
+from benchmarks.session import GRACE, PARTS, RESERVE, run
 
 ROOT = Path(__file__).parent.parent.parent
 
 
 @pytest.fixture
 def clock(monkeypatch):
-    """Parts that take what `takes` says, or else all they may and GRACE more; gives (module, minutes) of each."""
+    """Parts that take the time in `takes`, by default all they may and GRACE more; records (module, seconds)."""
     now, started, takes = [0.0], [], {}
 
     def call(command, check):
         module = command[2].removeprefix("benchmarks.")
-        minutes = float(command[-1].removeprefix("--minutes="))
-        started.append((module, minutes))
-        now[0] += takes.get(module, 60 * minutes + GRACE)
+        seconds = float(command[-1].removeprefix("--deadline=")) - now[0]
+        started.append((module, seconds))
+        now[0] += takes.get(module, seconds + GRACE)
         return SimpleNamespace(returncode=0)
 
-    monkeypatch.setattr(session, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    monkeypatch.setattr(session, "time", SimpleNamespace(time=lambda: now[0]))
     monkeypatch.setattr(session, "subprocess", SimpleNamespace(run=call))
     return SimpleNamespace(now=now, started=started, takes=takes)
 
@@ -41,9 +40,9 @@ def test_all_parts_together_keep_to_the_time(clock):
 
 def test_a_later_part_takes_nothing_from_an_earlier_one(clock):
     clock.takes["blocks"] = 1e6
-    run(list(PARTS), [], 540)
-    minutes = dict(clock.started)
-    assert all(60 * minutes[part.module] == pytest.approx(part.seconds - GRACE) for part in PARTS)
+    run(list(PARTS), [], 540 + RESERVE)
+    seconds = dict(clock.started)
+    assert all(seconds[part.module] == pytest.approx(part.seconds - GRACE) for part in PARTS)
 
 
 def test_time_that_a_part_leaves_goes_to_the_next(clock):
@@ -57,7 +56,7 @@ def test_time_that_a_part_leaves_goes_to_the_next(clock):
 
 def test_a_part_alone_has_all_the_time(clock):
     run([PARTS[1]], [], 540)
-    assert clock.started == [("gpu", pytest.approx((540 - GRACE) / 60))]
+    assert clock.started == [("gpu", pytest.approx(540 - RESERVE - GRACE))]
 
 
 def test_a_part_without_time_is_not_started(clock, capsys):

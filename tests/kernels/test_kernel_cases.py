@@ -1,21 +1,40 @@
-"""What `fluxq bench kernels` measures is right on the Triton backend too, and covers every op that has a choice."""
+"""The kernels' cases (fluxq/bench) are right on the Triton backend, and cover every op with a choice."""
 
 from __future__ import annotations
 
-from fluxq.bench import kernel_cases
-from fluxq.bench.kernel_cases import cases
+import pytest
+
+from fluxq.bench.kernel_cases import cases, step_case
 from fluxq.bench.kernels import check
+from fluxq.bench.memory_bound import RARE_STEPS, RARE_STORAGE, STEPS, STORAGE, Sizes
 
 WITHIN_OTHERS = {"fill_padding", "fill_tail", "sum_shares"}  # parts of lora_linear
 
 
-def test_every_case_is_right_and_every_op_with_a_choice_has_one(triton_ops, device, monkeypatch):
+SHAPE = 65, 1088  # two programs of 64 rows and of 1,024 columns, and only 64 divides the columns
+ROTATED = 40, 320  # two programs of 32 rows and of 256 columns
+
+
+def tiny(device) -> Sizes:
+    """Two programs of 16 rows, the last one ragged, masked heads and columns, a rank of 5."""
+    return Sizes(device, tokens=20, width=192, heads=3, text=7, rank=5)
+
+
+def test_every_case_is_right_and_every_op_with_a_choice_has_one(triton_ops, device):
     from fluxq.kernels.triton.shipped import PATHS
 
-    monkeypatch.setattr(kernel_cases, "LARGE", (8 * 96, 8 * 192, 4 * 256))
-    monkeypatch.setattr(kernel_cases, "FEW", (1, 8 * 192, 4 * 256))
     seen = set()
-    for case in cases(device):
+    for case in cases(device, tiny(device), ROTATED):
         check(case)
         seen.add(case.op)
     assert seen | WITHIN_OTHERS == set(PATHS)
+
+
+@pytest.mark.parametrize("name", [*STEPS, *RARE_STEPS])
+def test_every_step_is_right(name, triton_ops, device):
+    check(step_case({**STEPS, **RARE_STEPS}[name](tiny(device))))
+
+
+@pytest.mark.parametrize("name", [*STORAGE, *RARE_STORAGE])
+def test_every_change_of_form_is_right(name, triton_ops, device):
+    check(step_case({**STORAGE, **RARE_STORAGE}[name](tiny(device), *(ROTATED if "rotated" in name else SHAPE))))

@@ -1,4 +1,4 @@
-"""NF4 against bitsandbytes: the same bytes, the same numbers, several times the speed (benchmarks/bench_nf4.py)."""
+"""NF4 against bitsandbytes: the same bytes, the same numbers, several times the speed (benchmarks/bench_kernels.py)."""
 
 from __future__ import annotations
 

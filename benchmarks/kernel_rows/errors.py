@@ -1,4 +1,4 @@
-"""How far 8-bit products are from exact ones, layer type by layer type, and torchao's beside them."""
+"""Errors of 8-bit products by type of layer, next to torchao's."""
 
 from __future__ import annotations
 
@@ -12,15 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case, Skip
-from benchmarks.kernel_cases.eight_bits import refuse_fp8_where_missing
-from benchmarks.kernel_cases.setting import LAYERS, Setting, cosine, relative_error
+from benchmarks.kernel_rows.setting import LAYERS, Setting, skip_missing_fp8
 from benchmarks.peers import torchao_8bit
+from fluxq.bench.closeness import cosine, relative_error
+from fluxq.bench.kernel_cases import layer_shape
+from fluxq.bench.memory_bound import EIGHT_BITS, Sizes
 from fluxq.kernels import COMPUTES, dequantize, lora_linear, quantize, reference
 from fluxq.kernels.rotation import rotation_block
 
 INPUTS = ("gaussian", "outliers", "gelu")
 BF16 = 2**-8
-"""The most by which rounding to bf16 changes a number, relative to it."""
+"""The largest relative error of rounding to bf16."""
 
 
 def cases(setting: Setting) -> Iterator[Case]:
@@ -31,22 +33,23 @@ def cases(setting: Setting) -> Iterator[Case]:
 
 
 def measure(s: Setting, layer: str, compute: str, kind: str) -> dict[str, Any]:
-    """Judged are the products without rotation: rounding errors are independent, so y's is that of x and that of W
-    together, here by the reference, with a fifth on top.
+    """Only products without rotation are judged. Rounding errors are independent, so the bound for y's error is that of
+    x and that of W (by the reference) added in quadrature, and a fifth more.
     """
-    bits, rows = compute.removesuffix("_dx"), 96 if s.tiny else 512
-    refuse_fp8_where_missing(s, bits)
-    n, k = s.layer(layer)
-    x, w, dy = inputs(s, kind, rows, k), s.randn(n, k, std=k**-0.5), s.randn(rows, n)
+    skip_missing_fp8(s.device, compute)
+    bits, rows, sizes = compute.removesuffix("_dx"), 96 if s.tiny else 512, s.sizes
+    n, k = layer_shape(sizes, layer)
+    x, w, dy = inputs(sizes, kind, rows, k), sizes.randn(n, k, std=k**-0.5), sizes.randn(rows, n)
     dy = (dy.float() * (1 + 10 * torch.rand(rows, 1, device=s.device))).bfloat16()
     errors: dict[str, Any] = {}
     bounds: dict[str, Any] = {}
     for format in (bits, "nf4"):
         stored = quantize(w, format)
         name, exact = f"from {format}", dequantize(stored, torch.float32).double()
-        errors[name], bounds[name] = found(x, dy, stored, exact, compute, 0), expected(x, dy, stored, exact, compute)
+        errors[name] = errors_of(x, dy, stored, exact, compute, 0)
+        bounds[name] = error_bounds(x, dy, stored, exact, compute)
         if bits == "int8":
-            errors[f"{name}, rotated"] = found(x, dy, stored, exact, compute, rotation_block(k))
+            errors[f"{name}, rotated"] = errors_of(x, dy, stored, exact, compute, rotation_block(k))
     against_bf16 = {"nf4": x.double() @ dequantize(quantize(w, "nf4"), torch.float32).double().t()}
     row: dict[str, Any] = {}
     try:
@@ -62,16 +65,16 @@ def measure(s: Setting, layer: str, compute: str, kind: str) -> dict[str, Any]:
     return {"ok": ok, "errors": errors, "bounds": bounds, **row}
 
 
-def inputs(s: Setting, kind: str, rows: int, width: int) -> Tensor:
-    """(M, K): Gaussian; with one channel in 200 thirty times as large; or what GELU gives."""
+def inputs(s: Sizes, kind: str, rows: int, width: int) -> Tensor:
+    """(M, K): Gaussian; with one channel in 200 thirty times as large; or after GELU."""
     x = s.randn(rows, width)
     if kind == "outliers":
         x[:, torch.randperm(width, device=s.device)[: max(1, width // 200)]] *= 30
     return F.gelu(x, approximate="tanh") if kind == "gelu" else x
 
 
-def found(x: Tensor, dy: Tensor, stored: Any, exact: Tensor, compute: str, rotation: int) -> dict[str, Any]:
-    """Of y and of dx, against the product with the very numbers that are stored."""
+def errors_of(x: Tensor, dy: Tensor, stored: Any, exact: Tensor, compute: str, rotation: int) -> dict[str, Any]:
+    """Of y and dx, against the product with the stored numbers themselves."""
     leaf = x.detach().requires_grad_()
     y = lora_linear(leaf, stored, compute=compute, rotation=rotation)
     (dx,) = torch.autograd.grad(y, leaf, dy)
@@ -79,9 +82,9 @@ def found(x: Tensor, dy: Tensor, stored: Any, exact: Tensor, compute: str, rotat
     return {name: {"relative": relative_error(*pair), "cosine": cosine(*pair)} for name, pair in pairs.items()}
 
 
-def expected(x: Tensor, dy: Tensor, stored: Any, exact: Tensor, compute: str) -> dict[str, float]:
-    """How far y and dx may be off."""
-    dtype = torch.int8 if compute.startswith("int8") else torch.float8_e4m3fn
+def error_bounds(x: Tensor, dy: Tensor, stored: Any, exact: Tensor, compute: str) -> dict[str, float]:
+    """The relative errors that y and dx may have."""
+    dtype = EIGHT_BITS[compute.removesuffix("_dx")]
     values, scale = reference.to_rows(stored, dtype)
     weight = relative_error(values.double() * scale.double()[:, None], exact)
     bounds = {"y": math.hypot(rounding(x, dtype), weight, BF16), "dx": 3 * BF16}

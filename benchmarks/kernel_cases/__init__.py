@@ -1,1 +1,0 @@
-"""The cases of benchmarks/kernels.py, a file a topic."""

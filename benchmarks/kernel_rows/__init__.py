@@ -1,0 +1,1 @@
+"""The rows of benchmarks/kernels.py, one file per topic."""
