@@ -41,9 +41,10 @@ class Sizes:
 class Step:
     """A memory-bound op on fixed inputs: `call(ops, wants, inputs)` gives its outputs.
 
-    width: of its Activations, without padding; 0 if it feeds no linear layer. rank: of that layer's LoRA. dtype: of the 8-bit rows that the layer takes, None for a layer in bf16; inputs["down"]: the LoRA whose product is wanted next
-    to such rows. rotation: the block in which 8-bit rows are rotated, 0 for none. extra: bytes of outputs that are not
-    written. stores: whether it converts a matrix, which is its first input, from one form to another.
+    width: of its Activations, without padding; 0 if it feeds no linear layer. rank: of that layer's LoRA. dtype: of
+    the 8-bit rows that the layer takes, None for a layer in bf16; inputs["down"]: the LoRA whose product is wanted
+    next to such rows. rotation: the block in which 8-bit rows are rotated, 0 for none. extra: bytes of outputs that
+    are not written. stores: whether it converts a matrix, which is its first input, from one form to another.
     """
 
     op: str
