@@ -15,6 +15,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# A file's tests share fixtures, so a worker takes whole files; tests/conftest.py puts the longest first.
+PYTEST := $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 OUT_DIR ?= benchmarks/results
 MINUTES ?= 9
 GPU_PARTS := gpu-tests gpu-steps gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks
@@ -41,10 +43,10 @@ demo: $(VENV)/installed
 	$(BIN)/fluxq demo
 
 test: $(VENV)/installed-tests
-	$(BIN)/python -m pytest -n auto --dist loadfile
+	$(PYTEST)
 
 quick: $(VENV)/installed-tests
-	$(BIN)/python -m pytest -n auto --dist loadfile -q -m "not slow and not interpreted"
+	$(PYTEST) -q -m "not slow and not interpreted"
 
 lint: $(VENV)/installed-tests
 	$(BIN)/ruff format --check .

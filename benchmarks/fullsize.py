@@ -22,6 +22,7 @@ import time
 from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime
+from functools import lru_cache
 from pathlib import Path
 
 import torch
@@ -132,17 +133,19 @@ def write_random(path: Path, shapes: Shapes, dtype: torch.dtype) -> None:
         start = end
     text = json.dumps(header).encode()
     pool = torch.randn(1 << 24, generator=torch.Generator().manual_seed(0))
+    whole = lru_cache(maxsize=2)(lambda scale, around: (pool * scale + around).to(dtype))  # for large matrices
     with atomic_path(path, start) as temporary, temporary.open("wb") as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for number, (name, shape) in enumerate(shapes.items()):
             scale = math.prod(shape[1:]) ** -0.5 if len(shape) > 1 else 0.1
             around = 1.0 if len(shape) == 1 and ("norm" in name and not name.endswith("bias")) else 0.0
-            noise = (pool.roll(number * 7919) * scale + around).to(dtype)
-            left = math.prod(shape)
+            place, left = number * 7919 % len(pool), math.prod(shape)
+            large = left > len(pool) // 2
             while left:
-                piece = noise[: min(left, len(noise))]
+                some = slice(place, place + left)
+                piece = whole(scale, around)[some] if large else (pool[some] * scale + around).to(dtype)
                 file.write(piece.view(torch.uint8).numpy().data)
-                left -= len(piece)
+                place, left = 0, left - len(piece)
 
 
 def t5_shapes(blocks: int) -> Shapes:

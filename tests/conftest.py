@@ -22,8 +22,23 @@ if not torch.cuda.is_available():  # read when triton is imported: kernels are i
 VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsynth" / "tokenizer_configs" / "flux"
 
 
+LONGEST = (  # files, by their CPU seconds; they are begun first, so that no worker is left alone with one at the end
+    "kernels/test_aot.py",
+    "commands/test_demo.py",
+    "kernels/test_whole_model.py",
+    "test_train.py",
+    "caching/test_memory.py",
+    "benchmarks/test_fullsize.py",
+    "kernels/test_linear_paths.py",
+    "kernels/test_row_scaled.py",
+    "benchmarks/test_scripts.py",
+)
+
+
 def pytest_collection_modifyitems(items):
     """Tests whose kernels run in Triton's interpreter are many and slow: `make quick` leaves them out."""
+    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: places.get(item.path, len(places)))
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params
         triton = "triton_ops" in item.fixturenames or (parameters or {}).get("either_backend") == "triton"

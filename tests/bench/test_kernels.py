@@ -43,6 +43,7 @@ def test_a_wrong_answer_is_not_timed(small):
         bench.check(replace(case, run=lambda: case.run() * 1.1))
 
 
+@pytest.mark.slow
 def test_the_fastest_right_choice_is_kept_and_used(small, monkeypatch, tmp_path):
     """On an imaginary GPU, whose clock decides which of three choices is fast; the fastest gives wrong answers."""
     pytest.importorskip("triton")

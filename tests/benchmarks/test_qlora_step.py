@@ -18,6 +18,7 @@ from fluxq.model.lora import lora_layers
 CPU, TINY, NANO = torch.device("cpu"), Setting(resolution=32, t5_length=4, rank=2), FluxConfig.nano()
 
 
+@pytest.mark.slow
 def test_the_recipe_trains_our_layers_in_nf4_with_checkpointing():
     for package in ("diffusers", "peft", "bitsandbytes"):
         pytest.importorskip(package)

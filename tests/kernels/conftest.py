@@ -23,6 +23,7 @@ def triton_ops(device):
     if device.type == "cpu":
         mend_interpreted_dot()
         add_interpreted_dot_scaled()
+        patch_once_a_launch()
     with backend("triton"):
         from fluxq.kernels import triton
 
@@ -90,3 +91,29 @@ def add_interpreted_dot_scaled() -> None:
 
     TritonSemantic.dot_scaled = with_constant_formats
     interpreter.InterpreterBuilder.create_dot_scaled = create_dot_scaled
+
+
+def patch_once_a_launch() -> None:
+    """Triton's interpreter replaces all of triton.language anew whenever one device function calls another, which is
+    half of its time; here once a launch.
+    """
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    patch, launch = interpreter._patch_lang, interpreter.GridExecutor.__call__
+    if getattr(patch, "mended", False):
+        return
+    patched = set()  # in the launch that is under way
+
+    def once(fn):
+        modules = frozenset(id(m) for m in fn.__globals__.values() if m is tl or m is tl.core)
+        if modules not in patched:
+            patched.add(modules)
+            return patch(fn)
+
+    def launched(executor, *args, **kwargs):
+        patched.clear()
+        return launch(executor, *args, **kwargs)
+
+    once.mended = True
+    interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launched

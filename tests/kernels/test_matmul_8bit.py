@@ -61,9 +61,13 @@ def test_sums_are_exact_and_rounded_once(matmul_8bit, kind, dtype, k, device):
     assert relative_error(y, truth(a, a_scale, b, b_scale)) < bound(dtype, device) + slack
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rank", [1, 5, 16, 40])
-@pytest.mark.parametrize("s_dtype", [torch.float32, None])
+@pytest.mark.parametrize(
+    ("dtype", "rank", "s_dtype"),
+    [
+        *[(torch.float32, rank, None) for rank in (1, 5, 16, 40)],
+        *[(dtype, rank, s) for dtype in DTYPES[1:] for rank in (5, 40) for s in (torch.float32, None)],
+    ],
+)
 def test_lora_and_bias_are_added_in_fp32(matmul_8bit, kind, dtype, rank, s_dtype, device):
     """s and up of any float dtype; plain PyTorch rounds them to `dtype`, and a kernel may too."""
     operands = factors(kind, device)

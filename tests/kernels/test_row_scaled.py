@@ -44,7 +44,7 @@ def stored(format: str, shape: tuple[int, int], device: torch.device):
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", LARGEST)
-@pytest.mark.parametrize("shape", [(1, 1), (33, 192), (300, 1100), (3, 15360), (2, 33001)])
+@pytest.mark.parametrize("shape", [(1, 1), (33, 192), (5, 1100), (3, 15360), (2, 33001)])
 def test_every_weight_becomes_the_nearest_one_that_can_be_stored(format, shape, dtype, device):
     w = (torch.randn(shape, device=device) * torch.rand(shape[0], 1, device=device) * 10).to(dtype)
     q = quantize(w, format)
@@ -128,7 +128,7 @@ def test_rows_are_restored_alike_on_every_path(shape, format, dtype, device):
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("to", LARGEST)
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8", "bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("shape", [(33, 192), (70, 1216)])
+@pytest.mark.parametrize("shape", [(33, 192), (5, 1216)])
 def test_a_weight_of_any_form_becomes_rows_of_either_dtype(shape, format, to, device):
     weight = stored(format, shape, device)
     backend = ops(weight.codes if isinstance(weight, NF4Weight) else getattr(weight, "values", weight))

@@ -42,7 +42,7 @@ def test_gradients_are_the_same_on_both_backends(policy, compute, targets, trito
 
     monkeypatch.setattr(table, "FEW_ROWS", 10)
     monkeypatch.setattr(sys.modules["fluxq.kernels.lora_linear"], "FEW_ROWS", 10)
-    flux = randomize(Flux(tiny_config(depth=1, depth_single_blocks=1)))
+    flux = randomize(Flux(tiny_config(depth=1, depth_single_blocks=1, mlp_ratio=2.0)))
     add_lora(flux, rank=3, alpha=2, targets=targets)
     for layer in lora_layers(flux).values():
         torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.1)

@@ -16,17 +16,17 @@ SHALLOW = AutoEncoderConfig(ch=8, ch_mult=(1, 3), num_res_blocks=1, z_channels=5
 
 @pytest.mark.parametrize("config", [SMALL, SHALLOW])
 @pytest.mark.parametrize(("height", "width"), [(72, 56), (8, 8), (67, 45), (40, 104)])
-@pytest.mark.parametrize("band", [1, 3, 16, 1000])
-def test_bands_equal_the_whole_at_any_size(config, height, width, band):
+def test_bands_equal_the_whole_at_any_size(config, height, width):
     autoencoder = randomize(AutoEncoder(config))
     images = torch.randn(2, 3, height, width) + 0.5
     with torch.no_grad():
         moments = autoencoder.moments(images)
         latents = torch.randn(2, config.z_channels, *moments.shape[2:])
         decoded = autoencoder.decode(latents)
-    banded = autoencoder.in_bands(band)
-    assert relative_error(banded.moments(images), moments) <= 1e-5
-    assert relative_error(banded.decode(latents), decoded) <= 1e-5
+    for band in (1, 3, 16, 1000):
+        banded = autoencoder.in_bands(band)
+        assert relative_error(banded.moments(images), moments) <= 1e-5
+        assert relative_error(banded.decode(latents), decoded) <= 1e-5
 
 
 def test_bands_leave_no_seam():
