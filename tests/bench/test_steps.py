@@ -99,7 +99,7 @@ def test_the_published_anchors_are_those_of_their_sources():
         ('{"kind": "fluxq bench steps", "rows": []}', "is not a result"),
     ],
 )
-def test_what_is_no_result_is_one_sentence_and_exit_2(content, sentence, tmp_path):
+def test_a_file_that_is_not_a_result_is_one_sentence_and_exit_2(content, sentence, tmp_path):
     path = tmp_path / "some.json"
     if content is not None:
         path.write_text(content)

@@ -113,7 +113,7 @@ def test_streaming_changes_no_loss_and_is_compared_with_all_resident(run):
     assert [t["what"] for t in streamed["targets"]] == ["speed over all resident"]
 
 
-def test_peaks_are_those_of_plans_for_other_GPUs(run):
+def test_peaks_are_those_of_plans_for_other_gpus(run):
     for name, row in run("peaks").items():
         assert name.endswith("planned for 12 GiB")
         assert row["ok"] and row["predicted_peak_bytes"] > 0 and sum(row["plan"]["policies"].values()) == 2
