@@ -115,8 +115,10 @@ def assert_equal(flux: Flux, expected: list[torch.Tensor]) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("policy", POLICIES)
-@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize(
+    ("format", "policy"),
+    [*(("nf4", policy) for policy in POLICIES), *((format, "recompute") for format in FORMATS if format != "nf4")],
+)
 def test_streaming_changes_no_bit(format, policy, files):
     """For every number of slots and several resident sets, with every timing."""
     expected = train_sample_train(with_lora(load_quantized(files(format), CPU), "attention+mlp", policy))
@@ -157,6 +159,7 @@ def test_a_staging_thread_changes_no_bit(files):
     flux.ring.close()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("streams", [Immediate, Late])
 @pytest.mark.parametrize("policy", POLICIES)
 def test_inputs_on_the_host_change_no_bit(policy, streams, files):
