@@ -17,7 +17,7 @@ from fluxq.bench.measured import measured_row
 from fluxq.bench.timed_step import Setting, costs_of
 from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.cutting import chunk_of
-from fluxq.memory.machine import free_gpu_bytes, memory
+from fluxq.memory.machine import free_gpu_bytes, ram_bytes
 from fluxq.model import FluxConfig
 from fluxq.offload.gpus import GIB, GPU, GPUS, measure
 from fluxq.offload.planner import plan
@@ -49,7 +49,7 @@ def planned(
     gpu = gpu_of(device)
     costs = costs_of(setting, config, optimizer, chunk_of(gpu.capability))
     available = min(vram or ENDLESS, free_gpu_bytes() or ENDLESS)
-    ram = (memory() or (0, None))[1]
+    ram = (ram_bytes() or (0, None))[1]
     return plan([costs], gpu, available, ram, Pins(policy=setting.policy, **pins))
 
 

@@ -29,8 +29,8 @@ from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
 from fluxq.kernels.cutting import chunk_of
-from fluxq.memory.machine import free_gpu_bytes, memory
-from fluxq.memory.placement import SLOTS, blocks_units, nbytes, pinned_residents
+from fluxq.memory.machine import free_gpu_bytes, ram_bytes
+from fluxq.memory.placement import SLOTS, blocks_units, parse_bytes, pinned_residents
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.models.parts import Models
 from fluxq.models.tuning import use_tuned
@@ -67,7 +67,7 @@ def bench_steps(
     limit_vram ("12GiB") and limit_bus ("12GB/s") imitate a smaller GPU. out: a JSON file for the answer.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    limit = nbytes(limit_vram, "--limit-vram")
+    limit = parse_bytes(limit_vram, "--limit-vram")
     wanted = settings(matrix, given, device.type == "cuda")
     gpu, slower = None, 1.0
     if device.type == "cuda":
@@ -233,7 +233,7 @@ def planned(setting: Setting, costs: Costs, gpu: GPU, limit: int | None) -> Plan
         slots=setting.slots,
     )
     vram = min(limit or 1 << 62, free_gpu_bytes() or gpu.vram)
-    return plan([costs], gpu, vram, (memory() or (0, None))[1], pins)
+    return plan([costs], gpu, vram, (ram_bytes() or (0, None))[1], pins)
 
 
 def nano_flux(setting: Setting) -> Flux:

@@ -21,7 +21,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
 from fluxq.formats.quantized import cache_folder, stored_bytes
-from fluxq.memory.machine import GPU, free_gpu_bytes, memory, notes, obstacle, read_machine
+from fluxq.memory.machine import InstalledGPU, free_gpu_bytes, notes, obstacle, ram_bytes, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
 from fluxq.models.hub import NotFetched, hub_cache
@@ -154,7 +154,7 @@ def _ram(
     encoders = max((about.get("bytes", 0) for part, about in parts.items() if part in ("ae", "clip_l")), default=0)
     needed, has = (
         PROGRAM_BYTES + max(0 if on_gpu else stored_bytes(flux_shapes(flux), format), encoders),
-        memory(),
+        ram_bytes(),
     )
     line = f"memory       needs {size(needed)} of RAM with the transformer in {format}"
     if has is not None:
@@ -168,7 +168,7 @@ def _ram(
     return {"needed": needed, "all": has and has[0], "free": has and has[1]}
 
 
-def _gpu(flux: FluxConfig | None, format: str, gpu: GPU | None, reasons: list[str]) -> Answer | None:
+def _gpu(flux: FluxConfig | None, format: str, gpu: InstalledGPU | None, reasons: list[str]) -> Answer | None:
     """The GPU, and the memory that all frozen weights take on it."""
     if gpu is None:
         console.print("GPU          none that torch can use, so training runs on the CPU")

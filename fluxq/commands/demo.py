@@ -63,7 +63,8 @@ class Demo:
 
 def demo(out: Path, format: str = "nf4", compute: str = "bf16") -> Demo:
     """Run the demo in `out`, replacing an earlier demo there. Raises WrongRequest if `out` has anything else in it."""
-    if out.is_dir() and any(out.iterdir()) and not (out / "images" / "creature").is_dir():
+    made_by_demo = any((out / name / "creature").is_dir() for name in ("images", "pictures"))  # the latter formerly
+    if out.is_dir() and any(out.iterdir()) and not made_by_demo:
         raise WrongRequest(f"{out} is not empty and not an earlier demo; choose another folder with --out")
     if out.exists():
         shutil.rmtree(out)

@@ -20,7 +20,7 @@ DEVICES = ("/dev/nvidiactl", "/dev/dxg")  # of the native Linux driver, and of t
 
 
 @dataclass(frozen=True)
-class GPU:
+class InstalledGPU:
     """A CUDA GPU that torch can use; `nbytes` is its memory."""
 
     name: str
@@ -42,7 +42,7 @@ class Machine:
     rocm: bool
     driver: bool
     hidden: bool
-    gpu: GPU | None
+    gpu: InstalledGPU | None
     architectures: tuple[str, ...] = ()
     bf16: bool = True
     triton: bool = True
@@ -55,7 +55,7 @@ def read_machine() -> Machine:
     gpu, available = None, torch.cuda.is_available()
     if available:
         properties = torch.cuda.get_device_properties(torch.cuda.current_device())
-        gpu = GPU(properties.name, (properties.major, properties.minor), properties.total_memory)
+        gpu = InstalledGPU(properties.name, (properties.major, properties.minor), properties.total_memory)
     return Machine(
         torch=torch.__version__,
         cuda=torch.version.cuda,
@@ -202,7 +202,7 @@ def may_spill(system: str, release: str) -> bool:
     return system == "Windows" or "microsoft" in release.lower()
 
 
-def memory() -> tuple[int, int] | None:
+def ram_bytes() -> tuple[int, int] | None:
     """(total, available) bytes of RAM, within a container's limit; None if the system does not report them."""
     if platform.system() == "Windows":
         return _windows_memory()

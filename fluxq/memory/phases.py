@@ -24,7 +24,7 @@ from fluxq.offload.planner import MARGIN
 from fluxq.offload.plans import gib, gib_up
 
 from .machine import free_gpu_bytes
-from .placement import SLOTS, Placement, nbytes, pinned_residents
+from .placement import SLOTS, Placement, parse_bytes, pinned_residents
 
 TOKENS_PER_BATCH = 4608  # sampled at once: those of one 1024 x 1024 image with 512 text tokens
 SAMPLING_SLOTS = 4  # hide copies nearly as well as 8 (benchmarks/results/plans.md) and leave memory for residents
@@ -46,7 +46,7 @@ def gpu_budget(config: MemoryConfig, device: torch.device) -> int | None:
 
     Raises WrongRequest if --vram is set but there is no CUDA GPU.
     """
-    vram = nbytes(config.vram, "--vram")
+    vram = parse_bytes(config.vram, "--vram")
     if device.type != "cuda":
         if vram:
             raise WrongRequest("--vram is for a CUDA GPU, and this machine has none; leave it out")

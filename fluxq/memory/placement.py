@@ -29,7 +29,7 @@ from fluxq.offload.gpus import GPU, measure
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, describe
 
-from .machine import free_gpu_bytes, memory
+from .machine import free_gpu_bytes, ram_bytes
 
 SLOTS = 8
 SMALLER_SIZES = (768, 512, 256)
@@ -73,7 +73,7 @@ class Placement:
 def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
     """The placement of a resolved run. Raises WrongRequest, with settings that would fit, if nothing fits."""
     memory_config = config.memory
-    vram, ram = nbytes(memory_config.vram, "--vram"), nbytes(memory_config.ram, "--ram")
+    vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
     if models.device.type != "cuda":
         if vram or ram:
             raise WrongRequest("--vram and --ram are for a CUDA GPU, and this machine has none; leave them out")
@@ -91,7 +91,7 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
     )
     size = config.data.resolution or 0
     smaller = {f"--resolution {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
-    budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (memory() or (0, None))[1], pins)
+    budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (ram_bytes() or (0, None))[1], pins)
     chosen = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
     notify(describe(chosen))
     return placement_of(chosen, budget)
@@ -118,8 +118,8 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
     )
     formats = [format for format in ("nf4", eight_bits, "bf16") if models.has_room_for(format)]
     tables = [costs_of(config, models, config.data.resolution or 0, format) for format in formats or ["nf4"]]
-    vram, ram = nbytes(memory_config.vram, "--vram"), nbytes(memory_config.ram, "--ram")
-    return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (memory() or (0, None))[1], pins)
+    vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
+    return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (ram_bytes() or (0, None))[1], pins)
 
 
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
@@ -154,7 +154,7 @@ def blocks_units(config: FluxConfig) -> tuple[tuple[str, ...], ...]:
         return Flux(config).blocks_units
 
 
-def nbytes(text: str | None, option: str) -> int | None:
+def parse_bytes(text: str | None, option: str) -> int | None:
     """The bytes of an amount like 12GiB, 11.5 or 8000MB; a number without a unit is GiB. None for None."""
     if text is None:
         return None

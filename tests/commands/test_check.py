@@ -23,7 +23,7 @@ from fluxq.commands.quantize import quantize_command
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.load import load_flux
 from fluxq.formats.quantized import stored_bytes
-from fluxq.memory.machine import GPU, Machine
+from fluxq.memory.machine import InstalledGPU, Machine
 from fluxq.model import FluxConfig
 from fluxq.models.hub import NotFetched
 from fluxq.models.parts import Models
@@ -117,8 +117,8 @@ def test_no_models_is_one_problem():
 
 
 def test_too_little_memory_disk_or_gpu_is_a_problem(monkeypatch, photos):
-    gpu = Machine("2.13", "13.0", False, True, False, GPU("old GPU", (6, 1), 1 << 20), ("sm_80",))
-    monkeypatch.setattr(checks, "memory", lambda: (1 << 30, 1 << 29))
+    gpu = Machine("2.13", "13.0", False, True, False, InstalledGPU("old GPU", (6, 1), 1 << 20), ("sm_80",))
+    monkeypatch.setattr(checks, "ram_bytes", lambda: (1 << 30, 1 << 29))
     monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(checks, "read_machine", lambda: gpu)
     code, answer, _ = run(photos, "--model", "nano")
@@ -128,7 +128,7 @@ def test_too_little_memory_disk_or_gpu_is_a_problem(monkeypatch, photos):
     assert " of disk at " in disk and "has no code for the old GPU (sm_61" in obstacle
 
 
-def machine_with(gpu: GPU | None, monkeypatch, free: int | None = None) -> None:
+def machine_with(gpu: InstalledGPU | None, monkeypatch, free: int | None = None) -> None:
     seen = Machine("2.13", "13.0", False, True, False, gpu, ("sm_80", "sm_86", "sm_89"))
     monkeypatch.setattr(checks, "read_machine", lambda: seen)
     monkeypatch.setattr(checks, "free_gpu_bytes", lambda: free)
@@ -144,7 +144,7 @@ def full_size(tmp_path_factory) -> Path:
 
 
 def test_the_gpu_is_described_with_what_training_needs_on_it(full_size, monkeypatch):
-    ada = GPU("RTX 4090", (8, 9), 24 << 30)
+    ada = InstalledGPU("RTX 4090", (8, 9), 24 << 30)
     machine_with(ada, monkeypatch, free=int(22.5 * 2**30))
     _, answer, lines = run("--flux", full_size)
     described = (
@@ -167,7 +167,7 @@ def test_the_gpu_is_described_with_what_training_needs_on_it(full_size, monkeypa
     ],
 )
 def test_a_gpu_that_cannot_hold_the_weights_is_a_problem(format, gib, sentence, full_size, monkeypatch):
-    machine_with(GPU("laptop GPU", (8, 6), gib << 30), monkeypatch)
+    machine_with(InstalledGPU("laptop GPU", (8, 6), gib << 30), monkeypatch)
     _, answer, lines = run("--flux", full_size, "--format", format)
     found = [reason for reason in answer["reasons"] if "laptop GPU" in reason]
     assert len(found) == (sentence is not None) and (sentence is None or sentence in found[0])
@@ -182,7 +182,7 @@ def test_no_gpu_is_one_line(monkeypatch):
 
 
 def test_a_gpu_without_models_is_described_without_the_weights(monkeypatch):
-    machine_with(GPU("RTX 4090", (8, 9), 24 << 30), monkeypatch)
+    machine_with(InstalledGPU("RTX 4090", (8, 9), 24 << 30), monkeypatch)
     code, answer, lines = run()
     assert code == 2 and answer["gpu"]["weights"] is None
     assert "GPU          RTX 4090, 24.0 GiB, compute capability 8.9\n" in lines

@@ -11,22 +11,22 @@ from click.testing import CliRunner
 from fluxq.cli.main import main
 from fluxq.memory import machine
 from fluxq.memory.machine import (
-    GPU,
     GPUBytes,
+    InstalledGPU,
     Machine,
     SpillWatch,
     free_gpu_bytes,
     has_nvidia_driver,
     may_spill,
-    memory,
     notes,
     obstacle,
+    ram_bytes,
     read_machine,
     spilled,
 )
 
 ARCHITECTURES = ("sm_75", "sm_80", "sm_86", "sm_90", "sm_120", "compute_120")
-ADA = GPU("RTX 4090", (8, 9), 24 << 30)
+ADA = InstalledGPU("RTX 4090", (8, 9), 24 << 30)
 GOOD = Machine("2.13.0+cu130", "13.0", False, True, False, ADA, ARCHITECTURES)
 NO_CUDA = replace(GOOD, torch="2.13.0+cpu", cuda=None, gpu=None, architectures=())
 
@@ -60,7 +60,9 @@ def test_a_driver_too_old_for_torch_is_noted():
 @pytest.mark.parametrize("capability", [(7, 5), (7, 0), (6, 1)])
 def test_emulated_bf16_is_noted(capability):
     """torch multiplies bf16 on every GPU that it has code for; below sm_80 it uses fp32."""
-    old = replace(GOOD, gpu=GPU("RTX 2080", capability, 8 << 30), architectures=("sm_50", "sm_60", "sm_70", "sm_75"))
+    old = replace(
+        GOOD, gpu=InstalledGPU("RTX 2080", capability, 8 << 30), architectures=("sm_50", "sm_60", "sm_70", "sm_75")
+    )
     (note,) = notes(old)
     assert "has no bf16 arithmetic: torch emulates it" in note and f"sm_{capability[0]}{capability[1]}" in note
     assert obstacle(old) is None
@@ -72,7 +74,7 @@ def test_emulated_bf16_is_noted(capability):
 )
 def test_a_gpu_that_torch_has_no_code_for_is_refused(capability, runs):
     """Code runs on its own generation, from its own version up; PTX runs on every later one."""
-    sentence = obstacle(replace(GOOD, gpu=GPU("the GPU", capability, 8 << 30)))
+    sentence = obstacle(replace(GOOD, gpu=InstalledGPU("the GPU", capability, 8 << 30)))
     assert (sentence is None) is runs
     if sentence:
         assert "has no code for the the GPU (sm_" in sentence and "CUDA_VISIBLE_DEVICES=-1" in sentence
@@ -105,7 +107,7 @@ def test_the_driver_is_detected_from_files(system, there, programs, found):
 
 
 def test_this_machine_is_read():
-    seen, has, free = read_machine(), memory(), free_gpu_bytes()
+    seen, has, free = read_machine(), ram_bytes(), free_gpu_bytes()
     assert (free is None) if seen.gpu is None else (free is None or 0 < free <= seen.gpu.nbytes)
     assert seen.torch and isinstance(notes(seen), list)
     if has is not None:

@@ -15,7 +15,7 @@ from fluxq.cli.main import main
 from fluxq.config import MemoryConfig, ModelConfig, TrainConfig, config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.memory import placement as memory
-from fluxq.memory.placement import Placement, costs_of, nbytes, pinned_residents, place
+from fluxq.memory.placement import Placement, costs_of, parse_bytes, pinned_residents, place
 from fluxq.model import FluxConfig
 from fluxq.models.parts import Models
 from fluxq.nano import drawing
@@ -30,13 +30,13 @@ GIB = 2**30
     [("12GiB", 12 * GIB), ("12", 12 * GIB), ("1.5 gib", 3 * GIB // 2), ("12GB", 12 * 10**9), ("500MiB", 500 * 2**20)],
 )
 def test_amounts_of_memory_are_parsed(text, expected):
-    assert nbytes(text, "--vram") == expected
+    assert parse_bytes(text, "--vram") == expected
 
 
 @pytest.mark.parametrize("text", ["", "much", "12 potatoes", "-3", "GiB"])
 def test_other_amounts_are_refused_by_name(text):
     with pytest.raises(WrongRequest, match="--vram must be an amount of memory like 12GiB"):
-        nbytes(text, "--vram")
+        parse_bytes(text, "--vram")
 
 
 class Full:
@@ -69,7 +69,7 @@ def test_pinned_units_stay_and_the_others_stream():
 def a_4060ti(monkeypatch):
     monkeypatch.setattr(memory, "measure", lambda folder: GPUS["rtx4060ti"])
     monkeypatch.setattr(memory, "free_gpu_bytes", lambda: GPUS["rtx4060ti"].vram)
-    monkeypatch.setattr(memory, "memory", lambda: (32 * GIB, 28 * GIB))
+    monkeypatch.setattr(memory, "ram_bytes", lambda: (32 * GIB, 28 * GIB))
 
 
 def planned(**settings) -> Placement:
