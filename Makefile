@@ -4,9 +4,9 @@
 #   make quick   the tests worth running before each commit
 #   make check   formatting, lint, types (make lint), then the whole suite
 #   make size    code lines per room, against the budget in pyproject.toml
-#   make fullsize   the whole path at full width with random weights, on the processor (34 GB of disk; DEPTH="1 2")
-#   make aot     every kernel compiled for the cards in use; writes benchmarks/results/aot.md
-#   make plans   what the planner chooses for common cards; writes benchmarks/results/plans.md
+#   make fullsize   the whole path at full width with random weights, on the CPU (34 GB of disk; DEPTH="1 2")
+#   make aot     every kernel compiled for the GPUs in use; writes benchmarks/results/aot.md
+#   make plans   what the planner chooses for common GPUs; writes benchmarks/results/plans.md
 #   make gpu     GPU tests and measurements with the python3 at hand, the most valuable first, all within $MINUTES (9);
 #                one JSON file a part into $OUT_DIR (default benchmarks/results). A part alone: gpu-tests gpu-steps
 #                gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks

@@ -122,7 +122,7 @@ class DataConfig:
     )
     trigger: str | None = option(
         None,
-        "The word that will call the concept in prompts, best a made-up one like zqx; put in front of captions that "
+        "The word that will call the concept in prompts, ideally a made-up one like zqx; put in front of captions that "
         "lack it; default: none.",
         "--trigger",
     )

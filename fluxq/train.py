@@ -78,7 +78,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
         notify(f"resumed after step {progress.step}")
     elif config.model.compute.startswith("int8"):
         progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
-        notify(f"int8: {plural(len(progress.rotated), 'layer')} with outliers in the input rotate it before rounding")
+        notify(f"int8: {plural(len(progress.rotated), 'layer')} with outlier inputs will rotate them before rounding")
     set_rotations(flux, progress.rotated)
     if data.held_out and not resume:
         progress.validation = validate()

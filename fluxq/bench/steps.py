@@ -218,7 +218,7 @@ def row_of(
 
 
 def failed(error: Exception) -> dict[str, str]:
-    """A row's end where there is nothing to time: out of memory, or not to be had."""
+    """The end of a row that has nothing to time: out of memory, or not supported."""
     if isinstance(error, torch.OutOfMemoryError):
         return {"out_of_memory": str(error).split(". ")[0]}
     return {"not_run": str(error)}

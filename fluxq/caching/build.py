@@ -83,9 +83,8 @@ def build_cache(
         captions.remove("")
 
     text_keys = _text_keys(store, captions, encoders, hashes, t5_length)
-    missing_captions = _missing_captions(
-        store, encoders, text_keys
-    )  # first, so that an error comes before any encoding
+    # first, so that an error comes before any encoding
+    missing_captions = _missing_captions(store, encoders, text_keys)
     latents_keys = {example.name: _latents_keys(store, example, encoders, hashes) for example in scanned.examples}
     missing_images = {
         latents_keys[example.name][0]: example

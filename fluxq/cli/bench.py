@@ -42,7 +42,7 @@ def kernels(tune: bool, as_json: bool) -> None:
 )
 @config_option("model.format", "How frozen weights are stored: nf4 is the smallest, bf16 the largest.  [default: nf4]")
 @config_option(
-    "model.compute", "How frozen weights are multiplied: the 8-bit ways are faster, _dx ones the most.  [default: bf16]"
+    "model.compute", "How frozen weights are multiplied: the 8-bit modes are faster, _dx the fastest.  [default: bf16]"
 )
 @config_option(
     "memory.policy",

@@ -311,7 +311,7 @@ def quantize(source: Path, target: Path, format: str, report: bool, overwrite: b
     help="Run directory; an earlier demo in it is replaced.",
 )
 @config_option("model.format", "How frozen weights are stored: nf4 is the smallest.", default="nf4")
-@config_option("model.compute", "How frozen weights are multiplied: the 8-bit ways are faster.", default="bf16")
+@config_option("model.compute", "How frozen weights are multiplied: the 8-bit modes are faster.", default="bf16")
 @JSON
 def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     """Train the bundled toy model, without a GPU or downloads.
@@ -362,7 +362,7 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     show_default=True,
     help="Side of the square images in pixels; higher is slower; may be repeated.",
 )
-@config_option("model.compute", "How frozen weights are multiplied: the 8-bit ways are faster.", default="bf16")
+@config_option("model.compute", "How frozen weights are multiplied: the 8-bit modes are faster.", default="bf16")
 @config_option(
     "memory.policy",
     "What a block keeps for the backward pass: recompute the least, keep_all the most.",
@@ -375,7 +375,7 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
 @click.option("--out", type=Path, metavar="DIR", help="Also write two plots and the rows as JSON to this folder.")
 @JSON
 def profile(as_json: bool, **given: Any) -> None:
-    """Predict memory and speed of training on a GPU.
+    """Predict the memory use and speed of training on a GPU.
 
     Prints a row per image size, format and number of blocks streamed from RAM. With --gpu everything is predicted;
     without it, predictions and measurements of this machine's GPU are printed side by side.

@@ -160,7 +160,7 @@ def _scan_folder(
     for names, what in (
         (duplicates, "images listed more than once, each counted once"),
         (without_caption, "images without a caption or trigger, trained with the empty caption"),
-        (without_trigger, f"captions without the trigger {folder.trigger!r}, now put in front"),
+        (without_trigger, f"captions without the trigger {folder.trigger!r}, now added"),
     ):
         if names:
             examples = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")

@@ -20,9 +20,7 @@ from fluxq.errors import WrongRequest
 SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")  # what a file with such a suffix may really contain
 MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GiB as RGB
-TRANSFORM_VERSION = (
-    1  # in the key of all cached latents: increase it when `open_image` or `prepare` change their numbers
-)
+TRANSFORM_VERSION = 1  # in the key of all cached latents: increase it if `open_image` or `prepare` change their numbers
 
 UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -221,10 +221,10 @@ class Staged:
 
     def _submit(self, work: Callable[[], T]) -> Future[T]:
         future = Future[T]()
-        self._work.put(partial(self._fulfil, future, work))
+        self._work.put(partial(self._fulfill, future, work))
         return future
 
-    def _fulfil(self, future: Future[T], work: Callable[[], T]) -> None:
+    def _fulfill(self, future: Future[T], work: Callable[[], T]) -> None:
         try:
             future.set_result(self._unless_failed(work))
         except BaseException as error:

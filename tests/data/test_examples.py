@@ -76,7 +76,7 @@ def test_caption_changes_are_noted_once_per_folder(tmp_path):
         (tmp_path / "photos" / f"{name}.txt").write_text("a dog" if name < "e" else "")
     notes = scanned(Folder(tmp_path / "photos", trigger="zqx")).notes
     assert notes == [
-        f"{tmp_path / 'photos'}: captions without the trigger 'zqx', now put in front: 4 (a.png, b.png, c.png, ...)"
+        f"{tmp_path / 'photos'}: captions without the trigger 'zqx', now added: 4 (a.png, b.png, c.png, ...)"
     ]
     notes = scanned(Folder(tmp_path / "photos")).notes
     assert len(notes) == 1 and notes[0].endswith("trained with the empty caption: 2 (e.png, f.png)")
