@@ -34,7 +34,7 @@ from fluxq.bench.kernel_cases import Layer, layer_shape
 from fluxq.bench.memory_bound import RARE_STEPS, RARE_STORAGE, ROWS, STEPS, STORAGE, Sizes
 from fluxq.kernels import COMPUTES, FORMATS
 from fluxq.kernels import triton as ops
-from fluxq.kernels.cutting import FEW_ROWS
+from fluxq.kernels.chunks import FEW_ROWS
 from fluxq.kernels.rotation import rotation_block
 from fluxq.kernels.triton import table
 from fluxq.kernels.triton.shipped import GENERATIONS, SHARED_KIB

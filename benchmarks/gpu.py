@@ -30,7 +30,7 @@ from fluxq.bench.random_model import random_flux
 from fluxq.bench.steps import hold_to
 from fluxq.bench.timed_step import Setting, clock_steps, costs_of, measure_steps
 from fluxq.kernels import COMPUTES, FORMATS, POLICIES
-from fluxq.kernels.cutting import chunk_of
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
 from fluxq.offload.gpus import GIB, GPUS
 from fluxq.offload.planner import plan

@@ -16,7 +16,7 @@ from benchmarks.measure import version
 from fluxq.bench.measured import measured_row
 from fluxq.bench.timed_step import Setting, costs_of
 from fluxq.formats.quantized import cache_folder
-from fluxq.kernels.cutting import chunk_of
+from fluxq.kernels.chunks import chunk_of
 from fluxq.memory.machine import free_gpu_bytes, ram_bytes
 from fluxq.model import FluxConfig
 from fluxq.offload.gpus import GIB, GPU, GPUS, measure

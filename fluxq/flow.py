@@ -95,7 +95,7 @@ def flow_loss(
     return (velocity(flux, x, t, txt, pooled, guidance, modulation) - target).square().mean(dim=(1, 2, 3))
 
 
-def schedule(steps: int, shift: float) -> list[float]:
+def euler_timesteps(steps: int, shift: float) -> list[float]:
     """The steps + 1 times from 1 down to 0, evenly spaced, then shifted by `shift`."""
     return shift_time(torch.linspace(1, 0, steps + 1, dtype=torch.float64), shift).tolist()
 

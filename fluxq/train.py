@@ -62,19 +62,20 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
 
     # what it is trained on, and what is trained
     data = load_data(config, models, notify)
+    metadata = metadata_of(config, models, data.trained_on, len(data.batches))
     reset_peak()
-    trained = load_trained(config, models, placement, start_lora, notify)
-    flux, layers = trained.flux, trained.layers
-    retry = OutOfMemoryRetry(placement, models, flux, trained.ahead, notify)
-    optimizer = build_optimizer(training.optimizer, trained.groups, training.learning_rate, training.weight_decay)
-    objective = Objective(flux, data.batches, training, trained.clip)
+    trainable = load_trainable(config, models, placement, start_lora, notify)
+    flux, layers = trainable.flux, trainable.layers
+    retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
+    optimizer = build_optimizer(training.optimizer, trainable.groups, training.learning_rate, training.weight_decay)
+    objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     notify(summary(config, models, data, layers, sum(p.numel() for p in parameters_of(optimizer))))
 
     # where it starts
     progress = Progress(identity={"data": data.trained_on.digest(), "model": models.fingerprint()})
     if resume:
-        progress = resumed(run, progress.identity, load_state(run.state_file, layers, optimizer), steps)
+        progress = require_same_inputs(run, progress.identity, load_state(run.state_file, layers, optimizer), steps)
         notify(f"resumed after step {progress.step}")
     elif config.model.compute.startswith("int8"):
         progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
@@ -86,7 +87,6 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
     began = time.time() - progress.seconds
     run.begin(resume)
     retry.placement.save(run.folder)
-    metadata = metadata_of(config, models, data.trained_on, len(data.batches))
 
     # the loop
     with Report(run.folder, progress.step, steps, output.plot_seconds) as report, stop_request(notify) as stopping:
@@ -100,10 +100,10 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
             # now and then
             stop = stopping()
             if config.samples.every and is_due(config.samples.every, done, steps):
-                save_previews(run, models, flux, retry, data.preview_texts(trained.clip), data.prompts, done, notify)
+                save_previews(run, models, flux, retry, data.preview_texts(trainable.clip), data.prompts, done, notify)
             if stop or is_due(output.save_every, done, steps):
                 report.sync()
-                run.save_lora(flux, trained.clip, done, metadata(done, began, time.time()))
+                run.save_lora(flux, trainable.clip, done, metadata(done, began, time.time()))
                 progress.step, progress.seconds = done, time.time() - began
                 save_state(run.state_file, progress, layers, optimizer)
                 retry.placement.save(run.folder)
@@ -117,7 +117,8 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
         notify("validation after:  " + described(after))
     losses = [record["loss"] for record in report.records] or [math.nan]
     lora = str(run.lora_file(steps))
-    result = Result(steps, time.time() - began, losses[0], losses[-1], peak, lora, progress.validation, after)
+    seconds = round(time.time() - began, 2)
+    result = Result(steps, seconds, losses[0], losses[-1], peak, lora, progress.validation, after)
     result.save(run.folder)
     notify(f"LoRA: {lora}")
     return result
@@ -150,14 +151,14 @@ def load_data(config: TrainConfig, models: Models, notify: Notify) -> Data:
     for line in (*everything.notes, *everything.skipped):
         notify(line)
     trained_on = everything.part([f.path for f in data.folders])
-    held_out = {name: everything.part([f.path]) for name, f in labeled(data.validation).items()}
+    held_out = {name: everything.part([f.path]) for name, f in by_label(data.validation).items()}
     store = Store(data.cache)
     batches = Batches(trained_on, store, training.batch, training.seed)
     return Data(trained_on, held_out, batches, store, prompts, everything.prompts)
 
 
 @dataclass(frozen=True)
-class Trained:
+class Trainable:
     """The frozen transformer with its LoRA, and CLIP-L with its own if that trains."""
 
     flux: Flux
@@ -167,9 +168,9 @@ class Trained:
     ahead: bool  # nothing upstream of modulation trains, so it is computed ahead
 
 
-def load_trained(
+def load_trainable(
     config: TrainConfig, models: Models, placement: Placement, start_lora: Lora | None, notify: Notify
-) -> Trained:
+) -> Trainable:
     """Load the models that train and add their LoRA, drawn by the seed or with the values of `start_lora`."""
     lora, training = config.lora, config.training
     rank, alpha, targets = lora.rank, lora.alpha, lora.targets
@@ -188,10 +189,10 @@ def load_trained(
     if start_lora is not None:
         start_from(start_lora, layers, notify)
     expect_training(flux)
-    return Trained(flux, clip, layers, groups, ahead)
+    return Trainable(flux, clip, layers, groups, ahead)
 
 
-def resumed(run: Run, identity: Mapping[str, str], saved: Progress, steps: int) -> Progress:
+def require_same_inputs(run: Run, identity: Mapping[str, str], saved: Progress, steps: int) -> Progress:
     """`saved`, if the run that resumes sees the same images, captions and weights; else raises WrongRequest."""
     for what, changed in (("data", "images, captions or encoders"), ("model", "the transformer's file")):
         if saved.identity[what] != identity[what]:
@@ -214,7 +215,7 @@ def is_due(every: int, done: int, steps: int) -> bool:
     return done == steps or bool(every and done % every == 0)
 
 
-def labeled(folders: Sequence[FolderConfig]) -> dict[str, FolderConfig]:
+def by_label(folders: Sequence[FolderConfig]) -> dict[str, FolderConfig]:
     """Each folder by its last name, or by its whole path if several have that name."""
     names = [f.path.name for f in folders]
     return {f.path.name if names.count(f.path.name) == 1 else str(f.path): f for f in folders}
@@ -225,7 +226,7 @@ def summary(config: TrainConfig, models: Models, data: Data, layers: Mapping[str
     steps = config.training.steps or 0
     name = "nano" if models.is_nano else f"FLUX.1 {models.variant}"
     return (
-        f"{name} in {config.model.format}: {weights:,} trainable weights in {plural(len(layers), 'layer')}; "
+        f"{name} in {config.model.format}: {weights:,} trainable parameters in {plural(len(layers), 'layer')}; "
         f"{plural(len(data.trained_on.examples), 'image')}, {plural(len(data.batches), 'batch')} per epoch, "
         f"{plural(steps, 'step')}"
     )

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from fluxq.flow import euler, resolution_shift, sample_noise, sample_timesteps, schedule, shift_time
+from fluxq.flow import euler, euler_timesteps, resolution_shift, sample_noise, sample_timesteps, shift_time
 
 NAMES = [f"example {i}" for i in range(4000)]
 
@@ -68,8 +68,8 @@ def test_schedule_is_the_reference_schedule():
     """BFL: t' = e^mu / (e^mu + (1/t - 1)), from 1 to 0."""
     mu = 0.9
     expected = [math.exp(mu) / (math.exp(mu) + (1 / t - 1)) if t > 0 else 0.0 for t in torch.linspace(1, 0, 5).tolist()]
-    assert schedule(4, math.exp(mu)) == pytest.approx(expected)
-    assert schedule(4, 1.0) == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
+    assert euler_timesteps(4, math.exp(mu)) == pytest.approx(expected)
+    assert euler_timesteps(4, 1.0) == pytest.approx([1.0, 0.75, 0.5, 0.25, 0.0])
 
 
 def test_shift_of_one_changes_nothing():
@@ -80,7 +80,7 @@ def test_shift_of_one_changes_nothing():
 def test_euler_follows_a_straight_path_exactly():
     """A rectified flow between one image and one noise has constant velocity noise - image."""
     image, noise = torch.randn(2, 3), torch.randn(2, 3)
-    end = euler(lambda x, t: noise - image, noise, schedule(7, 3.0))
+    end = euler(lambda x, t: noise - image, noise, euler_timesteps(7, 3.0))
     torch.testing.assert_close(end, image)
 
 
@@ -88,6 +88,6 @@ def test_euler_converges_at_first_order():
     """dx/dt = x from t = 1 to 0 ends at x / e; halving the step halves the error."""
     errors = []
     for steps in (50, 100):
-        end = euler(lambda x, t: x, torch.ones(1, dtype=torch.float64), schedule(steps, 1.0))
+        end = euler(lambda x, t: x, torch.ones(1, dtype=torch.float64), euler_timesteps(steps, 1.0))
         errors.append(abs(end.item() - math.exp(-1)))
     assert errors[0] / errors[1] == pytest.approx(2, rel=0.05)

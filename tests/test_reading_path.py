@@ -18,7 +18,7 @@ def length(path: str) -> int:
 def test_readme_gives_the_length_of_each_file():
     rows = re.findall(r"\| \[fluxq/(\S+)\]\(fluxq/\1\) \| (\d+) \|", README)
     assert dict(rows) == {path: str(length(path)) for path in FILES}
-    assert re.search(r"Five files tell the whole method, ([\d,]+) lines together", README)[1] == f"{total():,}"
+    assert re.search(r"Five files contain the whole method, ([\d,]+) lines in total", README)[1] == f"{total():,}"
 
 
 def total() -> int:

@@ -36,6 +36,8 @@ AXES = (
 
 NANO, PUBLISHED = "nano", "published by others"
 
+FORMER_KEYS = {"size": "resolution", "pictures_s": "images_s", "card": "gpu"}
+
 
 @dataclass(frozen=True)
 class Anchor:
@@ -90,9 +92,20 @@ def read(path: Path) -> dict[str, Any]:
         ) from error
     except ValueError:
         result = None
+    if isinstance(result, dict):
+        _rename_former_keys(result)
     if not (isinstance(result, dict) and result.get("kind") == KIND and _sound(result)):
         raise WrongRequest(f"{path} is not a result of fluxq bench steps; write one with fluxq bench steps --out FILE")
     return result
+
+
+def _rename_former_keys(result: dict[str, Any]) -> None:
+    """Give the keys of an older result their current names."""
+    rows = result.get("rows")
+    for table in (result.get("about"), *(rows if isinstance(rows, list) else [])):
+        for former, current in FORMER_KEYS.items():
+            if isinstance(table, dict) and former in table:
+                table[current] = table.pop(former)
 
 
 def _sound(result: dict[str, Any]) -> bool:

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fluxq.kernels import FORMATS, Activations, Weight, backend, lora_linear, ops, quantize, reference, wants
-from fluxq.kernels.cutting import FEW_ROWS
+from fluxq.kernels.chunks import FEW_ROWS
 
 from .closeness import twice_rule
 from .memory_bound import EIGHT_BITS, ROWS, STEPS, STORAGE, Sizes, Step, has_fp8, numbers, numbers_exactly, tensors

@@ -20,7 +20,7 @@ from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
-from fluxq.kernels.cutting import chunk_of
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
 from fluxq.offload.costs import OWNERS
 from fluxq.offload.gpus import GIB, GPU, GPUS, measure

@@ -28,7 +28,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
-from fluxq.kernels.cutting import chunk_of
+from fluxq.kernels.chunks import chunk_of
 from fluxq.memory.machine import free_gpu_bytes, ram_bytes
 from fluxq.memory.placement import SLOTS, blocks_units, parse_bytes, pinned_residents
 from fluxq.model import Flux, FluxConfig, add_lora

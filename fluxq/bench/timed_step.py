@@ -19,7 +19,7 @@ from torch import Tensor
 
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
-from fluxq.kernels.cutting import CHUNKS
+from fluxq.kernels.chunks import CHUNKS
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import Costs, Work

@@ -2,8 +2,8 @@
 
 Every record's key is computed first, from file hashes alone. Then only missing records are encoded, and an encoder is
 loaded only if it has something to encode. Finished records are kept, so the next run continues an interrupted one. If
-fluxq has no record of its own, it uses an imported one (fluxq/caching/imports.py); an encoder whose records are all
-imported may be missing.
+fluxq has no record of its own, it uses an imported one (fluxq/caching/import_foreign.py); an encoder whose records
+are all imported may be missing.
 """
 
 import os

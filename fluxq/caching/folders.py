@@ -17,7 +17,7 @@ from fluxq.models.parts import Models
 from .build import EncoderFiles, build_cache, cache_prompts
 from .encoding import PIXELS_PER_BATCH
 from .foreign import ModelShapes
-from .imports import import_caches
+from .import_foreign import import_caches
 from .store import Store, Text
 
 

@@ -10,8 +10,8 @@ caption, the encoder and tokenizer files and the token length. So a changed inpu
 stale, and what several images or runs share is stored once. A record is written under a temporary name and renamed
 when complete. `spread` is a standard deviation.
 
-The keys of records from other programs (fluxq/caching/imports.py) begin with `imported-` and contain no encoder: which
-encoder made them is unknown.
+The keys of records from other programs (fluxq/caching/import_foreign.py) begin with `imported-` and contain no encoder:
+which encoder made them is unknown.
 """
 
 import json

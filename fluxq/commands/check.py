@@ -12,7 +12,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from fluxq.caching.imports import imported_note_for
+from fluxq.caching.import_foreign import imported_note_for
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent

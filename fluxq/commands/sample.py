@@ -58,7 +58,7 @@ def sample_command(
     # one model after the other
     texts = _texts_of_passes(models, _encode_prompts(config, models), passes)
     latents = _denoise_passes(models, placement, texts, requests, passes, limits.tokens)
-    images = decode_images(models.load_autoencoder, latents, limits.autoencoder, console.print)
+    images = decode_images(models.load_autoencoder, latents, limits.decoding_bytes, console.print)
 
     files = []
     for i, request in enumerate(requests):

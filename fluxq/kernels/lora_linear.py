@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import Activations, Wants
-from .cutting import FEW_ROWS
+from .chunks import FEW_ROWS
 from .dispatch import ops
 from .replay import placeholder, unread
 from .weights import Weight

@@ -38,7 +38,7 @@ class SamplingLimits:
     """
 
     tokens: int = TOKENS_PER_BATCH
-    autoencoder: int | None = None
+    decoding_bytes: int | None = None
 
 
 def gpu_budget(config: MemoryConfig, device: torch.device) -> int | None:

@@ -19,7 +19,7 @@ from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
-from fluxq.kernels.cutting import chunk_of
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.models.parts import Models
@@ -116,7 +116,7 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
         slots=memory_config.slots,
         offload=memory_config.offload,
     )
-    formats = [format for format in ("nf4", eight_bits, "bf16") if models.has_room_for(format)]
+    formats = [format for format in ("nf4", eight_bits, "bf16") if models.fits_on_disk(format)]
     tables = [costs_of(config, models, config.data.resolution or 0, format) for format in formats or ["nf4"]]
     vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
     return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (ram_bytes() or (0, None))[1], pins)

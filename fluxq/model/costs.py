@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import torch
 
-from fluxq.kernels.cutting import CHUNKS, FEW_ROWS
+from fluxq.kernels.chunks import CHUNKS, FEW_ROWS
 from fluxq.kernels.replay import POLICIES
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
 
@@ -62,7 +62,7 @@ def flux_costs(
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
-    chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/cutting.py).
+    chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/chunks.py).
     clip: name -> shape of every tensor of CLIP-L, if it trains (fluxq/model/clip.py).
     """
     shapes = tensors(config)

@@ -16,7 +16,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from fluxq.kernels.cutting import FEW_ROWS
+from fluxq.kernels.chunks import FEW_ROWS
 
 from .config import FluxConfig
 from .flux import Flux

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
-from fluxq.kernels.cutting import FEW_ROWS, padding, parts
+from fluxq.kernels.chunks import FEW_ROWS, padding, parts
 from fluxq.kernels.replay import POLICIES
 
 

@@ -44,7 +44,7 @@ def search(place: Path) -> Candidates:
     Raises WrongRequest for a folder that does not exist or has too many files or subfolders.
     """
     candidates, seen = Candidates(place), set()
-    for unit in [place] if place.is_file() else _units_below(place):
+    for unit in [place] if place.is_file() else _model_files_below(place):
         if (real := os.path.realpath(unit)) in seen:
             continue
         seen.add(real)
@@ -118,7 +118,7 @@ def _merit(source: Source) -> tuple[float, bool, bool]:
     return source.bits, source.alone, not source.diffusers
 
 
-def _units_below(folder: Path) -> Iterator[Path]:
+def _model_files_below(folder: Path) -> Iterator[Path]:
     """Model files and indices of shards, folder by folder, the top level first."""
     if not folder.is_dir():
         refuse(folder, "does not exist", "check the path")

@@ -229,7 +229,7 @@ class Models:
         self._served.pop("flux", None)
         self.__dict__.pop("quantized", None)
 
-    def has_room_for(self, format: str) -> bool:
+    def fits_on_disk(self, format: str) -> bool:
         """Whether the transformer exists in `format`, or the disk has room to quantize it."""
         path = cached_path(self.files("flux"), format, self._identity)
         if format == "bf16" or path.is_file():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from . import drawing
 from .export import export, fold_latent_scale
-from .images import SCALE, SHIFT, as_tensor, contact_sheet, decode, encode, pack, sample, unpack
+from .latents import SCALE, SHIFT, as_tensor, contact_sheet, decode, encode, pack, sample, unpack
 from .tokenization import T5_LENGTH, Tokenizers, corpus, train_clip, train_t5
 from .trainable import Shape, TrainableFlux
 from .trainer import Trainer, save

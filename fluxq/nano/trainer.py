@@ -108,7 +108,7 @@ class Trainer:
         self.model.load_state_dict(state["model"])
         self.worker.load_state_dict(state["model"])
         self.mean, self.step, self.elapsed = state["mean"], state["step"], state["elapsed"]
-        for (optimizer, _), saved in zip(self.optimizers, state["optimizers"], strict=True):
+        for (optimizer, _), saved in zip(self.optimizers, state.get("optimizers") or state["optimisers"], strict=True):
             optimizer.load_state_dict(saved)
         torch.set_rng_state(state["random"])
 

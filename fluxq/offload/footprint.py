@@ -28,7 +28,7 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     peak_bytes["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
     peak_bytes["slots"] = setting.slots * costs.slot
     peak_bytes["optimizer"] = costs.optimizer
-    activations, workspace, gradients = max(moments(costs, policies, offload), key=sum)
+    activations, workspace, gradients = max(memory_over_step(costs, policies, offload), key=sum)
     peak_bytes["lora"] = costs.lora + gradients
     peak_bytes["activations"] = activations
     peak_bytes["workspace"] = workspace + costs.scratch + costs.ahead_step
@@ -41,7 +41,7 @@ def fixed(costs: Costs, setting: Setting) -> int:
     return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.ahead_step
 
 
-def moments(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
+def memory_over_step(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
     """(activations, workspace, gradients) in bytes: while each block runs forward and backward, while results are
     computed ahead, and in the optimizer's step. Inputs in transit to or from the host take the space of `BUFFERS` more
     blocks.

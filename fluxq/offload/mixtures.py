@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 from fluxq.errors import WrongRequest
 
 from .costs import Costs
-from .footprint import kept, moments
+from .footprint import kept, memory_over_step
 from .gpus import GPU
 
 POINTS = 250
@@ -86,7 +86,7 @@ def _point(
         own, names = names[: len(members)], names[len(members) :]
         for number, name in zip(members, _interleaved(own), strict=True):
             policies[number] = name
-    peak = max(sum(moment) for moment in moments(costs, policies, offload))
+    peak = max(sum(moment) for moment in memory_over_step(costs, policies, offload))
     rounded = sum(n in b.policies and not b.policies[n].exact for b, n in zip(costs.blocks, policies, strict=True))
     return Point(seconds, peak, tuple(policies), rounded)
 

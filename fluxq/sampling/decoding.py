@@ -32,7 +32,7 @@ def sample_images(
     load: (rows to process at a time, None for all) -> the autoencoder. texts, progress: see `denoise`.
     """
     limits = limits or SamplingLimits()
-    return decode_images(load, denoise(flux, texts, requests, progress, limits.tokens), limits.autoencoder, notify)
+    return decode_images(load, denoise(flux, texts, requests, progress, limits.tokens), limits.decoding_bytes, notify)
 
 
 @torch.no_grad()

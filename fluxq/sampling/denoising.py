@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from fluxq.caching.store import Text
 from fluxq.data.randomness import normal
-from fluxq.flow import conditioning, euler, resolution_shift, schedule, velocity
+from fluxq.flow import conditioning, euler, euler_timesteps, resolution_shift, velocity
 from fluxq.formats.lora import Lora
 from fluxq.formats.lora.algebra import Adapter, combined
 from fluxq.memory.phases import TOKENS_PER_BATCH
@@ -79,7 +79,7 @@ def _denoise_batch(flux: Flux, texts: Texts, requests: Sequence[Request], tick: 
     """Latents (B, 16, H/8, W/8) of requests with the same settings. `tick` is called after every step."""
     first, device = requests[0], flux.device
     h, w = first.height // 8, first.width // 8
-    times = schedule(first.steps, resolution_shift(h * w // 4) if flux.config.guidance_embed else 1.0)
+    times = euler_timesteps(first.steps, resolution_shift(h * w // 4) if flux.config.guidance_embed else 1.0)
 
     def velocity_of(prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
         """(x, t) -> the velocity toward images of `prompts`."""

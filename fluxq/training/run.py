@@ -52,9 +52,8 @@ class Result:
     validation_after: dict[str, float] | None
 
     def save(self, folder: Path) -> None:
-        content = asdict(self) | {"seconds": round(self.seconds, 2)}
         with atomic_path(folder / "result.json") as temporary:
-            temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+            temporary.write_text(json.dumps(asdict(self), indent=2) + "\n", encoding="utf-8")
 
 
 class Run:

@@ -258,6 +258,16 @@ def test_flux_and_nano_are_told_apart(tmp_path):
     assert "nano, 32 px" in result.stderr
 
 
+def test_a_result_with_former_keys_is_compared(tmp_path):
+    row = dict.fromkeys(AXES[1:]) | dataclasses.asdict(TINY) | {"it_s": 1.0, "images_s": 1.0, "ms": {}}
+    old = {{"resolution": "size", "images_s": "pictures_s"}.get(key, key): value for key, value in row.items()}
+    for name, one in (("new", row), ("old", old)):
+        about = {"machine": name, "model": "nano"}
+        (tmp_path / f"{name}.json").write_text(json.dumps({"kind": KIND, "about": about, "rows": [one]}))
+    result = run("compare", *tmp_path.glob("*.json"), "--json")
+    assert [sorted(line["machines"]) for line in json.loads(result.stdout)["rows"]] == [["new", "old"]]
+
+
 def test_energy_comes_from_the_gpus_counter_if_it_has_one(monkeypatch):
     """With an NVML that counts 2,000 millijoules a call."""
     assert timed_step.energy_counter(CPU)() is None

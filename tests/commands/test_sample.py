@@ -77,7 +77,7 @@ def test_the_autoencoder_is_loaded_after_denoising_and_for_the_largest_image(mod
             texts,
             wanted,
             lambda steps, total: done.append(steps),
-            SamplingLimits(autoencoder=room),
+            SamplingLimits(decoding_bytes=room),
         )
     assert loads == [(None, 5), (TILES[1][0], 5)]
 

@@ -11,7 +11,7 @@ from helpers import relative_error
 from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 
 from fluxq.kernels import Activations, lora_linear, quantize, reference, wants
-from fluxq.kernels.cutting import CHUNKS, chunk_of, padding, parts
+from fluxq.kernels.chunks import CHUNKS, chunk_of, padding, parts
 
 triton = pytest.importorskip("triton")
 

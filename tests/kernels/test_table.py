@@ -151,6 +151,15 @@ def refuse(file, key, change, said):
         table.read(file)
 
 
+def test_a_file_from_before_the_gpus_new_key_is_read(tmp_path):
+    file, key = tmp_path / "kernels.json", ("matmul_int8", 89, "large")
+    table.write(file, {key: table.SHIPPED[key]}, "RTX 4090")
+    content = json.loads(file.read_text())
+    content["rows"] = [{"card" if name == "gpu" else name: value for name, value in content["rows"][0].items()}]
+    file.write_text(json.dumps(content))
+    assert table.read(file) == {key: table.SHIPPED[key]}
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -136,7 +136,7 @@ def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpu
         sampling_peak, copies = live.peak, getattr(flux.ring, "copies", 0)
         live.reset_peak()
         with patch("fluxq.sampling.decoding.to_image", lambda x: x):
-            images = decode_images(autoencoder, latents, own.autoencoder, print)
+            images = decode_images(autoencoder, latents, own.decoding_bytes, print)
     names = {k: round(v / GIB, 2) for k, v in dict(sampling=sampling_peak, autoencoder=live.peak).items()}
     print(f"{pixels} px, {resident} resident: {names} of {made.peak_bytes / GIB:.2f} GiB that a step is predicted")
     assert state.nbytes and copies > 0 and images[0].shape == (3, pixels, pixels)

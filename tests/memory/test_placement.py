@@ -45,7 +45,7 @@ class Full:
     flux_config, format, compute, is_nano, t5_length = FluxConfig.dev(), "nf4", "bf16", False, 512
     device, quantized, format_is_open, disk = torch.device("cuda"), None, True, ("nf4", "int8", "fp8", "bf16")
 
-    def has_room_for(self, format: str) -> bool:
+    def fits_on_disk(self, format: str) -> bool:
         return format in self.disk
 
     def use_format(self, format: str) -> None:

@@ -180,7 +180,7 @@ def test_a_format_chosen_later_is_served_by_its_quantized_file(tmp_path):
     made = quantized(files["flux"], tmp_path / "models/unet/made.safetensors", "int8")
     models = Models(ModelConfig(models=tmp_path), torch.device("cpu"), notify=lambda line: None)
     assert models.flux_file == files["flux"] and models.format == "nf4" and models.quantized is None
-    assert all(models.has_room_for(format) for format in ("nf4", "int8", "bf16"))
+    assert all(models.fits_on_disk(format) for format in ("nf4", "int8", "bf16"))
     models.use_format("int8")
     assert models.flux_file == made and models.quantized and models.resolved().format == "int8"
 
@@ -191,7 +191,7 @@ def test_a_format_that_does_not_fit_on_the_disk_is_not_a_candidate(tmp_path, mon
     )
     monkeypatch.setattr(quantized_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
-    assert [f for f in ("nf4", "int8", "bf16") if models.has_room_for(f)] == ["bf16"]
+    assert [f for f in ("nf4", "int8", "bf16") if models.fits_on_disk(f)] == ["bf16"]
 
 
 def test_the_original_is_chosen_first_then_its_quantized_form(tmp_path):

@@ -26,6 +26,7 @@ from fluxq.model import FluxConfig
 from fluxq.models.parts import Models
 from fluxq.nano import drawing
 from fluxq.train import train
+from fluxq.training import objective
 from fluxq.training.run import Result
 
 CONFIG = FluxConfig.nano()
@@ -138,7 +139,7 @@ class _stopping:
 def test_a_step_that_runs_out_of_memory_half_way_is_repeated_to_the_bit(tmp_path, photos, monkeypatch):
     """The gradients that its first micro-step left in CLIP do not count twice."""
     training = {"steps": 2, "accumulate": 2}
-    undisturbed, calls, real = run(tmp_path, photos, "one", training=training), [], module.flow_loss
+    undisturbed, calls, real = run(tmp_path, photos, "one", training=training), [], objective.flow_loss
 
     def failing(*arguments):
         calls.append(1)
@@ -146,7 +147,7 @@ def test_a_step_that_runs_out_of_memory_half_way_is_repeated_to_the_bit(tmp_path
             raise torch.OutOfMemoryError("injected")
         return real(*arguments)
 
-    monkeypatch.setattr(module, "flow_loss", failing)
+    monkeypatch.setattr(objective, "flow_loss", failing)
     again = run(tmp_path, photos, "two", training=training)
     assert len(calls) == 2 + 2 + 2
     assert_same_tensors(Path(undisturbed.lora), Path(again.lora))

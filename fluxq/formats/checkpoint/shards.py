@@ -18,8 +18,8 @@ from . import detect
 from .detect import AUTOENCODER, CLIP, EXAMPLES, FLUX, T5
 from .files import Checkpoint, TensorFile, listed, printable, refuse
 from .gguf import GgufFile
-from .storage import stored_tensors
-from .stored import FP8, PRECISIONS, Foreign, Plain, Scaled, Stored
+from .recognize import stored_tensors
+from .stored_tensors import FP8, PRECISIONS, Foreign, Plain, Scaled, Stored
 
 FOLDERS = {FLUX: "transformer", AUTOENCODER: "vae", CLIP: "text_encoder", T5: "text_encoder_2"}
 SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of a file's stem

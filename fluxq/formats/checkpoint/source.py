@@ -29,7 +29,7 @@ from .files import printable, refuse
 from .keys import Piece
 from .shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from .shards import Shards, locate, read_json
-from .stored import OnRead, Plain, ignore_bytes, joined
+from .stored_tensors import OnRead, Plain, ignore_bytes, joined
 
 BAND = 1 << 24
 """How many weights are decoded at a time: 64 MiB of fp32."""

@@ -30,7 +30,7 @@ from ..checkpoint.gguf import GgufFile
 from ..checkpoint.keys import Piece
 from ..checkpoint.shards import Shards, locate
 from ..checkpoint.source import Source
-from ..checkpoint.stored import OnRead, Plain, Scaled, ignore_bytes
+from ..checkpoint.stored_tensors import OnRead, Plain, Scaled, ignore_bytes
 from ..quantized import require_disk_space
 from .algebra import Adapter
 from .peft import adapter_files

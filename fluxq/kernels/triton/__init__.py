@@ -1,6 +1,7 @@
 """The ops as Triton kernels, with the names and signatures of fluxq/kernels/reference.py."""
 
-from ..cutting import padding
+from ..chunks import padding
+from .convert import dequantize, row_dequantize, to_rows
 from .gelu import gelu_tanh, gelu_tanh_backward
 from .linear import lora_gradients, lora_linear, lora_linear_backward
 from .matmul_8bit import matmul_8bit
@@ -16,7 +17,6 @@ from .nf4 import nf4_quantize
 from .qk_norm_rope import qk_norm_rope, qk_norm_rope_backward
 from .rotation import rotate
 from .rows import row_quantize
-from .storage import dequantize, row_dequantize, to_rows
 
 __all__ = [
     "dequantize",

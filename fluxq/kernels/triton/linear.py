@@ -16,12 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..cutting import parts
+from ..chunks import parts
 from ..weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 from . import matmul
+from .convert import dequantize
 from .extension import fill_padding, fill_tail
 from .few_rows import input_gradient
-from .storage import dequantize
 from .table import choose
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..cutting import CHUNKS
+from ..chunks import CHUNKS
 
 GENERATIONS = (80, 86, 89, 90, 120)
 INTERPRETED = 0

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 
-from ..cutting import FEW_ROWS, MILLION
+from ..chunks import FEW_ROWS, MILLION
 from .shipped import (
     GENERATIONS,
     INTERPRETED,
@@ -155,7 +155,7 @@ def use_measured(rows: Mapping[Key, Choice]) -> None:
 
 def _checked(row: Mapping[str, Any]) -> tuple[Key, Choice]:
     """A row of a file, after checking every value."""
-    key = (row["op"], row["gpu"], row["shape"])
+    key = (row["op"], row["card"] if "card" in row else row["gpu"], row["shape"])  # "card" in files of before
     choice = Choice(**{field.name: row[field.name] for field in fields(Choice)})
     op, gpu, shape = key
     if op not in PATHS or gpu not in GENERATIONS or shape not in shape_classes(op) or choice.path not in paths(op, gpu):

@@ -14,7 +14,7 @@ import torch
 from .files import Checkpoint, TensorFile, printable, refuse
 from .gguf import GgufFile
 from .keys import gguf_name
-from .stored import (
+from .stored_tensors import (
     NESTED,
     Blocks,
     EightBits,
