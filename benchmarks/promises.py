@@ -57,7 +57,7 @@ def promise(launch: Launch) -> Promise:
             kind = "fp8 scaled" if c["SCALED"] else eight_bits(launch)
             m, n = c["BLOCK_M"], c["BLOCK_N"]
             return Promise((Product(m, n, c["BLOCK_K"], kind), Product(m, n, 16, "bf16")), None, 64)
-        case "storage._convert":
+        case "convert._convert":
             return Promise(narrow=FEW, permutes=112)  # three for each of a thread's 32 numbers, and some to rotate
         case "rows._rows":
             return Promise(narrow=FEW, permutes=112 if c["ROTATION"] else 64)  # two for each number, rotated three
@@ -96,7 +96,7 @@ def label(launch: Launch) -> str:
             return "gelu_tanh" + "_beside" * given(launch, "beside") + written(launch)
         case "gelu._gelu_backward":
             return "gelu_tanh_backward"
-        case "storage._convert":
+        case "convert._convert":
             to = c["TO"] if c["TO"] != "float" else DTYPES[launch.signature["out_ptr"]]
             way = " transposed" * c["TRANSPOSED"] + " rotated" * bool(c["ROTATION"])
             return f"{stored(launch)} to {to}{way}"

@@ -28,7 +28,7 @@ from fluxq.model import FluxConfig
 from fluxq.models.hub import NotFetched
 from fluxq.models.parts import Models
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture(autouse=True)

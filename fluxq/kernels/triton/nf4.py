@@ -1,4 +1,4 @@
-"""Encodes a matrix in NF4, byte for byte as bitsandbytes (Dettmers et al. 2023, appendix E); storage.py decodes."""
+"""Encodes a matrix in NF4, byte for byte as bitsandbytes (Dettmers et al. 2023, appendix E); convert.py decodes."""
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
 # pyright: reportArgumentType=false, reportCallIssue=false
