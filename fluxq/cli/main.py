@@ -316,8 +316,8 @@ def quantize(source: Path, target: Path, format: str, report: bool, overwrite: b
 def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     """Train the bundled toy model, without a GPU or downloads.
 
-    Teaches it a new creature through the same code as any run: cache, quantize, train, sample. Takes about a minute on
-    an idle CPU.
+    Teaches it a new creature through the same code as any run: cache, quantize, train, sample. Takes about two minutes
+    on an idle CPU.
     """
     begin(as_json)
     from fluxq.commands.demo import demo as run
