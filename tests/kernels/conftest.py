@@ -4,6 +4,10 @@ products.
 
 from __future__ import annotations
 
+import math
+from dataclasses import replace
+from functools import cache
+
 import numpy as np
 import pytest
 import torch
@@ -24,6 +28,7 @@ def triton_ops(device):
         mend_interpreted_dot()
         add_interpreted_dot_scaled()
         patch_once_a_launch()
+        make_types_once()
     with backend("triton"):
         from fluxq.kernels import triton
 
@@ -117,3 +122,42 @@ def patch_once_a_launch() -> None:
 
     once.mended = True
     interpreter._patch_lang, interpreter.GridExecutor.__call__ = once, launched
+
+
+def make_types_once() -> None:
+    """Triton's interpreter makes the types and shapes of every value anew, which is half of the time that is left; here
+    each once. Nor does it look for integers that overflow, which wrap around on a GPU.
+    """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+    from triton.runtime import interpreter
+
+    if hasattr(interpreter._get_np_dtype, "cache_info"):
+        return
+    make_block_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
+
+    @cache
+    def block_type(element_ty, shape):
+        made = object.__new__(tl.block_type)
+        make_block_type(made, element_ty, [*shape])
+        return vars(made)
+
+    @cache
+    def shape_and_size(shape):
+        return tl.tuple([tl.constexpr(n) for n in shape]), tl.constexpr(math.prod(shape))
+
+    def init_block_type(self, element_ty, shape):
+        vars(self).update(block_type(element_ty, tuple(getattr(n, "value", n) for n in shape)))
+
+    def init_tensor(self, handle, type):
+        self.handle, self.type, self.dtype = handle, type, type.scalar
+        self.shape, self.numel = shape_and_size((*type.shape,) if type.is_block() else ())
+
+    def broadcast_value(self, a, b):
+        return (a, b) if a.type.is_block() and a.shape is b.shape else broadcast(self, a, b)
+
+    tl.block_type.__hash__ = tl.pointer_type.__hash__ = tl.dtype.__hash__
+    tl.block_type.__init__, tl.tensor.__init__ = init_block_type, init_tensor
+    TritonSemantic.broadcast_impl_value = broadcast_value
+    interpreter._get_np_dtype = cache(interpreter._get_np_dtype)
+    interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
