@@ -62,8 +62,10 @@ class Report:
     broken: list[str] = field(default_factory=list)
 
 
-def run_cases(generation: int) -> Iterator[Any]:
-    """Call every op, on every path and in every form that training uses, as on a GPU of that generation."""
+def run_cases(generation: int, formats: Sequence[str]) -> Iterator[Any]:
+    """Call every op, on every path and in every form that training uses, as on a GPU of that generation; layers in
+    `formats`.
+    """
     s = Sizes(torch.device("meta"))
     for make in (*STEPS.values(), *ROWS.values(), *RARE_STEPS.values()):
         yield make(s).run(ops)
@@ -72,7 +74,7 @@ def run_cases(generation: int) -> Iterator[Any]:
     for make in RARE_STORAGE.values():
         yield make(s, *layer_shape(s, "mlp.0")).run(ops)
     computes = [compute for compute in COMPUTES if generation >= 89 or not compute.startswith("fp8")]
-    for format, compute in product(FORMATS, computes):
+    for format, compute in product(formats, computes):
         layer = Layer.random(s, (s.tokens, *layer_shape(s, "mlp.0")), format)
         yield layer.ours(layer.given(compute), compute)
         if compute == "int8_dx":
@@ -82,10 +84,10 @@ def run_cases(generation: int) -> Iterator[Any]:
             # With block scales fp8 runs at full rate on RTX 50. No GPU has shown its numbers yet: it is a candidate.
             with on_path("matmul_fp8", generation, "scaled"):
                 yield layer.ours(layer.given(compute), compute)
-    for format, rank in product(FORMATS, (s.rank, 5)):  # 5: no multiple of 8, read number by number
+    for format, rank in product(formats, (s.rank, 5)):  # 5: no multiple of 8, read number by number
         layer = Layer.random(replace(s, rank=rank), (s.tokens, *layer_shape(s, "mlp.0")), format)
         yield layer.ours(layer.given())
-    for format, rows in product(FORMATS, (s.tokens, 1, 64)):  # also where the table prefers another path
+    for format, rows in product(formats, (s.tokens, 1, 64)):  # also where the table prefers another path
         layer = Layer.random(s, (rows, *layer_shape(s, "modulation")), format)
         with ExitStack() as paths:
             paths.enter_context(on_path(f"lora_linear_{format}", generation, "fused", rows))
@@ -101,10 +103,10 @@ def on_path(op: str, generation: int, path: str, rows: int = 1 << 20) -> Any:
     return table.using(op, replace(choice, path=path))
 
 
-def launches(generation: int) -> dict[str, Launch]:
+def launches(generation: int, formats: Sequence[str] = FORMATS) -> dict[str, Launch]:
     """Label -> launch, each distinct one once. Launches that a label does not tell apart get what differs added."""
     with recording(generation) as recorded:
-        for _ in run_cases(generation):
+        for _ in run_cases(generation, formats):
             pass
     named: dict[str, Launch] = {}
     for launch in {launch.key: launch for launch in recorded}.values():
@@ -134,7 +136,10 @@ def differences(first: Launch, other: Launch) -> list[str]:
     return found or [f"{other.warps} warps"]
 
 
-def compiled(name: str, launch: Launch, generation: int) -> Report:
+def compiled(name: str, launch: Launch, generation: int, quick: bool = False) -> Report:
+    """What the compiler makes of a launch. If `quick`, opcodes are read only where a promise is about them: cuobjdump
+    needs as long to start disassembling a kernel as the compiler for all of it, and a spill shows in the stack too.
+    """
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -148,7 +153,8 @@ def compiled(name: str, launch: Launch, generation: int) -> Report:
     )
     options = {"num_warps": launch.warps, "num_stages": launch.stages, "maxnreg": launch.registers}
     made = triton.compile(source, target=GPUTarget("cuda", generation, 32), options=options)
-    usage, opcodes = read_cubin(made.asm["cubin"])
+    promised = promise(launch)
+    usage, opcodes = read_cubin(made.asm["cubin"], not quick or bool(promised.dots) or promised.permutes is not None)
     accessed = widths(made.asm["llir"], [n for n in names if n not in launch.constants])
     report = Report(
         launch.name,
@@ -163,19 +169,20 @@ def compiled(name: str, launch: Launch, generation: int) -> Report:
         {n: sorted(bits) for n, bits in accessed.items()},
         occupancy(generation, launch.warps, usage["REG"], made.metadata.shared),
     )
-    report.broken = broken_promises(promise(launch), report)
+    report.broken = broken_promises(promised, report)
     return report
 
 
-def read_cubin(cubin: bytes) -> tuple[dict[str, int], Counter[str]]:
-    """Registers and the like by cuobjdump's names, and how often each opcode is in the code."""
+def read_cubin(cubin: bytes, disassembled: bool) -> tuple[dict[str, int], Counter[str]]:
+    """Registers and the like by cuobjdump's names, and how often each opcode is in the code, if it is disassembled."""
     import triton
 
     tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+    wanted = ["-res-usage", "-sass"] if disassembled else ["-res-usage"]
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.cubin"
         path.write_bytes(cubin)
-        text = subprocess.run([tool, "-res-usage", "-sass", path], capture_output=True, text=True, check=True).stdout
+        text = subprocess.run([tool, *wanted, path], capture_output=True, text=True, check=True).stdout
     numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|SHARED|LOCAL):(\d+)", text)}
     return numbers, Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+ )?\s*([A-Z][\w.]*)", text, re.MULTILINE))
 
@@ -282,9 +289,9 @@ def main() -> None:
         raise SystemExit("TRITON_INTERPRET is set: interpreted kernels cannot be compiled; unset it")
     work = []
     for gpu in GENERATIONS:
-        named = launches(gpu)
+        named = launches(gpu, ["nf4"] if arguments.quick else FORMATS)
         chosen = hardest(named) if arguments.quick else named
-        work += [(name, named[name], gpu) for name in chosen if arguments.only in name]
+        work += [(name, named[name], gpu, arguments.quick) for name in chosen if arguments.only in name]
     reports = []
     for report in compile_all(work, arguments.jobs):
         reports.append(report)
@@ -302,7 +309,7 @@ def main() -> None:
         raise SystemExit(1)
 
 
-def compile_all(work: Sequence[tuple[str, Launch, int]], jobs: int) -> Iterator[Report]:
+def compile_all(work: Sequence[tuple[str, Launch, int, bool]], jobs: int) -> Iterator[Report]:
     """Forked processes share `work`; launches cannot be pickled."""
     global _work
     _work = work
@@ -310,7 +317,7 @@ def compile_all(work: Sequence[tuple[str, Launch, int]], jobs: int) -> Iterator[
         yield from pool.imap(_compile, range(len(work)))
 
 
-_work: Sequence[tuple[str, Launch, int]] = ()
+_work: Sequence[tuple[str, Launch, int, bool]] = ()
 
 
 def _compile(index: int) -> Report:

@@ -16,7 +16,9 @@ ROOT = Path(__file__).parent.parent.parent
 
 @pytest.mark.slow
 def test_kernels_compile_for_every_gpu_without_spills_and_with_tensor_cores(tmp_path):
-    """One launch of each kernel for each kind of products in it; `make aot` compiles every launch."""
+    """One launch of each kernel for each kind of products in it, disassembled only where a promise is about opcodes;
+    `make aot` compiles and disassembles every launch.
+    """
     pytest.importorskip("triton")
     from fluxq.kernels.triton.shipped import GENERATIONS
 
