@@ -6,14 +6,15 @@ import json
 import os
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
+import short_demo
 import torch
 from PIL import Image
 
-from fluxq.commands.demo import demo_config, draw_images, one_core_spared
+from fluxq.commands.demo import one_core_spared
 from fluxq.console import silent
 from fluxq.kernels import backend
 from fluxq.train import train
@@ -21,48 +22,35 @@ from fluxq.training.report import read_log
 
 pytestmark = pytest.mark.slow
 
-OFFLINE = """
-import socket, sys
-def forbidden(*args, **kwargs):
-    raise AssertionError("the demo tried to open a socket")
-socket.socket.connect = socket.getaddrinfo = socket.create_connection = forbidden
-sys.modules["triton"] = None  # the package trains without it
-from fluxq.cli import main
-main(["demo", "--json", "--out", sys.argv[1], *sys.argv[2:]])
-"""
+OTHERS = [("bf16", "bf16"), ("fp8", "bf16"), ("int8", "bf16"), ("nf4", "int8_dx"), ("nf4", "fp8_dx")]
 
 
-def run_demo(out: Path, format: str, compute: str) -> dict:
-    command = [sys.executable, "-c", OFFLINE, str(out), "--format", format, "--compute", compute]
+@pytest.fixture(scope="module")
+def shown(tmp_path_factory) -> dict:
+    """What the demo came to, from NF4 in bf16."""
+    command = [sys.executable, short_demo.__file__, str(tmp_path_factory.mktemp("demo"))]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout)
 
 
-RUNS = [("nf4", "bf16"), ("fp8", "bf16"), ("int8", "bf16"), ("bf16", "bf16"), ("nf4", "int8_dx"), ("nf4", "fp8_dx")]
-STEPS = 100
-
-
 @pytest.fixture(scope="module")
-def shown(tmp_path_factory) -> dict:
-    """What the demo came to."""
-    return run_demo(tmp_path_factory.mktemp("demo"), "nf4", "bf16")
-
-
-@pytest.fixture(scope="module")
-def losses(tmp_path_factory) -> dict[tuple[str, str], dict[str, float]]:
-    """The held-out losses before and after the demo's training in STEPS steps, by format and compute."""
-    folder, found = tmp_path_factory.mktemp("formats"), {}
-    draw_images(folder / "images")
-    for run in RUNS:
-        config = demo_config(folder, *run)
-        training = replace(config.training, steps=STEPS)
+def losses(shown) -> dict[tuple[str, str], dict[str, float]]:
+    """The held-out losses before and after training, by format and compute. All runs share the demo's images."""
+    folder = Path(shown["lora"]).parent
+    found = {("nf4", "bf16"): validation(json.loads((folder / "result.json").read_text()))}
+    for run in OTHERS:
+        config = short_demo.demo_config(folder, *run)
         output = replace(config.output, out=folder.joinpath(*run))
         with backend("reference"), one_core_spared():
-            result = train(replace(config, training=training, output=output), notify=silent)
-        found[run] = {f"{name}_before": loss for name, loss in result.validation_before.items()}
-        found[run] |= {f"{name}_after": loss for name, loss in result.validation_after.items()}
+            found[run] = validation(asdict(train(replace(config, output=output), notify=silent)))
     return found
+
+
+def validation(result: dict) -> dict[str, float]:
+    return {
+        f"{name}_{when}": loss for when in ("before", "after") for name, loss in result[f"validation_{when}"].items()
+    }
 
 
 def test_the_demo_teaches_the_creature_and_keeps_the_rest(shown):
