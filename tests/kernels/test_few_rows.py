@@ -55,8 +55,13 @@ def check(layer, dtype, device):
         assert relative_error(a, c) <= slack * relative_error(b, c) + torch.finfo(dtype).eps / 8
 
 
-@pytest.mark.parametrize(("rows", "rank"), [(1, 5), (2, 0), (33, 40), (64, 0)])
-@pytest.mark.parametrize(("format", "k"), [("nf4", 192), ("fp8", 200), ("int8", 200), ("bf16", 200)])
+@pytest.mark.parametrize(
+    ("format", "k", "rows", "rank"),
+    [
+        *(("nf4", 192, rows, rank) for rows, rank in ((1, 5), (2, 0), (33, 40), (64, 0))),
+        *((format, 200, 33, 40) for format in ("fp8", "int8", "bf16")),
+    ],
+)
 def test_gradients_equal_those_over_the_decoded_weight(format, k, rows, rank, device):
     with table.using(f"lora_linear_backward_{format}", SHARES):
         check(Layer(format, rows, k, torch.bfloat16, rank), torch.bfloat16, device)

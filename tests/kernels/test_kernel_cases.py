@@ -21,11 +21,12 @@ def tiny(device) -> Sizes:
 
 
 def test_every_case_is_right_and_every_op_with_a_choice_has_one(triton_ops, device):
-    from fluxq.kernels.triton.shipped import PATHS
+    from fluxq.kernels.triton.shipped import PATHS, STREAMING
 
     seen = set()
     for case in cases(device, tiny(device), ROTATED):
-        check(case)
+        if case.op not in STREAMING or case.op == "row_quantize":  # the others' are below
+            check(case)
         seen.add(case.op)
     assert seen | WITHIN_OTHERS == set(PATHS)
 

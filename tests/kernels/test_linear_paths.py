@@ -115,8 +115,7 @@ def taking(path, format, **changes):
     return table.using(op, replace(choice, path=path, **changes))
 
 
-@pytest.mark.parametrize(("format", "dtype"), CASES)
-@pytest.mark.parametrize("rank", [32, 40])
+@pytest.mark.parametrize(("format", "dtype", "rank"), [*((*case, 40) for case in CASES), (*CASES[0], 32)])
 def test_extended(format, dtype, rank):
     """One product for base, LoRA and bias."""
     layer = Layer(format, dtype, rank=rank)
@@ -155,16 +154,16 @@ def test_up_may_be_wider_than_the_input(path, up):
     assert relative_error(y, expected) < 2**-7 and relative_error(dx[..., :K], dx_expected[..., :K]) < 2**-7
 
 
-@pytest.mark.parametrize(("format", "dtype"), CASES)
-@pytest.mark.parametrize("padding", [False, True])
+@pytest.mark.parametrize(("format", "dtype", "padding"), [*((*case, True) for case in CASES), (*CASES[0], False)])
 def test_plain(format, dtype, padding):
     layer = Layer(format, dtype)
     with taking("plain", format, chunk=64 * K):
         check(layer, layer.run(layer.padded() if padding else layer.x))
 
 
-@pytest.mark.parametrize(("format", "dtype"), CASES)
-@pytest.mark.parametrize(("rank", "k"), [(40, K), (3, 320)])
+@pytest.mark.parametrize(
+    ("format", "dtype", "rank", "k"), [*((*case, 40, K) for case in CASES), *((*case, 3, 320) for case in CASES[::6])]
+)
 def test_fused(format, dtype, rank, k, device):
     layer = Layer(format, dtype, rows=(2, 33), rank=rank, n=97, k=k)
     with taking("fused", format, block_m=32, block_n=32, block_k=128 if k == 320 else 64):
@@ -178,15 +177,16 @@ def test_fused_reads_a_ragged_end_of_k_as_zeros():
         check(layer, layer.run(layer.padded()))
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize("rows", [1, 33])
+@pytest.mark.parametrize(("format", "rows"), [*((format, 33) for format in FORMATS), ("nf4", 1)])
 def test_few_rows(format, rows, device):
     layer = Layer(format, torch.bfloat16, rows=(rows,), n=97)
     check(layer, layer.run(layer.x), slack=2.0 if device.type == "cuda" else 4.0)
 
 
-@pytest.mark.parametrize("format", FORMATS)
-@pytest.mark.parametrize(("rows", "bias"), [((20,), True), ((2, 50), True), ((2, 50), False)])
+@pytest.mark.parametrize(
+    ("format", "rows", "bias"),
+    [*((format, (2, 50), True) for format in FORMATS), ("nf4", (20,), True), ("nf4", (2, 50), False)],
+)
 def test_without_lora(format, rows, bias):
     layer = Layer(format, torch.float32, rows=rows, bias=bias)
     y, s = linear.lora_linear(layer.x, layer.weight, layer.bias, None, None, 1.0)

@@ -57,10 +57,14 @@ def faces(scales, cos, sin, invertible=True):
 
 
 @pytest.mark.parametrize("invertible", [True, False])
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
-    ("batch", "lengths", "heads", "width", "shared"),
-    [(1, (33,), 3, 32, True), (2, (5, 12), 3, 32, False), (2, (4, 7), 2, 128, True), (1, (3, 2), 1, 16, True)],
+    ("batch", "lengths", "heads", "width", "shared", "dtype"),
+    [
+        *((2, (5, 12), 3, 32, False, dtype) for dtype in DTYPES),
+        (1, (33,), 3, 32, True, torch.float16),
+        (2, (4, 7), 2, 128, True, torch.bfloat16),
+        (1, (3, 2), 1, 16, True, torch.float32),
+    ],
 )
 def test_queries_keys_values_and_their_gradients(
     either_backend, device, batch, lengths, heads, width, shared, dtype, invertible

@@ -44,7 +44,7 @@ def stored(format: str, shape: tuple[int, int], device: torch.device):
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("format", LARGEST)
-@pytest.mark.parametrize("shape", [(1, 1), (33, 192), (5, 1100), (3, 15360), (2, 33001)])
+@pytest.mark.parametrize("shape", [(1, 1), (7, 192), (5, 1100), (3, 15360), (2, 33001)])
 def test_every_weight_becomes_the_nearest_one_that_can_be_stored(format, shape, dtype, device):
     w = (torch.randn(shape, device=device) * torch.rand(shape[0], 1, device=device) * 10).to(dtype)
     q = quantize(w, format)
@@ -55,7 +55,7 @@ def test_every_weight_becomes_the_nearest_one_that_can_be_stored(format, shape, 
 
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("format", LARGEST)
-@pytest.mark.parametrize("shape", [(33, 192), (2, 33001)])
+@pytest.mark.parametrize("shape", [(7, 192), (2, 33001)])
 def test_columns_are_multiplied_before_rows_are_rounded(format, shape, device):
     w = torch.randn(shape, device=device).bfloat16()
     columns = torch.rand(shape[1], device=device) * 2 + 0.1
@@ -66,8 +66,8 @@ def test_columns_are_multiplied_before_rows_are_rounded(format, shape, device):
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("format", LARGEST)
 def test_rows_may_be_strided_and_the_matrix_transposed(format, device):
-    wide = torch.randn(33, 210, device=device)
-    w = wide[:, 5:197]
+    wide = torch.randn(9, 40, device=device)
+    w = wide[:, 5:24]
     for view in (w, w.t()):
         values, scale = ops(w).row_quantize(view, DTYPES[format])
         copied, copied_scale = ops(w).row_quantize(view.contiguous(), DTYPES[format])
@@ -128,7 +128,7 @@ def test_rows_are_restored_alike_on_every_path(shape, format, dtype, device):
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("to", LARGEST)
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8", "bfloat16", "float16", "float32"])
-@pytest.mark.parametrize("shape", [(33, 192), (5, 1216)])
+@pytest.mark.parametrize("shape", [(3, 192), (5, 1216)])
 def test_a_weight_of_any_form_becomes_rows_of_either_dtype(shape, format, to, device):
     weight = stored(format, shape, device)
     backend = ops(weight.codes if isinstance(weight, NF4Weight) else getattr(weight, "values", weight))
@@ -155,10 +155,9 @@ def test_rows_too_wide_for_one_read_are_read_twice(format, to, device):
 @pytest.mark.usefixtures("either_backend")
 @pytest.mark.parametrize("to", LARGEST)
 @pytest.mark.parametrize("format", ["nf4", "int8", "fp8", "bfloat16"])
-@pytest.mark.parametrize("shape", [(33, 192), (70, 1216)])
-def test_the_transposed_rows_are_the_same_values(shape, format, to, device):
+def test_the_transposed_rows_are_the_same_values(format, to, device):
     """(K, N) in memory, so that a product over N reads along its rows; the scales are still those of W's rows."""
-    weight = stored(format, shape, device)
+    weight = stored(format, (70, 1216), device)
     backend = ops(weight.codes if isinstance(weight, NF4Weight) else getattr(weight, "values", weight))
     values, scale = backend.to_rows(weight, DTYPES[to])
     transposed, same_scale = backend.to_rows(weight, DTYPES[to], transposed=True)
