@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 import json
-import os
+import multiprocessing
 import random
-import signal
-import subprocess
-import sys
 import time
 from dataclasses import fields
 from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from helpers import place_sensitive
 from PIL import Image
 
 from fluxq import nano
+from fluxq.cli import main
 from fluxq.config import LoraConfig, config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
@@ -70,6 +69,7 @@ def assert_same_tensors(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.skipif("forkserver" not in multiprocessing.get_all_start_methods(), reason="needs a fork server")
 def test_resume_after_kill_is_bit_exact(tmp_path, photos):
     """Killed at three random moments, previews on, against one undisturbed run without previews."""
     changes = {
@@ -90,29 +90,26 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
     killed = tmp_path / "killed"
     restless = settings(tmp_path, photos, **changes, samples={"every": 3, "steps": 2})
     restless["output"] = {**restless["output"], "out": str(killed)}
-    config_file = tmp_path / "killed.toml"
-    from fluxq.config import to_toml
-
-    config_file.write_text(to_toml(config_from_dict(restless, "a test")))
+    config = config_from_dict(restless, "a test")
+    processes = multiprocessing.get_context("forkserver")  # its processes begin with the modules imported
+    processes.set_forkserver_preload(["fluxq.train", "bitsandbytes"])
     moments, kills, runs = random.Random(11), 0, 0
     while not (killed / "result.json").exists():
         runs += 1
         assert runs < 12, "the run does not get anywhere"
         resumable = (killed / "state" / "state.safetensors").exists()
-        command = [
-            "train",
-            *(["--resume", str(killed)] if resumable else ["--config", str(config_file), "--overwrite"]),
-        ]
-        process = subprocess.Popen([sys.executable, "-m", "fluxq", *command], stdout=subprocess.DEVNULL)
+        choices = {"overwrite": not resumable, "resume": resumable}
+        process = processes.Process(target=train, args=(config,), kwargs=choices)
+        process.start()
         if kills < 3:
             steps_before, patience = logged(killed), moments.randint(2, 5)
-            while process.poll() is None and logged(killed) < steps_before + patience:
+            while process.is_alive() and logged(killed) < steps_before + patience:
                 time.sleep(0.02)
             time.sleep(moments.random() * 0.2)
-            if process.poll() is None:
-                os.kill(process.pid, signal.SIGKILL)
+            if process.is_alive():
+                process.kill()
                 kills += 1
-        process.wait()
+        process.join()
 
     assert kills == 3
     assert_same_tensors(tmp_path / "run" / "test.safetensors", killed / "test.safetensors")
@@ -131,7 +128,7 @@ def logged(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_photographs_from_an_empty_cache_to_a_lora(tmp_path):
+def test_photographs_from_an_empty_cache_to_a_lora(tmp_path, monkeypatch):
     """scikit-image's photographs: many sizes, one gray, one with alpha; through the command line, and reopened."""
     data = pytest.importorskip("skimage.data")
     folder = tmp_path / "PHOTOS"
@@ -141,10 +138,9 @@ def test_photographs_from_an_empty_cache_to_a_lora(tmp_path):
     command = (
         "train PHOTOS --trigger zqx --model nano --steps 3 --rank 4 --out runs/photos --sample-every 3 --sample-steps 2"
     )
-    done = subprocess.run(
-        [sys.executable, "-m", "fluxq", *command.split()], cwd=tmp_path, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
+    monkeypatch.chdir(tmp_path)
+    done = CliRunner().invoke(main, command.split())
+    assert done.exit_code == 0, done.output
     run = tmp_path / "runs" / "photos"
     result = json.loads((run / "result.json").read_text())
     assert (result["steps"], Path(result["lora"]).name) == (3, "zqx.safetensors")
@@ -289,8 +285,7 @@ def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-@pytest.mark.parametrize("rows", [64, 8])
+@pytest.mark.parametrize(("rows", "accumulate"), [(64, 1), (8, 2)])
 def test_resume_in_the_middle_of_what_is_computed_ahead_changes_no_bit(rows, accumulate, tmp_path, photos, monkeypatch):
     """With tiles of 32 micro-steps and of 4, and rows that show it if they are computed at another place."""
     monkeypatch.setattr("fluxq.model.modulation.FEW_ROWS", rows)

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
+from benchmarks import cases
 from benchmarks.kernel_rows.setting import LAYERS
 from fluxq.kernels import COMPUTES, POLICIES
 
@@ -18,19 +23,19 @@ pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def run(tmp_path):
-    def start(module, *options):
-        command = [
-            sys.executable,
-            "-m",
-            f"benchmarks.{module}",
-            "--device=cpu",
-            "--tiny",
-            f"--out={tmp_path}",
-            *options,
-        ]
-        done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
-        assert done.returncode == 0, done.stdout + done.stderr
+def run(tmp_path, monkeypatch):
+    """Runs a part and returns its rows by name. processes: as `make gpu` starts it; else all of it in this process."""
+
+    def start(module, *options, processes=False):
+        options = ["--device=cpu", "--tiny", f"--out={tmp_path}", *options]
+        if processes:
+            command = [sys.executable, "-m", f"benchmarks.{module}", *options]
+            done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=ROOT)
+            assert done.returncode == 0, done.stdout + done.stderr
+        else:
+            main = importlib.import_module(f"benchmarks.{module}").main
+            monkeypatch.setattr(cases, "subprocess", SimpleNamespace(Popen=partial(InThisProcess, main, options)))
+            assert exit_code(main, options) == 0
         (path,) = tmp_path.glob("*.json")
         report = json.loads(path.read_text())
         assert {"gpu", "torch", "packages", "commit", "date"} <= set(report["about"])
@@ -40,8 +45,24 @@ def run(tmp_path):
     return start
 
 
+class InThisProcess:
+    """Stands for the process of a part's worker. The last two arguments of its command are the worker's own."""
+
+    def __init__(self, main, options, command):
+        self.returncode = exit_code(main, [*options, *command[-2:]])
+
+    def wait(self, seconds):
+        pass
+
+
+def exit_code(main, options):
+    with patch.object(sys, "argv", ["a part", *options]), pytest.raises(SystemExit) as ended:
+        main()
+    return ended.value.code
+
+
 def test_kernels_are_checked_and_timed_against_their_targets(run):
-    rows = run("kernels")
+    rows = run("kernels", "--only=steps|8 bits|(storage|linear|errors).* mlp.0")
     assert {name.split(":")[0] for name in rows} == {"steps", "storage", "linear", "8 bits", "errors"}
     assert sum(name.startswith("8 bits") for name in rows) == len(LAYERS) * 4
     for name, row in rows.items():
@@ -61,7 +82,9 @@ def test_kernels_are_checked_and_timed_against_their_targets(run):
 
 
 def test_bytes_of_a_memory_bound_step_are_what_it_reads_and_writes(run):
-    rows = run("kernels", "--only=steps: (modulate|gelu_tanh.* beside), M|storage: (nf4 -> bf16|int8 -> int8)")
+    rows = run(
+        "kernels", "--only=steps: (modulate|gelu_tanh.* beside), M|storage: (nf4 -> bf16|int8 -> int8)", processes=True
+    )
     m, d = 136, 128
     assert rows["steps: modulate, M 136"]["bytes"] == 2 * (2 * m * d + 2 * d)
     assert rows["steps: gelu_tanh, attention beside, M 136"]["bytes"] == 2 * 2 * 5 * m * d
@@ -70,9 +93,10 @@ def test_bytes_of_a_memory_bound_step_are_what_it_reads_and_writes(run):
 
 
 def test_blocks_are_right_under_every_policy_and_compute(run):
-    rows = run("blocks", "--only=^((?!compiled).)*$")
+    """Every policy in bf16 and, for the single block, every compute; the reference and diffusers' block beside them."""
+    rows = run("blocks", "--only=bf16|eager$|single.*recompute$")
     alone = [name for name in rows if "diffusers" not in name]
-    assert len(alone) == 2 * (len(POLICIES) * len(COMPUTES) + 2)
+    assert len(alone) == 2 * (len(POLICIES) + 2) + len(COMPUTES) - 1
     for name in alone:
         row = rows[name]
         assert row["ok"] and set(row["errors"]) == {"output", "d_input", "d_lora"} and row["bound_ms"] > 0, name

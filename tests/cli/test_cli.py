@@ -122,14 +122,13 @@ def test_help_needs_no_torch():
 
 
 @pytest.mark.slow
-def test_json_is_the_only_line_on_stdout(tmp_path, photos):
-    command = [sys.executable, "-m", "fluxq", *map(str, trained(tmp_path, photos, "--json"))]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    result = json.loads(done.stdout)
+def test_json_is_the_only_line_on_stdout(tmp_path, photos, capfd):
+    main([*map(str, trained(tmp_path, photos, "--json"))], standalone_mode=False)
+    printed = capfd.readouterr()
+    result = json.loads(printed.out)
     assert result == json.loads((tmp_path / "run" / "result.json").read_text())
     assert set(result) >= {"steps", "seconds", "loss_first", "loss_last", "peak_bytes", "lora", "validation_before"}
-    assert "step     2/2 | loss" in done.stderr
+    assert "step     2/2 | loss" in printed.err
 
 
 @pytest.mark.parametrize(

@@ -83,10 +83,10 @@ def test_clip_alone_learns_a_new_word(tmp_path):
     """With a learning rate of 0 for the transformer's LoRA; measured on held-out images."""
     photos, held_out = images_in(tmp_path / "photos", 5, 8), images_in(tmp_path / "held_out", 77, 4)
     losses = {}
-    for rate in (3e-3, 0.0):
+    for rate, steps in ((3e-3, 30), (0.0, 2)):
         sections = {
             "training": {
-                "steps": 30,
+                "steps": steps,
                 "batch": 4,
                 "learning_rate": 0.0,
                 "text_learning_rate": rate,
