@@ -8,6 +8,7 @@ import os
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +16,20 @@ from torch import Tensor, nn, no_grad
 
 from fluxq.formats.checkpoint.files import DTYPE_NAMES
 from fluxq.model import Flux, FluxConfig
+
+
+class Lazy:
+    """The module `name`, imported when it is first used: some libraries that a few tests compare with take seconds, and
+    every worker collects every file. A test that needs a missing one is skipped.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __getattr__(self, attribute: str) -> Any:
+        if attribute.startswith(("_", "pytest")):  # asked by pytest of everything in a file
+            raise AttributeError(attribute)
+        return getattr(pytest.importorskip(self._name), attribute)
 
 
 def tiny_config(**changes) -> FluxConfig:

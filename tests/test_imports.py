@@ -77,6 +77,7 @@ def test_every_room_has_a_floor():
     assert {room_of(module) for module in MODULES if module != "fluxq"} == set().union(*FLOORS)
 
 
+@pytest.mark.slow
 def test_no_two_files_import_each_other():
     """Nor in a longer circle. A package's __init__ is its face: it may import what is in it, never the reverse."""
     below = {module: {imported for imported, _ in imports(module)} - {module} for module in MODULES}
@@ -93,6 +94,7 @@ def test_no_two_files_import_each_other():
         visit(module, ())
 
 
+@pytest.mark.slow
 def test_importing_fluxq_works_without_triton_bitsandbytes_and_transformers():
     """They are imported where they are used: the package trains without the first, and starts without the others."""
     code = (

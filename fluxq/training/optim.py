@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable, Iterable
+from types import ModuleType
 from typing import Any, TypeVar
 
 import torch
@@ -36,15 +38,28 @@ def build_optimizer(
             }
         return optimizer
     if name == "adamw8bit":
-        with quiet_imports():  # imported here, because on some CPUs it looks for kernels on a hub
-            from bitsandbytes.optim import AdamW8bit
-
-        optimizer = _with_initial_lr(AdamW8bit(parameters, lr=learning_rate, weight_decay=weight_decay))
+        adamw8bit = import_bitsandbytes().optim.AdamW8bit
+        optimizer = _with_initial_lr(adamw8bit(parameters, lr=learning_rate, weight_decay=weight_decay))
         for g, group in enumerate(optimizer.param_groups):
             for i, p in enumerate(group["params"]):
                 optimizer.init_state(group, p, g, i)
         return optimizer
     raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
+
+
+def import_bitsandbytes() -> ModuleType:
+    """bitsandbytes, without torch's compiler, which takes three seconds to load.
+
+    bitsandbytes compiles Python versions of its kernels while it is imported. They are for devices that it has no
+    kernels for, and fluxq runs on none of those: while it is imported, functions stay as they are.
+    """
+    compile = torch.compile
+    torch.compile = lambda function=None, **_: (lambda f: f) if function is None else function
+    try:
+        with quiet_imports():
+            return importlib.import_module("bitsandbytes")
+    finally:
+        torch.compile = compile
 
 
 def _with_initial_lr(optimizer: Optimizer) -> Optimizer:

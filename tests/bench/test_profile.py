@@ -46,6 +46,7 @@ def test_every_setting_has_a_row_and_what_is_swapped_is_saved(tmp_path: Path):
     assert json.loads((tmp_path / "profile_rtx4060ti.json").read_text())["rows"] == found
 
 
+@pytest.mark.slow
 def test_a_fast_gpu_behind_a_slow_bus_is_bound_by_the_bus():
     stalls = {
         name: rows("--gpu", name, "--resolution", "512", "--format", "int8", "--compute", "int8")[-1]

@@ -119,6 +119,7 @@ def test_both_names_of_a_key_in_one_file_are_refused_in_one_sentence(tmp_path, f
     assert result.exit_code == 2 and result.stderr == f"error: {sentence}\n"
 
 
+@pytest.mark.slow
 def test_a_run_that_was_saved_with_former_names_resumes(tmp_path, photos):
     out = tmp_path / "run"
     started = run(

@@ -63,6 +63,7 @@ def test_a_bomb_is_refused_before_it_is_unpacked(tmp_path):
     tracemalloc.stop()
 
 
+@pytest.mark.slow
 def test_a_bomb_of_the_right_length_shows_in_its_shape(tmp_path):
     path = archive(tmp_path / "x.npz", {"a.npy": npy(np.zeros((16, 2048, 2048), np.float32))}, zipfile.ZIP_DEFLATED)
     tracemalloc.start()

@@ -7,13 +7,14 @@ import tracemalloc
 from pathlib import Path
 
 import pytest
+from helpers import Lazy
 from sentencepiece import SentencePieceProcessor
-from transformers import CLIPTokenizer, T5Tokenizer
 
 from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats.tokenizers import find_tokenizers, load_clip_tokenizer, load_t5_tokenizer
 
+transformers = Lazy("transformers")
 AWKWARD = [
     "",
     " ",
@@ -35,17 +36,19 @@ AWKWARD = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("file", ["spiece.model", "tokenizer.json"])
 def test_t5_ids_equal_transformers(vocabularies, file):
-    theirs = T5Tokenizer.from_pretrained(str(vocabularies / "tokenizer_2"))
+    theirs = transformers.T5Tokenizer.from_pretrained(str(vocabularies / "tokenizer_2"))
     ours = load_t5_tokenizer((vocabularies / "tokenizer_2" / file,))
     for text in AWKWARD:
         assert ours(text) == theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", ["vocab.json", "tokenizer.json"])
 def test_clip_ids_equal_transformers(vocabularies, tmp_path, form):
-    theirs = CLIPTokenizer.from_pretrained(str(vocabularies / "tokenizer_1"))
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(vocabularies / "tokenizer_1"))
     theirs.save_pretrained(tmp_path)
     lists = vocabularies / "tokenizer_1" / "vocab.json", vocabularies / "tokenizer_1" / "merges.txt"
     ours, ids = load_clip_tokenizer(lists if form == "vocab.json" else (tmp_path / form,))
@@ -54,8 +57,9 @@ def test_clip_ids_equal_transformers(vocabularies, tmp_path, form):
         assert ours(text) == theirs(text, add_special_tokens=False, verbose=False)["input_ids"]
 
 
+@pytest.mark.slow
 def test_nanos_ids_equal_transformers():
-    theirs = CLIPTokenizer.from_pretrained(str(nano.CLIP_TOKENIZER))
+    theirs = transformers.CLIPTokenizer.from_pretrained(str(nano.CLIP_TOKENIZER))
     ours, ids = load_clip_tokenizer((nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt"))
     assert ids == (theirs.bos_token_id, theirs.eos_token_id)
     for text in ("a red circle", "A  Blue square, at the TOP!"):
@@ -69,8 +73,9 @@ def test_file_of_another_kind_is_refused(tmp_path, name):
         load_t5_tokenizer((tmp_path / name,))
 
 
+@pytest.mark.slow
 def test_clips_json_is_refused_for_t5_and_vice_versa(vocabularies, tmp_path):
-    CLIPTokenizer.from_pretrained(str(vocabularies / "tokenizer_1")).save_pretrained(tmp_path)
+    transformers.CLIPTokenizer.from_pretrained(str(vocabularies / "tokenizer_1")).save_pretrained(tmp_path)
     with pytest.raises(WrongRequest, match="its ids 0 and 1 are not <pad> and </s>"):
         load_t5_tokenizer((tmp_path / "tokenizer.json",))
     with pytest.raises(

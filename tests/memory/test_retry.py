@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from bitsandbytes.optim.optimizer import Optimizer2State
 from click.testing import CliRunner
 
 from fluxq.cli.main import main
@@ -24,6 +23,7 @@ from fluxq.offload import HostInputs
 from fluxq.offload.gpus import GPUS
 from fluxq.offload.planner import GRAIN, plan
 from fluxq.offload.plans import Pins
+from fluxq.training.optim import import_bitsandbytes
 
 BLOCKS = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",))
 SHORT = replace(FluxConfig.dev(), depth=4, depth_single_blocks=8)
@@ -205,7 +205,9 @@ def test_a_step_that_runs_out_just_before_its_update_is_made_once(photos, undist
 
 def test_half_an_update_cannot_be_repeated_and_the_last_save_is_good(photos, undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
-        Shortage(patch, Optimizer2State, "update_step", {2 * 40 + 7}, after=True)  # 40 weights, two done updates
+        Shortage(
+            patch, import_bitsandbytes().optim.optimizer.Optimizer2State, "update_step", {2 * 40 + 7}, after=True
+        )  # 40 weights, two done updates
         result = run(photos, tmp_path, "--save-every", 1)
     assert result.exit_code == 2 and "memory ran out while weights were being updated" in result.output
     resumed = CliRunner().invoke(main, ["train", "--resume", str(tmp_path)])

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomize, relative_error
+from helpers import Lazy, randomize, relative_error
 
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers
 from fluxq.model import AutoEncoder, AutoEncoderConfig
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Lazy("diffusers")
 
 SMALL = AutoEncoderConfig(ch=16, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_channels=16, groups=4)
 
@@ -37,6 +37,7 @@ def pair():
     return ours, twin(ours)
 
 
+@pytest.mark.slow
 def test_moments_and_their_gradient_equal_diffusers(pair):
     ours, theirs = pair
     x = torch.randn(2, 3, 48, 32, requires_grad=True)
@@ -47,6 +48,7 @@ def test_moments_and_their_gradient_equal_diffusers(pair):
     assert relative_error(ours_dx, theirs_dx) <= 1e-5
 
 
+@pytest.mark.slow
 def test_images_and_their_gradient_equal_diffusers(pair):
     ours, theirs = pair
     latents = torch.randn(2, 16, 5, 3, requires_grad=True)
@@ -59,6 +61,7 @@ def test_images_and_their_gradient_equal_diffusers(pair):
     assert relative_error(ours_dx, theirs_dx) <= 1e-5
 
 
+@pytest.mark.slow
 def test_encode_returns_the_mean_or_a_sample_around_it(pair):
     ours, _ = pair
     x = torch.randn(1, 3, 32, 32)

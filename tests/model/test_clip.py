@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomize, relative_error, tiny_config
+from helpers import Lazy, randomize, relative_error, tiny_config
 from live_bytes import LiveBytes
 from torch import nn
-from transformers import CLIPTextConfig, CLIPTextModel
 
 from fluxq import nano
 from fluxq.formats.checkpoint.files import write_safetensors
@@ -25,6 +24,7 @@ from fluxq.model.lora import lora_layers
 from fluxq.offload import Immediate
 from fluxq.training.run import adapters_of
 
+transformers = Lazy("transformers")
 CPU = torch.device("cpu")
 TOKENIZER = (nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt")
 CAPTIONS = ["a red circle at the top", "", "blue and red " * 40]
@@ -32,10 +32,12 @@ RANK, ALPHA = 3, 2.0
 
 
 @pytest.fixture
-def theirs(tmp_path) -> CLIPTextModel:
+def theirs(tmp_path) -> transformers.CLIPTextModel:
     """A random CLIP; its weights are in tmp_path / "clip_l.safetensors"."""
     sizes = dict(hidden_size=128, intermediate_size=192, num_hidden_layers=2, num_attention_heads=2)
-    model = CLIPTextModel(CLIPTextConfig(vocab_size=1000, **sizes, bos_token_id=None, eos_token_id=2))
+    model = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(vocab_size=1000, **sizes, bos_token_id=None, eos_token_id=2)
+    )
     randomize(model)
     state = {f"text_model.{k}": v for k, v in model.state_dict().items()}
     write_safetensors(tmp_path / "clip_l.safetensors", state)
@@ -55,6 +57,7 @@ def with_lora(clip: Clip) -> Clip:
     return clip.to(clip.final_layer_norm.weight.dtype)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_pooled_vectors_equal_transformers(tmp_path, theirs, dtype):
     clip = loaded(tmp_path, dtype)
@@ -64,6 +67,7 @@ def test_pooled_vectors_equal_transformers(tmp_path, theirs, dtype):
     assert relative_error(clip.pooled(CAPTIONS), expected) <= 1e-6
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_peft(tmp_path, theirs):
     """In fp64, every module with weights of its own: two that are swapped would show."""
     import peft  # late: it takes 2 s, in which nothing can be collected
@@ -95,6 +99,7 @@ def test_gradients_are_those_of_peft(tmp_path, theirs):
     assert all(relative_error(a, b) > 0.1 for some in of_shapes.values() for a in some for b in some if a is not b)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dialect", ["kohya", "diffusers"])
 def test_a_saved_lora_loads_unchanged(tmp_path, theirs, dialect):
     clip = with_lora(loaded(tmp_path, torch.float32))
@@ -159,6 +164,7 @@ def test_streamed_weights_are_resident_for_the_gradient_of_y(tmp_path, monkeypat
     assert all(torch.equal(a, b) and a.abs().max() > 0 for a, b in zip(*gradients, strict=True))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch", [1, 3])
 def test_costs_equal_those_of_the_model(tmp_path, theirs, batch):
     """In bf16: frozen and trained weights to the byte, activations kept for the backward pass within 10 %."""

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
-from helpers import randomize, relative_error, tiny_config
+from helpers import Lazy, randomize, relative_error, tiny_config
 
 from benchmarks.peers.diffusers_blocks import transformer
 from fluxq.formats.checkpoint.keys import to_diffusers
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 
-diffusers = pytest.importorskip("diffusers")
+diffusers = Lazy("diffusers")
 
 CONFIGS = {
     "dev": tiny_config(),
@@ -70,6 +70,7 @@ def run_twin(theirs, i: dict) -> torch.Tensor:
     )[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_outputs_and_input_gradients_equal_diffusers(name):
     flux = randomize(Flux(CONFIGS[name]))
@@ -82,6 +83,7 @@ def test_outputs_and_input_gradients_equal_diffusers(name):
         assert relative_error(a, b) <= 1e-5
 
 
+@pytest.mark.slow
 def test_lora_gradients_equal_peft():
     peft = pytest.importorskip("peft")
     flux = randomize(Flux(tiny_config()))

@@ -7,9 +7,7 @@ import sys
 
 import pytest
 import torch
-from helpers import randomize, relative_error
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
-from transformers.models.t5.modeling_t5 import T5Attention
+from helpers import Lazy, randomize, relative_error
 
 from fluxq import nano
 from fluxq.errors import WrongRequest
@@ -17,6 +15,8 @@ from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.formats.load import load_text_encoders
 from fluxq.model.text_layers import TOKENS_PER_BATCH, t5_buckets
 
+transformers = Lazy("transformers")
+modeling_t5 = Lazy("transformers.models.t5.modeling_t5")
 CPU = torch.device("cpu")
 TOKENIZERS = ((nano.CLIP_TOKENIZER / "vocab.json", nano.CLIP_TOKENIZER / "merges.txt"), (nano.T5_TOKENIZER,))
 CAPTIONS = ["A red   Circle at the top", "", "a <|endoftext|> of green", "blue </s> and red " * 30]
@@ -25,8 +25,8 @@ CAPTIONS = ["A red   Circle at the top", "", "a <|endoftext|> of green", "blue <
 @pytest.fixture
 def files(tmp_path):
     """Random encoders in files with the layout of the real ones, and the modules they came from."""
-    clip = CLIPTextModel(
-        CLIPTextConfig(
+    clip = transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
             vocab_size=1000,
             hidden_size=128,
             intermediate_size=256,
@@ -36,8 +36,8 @@ def files(tmp_path):
             eos_token_id=2,
         )
     )
-    t5 = T5EncoderModel(
-        T5Config(
+    t5 = transformers.T5EncoderModel(
+        transformers.T5Config(
             vocab_size=1000,
             d_model=64,
             d_kv=16,
@@ -73,6 +73,7 @@ def clip_ids(ours, captions):
     return torch.tensor([row + [end] * (77 - len(row)) for row in ids])
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize("length", [2, 33, 77, 200])
 def test_states_equal_transformers(files, length):
@@ -84,6 +85,7 @@ def test_states_equal_transformers(files, length):
     assert encoded.tokens == [len(ours.t5_tokenize(caption)) + 1 for caption in CAPTIONS]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 @pytest.mark.parametrize(
     ("dtype", "scaled"),
@@ -118,6 +120,7 @@ def test_states_of_stored_weights_equal_transformers_on_their_values(files, dtyp
     assert relative_error(ours.encode(CAPTIONS).t5, t5(t5_ids(ours, CAPTIONS)).last_hidden_state) <= 1e-5
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bf16_states_err_no_more_than_twice_transformers_in_bf16(files):
     folder, _, t5 = files
@@ -130,6 +133,7 @@ def test_bf16_states_err_no_more_than_twice_transformers_in_bf16(files):
     assert relative_error(encoded.t5, exact) <= 2 * theirs
 
 
+@pytest.mark.slow
 def test_states_do_not_depend_on_other_captions(files):
     ours = loaded(files[0], length=64)
     many = [f"{'red ' * (n % 9)}circle {n}" for n in range(2 * TOKENS_PER_BATCH // 64 + 3)]
@@ -140,13 +144,15 @@ def test_states_do_not_depend_on_other_captions(files):
         assert relative_error(together.clip[n], alone.clip[0]) <= 1e-6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("buckets", [32, 16])
 def test_distance_buckets_equal_transformers(buckets):
     distance = torch.arange(600)[None] - torch.arange(600)[:, None]
-    expected = T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=buckets)
+    expected = modeling_t5.T5Attention._relative_position_bucket(distance, bidirectional=True, num_buckets=buckets)
     assert torch.equal(t5_buckets(600, buckets), expected)
 
 
+@pytest.mark.slow
 def test_long_captions_are_cut_keep_their_end_token_and_are_reported(files):
     ours = loaded(files[0], length=8)
     encoded = ours.encode(["red " * 100, "red"])
@@ -155,6 +161,7 @@ def test_long_captions_are_cut_keep_their_end_token_and_are_reported(files):
     assert encoded.tokens[0] >= 100
 
 
+@pytest.mark.slow
 def test_clip_truncation_is_reported_from_the_first_extra_token(files):
     """CLIP takes 77 tokens with begin and end; T5 cuts none of these captions."""
     ours = loaded(files[0], length=200)
@@ -165,6 +172,7 @@ def test_clip_truncation_is_reported_from_the_first_extra_token(files):
     assert relative_error(encoded.clip[1], encoded.clip[3]) == 0
 
 
+@pytest.mark.slow
 def test_each_block_is_read_once_per_call_and_reported(files):
     ours = loaded(files[0])
     progress, read = [], []
@@ -176,17 +184,20 @@ def test_each_block_is_read_once_per_call_and_reported(files):
     assert len(read) == len(set(read)) == 3 * 9 + 2 and "shared.weight" not in read
 
 
+@pytest.mark.slow
 def test_group_bounds_the_states_of_one_call(files):
     group = loaded(files[0], length=100).group
     assert group * 100 * 64 * 4 <= 128 << 20 < (group + 1) * 100 * 64 * 4
 
 
+@pytest.mark.slow
 def test_swapped_files_are_refused_by_name(files):
     folder, *_ = files
     with pytest.raises(WrongRequest, match=r"t5xxl\.safetensors is a T5 text encoder, not"):
         load_text_encoders(folder / "t5xxl.safetensors", folder / "clip_l.safetensors", *TOKENIZERS, 8, CPU)
 
 
+@pytest.mark.slow
 def test_a_tokenizer_with_a_larger_vocabulary_is_refused(files):
     folder, _, t5 = files
     state = {key: tensor[:9].clone() if key == "shared.weight" else tensor for key, tensor in t5.state_dict().items()}

@@ -11,7 +11,6 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from bitsandbytes.functional import quantize_4bit
 from click.testing import CliRunner
 from helpers import tiny_config
 from lora_files import WRITERS
@@ -26,6 +25,7 @@ from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.write import save_lora
 from fluxq.model import FluxConfig
 from fluxq.models.parts import PARTS
+from fluxq.training.optim import import_bitsandbytes
 
 NANO = FluxConfig.nano()
 WIDE = tiny_config(in_channels=64, out_channels=64, vec_in_dim=64, context_in_dim=64, depth=1, depth_single_blocks=1)
@@ -169,7 +169,7 @@ def transformer() -> dict[str, torch.Tensor]:
 def as_nf4() -> dict[str, torch.Tensor]:
     tensors = transformer()
     for name in [name for name, tensor in tensors.items() if tensor.ndim == 2]:
-        tensors[name], state = quantize_4bit(tensors[name], quant_type="nf4")
+        tensors[name], state = import_bitsandbytes().functional.quantize_4bit(tensors[name], quant_type="nf4")
         tensors |= {f"{name}.{part}": tensor for part, tensor in state.as_dict(packed=True).items()}
     return tensors
 

@@ -303,6 +303,7 @@ def test_a_resolved_config_names_every_file_absolutely(tmp_path):
     assert Models(config).served("t5xxl").path == tmp_path / "models/text_encoders/sub/d.safetensors"
 
 
+@pytest.mark.slow
 def test_a_run_from_a_diffusers_folder_is_the_run_from_single_files(tmp_path):
     """Layout and shards change nothing: the same losses to the last bit, from caching to training."""
     folder, photos = tmp_path / "diffusers", tmp_path / "photos"

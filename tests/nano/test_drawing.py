@@ -2,6 +2,7 @@ import hashlib
 import re
 
 import numpy as np
+import pytest
 
 from fluxq.nano import drawing
 
@@ -39,6 +40,7 @@ def test_only_held_out_images_use_held_out_pairs():
         assert not seen & held and all(color != background for color, background in seen | held)
 
 
+@pytest.mark.slow
 def test_ordinary_never_shows_the_concept():
     assert {spec.shape for spec, _ in drawing.specs(0, 2000, drawing.SHAPES, False)} == set(drawing.SHAPES)
     assert "creature" not in drawing.SHAPES

@@ -252,6 +252,7 @@ def clocked(clock: Clock) -> Clock:
     return clock
 
 
+@pytest.mark.slow
 def test_no_race_and_every_single_wait_is_needed():
     complete = clocked(Clock())
     assert complete.races == []

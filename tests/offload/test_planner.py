@@ -87,6 +87,7 @@ def test_plan_equals_brute_force_on_small_models():
             assert found.seconds == pytest.approx(seconds, rel=2e-3), (seed, extra)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_more_memory_is_never_slower(seed):
     costs = model(seed, doubles=3, singles=4, unit=(20, 80, 200)[seed % 3] * MB)

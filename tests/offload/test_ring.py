@@ -322,6 +322,7 @@ def test_the_thread_ends_with_its_streams():
     assert not own.is_alive()
 
 
+@pytest.mark.slow
 def test_at_exit_the_program_waits_for_the_staging_thread():
     """A thread that computes during interpreter shutdown may crash the program."""
     program = """

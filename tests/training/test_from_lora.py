@@ -133,6 +133,7 @@ def train(tmp_path, *more):
     return CliRunner().invoke(main, [str(a) for a in arguments])
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_a_file_and_resumes_without_it(tmp_path, photos):
     path = tmp_path / "old.safetensors"
     wanted = adapters(PAIR, size=0.01)
@@ -149,6 +150,7 @@ def test_a_run_starts_from_a_file_and_resumes_without_it(tmp_path, photos):
     assert train(tmp_path, "--resume", tmp_path / "run", "--steps", 2).exit_code == 0
 
 
+@pytest.mark.slow
 def test_base_loras_are_in_the_weights_before_they_are_quantized(tmp_path, monkeypatch):
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     one, two = adapters(PAIR), adapters(PAIR[:1], rank=5, alpha=3.0)
@@ -194,6 +196,7 @@ def test_base_loras_and_strengths_have_their_own_caches_and_identities(tmp_path,
     assert len(seen) == 4 == len(list((tmp_path / "cache").glob("*.safetensors")))
 
 
+@pytest.mark.slow
 def test_a_run_on_a_base_lora_is_the_run_on_the_merged_model(tmp_path, photos):
     """The same losses as on a file into which the LoRA was merged, in fp32, so that nothing is rounded."""
     path = tmp_path / "a.safetensors"

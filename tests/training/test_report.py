@@ -19,6 +19,7 @@ def write(folder, start, steps, done):
             report.step(step, loss=1 / step, learning_rate=1e-4, grad=0.5, seconds=0.1)
 
 
+@pytest.mark.slow
 def test_steps_after_the_last_save_are_dropped_on_resume(tmp_path):
     write(tmp_path, 0, 10, 7)
     write(tmp_path, 5, 10, 10)

@@ -6,13 +6,9 @@ import json
 from pathlib import Path
 from unittest.mock import patch
 
-import bitsandbytes.functional as bnb
-import diffusers
 import pytest
 import torch
-import transformers
-from diffusers.quantizers.bitsandbytes import bnb_quantizer
-from helpers import randomize, tiny_config
+from helpers import Lazy, randomize, tiny_config
 from safetensors.torch import load_file, save_file
 
 from benchmarks.peers.diffusers_blocks import transformer
@@ -24,7 +20,12 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import OPENERS, open_flux, open_t5
 from fluxq.formats.quantized import QuantizedFile, cached, load_quantized, write_quantized
 from fluxq.kernels import NF4Weight, RowScaled
+from fluxq.training.optim import import_bitsandbytes
 
+diffusers = Lazy("diffusers")
+bnb_quantizer = Lazy("diffusers.quantizers.bitsandbytes.bnb_quantizer")
+transformers = Lazy("transformers")
+bnb = import_bitsandbytes().functional
 CONFIG = tiny_config(  # every width a multiple of the block of 64: bitsandbytes decodes others wrongly on CPUs
     in_channels=64, out_channels=64, vec_in_dim=128, context_in_dim=192, hidden_size=128, num_heads=4, depth=1
 )
@@ -180,6 +181,7 @@ def quantized_folder(folder: Path, shard_size: str = "10GB", **options) -> dict[
     return {k: t for path in (folder / "transformer").glob("*.safetensors") for k, t in load_file(path).items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("nested", "shard_size", "skipped"),
     [(True, "10GB", None), (False, "10GB", None), (True, "100KB", None), (True, "10GB", ["to_k", "proj_mlp"])],
@@ -210,6 +212,7 @@ def test_diffusers_4bit_folders_are_fused(tmp_path, nested, shard_size, skipped)
         assert torch.equal(qkv.absmax.flatten(), torch.cat([absmax_of(part, tensors) for part in parts]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("options", [{"load_in_4bit": True, "bnb_4bit_quant_type": "nf4"}, {"load_in_8bit": True}])
 def test_a_quantized_t5_folder_is_read(tmp_path, options):
     """transformers does not quantize T5's `wo`."""

@@ -255,6 +255,7 @@ BOMBS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bomb", BOMBS)
 def test_a_header_that_parses_to_much_more_is_refused_in_little_memory(tmp_path, bomb):
     text, sentence = BOMBS[bomb]

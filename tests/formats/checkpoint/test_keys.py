@@ -4,15 +4,18 @@ import hashlib
 
 import pytest
 import torch
-from diffusers import AutoencoderKL
-from diffusers.loaders.single_file_utils import convert_ldm_vae_checkpoint
+from helpers import Lazy
 
 from benchmarks.peers.diffusers_blocks import transformer
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers, module_split, to_diffusers
 from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
+diffusers = Lazy("diffusers")
+single_file = Lazy("diffusers.loaders.single_file_utils")
 
+
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [FluxConfig.dev(), FluxConfig.schnell(), FluxConfig.nano()])
 def test_transformer_has_exactly_diffusers_names_and_shapes(config):
     with torch.device("meta"):
@@ -56,11 +59,12 @@ def test_module_that_the_model_lacks_is_a_key_error(module):
         module_split(module, FluxConfig.dev())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [AutoEncoderConfig(), AutoEncoderConfig(ch=32, ch_mult=(1, 2, 2), num_res_blocks=1)])
 def test_autoencoder_has_exactly_diffusers_names_and_shapes(config):
     levels = len(config.ch_mult)
     with torch.device("meta"):
-        model = AutoencoderKL(
+        model = diffusers.AutoencoderKL(
             down_block_types=("DownEncoderBlock2D",) * levels,
             up_block_types=("UpDecoderBlock2D",) * levels,
             block_out_channels=tuple(config.ch * mult for mult in config.ch_mult),
@@ -74,11 +78,14 @@ def test_autoencoder_has_exactly_diffusers_names_and_shapes(config):
     assert {name: tensor.shape for name, tensor in autoencoder_to_diffusers(tensors).items()} == wanted
 
 
+@pytest.mark.slow
 def test_autoencoder_converts_as_diffusers_own_converter_does():
     config = AutoEncoderConfig(ch=8, ch_mult=(1, 2, 2), num_res_blocks=1, z_channels=4)
     tensors = {name: torch.randn(shape) for name, shape in autoencoder_shapes(config).items()}
     ours = autoencoder_to_diffusers(tensors)
-    wanted = convert_ldm_vae_checkpoint(dict(tensors), {"down_block_types": [""] * 3, "up_block_types": [""] * 3})
+    wanted = single_file.convert_ldm_vae_checkpoint(
+        dict(tensors), {"down_block_types": [""] * 3, "up_block_types": [""] * 3}
+    )
     assert {name: tuple(tensor.shape) for name, tensor in ours.items()} == {
         n: tuple(t.shape) for n, t in wanted.items()
     }

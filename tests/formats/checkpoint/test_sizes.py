@@ -5,7 +5,7 @@ import math
 
 import pytest
 import torch
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
+from helpers import Lazy
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import detect
@@ -24,6 +24,7 @@ from fluxq.formats.checkpoint.sizes import (
 )
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
 
+transformers = Lazy("transformers")
 ODD = FluxConfig(12, 12, 48, 40, 96, 3.0, 3, 1, 3, (4, 14, 14), 10_000, False, False)
 NANO_AE = AutoEncoderConfig(ch=32, ch_mult=(1, 2, 2, 2), num_res_blocks=1, groups=8)
 TINY_CLIP = dict(vocab_size=50, hidden_size=64, intermediate_size=128, num_hidden_layers=2, max_position_embeddings=16)
@@ -225,30 +226,37 @@ ENCODERS = [(clip_config, clip_shapes(TINY_CLIP)), (t5_config, t5_shapes(TINY_T5
 # --- a file's tensors give transformers' own output again ---
 
 
-CLIP = CLIPTextConfig(
+CLIP = dict(
     vocab_size=70, hidden_size=128, intermediate_size=96, num_hidden_layers=3, num_attention_heads=2,
     max_position_embeddings=20, projection_dim=128, eos_token_id=69,
 )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", detect.CLIP_PREFIXES)
 def test_clip_is_read_with_and_without_prefix(tmp_path, prefix):
-    original = CLIPTextModel(CLIP).eval()
+    original = transformers.CLIPTextModel(transformers.CLIPTextConfig(**CLIP)).eval()
     tensors = {prefix + name: tensor for name, tensor in original.state_dict().items()}
     tensors |= {prefix + "embeddings.position_ids": torch.arange(20)[None], "text_projection.weight": torch.eye(3)}
-    read = loaded(tmp_path, tensors, clip_keys, lambda shapes: CLIPTextModel(CLIPTextConfig(**clip_config(shapes))))
+    read = loaded(
+        tmp_path,
+        tensors,
+        clip_keys,
+        lambda shapes: transformers.CLIPTextModel(transformers.CLIPTextConfig(**clip_config(shapes))),
+    )
     ids = torch.tensor([[68, 4, 5, 69, 69, 69], [68, 1, 69, 69, 69, 69]])
     assert torch.equal(original(ids).pooler_output, read(ids).pooler_output)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("prefix", detect.T5_PREFIXES)
 @pytest.mark.parametrize("embeddings", [("shared",), ("encoder.embed_tokens",), ("shared", "encoder.embed_tokens")])
 def test_t5_is_read_with_either_name_of_its_embedding(tmp_path, prefix, embeddings):
-    config = T5Config(
+    config = transformers.T5Config(
         vocab_size=40, d_model=24, d_kv=5, d_ff=56, num_layers=3, num_heads=4, relative_attention_num_buckets=16,
         feed_forward_proj="gated-gelu", is_encoder_decoder=False,
     )  # fmt: skip
-    original = T5EncoderModel(config).eval()
+    original = transformers.T5EncoderModel(config).eval()
     tensors = {
         prefix + name: tensor
         for name, tensor in original.state_dict().items()
@@ -256,7 +264,12 @@ def test_t5_is_read_with_either_name_of_its_embedding(tmp_path, prefix, embeddin
     }
     tensors |= {f"{prefix}{name}.weight": original.shared.weight.detach() for name in embeddings}
     tensors |= {"logit_scale": torch.tensor(4.6)}  # ComfyUI's CLIPSave adds it
-    read = loaded(tmp_path, tensors, t5_keys, lambda shapes: T5EncoderModel(T5Config(**t5_config(shapes))))
+    read = loaded(
+        tmp_path,
+        tensors,
+        t5_keys,
+        lambda shapes: transformers.T5EncoderModel(transformers.T5Config(**t5_config(shapes))),
+    )
     ids = torch.randint(1, 40, (2, 50))
     assert torch.equal(original(ids).last_hidden_state, read(ids).last_hidden_state)
 

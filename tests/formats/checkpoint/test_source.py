@@ -7,12 +7,10 @@ import re
 import shutil
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
-from helpers import randomize, relative_error, tiny_config
+from helpers import Lazy, randomize, relative_error, tiny_config
 from safetensors.torch import load_file, save_file
-from transformers import CLIPTextConfig, CLIPTextModel, T5Config, T5EncoderModel
 
 from benchmarks.peers.diffusers_blocks import transformer
 from fluxq import nano
@@ -27,6 +25,8 @@ from fluxq.kernels import RowScaled
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.text_layers import ClipEncoder
 
+diffusers = Lazy("diffusers")
+transformers = Lazy("transformers")
 CONFIG = tiny_config()
 CPU = torch.device("cpu")
 FP8 = torch.float8_e4m3fn
@@ -110,6 +110,7 @@ def test_all_four_models_come_from_one_file(tmp_path):
 # --- folders that diffusers and transformers wrote ---
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changes", [{}, {"guidance_embed": False}, {"axes_dim": (8, 12, 12), "depth": 1}])
 @pytest.mark.parametrize("shard_size", ["10GB", "40KB"])
 def test_a_diffusers_transformer_is_mapped_back(tmp_path, changes, shard_size):
@@ -139,6 +140,7 @@ def test_a_diffusers_transformer_is_mapped_back(tmp_path, changes, shard_size):
     assert relative_error(found, wanted) < 1e-5
 
 
+@pytest.mark.slow
 def test_a_diffusers_autoencoder_is_mapped_back(tmp_path):
     theirs = diffusers.AutoencoderKL(
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -168,23 +170,24 @@ def test_a_diffusers_autoencoder_is_mapped_back(tmp_path):
     assert "belongs to another model's autoencoder (scaling_factor 1.5305" in refusal(open_autoencoder, tmp_path)
 
 
-def clip_model() -> CLIPTextModel:
-    return CLIPTextModel(
-        CLIPTextConfig(
+def clip_model() -> transformers.CLIPTextModel:
+    return transformers.CLIPTextModel(
+        transformers.CLIPTextConfig(
             vocab_size=70, hidden_size=128, intermediate_size=96, num_hidden_layers=3, max_position_embeddings=20
         )
     )
 
 
-def t5_model() -> T5EncoderModel:
-    return T5EncoderModel(
-        T5Config(
+def t5_model() -> transformers.T5EncoderModel:
+    return transformers.T5EncoderModel(
+        transformers.T5Config(
             vocab_size=40, d_model=24, d_kv=5, d_ff=56, num_layers=3, num_heads=4, feed_forward_proj="gated-gelu",
             is_encoder_decoder=False,
         )
     )  # fmt: skip
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shard_size", ["10GB", "10KB"])
 def test_text_encoder_folders_are_read(tmp_path, shard_size):
     for folder, model, opener in (("text_encoder", clip_model(), open_clip), ("text_encoder_2", t5_model(), open_t5)):
@@ -220,6 +223,7 @@ def scaled_t5(rows: bool = False, key: str = "scale_weight", prefix: str = ""):
     return stored, values
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rows", [False, True])
 @pytest.mark.parametrize("key", ["scale_weight", "weight_scale"])
 @pytest.mark.parametrize("prefix", ["", "text_encoders.t5xxl.transformer."])
@@ -237,6 +241,7 @@ def test_fp8_text_encoders_keep_their_bytes_and_scales(tmp_path, rows, key, pref
             assert torch.equal(kept.scale, scale.expand(len(value)))
 
 
+@pytest.mark.slow
 def test_scales_that_are_missing_or_of_another_shape_are_refused(tmp_path):
     layer = "encoder.block.1.layer.1.DenseReluDense.wo"
     for change, sentence in (

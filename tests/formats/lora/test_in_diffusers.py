@@ -10,7 +10,7 @@ import re
 
 import pytest
 import torch
-from helpers import relative_error
+from helpers import Lazy, relative_error
 
 from fluxq import nano
 from fluxq.formats.checkpoint.keys import to_diffusers
@@ -26,9 +26,9 @@ from fluxq.model.embed import image_ids, text_ids
 from fluxq.sampling.denoising import attach_loras
 from fluxq.training.run import adapters_of
 
-diffusers = pytest.importorskip("diffusers")
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+diffusers = Lazy("diffusers")
+peft = Lazy("peft")
+transformers = Lazy("transformers")
 
 CONFIG = FluxConfig(64, 64, 64, 96, 3072, 4.0, 24, 1, 1, (16, 56, 56), 10_000, True, True)
 MODULES = [
