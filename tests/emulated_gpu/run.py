@@ -73,7 +73,7 @@ def environment(arguments: argparse.Namespace) -> dict[str, str]:
         "EMULATED_GPU_FAIL": ",".join(arguments.fail or ()),
         "EMULATED_GPU_NO_TRITON": "1" if arguments.no_triton else "",
         "PATH": prepended(Path(python).parent, "PATH"),
-        "PYTHONPATH": prepended(HERE / "site", "PYTHONPATH"),
+        "PYTHONPATH": prepended(HERE / "site", "PYTHONPATH"),  # what is imported first of all: sitecustomize.py
         "LD_LIBRARY_PATH": prepended(gpu, "LD_LIBRARY_PATH"),
         "LD_PRELOAD": " ".join(str(gpu / name) for name in (LIBRARY, *NAMES)),
         "TRITON_LIBCUDA_PATH": str(gpu),
