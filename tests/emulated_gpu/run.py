@@ -33,7 +33,7 @@ def parser() -> argparse.ArgumentParser:
     add("--gpu", metavar="NAME", help="rtx3060 (default), rtx4060ti, rtx4090, rtx5090, h100 or t4")
     add("--compute", action="store_true", help="operators and kernels compute, on the CPU; copies are done late")
     add("--early", action="store_true", help="with --compute: copies are done at once")
-    add("--races", action="store_true", help="with --compute: report accesses of two streams that nothing orders")
+    add("--races", action="store_true", help="with --compute: report accesses that nothing orders; exit code 3 if any")
     add("--no-triton", action="store_true", help="Triton cannot be imported; plain PyTorch takes its place")
     add("--total", metavar="MIB", help="a GPU with so much memory")
     add("--pin-limit", metavar="MIB", help="the driver pins no more of the host's memory than this")

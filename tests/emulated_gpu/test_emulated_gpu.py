@@ -23,16 +23,18 @@ pytestmark = [
 
 @pytest.fixture
 def run(tmp_path):
-    """run(code, option, ...): the last line of what `code` prints on the emulated GPU, as JSON, and its stderr."""
+    """run(code, option, ..., ends=0): the last line of what `code` prints on the emulated GPU, as JSON, and its stderr.
+    ends: the exit code that is expected.
+    """
 
-    def run(code: str, *options: str) -> tuple[Any, str]:
+    def run(code: str, *options: str, ends: int = 0) -> tuple[Any, str]:
         script = tmp_path / "program.py"
         script.write_text(f"import json, torch, emulated\n{code}\n", encoding="utf-8")
         command = [sys.executable, str(RUN), *options, "--", "python", str(script)]
         environment = {k: v for k, v in os.environ.items() if not k.startswith(("PYTORCH_", "TRITON_INTERPRET"))}
         environment["PYTHONPATH"] = str(ROOT)
         done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
-        assert done.returncode == 0, done.stdout + done.stderr
+        assert done.returncode == ends, done.stdout + done.stderr
         return json.loads(done.stdout.splitlines()[-1]), done.stderr
 
     return run
@@ -78,7 +80,7 @@ def test_a_copy_reads_its_source_late_or_early(order, expected, run):
 def test_a_missing_wait_gives_a_wrong_number_and_a_race(wait, run):
     code = f"{SIDE}if {wait}: torch.cuda.current_stream().wait_stream(side)\n"
     code += "total = float(gpu.sum())\nprint(json.dumps([total, emulated.report()['notes'].get('races', {})]))"
-    (total, races), stderr = run(code, "--compute", "--races")
+    (total, races), stderr = run(code, "--compute", "--races", ends=0 if wait else 3)
     if wait:
         assert total == 4 and not races and "race" not in stderr
     else:
@@ -89,7 +91,7 @@ def test_a_missing_wait_gives_a_wrong_number_and_a_race(wait, run):
 
 def test_early_hides_a_missing_wait_but_races_do_not(run):
     code = f"{SIDE}total = float(gpu.sum())\nprint(json.dumps(total))"
-    total, stderr = run(code, "--compute", "--races", "--early")
+    total, stderr = run(code, "--compute", "--races", "--early", ends=3)
     assert total == 4 and "a race: cudaMemcpyAsync" in stderr
 
 
@@ -205,6 +207,12 @@ print(json.dumps([torch.allclose(a, b.cpu(), rtol=1e-4, atol=1e-6) and bool(a.ab
 """
     alike, stderr = run(code, "--compute", "--races")
     assert alike == [True] * 4 and "a race" not in stderr
+
+
+def test_interpreted_kernels_compute_on_the_memory_of_the_gpu(run):
+    code = f"{KERNEL}copy[(1,)](x, y, 64)\nprint(json.dumps([y.tolist(), emulated.report()['kernels']['triton copy']]))"
+    assert run(code, "--compute", "--races")[0] == [64 * [1], 1]
+    assert run(code)[0] == [64 * [0], 1]
 
 
 def test_plans_are_for_the_speed_of_the_emulated_gpu(run):
