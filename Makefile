@@ -37,7 +37,7 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 VOCABULARIES := diffsynth==1.1.7
 
 .PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
-.PHONY: emulated emulated-tests emulated-kernels
+.PHONY: emulated emulated-kernels emulated-memory emulated-tests
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -88,13 +88,17 @@ $(CUDA_VENV)/installed: setup.py pyproject.toml constraints-cuda.txt
 	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cuda.txt -e '.[test]'
 	touch $@
 
-# Memory and host time of a step, in tables, are to come: benchmarks/emulated.py.
-emulated: emulated-kernels emulated-tests
+# Tables of a step's memory and host time are to come: benchmarks/emulated.py.
+emulated: emulated-kernels emulated-memory emulated-tests
 
 emulated-kernels: $(CUDA_INSTALLED)
 	for gpu in rtx3060 rtx4090 h100 rtx5090; do \
 		$(EMULATED) --gpu $$gpu -- python tests/emulated_gpu/kernels.py || exit 1; \
 	done
+
+# Bytes do not depend on numbers: nothing is computed, and large copies move nothing.
+emulated-memory: $(CUDA_INSTALLED)
+	$(EMULATED) --skip-copies -- python -m pytest -q -m gpu tests/bench/test_profile.py
 
 # Copies as late as CUDA allows, then as early: a test that passes both ways waits wherever it has to.
 emulated-tests: $(CUDA_INSTALLED)
