@@ -37,7 +37,7 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 VOCABULARIES := diffsynth==1.1.7
 
 .PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
-.PHONY: emulated emulated-kernels emulated-memory emulated-tests
+.PHONY: emulated emulated-kernels emulated-memory emulated-late emulated-early
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -89,7 +89,7 @@ $(CUDA_VENV)/installed: setup.py pyproject.toml constraints-cuda.txt
 	touch $@
 
 # Tables of a step's memory and host time are to come: benchmarks/emulated.py.
-emulated: emulated-kernels emulated-memory emulated-tests
+emulated: emulated-kernels emulated-memory emulated-late emulated-early
 
 emulated-kernels: $(CUDA_INSTALLED)
 	for gpu in rtx3060 rtx4090 h100 rtx5090; do \
@@ -101,8 +101,10 @@ emulated-memory: $(CUDA_INSTALLED)
 	$(EMULATED) --skip-copies -- python -m pytest -q -m gpu tests/bench/test_profile.py
 
 # Copies as late as CUDA allows, then as early: a test that passes both ways waits wherever it has to.
-emulated-tests: $(CUDA_INSTALLED)
+emulated-late: $(CUDA_INSTALLED)
 	$(EMULATED) --compute --races --no-triton -- $(EMULATED_TESTS)
+
+emulated-early: $(CUDA_INSTALLED)
 	$(EMULATED) --compute --races --no-triton --early -- $(EMULATED_TESTS)
 
 fullsize: $(VENV)/installed-tests
