@@ -7,6 +7,8 @@
 #   make fullsize   the whole path at full width with random weights, on the CPU (34 GB of disk; DEPTH="1 2")
 #   make aot     every kernel compiled for the GPUs in use; writes benchmarks/results/aot.md
 #   make plans   what the planner chooses for common GPUs; writes benchmarks/results/plans.md
+#   make emulated   the GPU tests, and every Triton kernel once, on an emulated GPU (tests/emulated_gpu/README.md); its
+#                PyTorch, built for CUDA, takes 5.5 GB in .venv-cuda; EMULATED_GPU_PYTHON=... takes another Python's
 #   make gpu     GPU tests and measurements with the python3 at hand, the most valuable first, all within $MINUTES (9);
 #                one JSON file a part into $OUT_DIR (default benchmarks/results). A part alone: gpu-tests gpu-steps
 #                gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks
@@ -21,10 +23,21 @@ OUT_DIR ?= benchmarks/results
 MINUTES ?= 9
 GPU_PARTS := gpu-tests gpu-steps gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks
 
+# The emulated GPU needs a PyTorch that is built for CUDA: that of EMULATED_GPU_PYTHON, or an environment of its own.
+CUDA_VENV := .venv-cuda
+ifeq ($(EMULATED_GPU_PYTHON),)
+EMULATED_GPU_PYTHON := $(abspath $(CUDA_VENV))/bin/python
+CUDA_INSTALLED := $(CUDA_VENV)/installed
+endif
+export EMULATED_GPU_PYTHON
+EMULATED := PYTHONPATH=. OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(PYTHON) tests/emulated_gpu/run.py
+EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_allocator.py
+
 # Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
 VOCABULARIES := diffsynth==1.1.7
 
 .PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
+.PHONY: emulated emulated-kernels emulated-memory emulated-late emulated-early
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -70,8 +83,32 @@ gpu:
 $(GPU_PARTS): gpu-%:
 	$(PYTHON) -m benchmarks.session --out $(OUT_DIR) --minutes $(MINUTES) $*
 
+$(CUDA_VENV)/installed: setup.py pyproject.toml constraints-cuda.txt
+	$(PYTHON) -m venv $(CUDA_VENV)
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cuda.txt -e '.[test]'
+	touch $@
+
+# Tables of a step's memory and host time are to come: benchmarks/emulated.py.
+emulated: emulated-kernels emulated-memory emulated-late emulated-early
+
+emulated-kernels: $(CUDA_INSTALLED)
+	for gpu in rtx3060 rtx4090 h100 rtx5090; do \
+		$(EMULATED) --gpu $$gpu -- python tests/emulated_gpu/kernels.py || exit 1; \
+	done
+
+# Bytes do not depend on numbers: nothing is computed, and large copies move nothing.
+emulated-memory: $(CUDA_INSTALLED)
+	$(EMULATED) --skip-copies -- python -m pytest -q -m gpu tests/bench/test_profile.py
+
+# Copies as late as CUDA allows, then as early: a test that passes both ways waits wherever it has to.
+emulated-late: $(CUDA_INSTALLED)
+	$(EMULATED) --compute --races --no-triton -- $(EMULATED_TESTS)
+
+emulated-early: $(CUDA_INSTALLED)
+	$(EMULATED) --compute --races --no-triton --early -- $(EMULATED_TESTS)
+
 fullsize: $(VENV)/installed-tests
 	$(BIN)/python -m benchmarks.fullsize $(if $(DEPTH),--depth $(DEPTH)) --out $(OUT_DIR)
 
 clean:
-	rm -rf $(VENV) build dist *.egg-info
+	rm -rf $(VENV) $(CUDA_VENV) build dist *.egg-info

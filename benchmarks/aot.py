@@ -62,11 +62,20 @@ class Report:
     broken: list[str] = field(default_factory=list)
 
 
-def run_cases(generation: int, formats: Sequence[str]) -> Iterator[Any]:
+def kernels() -> set[str]:
+    """Every kernel that the Triton backend launches, by Launch.name, found in its source: "_function[grid](...)"."""
+    found = set()
+    for path in (Path(ops.__file__).parent).glob("*.py"):
+        text = path.read_text(encoding="utf-8")
+        found |= {f"{path.stem}.{name}" for name in re.findall(r"^ +(_\w+)\[.*\]\($", text, re.MULTILINE)}
+    return found
+
+
+def run_cases(generation: int, formats: Sequence[str], device: str = "meta") -> Iterator[Any]:
     """Call every op, on every path and in every form that training uses, as on a GPU of that generation; layers in
     `formats`.
     """
-    s = Sizes(torch.device("meta"))
+    s = Sizes(torch.device(device))
     for make in (*STEPS.values(), *ROWS.values(), *RARE_STEPS.values()):
         yield make(s).run(ops)
     for make, layer in product(STORAGE.values(), ("mlp.0", "linear2")):

@@ -43,6 +43,23 @@ class Launch:
         return f"{self.kernel.__module__.rpartition('.')[2]}.{self.kernel.__name__}"
 
 
+def launch_of(key: str, fn: Any, compile: Mapping[str, Any]) -> Launch:
+    """The launch of which Triton tells its hook `jit_cache_hook`, before it compiles."""
+    kernel = fn.jit_function
+    constants = {kernel.arg_names[i]: value for (i,), value in compile["constants"].items()}
+    registers = json.loads(compile["specialization_data"])["options"].get("maxnreg")
+    return Launch(
+        kernel,
+        dict(compile["signature"]),
+        constants,
+        compile["configs"][0],
+        compile["num_warps"],
+        compile["num_stages"],
+        registers,
+        f"{fn.module}.{fn.name} {key}",
+    )
+
+
 class NoGPU:
     """Triton's driver for a GPU that is not there. Each generation is a device of its own: Triton caches by device."""
 
@@ -65,21 +82,7 @@ def recording(generation: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
 
     def record(*, key: str, fn: Any, compile: Mapping[str, Any], **_: Any) -> bool:
-        kernel = fn.jit_function
-        constants = {kernel.arg_names[i]: value for (i,), value in compile["constants"].items()}
-        registers = json.loads(compile["specialization_data"])["options"].get("maxnreg")
-        launches.append(
-            Launch(
-                kernel,
-                dict(compile["signature"]),
-                constants,
-                compile["configs"][0],
-                compile["num_warps"],
-                compile["num_stages"],
-                registers,
-                f"{fn.module}.{fn.name} {key}",
-            )
-        )
+        launches.append(launch_of(key, fn, compile))
         return True  # the launch counts as compiled, and ends here
 
     active = triton.runtime.driver._active

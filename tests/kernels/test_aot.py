@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import subprocess
 import sys
 from pathlib import Path
@@ -20,6 +19,7 @@ def test_kernels_compile_for_every_gpu_without_spills_and_with_tensor_cores(tmp_
     `make aot` compiles and disassembles every launch.
     """
     pytest.importorskip("triton")
+    from benchmarks.aot import kernels
     from fluxq.kernels.triton.shipped import GENERATIONS
 
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
@@ -32,12 +32,3 @@ def test_kernels_compile_for_every_gpu_without_spills_and_with_tensor_cores(tmp_
     assert not broken, "\n".join(broken)
     compiled = {(r["kernel"], r["capability"]) for r in reports}
     assert compiled == {(kernel, gpu) for kernel in kernels() for gpu in GENERATIONS}
-
-
-def kernels() -> set[str]:
-    """Every kernel that the Triton backend launches: "module._function[grid](...)"."""
-    found = set()
-    for path in (ROOT / "fluxq" / "kernels" / "triton").glob("*.py"):
-        text = path.read_text(encoding="utf-8")
-        found |= {f"{path.stem}.{name}" for name in re.findall(r"^ +(_\w+)\[.*\]\($", text, re.MULTILINE)}
-    return found
