@@ -19,7 +19,7 @@ from torch import Tensor
 from ..chunks import parts
 from ..weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 from . import matmul
-from .convert import dequantize
+from .convert import decode_extended, dequantize
 from .extension import fill_padding, fill_tail
 from .few_rows import input_gradient
 from .table import choose
@@ -97,8 +97,7 @@ def _extended(
     y = rows.new_empty(len(rows), n)
     for part in parts(n, k, chunk):
         w = _scratch(part.stop - part.start, width, rows)
-        dequantize(weight[part], w.dtype, w[:, :k])
-        fill_tail(w[:, k:], up[part], scale, None if bias is None else bias[part])
+        decode_extended(weight[part], up[part], scale, None if bias is None else bias[part], w)
         torch.mm(rows, w.t(), out=y[:, part])
     return y
 
@@ -158,9 +157,10 @@ def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, sca
     for part in parts(k, n, chunk):
         columns, last = part.stop - part.start, padding if part.stop == k else 0
         w = _scratch(n, columns + last, rows)
-        dequantize(_columns(weight, part), w.dtype, w[:, :columns])
-        if up is not None and last:
-            fill_tail(w[:, columns:], up, scale, None)
+        if up is None or not last:
+            dequantize(_columns(weight, part), w.dtype, w)
+        else:
+            decode_extended(_columns(weight, part), up, scale, None, w)
         torch.mm(rows, w, out=dx[:, part.start : part.stop + last])
 
 

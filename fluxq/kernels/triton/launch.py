@@ -1,0 +1,71 @@
+"""Launches Triton kernels with less work on the CPU.
+
+`kernel[grid](...)` binds the arguments, works out how each specializes the kernel, and looks the compiled kernel up by
+all of that: 10 to 20 us, thousands of times a step. A `launched` kernel keeps what Triton compiled under a shorter
+key, and launches it directly. Triton decides what to compile, as before: it sees every key once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+from triton.runtime.jit import JITFunction
+
+LARGEST_INT32 = 2**31 - 1
+
+
+def ceildiv(n: int, by: int) -> int:
+    """n / by, rounded up. triton.cdiv does the same on the host in 2 us."""
+    return -(-n // by)
+
+
+def power_of_2(n: int) -> int:
+    """The least power of two that is at least n."""
+    return 1 << (n - 1).bit_length()
+
+
+def launched(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., Any]], Any]:
+    """triton.jit for a kernel that the host launches. In Triton's interpreter it is triton.jit itself."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        return triton.jit(do_not_specialize=do_not_specialize)
+    return lambda function: _Launched(function, do_not_specialize=do_not_specialize)
+
+
+class _Launched(JITFunction):
+    """A kernel that remembers what it launched: key -> the compiled kernel and its constants."""
+
+    def __init__(self, function: Callable[..., Any], **options: Any) -> None:
+        super().__init__(function, **options)
+        self._known: dict[tuple[Any, ...], tuple[Any, tuple[Any, ...]]] = {}
+
+    def run(self, *args: Any, grid: tuple[int, ...], warmup: bool, **options: Any) -> Any:
+        """Launch with `args` and, by name, the constants that follow them and Triton's options."""
+        if warmup:
+            return super().run(*args, grid=grid, warmup=True, **options)
+        device = torch.cuda.current_device()
+        key = (device, *map(specialization, args), *options.items())
+        known = self._known.get(key)
+        if known is None:
+            compiled = super().run(*args, grid=grid, warmup=False, **options)
+            self._known[key] = compiled, tuple(options[name] for name in self.arg_names if name in options)
+            return compiled
+        compiled, constants = known
+        stream = torch._C._cuda_getCurrentRawStream(device)
+        compiled[(*grid, 1, 1)[:3]](*args, *constants, stream=stream)
+        return compiled
+
+
+def specialization(value: Any) -> Any:
+    """What Triton may compile in of an argument: of a tensor its dtype and alignment; of an integer whether it is 1, a
+    multiple of 16, or wide; of anything else its type.
+    """
+    if isinstance(value, Tensor):
+        return value.dtype, value.data_ptr() % 16 == 0
+    if type(value) is int:
+        return value == 1, value % 16 == 0, -LARGEST_INT32 <= value <= LARGEST_INT32
+    return type(value)
