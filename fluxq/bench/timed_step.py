@@ -102,7 +102,7 @@ def trainer(
     objective = Objective(flux, SameBatch(random_batch(flux.config, setting), setting.resolution), training)
 
     def step(index: int) -> float:
-        loss, _ = optimizer_step(updates, objective.loss, index, 1, 1.0, training.clip)
+        loss, _ = optimizer_step(updates, objective, index, 1, 1.0, training.clip)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # a measurement: the clock stops when the update is done
         return loss

@@ -20,7 +20,7 @@ MILLION = 1 << 20
 WHOLE = 64 * MILLION
 """More weights than any layer of FLUX has."""
 
-CHUNKS = {80: WHOLE, 86: WHOLE, 89: 18 * MILLION, 90: WHOLE, 120: 18 * MILLION}
+CHUNKS = {80: WHOLE, 86: WHOLE, 89: 27 * MILLION, 90: WHOLE, 120: 27 * MILLION}
 """Compute capability -> how many weights are decoded at a time; fluxq/kernels/triton/shipped.py says why."""
 
 

@@ -86,7 +86,7 @@ BACKWARD_BF16 = "lora_linear_backward_bf16"
 def _linear_layers() -> Rows:
     """Products in 16 bits. The tiles are those of the fused kernel, in case that path is chosen."""
     decode = "decoding once beats decoding in the loop above 512 rows on every GPU (bitsandbytes' measured dispatch); "
-    l2 = "chunks of 36 MB stay in the L2 cache until they are multiplied, and fill whole waves (predicted)"
+    l2 = "half of the largest layers, 57 MB: it stays in a large L2 cache until it is multiplied (predicted)"
     waves = "each of FLUX's layers in one piece: the fewest launches, and products that fill whole waves (predicted)"
     spills = "; with Triton 3.6 a fused tile twice as wide spills"
     for gpu in ALL:
