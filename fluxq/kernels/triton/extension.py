@@ -17,8 +17,8 @@ from .table import choose
 def fill_padding(rows: Tensor, k: int, s: Tensor) -> None:
     """Write [s | 1 | 0] into the columns of `rows` (M, ...) from k on. s (M, R)."""
     tile, width, s = choose("fill_padding", rows.device), rows.shape[1] - k, contiguous_rows(s)
-    _fill_padding[ceildiv(len(rows), tile.block_m), ceildiv(width, tile.block_n)](
-        rows[:, k:], s, len(rows), width, s.shape[1], rows.stride(0), s.stride(0),
+    _fill_padding[ceildiv(rows.shape[0], tile.block_m), ceildiv(width, tile.block_n)](
+        rows[:, k:], s, rows.shape[0], width, s.shape[1], rows.stride(0), s.stride(0),
         EIGHTS=_by_eights(s), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 

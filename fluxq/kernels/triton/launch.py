@@ -14,9 +14,10 @@ from typing import Any
 import torch
 import triton
 from torch import Tensor
+from triton import knobs
 from triton.runtime.jit import JITFunction
 
-LARGEST_INT32 = 2**31 - 1
+WIDE = 2**31
 
 
 def ceildiv(n: int, by: int) -> int:
@@ -37,7 +38,7 @@ def launched(do_not_specialize: Sequence[str] = ()) -> Callable[[Callable[..., A
 
 
 class _Launched(JITFunction):
-    """A kernel that remembers what it launched: key -> the compiled kernel and its constants."""
+    """A kernel that remembers what Triton compiled for it, by key, with the constants that follow the arguments."""
 
     def __init__(self, function: Callable[..., Any], **options: Any) -> None:
         super().__init__(function, **options)
@@ -47,25 +48,36 @@ class _Launched(JITFunction):
         """Launch with `args` and, by name, the constants that follow them and Triton's options."""
         if warmup:
             return super().run(*args, grid=grid, warmup=True, **options)
-        device = torch.cuda.current_device()
-        key = (device, *map(specialization, args), *options.items())
-        known = self._known.get(key)
-        if known is None:
+        device = torch._C._cuda_getDevice()
+        key = (device, *specializations(args), *options.items())
+        if key not in self._known:
             compiled = super().run(*args, grid=grid, warmup=False, **options)
-            self._known[key] = compiled, tuple(options[name] for name in self.arg_names if name in options)
+            constants = tuple(options[name] for name in self.arg_names if name in options)
+            self._known[key] = compiled, constants
             return compiled
-        compiled, constants = known
-        stream = torch._C._cuda_getCurrentRawStream(device)
-        compiled[(*grid, 1, 1)[:3]](*args, *constants, stream=stream)
+        compiled, constants = self._known[key]
+        x, y, z = (*grid, 1, 1)[:3]
+        stream, hooks = torch._C._cuda_getCurrentRawStream(device), knobs.runtime
+        about = compiled.launch_metadata((x, y, z), stream, *args, *constants)
+        compiled.run(
+            x, y, z, stream, compiled.function, compiled.packed_metadata, about,
+            hooks.launch_enter_hook, hooks.launch_exit_hook, *args, *constants,
+        )  # fmt: skip
         return compiled
 
 
-def specialization(value: Any) -> Any:
-    """What Triton may compile in of an argument: of a tensor its dtype and alignment; of an integer whether it is 1, a
-    multiple of 16, or wide; of anything else its type.
+def specializations(args: tuple[Any, ...]) -> list[Any]:
+    """What Triton may compile in of each argument: of a tensor its dtype and alignment; of an integer whether it is 1, a
+    multiple of 16, or wider than 32 bits; of anything else its type.
     """
-    if isinstance(value, Tensor):
-        return value.dtype, value.data_ptr() % 16 == 0
-    if type(value) is int:
-        return value == 1, value % 16 == 0, -LARGEST_INT32 <= value <= LARGEST_INT32
-    return type(value)
+    found: list[Any] = []
+    for value in args:
+        kind = type(value)
+        if kind is int:
+            found.append((value == 1, value % 16 == 0, -WIDE <= value < WIDE))
+        elif isinstance(value, Tensor):
+            found.append(value.dtype)
+            found.append(value.data_ptr() % 16 == 0)
+        else:
+            found.append(kind)
+    return found

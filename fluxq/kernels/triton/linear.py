@@ -37,7 +37,7 @@ def lora_linear(
     # Layers may share an input; each fills the padding again. Autograd keeps nothing that is in the padding, so `data`
     # hides the write from it; s is a separate tensor.
     rows = x.data.reshape(-1, x.shape[-1])
-    choice = choose(f"lora_linear_{_format(weight)}", x.device, len(rows))
+    choice = choose(f"lora_linear_{_format(weight)}", x.device, rows.shape[0])
     s = None if down is None or up is None else torch.mm(rows[:, :k], down.t())
     if choice.path == "fused" and x.dtype != torch.float64:
         y = matmul.linear(rows[:, :k], weight, bias, s, None if up is None else up * scale, choice)
@@ -94,7 +94,7 @@ def _extended(
     """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
     (n, k), width = weight.shape, rows.shape[1]
     fill_padding(rows, k, s)  # all of it: leftover NaN would survive the zeros in the scratch
-    y = rows.new_empty(len(rows), n)
+    y = rows.new_empty(rows.shape[0], n)
     for part in parts(n, k, chunk):
         w = _scratch(part.stop - part.start, width, rows)
         decode_extended(weight[part], up[part], scale, None if bias is None else bias[part], w)
@@ -109,7 +109,7 @@ def _plain(
     if isinstance(weight, Tensor):
         y = F.linear(rows, weight.to(rows.dtype), bias)
     else:
-        y = rows.new_empty(len(rows), n)
+        y = rows.new_empty(rows.shape[0], n)
         for part in parts(n, k, chunk):
             w = _scratch(part.stop - part.start, k, rows)
             dequantize(weight[part], w.dtype, w)
@@ -122,8 +122,8 @@ def _dx(
 ) -> tuple[Tensor, Tensor | None]:
     """dy W + ds down, (M, K + padding), and with LoRA ds = scale dy up, (M, R)."""
     k = weight.shape[1]
-    choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows))
-    dx = rows.new_empty(len(rows), k + padding)
+    choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, rows.shape[0])
+    dx = rows.new_empty(rows.shape[0], k + padding)
     if choice.path == "fused" and rows.dtype != torch.float64:
         ds = None if up is None else _ds(rows, up, scale)
         input_gradient(rows, weight, ds, down, dx[:, :k], choice)
@@ -196,7 +196,7 @@ def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
 
     Uses are ordered by the stream, and each stream has its own scratch. It grows to the largest size requested.
     """
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    stream = torch._C._cuda_getCurrentRawStream(like.get_device()) if like.is_cuda else 0
     key = (like.device, like.dtype, stream)
     if key not in _scratches or _scratches[key].numel() < rows * columns:
         _scratches.pop(key, None)  # first, so that old and new never exist together
