@@ -96,17 +96,16 @@ class Product:
 
     @property
     def forward_temporary(self) -> int:
-        """Bytes only needed while it multiplies: LoRA in 16 bits; the weight and the input in 8 bits, if made here."""
-        lora = 2 * self.rank * (self.n + self.k)
+        """Bytes only needed while it multiplies: LoRA's up, scaled; the weight and the input in 8 bits, if made here."""
         if not self.eight_bits:
-            return lora + self.n * self.padding * 2
+            return self.n * self.padding * 2
         weight = 0 if self.stored == 1 else self.weights + 4 * self.n
-        return lora + weight + (0 if self.produced else self.input8_bytes)
+        return 4 * self.rank * self.n + weight + (0 if self.produced else self.input8_bytes)
 
     @property
     def backward_temporary(self) -> int:
         """The same for its gradients."""
-        lora = 2 * self.rank * (self.n + self.k) + self.rows * self.rank * 2
+        lora = 2 * self.rank * self.n + self.rows * self.rank * 2
         if self.eight_bits_backward:
             return lora + self.weights + self.rows * (self.n + 4)
         return lora + self.n * self.padding * 2
