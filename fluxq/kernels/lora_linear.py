@@ -150,7 +150,7 @@ def _dx_8bit(
     rows = dy.flatten(0, -2)
     w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True, rotation=rotation)  # (K, N)
     values, row_scale = ops(dy).row_quantize(rows, dtype, w_scale)
-    ds = None if up is None else rows @ (up * scale)
+    ds = None if up is None else rows.new_empty(rows.shape[0], up.shape[1]).addmm_(rows, up, beta=0, alpha=scale)
     if down is not None and rotation:
         down = ops(dy).rotate(down, rotation)
     dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())

@@ -12,6 +12,8 @@ fused     The weight is decoded in the product's loop (matmul.py, few_rows.py): 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -77,7 +79,7 @@ def lora_linear_backward(
 def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of down and up, in fp32. dy (..., N), x (..., K), s (..., R), and the gradient of s: ds (M, R)."""
     d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1]))
-    return d_down, _mm_fp32(dy.reshape(-1, dy.shape[-1]).t(), s.reshape(-1, s.shape[-1])).mul_(scale)
+    return d_down, _mm_fp32(dy.reshape(-1, dy.shape[-1]).t(), s.reshape(-1, s.shape[-1]), scale)
 
 
 def _format(weight: Weight) -> str:
@@ -138,7 +140,7 @@ def _dx(
 
 
 def _ds(rows: Tensor, up: Tensor, scale: float) -> Tensor:
-    return torch.mm(rows, (up * scale).to(rows.dtype))
+    return rows.new_empty(rows.shape[0], up.shape[1]).addmm_(rows, up.to(rows.dtype), beta=0, alpha=scale)
 
 
 def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, scale: float, chunk: int) -> None:
@@ -179,13 +181,21 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, a, b, out=out)
 
 
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed and returned in fp32, or in the factors' dtype if that is wider."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    if a.is_cuda:
+def _mm_fp32(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale a b, summed and returned in fp32, or in the factors' dtype if that is wider."""
+    if not a.is_cuda or a.dtype not in (torch.bfloat16, torch.float16):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        product = a.to(dtype) @ b.to(dtype)
+        return product if scale == 1.0 else product.mul_(scale)
+    if scale == 1.0:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return torch.addmm(_unread(a.device), a, b, out_dtype=torch.float32, beta=0, alpha=scale)
+
+
+@cache
+def _unread(device: torch.device) -> Tensor:
+    """What `addmm` adds 0 times, and does not read."""
+    return torch.empty(1, 1, device=device)
 
 
 _scratches: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
