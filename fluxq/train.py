@@ -93,7 +93,7 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
         for step in range(progress.step, steps):
             clock, done = time.perf_counter(), step + 1
             factor = learning_rate_factor(training.schedule, step, steps, training.warmup)
-            work = partial(optimizer_step, optimizer, objective.loss, step, training.accumulate, factor, training.clip)
+            work = partial(optimizer_step, optimizer, objective, step, training.accumulate, factor, training.clip)
             loss, norm = retry.run(f"step {done}", work)
             report.step(done, loss, training.learning_rate * factor, norm, time.perf_counter() - clock)
 

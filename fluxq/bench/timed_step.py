@@ -25,7 +25,7 @@ from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import Costs, Work
 from fluxq.offload.gpus import GIB, GPU
 from fluxq.training.objective import Objective
-from fluxq.training.optim import build_optimizer, optimizer_step
+from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step
 
 from .timing import spread, wall
 
@@ -92,7 +92,7 @@ def clock_steps(
 
 
 def trainer(
-    flux: Flux, setting: Setting, optimizer: str = OPTIMIZER, updates: torch.optim.Optimizer | None = None
+    flux: Flux, setting: Setting, optimizer: str = OPTIMIZER, updates: FlatOptimizer | None = None
 ) -> Callable[[int], float]:
     """A function that runs training step `index` on a random batch and returns its loss. updates: the optimizer of the
     LoRA's weights, by default a new one of kind `optimizer`.
@@ -102,7 +102,7 @@ def trainer(
     objective = Objective(flux, SameBatch(random_batch(flux.config, setting), setting.resolution), training)
 
     def step(index: int) -> float:
-        loss, _ = optimizer_step(updates, objective.loss, index, 1, 1.0, training.clip)
+        loss, _ = optimizer_step(updates, objective, index, 1, 1.0, training.clip)
         if device.type == "cuda":
             torch.cuda.synchronize(device)  # a measurement: the clock stops when the update is done
         return loss

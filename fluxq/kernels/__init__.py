@@ -7,6 +7,7 @@ from .formats import dequantize, quantize
 from .lora_linear import COMPUTES, lora_linear, wants
 from .reference import unnest_absmax
 from .replay import POLICIES, Tape
+from .rounding import rows_of
 from .steps import gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
 from .weights import FORMATS, NF4Weight, RowScaled, Weight
 
@@ -31,6 +32,7 @@ __all__ = [
     "ops",
     "qk_norm_rope",
     "quantize",
+    "rows_of",
     "unnest_absmax",
     "wants",
 ]

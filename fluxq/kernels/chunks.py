@@ -17,7 +17,10 @@ LANES = 32
 """
 
 MILLION = 1 << 20
-CHUNKS = {80: 45 * MILLION, 86: 9 * MILLION, 89: 9 * MILLION, 90: 45 * MILLION, 120: 9 * MILLION}
+WHOLE = 64 * MILLION
+"""More weights than any layer of FLUX has."""
+
+CHUNKS = {80: WHOLE, 86: WHOLE, 89: 27 * MILLION, 90: WHOLE, 120: 27 * MILLION}
 """Compute capability -> how many weights are decoded at a time; fluxq/kernels/triton/shipped.py says why."""
 
 

@@ -13,6 +13,7 @@ from .activations import Activations, Wants
 from .chunks import FEW_ROWS
 from .dispatch import ops
 from .replay import placeholder, unread
+from .rounding import rounded
 from .weights import Weight
 
 COMPUTES = ("bf16", "int8", "int8_dx", "fp8", "fp8_dx")
@@ -80,7 +81,8 @@ class _LoRALinear(torch.autograd.Function):
         rotation: int,
         unread: bool,
     ) -> Tensor:
-        cast_down, cast_up, cast_bias = (t if t is None else t.to(x.dtype) for t in (down, up, bias))
+        cast_down, cast_up = rounded(down, x.dtype), rounded(up, x.dtype)
+        cast_bias = bias if bias is None else bias.to(x.dtype)
         if unread:
             s = given.s if cast_down is None or given.s is not None else F.linear(x[..., : weight.shape[1]], cast_down)
             y = placeholder(*x.shape[:-1], weight.shape[0], like=x)
@@ -148,7 +150,7 @@ def _dx_8bit(
     rows = dy.flatten(0, -2)
     w, w_scale = ops(dy).to_rows(weight, dtype, transposed=True, rotation=rotation)  # (K, N)
     values, row_scale = ops(dy).row_quantize(rows, dtype, w_scale)
-    ds = None if up is None else rows @ (up * scale)
+    ds = None if up is None else rows.new_empty(rows.shape[0], up.shape[1]).addmm_(rows, up, beta=0, alpha=scale)
     if down is not None and rotation:
         down = ops(dy).rotate(down, rotation)
     dx = ops(dy).matmul_8bit(values, row_scale, w, None, dy.dtype, ds, None if down is None else down.t())

@@ -17,6 +17,7 @@ from __future__ import annotations
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from typing import Any, TypeVar
 
 import torch
@@ -100,4 +101,9 @@ def unread(feeds: str | None) -> bool:
 
 def placeholder(*shape: int, like: Tensor) -> Tensor:
     """A tensor of that shape that takes no memory and is NaN, for outputs that nobody reads."""
-    return like.new_full((), torch.nan).expand(shape)
+    return _nan(like.device, like.dtype).expand(shape)
+
+
+@cache
+def _nan(device: torch.device, dtype: torch.dtype) -> Tensor:
+    return torch.full((), torch.nan, device=device, dtype=dtype)

@@ -7,7 +7,7 @@ from dataclasses import fields
 import torch
 from torch import Tensor, nn
 
-from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora_linear, wants
+from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora_linear, rows_of, wants
 
 
 class Linear(nn.Module):
@@ -83,7 +83,7 @@ class Linear(nn.Module):
 
         feeds: the value that is made from the output alone (fluxq/kernels/replay.py).
         """
-        bias, up = (t if t is None else t[rows] for t in (self.bias, self.lora_up))
-        return lora_linear(
-            x, self.frozen[rows], bias, self.lora_down, up, self.lora_scale, self.compute, feeds, self.rotation
-        )
+        weight, bias, up = self.frozen, self.bias, rows_of(self.lora_up, rows)
+        if rows != slice(None):
+            weight, bias = weight[rows], None if bias is None else bias[rows]
+        return lora_linear(x, weight, bias, self.lora_down, up, self.lora_scale, self.compute, feeds, self.rotation)

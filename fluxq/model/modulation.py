@@ -34,6 +34,11 @@ def is_known_ahead(config: FluxConfig, targets: str | Sequence[str]) -> bool:
     return not flux.trains_modulation
 
 
+def sent(x: Tensor, device: torch.device) -> Tensor:
+    """`x` on `device`. A GPU copies it when it comes to that; the CPU does not wait."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x.to(device)
+
+
 class Lookahead:
     """The modulation rows of each micro-step, for `flux` with its current LoRA and layers.
 
@@ -61,7 +66,7 @@ class Lookahead:
             self._compute(tile)
         first, count = place * self._batch, self._counts[place]
         joined = torch.cat([rows[first : first + count] for rows in self._rows], dim=1)
-        return joined.to(self._flux.device).split([rows.shape[1] for rows in self._rows], dim=1)
+        return sent(joined, self._flux.device).split([rows.shape[1] for rows in self._rows], dim=1)
 
     @torch.no_grad()
     def _compute(self, tile: int) -> None:

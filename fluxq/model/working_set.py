@@ -77,8 +77,8 @@ class Product:
 
     @property
     def input8_bytes(self) -> int:
-        """Bytes of the input in 8 bits, with its scales and x down^T in fp32."""
-        return self.rows * (self.k + 4 + 4 * self.rank) if self.eight_bits else 0
+        """Bytes of the input in 8 bits, with its scales and x down^T."""
+        return self.rows * (self.k + 4 + 2 * self.rank) if self.eight_bits else 0
 
     @property
     def output_bytes(self) -> int:
@@ -87,7 +87,7 @@ class Product:
     @property
     def x_down_bytes(self) -> int:
         """Bytes of x down^T, kept for LoRA's gradient."""
-        return self.rows * self.rank * (4 if self.eight_bits and self.produced else 2)
+        return 2 * self.rows * self.rank
 
     @property
     def gradient_bytes(self) -> int:
@@ -96,17 +96,16 @@ class Product:
 
     @property
     def forward_temporary(self) -> int:
-        """Bytes only needed while it multiplies: LoRA in 16 bits; the weight and the input in 8 bits, if made here."""
-        lora = 2 * self.rank * (self.n + self.k)
+        """Bytes only needed while it multiplies; in 8 bits LoRA's up, scaled, and the weight and input if made here."""
         if not self.eight_bits:
-            return lora + self.n * self.padding * 2
+            return self.n * self.padding * 2
         weight = 0 if self.stored == 1 else self.weights + 4 * self.n
-        return lora + weight + (0 if self.produced else self.input8_bytes)
+        return 4 * self.rank * self.n + weight + (0 if self.produced else self.input8_bytes)
 
     @property
     def backward_temporary(self) -> int:
         """The same for its gradients."""
-        lora = 2 * self.rank * (self.n + self.k) + self.rows * self.rank * 2
+        lora = 2 * self.rank * self.n + self.rows * self.rank * 2
         if self.eight_bits_backward:
             return lora + self.weights + self.rows * (self.n + 4)
         return lora + self.n * self.padding * 2

@@ -17,7 +17,7 @@ from fluxq.config import TrainingConfig
 from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
-from fluxq.model.modulation import Conditioning, Lookahead
+from fluxq.model.modulation import Conditioning, Lookahead, sent
 
 CALIBRATION_BATCHES = 2
 
@@ -39,6 +39,7 @@ class Objective:
     ) -> None:
         self.flux, self.batches, self.training, self.clip = flux, batches, training, clip
         self._lookahead: Lookahead | None = None
+        self._prepared: tuple[int, Batch, Tensor, Tensor] | None = None
 
     def loss(self, index: int) -> Tensor:
         """The mean loss of micro-step `index`, with modulation that was computed ahead wherever that is possible.
@@ -48,6 +49,11 @@ class Objective:
         if self._lookahead is None:
             self._lookahead = Lookahead(self.flux, self.conditioning, self.training.batch)
         return self._loss(index, self._lookahead.rows(index))
+
+    def prepare(self, index: int) -> None:
+        """Read what micro-step `index` needs and start its copies to the GPU, while that is still busy."""
+        self._prepared = None  # first, so that two are never there
+        self._prepared = index, *self._inputs(index)
 
     def calibration(self) -> None:
         """Forward passes of the first micro-steps, with modulation computed in the step, so every layer sees inputs."""
@@ -64,11 +70,20 @@ class Objective:
         return validation_loss(self.flux, map(self._with_pooled, batches), settings.shift, settings.guidance)
 
     def _loss(self, index: int, modulation: tuple[Tensor, ...] | None) -> Tensor:
-        batch, t, settings = self._with_pooled(self.batches.batch(index)), self._timesteps(index), self.training
+        if self._prepared is None or self._prepared[0] != index:
+            self.prepare(index)
+        assert self._prepared is not None
+        (_, batch, noise, t), self._prepared = self._prepared, None
+        batch, guidance = self._with_pooled(batch), self.training.guidance
+        return flow_loss(self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation).mean()
+
+    def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
+        """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""
+        batch, settings, device = self.batches.batch(index), self.training, self.flux.device
         noise = sample_noise(batch.latents.shape[1:], settings.seed, index, batch.examples)
-        inputs = (x.to(self.flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        latents, noise, txt, pooled = inputs
-        return flow_loss(self.flux, latents, noise, t, txt, pooled, settings.guidance, modulation).mean()
+        latents, txt, pooled = (sent(x, device) for x in (batch.latents, batch.txt, batch.pooled))
+        batch = replace(batch, latents=latents, txt=txt, pooled=pooled)
+        return batch, sent(noise, device), sent(self._timesteps(index), device)
 
     def _timesteps(self, index: int) -> Tensor:
         (width, height), settings = self.batches.bucket_of(index), self.training

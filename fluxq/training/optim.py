@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import importlib
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from types import ModuleType
-from typing import Any, TypeVar
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,37 +15,147 @@ from torch import Tensor, nn
 from fluxq.console import quiet_imports
 from fluxq.errors import WrongRequest
 
+from .flat import Flat
+
 OPTIMIZERS = ("adamw", "adamw8bit")
 SCHEDULES = ("constant", "linear", "cosine")
-
-Optimizer = TypeVar("Optimizer", bound=torch.optim.Optimizer)
 
 
 def build_optimizer(
     name: str, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], learning_rate: float, weight_decay: float
-) -> torch.optim.Optimizer:
+) -> FlatOptimizer:
     """The optimizer `name`: adamw (state in fp32, 8 bytes per weight) or adamw8bit (bitsandbytes; 2 bytes per weight).
 
     parameters: a list, or torch's groups ("params" and "lr"), which have their own learning rates. The state is
     allocated here, because a first step that runs out of memory for it would be left half done.
     """
+    if name not in OPTIMIZERS:
+        raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
+    return FlatOptimizer(name, parameters, learning_rate, weight_decay)
+
+
+class FlatOptimizer(torch.optim.Optimizer):
+    """AdamW of parameters that become slices of flat tensors (flat.py), so one norm and one update serve all of them.
+
+    To the outside it is an optimizer like any other: `param_groups` and `state` are those of the parameters, the state
+    in slices too. A parameter that has no gradient is updated as if it were zero.
+    """
+
+    def __init__(self, name: str, parameters: Iterable[Any], learning_rate: float, weight_decay: float) -> None:
+        super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
+        self.flats = [_FlatUpdate(name, part, group) for group in self.param_groups for part in _parts(name, group)]
+        for group in self.param_groups:
+            group["initial_lr"] = group["lr"]  # which schedules multiply
+        for flat in self.flats:
+            self.state.update(zip(flat.parameters, flat.states(), strict=True))
+
+    @contextmanager
+    def rounding(self) -> Iterator[None]:
+        """Inside, nobody writes the parameters, so all of them are rounded once, when a layer first asks for it."""
+        with ExitStack() as stack:
+            for flat in self.flats:
+                stack.enter_context(flat.unchanged())
+            yield
+
+    def gather(self) -> None:
+        """Move the gradients of the parameters into those of the flat tensors, which `step` uses."""
+        for flat in self.flats:
+            flat.gather()
+
+    def clip(self, norm: float) -> Tensor:
+        """The norm of all gathered gradients, which are scaled down to at most `norm` (0: no limit)."""
+        return torch.nn.utils.clip_grad_norm_([flat.values for flat in self.flats], norm or torch.inf)
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        """Update all parameters by the gradients that were gathered, or else by their own."""
+        if any(flat.values.grad is None for flat in self.flats):
+            self.gather()
+        for flat in self.flats:
+            flat.step()
+            flat.values.grad = None
+            for p in flat.parameters:
+                self.state[p]["step"] = flat.state["step"]
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad()
+        for flat in self.flats:
+            flat.values.grad = None
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take over a saved state, also one that was saved with an optimizer state per tensor."""
+        for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({key: value for key, value in saved.items() if key != "params"})
+        for index, p in enumerate(parameters_of(self)):
+            saved = dict(state_dict["state"][index])
+            for nested in [key for key, value in saved.items() if isinstance(value, dict)]:
+                saved |= saved.pop(nested)  # bitsandbytes nests its tensors
+            for key, own in self.state[p].items():
+                if isinstance(own, Tensor):
+                    own.copy_(saved[key])
+                else:
+                    self.state[p][key] = saved[key]
+        for flat in self.flats:
+            flat.state["step"] = self.state[flat.parameters[0]]["step"]
+
+
+class _FlatUpdate(Flat):
+    """Some parameters of a group, and the library's optimizer of their flat tensor."""
+
+    def __init__(self, name: str, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+        super().__init__(parameters)
+        self.group, self.updates, common = group, 0, dict(lr=group["lr"], weight_decay=group["weight_decay"])
+        if name == "adamw":
+            self.inner: Any = torch.optim.AdamW([self.values], **common, fused=self.values.is_cuda)
+            self.state = self.inner.state[self.values]
+            moments = (torch.zeros_like(self.values, requires_grad=False) for _ in range(2))
+            step = torch.zeros((), device=self.values.device if self.values.is_cuda else "cpu")
+            self.state |= dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
+        else:
+            adamw = (
+                import_bitsandbytes().optim.AdamW8bit
+                if _has_8_bits(parameters[0])
+                else import_bitsandbytes().optim.AdamW
+            )
+            self.inner = adamw([self.values], **common)
+            self.inner.init_state(self.inner.param_groups[0], self.values, 0, 0)
+            self.state = self.inner.state[self.values]
+        own = self.inner.param_groups[0]
+        group.update({key: value for key, value in own.items() if key not in group})
+
+    def states(self) -> list[dict[str, Any]]:
+        """The state of each parameter, in slices of the flat tensor's."""
+        columns = {key: self._sliced(key, value) for key, value in self.state.items()}
+        return [{key: column[i] for key, column in columns.items()} for i in range(len(self.parameters))]
+
+    def _sliced(self, key: str, value: Any) -> list[Any]:
+        if key in ("step", "qmap1", "qmap2"):
+            return [value] * len(self.parameters)
+        return self.blocks(value) if key.startswith("absmax") else self.parts(value)
+
+    def step(self) -> None:
+        """Update the flat tensor, with the options that the group has now."""
+        own = self.inner.param_groups[0]
+        own.update({key: self.group[key] for key in ("lr", "weight_decay", "betas", "eps")})
+        self.updates += 1
+        if isinstance(self.inner, torch.optim.AdamW):
+            self.inner.step()
+        else:
+            self.inner.update_step(own, self.values, 0, 0)  # `step` would wait for the GPU after every tensor
+
+
+def _parts(name: str, group: dict[str, Any]) -> list[list[nn.Parameter]]:
+    """The parameters of `group` that one flat tensor can hold: those whose state has as many bits."""
+    parameters = group["params"]
     if name == "adamw":
-        optimizer = _with_initial_lr(torch.optim.AdamW(parameters, lr=learning_rate, weight_decay=weight_decay))
-        for p in parameters_of(optimizer):
-            optimizer.state[p] = {
-                "step": torch.tensor(0.0),
-                "exp_avg": torch.zeros_like(p, requires_grad=False),
-                "exp_avg_sq": torch.zeros_like(p, requires_grad=False),
-            }
-        return optimizer
-    if name == "adamw8bit":
-        adamw8bit = import_bitsandbytes().optim.AdamW8bit
-        optimizer = _with_initial_lr(adamw8bit(parameters, lr=learning_rate, weight_decay=weight_decay))
-        for g, group in enumerate(optimizer.param_groups):
-            for i, p in enumerate(group["params"]):
-                optimizer.init_state(group, p, g, i)
-        return optimizer
-    raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
+        return [parameters] if parameters else []
+    parts = ([p for p in parameters if _has_8_bits(p) == bits] for bits in (True, False))
+    return [part for part in parts if part]
+
+
+def _has_8_bits(p: nn.Parameter) -> bool:
+    """Whether bitsandbytes stores the state of `p` in 8 bits: that of small tensors stays in fp32."""
+    return p.numel() >= 4096
 
 
 def import_bitsandbytes() -> ModuleType:
@@ -62,16 +173,16 @@ def import_bitsandbytes() -> ModuleType:
         torch.compile = compile
 
 
-def _with_initial_lr(optimizer: Optimizer) -> Optimizer:
-    """`optimizer` with the learning rate of each group stored as "initial_lr", which schedules multiply."""
-    for group in optimizer.param_groups:
-        group["initial_lr"] = group["lr"]
-    return optimizer
+class Minimized(Protocol):
+    """What is minimized: the loss of each micro-step by its number, and what can be done for it ahead."""
+
+    def loss(self, index: int) -> Tensor: ...
+    def prepare(self, index: int) -> None: ...
 
 
 def optimizer_step(
-    optimizer: torch.optim.Optimizer,
-    loss_of: Callable[[int], Tensor],
+    optimizer: FlatOptimizer,
+    objective: Minimized,
     step: int,
     accumulate: int,
     factor: float,
@@ -79,18 +190,21 @@ def optimizer_step(
 ) -> tuple[float, float]:
     """Optimizer step `step` (0-based): its mean loss, and the norm of its gradient before clipping to `clip`.
 
-    loss_of(index): the loss of a micro-step; the index counts over the whole run, `accumulate` per step. factor:
-    multiplies every learning rate. clip 0: no limit. If anything fails before the update, weights and state are
-    unchanged. Raises WrongRequest for a gradient that is not finite.
+    The index of a micro-step counts over the whole run, `accumulate` per step. factor: multiplies every learning rate.
+    clip 0: no limit. If anything fails before the update, weights and state are unchanged. Raises WrongRequest for a
+    gradient that is not finite.
     """
-    parameters, losses = parameters_of(optimizer), []
+    losses, after = [], (step + 1) * accumulate
     optimizer.zero_grad()  # an attempt that ran out of memory may have left some
-    for index in range(step * accumulate, (step + 1) * accumulate):
-        loss = loss_of(index)
-        (loss / accumulate).backward()
-        losses.append(loss.detach())
-    norm = float(torch.nn.utils.clip_grad_norm_(parameters, clip or torch.inf))
-    mean = float(torch.stack(losses).mean())  # before the update, since nothing may fail after it
+    with optimizer.rounding():
+        for index in range(step * accumulate, after):
+            loss = objective.loss(index)
+            (loss / accumulate).backward()
+            losses.append(loss.detach())
+    optimizer.gather()
+    read = torch.stack([torch.stack(losses).mean(), optimizer.clip(clip)])
+    objective.prepare(after)
+    mean, norm = read.tolist()  # the only time that the CPU waits; before the update, since nothing may fail after it
     if not math.isfinite(norm):
         raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is intact; lower --lr")
     for group in optimizer.param_groups:
@@ -100,15 +214,15 @@ def optimizer_step(
     return mean, norm
 
 
-def update(optimizer: torch.optim.Optimizer) -> None:
+def update(optimizer: FlatOptimizer) -> None:
     """optimizer.step(), with the temporary memory that AdamW needs tested first, so that running out changes nothing.
 
     adamw8bit needs no temporary memory. Raises WrongRequest if memory runs out in the middle all the same: then only
     some weights are updated, and the run cannot continue from them.
     """
-    if isinstance(optimizer, torch.optim.AdamW):
-        temporary = [torch.empty_like(p) for p in parameters_of(optimizer)]  # as large as the roots of exp_avg_sq
-        del temporary
+    for flat in optimizer.flats:
+        if isinstance(flat.inner, torch.optim.AdamW):
+            torch.empty_like(flat.values)  # as large as the roots of exp_avg_sq
     before = _update_count(optimizer)
     try:
         optimizer.step()
@@ -121,9 +235,9 @@ def update(optimizer: torch.optim.Optimizer) -> None:
         ) from error
 
 
-def _update_count(optimizer: torch.optim.Optimizer) -> float:
-    """The number of updates of all weights together, including unfinished ones."""
-    return sum(float(state["step"]) for state in optimizer.state.values())
+def _update_count(optimizer: FlatOptimizer) -> float:
+    """The number of updates of flat tensors, including unfinished ones."""
+    return sum(flat.updates for flat in optimizer.flats)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

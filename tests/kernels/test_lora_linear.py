@@ -92,7 +92,7 @@ def test_the_gradient_multiplies_by_up_once_and_rounds_no_lora_again(compute):
     y = lora_linear(x, quantize(weight, "int8"), bias, down, up, 0.7, compute)
     with Launches() as launches:
         torch.autograd.grad(y, (x, down, up), torch.ones_like(y))
-    assert [name for name, shape in launches.seen if shape == (70, 7) and "mm" in name] == ["mm"]
+    assert [name for name, shape in launches.seen if shape == (70, 7) and "mm" in name] in (["mm"], ["addmm_"])
     cast = [shape for name, shape in launches.seen if name == "_to_copy"]
     # d_down and d_up, where they are not in fp32 already
     assert all(cast.count(shape) <= 1 for shape in (down.shape, up.shape)), cast

@@ -23,6 +23,7 @@ from fluxq.bench import timed_step
 from fluxq.bench.random_model import RandomUnits
 from fluxq.formats.quantized import assign
 from fluxq.formats.stream import expect_training, load_streamed
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.blocks import Scale
 from fluxq.model.costs import flux_costs
@@ -31,7 +32,7 @@ from fluxq.offload import spread
 from fluxq.offload.costs import Costs
 from fluxq.offload.footprint import Setting, peak_by_owner
 from fluxq.offload.streams import Immediate
-from fluxq.training import objective, optim
+from fluxq.training import flat, objective
 
 META = torch.device("meta")
 
@@ -122,7 +123,7 @@ def a_meta_step(keeps_gradients: bool) -> Iterator[None]:
         return torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else to_host(tensor)
 
     with (
-        patch.object(optim, "float", lambda tensor: 0.0, create=True),
+        patch.object(torch.Tensor, "tolist", lambda tensor: [0.0] * len(tensor)),
         patch.object(torch.Tensor, "cpu", host),
         patch.object(torch.optim.Optimizer, "zero_grad", (lambda self: None) if keeps_gradients else zero_grad),
     ):
@@ -140,11 +141,13 @@ def owners_reported(live: LiveBytes, flux: Flux) -> Iterator[None]:
         live.belongs("activations")
         return value
 
-    def reporting_float(tensor: Tensor) -> float:
-        live.belongs("lora", [p.grad for p in flux.parameters() if p.grad is not None])
-        return 0.0
+    gather = flat.Flat.gather
 
-    with patch.object(objective, "flow_loss", reporting_loss), patch.object(optim, "float", reporting_float):
+    def reporting_gather(self: flat.Flat) -> None:
+        live.belongs("lora", [p.grad for p in flux.parameters() if p.grad is not None])
+        gather(self)
+
+    with patch.object(objective, "flow_loss", reporting_loss), patch.object(flat.Flat, "gather", reporting_gather):
         yield
 
 
@@ -161,7 +164,6 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
     with hollow(case.generation), LiveBytes(device="meta") as live:
         flux = flux_of(case, config, resident)
         live.belongs("weights")
-        live.belongs("lora", flux.parameters())
         if case.resident is not None:
             live.belongs("slots", [slot.memory for slot in flux.ring._slots])
         setting = timed_step.Setting(
@@ -173,6 +175,8 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
             gc.collect()
             states = optimizers[0].state.values()
             live.belongs("optimizer", [t for state in states for t in state.values() if isinstance(t, Tensor)])
+            flats = [own for f in optimizers[0].flats for own in (f.values, f._rounded)]
+            live.belongs("lora", [own for own in flats if own is not None])
             live.reset_peak()
             with owners_reported(live, flux):
                 step(64)
@@ -184,7 +188,7 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
 def costs_of(case: Case, config: FluxConfig) -> Costs:
     return flux_costs(
         config, case.format, case.compute, case.rank, case.targets, case.batch, (case.size // 16) ** 2, case.text,
-        case.optimizer, case.accumulates, (45 if case.generation in (80, 90) else 9) << 20,
+        case.optimizer, case.accumulates, chunk_of(case.generation),
     )  # fmt: skip
 
 

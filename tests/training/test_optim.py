@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from contextlib import ExitStack
 
 import pytest
@@ -13,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxq.errors import WrongRequest
 from fluxq.training import optim
-from fluxq.training.optim import build_optimizer, learning_rate_factor, optimizer_step, update
+from fluxq.training.optim import build_optimizer, import_bitsandbytes, learning_rate_factor, optimizer_step, update
 
 
 def test_warmup_rises_linearly_to_the_full_learning_rate():
@@ -50,37 +51,68 @@ def test_adamw8bit_follows_adamw_closely():
     assert ends["adamw8bit"] < ends["adamw"] + 0.02 < 0.2
 
 
+class Losses:
+    """The losses of micro-steps, which need nothing ahead."""
+
+    def __init__(self, loss: Callable[[int], torch.Tensor]) -> None:
+        self.loss, self.prepared = loss, []
+
+    def prepare(self, index: int) -> None:
+        self.prepared.append(index)
+
+
 def bowls() -> list[nn.Parameter]:
-    """Parameters with 8-bit state, with state that stays in fp32, and one that never gets a gradient."""
+    """Parameters with 8-bit state, and with state that stays in fp32."""
     torch.manual_seed(3)
-    return [nn.Parameter(torch.randn(shape)) for shape in ((64, 128), (3, 5), (7,))]
+    return [nn.Parameter(torch.randn(shape)) for shape in ((64, 128), (3, 5))]
 
 
 def slope(parameters: list[nn.Parameter]) -> torch.Tensor:
-    return sum((p.square().sum() for p in parameters[:2]), torch.zeros(()))
+    return sum((p.square().sum() for p in parameters), torch.zeros(()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
-def test_allocating_state_early_changes_no_bit(name):
-    found = []
-    for early in (True, False):
-        parameters = bowls()
-        optimizer = build_optimizer(name, parameters, 0.05, 0.1)
-        assert len(optimizer.state) == 3
-        if not early:
-            optimizer.state.clear()  # as the libraries leave it
-        for _ in range(3):
-            slope(parameters).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        found.append((parameters, [optimizer.state[p] for p in parameters[:2]]))
-    (first, states), (second, others) = found
-    assert all(map(torch.equal, first, second))
-    for state, other in zip(states, others, strict=True):
-        assert state.keys() == other.keys()
-        for key, value in state.items():
-            assert torch.equal(torch.as_tensor(value), torch.as_tensor(other[key])), key
-            assert torch.as_tensor(value).dtype == torch.as_tensor(other[key]).dtype
+def test_one_update_of_all_is_the_update_of_each_to_the_bit(name):
+    """Against the library's own optimizer, with a state per tensor, also for sizes that are no multiple of a block."""
+    shapes = ((64, 128), (3, 5), (16, 300), (70, 61), (1, 33))
+    own, theirs = ([nn.Parameter(torch.randn(shape, generator=seeded)) for shape in shapes] for seeded in seeds(2, 5))
+    flat = build_optimizer(name, own, 0.05, 0.1)
+    library = torch.optim.AdamW if name == "adamw" else import_bitsandbytes().optim.AdamW8bit
+    apart = library(theirs, lr=0.05, weight_decay=0.1)
+    (gradients,) = seeds(1, 6)
+    for _ in range(5):
+        for p, q in zip(own, theirs, strict=True):
+            p.grad = torch.randn(p.shape, generator=gradients)
+            q.grad = p.grad.clone()
+        flat.step()
+        apart.step()
+    for p, q in zip(own, theirs, strict=True):
+        assert torch.equal(p, q)
+        for key, value in apart.state[q].items():
+            assert torch.equal(torch.as_tensor(flat.state[p][key]), torch.as_tensor(value)), key
+            assert torch.as_tensor(flat.state[p][key]).dtype == torch.as_tensor(value).dtype
+
+
+def test_a_state_that_was_saved_per_tensor_is_taken_over():
+    """As runs saved it when each tensor had its own state, nested by bitsandbytes."""
+    own, theirs = bowls(), bowls()
+    apart = import_bitsandbytes().optim.AdamW8bit(theirs, lr=0.05, weight_decay=0.1)
+    slope(theirs).backward()
+    apart.step()
+    flat = build_optimizer("adamw8bit", own, 0.05, 0.1)
+    flat.load_state_dict(apart.state_dict())
+    with torch.no_grad():
+        for p, q in zip(own, theirs, strict=True):
+            p.copy_(q)
+    for optimizer, parameters in ((flat, own), (apart, theirs)):
+        optimizer.zero_grad()
+        slope(parameters).backward()
+        optimizer.step()
+    assert all(map(torch.equal, own, theirs))
+
+
+def seeds(count: int, seed: int) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for _ in range(count)]
 
 
 def test_a_step_is_the_mean_of_its_micro_steps_clipped():
@@ -92,14 +124,14 @@ def test_a_step_is_the_mean_of_its_micro_steps_clipped():
         return index * parameters[0].sum()
 
     start = parameters[0].detach().clone()
-    loss, norm = optimizer_step(optimizer, loss_of, 3, 2, 1e-3, 0.5)
+    loss, norm = optimizer_step(optimizer, Losses(loss_of), 3, 2, 1e-3, 0.5)
     assert seen == [6, 7] and loss == pytest.approx(6.5 * float(start.sum()), rel=1e-5)
     assert norm == pytest.approx(6.5 * 8192**0.5, rel=1e-5)
     torch.testing.assert_close(parameters[0].detach(), start - 1e-3)
     assert float(optimizer.state[parameters[0]]["exp_avg"].norm()) == pytest.approx(0.1 * 0.5, rel=1e-4)
     assert parameters[0].grad is None
     with pytest.raises(WrongRequest, match="the gradient of step 5 is inf; .*lower --lr"):
-        optimizer_step(optimizer, lambda index: parameters[0].sum() * math.inf, 4, 1, 1e-3, 0.0)
+        optimizer_step(optimizer, Losses(lambda index: parameters[0].sum() * math.inf), 4, 1, 1e-3, 0.0)
 
 
 @pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
@@ -119,7 +151,7 @@ def test_an_update_out_of_memory_changes_nothing_or_says_that_it_did(name, monke
     assert all(map(torch.equal, before, parameters))
 
     def fail_half_way(*_, **__) -> None:
-        optimizer.state[parameters[0]]["step"] += 1
+        optimizer.flats[0].updates += 1
         fail()
 
     monkeypatch.setattr(optimizer, "step", fail_half_way)
@@ -140,19 +172,19 @@ def test_nothing_is_computed_once_weights_are_updated(monkeypatch):
 
     with ExitStack() as stack:
         monkeypatch.setattr(optim, "update", lambda o: (real(o), stack.enter_context(Watch())))
-        optimizer_step(optimizer, lambda index: slope(parameters), 0, 2, 1e-3, 1.0)
+        optimizer_step(optimizer, Losses(lambda index: slope(parameters)), 0, 2, 1e-3, 1.0)
     assert after == []
 
 
 def test_temporary_memory_of_adamw_is_tested_before_anything_changes(monkeypatch):
     """With foreach, as on a GPU: if the roots of exp_avg_sq do not fit, that fails before the update."""
-    parameters = bowls()[:2]
+    parameters = bowls()
     optimizer = build_optimizer("adamw", parameters, 0.05, 0.1)
-    optimizer.param_groups[0]["foreach"] = True
+    optimizer.flats[0].inner.param_groups[0]["foreach"] = True
     slope(parameters).backward()
     with LiveBytes() as live:
         optimizer.step()
-        assert live.peak == sum(p.nbytes for p in parameters)
+        assert live.peak == 2 * optimizer.flats[0].values.nbytes  # the gathered gradients and the roots
     before = [p.detach().clone() for p in parameters]
 
     def refuse(*_, **__) -> None:
@@ -170,7 +202,7 @@ def test_groups_keep_their_own_learning_rates_under_one_schedule(name):
     weights = [nn.Parameter(torch.full((64, 128), 2.0)) for _ in range(2)]
     groups = [{"params": [weights[0]], "lr": 0.1}, {"params": [weights[1]], "lr": 0.02}]
     optimizer = build_optimizer(name, groups, 9.0, 0.0)
-    optimizer_step(optimizer, lambda index: sum((w.sum() for w in weights), torch.zeros(())), 0, 1, 0.5, 0.0)
+    optimizer_step(optimizer, Losses(lambda index: sum((w.sum() for w in weights), torch.zeros(()))), 0, 1, 0.5, 0.0)
     assert [float(2 - w.detach().mean()) for w in weights] == pytest.approx([0.05, 0.01], rel=1e-3)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
 
@@ -179,5 +211,5 @@ def test_gradients_left_by_an_attempt_out_of_memory_do_not_count():
     parameters = bowls()[:1]
     optimizer = build_optimizer("adamw", parameters, 1.0, 0.0)
     parameters[0].grad = torch.full_like(parameters[0], 7.0)
-    _, norm = optimizer_step(optimizer, lambda index: parameters[0].sum(), 0, 1, 1.0, 0.0)
+    _, norm = optimizer_step(optimizer, Losses(lambda index: parameters[0].sum()), 0, 1, 1.0, 0.0)
     assert norm == pytest.approx(8192**0.5, rel=1e-5)

@@ -8,6 +8,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..activations import Activations, Wants
+from ..rounding import rounded
 from .bits import e4m3_encode, int8_encode
 
 
@@ -22,7 +23,7 @@ def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
         return Activations(y)
     values = like.new_empty(batch * length, width, dtype=torch.uint8)
     scale = like.new_empty(batch * length, dtype=torch.float32)
-    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0], dtype=torch.float32)
+    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0])
     return Activations(y, values, scale, s)
 
 
@@ -37,7 +38,9 @@ def down_and_block(wants: Wants, like: Tensor) -> tuple[Tensor | None, int]:
     """
     if wants.dtype is None or wants.down is None:
         return None, 16
-    return wants.down.to(like.dtype).contiguous(), 16 if wants.down.shape[0] <= 16 else 64
+    down = rounded(wants.down, like.dtype)
+    assert down is not None
+    return down.contiguous(), 16 if wants.down.shape[0] <= 16 else 64
 
 
 def registers(warps: int) -> int:
@@ -64,7 +67,7 @@ def to_8_bits(y, scale, INT8: tl.constexpr):
 def multiply_by_down(
     y_ptr,  # (ROWS, K) written by this program
     down_ptr,  # (R, K)
-    s_ptr,  # (ROWS, R) fp32 out
+    s_ptr,  # (ROWS, R) out
     rows,  # how many of ROWS exist
     R,
     K: tl.constexpr,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import ceildiv, launched
 from .layout import contiguous_rows
 from .table import choose
 
@@ -16,8 +17,8 @@ from .table import choose
 def fill_padding(rows: Tensor, k: int, s: Tensor) -> None:
     """Write [s | 1 | 0] into the columns of `rows` (M, ...) from k on. s (M, R)."""
     tile, width, s = choose("fill_padding", rows.device), rows.shape[1] - k, contiguous_rows(s)
-    _fill_padding[triton.cdiv(len(rows), tile.block_m), triton.cdiv(width, tile.block_n)](
-        rows[:, k:], s, len(rows), width, s.shape[1], rows.stride(0), s.stride(0),
+    _fill_padding[ceildiv(rows.shape[0], tile.block_m), ceildiv(width, tile.block_n)](
+        rows[:, k:], s, rows.shape[0], width, s.shape[1], rows.stride(0), s.stride(0),
         EIGHTS=_by_eights(s), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
@@ -25,7 +26,7 @@ def fill_padding(rows: Tensor, k: int, s: Tensor) -> None:
 def fill_tail(out: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> None:
     """Write [scale up | bias | 0] into `out` (N, ...). up (N, R) of any float dtype; bias (N,), or None for zeros."""
     tile, up = choose("fill_tail", out.device), contiguous_rows(up)
-    _fill_tail[triton.cdiv(len(out), tile.block_m), triton.cdiv(out.shape[1], tile.block_n)](
+    _fill_tail[ceildiv(len(out), tile.block_m), ceildiv(out.shape[1], tile.block_n)](
         out, up, bias, scale, *out.shape, up.shape[1], out.stride(0), up.stride(0),
         EIGHTS=_by_eights(up), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -42,7 +43,7 @@ def _multiple(n, EIGHTS: tl.constexpr):
     return n // 8 * 8 if EIGHTS else n
 
 
-@triton.jit(do_not_specialize=["M", "R", "s_stride"])
+@launched(do_not_specialize=["M", "R", "s_stride"])
 def _fill_padding(
     out_ptr,  # (M, width) out, rows out_stride apart
     s_ptr,  # (M, R)
@@ -63,7 +64,7 @@ def _fill_padding(
     tl.store(out_ptr + row * out_stride + column, x.to(out_ptr.dtype.element_ty), mask=(row < M) & (column < width))
 
 
-@triton.jit(do_not_specialize=["N", "R", "up_stride"])
+@launched(do_not_specialize=["N", "R", "up_stride"])
 def _fill_tail(
     out_ptr,  # (N, width) out, rows out_stride apart
     up_ptr,  # (N, R) any float

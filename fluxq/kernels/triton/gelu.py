@@ -25,6 +25,7 @@ from .eight_bits import (
     to_8_bits,
     with_dtype,
 )
+from .launch import ceildiv, launched, power_of_2
 from .layout import contiguous_rows
 from .rotation import rotated
 from .table import choose
@@ -38,18 +39,18 @@ def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
     strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), out.x.stride(1))
     if out.values is None:
         tile = choose("gelu_tanh", h.device)
-        rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
-        _gelu[triton.cdiv(left, block) + triton.cdiv(width, block), triton.cdiv(length, rows), batch](
+        rows, block = tile.block_m, min(tile.block_n, power_of_2(width))
+        _gelu[ceildiv(left, block) + ceildiv(width, block), ceildiv(length, rows), batch](
             h, beside, out.x, *strides, length,
             W=width, D=left, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         return out
     down, block_r = down_and_block(wants, h)
     tile = choose("gelu_tanh_8bit" if down is None else "gelu_tanh_8bit_down", h.device)
-    _gelu_8_bits[triton.cdiv(length, tile.block_m), batch](
+    _gelu_8_bits[ceildiv(length, tile.block_m), batch](
         h, beside, out.x, out.values, out.scale, down, out.s,
         *strides[:4], length, 0 if down is None else len(down),
-        W=width, D=left, BLOCK=triton.next_power_of_2(left + width), ROWS=tile.block_m,
+        W=width, D=left, BLOCK=power_of_2(left + width), ROWS=tile.block_m,
         INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
@@ -61,8 +62,8 @@ def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
     (batch, length, width), dy, h = h.shape, contiguous_rows(dy), contiguous_rows(h)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
     tile = choose("gelu_tanh_backward", h.device)
-    rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
-    _gelu_backward[triton.cdiv(width, block), triton.cdiv(length, rows), batch](
+    rows, block = tile.block_m, min(tile.block_n, power_of_2(width))
+    _gelu_backward[ceildiv(width, block), ceildiv(length, rows), batch](
         dy, h, dh, *dy.stride()[:2], *h.stride()[:2], length,
         W=width, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
@@ -74,7 +75,7 @@ def _sigmoid_of_twice_u(h):
     return tl.sigmoid(1.5957691216057308 * h * (1.0 + 0.044715 * h * h))
 
 
-@triton.jit(do_not_specialize=["L"])
+@launched(do_not_specialize=["L"])
 def _gelu(
     h_ptr,  # (B, L, W)
     beside_ptr,  # (B, L, D), or None
@@ -106,7 +107,7 @@ def _gelu(
         tl.store(y + D + column, (h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty), mask=mask & (column < W))
 
 
-@triton.jit(do_not_specialize=["L", "R"])
+@launched(do_not_specialize=["L", "R"])
 def _gelu_8_bits(
     h_ptr,  # (B, L, W)
     beside_ptr,  # (B, L, D), or None
@@ -155,7 +156,7 @@ def _gelu_8_bits(
         )
 
 
-@triton.jit(do_not_specialize=["L"])
+@launched(do_not_specialize=["L"])
 def _gelu_backward(
     dy_ptr,  # (B, L, W), rows dy_l apart
     h_ptr,  # (B, L, W)

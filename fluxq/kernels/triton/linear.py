@@ -12,6 +12,8 @@ fused     The weight is decoded in the product's loop (matmul.py, few_rows.py): 
 
 from __future__ import annotations
 
+from functools import cache
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -19,7 +21,7 @@ from torch import Tensor
 from ..chunks import parts
 from ..weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 from . import matmul
-from .convert import dequantize
+from .convert import decode_extended, dequantize
 from .extension import fill_padding, fill_tail
 from .few_rows import input_gradient
 from .table import choose
@@ -37,7 +39,7 @@ def lora_linear(
     # Layers may share an input; each fills the padding again. Autograd keeps nothing that is in the padding, so `data`
     # hides the write from it; s is a separate tensor.
     rows = x.data.reshape(-1, x.shape[-1])
-    choice = choose(f"lora_linear_{_format(weight)}", x.device, len(rows))
+    choice = choose(f"lora_linear_{_format(weight)}", x.device, rows.shape[0])
     s = None if down is None or up is None else torch.mm(rows[:, :k], down.t())
     if choice.path == "fused" and x.dtype != torch.float64:
         y = matmul.linear(rows[:, :k], weight, bias, s, None if up is None else up * scale, choice)
@@ -77,7 +79,7 @@ def lora_linear_backward(
 def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of down and up, in fp32. dy (..., N), x (..., K), s (..., R), and the gradient of s: ds (M, R)."""
     d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1]))
-    return d_down, _mm_fp32(dy.reshape(-1, dy.shape[-1]).t(), s.reshape(-1, s.shape[-1])).mul_(scale)
+    return d_down, _mm_fp32(dy.reshape(-1, dy.shape[-1]).t(), s.reshape(-1, s.shape[-1]), scale)
 
 
 def _format(weight: Weight) -> str:
@@ -94,11 +96,10 @@ def _extended(
     """[x | s | 1 0] [W | scale up | bias 0]^T, (M, N), for some rows of W at a time."""
     (n, k), width = weight.shape, rows.shape[1]
     fill_padding(rows, k, s)  # all of it: leftover NaN would survive the zeros in the scratch
-    y = rows.new_empty(len(rows), n)
+    y = rows.new_empty(rows.shape[0], n)
     for part in parts(n, k, chunk):
         w = _scratch(part.stop - part.start, width, rows)
-        dequantize(weight[part], w.dtype, w[:, :k])
-        fill_tail(w[:, k:], up[part], scale, None if bias is None else bias[part])
+        decode_extended(weight[part], up[part], scale, None if bias is None else bias[part], w)
         torch.mm(rows, w.t(), out=y[:, part])
     return y
 
@@ -110,7 +111,7 @@ def _plain(
     if isinstance(weight, Tensor):
         y = F.linear(rows, weight.to(rows.dtype), bias)
     else:
-        y = rows.new_empty(len(rows), n)
+        y = rows.new_empty(rows.shape[0], n)
         for part in parts(n, k, chunk):
             w = _scratch(part.stop - part.start, k, rows)
             dequantize(weight[part], w.dtype, w)
@@ -123,8 +124,8 @@ def _dx(
 ) -> tuple[Tensor, Tensor | None]:
     """dy W + ds down, (M, K + padding), and with LoRA ds = scale dy up, (M, R)."""
     k = weight.shape[1]
-    choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, len(rows))
-    dx = rows.new_empty(len(rows), k + padding)
+    choice = choose(f"lora_linear_backward_{_format(weight)}", rows.device, rows.shape[0])
+    dx = rows.new_empty(rows.shape[0], k + padding)
     if choice.path == "fused" and rows.dtype != torch.float64:
         ds = None if up is None else _ds(rows, up, scale)
         input_gradient(rows, weight, ds, down, dx[:, :k], choice)
@@ -139,7 +140,7 @@ def _dx(
 
 
 def _ds(rows: Tensor, up: Tensor, scale: float) -> Tensor:
-    return torch.mm(rows, (up * scale).to(rows.dtype))
+    return rows.new_empty(rows.shape[0], up.shape[1]).addmm_(rows, up.to(rows.dtype), beta=0, alpha=scale)
 
 
 def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, scale: float, chunk: int) -> None:
@@ -158,9 +159,10 @@ def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, sca
     for part in parts(k, n, chunk):
         columns, last = part.stop - part.start, padding if part.stop == k else 0
         w = _scratch(n, columns + last, rows)
-        dequantize(_columns(weight, part), w.dtype, w[:, :columns])
-        if up is not None and last:
-            fill_tail(w[:, columns:], up, scale, None)
+        if up is None or not last:
+            dequantize(_columns(weight, part), w.dtype, w)
+        else:
+            decode_extended(_columns(weight, part), up, scale, None, w)
         torch.mm(rows, w, out=dx[:, part.start : part.stop + last])
 
 
@@ -179,13 +181,21 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
         torch.addmm(bias, a, b, out=out)
 
 
-def _mm_fp32(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed and returned in fp32, or in the factors' dtype if that is wider."""
-    if a.dtype not in (torch.bfloat16, torch.float16):
-        return a @ b
-    if a.is_cuda:
+def _mm_fp32(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
+    """scale a b, summed and returned in fp32, or in the factors' dtype if that is wider."""
+    if not a.is_cuda or a.dtype not in (torch.bfloat16, torch.float16):
+        dtype = torch.promote_types(a.dtype, torch.float32)
+        product = a.to(dtype) @ b.to(dtype)
+        return product if scale == 1.0 else product.mul_(scale)
+    if scale == 1.0:
         return torch.mm(a, b, out_dtype=torch.float32)
-    return a.float() @ b.float()
+    return torch.addmm(_unread(a.device), a, b, out_dtype=torch.float32, beta=0, alpha=scale)
+
+
+@cache
+def _unread(device: torch.device) -> Tensor:
+    """What `addmm` adds 0 times, and does not read."""
+    return torch.empty(1, 1, device=device)
 
 
 _scratches: dict[tuple[torch.device, torch.dtype, int], Tensor] = {}
@@ -196,7 +206,7 @@ def _scratch(rows: int, columns: int, like: Tensor) -> Tensor:
 
     Uses are ordered by the stream, and each stream has its own scratch. It grows to the largest size requested.
     """
-    stream = torch.cuda.current_stream(like.device).cuda_stream if like.is_cuda else 0
+    stream = torch._C._cuda_getCurrentRawStream(like.get_device()) if like.is_cuda else 0
     key = (like.device, like.dtype, stream)
     if key not in _scratches or _scratches[key].numel() < rows * columns:
         _scratches.pop(key, None)  # first, so that old and new never exist together

@@ -10,12 +10,12 @@ many rows, every tile of rows would decode each weight again, which costs more t
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..weights import Weight
 from .bits import e4m3_decode, int8_decode, nf4_decode
+from .launch import ceildiv, launched
 from .layout import contiguous_rows
 from .stored import stored
 from .table import Choice
@@ -28,7 +28,7 @@ def linear(
     """x W^T + s up^T + bias, (M, N) in x's dtype. x (M, K), s (M, R), up (N, R), bias (N,)."""
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    grid = (triton.cdiv(m, tiles.block_m) * triton.cdiv(n, tiles.block_n),)
+    grid = (ceildiv(m, tiles.block_m) * ceildiv(n, tiles.block_n),)
     numbers, absmax, levels, row_scale, form = stored(weight)
     x = contiguous_rows(x)
     s, up = (None, None) if s is None or up is None else (contiguous_rows(s), contiguous_rows(up))
@@ -62,7 +62,7 @@ def linear(
     return y
 
 
-@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
+@launched(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
 def _linear(
     x_ptr,  # (M, K) any float, rows x_stride apart
     w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/8) int32; rows w_stride apart

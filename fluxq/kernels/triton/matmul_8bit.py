@@ -21,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import ceildiv, launched
 from .layout import contiguous_rows
 from .table import INTERPRETED, choose, generation
 from .tiles import add_lora, tile_of
@@ -49,7 +50,7 @@ def matmul_8bit(
     a, b = contiguous_rows(a), contiguous_rows(b)  # 8-bit tensor cores before sm_100 read both along K
     # For the gradient, `up` is down^T: small, but slow to read across its rows.
     s, up = (None, None) if s is None or up is None else (contiguous_rows(s), contiguous_rows(up))
-    grid = (triton.cdiv(m, choice.block_m) * triton.cdiv(n, choice.block_n),)
+    grid = (ceildiv(m, choice.block_m) * ceildiv(n, choice.block_n),)
     _matmul_8bit[grid](
         a,
         a_scale,
@@ -84,7 +85,7 @@ def _has_scaled_dot() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
-@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
+@launched(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
 def _matmul_8bit(
     a_ptr,  # (M, K) int8 or e4m3, rows a_stride apart
     a_scale_ptr,  # (M,) fp32

@@ -26,6 +26,7 @@ from .eight_bits import (
     to_8_bits,
     with_dtype,
 )
+from .launch import ceildiv, launched, power_of_2
 from .layout import contiguous_rows
 from .rotation import rotated
 from .table import choose
@@ -54,11 +55,11 @@ def _forward(
     down, block_r = down_and_block(wants, x)
     form = "" if wants.dtype is None else "_8bit" if down is None else "_8bit_down"
     tile = choose(f"modulate{form}", x.device)
-    _modulate[triton.cdiv(length, tile.block_m), batch](
+    _modulate[ceildiv(length, tile.block_m), batch](
         x, gate, y, total, shift, scale, out.x, out.values, out.scale, down, out.s,
         x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
         shift.stride(0), scale.stride(0), out.x.stride(1), length, 0 if down is None else len(down),
-        D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
+        D=width, BLOCK=power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
         INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
@@ -92,13 +93,13 @@ def _backward(
     d_residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_y = None if gate is None else torch.empty_like(d_residual)
     tile = choose("modulate_backward_sums" if rows or y is not None else "modulate_backward", x.device)
-    grid = triton.cdiv(length, tile.block_m), batch
+    grid = ceildiv(length, tile.block_m), batch
     sums = _partial_sums(2 * rows + (y is not None), grid, x)
     _modulate_backward[grid](
         dx, dy, x, gate, y, scale, d_residual, d_y, sums,
         *(0 if t is None else t.stride(i) for t in (dx, dy, x, y) for i in (0, 1)),
         0 if gate is None else gate.stride(0), scale.stride(0), length,
-        D=width, BLOCK=triton.next_power_of_2(width), ROWS=tile.block_m, STEP=tile.step, SHIFT=rows,
+        D=width, BLOCK=power_of_2(width), ROWS=tile.block_m, STEP=tile.step, SHIFT=rows,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     totals = _summed(sums, x.dtype)
@@ -112,8 +113,8 @@ def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     residual, gate, y = contiguous_rows(residual), contiguous_rows(gate), contiguous_rows(y)
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
     tile = choose("gated_add", residual.device)
-    rows, block = tile.block_m, min(tile.block_n, triton.next_power_of_2(width))
-    _gated_add[triton.cdiv(width, block), triton.cdiv(length, rows), batch](
+    rows, block = tile.block_m, min(tile.block_n, power_of_2(width))
+    _gated_add[ceildiv(width, block), ceildiv(length, rows), batch](
         residual, gate, y, out,
         residual.stride(0), residual.stride(1), gate.stride(0), y.stride(0), y.stride(1), length,
         D=width, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
@@ -127,10 +128,10 @@ def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Te
     dout, gate, y = contiguous_rows(dout), contiguous_rows(gate), y if y is None else contiguous_rows(y)
     dy = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
     tile = choose("gated_add_backward" if y is None else "gated_add_backward_sums", dout.device)
-    block = min(tile.block_n, triton.next_power_of_2(width))
-    programs = triton.cdiv(length, tile.block_m)
+    block = min(tile.block_n, power_of_2(width))
+    programs = ceildiv(length, tile.block_m)
     sums = _partial_sums(int(y is not None), (programs, batch), dout)
-    _gated_add_backward[triton.cdiv(width, block), programs, batch](
+    _gated_add_backward[ceildiv(width, block), programs, batch](
         dout, gate, y, dy, sums,
         *(0 if t is None else t.stride(i) for t in (dout, y) for i in (0, 1)), gate.stride(0), length,
         D=width, BLOCK=block, ROWS=tile.block_m, STEP=tile.step, num_warps=tile.warps, num_stages=tile.stages,
@@ -149,7 +150,7 @@ def _summed(sums: Tensor | None, dtype: torch.dtype) -> Tensor:
     return torch.empty(0) if sums is None else sums.sum(2, keepdim=True).to(dtype)
 
 
-@triton.jit(do_not_specialize=["L", "R"])
+@launched(do_not_specialize=["L", "R"])
 def _modulate(
     x_ptr,  # (B, L, D); the residual if there is a gate
     gate_ptr,  # (B, 1, D) or None
@@ -219,7 +220,7 @@ def _centered(x, column, D: tl.constexpr):
     return centered, tl.rsqrt(tl.sum(centered * centered, axis=1) / D + 1e-6)
 
 
-@triton.jit(do_not_specialize=["L"])
+@launched(do_not_specialize=["L"])
 def _modulate_backward(
     dx_ptr,  # (B, L, D) gradient of the gated sum from its other uses, or None
     dy_ptr,  # (B, L, D) gradient of the modulated output
@@ -288,7 +289,7 @@ def _modulate_backward(
         tl.store(sums, d_gate, mask=column < D)
 
 
-@triton.jit(do_not_specialize=["L"])
+@launched(do_not_specialize=["L"])
 def _gated_add(
     residual_ptr,  # (B, L, D)
     gate_ptr,  # (B, 1, D)
@@ -313,7 +314,7 @@ def _gated_add(
     tl.store(out_ptr + m * D + column, (residual + gate * y).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@triton.jit(do_not_specialize=["L"])
+@launched(do_not_specialize=["L"])
 def _gated_add_backward(
     dout_ptr,  # (B, L, D)
     gate_ptr,  # (B, 1, D)

@@ -6,12 +6,12 @@
 from __future__ import annotations
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..weights import NF4_BLOCK
 from .bits import nf4_midpoints, nf4_shifts
+from .launch import ceildiv, launched
 from .table import choose
 
 
@@ -22,14 +22,14 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(rows, columns // NF4_BLOCK, dtype=torch.float32, device=w.device)
     tile = choose("nf4_quantize", w.device)
-    _quantize[(triton.cdiv(absmax.numel(), tile.block_m),)](
+    _quantize[(ceildiv(absmax.numel(), tile.block_m),)](
         flat, codes.view(torch.int32), absmax, nf4_midpoints(w.device), absmax.numel(),
         BLOCKS=tile.block_m, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
     return codes, absmax
 
 
-@triton.jit
+@launched()
 def _quantize(
     w_ptr,  # (blocks, 64)
     codes_ptr,  # (blocks, 8) int32: eight codes each

@@ -17,6 +17,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Stream
+from .launch import launched, power_of_2
 from .layout import contiguous_rows
 from .table import choose
 
@@ -39,7 +40,7 @@ def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[T
         _forward[qkv.shape[1], batch](
             qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, q, k, v, rstd,
             qkv.stride(0), qkv.stride(1), _per_image(cos), start, length,
-            H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
+            H=heads, W=width, HEADS=power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         start += qkv.shape[1]
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rstd
@@ -74,7 +75,7 @@ def qk_norm_rope_backward(
         _backward[length, batch](
             *joint, qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, rstd, grad,
             *strides, *((0, 0) if qkv is None else qkv.stride()[:2]), _per_image(cos), start, total, length,
-            H=heads, W=width, HEADS=triton.next_power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
+            H=heads, W=width, HEADS=power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
         )  # fmt: skip
         grads.append(grad)
         start += length
@@ -86,7 +87,7 @@ def _per_image(cos: Tensor) -> int:
     return cos.stride(0) if cos.shape[0] > 1 else 0
 
 
-@triton.jit(do_not_specialize=["start", "L"])
+@launched(do_not_specialize=["start", "L"])
 def _forward(
     qkv_ptr,  # (B, tokens of this stream, 3 D)
     q_scale_ptr,  # (W,)
@@ -148,7 +149,7 @@ def _angles(cos_ptr, sin_ptr, image, place, W: tl.constexpr):
     return tl.load(cos_ptr + pair).to(tl.float32), tl.load(sin_ptr + pair).to(tl.float32)
 
 
-@triton.jit(do_not_specialize=["start", "L", "length"])
+@launched(do_not_specialize=["start", "L", "length"])
 def _backward(
     dq_ptr,  # (B, H, L, W); rows of the tensors up to k have any strides
     dk_ptr,  # (B, H, L, W)

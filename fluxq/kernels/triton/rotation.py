@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .launch import ceildiv, launched
 from .table import choose
 
 
@@ -24,7 +25,7 @@ def rotate(x: Tensor, block: int) -> Tensor:
     """x H for x (..., K), with the (block, block) matrix H applied to every `block` columns; its own inverse."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
     tile = choose("rotate", x.device)
-    _rotate[(triton.cdiv(x.numel(), tile.block_n),)](
+    _rotate[(ceildiv(x.numel(), tile.block_n),)](
         x, y, x.numel() // block, BLOCK=block, NUMBERS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages
     )
     return y
@@ -44,7 +45,7 @@ def _step(x, PLACE: tl.constexpr):
     return (0.5 * tl.sum(four, axis=1, keep_dims=True) - four).reshape(x.shape)
 
 
-@triton.jit(do_not_specialize=["blocks"])
+@launched(do_not_specialize=["blocks"])
 def _rotate(
     x_ptr,  # (blocks, BLOCK) any float
     y_ptr,  # as x, out

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ..weights import Weight
 from .bits import nf4_level
+from .launch import launched
 from .rotation import rotated
 from .stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
 from .table import choose
@@ -63,7 +64,7 @@ def _launch(
     return scales
 
 
-@triton.jit(do_not_specialize=["N"])
+@launched(do_not_specialize=["N"])
 def _rows(
     numbers_ptr,  # (N, K/8) int32 of NF4, else (N, K)
     absmax_ptr,  # (N, K/64) fp32 of NF4

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
-from ..chunks import CHUNKS
+from ..chunks import CHUNKS, WHOLE
 
 GENERATIONS = (80, 86, 89, 90, 120)
 INTERPRETED = 0
@@ -85,17 +85,18 @@ BACKWARD_BF16 = "lora_linear_backward_bf16"
 
 def _linear_layers() -> Rows:
     """Products in 16 bits. The tiles are those of the fused kernel, in case that path is chosen."""
-    small, whole = CHUNKS[86], CHUNKS[90]
-    why = "decoding once beats decoding in the loop above 512 rows on every GPU (bitsandbytes' measured dispatch); "
-    short = why + "chunks of 19 MB stay in the L2 cache of most GPUs until they are multiplied"
-    long = why + "each of FLUX's layers in one piece, 94 MB: many multiprocessors need long products"
-    yield from _row(STORED, GEFORCE, "large", Choice("extended", 128, 128, 64, 8, 3, small, why=short))
-    yield from _row(STORED, BIG, "large", Choice("extended", 128, 128, 64, 8, 3, whole, why=long))
+    decode = "decoding once beats decoding in the loop above 512 rows on every GPU (bitsandbytes' measured dispatch); "
+    l2 = "half of the largest layers, 57 MB: it stays in a large L2 cache until it is multiplied (predicted)"
+    waves = "each of FLUX's layers in one piece: the fewest launches, and products that fill whole waves (predicted)"
     spills = "; with Triton 3.6 a fused tile twice as wide spills"
-    yield from _row(
-        "lora_linear_nf4", GEFORCE, "large", Choice("extended", 128, 64, 64, 8, 3, small, why=short + spills)
-    )
-    yield from _row("lora_linear_nf4", (80,), "large", Choice("extended", 128, 64, 64, 8, 3, whole, why=long + spills))
+    for gpu in ALL:
+        chunk, why = CHUNKS[gpu], decode + (waves if CHUNKS[gpu] == WHOLE else l2)
+        yield from _row(STORED, (gpu,), "large", Choice("extended", 128, 128, 64, 8, 3, chunk, why=why))
+        if gpu != 90:
+            narrow = Choice("extended", 128, 64, 64, 8, 3, chunk, why=why + spills)
+            yield from _row("lora_linear_nf4", (gpu,), "large", narrow)
+        why = "as forward; chunks are columns, since the sum over rows must be rounded once"
+        yield from _row(BACKWARD, (gpu,), "large", Choice("extended", 64, 128, 64, 8, 3, chunk, why=why))
     why = "a weight in 16 bits needs no decoding, and copying it costs as much as the LoRA's own pass over y"
     yield from _row("lora_linear_bf16", BIG, "large", Choice("plain", 128, 128, 64, 8, 3, why=why))
     yield from _row("lora_linear_bf16", GEFORCE, "large", Choice("plain", 128, 128, 32, 8, 3, why=why))
@@ -104,9 +105,6 @@ def _linear_layers() -> Rows:
     yield from _row(STORED, ALL, "few", Choice("fused", 16, 32, 64, 2, 4, why=why))
     why = "the vendor's product of few rows reads the weight at memory speed"
     yield from _row("lora_linear_bf16", ALL, "few", Choice("plain", 16, 32, 64, 2, 4, why=why))
-    why = "as forward; chunks are columns, since the sum over rows must be rounded once"
-    yield from _row(BACKWARD, GEFORCE, "large", Choice("extended", 64, 128, 64, 8, 3, small, why=why))
-    yield from _row(BACKWARD, BIG, "large", Choice("extended", 64, 128, 64, 8, 3, whole, why=why))
     why = "as forward; dy is also read 128 bits at a time; shares of 1,024 rows make 864 programs of modulation's layer"
     yield from _row(BACKWARD, GEFORCE, "few", Choice("fused", 16, 64, 64, 4, 3, 1 << 16, why=why))
     why = "as forward; shares of 512 rows make 1,728 programs of modulation's layer, and fast memory needs more stages"
