@@ -67,8 +67,8 @@ class _Launched(JITFunction):
 
 
 def specializations(args: tuple[Any, ...]) -> list[Any]:
-    """What Triton may compile in, for each argument: a tensor's dtype and alignment; whether an integer is 1, a multiple
-    of 16, or wider than 32 bits; the type of anything else.
+    """What Triton may compile in, by argument: a tensor's dtype and alignment; whether an integer is 1, a multiple of
+    16, or wider than 32 bits; the type of anything else.
     """
     found: list[Any] = []
     for value in args:
