@@ -39,7 +39,9 @@ def hollow(generation: int = 86) -> Iterator[None]:
     with (
         patch.object(KernelInterface, "__getitem__", lambda kernel, grid: lambda *arguments, **options: None),
         patch.object(table, "generation", lambda device: generation),
-        patch.object(linear, "_mm_fp32", lambda a, b: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)),
+        patch.object(
+            linear, "_mm_fp32", lambda a, b, scale=1.0: a.new_empty(a.shape[0], b.shape[1], dtype=torch.float32)
+        ),
         patch.object(linear, "_scratches", {}),
         patch.object(attention, "_backward", attention_backward),
         backend("triton"),

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from .activations import Activations, Wants
 from .chunks import FEW_ROWS
 from .dispatch import ops
-from .replay import placeholder, unread
+from .replay import SMALL_RANK, keep_s, kept_s, placeholder, unread, will_be_unread
 from .rounding import rounded
 from .weights import Weight
 
@@ -63,7 +63,7 @@ def lora_linear(
         )
     if given.x.shape[:-1].numel() <= FEW_ROWS:
         compute = "bf16"
-    return _LoRALinear.apply(given.x, given, weight, bias, down, up, scale, compute, rotation, unread(feeds))
+    return _LoRALinear.apply(given.x, given, weight, bias, down, up, scale, compute, rotation, feeds)
 
 
 class _LoRALinear(torch.autograd.Function):
@@ -79,17 +79,23 @@ class _LoRALinear(torch.autograd.Function):
         scale: float,
         compute: str,
         rotation: int,
-        unread: bool,
+        feeds: str | None,
     ) -> Tensor:
         cast_down, cast_up = rounded(down, x.dtype), rounded(up, x.dtype)
         cast_bias = bias if bias is None else bias.to(x.dtype)
-        if unread:
-            s = given.s if cast_down is None or given.s is not None else F.linear(x[..., : weight.shape[1]], cast_down)
+        keeps_s = cast_down is not None and given.s is None and cast_down.shape[0] <= SMALL_RANK
+        if unread(feeds):
             y = placeholder(*x.shape[:-1], weight.shape[0], like=x)
+            if cast_down is None or given.s is not None:
+                s = given.s
+            else:
+                s = kept_s() if keeps_s else F.linear(x[..., : weight.shape[1]], cast_down)
         elif compute == "bf16":
             y, s = ops(x).lora_linear(x, weight, cast_bias, cast_down, cast_up, scale)
         else:
             y, s = _forward_8bit(given, weight, cast_bias, cast_down, up, scale, _dtype(compute), rotation)
+        if keeps_s and will_be_unread(feeds):
+            keep_s(s)
         # The gradient uses the rounded LoRA too, so that it is rounded only once.
         ctx.save_for_backward(x if down is not None else None, s, cast_down, cast_up)
         ctx.dtypes = [t if t is None else t.dtype for t in (down, up)]

@@ -260,7 +260,7 @@ def _replay(shape: Shape, policy: str) -> Work:
         for p in products.values():
             if p.feeds not in unread:
                 work += _product(p)
-            elif p.rank:  # LoRA's gradient reads x down^T
+            elif p.rank and not p.keeps_s:  # LoRA's gradient reads x down^T
                 work += Work(bf16=2.0 * p.rows * p.rank * p.k, moved=0 if p.eight_bits else 2 * p.rows * p.k)
     moved = 2 + (10 if shape.single else 8) + 2  # modulate, GELU, and the last sum, which nobody reads
     moved += 0 if "qkv" in keeps else 6

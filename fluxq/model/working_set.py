@@ -11,7 +11,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 
 from fluxq.kernels.chunks import FEW_ROWS, padding, parts
-from fluxq.kernels.replay import POLICIES
+from fluxq.kernels.replay import POLICIES, SMALL_RANK
 
 
 class Live:
@@ -90,6 +90,11 @@ class Product:
         return 2 * self.rows * self.rank
 
     @property
+    def keeps_s(self) -> bool:
+        """Whether x down^T is kept from the forward pass where the replay skips the product."""
+        return 0 < self.rank <= SMALL_RANK and not (self.eight_bits and self.produced)
+
+    @property
     def gradient_bytes(self) -> int:
         """Bytes of LoRA's gradients, fp32."""
         return 4 * self.rank * (self.n + self.k)
@@ -158,7 +163,16 @@ class Shape:
                 sizes[f"hidden8_{stream}"] = rows * (self.hidden + 4)
             elif "hidden" in keeps:
                 sizes[f"hidden_{stream}"] = rows * self.hidden * 2
-        return sizes
+        return sizes | self.kept_s(policy)
+
+    def kept_s(self, policy: str) -> dict[str, int]:
+        """Tensor -> bytes of every x down^T that `policy` keeps."""
+        return {
+            f"s_{name}_{stream}": p.x_down_bytes
+            for stream, (_, products) in self.streams.items()
+            for name, p in products.items()
+            if p.keeps_s and p.feeds in self.unread(policy)
+        }
 
 
 def scratch(products: Collection[Product], chunk: int) -> int:
@@ -202,8 +216,10 @@ def _forward(live: Live, shape: Shape, policy: str, replay: bool) -> None:
     keeps, unread = set(POLICIES[policy]), shape.unread(policy) if replay else set()
     available = keeps if replay else set()  # the replay does not make these again
 
+    kept_s = shape.kept_s(policy)
+
     def product(p: Product, output: str) -> None:
-        if p.rank and replay:
+        if p.rank and (replay != (f"s_{output}" in kept_s)):  # made in the replay, or in the forward pass and kept
             live.allocate(**{f"s_{output}": p.x_down_bytes})
         if p.feeds not in unread:
             live.allocate(p.forward_temporary, **{output: p.output_bytes})

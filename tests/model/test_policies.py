@@ -131,6 +131,10 @@ def test_the_replay_multiplies_only_what_was_not_kept(policy, monkeypatch):
     assert sum(attended) == attentions and len(attended) == 2 + attentions
 
 
+X_DOWN = {"recompute": (1, 1), "keep_attention": (1, 1), "keep_qkv": (3, 2), "keep_all8": (4, 3), "keep_all": (4, 3)}
+"""How many layers of all tokens, per policy and kind of block, are skipped in the replay: x down^T of each is kept."""
+
+
 @pytest.mark.parametrize("policy", POLICIES)
 def test_kept_values_have_the_planned_size(policy):
     """In units of U, one stream of activations: attention 1, q, k, v 3, residual 1 (double blocks), hidden 4 or 2."""
@@ -155,4 +159,5 @@ def test_kept_values_have_the_planned_size(policy):
         tensors = [t for queue in values.values() for v in queue for t in (v if isinstance(v, tuple) else (v,))]
         small = (heads if "attention" in values else 0) + (2 * heads if "qkv" in values else 0)
         small += 4 * rows if policy == "keep_all8" else 0
+        small += 2 * 3 * rows * X_DOWN[policy][block == "SingleStreamBlock"]
         assert sum(t.untyped_storage().nbytes() for t in tensors) == count * unit + small, block
