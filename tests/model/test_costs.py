@@ -88,8 +88,8 @@ def test_kept_bytes_equal_a_manual_count(policy):
 # dout, modulated 1 each, q k v 3, attention's output 1, hidden 4, GELU's output with attention 5, dy 1, dx 5) and 32
 # padding columns after modulated, GELU's output and dx. The decode scratch holds linear2, 3072 x 15360 x 2 = 94 MB. Of
 # layers that the replay skips, x down^T is kept for ranks up to 32. Modulation's rows of one step are 2.1 MB; those of
-# later steps are in host memory. With keep_all8 the last block's forward pass is larger, 23 U: x and modulated 1 each, its
-# qkv 3, q k v 3, hidden 4 and in 8 bits 2, attention's output 1, GELU's 5, the sum's parts 1 and 1, and the double
+# later steps are in host memory. With keep_all8 the last block's forward pass is larger, 23 U: x and modulated 1 each,
+# its qkv 3, q k v 3, hidden 4 and in 8 bits 2, attention's output 1, GELU's 5, the sum's parts 1 and 1, and the double
 # blocks' outputs 1, which are freed after the pass. Embedders and the last layer always stay: 128 MB.
 ROWS = [  # pixels, text tokens, format, policy, resident units, slots, rank, batch
     (1024, 512, "nf4", "recompute", 0, 8, 16, 1),
