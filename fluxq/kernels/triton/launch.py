@@ -11,10 +11,10 @@ import os
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import torch
 import triton
 from torch import Tensor
 from triton import knobs
+from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 WIDE = 2**31
@@ -48,16 +48,16 @@ class _Launched(JITFunction):
         """Launch with `args` and, by name, the constants that follow them and Triton's options."""
         if warmup:
             return super().run(*args, grid=grid, warmup=True, **options)
-        device = torch._C._cuda_getDevice()
+        device = driver.active.get_current_device()
         key = (device, *specializations(args), *options.items())
         if key not in self._known:
             compiled = super().run(*args, grid=grid, warmup=False, **options)
-            constants = tuple(options[name] for name in self.arg_names if name in options)
-            self._known[key] = compiled, constants
+            if compiled is not None:  # a hook may stop Triton before it compiles
+                self._known[key] = compiled, tuple(options[name] for name in self.arg_names if name in options)
             return compiled
         compiled, constants = self._known[key]
         x, y, z = (*grid, 1, 1)[:3]
-        stream, hooks = torch._C._cuda_getCurrentRawStream(device), knobs.runtime
+        stream, hooks = driver.active.get_current_stream(device), knobs.runtime
         about = compiled.launch_metadata((x, y, z), stream, *args, *constants)
         compiled.run(
             x, y, z, stream, compiled.function, compiled.packed_metadata, about,
