@@ -40,7 +40,7 @@ def promise(launch: Launch) -> Promise:
     """No kernel spills, or takes more shared memory than its GPU has; this is what it promises beyond that."""
     c = launch.constants
     match launch.name:
-        case "extension._fill_padding" | "extension._fill_tail":
+        case "extension._fill_padding":
             # Rows of any rank begin anywhere and are read number by number.
             return Promise(narrow=("bias_ptr",) if c["EIGHTS"] else ("bias_ptr", "s_ptr", "up_ptr"))
         case "few_rows._shares":
@@ -74,7 +74,7 @@ def label(launch: Launch) -> str:
     """What the page of `make aot` calls it."""
     c, function = launch.constants, launch.kernel.__name__.removeprefix("_")
     match launch.name:
-        case "extension._fill_padding" | "extension._fill_tail":
+        case "extension._fill_padding":
             return function + "_any_rank" * (not c["EIGHTS"])
         case "few_rows._shares":
             return f"few_rows_backward_{c['FORM'].replace('float', 'bf16')}_{c['BLOCK_M']}"

@@ -1,4 +1,4 @@
-"""Fills the columns next to x and next to W that make base, LoRA and bias one product (linear.py)."""
+"""Fills the columns next to x that make base, LoRA and bias one product (linear.py)."""
 
 # A kernel is called with constexpr arguments as plain values, and with num_warps:
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -23,17 +23,8 @@ def fill_padding(rows: Tensor, k: int, s: Tensor) -> None:
     )  # fmt: skip
 
 
-def fill_tail(out: Tensor, up: Tensor, scale: float, bias: Tensor | None) -> None:
-    """Write [scale up | bias | 0] into `out` (N, ...). up (N, R) of any float dtype; bias (N,), or None for zeros."""
-    tile, up = choose("fill_tail", out.device), contiguous_rows(up)
-    _fill_tail[ceildiv(len(out), tile.block_m), ceildiv(out.shape[1], tile.block_n)](
-        out, up, bias, scale, *out.shape, up.shape[1], out.stride(0), up.stride(0),
-        EIGHTS=_by_eights(up), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
-
-
 def _by_eights(factor: Tensor) -> bool:
-    """Whether rows of s or `up` can be read eight numbers at a time, which holds for common ranks."""
+    """Whether rows of s can be read eight numbers at a time, which holds for common ranks."""
     return factor.shape[1] % 8 == 0 and factor.stride(0) % 8 == 0
 
 
@@ -62,29 +53,3 @@ def _fill_padding(
     x = tl.load(s_ptr + row * s_stride + column, mask=(row < M) & (column < R), other=0.0).to(tl.float32)
     x = tl.where(column == R, 1.0, x)
     tl.store(out_ptr + row * out_stride + column, x.to(out_ptr.dtype.element_ty), mask=(row < M) & (column < width))
-
-
-@launched(do_not_specialize=["N", "R", "up_stride"])
-def _fill_tail(
-    out_ptr,  # (N, width) out, rows out_stride apart
-    up_ptr,  # (N, R) any float
-    bias_ptr,  # (N,) any float, or None
-    scale,
-    N,
-    width,
-    R,
-    out_stride,
-    up_stride,
-    EIGHTS: tl.constexpr,  # R and up_stride are multiples of eight
-    ROWS: tl.constexpr,
-    COLUMNS: tl.constexpr,
-):
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
-    column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)[None, :]
-    R, up_stride = _multiple(R, EIGHTS), _multiple(up_stride, EIGHTS)
-    up = tl.load(up_ptr + row * up_stride + column, mask=(row < N) & (column < R), other=0.0).to(tl.float32)
-    x = up * scale
-    if bias_ptr is not None:
-        bias = tl.load(bias_ptr + row, mask=row < N, other=0.0).to(tl.float32)
-        x = tl.where(column == R, bias, x)
-    tl.store(out_ptr + row * out_stride + column, x.to(out_ptr.dtype.element_ty), mask=(row < N) & (column < width))

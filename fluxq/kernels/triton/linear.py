@@ -22,7 +22,7 @@ from ..chunks import parts
 from ..weights import NF4_BLOCK, NF4Weight, RowScaled, Weight
 from . import matmul
 from .convert import decode_extended, dequantize
-from .extension import fill_padding, fill_tail
+from .extension import fill_padding
 from .few_rows import input_gradient
 from .table import choose
 
@@ -152,9 +152,8 @@ def _decoded_dx(dx: Tensor, rows: Tensor, weight: Weight, up: Tensor | None, sca
     if isinstance(weight, Tensor):
         torch.mm(rows, weight.to(rows.dtype), out=dx[:, :k])
         if up is not None and padding:
-            tail = rows.new_empty(n, padding)
-            fill_tail(tail, up, scale, None)
-            torch.mm(rows, tail, out=dx[:, k:])
+            dx[:, k + up.shape[1] :] = 0
+            dx[:, k : k + up.shape[1]].addmm_(rows, up.to(rows.dtype), beta=0, alpha=scale)
         return
     for part in parts(k, n, chunk):
         columns, last = part.stop - part.start, padding if part.stop == k else 0

@@ -24,7 +24,7 @@ STREAMING = (
     *("gelu_tanh", "gelu_tanh_8bit", "gelu_tanh_8bit_down", "gelu_tanh_backward"),
     *("qk_norm_rope", "qk_norm_rope_backward"),
     *("dequantize", "dequantize_transposed", "dequantize_transposed_rotated", "nf4_quantize", "row_quantize", "rotate"),
-    *("fill_padding", "fill_tail", "sum_shares"),
+    *("fill_padding", "sum_shares"),
 )
 """Ops that wait for memory: one path each, and tiles that only have to keep enough memory traffic in flight."""
 
@@ -177,7 +177,7 @@ def _storage() -> Rows:
     why = "measured: with tiles of 4 rows, the tests of stored weights take a quarter longer"
     yield from row("dequantize dequantize_transposed", "large", HERE, 64, 1024, 4, why)
     why = "a row's 32 columns are 4 stores of 128 bits; 64 rows give each thread two of them"
-    yield from row("fill_padding fill_tail", "large", (*ALL, *HERE), 64, 32, 4, why)
+    yield from row("fill_padding", "large", (*ALL, *HERE), 64, 32, 4, why)
     why = "narrow, so that a gradient of 3,072 columns makes 96 programs whose threads store 128 bits at a time; "
     why += "block_n divides FLUX's widths"
     yield from row("sum_shares", "large", (*ALL, *HERE), 16, 32, 2, why)
