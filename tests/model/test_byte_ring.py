@@ -117,12 +117,19 @@ def a_meta_step(keeps_gradients: bool) -> Iterator[None]:
     """Inside, the trainer's step runs on meta, where no number can be read. keeps_gradients: gradients of an earlier
     micro-step exist, as in gradient accumulation.
     """
-    to_host, zero_grad = torch.Tensor.cpu, torch.optim.Optimizer.zero_grad
+    to_host, zero_grad, gather = torch.Tensor.cpu, torch.optim.Optimizer.zero_grad, flat.Flat.gather
 
     def host(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else to_host(tensor)
 
+    def gather_and_keep(self: flat.Flat) -> None:
+        gradients = [p.grad for p in self.parameters]
+        gather(self)
+        for p, gradient in zip(self.parameters, gradients, strict=True):
+            p.grad = gradient
+
     with (
+        patch.object(flat.Flat, "gather", gather_and_keep if keeps_gradients else gather),
         patch.object(torch.Tensor, "tolist", lambda tensor: [0.0] * len(tensor)),
         patch.object(torch.Tensor, "cpu", host),
         patch.object(torch.optim.Optimizer, "zero_grad", (lambda self: None) if keeps_gradients else zero_grad),

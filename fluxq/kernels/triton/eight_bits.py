@@ -88,4 +88,5 @@ def multiply_by_down(
             y = tl.load(y_ptr + row * K + k, mask=here & (k < K), other=0.0)
             down = tl.load(down_ptr + rank[:, None] * K + k, mask=(rank < R)[:, None] & (k < K), other=0.0)
             s = tl.dot(y, tl.trans(down), s, input_precision=PRECISION)
+        s = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + row * R + rank[None, :], s, mask=here & (rank < R)[None, :])
