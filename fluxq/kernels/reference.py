@@ -252,7 +252,7 @@ def activations(x: Tensor, wants: Wants) -> Activations:
     if wants.dtype is None:
         return Activations(F.pad(x, (0, wants.padding)) if wants.padding else x)
     rows = x.flatten(0, -2)
-    s = None if wants.down is None else rows @ wants.down.to(rows.dtype).t()
+    s = None if wants.down is None else rows.float() @ wants.down.float().t()
     return Activations(x, *row_quantize(rows, wants.dtype, rotation=wants.rotation), s)
 
 
