@@ -23,15 +23,16 @@ VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsy
 
 
 LONGEST = (  # files, by their CPU seconds; they are begun first, so that no worker is left alone with one at the end
-    "kernels/test_aot.py",
     "commands/test_demo.py",
-    "kernels/test_whole_model.py",
     "test_train.py",
     "caching/test_memory.py",
-    "benchmarks/test_fullsize.py",
-    "kernels/test_linear_paths.py",
-    "kernels/test_row_scaled.py",
+    "offload/test_streamed_flux.py",
     "benchmarks/test_scripts.py",
+    "benchmarks/test_fullsize.py",
+    "kernels/test_whole_model.py",
+    "kernels/test_aot.py",
+    "model/test_byte_ring.py",
+    "memory/test_retry.py",
 )
 
 
