@@ -27,6 +27,7 @@ from fluxq.bench.timed_step import OPTIMIZER, Setting, costs_of
 from fluxq.kernels.chunks import chunk_of
 from fluxq.kernels.replay import POLICIES
 from fluxq.memory.machine import free_gpu_bytes
+from fluxq.memory.share import take_share
 from fluxq.model.blocks import Scale
 from fluxq.offload.gpus import GIB, GPUS
 from fluxq.offload.planner import plan
@@ -72,14 +73,17 @@ def measure(arguments: argparse.Namespace, size: str, format: str, compute: str,
         raise SystemExit(f"{gpu.name} has compute capability {gpu.capability}, this GPU {10 * major + minor}")
     Scale.divides_out = property(lambda self: True)  # type: ignore[assignment, method-assign] - zeros, where no kernel runs
     setting = Setting(format, compute, None if policy == PLANNED else policy, int(size), 1, RANK, T5_LENGTH)
+    if not arguments.vram:
+        take_share()
     config, free = config_of(False), free_gpu_bytes()
     pins = Pins(None, None, arguments.resident, None, setting.policy, arguments.slots, arguments.offload)
     vram = int(arguments.vram * GIB) if arguments.vram else free
-    made = plan([costs_of(setting, config, OPTIMIZER, chunk_of(gpu.capability))], gpu, vram, pins=pins)
+    made = plan([costs_of(setting, config, chunk_of(gpu.capability))], gpu, vram, pins=pins)
     row = row_of(made, setting, config, device, OPTIMIZER, STEPS)
     stats = torch.cuda.memory_stats(device)
     return row | {
         "predicted_gib_by_owner": {owner: nbytes / GIB for owner, nbytes in made.peak.items()},
+        "predicted_reserved_bytes": made.reserved,
         "free_bytes": free,
         "allocator": next((os.environ[name] for name in VARIABLES if name in os.environ), ""),
         "retries": stats["num_alloc_retries"],
@@ -90,10 +94,9 @@ def measure(arguments: argparse.Namespace, size: str, format: str, compute: str,
 def in_words(row: dict[str, Any]) -> str:
     if "peak_bytes" not in row:
         return f"{row['case']}: {row.get('out_of_memory', 'failed')}"
-    figures = (row[f"{name}_bytes"] / GIB for name in ("predicted_peak", "peak", "reserved"))
-    return f"{row['case']}: predicted {{:.2f}}, peak {{:.2f}}, reserved {{:.2f}} GiB, {row['retries']} retries".format(
-        *figures
-    )
+    figures = (row[f"{name}_bytes"] / GIB for name in ("predicted_peak", "predicted_reserved", "peak", "reserved"))
+    words = "predicted {:.2f}, reserved {:.2f}; measured {:.2f}, reserved {:.2f} GiB".format(*figures)
+    return f"{row['case']}: {words}, {row['retries']} retries"
 
 
 if __name__ == "__main__":

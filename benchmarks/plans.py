@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from fluxq.errors import WrongRequest
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import OWNERS, Costs
@@ -32,6 +33,10 @@ ROWS = (  # GPU, GiB of RAM
     ("rtx4090", 32),
 )
 FORMATS, COMPUTES = ("nf4", "int8", "bf16"), ("bf16", "int8")
+LARGEST = "h200"
+
+Tables = dict[tuple[int, int, str, str], Costs]
+"""(chunk, pixels, format, compute) -> costs."""
 
 HEADER = f"""# Plans, predicted
 
@@ -53,9 +58,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plans.md")
     out = parser.parse_args().out
     tables = {
-        (size, format, compute): flux_costs(
-            FluxConfig.dev(), format, compute, RANK, img_tokens=(size // 16) ** 2, txt_tokens=TEXT
+        (chunk, size, format, compute): flux_costs(
+            FluxConfig.dev(), format, compute, RANK, img_tokens=(size // 16) ** 2, txt_tokens=TEXT, chunk=chunk
         )
+        for chunk in sorted({chunk_of(GPUS[name].capability) for name in (*(name for name, _ in ROWS), LARGEST)})
         for size in SIZES
         for format in FORMATS
         for compute in COMPUTES
@@ -64,7 +70,7 @@ def main() -> None:
     out.write_text("\n".join([HEADER, *section(tables), *smallest(tables), ""]), encoding="utf-8")
 
 
-def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
+def section(tables: Tables) -> list[str]:
     """One table per compute."""
     lines = []
     for compute in COMPUTES:
@@ -73,7 +79,8 @@ def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
         lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
         for name, ram in ROWS:
             for size in SIZES:
-                costs = [tables[size, format, compute] for format in FORMATS]
+                chunk = chunk_of(GPUS[name].capability)
+                costs = [tables[chunk, size, format, compute] for format in FORMATS]
                 try:
                     cells = row(plan(costs, GPUS[name], ram=ram * GIB))
                 except WrongRequest as error:
@@ -91,20 +98,21 @@ def row(found: Plan) -> str:
     return " | ".join(cells)
 
 
-def smallest(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
+def smallest(tables: Tables) -> list[str]:
     """The least GPU memory that each resolution needs, and its owners."""
+    chunk = chunk_of(GPUS[LARGEST].capability)
     about = "nf4 multiplied in bf16, all units streamed through 8 slots. Aims for a GPU, with recompute: at 1024 px at "
     about += "most 4.6 GiB, 3.2 with inputs on the host; at 512 px 3.0 and 2.5."
     lines = ["## The least of a GPU, GiB", "", about, ""]
     lines += [f"| px | policy | host | {' | '.join(OWNERS)} | together |", "|---|---|---|" + "---|" * 7]
     for size in SIZES:
-        costs = tables[size, "nf4", "bf16"]
+        costs = tables[chunk, size, "nf4", "bf16"]
         for policy, offload in (("recompute", True), ("recompute", False), ("keep_all", False)):
             pins = Pins(policy=policy, offload=offload, resident_units=0, slots=8)
-            found = plan([costs], GPUS["h200"], pins=pins)
+            found = plan([costs], GPUS[LARGEST], pins=pins)
             cells = " | ".join(f"{found.peak[owner] / GIB:.2f}" for owner in OWNERS)
             lines.append(f"| {size} | {policy} | {'yes' if offload else ''} | {cells} | {found.peak_bytes / GIB:.2f} |")
-    needed = ", ".join(f"{size} px {least(tables[size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES)
+    needed = ", ".join(f"{size} px {least(tables[chunk, size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES)
     return [*lines, "", f"The least that any plan needs, with as few slots as it can: {needed}."]
 
 

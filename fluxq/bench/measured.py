@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from fluxq.config import TrainingConfig
+from fluxq.errors import is_out_of_memory
 from fluxq.model import Flux, FluxConfig
 from fluxq.offload.costs import OWNERS
 from fluxq.offload.gpus import GIB
@@ -34,7 +35,9 @@ def measured_row(
     """
     try:
         return _measured(config, setting, made, device, steps, optimizer)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
         return {"out_of_memory": str(error).split(". ")[0]}
     finally:
         gc.collect()  # the error and the model may refer to each other

@@ -13,6 +13,7 @@ from click.testing import CliRunner
 from fluxq.cli.main import main
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.quantized import QuantizedFile
+from fluxq.kernels.chunks import CHUNKS
 from fluxq.memory.placement import Budget, Placement, placement_of
 from fluxq.memory.retry import describe_placement, smaller_placement
 from fluxq.model import Flux, FluxConfig
@@ -78,7 +79,7 @@ def test_a_placement_is_described_in_one_line():
     ("name", "format", "vram"), [("rtx4090", "nf4", 8), ("rtx3060", "nf4", 4), ("rtx4090", "int8", 5)]
 )
 def test_on_a_gpu_each_new_plan_is_smaller_than_the_last(name, format, vram, short_blocks):
-    costs = flux_costs(SHORT, format, img_tokens=1024)
+    costs = flux_costs(SHORT, format, img_tokens=1024, chunk=CHUNKS[86])
     budget = Budget(costs, GPUS[name], 64 << 30, Pins(format=format, compute="bf16"))
     placement = placement_of(plan([costs], budget.gpu, vram << 30, budget.ram, budget.pins), budget)
     rounds, made = "keep_all8" in placement.plan.policies, []
@@ -94,7 +95,7 @@ def test_on_a_gpu_each_new_plan_is_smaller_than_the_last(name, format, vram, sho
 
 
 def test_pins_hold_as_long_as_possible(short_blocks):
-    costs = flux_costs(SHORT, "nf4", img_tokens=1024)
+    costs = flux_costs(SHORT, "nf4", img_tokens=1024, chunk=CHUNKS[86])
     pins = Pins(format="nf4", compute="bf16", policy="keep_qkv")
     budget = Budget(costs, GPUS["rtx4090"], 64 << 30, pins)
     placement = placement_of(plan([costs], budget.gpu, 5 << 30, budget.ram, pins), budget)
@@ -105,7 +106,7 @@ def test_pins_hold_as_long_as_possible(short_blocks):
 
 
 def test_what_cannot_be_streamed_stays(short_blocks):
-    costs = flux_costs(SHORT, "bf16", img_tokens=1024)
+    costs = flux_costs(SHORT, "bf16", img_tokens=1024, chunk=CHUNKS[86])
     pins = Pins(format="bf16", compute="bf16", resident_units=16)
     budget = Budget(costs, GPUS["h200"], None, pins)
     placement = placement_of(plan([costs], budget.gpu, 20 << 30, None, pins), budget)
