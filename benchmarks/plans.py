@@ -43,11 +43,11 @@ HEADER = f"""# Plans, predicted
 What fluxq's planner chooses for FLUX.1 dev, one image per step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
 MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every figure is predicted, none is measured**:
 bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
-Each GPU is in the widest slot it can use and has RAM of common size; {MARGIN / GIB:.2f} GiB of its memory are not
-counted (CUDA's own, and the allocator's losses). `make plans` writes this page.
+Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than what
+is alive, stays {MARGIN / GIB:.2f} GiB below its memory; segments can grow (Linux). `make plans` writes this page.
 
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
-a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: tensors only. waits: the share of the
+a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: tensors only, and reserved. waits: the share of the
 step in which compute waits for copies, by the ring under a virtual clock, including the passes that compute modulation
 ahead.
 """
@@ -93,7 +93,13 @@ def section(tables: Tables) -> list[str]:
 def row(found: Plan) -> str:
     kept = ", ".join(f"{n} {name}" for name, n in counted(found.policies).items())
     units = f"{len(found.resident)} + {found.streamed} in {found.slots}"
-    cells = [found.format, units, kept, "yes" if found.offload else "", f"{found.peak_bytes / GIB:.1f}"]
+    cells = [
+        found.format,
+        units,
+        kept,
+        "yes" if found.offload else "",
+        f"{found.peak_bytes / GIB:.1f}, {found.reserved / GIB:.1f}",
+    ]
     cells += [f"{found.host / GIB:.1f}", f"{found.seconds:.2f}", f"{found.stall / found.seconds:.0%}"]
     return " | ".join(cells)
 
