@@ -43,13 +43,14 @@ HEADER = f"""# Plans, predicted
 What fluxq's planner chooses for FLUX.1 dev, one image per step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
 MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every figure is predicted, none is measured**:
 bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
-Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than what
-is alive, stays {MARGIN / GIB:.2f} GiB below its memory; segments can grow (Linux). `make plans` writes this page.
+Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than
+what is alive, stays {MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes this
+page.
 
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
-a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: tensors only, and reserved. waits: the share of the
-step in which compute waits for copies, by the ring under a virtual clock, including the passes that compute modulation
-ahead.
+a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: bytes alive, and reserved by the
+allocator. waits: the share of the step in which compute waits for copies, by the ring under a virtual clock, including
+the passes that compute modulation ahead.
 """
 
 
