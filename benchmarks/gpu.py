@@ -24,7 +24,7 @@ import torch
 from benchmarks.cases import Case, last_only, parser, run_part, target
 from benchmarks.kernel_rows.setting import skip_missing_fp8
 from benchmarks.peers import qlora_step
-from benchmarks.placed import ENDLESS, RANK, T5_LENGTH, optimizer_of, planned, row_of
+from benchmarks.placed import ENDLESS, RANK, T5_LENGTH, gpu_of, optimizer_of, planned, row_of
 from benchmarks.roofline import KINDS, Ceilings, block_ms, measure_ceilings
 from fluxq.bench.random_model import random_flux
 from fluxq.bench.steps import hold_to
@@ -64,6 +64,7 @@ def main() -> None:
             return random_flux(config, kind, device, RANK)
 
         measured = partial(timed_steps, device, arguments, optimizer)
+        chunk = chunk_of(gpu_of(device).capability)
 
         def ours(policy: str) -> Iterator[Case]:
             for size, format, compute in product(arguments.sizes, arguments.format, arguments.compute):
@@ -72,7 +73,7 @@ def main() -> None:
                     row = partial(planned_of, model.forget, config, setting, device, arguments, optimizer)
                 else:
                     bound = bound_ms(report["ceilings"], config, depth, size, policy, compute)
-                    row = partial(ours_of, partial(model, format), config, setting, measured, bound)
+                    row = partial(ours_of, partial(model, format), config, setting, measured, bound, chunk)
                 yield Case(f"steps: {size} px, {format}, {compute}, {policy}", row)
 
         first, *others = arguments.policy
@@ -132,6 +133,7 @@ def ours_of(
     setting: Setting,
     measured: Callable[..., dict[str, Any]],
     bound: float | None,
+    chunk: int,
 ) -> dict[str, Any]:
     """The row of fluxq's own steps, with a plan's prediction for everything resident."""
     skip_missing_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"), setting.compute)
@@ -144,9 +146,8 @@ def ours_of(
 
     def predicted(optimizer: str) -> dict[str, Any]:
         pins = Pins(blocks_to_swap=0, policy=setting.policy, offload=False)
-        gpu = GPUS["h200"]
-        costs = costs_of(setting, config, optimizer, chunk_of(gpu.capability))
-        made = plan([costs], gpu, ENDLESS, pins=pins)
+        costs = costs_of(setting, config, chunk, optimizer)
+        made = plan([costs], GPUS["h200"], ENDLESS, pins=pins)
         modulation = sum(costs.ahead.values()) - made.peak["slots"]  # here its weights stay, and pass through no slots
         return {"predicted_peak_bytes": made.peak_bytes + modulation, "bound_ms": bound}
 

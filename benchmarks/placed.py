@@ -47,7 +47,7 @@ def planned(
     addition to the policy. Raises WrongRequest if nothing fits.
     """
     gpu = gpu_of(device)
-    costs = costs_of(setting, config, optimizer, chunk_of(gpu.capability))
+    costs = costs_of(setting, config, chunk_of(gpu.capability), optimizer)
     available = min(vram or ENDLESS, free_gpu_bytes() or ENDLESS)
     ram = (ram_bytes() or (0, None))[1]
     return plan([costs], gpu, available, ram, Pins(policy=setting.policy, **pins))

@@ -9,6 +9,7 @@ import argparse
 from pathlib import Path
 
 from fluxq.errors import WrongRequest
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import OWNERS, Costs
@@ -32,19 +33,24 @@ ROWS = (  # GPU, GiB of RAM
     ("rtx4090", 32),
 )
 FORMATS, COMPUTES = ("nf4", "int8", "bf16"), ("bf16", "int8")
+LARGEST = "h200"
+
+Tables = dict[tuple[int, int, str, str], Costs]
+"""(chunk, pixels, format, compute) -> costs."""
 
 HEADER = f"""# Plans, predicted
 
 What fluxq's planner chooses for FLUX.1 dev, one image per step, {TEXT} T5 tokens, LoRA of rank {RANK} on attention and
 MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every figure is predicted, none is measured**:
 bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
-Each GPU is in the widest slot it can use and has RAM of common size; {MARGIN / GIB:.2f} GiB of its memory are not
-counted (CUDA's own, and the allocator's losses). `make plans` writes this page.
+Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than
+what is alive, stays {MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes this
+page.
 
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
-a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: tensors only. waits: the share of the
-step in which compute waits for copies, by the ring under a virtual clock, including the passes that compute modulation
-ahead.
+a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: bytes alive, and reserved by the
+allocator. waits: the share of the step in which compute waits for copies, by the ring under a virtual clock, including
+the passes that compute modulation ahead.
 """
 
 
@@ -53,9 +59,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plans.md")
     out = parser.parse_args().out
     tables = {
-        (size, format, compute): flux_costs(
-            FluxConfig.dev(), format, compute, RANK, img_tokens=(size // 16) ** 2, txt_tokens=TEXT
+        (chunk, size, format, compute): flux_costs(
+            FluxConfig.dev(), format, compute, RANK, img_tokens=(size // 16) ** 2, txt_tokens=TEXT, chunk=chunk
         )
+        for chunk in sorted({chunk_of(GPUS[name].capability) for name in (*(name for name, _ in ROWS), LARGEST)})
         for size in SIZES
         for format in FORMATS
         for compute in COMPUTES
@@ -64,7 +71,7 @@ def main() -> None:
     out.write_text("\n".join([HEADER, *section(tables), *smallest(tables), ""]), encoding="utf-8")
 
 
-def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
+def section(tables: Tables) -> list[str]:
     """One table per compute."""
     lines = []
     for compute in COMPUTES:
@@ -73,7 +80,8 @@ def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
         lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
         for name, ram in ROWS:
             for size in SIZES:
-                costs = [tables[size, format, compute] for format in FORMATS]
+                chunk = chunk_of(GPUS[name].capability)
+                costs = [tables[chunk, size, format, compute] for format in FORMATS]
                 try:
                     cells = row(plan(costs, GPUS[name], ram=ram * GIB))
                 except WrongRequest as error:
@@ -86,25 +94,32 @@ def section(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
 def row(found: Plan) -> str:
     kept = ", ".join(f"{n} {name}" for name, n in counted(found.policies).items())
     units = f"{len(found.resident)} + {found.streamed} in {found.slots}"
-    cells = [found.format, units, kept, "yes" if found.offload else "", f"{found.peak_bytes / GIB:.1f}"]
+    cells = [
+        found.format,
+        units,
+        kept,
+        "yes" if found.offload else "",
+        f"{found.peak_bytes / GIB:.1f}, {found.reserved / GIB:.1f}",
+    ]
     cells += [f"{found.host / GIB:.1f}", f"{found.seconds:.2f}", f"{found.stall / found.seconds:.0%}"]
     return " | ".join(cells)
 
 
-def smallest(tables: dict[tuple[int, str, str], Costs]) -> list[str]:
+def smallest(tables: Tables) -> list[str]:
     """The least GPU memory that each resolution needs, and its owners."""
+    chunk = chunk_of(GPUS[LARGEST].capability)
     about = "nf4 multiplied in bf16, all units streamed through 8 slots. Aims for a GPU, with recompute: at 1024 px at "
     about += "most 4.6 GiB, 3.2 with inputs on the host; at 512 px 3.0 and 2.5."
     lines = ["## The least of a GPU, GiB", "", about, ""]
     lines += [f"| px | policy | host | {' | '.join(OWNERS)} | together |", "|---|---|---|" + "---|" * 7]
     for size in SIZES:
-        costs = tables[size, "nf4", "bf16"]
+        costs = tables[chunk, size, "nf4", "bf16"]
         for policy, offload in (("recompute", True), ("recompute", False), ("keep_all", False)):
             pins = Pins(policy=policy, offload=offload, resident_units=0, slots=8)
-            found = plan([costs], GPUS["h200"], pins=pins)
+            found = plan([costs], GPUS[LARGEST], pins=pins)
             cells = " | ".join(f"{found.peak[owner] / GIB:.2f}" for owner in OWNERS)
             lines.append(f"| {size} | {policy} | {'yes' if offload else ''} | {cells} | {found.peak_bytes / GIB:.2f} |")
-    needed = ", ".join(f"{size} px {least(tables[size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES)
+    needed = ", ".join(f"{size} px {least(tables[chunk, size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES)
     return [*lines, "", f"The least that any plan needs, with as few slots as it can: {needed}."]
 
 

@@ -13,7 +13,7 @@ from __future__ import annotations
 import os
 import sys
 import warnings
-from collections.abc import MutableMapping
+from collections.abc import Mapping, MutableMapping
 
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 
@@ -28,3 +28,9 @@ def use_expandable_segments(environment: MutableMapping[str, str] = os.environ) 
         environment[VARIABLES[0]] = "expandable_segments:True"
         # torch then asks the driver about links between servers, and warns where a GPU has none: every GeForce
         warnings.filterwarnings("ignore", message="nvmlDeviceGetGpuFabricInfoV failed")
+
+
+def has_expandable_segments(environment: Mapping[str, str] = os.environ) -> bool:
+    """Whether torch's allocator has been told to use segments that can grow, and can."""
+    set_to = next((environment[name] for name in ("PYTORCH_CUDA_ALLOC_CONF", VARIABLES[0]) if name in environment), "")
+    return sys.platform == "linux" and "expandable_segments:True" in set_to.replace(" ", "")

@@ -1,5 +1,26 @@
-"""The error for what the user can fix: every command prints its message and exits with 2."""
+"""The error for what the user can fix, and what counts as having run out of GPU memory. Nothing here imports torch."""
+
+OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+"""What an error says if GPU memory ran out. torch's allocator raises OutOfMemoryError. But cuBLAS, cuDNN, Triton, which
+loads each kernel when it is first needed, and CUDA itself ask the driver for memory; if it has none left, they raise a
+RuntimeError: "Triton Error [CUDA]: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate".
+"""
 
 
 class WrongRequest(ValueError):
-    """A request that cannot be met. The message says what was expected, what was found and what to do."""
+    """A request that cannot be met. The message says what was expected, what was found and what to do.
+
+    Every command prints it and exits with 2.
+    """
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether GPU memory ran out, in torch's allocator or outside it."""
+    if from_allocator(error):
+        return True
+    return isinstance(error, RuntimeError) and any(words in str(error) for words in OUT_OF_MEMORY)
+
+
+def from_allocator(error: BaseException) -> bool:
+    """Whether `error` is torch.OutOfMemoryError."""
+    return type(error).__name__ == "OutOfMemoryError"

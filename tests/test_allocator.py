@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxq.allocator import VARIABLES, use_expandable_segments
+from fluxq.allocator import VARIABLES, has_expandable_segments, use_expandable_segments
 
 ROOT = Path(__file__).parent.parent
 GROWING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
@@ -89,3 +89,18 @@ print(seen["allocator_settings"]["expandable_segments"], {s["is_expandable"] for
     environment = {name: value for name, value in os.environ.items() if name not in VARIABLES}
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.stdout.split() == ["True", "{True}"] and not done.stderr, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    ("environment", "system", "grow"),
+    [
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "linux", True),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "win32", False),
+        ({"PYTORCH_CUDA_ALLOC_CONF": "", "PYTORCH_ALLOC_CONF": "expandable_segments:True"}, "linux", False),
+        ({"PYTORCH_ALLOC_CONF": "expandable_segments:False"}, "linux", False),
+        ({}, "linux", False),
+    ],
+)
+def test_plans_know_whether_segments_can_grow(environment, system, grow, monkeypatch):
+    monkeypatch.setattr("sys.platform", system)
+    assert has_expandable_segments(environment) is grow

@@ -24,13 +24,14 @@ from torch import Tensor
 from fluxq import nano
 from fluxq.config import MemoryConfig, ModelConfig
 from fluxq.console import console
-from fluxq.errors import WrongRequest
+from fluxq.errors import WrongRequest, is_out_of_memory
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
 from fluxq.kernels.chunks import chunk_of
 from fluxq.memory.machine import free_gpu_bytes, ram_bytes
 from fluxq.memory.placement import SLOTS, blocks_units, parse_bytes, pinned_residents
+from fluxq.memory.share import take_share
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.models.parts import Models
 from fluxq.models.tuning import use_tuned
@@ -190,18 +191,18 @@ def row_of(
     try:
         if gpu is None:
             flux, made = nano_flux(setting), None
-            costs = costs_of(setting, flux.config)
+            costs = costs_of(setting, flux.config, chunk=0)
         else:
-            costs = costs_of(setting, FluxConfig.dev(), chunk=chunk_of(gpu.capability))
+            costs = costs_of(setting, FluxConfig.dev(), chunk_of(gpu.capability))
             made = planned(setting, costs, gpu, limit)
             bus: dict[str, Any] = {} if slower == 1 else {"through": lambda streams: SlowBus(streams, slower)}
             flux = planned_flux(FluxConfig.dev(), made, setting.rank, device, **bus)
-    except (WrongRequest, torch.OutOfMemoryError) as error:
+    except (WrongRequest, RuntimeError) as error:
         _release(device)
         return row | failed(error)
     try:
         row |= measure_steps(flux, setting, steps)
-    except torch.OutOfMemoryError as error:
+    except RuntimeError as error:
         row |= failed(error)
     finally:
         if hasattr(flux.ring, "close"):
@@ -218,10 +219,12 @@ def row_of(
 
 
 def failed(error: Exception) -> dict[str, str]:
-    """The end of a row that has nothing to time: out of memory, or not supported."""
-    if isinstance(error, torch.OutOfMemoryError):
+    """The end of a row that has nothing to time: out of memory, or not supported. Raises any other error."""
+    if is_out_of_memory(error):
         return {"out_of_memory": str(error).split(". ")[0]}
-    return {"not_run": str(error)}
+    if isinstance(error, WrongRequest):
+        return {"not_run": str(error)}
+    raise error
 
 
 def planned(setting: Setting, costs: Costs, gpu: GPU, limit: int | None) -> Plan:
@@ -232,6 +235,8 @@ def planned(setting: Setting, costs: Costs, gpu: GPU, limit: int | None) -> Plan
         policy=setting.policy,
         slots=setting.slots,
     )
+    if limit is None:
+        take_share()
     vram = min(limit or 1 << 62, free_gpu_bytes() or gpu.vram)
     return plan([costs], gpu, vram, (ram_bytes() or (0, None))[1], pins)
 

@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from fluxq.allocator import has_expandable_segments
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
-from fluxq.kernels.chunks import CHUNKS
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import Costs, Work
@@ -143,10 +143,22 @@ def random_batch(config: FluxConfig, setting: Setting) -> Batch:
     return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
 
 
-def costs_of(setting: Setting, config: FluxConfig, optimizer: str = OPTIMIZER, chunk: int = CHUNKS[86]) -> Costs:
+def costs_of(setting: Setting, config: FluxConfig, chunk: int, optimizer: str = OPTIMIZER) -> Costs:
+    """The table of the setting's steps; chunk: see flux_costs."""
     s, tokens = setting, (setting.resolution // 16) ** 2
+    expandable = has_expandable_segments()
     return flux_costs(
-        config, s.format, s.compute, s.rank, TARGETS, s.batch, tokens, s.t5_length, optimizer, chunk=chunk
+        config,
+        s.format,
+        s.compute,
+        s.rank,
+        TARGETS,
+        s.batch,
+        tokens,
+        s.t5_length,
+        optimizer,
+        chunk=chunk,
+        expandable=expandable,
     )
 
 

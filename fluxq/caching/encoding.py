@@ -11,7 +11,7 @@ from fluxq.console import Notify, silent
 from fluxq.data.buckets import Size
 from fluxq.data.examples import Example
 from fluxq.data.images import open_image, prepare
-from fluxq.errors import WrongRequest
+from fluxq.errors import WrongRequest, is_out_of_memory
 from fluxq.model.autoencoder import within_memory
 from fluxq.model.text import CLIP_LENGTH
 
@@ -71,7 +71,9 @@ def encode_images(
             x = torch.stack(list(decoded.values()))
             try:
                 means, spreads = within_memory(autoencoder, partial(_latents, autoencoder, x), notify)
-            except torch.OutOfMemoryError as error:
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
                 raise WrongRequest(_too_large(batch[0][1])) from error
             for key, mean, spread in zip(decoded, means, spreads, strict=True):
                 store.put_latents(key, mean, spread, images[key].name)

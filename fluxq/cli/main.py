@@ -13,7 +13,7 @@ from typing import Any
 import click
 
 from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
-from fluxq.errors import WrongRequest
+from fluxq.errors import WrongRequest, is_out_of_memory
 
 from .bench import bench
 from .lora import lora
@@ -37,7 +37,7 @@ class Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except RuntimeError as error:
-            if type(error).__name__ != "OutOfMemoryError":  # torch's, without importing torch here
+            if not is_out_of_memory(error):
                 raise
             click.echo(
                 f"error: the GPU ran out of memory; lower --resolution, --batch or --t5-length ({error})",

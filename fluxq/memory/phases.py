@@ -15,20 +15,25 @@ import torch
 
 from fluxq.config import MemoryConfig, TrainConfig
 from fluxq.errors import WrongRequest
+from fluxq.formats.quantized import cache_folder
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
 from fluxq.models.parts import Models
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
 from fluxq.offload.footprint import fixed
-from fluxq.offload.planner import MARGIN
+from fluxq.offload.gpus import GIB, measure
+from fluxq.offload.planner import OUTSIDE
 from fluxq.offload.plans import gib, gib_up
 
 from .machine import free_gpu_bytes
 from .placement import SLOTS, Placement, parse_bytes, pinned_residents
+from .share import take_share
 
 TOKENS_PER_BATCH = 4608  # sampled at once: those of one 1024 x 1024 image with 512 text tokens
 SAMPLING_SLOTS = 4  # hide copies nearly as well as 8 (benchmarks/results/plans.md) and leave memory for residents
 AUTOENCODER_CHANNELS = 128
+MARGIN = OUTSIDE + int(0.35 * GIB)  # the second part is for what the allocator reserves but does not use
 
 
 @dataclass(frozen=True)
@@ -51,6 +56,8 @@ def gpu_budget(config: MemoryConfig, device: torch.device) -> int | None:
         if vram:
             raise WrongRequest("--vram is for a CUDA GPU, and this machine has none; leave it out")
         return None
+    if vram is None:
+        take_share()
     allowed = vram or free_gpu_bytes()
     return None if allowed is None else allowed - MARGIN
 
@@ -80,7 +87,7 @@ def place_sampling(
         pinned = pinned_residents(memory, models)
     if budget is None:
         return Placement(pinned_residents(memory, models), memory.slots or SLOTS), SamplingLimits()
-    needed = 0
+    needed, chunk = 0, chunk_of(measure(cache_folder()).capability)
     for tokens in (TOKENS_PER_BATCH, 0):
         tables = [
             flux_costs(
@@ -92,6 +99,7 @@ def place_sampling(
                 batch=max(1, min(count, tokens // (image + models.t5_length))),
                 img_tokens=image,
                 txt_tokens=models.t5_length,
+                chunk=chunk,
             )
             for image, count in Counter(width // 16 * (height // 16) for width, height in sizes).items()
         ]

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 
+from fluxq.allocator import has_expandable_segments
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig
 from fluxq.console import Notify
 from fluxq.errors import WrongRequest
@@ -30,6 +31,7 @@ from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, describe
 
 from .machine import free_gpu_bytes, ram_bytes
+from .share import take_share
 
 SLOTS = 8
 SMALLER_SIZES = (768, 512, 256)
@@ -80,6 +82,8 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
         policies = memory_config.policy or ("keep_all" if models.is_nano else "recompute")
         resident = pinned_residents(memory_config, models)
         return Placement(resident, memory_config.slots or SLOTS, policies, bool(memory_config.offload))
+    if vram is None:
+        take_share()
     pins = Pins(
         format=models.format,
         compute=models.compute,
@@ -119,6 +123,8 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
     formats = [format for format in ("nf4", eight_bits, "bf16") if models.fits_on_disk(format)]
     tables = [costs_of(config, models, config.data.resolution or 0, format) for format in formats or ["nf4"]]
     vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
+    if vram is None:
+        take_share()
     return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (ram_bytes() or (0, None))[1], pins)
 
 
@@ -136,8 +142,9 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         models.t5_length,
         training.optimizer,
         training.accumulate > 1,
-        chunk_of(measure(cache_folder()).capability),
         models.open("clip_l").shapes if config.lora.text_encoder else None,
+        chunk=chunk_of(measure(cache_folder()).capability),
+        expandable=has_expandable_segments(),
     )
 
 

@@ -3,6 +3,9 @@
 Plans differ in where data is stored and what is recomputed, never in the result; and all random numbers are addressed
 by step. So repeated work gives bit for bit the result that it would have given with more memory. (Only keep_all8
 rounds: a plan without it is never replaced by one with it.)
+
+If memory ran out outside torch's allocator, which may hold memory that it does not use, the same plan gets a second try
+with that given back.
 """
 
 from __future__ import annotations
@@ -15,7 +18,7 @@ from typing import TypeVar
 import torch
 
 from fluxq.console import Notify
-from fluxq.errors import WrongRequest
+from fluxq.errors import WrongRequest, from_allocator, is_out_of_memory
 from fluxq.formats.stream import expect_training
 from fluxq.model.flux import Flux
 from fluxq.models.parts import Models
@@ -37,17 +40,21 @@ LOWER_POLICY = {
 """Policy -> the next one that keeps less and does not round."""
 
 SHRINK = 0.95
-"""The next plan's predicted peak is at most this fraction of the last one's."""
+"""The next plan's predicted memory is at most this fraction of the last one's."""
 
 
 class OutOfMemoryRetry:
     """Runs work on `flux`, which `models` has loaded according to `placement`, with ever smaller placements if memory
     runs out. `ahead`: see Models.load_flux.
+
+    placement: that of training, which work without a backward pass leaves alone: if a preview needs a smaller one, only
+    previews and validation get it.
     """
 
     def __init__(self, placement: Placement, models: Models, flux: Flux, ahead: bool, notify: Notify) -> None:
         self.placement, self._models, self._flux, self._ahead, self._notify = placement, models, flux, ahead, notify
         self._placed: tuple | None = (placement.resident, placement.slots)
+        self._forward_only: Placement | None = None  # if that is smaller than `placement`
 
     def run(self, what: str, work: Callable[[], T], training: bool = True) -> T:
         """The result of work(), repeated with smaller plans if memory runs out.
@@ -55,15 +62,21 @@ class OutOfMemoryRetry:
         training: the work has a backward pass. The work must not depend on what its failed attempt left behind;
         gradients are dropped. Raises torch.OutOfMemoryError if there is no smaller plan.
         """
+        placement, second_try = (None if training else self._forward_only) or self.placement, False
         while True:
             try:
-                self._apply()
+                self._apply(placement)
                 return work()
-            except torch.OutOfMemoryError as error:
-                reason = str(error).split(". ")[0]
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                reason, second_try = _reason(error), not (second_try or from_allocator(error))
             # After the except block the traceback is gone, and with it every tensor that the work had created.
             self._free()
-            lower = smaller_placement(self.placement, self._flux.blocks_units, training, self._models.can_stream)
+            if second_try:
+                self._notify(f"out of memory in {what} ({reason}); repeating with the memory that torch did not use")
+                continue
+            lower = smaller_placement(placement, self._flux.blocks_units, training, self._models.can_stream)
             if lower is None:
                 raise torch.OutOfMemoryError(
                     f"in {what} even the smallest plan needs too much memory; the last save is good, continue from it "
@@ -71,11 +84,15 @@ class OutOfMemoryRetry:
                 )
             described = describe_placement(lower, self._flux.blocks_units)
             self._notify(f"out of memory in {what} ({reason}); repeating with {described}")
-            self.placement = lower
+            placement = lower
+            if training:
+                self.placement, self._forward_only = lower, None
+            else:
+                self._forward_only = lower
 
-    def _apply(self) -> None:
-        """Make the model match `placement`."""
-        flux, target = self._flux, self.placement
+    def _apply(self, target: Placement) -> None:
+        """Make the model match `target`."""
+        flux = self._flux
         flux.set_policy(target.policies)
         if target.offload != (flux.inputs is not None):
             flux.inputs = inputs_for(flux.device, self._notify) if target.offload else None
@@ -95,6 +112,11 @@ class OutOfMemoryRetry:
         gc.collect()
         if self._flux.device.type == "cuda":
             torch.cuda.empty_cache()
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first sentence of the error."""
+    return str(error).splitlines()[0].split(". ")[0]
 
 
 def smaller_placement(
@@ -136,7 +158,7 @@ def smaller_plan(placement: Placement, can_stream: bool) -> Plan | None:
         if all_units is not None:
             pins = replace(pins, resident_units=all_units, blocks_to_swap=None)
         try:
-            return plan([costs], budget.gpu, MARGIN + int(SHRINK * old.peak_bytes), budget.ram, pins)
+            return plan([costs], budget.gpu, MARGIN + int(SHRINK * old.reserved), budget.ram, pins)
         except WrongRequest:
             continue
     return None

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxq.console import Notify
+from fluxq.errors import is_out_of_memory
 
 from . import bands
 from .autoencoder_layers import Decoder, Encoder
@@ -25,14 +26,14 @@ BANDS = (32, 8)  # rows at a time; fewer rows save no more memory
 def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], notify: Notify) -> T:
     """run(), which uses `autoencoder`. If the GPU runs out of memory, retry in narrower bands and keep those.
 
-    Raises torch.OutOfMemoryError if the narrowest bands do not fit either.
+    Raises the last error if the narrowest bands do not fit either.
     """
     while True:
         try:
             return run()
-        except torch.OutOfMemoryError:
+        except RuntimeError as error:
             before = autoencoder.band
-            if before is not None and before <= BANDS[-1]:
+            if not is_out_of_memory(error) or (before is not None and before <= BANDS[-1]):
                 raise
         # Outside the except block: the traceback, which holds the failed attempt's feature maps, is freed.
         band = next(band for band in BANDS if before is None or band < before)

@@ -15,9 +15,10 @@ from typing import NamedTuple
 
 import torch
 
-from fluxq.kernels.chunks import CHUNKS, FEW_ROWS
+from fluxq.kernels.chunks import FEW_ROWS
 from fluxq.kernels.replay import POLICIES
-from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
+from fluxq.offload.costs import BlockCost, Costs, Fragmentation, PolicyCost, Work
+from fluxq.offload.gpus import GIB
 
 from .config import FluxConfig
 from .flux import Flux
@@ -42,6 +43,13 @@ AUTOENCODER = 4 * 83_819_683
 TILES = ((None, 6.0), (32, 2.2))
 """Rows at a time (None: all), and the peak of decoding in maps of `ch` (128) channels (tests/model/test_bands.py)."""
 
+EXPANDABLE = (0.2, 0.1, 0.05)
+FIXED = {"bf16": (0.65, 0.0, 0.045), "8 bits": (0.7, 0.35, 0.035), "decoded to 8 bits": (0.0, 1.2, 0.08)}
+MEASURED_ROWS = 4608
+"""What the allocator reserves beyond what is alive, with segments that can grow and with others, by the type of the
+products: GiB always, GiB at MEASURED_ROWS rows and in proportion below, and a fraction of what a step allocates. Fitted
+to benchmarks/results/emulated.md, where each row is within 5 %."""
+
 MLP = {"mlp.0": ("hidden", "hidden"), "mlp.2": ("end", "end")}
 ATTENTION = {"attn.qkv": ("qkv", "qkv"), "attn.proj": ("proj", "residual")}
 
@@ -57,13 +65,16 @@ def flux_costs(
     txt_tokens: int = 512,
     optimizer: str = "adamw8bit",
     accumulates: bool = False,
-    chunk: int = CHUNKS[86],
     clip: Mapping[str, tuple[int, ...]] | None = None,
+    *,
+    chunk: int,
+    expandable: bool = True,
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
-    chunk: how many numbers of a weight the Triton kernels decode at a time (fluxq/kernels/chunks.py).
     clip: name -> shape of every tensor of CLIP-L, if it trains (fluxq/model/clip.py).
+    chunk: how many numbers of a weight this GPU's kernels decode at a time: `chunk_of` its capability; 0 for all.
+    expandable: the allocator's segments can grow (fluxq/allocator.py).
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
@@ -110,9 +121,16 @@ def flux_costs(
         scratch=scratch(products, chunk) + angles + encoder.activations,
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows) + encoder.work,
         accumulates=accumulates,
+        fragmentation=_fragmentation(format, compute, rows, expandable),
         tiles=tuple((band, AUTOENCODER + int(maps * img_tokens * 256 * 128 * 4)) for band, maps in TILES),
         about=dict(rank=rank, batch=batch, img_tokens=img_tokens, txt_tokens=txt_tokens, optimizer=optimizer),
     )
+
+
+def _fragmentation(format: str, compute: str, rows: int, expandable: bool) -> Fragmentation:
+    kind = "bf16" if compute == "bf16" else "8 bits" if compute.startswith(format) else "decoded to 8 bits"
+    always, in_all_rows, fraction = EXPANDABLE if expandable else FIXED[kind]
+    return Fragmentation(int((always + in_all_rows * min(1.0, rows / MEASURED_ROWS)) * GIB), fraction)
 
 
 class _Encoder(NamedTuple):

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
+from typing import NamedTuple
 
 OWNERS: tuple[str, ...] = ("weights", "slots", "lora", "optimizer", "activations", "workspace")
 """What the bytes are for. weights: frozen ones that stay on the GPU; slots: for streamed ones; lora: the LoRA's weights
@@ -73,6 +74,13 @@ class BlockCost:
     policies: Mapping[str, PolicyCost] = field(default_factory=dict)
 
 
+class Fragmentation(NamedTuple):
+    """How many bytes more than are alive torch's allocator reserves: some, and a fraction of what a step allocates."""
+
+    nbytes: int = 0
+    fraction: float = 0.0
+
+
 @dataclass(frozen=True)
 class Costs:
     """One way of holding and multiplying a model's weights, for one batch of images.
@@ -83,7 +91,7 @@ class Costs:
     gradients and optimizer: trained weights, gradients outside the blocks, the optimizer's state; scratch: workspace
     that is held all the time. outside: the step's work outside the blocks; optimizer_peak: temporary bytes of the
     optimizer's step. accumulates: gradients of an earlier forward pass exist. tiles: rows that the autoencoder
-    processes at a time (None: all) and its peak bytes, from fast to lean. error: relative, of the weights as they are
+    processes at a time (None: all) and its peak bytes, from fast to lean. fragmentation: of steps. error: relative, of the weights as they are
     stored and multiplied; smaller is more accurate.
     """
 
@@ -106,6 +114,7 @@ class Costs:
     outside: Work = Work()
     accumulates: bool = False
     tiles: tuple[tuple[int | None, int], ...] = ()
+    fragmentation: Fragmentation = Fragmentation()
     about: Mapping[str, object] = field(default_factory=dict)
 
     @property

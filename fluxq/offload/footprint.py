@@ -41,6 +41,11 @@ def fixed(costs: Costs, setting: Setting) -> int:
     return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.ahead_step
 
 
+def reserved(costs: Costs, setting: Setting, step: int) -> int:
+    """Bytes that torch's allocator reserves if a step takes `step` bytes in addition to those of `fixed`."""
+    return fixed(costs, setting) + costs.fragmentation.nbytes + int((1 + costs.fragmentation.fraction) * step)
+
+
 def memory_over_step(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
     """(activations, workspace, gradients) in bytes: while each block runs forward and backward, while results are
     computed ahead, and in the optimizer's step. Inputs in transit to or from the host take the space of `BUFFERS` more

@@ -21,7 +21,7 @@ from typing import NamedTuple
 from fluxq.errors import WrongRequest
 
 from .costs import BUFFERS, Costs
-from .footprint import Setting, fixed, host_bytes, peak_by_owner
+from .footprint import Setting, fixed, host_bytes, peak_by_owner, reserved
 from .gpus import GIB, GPU
 from .mixtures import Point, points
 from .plans import Pins, Plan, gib, gib_up
@@ -34,8 +34,11 @@ SLOTS = (2, 3, 4, 8)
 RESIDENTS = 20
 """How many numbers of resident units to try; all of them if there are no more than that."""
 
-MARGIN = int(0.75 * GIB)
-"""Bytes of the GPU that are not the program's tensors: CUDA's own, and fragmentation of the allocator."""
+OUTSIDE = int(0.4 * GIB)
+"""Bytes of the GPU that torch's allocator leaves to cuBLAS, compiled kernels and CUDA (fluxq/memory/share.py)."""
+
+MARGIN = OUTSIDE + int(0.1 * GIB)
+"""Bytes of the GPU that no plan reserves: predictions of what the allocator reserves have been 0.1 GiB too low."""
 
 AS_GOOD = 1.01
 GRAIN = 1.002
@@ -77,7 +80,7 @@ def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
     """The fewest bytes of a GPU that any plan of `costs` needs."""
     pins = pins or Pins()
     return margin + min(
-        fixed(costs, setting) + point.peak
+        reserved(costs, setting, point.peak)
         for offload in _offloads(pins)
         for point in points(costs, None, pins.policy, offload)
         for setting in settings(costs, pins)
@@ -193,8 +196,8 @@ class _Search:
             known = points(self.costs, self.gpu, self.pins.policy, offload)
             for setting in settings(self.costs, self.pins):
                 if self.ram is None or host_bytes(self.costs, setting, offload) <= self.ram:
-                    left = self.budget - fixed(self.costs, setting)
-                    yield setting, offload, iter([p for p in known if p.peak <= left])
+                    fitting = [p for p in known if reserved(self.costs, setting, p.peak) <= self.budget]
+                    yield setting, offload, iter(fitting)
 
     def _push(
         self, heap: list[_Candidate], number: Iterator[int], setting: Setting, offload: bool, rest: Iterator[Point]
@@ -213,7 +216,7 @@ class _Search:
         of what it keeps; that leaves some memory free, for anything else that needs the GPU; that copies less, since
         copies take power and are hidden only if the predictions hold; that uses less memory.
         """
-        nbytes = fixed(self.costs, setting) + point.peak
+        nbytes = reserved(self.costs, setting, point.peak)
         crowded = nbytes > (1 - FREE) * self.budget
         grain = math.ceil(math.log(seconds, GRAIN) - 1e-6)
         return grain, offload, point.rounded, crowded, 0 if crowded else moved, nbytes
@@ -259,7 +262,7 @@ class _Search:
         tiles = next((band for band, size in costs.tiles if size <= left), costs.tiles[-1][0] if costs.tiles else None)
         return Plan(
             costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),
-            point.policies, offload, tiles, setting.ahead, peak, timing.seconds, timing.stalled, timing.copied,
+            point.policies, offload, tiles, setting.ahead, peak, reserved(costs, setting, left), timing.seconds, timing.stalled, timing.copied,
             host_bytes(costs, setting, offload), self.gpu.name, self.vram, costs.about,
         )  # fmt: skip
 
@@ -328,7 +331,7 @@ def _least_host(costs: Costs, pins: Pins, budget: int) -> int:
             host_bytes(costs, setting, offload)
             for offload in _offloads(pins)
             for setting in settings(costs, pins)
-            if fixed(costs, setting) + min(p.peak for p in points(costs, None, pins.policy, offload)) <= budget
+            if reserved(costs, setting, min(p.peak for p in points(costs, None, pins.policy, offload))) <= budget
         ),
         default=1 << 62,
     )

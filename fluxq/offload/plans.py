@@ -50,7 +50,8 @@ class Plan:
     resident: units that always stay on the GPU; slots: for the others; policies: of each block, "" if it has no
     backward pass; offload: block inputs are kept on the host; tiles: rows that the autoencoder decodes at a time for a
     preview, in the memory of a step's temporaries, None for all; look_ahead: steps whose modulation is computed in one
-    pass, 0 if it is part of the step. peak: bytes by owner at the moment of the peak; seconds: per step, of which
+    pass, 0 if it is part of the step. peak: bytes by owner at the moment of the peak; reserved: bytes that the allocator
+    takes from the GPU for that; seconds: per step, of which
     `stall` are spent waiting for copies; moved: bytes copied to the GPU per step; host: bytes of RAM.
     """
 
@@ -64,6 +65,7 @@ class Plan:
     tiles: int | None
     look_ahead: int
     peak: Mapping[str, int]
+    reserved: int
     seconds: float
     stall: float
     moved: int
@@ -116,6 +118,7 @@ def describe(plan: Plan) -> str:
         ("autoencoder", "whole" if plan.tiles is None else f"{plan.tiles} rows at a time"),
         ("peak, predicted", f"{gib(plan.peak_bytes)} of {gib(plan.vram)}"),
         *((f"  {owner}", gib(nbytes)) for owner, nbytes in plan.peak.items()),
+        ("reserved, predicted", f"{gib(plan.reserved)}: the allocator needs more than is alive"),
         ("RAM, predicted", gib(plan.host)),
         ("copied per step", f"{plan.moved / 1e9:.1f} GB"),
         ("step, predicted", f"{plan.seconds:.2f} s on {plan.gpu}, {plan.stall / plan.seconds:.0%} of it waiting"

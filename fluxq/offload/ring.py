@@ -179,6 +179,8 @@ class StreamingRing:
 
     def _load(self, unit: str, slot: _Slot) -> None:
         if self._poison:
+            if slot.ready is not None:
+                self._streams.compute_waits(slot.ready)  # poison(s) waits for a copy that nobody has waited for
             slot.memory.fill_(0xFF)
             slot.free = self._streams.computed()
         self._streams.copy_waits(slot.free)  # copy(u) waits until compute(v) has left slot s

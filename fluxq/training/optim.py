@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxq.console import quiet_imports
-from fluxq.errors import WrongRequest
+from fluxq.errors import WrongRequest, is_out_of_memory
 
 from .flat import Flat
 
@@ -226,8 +226,8 @@ def update(optimizer: FlatOptimizer) -> None:
     before = _update_count(optimizer)
     try:
         optimizer.step()
-    except torch.OutOfMemoryError as error:
-        if _update_count(optimizer) == before:
+    except RuntimeError as error:
+        if not is_out_of_memory(error) or _update_count(optimizer) == before:
             raise
         raise WrongRequest(
             "memory ran out while weights were being updated; the last save is intact; close other programs and "

@@ -19,8 +19,10 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.formats.load import load_autoencoder
 from fluxq.formats.quantized import assign, layout, view
+from fluxq.kernels.chunks import CHUNKS
 from fluxq.memory import phases
 from fluxq.memory.phases import (
+    MARGIN,
     SAMPLING_SLOTS,
     TOKENS_PER_BATCH,
     SamplingLimits,
@@ -38,7 +40,7 @@ from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
 from fluxq.offload import Immediate, Schedule, Stored, StreamingRing
 from fluxq.offload.footprint import fixed
 from fluxq.offload.gpus import GPUS
-from fluxq.offload.planner import MARGIN, plan
+from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins
 from fluxq.sampling.decoding import decode_images
 from fluxq.sampling.denoising import denoise
@@ -109,7 +111,7 @@ class Full:
 
 
 def a_plan(pixels: int, resident: int, **pins):
-    costs = flux_costs(DEV, "nf4", img_tokens=(pixels // 16) ** 2)
+    costs = flux_costs(DEV, "nf4", img_tokens=(pixels // 16) ** 2, chunk=CHUNKS[86])
     pins = Pins(resident_units=resident, policy="recompute", slots=pins.get("slots", 2 if resident < UNITS else None))
     return costs, plan([costs], GPUS["h200"], pins=pins)
 
@@ -146,7 +148,7 @@ def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpu
 @pytest.mark.parametrize("gib", [2, 4, 6.5, 8, 24])
 def test_sampling_keeps_to_its_budget(gib, gpus):
     """And leaves less than two units of it unused, unless everything is resident."""
-    costs = flux_costs(DEV, "nf4", targets=())
+    costs = flux_costs(DEV, "nf4", targets=(), chunk=CHUNKS[86])
     budget = int(gib * GIB)
     resident, slots = sampling_residents(costs, 0, budget)
     flux = skeleton()
@@ -188,6 +190,11 @@ def place_at(pixels: int, images: int = 1, lora: int = 0, **values) -> tuple[Pla
     return place_sampling(memory_config(**values), Full(), [(pixels, pixels)] * images, [16] if lora else [], lora)
 
 
+@pytest.fixture(autouse=True)
+def a_4060ti(monkeypatch):
+    monkeypatch.setattr(phases, "measure", lambda folder: GPUS["rtx4060ti"])
+
+
 def test_a_budget_decides_what_stays_and_how_many_are_sampled_at_once():
     assert place_at(1024, vram="24GiB")[0].resident is None
     few, more = place_at(1024, vram="4GiB")[0], place_at(1024, vram="6GiB")[0]
@@ -197,7 +204,7 @@ def test_a_budget_decides_what_stays_and_how_many_are_sampled_at_once():
 
 
 def test_images_that_do_not_fit_together_are_sampled_one_by_one():
-    costs = flux_costs(DEV, "nf4", targets=(), img_tokens=32 * 32)
+    costs = flux_costs(DEV, "nf4", targets=(), img_tokens=32 * 32, chunk=CHUNKS[86])
     least = least_sampling_bytes(costs, 0, None) + MARGIN
     placement, own = place_at(512, 3, vram=f"{least // 2**20 + 1}MiB")
     assert (own.tokens, placement.resident, placement.slots) == (0, (), 2)

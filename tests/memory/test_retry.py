@@ -12,17 +12,20 @@ from click.testing import CliRunner
 from fluxq.cli.main import main
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.quantized import QuantizedFile
+from fluxq.kernels.chunks import CHUNKS
 from fluxq.memory.placement import Budget, Placement, placement_of
 from fluxq.memory.retry import describe_placement, smaller_placement
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.blocks import DoubleStreamBlock, SingleStreamBlock
 from fluxq.model.costs import flux_costs
+from fluxq.models import Models
 from fluxq.nano import drawing
 from fluxq.offload import HostInputs
 from fluxq.offload.gpus import GPUS
 from fluxq.offload.planner import GRAIN, plan
 from fluxq.offload.plans import Pins
+from fluxq.training import previews
 from fluxq.training.optim import import_bitsandbytes
 
 BLOCKS = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",))
@@ -78,7 +81,7 @@ def test_a_placement_is_described_in_one_line():
     ("name", "format", "vram"), [("rtx4090", "nf4", 8), ("rtx3060", "nf4", 4), ("rtx4090", "int8", 5)]
 )
 def test_on_a_gpu_each_new_plan_is_smaller_than_the_last(name, format, vram, short_blocks):
-    costs = flux_costs(SHORT, format, img_tokens=1024)
+    costs = flux_costs(SHORT, format, img_tokens=1024, chunk=CHUNKS[86])
     budget = Budget(costs, GPUS[name], 64 << 30, Pins(format=format, compute="bf16"))
     placement = placement_of(plan([costs], budget.gpu, vram << 30, budget.ram, budget.pins), budget)
     rounds, made = "keep_all8" in placement.plan.policies, []
@@ -87,14 +90,14 @@ def test_on_a_gpu_each_new_plan_is_smaller_than_the_last(name, format, vram, sho
         assert (placement.plan.format, placement.plan.compute) == (format, "bf16")
         assert rounds or "keep_all8" not in placement.plan.policies
         placement = smaller_placement(placement, short_blocks, True, True)
-    peaks = [p.peak_bytes for p in made]
+    peaks = [p.reserved for p in made]
     assert len(peaks) > 5 and all(b <= 0.95 * a for a, b in zip(peaks, peaks[1:], strict=False))
     assert made[-1].offload and not made[-1].resident, "at last, nothing stays that need not"
     assert rounds or all(a.seconds <= GRAIN * b.seconds for a, b in zip(made, made[1:], strict=False))
 
 
 def test_pins_hold_as_long_as_possible(short_blocks):
-    costs = flux_costs(SHORT, "nf4", img_tokens=1024)
+    costs = flux_costs(SHORT, "nf4", img_tokens=1024, chunk=CHUNKS[86])
     pins = Pins(format="nf4", compute="bf16", policy="keep_qkv")
     budget = Budget(costs, GPUS["rtx4090"], 64 << 30, pins)
     placement = placement_of(plan([costs], budget.gpu, 5 << 30, budget.ram, pins), budget)
@@ -105,7 +108,7 @@ def test_pins_hold_as_long_as_possible(short_blocks):
 
 
 def test_what_cannot_be_streamed_stays(short_blocks):
-    costs = flux_costs(SHORT, "bf16", img_tokens=1024)
+    costs = flux_costs(SHORT, "bf16", img_tokens=1024, chunk=CHUNKS[86])
     pins = Pins(format="bf16", compute="bf16", resident_units=16)
     budget = Budget(costs, GPUS["h200"], None, pins)
     placement = placement_of(plan([costs], budget.gpu, 20 << 30, None, pins), budget)
@@ -238,6 +241,21 @@ def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path,
     assert_undisturbed(result, tmp_path, undisturbed, 2)
     assert "out of memory in validation" in result.output and "out of memory in the preview at step 3" in result.output
     assert "4 x keep_all," in result.output and len(list((tmp_path / "samples").glob("*.png"))) == 3
+
+
+def test_after_a_preview_training_goes_back_to_its_own_placement(photos, undisturbed, tmp_path, monkeypatch):
+    """The second preview begins with the placement that the first one needed."""
+    Shortage(monkeypatch, previews, "sample_images", {1})
+    placed, real = [], Models.place_units
+    monkeypatch.setattr(
+        Models,
+        "place_units",
+        lambda self, flux, units, *rest: placed.append(len(units)) or real(self, flux, units, *rest),
+    )
+    result = run(photos, tmp_path, "--sample-every", 1, "--sample-steps", 1)
+    assert_undisturbed(result, tmp_path, undisturbed, 1)
+    assert placed == [3, 6, 3, 6, 3], "half of the units in each preview, all in the steps between"
+    assert '"resident": null' in (tmp_path / "plan.json").read_text()
 
 
 @pytest.mark.slow

@@ -195,7 +195,7 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
 def costs_of(case: Case, config: FluxConfig) -> Costs:
     return flux_costs(
         config, case.format, case.compute, case.rank, case.targets, case.batch, (case.size // 16) ** 2, case.text,
-        case.optimizer, case.accumulates, chunk_of(case.generation),
+        case.optimizer, case.accumulates, chunk=chunk_of(case.generation),
     )  # fmt: skip
 
 

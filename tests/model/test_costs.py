@@ -9,6 +9,7 @@ import pytest
 
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.quantized import layout
+from fluxq.kernels.chunks import CHUNKS
 from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs, tensors
 from fluxq.model.units import REST
@@ -27,7 +28,7 @@ def test_tensors_are_those_of_the_files(config):
 
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8", "bf16"])
 def test_units_have_the_length_that_the_file_stores(format):
-    costs = flux_costs(DEV, format)
+    costs = flux_costs(DEV, format, chunk=CHUNKS[86])
     lengths = {unit: length for unit, (_, length) in layout(flux_shapes(DEV), format).items()}
     modulation = {unit: length for unit, length in lengths.items() if unit.endswith(".mod")}
     if costs.streams:
@@ -42,7 +43,7 @@ def test_flops_equal_a_manual_count():
     two FLOPs each. LoRA has R (1+3 + 1+1 + 1+4 + 4+1) D = 16 R D in half a double block. In a single block, whose first
     layer is two products, it has R (1+3 + 1+4 + 5+1) D = 15 R D. Attention: 4 L^2 D.
     """
-    costs = flux_costs(DEV, "nf4", rank=16, img_tokens=1024, txt_tokens=512)
+    costs = flux_costs(DEV, "nf4", rank=16, img_tokens=1024, txt_tokens=512, chunk=CHUNKS[86])
     tokens = 1536
     forward = sum(b.forward.bf16 for b in costs.blocks)
     assert forward == pytest.approx(2 * tokens * 57 * 12 * 3072**2, rel=0.01) and forward > 19.8e12
@@ -76,7 +77,7 @@ X_DOWN = {"recompute": (1, 1), "keep_attention": (1, 1), "keep_qkv": (3, 2), "ke
 
 @pytest.mark.parametrize("policy", KEPT)
 def test_kept_bytes_equal_a_manual_count(policy):
-    costs = flux_costs(DEV, "nf4")
+    costs = flux_costs(DEV, "nf4", chunk=CHUNKS[86])
     for block, (units, numbers) in zip((costs.blocks[0], costs.blocks[-1]), KEPT[policy], strict=True):
         skipped = X_DOWN[policy][block is costs.blocks[-1]]
         assert block.policies[policy].kept == units * U + numbers * 4 * 4608 + skipped * 2 * 16 * 4608
@@ -111,7 +112,7 @@ ROWS = [  # pixels, text tokens, format, policy, resident units, slots, rank, ba
 def test_twelve_plans_equal_manual_calculations(row):
     pixels, text, format, policy, resident, slots, rank, batch = row
     image = (pixels // 16) ** 2
-    costs = flux_costs(DEV, format, rank=rank, batch=batch, img_tokens=image, txt_tokens=text)
+    costs = flux_costs(DEV, format, rank=rank, batch=batch, img_tokens=image, txt_tokens=text, chunk=CHUNKS[86])
     pins = Pins(policy=policy, resident_units=resident, slots=slots or None, offload=False)
     made = plan([costs], GPUS["h200"], pins=pins)
     tokens = batch * (image + text)
@@ -151,7 +152,7 @@ def test_twelve_plans_equal_manual_calculations(row):
     ("pixels", "offload", "gib"), [(1024, False, 4.6), (1024, True, 3.2), (512, False, 3.0), (512, True, 2.5)]
 )
 def test_predicted_peak_with_all_units_streamed(pixels, offload, gib):
-    costs = flux_costs(DEV, "nf4", rank=16, batch=1, img_tokens=(pixels // 16) ** 2, txt_tokens=512)
+    costs = flux_costs(DEV, "nf4", rank=16, batch=1, img_tokens=(pixels // 16) ** 2, txt_tokens=512, chunk=CHUNKS[86])
     pins = Pins(resident_units=0, slots=8, policy="recompute", offload=offload)
     made = plan([costs], GPUS["h200"], pins=pins)
     print(f"{pixels} px, inputs on the {'host' if offload else 'GPU'}: {made.peak_bytes / 2**30:.2f} GiB, predicted")

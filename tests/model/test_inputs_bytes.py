@@ -11,6 +11,7 @@ from hollow import hollow
 from live_bytes import LiveBytes
 from torch import Tensor
 
+from fluxq.kernels.chunks import CHUNKS
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.blocks import Scale
 from fluxq.model.costs import flux_costs
@@ -71,7 +72,7 @@ def test_live_bytes_fall_as_predicted(case):
             module.__dict__["divides_out"] = True  # it cannot be computed without values
     add_lora(flux, 16, 16, targets)
     flux.set_policy(policy)
-    costs = flux_costs(config, "bf16", "bf16", 16, targets, batch, side * side, text)
+    costs = flux_costs(config, "bf16", "bf16", 16, targets, batch, side * side, text, chunk=CHUNKS[86])
     policies = [policy if b.policies else "" for b in costs.blocks]
     inputs = sum(b.inputs for b in costs.blocks if b.policies)
 
