@@ -67,9 +67,13 @@ def fitted(choice: Choice, rows: int, columns: int, sms: int) -> Choice:
     """`choice`, or with 128 of its 256 rows. sms: how many multiprocessors there are; 0: unknown."""
     if choice.block_m != 256 or not sms:
         return choice
-    half = replace(choice, block_m=128)
-    taller, lower = (waves(rows, columns, c.block_m, c.block_n, sms) * c.block_m for c in (choice, half))
-    return choice if taller <= TALL_GAIN * lower else half
+    taller, lower = (waves(rows, columns, height, choice.block_n, sms) * height for height in (256, 128))
+    return choice if taller <= TALL_GAIN * lower else _of_128_rows(choice)
+
+
+@cache  # a launch should not wait for it
+def _of_128_rows(choice: Choice) -> Choice:
+    return replace(choice, block_m=128)
 
 
 TALL_GAIN = 1.1
