@@ -60,7 +60,7 @@ def nf4_shifts(rank: tl.constexpr):
 
 
 @triton.jit
-def largest(x, axis: tl.constexpr = None):
+def largest(x, axis=None):
     """The largest magnitude of x (fp32) along `axis`; NaN if any is NaN, which `tl.max` would leave out.
 
     Without the sign, a float's bits are ordered as integers are, and those of NaN are the largest.
