@@ -29,7 +29,7 @@ import torch
 
 from benchmarks.accesses import widths
 from benchmarks.launches import Launch, recording
-from benchmarks.promises import Product, Promise, label, promise
+from benchmarks.promises import Product, Promise, l2_bytes, label, promise
 from fluxq.bench.kernel_cases import Layer, layer_shape
 from fluxq.bench.memory_bound import RARE_STEPS, RARE_STORAGE, ROWS, STEPS, STORAGE, Sizes
 from fluxq.kernels import COMPUTES, FORMATS
@@ -59,6 +59,7 @@ class Report:
     opcodes: dict[str, int]
     widths: dict[str, list[int]]
     occupancy: float
+    l2_bytes: float | None = None  # of a product in 8 bits, for each operation
     broken: list[str] = field(default_factory=list)
 
 
@@ -89,9 +90,12 @@ def run_cases(generation: int, formats: Sequence[str], device: str = "meta") -> 
         if compute == "int8_dx":
             rotation = rotation_block(s.width)
             yield layer.ours(layer.given(compute, rotation), compute, rotation=rotation)
+        tile = table.SHIPPED["matmul_int8", generation, "large"]
+        if compute == "int8_dx" and tile.block_m == 256:  # also the lower tile, for products of few tiles
+            with table.using("matmul_int8", table.fitted(tile, 1, 1, 1)):
+                yield layer.ours(layer.given(compute), compute)
         if compute == "fp8_dx" and generation >= 120:
-            # With block scales fp8 runs at full rate on RTX 50. No GPU has shown its numbers yet: it is a candidate.
-            with on_path("matmul_fp8", generation, "scaled"):
+            with on_path("matmul_fp8", generation, "triton"):  # also without block scales, in case they are slower
                 yield layer.ours(layer.given(compute), compute)
     for format, rank in product(formats, (s.rank, 5)):  # 5: no multiple of 8, read number by number
         layer = Layer.random(replace(s, rank=rank), (s.tokens, *layer_shape(s, "mlp.0")), format)
@@ -178,6 +182,8 @@ def compiled(name: str, launch: Launch, generation: int, quick: bool = False) ->
         {n: sorted(bits) for n, bits in accessed.items()},
         occupancy(generation, launch.warps, usage["REG"], made.metadata.shared),
     )
+    if launch.name == "matmul_8bit._matmul_8bit":
+        report.l2_bytes = l2_bytes(launch.constants["BLOCK_M"], launch.constants["BLOCK_N"])
     report.broken = broken_promises(promised, report)
     return report
 
@@ -269,8 +275,8 @@ def table_of(reports: Sequence[Report]) -> str:
         "occupancy is predicted from them. `make aot` writes this page.",
         "",
         "| kernel | GPU | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores of all "
-        "| bits of narrower ones | PRMT | occupancy (predicted) |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| bits of narrower ones | PRMT | occupancy (predicted) | L2 bytes an operation |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for r in reports:
         count = total(r.opcodes)
@@ -279,7 +285,8 @@ def table_of(reports: Sequence[Report]) -> str:
         narrow = ", ".join(f"{n.removesuffix('_ptr')} {bits[0]}" for n, bits in r.widths.items() if bits[0] < 128)
         lines.append(
             f"| {r.case} | sm_{r.capability} ({GPUS[r.capability]}) | {r.warps} | {r.stages} | {r.registers} "
-            f"| {r.shared / 1024:.1f} | {products} | {wide} | {narrow or '-'} | {count('PRMT')} | {r.occupancy:.0%} |"
+            f"| {r.shared / 1024:.1f} | {products} | {wide} | {narrow or '-'} | {count('PRMT')} | {r.occupancy:.0%} "
+            f"| {'-' if r.l2_bytes is None else f'1/{1 / r.l2_bytes:.0f}'} |"
         )
     return "\n".join(lines) + "\n"
 

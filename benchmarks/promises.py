@@ -12,6 +12,11 @@ FEW = ("scale_ptr", "scales_ptr", "divisor_ptr", "columns_ptr", "absmax_ptr", "l
 """One number of a row, of a column or of a block of 64; and NF4's tables of 16."""
 
 
+L2_TB_S = {80: ("a100", 5.0), 86: ("rtx3060", 1.0), 89: ("rtx4090", 5.0), 90: ("h100", 6.0), 120: ("rtx5090", 6.3)}
+"""Generation -> a GPU and the TB/s that its L2 gives. Assumptions, none measured; an RTX 5090's is that of an RTX 4090,
+times multiprocessors and clock."""
+
+
 @dataclass(frozen=True)
 class Product:
     """One `tl.dot` of a (m, k) by a (k, n) tile, of numbers of `kind`: "bf16", "int8", "fp8" or "fp8 scaled"."""
@@ -68,6 +73,11 @@ def promise(launch: Launch) -> Promise:
             return Promise(dots, ("row_scale_ptr", "s_ptr"))  # one number of a row, and R of a row, for any R
         case _:
             return Promise(narrow=("row_scale_ptr", "rstd_ptr"))
+
+
+def l2_bytes(block_m: int, block_n: int) -> float:
+    """Bytes that a product in 8 bits reads from L2 for each operation (two for each pair of numbers), by its tile."""
+    return (block_m + block_n) / (2 * block_m * block_n)
 
 
 def label(launch: Launch) -> str:

@@ -91,8 +91,8 @@ class Costs:
     gradients and optimizer: trained weights, gradients outside the blocks, the optimizer's state; scratch: workspace
     that is held all the time. outside: the step's work outside the blocks; optimizer_peak: temporary bytes of the
     optimizer's step. accumulates: gradients of an earlier forward pass exist. tiles: rows that the autoencoder
-    processes at a time (None: all) and its peak bytes, from fast to lean. fragmentation: of steps. error: relative, of the weights as they are
-    stored and multiplied; smaller is more accurate.
+    processes at a time (None: all) and its peak bytes, from fast to lean. fragmentation: of steps. error: relative, of
+    the weights as they are stored and multiplied; smaller is more accurate.
     """
 
     format: str

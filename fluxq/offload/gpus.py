@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,34 +103,56 @@ GPUS = {row[0]: GPU(*row) for row in _TABLE}
 """Name -> GPU, each in the widest slot that it supports; a GPU in a narrower slot is measured."""
 
 
-def measure(folder: Path, device: str = "cuda", size: int = 4096, seconds: float = 0.3, copied: int = 1 << 28) -> GPU:
-    """Measure the GPU `device` (or a CPU, for tests) in about two seconds; the result is saved in `folder`.
+VERSION = 2
+"""Of what `measure` measures; older files are not read. 1 measured the vendor's products, of matrices of ones."""
+SHAPES = ((1536, 9216, 3072), (4608, 9216, 3072))
+"""(M, N, K): rows of a batch at 512 and 1024 pixels, by a weight of the common size in transformers of 12 B weights."""
 
-    size: of the matrices; seconds: of each of the five measurements; copied: bytes of a copy.
+LORA_RANK = 16
+
+
+def measure(
+    folder: Path,
+    device: str = "cuda",
+    shapes: Sequence[tuple[int, int, int]] = SHAPES,
+    seconds: float = 0.3,
+    copied: int = 1 << 28,
+) -> GPU:
+    """Measure the GPU `device` (or a CPU, for tests) in a few seconds; the result is saved in `folder`.
+
+    shapes: of the products; seconds: of each of the five measurements; copied: bytes of a copy. All numbers are random:
+    constant ones flip fewer bits, take less power, and so run at a higher clock than training does.
     """
     import torch
 
     name, capability, memory = _identity(device)
     slug = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}".lower())
-    path = folder / f"card-{slug}.json"
+    path = folder / f"gpu-{slug}-v{VERSION}.json"
     with suppress(OSError, ValueError, TypeError):
         saved = json.loads(path.read_text(encoding="utf-8"))
         return GPU(**{**saved, "efficiency": Efficiency(**saved["efficiency"])})
-    rates = {k: _rate(run, 2 * size**3, device, seconds) / 1e12 for k, run in _products(size, device).items()}
-    source = torch.zeros(copied, dtype=torch.uint8, device=device)
+    flops = sum(2 * m * n * k for m, n, k in shapes)
+    rates = {kind: _rate(run, flops, device, seconds) / 1e12 for kind, run in _products(shapes, device).items()}
+    source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
     memory_rate = _rate(lambda: target.copy_(source), 2 * copied, device, seconds) / 1e9
-    host = torch.zeros(copied, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+    host = torch.empty(copied, dtype=torch.uint8, pin_memory=device.startswith("cuda"))
+    host.copy_(source)
     bus = _rate(lambda: target.copy_(host, non_blocking=True), copied, device, seconds) / 1e9
-    rounded = {k: round(rates.get(k, 0.0), 3) for k in ("bf16", "int8", "fp8")}
-    gpu = GPU(name, capability, **rounded, memory_gb_s=round(memory_rate, 2), memory_gib=round(memory / GIB, 2),
-                bus_gb_s=round(bus, 2), word="measured", efficiency=MEASURED)  # fmt: skip
+    rounded = {kind: _rounded(rates.get(kind, 0.0)) for kind in ("bf16", "int8", "fp8")}
+    gpu = GPU(name, capability, **rounded, memory_gb_s=_rounded(memory_rate), memory_gib=round(memory / GIB, 2),
+              bus_gb_s=_rounded(bus), word="measured", efficiency=MEASURED)  # fmt: skip
     with suppress(OSError):  # if the folder is read-only, the next run measures again
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
         temporary.write_text(json.dumps(asdict(gpu), indent=1), encoding="utf-8")
         temporary.replace(path)
     return gpu
+
+
+def _rounded(rate: float) -> float:
+    """To four digits."""
+    return float(f"{rate:.4g}")
 
 
 def _identity(device: str) -> tuple[str, int, int]:
@@ -142,25 +165,46 @@ def _identity(device: str) -> tuple[str, int, int]:
     return about.name, 10 * about.major + about.minor, about.total_memory
 
 
-def _products(size: int, device: str) -> dict[str, Callable[[], Any]]:
-    """The matrix products that torch supports on `device`, by type: torch's own, not fluxq's kernels."""
+def _products(shapes: Sequence[tuple[int, int, int]], device: str) -> dict[str, Callable[[], Any]]:
+    """By type, the products of all shapes as training multiplies them, if `device` can: fluxq's own in 8 bits, the
+    vendor's in bf16, with LoRA's padding behind each row.
+    """
     import torch
 
-    a = torch.ones(size, size, dtype=torch.bfloat16, device=device)
-    eight, scale = a.to(torch.int8), torch.ones((), device=device)
-    products: dict[str, Callable[[], Any]] = {
-        "bf16": lambda: a @ a,
-        "int8": lambda: torch._int_mm(eight, eight.t()),
+    from fluxq.kernels import ops, reference
+    from fluxq.kernels.chunks import padding
+
+    def bf16(m: int, n: int, k: int) -> Callable[[], Any]:
+        x, w = (torch.randn(rows, k + padding(LORA_RANK), device=device).bfloat16() for rows in (m, n))
+        return lambda: torch.mm(x, w.t())
+
+    def eight_bits(m: int, n: int, k: int, dtype: torch.dtype) -> Callable[[], Any]:
+        (a, a_scale), (b, b_scale) = (
+            reference.row_quantize(torch.randn(rows, k, device=device), dtype) for rows in (m, n)
+        )
+        s, up = (torch.randn(rows, LORA_RANK, device=device) for rows in (m, n))
+        bias = torch.randn(n, device=device).bfloat16()
+        return lambda: ops(a).matmul_8bit(a, a_scale, b, b_scale, torch.bfloat16, s, up, bias)
+
+    makers: dict[str, Callable[[int, int, int], Callable[[], Any]]] = {
+        "bf16": bf16,
+        "int8": partial(eight_bits, dtype=torch.int8),
     }
     if device.startswith("cuda"):
-        f8 = a.to(torch.float8_e4m3fn)
-        products["fp8"] = lambda: torch._scaled_mm(f8, f8.t(), scale, scale, out_dtype=torch.bfloat16)
+        makers["fp8"] = partial(eight_bits, dtype=torch.float8_e4m3fn)
     usable = {}
-    for name, run in products.items():
-        with suppress(RuntimeError, NotImplementedError):  # this GPU lacks the arithmetic
-            run()
-            usable[name] = run
+    for kind, make in makers.items():
+        with suppress(RuntimeError, NotImplementedError, ValueError):  # this GPU lacks the arithmetic
+            each = [make(*shape) for shape in shapes]
+            for run in each:
+                run()
+            usable[kind] = partial(_all, each)
     return usable
+
+
+def _all(each: Sequence[Callable[[], Any]]) -> None:
+    for run in each:
+        run()
 
 
 def _rate(run: Callable[[], Any], amount: float, device: str, seconds: float) -> float:

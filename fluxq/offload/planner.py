@@ -262,7 +262,8 @@ class _Search:
         tiles = next((band for band, size in costs.tiles if size <= left), costs.tiles[-1][0] if costs.tiles else None)
         return Plan(
             costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),
-            point.policies, offload, tiles, setting.ahead, peak, reserved(costs, setting, left), timing.seconds, timing.stalled, timing.copied,
+            point.policies, offload, tiles, setting.ahead, peak, reserved(costs, setting, left),
+            timing.seconds, timing.stalled, timing.copied,
             host_bytes(costs, setting, offload), self.gpu.name, self.vram, costs.about,
         )  # fmt: skip
 

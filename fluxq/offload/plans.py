@@ -50,9 +50,9 @@ class Plan:
     resident: units that always stay on the GPU; slots: for the others; policies: of each block, "" if it has no
     backward pass; offload: block inputs are kept on the host; tiles: rows that the autoencoder decodes at a time for a
     preview, in the memory of a step's temporaries, None for all; look_ahead: steps whose modulation is computed in one
-    pass, 0 if it is part of the step. peak: bytes by owner at the moment of the peak; reserved: bytes that the allocator
-    takes from the GPU for that; seconds: per step, of which
-    `stall` are spent waiting for copies; moved: bytes copied to the GPU per step; host: bytes of RAM.
+    pass, 0 if it is part of the step. peak: bytes by owner at the moment of the peak; reserved: bytes that torch's
+    allocator takes for them; seconds: per step, of which `stall` are spent waiting for copies; moved: bytes copied to
+    the GPU per step; host: bytes of RAM.
     """
 
     format: str

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -10,6 +12,7 @@ pytest.importorskip("triton")
 import triton
 import triton.language as tl
 
+from fluxq.kernels.triton import bits
 from fluxq.kernels.triton.bits import e4m3_decode, e4m3_encode, int8_decode, int8_encode
 
 pytestmark = pytest.mark.usefixtures("triton_ops")
@@ -57,3 +60,9 @@ def test_int8_is_rounded_half_to_even(device):
     beside = [torch.nextafter(ties, torch.tensor(end)) for end in (-128.0, 128.0)]
     x = torch.cat([ties, *beside, torch.arange(-127.0, 128.0), torch.rand(10_000) * 254 - 127]).to(device)
     assert torch.equal(applied(int8_encode, x, torch.uint8).view(torch.int8), x.round().to(torch.int8))
+
+
+def test_no_kernel_takes_a_maximum_that_leaves_nan_out():
+    """On a GPU `tl.max` of floats does, and `tl.maximum` unless told; in Triton's interpreter neither does."""
+    for path in Path(bits.__file__).parent.glob("*.py"):
+        assert "tl.max(tl.abs" not in path.read_text(encoding="utf-8"), f"{path.name}: use bits.largest"

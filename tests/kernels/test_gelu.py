@@ -74,3 +74,14 @@ def test_eight_bit_rows_and_their_product_with_down(either_backend, device, dtyp
     made = gelu_tanh(*inputs, wants=Wants(dtype=eight_bits, down=down))
     assert_close_in_eight_bits(made, down, eight_bits)
     torch.testing.assert_close(made.x, gelu_tanh(*inputs).x)
+
+
+@pytest.mark.parametrize("eight_bits", EIGHT_BITS)
+@pytest.mark.parametrize("sign", [1, -1])
+def test_eight_bits_do_not_hide_nan(either_backend, device, eight_bits, sign):
+    """One NaN in either part makes the scale of its row NaN, and no other."""
+    h, beside = operands(device)
+    h[0, 3, 5] = sign * torch.tensor(torch.nan)
+    beside[1, 20, 95] = torch.nan
+    made = gelu_tanh(h, beside, Wants(dtype=eight_bits))
+    assert made.scale.isnan().nonzero().tolist() == [[3], [21 + 20]]

@@ -165,3 +165,14 @@ def test_eight_bit_rows_and_their_product_with_down(either_backend, device, dtyp
     for made in (modulate(total, shift, scale, wants), both):
         assert_close_in_eight_bits(made, down, eight_bits)
         torch.testing.assert_close(made.x, modulate(total, shift, scale).x)
+
+
+@pytest.mark.parametrize("eight_bits", EIGHT_BITS)
+@pytest.mark.parametrize("rotation", [0, 64])
+def test_eight_bits_do_not_hide_nan(either_backend, device, eight_bits, rotation):
+    """One NaN makes the scale of its row NaN, and no other."""
+    shift, scale, _ = chunks(1, 320, device)
+    x = stream((1, 19, 320), device)
+    x[0, 7, 300] = torch.nan
+    made = modulate(x, shift, scale, Wants(dtype=eight_bits, rotation=rotation))
+    assert made.scale.isnan().nonzero().tolist() == [[7]]

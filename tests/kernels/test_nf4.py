@@ -60,6 +60,13 @@ def test_tiny_weights_have_the_same_bytes_on_every_backend(device):
 
 
 @pytest.mark.usefixtures("either_backend")
+def test_nan_makes_its_blocks_absmax_nan(device):
+    w = torch.randn(3, 128, device=device)
+    w[1, 70] = torch.nan
+    assert quantize(w, "nf4").absmax.isnan().nonzero().tolist() == [[1, 1]]
+
+
+@pytest.mark.usefixtures("either_backend")
 def test_a_transposed_view_is_quantized_like_its_copy(device):
     w = torch.randn(192, 64, device=device)
     view, copy = quantize(w.t(), "nf4"), quantize(w.t().contiguous(), "nf4")

@@ -100,6 +100,24 @@ def test_a_row_of_zeros_stays_zero(format, device):
     assert dequantize(quantize(w, format), torch.float32)[1].abs().max() == 0
 
 
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("format", LARGEST)
+@pytest.mark.parametrize(("width", "at"), [(320, 0), (33001, 3), (33001, 33000)])
+def test_nan_makes_its_rows_scale_nan(format, width, at, device):
+    w = torch.randn(3, width, device=device)
+    w[1, at], w[2, at] = torch.nan, torch.inf
+    _, scale = ops(w).row_quantize(w, DTYPES[format])
+    assert scale.isnan().tolist() == [False, True, False] and scale[2].isinf()
+
+
+@pytest.mark.usefixtures("either_backend")
+def test_nan_in_a_stored_weight_makes_its_rows_scale_nan(device):
+    weight = stored("nf4", (3, 192), device)
+    weight.absmax[1, 2] = torch.nan
+    _, scale = ops(weight.codes).to_rows(weight, torch.int8)
+    assert scale.isnan().tolist() == [False, True, False]
+
+
 def test_weights_that_are_fp8_keep_their_bytes():
     w = torch.randn(5, 64).to(torch.float8_e4m3fn)
     q = quantize(w, "fp8")

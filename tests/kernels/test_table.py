@@ -11,7 +11,9 @@ import torch
 
 pytest.importorskip("triton")
 
+from benchmarks.promises import L2_TB_S, l2_bytes
 from fluxq.kernels.triton import table
+from fluxq.offload.gpus import GPUS
 
 CPU = torch.device("cpu")
 
@@ -174,6 +176,56 @@ def test_another_file_is_refused(tmp_path, text, said):
     (tmp_path / "kernels.json").write_text(text)
     with pytest.raises(ValueError, match=f"kernels.json is not a table of kernel choices .*{said}"):
         table.read(tmp_path / "kernels.json")
+
+
+TALL = table.SHIPPED["matmul_int8", 89, "large"]
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sms", "block_m"),
+    [
+        (1536, 3072, 128, 128),  # 144 tall tiles: two waves, the second nearly empty
+        (1536, 9216, 128, 128),
+        (1536, 21504, 128, 256),
+        (4608, 9216, 128, 256),
+        (4608, 12288, 128, 256),
+        (1536, 9216, 28, 256),
+        (100, 3072, 28, 128),  # half of the tile would be empty
+        (1536, 3072, 0, 256),
+    ],
+)
+def test_tall_tiles_are_used_where_they_fill_the_gpu(rows, columns, sms, block_m):
+    assert TALL.block_m == 256
+    fitted = table.fitted(TALL, rows, columns, sms)
+    assert fitted == replace(TALL, block_m=block_m)
+
+
+def test_a_forced_or_low_tile_is_used_as_it_is(on_ada, monkeypatch):
+    monkeypatch.setattr(table, "multiprocessors", lambda device: 128)
+    assert table.choose_tile("matmul_int8", CPU, 1536, 3072).block_m == 128
+    assert table.choose_tile("matmul_int8", CPU, 4608, 9216) is TALL
+    assert table.choose_tile("matmul_fp8", CPU, 1536, 3072) is table.SHIPPED["matmul_fp8", 89, "large"]
+    with table.using("matmul_int8", TALL):
+        assert table.choose_tile("matmul_int8", CPU, 1536, 3072) is TALL
+
+
+def test_tall_tiles_of_8_bit_products_are_worth_measuring():
+    for op, gpu in (("matmul_int8", 86), ("matmul_int8", 89), ("matmul_fp8", 89)):
+        assert (256, 128, 64, 8, 3) in {
+            (c.block_m, c.block_n, c.block_k, c.warps, c.stages) for c in table.candidates(op, gpu)
+        }
+
+
+@pytest.mark.parametrize("gpu", table.GENERATIONS)
+@pytest.mark.parametrize("op", ["matmul_int8", "matmul_fp8"])
+def test_l2_feeds_8_bit_products(op, gpu):
+    """At 60 % of its peak no product needs more than 80 % of what L2 gives, by assumption. On Hopper L2 limits every
+    product that does not share reads between multiprocessors.
+    """
+    (name, gives), tile = L2_TB_S[gpu], table.SHIPPED[op, gpu, "large"]
+    peak = getattr(GPUS[name], op.removeprefix("matmul_"))  # TFLOP/s; 0: not supported
+    needs = peak * l2_bytes(tile.block_m, tile.block_n)
+    assert (0.3 if gpu == 90 else 0.6) * needs <= 0.8 * gives
 
 
 def test_using_is_undone_even_if_nested():

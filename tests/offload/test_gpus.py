@@ -7,7 +7,10 @@ import json
 import math
 
 import pytest
+import torch
 
+from fluxq.kernels import reference
+from fluxq.offload import gpus
 from fluxq.offload.costs import Work
 from fluxq.offload.gpus import GPU, GPUS, MEASURED, Efficiency, measure
 
@@ -30,11 +33,12 @@ def test_geforce_multiplies_int8_at_four_times_and_fp8_at_twice_the_rate():
 
 
 def test_measured_rates_are_saved(tmp_path):
-    small = dict(device="cpu", size=64, seconds=0.01, copied=1 << 16)
+    small = dict(device="cpu", shapes=((48, 64, 64), (80, 64, 64)), seconds=0.01, copied=1 << 16)
+    (tmp_path / f"card-cpu-{torch.__version__.replace('.', '-').replace('+', '-')}.json").write_text("of before")
     gpu = measure(tmp_path, **small)
     assert gpu.word == "measured" and gpu.efficiency == MEASURED
-    assert gpu.bf16 > 0 and gpu.memory_gb_s > 0 and gpu.bus_gb_s > 0 and gpu.fp8 == 0
-    (saved,) = tmp_path.glob("card-cpu-*.json")
+    assert gpu.bf16 > 0 and gpu.int8 > 0 and gpu.memory_gb_s > 0 and gpu.bus_gb_s > 0 and gpu.fp8 == 0
+    (saved,) = tmp_path.glob("gpu-cpu-*-v2.json")
     assert measure(tmp_path, **small) == gpu
     saved.write_text(json.dumps(json.loads(saved.read_text()) | {"bf16": 123.0}))
     assert measure(tmp_path, **small).bf16 == 123.0
@@ -42,6 +46,20 @@ def test_measured_rates_are_saved(tmp_path):
     assert measure(tmp_path, **small).bf16 != 123.0
 
 
+def test_the_products_measured_are_training_s_own_with_random_numbers(monkeypatch):
+    """Constant numbers take less power; another kernel has another rate."""
+    seen = []
+    monkeypatch.setattr(reference, "matmul_8bit", lambda a, *rest: seen.append(a))
+    products = gpus._products(((48, 64, 64), (80, 64, 64)), "cpu")
+    seen.clear()
+    products["int8"]()
+    assert [tuple(a.shape) for a in seen] == [(48, 64), (80, 64)]
+    assert all(len(a.unique()) > 50 and a.dtype == torch.int8 for a in seen)
+    assert [m for m, *_ in gpus.SHAPES] == [1536, 4608], "the rows of 512 and 1024 pixels"
+
+
 def test_a_read_only_folder_does_not_matter(tmp_path):
     (tmp_path / "file").touch()
-    assert measure(tmp_path / "file" / "sub", device="cpu", size=64, seconds=0.01, copied=1 << 16).bf16 > 0
+    assert (
+        measure(tmp_path / "file" / "sub", device="cpu", shapes=((48, 64, 64),), seconds=0.01, copied=1 << 16).bf16 > 0
+    )

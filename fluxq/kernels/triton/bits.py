@@ -60,6 +60,15 @@ def nf4_shifts(rank: tl.constexpr):
 
 
 @triton.jit
+def largest(x, axis=None):
+    """The largest magnitude of x (fp32) along `axis`; NaN if any is NaN, which `tl.max` would leave out.
+
+    Without the sign, a float's bits are ordered as integers are, and those of NaN are the largest.
+    """
+    return tl.max(x.to(tl.int32, bitcast=True) & 0x7FFFFFFF, axis=axis).to(tl.float32, bitcast=True)
+
+
+@triton.jit
 def int8_decode(byte):
     """fp32 from uint8."""
     return byte.to(tl.int8, bitcast=True).to(tl.float32)

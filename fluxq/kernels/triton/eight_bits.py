@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..activations import Activations, Wants
 from ..rounding import rounded
-from .bits import e4m3_encode, int8_encode
+from .bits import e4m3_encode, int8_encode, largest
 
 
 def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
@@ -51,9 +51,15 @@ def registers(warps: int) -> int:
 
 
 @triton.jit
-def scale_of(largest, INT8: tl.constexpr):
-    """The scale of a row whose largest magnitude is `largest`."""
-    return tl.div_rn(tl.maximum(largest, 1e-30), 127.0 if INT8 else 448.0)
+def scales_of(y, INT8: tl.constexpr):
+    """The scales (rows,) of y (rows, columns) fp32."""
+    return scale_of(largest(y, axis=1), 127.0 if INT8 else 448.0)
+
+
+@triton.jit
+def scale_of(magnitude, LARGEST: tl.constexpr):
+    """The scale of a row whose largest magnitude is `magnitude`; NaN stays NaN, so that 8 bits do not hide it."""
+    return tl.div_rn(tl.maximum(magnitude, 1e-30, propagate_nan=tl.PropagateNan.ALL), LARGEST)
 
 
 @triton.jit

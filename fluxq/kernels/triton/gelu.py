@@ -21,7 +21,7 @@ from .eight_bits import (
     multiply_by_down,
     outputs,
     registers,
-    scale_of,
+    scales_of,
     to_8_bits,
     with_dtype,
 )
@@ -146,7 +146,7 @@ def _gelu_8_bits(
         tl.store(y_ptr + to, rounded, mask=inside)
         y = rounded.to(tl.float32)  # gelu(0) = 0, so columns past the width stay zero
         y = rotated(y, ROTATION) if ROTATION else y
-        row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
+        row_scale = scales_of(y, INT8)
         tl.store(row_scale_ptr + b * L + row + tl.arange(0, 1), row_scale)
         tl.store(values_ptr + to, to_8_bits(y, row_scale, INT8), mask=inside)
     if down_ptr is not None:

@@ -1,6 +1,10 @@
 """Products of int8 or e4m3 matrices on the tensor cores, with scales, LoRA and bias in the epilogue.
 
-Sums are exact in int32, or in fp32. A tile is scaled, LoRA and bias are added in fp32, and the result is rounded once.
+Sums are exact in int32, or in fp32. Before sm_100, tensor cores truncate a sum of e4m3 products to 22 bits, which makes
+it shrink: by 1 % over FLUX's widest layer. So after every `PROMOTED` numbers it is added to a sum in true fp32, which
+leaves less than 0.1 % (Zhang et al. 2024, SageAttention2, found the 22 bits on RTX 40 and Hopper).
+
+A tile is scaled, LoRA and bias are added in fp32, and the result is rounded once.
 As separate passes over the int32 result, these would add half of the product's time (predicted, for RTX 40).
 
 The table chooses one of these paths:
@@ -23,8 +27,13 @@ from torch import Tensor
 
 from .launch import ceildiv, launched
 from .layout import contiguous_rows
-from .table import INTERPRETED, choose, generation
+from .table import INTERPRETED, choose_tile, generation, truncates_fp8
 from .tiles import add_lora, tile_of
+
+PROMOTED = 512
+"""After how many e4m3 products a partial sum is added to the true one; a multiple of every tile's depth. Each 128, as
+Hopper's libraries do it, would be little more exact, and take a quarter of the time of Hopper's products (predicted).
+"""
 
 
 def matmul_8bit(
@@ -46,7 +55,7 @@ def matmul_8bit(
         raise ValueError("this GPU cannot multiply in fp8 (RTX 40 series and newer can); use compute int8 or bf16")
     (m, k), n = a.shape, b.shape[0]
     y = torch.empty(m, n, dtype=dtype, device=a.device)
-    choice = choose("matmul_int8" if a.dtype == torch.int8 else "matmul_fp8", a.device, m)
+    choice = choose_tile("matmul_int8" if a.dtype == torch.int8 else "matmul_fp8", a.device, m, n)
     a, b = contiguous_rows(a), contiguous_rows(b)  # 8-bit tensor cores before sm_100 read both along K
     # For the gradient, `up` is down^T: small, but slow to read across its rows.
     s, up = (None, None) if s is None or up is None else (contiguous_rows(s), contiguous_rows(up))
@@ -74,6 +83,7 @@ def matmul_8bit(
         BLOCK_K=choice.block_k,
         num_warps=choice.warps,
         SCALED=choice.path == "scaled" and _has_scaled_dot(),
+        PROMOTE=PROMOTED if a.dtype != torch.int8 and truncates_fp8(a.device) else 0,
         num_stages=choice.stages,
     )
     return y
@@ -108,6 +118,7 @@ def _matmul_8bit(
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
     SCALED: tl.constexpr,
+    PROMOTE: tl.constexpr,  # after how much of K a partial sum is added to `acc`, or 0 for never
 ):
     row, column = tile_of(tl.program_id(0), M, N, BLOCK_M, BLOCK_N)
     # From here on pointers, M and N are the tile's, so 64-bit arithmetic (M N can exceed 2^31) runs once per program.
@@ -119,6 +130,8 @@ def _matmul_8bit(
     b_ptrs = b_ptr + first_n * b_stride + tl.where(inside_n, n, 0)[:, None] * b_stride + k
     acc_type: tl.constexpr = tl.int32 if a_ptr.dtype.element_ty == tl.int8 else tl.float32
     acc = tl.zeros((BLOCK_M, BLOCK_N), acc_type)
+    if PROMOTE:
+        part = tl.zeros((BLOCK_M, BLOCK_N), acc_type)
     for start in range(0, K, BLOCK_K):
         if EVEN_K:
             a, b = tl.load(a_ptrs), tl.load(b_ptrs)
@@ -129,11 +142,17 @@ def _matmul_8bit(
             a_unit = tl.full((BLOCK_M, BLOCK_K // 32), 127, tl.uint8)
             b_unit = tl.full((BLOCK_N, BLOCK_K // 32), 127, tl.uint8)
             acc = tl.dot_scaled(a, a_unit, "e4m3", b.trans(), b_unit, "e4m3", acc)
+        elif PROMOTE:
+            part = tl.dot(a, b.trans(), part, out_dtype=acc_type)
+            if (start + BLOCK_K) % PROMOTE == 0:
+                acc += part
+                part = tl.zeros((BLOCK_M, BLOCK_N), acc_type)
         else:
-            # Hopper's fp8 units keep only 14 bits of a sum, so it is added to a true fp32 sum after each tile.
-            acc = tl.dot(a, b.trans(), acc, max_num_imprecise_acc=BLOCK_K, out_dtype=acc_type)
+            acc = tl.dot(a, b.trans(), acc, out_dtype=acc_type)
         a_ptrs += BLOCK_K
         b_ptrs += BLOCK_K
+    if PROMOTE:
+        acc += part
     y = acc.to(tl.float32) * tl.load(a_scale_ptr + first_m + m, mask=inside_m, other=0.0)[:, None]
     if b_scale_ptr is not None:
         y *= tl.load(b_scale_ptr + first_n + n, mask=inside_n, other=0.0)

@@ -22,7 +22,7 @@ from .eight_bits import (
     multiply_by_down,
     outputs,
     registers,
-    scale_of,
+    scales_of,
     to_8_bits,
     with_dtype,
 )
@@ -204,7 +204,7 @@ def _modulate(
         if values_ptr is not None:
             y = tl.where(mask, y.to(tl.float32), 0.0)
             y = rotated(y, ROTATION) if ROTATION else y
-            row_scale = scale_of(tl.max(tl.abs(y), axis=1), INT8)
+            row_scale = scales_of(y, INT8)
             tl.store(row_scale_ptr + b * L + token, row_scale, mask=token < L)
             tl.store(values_ptr + m * D + column, to_8_bits(y, row_scale, INT8), mask=mask)
     if down_ptr is not None:

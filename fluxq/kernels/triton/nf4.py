@@ -10,7 +10,7 @@ import triton.language as tl
 from torch import Tensor
 
 from ..weights import NF4_BLOCK
-from .bits import nf4_midpoints, nf4_shifts
+from .bits import largest, nf4_midpoints, nf4_shifts
 from .launch import ceildiv, launched
 from .table import choose
 
@@ -41,9 +41,9 @@ def _quantize(
     block = tl.program_id(0).to(tl.int64) * BLOCKS + tl.arange(0, BLOCKS)
     inside = (block < blocks)[:, None]
     w = tl.load(w_ptr + block[:, None] * 64 + tl.arange(0, 64)[None, :], mask=inside, other=0.0).to(tl.float32)
-    largest = tl.max(tl.abs(w), axis=1)
+    absmax = largest(w, axis=1)
     least = tl.full([BLOCKS], 1e-38, tl.float32)  # subnormal; a plain literal would be fp64
-    scaled = w * tl.div_rn(1.0, tl.maximum(largest, least))[:, None]
+    scaled = w * tl.div_rn(1.0, tl.maximum(absmax, least))[:, None]
     # A code is the number of midpoints below: a binary search over the 15, in four steps.
     midpoints, scaled = tl.load(midpoints_ptr + tl.arange(0, 16)), scaled.reshape(BLOCKS * 64)
     code = tl.zeros([BLOCKS * 64], tl.int32)
@@ -51,4 +51,4 @@ def _quantize(
         code += tl.where(scaled > tl.gather(midpoints, code + ((1 << step) - 1), 0), 1 << step, 0)
     words = tl.sum(code.reshape(BLOCKS, 8, 8) << nf4_shifts(2), axis=2)
     tl.store(codes_ptr + block[:, None] * 8 + tl.arange(0, 8)[None, :], words, mask=inside)
-    tl.store(absmax_ptr + block, largest, mask=block < blocks)
+    tl.store(absmax_ptr + block, absmax, mask=block < blocks)

@@ -14,7 +14,8 @@ import triton.language as tl
 from torch import Tensor
 
 from ..weights import Weight
-from .bits import nf4_level
+from .bits import largest, nf4_level
+from .eight_bits import scale_of
 from .launch import launched
 from .rotation import rotated
 from .stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
@@ -85,7 +86,7 @@ def _rows(
     COLUMNS: tl.constexpr,
 ):
     row = tl.program_id(0)
-    x, largest = _piece(
+    x, magnitude = _piece(
         numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
         row, 0, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
     )  # fmt: skip
@@ -95,8 +96,8 @@ def _rows(
                 numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
                 row, first, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
             )  # fmt: skip
-            largest = tl.maximum(largest, here)
-    scale = tl.div_rn(tl.maximum(largest, 1e-30), LARGEST)
+            magnitude = tl.maximum(magnitude, here, propagate_nan=tl.PropagateNan.ALL)
+    scale = scale_of(magnitude, LARGEST)
     tl.store(scales_ptr + row, scale)
     if out_ptr is not None:
         inverse = 1.0 / scale
@@ -139,10 +140,10 @@ def _piece(
         x *= tl.load(columns_ptr + column, mask=column < K, other=0.0)
     x = rotated(x, ROTATION) if ROTATION else x
     if FROM == "nf4" and ROTATION == 0:
-        largest = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS)
+        magnitude = _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, absmax_stride, COLUMNS)
     else:
-        largest = tl.max(tl.abs(x))
-    return x, largest
+        magnitude = largest(x)
+    return x, magnitude
 
 
 @triton.jit
@@ -159,7 +160,7 @@ def _nf4_largest(numbers_ptr, absmax_ptr, levels_ptr, row, first, N, K, stride, 
     for shift in tl.static_range(4, 32, 4):
         low, high = tl.minimum(low, (words >> shift) & 15), tl.maximum(high, (words >> shift) & 15)
     word = tl.maximum(nf4_level(high, levels_ptr), -nf4_level(low, levels_ptr))
-    return tl.max(absmax * tl.max(word.reshape(1, COLUMNS // 64, 8), axis=2))
+    return largest(absmax * tl.max(word.reshape(1, COLUMNS // 64, 8), axis=2))
 
 
 @triton.jit

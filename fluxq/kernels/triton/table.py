@@ -21,6 +21,7 @@ from typing import Any
 import torch
 
 from ..chunks import FEW_ROWS, MILLION
+from .launch import ceildiv
 from .shipped import (
     GENERATIONS,
     INTERPRETED,
@@ -54,6 +55,42 @@ def choose(op: str, device: torch.device, size: int = FEW_ROWS + 1) -> Choice:
     return _measured.get(key) or SHIPPED[key]
 
 
+def choose_tile(op: str, device: torch.device, rows: int, columns: int) -> Choice:
+    """The row for a product of that many rows and columns. A tile of 256 rows is cut to 128 if it would leave so much
+    of the GPU idle that the smaller one takes less time.
+    """
+    choice = choose(op, device, rows)
+    return choice if op in _forced else fitted(choice, rows, columns, multiprocessors(device))
+
+
+def fitted(choice: Choice, rows: int, columns: int, sms: int) -> Choice:
+    """`choice`, or with 128 of its 256 rows. sms: how many multiprocessors there are; 0: unknown."""
+    if choice.block_m != 256 or not sms:
+        return choice
+    taller, lower = (waves(rows, columns, height, choice.block_n, sms) * height for height in (256, 128))
+    return choice if taller <= TALL_GAIN * lower else _of_128_rows(choice)
+
+
+@cache  # a launch should not wait for it
+def _of_128_rows(choice: Choice) -> Choice:
+    return replace(choice, block_m=128)
+
+
+TALL_GAIN = 1.1
+"""How much more of a multiprocessor's peak a tile of 256 rows reaches than one of 128 (predicted)."""
+
+
+def waves(rows: int, columns: int, block_m: int, block_n: int, sms: int) -> int:
+    """How many tiles the busiest multiprocessor computes, one at a time."""
+    return ceildiv(ceildiv(rows, block_m) * ceildiv(columns, block_n), sms)
+
+
+@cache
+def multiprocessors(device: torch.device) -> int:
+    """0 if it is not a GPU."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 0
+
+
 def shape_class(op: str, size: int) -> str:
     if op == "row_quantize":
         return next((str(width) for width in WIDTHS if width >= size), "wider")
@@ -80,6 +117,13 @@ def generation(device: torch.device) -> int:
         return INTERPRETED
     major, minor = torch.cuda.get_device_capability(device)
     return nearest(10 * major + minor)
+
+
+def truncates_fp8(device: torch.device) -> bool:
+    """Whether the GPU's tensor cores truncate sums of e4m3 products (matmul_8bit.py). The interpreter does what such a
+    GPU does.
+    """
+    return generation(device) < 100
 
 
 @cache  # so it warns once
