@@ -77,8 +77,8 @@ class Product:
 
     @property
     def input8_bytes(self) -> int:
-        """Bytes of the input in 8 bits, with its scales and x down^T."""
-        return self.rows * (self.k + 4 + 2 * self.rank) if self.eight_bits else 0
+        """Bytes of the input in 8 bits, with its scales and x down^T in fp32."""
+        return self.rows * (self.k + 4 + 4 * self.rank) if self.eight_bits else 0
 
     @property
     def output_bytes(self) -> int:
@@ -87,7 +87,7 @@ class Product:
     @property
     def x_down_bytes(self) -> int:
         """Bytes of x down^T, kept for LoRA's gradient."""
-        return 2 * self.rows * self.rank
+        return self.rows * self.rank * (4 if self.eight_bits and self.produced else 2)
 
     @property
     def keeps_s(self) -> bool:

@@ -23,7 +23,7 @@ def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
         return Activations(y)
     values = like.new_empty(batch * length, width, dtype=torch.uint8)
     scale = like.new_empty(batch * length, dtype=torch.float32)
-    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0])
+    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0], dtype=torch.float32)
     return Activations(y, values, scale, s)
 
 
@@ -73,7 +73,7 @@ def to_8_bits(y, scale, INT8: tl.constexpr):
 def multiply_by_down(
     y_ptr,  # (ROWS, K) written by this program
     down_ptr,  # (R, K)
-    s_ptr,  # (ROWS, R) out
+    s_ptr,  # (ROWS, R) fp32 out
     rows,  # how many of ROWS exist
     R,
     K: tl.constexpr,
@@ -94,5 +94,4 @@ def multiply_by_down(
             y = tl.load(y_ptr + row * K + k, mask=here & (k < K), other=0.0)
             down = tl.load(down_ptr + rank[:, None] * K + k, mask=(rank < R)[:, None] & (k < K), other=0.0)
             s = tl.dot(y, tl.trans(down), s, input_precision=PRECISION)
-        s = s.to(s_ptr.dtype.element_ty)
         tl.store(s_ptr + row * R + rank[None, :], s, mask=here & (rank < R)[None, :])

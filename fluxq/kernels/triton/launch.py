@@ -5,7 +5,8 @@ all of that: 10 to 20 us, thousands of times a step. A `launched` kernel keeps w
 key, and launches it directly. Triton decides what to compile, as before: it sees every key once.
 """
 
-# Triton's own driver is chosen at run time: pyright: reportAttributeAccessIssue=false
+# Triton chooses its driver at run time, and finds its functions there:
+# pyright: reportAttributeAccessIssue=false
 
 from __future__ import annotations
 
