@@ -183,7 +183,7 @@ def _product(a: Tensor, b: Tensor, bias: Tensor | None, out: Tensor) -> None:
 def _mm_fp32(a: Tensor, b: Tensor, scale: float = 1.0) -> Tensor:
     """scale a b, summed and returned in fp32, or in the factors' dtype if that is wider."""
     if not a.is_cuda or a.dtype not in (torch.bfloat16, torch.float16):
-        dtype = torch.promote_types(a.dtype, torch.float32)
+        dtype = torch.float64 if a.dtype == torch.float64 else torch.float32
         product = a.to(dtype) @ b.to(dtype)
         return product if scale == 1.0 else product.mul_(scale)
     if scale == 1.0:
