@@ -228,6 +228,7 @@ def test_somebody_elses_lora_in_the_folder_is_kept(tmp_path, photos):
     assert (out / "test.safetensors").read_bytes() == b"precious"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("wrong", [{"lora": {"targets": ["nope"]}}, {"training": {"learning_rate": 1e30}}])
 def test_a_request_that_fails_before_its_first_save_costs_nothing(wrong, tmp_path, photos):
     """A wrong target is refused while the old run is whole; NaN stops the run, and is never saved."""
@@ -246,6 +247,7 @@ def test_a_refused_first_attempt_does_not_block_the_second(tmp_path, photos):
     train(configured(tmp_path, photos))
 
 
+@pytest.mark.slow
 def test_resume_notices_changed_images_and_captions(tmp_path, photos):
     train(configured(tmp_path, photos))
     (photos / "0.txt").write_text("another caption")
@@ -312,6 +314,7 @@ def test_a_size_off_the_grid_names_what_would_do(tmp_path, photos):
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fails_at", ["run/test.safetensors", "state/state.safetensors", "test-step00000004.safetensors"]
 )

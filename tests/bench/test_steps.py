@@ -40,6 +40,7 @@ def run(*arguments: object):
     return CliRunner().invoke(main, ["bench", *map(str, arguments)])
 
 
+@pytest.mark.slow
 @on_cpu
 def test_without_a_gpu_nano_is_measured_and_the_output_says_what_that_is_worth(tmp_path: Path):
     result = run("steps", "--json", "--steps", 3, "--resolution", 32, "--t5-length", 8, "--out", tmp_path / "a.json")
@@ -150,6 +151,7 @@ def test_matrices_are_fixed_lists_whose_fields_can_be_replaced():
         settings("quick", {"blocks_to_swap": 1, "resident_units": 1}, True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", FORMATS)
 def test_random_weights_have_real_magnitudes_and_can_be_streamed(format):
     whole = random_flux(FluxConfig.nano(), format, CPU, 2)
@@ -203,6 +205,7 @@ def test_on_a_gpu_a_plan_places_the_weights_and_its_predictions_are_in_the_row(m
     assert "GiB" in refused["not_run"] and "ms" not in refused
 
 
+@pytest.mark.slow
 def test_a_plan_with_offload_stores_inputs_in_ram(monkeypatch):
     monkeypatch.setattr(FluxConfig, "dev", FluxConfig.nano)
     stored, store = [], HostInputs.store

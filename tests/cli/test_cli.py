@@ -179,6 +179,7 @@ def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_pat
     assert {p.parts[0] for p in made} <= {"cache", "c"}
 
 
+@pytest.mark.slow
 def test_odd_names_work_as_files_and_words(tmp_path, photos):
     """A trigger with every character that a path or console markup could misread."""
     out = tmp_path / "[b]a folder ü[/b]"
@@ -247,6 +248,7 @@ def test_ctrl_c_saves_and_the_run_continues(tmp_path, photos):
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == list(range(1, done + 3))
 
 
+@pytest.mark.slow
 def test_sample_applies_loras_and_makes_a_grid(tmp_path, photos):
     assert run(*trained(tmp_path, photos)).exit_code == 0
     lora, out = tmp_path / "run" / "zqx.safetensors", tmp_path / "sampled"

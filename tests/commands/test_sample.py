@@ -202,6 +202,7 @@ def test_prompts_that_are_too_long_are_named(tmp_path):
     assert f"{prompt} is longer than 77 CLIP tokens; only T5 sees the rest" in lines
 
 
+@pytest.mark.slow
 def test_any_dialect_is_applied_with_its_clip_part(tmp_path):
     """OneTrainer's file as it is, converted, without its CLIP-L part, and no LoRA."""
     tensors, _, _ = WRITERS["OneTrainer legacy"]()

@@ -170,6 +170,7 @@ def test_ids_of_a_gguf_equal_those_of_its_spiece_model(tmp_path, padding):
         assert ours(text) == theirs(text)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("charsmap", [True, False])
 def test_ids_of_a_real_gguf_equal_those_of_its_spiece_model(vocabularies, tmp_path, charsmap):
     spiece = vocabularies / "tokenizer_2" / "spiece.model"

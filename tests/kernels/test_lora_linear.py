@@ -26,6 +26,7 @@ def operands(dtype=torch.float64, rank=3, shape=(2, 5)):
     return x, weight, bias, down, up
 
 
+@pytest.mark.slow
 def test_gradients_in_fp64():
     x, weight, bias, down, up = operands()
     assert torch.autograd.gradcheck(lambda x, d, u: lora_linear(x, weight, bias, d, u, 0.7), (x, down, up))

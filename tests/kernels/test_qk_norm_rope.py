@@ -76,6 +76,7 @@ def test_queries_keys_values_and_their_gradients(
     assert_as_close_as_plain(run, plain, exact, qkvs, dtype, slack)
 
 
+@pytest.mark.slow
 def test_gradients_in_fp64():
     cos, sin = (t.double() for t in angles(1, 5, 4, "cpu"))
     qkvs = [torch.randn(2, length, 24, dtype=torch.float64, requires_grad=True) for length in (2, 3)]

@@ -110,6 +110,7 @@ def test_each_product_of_a_step_may_fail_once_and_the_plan_stays(photos, tmp_pat
     assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in found)
 
 
+@pytest.mark.slow
 def test_the_second_failure_needs_a_smaller_plan_and_other_errors_pass(photos, tmp_path, monkeypatch):
     assert run(photos, tmp_path / "undisturbed", 2).exit_code == 0
     calls, texts, real = [0], {2: TRITON, 3: CUBLAS}, Flux.forward

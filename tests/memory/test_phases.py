@@ -119,8 +119,8 @@ def a_plan(pixels: int, resident: int, **pins):
 @pytest.mark.slow
 @pytest.mark.parametrize(("pixels", "resident"), [(512, UNITS), (1024, UNITS // 2), (512, 0)])
 def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpus, autoencoder):
-    """With all that stays between steps, including optimizer state and LoRA in bf16. The leanest policy leaves the least memory:
-    plans that keep more have a higher peak.
+    """With all that stays between steps, including optimizer state and LoRA in bf16. The leanest policy leaves least
+    memory: plans that keep more have a higher peak.
     """
     costs, made = a_plan(pixels, resident)
     config = config_from_dict({"data": {"resolution": pixels}}, "a test")

@@ -84,6 +84,7 @@ def chosen_format(size: int = 1024, models: Full | None = None, **settings) -> s
     return models.format
 
 
+@pytest.mark.slow
 def test_an_unset_format_is_the_most_accurate_of_the_fastest(a_4060ti):
     """The bus of a 4060 Ti hides int8 behind 1,024 px; what is pinned, or read from a quantized file, stays."""
     assert chosen_format(1024) == "int8"
@@ -126,6 +127,7 @@ def test_a_trained_text_encoder_is_part_of_the_costs(a_4060ti):
     assert plain.ahead and not more.ahead
 
 
+@pytest.mark.slow
 def test_a_gpu_gets_a_plan_within_its_budget(a_4060ti):
     small, large = planned(vram="6GiB"), planned(vram="16GiB")
     assert small.plan.peak_bytes < 6 * GIB < large.plan.peak_bytes < 16 * GIB
@@ -138,6 +140,7 @@ def test_pins_are_kept(a_4060ti):
     assert (set(pinned.policies), len(pinned.resident), pinned.slots) == ({"recompute"}, 36, 4)
 
 
+@pytest.mark.slow
 def test_if_nothing_fits_the_error_names_what_would(a_4060ti):
     with pytest.raises(WrongRequest, match=r"needs at least .* try --vram"):
         planned(vram="2GiB")

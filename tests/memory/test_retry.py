@@ -96,6 +96,7 @@ def test_on_a_gpu_each_new_plan_is_smaller_than_the_last(name, format, vram, sho
     assert rounds or all(a.seconds <= GRAIN * b.seconds for a, b in zip(made, made[1:], strict=False))
 
 
+@pytest.mark.slow
 def test_pins_hold_as_long_as_possible(short_blocks):
     costs = flux_costs(SHORT, "nf4", img_tokens=1024, chunk=CHUNKS[86])
     pins = Pins(format="nf4", compute="bf16", policy="keep_qkv")
@@ -206,6 +207,7 @@ def test_a_step_that_runs_out_just_before_its_update_is_made_once(photos, undist
     assert_undisturbed(run(photos, tmp_path), tmp_path, undisturbed)
 
 
+@pytest.mark.slow
 def test_half_an_update_cannot_be_repeated_and_the_last_save_is_good(photos, undisturbed, tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         updates = import_bitsandbytes().optim.optimizer.Optimizer2State
@@ -243,6 +245,7 @@ def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path,
     assert "4 x keep_all," in result.output and len(list((tmp_path / "samples").glob("*.png"))) == 3
 
 
+@pytest.mark.slow
 def test_after_a_preview_training_goes_back_to_its_own_placement(photos, undisturbed, tmp_path, monkeypatch):
     """The second preview begins with the placement that the first one needed."""
     Shortage(monkeypatch, previews, "sample_images", {1})
@@ -266,6 +269,7 @@ def test_a_preview_that_never_fits_is_skipped(photos, undisturbed, tmp_path, mon
     assert result.output.count("no preview at step") == 2
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("more", [(), ("--resident-units", "0", "--slots", "2")])
 def test_pinned_inputs_in_ram_give_exactly_the_same_lora(more, photos, undisturbed, tmp_path, monkeypatch):
     stored = []

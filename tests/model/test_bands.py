@@ -14,6 +14,7 @@ SMALL = AutoEncoderConfig(ch=16, ch_mult=(1, 2, 4, 4), num_res_blocks=2, z_chann
 SHALLOW = AutoEncoderConfig(ch=8, ch_mult=(1, 3), num_res_blocks=1, z_channels=5, groups=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SHALLOW])
 @pytest.mark.parametrize(("height", "width"), [(72, 56), (8, 8), (67, 45), (40, 104)])
 def test_bands_equal_the_whole_at_any_size(config, height, width):

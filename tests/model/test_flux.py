@@ -153,6 +153,7 @@ def test_a_whole_model_passes_gradcheck_in_fp64():
     assert torch.autograd.gradcheck(run, (*leaves, *parameters), atol=1e-5, rtol=1e-3, fast_mode=True)
 
 
+@pytest.mark.slow
 def test_swapping_two_tensors_of_one_shape_changes_the_output():
     """Every tensor matters and none equals another, so the parity tests above would notice swapped keys."""
     flux = randomize(Flux(tiny_config()))

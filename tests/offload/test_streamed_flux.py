@@ -163,6 +163,7 @@ def test_streaming_changes_no_bit_if_only_some_blocks_train(
     assert_equal(flux, resident_results(targets=targets, policy="keep_attention"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("format", "compute"), [("int8", "int8_dx"), ("nf4", "int8"), ("fp8", "fp8_dx")])
 def test_streaming_changes_no_bit_in_eight_bits(format, compute, files, resident_results):
     for slots in (2, 4):
@@ -305,6 +306,7 @@ def test_resident_units_have_memory_of_their_own(format, files):
     assert sum(p.numel() for p in flux.parameters()) == 0
 
 
+@pytest.mark.slow
 def test_units_are_moved_in_a_model_that_trains(files, resident_results):
     """From all resident to all streamed and back, LoRA and its optimizer unchanged; and with one failure half-way."""
     file, expected = files("nf4"), resident_results(policy="keep_qkv")

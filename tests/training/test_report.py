@@ -26,6 +26,7 @@ def test_steps_after_the_last_save_are_dropped_on_resume(tmp_path):
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(1, 11))
 
 
+@pytest.mark.slow
 def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path):
     write(tmp_path, 0, 3, 3)
     with (tmp_path / "log.jsonl").open("a") as file:

@@ -153,6 +153,7 @@ def test_a_step_that_runs_out_of_memory_half_way_is_repeated_to_the_bit(tmp_path
     assert_same_tensors(Path(undisturbed.lora), Path(again.lora))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dialect", "of_clip"),
     [("kohya", r"lora_te1_text_model_encoder_"), ("diffusers", r"text_encoder\.text_model\.enc")],
@@ -180,6 +181,7 @@ def adapters(shapes: dict[str, tuple[int, int]], rank: int = 3, alpha: float = 2
 PAIR = {"double_blocks.1.img_attn.proj": (192, 192), "single_blocks.0.linear2": (192, 960)}
 
 
+@pytest.mark.slow
 def test_a_run_starts_from_clips_part_only_if_clip_is_trained(tmp_path, photos):
     path, wanted = tmp_path / "old.safetensors", adapters(MODULES, 5)
     save_lora(path, adapters(PAIR), CONFIG, dtype=torch.float32, clip=wanted)
@@ -225,6 +227,7 @@ def test_requests_that_cannot_be_met_are_refused_before_anything_is_written(tmp_
     assert not (tmp_path / "run").exists() and not (tmp_path / "cache").exists()
 
 
+@pytest.mark.slow
 def test_captions_are_encoded_as_cached_before_any_training(tmp_path, photos):
     run(tmp_path, photos, data={"trigger": "zqx"})
     store, clip = Store(tmp_path / "cache"), Models(ModelConfig(name="nano")).load_clip()
@@ -234,6 +237,7 @@ def test_captions_are_encoded_as_cached_before_any_training(tmp_path, photos):
         assert relative_error(clip.pooled([t.caption for t in texts]), torch.stack([t.clip for t in texts])) <= 1e-5
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("section", [{"lora": {"text_encoder": None}}, {"training": {"text_learning_rate": 1e-5}}])
 def test_resume_refuses_another_encoder_or_learning_rate(tmp_path, photos, section):
     run(tmp_path, photos)
@@ -241,6 +245,7 @@ def test_resume_refuses_another_encoder_or_learning_rate(tmp_path, photos, secti
         run(tmp_path, photos, resume=True, **section)
 
 
+@pytest.mark.slow
 def test_a_complete_cache_still_needs_the_encoder_that_is_trained(tmp_path, photos):
     files = tmp_path / "models"
     shutil.copytree(nano.WEIGHTS, files)

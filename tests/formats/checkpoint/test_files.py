@@ -276,6 +276,7 @@ def test_header_with_the_pickle_magic_for_its_length_is_read(tmp_path):
         assert not Checkpoint(path).keys()
 
 
+@pytest.mark.slow
 def test_random_mutations_let_only_wrong_request_escape(tmp_path):
     rng, path = random.Random(0), tmp_path / "x.safetensors"
     write_safetensors(path, some_tensors(), {"note": "text"})
