@@ -185,6 +185,7 @@ def test_a_complete_cache_trains_without_encoder_files(tmp_path, photos):
         assert torch.equal(tensor, first[key])
 
 
+@pytest.mark.slow
 def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
     config = configured(tmp_path, photos)
     train(config)

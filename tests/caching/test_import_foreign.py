@@ -293,6 +293,7 @@ BAD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", BAD)
 def test_one_bad_cache_gives_one_error_and_nothing_is_imported(tmp_path, sd_scripts, name):
     spoil(sd_scripts, name)

@@ -87,6 +87,7 @@ def test_a_file_replaced_while_it_is_read_writes_nothing(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["flux.safetensors"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("format", ["nf4", "fp8", "int8"])
 @pytest.mark.parametrize("name", ["single_blocks.1.linear1.weight", "img_in.weight", "double_blocks.0.txt_mlp.2.bias"])
 @pytest.mark.parametrize("number", [float("nan"), float("-inf")])

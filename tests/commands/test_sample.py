@@ -122,6 +122,7 @@ def test_requests_take_unset_sides_from_the_resolution():
     assert [(s.prompt, s.seed, s.width, s.height) for s in made] == [("a", 5, 64, 96), ("b", 6, 64, 96)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("grid", [[], ["--grid", "--strength", "0", "--strength", "1"]])
 def test_streamed_units_sample_the_same_images(grid, tmp_path):
     common = ["sample", "--model", "nano", "--prompt", "a red star", "--prompt", "a circle", "--steps", "2", *grid]

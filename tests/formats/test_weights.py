@@ -72,6 +72,7 @@ def ring_of(encoders):
     return encoders.t5.weights.ring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("lanes", "stored"),
     [

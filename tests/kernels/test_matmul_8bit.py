@@ -62,6 +62,7 @@ def test_sums_are_exact_and_rounded_once(matmul_8bit, kind, dtype, k, device):
     assert relative_error(y, truth(a, a_scale, b, b_scale)) < bound(dtype, device) + slack
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "rank", "s_dtype"),
     [

@@ -203,9 +203,8 @@ def test_enough_cases_are_mostly_activations():
     assert len(CASES) >= 12 and sum(case.mostly_kept for case in CASES) >= 6
 
 
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=() if i in (1, 2) else pytest.mark.slow) for i, case in enumerate(CASES)], ids=str
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("case", CASES, ids=str)
 def test_predicted_bytes_equal_those_of_the_step_by_owner(case):
     config = replace(FluxConfig.dev(), depth=case.blocks[0], depth_single_blocks=case.blocks[1])
     costs, everything = costs_of(case, config), case.resident is None

@@ -108,6 +108,7 @@ ROWS = [  # pixels, text tokens, format, policy, resident units, slots, rank, ba
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("row", ROWS, ids=str)
 def test_twelve_plans_equal_manual_calculations(row):
     pixels, text, format, policy, resident, slots, rank, batch = row

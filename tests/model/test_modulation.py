@@ -42,6 +42,7 @@ def step(flux: Flux, index: int, rows) -> list[torch.Tensor]:
     return [out.detach(), *torch.autograd.grad(out, list(flux.parameters()), dy)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [True, False])
 @pytest.mark.parametrize("index", [0, 2, 22, 23, 1000])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2**-7)])

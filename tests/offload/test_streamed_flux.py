@@ -190,12 +190,14 @@ def test_inputs_on_the_host_change_no_bit(policy, files, resident_results):
         assert_equal(flux, resident_results(policy=policy))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS)
 def test_inputs_on_the_host_change_no_bit_if_only_some_blocks_train(targets, files, resident_results):
     flux = with_lora(load_quantized(files("nf4"), CPU), TARGETS[targets], "keep_attention")
     assert_equal(on_the_host(flux, Late()), resident_results(targets=targets, policy="keep_attention"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("at", ["forward 1", "forward 3", "backward 3", "backward 0"])
 def test_a_failed_step_does_not_change_the_next(at, files, resident_results):
     """Out of memory in a block, forward or backward, with weights and inputs on the host."""
@@ -216,6 +218,7 @@ def test_a_failed_step_does_not_change_the_next(at, files, resident_results):
     assert_equal(flux, resident_results())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", TARGETS)
 def test_the_model_makes_the_visits_of_the_schedule(targets, files):
     """So no copy is wasted: the copies of a step are those of the schedule."""

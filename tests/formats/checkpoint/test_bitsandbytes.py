@@ -70,6 +70,7 @@ def write(path: Path, tensors) -> Path:
     return path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("storage", "band"), [(torch.uint8, 1 << 12), (torch.bfloat16, 1 << 24)])
 @pytest.mark.parametrize(
     "options",
@@ -248,6 +249,7 @@ def changed_state(tensors, **changes) -> None:
     tensors[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [

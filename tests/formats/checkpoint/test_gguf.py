@@ -104,6 +104,7 @@ def assert_values(source, values) -> None:
             assert torch.equal(source.rows(name, [9, 0, 9], torch.float32), value[[9, 0, 9]])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "band"),
     [(kind, 1 << 14) for kind in PLAIN + QUANTIZERS + DECODERS] + [("BF16", 1 << 24), ("Q4_K", 1 << 24)],

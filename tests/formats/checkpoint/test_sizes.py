@@ -209,6 +209,7 @@ def test_autoencoder_config_follows_from_shapes(config, prefix):
     assert autoencoder_config({prefix + name: shape for name, shape in autoencoder_shapes(config).items()}) == config
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", autoencoder_shapes(NANO_AE))
 def test_every_tensor_of_the_autoencoder_must_be_there(name):
     shapes = autoencoder_shapes(NANO_AE)

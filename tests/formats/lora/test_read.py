@@ -32,6 +32,7 @@ def test_every_dialect_is_read_as_the_right_change(tmp_path, dialect):
     assert_same_change(lora.adapters, changes)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("written", WRITTEN_DIALECTS)
 @pytest.mark.parametrize("dialect", WRITERS)
 def test_written_files_make_the_same_change_as_what_was_read(tmp_path, dialect, written):
