@@ -26,6 +26,9 @@ CUDA = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously re
 CUDNN = "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
+STRIDE = 9
+"""No layer, block or pass makes a multiple of this many products, so those that fail are of every kind."""
+
 
 def test_what_counts_as_out_of_memory():
     assert all(is_out_of_memory(RuntimeError(text)) for text in (CUBLAS, TRITON, CUDA, CUDNN))
@@ -38,7 +41,7 @@ def test_what_counts_as_out_of_memory():
 
 
 class Products(TorchDispatchMode):
-    """Matrix product k of step k fails once, for every k, with each of `texts` in turn.
+    """In step k a matrix product fails once, the k-th of those STRIDE apart, with each of `texts` in turn.
 
     last: how many products the last attempt made.
     """
@@ -53,7 +56,7 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if self.step >= 0 and func in PRODUCTS:
             self.made += 1
-            if self.texts and self.made == self.step + 1 and self.step not in self.failed:
+            if self.texts and self.made == STRIDE * self.step + 1 and self.step not in self.failed:
                 self.failed.add(self.step)
                 raise RuntimeError(self.texts[self.step % len(self.texts)])
         return func(*args, **(kwargs or {}))
@@ -95,15 +98,16 @@ def counted(products: Products, monkeypatch) -> Products:
 
 
 @pytest.mark.slow
-def test_each_product_of_a_step_may_fail_once_and_the_plan_stays(photos, tmp_path, monkeypatch):
+def test_any_product_of_a_step_may_fail_once_and_the_plan_stays(photos, tmp_path, monkeypatch):
     with counted(Products(), monkeypatch) as undisturbed:
         assert run(photos, tmp_path / "short", 2).exit_code == 0
-    steps = undisturbed.last  # the first step makes more, for modulation that is computed ahead
+    products = undisturbed.last
+    steps = products // STRIDE  # the first step makes more, for modulation that is computed ahead
     assert run(photos, tmp_path / "undisturbed", steps).exit_code == 0
     with counted(Products(CUBLAS, TRITON, CUDA), monkeypatch) as failing:
         result = run(photos, tmp_path / "out", steps)
     assert result.exit_code == 0, result.output
-    assert failing.failed == set(range(steps)) and failing.last == steps
+    assert failing.failed == set(range(steps)) and failing.last == products
     assert result.output.count("repeating with the memory that torch did not use") == steps
     assert "units resident" not in result.output, "no smaller plan"
     found, wanted = weights(tmp_path / "out"), weights(tmp_path / "undisturbed")
