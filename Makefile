@@ -29,7 +29,7 @@ ifeq ($(EMULATED_GPU_PYTHON),)
 EMULATED_GPU_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CUDA_INSTALLED := $(CUDA_VENV)/installed
 endif
-export EMULATED_GPU_PYTHON
+emulated-kernels emulated-memory emulated-late emulated-early: export EMULATED_GPU_PYTHON := $(EMULATED_GPU_PYTHON)
 EMULATED := PYTHONPATH=. OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(PYTHON) tests/emulated_gpu/run.py
 EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_allocator.py
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,8 @@ import pytest
 
 ROOT = Path(__file__).parent.parent.parent
 RUN = Path(__file__).parent / "run.py"
-INSTALLED = bool(os.environ.get("EMULATED_GPU_PYTHON")) or (ROOT / ".venv-cuda").is_dir()
+PYTHON = os.environ.get("EMULATED_GPU_PYTHON") or str(ROOT / ".venv-cuda" / "bin" / "python")
+INSTALLED = shutil.which(PYTHON) is not None
 
 pytestmark = [
     pytest.mark.slow,
