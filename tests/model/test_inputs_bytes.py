@@ -79,7 +79,7 @@ def test_live_bytes_fall_as_predicted(case):
 
     placeholder(
         1, like=torch.empty((), dtype=torch.bfloat16, device="meta")
-    )  # made once, so before anything is counted
+    )  # made once: before bytes count
     on_gpu, between = peaks(flux, side, text, batch)
     flux.inputs = HostInputs(Nothing(), lambda n: Arena({INPUTS: n}, lambda unit, out: None))
     offloaded, between_offloaded = peaks(flux, side, text, batch)
