@@ -77,9 +77,7 @@ def test_live_bytes_fall_as_predicted(case):
     policies = [policy if b.policies else "" for b in costs.blocks]
     inputs = sum(b.inputs for b in costs.blocks if b.policies)
 
-    placeholder(
-        1, like=torch.empty((), dtype=torch.bfloat16, device="meta")
-    )  # made once: before bytes count
+    placeholder(1, like=torch.empty((), dtype=torch.bfloat16, device="meta"))  # made once: before bytes count
     on_gpu, between = peaks(flux, side, text, batch)
     flux.inputs = HostInputs(Nothing(), lambda n: Arena({INPUTS: n}, lambda unit, out: None))
     offloaded, between_offloaded = peaks(flux, side, text, batch)
