@@ -46,8 +46,7 @@ def promise(launch: Launch) -> Promise:
     c = launch.constants
     match launch.name:
         case "extension._fill_padding":
-            # Rows of any rank begin anywhere and are read number by number.
-            return Promise(narrow=("bias_ptr",) if c["EIGHTS"] else ("bias_ptr", "s_ptr", "up_ptr"))
+            return Promise(narrow=() if c["EIGHTS"] else ("s_ptr",))  # rows of other ranks begin anywhere
         case "few_rows._shares":
             # Numbers of 8 bits go 64 bits at a time to where tensor cores read them across rows.
             narrow = FEW if c["FORM"] in ("nf4", "float") else (*FEW, "w_ptr")

@@ -138,7 +138,7 @@ def _owned(flux: Flux, updates: FlatOptimizer) -> dict[str, int]:
     return {
         "weights": _nbytes(weights),
         "slots": _nbytes(slots.values()),
-        "lora": _nbytes(t for flat in updates.flats for t in (flat.values, flat._rounded) if t is not None),
+        "lora": _nbytes(t for flat in updates.flats for t in flat.tensors),
         "optimizer": _nbytes(t for t in states if t.device == flux.device),
     }
 

@@ -38,6 +38,11 @@ class Flat:
         for index, p in enumerate(self.parameters):
             p.rounded = partial(self._rounded_part, index)  # type: ignore[attr-defined] - kernels/rounding.py asks for it
 
+    @property
+    def tensors(self) -> list[Tensor]:
+        """What stays allocated: the values, and once they have been rounded the rounded ones."""
+        return [self.values, *([] if self._rounded is None else [self._rounded])]
+
     def parts(self, flat: Tensor) -> list[Tensor]:
         """The slices of `flat`, which is laid out as `values`, each with the shape of its parameter."""
         return [flat[a : a + p.numel()].view(p.shape) for a, p in zip(self.starts, self.parameters, strict=True)]

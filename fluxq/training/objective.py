@@ -51,9 +51,13 @@ class Objective:
         return self._loss(index, self._lookahead.rows(index))
 
     def prepare(self, index: int) -> None:
-        """Read what micro-step `index` needs and start its copies to the GPU, while that is still busy."""
-        self._prepared = None  # first, so that two are never there
-        self._prepared = index, *self._inputs(index)
+        """Read what micro-step `index` needs and start its copies to the GPU, while that is still busy.
+
+        Nothing is read beyond the last step.
+        """
+        settings = self.training
+        if settings.steps is None or index < settings.steps * settings.accumulate:
+            self._prepared = index, *self._inputs(index)
 
     def calibration(self) -> None:
         """Forward passes of the first micro-steps, with modulation computed in the step, so every layer sees inputs."""
@@ -70,10 +74,10 @@ class Objective:
         return validation_loss(self.flux, map(self._with_pooled, batches), settings.shift, settings.guidance)
 
     def _loss(self, index: int, modulation: tuple[Tensor, ...] | None) -> Tensor:
-        if self._prepared is None or self._prepared[0] != index:
-            self.prepare(index)
-        assert self._prepared is not None
-        (_, batch, noise, t), self._prepared = self._prepared, None
+        prepared, self._prepared = self._prepared, None
+        if prepared is None or prepared[0] != index:  # the first, or one that is repeated
+            prepared = index, *self._inputs(index)
+        _, batch, noise, t = prepared
         batch, guidance = self._with_pooled(batch), self.training.guidance
         return flow_loss(self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation).mean()
 

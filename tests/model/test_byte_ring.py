@@ -182,8 +182,7 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
             gc.collect()
             states = optimizers[0].state.values()
             live.belongs("optimizer", [t for state in states for t in state.values() if isinstance(t, Tensor)])
-            flats = [own for f in optimizers[0].flats for own in (f.values, f._rounded)]
-            live.belongs("lora", [own for own in flats if own is not None])
+            live.belongs("lora", [own for f in optimizers[0].flats for own in f.tensors])
             live.reset_peak()
             with owners_reported(live, flux):
                 step(64)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from helpers import randomize, tiny_config
 
@@ -41,6 +43,31 @@ def test_a_loss_is_the_flow_loss_at_the_steps_own_noise_and_timesteps():
     noise = sample_noise(batch.latents.shape[1:], 7, 3, batch.examples)
     expected = flow_loss(one.flux, batch.latents, noise, t, batch.txt, batch.pooled, 1.5).mean()
     torch.testing.assert_close(one.loss(3), expected, rtol=1e-5, atol=0)
+
+
+def test_what_is_prepared_changes_no_loss():
+    """Also if another micro-step comes than the one that was prepared, as when a step is repeated."""
+    plain, ahead = objective(), objective()
+    for index, prepared in ((0, 1), (1, 2), (1, 2), (2, 5), (3, 4)):
+        loss = float(ahead.loss(index))
+        ahead.prepare(prepared)
+        assert loss == float(plain.loss(index))
+
+
+def test_nothing_is_read_beyond_the_last_step():
+    class Counted(SameBatch):
+        read: list[int] = []
+
+        def batch(self, index):
+            self.read.append(index)
+            return super().batch(index)
+
+    one = objective()
+    batches = Counted(one.batches.content, 64)
+    last = Objective(one.flux, batches, replace(TRAINING, steps=3, accumulate=2))
+    for index in range(8):
+        last.prepare(index)
+    assert batches.read == list(range(6))
 
 
 def test_a_clip_that_trains_gives_the_pooled_vectors():

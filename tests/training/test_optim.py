@@ -124,7 +124,9 @@ def test_a_step_is_the_mean_of_its_micro_steps_clipped():
         return index * parameters[0].sum()
 
     start = parameters[0].detach().clone()
-    loss, norm = optimizer_step(optimizer, Losses(loss_of), 3, 2, 1e-3, 0.5)
+    losses = Losses(loss_of)
+    loss, norm = optimizer_step(optimizer, losses, 3, 2, 1e-3, 0.5)
+    assert losses.prepared == [8], "the first micro-step of the next step"
     assert seen == [6, 7] and loss == pytest.approx(6.5 * float(start.sum()), rel=1e-5)
     assert norm == pytest.approx(6.5 * 8192**0.5, rel=1e-5)
     torch.testing.assert_close(parameters[0].detach(), start - 1e-3)
