@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 from click.testing import CliRunner
+from live_bytes import LiveBytes
 
 from fluxq import nano
 from fluxq.caching.folders import cache_folders
 from fluxq.caching.store import Store
 from fluxq.cli.main import main
+from fluxq.commands.cache import cache_command
 from fluxq.config import ModelConfig, config_from_dict
 from fluxq.models.parts import Models
 from fluxq.nano import drawing
@@ -46,6 +48,18 @@ def test_both_encoders_get_the_budget_and_the_dataset_is_the_same(photos, tmp_pa
     assert torch.equal(found[None][1][0].t5, found[1][1][0].t5)
     for whole, banded in zip(found[None][2], found[1][2], strict=True):
         torch.testing.assert_close(banded, whole, rtol=1e-4, atol=1e-4)
+
+
+def test_the_autoencoder_is_gone_before_the_text_encoders_load(photos, tmp_path, monkeypatch):
+    load, live = Models.load_text_encoders, []
+    monkeypatch.setattr(
+        Models, "load_text_encoders", lambda models, *budget: live.append((counted.live, counted.peak)) or load(models)
+    )
+    values = {"model": {"name": "nano"}, "data": {"folders": [str(photos)], "cache": str(tmp_path / "cache")}}
+    with LiveBytes() as counted:
+        cache_command(config_from_dict(values, "a test"))
+    ((left, peak),) = live
+    assert left < 1 << 20 < peak
 
 
 def test_vram_without_a_gpu_is_refused_before_anything_is_written(photos, tmp_path):

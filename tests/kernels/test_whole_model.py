@@ -25,22 +25,29 @@ def gradients(flux: Flux, device: torch.device) -> list[torch.Tensor]:
     return [g.cpu() for g in torch.autograd.grad(out, list(flux.parameters()), dy)]
 
 
-def quantize_each_weight_once(monkeypatch) -> None:
+def quantize_each_weight_once(monkeypatch, found: dict) -> None:
     """A frozen weight always becomes the same 8-bit rows, which is most of what the interpreter does here."""
     from fluxq.kernels.triton import convert
     from fluxq.kernels.triton.stored import stored
 
-    found, weight_rows = {}, convert.weight_rows
+    weight_rows = convert.weight_rows
 
     def remembered(weight, dtype, rotation):
-        numbers = stored(weight).numbers  # kept too, so that their address stays theirs
-        key = numbers.data_ptr(), weight.shape, dtype, rotation
+        own = stored(weight)
+        parts = (own.numbers, own.absmax, own.scale)
+        key = *(t.numpy().tobytes() for t in parts if t is not None), weight.shape, dtype, rotation
         if key not in found:
-            found[key] = weight_rows(weight, dtype, rotation), numbers
-        return found[key][0]
+            found[key] = weight_rows(weight, dtype, rotation)
+        return found[key]
 
     monkeypatch.setattr(convert, "weight_rows", remembered)
     monkeypatch.setattr(convert, "row_scales", lambda *asked: remembered(*asked)[1])
+
+
+@pytest.fixture(scope="module")
+def quantized_rows() -> dict:
+    """Every case has the same frozen weights."""
+    return {}
 
 
 @pytest.mark.slow
@@ -54,7 +61,9 @@ def quantize_each_weight_once(monkeypatch) -> None:
         ("keep_attention", "fp8_dx", "attention+mlp"),
     ],
 )
-def test_gradients_are_the_same_on_both_backends(policy, compute, targets, triton_ops, device, monkeypatch):
+def test_gradients_are_the_same_on_both_backends(
+    policy, compute, targets, quantized_rows, triton_ops, device, monkeypatch
+):
     """Every product takes the path of large shapes, but for the modulation's."""
     from fluxq.kernels.triton import linear, table
 
@@ -75,7 +84,7 @@ def test_gradients_are_the_same_on_both_backends(policy, compute, targets, trito
     monkeypatch.setattr(linear, "_extended", lambda *a: calls.append(a[1].shape) or extended(*a))
     flux.to(device)
     if device.type == "cpu":
-        quantize_each_weight_once(monkeypatch)
+        quantize_each_weight_once(monkeypatch, quantized_rows)
     # A value next to the middle of two 8-bit numbers may fall either way: the backends divide differently.
     bound = 1e-4 if compute == "bf16" else 0.01
     for a, b in zip(gradients(flux, device), expected, strict=True):

@@ -140,21 +140,19 @@ def test_streaming_changes_no_bit(format, policy, files, resident_results):
         assert_equal(with_lora(flux, "attention+mlp", policy), resident_results(format, policy=policy))
 
 
+TIMINGS = [  # told, slots, streams, ahead: every two values occur together, and every value in both rows
+    [(True, 2, Late, True), (False, 2, Immediate, False), (False, 3, Late, True)],
+    [(True, 3, Immediate, False), (True, 5, Late, False), (False, 5, Immediate, True)],
+]
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("targets", TARGETS)
 @pytest.mark.parametrize(
-    ("told", "slots", "streams", "ahead"),  # every two values occur together
-    [
-        (True, 2, Late, True),
-        (True, 3, Immediate, False),
-        (True, 5, Late, False),
-        (False, 2, Immediate, False),
-        (False, 3, Late, True),
-        (False, 5, Immediate, True),
-    ],
+    ("targets", "told", "slots", "streams", "ahead"),
+    [(targets, *timing) for targets, row in zip(TARGETS, itertools.cycle(TIMINGS)) for timing in row],
 )
 def test_streaming_changes_no_bit_if_only_some_blocks_train(
-    told, slots, streams, ahead, targets, files, resident_results
+    targets, told, slots, streams, ahead, files, resident_results
 ):
     flux = load_streamed(files("nf4"), CPU, UNITS[3:4], slots, streams(), poison=True, ahead=ahead)
     with_lora(flux, TARGETS[targets], "keep_attention")
