@@ -483,7 +483,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises WrongRequest if it is missing or malformed, with the line."""
     try:
-        return current_names(tomllib.loads(path.read_text(encoding="utf-8-sig")), str(path))
+        return current_names(tomllib.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape")), str(path))
     except OSError as error:
         raise WrongRequest(f"the config file {path} cannot be read ({error.strerror})") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from typing import Any
 
 from rich.console import Console
 from rich.progress import (
@@ -19,7 +20,19 @@ from rich.progress import (
     TransferSpeedColumn,
 )
 
-console = Console(highlight=False, soft_wrap=True, markup=False, emoji=False)
+ESCAPED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
+"""Control characters, which in a file's name or a caption could move the cursor or worse -> how they are printed."""
+
+
+class SafeConsole(Console):
+    """A console that prints text as it is, and that may go away: a closed terminal or a full disk ends no run."""
+
+    def print(self, *objects: Any, **options: Any) -> None:
+        with suppress(OSError):
+            super().print(*(o.translate(ESCAPED) if isinstance(o, str) else o for o in objects), **options)
+
+
+console = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)
 
 Notify = Callable[[str], None]
 """Shows the user one line: a choice and its reason, an event, a warning."""

@@ -19,7 +19,7 @@ from fluxq.caching.folders import cache_folders
 from fluxq.config import FolderConfig, TrainConfig
 from fluxq.console import Notify, console, plural, progress_bar, silent
 from fluxq.data import Dataset, generator
-from fluxq.errors import WrongRequest
+from fluxq.errors import Stopped, WrongRequest
 from fluxq.formats.lora import Lora
 from fluxq.formats.stream import expect_training
 from fluxq.memory.peak import peak_bytes, reset_peak
@@ -36,26 +36,36 @@ from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.defaults import resolve
 from fluxq.training.from_lora import read_start, start_from
+from fluxq.training.health import high_learning_rate
 from fluxq.training.objective import Objective
-from fluxq.training.optim import build_optimizer, learning_rate_factor, optimizer_step, parameters_of
+from fluxq.training.optim import build_optimizer, learning_rate_factor, optimizer_step, parameters_of, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
-from fluxq.training.report import Report, stop_request
-from fluxq.training.run import Result, Run, metadata_of
-from fluxq.training.state import Progress, load_state, save_state
+from fluxq.training.report import Report
+from fluxq.training.run import Metadata, Result, Run, metadata_of
+from fluxq.training.saves import Saves
+from fluxq.training.state import Progress, load_state
+from fluxq.training.stopping import StopRequest
 
 
 def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, notify: Notify = console.print) -> Result:
     """Train a LoRA as `config` says, in a new run directory or, with `resume`, in the one that is there.
 
-    Raises WrongRequest for a request that cannot be met, before it touches anything of an earlier run.
+    Raises WrongRequest for a request that cannot be met, before it touches anything of an earlier run; and Stopped,
+    after a save, if a signal asks for the end.
     """
-    # what is asked for
     models = Models(config.model, notify=notify)
     models.check()
     start_lora = None if resume else read_start(config.lora, models, notify)
     config = resolve(config, models, silent if resume else notify, start_lora)
     run = Run(config)
-    run.check(resume, overwrite)
+    with run.locked():
+        run.check(resume, overwrite)
+        return train_in(run, models, start_lora, resume, notify)
+
+
+def train_in(run: Run, models: Models, start_lora: Lora | None, resume: bool, notify: Notify) -> Result:
+    """Train in the directory of `run`, which nobody else uses."""
+    config = run.config
     placement = place(config, models, notify)
     training, output, steps = config.training, config.output, config.training.steps
     assert steps is not None, "resolve fills it in"
@@ -71,11 +81,14 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     notify(summary(config, models, data, layers, sum(p.numel() for p in parameters_of(optimizer))))
+    if warning := high_learning_rate(training.learning_rate):
+        notify(warning)
 
     # where it starts
     progress = Progress(identity={"data": data.trained_on.digest(), "model": models.fingerprint()})
     if resume:
         progress = require_same_inputs(run, progress.identity, load_state(run.state_file, layers, optimizer), steps)
+        restart_rates(optimizer, training.learning_rate, training.text_learning_rate)
         notify(f"resumed after step {progress.step}")
     elif config.model.compute.startswith("int8"):
         progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
@@ -84,31 +97,35 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
     if data.held_out and not resume:
         progress.validation = validate()
         notify("validation before: " + described(progress.validation))
-    began = time.time() - progress.seconds
     run.begin(resume)
     retry.placement.save(run.folder)
+    began = time.time() - progress.seconds
+    report = Report(run.folder, progress.step, steps, output.plot_seconds)
+    write = partial(write_lora, run, trainable, metadata, began)
+    saves = Saves(run, report, progress, layers, optimizer, retry, write, notify)
+    if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA
+        write(progress.step)
 
     # the loop
-    with Report(run.folder, progress.step, steps, output.plot_seconds) as report, stop_request(notify) as stopping:
+    with report, StopRequest(notify, saves.last_step) as stopping:
         for step in range(progress.step, steps):
             clock, done = time.perf_counter(), step + 1
             factor = learning_rate_factor(training.schedule, step, steps, training.warmup)
             work = partial(optimizer_step, optimizer, objective, step, training.accumulate, factor, training.clip)
             loss, norm = retry.run(f"step {done}", work)
+            if not math.isfinite(norm):
+                notify(f"step {done} is skipped, its gradient is {norm}: {objective.described(step)}")
             report.step(done, loss, training.learning_rate * factor, norm, time.perf_counter() - clock)
+            progress.step = done
 
             # now and then
             stop = stopping()
             if config.samples.every and is_due(config.samples.every, done, steps):
                 save_previews(run, models, flux, retry, data.preview_texts(trainable.clip), data.prompts, done, notify)
-            if stop or is_due(output.save_every, done, steps):
-                report.sync()
-                run.save_lora(flux, trainable.clip, done, metadata(done, began, time.time()))
-                progress.step, progress.seconds = done, time.time() - began
-                save_state(run.state_file, progress, layers, optimizer)
-                retry.placement.save(run.folder)
+            if stop or saves.is_overdue or is_due(output.save_every, done, steps):
+                saves.save(required=bool(stop) or done == steps)
             if stop:
-                raise KeyboardInterrupt(f"after step {done}; continue with: fluxq train --resume {run.folder}")
+                raise Stopped(stop, f"after step {done}; continue with: fluxq train --resume {run.folder}")
 
     # the result
     peak = peak_bytes()
@@ -166,6 +183,10 @@ class Trainable:
     layers: dict[str, Linear]  # those with LoRA, by name
     groups: list[dict]  # the optimizer's
     ahead: bool  # nothing upstream of modulation trains, so it is computed ahead
+
+
+def write_lora(run: Run, trainable: Trainable, metadata: Metadata, began: float, step: int) -> None:
+    run.save_lora(trainable.flux, trainable.clip, step, metadata(step, began, time.time()))
 
 
 def load_trainable(

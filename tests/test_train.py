@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import math
 import multiprocessing
+import os
 import random
+import re
+import signal
 import time
+from contextlib import nullcontext
 from dataclasses import fields
 from pathlib import Path
 
@@ -18,14 +24,21 @@ from PIL import Image
 from fluxq import nano
 from fluxq.cli import main
 from fluxq.config import LoraConfig, config_from_dict
+from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.write import WRITTEN_DIALECTS
 from fluxq.model import FluxConfig
+from fluxq.models import Models
 from fluxq.nano import drawing
 from fluxq.train import train
+from fluxq.training import saves, stopping
+from fluxq.training.defaults import resolve
+from fluxq.training.objective import Objective
+from fluxq.training.optim import learning_rate_factor
 from fluxq.training.report import read_log
+from fluxq.training.run import Run
 
 
 @pytest.fixture
@@ -235,7 +248,7 @@ def test_a_request_that_fails_before_its_first_save_costs_nothing(wrong, tmp_pat
     """A wrong target is refused while the old run is whole; NaN stops the run, and is never saved."""
     train(configured(tmp_path, photos))
     before = {p: p.read_bytes() for p in (tmp_path / "run").rglob("*.safetensors")}
-    with pytest.raises(WrongRequest, match="matches no layer|lower --lr"):
+    with pytest.raises(WrongRequest, match="matches no layer|no finite gradient; .* lower --lr"):
         train(configured(tmp_path, photos, **wrong), overwrite=True)
     if "lora" in wrong:
         assert {p: p.read_bytes() for p in before} == before
@@ -320,7 +333,9 @@ def test_a_size_off_the_grid_names_what_would_do(tmp_path, photos):
     "fails_at", ["run/test.safetensors", "state/state.safetensors", "test-step00000004.safetensors"]
 )
 def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkeypatch):
-    """The system refuses to flush one file the second time it is saved: the first save is whole and can be resumed."""
+    """The system refuses to flush one file after the first save: the run goes on, and says at its end what it could
+    not save. The LoRA of a step before the end is not worth that.
+    """
     import errno
 
     from fluxq.formats import atomic
@@ -335,8 +350,11 @@ def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkey
 
     settings = {"training": {"steps": 6}, "output": {"save_every": 2}}
     monkeypatch.setattr(atomic, "_flush", full)
-    with pytest.raises(WrongRequest, match="disk|space|room"):
-        train(configured(tmp_path, photos, **settings))
+    said = []
+    ends = nullcontext() if "-step" in fails_at else pytest.raises(WrongRequest, match="the disk is full .* step 6")
+    with ends:
+        train(configured(tmp_path, photos, **settings), notify=said.append)
+    assert fails_at.startswith("run/") or any("step 4 could not be saved" in line for line in said)
     monkeypatch.undo()
     result = train(configured(tmp_path, photos, **settings), resume=True)
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
@@ -364,3 +382,124 @@ def test_defaults_are_printed_with_their_reasons(tmp_path, photos, monkeypatch):
     said.clear()
     module.resolve(resolved, module.Models(config.model), said.append)
     assert {line.split()[0] for line in said} <= {"rank", "learning", "shift"}
+
+
+@pytest.mark.slow
+def test_resume_takes_another_learning_rate_and_a_longer_schedule_when_asked(tmp_path, photos):
+    """The finished LoRA is kept under its step, also where only one is to be kept."""
+    schedule = {"schedule": "cosine", "steps": 2}
+    first = Path(train(configured(tmp_path, photos, training=schedule, output={"keep": 1})).lora)
+    before = first.read_bytes()
+    changed = {"schedule": "cosine", "steps": 6, "learning_rate": 5e-4}
+    result = train(configured(tmp_path, photos, training=changed, output={"keep": 1, "save_every": 2}), resume=True)
+    assert (tmp_path / "run" / "test-step00000002.safetensors").read_bytes() == before
+    assert Path(result.lora) == first and first.read_bytes() != before
+    rates = [r["learning_rate"] for r in read_log(tmp_path / "run" / "log.jsonl")]
+    assert rates[2:] == pytest.approx([5e-4 * learning_rate_factor("cosine", step, 6, 0) for step in range(2, 6)])
+
+
+@pytest.mark.slow
+def test_a_run_resumes_after_its_images_moved(tmp_path, photos):
+    train(configured(tmp_path, photos))
+    elsewhere = tmp_path / "another disk" / photos.name
+    elsewhere.parent.mkdir()
+    photos.rename(elsewhere)
+    result = train(configured(tmp_path, elsewhere, training={"steps": 5}), resume=True)
+    assert result.steps == 5
+
+
+def test_one_process_a_run_directory(tmp_path, photos):
+    config = configured(tmp_path, photos)
+    with Run(resolve(config, Models(config.model), silent)).locked():
+        for choice in ({}, {"overwrite": True}, {"resume": True}):
+            with pytest.raises(
+                WrongRequest, match=rf"run is in use by another fluxq \(process {os.getpid()} on .*, st"
+            ):
+                train(config, **choice)
+    assert not (tmp_path / "run").exists(), "a folder made for nothing is removed"
+
+
+@pytest.mark.slow
+def test_a_lora_that_an_end_between_two_files_has_cost_is_written_when_the_run_resumes(tmp_path, photos):
+    lora = Path(train(configured(tmp_path, photos)).lora)
+    before = tensors(lora)
+    lora.unlink()
+    train(configured(tmp_path, photos), resume=True)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in tensors(lora).items())
+
+
+@pytest.mark.slow
+def test_a_step_without_a_finite_gradient_is_skipped_and_named(tmp_path, photos, monkeypatch):
+    said, real = [], Objective.loss
+    monkeypatch.setattr(Objective, "loss", lambda self, index: real(self, index) * (math.nan if index == 1 else 1))
+    train(configured(tmp_path, photos, output={"save_every": 2}), notify=said.append)
+    (line,) = [line for line in said if "is skipped" in line]
+    assert re.match(
+        r"step 2 is skipped, its gradient is nan: photos/\d\.png \('.*zqx.*'\) at t = 0\.\d+; photos/", line
+    )
+    assert not (tmp_path / "run" / "test-step00000002.safetensors").exists(), "what may be wrong is not saved"
+    assert [math.isnan(r["grad"]) for r in read_log(tmp_path / "run" / "log.jsonl")] == [False, True, False, False]
+    assert all(tensor.isfinite().all() for tensor in tensors(tmp_path / "run" / "test.safetensors").values())
+
+
+@pytest.mark.slow
+def test_a_save_that_fails_costs_nothing(tmp_path, photos, monkeypatch):
+    undisturbed = Path(train(configured(tmp_path, photos, output={"out": str(tmp_path / "undisturbed")})).lora)
+    said, real = [], saves.save_state
+
+    def full(path, progress, *rest):
+        if progress.step == 2:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, progress, *rest)
+
+    monkeypatch.setattr(saves, "save_state", full)
+    result = train(configured(tmp_path, photos, output={"save_every": 2}), notify=said.append)
+    (line,) = [line for line in said if "could not be saved" in line]
+    assert line.startswith("step 2 could not be saved: ") and line.endswith("training goes on, next try in 30 s")
+    assert_same_tensors(undisturbed, Path(result.lora))
+
+
+@pytest.mark.slow
+def test_a_state_that_the_disk_does_not_take_at_the_end_is_put_elsewhere(tmp_path, photos, monkeypatch):
+    real = saves.save_state
+    run = tmp_path / "run"
+
+    def full(path, *rest):
+        if path.is_relative_to(run):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(path, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(saves, "save_state", full)
+        with pytest.raises(WrongRequest, match="No space left.*the state of step 4 is in .*: move it to ") as refused:
+            train(configured(tmp_path, photos))
+    (moved,) = tmp_path.glob("test-state-step00000004.safetensors")
+    assert str(moved) in str(refused.value)
+    (run / "state").mkdir(exist_ok=True)
+    moved.rename(run / "state" / "state.safetensors")
+    result = train(configured(tmp_path, photos, training={"steps": 5}), resume=True)
+    assert result.steps == 5
+
+
+@pytest.mark.slow
+def test_a_step_that_takes_too_long_after_a_signal_costs_only_itself(tmp_path, photos, monkeypatch):
+    """SIGTERM in step 3, and the process killed before that ends: step 2 was saved meanwhile."""
+    undisturbed = Path(train(configured(tmp_path, photos, output={"out": str(tmp_path / "undisturbed")})).lora)
+    state, real = tmp_path / "run" / "state" / "state.safetensors", Objective.loss
+
+    def slow(self, index):
+        if index < 2:
+            return real(self, index)
+        signal.raise_signal(signal.SIGTERM)
+        for _ in range(500):
+            if state.exists():
+                raise SystemExit("killed")
+            time.sleep(0.02)
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit, match="killed"):
+        patch.setattr(Objective, "loss", slow)
+        patch.setattr(stopping, "PATIENCE", 0.1)
+        train(configured(tmp_path, photos))
+    assert json.loads(Checkpoint(state).metadata["fluxq_state"])["step"] == 2
+    result = train(configured(tmp_path, photos), resume=True)
+    assert_same_tensors(undisturbed, Path(result.lora))

@@ -16,6 +16,7 @@ which encoder made them is unknown.
 
 import json
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass
 from hashlib import blake2b
 from pathlib import Path
@@ -62,6 +63,7 @@ class Store:
     def __init__(self, root: str | Path):
         self.root = Path(root)
         self.hashes = Hashes(self.root / "hashes.json")
+        self._sound: set[tuple[str, str]] = set()  # (kind, key) of the records that were checked
 
     def has(self, kind: str, key: str) -> bool:
         """Whether the store has this record of `kind`, "latents" or "text". If so, it is complete."""
@@ -83,8 +85,8 @@ class Store:
 
     def latents(self, key: str) -> tuple[torch.Tensor, torch.Tensor]:
         """mean and spread, (16, h, w) fp32. Raises WrongRequest if the record is missing or damaged."""
-        record = self._open("latents", key)
-        return record.get("mean"), record.get("spread")
+        tensors = self._read("latents", key, self._open("latents", key))
+        return tensors["mean"], tensors["spread"]
 
     def latents_size(self, key: str) -> tuple[int, int]:
         """(w, h) in pixels of the encoded image. Reads only the header."""
@@ -107,7 +109,7 @@ class Store:
     def text(self, key: str) -> Text:
         """The encoded caption. Raises WrongRequest if the record is missing or damaged."""
         record = self._open("text", key)
-        return Text(record.get("t5"), record.get("clip"), **_text_metadata(record))
+        return Text(**self._read("text", key, record), **_text_metadata(record))
 
     def pooled(self, key: str) -> torch.Tensor:
         """Only the `clip` of the encoded caption. Reads nothing else."""
@@ -168,6 +170,21 @@ class Store:
                 raise ValueError(f"the encoder returned non-finite numbers for {what} ({name})")
         metadata = {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
         write_safetensors(self._path(kind, key), tensors, {"key": key, "checksum": _checksum(tensors), **metadata})
+
+    def _read(self, kind: str, key: str, record: Checkpoint) -> dict[str, torch.Tensor]:
+        """The tensors of a record. The first time their checksum is compared; a damaged record is deleted."""
+        tensors = {name: record.get(name) for name in KINDS[kind]}
+        if (kind, key) not in self._sound:
+            if record.metadata.get("checksum") != _checksum(tensors):
+                what = record.metadata.get("picture") or repr(record.metadata.get("caption"))
+                with suppress(OSError):
+                    record.path.unlink()
+                raise WrongRequest(
+                    f"the cache record {record.path} of {what} has changed since it was written and is deleted; run "
+                    "the command again (training with --resume) to have it encoded again"
+                )
+            self._sound.add((kind, key))
+        return tensors
 
     def _open(self, kind: str, key: str) -> Checkpoint:
         path = self._path(kind, key)

@@ -1,19 +1,25 @@
 """The commands: argv -> config -> one function.
 
 Options are the fields of `fluxq.config`; this file only chooses the sections that a command takes. Exit codes: 0
-success, 2 a wrong request (one sentence on stderr), 1 a failure, 130 stopped by Ctrl-C.
+success, 2 a wrong request (one sentence on stderr), 1 a failure, 130 stopped by Ctrl-C, 143 by SIGTERM, 129 by SIGHUP.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import io
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import click
 
 from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
-from fluxq.errors import WrongRequest, is_out_of_memory
+from fluxq.errors import Stopped, WrongRequest, is_out_of_memory, stop_signals
 
 from .bench import bench
 from .lora import lora
@@ -31,8 +37,12 @@ SAMPLING_NAMES = {
 
 class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
+        for stream in (sys.stdout, sys.stderr):
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")  # a name that the console cannot print ends nothing
         try:
-            return super().invoke(ctx)
+            with ended_by_signals():
+                return super().invoke(ctx)
         except WrongRequest as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
@@ -54,7 +64,26 @@ class Commands(click.Group):
             ctx.exit(2)
         except KeyboardInterrupt as stop:
             click.echo(f"stopped{': ' if str(stop) else ''}{stop}", err=True)
-            ctx.exit(130)
+            ctx.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
+
+
+@contextmanager
+def ended_by_signals() -> Iterator[None]:
+    """In this context SIGTERM, SIGHUP and a closing Windows console clean up as Ctrl-C does."""
+
+    def end(number: int, frame: object) -> None:
+        raise Stopped(number)
+
+    caught = {}
+    if threading.current_thread() is threading.main_thread():
+        for number in stop_signals():
+            if signal.getsignal(number) is signal.SIG_DFL:  # not Ctrl-C, which Python handles
+                caught[number] = signal.signal(number, end)
+    try:
+        yield
+    finally:
+        for number, before in caught.items():
+            signal.signal(number, before)
 
 
 @click.group(
@@ -221,7 +250,7 @@ def cache(
     default=Path("samples"),
     show_default=True,
     metavar="DIR",
-    help="Folder for the images; files of the same name are replaced.",
+    help="Folder for the images; none that exists is replaced.",
 )
 @JSON
 def sample(

@@ -9,6 +9,7 @@ from __future__ import annotations
 import tempfile
 from collections.abc import Sequence
 from functools import partial
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -66,14 +67,20 @@ def sample_command(
         if grid:
             cells = [own[start : start + len(columns)] for start in range(0, len(own), len(columns))]
             labels = [path.stem for path, _ in files_and_strengths] or ["no LoRA"]
-            files.append(out / f"grid_{i:02}.png")
+            files.append(unused(out / f"grid_{i:02}.png"))
             save_image(labeled_grid(cells, labels, [f"strength {f:g}" for f in columns]), files[-1], request)
         else:
             names = ", ".join(f"{path.stem} ({strength:g})" for path, strength in files_and_strengths)
-            files.append(out / f"{i:02}_seed{request.seed}.png")
+            files.append(unused(out / f"{i:02}_seed{request.seed}.png"))
             save_image(own[0], files[-1], request, **({"LoRA": names} if names else {}))
     console.print("\n".join(map(str, files)))
     return {"files": [str(file) for file in files]}
+
+
+def unused(path: Path) -> Path:
+    """`path`, or with -2, -3 ... after its name the first that does not exist."""
+    names = (path.with_stem(f"{path.stem}-{n}") if n > 1 else path for n in count(1))
+    return next(name for name in names if not name.exists())
 
 
 def _require_writable(out: Path) -> None:

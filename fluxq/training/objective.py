@@ -73,6 +73,12 @@ class Objective:
         settings = self.training
         return validation_loss(self.flux, map(self._with_pooled, batches), settings.shift, settings.guidance)
 
+    def described(self, index: int) -> str:
+        """What micro-step `index` sees: its images, captions and timesteps."""
+        batch, t = self.batches.batch(index), self._timesteps(index).tolist()
+        captions = batch.captions or [""] * len(t)
+        return "; ".join(f"{n} ({c!r}) at t = {t:.3f}" for n, c, t in zip(batch.examples, captions, t, strict=True))
+
     def _loss(self, index: int, modulation: tuple[Tensor, ...] | None) -> Tensor:
         prepared, self._prepared = self._prepared, None
         if prepared is None or prepared[0] != index:  # the first, or one that is repeated

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from types import ModuleType
@@ -39,10 +40,13 @@ class FlatOptimizer(torch.optim.Optimizer):
 
     To the outside it is an optimizer like any other: `param_groups` and `state` are those of the parameters, the state
     in slices too. A parameter that has no gradient is updated as if it were zero.
+
+    done: the number of steps of the run that parameters and state have had. changing: held while either changes.
     """
 
     def __init__(self, name: str, parameters: Iterable[Any], learning_rate: float, weight_decay: float) -> None:
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
+        self.done, self.changing = 0, threading.RLock()
         self.flats = [_FlatUpdate(name, part, group) for group in self.param_groups for part in _parts(name, group)]
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]  # which schedules multiply
@@ -191,8 +195,8 @@ def optimizer_step(
     """Optimizer step `step` (0-based): its mean loss, and the norm of its gradient before clipping to `clip`.
 
     The index of a micro-step counts over the whole run, `accumulate` per step. factor: multiplies every learning rate.
-    clip 0: no limit. If anything fails before the update, weights and state are unchanged. Raises WrongRequest for a
-    gradient that is not finite.
+    clip 0: no limit. If anything fails before the update, weights and state are unchanged; a gradient that is not
+    finite changes nothing either.
     """
     losses, after = [], (step + 1) * accumulate
     optimizer.zero_grad()  # an attempt that ran out of memory may have left some
@@ -205,11 +209,12 @@ def optimizer_step(
     read = torch.stack([torch.stack(losses).mean(), optimizer.clip(clip)])
     objective.prepare(after)
     mean, norm = read.tolist()  # the only time that the CPU waits; before the update, since nothing may fail after it
-    if not math.isfinite(norm):
-        raise WrongRequest(f"the gradient of step {step + 1} is {norm}; the last save is intact; lower --lr")
-    for group in optimizer.param_groups:
-        group["lr"] = group["initial_lr"] * factor
-    update(optimizer)
+    with optimizer.changing:
+        if math.isfinite(norm):
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * factor
+            update(optimizer)
+        optimizer.done = step + 1
     optimizer.zero_grad()
     return mean, norm
 
@@ -238,6 +243,12 @@ def update(optimizer: FlatOptimizer) -> None:
 def _update_count(optimizer: FlatOptimizer) -> float:
     """The number of updates of flat tensors, including unfinished ones."""
     return sum(flat.updates for flat in optimizer.flats)
+
+
+def restart_rates(optimizer: FlatOptimizer, *learning_rates: float | None) -> None:
+    """Give the groups these learning rates, where a loaded state has put earlier ones."""
+    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=False):
+        group["initial_lr"] = learning_rate
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

@@ -2,42 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
+import math
 import os
-import signal
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 
-from fluxq.console import Notify, console, progress_bars
+from fluxq.console import console, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.memory.peak import peak_bytes, spill_note
 
-
-@contextmanager
-def stop_request(notify: Notify) -> Iterator[Callable[[], bool]]:
-    """A function that returns whether Ctrl-C was pressed in this context. A second Ctrl-C stops at once."""
-    requested = False
-
-    def on_signal(signum: int, frame: FrameType | None) -> None:
-        nonlocal requested
-        if requested:
-            raise KeyboardInterrupt
-        requested = True
-        notify("stopping after this step; Ctrl-C again stops at once, without saving")
-
-    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
-        yield lambda: False
-        return
-    before = signal.signal(signal.SIGINT, on_signal)
-    try:
-        yield lambda: requested
-    finally:
-        signal.signal(signal.SIGINT, before)
+from .health import Health
 
 
 class Report:
@@ -48,10 +25,12 @@ class Report:
         self.steps, self.plot_seconds = steps, plot_seconds
         self.records = [r for r in read_log(self.path) if r["step"] <= start]  # steps after the last save are repeated
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(json.dumps(r) + "\n" for r in self.records), encoding="utf-8")
-        self._file = self.path.open("a", encoding="utf-8")
+            temporary.write_text("".join(map(_line, self.records)), encoding="utf-8")
+        self._file = self.path.open("ab", buffering=0)
+        self._waiting = b""  # lines that the disk has not taken yet
         self._started = self._plotted = time.monotonic()
         self._first = start
+        self.health = Health(self.records)
         self._bar = progress_bars()
         self._task = self._bar.add_task("training", total=steps, completed=start)
 
@@ -61,12 +40,16 @@ class Report:
 
     def __exit__(self, *exception: object) -> None:
         self._bar.stop()
+        self._write()
         self._file.close()
         if self.records:
             self.plot()
 
     def step(self, step: int, loss: float, learning_rate: float, grad: float, seconds: float) -> None:
-        """Log an optimizer step: `step` steps are done now, and this one took `seconds`."""
+        """Log an optimizer step: `step` steps are done now, and this one took `seconds`.
+
+        Raises WrongRequest if too many steps had no finite gradient.
+        """
         if note := spill_note():
             console.print(note)
         peak = peak_bytes()
@@ -79,8 +62,7 @@ class Report:
             "peak_bytes": peak,
         }
         self.records.append(record)
-        self._file.write(json.dumps(record) + "\n")
-        self._file.flush()
+        self._write(_line(record))
         pace = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",
@@ -92,14 +74,28 @@ class Report:
             f"eta {_duration(pace * (self.steps - step))}",
         )
         console.print(" | ".join(columns))
+        for line in self.health.check():
+            console.print(line)
         self._bar.update(self._task, completed=step)
         if time.monotonic() - self._plotted > self.plot_seconds:
             self.plot()
             self._plotted = time.monotonic()
 
     def sync(self) -> None:
-        """Flush the log to the disk. A state saved afterward never has more steps than the log."""
-        os.fsync(self._file.fileno())
+        """Flush the log to the disk, if that takes it. A state saved afterward has no more steps than the log then."""
+        self._write()
+        with contextlib.suppress(OSError):
+            os.fsync(self._file.fileno())
+
+    def _write(self, line: str = "") -> None:
+        """Add `line` to the log. Lines that cannot be written wait in memory."""
+        could, self._waiting = not self._waiting, self._waiting + line.encode()
+        try:
+            while self._waiting:
+                self._waiting = self._waiting[self._file.write(self._waiting) :]
+        except OSError as error:
+            if could:
+                console.print(f"could not write {self.path} ({error.strerror}); its lines wait in memory")
 
     def plot(self) -> None:
         """Plot the loss of every step and the smoothed loss to loss.png. If that fails, print why and continue."""
@@ -129,19 +125,29 @@ def read_log(path: Path) -> list[dict]:
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:
-            records.append(json.loads(line))
+            records.append(_with_nan(json.loads(line)))
         except json.JSONDecodeError:
             break
     return records
 
 
+def _line(record: dict) -> str:
+    return json.dumps({key: None if value != value else value for key, value in record.items()}) + "\n"
+
+
+def _with_nan(record: dict) -> dict:
+    """The opposite of `_line`, which writes null for NaN: JSON has no NaN."""
+    return record | {key: math.nan for key in ("loss", "grad") if record.get(key, 0) is None}
+
+
 def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
-    """Exponential moving averages with bias correction for their start."""
+    """Exponential moving averages with bias correction for their start, over the values that are finite."""
     total = norm = 0.0
     result = []
     for value in values:
-        total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
-        result.append(total / norm)
+        if math.isfinite(value):
+            total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
+        result.append(total / norm if norm else math.nan)
     return result
 
 

@@ -13,14 +13,19 @@ from __future__ import annotations
 
 import glob
 import json
+import os
+import platform
 import shutil
 import tempfile
+import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
+from filelock import FileLock, Timeout
 from torch import nn
 
 from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
@@ -36,6 +41,12 @@ from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
+
+Metadata = Callable[[int, float, float], dict[str, str]]
+"""(step, started, finished) -> the LoRA's metadata at that step; times in seconds since 1970."""
+
+MAY_CHANGE = ("steps", "schedule", "warmup", "learning_rate", "text_learning_rate")
+"""The settings of training that --resume takes over from the command line."""
 
 
 @dataclass(frozen=True)
@@ -65,10 +76,48 @@ class Run:
         self.name = cast(str, config.output.name)
         self.suffix = ".peft" if config.lora.file_format == "peft" else ".safetensors"
         self.state_file = self.folder / "state" / "state.safetensors"
+        self._finished: set[Path] = set()  # LoRAs of runs that were resumed to more steps: not counted by `keep`
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold the folder, which is made if it does not exist; nobody else can until this ends or the process dies.
+
+        Raises WrongRequest if another process holds it, or if it is not writable. A folder made for nothing is removed.
+        """
+        made = [path for path in (self.folder, *self.folder.parents) if not path.exists()]
+        lock, holder = FileLock(self.folder / ".lock", timeout=0), self.folder / ".lock.json"
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.folder):
+                pass
+        except OSError as error:
+            raise WrongRequest(f"cannot write to {self.folder} ({error.strerror}); choose another --out") from error
+        try:
+            lock.acquire()
+        except Timeout as error:
+            raise WrongRequest(
+                f"{self.folder} is in use by another fluxq{_described(holder)}; wait for its end, or stop it, or "
+                "choose another --out"
+            ) from error
+        except (OSError, NotImplementedError):
+            pass  # some network drives have no locks
+        try:
+            with suppress(OSError):
+                about = {"process": os.getpid(), "host": platform.node(), "started": time.strftime("%Y-%m-%d %H:%M:%S")}
+                holder.write_text(json.dumps(about), encoding="utf-8")
+            yield
+        finally:
+            with suppress(OSError):
+                holder.unlink(missing_ok=True)
+            lock.release()
+            with suppress(OSError):
+                (self.folder / ".lock").unlink(missing_ok=True)
+                for path in made:  # fails at the first that is not empty
+                    path.rmdir()
 
     def check(self, resume: bool, overwrite: bool) -> None:
-        """Raise WrongRequest if the folder is not writable, if it has results and neither `resume` nor `overwrite` is
-        set, or if `resume` would change what is computed. Results are unchanged.
+        """Raise WrongRequest if the folder has results and neither `resume` nor `overwrite` is set, or if `resume`
+        would change what is computed. Results are unchanged.
         """
         if resume:
             written = self.folder / "config.toml"
@@ -78,22 +127,25 @@ class Run:
                 f"{self.folder} already has a run ({present[0].name}); continue it with --resume {self.folder}, "
                 "replace it with --overwrite, or choose another --out"
             )
-        try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            with tempfile.TemporaryFile(dir=self.folder):
-                pass
-        except OSError as error:
-            raise WrongRequest(f"cannot write to {self.folder} ({error.strerror}); choose another --out") from error
 
     def begin(self, resume: bool) -> None:
-        """Write config.toml. Unless `resume`, first remove the results of the run that this one replaces."""
+        """Write config.toml. Unless `resume`, first remove the results of the run that this one replaces.
+
+        If the run was finished and is to make more steps, its LoRA gets the name of its step.
+        """
+        written, final = self.folder / "config.toml", self.lora_file(self.config.training.steps or 0)
+        if resume and final.exists():
+            steps = config_from_dict(read_toml(written), str(written)).training.steps
+            if steps and steps != self.config.training.steps:
+                final.rename(self.lora_file(steps))
+                self._finished.add(self.lora_file(steps))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 left_by_a_crash.unlink(missing_ok=True)
         for path in [] if resume else self._results():
             _remove(path)
         with atomic_path(self.folder / "config.toml") as temporary:
-            temporary.write_text(to_toml(self.config), encoding="utf-8")
+            temporary.write_text(to_toml(self.config), encoding="utf-8", errors="surrogateescape")
 
     def _results(self) -> list[Path]:
         """The files of a run of this name, which a new one would replace."""
@@ -108,11 +160,10 @@ class Run:
         for section in ("model", "data", "lora", "training"):
             was, now = asdict(getattr(before, section)), asdict(getattr(self.config, section))
             for key in was:
-                moved = isinstance(was[key], Path) or isinstance(now[key], Path)
-                if was[key] == now[key] or moved or key == "ae_band":
+                if _without_paths(was[key]) == _without_paths(now[key]) or key == "ae_band":
                     continue  # files may move, as their contents are compared; ae_band does not change results
-                if key == "steps" and was["schedule"] == "constant":
-                    continue  # a constant schedule allows any number of steps
+                if section == "training" and key in MAY_CHANGE:
+                    continue
                 raise WrongRequest(
                     f"{self.folder} was started with {section}.{key} = {was[key]}, not {now[key]}; resume it without "
                     "that change, or start another run with --out"
@@ -140,9 +191,28 @@ class Run:
             path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
         )
         if self.config.output.keep:
-            for old in self.steps_saved()[: -self.config.output.keep]:
+            rest = [path for path in self.steps_saved() if path not in self._finished]
+            for old in rest[: -self.config.output.keep]:
                 _remove(old)
         return path
+
+
+def _without_paths(value: Any) -> Any:
+    """`value` with None for each path in it."""
+    if isinstance(value, Path):
+        return None
+    if isinstance(value, Mapping):
+        return {key: _without_paths(item) for key, item in value.items()}
+    return [_without_paths(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _described(holder: Path) -> str:
+    """Who holds the lock, in words."""
+    try:
+        about = json.loads(holder.read_text(encoding="utf-8"))
+        return f" (process {about['process']} on {about['host']}, started {about['started']})"
+    except (OSError, ValueError, KeyError):
+        return ""
 
 
 def _remove(path: Path) -> None:
@@ -162,9 +232,7 @@ def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
     }
 
 
-def metadata_of(
-    config: TrainConfig, models: Models, dataset: Dataset, batches: int
-) -> Callable[[int, float, float], dict[str, str]]:
+def metadata_of(config: TrainConfig, models: Models, dataset: Dataset, batches: int) -> Metadata:
     """A function (step, started, finished) -> the LoRA's metadata at that step. batches: micro-batches per epoch."""
     folders = config.data.folders
     files = {f.path: [Path(e.path) for e in dataset.examples if Path(e.path).parent == f.path] for f in folders}

@@ -18,6 +18,8 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.model.linear import Linear
 
+from .optim import FlatOptimizer
+
 
 @dataclass
 class Progress:
@@ -30,7 +32,7 @@ class Progress:
     rotated: list[str] = field(default_factory=list)  # int8 layers that rotate their inputs
 
 
-def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> None:
+def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], optimizer: FlatOptimizer) -> None:
     """Save what `load_state` reads."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
@@ -50,7 +52,7 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
     write_safetensors(path, contiguous, {"fluxq_state": json.dumps(about)})
 
 
-def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.Optimizer) -> Progress:
+def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimizer) -> Progress:
     """Put the LoRA and the optimizer back as they were saved; returns how far the run was.
 
     Raises WrongRequest for a file that is not a saved state, or that belongs to other layers or another rank.
@@ -73,6 +75,7 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: torch.optim.
             slots = state.setdefault(int(index), {})
             (slots.setdefault(slot, {}) if inner else slots)[inner[0] if inner else slot] = checkpoint.get(key)
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
+    optimizer.done = about["step"]
     facts = dict(about["facts"])
     seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
     return Progress(facts, about["step"], seconds, validation, rotated)

@@ -227,7 +227,7 @@ def test_an_output_under_a_file_is_named(tmp_path, photos):
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.name == "nt", reason="POSIX signals")
-def test_ctrl_c_saves_and_the_run_continues(tmp_path, photos):
+def test_sigterm_saves_and_the_run_continues(tmp_path, photos):
     arguments = map(str, trained(tmp_path, photos, "--steps", 400))
     process = subprocess.Popen(
         [sys.executable, "-m", "fluxq", *arguments], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE
@@ -235,9 +235,9 @@ def test_ctrl_c_saves_and_the_run_continues(tmp_path, photos):
     while len(read_log(tmp_path / "run" / "log.jsonl")) < 3:
         assert process.poll() is None
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
+    process.send_signal(signal.SIGTERM)
     _, stderr = process.communicate()
-    assert process.returncode == 130
+    assert process.returncode == 143
     assert f"fluxq train --resume {tmp_path / 'run'}" in stderr.decode()
     done = len(read_log(tmp_path / "run" / "log.jsonl"))
     assert 3 <= done < 400

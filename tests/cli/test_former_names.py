@@ -133,8 +133,8 @@ def test_a_run_that_was_saved_with_former_names_resumes(tmp_path, photos):
         assert f"\n{new} = {KEYS[former]}\n" in written
         written = written.replace(f"\n{new} = ", f"\n{old} = ")
     (out / "config.toml").write_text(written)
-    refused = run("train", "--resume", out, "--rate", 0.5)
-    assert refused.exit_code == 2 and "was started with training.learning_rate = 0.002, not 0.5" in refused.stderr
+    refused = run("train", "--resume", out, "--size", 96)
+    assert refused.exit_code == 2 and "was started with data.resolution = 64, not 96" in refused.stderr
     resumed = run("train", "--resume", out, "--steps", 2)
     assert resumed.exit_code == 0, resumed.output
     assert [record["step"] for record in read_log(out / "log.jsonl")] == [1, 2]

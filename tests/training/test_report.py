@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-import signal
+import errno
+import math
 
 import pytest
 from PIL import Image
@@ -10,7 +11,7 @@ from PIL import Image
 from fluxq.console import console
 from fluxq.memory import peak as module
 from fluxq.memory.machine import GPUBytes, SpillWatch
-from fluxq.training.report import Report, read_log, smoothed, stop_request
+from fluxq.training.report import Report, read_log, smoothed
 
 
 def write(folder, start, steps, done):
@@ -55,15 +56,6 @@ def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
     assert 2.0 < smoothed([2.0, 4.0])[1] < 4.0
 
 
-def test_the_first_ctrl_c_asks_and_the_second_stops():
-    with stop_request(lambda line: None) as asked:
-        assert not asked()
-        signal.raise_signal(signal.SIGINT)
-        assert asked()
-        with pytest.raises(KeyboardInterrupt):
-            signal.raise_signal(signal.SIGINT)
-
-
 def test_memory_that_the_driver_spills_is_printed_after_the_step_that_shows_it(tmp_path, monkeypatch, capsys):
     states = iter([GPUBytes(100 << 30, 90 << 30, 0), GPUBytes(100 << 30, 50 << 30, 40 << 30)])
     full = GPUBytes(100 << 30, 0, 120 << 30)
@@ -78,3 +70,33 @@ def test_memory_that_the_driver_spills_is_printed_after_the_step_that_shows_it(t
     assert noted == [False, True, False, False]
     monkeypatch.undo()
     module.reset_peak()
+
+
+def test_lines_that_the_disk_does_not_take_wait_and_are_written_once(tmp_path, monkeypatch, capsys):
+    class Full:
+        def __init__(self, file):
+            self.file, self.full = file, True
+
+        def write(self, data):
+            if self.full:
+                if len(data) > 10:
+                    return self.file.write(data[:10])  # a part, then nothing
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return self.file.write(data)
+
+        def __getattr__(self, name):
+            return getattr(self.file, name)
+
+    monkeypatch.setattr(console, "stderr", False)
+    with Report(tmp_path, 0, 5, 1e9) as report:
+        report._file = disk = Full(report._file)
+        for step in range(1, 4):
+            report.step(step, 1.0, 1e-4, 0.5, 0.1)
+        disk.full = False
+        for step in range(4, 6):
+            report.step(step, 1.0, 1e-4, math.nan, 0.1)
+        report.sync()
+        assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == [1, 2, 3, 4, 5]
+    assert capsys.readouterr().out.count("its lines wait in memory") == 1
+    assert "NaN" not in (tmp_path / "log.jsonl").read_text()
+    assert math.isnan(read_log(tmp_path / "log.jsonl")[-1]["grad"])

@@ -115,7 +115,7 @@ def test_resume_is_bit_exact_whatever_ran_between(tmp_path, photos, optimizer):
         "output": {"out": str(tmp_path / "two"), "save_every": 2},
     }
     with pytest.raises(KeyboardInterrupt), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "stop_request", lambda notify: _stopping())
+        patch.setattr(module, "StopRequest", _stopping)
         run(tmp_path, photos, training=training, **restless)
     run(tmp_path, photos, training=training, resume=True, **restless)
     two = tmp_path / "two"
@@ -127,8 +127,10 @@ def test_resume_is_bit_exact_whatever_ran_between(tmp_path, photos, optimizer):
 class _stopping:
     """Asks to stop after the second step."""
 
+    def __init__(self, *_) -> None: ...
+
     def __enter__(self):
-        asked = iter([False, True])
+        asked = iter([None, 2])
         return lambda: next(asked)
 
     def __exit__(self, *_) -> None:

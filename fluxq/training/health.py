@@ -1,0 +1,101 @@
+"""What is wrong with a run, from its steps so far: gradients that are not finite, a loss that climbs, steps that became
+slow. Each is said once, with what to do.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from statistics import fmean, median
+
+from fluxq.errors import WrongRequest
+
+BAD_IN_A_ROW, BAD_OF_LAST, LAST = 5, 20, 1000
+HIGHEST_LEARNING_RATE = 1e-2
+"""Of AdamW, whose steps are about as long as the learning rate, whatever the gradient."""
+
+
+class Health:
+    """Watches the records of a run (those of log.jsonl, in order), from its first step even if it is resumed."""
+
+    def __init__(self, records: Sequence[Mapping]) -> None:
+        self.records = records
+        self._said: set[str] = set()
+
+    @property
+    def is_bad(self) -> bool:
+        """Whether the last step had a gradient that is not finite, and so no update."""
+        return bool(self.records) and not _is_finite(self.records[-1])
+
+    def check(self) -> Iterator[str]:
+        """What is new since the last step, a line each. Raises WrongRequest if training cannot go on."""
+        recent = self.records[-LAST:]
+        if self.is_bad and (
+            not any(map(_is_finite, recent[-BAD_IN_A_ROW:]))
+            and len(recent) >= BAD_IN_A_ROW
+            or sum(not _is_finite(r) for r in recent) >= BAD_OF_LAST
+        ):
+            raise WrongRequest(self.refusal(self.records[-1]["step"]))
+        for name, line in self._warnings():
+            if line and name not in self._said:
+                self._said.add(name)
+                yield f"warning: {line}"
+
+    def refusal(self, step: int) -> str:
+        bad = sum(not _is_finite(r) for r in self.records[-LAST:])
+        return (
+            f"{bad} of the last {min(LAST, len(self.records))} steps, up to step {step}, had no finite gradient; the "
+            "last save is intact; lower --lr, or take out the images named above"
+        )
+
+    def _warnings(self) -> Iterator[tuple[str, str | None]]:
+        yield "climbing", climbing_loss(self.records)
+        yield "dead", dead_gradient(self.records)
+        yield "slow", slow_step(self.records)
+        yield "grown", grown_memory(self.records)
+
+
+def _is_finite(record: Mapping) -> bool:
+    return math.isfinite(record["grad"])
+
+
+def climbing_loss(records: Sequence[Mapping], window: int = 100) -> str | None:
+    """A loss above three times that of the first `window` steps, for as many steps."""
+    losses = [r["loss"] for r in records if _is_finite(r)]
+    if len(losses) < 2 * window or min(losses[-window:]) <= 3 * (start := fmean(losses[:window])):
+        return None
+    return f"the loss was above {3 * start:.3g}, three times its start, for {window} steps; a lower --lr may help"
+
+
+def dead_gradient(records: Sequence[Mapping], window: int = 20) -> str | None:
+    """Gradients of exactly zero."""
+    if len(records) < window or any(r["grad"] for r in records[-window:]):
+        return None
+    return f"the gradient is zero since {window} steps, so nothing is learned; stop, and check the images and --targets"
+
+
+def slow_step(records: Sequence[Mapping], window: int = 20) -> str | None:
+    """A step of over five times the median of those before it."""
+    if len(records) <= window or not (before := [r.get("seconds", 0.0) for r in records[-window - 1 : -1]]):
+        return None
+    now, usual = records[-1].get("seconds", 0.0), median(before)
+    if now <= max(5 * usual, 1.0):
+        return None
+    return (
+        f"step {records[-1]['step']} took {now:.1f} s, the {window} before it {usual:.1f} s each; another program may "
+        "use the GPU or the disk, or the machine slept"
+    )
+
+
+def grown_memory(records: Sequence[Mapping], settled: int = 20) -> str | None:
+    """A peak 10 % above that of step `settled`."""
+    peaks = [r.get("peak_bytes") for r in records]
+    if len(peaks) <= settled or not (at := peaks[settled - 1]) or not (now := peaks[-1]) or now <= 1.1 * at:
+        return None
+    return f"peak memory grew from {at / 2**30:.1f} GiB at step {settled} to {now / 2**30:.1f} GiB; please report it"
+
+
+def high_learning_rate(learning_rate: float) -> str | None:
+    if learning_rate <= HIGHEST_LEARNING_RATE:
+        return None
+    return f"warning: a learning rate of {learning_rate:g} is very high for AdamW, which usually takes 1e-5 to 1e-3"

@@ -1,0 +1,117 @@
+"""What a run saves while it trains: first the state, which --resume needs, then the LoRA.
+
+A disk that is full or gone does not end a run that can go on: the save is tried again, after pauses that grow. If the
+run has to end without it, the state goes to another folder, and the message says where.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+from fluxq.console import Notify
+from fluxq.errors import WrongRequest
+from fluxq.memory.retry import OutOfMemoryRetry
+from fluxq.model.linear import Linear
+
+from .optim import FlatOptimizer
+from .report import Report
+from .run import Run
+from .state import Progress, save_state
+
+PAUSES = (30.0, 60.0, 120.0, 300.0, 600.0)
+"""Seconds between two attempts to save."""
+
+
+class Saves:
+    """The saves of `run`. `progress.step` is the last finished step; `write_lora(step)` writes the LoRA.
+
+    All of it is thread-safe: a signal may have the last finished step saved while the next one is on its way.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        report: Report,
+        progress: Progress,
+        layers: Mapping[str, Linear],
+        optimizer: FlatOptimizer,
+        retry: OutOfMemoryRetry,
+        write_lora: Callable[[int], object],
+        notify: Notify,
+    ) -> None:
+        self.run, self.report, self.progress, self.layers, self.optimizer = run, report, progress, layers, optimizer
+        self.retry, self.write_lora, self.notify = retry, write_lora, notify
+        self.began = time.time() - progress.seconds
+        self._saved = progress.step  # the step of the state on the disk
+        self._failures, self._again_at = 0, 0.0
+        self._one_at_a_time = threading.RLock()
+
+    @property
+    def is_overdue(self) -> bool:
+        """Whether a save failed and its pause is over."""
+        return self._failures > 0 and time.monotonic() >= self._again_at
+
+    def save(self, required: bool) -> None:
+        """Save state and LoRA of the last finished step. If that fails: notify, or if it is `required`, put the state
+        elsewhere and raise WrongRequest.
+
+        Weights after a step that had no finite gradient are not saved: they may be what is wrong.
+        """
+        if self.report.health.is_bad:
+            if required:
+                raise WrongRequest(self.report.health.refusal(self.progress.step))
+            return
+        try:
+            self.report.sync()
+            self._state(self.run.state_file)
+            self.retry.placement.save(self.run.folder)
+            self.write_lora(self.progress.step)
+            self._failures = 0
+        except (WrongRequest, OSError) as error:
+            if required:
+                raise WrongRequest(f"{error}; {self._elsewhere()}") from error
+            pause = PAUSES[min(self._failures, len(PAUSES) - 1)]
+            self._failures, self._again_at = self._failures + 1, time.monotonic() + pause
+            self.notify(
+                f"step {self.progress.step} could not be saved: {error}; training goes on, next try in {pause:.0f} s"
+            )
+
+    def last_step(self) -> None:
+        """Save the state of the last finished step from another thread, while the next one is on its way."""
+        try:
+            with self.optimizer.changing:  # it has all updates of finished steps, and none of the one on its way
+                step = self.progress.step
+                if self.optimizer.done != step or self._saved == step or self.report.health.is_bad:
+                    return
+                self.report.sync()
+                self._state(self.run.state_file)
+            self.notify(f"saved step {step} meanwhile; --resume continues from there")
+        except (WrongRequest, OSError) as error:
+            self.notify(f"step {self.progress.step} could not be saved: {error}")
+
+    def _state(self, path: Path) -> None:
+        with self._one_at_a_time:
+            self.progress.seconds = time.time() - self.began
+            save_state(path, self.progress, self.layers, self.optimizer)
+            if path == self.run.state_file:
+                self._saved = self.progress.step
+
+    def _elsewhere(self) -> str:
+        """Where the state is now, in words."""
+        if self._saved == self.progress.step:
+            return f"the state of step {self._saved} is saved; continue with: fluxq train --resume {self.run.folder}"
+        name = f"{self.run.name}-state-step{self.progress.step:08}.safetensors"
+        for folder in (self.run.folder.parent, Path(tempfile.gettempdir())):
+            try:
+                self._state(folder / name)
+            except (WrongRequest, OSError):
+                continue
+            return (
+                f"the state of step {self.progress.step} is in {folder / name}: move it to {self.run.state_file} and "
+                f"continue with: fluxq train --resume {self.run.folder}"
+            )
+        return f"the last save is that of step {self._saved}; continue from it with --resume {self.run.folder}"
