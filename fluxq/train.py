@@ -19,7 +19,7 @@ from fluxq.caching.folders import cache_folders
 from fluxq.config import FolderConfig, TrainConfig
 from fluxq.console import Notify, console, plural, progress_bar, silent
 from fluxq.data import Dataset, generator
-from fluxq.errors import Stopped, WrongRequest
+from fluxq.errors import Stopped
 from fluxq.formats.lora import Lora
 from fluxq.formats.stream import expect_training
 from fluxq.memory.peak import peak_bytes, reset_peak
@@ -47,9 +47,16 @@ from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest
 
 
-def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, notify: Notify = console.print) -> Result:
+def train(
+    config: TrainConfig,
+    resume: bool = False,
+    overwrite: bool = False,
+    notify: Notify = console.print,
+    accepts_data: bool = False,
+) -> Result:
     """Train a LoRA as `config` says, in a new run directory or, with `resume`, in the one that is there.
 
+    accepts_data: what resumes may go on with other images and captions than it began with.
     Raises WrongRequest for a request that cannot be met, before it touches anything of an earlier run; and Stopped,
     after a save, if a signal asks for the end.
     """
@@ -60,10 +67,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
     run = Run(config)
     with run.locked():
         run.check(resume, overwrite)
-        return train_in(run, models, start_lora, resume, notify)
+        return train_in(run, models, start_lora, resume, notify, accepts_data)
 
 
-def train_in(run: Run, models: Models, start_lora: Lora | None, resume: bool, notify: Notify) -> Result:
+def train_in(
+    run: Run, models: Models, start_lora: Lora | None, resume: bool, notify: Notify, accepts_data: bool
+) -> Result:
     """Train in the directory of `run`, which nobody else uses."""
     config = run.config
     placement = place(config, models, notify)
@@ -87,9 +96,11 @@ def train_in(run: Run, models: Models, start_lora: Lora | None, resume: bool, no
     # where it starts
     progress = Progress(identity={"data": data.trained_on.digest(), "model": models.fingerprint()})
     if resume:
-        progress = require_same_inputs(run, progress.identity, load_state(run.state_file, layers, optimizer), steps)
+        saved = load_state(run.state_file, layers, optimizer)
+        run.resume_from(saved, progress.identity, data.trained_on, accepts_data)
+        progress = saved
         restart_rates(optimizer, training.learning_rate, training.text_learning_rate)
-        notify(f"resumed after step {progress.step}")
+        notify("; ".join([f"resumed after step {progress.step}", *run.changes]))
     elif config.model.compute.startswith("int8"):
         progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
         notify(f"int8: {plural(len(progress.rotated), 'layer')} with outlier inputs will rotate them before rounding")
@@ -98,6 +109,7 @@ def train_in(run: Run, models: Models, start_lora: Lora | None, resume: bool, no
         progress.validation = validate()
         notify("validation before: " + described(progress.validation))
     run.begin(resume)
+    run.save_data(data.trained_on)
     retry.placement.save(run.folder)
     began = time.time() - progress.seconds
     report = Report(run.folder, progress.step, steps, output.plot_seconds)
@@ -211,16 +223,6 @@ def load_trainable(
         start_from(start_lora, layers, notify)
     expect_training(flux)
     return Trainable(flux, clip, layers, groups, ahead)
-
-
-def require_same_inputs(run: Run, identity: Mapping[str, str], saved: Progress, steps: int) -> Progress:
-    """`saved`, if the run that resumes sees the same images, captions and weights; else raises WrongRequest."""
-    for what, changed in (("data", "images, captions or encoders"), ("model", "the transformer's file")):
-        if saved.identity[what] != identity[what]:
-            raise WrongRequest(f"{changed} changed since {run.folder} was started; put them back, or start another run")
-    if saved.step > steps:
-        raise WrongRequest(f"{run.folder} has already done {saved.step} steps, more than {steps}; ask for more")
-    return saved
 
 
 def validation_losses(objective: Objective, data: Data) -> dict[str, float]:

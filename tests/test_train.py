@@ -264,9 +264,19 @@ def test_a_refused_first_attempt_does_not_block_the_second(tmp_path, photos):
 @pytest.mark.slow
 def test_resume_notices_changed_images_and_captions(tmp_path, photos):
     train(configured(tmp_path, photos))
-    (photos / "0.txt").write_text("another caption")
-    with pytest.raises(WrongRequest, match="images, captions or encoders changed since"):
-        train(configured(tmp_path, photos, training={"steps": 6}), resume=True)
+    (photos / "0.txt").write_text("another caption, zqx")
+    (photos / "1.png").unlink()
+    longer = configured(tmp_path, photos, training={"steps": 6})
+    wanted = "run was started, photos/1.png are gone; photos/0.png have another caption; put that back, or name the fol"
+    with pytest.raises(WrongRequest, match=wanted):
+        train(longer, resume=True)
+    result = train(longer, resume=True, accepts_data=True)
+    changes = json.loads(load_lora(result.lora, FluxConfig.nano()).metadata["fluxq_changes"])
+    assert changes == [
+        "after step 4: training.steps 4 -> 6",
+        "after step 4: photos/1.png are gone; photos/0.png have another caption",
+    ]
+    train(configured(tmp_path, photos, training={"steps": 7}), resume=True)  # now it is what the run is trained on
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
-"""Hashes of files, remembered by (absolute path, size, modification time).
+"""Hashes of files, remembered by absolute path, size, modification time, and a sample of their bytes.
 
-A big file is read only once. A deleted file keeps its hash, so records made from it can still be found.
+A big file is read only once. The sample notices a file replaced by one of the same size and time, as some copies
+are. A deleted file keeps its hash, so records made from it can still be found.
 """
 
 import json
@@ -10,6 +11,9 @@ from pathlib import Path
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+
+SAMPLE = 1 << 16
+"""Bytes at the start, in the middle and at the end of a file."""
 
 
 class Hashes:
@@ -32,26 +36,34 @@ class Hashes:
             status = os.stat(name)
             with open(name, "rb") as file:
                 digest = file_digest(file, lambda: blake2b(digest_size=16)).hexdigest()
+            sample = sample_of(name, status.st_size)
         except (FileNotFoundError, NotADirectoryError) as error:
             raise WrongRequest(f"{path} does not exist; check the path") from error
         except OSError as error:
             raise WrongRequest(f"{path} cannot be read ({error.strerror}); check that it is a readable file") from error
-        self._known[name] = self._new[name] = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "hash": digest}
+        found = {"size": status.st_size, "mtime_ns": status.st_mtime_ns, "sample": sample, "hash": digest}
+        self._known[name] = self._new[name] = found
         return digest
 
     def remembered(self, path: str | Path) -> str | None:
         """The remembered hash of a file that is unchanged or gone; None if the file would have to be read.
 
-        Raises OSError if the file's status cannot be read.
+        Raises OSError if the file cannot be read.
         """
         known = self._known.get(os.path.abspath(path))
         try:
             status = os.stat(path) if known else None
         except (FileNotFoundError, NotADirectoryError):
             status = None
-        if known and (status is None or (known["size"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns)):
+        if known is None:
+            return None
+        if status is None:
             return known["hash"]
-        return None
+        if (known["size"], known["mtime_ns"]) != (status.st_size, status.st_mtime_ns):
+            return None
+        if known.get("sample") not in (None, sample_of(path, status.st_size)):  # None: remembered without one, formerly
+            return None
+        return known["hash"]
 
     def knows(self, path: str | Path) -> bool:
         """Whether this path was hashed before, even if the file is gone."""
@@ -74,3 +86,13 @@ class Hashes:
             raise WrongRequest(f"{self.path} cannot be read ({error.strerror}); choose another cache folder") from error
         except (ValueError, TypeError) as error:
             raise WrongRequest(f"{self.path} is damaged ({error}); delete it to hash the files again") from error
+
+
+def sample_of(path: str | Path, size: int) -> str:
+    """A hash of three parts of the file."""
+    digest = blake2b(digest_size=8)
+    with open(path, "rb") as file:
+        for start in (0, size // 2, max(0, size - SAMPLE)):
+            file.seek(start)
+            digest.update(file.read(SAMPLE))
+    return digest.hexdigest()

@@ -131,7 +131,8 @@ BASE_LORA = click.option(
     "--resume",
     type=Path,
     metavar="RUN",
-    help="Continue the run in this directory from its last save, with its settings.",
+    help="Continue the run in this directory from its last save, with its settings. Other steps, schedule or learning "
+    "rates may be given, and FOLDERS if images or captions changed on purpose.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace the run in the run directory, if there is one.")
 @JSON
@@ -163,7 +164,8 @@ def train(
     begin(as_json)
     from fluxq.train import train as run
 
-    finish(run(config, resume=resume is not None, overwrite=overwrite), as_json)
+    resumes = resume is not None
+    finish(run(config, resumes, overwrite, accepts_data=resumes and bool(folders)), as_json)
 
 
 @main.command()

@@ -63,6 +63,10 @@ class Dataset:
         facts = sorted((e.name, e.repeats, e.bucket, e.latents, e.text) for e in self.examples)
         return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
+    def contents(self) -> dict[str, list]:
+        """Name -> [keys of its latents, keys of its captions, repeats]."""
+        return {e.name: [list(e.latents), list(e.text), e.repeats] for e in self.examples}
+
     def save(self, path: Path) -> None:
         examples = [vars(example) for example in self.examples]
         data = {"version": DATASET_VERSION, **vars(self), "examples": examples}

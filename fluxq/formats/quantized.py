@@ -90,8 +90,8 @@ def write_quantized(
                     weight = next(bands).to(device)
                     for target, part in zip(targets, _quantized(name, weight, own, inspect), strict=True):
                         target[rows.start : rows.stop].copy_(part)
-                for target in targets:  # if a matrix has such numbers, its scales are not finite
-                    if target.dtype in (torch.float32, torch.bfloat16) and not target.isfinite().all():
+                for target in targets:  # if a matrix has such numbers, its scales are not finite, or fp8 has kept them
+                    if target.is_floating_point() and not _is_finite(target):
                         refuse(source.path, f"has NaN or infinite numbers in {name}", "use another file")
                 done += source.sizes[name]
                 progress(done, source.nbytes)
@@ -117,6 +117,12 @@ def require_disk_space(path: Path, needed: int) -> None:
     if free < needed:
         need = f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
         raise WrongRequest(f"{path} {need}; free some space on that disk")
+
+
+def _is_finite(x: torch.Tensor) -> bool:
+    if x.dtype == torch.float8_e4m3fn:  # which has no infinity
+        return not ((x.view(torch.uint8) & 0x7F) == 0x7F).any()
+    return bool(x.isfinite().all())
 
 
 def _read_ahead(source: Source[FluxConfig], names: Sequence[str], digest: Any) -> Iterator[Weight]:

@@ -42,6 +42,8 @@ from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
 
+from .state import Progress
+
 Metadata = Callable[[int, float, float], dict[str, str]]
 """(step, started, finished) -> the LoRA's metadata at that step; times in seconds since 1970."""
 
@@ -76,6 +78,8 @@ class Run:
         self.name = cast(str, config.output.name)
         self.suffix = ".peft" if config.lora.file_format == "peft" else ".safetensors"
         self.state_file = self.folder / "state" / "state.safetensors"
+        self._data_file = self.folder / "state" / "data.json"
+        self.changes: list[str] = []  # what is not as it was when the run was started, and since which step
         self._finished: set[Path] = set()  # LoRAs of runs that were resumed to more steps: not counted by `keep`
 
     @contextmanager
@@ -121,7 +125,7 @@ class Run:
         """
         if resume:
             written = self.folder / "config.toml"
-            self._refuse_changes(config_from_dict(read_toml(written), str(written)))
+            self.changes = self._changes(config_from_dict(read_toml(written), str(written)))
         elif not overwrite and (present := [path for path in self._results() if path.exists()]):
             raise WrongRequest(
                 f"{self.folder} already has a run ({present[0].name}); continue it with --resume {self.folder}, "
@@ -152,7 +156,9 @@ class Run:
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
         return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
 
-    def _refuse_changes(self, before: TrainConfig) -> None:
+    def _changes(self, before: TrainConfig) -> list[str]:
+        """The settings that differ from those of the run so far, in words. Raises WrongRequest for one that may not."""
+        found = []
         if not self.state_file.is_file():
             raise WrongRequest(
                 f"{self.folder} has no saved state yet, so it cannot be resumed; start it again with --overwrite"
@@ -163,11 +169,61 @@ class Run:
                 if _without_paths(was[key]) == _without_paths(now[key]) or key == "ae_band":
                     continue  # files may move, as their contents are compared; ae_band does not change results
                 if section == "training" and key in MAY_CHANGE:
+                    found.append(f"training.{key} {was[key]} -> {now[key]}")
                     continue
                 raise WrongRequest(
                     f"{self.folder} was started with {section}.{key} = {was[key]}, not {now[key]}; resume it without "
-                    "that change, or start another run with --out"
+                    "that change, or start another run with --out (from this one's LoRA: --from-lora)"
                 )
+        return found
+
+    def resume_from(self, saved: Progress, identity: Mapping[str, str], dataset: Dataset, accepts_data: bool) -> None:
+        """Note in `saved` and `changes` what is not as it was.
+
+        Raises WrongRequest if images or captions changed and not `accepts_data`, or if the model did, or if the run is
+        over.
+        """
+        if saved.step > (steps := self.config.training.steps or 0):
+            raise WrongRequest(f"{self.folder} has already done {saved.step} steps, more than {steps}; ask for more")
+        if saved.identity["model"] != identity["model"]:
+            raise WrongRequest(
+                f"the transformer's file is not that with which {self.folder} was started; put it back, or start "
+                f"another run from its LoRA with --from-lora {self.folder}"
+            )
+        if saved.identity["data"] != identity["data"]:
+            changed = self._changed_data(dataset)
+            if not accepts_data:
+                raise WrongRequest(
+                    f"since {self.folder} was started, {changed}; put that back, or go on with them as they are "
+                    f"(fluxq train --resume {self.folder} FOLDERS), or start another run with --from-lora"
+                )
+            self.changes.append(changed)
+        saved.changes += [f"after step {saved.step}: {change}" for change in self.changes]
+        saved.identity, self.changes = identity, saved.changes
+
+    def _changed_data(self, dataset: Dataset) -> str:
+        """How `dataset` differs from that of the run so far, in words."""
+        try:
+            before = json.loads(self._data_file.read_text(encoding="utf-8"))
+        except (OSError, ValueError):
+            return "images, captions or encoders changed"
+        now, parts = dataset.contents(), []
+        for verb, names in (
+            ("were added", [n for n in now if n not in before]),
+            ("are gone", [n for n in before if n not in now]),
+            ("have another image", [n for n in now if n in before and now[n][0] != before[n][0]]),
+            ("have another caption", [n for n in now if n in before and now[n][1] != before[n][1]]),
+            ("have other repeats", [n for n in now if n in before and now[n][2] != before[n][2]]),
+        ):
+            if names:
+                shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+                parts.append(f"{shown} {verb}")
+        return "; ".join(parts)
+
+    def save_data(self, dataset: Dataset) -> None:
+        """Save what `resume_from` compares."""
+        with atomic_path(self._data_file) as temporary:
+            temporary.write_text(json.dumps(dataset.contents()), encoding="utf-8")
 
     def lora_file(self, step: int) -> Path:
         """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before."""
@@ -184,6 +240,8 @@ class Run:
         Also removes the oldest LoRAs if there are more than `output.keep`.
         """
         path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
+        if self.changes:
+            metadata = {**metadata, "fluxq_changes": json.dumps(self.changes)}
         of_clip = {} if clip is None else adapters_of(clip, alpha)
         if is_adapter(path):  # left by a crash; unlike a file, a folder cannot be replaced in one move
             _remove(path)

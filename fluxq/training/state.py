@@ -30,6 +30,7 @@ class Progress:
     seconds: float = 0.0
     validation: dict[str, float] | None = None  # before the first step
     rotated: list[str] = field(default_factory=list)  # int8 layers that rotate their inputs
+    changes: list[str] = field(default_factory=list)  # of settings and data, since which step
 
 
 def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], optimizer: FlatOptimizer) -> None:
@@ -46,6 +47,7 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
             else:
                 scalars.setdefault(str(index), {})[key] = value
     facts = {"seconds": progress.seconds, "validation": progress.validation, "rotated": progress.rotated}
+    facts["changes"] = progress.changes
     facts |= progress.identity
     about = {"step": progress.step, "scalars": scalars, "groups": saved["param_groups"], "facts": facts}
     contiguous = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
@@ -78,7 +80,8 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimize
     optimizer.done = about["step"]
     facts = dict(about["facts"])
     seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
-    return Progress(facts, about["step"], seconds, validation, rotated)
+    changes = facts.pop("changes", [])  # former states have none
+    return Progress(facts, about["step"], seconds, validation, rotated, changes)
 
 
 def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:

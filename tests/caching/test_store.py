@@ -249,3 +249,31 @@ def test_damaged_hashes_are_refused(tmp_path, text):
     (tmp_path / "hashes.json").write_text(text)
     with pytest.raises(WrongRequest, match=r"hashes.json is damaged \(.+\); delete it"):
         Hashes(tmp_path / "hashes.json")
+
+
+@pytest.mark.parametrize("at", [0, 500_000, 999_999])
+def test_a_file_of_the_same_size_and_time_is_noticed(at, tmp_path):
+    path = tmp_path / "a"
+    path.write_bytes(bytes(1_000_000))
+    hashes = Hashes(tmp_path / "hashes.json")
+    first, status = hashes.of(path), path.stat()
+    changed = bytearray(1_000_000)
+    changed[at] = 1
+    path.write_bytes(changed)
+    os.utime(path, ns=(status.st_atime_ns, status.st_mtime_ns))
+    assert hashes.of(path) != first
+
+
+def test_a_record_whose_numbers_changed_is_refused_by_name_and_deleted(tmp_path):
+    """At its first read, so a run never trains on it; the next one encodes it again."""
+    store = Store(tmp_path)
+    store.put_latents("ab", torch.zeros(16, 2, 2), torch.ones(16, 2, 2), "photos/a.png")
+    path = tmp_path / "latents" / "ab.safetensors"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(
+        WrongRequest, match="of photos/a.png has changed since it was written and is deleted; run the co"
+    ):
+        Store(tmp_path).latents("ab")
+    assert not Store(tmp_path).has("latents", "ab")

@@ -240,11 +240,10 @@ def test_captions_are_encoded_as_cached_before_any_training(tmp_path, photos):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("section", [{"lora": {"text_encoder": None}}, {"training": {"text_learning_rate": 1e-5}}])
-def test_resume_refuses_another_encoder_or_learning_rate(tmp_path, photos, section):
+def test_resume_refuses_another_encoder(tmp_path, photos):
     run(tmp_path, photos)
-    with pytest.raises(WrongRequest, match=r"was started with (lora.text_encoder|training.text_learning_rate) = "):
-        run(tmp_path, photos, resume=True, **section)
+    with pytest.raises(WrongRequest, match="was started with lora.text_encoder = "):
+        run(tmp_path, photos, resume=True, lora={"text_encoder": None})
 
 
 @pytest.mark.slow

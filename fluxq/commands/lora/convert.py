@@ -8,7 +8,7 @@ from typing import Any
 from fluxq.console import console
 from fluxq.formats.lora.read import described
 
-from .files import dtype_of, read, reduced, refuse_existing, write
+from .files import dtype_of, read, reduced, refuse_target, write
 
 
 def convert_command(
@@ -18,7 +18,7 @@ def convert_command(
 
     Raises WrongRequest for a source that is not a FLUX.1 LoRA, and for a target that exists.
     """
-    refuse_existing(target, overwrite)
+    refuse_target(target, overwrite, to)
     lora = read(source)
     console.print(f"{source}: {lora.dialect}, {described(lora)}")
     made = lora if rank is None else reduced(lora, rank)

@@ -21,7 +21,7 @@ from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.read import Lora
 from fluxq.model.config import FluxConfig
 
-from .files import PRECISIONS, refuse_existing, write
+from .files import PRECISIONS, refuse_target, write
 
 OVERSAMPLING = 16  # random columns beyond the rank
 POWERS = 3  # multiplications by the matrix and its transpose, which separate close singular values
@@ -34,7 +34,7 @@ def extract_command(
 
     Both models may have any layout and precision. Raises WrongRequest if their sizes differ, or if they are equal.
     """
-    refuse_existing(out, overwrite)
+    refuse_target(out, overwrite, to)
     first, second = open_flux(base), open_flux(tuned)
     if any(first.shapes[name] != second.shapes.get(name) for name in first.shapes):
         raise WrongRequest(f"{base} and {tuned} are models of different sizes; give a model and a finetune of it")

@@ -29,12 +29,16 @@ def read(path: Path, config: FluxConfig | None = None) -> Lora:
     return lora
 
 
-def refuse_existing(target: Path, overwrite: bool) -> None:
-    """Raise WrongRequest if `target` exists, unless it is a file and `overwrite` is set."""
+def refuse_target(target: Path, overwrite: bool, to: str | None = None) -> None:
+    """Raise WrongRequest if `target` has a suffix that no program looks for, or exists, unless it is a file and
+    `overwrite` is set. to: the dialect; PEFT's is a folder.
+    """
     if target.is_dir():
         raise WrongRequest(f"{target} is an existing folder; choose another name")
     if target.exists() and not overwrite:
         raise WrongRequest(f"{target} exists; choose another name, or replace it with --overwrite")
+    if to != "peft" and target.suffix != ".safetensors":
+        raise WrongRequest(f"{target} must be named .safetensors, like {target.stem}.safetensors")
 
 
 def dtype_of(precision: str | None, *loras: Lora) -> torch.dtype:

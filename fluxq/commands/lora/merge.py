@@ -14,7 +14,7 @@ from fluxq.formats.lora.algebra import combined
 from fluxq.formats.lora.base import Base, merge_into
 from fluxq.formats.lora.read import Lora, described
 
-from .files import dtype_of, read, reduced, refuse_existing, write
+from .files import dtype_of, read, reduced, refuse_target, write
 
 
 def merge_command(
@@ -30,7 +30,7 @@ def merge_command(
 
     Without `rank`, ranks add up and only rounding loses anything. Raises WrongRequest for LoRAs of different models.
     """
-    refuse_existing(out, overwrite)
+    refuse_target(out, overwrite, None if base else to)
     chosen = [file_and_strength(file) for file in files]
     given = [name for name, value in (("--to", to), ("--rank", rank), ("--precision", precision)) if value]
     if base is not None and given:

@@ -9,7 +9,7 @@ from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import described
 
-from .files import dtype_of, read, reduced, refuse_existing, write
+from .files import dtype_of, read, reduced, refuse_target, write
 
 
 def resize_command(
@@ -29,7 +29,7 @@ def resize_command(
         raise WrongRequest("give either --rank N or --energy X")
     if energy is not None and not 0 < energy <= 1:
         raise WrongRequest(f"--energy must be above 0 and at most 1, not {energy}")
-    refuse_existing(target, overwrite)
+    refuse_target(target, overwrite, to)
     lora = read(source)
     console.print(f"{source}: {lora.dialect}, {described(lora)}")
     return write(target, reduced(lora, rank, energy), to, dtype_of(precision, lora), lora)

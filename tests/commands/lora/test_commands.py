@@ -22,6 +22,8 @@ from fluxq.formats.lora.write import save_lora
 SHAPES = flux_shapes(CONFIG)
 PAIR = ("double_blocks.1.img_attn.qkv", "single_blocks.0.linear2")
 
+a, b, c, d, x, y, z = (f"{letter}.safetensors" for letter in "abcdxyz")
+
 
 def run(*arguments):
     return CliRunner().invoke(main, [str(a) for a in arguments])
@@ -58,9 +60,9 @@ def distance(found, wanted) -> float:
 
 @pytest.mark.parametrize("to", ["kohya", "diffusers", "comfy", "peft"])
 def test_convert_is_exact_and_keeps_the_metadata(tmp_path, to):
-    wanted = written(tmp_path / "x", "OneTrainer legacy", ss_tag_frequency='{"a": {"zqx": 3, "red": 9}}', sshs_x="old")
-    answered = answer("lora", "convert", tmp_path / "x", tmp_path / "y", "--to", to)
-    lora = load_lora(tmp_path / "y")
+    wanted = written(tmp_path / x, "OneTrainer legacy", ss_tag_frequency='{"a": {"zqx": 3, "red": 9}}', sshs_x="old")
+    answered = answer("lora", "convert", tmp_path / x, tmp_path / y, "--to", to)
+    lora = load_lora(tmp_path / y)
     assert distance(lora.adapters, wanted) <= 1e-6 and answered["relative_error"] <= 1e-6
     assert (answered["source_dialect"], answered["dialect"], answered["precision"]) == ("onetrainer", to, "fp32")
     assert lora.metadata["ss_tag_frequency"] and "sshs_x" not in lora.metadata
@@ -69,28 +71,28 @@ def test_convert_is_exact_and_keeps_the_metadata(tmp_path, to):
 
 
 def test_convert_to_half_precision_measures_its_rounding(tmp_path):
-    wanted = written(tmp_path / "x", "kohya")
-    answered = answer("lora", "convert", tmp_path / "x", tmp_path / "y", "--precision", "bf16")
-    assert answered["relative_error"] == pytest.approx(distance(load_lora(tmp_path / "y").adapters, wanted), rel=1e-3)
+    wanted = written(tmp_path / x, "kohya")
+    answered = answer("lora", "convert", tmp_path / x, tmp_path / y, "--precision", "bf16")
+    assert answered["relative_error"] == pytest.approx(distance(load_lora(tmp_path / y).adapters, wanted), rel=1e-3)
     assert 1e-4 < answered["relative_error"] < 2**-7
-    assert Checkpoint(tmp_path / "y").dtype("lora_unet_txt_in.lora_down.weight") == torch.bfloat16
-    answered = answer("lora", "convert", tmp_path / "y", tmp_path / "z")  # the precision of the source
+    assert Checkpoint(tmp_path / y).dtype("lora_unet_txt_in.lora_down.weight") == torch.bfloat16
+    answered = answer("lora", "convert", tmp_path / y, tmp_path / z)  # the precision of the source
     assert answered["precision"] == "bf16" and answered["relative_error"] == 0
 
 
 def test_convert_with_a_rank_is_the_best_of_that_rank(tmp_path):
-    wanted = written(tmp_path / "x", "ai-toolkit")
-    answered = answer("lora", "convert", tmp_path / "x", tmp_path / "y", "--rank", 4)
+    wanted = written(tmp_path / x, "ai-toolkit")
+    answered = answer("lora", "convert", tmp_path / x, tmp_path / y, "--rank", 4)
     lost = sum(torch.linalg.svdvals(change)[4:].square().sum().item() for change in wanted.values())
     whole = sum(change.square().sum().item() for change in wanted.values())
-    assert answered["ranks"] == [4] and load_lora(tmp_path / "y").ranks == [4]
+    assert answered["ranks"] == [4] and load_lora(tmp_path / y).ranks == [4]
     assert answered["relative_error"] == pytest.approx((lost / whole) ** 0.5, rel=1e-4)
 
 
 def test_resize_by_energy_keeps_that_share(tmp_path):
-    wanted = written(tmp_path / "x", "ai-toolkit")
-    answered = answer("lora", "resize", tmp_path / "x", tmp_path / "y", "--energy", 0.8)
-    read = load_lora(tmp_path / "y").adapters
+    wanted = written(tmp_path / x, "ai-toolkit")
+    answered = answer("lora", "resize", tmp_path / x, tmp_path / y, "--energy", 0.8)
+    read = load_lora(tmp_path / y).adapters
     for module, change in wanted.items():
         shares = torch.linalg.svdvals(change).square().cumsum(0)
         assert read[module].rank == 1 + int((shares < 0.8 * shares[-1]).sum()), module
@@ -99,35 +101,33 @@ def test_resize_by_energy_keeps_that_share(tmp_path):
 
 
 def test_merged_loras_add_up_at_their_strengths(tmp_path):
-    one, two = written(tmp_path / "a", "ai-toolkit, one down"), written(tmp_path / "b", "XLabs")
-    answered = answer("lora", "merge", f"{tmp_path / 'a'}=0.5", f"{tmp_path / 'b'}=-2", "--out", tmp_path / "c")
+    one, two = written(tmp_path / a, "ai-toolkit, one down"), written(tmp_path / b, "XLabs")
+    answered = answer("lora", "merge", f"{tmp_path / a}=0.5", f"{tmp_path / b}=-2", "--out", tmp_path / c)
     wanted = {m: 0.5 * one.get(m, 0) - 2 * two.get(m, 0) for m in {**one, **two}}
-    lora = load_lora(tmp_path / "c")
+    lora = load_lora(tmp_path / c)
     assert distance(lora.adapters, wanted) <= 1e-6 and answered["relative_error"] <= 1e-6
-    assert lora.metadata["modelspec.merged_from"] == "a=0.5, b=-2"
+    assert lora.metadata["modelspec.merged_from"] == "a.safetensors=0.5, b.safetensors=-2"
     assert lora.adapters["double_blocks.1.txt_attn.qkv"].rank == 2 * RANK
-    answered = answer("lora", "merge", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "d", "--rank", 3)
+    answered = answer("lora", "merge", tmp_path / a, tmp_path / b, "--out", tmp_path / d, "--rank", 3)
     wanted = {m: one.get(m, 0) + two.get(m, 0) for m in {**one, **two}}
     assert answered["ranks"] == [3]
-    assert answered["relative_error"] == pytest.approx(distance(load_lora(tmp_path / "d").adapters, wanted), rel=1e-3)
+    assert answered["relative_error"] == pytest.approx(distance(load_lora(tmp_path / d).adapters, wanted), rel=1e-3)
 
 
 def test_a_lora_merged_and_extracted_again_is_the_same(tmp_path):
     lora = adapters(PAIR, rank=3, alpha=2.0)
-    save_lora(tmp_path / "a", lora, CONFIG, dtype=torch.float32)
+    save_lora(tmp_path / a, lora, CONFIG, dtype=torch.float32)
     source = open_flux(nano.FLUX)
     wide = {name: source.value(name, torch.float32) for name in source.shapes}
     write_safetensors(tmp_path / "wide.safetensors", wide)
     merged = tmp_path / "merged.safetensors"
-    answered = answer(
-        "lora", "merge", f"{tmp_path / 'a'}=0.8", "--base", tmp_path / "wide.safetensors", "--out", merged
-    )
+    answered = answer("lora", "merge", f"{tmp_path / a}=0.8", "--base", tmp_path / "wide.safetensors", "--out", merged)
     assert answered["modules"] == 2 and answered["relative_error"] <= 1e-5
-    answered = answer("lora", "extract", nano.FLUX, merged, tmp_path / "b", "--rank", 3, "--precision", "fp32")
+    answered = answer("lora", "extract", nano.FLUX, merged, tmp_path / b, "--rank", 3, "--precision", "fp32")
     wanted = {module: 0.8 * adapter.change() for module, adapter in lora.items()}
-    assert distance(load_lora(tmp_path / "b").adapters, wanted) <= 1e-5
+    assert distance(load_lora(tmp_path / b).adapters, wanted) <= 1e-5
     assert answered["difference_lost"] <= 1e-5 and answered["modules"] == 2
-    answered = answer("lora", "extract", nano.FLUX, merged, tmp_path / "c", "--rank", 1, "--precision", "fp32")
+    answered = answer("lora", "extract", nano.FLUX, merged, tmp_path / c, "--rank", 1, "--precision", "fp32")
     lost = sum(torch.linalg.svdvals(w.double())[1:].square().sum().item() for w in wanted.values())
     whole = sum(w.double().square().sum().item() for w in wanted.values())
     assert answered["difference_lost"] == pytest.approx((lost / whole) ** 0.5, rel=1e-3)
@@ -140,7 +140,7 @@ def test_extract_names_what_a_lora_cannot_change(tmp_path):
     for name in ("img_in.weight", "single_blocks.0.linear2.bias"):
         tuned[name] = tuned[name] + 1
     write_safetensors(tmp_path / "tuned.safetensors", tuned)
-    result = run("lora", "extract", nano.FLUX, tmp_path / "tuned.safetensors", tmp_path / "x", "--rank", 4)
+    result = run("lora", "extract", nano.FLUX, tmp_path / "tuned.safetensors", tmp_path / x, "--rank", 4)
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
     assert "cannot change it: 2 tensors (img_in.weight, single_blocks.0.linear2.bias)" in printed
@@ -176,17 +176,15 @@ PROGRAMS = {
 
 @pytest.mark.parametrize("dialect", PROGRAMS)
 def test_info_names_the_programs_that_read_it(tmp_path, dialect):
-    written(tmp_path / "x", dialect)
-    answered = answer("lora", "info", tmp_path / "x")
+    written(tmp_path / x, dialect)
+    answered = answer("lora", "info", tmp_path / x)
     for program, beginning in PROGRAMS[dialect].items():
         assert answered["programs"][program].startswith(beginning), program
 
 
 def test_info_groups_layers_and_finds_the_trigger(tmp_path):
-    wanted = written(
-        tmp_path / "x", "kohya", torch.float16, **{"modelspec.trigger_phrase": "zqx [b]", "ss_steps": "70"}
-    )
-    answered = answer("lora", "info", tmp_path / "x")
+    wanted = written(tmp_path / x, "kohya", torch.float16, **{"modelspec.trigger_phrase": "zqx [b]", "ss_steps": "70"})
+    answered = answer("lora", "info", tmp_path / x)
     assert (answered["dialect"], answered["precision"], answered["modules"], answered["trigger"]) == (
         "kohya",
         "float16",
@@ -196,70 +194,79 @@ def test_info_groups_layers_and_finds_the_trigger(tmp_path):
     row = answered["layers"]["double_blocks.*.txt_mlp.2"]
     assert (row["count"], row["ranks"]) == (1, [RANK]) and row["scales"][0] == pytest.approx(ALPHA / RANK)
     assert row["norm_mean"] == pytest.approx(wanted["double_blocks.0.txt_mlp.2"].norm().item(), rel=1e-2)
-    screen = run("lora", "info", tmp_path / "x").output
+    screen = run("lora", "info", tmp_path / x).output
     assert "zqx [b]" in screen and "steps         70" in screen
-    written(tmp_path / "y", "kohya", ss_tag_frequency='{"a": {"red": 9}, "b": {"red": 1, "zqx": 12}}')
-    assert answer("lora", "info", tmp_path / "y")["trigger"] == "zqx"
+    written(tmp_path / y, "kohya", ss_tag_frequency='{"a": {"red": 9}, "b": {"red": 1, "zqx": 12}}')
+    assert answer("lora", "info", tmp_path / y)["trigger"] == "zqx"
     for nonsense in ("[1]", "[" * 100_000):
-        written(tmp_path / "z", "kohya", ss_tag_frequency=nonsense, ss_network_args=nonsense)
-        assert answer("lora", "info", tmp_path / "z")["trigger"] is None
+        written(tmp_path / z, "kohya", ss_tag_frequency=nonsense, ss_network_args=nonsense)
+        assert answer("lora", "info", tmp_path / z)["trigger"] is None
 
 
 def test_info_shows_metadata_of_strangers_as_plain_text(tmp_path):
-    written(tmp_path / "x", "kohya", **{"modelspec.title": "[/b]\x1b[31m", "modelspec.trigger_phrase": "[red]zqx"})
-    screen = run("lora", "info", tmp_path / "x").output
+    written(tmp_path / x, "kohya", **{"modelspec.title": "[/b]\x1b[31m", "modelspec.trigger_phrase": "[red]zqx"})
+    screen = run("lora", "info", tmp_path / x).output
     assert "'[/b]\\x1b[31m'" in screen and "[red]zqx" in screen and "\x1b" not in screen
-    screen = run("check", tmp_path / "x").output
+    screen = run("check", tmp_path / x).output
     assert "'[/b]\\x1b[31m'" in screen and "\x1b" not in screen
 
 
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["convert", "{tmp}/x", "{tmp}/there"], "there exists; choose another name"),
-        (["convert", "{tmp}/x", "{tmp}"], "is an existing folder; choose another name"),
-        (["convert", "{tmp}/absent", "{tmp}/y"], "absent does not exist"),
-        (["convert", nano.FLUX, "{tmp}/y"], "is a FLUX.1 transformer, not a LoRA"),
-        (["convert", "{tmp}/there", "{tmp}/y"], "there"),
-        (["convert", "{tmp}/lies", "{tmp}/y"], "has a damaged header"),
-        (["convert", "{tmp}/nan", "{tmp}/y"], "NaN or infinite numbers"),
+        (["convert", "{tmp}/x.safetensors", "{tmp}/there"], "there exists; choose another name"),
+        (["convert", "{tmp}/x.safetensors", "{tmp}"], "is an existing folder; choose another name"),
+        (["convert", "{tmp}/absent", "{tmp}/y.safetensors"], "absent does not exist"),
+        (["convert", nano.FLUX, "{tmp}/y.safetensors"], "is a FLUX.1 transformer, not a LoRA"),
+        (["convert", "{tmp}/there", "{tmp}/y.safetensors"], "there"),
+        (["convert", "{tmp}/lies", "{tmp}/y.safetensors"], "has a damaged header"),
+        (["convert", "{tmp}/nan", "{tmp}/y.safetensors"], "NaN or infinite numbers"),
         (
             ["convert", "{tmp}/large", "{tmp}/large", "--overwrite", "--precision", "fp16"],
             "has numbers out of the range of F16",
         ),
         (
-            ["convert", "{tmp}/large", "{tmp}/y", "--to", "peft", "--precision", "fp16"],
+            ["convert", "{tmp}/large", "{tmp}/y.safetensors", "--to", "peft", "--precision", "fp16"],
             "has numbers out of the range of F16",
         ),
         (
-            ["convert", "{tmp}/ranks", "{tmp}/y"],
+            ["convert", "{tmp}/ranks", "{tmp}/y.safetensors"],
             "is damaged: 1 wrong tensor (lora_unet_txt_in.lora_up.weight is (192, 4)",
         ),
         (
-            ["merge", "{tmp}/large=1e300", "--base", nano.FLUX, "--out", "{tmp}/y"],
+            ["merge", "{tmp}/large=1e300", "--base", nano.FLUX, "--out", "{tmp}/y.safetensors"],
             "is not finite after merging the LoRA",
         ),
-        (["resize", "{tmp}/x", "{tmp}/y"], "give either --rank N or --energy X"),
-        (["resize", "{tmp}/x", "{tmp}/y", "--rank", "2", "--energy", "0.5"], "give either --rank N or --energy X"),
-        (["resize", "{tmp}/x", "{tmp}/y", "--energy", "nan"], "energy"),
-        (["merge", "{tmp}/x=much", "--out", "{tmp}/y"], "is not a number"),
-        (["merge", "{tmp}/x", "{tmp}/big", "--out", "{tmp}/y"], "are LoRAs of different models"),
-        (["merge", "{tmp}/big", "--base", nano.FLUX, "--out", "{tmp}/y"], "none of its 1 modules"),
-        (["merge", "{tmp}/x", "--base", nano.AE, "--out", "{tmp}/y"], "ae.safetensors"),
-        (["merge", "{tmp}/x", "--base", nano.FLUX, "--out", "{tmp}/y", "--rank", "3"], "--rank is for a merged LoRA"),
-        (["extract", nano.FLUX, nano.FLUX, "{tmp}/y"], "have the same weights in all blocks"),
-        (["extract", nano.FLUX, nano.AE, "{tmp}/y"], "ae.safetensors"),
+        (["resize", "{tmp}/x.safetensors", "{tmp}/y.safetensors"], "give either --rank N or --energy X"),
+        (
+            ["resize", "{tmp}/x.safetensors", "{tmp}/y.safetensors", "--rank", "2", "--energy", "0.5"],
+            "give either --rank N or --energy X",
+        ),
+        (["resize", "{tmp}/x.safetensors", "{tmp}/y.safetensors", "--energy", "nan"], "energy"),
+        (["merge", "{tmp}/x.safetensors=much", "--out", "{tmp}/y.safetensors"], "is not a number"),
+        (
+            ["merge", "{tmp}/x.safetensors", "{tmp}/big", "--out", "{tmp}/y.safetensors"],
+            "are LoRAs of different models",
+        ),
+        (["merge", "{tmp}/big", "--base", nano.FLUX, "--out", "{tmp}/y.safetensors"], "none of its 1 modules"),
+        (["merge", "{tmp}/x.safetensors", "--base", nano.AE, "--out", "{tmp}/y.safetensors"], "ae.safetensors"),
+        (
+            ["merge", "{tmp}/x.safetensors", "--base", nano.FLUX, "--out", "{tmp}/y.safetensors", "--rank", "3"],
+            "--rank is for a merged LoRA",
+        ),
+        (["extract", nano.FLUX, nano.FLUX, "{tmp}/y.safetensors"], "have the same weights in all blocks"),
+        (["extract", nano.FLUX, nano.AE, "{tmp}/y.safetensors"], "ae.safetensors"),
         (["info", "{tmp}/absent"], "absent does not exist"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_write_nothing(tmp_path, arguments, sentence):
-    written(tmp_path / "x", "kohya")
+    written(tmp_path / x, "kohya")
     (tmp_path / "there").write_text("mine")
     big = {"down": torch.ones(2, 3072), "up": torch.ones(3072, 2)}
     name = "lora_unet_double_blocks_18_img_attn_proj"
     write_safetensors(tmp_path / "big", {f"{name}.lora_{part}.weight": tensor for part, tensor in big.items()})
     (tmp_path / "lies").write_bytes(
-        (tmp_path / "x").read_bytes().replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1)
+        (tmp_path / x).read_bytes().replace(b'"data_offsets":[0,', b'"data_offsets":[8,', 1)
     )
     spoilt, _, _ = WRITERS["kohya"]()
     spoilt["lora_unet_txt_in.lora_up.weight"][3, 1] = torch.nan
@@ -276,21 +283,34 @@ def test_wrong_requests_are_one_sentence_and_write_nothing(tmp_path, arguments, 
 
 
 def test_overwrite_replaces_even_the_source(tmp_path):
-    wanted = written(tmp_path / "x", "ai-toolkit")
-    assert run("lora", "convert", tmp_path / "x", tmp_path / "x", "--overwrite").exit_code == 0
-    assert load_lora(tmp_path / "x").dialect == "kohya"
-    assert distance(load_lora(tmp_path / "x").adapters, wanted) <= 1e-6
+    wanted = written(tmp_path / x, "ai-toolkit")
+    assert run("lora", "convert", tmp_path / x, tmp_path / x, "--overwrite").exit_code == 0
+    assert load_lora(tmp_path / x).dialect == "kohya"
+    assert distance(load_lora(tmp_path / x).adapters, wanted) <= 1e-6
 
 
 def test_a_lora_of_the_text_encoder_alone_converts_to_all_but_peft(tmp_path):
     name = "lora_te1_text_model_encoder_layers_0_mlp_fc1"
     parts = {"lora_down.weight": torch.randn(3, 64), "lora_up.weight": torch.randn(256, 3), "alpha": torch.tensor(1.5)}
-    write_safetensors(tmp_path / "x", {f"{name}.{part}": tensor for part, tensor in parts.items()})
-    assert answer("lora", "info", tmp_path / "x")["clip_modules"] == 1
+    write_safetensors(tmp_path / x, {f"{name}.{part}": tensor for part, tensor in parts.items()})
+    assert answer("lora", "info", tmp_path / x)["clip_modules"] == 1
     for to in ("kohya", "diffusers", "comfy"):
-        assert answer("lora", "convert", tmp_path / "x", tmp_path / to, "--to", to)["relative_error"] <= 1e-6
+        assert (
+            answer("lora", "convert", tmp_path / x, tmp_path / f"{to}.safetensors", "--to", to)["relative_error"]
+            <= 1e-6
+        )
         wanted = 0.5 * parts["lora_up.weight"].double() @ parts["lora_down.weight"].double()
-        assert distance(load_lora(tmp_path / to).clip, {"encoder.layers.0.mlp.fc1": wanted}) <= 1e-6
-    refused = run("lora", "convert", tmp_path / "x", tmp_path / "peft", "--to", "peft")
+        assert distance(load_lora(tmp_path / f"{to}.safetensors").clip, {"encoder.layers.0.mlp.fc1": wanted}) <= 1e-6
+    refused = run("lora", "convert", tmp_path / x, tmp_path / "peft", "--to", "peft")
     assert refused.exit_code == 2 and "adapts only the text encoder" in refused.stderr
     assert not (tmp_path / "peft").exists()
+
+
+@pytest.mark.parametrize("command", ["convert", "resize --rank 1", "merge"])
+def test_a_target_that_no_program_would_find_is_refused_before_anything_is_read(command, tmp_path):
+    name, *options = command.split()
+    source, target = tmp_path / "gone.safetensors", tmp_path / "style.ckpt"
+    paths = [source, "--out", target] if name == "merge" else [source, target]
+    to = ["--to", "kohya"] if name == "convert" else []
+    result = CliRunner().invoke(main, ["lora", name, *map(str, paths), *to, *options])
+    assert result.exit_code == 2 and f"{target} must be named .safetensors, like style.safetensors" in result.stderr
