@@ -58,17 +58,8 @@ def randomize(module: nn.Module, device: torch.device) -> None:
             setattr(module, name, nn.Parameter(torch.ones(parameter.shape, device=device)))
 
 
-def trainer(
-    model: nn.Module,
-    config: FluxConfig,
-    setting: Setting,
-    optimizer: str,
-    mark: Callable[[str], None] = lambda part: None,
-) -> Callable[[int], float]:
-    """Runs training step `index` and returns its loss, the counterpart of `trainer` in fluxq/bench/timed_step.py.
-
-    mark: called when the "forward" and when the "backward" pass has ended, the latter with the gradient's norm.
-    """
+def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: str) -> Callable[[int], float]:
+    """Runs training step `index` and returns its loss, the counterpart of `trainer` in fluxq/bench/timed_step.py."""
     training, parameters = TrainingConfig(), peft_lora.trained(model)
     updates = library_optimizer(optimizer)(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     batch, device, side = random_batch(config, setting), parameters[0].device, setting.resolution // 16
@@ -95,10 +86,8 @@ def trainer(
 
     def step(index: int) -> float:
         loss = loss_of(index)
-        mark("forward")
         loss.backward()
         float(torch.nn.utils.clip_grad_norm_(parameters, training.clip))
-        mark("backward")
         updates.step()
         updates.zero_grad()
         return float(loss.detach())

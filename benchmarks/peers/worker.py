@@ -23,8 +23,9 @@ from benchmarks.measure import version
 from fluxq.bench.timed_step import Setting
 from fluxq.model import FluxConfig
 
-Step = Callable[[int], float]
-WAITS = ("cudaDeviceSynchronize", "cudaStreamSynchronize", "cudaEventSynchronize")
+Step = Callable[[int], float | None]
+WAITS = ("device synchronizations", "stream synchronizations", "event synchronizations")
+PAGEABLE = "pageable copies to the GPU"
 
 
 def build(row: dict[str, Any], device: torch.device) -> tuple[Step, list[nn.Parameter]]:
@@ -35,22 +36,35 @@ def build(row: dict[str, Any], device: torch.device) -> tuple[Step, list[nn.Para
     if row["program"] == "sd-scripts":
         from benchmarks.peers import sd_scripts
 
-        return sd_scripts.trainer(Path(row["checkout"]), setting, row["blocks_to_swap"])
+        return sd_scripts.trainer(Path(row["checkout"]), setting)
     if row["program"] == "recipe":
         from benchmarks.peers import peft_lora, qlora_step
 
         model = qlora_step.transformer(config, setting.rank, device)
         return qlora_step.trainer(model, config, setting, row["optimizer"]), peft_lora.trained(model)
+    return fluxq(setting, config, device, row["optimizer"], row["emulated"])
+
+
+def fluxq(
+    setting: Setting, config: FluxConfig, device: torch.device, optimizer: str, emulated: bool
+) -> tuple[Step, list[nn.Parameter]]:
+    """fluxq's step with all weights on the device. Unlike that of timed_step.py it does not wait for its own end."""
     from benchmarks.placed import planned
     from fluxq.bench.random_model import planned_flux
-    from fluxq.bench.timed_step import trainer
+    from fluxq.bench.timed_step import SameBatch, random_batch
+    from fluxq.config import TrainingConfig
     from fluxq.model.blocks import Scale
+    from fluxq.training.objective import Objective
+    from fluxq.training.optim import build_optimizer, optimizer_step
 
-    if row["emulated"]:  # zeros, where no kernel runs; training finds scales around 1
+    if emulated:  # zeros, where no kernel runs; training finds scales around 1
         Scale.divides_out = property(lambda self: True)  # type: ignore[assignment, method-assign]
-    made = planned(setting, config, device, row["optimizer"], blocks_to_swap=0, offload=False)
-    flux = planned_flux(config, made, setting.rank, device)
-    return trainer(flux, setting, row["optimizer"]), list(flux.parameters())
+    made = planned(setting, config, device, optimizer, blocks_to_swap=0, offload=False)
+    flux, training = planned_flux(config, made, setting.rank, device), TrainingConfig(batch=setting.batch)
+    parameters = list(flux.parameters())
+    updates = build_optimizer(optimizer, parameters, training.learning_rate, training.weight_decay)
+    objective = Objective(flux, SameBatch(random_batch(config, setting), setting.resolution), training)
+    return lambda index: optimizer_step(updates, objective, index, 1, 1.0, training.clip)[0], parameters
 
 
 class Clock:
@@ -109,6 +123,7 @@ def per_step(report: dict[str, Any], steps: int) -> dict[str, float]:
     """Of the emulated GPU's report: launches, waits and copies of one step."""
     calls, copies, sizes = report["calls"], report["copies"], report["bytes"]
     found = {"launches": report["launches"], "waits": sum(calls.get(name, 0) for name in WAITS)}
+    found |= {PAGEABLE: calls.get(PAGEABLE, 0)}
     found |= {f"copies, {way}": copies[way] for way in ("host to GPU", "GPU to host")}
     found |= {f"bytes, {way}": sizes[way] for way in ("host to GPU", "GPU to host")}
     return {name: count / steps for name, count in found.items()}
