@@ -1,79 +1,112 @@
-"""Steps of several programs in turns: who is compared with whom, and what the page says. No program is started."""
+"""Steps of several programs in turns: what is compared, counted and written. Nothing is trained here."""
 
 from __future__ import annotations
 
 import argparse
-import sys
 
 import pytest
+import torch
 
 from benchmarks.peers import sd_scripts, steps, worker
 from fluxq.bench.timed_step import Setting
 
-STATUS = "Name:\tpython\nVmHWM:\t    2048 kB\nVmRSS:\t    1024 kB\n"
-MIB = 1 << 20
+
+def test_each_pair_differs_in_the_program_only(tmp_path):
+    options = dict(device="cuda", tiny=False, depth=(19, 38), pairs_only=False)
+    alone = steps.rows_of(argparse.Namespace(**options, sd_scripts=None), 512)
+    assert [row["program"] for row in alone] == ["fluxq", "recipe", "fluxq", "fluxq"]
+    theirs = argparse.Namespace(**options, sd_scripts=tmp_path, sd_scripts_python="theirs")
+    rows = steps.rows_of(theirs, 512)
+    for pair in ("nf4", "fp8"):
+        ours, other = (row for row in rows if row["pair"] == pair)
+        assert ours["program"] == "fluxq" != other["program"]
+        assert ours["setting"] == other["setting"] and ours["setting"]["policy"] == "recompute"
+    assert [row["python"] for row in rows].count("theirs") == 1
 
 
-@pytest.fixture
-def rows(monkeypatch):
-    """The rows of a run with sd-scripts, with steps that take 1, 2 and 3 times as long as fluxq's first."""
-    monkeypatch.delenv("EMULATED_GPU_ORDER", raising=False)
-    made = steps.rows_of(arguments(sd_scripts=steps.Path("nowhere")), 512)
-    for row in made:
-        slow = {"recipe": 2.0, "sd-scripts": 4.0}.get(row["program"], 1.0)
-        row["steps"] = [dict.fromkeys(steps.PARTS, slow * ms) for ms in (10.0, 20.0, 30.0)]
-        row["cpu_ms"] = {part: {"median": 20.0 * slow} for part in steps.PARTS}
-        row["loaded"] = {"allocated": 7 * MIB, "trained": 1000, "tensors": 2, "packages": {"torch": "2.14.1"}}
-        row["counts"] = {"launches": 4536.2, "peak": 8 * MIB, "reserved": 9 * MIB}
-    return made
+def test_ratios_are_taken_round_by_round():
+    def row(name, *cpu_ms, pair="nf4"):
+        parts = [dict.fromkeys(steps.PARTS, ms) for ms in cpu_ms]
+        return {"name": name, "pair": pair, "setting": {"resolution": 512}, "steps": parts}
+
+    rows = [row("ours", 1, 8, 3), row("theirs", 2, 4, 4), row("alone", 9, 9, 9, pair=None)]
+    step, *_ = found = steps.ratios(rows)
+    assert [each["part"] for each in found] == ["step", "forward", "backward"]
+    assert (step["least"], step["median"], step["most"]) == (0.5, 0.75, 2.0)
 
 
-def arguments(**given):
-    common = {"device": "cuda", "tiny": False, "depth": (1, 2), "pairs_only": False, "sd_scripts": None}
-    return argparse.Namespace(**common | {"sd_scripts_python": sys.executable} | given)
+def test_counts_are_per_step_and_every_kind_of_wait_is_one():
+    waits = dict.fromkeys(("device synchronizations", "stream synchronizations", "event synchronizations"), 2)
+    sizes = {"host to GPU": 8, "GPU to host": 4, "on the GPU": 100}
+    found = worker.per_step(
+        {"launches": 10, "calls": waits | {"pageable copies to the GPU": 4}, "copies": sizes, "bytes": sizes}, 2
+    )
+    assert (found["launches"], found["waits"], found[worker.PAGEABLE]) == (5, 3, 2)
+    assert found["bytes, host to GPU"] == 4
 
 
-def test_fluxq_is_compared_with_the_program_of_its_format_only(rows):
-    step = {row["what"]: row["median"] for row in steps.ratios(rows) if row["part"] == "step"}
-    assert step == {"fluxq, nf4 / QLoRA recipe, nf4": 0.5, "fluxq, fp8 / sd-scripts, fp8": 0.25}
+def test_resident_memory_is_read_in_kib():
+    assert worker.resident("VmHWM", "VmPeak:\t  9 kB\nVmHWM:\t     123 kB\nVmRSS:\t 7 kB\n") == 123 * 1024
 
 
-def test_a_ratio_is_taken_round_by_round(rows):
-    rows[0]["steps"][2]["step"] = 60.0
-    ratio = next(row for row in steps.ratios(rows) if row["part"] == "step")
-    assert (ratio["least"], ratio["median"], ratio["most"]) == (0.5, 0.5, 1.0)
+def test_training_stands_still_between_steps():
+    done, turns = [], sd_scripts.Steps()
+
+    def train():
+        for index in range(3):
+            turns.reached("LoRA")
+            done.append(index)
+
+    assert turns.start(train) == "LoRA" and done == []
+    turns.step(0)
+    assert done == [0]
+    turns.step(1)
+    assert done == [0, 1]
+    with pytest.raises(RuntimeError, match="training has ended"):
+        turns.step(2)
 
 
-def test_pairs_only_leaves_out_what_is_not_compared():
-    names = [row["name"] for row in steps.rows_of(arguments(pairs_only=True), 512)]
-    assert names == ["fluxq, nf4", "QLoRA recipe, nf4"]
+def test_an_error_in_training_is_raised_where_the_step_was_asked_for():
+    def train():
+        raise ValueError("out of range")
+
+    with pytest.raises(ValueError, match="out of range"):
+        sd_scripts.Steps().start(train)
 
 
-def test_the_page_has_a_line_per_program_and_ratio(rows):
-    about = {"gpu": "a GPU", "commit": "0123456789", "torch": "2.14.1", "date": "today"}
-    settings = {"device": "cuda", "depth": (1, 2), "rounds": 3}
-    report = {"settings": settings, "about": about, "emulated": "rtx4090", "rows": rows, "ratios": steps.ratios(rows)}
-    lines = steps.page(report).splitlines()
-    assert lines[0].endswith("512 px") and "1 + 2 blocks, an emulated rtx4090" in lines[2] and "0123456" in lines[2]
-    assert "| sd-scripts, fp8 | 80 | 80 | 80 | 80 | 4,536 | 0 | 0 | 7 | 8 | 9 |" in lines
-    assert "- fluxq, nf4 / QLoRA recipe, nf4, step: 0.50 (0.50 to 0.50)" in lines
-    assert "- QLoRA recipe, nf4: 1,000 weights in 2 tensors; torch 2.14.1." in lines
+def test_their_batch_has_the_shapes_of_the_setting():
+    batch = sd_scripts.batch(Setting(resolution=64, t5_length=4))
+    assert batch["latents"].shape == (1, 16, 8, 8)
+    assert [tuple(t.shape) for t in batch["text_encoder_outputs_list"]] == [(1, 768), (1, 4, 4096), (1, 4, 3), (1, 4)]
 
 
-def test_counts_of_the_emulated_gpu_are_per_step():
-    calls = {"device synchronizations": 4, "stream synchronizations": 2, "cudaMalloc": 9}
-    moved = {"host to GPU": 8, "GPU to host": 2, "on the GPU": 5}
-    found = worker.per_step({"launches": 10, "calls": calls, "copies": moved, "bytes": moved}, 2)
-    assert (found["launches"], found["waits"], found["bytes, host to GPU"]) == (5, 3, 4)
-
-
-def test_resident_memory_is_read_in_bytes():
-    assert worker.resident("VmRSS", STATUS) == MIB and worker.resident("VmHWM", STATUS) == 2 * MIB
+def test_the_page_says_what_was_measured_and_with_what():
+    setting = {"resolution": 512}
+    spread = {"median": 1234.5, "p10": 1.0, "p90": 2.0, "runs": 3}
+    row = {
+        "name": "theirs",
+        "setting": setting,
+        "commit": "48d368fa55",
+        "cpu_ms": dict.fromkeys(steps.PARTS, spread),
+        "loaded": {"allocated": 5 << 20, "trained": 1000, "tensors": 2, "packages": {"torch": "2.14"}},
+        "counts": {"launches": 23579.0, "waits": 467.0, worker.PAGEABLE: 9.0, "peak": 7 << 20, "reserved": 8 << 20},
+    }
+    report = {
+        "about": {"commit": "f78b68048f", "torch": "2.14.1", "date": "today", "gpu": "cuda GPU"},
+        "settings": {"device": "cuda", "rounds": 3, "depth": (19, 38)},
+        "emulated": "rtx4090",
+        "rows": [row],
+        "ratios": [{"what": "ours / theirs", "part": "step", "median": 0.5, "least": 0.4, "most": 0.6}],
+    }
+    page = steps.page(report)
+    assert "| theirs | 1,234 | 1,234 | 1,234 | 1,234 | 23,579 | 467 | 9 | 5 | 7 | 8 |" in page
+    assert "an emulated rtx4090: host time only; commit f78b680, torch 2.14.1" in page
+    assert "- ours / theirs, step: 0.50 (0.40 to 0.60)" in page
+    assert "1,000 weights in 2 tensors; torch 2.14; commit 48d368f." in page
 
 
 def test_a_step_is_split_where_the_program_calls_backward(monkeypatch):
-    torch = worker.torch
-    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)
+    monkeypatch.setattr(torch.Tensor, "backward", torch.Tensor.backward)  # which a clock replaces
     weight = torch.ones(3, requires_grad=True)
 
     def step(index):
@@ -82,27 +115,5 @@ def test_a_step_is_split_where_the_program_calls_backward(monkeypatch):
         return float(loss)
 
     found = worker.Clock(step)(2)
-    assert found["loss"] == 6 and weight.grad.tolist() == [2, 2, 2]
-    assert found["step"] == pytest.approx(sum(found[part] for part in steps.PARTS[1:])) and found["backward"] > 0
-
-
-def test_training_in_a_thread_makes_one_step_when_told_to():
-    taken, done = sd_scripts.Steps(), []
-
-    def train():
-        for index in range(2):
-            taken.reached("the network")
-            done.append(index)
-        raise OSError("full")
-
-    assert taken.start(train) == "the network" and done == []
-    taken.step(0)
-    assert done == [0]
-    with pytest.raises(OSError, match="full"):
-        taken.step(1)
-
-
-def test_sd_scripts_batch_has_the_shapes_of_the_setting():
-    batch = sd_scripts.batch(Setting(resolution=64, t5_length=5))
-    assert batch["latents"].shape == (1, 16, 8, 8)
-    assert [tuple(t.shape[1:]) for t in batch["text_encoder_outputs_list"]] == [(768,), (5, 4096), (5, 3), (5,)]
+    assert found["loss"] == 6 and weight.grad.tolist() == [2, 2, 2] and found["backward"] > 0
+    assert found["step"] == pytest.approx(sum(found[part] for part in steps.PARTS[1:]))
