@@ -2,8 +2,9 @@
 under bf16 autocast, every block checkpointed.
 
 The recipe is Hugging Face's (blog post flux-qlora, and train_dreambooth_lora_flux_miniature.py in diffusers): all
-linear layers in NF4 without double quantization, everything else in fp32 (`prepare_model_for_kbit_training`). Trained
-layers, images, captions, optimizer and clipping are fluxq's instead of the recipe's.
+linear layers in NF4 without double quantization, everything else in fp32 (`prepare_model_for_kbit_training`), and
+bitsandbytes' AdamW8bit of as many tensors as there are. Trained layers, images, captions, learning rate and clipping
+are fluxq's instead of the recipe's.
 """
 
 from __future__ import annotations
@@ -23,7 +24,6 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.model import FluxConfig
 from fluxq.model.costs import chosen
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
-from fluxq.training.optim import build_optimizer
 
 
 def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:
@@ -61,7 +61,7 @@ def randomize(module: nn.Module, device: torch.device) -> None:
 def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: str) -> Callable[[int], float]:
     """Runs training step `index` and returns its loss, the counterpart of `trainer` in fluxq/bench/timed_step.py."""
     training, parameters = TrainingConfig(), peft_lora.trained(model)
-    updates = build_optimizer(optimizer, parameters, training.learning_rate, training.weight_decay)
+    updates = library_optimizer(optimizer)(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
     batch, device, side = random_batch(config, setting), parameters[0].device, setting.resolution // 16
     img_ids, txt_ids = image_ids(side, side, device), text_ids(setting.t5_length, device)
     guidance = torch.full((setting.batch,), training.guidance, device=device) if config.guidance_embed else None
@@ -93,3 +93,8 @@ def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: s
         return float(loss.detach())
 
     return step
+
+
+def library_optimizer(name: str) -> type[torch.optim.Optimizer]:
+    """The library's optimizer of separate tensors that "adamw" or "adamw8bit" stands for."""
+    return torch.optim.AdamW if name == "adamw" else need("bitsandbytes").optim.AdamW8bit
