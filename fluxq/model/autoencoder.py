@@ -25,8 +25,8 @@ BANDS = (32, 8)  # rows at a time; fewer rows save no more memory
 
 
 def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], notify: Notify) -> T:
-    """run(), which uses `autoencoder`. If the GPU runs out of memory, retry with what torch did not use given back; after
-    that in narrower bands and keep those. Only bands change the result, within rounding.
+    """run(), which uses `autoencoder`. If the GPU runs out of memory, give back what torch does not use and retry;
+    after that, retry in narrower bands and keep those. Only bands change the result, within rounding.
 
     Raises the last error if the narrowest bands do not fit either.
     """
