@@ -25,7 +25,7 @@ from fluxq.formats.stream import expect_training
 from fluxq.memory.peak import peak_bytes, reset_peak
 from fluxq.memory.phases import gpu_budget
 from fluxq.memory.placement import Placement, place
-from fluxq.memory.retry import OutOfMemoryRetry
+from fluxq.memory.retry import OutOfMemoryRetry, repeated_once
 from fluxq.model import Flux
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.clip import CLIP_TARGETS, Clip
@@ -61,13 +61,16 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
     assert steps is not None, "resolve fills it in"
 
     # what it is trained on, and what is trained
-    data = load_data(config, models, notify)
+    once_more = partial(repeated_once, device=models.device, notify=notify)  # if memory runs out
+    data = once_more("encoding", lambda: load_data(config, models, notify))
     metadata = metadata_of(config, models, data.trained_on, len(data.batches))
     reset_peak()
-    trainable = load_trainable(config, models, placement, start_lora, notify)
+    load = partial(load_trainable, config, models, placement, start_lora, notify)
+    trainable = once_more("loading the transformer", load)
     flux, layers = trainable.flux, trainable.layers
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    optimizer = build_optimizer(training.optimizer, trainable.groups, training.learning_rate, training.weight_decay)
+    options = training.optimizer, trainable.groups, training.learning_rate, training.weight_decay
+    optimizer = once_more("making the optimizer", lambda: build_optimizer(*options))
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     notify(summary(config, models, data, layers, sum(p.numel() for p in parameters_of(optimizer))))
