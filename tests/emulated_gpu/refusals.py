@@ -69,9 +69,11 @@ def main() -> None:
         print(f"one run makes {calm.attempts}; {len(plans)} runs are disturbed", flush=True)
         for plan in plans:
             outcome = run(images, Path(folder) / plan, arguments.optimizer, plan)
-            if why := verdict(outcome, expected):
+            why = verdict(outcome, expected)
+            print(f"{plan}: {why or 'the same LoRA'}", flush=True)
+            if why:
                 failed.append(plan)
-                print(f"{plan}: {why}", *outcome.notes, sep="\n  ", flush=True)
+                print(*outcome.notes, sep="\n", flush=True)
     if failed:
         raise SystemExit(f"{len(failed)} of {len(plans)} refusals change the result: {', '.join(failed)}")
     print(f"the LoRA of each of {len(plans)} runs is that of the undisturbed one")
