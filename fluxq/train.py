@@ -37,7 +37,7 @@ from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.defaults import resolve
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.objective import Objective
-from fluxq.training.optim import build_optimizer, learning_rate_factor, optimizer_step, parameters_of
+from fluxq.training.optim import FlatOptimizer, build_optimizer, learning_rate_factor, optimizer_step, parameters_of
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report, stop_request
 from fluxq.training.run import Result, Run, metadata_of
@@ -61,16 +61,12 @@ def train(config: TrainConfig, resume: bool = False, overwrite: bool = False, no
     assert steps is not None, "resolve fills it in"
 
     # what it is trained on, and what is trained
-    once_more = partial(repeated_once, device=models.device, notify=notify)  # if memory runs out
-    data = once_more("encoding", lambda: load_data(config, models, notify))
+    data = repeated_once("encoding", notify, load_data, config, models, notify)
     metadata = metadata_of(config, models, data.trained_on, len(data.batches))
     reset_peak()
-    load = partial(load_trainable, config, models, placement, start_lora, notify)
-    trainable = once_more("loading the transformer", load)
-    flux, layers = trainable.flux, trainable.layers
+    trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
+    flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    options = training.optimizer, trainable.groups, training.learning_rate, training.weight_decay
-    optimizer = once_more("making the optimizer", lambda: build_optimizer(*options))
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     notify(summary(config, models, data, layers, sum(p.numel() for p in parameters_of(optimizer))))
@@ -162,19 +158,19 @@ def load_data(config: TrainConfig, models: Models, notify: Notify) -> Data:
 
 @dataclass(frozen=True)
 class Trainable:
-    """The frozen transformer with its LoRA, and CLIP-L with its own if that trains."""
+    """The frozen transformer with its LoRA, CLIP-L with its own if that trains, and the optimizer of both."""
 
     flux: Flux
     clip: Clip | None
     layers: dict[str, Linear]  # those with LoRA, by name
-    groups: list[dict]  # the optimizer's
+    optimizer: FlatOptimizer
     ahead: bool  # nothing upstream of modulation trains, so it is computed ahead
 
 
 def load_trainable(
     config: TrainConfig, models: Models, placement: Placement, start_lora: Lora | None, notify: Notify
 ) -> Trainable:
-    """Load the models that train and add their LoRA, drawn by the seed or with the values of `start_lora`."""
+    """Load the models that train, add their LoRA, drawn by the seed or from `start_lora`, and make its optimizer."""
     lora, training = config.lora, config.training
     rank, alpha, targets = lora.rank, lora.alpha, lora.targets
     assert rank and alpha and targets is not None, "resolve fills these in"
@@ -192,7 +188,8 @@ def load_trainable(
     if start_lora is not None:
         start_from(start_lora, layers, notify)
     expect_training(flux)
-    return Trainable(flux, clip, layers, groups, ahead)
+    optimizer = build_optimizer(training.optimizer, groups, training.learning_rate, training.weight_decay)
+    return Trainable(flux, clip, layers, optimizer, ahead)
 
 
 def require_same_inputs(run: Run, identity: Mapping[str, str], saved: Progress, steps: int) -> Progress:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,20 +43,20 @@ SHRINK = 0.95
 """The next plan's predicted memory is at most this fraction of the last one's."""
 
 
-def repeated_once(what: str, work: Callable[[], T], device: torch.device, notify: Notify) -> T:
-    """The result of work(), which is repeated once if memory runs out, with what torch did not use given back.
+def repeated_once(what: str, notify: Notify, work: Callable[..., T], *arguments: Any) -> T:
+    """work(*arguments), which is repeated once if memory runs out, with what torch did not use given back.
 
     For work before the first step, which no smaller plan would help. It must not depend on what its failed attempt left
     behind.
     """
     try:
-        return work()
+        return work(*arguments)
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
         notify(f"out of memory while {what} ({_reason(error)}); repeating with the memory that torch did not use")
-    _empty_cache(device)
-    return work()
+    _empty_cache()
+    return work(*arguments)
 
 
 class OutOfMemoryRetry:
@@ -128,14 +128,13 @@ class OutOfMemoryRetry:
             parameter.grad = None
         if self._flux.inputs is not None:
             self._flux.inputs.release()
-        _empty_cache(self._flux.device)
+        _empty_cache()
 
 
-def _empty_cache(device: torch.device) -> None:
+def _empty_cache() -> None:
     """Give back to the driver what nothing uses, garbage included."""
     gc.collect()
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def _reason(error: RuntimeError) -> str:

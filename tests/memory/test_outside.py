@@ -185,7 +185,7 @@ def test_work_before_the_first_step_is_repeated_once():
                 raise errors.pop()
             return len(calls)
 
-        assert repeated_once("encoding", work, torch.device("cpu"), notes.append) == expected
+        assert repeated_once("encoding", notes.append, work) == expected
         assert len(notes) == failures
     assert notes == [
         "out of memory while encoding (CUDA out of memory); repeating with the memory that torch did not use"
@@ -196,7 +196,7 @@ def test_work_before_the_first_step_is_repeated_once():
             raise error
 
         with pytest.raises(type(error), match=str(error)):
-            repeated_once("encoding", fails, torch.device("cpu"), notes.append)
+            repeated_once("encoding", notes.append, fails)
     assert len(notes) == 2, "other errors pass at once"
 
 
