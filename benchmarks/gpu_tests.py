@@ -3,7 +3,8 @@
     python3 -m benchmarks.gpu_tests --out DIR [--jobs 4] [FILE ...]
 
 Each file runs in its own process, so that a broken GPU context affects no other file. A file's row counts its tests and
-lists failures and reasons for skips.
+lists failures and reasons for skips. The tests of streaming run a second time with PyTorch's sanitizer, which looks for
+accesses that no event orders.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ FIRST = (
     "tests/model/test_policies.py",
     "tests/model/test_flux.py",
 )
+SANITIZER = " under the sanitizer"
+SANITIZED = f"tests/test_gpu.py{SANITIZER}"
+STREAMING = "streaming or ring or wait_on_the_host"
+"""Its tests that copy on a stream of their own."""
 LAST = ("tests/kernels/test_compiles.py", "tests/kernels/test_aot.py")
 """They compile for other GPUs, and may take the time that is left."""
 
@@ -58,7 +63,7 @@ def main() -> None:
 def files() -> list[str]:
     """The most important files first, in case time runs out."""
     kernels = sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "tests" / "kernels").glob("test_*.py"))
-    return [*FIRST, *(file for file in kernels if file not in FIRST + LAST), *LAST]
+    return [*FIRST, *(file for file in kernels if file not in FIRST + LAST), SANITIZED, *LAST]
 
 
 class Runs:
@@ -95,11 +100,16 @@ class Runs:
 
     def _start(self) -> None:
         file = self._waiting.pop(0)
-        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={self._report(file)}", file]
-        self._running[file] = subprocess.Popen(command, cwd=ROOT, env=self._environment)
+        command = [sys.executable, "-m", "pytest", "-q", "-p", "no:xdist", f"--junitxml={self._report(file)}"]
+        environment = self._environment
+        if file == SANITIZED:
+            command += ["-k", STREAMING]
+            environment = environment | {"TORCH_CUDA_SANITIZER": "1"}
+        command.append(file.removesuffix(SANITIZER))
+        self._running[file] = subprocess.Popen(command, cwd=ROOT, env=environment)
 
     def _report(self, file: str) -> Path:
-        return Path(self._folder.name) / f"{file.replace('/', '-')}.xml"
+        return Path(self._folder.name) / f"{re.sub('[/ ]', '-', file)}.xml"
 
     def _stop(self) -> None:
         for child in self._running.values():

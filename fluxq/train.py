@@ -25,7 +25,7 @@ from fluxq.formats.stream import expect_training
 from fluxq.memory.peak import peak_bytes, reset_peak
 from fluxq.memory.phases import gpu_budget
 from fluxq.memory.placement import Placement, place
-from fluxq.memory.retry import OutOfMemoryRetry
+from fluxq.memory.retry import OutOfMemoryRetry, repeated_once
 from fluxq.model import Flux
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.clip import CLIP_TARGETS, Clip
@@ -38,7 +38,14 @@ from fluxq.training.defaults import resolve
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.health import high_learning_rate
 from fluxq.training.objective import Objective
-from fluxq.training.optim import build_optimizer, learning_rate_factor, optimizer_step, parameters_of, restart_rates
+from fluxq.training.optim import (
+    FlatOptimizer,
+    build_optimizer,
+    learning_rate_factor,
+    optimizer_step,
+    parameters_of,
+    restart_rates,
+)
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
 from fluxq.training.run import Metadata, Result, Run, metadata_of
@@ -80,13 +87,12 @@ def train_in(
     assert steps is not None, "resolve fills it in"
 
     # what it is trained on, and what is trained
-    data = load_data(config, models, notify)
+    data = repeated_once("encoding", notify, load_data, config, models, notify)
     metadata = metadata_of(config, models, data.trained_on, len(data.batches))
     reset_peak()
-    trainable = load_trainable(config, models, placement, start_lora, notify)
-    flux, layers = trainable.flux, trainable.layers
+    trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
+    flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    optimizer = build_optimizer(training.optimizer, trainable.groups, training.learning_rate, training.weight_decay)
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     notify(summary(config, models, data, layers, sum(p.numel() for p in parameters_of(optimizer))))
@@ -188,12 +194,12 @@ def load_data(config: TrainConfig, models: Models, notify: Notify) -> Data:
 
 @dataclass(frozen=True)
 class Trainable:
-    """The frozen transformer with its LoRA, and CLIP-L with its own if that trains."""
+    """The frozen transformer with its LoRA, CLIP-L with its own if that trains, and the optimizer of both."""
 
     flux: Flux
     clip: Clip | None
     layers: dict[str, Linear]  # those with LoRA, by name
-    groups: list[dict]  # the optimizer's
+    optimizer: FlatOptimizer
     ahead: bool  # nothing upstream of modulation trains, so it is computed ahead
 
 
@@ -204,7 +210,7 @@ def write_lora(run: Run, trainable: Trainable, metadata: Metadata, began: float,
 def load_trainable(
     config: TrainConfig, models: Models, placement: Placement, start_lora: Lora | None, notify: Notify
 ) -> Trainable:
-    """Load the models that train and add their LoRA, drawn by the seed or with the values of `start_lora`."""
+    """Load the models that train, add their LoRA, drawn by the seed or from `start_lora`, and make its optimizer."""
     lora, training = config.lora, config.training
     rank, alpha, targets = lora.rank, lora.alpha, lora.targets
     assert rank and alpha and targets is not None, "resolve fills these in"
@@ -222,7 +228,8 @@ def load_trainable(
     if start_lora is not None:
         start_from(start_lora, layers, notify)
     expect_training(flux)
-    return Trainable(flux, clip, layers, groups, ahead)
+    optimizer = build_optimizer(training.optimizer, groups, training.learning_rate, training.weight_decay)
+    return Trainable(flux, clip, layers, optimizer, ahead)
 
 
 def validation_losses(objective: Objective, data: Data) -> dict[str, float]:

@@ -5,7 +5,7 @@ by step. So repeated work gives bit for bit the result that it would have given 
 rounds: a plan without it is never replaced by one with it.)
 
 If memory ran out outside torch's allocator, which may hold memory that it does not use, the same plan gets a second try
-with that given back.
+with that given back. So does the smallest plan.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import gc
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 
@@ -43,6 +43,22 @@ SHRINK = 0.95
 """The next plan's predicted memory is at most this fraction of the last one's."""
 
 
+def repeated_once(what: str, notify: Notify, work: Callable[..., T], *arguments: Any) -> T:
+    """work(*arguments), which is repeated once if memory runs out, with what torch did not use given back.
+
+    For work before the first step, which no smaller plan would help. It must not depend on what its failed attempt left
+    behind.
+    """
+    try:
+        return work(*arguments)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        notify(f"out of memory while {what} ({_reason(error)}); repeating with the memory that torch did not use")
+    _empty_cache()
+    return work(*arguments)
+
+
 class OutOfMemoryRetry:
     """Runs work on `flux`, which `models` has loaded according to `placement`, with ever smaller placements if memory
     runs out. `ahead`: see Models.load_flux.
@@ -62,7 +78,7 @@ class OutOfMemoryRetry:
         training: the work has a backward pass. The work must not depend on what its failed attempt left behind;
         gradients are dropped. Raises torch.OutOfMemoryError if there is no smaller plan.
         """
-        placement, second_try = (None if training else self._forward_only) or self.placement, False
+        placement, repeated = (None if training else self._forward_only) or self.placement, False
         while True:
             try:
                 self._apply(placement)
@@ -70,25 +86,28 @@ class OutOfMemoryRetry:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason, second_try = _reason(error), not (second_try or from_allocator(error))
+                reason, outside = _reason(error), not from_allocator(error)
             # After the except block the traceback is gone, and with it every tensor that the work had created.
             self._free()
-            if second_try:
+            lower = None
+            if repeated or not outside:
+                lower = smaller_placement(placement, self._flux.blocks_units, training, self._models.can_stream)
+            if lower is not None:
+                described = describe_placement(lower, self._flux.blocks_units)
+                self._notify(f"out of memory in {what} ({reason}); repeating with {described}")
+                placement, repeated = lower, False
+                if training:
+                    self.placement, self._forward_only = lower, None
+                else:
+                    self._forward_only = lower
+            elif not repeated:
                 self._notify(f"out of memory in {what} ({reason}); repeating with the memory that torch did not use")
-                continue
-            lower = smaller_placement(placement, self._flux.blocks_units, training, self._models.can_stream)
-            if lower is None:
+                repeated = True
+            else:
                 raise torch.OutOfMemoryError(
                     f"in {what} even the smallest plan needs too much memory; the last save is good, continue from it "
                     f"with --resume: {reason}"
                 )
-            described = describe_placement(lower, self._flux.blocks_units)
-            self._notify(f"out of memory in {what} ({reason}); repeating with {described}")
-            placement = lower
-            if training:
-                self.placement, self._forward_only = lower, None
-            else:
-                self._forward_only = lower
 
     def _apply(self, target: Placement) -> None:
         """Make the model match `target`."""
@@ -109,9 +128,13 @@ class OutOfMemoryRetry:
             parameter.grad = None
         if self._flux.inputs is not None:
             self._flux.inputs.release()
-        gc.collect()
-        if self._flux.device.type == "cuda":
-            torch.cuda.empty_cache()
+        _empty_cache()
+
+
+def _empty_cache() -> None:
+    """Give back to the driver what nothing uses, garbage included."""
+    gc.collect()
+    torch.cuda.empty_cache()  # does nothing without a GPU
 
 
 def _reason(error: RuntimeError) -> str:

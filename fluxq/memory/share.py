@@ -11,6 +11,7 @@ from functools import cache
 
 import torch
 
+from fluxq.errors import is_out_of_memory
 from fluxq.offload.planner import OUTSIDE
 
 
@@ -22,7 +23,11 @@ def take_share() -> None:
     if not torch.cuda.is_available():
         return
     try:
-        warm_up(torch.device("cuda"))
+        try:
+            warm_up(torch.device("cuda"))
+        except RuntimeError as error:
+            if not is_out_of_memory(error):
+                raise  # else the first step makes what is missing, and is repeated if it cannot
         free, total = torch.cuda.mem_get_info()
     except RuntimeError:  # another program may use the GPU exclusively; whoever loads weights will say so
         return

@@ -6,6 +6,7 @@ less memory and gives the same result (bands.py).
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable
 from typing import TypeVar
 
@@ -24,18 +25,25 @@ BANDS = (32, 8)  # rows at a time; fewer rows save no more memory
 
 
 def within_memory(autoencoder: AutoEncoder, run: Callable[[], T], notify: Notify) -> T:
-    """run(), which uses `autoencoder`. If the GPU runs out of memory, retry in narrower bands and keep those.
+    """run(), which uses `autoencoder`. If the GPU runs out of memory, give back what torch does not use and retry;
+    after that, retry in narrower bands and keep those. Only bands change the result, within rounding.
 
     Raises the last error if the narrowest bands do not fit either.
     """
+    repeated = False
     while True:
         try:
             return run()
         except RuntimeError as error:
             before = autoencoder.band
-            if not is_out_of_memory(error) or (before is not None and before <= BANDS[-1]):
+            if not is_out_of_memory(error) or (repeated and before is not None and before <= BANDS[-1]):
                 raise
         # Outside the except block: the traceback, which holds the failed attempt's feature maps, is freed.
+        gc.collect()
+        torch.cuda.empty_cache()
+        if not repeated:
+            repeated = True
+            continue
         band = next(band for band in BANDS if before is None or band < before)
         autoencoder.in_bands(band)
         notify(f"the GPU has too little memory for the autoencoder; from here on it works on {band} rows at a time")

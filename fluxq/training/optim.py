@@ -28,11 +28,17 @@ def build_optimizer(
     """The optimizer `name`: adamw (state in fp32, 8 bytes per weight) or adamw8bit (bitsandbytes; 2 bytes per weight).
 
     parameters: a list, or torch's groups ("params" and "lr"), which have their own learning rates. The state is
-    allocated here, because a first step that runs out of memory for it would be left half done.
+    allocated here and its kernels are loaded, because a first step that runs out of memory for them would be left half
+    done.
     """
     if name not in OPTIMIZERS:
         raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
-    return FlatOptimizer(name, parameters, learning_rate, weight_decay)
+    optimizer = FlatOptimizer(name, parameters, learning_rate, weight_decay)
+    for flat in optimizer.flats:
+        if flat.values.is_cuda:
+            small = nn.Parameter(torch.zeros_like(flat.values[: flat.parameters[0].numel()]))
+            FlatOptimizer(name, [small], learning_rate, weight_decay).step()  # CUDA loads a kernel at its first launch
+    return optimizer
 
 
 class FlatOptimizer(torch.optim.Optimizer):

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from benchmarks import session
-from benchmarks.gpu_tests import FIRST, LAST, files
+from benchmarks import gpu_tests, session
+from benchmarks.gpu_tests import FIRST, LAST, SANITIZED, files
 from benchmarks.session import GRACE, PARTS, RESERVE, run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -70,9 +70,23 @@ def test_parts_write_few_enough_files_to_bring_back():
 
 def test_every_file_of_kernel_tests_is_run_once():
     named = files()
+    assert named.pop(-1 - len(LAST)) == SANITIZED
     assert len(named) == len(set(named)) and all((ROOT / file).is_file() for file in named)
     assert {f"tests/kernels/{path.name}" for path in (ROOT / "tests" / "kernels").glob("test_*.py")} < set(named)
     assert tuple(named[: len(FIRST)]) == FIRST and tuple(named[-len(LAST) :]) == LAST
+
+
+def test_streaming_is_tested_again_under_the_sanitizer(monkeypatch):
+    started = []
+
+    def start(command, cwd, env):
+        started.append((command[-1], "-k" in command, env.get("TORCH_CUDA_SANITIZER")))
+        return SimpleNamespace(poll=lambda: 0, kill=lambda: None)
+
+    monkeypatch.setattr(gpu_tests.subprocess, "Popen", start)
+    runs = gpu_tests.Runs(["tests/test_gpu.py", SANITIZED], 1, 0)
+    runs._fill()
+    assert started == [("tests/test_gpu.py", False, None), ("tests/test_gpu.py", True, "1")]
 
 
 def test_an_unknown_part_is_named(monkeypatch, capsys):

@@ -191,6 +191,13 @@ def test_a_call_is_chosen_on_the_command_line(run):
         assert "CUBLAS_STATUS_ALLOC_FAILED" in first and second is None
 
 
+def test_the_first_launch_of_an_operator_loads_its_kernel_and_may_fail(run):
+    code = "x = torch.ones(8, device='cuda')\nx + x\nemulated.fail('module:1')\nx + x\n"
+    code += raised("x * x", "first") + raised("x * x", "second")
+    (first, second), _ = run(code + "print(json.dumps([first, second]))", "--compute")
+    assert first.startswith("AcceleratorError: CUDA error: out of memory") and second is None
+
+
 def test_computed_numbers_are_those_of_the_cpu(run):
     code = """
 import torch.nn.functional as F

@@ -11,6 +11,7 @@ from functools import cache
 import numpy as np
 import pytest
 import torch
+from programs import Programs
 
 from fluxq.kernels import backend
 
@@ -33,6 +34,12 @@ def triton_ops(device):
         from fluxq.kernels import triton
 
         yield triton
+
+
+@pytest.fixture
+def recorded(device, triton_ops, monkeypatch):
+    """Checks every interpreted launch for memory that its programs share (tests/programs.py); None on a GPU."""
+    return Programs(monkeypatch) if device.type == "cpu" else None
 
 
 @pytest.fixture(params=["reference", "triton"])

@@ -14,6 +14,7 @@ from fluxq.cli.main import main
 from fluxq.errors import WrongRequest, is_out_of_memory
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.memory import share as sharing
+from fluxq.memory.retry import repeated_once
 from fluxq.memory.share import share, take_share
 from fluxq.model import Flux
 from fluxq.nano import drawing
@@ -156,6 +157,47 @@ def test_torch_leaves_memory_to_what_allocates_outside_it(monkeypatch):
     take_share()
     assert len(held) == 1
     take_share.cache_clear()
+
+
+def test_torch_is_held_to_its_share_even_if_there_is_no_memory_to_warm_up(monkeypatch):
+    def warm_up(device):
+        raise RuntimeError(CUBLAS)
+
+    held = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (8 * GIB, 12 * GIB))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", held.append)
+    monkeypatch.setattr(sharing, "warm_up", warm_up)
+    take_share.cache_clear()
+    take_share()
+    take_share.cache_clear()
+    assert held == [share(8 * GIB, 12 * GIB, 0)]
+
+
+def test_work_before_the_first_step_is_repeated_once():
+    for failures, expected in ((0, 1), (1, 2)):
+        errors, calls, notes = [torch.OutOfMemoryError("CUDA out of memory. Tried")] * failures, [], []
+
+        def work(errors=errors, calls=calls):
+            calls.append(1)
+            if errors:
+                raise errors.pop()
+            return len(calls)
+
+        assert repeated_once("encoding", notes.append, work) == expected
+        assert len(notes) == failures
+    assert notes == [
+        "out of memory while encoding (CUDA out of memory); repeating with the memory that torch did not use"
+    ]
+    for error in (torch.OutOfMemoryError("CUDA out of memory"), RuntimeError("something else")):
+
+        def fails(error=error):
+            raise error
+
+        with pytest.raises(type(error), match=str(error)):
+            repeated_once("encoding", notes.append, fails)
+    assert len(notes) == 2, "other errors pass at once"
 
 
 def test_warming_up_multiplies_in_both_threads():

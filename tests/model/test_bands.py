@@ -77,15 +77,16 @@ class Small:
 
 
 @pytest.mark.parametrize(
-    ("start", "most", "tried"), [(None, 40, [None, 32]), (None, 8, [None, 32, 8]), (64, 10, [64, 32, 8])]
+    ("start", "most", "tried"),
+    [(None, 40, [None, None, 32]), (None, 8, [None, None, 32, 8]), (64, 10, [64, 64, 32, 8])],
 )
-def test_out_of_memory_retries_in_narrower_bands_and_notifies(start, most, tried):
+def test_out_of_memory_retries_as_before_then_in_narrower_bands_and_notifies(start, most, tried):
     notes, autoencoder = [], AutoEncoder(SHALLOW).in_bands(start)
     gpu = Small(autoencoder, most)
     assert within_memory(autoencoder, gpu.run, notes.append) == tried[-1] == autoencoder.band
-    assert gpu.tried == tried and len(notes) == len(tried) - 1 and f"on {tried[-1]} rows at a time" in notes[-1]
+    assert gpu.tried == tried and len(notes) == len(tried) - 2 and f"on {tried[-1]} rows at a time" in notes[-1]
     assert within_memory(autoencoder, gpu.run, notes.append) == tried[-1]
-    assert gpu.tried == [*tried, tried[-1]] and len(notes) == len(tried) - 1  # the narrower bands are kept
+    assert gpu.tried == [*tried, tried[-1]] and len(notes) == len(tried) - 2  # the narrower bands are kept
 
 
 def test_out_of_memory_in_the_narrowest_bands_is_raised():

@@ -9,9 +9,12 @@ import sys
 import threading
 import weakref
 from concurrent.futures import Future, _base
+from traceback import StackSummary
+from types import SimpleNamespace
 
 import pytest
 import torch
+from torch.cuda import _sanitizer
 
 from fluxq.errors import WrongRequest
 from fluxq.offload import (
@@ -373,17 +376,20 @@ class Dropping(VirtualStreams):
         if not all(lane.knows(other, count) for other, count in event.seen.items()):
             self.waits[side].append(number)
         if self.dropped != (side, number):
-            lane.wait(event)
+            self._ordered(side, event)
+
+    def _ordered(self, side, event):
+        self.lanes[side].wait(event)
 
 
-def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True) -> StreamingRing:
+def clocked(blocks, slots: int, streams: VirtualStreams, odd: bool = True, device: str = "meta") -> StreamingRing:
     """Train, and if `odd` also sample, run part of a step, visits in random order, and an extra pass; the clock raises
     Race.
     """
     extra = tuple(f"m{i}" for i in range(4)) if odd else ()
     schedule, passed = Schedule(blocks, frozenset(), slots, extra), [(unit,) for unit in extra]
-    host = {u: torch.empty(256, dtype=torch.uint8, device="meta") for u in schedule.slot}
-    ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device("meta"), streams)
+    host = {u: torch.empty(256, dtype=torch.uint8, device=device) for u in schedule.slot}
+    ring = StreamingRing(schedule, host, lambda unit, flat: None, torch.device(device), streams)
     forward, backward = list(blocks), list(reversed(blocks))
     order = [forward + backward, forward + backward]
     if odd:
@@ -411,6 +417,67 @@ def test_no_race_and_every_single_wait_is_needed(blocks, slots, odd):
         for number in sorted(set(complete.waits[side])):
             with pytest.raises(Race, match=error):
                 clocked(blocks, slots, Dropping(side, number), odd)
+
+
+class Judged(Dropping):
+    """Tells a second judge as well, before the clock judges: what PyTorch's CUDA sanitizer makes of each lane's reads,
+    writes, and events. It sees addresses and an order of calls, and knows nothing of slots or times.
+    """
+
+    streams = {"compute": 0, "copy": 1}
+
+    def __init__(self, side: str = "", number: int = -1):
+        super().__init__(side, number)
+        self.judge, self.events = _sanitizer.EventHandler(), []
+        self._launch("compute", set(), set())  # whatever used the slots' memory before
+        self.before = _sanitizer.Access(_sanitizer.AccessType.WRITE, 1, 0, "before", [], False, StackSummary())
+
+    def copy(self, slot, source):
+        known = self.judge.tensors_accessed
+        if slot.data_ptr() not in known.accesses:
+            known.create_tensor(slot.data_ptr(), None)
+            known.set_write(slot.data_ptr(), self.before)
+        self._launch("copy", {source.data_ptr()}, {slot.data_ptr()})
+        super().copy(slot, source)
+
+    def compute(self, label, seconds, reads=()):
+        self._launch("compute", {slot.data_ptr() for slot, _ in reads}, set())
+        super().compute(label, seconds, reads)
+
+    def copied(self):
+        return self._recorded("copy", super().copied())
+
+    def computed(self):
+        return self._recorded("compute", super().computed())
+
+    def _launch(self, lane, reads, writes):
+        names = {pointer: [] for pointer in reads | writes}
+        if errors := self.judge._handle_kernel_launch(self.streams[lane], reads, writes, set(), lane, names):
+            raise errors[0]
+
+    def _recorded(self, lane, event):
+        self.judge._handle_event_record(len(self.events), self.streams[lane])
+        self.events.append(event)
+        return event
+
+    def _ordered(self, side, event):
+        super()._ordered(side, event)
+        (number,) = (i for i, other in enumerate(self.events) if other is event)
+        self.judge._handle_event_wait(number, self.streams[side])
+
+
+@pytest.mark.parametrize(("blocks", "slots"), [(SINGLE, 2), (MIXED, 3)])
+def test_the_sanitizer_of_pytorch_finds_every_wait_that_is_left_out(blocks, slots, monkeypatch):
+    no_stacks = SimpleNamespace(extract=lambda *_, **__: StackSummary())  # they take most of its time
+    monkeypatch.setattr(_sanitizer, "traceback", SimpleNamespace(StackSummary=no_stacks, walk_stack=lambda frame: ()))
+    complete = Judged()
+    clocked(blocks, slots, complete, device="cpu")
+    for side in ("copy", "compute"):
+        waits = sorted(set(complete.waits[side]))
+        assert len(waits) >= 20
+        for number in waits[::3]:
+            with pytest.raises(_sanitizer.UnsynchronizedAccessError):
+                clocked(blocks, slots, Judged(side, number), device="cpu")
 
 
 class Staging(Dropping):

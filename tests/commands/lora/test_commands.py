@@ -222,7 +222,7 @@ def test_info_shows_metadata_of_strangers_as_plain_text(tmp_path):
         (["convert", "{tmp}/lies", "{tmp}/y.safetensors"], "has a damaged header"),
         (["convert", "{tmp}/nan", "{tmp}/y.safetensors"], "NaN or infinite numbers"),
         (
-            ["convert", "{tmp}/large", "{tmp}/large", "--overwrite", "--precision", "fp16"],
+            ["convert", "{tmp}/large", "{tmp}/y.safetensors", "--precision", "fp16"],
             "has numbers out of the range of F16",
         ),
         (

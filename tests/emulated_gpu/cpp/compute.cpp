@@ -18,6 +18,7 @@ using at::Tensor;
 using c10::IValue;
 using torch::jit::Stack;
 
+extern "C" int emulated_gpu_load(const char *operator_name);
 extern "C" void emulated_gpu_kernel(const char *name, void *stream);
 extern "C" void emulated_gpu_access(const char *name, void *stream, const void *p, size_t n, int write);
 
@@ -38,6 +39,7 @@ at::Device the_gpu() { return at::Device(at::kCUDA, c10::cuda::current_device())
 }  // namespace
 
 void launched(const std::string &name) {
+    C10_CUDA_CHECK(cudaError_t(emulated_gpu_load(name.c_str())));
     emulated_gpu_kernel(name.c_str(), current_stream());
     C10_CUDA_CHECK(cudaGetLastError());
 }

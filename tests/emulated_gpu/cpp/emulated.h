@@ -168,6 +168,7 @@ void reset_launches();
 API const char *emulated_gpu_report();  // JSON
 API void emulated_gpu_reset();          // counts begin anew; memory stays as it is
 API int emulated_gpu_fail(const char *plan);  // "alloc:7-9,module:1", counted from now; 0: cannot be read
+API int emulated_gpu_load(const char *operator_name);  // 0, or the error of a launch whose kernel finds no memory
 API void emulated_gpu_kernel(const char *name, void *stream);
 API void emulated_gpu_access(const char *name, void *stream, const void *p, size_t n, int write);
 API int emulated_gpu_stub(const char *name, int code);

@@ -58,6 +58,16 @@ bool must_fail(const char *kind) {
 
 }  // namespace emulated
 
+// CUDA loads an operator's kernels when they are first launched. A load that fails is tried again at the next launch.
+API int emulated_gpu_load(const char *operator_name) {
+    ENTER;
+    static auto &loaded = *new std::set<std::string>;
+    if (loaded.count(operator_name)) return cudaSuccess;
+    if (emulated::must_fail("module")) return emulated::fail("cudaLaunchKernel", cudaErrorMemoryAllocation, "on purpose");
+    loaded.insert(operator_name);
+    return cudaSuccess;
+}
+
 API int emulated_gpu_fail(const char *plan) {
     LOCK;
     return emulated::add(emulated::plans(), plan);
