@@ -43,7 +43,7 @@ def about(device: torch.device) -> dict[str, Any]:
         properties = torch.cuda.get_device_properties(device)
         facts |= {
             "capability": f"{properties.major}.{properties.minor}",
-            "multiprocessors": properties.multi_cpu_count,
+            "multiprocessors": properties.multi_processor_count,
             "l2_bytes": getattr(properties, "L2_cache_size", None),
             "vram_bytes": properties.total_memory,
             "nvidia_smi": nvidia_smi(),
