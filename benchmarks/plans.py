@@ -14,7 +14,7 @@ from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import OWNERS, Costs
 from fluxq.offload.gpus import GIB, GPUS
-from fluxq.offload.planner import MARGIN, least, plan
+from fluxq.offload.planner import STEP_MARGIN, least, plan
 from fluxq.offload.plans import Pins, Plan, counted
 
 SIZES = (512, 768, 1024)
@@ -44,8 +44,8 @@ What fluxq's planner chooses for FLUX.1 dev, one image per step, {TEXT} T5 token
 MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every figure is predicted, none is measured**:
 bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
 Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than
-what is alive, stays {MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes this
-page.
+what is alive, stays {STEP_MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes
+this page.
 
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
 a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: bytes alive, and reserved by the

@@ -37,8 +37,10 @@ RESIDENTS = 20
 OUTSIDE = int(0.4 * GIB)
 """Bytes of the GPU that torch's allocator leaves to cuBLAS, compiled kernels and CUDA (fluxq/memory/share.py)."""
 
-MARGIN = OUTSIDE + int(0.1 * GIB)
-"""Bytes of the GPU that no plan reserves: predictions of what the allocator reserves have been 0.1 GiB too low."""
+STEP_MARGIN = OUTSIDE + int(0.1 * GIB)
+"""Bytes of the GPU that no plan of a training step reserves: predictions of what the allocator reserves have been
+0.1 GiB too low.
+"""
 
 AS_GOOD = 1.01
 GRAIN = 1.002
@@ -55,7 +57,7 @@ def plan(
     ram: int | None = None,
     pins: Pins | None = None,
     smaller: Mapping[str, Sequence[Costs]] | None = None,
-    margin: int = MARGIN,
+    margin: int = STEP_MARGIN,
 ) -> Plan:
     """The fastest plan of `tables` within `vram` and `ram` bytes, or one that is as good and more accurate.
 
@@ -76,7 +78,7 @@ def plan(
     return best[min(as_good)[2]][1]
 
 
-def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
+def least(costs: Costs, pins: Pins | None = None, margin: int = STEP_MARGIN) -> int:
     """The fewest bytes of a GPU that any plan of `costs` needs."""
     pins = pins or Pins()
     return margin + min(
