@@ -14,6 +14,7 @@ from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import OWNERS, Costs
 from fluxq.offload.gpus import GIB, GPUS
+from fluxq.offload.launches import LAUNCH_US
 from fluxq.offload.planner import STEP_MARGIN, least, plan
 from fluxq.offload.plans import Pins, Plan, counted
 
@@ -50,7 +51,8 @@ this page.
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
 a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: bytes alive, and reserved by the
 allocator. waits: the share of the step in which compute waits for copies, by the ring under a virtual clock, including
-the passes that compute modulation ahead.
+the passes that compute modulation ahead. Python: seconds in which it launches the step's kernels, at {LAUNCH_US:g} us
+each (fluxq/offload/launches.py); no step is faster.
 """
 
 
@@ -76,8 +78,10 @@ def section(tables: Tables) -> list[str]:
     lines = []
     for compute in COMPUTES:
         lines += [f"## Multiplied in {compute}", ""]
-        lines += ["| GPU | GiB | px | format | units | blocks keep | host | peak GiB | RAM GiB | s/step | waits |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+        lines += [
+            "| GPU | GiB | px | format | units | blocks keep | host | peak GiB | RAM GiB | s/step | waits | Python |"
+        ]
+        lines += ["|---" * 12 + "|"]
         for name, ram in ROWS:
             for size in SIZES:
                 chunk = chunk_of(GPUS[name].capability)
@@ -101,7 +105,12 @@ def row(found: Plan) -> str:
         "yes" if found.offload else "",
         f"{found.peak_bytes / GIB:.1f}, {found.reserved / GIB:.1f}",
     ]
-    cells += [f"{found.host / GIB:.1f}", f"{found.seconds:.2f}", f"{found.stall / found.seconds:.0%}"]
+    cells += [
+        f"{found.host / GIB:.1f}",
+        f"{found.seconds:.2f}",
+        f"{found.stall / found.gpu_seconds:.0%}",
+        f"{found.launching:.2f}",
+    ]
     return " | ".join(cells)
 
 
