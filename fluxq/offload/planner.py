@@ -93,7 +93,10 @@ def least(costs: Costs, pins: Pins | None = None, margin: int = STEP_MARGIN) -> 
     )
 
 
-def block_seconds(costs: Costs, gpu: GPU) -> tuple[float, list[float], list[dict[str, float]]]:
+BlockSeconds = tuple[float, list[float], list[dict[str, float]]]
+
+
+def block_seconds(costs: Costs, gpu: GPU) -> BlockSeconds:
     """Seconds outside the blocks, of each block forward, and of each block backward by policy."""
     forward = [gpu.seconds(b.forward) for b in costs.blocks]
     backward = [{n: gpu.seconds(p.replay + b.backward) for n, p in b.policies.items()} for b in costs.blocks]
@@ -117,9 +120,12 @@ def timeline(
     policies: Sequence[str],
     offload: bool = False,
     run_ahead: int | None = None,
+    known: BlockSeconds | None = None,
 ) -> Timeline:
-    """A step of `costs` on `gpu` in the long run, by the ring under a virtual clock (run_ahead: see TimedStreams)."""
-    outside, forward, backward = block_seconds(costs, gpu)
+    """A step of `costs` on `gpu` in the long run, by the ring under a virtual clock (run_ahead: see TimedStreams).
+    known: the result of `block_seconds`.
+    """
+    outside, forward, backward = known or block_seconds(costs, gpu)
     blocks = tuple(b.units for b in costs.blocks)
     return run_steps(
         Schedule(blocks, frozenset(setting.resident), max(2, setting.slots), tuple(costs.ahead)),
@@ -224,7 +230,7 @@ class _Search:
         pass_seconds, pass_bytes = self._pass_share(setting)
         moved = self._least_moved(setting, offload) + pass_bytes
         seconds = max(
-            point.gpu_seconds + self._outside + pass_seconds,
+            point.gpu_seconds + self._known[0] + pass_seconds,
             moved / (self.gpu.bus_gb_s * 1e9),
             self._launching(point, setting, offload),
         )
@@ -242,8 +248,8 @@ class _Search:
         return grain, offload, point.rounded, crowded, 0 if crowded else moved, nbytes
 
     @cached_property
-    def _outside(self) -> float:
-        return self.gpu.seconds(self.costs.outside)
+    def _known(self) -> BlockSeconds:
+        return block_seconds(self.costs, self.gpu)
 
     def _launching(self, point: Point, setting: Setting, offload: bool) -> float:
         """Seconds in which Python launches a step."""
@@ -277,7 +283,7 @@ class _Search:
 
     def _timeline(self, candidate: _Candidate, passes: bool = True) -> Timeline:
         setting = candidate.setting if passes else candidate.setting._replace(ahead=0)
-        return timeline(self.costs, self.gpu, setting, candidate.point.policies, candidate.offload)
+        return timeline(self.costs, self.gpu, setting, candidate.point.policies, candidate.offload, None, self._known)
 
     def _plan(self, chosen: _Candidate) -> Plan:
         costs, setting, point, offload = self.costs, chosen.setting, chosen.point, chosen.offload
