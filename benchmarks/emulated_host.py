@@ -63,7 +63,7 @@ ROWS = (
     Row("rtx3060", 512, "nf4", "bf16", "keep_all", 0),
     Row("rtx3060", 512, "nf4", "bf16", "recompute", 38, True),
     Row("rtx3060", 768, "nf4", "int8_dx", "keep_attention", 38),
-    Row("rtx3060", 1024, "int8", "bf16", "keep_all8", 38, True),
+    Row("rtx3060", 1024, "int8", "bf16", "keep_attention", 38, True),
 )
 FORMATS, COMPUTES, FORWARD = ("nf4", "int8", "bf16"), ("bf16", "int8", "int8_dx"), "forward"
 WARM_UP, COUNTED, TIMED = 3, 4, 16
@@ -242,7 +242,7 @@ def predicted_ms(row: dict[str, Any]) -> float:
 
 def between(numbers: Iterable[float]) -> str:
     ordered = sorted(numbers)
-    return f"{ordered[0]:.3g} to {ordered[-1]:.3g}"
+    return f"{ordered[0]:.4g} to {ordered[-1]:.4g}"
 
 
 if __name__ == "__main__":
