@@ -30,7 +30,7 @@ ifeq ($(EMULATED_GPU_PYTHON),)
 EMULATED_GPU_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CUDA_INSTALLED := $(CUDA_VENV)/installed
 endif
-emulated-kernels emulated-memory emulated-late emulated-early emulated-refusals: export EMULATED_GPU_PYTHON := $(EMULATED_GPU_PYTHON)
+emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals: export EMULATED_GPU_PYTHON := $(EMULATED_GPU_PYTHON)
 EMULATED := PYTHONPATH=. OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(PYTHON) tests/emulated_gpu/run.py
 EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_allocator.py
 
@@ -38,7 +38,7 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 VOCABULARIES := diffsynth==1.1.7
 
 .PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
-.PHONY: emulated emulated-kernels emulated-memory emulated-late emulated-early emulated-refusals
+.PHONY: emulated emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -89,13 +89,20 @@ $(CUDA_VENV)/installed: setup.py pyproject.toml constraints-cuda.txt
 	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cuda.txt -e '.[test]'
 	touch $@
 
-# Tables of a step's memory and host time are to come: benchmarks/emulated.py.
-emulated: emulated-kernels emulated-memory emulated-late emulated-early
+emulated: emulated-kernels emulated-host emulated-memory emulated-late emulated-early
 
 emulated-kernels: $(CUDA_INSTALLED)
 	for gpu in rtx3060 rtx4090 h100 rtx5090; do \
 		$(EMULATED) --gpu $$gpu -- python tests/emulated_gpu/kernels.py || exit 1; \
 	done
+
+# Counts what a block launches, which the planner reads, then measures full-size steps beside it.
+emulated-host: $(CUDA_INSTALLED)
+	for gpu in rtx4090 rtx3060; do \
+		$(EMULATED) --gpu $$gpu --skip-copies -- python -m benchmarks.emulated_host --gpu $$gpu \
+			--count fluxq/model/launches.json --out $(OUT_DIR)/emulated_host.json || exit 1; \
+	done
+	$(EMULATED) -- python -m benchmarks.emulated_host --page $(OUT_DIR)/emulated_host.json
 
 # Bytes do not depend on numbers: nothing is computed, and large copies move nothing.
 emulated-memory: $(CUDA_INSTALLED)

@@ -14,7 +14,8 @@ from fluxq.model import FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import OWNERS, Costs
 from fluxq.offload.gpus import GIB, GPUS
-from fluxq.offload.planner import MARGIN, least, plan
+from fluxq.offload.launches import LAUNCH_US
+from fluxq.offload.planner import STEP_MARGIN, least, plan
 from fluxq.offload.plans import Pins, Plan, counted
 
 SIZES = (512, 768, 1024)
@@ -44,13 +45,14 @@ What fluxq's planner chooses for FLUX.1 dev, one image per step, {TEXT} T5 token
 MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every figure is predicted, none is measured**:
 bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
 Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than
-what is alive, stays {MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes this
-page.
+what is alive, stays {STEP_MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes
+this page.
 
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
 a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: bytes alive, and reserved by the
 allocator. waits: the share of the step in which compute waits for copies, by the ring under a virtual clock, including
-the passes that compute modulation ahead.
+the passes that compute modulation ahead. Python: seconds in which it launches the step's kernels, at {LAUNCH_US:g} us
+each (fluxq/offload/launches.py); no step is faster.
 """
 
 
@@ -76,8 +78,10 @@ def section(tables: Tables) -> list[str]:
     lines = []
     for compute in COMPUTES:
         lines += [f"## Multiplied in {compute}", ""]
-        lines += ["| GPU | GiB | px | format | units | blocks keep | host | peak GiB | RAM GiB | s/step | waits |"]
-        lines += ["|---|---|---|---|---|---|---|---|---|---|---|"]
+        lines += [
+            "| GPU | GiB | px | format | units | blocks keep | host | peak GiB | RAM GiB | s/step | waits | Python |"
+        ]
+        lines += ["|---" * 12 + "|"]
         for name, ram in ROWS:
             for size in SIZES:
                 chunk = chunk_of(GPUS[name].capability)
@@ -101,7 +105,12 @@ def row(found: Plan) -> str:
         "yes" if found.offload else "",
         f"{found.peak_bytes / GIB:.1f}, {found.reserved / GIB:.1f}",
     ]
-    cells += [f"{found.host / GIB:.1f}", f"{found.seconds:.2f}", f"{found.stall / found.seconds:.0%}"]
+    cells += [
+        f"{found.host / GIB:.1f}",
+        f"{found.seconds:.2f}",
+        f"{found.stall / found.gpu_seconds:.0%}",
+        f"{found.launching:.2f}",
+    ]
     return " | ".join(cells)
 
 

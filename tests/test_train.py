@@ -267,7 +267,7 @@ def test_resume_notices_changed_images_and_captions(tmp_path, photos):
     (photos / "0.txt").write_text("another caption, zqx")
     (photos / "1.png").unlink()
     longer = configured(tmp_path, photos, training={"steps": 6})
-    wanted = "run was started, photos/1.png are gone; photos/0.png have another caption; put that back, or name the fol"
+    wanted = "run was started, photos/1.png are gone; photos/0.png have another caption; put that back, or go on"
     with pytest.raises(WrongRequest, match=wanted):
         train(longer, resume=True)
     result = train(longer, resume=True, accepts_data=True)

@@ -135,7 +135,8 @@ def names(files: Sequence[Path], results: Sequence[dict[str, Any]]) -> list[str]
 def side_by_side(results: dict[str, dict[str, Any]]) -> list[dict[str, Any]]:
     """A line for every setting that any machine has: the setting, and {machine: the figures of its row}."""
     lines: dict[tuple[Any, ...], dict[str, Any]] = {}
-    kept = ("it_s", "images_s", "ms", "tflops", "share_of_peak", "peak_gib", "out_of_memory", "not_run")
+    kept = ("it_s", "images_s", "ms", "tflops", "share_of_peak", "peak_gib", "predicted_launching_s")
+    kept += ("out_of_memory", "not_run")
     for name, result in results.items():
         for row in ({"model": result["about"]["model"], **row} for row in result["rows"]):
             key = tuple(row[axis] for axis in AXES)
@@ -163,13 +164,16 @@ def cell(figures: dict[str, Any] | None) -> str:
         return "-"
     if "images_s" not in figures:
         return "out of memory" if "out_of_memory" in figures else "not run"
-    peak = figures.get("peak_gib")
-    return f"{figures['images_s']:.3f}" + ("" if peak is None else f" ({peak:.1f} GiB)")
+    beside = ("{:.1f} GiB", figures.get("peak_gib")), ("Python {:.2f} s", figures.get("predicted_launching_s"))
+    words = ", ".join(form.format(value) for form, value in beside if value is not None)
+    return f"{figures['images_s']:.3f}" + (f" ({words})" if words else "")
 
 
 def show(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]]) -> None:
     """Print the table, and the published speeds below it."""
-    console.print("images/s, and peak GiB if it was measured")
+    console.print(
+        "images/s; peak GiB if it was measured; how long Python needs to launch a step, predicted: no step is faster"
+    )
     _table([["", *results], *([setting_in_words(x), *(cell(x["machines"].get(n)) for n in results)] for x in lines)])
     console.print(f"\n{PUBLISHED}, not measured here, each under its own conditions; FLUX.1, not nano")
     _table(

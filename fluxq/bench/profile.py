@@ -112,6 +112,12 @@ def rows_of(
                 rows.append(row)
                 plans.append(made)
                 console.print(line_of(row))
+    if limited := [row for row in rows if row["bound_by"] == "python"]:
+        console.print(
+            f"bound by python: {len(limited)} of {len(rows)} steps wait for Python to launch their kernels, for up to "
+            f"{max(row['launching_s'] for row in limited):.2f} s (predicted, {gpu.launch_us:.3g} us each); "
+            "a faster GPU does not help"
+        )
     return rows, plans
 
 
@@ -138,7 +144,9 @@ def predicted_row(made: Plan, setting: Setting, gpu: GPU) -> dict[str, Any]:
         "it_s": round(1 / made.seconds, 4),
         "gb_moved_per_step": round(made.moved / 1e9, 2),
         "gb_s": round(made.moved / 1e9 / made.seconds, 2),
-        "stall": round(made.stall / made.seconds, 4),
+        "stall": round(made.stall / made.gpu_seconds, 4),
+        "launches": made.launches,
+        "launching_s": round(made.launching, 4),
         "bound_by": made.bound,
     }
 

@@ -258,7 +258,9 @@ def predicted(made: Plan) -> dict[str, Any]:
     return {
         "predicted_peak_gib": made.peak_bytes / GIB,
         "predicted_s": made.seconds,
-        "predicted_stall": made.stall / made.seconds,
+        "predicted_stall": made.stall / made.gpu_seconds,
+        "predicted_launches": made.launches,
+        "predicted_launching_s": made.launching,
         "resident": len(made.resident),
         "streamed": made.streamed,
         "slots": made.slots,

@@ -33,7 +33,7 @@ from .share import take_share
 TOKENS_PER_BATCH = 4608  # sampled at once: those of one 1024 x 1024 image with 512 text tokens
 SAMPLING_SLOTS = 4  # hide copies nearly as well as 8 (benchmarks/results/plans.md) and leave memory for residents
 AUTOENCODER_CHANNELS = 128
-MARGIN = OUTSIDE + int(0.35 * GIB)  # the second part is for what the allocator reserves but does not use
+SAMPLING_MARGIN = OUTSIDE + int(0.35 * GIB)  # the second part is for what the allocator reserves but does not use
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def gpu_budget(config: MemoryConfig, device: torch.device) -> int | None:
     if vram is None:
         take_share()
     allowed = vram or free_gpu_bytes()
-    return None if allowed is None else allowed - MARGIN
+    return None if allowed is None else allowed - SAMPLING_MARGIN
 
 
 def band_for(pixels: int, budget: int | None) -> int | None:
@@ -107,9 +107,10 @@ def place_sampling(
         if placed := sampling_residents(largest, lora_bytes, budget, memory.slots, pinned):
             return Placement(*placed), SamplingLimits(tokens, budget)
         needed = least_sampling_bytes(largest, lora_bytes, memory.slots, len(pinned or ()))
+    least = needed + SAMPLING_MARGIN
     raise WrongRequest(
-        f"sampling needs at least {gib(needed + MARGIN)} of GPU memory, but only {gib(budget + MARGIN)} may be used; "
-        f"pass --vram {gib_up(needed + MARGIN)}, or make smaller images with --width and --height"
+        f"sampling needs at least {gib(least)} of GPU memory, but only {gib(budget + SAMPLING_MARGIN)} may be used; "
+        f"pass --vram {gib_up(least)}, or make smaller images with --width and --height"
     )
 
 

@@ -25,7 +25,7 @@ from fluxq.models.parts import Models
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
 from fluxq.offload.inputs import inputs_for
-from fluxq.offload.planner import MARGIN, plan
+from fluxq.offload.planner import STEP_MARGIN, plan
 from fluxq.offload.plans import Pins, Plan, counted
 
 from .placement import Placement, placement_of
@@ -181,7 +181,7 @@ def smaller_plan(placement: Placement, can_stream: bool) -> Plan | None:
         if all_units is not None:
             pins = replace(pins, resident_units=all_units, blocks_to_swap=None)
         try:
-            return plan([costs], budget.gpu, MARGIN + int(SHRINK * old.reserved), budget.ram, pins)
+            return plan([costs], budget.gpu, STEP_MARGIN + int(SHRINK * old.reserved), budget.ram, pins)
         except WrongRequest:
             continue
     return None

@@ -15,13 +15,14 @@ from typing import NamedTuple
 
 import torch
 
-from fluxq.kernels.chunks import FEW_ROWS
+from fluxq.kernels.chunks import FEW_ROWS, parts
 from fluxq.kernels.replay import POLICIES
-from fluxq.offload.costs import BlockCost, Costs, Fragmentation, PolicyCost, Work
+from fluxq.offload.costs import BlockCost, Costs, Fragmentation, Matmul, PolicyCost, Work
 from fluxq.offload.gpus import GIB
 
 from .config import FluxConfig
 from .flux import Flux
+from .launches import launches, outside
 from .layout import layout
 from .lora import TARGETS
 from .text import CLIP_LENGTH
@@ -94,7 +95,8 @@ def flux_costs(
         units = tuple(u for u in sizes if u.startswith(f"{name}.") or u == name)
         units = units if gates else tuple(u for u in units if not u.endswith(".mod"))
         gradients = sum(4 * r * sum(layers[p]) for p, r in own.items())
-        blocks.append(_block(name, units, shape, trained, first, gradients))
+        launched = launches(shape.single, format, compute, chunk)
+        blocks.append(_block(name, units, shape, trained, first, gradients, chunk, launched))
         products += shape.products
     streams = format != "bf16"  # bf16 models are loaded whole, modulation included
     modulation = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
@@ -122,6 +124,7 @@ def flux_costs(
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows) + encoder.work,
         accumulates=accumulates,
         fragmentation=_fragmentation(format, compute, rows, expandable),
+        launches=outside(format, compute, chunk),
         tiles=tuple((band, AUTOENCODER + int(maps * img_tokens * 256 * 128 * 4)) for band, maps in TILES),
         about=dict(rank=rank, batch=batch, img_tokens=img_tokens, txt_tokens=txt_tokens, optimizer=optimizer),
     )
@@ -217,20 +220,32 @@ def _shape(
     return Shape(streams, config.hidden_size, config.mlp_hidden, config.num_heads, single, batch, gates)
 
 
-def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first: bool, gradients: int) -> BlockCost:
-    """first: nothing before the block trains, so its inputs need no gradient."""
+def _block(
+    name: str,
+    units: tuple[str, ...],
+    shape: Shape,
+    trained: bool,
+    first: bool,
+    gradients: int,
+    chunk: int,
+    launched: Mapping[str, int],
+) -> BlockCost:
+    """first: nothing before the block trains, so its inputs need no gradient. chunk: see flux_costs; launched: kernels
+    by policy.
+    """
     input_products = {"qkv", "hidden"} if shape.single else {"qkv"}
     backward, forward = Work(), Work(attention=_attention(shape), moved=_moved_forward(shape))
     for _, products in shape.streams.values():
         for short, p in products.items():
-            forward += _product(p)
-            backward += _product_backward(p, not (first and short in input_products))
+            forward += _product(p, chunk)
+            backward += _product_backward(p, not (first and short in input_products), chunk)
     backward += Work(attention_backward=2.5 * _attention(shape), moved=_moved_backward(shape))
     policies, waiting = {}, shape.u if shape.single else 0  # forward holds the last double block's outputs to the end
     for policy in POLICIES if trained else ():
         kept = shape.u + sum(shape.kept(policy).values())
         peaks = forward_peak(shape, policy) + waiting, backward_peak(shape, policy)
-        policies[policy] = PolicyCost(kept, _replay(shape, policy), *peaks, exact=policy != "keep_all8")
+        replay, exact = _replay(shape, policy, chunk), policy != "keep_all8"
+        policies[policy] = PolicyCost(kept, replay, *peaks, exact, launched[policy])
     return BlockCost(
         name,
         units,
@@ -240,6 +255,7 @@ def _block(name: str, units: tuple[str, ...], shape: Shape, trained: bool, first
         gradients,
         backward if trained else Work(),
         policies,
+        launched["forward"],
     )
 
 
@@ -248,19 +264,29 @@ def _attention(shape: Shape) -> float:
     return 4.0 * shape.rows * (shape.rows / shape.batch) * shape.width
 
 
-def _product(p: Product) -> Work:
-    base, small = 2.0 * p.rows * p.weights, 2.0 * p.rows * p.rank * (p.n + p.k)
+def _product(p: Product, chunk: int) -> Work:
+    small = 2.0 * p.rows * p.rank * (p.n + p.k)
+    cut = chunk if p.padding and p.stored < 2 else 0  # as `scratch` has it
     moved = _decoding(p, p.eight_bits)
     if p.rank and not p.eight_bits:
         moved += 2 * p.rows * p.k  # x down^T reads the input
-    return Work(**{p.eight_bits or "bf16": base}, moved=moved) + Work(bf16=small)
+    return _tiled(p.eight_bits or "bf16", p.rows, p.n, p.k, cut) + Work(bf16=small, moved=moved)
 
 
-def _product_backward(p: Product, input_gradient: bool) -> Work:
+def _tiled(kind: str, rows: int, n: int, k: int, chunk: int = 0) -> Work:
+    """The work of products of (rows, k) by (k, n), the weight cut along n into parts of about `chunk` numbers."""
+    lengths = [min(part.stop, n) - part.start for part in parts(n, k, chunk)]
+    products = tuple(Matmul(kind, rows, length, 2.0 * rows * length * k) for length in lengths)
+    return Work(**{kind: 2.0 * rows * n * k}, products=products)
+
+
+def _product_backward(p: Product, input_gradient: bool, chunk: int) -> Work:
     """The gradients of LoRA and, if `input_gradient`, of the input."""
-    base, moved = (
-        (2.0 * p.rows * p.weights, _decoding(p, p.eight_bits_backward, True)) if input_gradient else (0.0, 0.0)
-    )
+    work, moved = Work(), 0.0
+    if input_gradient:
+        cut = 0 if p.eight_bits_backward or p.stored == 2 else chunk
+        work = _tiled(p.eight_bits_backward or "bf16", p.rows, p.k, p.n, cut)
+        moved = _decoding(p, p.eight_bits_backward, True)
     if p.eight_bits_backward:
         moved += p.rows * p.n * 3  # dy is read and written in 8 bits
     small = 0.0
@@ -268,16 +294,16 @@ def _product_backward(p: Product, input_gradient: bool) -> Work:
         small = 2.0 * p.rows * p.rank * (2 * (p.n + p.k) if input_gradient else 2 * p.n + p.k)
         moved += 2 * p.rows * (p.n + p.k)  # for the gradients of up and down
         moved += 4 * p.rows * p.k if input_gradient and not p.eight_bits_backward else 0  # ds down is added to dx
-    return Work(**{p.eight_bits_backward or "bf16": base}, moved=moved) + Work(bf16=small)
+    return work + Work(bf16=small, moved=moved)
 
 
-def _replay(shape: Shape, policy: str) -> Work:
+def _replay(shape: Shape, policy: str, chunk: int) -> Work:
     """The work of recomputing what `policy` did not keep: products whose output is read, attention, elementwise ops."""
     work, unread, keeps = Work(), shape.unread(policy), POLICIES[policy]
     for _, products in shape.streams.values():
         for p in products.values():
             if p.feeds not in unread:
-                work += _product(p)
+                work += _product(p, chunk)
             elif p.rank and not p.keeps_s:  # LoRA's gradient reads x down^T
                 work += Work(bf16=2.0 * p.rows * p.rank * p.k, moved=0 if p.eight_bits else 2 * p.rows * p.k)
     moved = 2 + (10 if shape.single else 8) + 2  # modulate, GELU, and the last sum, which nobody reads

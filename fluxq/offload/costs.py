@@ -19,10 +19,20 @@ BUFFERS = 2
 """
 
 
+class Matmul(NamedTuple):
+    """A matrix product of `flops` in `kind` ("bf16", "int8", "fp8") with so many rows and columns of results."""
+
+    kind: str
+    rows: int
+    columns: int
+    flops: float
+
+
 @dataclass(frozen=True)
 class Work:
     """What a GPU has to do. bf16, int8, fp8: FLOPs of matrix products; attention and attention_backward: FLOPs of
-    attention, in bf16; moved: bytes read and written by memory-bound ops.
+    attention, in bf16; moved: bytes read and written by memory-bound ops; products: those of the matrix products that
+    are large enough to fill the GPU, more or less.
     """
 
     bf16: float = 0.0
@@ -31,6 +41,7 @@ class Work:
     attention: float = 0.0
     attention_backward: float = 0.0
     moved: float = 0.0
+    products: tuple[Matmul, ...] = ()
 
     def __add__(self, other: Work) -> Work:
         return Work(*(getattr(self, f.name) + getattr(other, f.name) for f in fields(self)))
@@ -46,7 +57,8 @@ class PolicyCost:
 
     kept: bytes kept from the forward to the backward pass, including the block's inputs. replay: the work of
     recomputation. forward_peak, backward_peak: the block's most bytes at once while it runs, including what it keeps,
-    its inputs and the incoming gradients. exact: whether everything is kept without rounding.
+    its inputs and the incoming gradients. exact: whether everything is kept without rounding. launches: kernels of the
+    block, forward and backward.
     """
 
     kept: int
@@ -54,6 +66,7 @@ class PolicyCost:
     forward_peak: int
     backward_peak: int
     exact: bool = True
+    launches: int = 0
 
 
 @dataclass(frozen=True)
@@ -61,7 +74,8 @@ class BlockCost:
     """What runs as one. A block without policies has no backward pass: nothing before it is trained.
 
     inputs: bytes of the incoming streams, which can be kept on the host in between. gradients: bytes of the gradients
-    of its trained weights, from its backward pass to the end of the step.
+    of its trained weights, from its backward pass to the end of the step. launches: kernels of the forward pass, for a
+    block without policies.
     """
 
     name: str
@@ -72,6 +86,11 @@ class BlockCost:
     gradients: int = 0
     backward: Work = Work()
     policies: Mapping[str, PolicyCost] = field(default_factory=dict)
+    launches: int = 0
+
+    def launched(self, policy: str) -> int:
+        """The kernels of a step in this block."""
+        return self.policies[policy].launches if policy else self.launches
 
 
 class Fragmentation(NamedTuple):
@@ -91,8 +110,9 @@ class Costs:
     gradients and optimizer: trained weights, gradients outside the blocks, the optimizer's state; scratch: workspace
     that is held all the time. outside: the step's work outside the blocks; optimizer_peak: temporary bytes of the
     optimizer's step. accumulates: gradients of an earlier forward pass exist. tiles: rows that the autoencoder
-    processes at a time (None: all) and its peak bytes, from fast to lean. fragmentation: of steps. error: relative, of
-    the weights as they are stored and multiplied; smaller is more accurate.
+    processes at a time (None: all) and its peak bytes, from fast to lean. fragmentation: of steps. launches: kernels of
+    a step outside the blocks. error: relative, of the weights as they are stored and multiplied; smaller is more
+    accurate.
     """
 
     format: str
@@ -115,6 +135,7 @@ class Costs:
     accumulates: bool = False
     tiles: tuple[tuple[int | None, int], ...] = ()
     fragmentation: Fragmentation = Fragmentation()
+    launches: int = 0
     about: Mapping[str, object] = field(default_factory=dict)
 
     @property

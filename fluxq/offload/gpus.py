@@ -8,6 +8,7 @@ them. Everything computed from either is a prediction.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -17,14 +18,15 @@ from pathlib import Path
 from typing import Any
 
 from .costs import Work
+from .launches import LAUNCH_US, WIDTH, measure_launch_us
 
 GIB = 2**30
 
 
 @dataclass(frozen=True)
 class Efficiency:
-    """The fraction of the GPU's rates that code reaches: in matrix products in bf16 and in 8 bits, in attention and its
-    gradient (of the bf16 rate), and in memory-bound ops.
+    """The fraction of the GPU's rates that code reaches: in matrix products in bf16 and in 8 bits that keep every
+    multiprocessor busy, in attention and its gradient (of the bf16 rate), and in memory-bound ops.
     """
 
     bf16: float = 0.80
@@ -39,11 +41,26 @@ MEASURED = Efficiency(bf16=1.0, eight_bits=1.0, attention=0.75, attention_backwa
 above."""
 
 
+TILE = 128
+"""Rows and columns of results that one multiprocessor computes at a time."""
+
+
+def filled(rows: int, columns: int, sms: int) -> float:
+    """The share of the GPU that a product of so many rows and columns of results keeps busy.
+
+    Its `sms` multiprocessors each compute a tile at a time, so all wait for the last wave, which may have fewer tiles;
+    tiles at the edges are computed whole. 1.0 if `sms` is 0: unknown.
+    """
+    tiles = math.ceil(rows / TILE) * math.ceil(columns / TILE)
+    return rows * columns / (TILE**2 * sms * math.ceil(tiles / sms)) if sms else 1.0
+
+
 @dataclass(frozen=True)
 class GPU:
-    """Rates of a GPU: TFLOP/s of bf16, int8 and fp8 products (0: not supported), GB/s of its memory and of copies from
-    pinned host memory, and its GiB. capability: compute capability as one number, 89 for 8.9. word: whether the rates
-    are `nominal` or `measured`.
+    """Rates of a GPU: TFLOP/s of bf16, int8 and fp8 products that fill it (0: not supported), GB/s of its memory and of
+    copies from pinned host memory, and its GiB. capability: compute capability as one number, 89 for 8.9. word: whether
+    the rates are `nominal` or `measured`. sms: its multiprocessors, 0 if unknown. launch_us: microseconds in which
+    Python launches a kernel of a step, on average (launches.py).
     """
 
     name: str
@@ -56,14 +73,18 @@ class GPU:
     bus_gb_s: float
     word: str = "nominal"
     efficiency: Efficiency = Efficiency()
+    sms: int = 0
+    launch_us: float = LAUNCH_US
 
     def seconds(self, work: Work) -> float:
         """The predicted time of `work`; infinite if the GPU lacks the arithmetic."""
         e, total = self.efficiency, work.moved / (self.memory_gb_s * 1e9 * self.efficiency.memory)
+        rates = {"bf16": self.bf16 * e.bf16, "int8": self.int8 * e.eight_bits, "fp8": self.fp8 * e.eight_bits}
+        idle = dict.fromkeys(rates, 0.0)  # FLOPs that waiting multiprocessors could have done
+        for product in work.products:
+            idle[product.kind] += product.flops * (1 / filled(product.rows, product.columns, self.sms) - 1)
         for flops, rate in (
-            (work.bf16, self.bf16 * e.bf16),
-            (work.int8, self.int8 * e.eight_bits),
-            (work.fp8, self.fp8 * e.eight_bits),
+            *((getattr(work, kind) + idle[kind], rate) for kind, rate in rates.items()),
             (work.attention, self.bf16 * e.attention),
             (work.attention_backward, self.bf16 * e.attention_backward),
         ):
@@ -79,32 +100,34 @@ class GPU:
 PCIE_3_X16, PCIE_4_X8, PCIE_4_X16, PCIE_5_X8, PCIE_5_X16 = 12.3, 12.5, 24.5, 25.0, 50.0  # GB/s from pinned memory
 
 _TABLE = (
-    # name, compute capability, bf16, int8, fp8 with sums in fp32, memory GB/s, GiB, bus
-    ("rtx3060", 86, 25.3, 101, 0, 360, 12, PCIE_4_X16),
-    ("rtx3070", 86, 40.6, 163, 0, 448, 8, PCIE_4_X16),
-    ("rtx3080", 86, 59.5, 238, 0, 760, 10, PCIE_4_X16),
-    ("rtx3090", 86, 71, 284, 0, 936, 24, PCIE_4_X16),
-    ("rtx4060", 89, 30.2, 121, 60, 272, 8, PCIE_4_X8),
-    ("rtx4060ti", 89, 44.1, 176, 88, 288, 16, PCIE_4_X8),
-    ("rtx4070", 89, 58.3, 233, 117, 504, 12, PCIE_4_X16),
-    ("rtx4070tisuper", 89, 88.2, 353, 176, 672, 16, PCIE_4_X16),
-    ("rtx4080", 89, 97.5, 390, 195, 717, 16, PCIE_4_X16),
-    ("rtx4090", 89, 165.2, 661, 330, 1008, 24, PCIE_4_X16),
-    ("rtx5060ti", 120, 47.4, 190, 95, 448, 16, PCIE_5_X8),
-    ("rtx5070ti", 120, 87.9, 352, 176, 896, 16, PCIE_5_X16),
-    ("rtx5080", 120, 112.6, 450, 225, 960, 16, PCIE_5_X16),
-    ("rtx5090", 120, 209.5, 838, 419, 1792, 32, PCIE_5_X16),
-    ("a100", 80, 312, 624, 0, 2039, 80, PCIE_4_X16),
-    ("l40s", 89, 362, 733, 733, 864, 48, PCIE_4_X16),
-    ("h100", 90, 989, 1979, 1979, 3350, 80, PCIE_5_X16),
-    ("h200", 90, 989, 1979, 1979, 4800, 141, PCIE_5_X16),
+    # name, compute capability, multiprocessors, bf16, int8, fp8 with sums in fp32, memory GB/s, GiB, bus
+    ("rtx3060", 86, 28, 25.3, 101, 0, 360, 12, PCIE_4_X16),
+    ("rtx3070", 86, 46, 40.6, 163, 0, 448, 8, PCIE_4_X16),
+    ("rtx3080", 86, 68, 59.5, 238, 0, 760, 10, PCIE_4_X16),
+    ("rtx3090", 86, 82, 71, 284, 0, 936, 24, PCIE_4_X16),
+    ("rtx4060", 89, 24, 30.2, 121, 60, 272, 8, PCIE_4_X8),
+    ("rtx4060ti", 89, 34, 44.1, 176, 88, 288, 16, PCIE_4_X8),
+    ("rtx4070", 89, 46, 58.3, 233, 117, 504, 12, PCIE_4_X16),
+    ("rtx4070tisuper", 89, 66, 88.2, 353, 176, 672, 16, PCIE_4_X16),
+    ("rtx4080", 89, 76, 97.5, 390, 195, 717, 16, PCIE_4_X16),
+    ("rtx4090", 89, 128, 165.2, 661, 330, 1008, 24, PCIE_4_X16),
+    ("rtx5060ti", 120, 36, 47.4, 190, 95, 448, 16, PCIE_5_X8),
+    ("rtx5070ti", 120, 70, 87.9, 352, 176, 896, 16, PCIE_5_X16),
+    ("rtx5080", 120, 84, 112.6, 450, 225, 960, 16, PCIE_5_X16),
+    ("rtx5090", 120, 170, 209.5, 838, 419, 1792, 32, PCIE_5_X16),
+    ("a100", 80, 108, 312, 624, 0, 2039, 80, PCIE_4_X16),
+    ("l40s", 89, 142, 362, 733, 733, 864, 48, PCIE_4_X16),
+    ("h100", 90, 132, 989, 1979, 1979, 3350, 80, PCIE_5_X16),
+    ("h200", 90, 132, 989, 1979, 1979, 4800, 141, PCIE_5_X16),
 )
-GPUS = {row[0]: GPU(*row) for row in _TABLE}
+GPUS = {row[0]: GPU(*row[:2], *row[3:], sms=row[2]) for row in _TABLE}
 """Name -> GPU, each in the widest slot that it supports; a GPU in a narrower slot is measured."""
 
 
-VERSION = 2
-"""Of what `measure` measures; older files are not read. 1 measured the vendor's products, of matrices of ones."""
+VERSION = 3
+"""Of what `measure` measures; older files are not read. 1 measured the vendor's products, of matrices of ones; 2 did
+not measure Python, and its rates include the wait for the last wave.
+"""
 SHAPES = ((1536, 9216, 3072), (4608, 9216, 3072))
 """(M, N, K): rows of a batch at 512 and 1024 pixels, by a weight of the common size in transformers of 12 B weights."""
 
@@ -117,21 +140,23 @@ def measure(
     shapes: Sequence[tuple[int, int, int]] = SHAPES,
     seconds: float = 0.3,
     copied: int = 1 << 28,
+    width: int = WIDTH,
 ) -> GPU:
     """Measure the GPU `device` (or a CPU, for tests) in a few seconds; the result is saved in `folder`.
 
-    shapes: of the products; seconds: of each of the five measurements; copied: bytes of a copy. All numbers are random:
+    shapes: of the products; seconds: of each of the six measurements; copied: bytes of a copy; width: of the layers
+    whose launches are timed. All numbers are random:
     constant ones flip fewer bits, take less power, and so run at a higher clock than training does.
     """
     import torch
 
-    name, capability, memory = _identity(device)
+    name, capability, sms, memory = _identity(device)
     slug = "".join(c if c.isalnum() else "-" for c in f"{name}-{torch.__version__}".lower())
     path = folder / f"gpu-{slug}-v{VERSION}.json"
     with suppress(OSError, ValueError, TypeError):
         saved = json.loads(path.read_text(encoding="utf-8"))
         return GPU(**{**saved, "efficiency": Efficiency(**saved["efficiency"])})
-    flops = sum(2 * m * n * k for m, n, k in shapes)
+    flops = sum(2 * m * n * k / filled(m, n, sms) for m, n, k in shapes)  # those that fill the GPU in the same time
     rates = {kind: _rate(run, flops, device, seconds) / 1e12 for kind, run in _products(shapes, device).items()}
     source = torch.randint(256, (copied,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
@@ -141,7 +166,8 @@ def measure(
     bus = _rate(lambda: target.copy_(host, non_blocking=True), copied, device, seconds) / 1e9
     rounded = {kind: _rounded(rates.get(kind, 0.0)) for kind in ("bf16", "int8", "fp8")}
     gpu = GPU(name, capability, **rounded, memory_gb_s=_rounded(memory_rate), memory_gib=round(memory / GIB, 2),
-              bus_gb_s=_rounded(bus), word="measured", efficiency=MEASURED)  # fmt: skip
+              bus_gb_s=_rounded(bus), word="measured", efficiency=MEASURED, sms=sms,
+              launch_us=_rounded(measure_launch_us(device, width, seconds)))  # fmt: skip
     with suppress(OSError):  # if the folder is read-only, the next run measures again
         folder.mkdir(parents=True, exist_ok=True)
         temporary = path.with_suffix(".tmp")
@@ -155,14 +181,14 @@ def _rounded(rate: float) -> float:
     return float(f"{rate:.4g}")
 
 
-def _identity(device: str) -> tuple[str, int, int]:
-    """(name, compute capability, bytes of memory)."""
+def _identity(device: str) -> tuple[str, int, int, int]:
+    """(name, compute capability, multiprocessors, bytes of memory)."""
     import torch
 
     if not device.startswith("cuda"):
-        return device, 0, 0
+        return device, 0, 0, 0
     about = torch.cuda.get_device_properties(torch.device(device))
-    return about.name, 10 * about.major + about.minor, about.total_memory
+    return about.name, 10 * about.major + about.minor, about.multi_processor_count, about.total_memory
 
 
 def _products(shapes: Sequence[tuple[int, int, int]], device: str) -> dict[str, Callable[[], Any]]:

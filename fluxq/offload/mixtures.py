@@ -1,4 +1,8 @@
-"""Mixtures of policies over the blocks: those on the Pareto front of bytes and seconds."""
+"""Mixtures of policies over the blocks: those on the Pareto front of bytes and seconds.
+
+Seconds are those of the GPU's work or those of Python's launches, whichever takes longer in the whole step. So there
+are two fronts, one by each, and the best of both together.
+"""
 
 from __future__ import annotations
 
@@ -17,18 +21,20 @@ POINTS = 250
 
 
 class Point(NamedTuple):
-    """One assignment of policies to blocks: seconds of the blocks' compute, peak bytes (activations, workspace and the
-    gradients that exist by then), each block's policy, and how many blocks round what they keep.
+    """One assignment of policies to blocks: seconds of the blocks, on the GPU (gpu_seconds) or in Python, whichever
+    takes longer; peak bytes (activations, workspace and the gradients that exist by then), each block's policy, and how
+    many blocks round what they keep.
     """
 
     seconds: float
     peak: int
     policies: tuple[str, ...]
     rounded: int = 0
+    gpu_seconds: float = 0.0
 
 
-Option = tuple[int, float, str]
-"""What a policy costs a block: bytes kept, seconds backward, and its name."""
+Option = tuple[int, float, float, str]
+"""What a policy costs a block: bytes kept, seconds of the GPU backward, seconds of Python, and its name."""
 
 
 def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> list[Point]:
@@ -38,14 +44,17 @@ def points(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) -> 
     interleaved evenly. Without a GPU only the leanest assignment matters, and seconds are FLOPs.
     """
     groups = _groups(costs, gpu, policy, offload)
-    front: list[tuple[int, float, Any]] = [(0, 0.0, None)]
-    for members, options in groups:
-        for _ in members:
-            front = _pareto_front([(b + ob, s + os, (rest, name)) for b, s, rest in front for ob, os, name in options])
-
     forward = sum(gpu.seconds(b.forward) if gpu else b.forward.flops for b in costs.blocks)
+    untrained = 1e-6 * gpu.launch_us * sum(b.launches for b in costs.blocks if not b.policies) if gpu else 0.0
+    mixtures = _front(groups, 1)
+    if any(s + forward < p + untrained for _, s, p, _ in mixtures):  # Python may be the limit
+        mixtures += _front(groups, 2)
     leanest, best = math.inf, list[Point]()
-    for point in sorted(_point(costs, groups, s + forward, chain, offload) for _, s, chain in front):
+    found = [
+        _point(costs, groups, max(s + forward, p + untrained), s + forward, chain, offload)
+        for _, s, p, chain in mixtures
+    ]
+    for point in sorted(found):
         if point.peak < leanest:  # the fastest first, then only leaner ones
             best.append(point)
             leanest = point.peak
@@ -58,12 +67,12 @@ def _groups(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) ->
     members: dict[tuple[Any, ...], list[int]] = {}
     options: dict[tuple[Any, ...], list[Option]] = {}
     for number, block in enumerate(costs.blocks):
-        own = []
+        own = list[Option]()
         for name, cost in block.policies.items():
-            work = cost.replay + block.backward
-            own.append((kept(block, name, offload), gpu.seconds(work) if gpu else work.flops, name))
+            work, launch = cost.replay + block.backward, 1e-6 * gpu.launch_us * cost.launches if gpu else 0.0
+            own.append((kept(block, name, offload), gpu.seconds(work) if gpu else work.flops, launch, name))
         if policy is not None and own:
-            own = [option for option in own if option[2] == policy]
+            own = [option for option in own if option[-1] == policy]
             if not own:
                 raise WrongRequest(f"the policy must be one of {', '.join(block.policies)}, not {policy!r}")
         key = (*own, block.forward_peak, *((p.forward_peak, p.backward_peak) for p in block.policies.values()))
@@ -74,7 +83,12 @@ def _groups(costs: Costs, gpu: GPU | None, policy: str | None, offload: bool) ->
 
 
 def _point(
-    costs: Costs, groups: Sequence[tuple[list[int], list[Option]]], seconds: float, chain: Any, offload: bool
+    costs: Costs,
+    groups: Sequence[tuple[list[int], list[Option]]],
+    seconds: float,
+    gpu_seconds: float,
+    chain: Any,
+    offload: bool,
 ) -> Point:
     """The point of a mixture. `chain`: (the mixture without its last name, that name), over all members in order."""
     names = []
@@ -88,17 +102,31 @@ def _point(
             policies[number] = name
     peak = max(sum(moment) for moment in memory_over_step(costs, policies, offload))
     rounded = sum(n in b.policies and not b.policies[n].exact for b, n in zip(costs.blocks, policies, strict=True))
-    return Point(seconds, peak, tuple(policies), rounded)
+    return Point(seconds, peak, tuple(policies), rounded, gpu_seconds)
 
 
-def _pareto_front(options: list[tuple[int, float, Any]]) -> list[tuple[int, float, Any]]:
-    """The options that no other beats in both bytes and seconds, thinned to about `POINTS`."""
-    options.sort(key=lambda option: option[:2])
-    front, fastest = list[tuple[int, float, Any]](), math.inf
+Mixture = tuple[int, float, float, Any]
+"""Bytes kept, seconds of the GPU and of Python, and the policies as `_point` reads them."""
+
+
+def _front(groups: Sequence[tuple[list[int], list[Option]]], by: int) -> list[Mixture]:
+    """The mixtures that no other beats in both bytes and seconds: of the GPU (`by` 1) or of Python (2)."""
+    front: list[Mixture] = [(0, 0.0, 0.0, None)]
+    for members, options in groups:
+        for _ in members:
+            front = [(b + ob, s + os, p + op, (rest, name)) for b, s, p, rest in front for ob, os, op, name in options]
+            front = _pareto_front(front, by)
+    return front
+
+
+def _pareto_front(options: list[Mixture], by: int) -> list[Mixture]:
+    """The options that no other beats in both bytes and seconds `by`, thinned to about `POINTS`."""
+    options.sort(key=lambda option: (option[0], option[by], option[1]))
+    front, fastest = list[Mixture](), math.inf
     for option in options:
-        if option[1] < fastest - 1e-12:
+        if option[by] < fastest - 1e-12:
             front.append(option)
-            fastest = option[1]
+            fastest = option[by]
     if len(front) <= POINTS:
         return front
     step = (front[-1][0] - front[0][0]) / POINTS

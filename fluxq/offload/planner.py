@@ -4,8 +4,9 @@ function.
 `plan` reads a GPU and tables of bytes and FLOPs (fluxq/offload/costs.py), one for each allowed way of holding and
 multiplying the weights. For each table it lists what the blocks can keep (mixtures.py) and combines that with every
 number of slots and of resident units that fits (footprint.py). It tries the most promising candidates first: the ring
-itself, under a virtual clock (steps.py), says how long a step takes. It picks the fastest that fits; of the plans
-within 1 % of it, the one with the most accurate weights. Every figure is a prediction.
+itself, under a virtual clock (steps.py), says how long a step takes on the GPU; it takes no less than Python needs to
+launch its kernels. It picks the fastest that fits; of the plans within 1 % of it, the one with the most accurate
+weights. Every figure is a prediction.
 """
 
 from __future__ import annotations
@@ -37,8 +38,13 @@ RESIDENTS = 20
 OUTSIDE = int(0.4 * GIB)
 """Bytes of the GPU that torch's allocator leaves to cuBLAS, compiled kernels and CUDA (fluxq/memory/share.py)."""
 
-MARGIN = OUTSIDE + int(0.1 * GIB)
-"""Bytes of the GPU that no plan reserves: predictions of what the allocator reserves have been 0.1 GiB too low."""
+STEP_MARGIN = OUTSIDE + int(0.1 * GIB)
+"""Bytes of the GPU that no plan of a training step reserves: predictions of what the allocator reserves have been
+0.1 GiB too low.
+"""
+
+COPY_LAUNCHES = 2
+"""A copy between GPU and host, with its events, takes as long as this many launches."""
 
 AS_GOOD = 1.01
 GRAIN = 1.002
@@ -55,7 +61,7 @@ def plan(
     ram: int | None = None,
     pins: Pins | None = None,
     smaller: Mapping[str, Sequence[Costs]] | None = None,
-    margin: int = MARGIN,
+    margin: int = STEP_MARGIN,
 ) -> Plan:
     """The fastest plan of `tables` within `vram` and `ram` bytes, or one that is as good and more accurate.
 
@@ -76,7 +82,7 @@ def plan(
     return best[min(as_good)[2]][1]
 
 
-def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
+def least(costs: Costs, pins: Pins | None = None, margin: int = STEP_MARGIN) -> int:
     """The fewest bytes of a GPU that any plan of `costs` needs."""
     pins = pins or Pins()
     return margin + min(
@@ -87,11 +93,24 @@ def least(costs: Costs, pins: Pins | None = None, margin: int = MARGIN) -> int:
     )
 
 
-def block_seconds(costs: Costs, gpu: GPU) -> tuple[float, list[float], list[dict[str, float]]]:
+BlockSeconds = tuple[float, list[float], list[dict[str, float]]]
+
+
+def block_seconds(costs: Costs, gpu: GPU) -> BlockSeconds:
     """Seconds outside the blocks, of each block forward, and of each block backward by policy."""
     forward = [gpu.seconds(b.forward) for b in costs.blocks]
     backward = [{n: gpu.seconds(p.replay + b.backward) for n, p in b.policies.items()} for b in costs.blocks]
     return gpu.seconds(costs.outside), forward, backward
+
+
+def launches(costs: Costs, setting: Setting, policies: Sequence[str], offload: bool) -> int:
+    """How many kernels Python launches in a step, with what takes as long: copies of streamed units, once each way but
+    for those in the slots when the direction changes, and of each block's inputs to the host and back.
+    """
+    kernels = costs.launches + sum(b.launched(policy) for b, policy in zip(costs.blocks, policies, strict=True))
+    trained = [(b, policy) for b, policy in zip(costs.blocks, policies, strict=True) if policy]
+    inputs, units = len(trained) if offload else 0, len(costs.units) - len(setting.resident) - setting.slots
+    return kernels + 2 * COPY_LAUNCHES * (inputs + max(0, units))
 
 
 def timeline(
@@ -101,9 +120,12 @@ def timeline(
     policies: Sequence[str],
     offload: bool = False,
     run_ahead: int | None = None,
+    known: BlockSeconds | None = None,
 ) -> Timeline:
-    """A step of `costs` on `gpu` in the long run, by the ring under a virtual clock (run_ahead: see TimedStreams)."""
-    outside, forward, backward = block_seconds(costs, gpu)
+    """A step of `costs` on `gpu` in the long run, by the ring under a virtual clock (run_ahead: see TimedStreams).
+    known: the result of `block_seconds`.
+    """
+    outside, forward, backward = known or block_seconds(costs, gpu)
     blocks = tuple(b.units for b in costs.blocks)
     return run_steps(
         Schedule(blocks, frozenset(setting.resident), max(2, setting.slots), tuple(costs.ahead)),
@@ -182,7 +204,7 @@ class _Search:
                 break
             *_, point, setting, offload, rest = candidate
             steps, (pass_seconds, pass_bytes) = self._timeline(candidate, passes=False), self._pass_share(setting)
-            seconds = steps.seconds + pass_seconds
+            seconds = max(steps.seconds + pass_seconds, self._launching(point, setting, offload))
             rank = self._rank(seconds, steps.copied + pass_bytes, point, setting, offload)
             if seconds <= limit and (best is None or rank < best[0]):
                 best = rank, seconds, candidate
@@ -207,7 +229,11 @@ class _Search:
             return
         pass_seconds, pass_bytes = self._pass_share(setting)
         moved = self._least_moved(setting, offload) + pass_bytes
-        seconds = max(point.seconds + self._outside + pass_seconds, moved / (self.gpu.bus_gb_s * 1e9))
+        seconds = max(
+            point.gpu_seconds + self._known[0] + pass_seconds,
+            moved / (self.gpu.bus_gb_s * 1e9),
+            self._launching(point, setting, offload),
+        )
         rank = self._rank(seconds, moved, point, setting, offload)
         heapq.heappush(heap, _Candidate(rank, next(number), point, setting, offload, rest))
 
@@ -222,8 +248,12 @@ class _Search:
         return grain, offload, point.rounded, crowded, 0 if crowded else moved, nbytes
 
     @cached_property
-    def _outside(self) -> float:
-        return self.gpu.seconds(self.costs.outside)
+    def _known(self) -> BlockSeconds:
+        return block_seconds(self.costs, self.gpu)
+
+    def _launching(self, point: Point, setting: Setting, offload: bool) -> float:
+        """Seconds in which Python launches a step."""
+        return 1e-6 * self.gpu.launch_us * launches(self.costs, setting, point.policies, offload)
 
     def _pass_share(self, setting: Setting) -> tuple[float, int]:
         """A lower bound of one step's share of a pass ahead, in seconds and bytes. The search uses it in place of the
@@ -253,17 +283,19 @@ class _Search:
 
     def _timeline(self, candidate: _Candidate, passes: bool = True) -> Timeline:
         setting = candidate.setting if passes else candidate.setting._replace(ahead=0)
-        return timeline(self.costs, self.gpu, setting, candidate.point.policies, candidate.offload)
+        return timeline(self.costs, self.gpu, setting, candidate.point.policies, candidate.offload, None, self._known)
 
     def _plan(self, chosen: _Candidate) -> Plan:
         costs, setting, point, offload = self.costs, chosen.setting, chosen.point, chosen.offload
         timing, peak = self._timeline(chosen), peak_by_owner(costs, point.policies, offload, setting)
         left = sum(peak.values()) - fixed(costs, setting)  # previews are decoded in the memory of a step's temporaries
         tiles = next((band for band, size in costs.tiles if size <= left), costs.tiles[-1][0] if costs.tiles else None)
+        kernels = launches(costs, setting, point.policies, offload)
+        launching = 1e-6 * self.gpu.launch_us * kernels
         return Plan(
             costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),
             point.policies, offload, tiles, setting.ahead, peak, reserved(costs, setting, left),
-            timing.seconds, timing.stalled, timing.copied,
+            max(timing.seconds, launching), timing.stalled, timing.copied, timing.seconds, kernels, launching,
             host_bytes(costs, setting, offload), self.gpu.name, self.vram, costs.about,
         )  # fmt: skip
 

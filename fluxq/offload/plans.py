@@ -51,8 +51,9 @@ class Plan:
     backward pass; offload: block inputs are kept on the host; tiles: rows that the autoencoder decodes at a time for a
     preview, in the memory of a step's temporaries, None for all; look_ahead: steps whose modulation is computed in one
     pass, 0 if it is part of the step. peak: bytes by owner at the moment of the peak; reserved: bytes that torch's
-    allocator takes for them; seconds: per step, of which `stall` are spent waiting for copies; moved: bytes copied to
-    the GPU per step; host: bytes of RAM.
+    allocator takes for them; seconds: per step, on the GPU (gpu_seconds, of which `stall` are spent waiting for copies)
+    or in Python (launching: it launches so many kernels), whichever takes longer; moved: bytes copied to the GPU per
+    step; host: bytes of RAM.
     """
 
     format: str
@@ -69,6 +70,9 @@ class Plan:
     seconds: float
     stall: float
     moved: int
+    gpu_seconds: float
+    launches: int
+    launching: float
     host: int
     gpu: str
     vram: int
@@ -90,12 +94,21 @@ class Plan:
 
     @property
     def bound(self) -> str:
-        """What limits the step: "compute" or "bus"."""
+        """What limits the step: "compute", "bus" or "python"."""
+        if self.launching > self.gpu_seconds:
+            return "python"
         return "bus" if self.stall > 0.05 * self.seconds else "compute"
 
     def to_json(self) -> dict[str, Any]:
         """The content of plan.json."""
         return {"predicted": True, **asdict(self), "peak_bytes": self.peak_bytes, "bound": self.bound}
+
+
+LIMITS = {
+    "compute": "compute",
+    "bus": "the bus",
+    "python": "Python: the GPU would be faster, but waits for its kernels to be launched",
+}
 
 
 def gib(nbytes: float) -> str:
@@ -121,8 +134,10 @@ def describe(plan: Plan) -> str:
         ("reserved, predicted", f"{gib(plan.reserved)}: the allocator needs more than is alive"),
         ("RAM, predicted", gib(plan.host)),
         ("copied per step", f"{plan.moved / 1e9:.1f} GB"),
-        ("step, predicted", f"{plan.seconds:.2f} s on {plan.gpu}, {plan.stall / plan.seconds:.0%} of it waiting"
-         f" for copies; limited by {'the bus' if plan.bound == 'bus' else 'compute'}"),
+        ("GPU, predicted", f"{plan.gpu_seconds:.2f} s on {plan.gpu}, {plan.stall / plan.gpu_seconds:.0%} of it waiting"
+         " for copies"),
+        ("Python, predicted", f"{plan.launching:.2f} s to launch {plan.launches:,} kernels"),
+        ("step, predicted", f"{plan.seconds:.2f} s, limited by {LIMITS[plan.bound]}"),
     ]  # fmt: skip
     width = max(len(name) for name, _ in rows)
     return "\n".join(f"{name:<{width}}  {text}" for name, text in rows)

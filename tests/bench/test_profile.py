@@ -55,6 +55,16 @@ def test_a_fast_gpu_behind_a_slow_bus_is_bound_by_the_bus():
     assert stalls["rtx4090"]["bound_by"] == "bus" and stalls["rtx4090"]["stall"] > stalls["rtx3060"]["stall"]
 
 
+def test_one_line_says_that_python_is_the_limit(monkeypatch, capsys):
+    monkeypatch.setattr(profile, "SWAPS", (0,))
+    base = Setting(policy="keep_all", slots=2)
+    for us, bound in ((1.0, "compute"), (1000.0, "python")):
+        gpu = replace(GPUS["rtx4090"], launch_us=us)
+        (row,), _ = profile.rows_of(gpu, None, base, ["nf4"], [512], 0)
+        assert row["bound_by"] == bound and row["launching_s"] == pytest.approx(1e-6 * us * row["launches"], abs=1e-4)
+        assert ("wait for Python to launch their kernels" in capsys.readouterr().out) == (bound == "python")
+
+
 def test_an_unknown_gpu_lists_those_known():
     result = CliRunner().invoke(main, ["profile", "--gpu", "voodoo2"])
     assert result.exit_code == 2 and "rtx3060" in result.stderr

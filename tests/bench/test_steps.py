@@ -251,13 +251,14 @@ def test_a_slower_bus_is_imitated_by_repeated_copies(monkeypatch):
 
 def test_flux_and_nano_are_told_apart(tmp_path):
     row = dict.fromkeys(AXES[1:]) | dataclasses.asdict(TINY) | {"it_s": 1.0, "images_s": 1.0, "ms": {}}
-    row |= {"peak_gib": 5.25}
+    row |= {"peak_gib": 5.25, "predicted_launching_s": 0.25}
     for model in ("nano", "FLUX.1 dev, random weights"):
         about = {"machine": f"of {model}", "model": model}
         (tmp_path / f"{model[:4]}.json").write_text(json.dumps({"kind": KIND, "about": about, "rows": [row]}))
     result = run("compare", *tmp_path.glob("*.json"), "--json", "--out", tmp_path / "x.png")
     answer = json.loads(result.stdout)
-    assert [len(line["machines"]) for line in answer["rows"]] == [1, 1] and "1.000 (5.2 GiB)" in result.stderr
+    assert [len(line["machines"]) for line in answer["rows"]] == [1, 1]
+    assert "1.000 (5.2 GiB, Python 0.25 s)" in result.stderr
     assert "nano, 32 px" in result.stderr
 
 

@@ -22,7 +22,7 @@ from fluxq.formats.quantized import assign, layout, view
 from fluxq.kernels.chunks import CHUNKS
 from fluxq.memory import phases
 from fluxq.memory.phases import (
-    MARGIN,
+    SAMPLING_MARGIN,
     SAMPLING_SLOTS,
     TOKENS_PER_BATCH,
     SamplingLimits,
@@ -205,7 +205,7 @@ def test_a_budget_decides_what_stays_and_how_many_are_sampled_at_once():
 
 def test_images_that_do_not_fit_together_are_sampled_one_by_one():
     costs = flux_costs(DEV, "nf4", targets=(), img_tokens=32 * 32, chunk=CHUNKS[86])
-    least = least_sampling_bytes(costs, 0, None) + MARGIN
+    least = least_sampling_bytes(costs, 0, None) + SAMPLING_MARGIN
     placement, own = place_at(512, 3, vram=f"{least // 2**20 + 1}MiB")
     assert (own.tokens, placement.resident, placement.slots) == (0, (), 2)
     assert place_at(512, 3, vram="4GiB")[1].tokens == TOKENS_PER_BATCH
@@ -230,8 +230,8 @@ def test_pins_are_kept_while_sampling():
 
 def test_without_vram_the_free_memory_counts(monkeypatch):
     monkeypatch.setattr(phases, "free_gpu_bytes", lambda: 9 * GIB)
-    assert gpu_budget(MemoryConfig(), Full.device) == 9 * GIB - MARGIN
-    assert gpu_budget(MemoryConfig(vram="3GiB"), Full.device) == 3 * GIB - MARGIN
+    assert gpu_budget(MemoryConfig(), Full.device) == 9 * GIB - SAMPLING_MARGIN
+    assert gpu_budget(MemoryConfig(vram="3GiB"), Full.device) == 3 * GIB - SAMPLING_MARGIN
     assert gpu_budget(MemoryConfig(), torch.device("cpu")) is None
     with pytest.raises(WrongRequest, match="--vram is for a CUDA GPU"):
         gpu_budget(MemoryConfig(vram="3GiB"), torch.device("cpu"))

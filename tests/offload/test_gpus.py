@@ -11,8 +11,8 @@ import torch
 
 from fluxq.kernels import reference
 from fluxq.offload import gpus
-from fluxq.offload.costs import Work
-from fluxq.offload.gpus import GPU, GPUS, MEASURED, Efficiency, measure
+from fluxq.offload.costs import Matmul, Work
+from fluxq.offload.gpus import GPU, GPUS, MEASURED, Efficiency, filled, measure
 
 
 def test_seconds_match_a_manual_calculation():
@@ -23,6 +23,32 @@ def test_seconds_match_a_manual_calculation():
     assert gpu.seconds(Work(attention=2e12, attention_backward=1e12)) == pytest.approx(2)
     assert gpu.seconds(Work(moved=80e9) + Work(bf16=5e12)) == pytest.approx(2)
     assert gpu.seconds(Work(fp8=1)) == math.inf and gpu.vram == 8 * 2**30
+    half = Work(bf16=5e12, int8=10e12, products=(Matmul("bf16", 128, 5 * 128, 5e12),))
+    assert dataclasses.replace(gpu, sms=10).seconds(half) == pytest.approx(2 + 1), "five multiprocessors wait"
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "sms", "share"),
+    [
+        (1536, 9216, 28, 864 / (31 * 28)),  # q, k and v at 512 pixels on an RTX 3060: 864 tiles in 31 waves
+        (1536, 9216, 128, 864 / (7 * 128)),
+        (1536, 3072, 128, 288 / (3 * 128)),  # on an RTX 4090 the third wave is a quarter full
+        (512, 3072, 128, 96 / 128),  # one wave, of text
+        (4608, 12288, 132, 3456 / (27 * 132)),
+        (4608, 3072, 170, 864 / (6 * 170)),
+        (128, 128, 1, 1.0),
+        (64, 130, 4, 64 * 130 / (2 * 128 * 128) * 2 / 4),  # tiles at the edge are computed whole
+        (333, 1000, 0, 1.0),  # unknown
+    ],
+)
+def test_a_product_waits_for_its_last_wave(rows, columns, sms, share):
+    assert filled(rows, columns, sms) == pytest.approx(share)
+
+
+def test_products_that_fill_whole_waves_lose_nothing_and_larger_ones_little():
+    for sms in (24, 28, 68, 84, 128, 132, 170):
+        assert filled(128 * sms, 128, sms) == filled(128, 256 * sms, sms) == 1
+        assert filled(4608, 12288, sms) > 0.95 * filled(1536, 12288, sms) and filled(36864, 12288, sms) > 0.99
 
 
 def test_geforce_multiplies_int8_at_four_times_and_fp8_at_twice_the_rate():
@@ -33,12 +59,13 @@ def test_geforce_multiplies_int8_at_four_times_and_fp8_at_twice_the_rate():
 
 
 def test_measured_rates_are_saved(tmp_path):
-    small = dict(device="cpu", shapes=((48, 64, 64), (80, 64, 64)), seconds=0.01, copied=1 << 16)
+    small = dict(device="cpu", shapes=((48, 64, 64), (80, 64, 64)), seconds=0.01, copied=1 << 16, width=64)
     (tmp_path / f"card-cpu-{torch.__version__.replace('.', '-').replace('+', '-')}.json").write_text("of before")
     gpu = measure(tmp_path, **small)
     assert gpu.word == "measured" and gpu.efficiency == MEASURED
     assert gpu.bf16 > 0 and gpu.int8 > 0 and gpu.memory_gb_s > 0 and gpu.bus_gb_s > 0 and gpu.fp8 == 0
-    (saved,) = tmp_path.glob("gpu-cpu-*-v2.json")
+    assert 1 < gpu.launch_us < 10_000, "Python takes its time"
+    (saved,) = tmp_path.glob("gpu-cpu-*-v3.json")
     assert measure(tmp_path, **small) == gpu
     saved.write_text(json.dumps(json.loads(saved.read_text()) | {"bf16": 123.0}))
     assert measure(tmp_path, **small).bf16 == 123.0
@@ -60,6 +87,5 @@ def test_the_products_measured_are_training_s_own_with_random_numbers(monkeypatc
 
 def test_a_read_only_folder_does_not_matter(tmp_path):
     (tmp_path / "file").touch()
-    assert (
-        measure(tmp_path / "file" / "sub", device="cpu", shapes=((48, 64, 64),), seconds=0.01, copied=1 << 16).bf16 > 0
-    )
+    small = dict(device="cpu", shapes=((48, 64, 64),), seconds=0.01, copied=1 << 16, width=64)
+    assert measure(tmp_path / "file" / "sub", **small).bf16 > 0

@@ -287,6 +287,53 @@ def test_units_computed_ahead_use_slots_even_if_all_others_are_resident():
     assert found.moved == (80 + 60) * MB // 8, "m1 stays in its slot, m0 and m2 share one"
 
 
+def with_launches(costs: Costs, **by_policy: int) -> Costs:
+    """`costs` whose blocks launch that many kernels under each policy."""
+    blocks = [
+        dataclasses.replace(
+            b, policies={n: dataclasses.replace(p, launches=by_policy[n]) for n, p in b.policies.items()}
+        )
+        for b in costs.blocks
+    ]
+    return dataclasses.replace(costs, blocks=tuple(blocks), launches=10)
+
+
+def test_if_python_is_the_limit_the_plan_says_so_and_launches_least():
+    """keep_some launches less than keep_all, whose GPU time is less."""
+    costs = with_launches(model(unit=MB), recompute=90, keep_some=60, keep_all=80)
+    plenty = dict(vram=4000 * MB, margin=0)
+    for us, policy, bound in ((1.0, "keep_all", "compute"), (1e5, "keep_some", "python")):
+        found = plan([costs], dataclasses.replace(TEST_GPU, launch_us=us), **plenty)
+        assert set(found.policies) == {policy} and found.bound == bound
+        assert found.launches == 10 + 4 * {"keep_all": 80, "keep_some": 60}[policy] and found.moved == 0
+        assert found.launching == pytest.approx(1e-6 * us * found.launches)
+        assert found.seconds == max(found.gpu_seconds, found.launching)
+        assert ("limited by Python" in describe(found)) == (bound == "python")
+    slow = dataclasses.replace(TEST_GPU, launch_us=1e5)
+    streamed = plan([costs], slow, pins=Pins(resident_units=0, policy="keep_some"), **plenty)
+    assert streamed.launches > 10 + 4 * 60, "copies are launched too"
+
+
+def test_plans_that_python_limits_equal_brute_force():
+    costs = with_launches(model(3, doubles=1, singles=2, unit=60 * MB), recompute=40, keep_some=20, keep_all=30)
+    floor = least(costs, margin=0)
+    for us, extra in itertools.product((1e3, 1e4, 3e4), (0, 60, 150, 400)):
+        gpu = dataclasses.replace(TEST_GPU, launch_us=us)
+        best = min(
+            plan([only_policies(costs, names)], gpu, floor + extra * MB, margin=0).seconds
+            for names in itertools.product(("recompute", "keep_some", "keep_all"), repeat=3)
+            if least(only_policies(costs, names), margin=0) <= floor + extra * MB
+        )
+        assert plan([costs], gpu, floor + extra * MB, margin=0).seconds == pytest.approx(best, rel=2e-3), (us, extra)
+
+
+def only_policies(costs: Costs, names: tuple[str, ...]) -> Costs:
+    """`costs` with one policy left for each block."""
+    blocks = zip(costs.blocks, names, strict=True)
+    left = tuple(dataclasses.replace(b, policies={name: b.policies[name]}) for b, name in blocks)
+    return dataclasses.replace(costs, blocks=left)
+
+
 def test_points_are_pareto_optimal():
     costs = model(5, doubles=3, singles=5)
     front = points(costs, TEST_GPU, None, False)

@@ -30,7 +30,7 @@ def prepare_gpus(gpus):
     def from_table(folder, device="cuda", *arguments, **options):
         if known is None or not device.startswith("cuda"):
             return measure(folder, device, *arguments, **options)
-        return replace(known, memory_gib=round(gpus._identity(device)[2] / gpus.GIB, 2))
+        return replace(known, memory_gib=round(gpus._identity(device)[-1] / gpus.GIB, 2))
 
     gpus.measure = from_table
 
