@@ -103,7 +103,7 @@ def place_sampling(
             )
             for image, count in Counter(width // 16 * (height // 16) for width, height in sizes).items()
         ]
-        largest = max(tables, key=_forward_bytes)
+        largest = max(tables, key=forward_bytes)
         if placed := sampling_residents(largest, lora_bytes, budget, memory.slots, pinned):
             return Placement(*placed), SamplingLimits(tokens, budget)
         needed = least_sampling_bytes(largest, lora_bytes, memory.slots, len(pinned or ()))
@@ -122,7 +122,7 @@ def sampling_residents(
     The units are None if the whole model fits, including its modulation; else as many as fit next to the slots.
     """
     everything = sum(costs.units.values()) + sum(costs.ahead.values())
-    if pinned is None and slots is None and _forward_bytes(costs) + lora_bytes + everything <= budget:
+    if pinned is None and slots is None and forward_bytes(costs) + lora_bytes + everything <= budget:
         return None, 0
     blocks, largest = [block.units for block in costs.blocks], max(costs.units.values())
     for count in (slots,) if slots else (SAMPLING_SLOTS, _fewest_slots(blocks)):
@@ -136,7 +136,7 @@ def sampling_residents(
 def least_sampling_bytes(costs: Costs, lora_bytes: int, slots: int | None, resident: int = 0) -> int:
     """The bytes of a forward pass with this number of slots (by default the fewest possible) and of resident units."""
     slots = slots or _fewest_slots([block.units for block in costs.blocks])
-    return _forward_bytes(costs) + lora_bytes + slots * costs.slot + resident * max(costs.units.values())
+    return forward_bytes(costs) + lora_bytes + slots * costs.slot + resident * max(costs.units.values())
 
 
 def preview_limits(config: TrainConfig, models: Models, placement: Placement) -> SamplingLimits:
@@ -152,7 +152,7 @@ def preview_limits(config: TrainConfig, models: Models, placement: Placement) ->
     )
 
 
-def _forward_bytes(costs: Costs) -> int:
+def forward_bytes(costs: Costs) -> int:
     """The bytes of a forward pass without the weights of the units and the LoRA."""
     return costs.stays + costs.scratch + costs.ahead_step + max(block.forward_peak for block in costs.blocks)
 
