@@ -231,20 +231,16 @@ def planned(row: Row) -> Plan:
     return plan([costs_of(row)], GPUS[row.gpu], 1 << 60 if row.policy else vram, pins=pins)
 
 
-@cache
 def costs_of(row: Row, batch: int | None = None) -> Costs:
-    return flux_costs(
-        FluxConfig.dev(),
-        row.format,
-        row.compute,
-        RANK,
-        batch=batch or row.batch,
-        img_tokens=(row.resolution // 16) ** 2,
-        txt_tokens=T5_LENGTH,
-        optimizer=OPTIMIZER,
-        chunk=chunk_of(GPUS[row.gpu].capability),
-        expandable=row.grows,
-    )
+    chunk = chunk_of(GPUS[row.gpu].capability)
+    return _costs(row.format, row.compute, batch or row.batch, row.resolution, chunk, row.grows)
+
+
+@cache
+def _costs(format: str, compute: str, batch: int, resolution: int, chunk: int, grows: bool) -> Costs:
+    tokens = (resolution // 16) ** 2
+    shape = dict(batch=batch, img_tokens=tokens, txt_tokens=T5_LENGTH, optimizer=OPTIMIZER)
+    return flux_costs(FluxConfig.dev(), format, compute, RANK, **shape, chunk=chunk, expandable=grows)
 
 
 def choices(made: Plan) -> dict[str, Any]:
@@ -525,8 +521,8 @@ ABOUT = {
     ),
     "sampling": (
         "Sampling",
-        "`fluxq sample`, and previews of a run that trains: denoising, then decoding. Predicted: bytes alive; more: what "
-        "was reserved beyond that.",
+        "`fluxq sample`, and previews of a run that trains: they denoise, then decode. Predicted are the bytes alive; "
+        "more is what was reserved beyond that.",
     ),
 }
 
