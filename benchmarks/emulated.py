@@ -6,20 +6,18 @@
 `python3` has a torch built for CUDA. Every row runs in a process of its own, whose allocator is empty, under
 tests/emulated_gpu/run.py. Rows that results/emulated_memory.json lacks, or has from another commit, are measured;
 `--seconds` starts no more after that time, and the next call goes on. Then results/emulated.md is written: its
-predictions are those of the code at hand. The exit code is 1 if a row is missing, or further off than ALIVE, RESERVED
-or UNUSED allow.
+predictions are those of the code at hand. The exit code is 1 if a row is missing, or further off than allowed.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
 from itertools import product
@@ -33,7 +31,7 @@ from benchmarks.measure import commit, version
 from benchmarks.placed import RANK, T5_LENGTH
 from fluxq.bench.measured import measured_row
 from fluxq.bench.random_model import planned_flux, random_flux
-from fluxq.bench.timed_step import OPTIMIZER, Setting, trainer
+from fluxq.bench.timed_step import OPTIMIZER, WARM_UP, Setting, trainer
 from fluxq.caching.store import Text
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.stream import expect_sampling
@@ -41,16 +39,15 @@ from fluxq.kernels.chunks import chunk_of
 from fluxq.memory import phases
 from fluxq.memory.machine import free_gpu_bytes
 from fluxq.memory.share import take_share
-from fluxq.model import AutoEncoder, AutoEncoderConfig, Flux, FluxConfig
+from fluxq.model import Flux, FluxConfig
 from fluxq.model.blocks import Scale
-from fluxq.model.costs import AUTOENCODER, TILES, flux_costs
+from fluxq.model.costs import flux_costs
 from fluxq.model.lora import lora_layers
 from fluxq.offload import footprint, spread
 from fluxq.offload.costs import Costs
 from fluxq.offload.gpus import GIB, GPUS
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins, Plan, counted
-from fluxq.sampling.decoding import decode_images
 from fluxq.sampling.denoising import denoise
 from fluxq.sampling.requests import Request
 
@@ -150,6 +147,7 @@ def _sampling() -> Iterator[Row]:
         yield Row("rtx3060", 1024, "nf4", "bf16", images=1, total=6, grows=grows)
         yield Row("rtx3060", 512, "nf4", "int8", images=4, total=8, grows=grows)
         yield Row("rtx4060ti", 1536, "int8", "bf16", images=2, grows=grows)
+        yield Row("rtx3060", 512, "nf4", "bf16", images=1, total=6, grows=grows)
         yield Row("rtx3060", 1024, "nf4", "bf16", images=2, previews=True, grows=grows)
         yield Row("rtx3060", 512, "nf4", "bf16", images=2, previews=True, total=8, grows=grows)
 
@@ -178,15 +176,16 @@ def main() -> None:
         rows = {each: rows[each] for each in ROWS if each in rows}  # in the table's order, without former rows
         write(ROWS_FILE, json.dumps({"versions": versions(), "rows": rows}, indent=1) + "\n")
         print(name, {k: v for k, v in rows[name].items() if k.endswith("_gib") or k == "failed"}, flush=True)
-    text, wrong = page(rows)
+    text, wrong = page(rows, read("versions"))
     write(PAGE, text)
     wrong += [f"{name}: not measured" for name in ROWS if name not in rows]
     print("\n".join(wrong))
     raise SystemExit(bool(wrong))
 
 
-def read() -> dict[str, dict[str, Any]]:
-    return json.loads(ROWS_FILE.read_text(encoding="utf-8"))["rows"] if ROWS_FILE.exists() else {}
+def read(what: str = "rows") -> dict[str, Any]:
+    """What was measured: the `rows`, or the `versions` that they were measured with."""
+    return json.loads(ROWS_FILE.read_text(encoding="utf-8"))[what] if ROWS_FILE.exists() else {}
 
 
 def write(path: Path, text: str) -> None:
@@ -295,83 +294,55 @@ class watched:
 
 
 def measure_sampling(row: Row) -> dict[str, Any]:
-    """The peaks of denoising and of decoding: of `fluxq sample`, or of previews after training steps."""
+    """The peak of denoising, of `fluxq sample` or of previews after training steps."""
     device, size = torch.device("cuda"), row.resolution
     requests = [Request("x", seed, size, size, steps=2) for seed in range(row.images)]
     texts = {"x": Text(torch.zeros(T5_LENGTH, 4096, dtype=torch.bfloat16), torch.zeros(768), "x", 5, False)}
-    with watched(), patch("fluxq.sampling.decoding.to_image", lambda x: x):
-        flux, tokens, decoding_bytes, found = (training if row.previews else placed_to_sample)(row, device)
-        latents = denoised = None
+    with watched():
+        flux, tokens, found = (training if row.previews else placed_to_sample)(row, device)
+        before = torch.cuda.memory_reserved() if row.previews else 0
         torch.cuda.reset_peak_memory_stats()
-        latents = denoise(flux, texts, requests, tokens=tokens)
-        found |= peaks("denoising")
-        if not row.previews:
-            close(flux)
-            del flux
-            gc.collect()
-            torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats()
-        denoised = torch.cuda.memory_allocated()
-        decode_images(partial(autoencoder, device), latents, decoding_bytes, print)
-        found |= peaks("decoding") | {"before_decoding_gib": denoised / GIB, "band": bands[-1]}
-    return found | allocator()
-
-
-def placed_to_sample(row: Row, device: torch.device) -> tuple[Flux, int, int, dict[str, Any]]:
-    take_share()
-    budget = (free_gpu_bytes() or 0) - phases.SAMPLING_MARGIN
-    costs = sampled_costs(row)
-    placed = phases.sampling_residents(costs, LORA_BYTES, budget)
-    assert placed is not None
-    flux = random_flux(FluxConfig.dev(), row.format, device, RANK, *placed)
-    flux.set_compute(row.compute)
-    expect_sampling(flux)
-    lora = sum(p.nbytes for layer in lora_layers(flux).values() for p in layer.parameters())
-    assert lora == LORA_BYTES, lora
-    units = None if placed[0] is None else len(placed[0])
-    return flux, phases.TOKENS_PER_BATCH, budget, {"resident": units, "slots": placed[1], "budget_gib": budget / GIB}
+        denoise(flux, texts, requests, tokens=tokens)
+    peak, reserved = torch.cuda.max_memory_allocated(), torch.cuda.max_memory_reserved()
+    return found | {"peak_gib": peak / GIB, "reserved_gib": reserved / GIB, "step_gib": before / GIB} | allocator()
 
 
 LORA_BYTES = 4 * 56_033_280
 """Of LoRA of rank 16 on attention and MLP, in fp32."""
 
 
+def placed_to_sample(row: Row, device: torch.device) -> tuple[Flux, int, dict[str, Any]]:
+    take_share()
+    costs = sampled_costs(row)
+    budget = (free_gpu_bytes() or 0) - phases.SAMPLING_MARGIN - phases.unused_beyond(tokens_of(row))
+    placed = phases.sampling_residents(costs, LORA_BYTES, budget)
+    assert placed is not None
+    flux = random_flux(FluxConfig.dev(), row.format, device, RANK, *placed)
+    flux.set_compute(row.compute)
+    expect_sampling(flux)
+    assert sum(p.nbytes for layer in lora_layers(flux).values() for p in layer.parameters()) == LORA_BYTES
+    units = None if placed[0] is None else len(placed[0])
+    return flux, phases.TOKENS_PER_BATCH, {"resident": units, "slots": placed[1]}
+
+
 def sampled_costs(row: Row) -> Costs:
     """As `place_sampling` has them."""
-    return costs_of(row, max(1, min(row.images, phases.TOKENS_PER_BATCH // ((row.resolution // 16) ** 2 + T5_LENGTH))))
+    return costs_of(row, max(1, min(row.images, phases.TOKENS_PER_BATCH // tokens_of(row))))
 
 
-def training(row: Row, device: torch.device) -> tuple[Flux, int, int, dict[str, Any]]:
-    """A run after some steps, with its optimizer's state; limits as `preview_limits` has them."""
+def tokens_of(row: Row) -> int:
+    return (row.resolution // 16) ** 2 + T5_LENGTH
+
+
+def training(row: Row, device: torch.device) -> tuple[Flux, int, dict[str, Any]]:
+    """A run after some steps, with its optimizer's state; as many tokens at once as `preview_limits` allows."""
     made = planned(row)
     flux = planned_flux(FluxConfig.dev(), made, RANK, device)
     step = trainer(flux, row.setting)
-    for index in range(3):
+    for index in range(WARM_UP):
         step(index)
-    flux.step = step  # type: ignore[assignment] - what trains stays alive
-    tokens = row.batch * ((row.resolution // 16) ** 2 + T5_LENGTH)
-    left = made.peak_bytes - footprint.fixed(costs_of(row), made.setting)
-    reserved = torch.cuda.max_memory_reserved() / GIB
-    return flux, min(tokens, phases.TOKENS_PER_BATCH), left, choices(made) | {"step_reserved_gib": reserved}
-
-
-bands: list[int | None] = []
-
-
-def autoencoder(device: torch.device, band: int | None) -> AutoEncoder:
-    bands.append(band)
-    with device:
-        return AutoEncoder(AutoEncoderConfig()).eval().requires_grad_(False).in_bands(band)
-
-
-def peaks(name: str) -> dict[str, float]:
-    figures = {"peak": torch.cuda.max_memory_allocated(), "reserved": torch.cuda.max_memory_reserved()}
-    return {f"{name}_{figure}_gib": nbytes / GIB for figure, nbytes in figures.items()}
-
-
-def close(flux: Flux) -> None:
-    if hasattr(flux.ring, "close"):
-        flux.ring.close()  # type: ignore[attr-defined]
+    flux.trainer = step  # type: ignore[assignment] - the optimizer stays alive
+    return flux, min(row.batch * tokens_of(row), phases.TOKENS_PER_BATCH), choices(made)
 
 
 class Predicted(NamedTuple):
@@ -384,30 +355,31 @@ class Predicted(NamedTuple):
 def predicted(row: Row, found: dict[str, Any]) -> Predicted:
     """Of the plan that was measured, by the code at hand."""
     costs = costs_of(row)
-    resident = spread([block.units for block in costs.blocks], found["resident"])
-    setting = footprint.Setting(found["slots"], tuple(u for u in costs.units if u in resident), found["look_ahead"])
+    setting = setting_of(costs, found)
     peak = sum(footprint.peak_by_owner(costs, found["policies"], found["offload"], setting).values())
     return Predicted(peak / GIB, footprint.reserved(costs, setting, peak - footprint.fixed(costs, setting)) / GIB)
 
 
-def page(rows: dict[str, dict[str, Any]]) -> tuple[str, list[str]]:
+def setting_of(costs: Costs, found: dict[str, Any]) -> footprint.Setting:
+    resident = spread([block.units for block in costs.blocks], found["resident"])
+    return footprint.Setting(found["slots"], tuple(u for u in costs.units if u in resident), found["look_ahead"])
+
+
+def page(rows: dict[str, dict[str, Any]], made_with: Mapping[str, str | None]) -> tuple[str, list[str]]:
     """The page, and what is wrong with the rows."""
-    wrong, lines = list[str](), [HEADER.format(conditions=conditions(rows))]
-    for section, about in ABOUT.items():
-        own = [(row, rows[row.name]) for row in SECTIONS[section]() if row.name in rows]
-        failed = [row.name for row, found in own if "failed" in found]
-        wrong += [f"{name}: failed" for name in failed]
-        own = [(row, found) for row, found in own if row.name not in failed]
-        heads, cells = (SAMPLING_HEADS, sampling_cells) if section == "sampling" else (HEADS, cells_of)
-        lines += [f"## {about[0]}", "", about[1], "", *markdown(heads, (cells(*each) for each in own)), ""]
-        for row, found in own:
-            wrong += [f"{row.name}: {what}" for what in (wrong_sampling if row.images else wrong_step)(row, found)]
-    return "\n".join(lines), wrong
-
-
-def conditions(rows: dict[str, dict[str, Any]]) -> str:
     commits = " and ".join(dict.fromkeys(row["commit"] for row in rows.values()))
-    return f"commit {commits}, " + ", ".join(f"{name} {number}" for name, number in versions().items())
+    conditions = f"Commit {commits}; " + ", ".join(f"{name} {number}" for name, number in made_with.items())
+    wrong, lines = list[str](), [HEADER.format(conditions=conditions)]
+    for section, (title, about) in ABOUT.items():
+        own = [(row, rows[row.name]) for row in SECTIONS[section]() if row.name in rows]
+        wrong += [f"{row.name}: failed" for row, found in own if "failed" in found]
+        own = [(row, found) for row, found in own if "failed" not in found]
+        heads, cells, judge = (
+            (SAMPLING_HEADS, sampling_cells, wrong_sampling) if section == "sampling" else (HEADS, cells_of, wrong_step)
+        )
+        lines += [f"## {title}", "", about, "", *markdown(heads, (cells(*each) for each in own)), ""]
+        wrong += [f"{row.name}: {what}" for row, found in own for what in judge(row, found)]
+    return "\n".join(lines), wrong
 
 
 def markdown(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> list[str]:
@@ -452,56 +424,50 @@ def wrong_step(row: Row, found: dict[str, Any]) -> Iterator[str]:
 
 
 def sampling_cells(row: Row, found: dict[str, Any]) -> list[object]:
-    want, decoding = predicted_sampling(row, found)
-    what = f"{row.images} {'previews' if row.previews else 'images'}"
+    want, peak, reserved = predicted_sampling(row, found), found["peak_gib"], found["reserved_gib"]
+    gpu = row.gpu + (f", {row.total:g} GiB" if row.total else "")
     units = "all" if found["resident"] is None else f"{found['resident']} + {found['slots']}"
-    first = ["grows" if row.grows else "fixed", row.gpu, row.resolution, f"{row.format} {row.compute}", what, units]
-    own = [found["denoising_peak_gib"], found["denoising_reserved_gib"]]
-    more = [found["decoding_peak_gib"], found["decoding_reserved_gib"]]
-    figures = [want, *own, own[1] - want, decoding, *more, more[1] - decoding, found["free_gib"]]
-    return [*first, *(f"{figure:.2f}" for figure in figures)]
+    first = ["grows" if row.grows else "fixed", gpu, row.resolution, f"{row.format} {row.compute}"]
+    first += [f"{row.images} {'previews' if row.previews else 'images' if row.images > 1 else 'image'}", units]
+    more = reserved - (found["step_gib"] or want)
+    figures = [f"{want:.2f}", f"{peak:.2f}", f"{peak / want - 1:+.1%}", f"{reserved:.2f}", f"{more:.2f}"]
+    return [*first, *figures, f"{found['free_gib']:.2f}"]
 
 
-def predicted_sampling(row: Row, found: dict[str, Any]) -> tuple[float, float]:
-    """GiB alive while it denoises, and while it decodes. Previews: no more than a step."""
-    maps = dict(TILES)[found["band"]]
-    decoding = (AUTOENCODER + int(maps * row.resolution**2 * 128 * 4)) / GIB
+def predicted_sampling(row: Row, found: dict[str, Any]) -> float:
+    """GiB alive while it denoises."""
     if row.previews:
-        return predicted(row, found).peak, found["before_decoding_gib"] + decoding
+        costs = costs_of(row)
+        return (footprint.fixed(costs, setting_of(costs, found)) + max(b.forward_peak for b in costs.blocks)) / GIB
     costs = sampled_costs(row)
     if found["resident"] is None:
         everything = sum(costs.units.values()) + sum(costs.ahead.values())
-        return (phases.forward_bytes(costs) + LORA_BYTES + everything) / GIB, decoding
-    return phases.least_sampling_bytes(costs, LORA_BYTES, found["slots"], found["resident"]) / GIB, decoding
+        return (phases.forward_bytes(costs) + LORA_BYTES + everything) / GIB
+    return phases.least_sampling_bytes(costs, LORA_BYTES, found["slots"], found["resident"]) / GIB
 
 
 def wrong_sampling(row: Row, found: dict[str, Any]) -> Iterator[str]:
+    want, unused = predicted_sampling(row, found), phases.UNUSED + phases.unused_beyond(tokens_of(row))
+    if found["peak_gib"] > (1 + ALIVE) * want:
+        yield f"{found['peak_gib']:.3f} GiB alive, {want:.3f} predicted"
+    allowed = found["step_gib"] or want + unused / GIB
+    if found["reserved_gib"] > allowed:
+        yield f"{found['reserved_gib']:.3f} GiB reserved, {allowed:.3f} allowed"
     if found["refused"] or found["retries"]:
         yield f"{found['refused']} allocations refused, {found['retries']} tried again"
 
 
 HEADS = ["segments", "GPU", "px", "batch", "weights", "units", "blocks keep", "host", "predicted", "measured", ""]
 HEADS += ["predicted", "measured", "", "free", "retries"]
-SAMPLING_HEADS = [
-    "segments",
-    "GPU",
-    "px",
-    "weights",
-    "what",
-    "units",
-    "denoising, predicted",
-    "alive",
-    "reserved",
-    "more",
-]
-SAMPLING_HEADS += ["decoding, predicted", "alive", "reserved", "more", "free"]
+SAMPLING_HEADS = ["segments", "GPU", "px", "weights", "what", "units", "predicted", "measured", "", "reserved", "more"]
+SAMPLING_HEADS += ["free"]
 
 HEADER = """# Predicted and measured memory, GiB
 
-FLUX.1 dev, {conditions}; 512 T5 tokens, LoRA of rank 16 on attention and MLP, adamw8bit. **No GPU was used**: torch's
-CUDA build and its real caching allocator ran against an emulated driver, without computing anything. What is allocated
-is exact; nothing here is a time. `make emulated-memory` writes this page; four steps a row, each in a process of its
-own.
+FLUX.1 dev, 512 T5 tokens, LoRA of rank 16 on attention and MLP, adamw8bit. **No GPU was used**: torch's CUDA build and
+its real caching allocator ran against an emulated driver, without computing anything. What is allocated is exact;
+nothing here is a time. `make emulated-memory` measures four steps a row, each row in a process of its own, and writes
+this page. {conditions}.
 
 segments: whether those of the allocator can grow (fluxq/allocator.py); on Windows they cannot. units: resident + slots.
 Predicted and measured first are bytes alive at the peak, then what the allocator reserved; the columns after them are
@@ -521,8 +487,9 @@ ABOUT = {
     ),
     "sampling": (
         "Sampling",
-        "`fluxq sample`, and previews of a run that trains: they denoise, then decode. Predicted are the bytes alive; "
-        "more is what was reserved beyond that.",
+        "Denoising, by `fluxq sample` and as previews of a run that trains; decoding is left out, since cuDNN does not "
+        "run here. Predicted and measured are bytes alive. more: what was reserved beyond what is predicted, or for "
+        "previews beyond what the steps before them had reserved.",
     ),
 }
 
