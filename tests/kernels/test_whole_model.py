@@ -32,11 +32,11 @@ def quantize_each_weight_once(monkeypatch) -> None:
 
     found, weight_rows = {}, convert.weight_rows
 
-    def remembered(weight, dtype, rotation):
+    def remembered(weight, dtype, rotation, rows):
         numbers = stored(weight).numbers  # kept too, so that their address stays theirs
-        key = numbers.data_ptr(), weight.shape, dtype, rotation
+        key = numbers.data_ptr(), weight.shape, dtype, rotation, rows.start, rows.stop
         if key not in found:
-            found[key] = weight_rows(weight, dtype, rotation), numbers
+            found[key] = weight_rows(weight, dtype, rotation, rows), numbers
         return found[key][0]
 
     monkeypatch.setattr(convert, "weight_rows", remembered)
@@ -59,6 +59,7 @@ def test_gradients_are_the_same_on_both_backends(policy, compute, targets, trito
     from fluxq.kernels.triton import linear, table
 
     monkeypatch.setattr(table, "FEW_ROWS", 10)
+    monkeypatch.setattr(table, "_chosen", {})
     monkeypatch.setattr(sys.modules["fluxq.kernels.lora_linear"], "FEW_ROWS", 10)
     flux = randomize(Flux(tiny_config(depth=1, depth_single_blocks=1, mlp_ratio=2.0)))
     add_lora(flux, rank=3, alpha=2, targets=targets)
