@@ -227,7 +227,8 @@ def lora_linear_backward(
     dy (..., N), or the gradients of consecutive parts of the outputs. weight None: do not compute the gradient of x. s
     None: there is no LoRA, and x is not needed.
     """
-    dy = dy if isinstance(dy, Tensor) else torch.cat([*dy], -1)
+    if not isinstance(dy, Tensor):
+        return _sum_of_parts(dy, weight, x, s, down, up, scale)
     dx = None if weight is None else dy @ dequantize(weight, dy.dtype)
     if x is None or s is None or down is None or up is None:
         return dx, None, None
@@ -235,6 +236,25 @@ def lora_linear_backward(
     if dx is not None:
         dx = F.pad(dx + ds @ down, (0, x.shape[-1] - dx.shape[-1]))
     return dx, *lora_gradients(dy, x[..., : down.shape[1]], s, ds.flatten(0, -2), scale)
+
+
+def _sum_of_parts(
+    dys: Sequence[Tensor], weight: Weight | None, x: Tensor | None, s: Tensor | None, down: Tensor | None,
+    up: Tensor | None, scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x and down are sums over the parts of the outputs; that of up has the parts below each other."""
+    found, start = [], 0
+    for dy in dys:
+        part = slice(start, start + dy.shape[-1])
+        own = None if weight is None else weight[part], None if up is None else up[part]
+        found.append(lora_linear_backward(dy, own[0], x, s, down, own[1], scale))
+        start = part.stop
+    (dx, d_down, _), d_ups = found[0], [d_up for _, _, d_up in found]
+    d_down = d_down if d_down is None else _at_least_fp32(d_down)
+    for more_dx, more_d_down, _ in found[1:]:
+        dx = dx if more_dx is None or dx is None else dx + more_dx
+        d_down = d_down if more_d_down is None or d_down is None else d_down + more_d_down
+    return dx, d_down, None if d_down is None else torch.cat(d_ups)
 
 
 def lora_gradients(
