@@ -64,7 +64,7 @@ def assert_close_in_eight_bits(made: Activations, down: Tensor | None, eight_bit
     if down is None:
         assert made.s is None
         return
-    assert made.s.dtype == torch.float32
+    assert made.s.dtype == made.x.dtype
     expected = rows @ down.double().t()
     exact = 1e-5 if made.x.dtype == torch.float32 else 2**-7  # down is rounded to bf16 too
     assert ((made.s.double() - expected).norm() / expected.norm()).item() < exact

@@ -91,7 +91,7 @@ class Layer:
         if compute != "bf16":
             dtype = EIGHT_BITS[compute.removesuffix("_dx")]
             values, scale = ops(self.x).row_quantize(self.x, dtype, rotation=rotation)
-            return Activations(self.x, values, scale, self.x.float() @ self.down.t())
+            return Activations(self.x, values, scale, (self.x.float() @ self.down.t()).to(self.x.dtype))
         wide = F.pad(self.x, (0, wants("bf16", self.down, self.x).padding))
         return Activations(wide)
 

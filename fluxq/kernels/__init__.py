@@ -4,11 +4,10 @@ from .activations import Activations, Wants
 from .attention import attention
 from .dispatch import backend, ops
 from .formats import dequantize, quantize
-from .lora_linear import COMPUTES, lora_linear, wants
+from .lora_linear import COMPUTES, lora_linear, lora_linear_parts, wants
 from .reference import unnest_absmax
 from .replay import POLICIES, Tape
-from .rounding import rows_of
-from .steps import gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
+from .steps import fork_modulate, gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
 from .weights import FORMATS, NF4Weight, RowScaled, Weight
 
 __all__ = [
@@ -24,15 +23,16 @@ __all__ = [
     "attention",
     "backend",
     "dequantize",
+    "fork_modulate",
     "gated_add",
     "gated_add_modulate",
     "gelu_tanh",
     "lora_linear",
+    "lora_linear_parts",
     "modulate",
     "ops",
     "qk_norm_rope",
     "quantize",
-    "rows_of",
     "unnest_absmax",
     "wants",
 ]

@@ -31,7 +31,7 @@ class Activations(NamedTuple):
     """A linear layer's input, rows of width K.
 
     x (..., K + padding) in the model's dtype; the padding is undefined. If the layer wants 8 bits: values (M, K) in 8
-    bits and scale (M,) fp32, and with `down` also s = x down^T (M, R) fp32. Gradients flow through x only.
+    bits and scale (M,) fp32, and with `down` also s = x down^T (M, R), summed in fp32. Gradients flow through x only.
     """
 
     x: Tensor

@@ -80,13 +80,22 @@ def dequantize(weight: Weight, dtype: torch.dtype, out: Tensor | None = None, tr
     return row_dequantize(weight.values, weight.scale, dtype, out)
 
 
-def to_rows(weight: Weight, dtype: torch.dtype, transposed: bool = False, rotation: int = 0) -> tuple[Tensor, Tensor]:
-    """`weight` as a matrix of 8-bit values (N, K), or (K, N) if `transposed`, and its row scales (N,) fp32.
+def to_rows(
+    weight: Weight,
+    dtype: torch.dtype,
+    transposed: bool = False,
+    rotation: int = 0,
+    part: slice | None = None,
+    scale: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """`weight` as a matrix of 8-bit values (N, K), or (K, N) if `transposed`, and its row scales (N,) fp32; or only the
+    rows `part` of the weight. scale: the scales, if they are known.
 
     8-bit tensor cores before sm_100 read both factors along K; the gradient of the input contracts over N instead, so
     it needs the transposed matrix. A weight stored in that dtype keeps its values. `rotation`: the block of columns in
     which rows are rotated before they are rounded (fluxq/kernels/rotation.py), 0 for none.
     """
+    weight = weight if part is None else weight[part]
     if not rotation and not isinstance(weight, (Tensor, NF4Weight)) and weight.values.dtype == dtype:
         values, scale = weight.values, weight.scale
     else:
@@ -180,23 +189,32 @@ def padding(rank: int) -> int:
 
 
 def lora_linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, down: Tensor | None, up: Tensor | None, scale: float
+    x: Tensor,
+    weight: Weight,
+    bias: Tensor | None,
+    down: Tensor | None,
+    up: Tensor | None,
+    scale: float,
+    part: slice | None = None,
+    s: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """y = x W^T + bias + scale (x down^T) up^T, and s = x down^T for the backward pass.
+    """y = x W^T + bias + scale (x down^T) up^T, or only the outputs `part`, and s = x down^T for the backward pass.
 
     x (..., K), or with padding behind each row; weight (N, K) as stored; down (R, K), up (N, R), bias (N,) in x's
-    dtype.
+    dtype. s: that of another part of the same layer, which has just been computed from the same x.
     """
+    if part is not None:
+        weight, bias, up = weight[part], None if bias is None else bias[part], None if up is None else up[part]
     x = x[..., : weight.shape[1]]
     y = F.linear(x, dequantize(weight, x.dtype), bias)
     if down is None or up is None:
         return y, None
-    s = F.linear(x, down)  # (..., R)
+    s = F.linear(x, down) if s is None else s  # (..., R)
     return torch.add(y, F.linear(s, up), alpha=scale), s
 
 
 def lora_linear_backward(
-    dy: Tensor,
+    dy: Tensor | Sequence[Tensor],
     weight: Weight | None,
     x: Tensor | None,
     s: Tensor | None,
@@ -206,8 +224,11 @@ def lora_linear_backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of x, down and up for `lora_linear`. That of x has x's width; its padding is undefined.
 
-    weight None: do not compute the gradient of x. s None: there is no LoRA, and x is not needed.
+    dy (..., N), or the gradients of consecutive parts of the outputs. weight None: do not compute the gradient of x. s
+    None: there is no LoRA, and x is not needed.
     """
+    if not isinstance(dy, Tensor):
+        return _sum_of_parts(dy, weight, x, s, down, up, scale)
     dx = None if weight is None else dy @ dequantize(weight, dy.dtype)
     if x is None or s is None or down is None or up is None:
         return dx, None, None
@@ -217,8 +238,30 @@ def lora_linear_backward(
     return dx, *lora_gradients(dy, x[..., : down.shape[1]], s, ds.flatten(0, -2), scale)
 
 
-def lora_gradients(dy: Tensor, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Gradients of down and up. dy (..., N), x (..., K), s (..., R), and the gradient of s: ds (M, R) = scale dy up."""
+def _sum_of_parts(
+    dys: Sequence[Tensor], weight: Weight | None, x: Tensor | None, s: Tensor | None, down: Tensor | None,
+    up: Tensor | None, scale: float,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:  # fmt: skip
+    """The gradients of x and down are sums over the parts of the outputs; that of up has the parts below each other."""
+    found, start = [], 0
+    for dy in dys:
+        part = slice(start, start + dy.shape[-1])
+        own = None if weight is None else weight[part], None if up is None else up[part]
+        found.append(lora_linear_backward(dy, own[0], x, s, down, own[1], scale))
+        start = part.stop
+    (dx, d_down, _), d_ups = found[0], [d_up for _, _, d_up in found]
+    d_down = d_down if d_down is None else _at_least_fp32(d_down)
+    for more_dx, more_d_down, _ in found[1:]:
+        dx = dx if more_dx is None or dx is None else dx + more_dx
+        d_down = d_down if more_d_down is None or d_down is None else d_down + more_d_down
+    return dx, d_down, None if d_down is None else torch.cat(d_ups)
+
+
+def lora_gradients(
+    dy: Tensor | Sequence[Tensor], x: Tensor, s: Tensor, ds: Tensor, scale: float
+) -> tuple[Tensor, Tensor]:
+    """Gradients of down and up. dy as above, x (..., K), s (..., R), and the gradient of s: ds (M, R) = scale dy up."""
+    dy = dy if isinstance(dy, Tensor) else torch.cat([*dy], -1)
     return ds.mT @ x.flatten(0, -2), scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
 
 
@@ -231,8 +274,11 @@ def matmul_8bit(
     s: Tensor | None = None,
     up: Tensor | None = None,
     bias: Tensor | None = None,
+    up_scale: float = 1.0,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """(M, N) in `dtype`: a b^T, row m times a_scale[m], column n times b_scale[n], plus s up^T and bias, rounded once.
+    """(M, N) in `dtype`: a b^T, row m times a_scale[m], column n times b_scale[n], plus s (up_scale up)^T and bias,
+    rounded once. If `onto` (M, N) is given, all of it is added to that, in place.
 
     a (M, K), b (N, K) both int8 or both float8_e4m3fn; a_scale (M,), b_scale (N,) fp32; s (M, R), up (N, R), bias (N,).
     """
@@ -241,10 +287,10 @@ def matmul_8bit(
     if b_scale is not None:
         y *= b_scale
     if s is not None and up is not None:
-        y += s.float() @ up.float().t()
+        y += s.float() @ (up.float() * up_scale).t()
     if bias is not None:
         y += bias.float()
-    return y.to(dtype)
+    return y.to(dtype) if onto is None else onto.copy_(y + onto)
 
 
 def activations(x: Tensor, wants: Wants) -> Activations:
@@ -252,7 +298,7 @@ def activations(x: Tensor, wants: Wants) -> Activations:
     if wants.dtype is None:
         return Activations(F.pad(x, (0, wants.padding)) if wants.padding else x)
     rows = x.flatten(0, -2)
-    s = None if wants.down is None else rows.float() @ wants.down.float().t()
+    s = None if wants.down is None else (rows.float() @ wants.down.float().t()).to(x.dtype)
     return Activations(x, *row_quantize(rows, wants.dtype, rotation=wants.rotation), s)
 
 
@@ -261,17 +307,22 @@ def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activatio
     return activations(torch.addcmul(shift, F.layer_norm(x, x.shape[-1:], eps=1e-6), 1 + scale), wants)
 
 
-def modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, rows: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, and if `rows` of shift and scale (B, 1, D). dy (B, L, D or wider)."""
+def modulate_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, rows: bool, dx: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, and if `rows` of shift and scale (B, 1, D). dy (B, L, D or wider); dx (B, L, D) is the gradient
+    of x from its other uses, None for zero.
+    """
     width = x.shape[-1:]
     dy = dy[..., : x.shape[-1]]
     normed, mean, rstd = torch.native_layer_norm(x, width, None, None, 1e-6)
-    dx, _, _ = torch.ops.aten.native_layer_norm_backward(
+    d_normed, _, _ = torch.ops.aten.native_layer_norm_backward(
         dy * (1 + scale), x, width, mean, rstd, None, None, [True, False, False]
     )
+    total = d_normed if dx is None else dx + d_normed
     if not rows:
-        return dx, None, None
-    return dx, dy.sum(1, keepdim=True), (dy * normed).sum(1, keepdim=True)
+        return total, None, None
+    return total, dy.sum(1, keepdim=True), (dy * normed).sum(1, keepdim=True)
 
 
 def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -299,8 +350,7 @@ def gated_add_modulate_backward(
 
     dx (B, L, D) is the gradient of the sum x, None for zero; dy (B, L, D or wider) that of x modulated.
     """
-    d_modulated, d_shift, d_scale = modulate_backward(dy, x, scale, rows)
-    d_residual = d_modulated if dx is None else dx + d_modulated
+    d_residual, d_shift, d_scale = modulate_backward(dy, x, scale, rows, dx)
     d_y, d_gate = gated_add_backward(d_residual, gate, y)
     return d_residual, d_y, d_gate, d_shift, d_scale
 

@@ -10,7 +10,8 @@ hidden     the MLP's inner layer before GELU                 kept by `gelu_tanh`
 
 A linear layer's argument `feeds` names the value that its output is used for: if the replay already has that value,
 nobody reads the output, so it is not computed. A replay never reads a block's final sum (`end`). Of such a layer only
-s = x down^T is needed, for LoRA's gradient; it is kept up to SMALL_RANK.
+s = x down^T is needed, for LoRA's gradient, and in 8 bits the scales of the weight's rows; they are kept, s up to
+SMALL_RANK.
 """
 
 from __future__ import annotations
@@ -108,16 +109,16 @@ def will_be_unread(feeds: str | None) -> bool:
     return _tape is not None and not _tape.replaying and feeds in _tape.unread
 
 
-def keep_s(s: Tensor | None) -> None:
-    """Keep a layer's s = x down^T for the replay."""
-    assert _tape is not None and s is not None
-    _tape.values["s"].append(s)
-
-
-def kept_s() -> Tensor:
-    """The s of the next layer in this replay whose output is not read."""
+def keep(name: str, value: Any) -> None:
+    """Keep a value of a layer whose output the replay will not read."""
     assert _tape is not None
-    return _tape.values["s"].popleft()
+    _tape.values[name].append(value)
+
+
+def take(name: str) -> Any:
+    """The value that the next layer of this replay whose output is not read has kept under that name."""
+    assert _tape is not None
+    return _tape.values[name].popleft()
 
 
 def placeholder(*shape: int, like: Tensor) -> Tensor:

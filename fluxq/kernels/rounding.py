@@ -19,13 +19,3 @@ def rounded(parameter: Tensor | None, dtype: torch.dtype) -> Tensor | None:
     make: Callable[[torch.dtype], Tensor | None] | None = getattr(parameter, "rounded", None)
     made = None if make is None else make(dtype)
     return parameter.to(dtype) if made is None else made
-
-
-def rows_of(parameter: Tensor | None, rows: slice) -> Tensor | None:
-    """`rows` of `parameter` (N, ...), which are rounded as `parameter` is."""
-    if parameter is None or rows == slice(None):
-        return parameter
-    part = parameter[rows]
-    if (make := getattr(parameter, "rounded", None)) is not None:
-        part.rounded = lambda dtype: None if (made := make(dtype)) is None else made[rows]  # type: ignore[attr-defined]
-    return part

@@ -23,7 +23,15 @@ PLAIN = Wants()
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants = PLAIN) -> Activations:
     """(1 + scale) LayerNorm(x) + shift. x (B, L, D); shift, scale (B, 1, D). Statistics in fp32 or better."""
-    return Activations(*_Modulate.apply(x, shift, scale, wants))
+    return fork_modulate(x, shift, scale, wants)[1]
+
+
+def fork_modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants = PLAIN) -> tuple[Tensor, Activations]:
+    """x, and x modulated as by `modulate`: for a stream that goes on beside what is made from it, so that the gradients
+    of both are summed in one pass.
+    """
+    x, *modulated = _Modulate.apply(x, shift, scale, wants)
+    return x, Activations(*modulated)
 
 
 def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
@@ -70,18 +78,18 @@ def gelu_tanh(h: Tensor, beside: Tensor | None = None, wants: Wants = PLAIN) -> 
 
 class _Modulate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
+    def forward(ctx: Any, x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> tuple[Tensor | None, ...]:
         ctx.save_for_backward(x, scale)
-        return _differentiable_in_x(ctx, ops(x).modulate(x, shift, scale, wants))
+        return x, *_differentiable_in_x(ctx, ops(x).modulate(x, shift, scale, wants))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
-        x, scale = ctx.saved_tensors
-        if grad_outputs[0] is None:
-            return None, None, None, None
+        (dx, dy, *_), (x, scale) = grad_outputs, ctx.saved_tensors
+        if dy is None:  # nobody read x modulated
+            return dx, None, None, None
         rows = any(ctx.needs_input_grad[1:3])
-        return *ops(x).modulate_backward(grad_outputs[0], x, scale, rows), None
+        return *ops(x).modulate_backward(dy, x, scale, rows, dx), None
 
 
 class _GatedAdd(torch.autograd.Function):

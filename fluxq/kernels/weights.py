@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -28,9 +29,25 @@ class NF4Weight:
     codes: Tensor
     absmax: Tensor
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         return torch.Size((self.codes.shape[0], self.codes.shape[1] * 2))
+
+    @cached_property
+    def words(self) -> Tensor:
+        """The codes as (N, K/8) int32, as kernels read them."""
+        return self.codes.view(torch.int32)
+
+    def columns(self, start: int, stop: int) -> NF4Weight:
+        """Some columns, from and to multiples of 64: a view, the same each time."""
+        if (start, stop) not in self._columns:
+            blocks = slice(start // NF4_BLOCK, stop // NF4_BLOCK)
+            self._columns[start, stop] = NF4Weight(self.codes[:, start // 2 : stop // 2], self.absmax[:, blocks])
+        return self._columns[start, stop]
+
+    @cached_property
+    def _columns(self) -> dict[tuple[int, int], NF4Weight]:
+        return {}
 
     def __getitem__(self, rows: slice) -> NF4Weight:
         return NF4Weight(self.codes[rows], self.absmax[rows])
@@ -49,9 +66,13 @@ class RowScaled:
     values: Tensor
     scale: Tensor
 
-    @property
+    @cached_property
     def shape(self) -> torch.Size:
         return self.values.shape
+
+    def columns(self, start: int, stop: int) -> RowScaled:
+        """Some columns: a view."""
+        return RowScaled(self.values[:, start:stop], self.scale)
 
     def __getitem__(self, rows: slice) -> RowScaled:
         return RowScaled(self.values[rows], self.scale[rows])

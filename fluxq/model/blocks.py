@@ -20,13 +20,23 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from fluxq.kernels import Tape, attention, gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
+from fluxq.kernels import (
+    Tape,
+    attention,
+    fork_modulate,
+    gated_add,
+    gated_add_modulate,
+    gelu_tanh,
+    modulate,
+    qk_norm_rope,
+)
 from fluxq.kernels.steps import divides_out
 from fluxq.offload import Pass, Ring
 
 from .config import FluxConfig
 from .linear import Linear
 
+Inside = tuple[list[nn.Module], list[nn.Module]]
 NON_STREAMS = 3  # the inputs of a block after its streams: rows, cos, sin
 
 
@@ -97,6 +107,7 @@ class DoubleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
         self.units, self.modulation_unit, self.policy = (f"{name}.img", f"{name}.txt"), f"{name}.mod", "recompute"
+        self.inside: Inside | None = None
         self.img_mod = Modulation(config.hidden_size, 6)
         self.img_attn = SelfAttention(config)
         self.img_mlp = MLP(config)
@@ -116,8 +127,8 @@ class DoubleStreamBlock(nn.Module):
         img_attn, txt_attn = self.img_attn, self.txt_attn
 
         # joint attention: all tokens attend to all tokens
-        img_qkv = img_attn.qkv(modulate(img, img_shift, img_scale, img_attn.qkv.wants), feeds="qkv")
-        txt_qkv = txt_attn.qkv(modulate(txt, txt_shift, txt_scale, txt_attn.qkv.wants), feeds="qkv")
+        img, img_qkv = fork_qkv(img, img_shift, img_scale, img_attn.qkv)
+        txt, txt_qkv = fork_qkv(txt, txt_shift, txt_scale, txt_attn.qkv)
         streams = [(txt_qkv, txt_attn.norm), (img_qkv, img_attn.norm)]
         attended = attention(*joint_qkv(streams, cos, sin))  # (B, Lt + Li, D)
         txt_attended, img_attended = attended.split([txt.shape[1], img.shape[1]], dim=1)
@@ -128,12 +139,18 @@ class DoubleStreamBlock(nn.Module):
         return img, txt
 
 
+def fork_qkv(x: Tensor, shift: Tensor, scale: Tensor, layer: Linear) -> tuple[Tensor, Tensor]:
+    """One stream before attention: x, and `layer` of x modulated."""
+    x, modulated = fork_modulate(x, shift, scale, layer.wants("qkv"))
+    return x, layer(modulated, feeds="qkv")
+
+
 def add_attention_and_mlp(x: Tensor, attended: Tensor, rows: Sequence[Tensor], proj: Linear, mlp: MLP) -> Tensor:
     """One stream after attention: x += gate1 proj(attended), then x += gate2 mlp(modulate(x))."""
     (gate1, shift, scale, gate2), (inner, outer) = rows, mlp.layers
-    x, modulated = gated_add_modulate(x, gate1, proj(attended, feeds="residual"), shift, scale, inner.wants)
+    x, modulated = gated_add_modulate(x, gate1, proj(attended, feeds="residual"), shift, scale, inner.wants("hidden"))
     hidden = inner(modulated, feeds="hidden")
-    return gated_add(x, gate2, outer(gelu_tanh(hidden, wants=outer.wants), feeds="end"))
+    return gated_add(x, gate2, outer(gelu_tanh(hidden, wants=outer.wants("end")), feeds="end"))
 
 
 class SingleStreamBlock(nn.Module):
@@ -142,8 +159,10 @@ class SingleStreamBlock(nn.Module):
     def __init__(self, config: FluxConfig, name: str) -> None:
         super().__init__()
         self.units, self.modulation_unit, self.policy = (name,), f"{name}.mod", "recompute"
-        self.qkv_rows, self.mlp_rows = slice(0, 3 * config.hidden_size), slice(3 * config.hidden_size, None)
-        self.linear1 = Linear(config.hidden_size, 3 * config.hidden_size + config.mlp_hidden)
+        self.inside: Inside | None = None
+        qkv, both = 3 * config.hidden_size, 3 * config.hidden_size + config.mlp_hidden
+        self.linear1_parts = slice(0, qkv), slice(qkv, both)
+        self.linear1 = Linear(config.hidden_size, both)
         self.linear2 = Linear(config.hidden_size + config.mlp_hidden, config.hidden_size)
         self.norm = QKNorm(config.head_dim)
         self.modulation = Modulation(config.hidden_size, 3)
@@ -155,11 +174,10 @@ class SingleStreamBlock(nn.Module):
     def forward(self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         """x (B, L, D), text first; rows (B, 3 D); cos, sin (B or 1, 1, L, D/H/2)."""
         shift, scale, gate = rows[:, None].chunk(3, dim=-1)
-        modulated = modulate(x, shift, scale, self.linear1.wants)
-        qkv = self.linear1(modulated, self.qkv_rows, feeds="qkv")
-        hidden = self.linear1(modulated, self.mlp_rows, feeds="hidden")
+        x, modulated = fork_modulate(x, shift, scale, self.linear1.wants("qkv", "hidden"))
+        qkv, hidden = self.linear1(modulated, ("qkv", "hidden"), self.linear1_parts)
         attended = attention(*joint_qkv([(qkv, self.norm)], cos, sin))
-        both = gelu_tanh(hidden, beside=attended, wants=self.linear2.wants)
+        both = gelu_tanh(hidden, beside=attended, wants=self.linear2.wants("end"))
         return gated_add(x, gate, self.linear2(both, feeds="end"))
 
 
@@ -176,7 +194,7 @@ class LastLayer(nn.Module):
     def forward(self, x: Tensor, rows: Tensor) -> Tensor:
         """x (B, L, D), rows (B, 2 D) -> (B, L, out_channels)."""
         shift, scale = rows[:, None].chunk(2, dim=-1)
-        return self.linear(modulate(x, shift, scale, self.linear.wants))
+        return self.linear(modulate(x, shift, scale, self.linear.wants()))
 
 
 Block = DoubleStreamBlock | SingleStreamBlock
@@ -188,15 +206,23 @@ def run_block(block: Block, ring: Ring, *inputs: Tensor, offload: Pass | None = 
     For the backward pass it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py). `offload`
     keeps the streams in host memory meanwhile (fluxq/offload/inputs.py).
     """
-    rows = inputs[-NON_STREAMS]
-    modules = [module for module in block.children() if not isinstance(module, Modulation)]
-    return _run(block, ring, block.units, modules, Tape(block.policy, gates=rows.requires_grad), inputs, offload)
+    tape = Tape(block.policy, gates=inputs[-NON_STREAMS].requires_grad)
+    return _run(block, ring, block.units, _inside(block)[0], tape, inputs, offload)
 
 
 def run_modulation(block: Block, ring: Ring, vec: Tensor) -> Tensor:
     """block.modulation_rows(vec) with the block's modulation unit resident, forward and backward."""
-    modules = [module for module in block.children() if isinstance(module, Modulation)]
-    return _run(block.modulation_rows, ring, (block.modulation_unit,), modules, Tape("recompute"), (vec,))
+    return _run(block.modulation_rows, ring, (block.modulation_unit,), _inside(block)[1], Tape("recompute"), (vec,))
+
+
+def _inside(block: Block) -> Inside:
+    """Every module in the block with parameters of its own, without its modulation and within it; found once."""
+    if block.inside is None:
+        inner: Inside = [], []
+        for child in block.children():
+            inner[isinstance(child, Modulation)].extend(m for m in child.modules() if m._parameters)
+        block.inside = inner
+    return block.inside
 
 
 def _run(
@@ -208,11 +234,12 @@ def _run(
     inputs: tuple[Tensor, ...],
     offload: Pass | None = None,
 ) -> Any:
-    """run(*inputs), which computes with `modules`, whose frozen weights are `units`.
+    """run(*inputs), which computes with the parameters of `modules` themselves, and with `units` of frozen weights.
 
     Parameters are arguments of the Function: captured by closure, they would get no gradient if no input needs one.
     """
-    parameters = [p for module in modules for p in module.parameters() if p.requires_grad]
+    own = (p for module in modules for p in module._parameters.values())
+    parameters = [p for p in own if p is not None and p.requires_grad]
     if not torch.is_grad_enabled() or not any(t.requires_grad for t in (*inputs, *parameters)):
         with ring.resident(units):
             return run(*inputs)

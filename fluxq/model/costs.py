@@ -305,13 +305,13 @@ def _replay(shape: Shape, policy: str, chunk: int) -> Work:
             if p.feeds not in unread:
                 work += _product(p, chunk)
             elif p.rank and not p.keeps_s:  # LoRA's gradient reads x down^T
-                work += Work(bf16=2.0 * p.rows * p.rank * p.k, moved=0 if p.eight_bits else 2 * p.rows * p.k)
+                work += Work(bf16=2.0 * p.rows * p.rank * p.k, moved=2 * p.rows * p.k)
     moved = 2 + (10 if shape.single else 8) + 2  # modulate, GELU, and the last sum, which nobody reads
     moved += 0 if "qkv" in keeps else 6
     moved += 0 if shape.single else 2 if "residual" in keeps else 4
     moved += 6 if policy == "keep_all8" else 0
     attention = 0.0 if "attention" in keeps else _attention(shape)
-    return work + Work(attention=attention, moved=moved * shape.u + _eight_bit_moved(shape))
+    return work + Work(attention=attention, moved=moved * shape.u + _eight_bit_moved(shape, policy))
 
 
 def _moved_forward(shape: Shape) -> float:
@@ -322,15 +322,21 @@ def _moved_forward(shape: Shape) -> float:
 
 
 def _moved_backward(shape: Shape) -> float:
-    modulate, norm_rope, gelu, gated_add, sums = 3, 8, 12, 2, 6 if shape.single else 3
+    modulate, norm_rope, gelu, gated_add = 4, 8, 12, 2
+    sums = 2 if shape.single else 0  # linear1's second part is added to the first one's gradient of the input
     gated_add_modulate = 0 if shape.single else 5
     return (modulate + norm_rope + gelu + gated_add + gated_add_modulate + sums) * shape.u
 
 
-def _eight_bit_moved(shape: Shape) -> float:
-    """Bytes of writing inputs in 8 bits too."""
-    shared = "hidden" if shape.single else ""  # a single block's first layer is two products of the same input
-    return sum(p.rows * p.k for p in shape.products if p.eight_bits and p.feeds != shared)
+def _eight_bit_moved(shape: Shape, skipped_by: str = "") -> float:
+    """Bytes of writing inputs in 8 bits too. skipped_by: the policy, in a replay, which skips layers."""
+    return sum(
+        p.rows * p.k
+        for stream, (_, products) in shape.streams.items()
+        for name, p in products.items()
+        if p.eight_bits and not shape.shares_input(name)
+        if not (skipped_by and shape.skips(stream, name, skipped_by))
+    )
 
 
 def _decoding(p: Product, eight_bits: str, transposed: bool = False) -> float:

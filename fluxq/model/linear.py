@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from dataclasses import fields
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora_linear, rows_of, wants
+from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora_linear, lora_linear_parts, wants
 
 
 class Linear(nn.Module):
@@ -33,14 +35,26 @@ class Linear(nn.Module):
         self.lora_scale = 1.0
         self.compute, self.rotation = "bf16", 0
         self._container: type[NF4Weight] | type[RowScaled] | None = None
+        self._frozen: Weight | None = None  # the container of the buffers that are set now, once it was needed
 
     @property
     def frozen(self) -> Weight:
-        """The weight as stored: a tensor or a quantized container."""
-        if self._container is not None:
-            return self._container(*(self.get_buffer(f.name) for f in fields(self._container)))
-        assert self.weight is not None, "the weight is neither a tensor nor in a container"
-        return self.weight
+        """The weight as stored: a tensor, or a quantized container, which is the same until a tensor is replaced."""
+        if self._frozen is None:
+            if self._container is None:
+                assert self.weight is not None, "the weight is neither a tensor nor in a container"
+                return self.weight
+            self._frozen = self._container(*(self.get_buffer(name) for name in NAMES[self._container]))
+        return self._frozen
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name in HELD:
+            self._frozen = None
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Linear:
+        self._frozen = None  # torch replaces buffers behind __setattr__
+        return super()._apply(fn, recurse)
 
     def store(self, weight: Weight) -> None:
         """Replace the frozen weight by `weight` (N, K), in its own format and on its own device.
@@ -73,17 +87,29 @@ class Linear(nn.Module):
         self.lora_up = None if up is None else nn.Parameter(up.to(device, torch.float32))
         self.lora_scale = scale
 
-    @property
-    def wants(self) -> Wants:
-        """The form in which this layer reads its input, for the op that makes it."""
-        return wants(self.compute, self.lora_down, next(self.buffers()), self.rotation)
+    def wants(self, *feeds: str) -> Wants:
+        """The form in which this layer reads its input, for the op that makes it. feeds: as in `forward`."""
+        down = self._parameters["lora_down"]
+        return wants(self.compute, down, down, self.rotation, feeds)
 
-    def forward(self, x: Tensor | Activations, rows: slice = slice(None), feeds: str | None = None) -> Tensor:
-        """x (..., K), or the form that `wants` describes, -> (..., N), or only `rows` of the N outputs.
+    def forward(
+        self,
+        x: Tensor | Activations,
+        feeds: str | Sequence[str] | None = None,
+        parts: Sequence[slice] | None = None,
+    ) -> Any:
+        """x (..., K), or the form that `wants` describes, -> (..., N); or a tensor for each of `parts`, consecutive
+        ranges of the N outputs, of which each feeds something else.
 
-        feeds: the value that is made from the output alone (fluxq/kernels/replay.py).
+        feeds: the value that is made from the output alone (fluxq/kernels/replay.py), or one for each part.
         """
-        weight, bias, up = self.frozen, self.bias, rows_of(self.lora_up, rows)
-        if rows != slice(None):
-            weight, bias = weight[rows], None if bias is None else bias[rows]
-        return lora_linear(x, weight, bias, self.lora_down, up, self.lora_scale, self.compute, feeds, self.rotation)
+        own = self._parameters
+        layer = x, self.frozen, self._buffers["bias"], own["lora_down"], own["lora_up"], self.lora_scale, self.compute
+        if parts is None:
+            return lora_linear(*layer, feeds, self.rotation)  # type: ignore[arg-type]
+        return lora_linear_parts(*layer, parts, feeds, self.rotation)  # type: ignore[arg-type]
+
+
+NAMES = {kind: tuple(field.name for field in fields(kind)) for kind in (NF4Weight, RowScaled)}
+"""The tensors of each container, which are buffers of the layer."""
+HELD = {name for names in NAMES.values() for name in names} | {"weight"}

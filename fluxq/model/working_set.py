@@ -77,8 +77,8 @@ class Product:
 
     @property
     def input8_bytes(self) -> int:
-        """Bytes of the input in 8 bits, with its scales and x down^T in fp32."""
-        return self.rows * (self.k + 4 + 4 * self.rank) if self.eight_bits else 0
+        """Bytes of the input in 8 bits, with its scales and x down^T."""
+        return self.rows * (self.k + 4 + 2 * self.rank) if self.eight_bits else 0
 
     @property
     def output_bytes(self) -> int:
@@ -87,12 +87,17 @@ class Product:
     @property
     def x_down_bytes(self) -> int:
         """Bytes of x down^T, kept for LoRA's gradient."""
-        return self.rows * self.rank * (4 if self.eight_bits and self.produced else 2)
+        return self.rows * self.rank * 2
+
+    @property
+    def row_scale_bytes(self) -> int:
+        """Bytes of the scales of the decoded weight's rows, kept for the input's gradient."""
+        return 4 * self.n if self.eight_bits_backward and self.stored != 1 else 0
 
     @property
     def keeps_s(self) -> bool:
         """Whether x down^T is kept from the forward pass where the replay skips the product."""
-        return 0 < self.rank <= SMALL_RANK and not (self.eight_bits and self.produced)
+        return 0 < self.rank <= SMALL_RANK
 
     @property
     def gradient_bytes(self) -> int:
@@ -101,19 +106,19 @@ class Product:
 
     @property
     def forward_temporary(self) -> int:
-        """Bytes only needed while it multiplies; in 8 bits LoRA's up, scaled, and the weight and input if made here."""
+        """Bytes only needed while it multiplies; in 8 bits the weight, and the input if made here."""
         if not self.eight_bits:
             return self.n * self.padding * 2
         weight = 0 if self.stored == 1 else self.weights + 4 * self.n
-        return 4 * self.rank * self.n + weight + (0 if self.produced else self.input8_bytes)
+        return weight + (0 if self.produced else self.input8_bytes)
 
     @property
     def backward_temporary(self) -> int:
         """The same for its gradients."""
-        lora = 2 * self.rank * self.n + self.rows * self.rank * 2
+        ds = self.rows * self.rank * 2
         if self.eight_bits_backward:
-            return lora + self.weights + self.rows * (self.n + 4)
-        return lora + self.n * self.padding * 2
+            return ds + self.weights + self.rows * (self.n + 4)
+        return ds + self.n * (self.rank + self.padding) * 2
 
 
 @dataclass(frozen=True)
@@ -163,7 +168,8 @@ class Shape:
                 sizes[f"hidden8_{stream}"] = rows * (self.hidden + 4)
             elif "hidden" in keeps:
                 sizes[f"hidden_{stream}"] = rows * self.hidden * 2
-        return sizes | self.kept_s(policy)
+        scales = sum(p.row_scale_bytes for p in self.products if p.feeds in self.unread(policy))
+        return sizes | self.kept_s(policy) | {"row_scales": scales}
 
     def kept_s(self, policy: str) -> dict[str, int]:
         """Tensor -> bytes of every x down^T that `policy` keeps."""
@@ -171,8 +177,18 @@ class Shape:
             f"s_{name}_{stream}": p.x_down_bytes
             for stream, (_, products) in self.streams.items()
             for name, p in products.items()
-            if p.keeps_s and p.feeds in self.unread(policy)
+            if p.keeps_s and not self.shares_input(name) and self.skips(stream, name, policy)
         }
+
+    def shares_input(self, name: str) -> bool:
+        """Whether that product is the second part of a layer: a single block's first one makes qkv and hidden."""
+        return self.single and name == "hidden"
+
+    def skips(self, stream: str, name: str, policy: str) -> bool:
+        """Whether the replay skips the layer of that product."""
+        products, unread = self.streams[stream][1], self.unread(policy)
+        names = ("qkv", "hidden") if self.single and name in ("qkv", "hidden") else (name,)
+        return all(products[each].feeds in unread for each in names)
 
 
 def scratch(products: Collection[Product], chunk: int) -> int:
@@ -218,11 +234,20 @@ def _forward(live: Live, shape: Shape, policy: str, replay: bool) -> None:
 
     kept_s = shape.kept_s(policy)
 
-    def product(p: Product, output: str) -> None:
-        if p.rank and (replay != (f"s_{output}" in kept_s)):  # made in the replay, or in the forward pass and kept
+    def product(stream: str, name: str) -> None:
+        p, output = shape.streams[stream][1][name], f"{name}_{stream}"
+        made = replay != (f"s_{output}" in kept_s)  # in the replay, or in the forward pass and kept
+        if p.rank and made and not shape.shares_input(name):
             live.allocate(**{f"s_{output}": p.x_down_bytes})
         if p.feeds not in unread:
             live.allocate(p.forward_temporary, **{output: p.output_bytes})
+        if p.feeds in shape.unread(policy) and not replay:
+            live.allocate(**{f"row_scales_{output}": p.row_scale_bytes})
+
+    def rows8(stream: str, name: str) -> int:
+        """Bytes of a layer's input in 8 bits, which a replay that skips the layer does not make."""
+        skipped = replay and shape.skips(stream, name, policy)
+        return 0 if skipped else shape.streams[stream][1][name].input8_bytes
 
     def gelu(stream: str, rows: int, p: Product) -> None:
         if policy == "keep_all8" and replay:
@@ -230,7 +255,7 @@ def _forward(live: Live, shape: Shape, policy: str, replay: bool) -> None:
             live.free(f"hidden8_{stream}")
         elif policy == "keep_all8":
             live.allocate(**{f"hidden8_{stream}": rows * (shape.hidden + 4)})
-        live.allocate(**{f"act_{stream}": p.input_bytes, f"act8_{stream}": p.input8_bytes})
+        live.allocate(**{f"act_{stream}": p.input_bytes, f"act8_{stream}": rows8(stream, "end")})
 
     def saved(p: Product) -> bool:
         return replay and p.rank > 0
@@ -238,10 +263,10 @@ def _forward(live: Live, shape: Shape, policy: str, replay: bool) -> None:
     # q, k, v and attention
     for stream, (_, products) in shape.streams.items():
         p = products["qkv"]
-        live.allocate(**{f"mod_{stream}": p.input_bytes, f"mod8_{stream}": p.input8_bytes})
-        product(p, f"qkv_{stream}")
+        live.allocate(**{f"mod_{stream}": p.input_bytes, f"mod8_{stream}": rows8(stream, "qkv")})
+        product(stream, "qkv")
         if shape.single:  # the same layer; its input is alive until the end of the block
-            product(products["hidden"], f"hidden_{stream}")
+            product(stream, "hidden")
         else:
             live.free(f"mod8_{stream}", "" if saved(p) else f"mod_{stream}")
     if "qkv" not in available:
@@ -255,14 +280,14 @@ def _forward(live: Live, shape: Shape, policy: str, replay: bool) -> None:
     for stream, (rows, products) in shape.streams.items():
         p, end = products["hidden"], products["end"]
         if not shape.single:
-            product(products["proj"], f"proj_{stream}")
+            product(stream, "proj")
             if "residual" not in available:
                 live.allocate(**{f"x1_{stream}": rows * shape.width * 2})
-            live.allocate(**{f"mod2_{stream}": p.input_bytes, f"mod28_{stream}": p.input8_bytes})
+            live.allocate(**{f"mod2_{stream}": p.input_bytes, f"mod28_{stream}": rows8(stream, "hidden")})
             live.free("" if replay and shape.gates else f"proj_{stream}")
-            product(p, f"hidden_{stream}")
+            product(stream, "hidden")
         gelu(stream, rows, end)
-        product(end, f"end_{stream}")
+        product(stream, "end")
         if not shape.single:
             live.free(f"act8_{stream}", "" if saved(end) else f"act_{stream}")
         if "end" not in unread:
@@ -285,12 +310,10 @@ def _single_backward(live: Live, shape: Shape) -> None:
     live.allocate(d_hidden=products["hidden"].output_bytes)
     live.free(f"hidden_{stream}")
     _attention_backward(live, shape, "d_act")
-    _product_backward(live, products["hidden"], f"hidden_{stream}", "d_hidden", "d_mod1")
-    _product_backward(live, products["qkv"], f"qkv_{stream}", f"d_qkv_{stream}", "d_mod2")
-    live.allocate(d_mod=products["qkv"].input_bytes)  # the sum of the two
-    live.free("d_mod1", "d_mod2", f"mod_{stream}")
-    live.allocate(d_x=shape.u)
-    live.free("d_mod")
+    parts = products["qkv"], products["hidden"]
+    live.allocate(max(p.backward_temporary for p in parts), d_mod=parts[0].input_bytes)
+    live.allocate(grads=4 * parts[0].rank * (parts[0].n + parts[1].n + parts[0].k))
+    live.free("d_hidden", f"d_qkv_{stream}", f"mod_{stream}", f"s_qkv_{stream}")
     live.allocate(d_inputs=shape.u)
 
 
@@ -311,10 +334,8 @@ def _double_backward(live: Live, shape: Shape) -> None:
     for stream, (rows, products) in reversed([*shape.streams.items()]):
         u = rows * shape.width * 2
         _product_backward(live, products["qkv"], f"qkv_{stream}", f"d_qkv_{stream}", "d_mod", f"mod_{stream}")
-        live.allocate(d_x=u)
-        live.free("d_mod")
         live.allocate(**{f"d_inputs_{stream}": u})
-        live.free("d_x", f"d_residual_{stream}")
+        live.free("d_mod", f"d_residual_{stream}")
 
 
 def _product_backward(live: Live, p: Product, output: str, dy: str, dx: str, x: str = "") -> None:

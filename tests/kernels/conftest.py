@@ -27,6 +27,7 @@ def triton_ops(device):
     pytest.importorskip("triton")
     if device.type == "cpu":
         mend_interpreted_dot()
+        round_interpreted_bf16()
         add_interpreted_dot_scaled()
         patch_once_a_launch()
         make_types_once()
@@ -74,6 +75,26 @@ def mend_interpreted_dot() -> None:
 
     create_dot.mended = True
     interpreter.InterpreterBuilder.create_dot = create_dot
+
+
+def round_interpreted_bf16() -> None:
+    """Triton's interpreter cuts off the lower half of an fp32 number that becomes bf16; round it, half to even."""
+    import triton.language as tl
+    from triton.runtime import interpreter
+
+    original = interpreter.InterpreterBuilder.cast_impl
+    if getattr(original, "mended", False):
+        return
+
+    def cast_impl(self, src, dst_type):
+        if (src.dtype.scalar, dst_type.scalar) != (tl.float32, tl.bfloat16):
+            return original(self, src, dst_type)
+        bits = np.ascontiguousarray(src.data).view(np.uint32)
+        nearest = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+        return interpreter.TensorHandle(np.where(np.isnan(src.data), np.uint16(0x7FC0), nearest), tl.bfloat16)
+
+    cast_impl.mended = True
+    interpreter.InterpreterBuilder.cast_impl = cast_impl
 
 
 def add_interpreted_dot_scaled() -> None:

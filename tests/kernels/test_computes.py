@@ -4,9 +4,21 @@ from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 from helpers import relative_error
 
-from fluxq.kernels import COMPUTES, FORMATS, dequantize, gelu_tanh, lora_linear, modulate, quantize, wants
+from fluxq.kernels import (
+    COMPUTES,
+    FORMATS,
+    Activations,
+    dequantize,
+    gelu_tanh,
+    lora_linear,
+    lora_linear_parts,
+    modulate,
+    quantize,
+    wants,
+)
 
 EIGHT_BITS = [c for c in COMPUTES if c != "bf16"]
 M, N, K, R = 128, 192, 256, 5
@@ -91,3 +103,23 @@ def test_the_previous_op_and_the_layer_make_the_same_rows(compute):
 def test_a_few_rows_are_multiplied_exactly(compute):
     x, weight, bias, *_ = operands()
     torch.testing.assert_close(lora_linear(x[:4], weight, bias, compute=compute), x[:4] @ weight.t() + bias)
+
+
+@pytest.mark.usefixtures("either_backend")
+@pytest.mark.parametrize("compute", ["bf16", "int8", "int8_dx", "fp8_dx"])
+@pytest.mark.parametrize("format", ["nf4", "int8", "bf16"])
+def test_a_layer_in_parts_is_the_layer(format, compute, device):
+    """Both parts beside each other are its output, and the gradients are those of all of it."""
+    x, weight, bias, down, up = (t.detach().to(device) for t in operands())
+    x, down, up = (t.requires_grad_() for t in (x, down, up))
+    stored, layer = quantize(weight, format), (down, up, 0.7, compute)
+    parts, dy = (slice(0, 64), slice(64, N)), torch.randn(M, N, device=device)
+    given = Activations(F.pad(x, (0, wants(compute, down, x).padding)))
+    y = lora_linear(given, stored, bias, *layer)
+    both = lora_linear_parts(given, stored, bias, *layer, parts, (None, None))
+    torch.testing.assert_close(torch.cat(both, 1), y)
+    ours = torch.autograd.grad(both, [x, down, up], [dy[:, part] for part in parts])
+    theirs = torch.autograd.grad(y, [x, down, up], dy)
+    for a, b in zip(ours, theirs, strict=True):
+        # In 8 bits each part of dy has scales of its own.
+        assert relative_error(a, b) < (0.05 if compute.endswith("_dx") else 1e-5)

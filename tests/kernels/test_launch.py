@@ -1,7 +1,8 @@
-"""A launched kernel asks Triton once for every way in which it can be compiled, and then launches what it got."""
+"""A launch asks Triton once for every way in which it can be compiled, and then launches what it got."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -12,10 +13,10 @@ pytest.importorskip("triton")
 import triton.language as tl
 from triton.runtime.jit import JITFunction
 
-from fluxq.kernels.triton import launch
+from fluxq.kernels.triton import launch, shipped
 
 
-def kernel(x_ptr, n, scale, other_ptr, BLOCK: tl.constexpr):
+def kernel(x_ptr, other_ptr, n, scale, BLOCK: tl.constexpr):
     pass
 
 
@@ -49,38 +50,62 @@ def asked(monkeypatch) -> list[Compiled]:
     return found
 
 
+def made(*numbers: float) -> launch.Launch:
+    return launch.Launch(JITFunction(kernel), (5, 2), *numbers, BLOCK=16, num_warps=4)
+
+
 def test_the_second_launch_goes_past_triton_with_the_same_arguments(asked):
-    own, x = launch._Launched(kernel), torch.zeros(64)
-    own[3,](x, 32, 0.5, None, BLOCK=16, num_warps=4)
-    own[5, 2](x, 48, 0.25, None, BLOCK=16, num_warps=4)
+    own, x = made(48, 0.25), torch.zeros(64)
+    for _ in range(2):
+        own(x, None)
     (compiled,) = asked
     ((gx, gy, gz, stream, function, packed, about, enter, leave, *args),) = compiled.launches
-    assert (gx, gy, gz, stream, function, packed, about) == (5, 2, 1, 7, "function", "metadata", "about")
-    assert args[0] is x and args[1:] == [48, 0.25, None, 16], "the constants follow in the kernel's order"
+    assert (gx, gy, gz, stream, function, packed) == (5, 2, 1, 7, "function", "metadata")
+    assert about is enter is leave is None, "nobody listens"
+    assert args[0] is x and args[1:] == [None, 48, 0.25, 16], "numbers and constants follow in the kernel's order"
+
+
+def test_a_profiler_hears_of_every_launch(asked, monkeypatch):
+    monkeypatch.setattr(launch, "knobs", SimpleNamespace(runtime=SimpleNamespace(
+        launch_enter_hook=SimpleNamespace(calls=[print]), launch_exit_hook=None
+    )))  # fmt: skip
+    own = made(48, 0.25)
+    for _ in range(2):
+        own(torch.zeros(64), None)
+    ((*_, about, enter, leave, _, _, _, _, _),) = asked[0].launches
+    assert about == "about" and enter.calls == [print] and leave is None
 
 
 @pytest.mark.parametrize(
     "change",
     [
-        dict(n=33),  # no multiple of 16
-        dict(n=1),
-        dict(n=2**31),
         dict(x=torch.zeros(64, dtype=torch.bfloat16)),
         dict(x=torch.zeros(65)[1:]),  # not aligned
         dict(other=torch.zeros(64)),
-        dict(BLOCK=32),
-        dict(num_warps=8),
     ],
-    ids=str,
+    ids=["dtype", "alignment", "none"],
 )
-def test_whatever_may_be_compiled_in_asks_triton_again(asked, change):
-    own = launch._Launched(kernel)
+def test_tensors_of_another_kind_ask_triton_again(asked, change):
+    own = made(48, 0.25)
 
-    def launched(x=torch.zeros(64), n=32, other=None, BLOCK=16, num_warps=4):  # noqa: B008
-        own[1,](x, n, 0.5, other, BLOCK=BLOCK, num_warps=num_warps)
+    def launched(x=torch.zeros(64), other=None):  # noqa: B008
+        own(x, other)
 
     launched()
     launched(**change)
     launched()
     launched(**change)
     assert len(asked) == 2 and [len(compiled.launches) for compiled in asked] == [1, 1]
+
+
+def test_a_shape_makes_one_launch_and_another_tile_another():
+    calls = []
+
+    @launch.shaped
+    def make(tile, shape, stride):
+        calls.append(tile)
+        return made(stride, 1.0)
+
+    tile = shipped.Choice("triton", 16, 32, why="the first")
+    assert make(tile, (2, 3), 3) is make(replace(tile), torch.Size((2, 3)), 3)
+    assert make(replace(tile, step=2), (2, 3), 3) is not make(tile, (2, 3), 3) and len(calls) == 2

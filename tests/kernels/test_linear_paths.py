@@ -299,7 +299,7 @@ def test_there_is_one_scratch_and_it_grows():
     small = linear._scratch(10, 64, like)
     assert linear._scratch(5, 128, like).data_ptr() == small.data_ptr()
     assert linear._scratch(20, 64, like).shape == (20, 64)
-    assert [t.numel() for t in linear._scratches.values()] == [20 * 64]
+    assert [memory.numel() for memory, _ in linear._scratches.values()] == [20 * 64]
 
 
 def test_padding_is_a_multiple_of_32_and_has_a_column_for_the_bias():

@@ -51,6 +51,17 @@ def bound(dtype, device):
     return max(eps, 1e-6) * (2 if dtype == torch.bfloat16 and device.type == "cpu" else 1)
 
 
+@pytest.mark.parametrize("rank", [1, 5, 16])
+def test_up_by_rows_or_columns_is_scaled_and_all_of_it_may_be_added(matmul_8bit, kind, rank, device):
+    a, a_scale, b, b_scale = factors(kind, device)
+    s, up, before = (torch.randn(n, m, device=device) for n, m in ((33, rank), (97, rank), (33, 97)))
+    for given in (up, up.t().contiguous().t()):
+        onto = before.clone()
+        y = matmul_8bit(a, a_scale, b, b_scale, torch.float32, s, given, None, 0.3, onto)
+        assert y.data_ptr() == onto.data_ptr()
+        assert relative_error(y, truth(a, a_scale, b, b_scale, s, 0.3 * up) + before) < 1e-3
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("k", [192, 208])
 def test_sums_are_exact_and_rounded_once(matmul_8bit, kind, dtype, k, device):

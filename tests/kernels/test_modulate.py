@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from closeness import DTYPES, EIGHT_BITS, assert_as_close_as_plain, assert_close_in_eight_bits, with_gradients
 
-from fluxq.kernels import Wants, backend, gated_add, gated_add_modulate, modulate, ops
+from fluxq.kernels import Wants, backend, fork_modulate, gated_add, gated_add_modulate, gelu_tanh, modulate, ops
 
 
 def stream(shape, device, seed=0):
@@ -134,6 +134,31 @@ def test_the_gradient_of_a_wider_row_is_read_in_place(either_backend, device):
     ]
     for call in calls:
         torch.testing.assert_close(call(wide), call(dy))
+
+
+@pytest.mark.parametrize("read", ["both", "the stream", "its branch"])
+def test_a_fork_sums_the_gradients_of_the_stream_and_its_branch(either_backend, device, read):
+    shift, scale, _ = chunks(2, 96, device)
+    x, along = stream((2, 21, 96), device).requires_grad_(), stream((2, 21, 96), device, 4)
+    on, made = fork_modulate(x, shift, scale)
+    outputs = {"both": (on * along).sum() + made.x.square().sum(), "the stream": (on * along).sum()}
+    outputs["its branch"] = made.x.square().sum()
+    alone = modulate(x, shift, scale).x.square().sum()
+    expected = {"the stream": along, "its branch": torch.autograd.grad(alone, x)[0]}
+    expected["both"] = expected["the stream"] + expected["its branch"]
+    torch.testing.assert_close(torch.autograd.grad(outputs[read], x)[0], expected[read])
+
+
+def test_rows_that_do_not_fill_the_gpu_are_multiplied_by_down_after_the_kernel(triton_ops, device, monkeypatch):
+    shift, scale, _ = chunks(2, 320, device)
+    x, down = stream((2, 17, 320), device), torch.randn(5, 320, device=device) / 18
+    wants = Wants(dtype=torch.int8, down=down)
+    makes = (lambda: modulate(x, shift, scale, wants), lambda: gelu_tanh(x, wants=wants))
+    fused = [make() for make in makes]
+    monkeypatch.setattr("fluxq.kernels.triton.eight_bits.fills", lambda programs, sms: False)
+    for one, other in zip(fused, [make() for make in makes], strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(one[:3], other[:3], strict=True))
+        torch.testing.assert_close(one.s, other.s)
 
 
 def test_part_of_a_sequence_and_an_expanded_gradient_are_accepted(either_backend, device):

@@ -81,7 +81,7 @@ def test_the_kernel_writes_its_rows_and_nothing_behind_them(width, device):
     from fluxq.kernels.triton import rows
 
     memory = torch.full((4, width), 77, dtype=torch.int8, device=device)
-    rows._launch(torch.randn(3, width, device=device), torch.int8, None, memory[:3])
+    rows._scales(torch.randn(3, width, device=device), torch.int8, None, memory[:3], 0, slice(0, 3))
     assert (memory[3] == 77).all()
 
 

@@ -228,6 +228,25 @@ def test_l2_feeds_8_bit_products(op, gpu):
     assert (0.3 if gpu == 90 else 0.6) * needs <= 0.8 * gives
 
 
+@pytest.mark.parametrize(
+    ("rows", "sms", "fills"),
+    [
+        (512, 28, False),  # text on an RTX 3060
+        (1024, 28, True),  # an image of 512 px
+        (1536, 28, True),
+        (1536, 128, False),  # all tokens at 512 px on an RTX 4090
+        (4096, 128, True),  # an image of 1024 px: just two programs a multiprocessor
+        (4608, 132, True),  # on an H100
+        (4096, 170, False),  # on an RTX 5090
+        (16, 0, True),  # unknown: Triton's interpreter
+    ],
+)
+def test_down_is_multiplied_by_the_row_kernel_where_its_programs_fill_the_gpu(rows, sms, fills):
+    tile = table.SHIPPED["modulate_8bit_down", 89, "large"]
+    assert tile.block_m == table.SHIPPED["gelu_tanh_8bit_down", 89, "large"].block_m
+    assert table.fills(-(-rows // tile.block_m), sms) == fills
+
+
 def test_using_is_undone_even_if_nested():
     first, second = table.Choice("triton", 16), table.Choice("triton", 32)
     before = table.choose("matmul_int8", CPU, 100)

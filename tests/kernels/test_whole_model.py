@@ -32,12 +32,13 @@ def quantize_each_weight_once(monkeypatch, found: dict) -> None:
 
     weight_rows = convert.weight_rows
 
-    def remembered(weight, dtype, rotation):
+    def remembered(weight, dtype, rotation, rows):
         own = stored(weight)
         parts = (own.numbers, own.absmax, own.scale)
-        key = *(t.numpy().tobytes() for t in parts if t is not None), weight.shape, dtype, rotation
+        content = tuple(t.numpy().tobytes() for t in parts if t is not None)
+        key = content, weight.shape, dtype, rotation, rows.start, rows.stop
         if key not in found:
-            found[key] = weight_rows(weight, dtype, rotation)
+            found[key] = weight_rows(weight, dtype, rotation, rows)
         return found[key]
 
     monkeypatch.setattr(convert, "weight_rows", remembered)
@@ -68,6 +69,7 @@ def test_gradients_are_the_same_on_both_backends(
     from fluxq.kernels.triton import linear, table
 
     monkeypatch.setattr(table, "FEW_ROWS", 10)
+    monkeypatch.setattr(table, "_chosen", {})
     monkeypatch.setattr(sys.modules["fluxq.kernels.lora_linear"], "FEW_ROWS", 10)
     flux = randomize(Flux(tiny_config(depth=1, depth_single_blocks=1, mlp_ratio=2.0)))
     add_lora(flux, rank=3, alpha=2, targets=targets)

@@ -71,7 +71,7 @@ KEPT = {  # in U and fp32 numbers per token: what tests/model/test_policies.py c
 }
 
 
-X_DOWN = {"recompute": (1, 1), "keep_attention": (1, 1), "keep_qkv": (3, 2), "keep_all8": (4, 3), "keep_all": (4, 3)}
+X_DOWN = {"recompute": (1, 1), "keep_attention": (1, 1), "keep_qkv": (3, 1), "keep_all8": (4, 2), "keep_all": (4, 2)}
 """How many layers of all tokens each policy skips in the replay, in a double and a single block."""
 
 

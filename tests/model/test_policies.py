@@ -113,9 +113,10 @@ def test_the_replay_multiplies_only_what_was_not_kept(policy, monkeypatch):
     made, attended, backward = [], [], []
     product, attend = reference.lora_linear, sys.modules["fluxq.kernels.attention"]._forward
 
-    def counted(x, weight, *rest):
-        made.append((bool(backward), names.get(tuple(weight.shape), "other"), x.shape[1:-1].numel() > 1))
-        return product(x, weight, *rest)
+    def counted(x, weight, bias, down, up, scale, part=None, s=None):
+        rows = len(weight) if part is None else part.stop - part.start
+        made.append((bool(backward), names.get((rows, weight.shape[1]), "other"), x.shape[1:-1].numel() > 1))
+        return product(x, weight, bias, down, up, scale, part, s)
 
     def counted_attention(*arguments):
         attended.append(bool(backward))
@@ -131,7 +132,7 @@ def test_the_replay_multiplies_only_what_was_not_kept(policy, monkeypatch):
     assert sum(attended) == attentions and len(attended) == 2 + attentions
 
 
-X_DOWN = {"recompute": (1, 1), "keep_attention": (1, 1), "keep_qkv": (3, 2), "keep_all8": (4, 3), "keep_all": (4, 3)}
+X_DOWN = {"recompute": (1, 1), "keep_attention": (1, 1), "keep_qkv": (3, 1), "keep_all8": (4, 2), "keep_all": (4, 2)}
 """How many layers of all tokens, per policy and kind of block, are skipped in the replay: x down^T of each is kept."""
 
 

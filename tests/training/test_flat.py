@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from fluxq.kernels import rows_of
 from fluxq.kernels.rounding import rounded
 from fluxq.training.flat import BLOCK, Flat
 
@@ -45,9 +44,8 @@ def test_parameters_that_nobody_writes_are_rounded_once():
         for p in own:
             first, again = rounded(p, BF16), rounded(p, BF16)
             assert torch.equal(first, p.to(BF16)) and first.data_ptr() == again.data_ptr()
-        part = rounded(rows_of(own[1], slice(4, 9)), BF16)
-        assert torch.equal(part, own[1][4:9].to(BF16))
-        assert part.untyped_storage().data_ptr() == rounded(own[0], BF16).untyped_storage().data_ptr()
+        storages = {rounded(p, BF16).untyped_storage().data_ptr() for p in own}
+        assert len(storages) == 1, "all of them in one tensor"
     assert flat.tensors[1].dtype == BF16 and len(flat.tensors) == 2
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
@@ -10,6 +12,8 @@ from torch import Tensor
 from ..activations import Activations, Wants
 from ..rounding import rounded
 from .bits import e4m3_encode, int8_encode, largest
+from .launch import ceildiv
+from .table import Choice, choose, fills, multiprocessors
 
 
 def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
@@ -23,7 +27,7 @@ def outputs(like: Tensor, width: int, wants: Wants) -> Activations:
         return Activations(y)
     values = like.new_empty(batch * length, width, dtype=torch.uint8)
     scale = like.new_empty(batch * length, dtype=torch.float32)
-    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0], dtype=torch.float32)
+    s = None if wants.down is None else like.new_empty(batch * length, wants.down.shape[0])
     return Activations(y, values, scale, s)
 
 
@@ -32,15 +36,35 @@ def with_dtype(rows: Activations, wants: Wants) -> Activations:
     return rows if rows.values is None or wants.dtype is None else rows._replace(values=rows.values.view(wants.dtype))
 
 
-def down_and_block(wants: Wants, like: Tensor) -> tuple[Tensor | None, int]:
-    """`down` (R, K) in the dtype of `like` if its product is wanted, and how much of R to compute at a time: 16 for
-    small ranks, else 64, so that all ranks need only two kernels.
+class Down(NamedTuple):
+    """LoRA's `down` (R, K) for 8-bit rows, or None; the same if the kernel that writes the rows multiplies by it; how
+    much of R it computes at a time: 16 for small ranks, else 64, so that all ranks need only two kernels; and its tile.
     """
-    if wants.dtype is None or wants.down is None:
-        return None, 16
-    down = rounded(wants.down, like.dtype)
-    assert down is not None
-    return down.contiguous(), 16 if wants.down.shape[0] <= 16 else 64
+
+    factor: Tensor | None
+    fused: Tensor | None
+    block: int
+    tile: Choice
+
+
+def tile_and_down(op: str, wants: Wants, like: Tensor) -> Down:
+    """The tile of `op`, which writes 8-bit rows, as many as `like` (B, L, ...) has. Its kernel also multiplies them by
+    `down` if that is wanted and if its programs of a tile of rows each fill the GPU; or else `multiply` does it after.
+    """
+    if wants.down is None:
+        return Down(None, None, 16, choose(op, like.device))
+    factor = rounded(wants.down, like.dtype)
+    assert factor is not None
+    tile, block = choose(f"{op}_down", like.device), 16 if factor.shape[0] <= 16 else 64
+    if fills(like.shape[0] * ceildiv(like.shape[1], tile.block_m), multiprocessors(like.device)):
+        return Down(factor, factor.contiguous(), block, tile)
+    return Down(factor, None, 16, choose(op, like.device))
+
+
+def multiply(down: Down, out: Activations) -> None:
+    """Write s = x down^T if the kernel did not."""
+    if down.factor is not None and down.fused is None and out.s is not None:
+        torch.mm(out.x.view(-1, out.x.shape[-1]), down.factor.t(), out=out.s)
 
 
 def registers(warps: int) -> int:
@@ -73,7 +97,7 @@ def to_8_bits(y, scale, INT8: tl.constexpr):
 def multiply_by_down(
     y_ptr,  # (ROWS, K) written by this program
     down_ptr,  # (R, K)
-    s_ptr,  # (ROWS, R) fp32 out
+    s_ptr,  # (ROWS, R) out
     rows,  # how many of ROWS exist
     R,
     K: tl.constexpr,
@@ -94,4 +118,4 @@ def multiply_by_down(
             y = tl.load(y_ptr + row * K + k, mask=here & (k < K), other=0.0)
             down = tl.load(down_ptr + rank[:, None] * K + k, mask=(rank < R)[:, None] & (k < K), other=0.0)
             s = tl.dot(y, tl.trans(down), s, input_precision=PRECISION)
-        tl.store(s_ptr + row * R + rank[None, :], s, mask=here & (rank < R)[None, :])
+        tl.store(s_ptr + row * R + rank[None, :], s.to(s_ptr.dtype.element_ty), mask=here & (rank < R)[None, :])

@@ -9,23 +9,25 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceildiv, launched
+from .launch import Launch, ceildiv, shaped
 from .layout import contiguous_rows
-from .table import choose
+from .table import Choice, choose
 
 
 def fill_padding(rows: Tensor, k: int, s: Tensor) -> None:
     """Write [s | 1 | 0] into the columns of `rows` (M, ...) from k on. s (M, R)."""
-    tile, width, s = choose("fill_padding", rows.device), rows.shape[1] - k, contiguous_rows(s)
-    _fill_padding[ceildiv(rows.shape[0], tile.block_m), ceildiv(width, tile.block_n)](
-        rows[:, k:], s, rows.shape[0], width, s.shape[1], rows.stride(0), s.stride(0),
-        EIGHTS=_by_eights(s), ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+    s, (m, width), r = contiguous_rows(s), rows.shape, s.shape[1]
+    launch = _launch(choose("fill_padding", rows.device), m, width - k, r, rows.stride(0), s.stride(0))
+    launch(rows[:, k:], s)
+
+
+@shaped
+def _launch(tile: Choice, m: int, width: int, r: int, out_stride: int, s_stride: int) -> Launch:
+    return Launch(
+        _fill_padding, (ceildiv(m, tile.block_m), ceildiv(width, tile.block_n)), m, width, r, out_stride, s_stride,
+        EIGHTS=r % 8 == s_stride % 8 == 0,  # so rows of s can be read eight numbers at a time
+        ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-
-
-def _by_eights(factor: Tensor) -> bool:
-    """Whether rows of s can be read eight numbers at a time, which holds for common ranks."""
-    return factor.shape[1] % 8 == 0 and factor.stride(0) % 8 == 0
 
 
 @triton.jit
@@ -34,7 +36,7 @@ def _multiple(n, EIGHTS: tl.constexpr):
     return n // 8 * 8 if EIGHTS else n
 
 
-@launched(do_not_specialize=["M", "R", "s_stride"])
+@triton.jit(do_not_specialize=["M", "R", "s_stride"])
 def _fill_padding(
     out_ptr,  # (M, width) out, rows out_stride apart
     s_ptr,  # (M, R)

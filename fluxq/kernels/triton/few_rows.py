@@ -12,11 +12,12 @@ additions would not need it, but would round differently from run to run.
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..weights import Weight
-from .launch import ceildiv, launched
+from .launch import Launch, ceildiv, shaped
 from .layout import contiguous_rows
 from .stored import read, stored
 from .table import Choice, choose
@@ -32,22 +33,36 @@ def input_gradient(
     rows = tile.block_m if m <= tile.block_m else 64  # all of them at once, so that each weight is read only once
     share = max(tile.chunk // tile.block_n, tile.block_k)
     sums = torch.empty(ceildiv(n, share), m, k, dtype=torch.float32, device=dy.device)
-    _shares[ceildiv(k, tile.block_n), len(sums), ceildiv(m, rows)](
-        dy, numbers, absmax, levels, scale, sums, m, n, k,
-        dy.stride(0), numbers.stride(0), 0 if absmax is None else absmax.stride(0),
+    shares = _shares_launch(
+        tile, form, rows, share, m, n, k, dy.stride(0), numbers.stride(0), 0 if absmax is None else absmax.stride(0)
+    )
+    shares(dy, numbers, absmax, levels, scale, sums)
+    ds, down = (None, None) if ds is None or down is None else (contiguous_rows(ds), contiguous_rows(down))
+    summed = _sum_launch(
+        choose("sum_shares", dy.device), len(sums), m, k, 0 if ds is None else ds.shape[1],
+        0 if ds is None else ds.stride(0), 0 if down is None else down.stride(0), out.stride(0),
+    )  # fmt: skip
+    summed(sums, ds, down, out)
+
+
+@shaped
+def _shares_launch(tile: Choice, form: str, rows: int, share: int, m: int, n: int, k: int, *strides: int) -> Launch:
+    return Launch(
+        _shares, (ceildiv(k, tile.block_n), ceildiv(n, share), ceildiv(m, rows)), m, n, k, *strides,
         FORM=form, SHARE=share, BLOCK_M=rows, BLOCK_N=tile.block_n, BLOCK_K=tile.block_k,
         num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    ds, down = (None, None) if ds is None or down is None else (contiguous_rows(ds), contiguous_rows(down))
-    tile = choose("sum_shares", dy.device)
-    _sum_shares[ceildiv(k, tile.block_n), ceildiv(m, tile.block_m)](
-        sums, ds, down, out, len(sums), m, k, 0 if ds is None else ds.shape[1],
-        0 if ds is None else ds.stride(0), 0 if down is None else down.stride(0), out.stride(0),
+
+
+@shaped
+def _sum_launch(tile: Choice, shares: int, m: int, k: int, *numbers: int) -> Launch:
+    return Launch(
+        _sum_shares, (ceildiv(k, tile.block_n), ceildiv(m, tile.block_m)), shares, m, k, *numbers,
         ROWS=tile.block_m, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
 
 
-@launched(do_not_specialize=["M"])
+@triton.jit(do_not_specialize=["M"])
 def _shares(
     dy_ptr,  # (M, N) any float, rows dy_stride apart
     w_ptr,  # (N, K/8) int32 of NF4, (N, K) uint8 of 8 bits, else (N, K); rows w_stride apart
@@ -82,7 +97,7 @@ def _shares(
     tl.store(sums_ptr + (share.to(tl.int64) * M + row) * K + column, acc, mask=inside_m & (column < K))
 
 
-@launched(do_not_specialize=["shares", "M", "R", "ds_stride"])
+@triton.jit(do_not_specialize=["shares", "M", "R", "ds_stride"])
 def _sum_shares(
     sums_ptr,  # (shares, M, K) fp32
     ds_ptr,  # (M, R) any float, or None

@@ -17,57 +17,82 @@ from torch import Tensor
 
 from ..activations import Activations, Wants
 from .eight_bits import (
-    down_and_block,
+    multiply,
     multiply_by_down,
     outputs,
     registers,
     scales_of,
+    tile_and_down,
     to_8_bits,
     with_dtype,
 )
-from .launch import ceildiv, launched, power_of_2
+from .launch import Launch, ceildiv, power_of_2, shaped
 from .layout import contiguous_rows
 from .rotation import rotated
-from .table import choose
+from .table import Choice, choose
 
 
 def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
     """gelu(h), tanh's approximation, in the form that the next layer `wants`; with `beside` (B, L, D) to its left."""
-    (batch, length, width), h = h.shape, contiguous_rows(h)
-    beside, left = (None, 0) if beside is None else (contiguous_rows(beside), beside.shape[-1])
-    out = outputs(h, left + width, wants)
-    strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]), out.x.stride(1))
+    h, beside = contiguous_rows(h), beside if beside is None else contiguous_rows(beside)
+    left = 0 if beside is None else beside.shape[-1]
+    out = outputs(h, left + h.shape[2], wants)
+    strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]))
     if out.values is None:
-        tile = choose("gelu_tanh", h.device)
-        rows, block = tile.block_m, min(tile.block_n, power_of_2(width))
-        _gelu[ceildiv(left, block) + ceildiv(width, block), ceildiv(length, rows), batch](
-            h, beside, out.x, *strides, length,
-            W=width, D=left, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
+        launch = _launch(choose("gelu_tanh", h.device), h.shape, left, *strides, out.x.stride(1))
+        launch(h, beside, out.x)
         return out
-    down, block_r = down_and_block(wants, h)
-    tile = choose("gelu_tanh_8bit" if down is None else "gelu_tanh_8bit_down", h.device)
-    _gelu_8_bits[ceildiv(length, tile.block_m), batch](
-        h, beside, out.x, out.values, out.scale, down, out.s,
-        *strides[:4], length, 0 if down is None else len(down),
+    down = tile_and_down("gelu_tanh_8bit", wants, h)
+    launch = _launch_8_bits(
+        down.tile, wants.dtype, wants.rotation, down.block, 0 if down.fused is None else len(down.fused), h.shape, left,
+        *strides,
+    )  # fmt: skip
+    launch(h, beside, out.x, out.values, out.scale, down.fused, None if down.fused is None else out.s)
+    multiply(down, out)
+    return with_dtype(out, wants)
+
+
+@shaped
+def _launch(tile: Choice, shape: tuple[int, int, int], left: int, *strides: int) -> Launch:
+    batch, length, width = shape
+    rows, block = tile.block_m, min(tile.block_n, power_of_2(width))
+    return Launch(
+        _gelu, (ceildiv(left, block) + ceildiv(width, block), ceildiv(length, rows), batch), *strides, length,
+        W=width, D=left, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@shaped
+def _launch_8_bits(
+    tile: Choice, dtype: torch.dtype, rotation: int, block_r: int, rank: int, shape: tuple[int, int, int], left: int,
+    *strides: int,
+) -> Launch:  # fmt: skip
+    batch, length, width = shape
+    return Launch(
+        _gelu_8_bits, (ceildiv(length, tile.block_m), batch), *strides, length, rank,
         W=width, D=left, BLOCK=power_of_2(left + width), ROWS=tile.block_m,
-        INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+        INT8=dtype == torch.int8, ROTATION=rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
         PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
     )  # fmt: skip
-    return with_dtype(out, wants)
 
 
 def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:
     """The gradient of h (B, L, W), from the columns of dy (B, L, W) that correspond to gelu(h)."""
-    (batch, length, width), dy, h = h.shape, contiguous_rows(dy), contiguous_rows(h)
+    dy, h = contiguous_rows(dy), contiguous_rows(h)
     dh = torch.empty(h.shape, dtype=h.dtype, device=h.device)
-    tile = choose("gelu_tanh_backward", h.device)
+    launch = _launch_backward(choose("gelu_tanh_backward", h.device), h.shape, *dy.stride()[:2], *h.stride()[:2])
+    launch(dy, h, dh)
+    return dh
+
+
+@shaped
+def _launch_backward(tile: Choice, shape: tuple[int, int, int], *strides: int) -> Launch:
+    batch, length, width = shape
     rows, block = tile.block_m, min(tile.block_n, power_of_2(width))
-    _gelu_backward[ceildiv(width, block), ceildiv(length, rows), batch](
-        dy, h, dh, *dy.stride()[:2], *h.stride()[:2], length,
+    return Launch(
+        _gelu_backward, (ceildiv(width, block), ceildiv(length, rows), batch), *strides, length,
         W=width, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return dh
 
 
 @triton.jit
@@ -75,7 +100,7 @@ def _sigmoid_of_twice_u(h):
     return tl.sigmoid(1.5957691216057308 * h * (1.0 + 0.044715 * h * h))
 
 
-@launched(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L"])
 def _gelu(
     h_ptr,  # (B, L, W)
     beside_ptr,  # (B, L, D), or None
@@ -107,7 +132,7 @@ def _gelu(
         tl.store(y + D + column, (h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty), mask=mask & (column < W))
 
 
-@launched(do_not_specialize=["L", "R"])
+@triton.jit(do_not_specialize=["L", "R"])
 def _gelu_8_bits(
     h_ptr,  # (B, L, W)
     beside_ptr,  # (B, L, D), or None
@@ -115,7 +140,7 @@ def _gelu_8_bits(
     values_ptr,  # (B L, D + W) out: bytes of int8 or e4m3
     row_scale_ptr,  # (B L,) fp32 out
     down_ptr,  # (R, D + W), or None
-    s_ptr,  # (B L, R) fp32 out, or None
+    s_ptr,  # (B L, R) as h out, or None
     h_b,
     h_l,
     beside_b,
@@ -156,7 +181,7 @@ def _gelu_8_bits(
         )
 
 
-@launched(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L"])
 def _gelu_backward(
     dy_ptr,  # (B, L, W), rows dy_l apart
     h_ptr,  # (B, L, W)

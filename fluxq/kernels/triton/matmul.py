@@ -10,12 +10,13 @@ many rows, every tile of rows would decode each weight again, which costs more t
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..weights import Weight
 from .bits import e4m3_decode, int8_decode, nf4_decode
-from .launch import ceildiv, launched
+from .launch import Launch, ceildiv, shaped
 from .layout import contiguous_rows
 from .stored import stored
 from .table import Choice
@@ -23,46 +24,33 @@ from .tiles import add_lora, tile_of
 
 
 def linear(
-    x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, up: Tensor | None, tiles: Choice
+    x: Tensor, weight: Weight, bias: Tensor | None, s: Tensor | None, up: Tensor | None, up_scale: float, tiles: Choice
 ) -> Tensor:
-    """x W^T + s up^T + bias, (M, N) in x's dtype. x (M, K), s (M, R), up (N, R), bias (N,)."""
+    """x W^T + s (up_scale up)^T + bias, (M, N) in x's dtype. x (M, K), s (M, R), up (N, R), bias (N,)."""
     (m, k), n = x.shape, weight.shape[0]
     y = torch.empty(m, n, dtype=x.dtype, device=x.device)
-    grid = (ceildiv(m, tiles.block_m) * ceildiv(n, tiles.block_n),)
     numbers, absmax, levels, row_scale, form = stored(weight)
     x = contiguous_rows(x)
     s, up = (None, None) if s is None or up is None else (contiguous_rows(s), contiguous_rows(up))
-    _linear[grid](
-        x,
-        numbers,
-        row_scale,
-        absmax,
-        levels,
-        bias,
-        s,
-        up,
-        y,
-        m,
-        n,
-        k,
-        0 if s is None else s.shape[1],
-        x.stride(0),
-        numbers.stride(0),
-        0 if absmax is None else absmax.stride(0),
-        0 if s is None else s.stride(0),
-        0 if up is None else up.stride(0),
-        FORM=form,
-        EVEN_K=k % tiles.block_k == 0,
-        BLOCK_M=tiles.block_m,
-        BLOCK_N=tiles.block_n,
-        BLOCK_K=tiles.block_k,
-        num_warps=tiles.warps,
-        num_stages=tiles.stages,
-    )
+    launch = _launch(
+        tiles, form, m, n, k, 0 if s is None else s.shape[1], x.stride(0), numbers.stride(0),
+        0 if absmax is None else absmax.stride(0), 0 if s is None else s.stride(0), 0 if up is None else up.stride(0),
+        float(up_scale),
+    )  # fmt: skip
+    launch(x, numbers, row_scale, absmax, levels, bias, s, up, y)
     return y
 
 
-@launched(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
+@shaped
+def _launch(tiles: Choice, form: str, m: int, n: int, k: int, *numbers: float) -> Launch:
+    return Launch(
+        _linear, (ceildiv(m, tiles.block_m) * ceildiv(n, tiles.block_n),), m, n, k, *numbers,
+        FORM=form, EVEN_K=k % tiles.block_k == 0, BLOCK_M=tiles.block_m, BLOCK_N=tiles.block_n, BLOCK_K=tiles.block_k,
+        num_warps=tiles.warps, num_stages=tiles.stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
 def _linear(
     x_ptr,  # (M, K) any float, rows x_stride apart
     w_ptr,  # float: (N, K) as x; fp8, int8: (N, K) bytes; nf4: (N, K/8) int32; rows w_stride apart
@@ -82,6 +70,7 @@ def _linear(
     absmax_stride,
     s_stride,
     up_stride,
+    up_scale,
     FORM: tl.constexpr,
     EVEN_K: tl.constexpr,
     BLOCK_M: tl.constexpr,
@@ -124,7 +113,7 @@ def _linear(
     if s_ptr is not None:
         s_ptrs = s_ptr + first_m * s_stride + m[:, None] * s_stride
         up_ptrs = up_ptr + first_n * up_stride + n[:, None] * up_stride
-        acc = add_lora(acc, s_ptrs, up_ptrs, inside_m, inside_n, R, dtype)
+        acc = add_lora(acc, s_ptrs, up_ptrs, inside_m, inside_n, R, 1, up_scale, dtype)
     if bias_ptr is not None:
         acc += tl.load(bias_ptr + first_n + n, mask=inside_n, other=0.0).to(tl.float32)
     y_ptrs = y_ptr + first_m * N + first_n + m[:, None] * N + n

@@ -25,9 +25,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceildiv, launched
+from .launch import Launch, ceildiv, shaped
 from .layout import contiguous_rows
-from .table import INTERPRETED, choose_tile, generation, truncates_fp8
+from .table import INTERPRETED, Choice, choose_tile, generation, truncates_fp8
 from .tiles import add_lora, tile_of
 
 PROMOTED = 512
@@ -45,48 +45,44 @@ def matmul_8bit(
     s: Tensor | None = None,
     up: Tensor | None = None,
     bias: Tensor | None = None,
+    up_scale: float = 1.0,
+    onto: Tensor | None = None,
 ) -> Tensor:
-    """(M, N) in `dtype`: a b^T, row m times a_scale[m], column n times b_scale[n], plus s up^T and bias, rounded once.
+    """(M, N) in `dtype`: a b^T, row m times a_scale[m], column n times b_scale[n], plus s (up_scale up)^T and bias,
+    rounded once. If `onto` (M, N) is given, all of it is added to that, in place.
 
     a (M, K), b (N, K) both int8 or both float8_e4m3fn; a_scale (M,), b_scale (N,) fp32; s (M, R), up (N, R), bias (N,).
-    s and up are rounded to `dtype` for their product. Raises ValueError for fp8 on a GPU that lacks it.
+    s and up_scale up are rounded to `dtype` for their product. Raises ValueError for fp8 on a GPU that lacks it.
     """
     if a.dtype != torch.int8 and INTERPRETED < generation(a.device) < 89:
         raise ValueError("this GPU cannot multiply in fp8 (RTX 40 series and newer can); use compute int8 or bf16")
     (m, k), n = a.shape, b.shape[0]
-    y = torch.empty(m, n, dtype=dtype, device=a.device)
+    y = torch.empty(m, n, dtype=dtype, device=a.device) if onto is None else onto
     choice = choose_tile("matmul_int8" if a.dtype == torch.int8 else "matmul_fp8", a.device, m, n)
     a, b = contiguous_rows(a), contiguous_rows(b)  # 8-bit tensor cores before sm_100 read both along K
-    # For the gradient, `up` is down^T: small, but slow to read across its rows.
-    s, up = (None, None) if s is None or up is None else (contiguous_rows(s), contiguous_rows(up))
-    grid = (ceildiv(m, choice.block_m) * ceildiv(n, choice.block_n),)
-    _matmul_8bit[grid](
-        a,
-        a_scale,
-        b,
-        b_scale,
-        s,
-        up,
-        bias,
-        y,
-        m,
-        n,
-        k,
-        0 if s is None else s.shape[1],
-        a.stride(0),
-        b.stride(0),
-        0 if s is None else s.stride(0),
-        0 if up is None else up.stride(0),
-        EVEN_K=k % choice.block_k == 0,
-        BLOCK_M=choice.block_m,
-        BLOCK_N=choice.block_n,
-        BLOCK_K=choice.block_k,
-        num_warps=choice.warps,
-        SCALED=choice.path == "scaled" and _has_scaled_dot(),
-        PROMOTE=PROMOTED if a.dtype != torch.int8 and truncates_fp8(a.device) else 0,
-        num_stages=choice.stages,
-    )
+    r, s_stride, up_strides = 0, 0, (0, 0)
+    if s is not None and up is not None:
+        s, up = contiguous_rows(s), up if 1 in up.stride() else up.contiguous()
+        r, s_stride, up_strides = s.shape[1], s.stride(0), up.stride()  # for the gradient, `up` is down^T
+    promoted = PROMOTED if a.dtype != torch.int8 and truncates_fp8(a.device) else 0
+    launch = _launch(choice, promoted, m, n, k, r, a.stride(0), b.stride(0), s_stride, up_strides, float(up_scale))
+    launch(a, a_scale, b, b_scale, s, up, bias, onto, y)
     return y
+
+
+@shaped
+def _launch(
+    choice: Choice, promoted: int, m: int, n: int, k: int, r: int, a_stride: int, b_stride: int, s_stride: int,
+    up_strides: tuple[int, int], up_scale: float,
+) -> Launch:  # fmt: skip
+    along_r = up_strides[1] == 1 or r <= 1
+    return Launch(
+        _matmul_8bit, (ceildiv(m, choice.block_m) * ceildiv(n, choice.block_n),), m, n, k, r, a_stride, b_stride,
+        s_stride, up_strides[0 if along_r else 1], up_scale,
+        EVEN_K=k % choice.block_k == 0, UP_ALONG_R=along_r,
+        BLOCK_M=choice.block_m, BLOCK_N=choice.block_n, BLOCK_K=choice.block_k, num_warps=choice.warps,
+        SCALED=choice.path == "scaled" and _has_scaled_dot(), PROMOTE=promoted, num_stages=choice.stages,
+    )  # fmt: skip
 
 
 @cache
@@ -95,15 +91,16 @@ def _has_scaled_dot() -> bool:
     return tuple(int(part) for part in triton.__version__.split(".")[:2]) >= (3, 6)
 
 
-@launched(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
+@triton.jit(do_not_specialize=["M", "R", "s_stride", "up_stride"])  # they vary with image and LoRA
 def _matmul_8bit(
     a_ptr,  # (M, K) int8 or e4m3, rows a_stride apart
     a_scale_ptr,  # (M,) fp32
     b_ptr,  # (N, K) as a, rows b_stride apart
     b_scale_ptr,  # (N,) fp32, or None
     s_ptr,  # (M, R) any float, or None
-    up_ptr,  # (N, R) any float, or None
+    up_ptr,  # (N, R) any float, its rows or columns up_stride apart, or None
     bias_ptr,  # (N,) any float, or None
+    onto_ptr,  # (M, N) any float, what is added, or None
     y_ptr,  # (M, N) any float
     M,
     N,
@@ -113,7 +110,9 @@ def _matmul_8bit(
     b_stride,
     s_stride,
     up_stride,
+    up_scale,
     EVEN_K: tl.constexpr,
+    UP_ALONG_R: tl.constexpr,  # up's rows are contiguous, else its columns
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -159,9 +158,14 @@ def _matmul_8bit(
     dtype: tl.constexpr = y_ptr.dtype.element_ty
     if s_ptr is not None:
         s_ptrs = s_ptr + first_m * s_stride + m[:, None] * s_stride
-        up_ptrs = up_ptr + first_n * up_stride + n[:, None] * up_stride
-        y = add_lora(y, s_ptrs, up_ptrs, inside_m, inside_n, R, dtype)
+        if UP_ALONG_R:
+            up_ptrs = up_ptr + first_n * up_stride + n[:, None] * up_stride
+            y = add_lora(y, s_ptrs, up_ptrs, inside_m, inside_n, R, 1, up_scale, dtype)
+        else:
+            y = add_lora(y, s_ptrs, up_ptr + first_n + n[:, None], inside_m, inside_n, R, up_stride, up_scale, dtype)
     if bias_ptr is not None:
         y += tl.load(bias_ptr + first_n + n, mask=inside_n, other=0.0).to(tl.float32)
-    y_ptrs = y_ptr + first_m * N + first_n + m[:, None] * N + n
-    tl.store(y_ptrs, y.to(dtype), mask=inside_m[:, None] & inside_n)
+    at, inside = first_m * N + first_n + m[:, None] * N + n, inside_m[:, None] & inside_n
+    if onto_ptr is not None:
+        y += tl.load(onto_ptr + at, mask=inside, other=0.0).to(tl.float32)
+    tl.store(y_ptr + at, y.to(dtype), mask=inside)

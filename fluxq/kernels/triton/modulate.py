@@ -18,18 +18,20 @@ from torch import Tensor
 
 from ..activations import Activations, Wants
 from .eight_bits import (
-    down_and_block,
+    Down,
+    multiply,
     multiply_by_down,
     outputs,
     registers,
     scales_of,
+    tile_and_down,
     to_8_bits,
     with_dtype,
 )
-from .launch import ceildiv, launched, power_of_2
+from .launch import Launch, ceildiv, power_of_2, shaped
 from .layout import contiguous_rows
 from .rotation import rotated
-from .table import choose
+from .table import Choice, choose
 
 
 def modulate(x: Tensor, shift: Tensor, scale: Tensor, wants: Wants) -> Activations:
@@ -48,27 +50,45 @@ def gated_add_modulate(
 def _forward(
     x: Tensor, gate: Tensor | None, y: Tensor | None, total: Tensor | None, shift: Tensor, scale: Tensor, wants: Wants
 ) -> Activations:
-    (batch, length, width), x = x.shape, contiguous_rows(x)
+    x, shift, scale = contiguous_rows(x), contiguous_rows(shift), contiguous_rows(scale)
     gate, y = (t if t is None else contiguous_rows(t) for t in (gate, y))
-    shift, scale = contiguous_rows(shift), contiguous_rows(scale)
-    out = outputs(x, width, wants)
-    down, block_r = down_and_block(wants, x)
-    form = "" if wants.dtype is None else "_8bit" if down is None else "_8bit_down"
-    tile = choose(f"modulate{form}", x.device)
-    _modulate[ceildiv(length, tile.block_m), batch](
-        x, gate, y, total, shift, scale, out.x, out.values, out.scale, down, out.s,
-        x.stride(0), x.stride(1), 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
-        shift.stride(0), scale.stride(0), out.x.stride(1), length, 0 if down is None else len(down),
-        D=width, BLOCK=power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
-        INT8=wants.dtype == torch.int8, ROTATION=wants.rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
-        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
+    out = outputs(x, x.shape[2], wants)
+    if wants.dtype is None:
+        down = Down(None, None, 16, choose("modulate", x.device))
+    else:
+        down = tile_and_down("modulate_8bit", wants, x)
+    launch = _launch(
+        down.tile, wants.dtype, wants.rotation, down.block, 0 if down.fused is None else len(down.fused), x.shape,
+        *x.stride()[:2], 0 if gate is None else gate.stride(0), *((0, 0) if y is None else y.stride()[:2]),
+        shift.stride(0), scale.stride(0), out.x.stride(1),
     )  # fmt: skip
+    s = None if down.fused is None else out.s
+    launch(x, gate, y, total, shift, scale, out.x, out.values, out.scale, down.fused, s)
+    multiply(down, out)
     return with_dtype(out, wants)
 
 
-def modulate_backward(dy: Tensor, x: Tensor, scale: Tensor, rows: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x, and if `rows` of shift and scale (B, 1, D). dy (B, L, D or wider)."""
-    dx, _, _, d_shift, d_scale = _backward(None, dy, x, None, None, scale, rows)
+@shaped
+def _launch(
+    tile: Choice, dtype: torch.dtype | None, rotation: int, block_r: int, rank: int, shape: tuple[int, int, int],
+    *strides: int,
+) -> Launch:  # fmt: skip
+    batch, length, width = shape
+    return Launch(
+        _modulate, (ceildiv(length, tile.block_m), batch), *strides, length, rank,
+        D=width, BLOCK=power_of_2(width), ROWS=tile.block_m, STEP=tile.step,
+        INT8=dtype == torch.int8, ROTATION=rotation, BLOCK_R=block_r, BLOCK_K=tile.block_k,
+        PRECISION="ieee", num_warps=tile.warps, num_stages=tile.stages, maxnreg=registers(tile.warps),
+    )  # fmt: skip
+
+
+def modulate_backward(
+    dy: Tensor, x: Tensor, scale: Tensor, rows: bool, dx: Tensor | None = None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Gradients of x, and if `rows` of shift and scale (B, 1, D). dy (B, L, D or wider); dx (B, L, D) is the gradient
+    of x from its other uses, None for zero.
+    """
+    dx, _, _, d_shift, d_scale = _backward(dx, dy, x, None, None, scale, rows)
     return dx, d_shift, d_scale
 
 
@@ -87,70 +107,92 @@ def gated_add_modulate_backward(
 def _backward(
     dx: Tensor | None, dy: Tensor, x: Tensor, gate: Tensor | None, y: Tensor | None, scale: Tensor, rows: bool
 ) -> tuple[Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    batch, length, width = x.shape
     dy, x, scale = contiguous_rows(dy), contiguous_rows(x), contiguous_rows(scale)
     dx, gate, y = (t if t is None else contiguous_rows(t) for t in (dx, gate, y))
     d_residual = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     d_y = None if gate is None else torch.empty_like(d_residual)
     tile = choose("modulate_backward_sums" if rows or y is not None else "modulate_backward", x.device)
-    grid = ceildiv(length, tile.block_m), batch
-    sums = _partial_sums(2 * rows + (y is not None), grid, x)
-    _modulate_backward[grid](
-        dx, dy, x, gate, y, scale, d_residual, d_y, sums,
-        *(0 if t is None else t.stride(i) for t in (dx, dy, x, y) for i in (0, 1)),
-        0 if gate is None else gate.stride(0), scale.stride(0), length,
-        D=width, BLOCK=power_of_2(width), ROWS=tile.block_m, STEP=tile.step, SHIFT=rows,
-        num_warps=tile.warps, num_stages=tile.stages,
+    sums = _partial_sums(2 * rows + (y is not None), tile, x)
+    launch = _launch_backward(
+        tile, rows, x.shape, *((0, 0) if dx is None else dx.stride()[:2]), *dy.stride()[:2], *x.stride()[:2],
+        *((0, 0) if y is None else y.stride()[:2]), 0 if gate is None else gate.stride(0), scale.stride(0),
     )  # fmt: skip
+    launch(dx, dy, x, gate, y, scale, d_residual, d_y, sums)
+    if sums is None:
+        return d_residual, d_y, None, None, None
     totals = _summed(sums, x.dtype)
     d_shift, d_scale = (totals[0], totals[1]) if rows else (None, None)
     return d_residual, d_y, None if y is None else totals[-1], d_shift, d_scale
 
 
+@shaped
+def _launch_backward(tile: Choice, rows: bool, shape: tuple[int, int, int], *strides: int) -> Launch:
+    batch, length, width = shape
+    return Launch(
+        _modulate_backward, (ceildiv(length, tile.block_m), batch), *strides, length,
+        D=width, BLOCK=power_of_2(width), ROWS=tile.block_m, STEP=tile.step, SHIFT=rows,
+        num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
 def gated_add(residual: Tensor, gate: Tensor, y: Tensor) -> Tensor:
     """residual + gate y. residual, y (B, L, D); gate (B, 1, D)."""
-    batch, length, width = residual.shape
     residual, gate, y = contiguous_rows(residual), contiguous_rows(gate), contiguous_rows(y)
     out = torch.empty(residual.shape, dtype=residual.dtype, device=residual.device)
-    tile = choose("gated_add", residual.device)
+    launch = _launch_add(
+        choose("gated_add", residual.device), residual.shape, *residual.stride()[:2], gate.stride(0), *y.stride()[:2]
+    )
+    launch(residual, gate, y, out)
+    return out
+
+
+@shaped
+def _launch_add(tile: Choice, shape: tuple[int, int, int], *strides: int) -> Launch:
+    batch, length, width = shape
     rows, block = tile.block_m, min(tile.block_n, power_of_2(width))
-    _gated_add[ceildiv(width, block), ceildiv(length, rows), batch](
-        residual, gate, y, out,
-        residual.stride(0), residual.stride(1), gate.stride(0), y.stride(0), y.stride(1), length,
+    return Launch(
+        _gated_add, (ceildiv(width, block), ceildiv(length, rows), batch), *strides, length,
         D=width, BLOCK=block, ROWS=rows, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return out
 
 
 def gated_add_backward(dout: Tensor, gate: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Gradients of y, and of gate (B, 1, D) if `y` is given. The gradient of the residual is `dout` itself."""
-    batch, length, width = dout.shape
     dout, gate, y = contiguous_rows(dout), contiguous_rows(gate), y if y is None else contiguous_rows(y)
     dy = torch.empty(dout.shape, dtype=dout.dtype, device=dout.device)
     tile = choose("gated_add_backward" if y is None else "gated_add_backward_sums", dout.device)
+    sums = _partial_sums(int(y is not None), tile, dout)
+    launch = _launch_add_backward(
+        tile, dout.shape, *dout.stride()[:2], *((0, 0) if y is None else y.stride()[:2]), gate.stride(0)
+    )
+    launch(dout, gate, y, dy, sums)
+    return dy, None if sums is None else _summed(sums, dout.dtype)[0]
+
+
+@shaped
+def _launch_add_backward(tile: Choice, shape: tuple[int, int, int], *strides: int) -> Launch:
+    batch, length, width = shape
     block = min(tile.block_n, power_of_2(width))
-    programs = ceildiv(length, tile.block_m)
-    sums = _partial_sums(int(y is not None), (programs, batch), dout)
-    _gated_add_backward[ceildiv(width, block), programs, batch](
-        dout, gate, y, dy, sums,
-        *(0 if t is None else t.stride(i) for t in (dout, y) for i in (0, 1)), gate.stride(0), length,
+    return Launch(
+        _gated_add_backward, (ceildiv(width, block), ceildiv(length, tile.block_m), batch), *strides, length,
         D=width, BLOCK=block, ROWS=tile.block_m, STEP=tile.step, num_warps=tile.warps, num_stages=tile.stages,
     )  # fmt: skip
-    return dy, None if y is None else _summed(sums, dout.dtype)[0]
 
 
-def _partial_sums(count: int, grid: tuple[int, int], x: Tensor) -> Tensor | None:
+def _partial_sums(count: int, tile: Choice, x: Tensor) -> Tensor | None:
     """Memory for the programs' sums, (count, B, programs, D) fp32, or None if count is 0."""
-    programs, batch = grid
-    return x.new_empty(count, batch, programs, x.shape[-1], dtype=torch.float32) if count else None
+    if not count:
+        return None
+    batch, length, width = x.shape
+    return x.new_empty(count, batch, ceildiv(length, tile.block_m), width, dtype=torch.float32)
 
 
-def _summed(sums: Tensor | None, dtype: torch.dtype) -> Tensor:
+def _summed(sums: Tensor, dtype: torch.dtype) -> Tensor:
     """(count, B, 1, D): the sum over all programs."""
-    return torch.empty(0) if sums is None else sums.sum(2, keepdim=True).to(dtype)
+    return sums.sum(2, keepdim=True).to(dtype)
 
 
-@launched(do_not_specialize=["L", "R"])
+@triton.jit(do_not_specialize=["L", "R"])
 def _modulate(
     x_ptr,  # (B, L, D); the residual if there is a gate
     gate_ptr,  # (B, 1, D) or None
@@ -162,7 +204,7 @@ def _modulate(
     values_ptr,  # (B L, D) out: bytes of int8 or e4m3; or None
     row_scale_ptr,  # (B L,) fp32 out, or None
     down_ptr,  # (R, D) or None
-    s_ptr,  # (B L, R) fp32 out, or None
+    s_ptr,  # (B L, R) as x out, or None
     x_b,
     x_l,
     gate_b,
@@ -220,7 +262,7 @@ def _centered(x, column, D: tl.constexpr):
     return centered, tl.rsqrt(tl.sum(centered * centered, axis=1) / D + 1e-6)
 
 
-@launched(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L"])
 def _modulate_backward(
     dx_ptr,  # (B, L, D) gradient of the gated sum from its other uses, or None
     dy_ptr,  # (B, L, D) gradient of the modulated output
@@ -289,7 +331,7 @@ def _modulate_backward(
         tl.store(sums, d_gate, mask=column < D)
 
 
-@launched(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L"])
 def _gated_add(
     residual_ptr,  # (B, L, D)
     gate_ptr,  # (B, 1, D)
@@ -314,7 +356,7 @@ def _gated_add(
     tl.store(out_ptr + m * D + column, (residual + gate * y).to(out_ptr.dtype.element_ty), mask=mask)
 
 
-@launched(do_not_specialize=["L"])
+@triton.jit(do_not_specialize=["L"])
 def _gated_add_backward(
     dout_ptr,  # (B, L, D)
     gate_ptr,  # (B, 1, D)

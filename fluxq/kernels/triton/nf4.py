@@ -6,13 +6,14 @@
 from __future__ import annotations
 
 import torch
+import triton
 import triton.language as tl
 from torch import Tensor
 
 from ..weights import NF4_BLOCK
 from .bits import largest, nf4_midpoints, nf4_shifts
-from .launch import ceildiv, launched
-from .table import choose
+from .launch import Launch, ceildiv, shaped
+from .table import Choice, choose
 
 
 def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
@@ -21,15 +22,20 @@ def nf4_quantize(w: Tensor) -> tuple[Tensor, Tensor]:
     flat = w.contiguous()  # a no-op for weights from files; blocks run along rows
     codes = torch.empty(rows, columns // 2, dtype=torch.uint8, device=w.device)
     absmax = torch.empty(rows, columns // NF4_BLOCK, dtype=torch.float32, device=w.device)
-    tile = choose("nf4_quantize", w.device)
-    _quantize[(ceildiv(absmax.numel(), tile.block_m),)](
-        flat, codes.view(torch.int32), absmax, nf4_midpoints(w.device), absmax.numel(),
-        BLOCKS=tile.block_m, num_warps=tile.warps, num_stages=tile.stages,
-    )  # fmt: skip
+    launch = _launch(choose("nf4_quantize", w.device), absmax.numel())
+    launch(flat, codes.view(torch.int32), absmax, nf4_midpoints(w.device))
     return codes, absmax
 
 
-@launched()
+@shaped
+def _launch(tile: Choice, blocks: int) -> Launch:
+    return Launch(
+        _quantize, (ceildiv(blocks, tile.block_m),), blocks,
+        BLOCKS=tile.block_m, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=[])
 def _quantize(
     w_ptr,  # (blocks, 64)
     codes_ptr,  # (blocks, 8) int32: eight codes each

@@ -10,6 +10,7 @@ read and written once, 128 bits at a time. The backward pass undoes the rotation
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 import triton
@@ -17,9 +18,9 @@ import triton.language as tl
 from torch import Tensor
 
 from ..reference import Stream
-from .launch import launched, power_of_2
+from .launch import Launch, power_of_2, shaped
 from .layout import contiguous_rows
-from .table import choose
+from .table import Choice, choose
 
 
 def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -36,13 +37,10 @@ def qk_norm_rope(streams: Sequence[Stream], cos: Tensor, sin: Tensor) -> tuple[T
     cos, sin = cos.contiguous(), sin.contiguous()  # a no-op unless a caller expanded them
     tile, start = choose("qk_norm_rope", qkv.device), 0
     for qkv, q_scale, k_scale in streams:
-        qkv = contiguous_rows(qkv)
-        _forward[qkv.shape[1], batch](
-            qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, q, k, v, rstd,
-            qkv.stride(0), qkv.stride(1), _per_image(cos), start, length,
-            H=heads, W=width, HEADS=power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
-        )  # fmt: skip
-        start += qkv.shape[1]
+        qkv, tokens = contiguous_rows(qkv), qkv.shape[1]
+        launch = _launch(tile, _forward, tokens, batch, heads, width, *qkv.stride()[:2], _per_image(cos), start, length)
+        launch(qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, q, k, v, rstd)
+        start += tokens
     return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), rstd
 
 
@@ -72,14 +70,22 @@ def qk_norm_rope_backward(
     for i, ((q_scale, k_scale), length) in enumerate(zip(scales, lengths, strict=True)):
         grad = q.new_empty(batch, length, 3 * heads * width)
         qkv = None if inputs is None else contiguous_rows(inputs[i])
-        _backward[length, batch](
-            *joint, qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, rstd, grad,
-            *strides, *((0, 0) if qkv is None else qkv.stride()[:2]), _per_image(cos), start, total, length,
-            H=heads, W=width, HEADS=power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
+        launch = _launch(
+            tile, _backward, length, batch, heads, width, *strides, *((0, 0) if qkv is None else qkv.stride()[:2]),
+            _per_image(cos), start, total, length,
         )  # fmt: skip
+        launch(*joint, qkv, q_scale.contiguous(), k_scale.contiguous(), cos, sin, rstd, grad)
         grads.append(grad)
         start += length
     return grads
+
+
+@shaped
+def _launch(tile: Choice, kernel: Any, tokens: int, batch: int, heads: int, width: int, *numbers: int) -> Launch:
+    return Launch(
+        kernel, (tokens, batch), *numbers,
+        H=heads, W=width, HEADS=power_of_2(heads), num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 def _per_image(cos: Tensor) -> int:
@@ -87,7 +93,7 @@ def _per_image(cos: Tensor) -> int:
     return cos.stride(0) if cos.shape[0] > 1 else 0
 
 
-@launched(do_not_specialize=["start", "L"])
+@triton.jit(do_not_specialize=["start", "L"])
 def _forward(
     qkv_ptr,  # (B, tokens of this stream, 3 D)
     q_scale_ptr,  # (W,)
@@ -149,7 +155,7 @@ def _angles(cos_ptr, sin_ptr, image, place, W: tl.constexpr):
     return tl.load(cos_ptr + pair).to(tl.float32), tl.load(sin_ptr + pair).to(tl.float32)
 
 
-@launched(do_not_specialize=["start", "L", "length"])
+@triton.jit(do_not_specialize=["start", "L", "length"])
 def _backward(
     dq_ptr,  # (B, H, L, W); rows of the tensors up to k have any strides
     dk_ptr,  # (B, H, L, W)

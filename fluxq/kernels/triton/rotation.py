@@ -17,18 +17,23 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .launch import ceildiv, launched
-from .table import choose
+from .launch import Launch, ceildiv, shaped
+from .table import Choice, choose
 
 
 def rotate(x: Tensor, block: int) -> Tensor:
     """x H for x (..., K), with the (block, block) matrix H applied to every `block` columns; its own inverse."""
     x, y = x.contiguous(), torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    tile = choose("rotate", x.device)
-    _rotate[(ceildiv(x.numel(), tile.block_n),)](
-        x, y, x.numel() // block, BLOCK=block, NUMBERS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages
-    )
+    _launch(choose("rotate", x.device), x.numel(), block)(x, y)
     return y
+
+
+@shaped
+def _launch(tile: Choice, count: int, block: int) -> Launch:
+    return Launch(
+        _rotate, (ceildiv(count, tile.block_n),), count // block,
+        BLOCK=block, NUMBERS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -45,7 +50,7 @@ def _step(x, PLACE: tl.constexpr):
     return (0.5 * tl.sum(four, axis=1, keep_dims=True) - four).reshape(x.shape)
 
 
-@launched(do_not_specialize=["blocks"])
+@triton.jit(do_not_specialize=["blocks"])
 def _rotate(
     x_ptr,  # (blocks, BLOCK) any float
     y_ptr,  # as x, out

@@ -16,10 +16,10 @@ from torch import Tensor
 from ..weights import Weight
 from .bits import largest, nf4_level
 from .eight_bits import scale_of
-from .launch import launched
+from .launch import Launch, shaped
 from .rotation import rotated
 from .stored import FORMS, LARGEST, bytes_of, encode, read, read_nf4, stored
-from .table import choose
+from .table import Choice, choose
 
 
 def row_quantize(
@@ -30,51 +30,64 @@ def row_quantize(
     If columns (K,) fp32 is given, every row is first multiplied by it. Then, if `rotation` is not 0, each row is
     rotated in blocks of that many columns (rotation.py).
     """
-    return _quantize(w, dtype, columns, rotation)
+    return _quantize(w, dtype, columns, rotation, slice(0, w.shape[0]))
 
 
-def weight_rows(weight: Weight, dtype: torch.dtype, rotation: int) -> tuple[Tensor, Tensor]:
-    """`weight` (N, K) of any stored form as 8-bit values (N, K) and row scales (N,)."""
-    return _quantize(weight, dtype, None, rotation)
+def weight_rows(weight: Weight, dtype: torch.dtype, rotation: int, rows: slice) -> tuple[Tensor, Tensor]:
+    """`rows` of `weight` (N, K) of any stored form as 8-bit values and row scales."""
+    return _quantize(weight, dtype, None, rotation, rows)
 
 
-def row_scales(weight: Weight, dtype: torch.dtype, rotation: int) -> Tensor:
-    """The scales (N,) of `weight_rows`, without the values."""
-    return _launch(weight, dtype, None, None, rotation)
+def row_scales(weight: Weight, dtype: torch.dtype, rotation: int, rows: slice) -> Tensor:
+    """The scales of `weight_rows`, without the values."""
+    return _scales(weight, dtype, None, None, rotation, rows)
 
 
-def _quantize(weight: Weight, dtype: torch.dtype, columns: Tensor | None, rotation: int) -> tuple[Tensor, Tensor]:
-    values = torch.empty(weight.shape, dtype=dtype, device=stored(weight).numbers.device)
-    return values, _launch(weight, dtype, columns, values, rotation)
+def _quantize(
+    weight: Weight, dtype: torch.dtype, columns: Tensor | None, rotation: int, rows: slice
+) -> tuple[Tensor, Tensor]:
+    shape, device = (rows.stop - rows.start, weight.shape[1]), stored(weight).numbers.device
+    values = torch.empty(shape, dtype=dtype, device=device)
+    return values, _scales(weight, dtype, columns, values, rotation, rows)
 
 
-def _launch(
-    weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: Tensor | None, rotation: int = 0
+def _scales(
+    weight: Weight, dtype: torch.dtype, columns: Tensor | None, values: Tensor | None, rotation: int, rows: slice
 ) -> Tensor:
-    """The row scales (N,); the values are written into `values` if given."""
+    """The row scales; the values are written into `values` if given."""
     numbers, absmax, levels, scale, form = stored(weight)
-    rows, width = weight.shape
-    scales = torch.empty(rows, dtype=torch.float32, device=numbers.device)
-    tile = choose("row_quantize", numbers.device, width)
-    _rows[(rows,)](
-        numbers, absmax, levels, scale, columns, None if values is None else bytes_of(values), scales,
-        rows, width, numbers.stride(0), 0 if absmax is None else absmax.stride(0),
-        FROM=form, TO=FORMS[dtype], ROTATION=rotation, LARGEST=LARGEST[FORMS[dtype]],
-        ONCE=tile.block_n >= width, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+    width = weight.shape[1]
+    scales = torch.empty(rows.stop - rows.start, dtype=torch.float32, device=numbers.device)
+    launch = _launch(
+        choose("row_quantize", numbers.device, width), form, dtype, rotation, rows.start, rows.stop, width,
+        numbers.stride(0), 0 if absmax is None else absmax.stride(0),
     )  # fmt: skip
+    launch(numbers, absmax, levels, scale, columns, None if values is None else bytes_of(values), scales)
     return scales
 
 
-@launched(do_not_specialize=["N"])
+@shaped
+def _launch(
+    tile: Choice, form: str, dtype: torch.dtype, rotation: int, start: int, stop: int, width: int, *strides: int
+) -> Launch:
+    return Launch(
+        _rows, (stop - start,), start, stop, width, *strides,
+        FROM=form, TO=FORMS[dtype], ROTATION=rotation, LARGEST=LARGEST[FORMS[dtype]],
+        ONCE=tile.block_n >= width, COLUMNS=tile.block_n, num_warps=tile.warps, num_stages=tile.stages,
+    )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["start", "N"])
 def _rows(
     numbers_ptr,  # (N, K/8) int32 of NF4, else (N, K)
     absmax_ptr,  # (N, K/64) fp32 of NF4
     levels_ptr,  # (16,) fp32 of NF4
     scale_ptr,  # (N,) fp32 of 8 bits
     columns_ptr,  # (K,) fp32, or None
-    out_ptr,  # (N, K) uint8, or None if only scales are wanted
-    scales_ptr,  # (N,) fp32
-    N,
+    out_ptr,  # (N - start, K) uint8, or None if only scales are wanted
+    scales_ptr,  # (N - start,) fp32
+    start,  # the first row
+    N,  # the end of the rows
     K,
     stride,
     absmax_stride,
@@ -85,7 +98,8 @@ def _rows(
     ONCE: tl.constexpr,  # COLUMNS holds a whole row
     COLUMNS: tl.constexpr,
 ):
-    row = tl.program_id(0)
+    to = tl.program_id(0)
+    row = start + to
     x, magnitude = _piece(
         numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
         row, 0, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
@@ -98,18 +112,18 @@ def _rows(
             )  # fmt: skip
             magnitude = tl.maximum(magnitude, here, propagate_nan=tl.PropagateNan.ALL)
     scale = scale_of(magnitude, LARGEST)
-    tl.store(scales_ptr + row, scale)
+    tl.store(scales_ptr + to, scale)
     if out_ptr is not None:
         inverse = 1.0 / scale
         if ONCE:
-            _write(x * inverse, out_ptr, row, 0, K, TO, COLUMNS)
+            _write(x * inverse, out_ptr, to, 0, K, TO, COLUMNS)
         else:
             for first in range(0, K, COLUMNS):
                 x, _ = _piece(
                     numbers_ptr, absmax_ptr, levels_ptr, scale_ptr, columns_ptr,
                     row, first, N, K, stride, absmax_stride, FROM, ROTATION, COLUMNS,
                 )  # fmt: skip
-                _write(x * inverse, out_ptr, row, first, K, TO, COLUMNS)
+                _write(x * inverse, out_ptr, to, first, K, TO, COLUMNS)
 
 
 @triton.jit

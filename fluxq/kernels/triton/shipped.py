@@ -58,6 +58,9 @@ class Choice:
     why: str = ""
     step: int = 0
 
+    def __hash__(self) -> int:  # of the generated one, most would be spent on the reason
+        return hash((self.path, self.block_m, self.block_n, self.block_k, self.warps, self.chunk))
+
 
 Key = tuple[str, int, str]
 """Op, generation, shape class."""

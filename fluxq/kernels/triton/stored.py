@@ -38,8 +38,7 @@ class Stored(NamedTuple):
 
 def stored(weight: Weight) -> Stored:
     if isinstance(weight, NF4Weight):
-        words = weight.codes.view(torch.int32)
-        return Stored(words, weight.absmax, nf4_levels(words.device), None, "nf4")
+        return Stored(weight.words, weight.absmax, nf4_levels(weight.words.device), None, "nf4")
     if isinstance(weight, RowScaled):
         return Stored(bytes_of(contiguous_rows(weight.values)), None, None, weight.scale, FORMS[weight.values.dtype])
     return Stored(contiguous_rows(weight), None, None, None, "float")

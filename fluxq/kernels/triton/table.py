@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from ..chunks import FEW_ROWS, MILLION
-from .launch import ceildiv
+from .launch import ceildiv, shaped
 from .shipped import (
     GENERATIONS,
     INTERPRETED,
@@ -40,15 +40,24 @@ FILE_VERSION = 2  # 1 counted chunks in rows
 
 _measured: dict[Key, Choice] = {}
 _forced: dict[str, Choice] = {}
+_chosen: dict[tuple[str, int, int], Choice] = {}
+"""What `choose` found so far, since a launch should not wait for it."""
 
 
 def choose(op: str, device: torch.device, size: int = FEW_ROWS + 1) -> Choice:
     """The row for an input of that many rows (for `row_quantize`, of that width) on the GPU `device`; the row for large
     inputs if there is none for few.
     """
+    asked = op, generation(device), size
+    found = _chosen.get(asked)
+    if found is None:
+        found = _chosen[asked] = _choose(*asked)
+    return found
+
+
+def _choose(op: str, gpu: int, size: int) -> Choice:
     if op in _forced:
         return _forced[op]
-    gpu = generation(device)
     key = (op, gpu, shape_class(op, size))
     if key not in _measured and key not in SHIPPED:
         key = (op, gpu, "large")
@@ -63,17 +72,13 @@ def choose_tile(op: str, device: torch.device, rows: int, columns: int) -> Choic
     return choice if op in _forced else fitted(choice, rows, columns, multiprocessors(device))
 
 
+@shaped
 def fitted(choice: Choice, rows: int, columns: int, sms: int) -> Choice:
     """`choice`, or with 128 of its 256 rows. sms: how many multiprocessors there are; 0: unknown."""
     if choice.block_m != 256 or not sms:
         return choice
     taller, lower = (waves(rows, columns, height, choice.block_n, sms) * height for height in (256, 128))
-    return choice if taller <= TALL_GAIN * lower else _of_128_rows(choice)
-
-
-@cache  # a launch should not wait for it
-def _of_128_rows(choice: Choice) -> Choice:
-    return replace(choice, block_m=128)
+    return choice if taller <= TALL_GAIN * lower else replace(choice, block_m=128)
 
 
 TALL_GAIN = 1.1
@@ -83,6 +88,11 @@ TALL_GAIN = 1.1
 def waves(rows: int, columns: int, block_m: int, block_n: int, sms: int) -> int:
     """How many tiles the busiest multiprocessor computes, one at a time."""
     return ceildiv(ceildiv(rows, block_m) * ceildiv(columns, block_n), sms)
+
+
+def fills(programs: int, sms: int) -> bool:
+    """Whether that many programs fill a GPU, two on each of its multiprocessors. sms 0: unknown, so they do."""
+    return programs >= 2 * sms
 
 
 @cache
@@ -102,9 +112,11 @@ def using(op: str, choice: Choice) -> Iterator[None]:
     """Inside, `op` uses `choice` whatever the GPU and the shape. The tuner and tests try choices this way."""
     before = _forced.get(op)
     _forced[op] = choice
+    _chosen.clear()
     try:
         yield
     finally:
+        _chosen.clear()
         del _forced[op]
         if before is not None:
             _forced[op] = before
@@ -193,6 +205,7 @@ def read(path: Path) -> dict[Key, Choice]:
 
 def use_measured(rows: Mapping[Key, Choice]) -> None:
     """From now on, prefer these rows to the shipped ones. They replace earlier measured rows."""
+    _chosen.clear()
     _measured.clear()
     _measured.update(rows)
 
