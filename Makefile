@@ -9,6 +9,7 @@
 #   make plans   what the planner chooses for common GPUs; writes benchmarks/results/plans.md
 #   make emulated   the GPU tests, and every Triton kernel once, on an emulated GPU (tests/emulated_gpu/README.md); its
 #                PyTorch, built for CUDA, takes 5.5 GB in .venv-cuda; EMULATED_GPU_PYTHON=... takes another Python's
+#   make emulated-ci   three minutes of that, drawn by commit
 #   make emulated-refusals   a run of nano for each call that the driver of the emulated GPU can refuse
 #   make gpu     GPU tests and measurements with the python3 at hand, the most valuable first, all within $MINUTES (9);
 #                one JSON file a part into $OUT_DIR (default benchmarks/results). A part alone: gpu-tests gpu-steps
@@ -30,7 +31,7 @@ ifeq ($(EMULATED_GPU_PYTHON),)
 EMULATED_GPU_PYTHON := $(abspath $(CUDA_VENV))/bin/python
 CUDA_INSTALLED := $(CUDA_VENV)/installed
 endif
-emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals: export EMULATED_GPU_PYTHON := $(EMULATED_GPU_PYTHON)
+emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals emulated-ci: export EMULATED_GPU_PYTHON := $(EMULATED_GPU_PYTHON)
 EMULATED := PYTHONPATH=. OMP_NUM_THREADS=$(or $(OMP_NUM_THREADS),1) $(PYTHON) tests/emulated_gpu/run.py
 EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_allocator.py
 
@@ -38,7 +39,7 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 VOCABULARIES := diffsynth==1.1.7
 
 .PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
-.PHONY: emulated emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals
+.PHONY: emulated emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals emulated-ci
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -116,6 +117,10 @@ emulated-late: $(CUDA_INSTALLED)
 
 emulated-early: $(CUDA_INSTALLED)
 	$(EMULATED) --compute --races --no-triton --early -- $(EMULATED_TESTS)
+
+# Three minutes of all of this, drawn by commit.
+emulated-ci: $(CUDA_INSTALLED)
+	$(PYTHON) tests/emulated_gpu/drawn.py
 
 # A run of nano for each allocation, module and handle that the driver refuses: the LoRA stays the same to the bit.
 emulated-refusals: $(CUDA_INSTALLED)

@@ -37,8 +37,8 @@ FIRST = (
 )
 SANITIZER = " under the sanitizer"
 SANITIZED = f"tests/test_gpu.py{SANITIZER}"
-STREAMING = "streaming or ring or wait_on_the_host"
-"""Its tests that copy on a stream of their own."""
+STREAMING = "False-2-pinned or wait_on_the_host"
+"""Its tests that copy units and block inputs on streams of their own. The sanitizer sees no copies of other threads."""
 LAST = ("tests/kernels/test_compiles.py", "tests/kernels/test_aot.py")
 """They compile for other GPUs, and may take the time that is left."""
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import os
+import traceback
 from collections.abc import Callable
 from functools import cache
+from itertools import islice
 
 import pytest
 import torch
@@ -15,7 +18,7 @@ from fluxq.config import ModelConfig, config_from_dict
 from fluxq.formats.load import load_text_encoders
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.formats.stream import expect_training, load_streamed
-from fluxq.kernels import Activations, dequantize, quantize
+from fluxq.kernels import Activations, backend, dequantize, quantize
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.modulation import Lookahead
@@ -29,6 +32,20 @@ from fluxq.sampling.requests import Request
 from fluxq.train import train
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA GPU")]
+
+
+@pytest.fixture(autouse=True)
+def _made_for_the_sanitizer(monkeypatch):
+    """PyTorch's sanitizer, if it runs, sees PyTorch's operators and not Triton's kernels, so there are none; and notes
+    where each operator was called, which takes most of its time, so it notes a part.
+    """
+    if "TORCH_CUDA_SANITIZER" not in os.environ:
+        yield
+        return
+    walk = traceback.walk_stack
+    monkeypatch.setattr(traceback, "walk_stack", lambda frame: islice(walk(frame), 16))
+    with backend("reference"):
+        yield
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

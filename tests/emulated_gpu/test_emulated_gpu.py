@@ -91,6 +91,16 @@ def test_a_missing_wait_gives_a_wrong_number_and_a_race(wait, run):
         assert f"a race: {race}" in stderr
 
 
+def test_the_sanitizer_of_pytorch_names_a_missing_wait(run, monkeypatch):
+    monkeypatch.setenv("TORCH_CUDA_SANITIZER", "1")
+    code = (
+        f"{SIDE}torch.cuda.current_stream().wait_stream(side)\ngpu.sum()\nside.wait_stream(torch.cuda.current_stream())"
+    )
+    code += "\nwith torch.cuda.stream(side):\n    gpu.copy_(host, non_blocking=True)\n" + raised("gpu.sum()")
+    error, stderr = run(code + "print(json.dumps(error))")
+    assert error == "CUDASanitizerErrors: detected 1 errors" and "aten::sum" in stderr and "aten::copy_" in stderr
+
+
 def test_early_hides_a_missing_wait_but_races_do_not(run):
     code = f"{SIDE}total = float(gpu.sum())\nprint(json.dumps(total))"
     total, stderr = run(code, "--compute", "--races", "--early", ends=3)

@@ -1,0 +1,166 @@
+"""As much of what the emulated GPU shows as fits into three minutes, drawn by commit: in time, all of it is checked.
+
+    python tests/emulated_gpu/drawn.py [--commit HASH] [--seconds 170] [--list]
+
+Drawn from are the emulated GPU's own tests, the tests that need a GPU (with copies as late as CUDA allows and as early,
+and `--races`), and rows of the memory table, whose figures are compared with what was predicted. Every item has a known
+cost, and no more are drawn than fit into `--seconds` of one core; nothing is stopped or fails for being slow.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+from run import default_python
+
+HERE = Path(__file__).resolve().parent
+ROOT = HERE.parent.parent
+START = 8.0
+"""Seconds until the first test of a process runs."""
+SECONDS = {
+    "test_streaming_differs_no_more_than_two_runs_do": 80.0,
+    "test_inputs_that_wait_on_the_host_change_nothing": 105.0,
+}
+"""What a test takes on one core of a server, with what it sets up, if that is more than OWN or OTHER."""
+OWN, OTHER, ROW = 8.0, 6.0, 16.0
+KINDS = ("late", "early", "memory", "own")
+TESTS = {"own": ["tests/emulated_gpu/test_emulated_gpu.py"], "gpu": ["tests/test_gpu.py", "tests/test_allocator.py"]}
+ROWS = list(
+    product(("rtx3060", "rtx4060ti"), ("1024", "512"), ("nf4:bf16", "nf4:int8_dx", "int8:int8_dx"), ("True", "False"))
+)
+"""Of the memory table, as planned by default: GPU, pixels of a side, weights, whether the allocator's segments grow."""
+ALIVE, RESERVED = 0.015, 0.05
+"""How far what is allocated may be from what is predicted, and what is predicted from what is reserved."""
+
+
+@dataclass(frozen=True)
+class Item:
+    kind: str
+    name: str
+    seconds: float
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--commit", default=head(), help="what the draw is made by; default: HEAD")
+    made.add_argument("--seconds", type=float, default=170.0, help="of one core; default: %(default).0f")
+    made.add_argument("--list", action="store_true", help="run nothing")
+    arguments = made.parse_args()
+    chosen = draw(list(items()), arguments.commit, arguments.seconds)
+    print(f"drawn by {arguments.commit[:12]}:", *(f"{i.kind} {i.name}" for i in chosen), sep="\n  ", flush=True)
+    if arguments.list:
+        return
+    failed = [kind for kind in KINDS if not run(kind, [item.name for item in chosen if item.kind == kind])]
+    if failed:
+        raise SystemExit(f"failed: {', '.join(failed)}")
+
+
+def head() -> str:
+    done = subprocess.run(["git", "rev-parse", "HEAD"], cwd=ROOT, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "no commit"
+
+
+def draw(items: Sequence[Item], commit: str, seconds: float) -> list[Item]:
+    """Those that fit into the time, in an order that the commit decides, one of each kind in turn."""
+    turns = []
+    for kind in KINDS:
+        own = sorted((item for item in items if item.kind == kind), key=lambda item: digest(commit, kind, item.name))
+        turns += [(turn, digest(commit, kind), item) for turn, item in enumerate(own)]
+    chosen: list[Item] = []
+    for _, _, item in sorted(turns, key=lambda each: each[:2]):
+        begins = START if item.kind != "memory" and all(other.kind != item.kind for other in chosen) else 0.0
+        if begins + item.seconds <= seconds:
+            seconds -= begins + item.seconds
+            chosen.append(item)
+    return chosen
+
+
+def digest(*words: str) -> str:
+    return hashlib.sha256(" ".join(words).encode()).hexdigest()
+
+
+def items() -> Iterator[Item]:
+    for name in collected(TESTS["own"]):
+        yield Item("own", name, cost(name, OWN))
+    for name in collected(["-m", "gpu", *TESTS["gpu"]]):
+        yield from (Item(kind, name, cost(name, OTHER)) for kind in ("late", "early"))
+    for row in ROWS:
+        yield Item("memory", " ".join(row), ROW)
+
+
+def cost(name: str, otherwise: float) -> float:
+    return SECONDS.get(name.partition("::")[2].partition("[")[0], otherwise)
+
+
+def collected(what: Sequence[str]) -> list[str]:
+    """The names of these tests."""
+    command = [default_python(), "-m", "pytest", "--collect-only", "-q", *what]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    names = [line for line in done.stdout.splitlines() if "::" in line]
+    if done.returncode or not names:
+        raise SystemExit(f"no tests were found:\n{done.stdout}{done.stderr}")
+    return names
+
+
+def run(kind: str, names: Sequence[str]) -> bool:
+    """Whether all of them passed."""
+    if kind == "memory":
+        passed = [right(*name.split()) for name in names]  # all run, though one may fail
+        return all(passed)
+    if not names:
+        return True
+    pytest = ["-m", "pytest", "-q", *names]
+    if kind == "own":
+        return not subprocess.run([default_python(), *pytest], cwd=ROOT, env=environment(), check=False).returncode
+    order = ["--early"] if kind == "early" else []
+    return not emulated(["--compute", "--races", "--no-triton", *order], pytest)
+
+
+def emulated(options: Sequence[str], arguments: Sequence[str], **settings: str) -> int:
+    """The exit code of a Python with these arguments on the emulated GPU."""
+    command = [sys.executable, str(HERE / "run.py"), *options, "--", "python", *arguments]
+    return subprocess.run(command, cwd=ROOT, env=environment() | settings, check=False).returncode
+
+
+def environment() -> dict[str, str]:
+    return {"OMP_NUM_THREADS": "1"} | os.environ | {"PYTHONPATH": str(ROOT)}
+
+
+def right(gpu: str, size: str, weights: str, grows: str) -> bool:
+    """Whether a step takes the memory that is predicted."""
+    with tempfile.TemporaryDirectory() as folder:
+        out = Path(folder) / "row.json"
+        row = ["-m", "benchmarks.emulated", f"--gpu={gpu}", f"--out={out}", f"--sizes={size}", f"--weights={weights}"]
+        code = emulated(["--gpu", gpu, "--skip-copies"], row, PYTORCH_ALLOC_CONF=f"expandable_segments:{grows}")
+        (found,) = json.loads(out.read_text(encoding="utf-8")) if out.exists() else [{}]
+    wrong = list(wrongs(found)) if not code else [f"the exit code is {code}"]
+    for what in wrong:
+        print(f"memory: {gpu} {size} {weights} {grows}: {what}", flush=True)
+    return not wrong
+
+
+def wrongs(row: dict[str, Any]) -> Iterator[str]:
+    if "peak_bytes" not in row:
+        yield row.get("out_of_memory") or "it failed"
+        return
+    if abs(row["peak_bytes"] / row["predicted_peak_bytes"] - 1) > ALIVE:
+        yield f"{row['peak_bytes']} bytes were allocated, {row['predicted_peak_bytes']} predicted"
+    if abs(row["predicted_reserved_bytes"] / row["reserved_bytes"] - 1) > RESERVED:
+        yield f"{row['reserved_bytes']} bytes were reserved, {row['predicted_reserved_bytes']} predicted"
+    if row["refused"] or row["retries"]:
+        yield f"{row['refused']} allocations were refused, {row['retries']} tried again"
+
+
+if __name__ == "__main__":
+    main()
