@@ -1,6 +1,7 @@
 """The memory table: full-size training steps and sampling on the emulated GPU, beside what fluxq predicts.
 
     python3 -m benchmarks.emulated [--seconds 280] [--only TEXT] [--page]
+    python3 -m benchmarks.emulated --check NAME      some rows; nothing is written
     python3 -m benchmarks.emulated --row NAME        one row, on the GPU of this process
 
 `python3` has a torch built for CUDA. Every row runs in a process of its own, whose allocator is empty, under
@@ -161,12 +162,21 @@ def main() -> None:
     made.add_argument("--page", action="store_true", help="measure nothing; only write the page")
     made.add_argument("--seconds", type=float, default=float("inf"), help="start no row after this time")
     made.add_argument("--only", default="", help="only rows with this in their name")
+    made.add_argument("--list", action="store_true", help="only print the names of the rows")
+    made.add_argument("--check", nargs="+", choices=ROWS, metavar="NAME", help="measure these rows and write nothing")
     made.add_argument("--row", choices=ROWS, metavar="NAME", help="print one row, measured in this process")
     arguments = made.parse_args()
     if arguments.row:
         row = ROWS[arguments.row]
         print(json.dumps((measure_sampling if row.images else measure)(row)))
         return
+    if arguments.list:
+        print("\n".join(ROWS))
+        return
+    if arguments.check:
+        _, wrong = page({n: {"commit": "HEAD"} | in_its_own_process(ROWS[n]) for n in arguments.check}, versions())
+        print("\n".join(wrong))
+        raise SystemExit(bool(wrong))
     rows, own, start = read(), commit()[:10], time.time()
     missing = [n for n in ROWS if arguments.only in n and rows.get(n, {}).get("commit") != own]
     for name in () if arguments.page else missing:
