@@ -70,7 +70,9 @@ def kernels() -> set[str]:
     found = set()
     for path in (Path(ops.__file__).parent).glob("*.py"):
         text = path.read_text(encoding="utf-8")
-        found |= {f"{path.stem}.{name}" for name in re.findall(r"^@triton\.jit\(.*\)\ndef (_\w+)", text, re.MULTILINE)}
+        found |= {
+            f"{path.stem}.{name}" for name in re.findall(r"^@triton\.jit\(.*\).*\ndef (_\w+)", text, re.MULTILINE)
+        }
     return found
 
 

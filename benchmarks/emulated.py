@@ -399,7 +399,7 @@ def markdown(heads: Sequence[str], lines: Iterable[Sequence[object]]) -> list[st
 def cells_of(row: Row, found: dict[str, Any]) -> list[object]:
     kept = ", ".join(f"{n} {name}" for name, n in counted(found["policies"]).items())
     first = [
-        row.gpu + (f", {row.total:g} GiB" * (row.vram is None and row.total is not None)),
+        row.gpu + (f", {row.total:g} GiB" if row.vram is None and row.total is not None else ""),
         row.resolution,
         row.batch,
     ]

@@ -62,7 +62,7 @@ def test_one_line_says_that_python_is_the_limit(monkeypatch, capsys):
         gpu = replace(GPUS["rtx4090"], launch_us=us)
         (row,), _ = profile.rows_of(gpu, None, base, ["nf4"], [512], 0)
         assert row["bound_by"] == bound and row["launching_s"] == pytest.approx(1e-6 * us * row["launches"], abs=1e-4)
-        assert ("wait for Python to launch their kernels" in capsys.readouterr().out) == (bound == "python")
+        assert ("wait for Python to launch their kernels" in "".join(capsys.readouterr())) == (bound == "python")
 
 
 def test_an_unknown_gpu_lists_those_known():

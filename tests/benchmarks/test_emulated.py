@@ -45,6 +45,8 @@ def test_what_is_off_is_named(changes, what):
 @pytest.mark.slow
 def test_the_table_agrees_with_today_s_predictions():
     rows = read()
+    if not rows:
+        pytest.skip("`make emulated-memory` has not been run to its end since the table has this form")
     assert len(rows) == len(ROWS) and not page(rows, read("versions"))[1]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from contextlib import nullcontext
 
@@ -213,12 +214,14 @@ def test_any_dialect_is_applied_with_its_clip_part(tmp_path):
     tensors |= {f"{name}_down.weight": torch.randn(4, 64), f"{name}_up.weight": torch.randn(256, 4)}
     write_safetensors(tmp_path / "x.safetensors", tensors)
     runner, images = CliRunner(), []
-    assert runner.invoke(main, ["lora", "convert", *(str(tmp_path / n) for n in ("x.safetensors", "y"))]).exit_code == 0
+    paths = [str(tmp_path / f"{n}.safetensors") for n in ("x", "y", "without")]
+    assert runner.invoke(main, ["lora", "convert", *paths[:2]]).exit_code == 0
     common = ["sample", "--model", "nano", "--prompt", "a red star", "--steps", "1", "--cache", str(tmp_path / "cache")]
-    for lora in (*(["--lora", str(tmp_path / n)] for n in ("x.safetensors", "y", "without.safetensors")), []):
-        result = runner.invoke(main, [*common, "--out", str(tmp_path / "out"), *lora])
+    for lora in (*(["--lora", path] for path in paths), []):
+        result = runner.invoke(main, [*common, "--out", str(tmp_path / "out"), *lora, "--json"])
         assert result.exit_code == 0, result.output
-        images.append(Image.open(tmp_path / "out/00_seed42.png").copy())
+        (file,) = json.loads(result.stdout)["files"]
+        images.append(Image.open(file).copy())  # none replaces another
     assert same(images[0], images[1])
     assert not any(same(images[i], images[j]) for i, j in ((0, 2), (0, 3), (2, 3)))
 

@@ -22,6 +22,10 @@ SIGNALS = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if 
 def impatient(monkeypatch):
     monkeypatch.setattr(stopping, "PATIENCE", 0.1)
     monkeypatch.setattr(stopping, "SAME", 0.1)
+    before = [signal.signal(number, signal.default_int_handler) for number in SIGNALS]  # the tests' own may be ignored
+    yield
+    for number, handler in zip(SIGNALS, before, strict=True):
+        signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("number", SIGNALS)
