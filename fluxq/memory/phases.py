@@ -33,7 +33,11 @@ from .share import take_share
 TOKENS_PER_BATCH = 4608  # sampled at once: those of one 1024 x 1024 image with 512 text tokens
 SAMPLING_SLOTS = 4  # hide copies nearly as well as 8 (benchmarks/results/plans.md) and leave memory for residents
 AUTOENCODER_CHANNELS = 128
-SAMPLING_MARGIN = OUTSIDE + int(0.35 * GIB)  # the second part is for what the allocator reserves but does not use
+UNUSED = int(0.43 * GIB)
+"""What the allocator reserves and does not use while TOKENS_PER_BATCH tokens are sampled: 0.30 to 0.41 GiB with
+segments of fixed size, 0.1 with such that grow (benchmarks/results/emulated.md). More tokens take more in proportion.
+"""
+SAMPLING_MARGIN = OUTSIDE + UNUSED
 
 
 @dataclass(frozen=True)
@@ -88,7 +92,9 @@ def place_sampling(
     if budget is None:
         return Placement(pinned_residents(memory, models), memory.slots or SLOTS), SamplingLimits()
     needed, chunk = 0, chunk_of(measure(cache_folder()).capability)
+    images = Counter(width // 16 * (height // 16) for width, height in sizes)
     for tokens in (TOKENS_PER_BATCH, 0):
+        batches = {n: max(1, min(count, tokens // (n + models.t5_length))) for n, count in images.items()}
         tables = [
             flux_costs(
                 models.flux_config,
@@ -96,20 +102,21 @@ def place_sampling(
                 models.compute,
                 rank=max(1, sum(ranks)),
                 targets="attention+mlp" if ranks else (),
-                batch=max(1, min(count, tokens // (image + models.t5_length))),
+                batch=batch,
                 img_tokens=image,
                 txt_tokens=models.t5_length,
                 chunk=chunk,
             )
-            for image, count in Counter(width // 16 * (height // 16) for width, height in sizes).items()
+            for image, batch in batches.items()
         ]
-        largest = max(tables, key=_forward_bytes)
-        if placed := sampling_residents(largest, lora_bytes, budget, memory.slots, pinned):
+        largest = max(tables, key=forward_bytes)
+        beyond = unused_beyond(max(batch * (image + models.t5_length) for image, batch in batches.items()))
+        if placed := sampling_residents(largest, lora_bytes, budget - beyond, memory.slots, pinned):
             return Placement(*placed), SamplingLimits(tokens, budget)
-        needed = least_sampling_bytes(largest, lora_bytes, memory.slots, len(pinned or ()))
-    least = needed + SAMPLING_MARGIN
+        needed = beyond + least_sampling_bytes(largest, lora_bytes, memory.slots, len(pinned or ()))
+    least, allowed = needed + SAMPLING_MARGIN, budget + SAMPLING_MARGIN
     raise WrongRequest(
-        f"sampling needs at least {gib(least)} of GPU memory, but only {gib(budget + SAMPLING_MARGIN)} may be used; "
+        f"sampling needs at least {gib(least)} of GPU memory, but only {gib(allowed)} may be used; "
         f"pass --vram {gib_up(least)}, or make smaller images with --width and --height"
     )
 
@@ -122,7 +129,7 @@ def sampling_residents(
     The units are None if the whole model fits, including its modulation; else as many as fit next to the slots.
     """
     everything = sum(costs.units.values()) + sum(costs.ahead.values())
-    if pinned is None and slots is None and _forward_bytes(costs) + lora_bytes + everything <= budget:
+    if pinned is None and slots is None and forward_bytes(costs) + lora_bytes + everything <= budget:
         return None, 0
     blocks, largest = [block.units for block in costs.blocks], max(costs.units.values())
     for count in (slots,) if slots else (SAMPLING_SLOTS, _fewest_slots(blocks)):
@@ -136,7 +143,12 @@ def sampling_residents(
 def least_sampling_bytes(costs: Costs, lora_bytes: int, slots: int | None, resident: int = 0) -> int:
     """The bytes of a forward pass with this number of slots (by default the fewest possible) and of resident units."""
     slots = slots or _fewest_slots([block.units for block in costs.blocks])
-    return _forward_bytes(costs) + lora_bytes + slots * costs.slot + resident * max(costs.units.values())
+    return forward_bytes(costs) + lora_bytes + slots * costs.slot + resident * max(costs.units.values())
+
+
+def unused_beyond(tokens: int) -> int:
+    """What the allocator reserves and does not use, in addition to UNUSED, if so many tokens are sampled at once."""
+    return int(UNUSED * max(0.0, tokens / TOKENS_PER_BATCH - 1))
 
 
 def preview_limits(config: TrainConfig, models: Models, placement: Placement) -> SamplingLimits:
@@ -152,7 +164,7 @@ def preview_limits(config: TrainConfig, models: Models, placement: Placement) ->
     )
 
 
-def _forward_bytes(costs: Costs) -> int:
+def forward_bytes(costs: Costs) -> int:
     """The bytes of a forward pass without the weights of the units and the LoRA."""
     return costs.stays + costs.scratch + costs.ahead_step + max(block.forward_peak for block in costs.blocks)
 
