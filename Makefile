@@ -103,9 +103,11 @@ emulated-host: $(CUDA_INSTALLED)
 	done
 	$(EMULATED) -- python -m benchmarks.emulated_host --page $(OUT_DIR)/emulated_host.json
 
-# Bytes do not depend on numbers: nothing is computed, and large copies move nothing.
+# Bytes do not depend on numbers: nothing is computed, and large copies move nothing. With SECONDS=280 the table ends
+# early, and the next call goes on.
 emulated-memory: $(CUDA_INSTALLED)
 	$(EMULATED) --skip-copies -- python -m pytest -q -m gpu tests/bench/test_profile.py
+	$(EMULATED_GPU_PYTHON) -m benchmarks.emulated $(if $(SECONDS),--seconds $(SECONDS))
 
 # Copies as late as CUDA allows, then as early: a test that passes both ways waits wherever it has to.
 emulated-late: $(CUDA_INSTALLED)
