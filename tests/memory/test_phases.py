@@ -25,6 +25,7 @@ from fluxq.memory.phases import (
     SAMPLING_MARGIN,
     SAMPLING_SLOTS,
     TOKENS_PER_BATCH,
+    UNUSED,
     SamplingLimits,
     band_for,
     gpu_budget,
@@ -209,6 +210,13 @@ def test_images_that_do_not_fit_together_are_sampled_one_by_one():
     placement, own = place_at(512, 3, vram=f"{least // 2**20 + 1}MiB")
     assert (own.tokens, placement.resident, placement.slots) == (0, (), 2)
     assert place_at(512, 3, vram="4GiB")[1].tokens == TOKENS_PER_BATCH
+
+
+def test_images_beyond_one_batch_leave_more_to_the_allocator(monkeypatch):
+    assert phases.unused_beyond(TOKENS_PER_BATCH) == 0 and phases.unused_beyond(3 * TOKENS_PER_BATCH) == 2 * UNUSED
+    placed = len(place_at(1536, vram="5GiB")[0].resident)
+    monkeypatch.setattr(phases, "unused_beyond", lambda tokens: 0)
+    assert placed < len(place_at(1536, vram="5GiB")[0].resident)
 
 
 def test_an_image_that_does_not_fit_gives_an_error_with_a_remedy():
