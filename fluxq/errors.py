@@ -1,9 +1,7 @@
-"""The error for what the user can fix, signals that end a program, and what counts as having run out of GPU memory.
+"""The error for what the user can fix, the one for a signal, and what counts as having run out of GPU memory.
 
 Nothing here imports torch.
 """
-
-import signal
 
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """What an error says if GPU memory ran out. torch's allocator raises OutOfMemoryError. But cuBLAS, cuDNN, Triton, which
@@ -25,14 +23,6 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal: int, message: str = "") -> None:
         super().__init__(message)
         self.exit_code = 128 + signal
-
-
-def stop_signals() -> list[signal.Signals]:
-    """The signals of this system that end a run, without those that are ignored (as by nohup). Windows sends SIGBREAK
-    when a console closes.
-    """
-    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
-    return [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -63,7 +63,7 @@ def train(
 ) -> Result:
     """Train a LoRA as `config` says, in a new run directory or, with `resume`, in the one that is there.
 
-    accepts_data: what resumes may go on with other images and captions than it began with.
+    accepts_data: a run that resumes may go on with other images and captions than it was started with.
     Raises WrongRequest for a request that cannot be met, before it touches anything of an earlier run; and Stopped,
     after a save, if a signal asks for the end.
     """
@@ -120,7 +120,7 @@ def train_in(
     began = time.time() - progress.seconds
     report = Report(run.folder, progress.step, steps, output.plot_seconds)
     write = partial(write_lora, run, trainable, metadata, began)
-    saves = Saves(run, report, progress, layers, optimizer, retry, write, notify)
+    saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
     if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA
         write(progress.step)
 

@@ -267,14 +267,16 @@ def test_resume_notices_changed_images_and_captions(tmp_path, photos):
     (photos / "0.txt").write_text("another caption, zqx")
     (photos / "1.png").unlink()
     longer = configured(tmp_path, photos, training={"steps": 6})
-    wanted = "run was started, photos/1.png are gone; photos/0.png have another caption; put that back, or go on"
+    wanted = (
+        r"run was started, the images or captions changed \(removed photos/1.png; caption of photos/0.png\); put that"
+    )
     with pytest.raises(WrongRequest, match=wanted):
         train(longer, resume=True)
     result = train(longer, resume=True, accepts_data=True)
     changes = json.loads(load_lora(result.lora, FluxConfig.nano()).metadata["fluxq_changes"])
     assert changes == [
         "after step 4: training.steps 4 -> 6",
-        "after step 4: photos/1.png are gone; photos/0.png have another caption",
+        "after step 4: the images or captions changed (removed photos/1.png; caption of photos/0.png)",
     ]
     train(configured(tmp_path, photos, training={"steps": 7}), resume=True)  # now it is what the run is trained on
 

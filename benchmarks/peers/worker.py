@@ -138,7 +138,7 @@ def resident(field: str, status: str | None = None) -> int:
 def main() -> None:
     row = json.loads(sys.argv[1])
     answers = os.fdopen(os.dup(1), "w", buffering=1)
-    os.dup2(2, 1)  # whatever a library prints is no answer
+    os.dup2(2, 1)  # what a library prints is not an answer
     device = torch.device(row["device"])
     torch.manual_seed(0), torch.set_num_threads(1)
     counts, before, counted = Counts(device, row["emulated"]), resident("VmRSS"), 0

@@ -51,19 +51,16 @@ class Hashes:
         Raises OSError if the file cannot be read.
         """
         known = self._known.get(os.path.abspath(path))
-        try:
-            status = os.stat(path) if known else None
-        except (FileNotFoundError, NotADirectoryError):
-            status = None
         if known is None:
             return None
-        if status is None:
+        try:
+            status = os.stat(path)
+        except (FileNotFoundError, NotADirectoryError):
             return known["hash"]
-        if (known["size"], known["mtime_ns"]) != (status.st_size, status.st_mtime_ns):
-            return None
-        if known.get("sample") not in (None, sample_of(path, status.st_size)):  # None: remembered without one, formerly
-            return None
-        return known["hash"]
+        same = (known["size"], known["mtime_ns"]) == (status.st_size, status.st_mtime_ns)
+        if same and "sample" in known:  # former versions took none
+            same = known["sample"] == sample_of(path, status.st_size)
+        return known["hash"] if same else None
 
     def knows(self, path: str | Path) -> bool:
         """Whether this path was hashed before, even if the file is gone."""

@@ -32,6 +32,7 @@ from .hashes import Hashes
 
 RECORD_VERSION = 1  # part of every key: increase it when the tensors of a record change meaning
 KINDS = {"latents": ("mean", "spread"), "text": ("t5", "clip")}
+DAMAGED = ".damaged"  # suffix of records that were set aside; a prune deletes them
 IMPORTED = "imported-"  # prefix of the keys of records that other programs encoded
 
 
@@ -145,7 +146,8 @@ class Store:
         """
         used = {record for dataset in keep for record in dataset.records()}
         unused = [path for kind in KINDS for path in self.records(kind) if (kind, path.stem) not in used]
-        unused += [path for kind in KINDS for path in (self.root / kind).glob(".*.tmp-*.safetensors")]
+        for pattern in (".*.tmp-*.safetensors", f"*{DAMAGED}"):
+            unused += [path for kind in KINDS for path in (self.root / kind).glob(pattern)]
         nbytes = sum(path.stat().st_size for path in unused)
         for path in unused:
             path.unlink(missing_ok=True)
@@ -172,16 +174,17 @@ class Store:
         write_safetensors(self._path(kind, key), tensors, {"key": key, "checksum": _checksum(tensors), **metadata})
 
     def _read(self, kind: str, key: str, record: Checkpoint) -> dict[str, torch.Tensor]:
-        """The tensors of a record. The first time their checksum is compared; a damaged record is deleted."""
+        """The tensors of a record. The first time their checksum is compared; a damaged record is set aside."""
         tensors = {name: record.get(name) for name in KINDS[kind]}
         if (kind, key) not in self._sound:
             if record.metadata.get("checksum") != _checksum(tensors):
                 what = record.metadata.get("picture") or repr(record.metadata.get("caption"))
+                aside = record.path.with_suffix(DAMAGED)
                 with suppress(OSError):
-                    record.path.unlink()
+                    record.path.replace(aside)
                 raise WrongRequest(
-                    f"the cache record {record.path} of {what} has changed since it was written and is deleted; run "
-                    "the command again (training with --resume) to have it encoded again"
+                    f"the cache record of {what} has changed since it was written; it was set aside as {aside}; run "
+                    "the command again (training: with --resume) to encode it again"
                 )
             self._sound.add((kind, key))
         return tensors

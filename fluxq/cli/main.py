@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
-from fluxq.errors import Stopped, WrongRequest, is_out_of_memory, stop_signals
+from fluxq.errors import Stopped, WrongRequest, is_out_of_memory
 
 from .bench import bench
 from .lora import lora
@@ -70,6 +70,7 @@ class Commands(click.Group):
 @contextmanager
 def ended_by_signals() -> Iterator[None]:
     """In this context SIGTERM, SIGHUP and a closing Windows console clean up as Ctrl-C does."""
+    from fluxq.training.stopping import stop_signals
 
     def end(number: int, frame: object) -> None:
         raise Stopped(number)
@@ -252,7 +253,7 @@ def cache(
     default=Path("samples"),
     show_default=True,
     metavar="DIR",
-    help="Folder for the images; none that exists is replaced.",
+    help="Folder for the images; existing files are kept.",
 )
 @JSON
 def sample(

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
+from typing import ClassVar
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
@@ -63,8 +64,10 @@ class Dataset:
         facts = sorted((e.name, e.repeats, e.bucket, e.latents, e.text) for e in self.examples)
         return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
+    CONTENTS: ClassVar = ("image of", "caption of", "repeats of")
+
     def contents(self) -> dict[str, list]:
-        """Name -> [keys of its latents, keys of its captions, repeats]."""
+        """Name -> [keys of its latents, keys of its captions, repeats], in the order of CONTENTS."""
         return {e.name: [list(e.latents), list(e.text), e.repeats] for e in self.examples}
 
     def save(self, path: Path) -> None:

@@ -13,7 +13,8 @@ from torch.autograd.function import once_differentiable
 from .activations import Activations, Wants
 from .chunks import FEW_ROWS
 from .dispatch import ops
-from .products import Product, Use, eight_bit_dtype, input_gradient, s_gradient
+from .parts import by_part, s_gradient
+from .products import Product, Use, eight_bit_dtype, input_gradient
 from .replay import unread
 from .rounding import rounded
 from .weights import Weight
@@ -137,7 +138,7 @@ class _LoRALinear(torch.autograd.Function):
         (x, s, down, up), use = ctx.saved_tensors, ctx.use
         weight = ctx.weight if ctx.needs_input_grad[0] else None
         if weight is not None and use.compute.endswith("_dx"):
-            ds = None if up is None else s_gradient(grad_outputs, up, use)
+            ds = None if up is None else s_gradient(by_part(grad_outputs), up, use.scale)
             dx = input_gradient(grad_outputs, weight, ctx.row_scales, down, ds, use)
             gradients = (None, None) if ds is None else ops(x).lora_gradients(grad_outputs, x, s, ds, use.scale)
         else:

@@ -102,17 +102,6 @@ def eight_bit_dtype(compute: str) -> torch.dtype:
     return torch.int8 if compute.startswith("int8") else torch.float8_e4m3fn
 
 
-def s_gradient(dys: Sequence[Tensor], up: Tensor, use: Use) -> Tensor:
-    """The gradient of s (M, R): scale dy up."""
-    ds = up.new_empty(dys[0].shape[:-1].numel(), up.shape[1])
-    for dy, part in zip(dys, use.parts, strict=True):
-        first = part is None or part.start == 0
-        ds.addmm_(
-            dy.reshape(-1, dy.shape[-1]), up if part is None else up[part], beta=0 if first else 1, alpha=use.scale
-        )
-    return ds
-
-
 def input_gradient(
     dys: Sequence[Tensor],
     weight: Weight,

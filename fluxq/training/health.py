@@ -64,26 +64,26 @@ def climbing_loss(records: Sequence[Mapping], window: int = 100) -> str | None:
     losses = [r["loss"] for r in records if _is_finite(r)]
     if len(losses) < 2 * window or min(losses[-window:]) <= 3 * (start := fmean(losses[:window])):
         return None
-    return f"the loss was above {3 * start:.3g}, three times its start, for {window} steps; a lower --lr may help"
+    return f"the loss has been above {3 * start:.3g}, three times its start, for {window} steps; a lower --lr may help"
 
 
 def dead_gradient(records: Sequence[Mapping], window: int = 20) -> str | None:
     """Gradients of exactly zero."""
     if len(records) < window or any(r["grad"] for r in records[-window:]):
         return None
-    return f"the gradient is zero since {window} steps, so nothing is learned; stop, and check the images and --targets"
+    return f"the gradient has been zero for {window} steps, so nothing is learned; check --targets and --lr"
 
 
 def slow_step(records: Sequence[Mapping], window: int = 20) -> str | None:
-    """A step of over five times the median of those before it."""
+    """A step of over a second, and five times the median of those before it."""
     if len(records) <= window or not (before := [r.get("seconds", 0.0) for r in records[-window - 1 : -1]]):
         return None
     now, usual = records[-1].get("seconds", 0.0), median(before)
     if now <= max(5 * usual, 1.0):
         return None
     return (
-        f"step {records[-1]['step']} took {now:.1f} s, the {window} before it {usual:.1f} s each; another program may "
-        "use the GPU or the disk, or the machine slept"
+        f"step {records[-1]['step']} took {now:.1f} s, the {window} before it {usual:.1f} s each; another program "
+        "may be using the GPU or the disk, or the machine was asleep"
     )
 
 

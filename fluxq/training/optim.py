@@ -47,7 +47,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     To the outside it is an optimizer like any other: `param_groups` and `state` are those of the parameters, the state
     in slices too. A parameter that has no gradient is updated as if it were zero.
 
-    done: the number of steps of the run that parameters and state have had. changing: held while either changes.
+    done: the number of steps of the run that parameters and state have had. changing: the lock held while either
+    changes or is saved.
     """
 
     def __init__(self, name: str, parameters: Iterable[Any], learning_rate: float, weight_decay: float) -> None:

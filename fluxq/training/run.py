@@ -79,7 +79,7 @@ class Run:
         self.suffix = ".peft" if config.lora.file_format == "peft" else ".safetensors"
         self.state_file = self.folder / "state" / "state.safetensors"
         self._data_file = self.folder / "state" / "data.json"
-        self.changes: list[str] = []  # what is not as it was when the run was started, and since which step
+        self.changes: list[str] = []  # what is not as it was when the run was started
         self._finished: set[Path] = set()  # LoRAs of runs that were resumed to more steps: not counted by `keep`
 
     @contextmanager
@@ -114,10 +114,11 @@ class Run:
             with suppress(OSError):
                 holder.unlink(missing_ok=True)
             lock.release()
-            with suppress(OSError):
-                (self.folder / ".lock").unlink(missing_ok=True)
-                for path in made:  # fails at the first that is not empty
-                    path.rmdir()
+            if made and not [path for path in self.folder.iterdir() if path.name != ".lock"]:
+                with suppress(OSError):
+                    (self.folder / ".lock").unlink(missing_ok=True)
+                    for path in made:  # fails at the first that is not empty
+                        path.rmdir()
 
     def check(self, resume: bool, overwrite: bool) -> None:
         """Raise WrongRequest if the folder has results and neither `resume` nor `overwrite` is set, or if `resume`
@@ -178,7 +179,7 @@ class Run:
         return found
 
     def resume_from(self, saved: Progress, identity: Mapping[str, str], dataset: Dataset, accepts_data: bool) -> None:
-        """Note in `saved` and `changes` what is not as it was.
+        """Add to `saved` what is not as it was, and since which step; from then on `changes` is that of `saved`.
 
         Raises WrongRequest if images or captions changed and not `accepts_data`, or if the model did, or if the run is
         over.
@@ -188,7 +189,7 @@ class Run:
         if saved.identity["model"] != identity["model"]:
             raise WrongRequest(
                 f"the transformer's file is not that with which {self.folder} was started; put it back, or start "
-                f"another run from its LoRA with --from-lora {self.folder}"
+                "another run from its LoRA with --from-lora"
             )
         if saved.identity["data"] != identity["data"]:
             changed = self._changed_data(dataset)
@@ -206,19 +207,18 @@ class Run:
         try:
             before = json.loads(self._data_file.read_text(encoding="utf-8"))
         except (OSError, ValueError):
-            return "images, captions or encoders changed"
+            return "the images, captions or encoders changed"
         now, parts = dataset.contents(), []
-        for verb, names in (
-            ("were added", [n for n in now if n not in before]),
-            ("are gone", [n for n in before if n not in now]),
-            ("have another image", [n for n in now if n in before and now[n][0] != before[n][0]]),
-            ("have another caption", [n for n in now if n in before and now[n][1] != before[n][1]]),
-            ("have other repeats", [n for n in now if n in before and now[n][2] != before[n][2]]),
+        both = [name for name in now if name in before]
+        for what, names in (
+            ("added", [name for name in now if name not in before]),
+            ("removed", [name for name in before if name not in now]),
+            *((kind, [n for n in both if now[n][i] != before[n][i]]) for i, kind in enumerate(Dataset.CONTENTS)),
         ):
             if names:
                 shown = ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
-                parts.append(f"{shown} {verb}")
-        return "; ".join(parts)
+                parts.append(f"{what} {shown}")
+        return f"the images or captions changed ({'; '.join(parts)})"
 
     def save_data(self, dataset: Dataset) -> None:
         """Save what `resume_from` compares."""

@@ -7,7 +7,6 @@ run has to end without it, the state goes to another folder, and the message say
 from __future__ import annotations
 
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -27,9 +26,8 @@ PAUSES = (30.0, 60.0, 120.0, 300.0, 600.0)
 
 
 class Saves:
-    """The saves of `run`. `progress.step` is the last finished step; `write_lora(step)` writes the LoRA.
-
-    All of it is thread-safe: a signal may have the last finished step saved while the next one is on its way.
+    """The saves of `run`. `progress.step` is the last finished step; began: now less the seconds of
+    training, in seconds since 1970; `write_lora(step)` writes the LoRA.
     """
 
     def __init__(
@@ -37,6 +35,7 @@ class Saves:
         run: Run,
         report: Report,
         progress: Progress,
+        began: float,
         layers: Mapping[str, Linear],
         optimizer: FlatOptimizer,
         retry: OutOfMemoryRetry,
@@ -44,11 +43,9 @@ class Saves:
         notify: Notify,
     ) -> None:
         self.run, self.report, self.progress, self.layers, self.optimizer = run, report, progress, layers, optimizer
-        self.retry, self.write_lora, self.notify = retry, write_lora, notify
-        self.began = time.time() - progress.seconds
+        self.began, self.retry, self.write_lora, self.notify = began, retry, write_lora, notify
         self._saved = progress.step  # the step of the state on the disk
         self._failures, self._again_at = 0, 0.0
-        self._one_at_a_time = threading.RLock()
 
     @property
     def is_overdue(self) -> bool:
@@ -83,7 +80,7 @@ class Saves:
     def last_step(self) -> None:
         """Save the state of the last finished step from another thread, while the next one is on its way."""
         try:
-            with self.optimizer.changing:  # it has all updates of finished steps, and none of the one on its way
+            with self.optimizer.changing:  # neither an update nor another save is on its way
                 step = self.progress.step
                 if self.optimizer.done != step or self._saved == step or self.report.health.is_bad:
                     return
@@ -94,7 +91,7 @@ class Saves:
             self.notify(f"step {self.progress.step} could not be saved: {error}")
 
     def _state(self, path: Path) -> None:
-        with self._one_at_a_time:
+        with self.optimizer.changing:
             self.progress.seconds = time.time() - self.began
             save_state(path, self.progress, self.layers, self.optimizer)
             if path == self.run.state_file:

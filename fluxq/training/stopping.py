@@ -17,13 +17,21 @@ import time
 from collections.abc import Callable
 
 from fluxq.console import Notify
-from fluxq.errors import Stopped, stop_signals
+from fluxq.errors import Stopped
 
 PATIENCE = 4.0
 """Seconds that a step may take to end before the last finished one is saved."""
 
 SAME = 0.5
 """Seconds within which signals are one request: a terminal that closes sends SIGHUP, and often SIGTERM after it."""
+
+
+def stop_signals() -> list[signal.Signals]:
+    """The signals of this system that end a run, without those that are ignored (as by nohup). Windows sends SIGBREAK
+    when a console closes.
+    """
+    found = [getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP", "SIGBREAK") if hasattr(signal, name)]
+    return [number for number in found if signal.getsignal(number) is not signal.SIG_IGN]
 
 
 class StopRequest:
@@ -66,7 +74,7 @@ class StopRequest:
         """In the main thread."""
         if self._signal is None:
             self._signal, self._first = number, time.monotonic()
-            self._notify("stopping after this step; once more stops at once, without saving")
+            self._notify("stopping after this step; a second signal stops at once, without saving")
         elif time.monotonic() - self._first > SAME:
             raise Stopped(number)
 

@@ -264,7 +264,7 @@ def test_a_file_of_the_same_size_and_time_is_noticed(at, tmp_path):
     assert hashes.of(path) != first
 
 
-def test_a_record_whose_numbers_changed_is_refused_by_name_and_deleted(tmp_path):
+def test_a_record_whose_numbers_changed_is_refused_by_name_and_set_aside(tmp_path):
     """At its first read, so a run never trains on it; the next one encodes it again."""
     store = Store(tmp_path)
     store.put_latents("ab", torch.zeros(16, 2, 2), torch.ones(16, 2, 2), "photos/a.png")
@@ -272,8 +272,7 @@ def test_a_record_whose_numbers_changed_is_refused_by_name_and_deleted(tmp_path)
     content = bytearray(path.read_bytes())
     content[-1] ^= 1
     path.write_bytes(content)
-    with pytest.raises(
-        WrongRequest, match="of photos/a.png has changed since it was written and is deleted; run the co"
-    ):
+    with pytest.raises(WrongRequest, match="of photos/a.png has changed since it was written; it was set aside"):
         Store(tmp_path).latents("ab")
-    assert not Store(tmp_path).has("latents", "ab")
+    assert not Store(tmp_path).has("latents", "ab") and path.with_suffix(".damaged").read_bytes() == content
+    assert Store(tmp_path).prune([])[0] == 1 and not list(path.parent.iterdir())

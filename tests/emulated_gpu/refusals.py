@@ -56,7 +56,7 @@ def main() -> None:
     made.add_argument("--optimizer", default="adamw8bit")
     arguments = made.parse_args()
     if unknown := [kind for kind in arguments.kinds if kind not in KINDS]:
-        made.error(f"there is no kind {unknown[0]!r}; there are {', '.join(KINDS)}")
+        made.error(f"KIND must be one of {', '.join(KINDS)}, not {unknown[0]!r}")
     first, stride = map(int, arguments.part.split("/"))
     failed, plan = [], ""
     with tempfile.TemporaryDirectory() as folder:

@@ -31,8 +31,8 @@ def test_nothing_is_said_about_an_ordinary_run():
 @pytest.mark.parametrize(
     ("change", "first", "words"),
     [
-        (lambda step: {"loss": 1.0 if step <= 100 else 3.1}, 200, "the loss was above 3, three times its start"),
-        (lambda step: {"grad": 0.0 if step > 50 else 0.5}, 70, "the gradient is zero since 20 steps"),
+        (lambda step: {"loss": 1.0 if step <= 100 else 3.1}, 200, "the loss has been above 3, three times its start"),
+        (lambda step: {"grad": 0.0 if step > 50 else 0.5}, 70, "the gradient has been zero for 20 steps"),
         (lambda step: {"seconds": 11.0 if step == 42 else 2.0}, 42, "step 42 took 11.0 s, the 20 before it 2.0 s each"),
         (lambda step: {"peak_bytes": (9 if step > 30 else 8) << 30}, 31, "grew from 8.0 GiB at step 20 to 9.0 GiB"),
     ],

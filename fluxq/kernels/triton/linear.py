@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..chunks import parts
+from ..parts import Parts, by_part, s_gradient
 from ..weights import FORMATS, NF4Weight, Weight
 from . import matmul
 from .convert import decode_extended, dequantize
@@ -82,12 +83,12 @@ def lora_linear_backward(
     None: there is no LoRA, and x is not needed. The gradients of down and up are summed and returned in fp32.
     """
     given = (dy,) if isinstance(dy, Tensor) else dy
-    parts, padding = _parts(given), 0 if x is None or down is None else x.shape[-1] - down.shape[1]
+    parts, padding = by_part(given), 0 if x is None or down is None else x.shape[-1] - down.shape[1]
     dx, ds = (None, None) if weight is None else _dx(parts, weight, down, up, scale, padding)
     dx = None if dx is None else dx.view(*given[0].shape[:-1], dx.shape[1])
     if x is None or s is None or down is None or up is None:
         return dx, None, None
-    ds = _ds(parts, up, scale) if ds is None else ds
+    ds = s_gradient(parts, up, scale) if ds is None else ds
     return dx, *_gradients(parts, _first(x, down.shape[1]), s, ds, scale)
 
 
@@ -95,22 +96,10 @@ def lora_gradients(
     dy: Tensor | Sequence[Tensor], x: Tensor, s: Tensor, ds: Tensor, scale: float
 ) -> tuple[Tensor, Tensor]:
     """Gradients of down and up, in fp32. dy as above, x (..., K), s (..., R), and the gradient of s: ds (M, R)."""
-    return _gradients(_parts((dy,) if isinstance(dy, Tensor) else dy), x, s, ds, scale)
+    return _gradients(by_part((dy,) if isinstance(dy, Tensor) else dy), x, s, ds, scale)
 
 
-def _parts(dys: Sequence[Tensor]) -> list[tuple[slice, Tensor]]:
-    """Which outputs each gradient is of, and the gradient as a matrix."""
-    parts, start = [], 0
-    for dy in dys:
-        n = dy.shape[-1]
-        parts.append((slice(start, start + n), dy.reshape(-1, n)))
-        start += n
-    return parts
-
-
-def _gradients(
-    parts: list[tuple[slice, Tensor]], x: Tensor, s: Tensor, ds: Tensor, scale: float
-) -> tuple[Tensor, Tensor]:
+def _gradients(parts: Parts, x: Tensor, s: Tensor, ds: Tensor, scale: float) -> tuple[Tensor, Tensor]:
     """Gradients of down and up, in fp32."""
     s, (_, first) = s.reshape(-1, s.shape[-1]), parts[0]
     d_down = _mm_fp32(ds.t(), x.reshape(-1, x.shape[-1]))
@@ -196,7 +185,7 @@ def _columns_of(y: Tensor, part: slice) -> Tensor:
 
 
 def _dx(
-    given: list[tuple[slice, Tensor]],
+    given: Parts,
     weight: Weight,
     down: Tensor | None,
     up: Tensor | None,
@@ -208,7 +197,7 @@ def _dx(
     choice = choose(BACKWARD[_format(weight)], rows.device, rows.shape[0])
     dx = rows.new_empty(rows.shape[0], k + padding)
     if choice.path == "fused" and rows.dtype != torch.float64:
-        ds = None if up is None else _ds(given, up, scale)
+        ds = None if up is None else s_gradient(given, up, scale)
         whole = rows if len(given) == 1 else torch.cat([dy for _, dy in given], 1)
         input_gradient(whole, weight, ds, down, _first(dx, k), choice)
         dx[:, k:] = 0
@@ -217,18 +206,9 @@ def _dx(
         _decoded_dx(dx, dy, weight, part, up, scale, choice.chunk)
     if up is None or down is None:
         return dx, None
-    ds = dx[:, k : k + len(down)] if padding else _ds(given, up, scale)
+    ds = dx[:, k : k + len(down)] if padding else s_gradient(given, up, scale)
     _first(dx, k).addmm_(ds, down)
     return dx, ds
-
-
-def _ds(given: list[tuple[slice, Tensor]], up: Tensor, scale: float) -> Tensor:
-    """scale dy up, (M, R)."""
-    rows = given[0][1]
-    ds, up = rows.new_empty(rows.shape[0], up.shape[1]), up.to(rows.dtype)
-    for part, dy in given:
-        ds.addmm_(dy, up if len(given) == 1 else up[part], beta=int(part.start > 0), alpha=scale)
-    return ds
 
 
 def _decoded_dx(
