@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 LAUNCH_US = 70.0
-"""Microseconds a launch, for GPUs of the table: 52 to 85 in the best steps of benchmarks/results/emulated_host.md."""
+"""Microseconds a launch, for GPUs of the table: 51 to 81 in the best steps of benchmarks/results/emulated_host.md."""
 
-SEQUENCE = 23
-"""Launches of a step that take as long as the sequence below, which has 29: a step also runs blocks, rings and tapes.
-Fitted to benchmarks/results/emulated_host.md.
-"""
+SEQUENCE = 30
+"""Launches of a step that take as long as the sequence below. Fitted to benchmarks/results/emulated_host.md."""
 
 BURST = 10
 """Sequences between two waits for the GPU: fewer launches than a stream queues before Python has to wait."""
