@@ -196,7 +196,7 @@ class _Search:
         """
         number, heap = count(), list[_Candidate]()
         for setting, offload, rest in self._fitting():
-            self._push(heap, number, setting, offload, rest)
+            self._push(heap, number, setting, offload, rest, limit)
         best: tuple[Rank, float, _Candidate] | None = None
         while heap:
             candidate = heapq.heappop(heap)
@@ -209,7 +209,7 @@ class _Search:
             if seconds <= limit and (best is None or rank < best[0]):
                 best = rank, seconds, candidate
             if seconds <= AS_GOOD * min(limit, best[1] if best else math.inf):  # a point that keeps less is not faster
-                self._push(heap, number, setting, offload, rest)
+                self._push(heap, number, setting, offload, rest, limit)
         return None if best is None else self._plan(best[2])
 
     def _fitting(self) -> Iterator[tuple[Setting, bool, Iterator[Point]]]:
@@ -222,20 +222,27 @@ class _Search:
                     yield setting, offload, iter(fitting)
 
     def _push(
-        self, heap: list[_Candidate], number: Iterator[int], setting: Setting, offload: bool, rest: Iterator[Point]
+        self,
+        heap: list[_Candidate],
+        number: Iterator[int],
+        setting: Setting,
+        offload: bool,
+        rest: Iterator[Point],
+        limit: float,
     ) -> None:
-        """Push the next point of `rest` with a lower bound of its time."""
-        if (point := next(rest, None)) is None:
-            return
+        """Push the next point of `rest` that may take at most `limit` seconds, with a lower bound of its time."""
         pass_seconds, pass_bytes = self._pass_share(setting)
         moved = self._least_moved(setting, offload) + pass_bytes
-        seconds = max(
-            point.gpu_seconds + self._known[0] + pass_seconds,
-            moved / (self.gpu.bus_gb_s * 1e9),
-            self._launching(point, setting, offload),
-        )
-        rank = self._rank(seconds, moved, point, setting, offload)
-        heapq.heappush(heap, _Candidate(rank, next(number), point, setting, offload, rest))
+        for point in rest:
+            seconds = max(
+                point.gpu_seconds + self._known[0] + pass_seconds,
+                moved / (self.gpu.bus_gb_s * 1e9),
+                self._launching(point, setting, offload),
+            )
+            if seconds <= limit:
+                rank = self._rank(seconds, moved, point, setting, offload)
+                heapq.heappush(heap, _Candidate(rank, next(number), point, setting, offload, rest))
+                return
 
     def _rank(self, seconds: float, moved: int, point: Point, setting: Setting, offload: bool) -> Rank:
         """The smallest rank wins. Of equally fast plans, prefer one that keeps no inputs on the host; that rounds less
