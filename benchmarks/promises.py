@@ -62,7 +62,7 @@ def promise(launch: Launch) -> Promise:
             m, n = c["BLOCK_M"], c["BLOCK_N"]
             return Promise((Product(m, n, c["BLOCK_K"], kind), Product(m, n, 16, "bf16")), None, 64)
         case "convert._convert":
-            # of LoRA's up R numbers of a row, for any R; permutes: three for each of a thread's 32 numbers, some to rotate
+            # of up R numbers of a row, for any R; permutes: three for each of 32 numbers, and some to rotate
             return Promise(narrow=(*FEW, "up_ptr", "bias_ptr"), permutes=112)
         case "rows._rows":
             return Promise(narrow=FEW, permutes=112 if c["ROTATION"] else 64)  # two for each number, rotated three
