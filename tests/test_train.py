@@ -23,7 +23,7 @@ from PIL import Image
 
 from fluxq import nano
 from fluxq.cli import main
-from fluxq.config import LoraConfig, config_from_dict
+from fluxq.config import LoraConfig, config_from_dict, read_toml
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
@@ -515,3 +515,12 @@ def test_a_step_that_takes_too_long_after_a_signal_costs_only_itself(tmp_path, p
     assert json.loads(Checkpoint(state).metadata["fluxq_state"])["step"] == 2
     result = train(configured(tmp_path, photos), resume=True)
     assert_same_tensors(undisturbed, Path(result.lora))
+
+
+def test_names_that_are_not_utf_8_are_kept_in_the_config(tmp_path, photos):
+    config = configured(tmp_path, photos, data={"trigger": "caf\udce9 \x1b"})
+    run = Run(resolve(config, Models(config.model), silent))
+    run.begin(resume=False)
+    written = run.folder / "config.toml"
+    assert b"caf\xe9" in written.read_bytes()
+    assert config_from_dict(read_toml(written), "the copy") == run.config

@@ -227,6 +227,17 @@ def test_fp8_weights_keep_their_bytes(source, tmp_path):
     assert torch.equal(stored.bias, source.tensors["double_blocks.0.img_attn.qkv.bias"].bfloat16())
 
 
+@pytest.mark.parametrize("byte", [0x7F, 0xFF])
+def test_fp8_weights_with_nan_are_refused_though_they_keep_their_bytes(byte, source, tmp_path):
+    name = "single_blocks.1.linear2.weight"
+    source.tensors = {name: t.to(torch.float8_e4m3fn) for name, t in source.tensors.items()}
+    source.tensors[name].view(torch.uint8)[3, 5] = byte
+    source.path = source.files[0]
+    with pytest.raises(WrongRequest, match=f"has NaN or infinite numbers in {name}"):
+        write_quantized(tmp_path / "q.safetensors", source, "fp8", {}, CPU)
+    assert not (tmp_path / "q.safetensors").exists()
+
+
 @pytest.mark.parametrize(("format", "bound"), [("nf4", 0.12), ("fp8", 0.04), ("int8", 0.015)])
 def test_the_model_in_every_format_computes_about_the_same_as_in_bf16(format, bound, source, tmp_path):
     from fluxq.model.embed import image_ids, text_ids
