@@ -73,7 +73,7 @@ def train(
     config = resolve(config, models, silent if resume else notify, start_lora)
     run = Run(config)
     with run.locked():
-        run.check(resume, overwrite)
+        run.check(resume, overwrite, accepts_data)
         return train_in(run, models, start_lora, resume, notify, accepts_data)
 
 
@@ -100,7 +100,7 @@ def train_in(
         notify(warning)
 
     # where it starts
-    progress = Progress(identity={"data": data.trained_on.digest(), "model": models.fingerprint()})
+    progress = Progress(run.identity(models, data.trained_on))
     if resume:
         saved = load_state(run.state_file, layers, optimizer)
         run.resume_from(saved, progress.identity, data.trained_on, accepts_data)
@@ -118,7 +118,7 @@ def train_in(
     run.save_data(data.trained_on)
     retry.placement.save(run.folder)
     began = time.time() - progress.seconds
-    report = Report(run.folder, progress.step, steps, output.plot_seconds)
+    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes)
     write = partial(write_lora, run, trainable, metadata, began)
     saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
     if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA

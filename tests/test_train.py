@@ -279,6 +279,9 @@ def test_resume_notices_changed_images_and_captions(tmp_path, photos):
         "after step 4: the images or captions changed (removed photos/1.png; caption of photos/0.png)",
     ]
     train(configured(tmp_path, photos, training={"steps": 7}), resume=True)  # now it is what the run is trained on
+    records = map(json.loads, (tmp_path / "run" / "log.jsonl").read_text().splitlines())
+    logged = [record.get("step", record.get("change")) for record in records]
+    assert logged == [1, 2, 3, 4, *changes, 5, 6, "after step 6: training.steps 6 -> 7", 7]
 
 
 @pytest.mark.slow
@@ -302,8 +305,19 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
 @pytest.mark.slow
 def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
     train(configured(tmp_path, photos))
-    with pytest.raises(WrongRequest, match=r"started with lora.rank = 4, not 8; resume it without that change"):
-        train(configured(tmp_path, photos, lora={"rank": 8}), resume=True)
+    lora = re.escape(str(tmp_path / "run" / "test.safetensors"))
+    for changes, refusal in (
+        ({"lora": {"rank": 8}}, "lora.rank = 4, not 8, and its LoRA has that rank; resume it without changing lora.r"),
+        ({"training": {"optimizer": "adamw"}}, "training.optimizer = adamw8bit, not adamw, and its state is not that"),
+        ({"model": {"format": "int8"}}, "model.format = nf4, not int8, and in another format the frozen weights are"),
+        ({"model": {"compute": "int8"}}, "model.compute = bf16, not int8, and in another arithmetic the frozen model"),
+        (
+            {"training": {"seed": 1}},
+            "training.seed = 42, not 1, and its steps so far were made with that; resume it wi",
+        ),
+    ):
+        with pytest.raises(WrongRequest, match=rf"run was started with {refusal}.*\(--from-lora {lora} --out ANOTHER"):
+            train(configured(tmp_path, photos, **changes), resume=True)
     result = train(configured(tmp_path, photos, training={"steps": 6}), resume=True)
     assert result.steps == 6
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == list(range(1, 7))
@@ -394,6 +408,36 @@ def test_defaults_are_printed_with_their_reasons(tmp_path, photos, monkeypatch):
     said.clear()
     module.resolve(resolved, module.Models(config.model), said.append)
     assert {line.split()[0] for line in said} <= {"rank", "learning", "shift"}
+
+
+@pytest.mark.slow
+def test_an_edited_config_is_compared_with_the_saved_state(tmp_path, photos):
+    """What was edited counts as asked: it is recorded where it may change, and refused where it may not."""
+    train(configured(tmp_path, photos))
+    written = tmp_path / "run" / "config.toml"
+    before = written.read_text()
+    written.write_text(before.replace('compute = "bf16"', 'compute = "int8"'))
+    with pytest.raises(WrongRequest, match="model.compute = bf16, not int8"):
+        train(config_from_dict(read_toml(written), "the run"), resume=True)
+    written.write_text(before.replace("steps = 4", "steps = 5"))
+    result = train(config_from_dict(read_toml(written), "the run"), resume=True)
+    changes = json.loads(load_lora(result.lora, FluxConfig.nano()).metadata["fluxq_changes"])
+    assert changes == ["after step 4: training.steps 4 -> 5"]
+
+
+@pytest.mark.slow
+def test_folders_are_added_when_asked(tmp_path, photos):
+    train(configured(tmp_path, photos))
+    more = tmp_path / "more"
+    more.mkdir()
+    drawing.concept(seed=6, count=1)[0][0].resize((96, 96)).save(more / "0.png")
+    both = configured(tmp_path, photos, data={"folders": [str(photos), str(more)]}, training={"steps": 5})
+    with pytest.raises(
+        WrongRequest, match=r"data.folders = .*photos repeats 1 trigger zqx, not .*more.*; resume it with FOLDERS"
+    ):
+        train(both, resume=True)
+    result = train(both, resume=True, accepts_data=True)
+    assert "more/0.png" in load_lora(result.lora, FluxConfig.nano()).metadata["fluxq_changes"]
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 from fluxq.console import console, progress_bars
@@ -18,14 +19,18 @@ from .health import Health
 
 
 class Report:
-    """The log of one run of `steps` steps, of which `start` are already done."""
+    """The log of one run of `steps` steps, of which `start` are already done. changes: what resuming it changed."""
 
-    def __init__(self, folder: Path, start: int, steps: int, plot_seconds: float) -> None:
+    def __init__(self, folder: Path, start: int, steps: int, plot_seconds: float, changes: Sequence[str] = ()) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
         self.steps, self.plot_seconds = steps, plot_seconds
-        self.records = [r for r in read_log(self.path) if r["step"] <= start]  # steps after the last save are repeated
+        # steps after the last save are repeated, and so are changes that no save knows
+        kept = [r for r in _records(self.path) if r.get("step", 0) <= start and r.get("change") in (None, *changes)]
+        said = {r.get("change") for r in kept}
+        kept += [{"change": change} for change in changes if change not in said]
+        self.records = [r for r in kept if "step" in r]
         with atomic_path(self.path) as temporary:
-            temporary.write_text("".join(map(_line, self.records)), encoding="utf-8")
+            temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         self._file = self.path.open("ab", buffering=0)
         self._waiting = b""  # lines that the disk has not taken yet
         self._started = self._plotted = time.monotonic()
@@ -121,7 +126,12 @@ class Report:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log.jsonl, in order, without a last line that a crash cut off."""
+    """The steps in a log.jsonl, in order, without a last line that a crash cut off."""
+    return [record for record in _records(path) if "step" in record]
+
+
+def _records(path: Path) -> list[dict]:
+    """The steps, and between them what was changed when the run was resumed: {"change": "after step 4: ..."}."""
     records = []
     for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
         try:

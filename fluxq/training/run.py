@@ -1,7 +1,7 @@
 """A run directory: starting or resuming a run, and the files that it saves.
 
 config.toml   every setting, with defaults filled in
-log.jsonl     a line per step
+log.jsonl     a line per step, and one per change that --resume made
 loss.png      the loss so far
 result.json   steps, seconds, losses, peak memory and the LoRA's path
 samples/      previews
@@ -18,6 +18,7 @@ import platform
 import shutil
 import tempfile
 import time
+import tomllib
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
@@ -42,13 +43,27 @@ from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
 
-from .state import Progress
+from .state import Progress, saved_settings
 
 Metadata = Callable[[int, float, float], dict[str, str]]
 """(step, started, finished) -> the LoRA's metadata at that step; times in seconds since 1970."""
 
 MAY_CHANGE = ("steps", "schedule", "warmup", "learning_rate", "text_learning_rate")
 """The settings of training that --resume takes over from the command line."""
+
+SAME_RESULT = ("ae_band", "skip_bad")
+"""Settings that change no result, or only by way of the images and captions, which are compared."""
+
+WHY_FIXED = {
+    "optimizer": "its state is not that of another optimizer",
+    "format": "in another format the frozen weights are other numbers",
+    "compute": "in another arithmetic the frozen model gives other results",
+    "rank": "its LoRA has that rank",
+    "alpha": "its LoRA is scaled by that",
+    "targets": "its LoRA adapts those layers",
+    "text_encoder": "its LoRA adapts those models",
+}
+"""Why a setting is not taken over."""
 
 
 @dataclass(frozen=True)
@@ -120,13 +135,12 @@ class Run:
                     for path in made:  # fails at the first that is not empty
                         path.rmdir()
 
-    def check(self, resume: bool, overwrite: bool) -> None:
+    def check(self, resume: bool, overwrite: bool, accepts_data: bool) -> None:
         """Raise WrongRequest if the folder has results and neither `resume` nor `overwrite` is set, or if `resume`
-        would change what is computed. Results are unchanged.
+        would change what is computed. Results are unchanged. accepts_data: the folders of images may be others.
         """
         if resume:
-            written = self.folder / "config.toml"
-            self.changes = self._changes(config_from_dict(read_toml(written), str(written)))
+            self.changes = self._changes(self._settings_so_far(), accepts_data)
         elif not overwrite and (present := [path for path in self._results() if path.exists()]):
             raise WrongRequest(
                 f"{self.folder} already has a run ({present[0].name}); continue it with --resume {self.folder}, "
@@ -157,26 +171,46 @@ class Run:
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
         return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
 
-    def _changes(self, before: TrainConfig) -> list[str]:
-        """The settings that differ from those of the run so far, in words. Raises WrongRequest for one that may not."""
-        found = []
+    def _settings_so_far(self) -> TrainConfig:
+        """The settings of the saved state. config.toml may have been edited since, or be of an attempt that saved
+        nothing; it counts for states of former versions. Raises WrongRequest without a saved state.
+        """
         if not self.state_file.is_file():
             raise WrongRequest(
                 f"{self.folder} has no saved state yet, so it cannot be resumed; start it again with --overwrite"
             )
+        written, settings = self.folder / "config.toml", saved_settings(self.state_file)
+        return config_from_dict(tomllib.loads(settings) if settings else read_toml(written), str(written))
+
+    def _changes(self, before: TrainConfig, accepts_data: bool) -> list[str]:
+        """The settings that differ from `before`, in words. Raises WrongRequest for one that may not."""
+        found = []
         for section in ("model", "data", "lora", "training"):
             was, now = asdict(getattr(before, section)), asdict(getattr(self.config, section))
             for key in was:
-                if _without_paths(was[key]) == _without_paths(now[key]) or key == "ae_band":
-                    continue  # files may move, as their contents are compared; ae_band does not change results
-                if section == "training" and key in MAY_CHANGE:
-                    found.append(f"training.{key} {was[key]} -> {now[key]}")
+                if _without_paths(was[key]) == _without_paths(now[key]) or key in SAME_RESULT:
+                    continue  # files may move, as their contents are compared
+                name, values = f"{section}.{key}", (_in_words(was[key]), _in_words(now[key]))
+                asked = f"(fluxq train --resume {self.folder} FOLDERS)" if key == "folders" else ""
+                if (section == "training" and key in MAY_CHANGE) or (asked and accepts_data):
+                    found.append(f"{name} {values[0]} -> {values[1]}")
                     continue
                 raise WrongRequest(
-                    f"{self.folder} was started with {section}.{key} = {was[key]}, not {now[key]}; resume it without "
-                    "that change, or start another run with --out (from this one's LoRA: --from-lora)"
+                    f"{self.folder} was started with {name} = {values[0]}, not {values[1]}, and "
+                    f"{WHY_FIXED.get(key, 'its steps so far were made with that')}; "
+                    f"resume it {'with FOLDERS ' + asked if asked else f'without changing {name}'}, or start another "
+                    f"run from its LoRA (--from-lora {self._latest_lora()} --out ANOTHER)"
                 )
         return found
+
+    def _latest_lora(self) -> Path:
+        """The LoRA with the most steps."""
+        final = self.folder / f"{self.name}{self.suffix}"
+        return final if final.exists() else next(reversed(self.steps_saved()), final)
+
+    def identity(self, models: Models, dataset: Dataset) -> dict[str, str]:
+        """What tells this run from others, for its state."""
+        return {"data": dataset.digest(), "model": models.fingerprint(), "settings": to_toml(self.config)}
 
     def resume_from(self, saved: Progress, identity: Mapping[str, str], dataset: Dataset, accepts_data: bool) -> None:
         """Add to `saved` what is not as it was, and since which step; from then on `changes` is that of `saved`.
@@ -262,6 +296,13 @@ def _without_paths(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _without_paths(item) for key, item in value.items()}
     return [_without_paths(item) for item in value] if isinstance(value, list | tuple) else value
+
+
+def _in_words(value: Any) -> str:
+    """A setting as a message names it: folders by their paths, repeats and triggers."""
+    if isinstance(value, Mapping):
+        return " ".join([str(value["path"]), *(f"{k} {v}" for k, v in value.items() if k != "path" and v is not None)])
+    return ", ".join(map(_in_words, value)) if isinstance(value, list | tuple) else str(value)
 
 
 def _described(holder: Path) -> str:

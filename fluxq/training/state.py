@@ -10,6 +10,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from .optim import FlatOptimizer
 
 @dataclass
 class Progress:
-    """How far a run is. identity: what tells its data and its model from others ("data" and "model" -> a digest)."""
+    """How far a run is. identity: what tells it from others: "data" and "model" -> a digest, "settings" -> TOML."""
 
     identity: Mapping[str, str]
     step: int = 0
@@ -60,9 +61,7 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimize
     Raises WrongRequest for a file that is not a saved state, or that belongs to other layers or another rank.
     """
     checkpoint = Checkpoint(path)
-    if "fluxq_state" not in checkpoint.metadata:
-        raise WrongRequest(f"{path} is not a saved state of fluxq; name the run directory, which has state/ in it")
-    about = json.loads(checkpoint.metadata["fluxq_state"])
+    about = _about(checkpoint)
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: checkpoint.shape(k) for n, k in saved.items()}:
@@ -82,6 +81,19 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimize
     seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
     changes = facts.pop("changes", [])  # former states have none
     return Progress(facts, about["step"], seconds, validation, rotated, changes)
+
+
+def saved_settings(path: Path) -> str | None:
+    """The settings of the run, as TOML, when the state was saved; None in states of former versions."""
+    return _about(Checkpoint(path))["facts"].get("settings")
+
+
+def _about(checkpoint: Checkpoint) -> dict[str, Any]:
+    if "fluxq_state" not in checkpoint.metadata:
+        raise WrongRequest(
+            f"{checkpoint.path} is not a saved state of fluxq; name the run directory, which has state/ in it"
+        )
+    return json.loads(checkpoint.metadata["fluxq_state"])
 
 
 def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
