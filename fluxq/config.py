@@ -88,8 +88,7 @@ class ModelConfig:
     compute: str = option(
         "bf16",
         "How frozen weights are multiplied: bf16 is the most accurate; int8 and fp8 are faster, with gradients in "
-        "bf16; int8_dx and fp8_dx are the fastest, with gradients in 8 bits too; fp8 needs an RTX 40 or newer, older "
-        "GPUs use int8 in its place.",
+        "bf16; int8_dx and fp8_dx are the fastest, with gradients in 8 bits too; fp8 needs an RTX 40 or newer.",
         "--compute",
         ("bf16", "int8", "int8_dx", "fp8", "fp8_dx"),
     )
@@ -100,6 +99,12 @@ class ModelConfig:
         "result is the same; default: as many as fit.",
         "--ae-band",
         minimum=1,
+    )
+    offline: bool = option(
+        False,
+        "Never use the network, which is otherwise used for hub ids and tokenizers that are not on this machine; what "
+        "is missing is named.",
+        "--offline",
     )
 
 

@@ -73,6 +73,7 @@ def find_tokenizers(
     known: Callable[[Path], bool] = Path.is_file,
     notify: Notify = print,
     fetch: Callable[[Kind, Notify], tuple[Path, ...]] | None = None,
+    offline: bool = False,
 ) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The files of CLIP's and of T5's tokenizer.
 
@@ -80,7 +81,7 @@ def find_tokenizers(
     1. the folders of `model_files` and those above them, where a diffusers folder, ComfyUI and Forge keep tokenizers;
     2. for T5, a GGUF T5 next to one of the models;
     3. the hub's cache;
-    4. a download from the hub, announced with `notify`. `fetch` replaces this step.
+    4. a download from the hub, announced with `notify`. `fetch` replaces this step, `offline` forbids it.
 
     A missing file counts as found if `known` is true for it, unless it is a GGUF that was not named. If a tokenizer is
     found nowhere, raises WrongRequest with the files' names and usual places.
@@ -92,7 +93,10 @@ def find_tokenizers(
                 local = _given(kind, given, known)
             else:
                 local = _near(kind, model_files, known) or _gguf_near(kind, model_files) or _cached(kind)
-            files.append(local or (fetch or _fetched)(kind, notify))
+            if local or not offline:
+                files.append(local or (fetch or _fetched)(kind, notify))
+            else:
+                failed.append(kind)
         except OSError:
             failed.append(kind)
     if failed:
@@ -101,8 +105,9 @@ def find_tokenizers(
         options = " ".join(f"--set model.{kind.option}" for kind in failed)
         verb = "was" if len(failed) == 1 else "were"
         raise WrongRequest(
-            f"{names} {verb} found neither near the model files nor in the hub's cache, and the hub cannot be reached; "
-            f"copy the files next to the text encoders or pass {options} (the files are usually in {places})"
+            f"{names} {verb} found neither near the model files nor in the hub's cache, and "
+            f"{'--offline forbids to download them' if offline else 'the hub cannot be reached'}; copy the files next "
+            f"to the text encoders or pass {options} (the files are usually in {places})"
         )
     return files[0], files[1]
 

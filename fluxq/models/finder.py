@@ -22,7 +22,7 @@ from fluxq.formats.checkpoint.detect import AUTOENCODER, CLIP, FLUX, T5
 from fluxq.formats.checkpoint.shards import locate
 
 from .candidates import Candidates, choose, choose_flux, search
-from .hub import from_hub, hub_id
+from .hub import from_hub, hub_cache, hub_id, in_hub_cache
 
 PARTS = {"flux": FLUX, "ae": AUTOENCODER, "clip_l": CLIP, "t5xxl": T5}
 FLAGS = {"flux": "--flux", "ae": "--ae", "clip_l": "--clip-l", "t5xxl": "--t5xxl"}
@@ -74,6 +74,12 @@ class Finder:
         return served
 
     def _from_hub(self, repository: str, part: str) -> Served:
+        if self.config.offline and in_hub_cache(repository, PARTS[part]) is None:
+            raise WrongRequest(
+                f"{PARTS[part]} of {repository} is not in the hub's cache ({hub_cache()}), and --offline forbids to "
+                f"fetch it; copy its files there or anywhere else from a machine that has them, and name them with "
+                f"{FLAGS[part]}, or start once without --offline"
+            )
         path = from_hub(repository, PARTS[part], self._notify, self._fetch)
         return Served(path, f"from the hub's {repository}")
 

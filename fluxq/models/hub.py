@@ -6,11 +6,12 @@ import importlib.util
 import re
 from pathlib import Path
 
-from fluxq.console import Notify
+from fluxq.console import Notify, console
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import PICKLE_SUFFIXES
 from fluxq.formats.checkpoint.shards import FOLDERS, SUFFIXES, locate
 from fluxq.formats.checkpoint.source import OPENERS
+from fluxq.formats.quantized import require_disk_space
 
 
 class NotFetched(WrongRequest):
@@ -37,20 +38,24 @@ def hub_cache() -> Path:
 
 
 def from_hub(repository: str, part: str, notify: Notify, fetch: bool = True) -> Path:
-    """The local path of the model `part` of `repository`; downloads missing files and notifies of it.
+    """The local path of the model `part` of `repository`; downloads missing files and notifies of it before.
 
     If files are missing and `fetch` is false, raises NotFetched. Raises WrongRequest if the hub refuses or cannot be
-    reached.
+    reached, or if the disk has no room for them.
     """
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
     from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
-    if cached := _cached(repository, part):
-        return cached
+    if path := in_hub_cache(repository, part):
+        return path
+    if not constants.HF_HUB_OFFLINE:
+        say = notify if fetch else console.print  # `fluxq check` shows no other choices
+        say(f"{part} of {repository} is not in the hub's cache: looking it up on huggingface.co")
     try:
         files, nbytes = _files_of(repository, part)
         if not fetch:
             raise NotFetched(repository, files, nbytes)
+        require_disk_space(hub_cache() / repository, nbytes)
         notify(f"fetching {len(files)} files of {repository} for {part}, {nbytes / 1e9:.1f} GB, once")
         snapshot_download(repository, allow_patterns=files)
     except GatedRepoError as error:
@@ -69,7 +74,7 @@ def from_hub(repository: str, part: str, notify: Notify, fetch: bool = True) -> 
             f"{repository} is neither a file or folder here nor complete in the hub's cache, and the hub cannot be "
             f"reached ({reason}); go online once, or give paths"
         ) from error
-    path = _cached(repository, part)
+    path = in_hub_cache(repository, part)
     if path is None:
         raise WrongRequest(f"{repository} was fetched, but holds no usable file with {part}; give another")
     return path
@@ -83,7 +88,7 @@ def _transport_error() -> type[Exception]:
     return OSError
 
 
-def _cached(repository: str, part: str) -> Path | None:
+def in_hub_cache(repository: str, part: str) -> Path | None:
     """The file or index in the hub's cache; None if it is missing or incomplete."""
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError

@@ -111,17 +111,17 @@ class Models:
 
     @cached_property
     def compute(self) -> str:
-        """The arithmetic for frozen weights on this device: as requested, or int8 if the GPU has no fp8."""
+        """The arithmetic for frozen weights. Raises WrongRequest for fp8 on a GPU that has none."""
         requested, capability = self.config.compute, None
         if self.device.type == "cuda" and requested.startswith("fp8"):
             capability = torch.cuda.get_device_capability(self.device)
         if capability is None or capability >= (8, 9):
             return requested
-        instead = requested.replace("fp8", "int8")
-        self._notify(
-            f"compute {instead}: sm_{capability[0]}{capability[1]} has no fp8 arithmetic, so int8 is used instead"
+        raise WrongRequest(
+            f"--compute {requested} needs a GPU with fp8 arithmetic, an RTX 40 or newer, and this one "
+            f"(sm_{capability[0]}{capability[1]}) has none; pass --compute {requested.replace('fp8', 'int8')}, or bf16 "
+            "(a run that was started in fp8 goes on only on such a GPU, or as another run from its LoRA: --from-lora)"
         )
-        return instead
 
     @property
     def flux_file(self) -> Path:
@@ -144,7 +144,8 @@ class Models:
         """
         clip, t5 = self.config.clip_tokenizer, self.config.t5_tokenizer
         fetch = None if self._fetch else _not_fetched
-        return find_tokenizers((self.clip_l_file, self.t5xxl_file), clip, t5, known, self._notify, fetch)
+        near = self.clip_l_file, self.t5xxl_file
+        return find_tokenizers(near, clip, t5, known, self._notify, fetch, self.config.offline)
 
     @cached_property
     def flux_config(self) -> FluxConfig:

@@ -51,7 +51,7 @@ Metadata = Callable[[int, float, float], dict[str, str]]
 MAY_CHANGE = ("steps", "schedule", "warmup", "learning_rate", "text_learning_rate")
 """The settings of training that --resume takes over from the command line."""
 
-SAME_RESULT = ("ae_band", "skip_bad")
+SAME_RESULT = ("ae_band", "skip_bad", "offline")
 """Settings that change no result, or only by way of the images and captions, which are compared."""
 
 WHY_FIXED = {

@@ -426,14 +426,38 @@ class MadeUpHub:
 def test_only_the_needed_files_are_fetched_once(tmp_path, monkeypatch):
     hub, lines = MadeUpHub(tmp_path, NAMES), []
     hub.install(monkeypatch)
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     models = Models(ModelConfig(models=Path(REPOSITORY)), notify=lines.append)
     assert models.served("ae").path.parts[-2:] == ("vae", "diffusion_pytorch_model.safetensors")
     assert hub.fetched == [NAMES["ae"]]
-    assert lines == [f"fetching 1 files of {REPOSITORY} for a FLUX.1 autoencoder, 1.0 GB, once"]
+    assert lines == [
+        f"a FLUX.1 autoencoder of {REPOSITORY} is not in the hub's cache: looking it up on huggingface.co",
+        f"fetching 1 files of {REPOSITORY} for a FLUX.1 autoencoder, 1.0 GB, once",
+    ]
     Models(ModelConfig(ae=Path(REPOSITORY), models=tmp_path)).served("ae")
     assert hub.fetched == [NAMES["ae"]]
     with pytest.raises(NotFetched, match=r"1 files of someone/FLUX.1-toy, 1.0 GB, are not in the hub's cache yet"):
         Models(ModelConfig(models=Path(REPOSITORY)), fetch=False).served("t5xxl")
+
+
+def test_offline_asks_nobody_and_says_what_is_missing(tmp_path, monkeypatch):
+    hub = MadeUpHub(tmp_path, NAMES, AssertionError("the hub was asked"))
+    hub.install(monkeypatch)
+    snapshot = cached(tmp_path, {"flux": NAMES["flux"]})
+    models = Models(ModelConfig(models=Path(REPOSITORY), offline=True), notify=pytest.fail)
+    assert models.served("flux").path == snapshot / NAMES["flux"]
+    with pytest.raises(
+        WrongRequest, match="a FLUX.1 autoencoder of .* --offline forbids to fetch it; .* with --ae, or"
+    ):
+        models.served("ae")
+
+
+def test_a_download_that_the_disk_has_no_room_for_is_refused_before_it_starts(tmp_path, monkeypatch):
+    hub = MadeUpHub(tmp_path, NAMES)
+    hub.install(monkeypatch)
+    monkeypatch.setattr(quantized_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
+    assert "FLUX.1-toy needs 1.0 GB, but only 0.0 GB are free" in refusal(models=Path(REPOSITORY))
+    assert not hub.fetched
 
 
 ANSWER = SimpleNamespace(headers={}, request=None)  # of the hub, as its errors carry it
@@ -464,11 +488,11 @@ def test_a_repository_of_many_loose_files_asks_for_one(tmp_path, monkeypatch):
     assert f"{REPOSITORY} has no folder transformer but a.safetensors, b.safetensors; download the file" in sentence
 
 
-@pytest.mark.parametrize(("capability", "used"), [((8, 6), "int8_dx"), ((8, 9), "fp8_dx"), ((12, 0), "fp8_dx")])
-def test_a_gpu_without_fp8_computes_in_int8_and_says_so(capability, used, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: capability)
-    said: list[str] = []
-    models = Models(ModelConfig(name="nano", compute="fp8_dx"), torch.device("cuda"), notify=said.append)
-    assert models.resolved().compute == models.compute == used
-    assert len(said) == (used != "fp8_dx")
-    assert Models(ModelConfig(name="nano", compute="fp8"), torch.device("cpu"), notify=said.append).compute == "fp8"
+def test_a_gpu_without_fp8_is_refused_for_it(monkeypatch):
+    gpu, config = torch.device("cuda"), ModelConfig(name="nano", compute="fp8_dx")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 6))
+    with pytest.raises(WrongRequest, match=r"--compute fp8_dx needs .* \(sm_86\) has none; pass --compute int8_dx, or"):
+        Models(config, gpu).resolved()
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (8, 9))
+    assert Models(config, gpu).resolved().compute == "fp8_dx"
+    assert Models(config, torch.device("cpu")).compute == "fp8_dx"
