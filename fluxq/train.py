@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -34,6 +34,7 @@ from fluxq.model.lora import add_lora
 from fluxq.model.modulation import is_known_ahead
 from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
+from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import resolve
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.health import high_learning_rate
@@ -43,7 +44,6 @@ from fluxq.training.optim import (
     build_optimizer,
     learning_rate_factor,
     optimizer_step,
-    parameters_of,
     restart_rates,
 )
 from fluxq.training.previews import preview_prompts, save_previews
@@ -52,6 +52,7 @@ from fluxq.training.run import Metadata, Result, Run, metadata_of
 from fluxq.training.saves import Saves
 from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest
+from fluxq.training.summary import slower, summary
 
 
 def train(
@@ -60,15 +61,18 @@ def train(
     overwrite: bool = False,
     notify: Notify = console.print,
     accepts_data: bool = False,
+    asked: Collection[str] = (),
 ) -> Result:
     """Train a LoRA as `config` says, in a new run directory or, with `resume`, in the one that is there.
 
     accepts_data: a run that resumes may go on with other images and captions than it was started with.
+    asked: keys, like "output.keep", of settings that are refused if they have no effect.
     Raises WrongRequest for a request that cannot be met, before it touches anything of an earlier run; and Stopped,
     after a save, if a signal asks for the end.
     """
     models = Models(config.model, notify=notify)
     models.check()
+    refuse_without_effect(config, models, asked, resume)
     start_lora = None if resume else read_start(config.lora, models, notify)
     config = resolve(config, models, silent if resume else notify, start_lora)
     run = Run(config)
@@ -95,7 +99,7 @@ def train_in(
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
-    notify(summary(config, models, data, layers, sum(p.numel() for p in parameters_of(optimizer))))
+    notify(summary(config, models, flux, data.trained_on, len(data.batches), len(layers), optimizer))
     if warning := high_learning_rate(training.learning_rate):
         notify(warning)
 
@@ -153,9 +157,9 @@ def train_in(
     losses = [record["loss"] for record in report.records] or [math.nan]
     lora = str(run.lora_file(steps))
     seconds = round(time.time() - began, 2)
-    result = Result(steps, seconds, losses[0], losses[-1], peak, lora, progress.validation, after)
+    result = Result(steps, seconds, losses[0], losses[-1], peak, lora, progress.validation, after, slower(flux))
     result.save(run.folder)
-    notify(f"LoRA: {lora}")
+    notify(result.summary())
     return result
 
 
@@ -249,17 +253,6 @@ def by_label(folders: Sequence[FolderConfig]) -> dict[str, FolderConfig]:
     """Each folder by its last name, or by its whole path if several have that name."""
     names = [f.path.name for f in folders]
     return {f.path.name if names.count(f.path.name) == 1 else str(f.path): f for f in folders}
-
-
-def summary(config: TrainConfig, models: Models, data: Data, layers: Mapping[str, Linear], weights: int) -> str:
-    """One line: the model, what trains, and the images."""
-    steps = config.training.steps or 0
-    name = "nano" if models.is_nano else f"FLUX.1 {models.variant}"
-    return (
-        f"{name} in {config.model.format}: {weights:,} trainable parameters in {plural(len(layers), 'layer')}; "
-        f"{plural(len(data.trained_on.examples), 'image')}, {plural(len(data.batches), 'batch')} per epoch, "
-        f"{plural(steps, 'step')}"
-    )
 
 
 def described(losses: Mapping[str, float]) -> str:

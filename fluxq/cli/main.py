@@ -23,7 +23,7 @@ from fluxq.errors import Stopped, WrongRequest, is_out_of_memory
 
 from .bench import bench
 from .lora import lora
-from .options import JSON, begin, config_option, finish, options, read_config
+from .options import JSON, asked_for, begin, config_option, finish, options, read_config
 
 STEP_OPTIONS = ("--policy", "--ram", "--offload")
 STREAMING_OPTIONS = ("--resident-units", "--blocks-to-swap", "--slots")
@@ -160,13 +160,18 @@ def train(
     if folders:
         given["data__folders"] = [{"path": str(folder)} for folder in folders]
     config = read_config(config_file, assignments, given, resume / "config.toml" if resume else None)
+    asked = asked_for(config_file, assignments, given)
     if resume:
+        if "output.out" in asked and config.output.out and config.output.out.resolve() != resume.resolve():
+            raise WrongRequest(
+                f"--resume goes on in {resume}, so --out {config.output.out} has no effect; leave it out"
+            )
         config = dataclasses.replace(config, output=dataclasses.replace(config.output, out=resume))
     begin(as_json)
     from fluxq.train import train as run
 
     resumes = resume is not None
-    finish(run(config, resumes, overwrite, accepts_data=resumes and bool(folders)), as_json)
+    finish(run(config, resumes, overwrite, accepts_data=resumes and bool(folders), asked=asked), as_json)
 
 
 @main.command()
@@ -271,10 +276,13 @@ def sample(
     Example: fluxq sample --models ~/ComfyUI --lora runs/zqx/zqx.safetensors --prompt "a photo of zqx on a beach"
     """
     config = read_config(config_file, assignments, given)
+    if strengths and not grid:
+        raise WrongRequest("--strength is for --grid; write --lora FILE=STRENGTH, or add --grid")
     begin(as_json)
     from fluxq.commands.sample import sample_command
 
-    finish(sample_command(config, loras, strengths, grid, out), as_json)
+    asked = asked_for(None, assignments, given)
+    finish(sample_command(config, loras, strengths, grid, out, asked), as_json)
 
 
 @main.command()

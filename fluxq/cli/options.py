@@ -12,7 +12,7 @@ from typing import Any
 
 import click
 
-from fluxq.config import TrainConfig, config_from_dict, read_toml, set_values
+from fluxq.config import FORMER_KEYS, TrainConfig, config_from_dict, read_toml, set_values
 from fluxq.errors import WrongRequest
 
 SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
@@ -104,6 +104,17 @@ def read_config(
             table[name] = value
     set_values(values, assignments)
     return config_from_dict(values, "the command line")
+
+
+def asked_for(config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any]) -> set[str]:
+    """The keys, like "output.keep", that the user has set. [samples] of a file is left out: it is for two commands."""
+    keys = {key.replace("__", ".") for key, value in given.items() if value is not None and value != ()}
+    for path in (assignment.partition("=")[0].strip() for assignment in assignments):
+        keys.add(FORMER_KEYS.get(path, path))
+    for section, table in read_toml(config_file).items() if config_file else ():
+        if section != "samples" and isinstance(table, dict):
+            keys |= {f"{section}.{key}" for key in table}
+    return keys
 
 
 def begin(as_json: bool, computes: bool = True) -> None:

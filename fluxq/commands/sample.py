@@ -7,7 +7,7 @@ memory until it has denoised all of them.
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import partial
 from itertools import count
 from pathlib import Path
@@ -30,21 +30,29 @@ from fluxq.sampling import Request, requests_for
 from fluxq.sampling.decoding import decode_images
 from fluxq.sampling.denoising import Loras, Texts, attach_loras, denoise, encode_pooled
 from fluxq.sampling.sheets import labeled_grid, save_image
+from fluxq.training.asked import refuse_without_effect
 
 
 def sample_command(
-    config: TrainConfig, loras: Sequence[str], strengths: Sequence[float], grid: bool, out: Path
+    config: TrainConfig,
+    loras: Sequence[str],
+    strengths: Sequence[float],
+    grid: bool,
+    out: Path,
+    asked: Collection[str] = (),
 ) -> dict[str, list[str]]:
     """Sample `config.samples.prompts` into `out`; returns {"files": their paths}.
 
     loras: "FILE" or "FILE=STRENGTH". Several are applied together; with `grid` each has its own row, and each of
-    `strengths` a column. Raises WrongRequest if there is no prompt or a LoRA does not fit the model.
+    `strengths` a column. asked: keys of settings that are refused if they have no effect. Raises WrongRequest if there
+    is no prompt or a LoRA does not fit the model.
     """
     samples = config.samples
     if not samples.prompts:
         raise WrongRequest('nothing to sample; give at least one --prompt "TEXT"')
     _require_writable(out)
     models = Models(config.model, notify=console.print)
+    refuse_without_effect(config, models, asked, samples_only=True)
     requests = requests_for(samples, samples.prompts, models.default_resolution[0])
     files_and_strengths = [file_and_strength(lora) for lora in loras]
     read = [(_read(path, models), strength) for path, strength in files_and_strengths]

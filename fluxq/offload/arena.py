@@ -46,6 +46,7 @@ class Arena(Mapping[str, Tensor]):
         self._units = {unit: self._memory[start : start + nbytes[unit]] for unit, start in starts.items()}
         self._registered: list[int] = []
         self._unpin: Callable[[], Any] = lambda: None
+        self.refused: str | None = None  # why the driver has not pinned it, if it was asked
         for unit, out in self._units.items():
             read(unit, out)
 
@@ -78,6 +79,7 @@ class Arena(Mapping[str, Tensor]):
         if failure:
             self.unpin()
             _clear_error()
+        self.refused = failure
         return failure
 
     def unpin(self) -> None:

@@ -107,6 +107,11 @@ class HostInputs(Transit[_Stored]):
         self._free: list[Arena] = []
         weakref.finalize(self, streams.hold, (self._free, self._on_gpu)).atexit = False
 
+    @property
+    def refused(self) -> str | None:
+        """Why the driver has not pinned a buffer that is free now; None if it has pinned all."""
+        return next((buffer.refused for buffer in self._free if buffer.refused), None)
+
     def begin(self) -> Pass:
         """A forward pass; its blocks store their inputs in it."""
         self.release()

@@ -61,7 +61,26 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
     resolve_format(config, models, notify)
+    for line in caveats(models):
+        notify(line)
     return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
+
+
+def caveats(models: Models) -> list[str]:
+    """What a LoRA for this kind of checkpoint needs that this run does not give it."""
+    found, source = [], models.quantized.source if models.quantized else {}
+    names = [*models.flux_file.parts[-5:], *map(str, source.get("files", []))]  # in the hub's cache, down from its id
+    if any("kontext" in name.lower() for name in names):
+        found.append(
+            "the transformer is FLUX.1 Kontext by its name, which edits a reference image: from images alone it learns "
+            "to generate, as dev does, and may edit worse"
+        )
+    if models.variant == "schnell" and not models.base_loras:
+        found.append(
+            "FLUX.1 schnell needs only 4 steps because it was distilled, and training undoes that: unless this "
+            "transformer is de-distilled, merge a training adapter for schnell with --base-lora FILE, or train on dev"
+        )
+    return found
 
 
 def check_text_encoder(config: TrainConfig, models: Models) -> None:

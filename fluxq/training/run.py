@@ -44,6 +44,7 @@ from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
 
 from .state import Progress, saved_settings
+from .summary import slow_lines
 
 Metadata = Callable[[int, float, float], dict[str, str]]
 """(step, started, finished) -> the LoRA's metadata at that step; times in seconds since 1970."""
@@ -78,6 +79,10 @@ class Result:
     lora: str
     validation_before: dict[str, float] | None
     validation_after: dict[str, float] | None
+    slower: list[str]  # why it was slower than it could be
+
+    def summary(self) -> str:
+        return "\n".join([*slow_lines(self.slower), f"LoRA: {self.lora}"])
 
     def save(self, folder: Path) -> None:
         with atomic_path(folder / "result.json") as temporary:

@@ -1,0 +1,82 @@
+"""What was asked is done or refused: settings that have no effect in a run are refused by name.
+
+A setting that had its effect before, as --ae-band once all images are encoded, is not one of them: the same command may
+be given twice.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Collection, Iterator
+
+from fluxq.config import TrainConfig
+from fluxq.errors import WrongRequest
+from fluxq.models.parts import PARTS, Models
+
+SAMPLES = ("prompts", "width", "height", "steps", "guidance", "cfg", "negative", "seed")
+
+
+def refuse_without_effect(
+    config: TrainConfig, models: Models, asked: Collection[str], resume: bool = False, samples_only: bool = False
+) -> None:
+    """Raise WrongRequest for what is `asked` and would have no effect.
+
+    asked: keys like "output.keep" that the user has set; samples_only: for `fluxq sample`.
+    """
+    found = dict(_of_models(config, models))
+    found |= dict(_of_samples(config, models, samples_only))
+    if not samples_only:
+        found |= dict(_of_training(config, models, resume))
+    refused = [f"{_option(key)} has no effect here: {why}" for key, why in found.items() if key in asked]
+    if refused:
+        raise WrongRequest(f"{'; '.join(refused)}; leave {'it' if len(refused) == 1 else 'them'} out")
+
+
+Found = Iterator[tuple[str, str]]
+"""(key, why it has no effect)"""
+
+
+def _of_models(config: TrainConfig, models: Models) -> Found:
+    model, memory = config.model, config.memory
+    if models.is_nano:
+        yield "model.models", "--model nano brings its own files"
+    elif all(getattr(model, part) for part in PARTS):
+        yield "model.models", "each of the four model files is named"
+    if model.format == "bf16":
+        yield "memory.slots", "weights in bf16 are not streamed"
+    elif models.device.type != "cuda" and memory.resident_units is None and not memory.blocks_to_swap:
+        yield "memory.slots", "nothing is streamed on a CPU unless --blocks-to-swap or --resident-units asks for it"
+
+
+def _of_samples(config: TrainConfig, models: Models, samples_only: bool) -> Found:
+    samples = config.samples
+    if not samples_only and not samples.every:
+        for name in SAMPLES:
+            yield f"samples.{name}", "this run makes no previews (--sample-every makes them)"
+        return
+    if samples.cfg <= 1:
+        yield "samples.negative", "a negative prompt needs --cfg above 1"
+    if models.variant == "schnell":
+        yield "samples.guidance", "FLUX.1 schnell has no guidance input"
+
+
+def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
+    data, training, output = config.data, config.training, config.output
+    if data.folders and all(folder.trigger is not None for folder in (*data.folders, *data.validation)):
+        yield "data.trigger", "each folder has its own trigger"
+    if training.timesteps != "shift":
+        yield "training.shift", f"--timesteps {training.timesteps} does not use it"
+    if models.variant == "schnell":
+        yield "training.guidance", "FLUX.1 schnell has no guidance input"
+    if not output.save_every or (training.steps and output.save_every >= training.steps):
+        yield "output.keep", "no LoRA is saved before the end (--save-every)"
+    if resume:
+        yield "lora.from_lora", "a run that is resumed goes on from its own state (another run, with --out, can start)"
+
+
+def _option(key: str) -> str:
+    """How a user sets `key`."""
+    section, name = key.split(".")
+    fields = {f.name: f for f in dataclasses.fields(getattr(TrainConfig(), section))}
+    special = {"samples.prompts": "--prompt"}
+    return special.get(key) or fields[name].metadata["flag"] or key

@@ -1,0 +1,60 @@
+"""What a run says about itself at its start and at its end: what trains, and why it is slower than it could be."""
+
+from __future__ import annotations
+
+from fluxq.allocator import has_expandable_segments
+from fluxq.config import TrainConfig
+from fluxq.console import plural
+from fluxq.data import Dataset
+from fluxq.memory.machine import notes, read_machine
+from fluxq.model.flux import Flux
+from fluxq.models import Models
+from fluxq.offload import StreamingRing
+from fluxq.offload.arena import Arena
+
+from .optim import FlatOptimizer, parameters_of
+
+
+def summary(
+    config: TrainConfig,
+    models: Models,
+    flux: Flux,
+    dataset: Dataset,
+    batches: int,
+    layers: int,
+    optimizer: FlatOptimizer,
+) -> str:
+    """The model, what trains, and the images; then a line for each thing that makes the run slow.
+
+    batches: per epoch; layers: those with LoRA.
+    """
+    images, weights = len(dataset.examples), sum(p.numel() for p in parameters_of(optimizer))
+    name = "nano" if models.is_nano else f"FLUX.1 {models.variant}"
+    first = (
+        f"{name} in {config.model.format}: {weights:,} trainable parameters in {plural(layers, 'layer')}; "
+        f"{plural(images, 'image')}, {plural(batches, 'batch')} per epoch, {plural(config.training.steps or 0, 'step')}"
+    )
+    return "\n".join([first, *slow_lines(slower(flux))])
+
+
+def slow_lines(reasons: list[str]) -> list[str]:
+    return [f"slower than it could be: {reason}" for reason in reasons]
+
+
+def slower(flux: Flux) -> list[str]:
+    """Why training `flux` here is slower than it could be, a line each."""
+    on_gpu = next(flux.buffers()).device.type == "cuda"
+    reasons = notes(read_machine())
+    if on_gpu and not has_expandable_segments():
+        reasons.append(
+            "torch's allocator has no expandable segments (they are for Linux, and PYTORCH_ALLOC_CONF may turn them "
+            "off), so the plan leaves more GPU memory unused"
+        )
+    if isinstance(flux.ring, StreamingRing) and isinstance(flux.ring.host, Arena) and (why := flux.ring.host.refused):
+        reasons.append(
+            f"weights are copied to the GPU from pageable memory: {why}; close other programs, or raise the "
+            "limit of locked memory (ulimit -l)"
+        )
+    if flux.inputs is not None and (why := flux.inputs.refused):
+        reasons.append(f"block inputs are copied from and to pageable memory: {why}")
+    return reasons

@@ -1,0 +1,128 @@
+"""Settings that have no effect are refused by name; kinds of models that need more than a run gives them are said."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from fluxq.cli.options import asked_for
+from fluxq.config import SamplesConfig, config_from_dict
+from fluxq.errors import WrongRequest
+from fluxq.training.asked import SAMPLES, refuse_without_effect
+from fluxq.training.defaults import caveats
+
+PARTS = {"flux": "f", "ae": "a", "clip_l": "c", "t5xxl": "t"}
+
+
+def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more):
+    return SimpleNamespace(variant=variant, device=torch.device(device), is_nano=nano, **more)
+
+
+@pytest.mark.parametrize(
+    ("values", "model", "key", "sentence"),
+    [
+        (
+            {"model": {"models": "m", **PARTS}},
+            models(),
+            "model.models",
+            "--models has no effect here: each of the four",
+        ),
+        (
+            {"model": {"models": "m"}},
+            models(nano=True),
+            "model.models",
+            "--model nano brings its own files; leave it o",
+        ),
+        ({"memory": {"slots": 4}, "model": {"format": "bf16"}}, models(device="cuda"), "memory.slots", "not streamed"),
+        ({"samples": {"steps": 4}}, models(), "samples.steps", "--sample-steps has no effect here: this run makes no"),
+        ({"samples": {"negative": "x", "every": 2}}, models(), "samples.negative", "--negative .* needs --cfg above 1"),
+        ({"samples": {"guidance": 2, "every": 2}}, models("schnell"), "samples.guidance", "has no guidance input"),
+        ({"training": {"guidance": 2}}, models("schnell"), "training.guidance", "training.guidance has no effect"),
+        (
+            {"training": {"shift": 2, "timesteps": "uniform"}},
+            models(),
+            "training.shift",
+            "--timesteps uniform does not",
+        ),
+        ({"output": {"keep": 2, "save_every": 0}}, models(), "output.keep", "no LoRA is saved before the end"),
+        (
+            {"output": {"keep": 2}, "training": {"steps": 250}},
+            models(),
+            "output.keep",
+            "no LoRA is saved before the en",
+        ),
+        (
+            {"data": {"trigger": "a", "folders": [{"path": "p", "trigger": "b"}]}},
+            models(),
+            "data.trigger",
+            "each folder has its own",
+        ),
+    ],
+)
+def test_what_has_no_effect_is_refused_by_name(values, model, key, sentence):
+    """And only if the user asked for it: a resumed run has every setting in its config."""
+    config = config_from_dict(values, "a test")
+    refuse_without_effect(config, model, ())
+    with pytest.raises(WrongRequest, match=f"(?s){sentence}"):
+        refuse_without_effect(config, model, {key, "lora.rank"})
+
+
+def test_what_has_an_effect_is_not_refused():
+    values = {
+        "model": {"models": "m", "ae": "a"},
+        "memory": {"slots": 4},
+        "samples": {"every": 5, "cfg": 2.0, "negative": "x", "guidance": 2, "steps": 3},
+        "output": {"keep": 2, "save_every": 10},
+        "training": {"steps": 100, "shift": 2, "guidance": 2},
+        "data": {"trigger": "a", "folders": ["p", {"path": "q", "trigger": "b"}]},
+    }
+    asked = {f"{section}.{key}" for section, table in values.items() for key in table}
+    refuse_without_effect(config_from_dict(values, "a test"), models(device="cuda"), asked)
+
+
+def test_a_resumed_run_starts_from_no_other_lora():
+    config = config_from_dict({"lora": {"from_lora": "x"}}, "a test")
+    refuse_without_effect(config, models(device="cuda"), {"lora.from_lora"})
+    with pytest.raises(
+        WrongRequest, match="--from-lora has no effect here: a run that is resumed goes on from its own"
+    ):
+        refuse_without_effect(config, models(device="cuda"), {"lora.from_lora"}, resume=True)
+
+
+def test_every_setting_of_previews_is_known():
+    assert {*SAMPLES, "every"} == {field.name for field in fields(SamplesConfig)}
+
+
+def test_asked_is_what_options_assignments_and_files_set(tmp_path):
+    """But not [samples] of a file, which serves `fluxq sample` too."""
+    file = tmp_path / "my.toml"
+    file.write_text("[training]\nrate = 1e-3\n[samples]\nsteps = 4\n")
+    given = {"output__keep": 3, "lora__rank": None, "samples__prompts": ()}
+    asked = asked_for(file, ("data.size=96", "training.shift = 2"), given)
+    assert asked == {"training.learning_rate", "output.keep", "data.resolution", "training.shift"}
+
+
+@pytest.mark.parametrize(
+    ("name", "variant", "base_loras", "said"),
+    [
+        ("flux1-dev.safetensors", "dev", [], []),
+        ("flux1-kontext-dev.safetensors", "dev", [], ["FLUX.1 Kontext by its name"]),
+        ("models--x--FLUX.1-Kontext-dev/snapshots/0/transformer/model.safetensors", "dev", [], ["Kontext"]),
+        ("flux1-schnell.safetensors", "schnell", [], ["merge a training adapter for schnell with --base-lora"]),
+        ("flux1-schnell.safetensors", "schnell", [("a", 1.0)], []),
+    ],
+)
+def test_kontext_and_schnell_get_a_line_each(name, variant, base_loras, said):
+    lines = caveats(models(variant, quantized=None, flux_file=Path("models") / name, base_loras=base_loras))
+    assert len(lines) == len(said) and all(re.search(part, line) for part, line in zip(said, lines, strict=True))
+
+
+def test_a_quantized_kontext_is_known_by_the_file_it_was_made_from():
+    quantized = SimpleNamespace(source={"files": ["flux1-kontext-dev.safetensors"]})
+    lines = caveats(models(quantized=quantized, flux_file=Path("nf4.safetensors"), base_loras=[]))
+    assert len(lines) == 1
