@@ -36,6 +36,7 @@ from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import resolve
+from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.health import high_learning_rate
 from fluxq.training.objective import Objective
@@ -91,7 +92,7 @@ def train_in(
     assert steps is not None, "resolve fills it in"
 
     # what it is trained on, and what is trained
-    data = repeated_once("encoding", notify, load_data, config, models, notify)
+    data = repeated_once("encoding", notify, load_data, run, models, notify)
     metadata = metadata_of(config, models, data.trained_on, len(data.batches))
     reset_peak()
     trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
@@ -180,13 +181,17 @@ class Data:
         return texts if clip is None else encode_pooled(clip, texts)
 
 
-def load_data(config: TrainConfig, models: Models, notify: Notify) -> Data:
-    """Encode the images and captions that the cache lacks; the encoders are gone from the GPU when this returns."""
-    data, training = config.data, config.training
+def load_data(run: Run, models: Models, notify: Notify) -> Data:
+    """Encode the images and captions that the cache lacks; the encoders are gone from the GPU when this returns.
+
+    Raises WrongRequest before, if a disk has no room for the run.
+    """
+    config, data, training = run.config, run.config.data, run.config.training
     prompts = preview_prompts(config, models)
+    room = partial(require_room_for_run, run, models, len(prompts), notify)
     with progress_bar() as progress:
         texts = (*prompts, config.samples.negative) if prompts else ()
-        everything = cache_folders(data, models, texts, progress, gpu_budget(config.memory, models.device))
+        everything = cache_folders(data, models, texts, progress, gpu_budget(config.memory, models.device), room)
     for line in (*everything.notes, *everything.skipped):
         notify(line)
     trained_on = everything.part([f.path for f in data.folders])

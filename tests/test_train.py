@@ -33,7 +33,7 @@ from fluxq.model import FluxConfig
 from fluxq.models import Models
 from fluxq.nano import drawing
 from fluxq.train import train
-from fluxq.training import saves, stopping
+from fluxq.training import disk, saves, stopping
 from fluxq.training.defaults import resolve
 from fluxq.training.objective import Objective
 from fluxq.training.optim import learning_rate_factor
@@ -385,6 +385,20 @@ def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkey
     result = train(configured(tmp_path, photos, **settings), resume=True)
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl")] == [1, 2, 3, 4, 5, 6]
     assert Path(result.lora).exists()
+
+
+@pytest.mark.slow
+def test_a_run_takes_the_room_that_was_said_before_it_started(tmp_path, photos, monkeypatch):
+    found: list[disk.Need] = []
+    monkeypatch.setattr(disk, "require_room", lambda needs, notify: found.extend(needs))
+    changes = {"data": {"cache": str(tmp_path / "cache")}, "output": {"save_every": 2}, "lora": {"rank": 24}}
+    train(configured(tmp_path, photos, **changes))
+    said, run = {need.what: need.nbytes for need in found}, tmp_path / "run"
+    taken = {"state twice": 2 * (run / "state/state.safetensors").stat().st_size}
+    taken["LoRAs"] = sum(path.stat().st_size for path in run.glob("*.safetensors"))
+    taken["cache"] = sum(path.stat().st_size for path in (tmp_path / "cache").rglob("*.safetensors"))
+    for what, nbytes in taken.items():
+        assert nbytes == pytest.approx(said[what], rel=0.02), what
 
 
 def test_defaults_are_printed_with_their_reasons(tmp_path, photos, monkeypatch):

@@ -7,7 +7,7 @@ are all imported may be missing.
 """
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
 from pathlib import Path
@@ -63,6 +63,7 @@ def build_cache(
     skip_bad: bool = False,
     progress: Progress | None = None,
     notify: Notify = silent,
+    before: Callable[[Collection[Size], int], None] = lambda images, captions: None,
 ) -> Dataset:
     """The dataset of `folders`, with all its records in the store; its file is saved in `<store_dir>/datasets`.
 
@@ -71,7 +72,8 @@ def build_cache(
     at most once, and the autoencoder is freed before load_text is called. In addition to the examples' captions,
     `prompts` are encoded, and the empty caption if the text encoders are there. `progress` gets (stage, done, total);
     the stages are "hashing", "images" and "captions". `notify` gets a line if the autoencoder has to work on fewer
-    rows at a time than it was loaded with.
+    rows at a time than it was loaded with. `before` is called with what has to be encoded: each image's size and the
+    number of captions; if it raises, nothing is.
     Raises WrongRequest for anything that `scan` refuses, for an undecodable image (unless `skip_bad`), and if something
     needs encoding but a file of its encoder is missing.
     """
@@ -93,6 +95,7 @@ def build_cache(
     }
     if missing_images:
         _require_files([path for path in encoders.ae if path not in hashes], f"{len(missing_images)} images")
+    before([example.bucket for example in missing_images.values()], len(missing_captions))
 
     def checked_autoencoder() -> Any:
         _require_files(encoders.ae, f"{len(missing_images)} images")

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
 from fluxq.config import DataConfig
 from fluxq.console import console, progress_bar
+from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Folder
 from fluxq.memory.phases import band_for
@@ -19,6 +20,8 @@ from .encoding import PIXELS_PER_BATCH
 from .foreign import ModelShapes
 from .import_foreign import import_caches
 from .store import Store, Text
+
+RECORD_HEADER = 1 << 9  # bytes of a record beside its tensors
 
 
 def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
@@ -46,11 +49,20 @@ def cache_folders(
     prompts: Sequence[str],
     progress: Callable[[str, int, int], None],
     budget: int | None = None,
+    require_room: Callable[[int], None] = lambda nbytes: None,
 ) -> Dataset:
     """The dataset of all folders of `data` (resolved), including the validation folders.
 
     Missing records are encoded, one encoder after the other, each within `budget` bytes of GPU memory (None: no limit).
+    Before, `require_room` is called with the bytes that they will take.
     """
+    flux, length = models.flux_config, models.t5_length
+
+    def before(images: Collection[Size], captions: int) -> None:
+        latents = sum(width * height // 64 for width, height in images) * flux.in_channels // 4 * 2 * 4
+        texts = captions * (length * flux.context_in_dim * 2 + flux.vec_in_dim * 4)
+        require_room(latents + texts + RECORD_HEADER * (len(images) + captions))
+
     band = band_for(max(PIXELS_PER_BATCH, cast(int, data.resolution) ** 2), budget)
     return build_cache(
         _folders(data),
@@ -64,6 +76,7 @@ def cache_folders(
         skip_bad=data.skip_bad,
         progress=progress,
         notify=console.print,
+        before=before,
     )
 
 

@@ -12,6 +12,7 @@ from fluxq.errors import WrongRequest
 from fluxq.memory.phases import gpu_budget
 from fluxq.models.parts import Models
 from fluxq.training.defaults import resolve_data
+from fluxq.training.disk import Need, require_room
 
 
 def cache_command(
@@ -46,8 +47,12 @@ def cache_command(
     data = resolve_data(config.data, models, console.print)
     budget = gpu_budget(config.memory, models.device)
     imported = import_folders(data, models) if imports else (0, 0)
+
+    def room(nbytes: int) -> None:
+        require_room([Need("cache", data.cache, nbytes, "another --cache")], console.print)
+
     with progress_bar() as progress:
-        dataset = cache_folders(data, models, config.samples.prompts, progress, budget)
+        dataset = cache_folders(data, models, config.samples.prompts, progress, budget, room)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
     console.print(f"encoded in {data.cache}: {plural(len(dataset.examples), 'image')}")

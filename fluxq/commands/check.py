@@ -27,6 +27,7 @@ from fluxq.models.check_file import about_quantized, about_source, check_file, c
 from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
 from fluxq.training.defaults import resolve_data
+from fluxq.training.disk import by_disk
 
 PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in transit
 Answer = dict[str, Any]
@@ -203,7 +204,7 @@ def _disk(
         needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
     places = {"weights": cache_folder(), "downloads": hub_cache(), "cache": config.data.cache.absolute()}
     free = math.inf
-    for place, names in _by_disk(places).items():
+    for place, names in by_disk(places).items():
         total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
         free = min(free, left)
         listed = ", ".join(f"{name} {size(needed[name])}" for name in names if needed[name])
@@ -214,14 +215,3 @@ def _disk(
                 "free some space, or choose another --cache, FLUXQ_CACHE or HF_HOME"
             )
     return {"needed": sum(needed.values()), "free": free, **needed}
-
-
-def _by_disk(places: dict[str, Path]) -> dict[Path, list[str]]:
-    """A folder on each disk -> the names of the `places` that are, or would be, on that disk."""
-    disks: dict[int, tuple[Path, list[str]]] = {}
-    for name, place in places.items():
-        folder = next((f for f in (place, *place.absolute().parents) if f.is_dir()), None)
-        if folder is None:
-            raise WrongRequest(f"{place} is on a drive that does not exist; choose another folder")
-        disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
-    return dict(disks.values())

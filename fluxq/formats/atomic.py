@@ -41,6 +41,8 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
         ours = error.filename is not None and Path(error.filename) in (temporary, path, *path.parents)
         if not ours and (error.filename is not None or error.errno not in WRITE_ERRORS):
             raise  # not about `path`, but for example about another file that the block reads
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)  # it is no reason for a full disk
         raise _unwritable(path, nbytes, error) from error
     finally:
         with contextlib.suppress(OSError):

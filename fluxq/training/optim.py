@@ -19,6 +19,7 @@ from fluxq.errors import WrongRequest, is_out_of_memory
 from .flat import Flat
 
 OPTIMIZERS = ("adamw", "adamw8bit")
+MIN_8_BITS = 4096  # numbers in a tensor; see _has_8_bits
 SCHEDULES = ("constant", "linear", "cosine")
 
 
@@ -166,7 +167,7 @@ def _parts(name: str, group: dict[str, Any]) -> list[list[nn.Parameter]]:
 
 def _has_8_bits(p: nn.Parameter) -> bool:
     """Whether bitsandbytes stores the state of `p` in 8 bits: that of small tensors stays in fp32."""
-    return p.numel() >= 4096
+    return p.numel() >= MIN_8_BITS
 
 
 def import_bitsandbytes() -> ModuleType:

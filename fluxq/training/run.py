@@ -269,6 +269,10 @@ class Run:
         last = step == self.config.training.steps
         return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
 
+    def loras(self) -> list[Path]:
+        """All LoRAs of this run that are there."""
+        return [path for path in (self.folder / f"{self.name}{self.suffix}", *self.steps_saved()) if path.exists()]
+
     def steps_saved(self) -> list[Path]:
         """The LoRAs saved before the last step, oldest first."""
         return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))

@@ -217,7 +217,7 @@ def test_downloads_need_space_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatc
 
     monkeypatch.setattr(Models, "served", from_hub)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
-    monkeypatch.setattr(checks, "_by_disk", lambda places: {place: [name] for name, place in places.items()})
+    monkeypatch.setattr(checks, "by_disk", lambda places: {place: [name] for name, place in places.items()})
     monkeypatch.setattr(checks.shutil, "disk_usage", disk_usage)
     code, answer, lines = run("--model", "nano")
     assert code == 2 and len(answer["reasons"]) == 1

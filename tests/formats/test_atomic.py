@@ -1,8 +1,10 @@
 """Files are written completely or not at all."""
 
+import errno
 import os
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -38,6 +40,17 @@ def test_error_about_another_file_is_unchanged(tmp_path):
         Path("/nowhere/elsewhere").read_bytes()
     with pytest.raises(TimeoutError), atomic_path(tmp_path / "x"):
         raise TimeoutError("a server")
+
+
+def test_a_full_disk_is_named_by_its_file_and_the_part_that_was_written_counts_as_free(tmp_path, monkeypatch):
+    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(free=len(os.listdir(folder))))
+    with pytest.raises(WrongRequest) as refused, atomic_path(tmp_path / "x.json", 7) as temporary:
+        temporary.write_text("half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert str(refused.value).startswith(
+        f"{tmp_path / 'x.json'} cannot be written because the disk is full (7 bytes are"
+    )
+    assert "needed, 0 are free" in str(refused.value)
 
 
 @pytest.mark.parametrize("held_for", [3, 1000])

@@ -21,6 +21,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from fluxq.errors import WrongRequest
 from fluxq.model.config import FluxConfig
 
 from ..checkpoint.files import DTYPE_NAMES, refuse, write_safetensors
@@ -121,6 +122,8 @@ def _save_folder(folder: Path, tensors: dict[str, Tensor], metadata: Mapping[str
         write_safetensors(temporary / PEFT_FILES[0], tensors, metadata | sshs_hashes(tensors, metadata))
         (temporary / PEFT_FILES[1]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
         temporary.rename(folder)
+    except WrongRequest as error:
+        raise WrongRequest(str(error).replace(str(temporary), str(folder))) from error
     except OSError as error:
         refuse(folder, f"cannot be written ({error.strerror or error})", "choose a folder that can be written to")
     finally:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ import torch
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.lora import write
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.metadata import sshs_hashes
 from fluxq.formats.lora.read import load_lora
@@ -135,3 +137,15 @@ def test_a_folder_that_exists_is_not_replaced(tmp_path):
     with pytest.raises(WrongRequest, match="already exists; name a new folder"):
         save_lora(tmp_path, random_adapters(modules=MODULES[:1]), CONFIG, "peft")
     assert not os.listdir(tmp_path)
+
+
+def test_a_folder_that_the_disk_has_no_room_for_is_named(tmp_path, monkeypatch):
+    """Not the temporary one that it is written in."""
+
+    def full(path, tensors, metadata=None):
+        raise WrongRequest(f"{path} cannot be written because the disk is full")
+
+    monkeypatch.setattr(write, "write_safetensors", full)
+    adapters = {"single_blocks.0.linear2": Adapter(torch.ones(2, 960), torch.ones(192, 2), 1.0)}
+    with pytest.raises(WrongRequest, match="^" + re.escape(str(tmp_path / "x.peft"))):
+        save_lora(tmp_path / "x.peft", adapters, FluxConfig.nano(), "peft")

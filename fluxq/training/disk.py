@@ -1,0 +1,138 @@
+"""The room that a run needs on each disk: worked out and said before anything is encoded or trained.
+
+What is certain is required: the state, which is there twice while it is saved, the LoRAs that are kept, records of the
+cache, quantized weights. Previews and the log are estimated from above, and a run goes on without them, so there is
+only a warning. What the run has written before, and replaces, does not count.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import cast
+
+from fluxq.config import TrainConfig
+from fluxq.console import Notify
+from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.quantized import cache_folder, stored_bytes
+from fluxq.model.clip import CLIP_TARGETS
+from fluxq.model.lora import targeted
+from fluxq.models import Models
+from fluxq.models.check_file import size
+
+from .optim import MIN_8_BITS
+from .run import Run
+
+LOG_LINE, PLOT, HEADER, TABLES = 256, 1 << 18, 256, 2 << 10
+"""Bytes of a step in log.jsonl, of loss.png, of a tensor in a LoRA's header, and of the tables of an 8-bit state."""
+
+
+@dataclass(frozen=True)
+class Need:
+    """`nbytes` that `what` will take below `place`, in addition to what is there.
+
+    way: how to do with less, or elsewhere.
+    """
+
+    what: str
+    place: Path
+    nbytes: int
+    way: str
+    certain: bool = True
+
+
+def require_room_for_run(run: Run, models: Models, previews: int, notify: Notify, cache_bytes: int) -> None:
+    """`require_room` for a run that still has `cache_bytes` to encode. previews: images at a time."""
+    cache = Need("cache", run.config.data.cache, cache_bytes, "another --cache")
+    require_room([*needs_of(run, models, previews), cache], notify)
+
+
+def require_room(needs: Sequence[Need], notify: Notify) -> None:
+    """Say what `needs` take, a line for each disk. Raises WrongRequest if what is certain does not fit."""
+    for folder, names in by_disk({need.what: need.place for need in needs}).items():
+        own = [need for need in needs if need.what in names and need.nbytes]
+        total, sure = sum(need.nbytes for need in own), sum(need.nbytes for need in own if need.certain)
+        if not own:
+            continue
+        listed, usage = ", ".join(f"{need.what} {size(need.nbytes)}" for need in own), shutil.disk_usage(folder)
+        if not usage.total:  # some network drives do not tell
+            notify(f"disk: {folder} needs up to {size(total)} ({listed}); how much is free is not known")
+            continue
+        notify(f"disk: {folder} needs up to {size(total)} ({listed}) and has {size(usage.free)} free")
+        if sure > usage.free:
+            listed = ", ".join(f"{need.what} {size(need.nbytes)}" for need in own if need.certain)
+            largest = max((need for need in own if need.certain), key=lambda need: need.nbytes)
+            raise WrongRequest(
+                f"the disk of {largest.place} has {size(usage.free)} free, and {size(sure)} are needed ({listed}); "
+                f"free some space, or use {largest.way}"
+            )
+        if total > usage.free:
+            notify(
+                f"warning: previews and log may not fit on the disk of {own[0].place}; training goes on without them"
+            )
+
+
+def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
+    """What a run writes, apart from the cache."""
+    config, out = run.config, run.folder
+    steps, every, output = config.training.steps or 0, config.samples.every, config.output
+    tensors = lora_tensors(config, models)
+    state = state_bytes(tensors, config.training.optimizer)
+    before_the_end = (steps - 1) // output.save_every if output.save_every else 0
+    loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
+    lora = 2 * sum(tensors) + HEADER * len(tensors)
+    side = config.data.resolution or 0
+    image = 3 * (config.samples.width or side) * (config.samples.height or side)
+    sheets = -(-steps // every) if every else 0
+    samples, log = out / "samples", out / "log.jsonl"
+    ways = "another --out, or save fewer LoRAs (--save-every, --keep)"
+    needs = [
+        Need("state twice", out, 2 * state - _present(out / "state"), ways),
+        Need("LoRAs", out, loras * lora - _present(*run.loras(), *out.glob(".*.tmp-*")), ways),
+        Need("previews", out, sheets * previews * image - _present(samples), "another --out", certain=False),
+        Need("log", out, steps * LOG_LINE + PLOT - _present(log, out / "loss.png"), "another --out", certain=False),
+    ]
+    if not models.is_quantized:
+        weights = stored_bytes(flux_shapes(models.flux_config), models.format)
+        needs.append(Need("quantized weights", cache_folder(), weights, "another folder in FLUXQ_CACHE"))
+    return [need if need.nbytes > 0 else Need(need.what, need.place, 0, need.way, need.certain) for need in needs]
+
+
+def lora_tensors(config: TrainConfig, models: Models) -> list[int]:
+    """How many numbers each tensor of the LoRA has."""
+    layers = _matrices(flux_shapes(models.flux_config))
+    adapted = [layers[path] for path in targeted(layers, config.lora.targets or ())]
+    if config.lora.text_encoder:
+        layers = _matrices({k: s for k, s in models.open("clip_l").shapes.items() if k.startswith("encoder.")})
+        adapted += [layers[path] for path in targeted(layers, CLIP_TARGETS)]
+    return [cast(int, config.lora.rank) * side for shape in adapted for side in shape]
+
+
+def state_bytes(tensors: Iterable[int], optimizer: str) -> int:
+    """The saved state: the LoRA in fp32 and the optimizer's two moments, in fp32 or in 8 bits with their scales."""
+    eight = optimizer == "adamw8bit"
+    return sum(4 * n + 3 * HEADER + (2 * n + n // 32 + TABLES if eight and n >= MIN_8_BITS else 8 * n) for n in tensors)
+
+
+def by_disk(places: Mapping[str, Path]) -> dict[Path, list[str]]:
+    """A folder on each disk -> the names of the `places` that are, or would be, on that disk."""
+    disks: dict[int, tuple[Path, list[str]]] = {}
+    for name, place in places.items():
+        folder = next((f for f in (place, *place.absolute().parents) if f.is_dir()), None)
+        if folder is None:
+            raise WrongRequest(f"{place} is on a drive that does not exist; choose another folder")
+        disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
+    return dict(disks.values())
+
+
+def _matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+    return {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
+
+
+def _present(*paths: Path) -> int:
+    """The bytes of these files, and of all files in these folders."""
+    files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
+    return sum(file.stat().st_size for file in files if file.is_file())
