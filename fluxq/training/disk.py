@@ -17,6 +17,7 @@ from fluxq.config import TrainConfig
 from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.lora.keys import split_rows
 from fluxq.formats.quantized import cache_folder, stored_bytes
 from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.lora import targeted
@@ -83,7 +84,7 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     state = state_bytes(tensors, config.training.optimizer)
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
     loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
-    lora = 2 * sum(tensors) + HEADER * len(tensors)
+    lora = 2 * sum(tensors) + HEADER * len(tensors) + _split_bytes(config, models)
     side = config.data.resolution or 0
     image = 3 * (config.samples.width or side) * (config.samples.height or side)
     sheets = -(-steps // every) if every else 0
@@ -109,6 +110,15 @@ def lora_tensors(config: TrainConfig, models: Models) -> list[int]:
         layers = _matrices({k: s for k, s in models.open("clip_l").shapes.items() if k.startswith("encoder.")})
         adapted += [layers[path] for path in targeted(layers, CLIP_TARGETS)]
     return [cast(int, config.lora.rank) * side for shape in adapted for side in shape]
+
+
+def _split_bytes(config: TrainConfig, models: Models) -> int:
+    """What a LoRA takes in addition where fused layers are split, each part with a copy of lora_down."""
+    if config.lora.file_format not in ("diffusers", "peft"):
+        return 0
+    flux, rank, layers = models.flux_config, cast(int, config.lora.rank), _matrices(flux_shapes(models.flux_config))
+    chosen = targeted(layers, config.lora.targets or ())
+    return sum((len(split_rows(path, flux)) - 1) * (2 * rank * layers[path][1] + 2 * HEADER) for path in chosen)
 
 
 def state_bytes(tensors: Iterable[int], optimizer: str) -> int:
