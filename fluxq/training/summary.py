@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 from fluxq.allocator import has_expandable_segments
 from fluxq.config import TrainConfig
 from fluxq.console import plural
@@ -34,7 +36,18 @@ def summary(
         f"{name} in {config.model.format}: {weights:,} trainable parameters in {plural(layers, 'layer')}; "
         f"{plural(images, 'image')}, {plural(batches, 'batch')} per epoch, {plural(config.training.steps or 0, 'step')}"
     )
-    return "\n".join([first, *slow_lines(slower(flux))])
+    return "\n".join([first, *short_batches(config.training.batch, dataset), *slow_lines(slower(flux))])
+
+
+def short_batches(batch: int, dataset: Dataset) -> list[str]:
+    """A line if no batch can have as many images as asked, since a batch is of one bucket."""
+    buckets: Counter[tuple[int, int]] = Counter()
+    for example in dataset.examples:
+        buckets[example.bucket] += example.repeats
+    largest = max(buckets.values())
+    if batch <= largest:
+        return []
+    return [f"warning: no batch has {batch} images: a batch is of one bucket, and the largest has {largest}"]
 
 
 def slow_lines(reasons: list[str]) -> list[str]:

@@ -11,7 +11,7 @@ from fluxq.offload import AllResident, StreamingRing
 from fluxq.offload.arena import Arena
 from fluxq.training import summary as module
 from fluxq.training.run import Result
-from fluxq.training.summary import slower
+from fluxq.training.summary import short_batches, slower
 
 
 def flux(ring=None, inputs=None, device: str = "cuda"):
@@ -43,6 +43,15 @@ def test_each_reason_is_a_line(monkeypatch):
     parts = ("Triton", "expandable segments", "pinned 1.0 of 6.0 GB", "block inputs .* pinned 0.0")
     assert len(lines) == 4 and all(part.split(" .* ")[-1] in line for part, line in zip(parts, lines, strict=True))
     assert slower(flux(device="cpu")) == ["Triton is not installed"], "a CPU has no segments"
+
+
+def test_batches_that_no_bucket_can_fill_are_said():
+    examples = [SimpleNamespace(bucket=bucket, repeats=2) for bucket in ((96, 96), (96, 96), (64, 128))]
+    dataset = SimpleNamespace(examples=examples)
+    assert short_batches(4, dataset) == []
+    assert short_batches(5, dataset) == [
+        "warning: no batch has 5 images: a batch is of one bucket, and the largest has 4"
+    ]
 
 
 def test_the_end_of_a_run_says_it_again():
