@@ -26,7 +26,7 @@ from fluxq.model.config import FluxConfig
 from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
 from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
-from fluxq.training.defaults import resolve_data
+from fluxq.training.defaults import caveats, resolve_data
 from fluxq.training.disk import by_disk
 
 PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in transit
@@ -54,6 +54,12 @@ def check_run(config: TrainConfig) -> Answer:
         _print_part(part, about)
     _tokenizers(models, reasons)
     flux = models.flux_config if "precision" in parts["flux"] else None
+    for line in caveats(models) if flux else ():
+        console.print(f"note         {line}")
+    try:
+        _ = models.compute
+    except WrongRequest as error:
+        reasons.append(str(error))
     data = _data(config.data, models, reasons) if config.data.folders else None
     if data is None and not config.data.folders:
         console.print("images       no folder given, so only the models were checked")

@@ -20,6 +20,7 @@ from fluxq import nano
 from fluxq.cli.main import main
 from fluxq.commands import check as checks
 from fluxq.commands.quantize import quantize_command
+from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.load import load_flux
 from fluxq.formats.quantized import stored_bytes
@@ -248,3 +249,16 @@ def test_a_quantized_file_next_to_its_original_is_named_with_the_reason(tmp_path
     _, answer, lines = run("--models", tmp_path, "--format", "int8")
     assert answer["parts"]["flux"]["path"] == str(tmp_path / "flux1-nano.safetensors")
     assert f"(the only one in {tmp_path}; made.safetensors is the same in nf4)" in lines
+
+
+def test_what_a_run_would_refuse_or_say_is_told_before(monkeypatch, tmp_path):
+    def none_here(self):
+        raise WrongRequest("no fp8 here")
+
+    monkeypatch.setattr(Models, "compute", property(none_here))
+    kontext = tmp_path / "my-kontext.safetensors"
+    shutil.copy(nano.FLUX, kontext)
+    files = ("--flux", kontext, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
+    code, answer, lines = run(*files)
+    assert code == 2 and answer["reasons"] == ["no fp8 here"]
+    assert "note         the transformer is FLUX.1 Kontext by its name" in lines
