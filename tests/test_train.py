@@ -10,6 +10,7 @@ import os
 import random
 import re
 import signal
+import socket
 import time
 from contextlib import nullcontext
 from dataclasses import fields
@@ -152,6 +153,7 @@ def test_photographs_from_an_empty_cache_to_a_lora(tmp_path, monkeypatch):
         "train PHOTOS --trigger zqx --model nano --steps 3 --rank 4 --out runs/photos --sample-every 3 --sample-steps 2"
     )
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(socket.socket, "connect", lambda *address: pytest.fail("a run of files uses no network"))
     done = CliRunner().invoke(main, command.split())
     assert done.exit_code == 0, done.output
     run = tmp_path / "runs" / "photos"

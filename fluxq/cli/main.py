@@ -23,7 +23,7 @@ from fluxq.errors import Stopped, WrongRequest, is_out_of_memory
 
 from .bench import bench
 from .lora import lora
-from .options import JSON, asked_for, begin, config_option, finish, options, read_config
+from .options import JSON, asked_for, begin, config_option, finish, folders_of, options, read_config
 
 STEP_OPTIONS = ("--policy", "--ram", "--offload")
 STREAMING_OPTIONS = ("--resident-units", "--blocks-to-swap", "--slots")
@@ -157,9 +157,10 @@ def train(
         raise WrongRequest("--resume continues a run and --overwrite replaces it; pass only one of them")
     if resume and not (resume / "config.toml").is_file():
         raise WrongRequest(f"{resume} has no run to resume (there is no config.toml in it)")
+    saved = resume / "config.toml" if resume else None
     if folders:
-        given["data__folders"] = [{"path": str(folder)} for folder in folders]
-    config = read_config(config_file, assignments, given, resume / "config.toml" if resume else None)
+        given["data__folders"] = folders_of(folders, saved)
+    config = read_config(config_file, assignments, given, saved)
     asked = asked_for(config_file, assignments, given)
     if resume:
         if "output.out" in asked and config.output.out and config.output.out.resolve() != resume.resolve():

@@ -106,6 +106,12 @@ def read_config(
     return config_from_dict(values, "the command line")
 
 
+def folders_of(folders: tuple[Path, ...], saved: Path | None) -> list[dict[str, Any]]:
+    """`folders` as [data] has them. One that the run with the config `saved` has keeps its repeats and its trigger."""
+    known = {Path(f["path"]).name: f for f in read_toml(saved)["data"]["folders"]} if saved else {}
+    return [{**known.get(folder.resolve().name, {}), "path": str(folder)} for folder in folders]
+
+
 def asked_for(config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any]) -> set[str]:
     """The keys, like "output.keep", that the user has set. [samples] of a file is left out: it is for two commands."""
     keys = {key.replace("__", ".") for key, value in given.items() if value is not None and value != ()}

@@ -10,8 +10,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxq.cli.options import asked_for
-from fluxq.config import SamplesConfig, config_from_dict
+from fluxq.cli.options import asked_for, folders_of
+from fluxq.config import SamplesConfig, config_from_dict, to_toml
 from fluxq.errors import WrongRequest
 from fluxq.training.asked import SAMPLES, refuse_without_effect
 from fluxq.training.defaults import caveats
@@ -105,6 +105,20 @@ def test_asked_is_what_options_assignments_and_files_set(tmp_path):
     given = {"output__keep": 3, "lora__rank": None, "samples__prompts": ()}
     asked = asked_for(file, ("data.size=96", "training.shift = 2"), given)
     assert asked == {"training.learning_rate", "output.keep", "data.resolution", "training.shift"}
+
+
+def test_a_folder_that_is_named_again_keeps_its_repeats_and_trigger(tmp_path):
+    """Also if it was moved."""
+    saved = tmp_path / "config.toml"
+    folders = [{"path": "/old/photos", "repeats": 4, "trigger": "zqx"}, {"path": "/old/plain"}]
+    saved.write_text(to_toml(config_from_dict({"data": {"folders": folders}}, "a test")))
+    photos, plain, new = (tmp_path / name for name in ("photos", "plain", "new"))
+    assert folders_of((photos, plain, new), saved) == [
+        {"path": str(photos), "repeats": 4, "trigger": "zqx"},
+        {"path": str(plain), "repeats": 1},
+        {"path": str(new)},
+    ]
+    assert folders_of((photos,), None) == [{"path": str(photos)}]
 
 
 @pytest.mark.parametrize(
