@@ -184,7 +184,7 @@ class Data:
 def load_data(run: Run, models: Models, notify: Notify) -> Data:
     """Encode the images and captions that the cache lacks; the encoders are gone from the GPU when this returns.
 
-    Raises WrongRequest before, if a disk has no room for the run.
+    Raises WrongRequest, before anything is encoded, if a disk has no room for the run.
     """
     config, data, training = run.config, run.config.data, run.config.training
     prompts = preview_prompts(config, models)

@@ -106,7 +106,7 @@ def find_tokenizers(
         verb = "was" if len(failed) == 1 else "were"
         raise WrongRequest(
             f"{names} {verb} found neither near the model files nor in the hub's cache, and "
-            f"{'--offline forbids to download them' if offline else 'the hub cannot be reached'}; copy the files next "
+            f"{'--offline forbids downloading them' if offline else 'the hub cannot be reached'}; copy the files next "
             f"to the text encoders or pass {options} (the files are usually in {places})"
         )
     return files[0], files[1]

@@ -76,9 +76,9 @@ class Finder:
     def _from_hub(self, repository: str, part: str) -> Served:
         if self.config.offline and in_hub_cache(repository, PARTS[part]) is None:
             raise WrongRequest(
-                f"{PARTS[part]} of {repository} is not in the hub's cache ({hub_cache()}), and --offline forbids to "
-                f"fetch it; copy its files there or anywhere else from a machine that has them, and name them with "
-                f"{FLAGS[part]}, or start once without --offline"
+                f"{PARTS[part]} of {repository} is not in the hub's cache ({hub_cache()}), and --offline forbids "
+                f"downloading it; copy its files from a machine that has them and name them with {FLAGS[part]}, or "
+                "start once without --offline"
             )
         path = from_hub(repository, PARTS[part], self._notify, self._fetch)
         return Served(path, f"from the hub's {repository}")

@@ -1,7 +1,7 @@
 """What was asked is done or refused: settings that have no effect in a run are refused by name.
 
-A setting that had its effect before, as --ae-band once all images are encoded, is not one of them: the same command may
-be given twice.
+A setting whose effect is already there, such as --ae-band once all images are encoded, is not refused: the same command
+may be given twice.
 """
 
 from __future__ import annotations
@@ -71,7 +71,10 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
     if not output.save_every or (training.steps and output.save_every >= training.steps):
         yield "output.keep", "no LoRA is saved before the end (--save-every)"
     if resume:
-        yield "lora.from_lora", "a run that is resumed goes on from its own state (another run, with --out, can start)"
+        yield (
+            "lora.from_lora",
+            "a resumed run goes on from its own state; to start from another LoRA, start another run",
+        )
 
 
 def _option(key: str) -> str:

@@ -411,5 +411,5 @@ def test_offline_one_sentence_names_the_files_and_their_usual_places(nowhere):
     for part in (f"Forge's {FORGE}/tokenizer_2", "tokenizer_2 of a diffusers folder", "google/t5-v1_1-xxl on"):
         assert part in sentence
     assert "--set model.clip_tokenizer=FOLDER --set model.t5_tokenizer=FILE" in sentence and "\n" not in sentence
-    with pytest.raises(WrongRequest, match="nor in the hub's cache, and --offline forbids to download them; copy"):
+    with pytest.raises(WrongRequest, match="nor in the hub's cache, and --offline forbids downloading them; copy"):
         find_tokenizers([nowhere / "models" / "t5.st"], fetch=pytest.fail, offline=True)

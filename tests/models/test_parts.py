@@ -447,7 +447,7 @@ def test_offline_asks_nobody_and_says_what_is_missing(tmp_path, monkeypatch):
     models = Models(ModelConfig(models=Path(REPOSITORY), offline=True), notify=pytest.fail)
     assert models.served("flux").path == snapshot / NAMES["flux"]
     with pytest.raises(
-        WrongRequest, match="a FLUX.1 autoencoder of .* --offline forbids to fetch it; .* with --ae, or"
+        WrongRequest, match="a FLUX.1 autoencoder of .* --offline forbids downloading it; .* with --ae, or"
     ):
         models.served("ae")
 

@@ -88,9 +88,7 @@ def test_what_has_an_effect_is_not_refused():
 def test_a_resumed_run_starts_from_no_other_lora():
     config = config_from_dict({"lora": {"from_lora": "x"}}, "a test")
     refuse_without_effect(config, models(device="cuda"), {"lora.from_lora"})
-    with pytest.raises(
-        WrongRequest, match="--from-lora has no effect here: a run that is resumed goes on from its own"
-    ):
+    with pytest.raises(WrongRequest, match="--from-lora has no effect here: a resumed run goes on from its own state"):
         refuse_without_effect(config, models(device="cuda"), {"lora.from_lora"}, resume=True)
 
 
