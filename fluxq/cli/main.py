@@ -280,11 +280,13 @@ def sample(
 @main.command()
 @click.argument("paths", nargs=-1, type=Path, metavar="[FILE | FOLDERS]...")
 @options("model", "data")
+@click.option("--verbose", is_flag=True, help="Name every image that a line is about, not only the first three.")
 @JSON
 @click.pass_context
 def check(
     context: click.Context,
     paths: tuple[Path, ...],
+    verbose: bool,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -303,7 +305,7 @@ def check(
     begin(as_json, computes=False)
     from fluxq.commands.check import check_command
 
-    answer = check_command(config, paths)
+    answer = check_command(config, paths, verbose)
     finish(answer, as_json)
     context.exit(0 if answer["ready"] else 2)
 

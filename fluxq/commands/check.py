@@ -12,11 +12,12 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fluxq.caching.folders import folders_of
 from fluxq.caching.import_foreign import imported_note_for
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent
-from fluxq.data.examples import Folder, scan
+from fluxq.data.examples import scan
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
@@ -32,19 +33,19 @@ PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in trans
 Answer = dict[str, Any]
 
 
-def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
+def check_command(config: TrainConfig, paths: tuple[Path, ...], verbose: bool = False) -> Answer:
     """What a model file, a LoRA or a folder of models is; for other `paths`, whether a run on them could start.
 
-    "ready" in the answer is the verdict.
+    "ready" in the answer is the verdict. verbose: name every image that a line is about.
     """
     if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
     if len(paths) == 1 and (files := model_files(paths[0])):
         return check_files(files)
-    return check_run(config)
+    return check_run(config, verbose)
 
 
-def check_run(config: TrainConfig) -> Answer:
+def check_run(config: TrainConfig, verbose: bool = False) -> Answer:
     """Everything that a run needs: the model files and why they were chosen, images, RAM, GPU, disk."""
     models, reasons = Models(config.model, notify=silent, fetch=False), []
     parts = {part: _part(models, part, reasons) for part in PARTS}
@@ -53,7 +54,7 @@ def check_run(config: TrainConfig) -> Answer:
         _print_part(part, about)
     _tokenizers(models, reasons)
     flux = models.flux_config if "precision" in parts["flux"] else None
-    data = _data(config.data, models, reasons) if config.data.folders else None
+    data = _data(config.data, models, reasons, verbose) if config.data.folders else None
     if data is None and not config.data.folders:
         console.print("images       no folder given, so only the models were checked")
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
@@ -108,14 +109,13 @@ def _tokenizers(models: Models, reasons: list[str]) -> None:
         reasons.append(str(error))
 
 
-def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None:
+def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool) -> Answer | None:
     """Images, captions, buckets, and the bytes that they take in the cache."""
     try:
         resolved = resolve_data(data, models, silent)
         assert resolved.resolution and resolved.min_side and resolved.max_side, "resolve_data fills these in"
-        folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
         sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
-        scanned = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        scanned = scan(folders_of(resolved), *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
         foreign = imported_note_for(Store(resolved.cache), scanned.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
@@ -129,6 +129,8 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
+        "sources": scanned.sources,
+        "findings": [finding._asdict() for finding in scanned.findings],
         "skipped": scanned.skipped,
         "imported": foreign,
     }
@@ -136,6 +138,10 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
     console.print(
         f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}"
     )
+    sources = ", ".join(f"{count} {source}" for source, count in scanned.sources.items())
+    console.print(f"captions     {sources}")
+    for finding in scanned.findings:
+        console.print(f"             {finding.line(finding.count if verbose else 3)}")
     if foreign:
         console.print(f"             {foreign}")
     for line in scanned.skipped:
