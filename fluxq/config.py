@@ -214,7 +214,10 @@ class TrainingConfig:
     """[training] The loop."""
 
     steps: int | None = option(
-        None, "Optimizer steps; default: 100 per image, at least 1,000 and at most 3,000.", "--steps", minimum=1
+        None,
+        "Optimizer steps; default: every image is seen about 100 times, but all together 1,000 to 3,000 times.",
+        "--steps",
+        minimum=1,
     )
     batch: int = option(1, "Images per forward pass; more take more memory.", "--batch", minimum=1)
     accumulate: int = option(

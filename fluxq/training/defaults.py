@@ -40,8 +40,10 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
     if training.steps is None:
         images = sum(len(image_files(f.path)) for f in data.folders if f.path.is_dir())
-        training = replace(training, steps=min(3000, max(1000, 100 * images)))
-        notify(f"steps {training.steps}: 100 per image ({plural(images, 'image')}), at least 1,000 and at most 3,000")
+        seen, at_once = min(3000, max(1000, 100 * images)), training.batch * training.accumulate
+        training = replace(training, steps=-(-seen // at_once))
+        why = f"each of {plural(images, 'image')} is seen about {seen / max(images, 1):.0f} times"
+        notify(f"steps {training.steps}: {why}{f', {at_once} a step' if at_once > 1 else ''}")
     if training.learning_rate == defaults.training.learning_rate:
         notify(f"learning rate {training.learning_rate:g}: the usual one if alpha equals rank")
     if lora.text_encoder and training.text_learning_rate is None:
