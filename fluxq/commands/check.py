@@ -1,4 +1,4 @@
-"""`fluxq check`: whether a run could start. Reads only headers and writes nothing.
+"""`fluxq check`: whether a run could start. Reads headers of models, decodes images, and writes nothing.
 
 It checks everything that a run needs and lists all problems, not just the first. For a single file, see
 fluxq/models/check_file.py.
@@ -12,12 +12,15 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fluxq.caching.build import LOOKS
 from fluxq.caching.folders import folders_of
 from fluxq.caching.import_foreign import imported_note_for
+from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent
 from fluxq.data.examples import scan
+from fluxq.data.images import open_image
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
@@ -116,11 +119,16 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool) -
         assert resolved.resolution and resolved.min_side and resolved.max_side, "resolve_data fills these in"
         sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
         scanned = scan(folders_of(resolved), *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
-        foreign = imported_note_for(Store(resolved.cache), scanned.examples, models.t5_length)
+        store = Store(resolved.cache)
+        images = {e.path: store.hashes.remembered(e.path) or str(e.path) for e in scanned.examples}
+        looks = Looks(store.root / LOOKS).of(images)
+        scanned.found.look_at_images(looks)
+        foreign = imported_note_for(store, scanned.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
-    captions = {example.caption for example in scanned.examples}
+    reasons += [str(error) for e in scanned.examples if e.path not in looks and (error := _undecodable(e.path))]
+    findings, captions = scanned.found.all(), {example.caption for example in scanned.examples}
     buckets = Counter(example.bucket for example in scanned.examples)
     answer = {
         "images": len(scanned.examples),
@@ -129,8 +137,8 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool) -
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
-        "sources": scanned.sources,
-        "findings": [finding._asdict() for finding in scanned.findings],
+        "sources": scanned.found.sources,
+        "findings": [finding._asdict() for finding in findings],
         "skipped": scanned.skipped,
         "imported": foreign,
     }
@@ -138,15 +146,23 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool) -
     console.print(
         f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}"
     )
-    sources = ", ".join(f"{count} {source}" for source, count in scanned.sources.items())
+    sources = ", ".join(f"{count} {source}" for source, count in scanned.found.sources.items())
     console.print(f"captions     {sources}")
-    for finding in scanned.findings:
+    for finding in findings:
         console.print(f"             {finding.line(finding.count if verbose else 3)}")
     if foreign:
         console.print(f"             {foreign}")
     for line in scanned.skipped:
         console.print(f"skipped      {line}")
     return answer
+
+
+def _undecodable(image: Path) -> WrongRequest | None:
+    try:
+        open_image(image)
+    except WrongRequest as error:
+        return error
+    return None
 
 
 def _ram(

@@ -18,7 +18,7 @@ from fluxq.errors import WrongRequest
 
 from .buckets import Size, choose_bucket
 from .captions import Caption, Captions, with_trigger
-from .findings import Finding, Findings
+from .findings import Findings
 from .images import Header, Listing, image_files, listing, read_header
 
 Shape = tuple[Size, Size]  # bucket, and the size that covers it
@@ -61,18 +61,16 @@ class Example:
 
 @dataclass(frozen=True)
 class Scan:
-    """The result of `scan`. skipped: a line for each image left out. sources: how many captions came from which kind
-    of file, "without" for none.
-    """
+    """The result of `scan`. skipped: a line for each image left out. found: what is unusual about the others."""
 
     examples: list[Example]
     skipped: list[str]
-    findings: list[Finding]
-    sources: dict[str, int]
+    found: Findings
 
     @property
     def notes(self) -> list[str]:
-        return [finding.line() for finding in self.findings]
+        """A line for each finding."""
+        return [finding.line() for finding in self.found.all()]
 
 
 class ChooseShape(Protocol):
@@ -115,7 +113,7 @@ def scan(
     if not scanned.examples:
         raise WrongRequest(f"no usable image is left ({len(bad)} skipped); the first: {bad[0]}")
     scanned.look_for_subfolders([folder.path for folder in folders])
-    return Scan(scanned.examples, scanned.bad_images, scanned.findings.all(), dict(scanned.findings.sources))
+    return Scan(scanned.examples, scanned.bad_images, scanned.findings)
 
 
 def captions_of(folders: Sequence[Folder]) -> Iterator[str]:

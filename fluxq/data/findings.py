@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter, defaultdict
+from collections.abc import Mapping
+from pathlib import Path
 from typing import NamedTuple
 
 from .buckets import Size
 from .captions import TEXT_SUFFIXES, Caption, has_placeholder, has_weight
 from .images import PLUGINS, Header
+from .looks import Look, copies
 
 ENLARGED, CROPPED = 1.5, 0.2
 """An image is named if it is enlarged more than so many times, or if more than that share of it is cut off."""
@@ -21,6 +24,10 @@ KINDS = {
     "animated": "animations, of which only the first frame is read",
     "enlarged": f"images enlarged more than {ENLARGED:g} times, which makes them soft",
     "cropped": f"images of which more than {CROPPED:.0%} is cut off",
+    "equal": "images whose files are equal to the byte",
+    "copy": "images that look the same, perhaps copies",
+    "blurred": "images that are blurred",
+    "plain": "images that are black or of one color",
     "encoding": "captions that are not UTF-8, read in another encoding",
     "no caption": "images without a caption",
     "no image": "files of captions without an image",
@@ -63,6 +70,13 @@ class Findings:
         if bucket[0] * bucket[1] < (1 - CROPPED) * resized[0] * resized[1]:
             self.add("cropped", name)
 
+    def look_at_images(self, looks: Mapping[Path, Look]) -> None:
+        for path, look in looks.items():
+            if look.is_plain or look.is_blurred:
+                self.add("plain" if look.is_plain else "blurred", path.name)
+        for first, path, equal in copies(looks):
+            self.add("equal" if equal else "copy", f"{first.name} and {path.name}")
+
     def look_at_caption(self, name: str, found: Caption, caption: str) -> None:
         """caption: what the image is trained on."""
         self.sources[found.source or "without"] += 1
@@ -78,6 +92,7 @@ class Findings:
             self.add("weight", name)
 
     def all(self) -> list[Finding]:
+        """In the order of KINDS, after files that are not read."""
         found = [
             Finding(what, tuple(names), len(names)) for kind, what in KINDS.items() if (names := self._names[kind])
         ]

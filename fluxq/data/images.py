@@ -117,7 +117,7 @@ class Header(NamedTuple):
 
 def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Raises the errors of `open_image`."""
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         sides = image.size[::-1] if _orientation(image) >= 5 else image.size
         return Header(*sides, animated=bool(getattr(image, "is_animated", False)))
 
@@ -132,10 +132,10 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
 
     Raises WrongRequest with the file and the remedy if it cannot be read or has more than `max_pixels` pixels.
     """
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         image.load()
         upright = UPRIGHT.get(_orientation(image))
-        image = _rgb(image)
+        image = to_rgb(image)
         return image.transpose(upright) if upright is not None else image
 
 
@@ -159,7 +159,7 @@ def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """The opened file, header read. Any exception inside the block becomes a WrongRequest that names the file."""
     try:
         with warnings.catch_warnings():
@@ -198,7 +198,7 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
     profile = image.info.get("icc_profile")

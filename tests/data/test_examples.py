@@ -100,7 +100,7 @@ def test_findings_name_what_is_unusual(tmp_path):
     assert [example.path.name for example in found.examples] == [
         "a.png", "b.png", "gas_mask.png", "moves.gif", "small.png", "wide.png"
     ]  # fmt: skip
-    notes = {finding.what.split(",")[0].split(" in another")[0]: finding for finding in found.findings}
+    notes = {finding.what.split(",")[0].split(" in another")[0]: finding for finding in found.found.all()}
     assert "2 .mp4" in notes["files that are not read"].names and notes["files that are not read"].count >= 2
     names = {what: finding.names for what, finding in notes.items()}
     assert names["masks of other images"] == ("b_mask.png", "c-masklabel.png")
@@ -114,7 +114,7 @@ def test_findings_name_what_is_unusual(tmp_path):
     assert "b.png: b.txt is empty, so it is ''" in names["images without a caption"]
     triggered = scanned(Folder(photos, trigger="zqx"))
     assert next(e.caption for e in triggered.examples if e.path.name == "a.png") == "a photo of zqx, (smiling:1.3)"
-    added = next(finding for finding in triggered.findings if "now added" in finding.what)
+    added = next(finding for finding in triggered.found.all() if "now added" in finding.what)
     assert added.line() == "captions without the trigger, now added: 1 (gas_mask.png)"
     assert list(captions_of([Folder(photos, trigger="zqx")]))[:3] == [
         "a photo of zqx, (smiling:1.3)", "zqx", "zqx, a größe"
