@@ -297,7 +297,8 @@ def check(
     With a model or LoRA FILE, or a folder of models: shows what it is. With FOLDERS of images, or nothing: shows which
     model files a run would use, what it needs and what is missing.
 
-    No model is loaded, and nothing is downloaded or written. The exit code is 0 if fluxq can use the file or start the run, 2 if not.
+    No model is loaded, and nothing is downloaded or written. The exit code is 0 if fluxq can use the file or start the
+    run, 2 if not.
     """
     if len(paths) > 1 or any(path.is_dir() for path in paths):
         given["data__folders"] = [{"path": str(path)} for path in paths]
