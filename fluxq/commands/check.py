@@ -19,9 +19,11 @@ from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent
+from fluxq.data.crops import crop_sheet
 from fluxq.data.examples import scan
 from fluxq.data.images import open_image
 from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
 from fluxq.formats.quantized import cache_folder, stored_bytes
@@ -36,19 +38,22 @@ PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in trans
 Answer = dict[str, Any]
 
 
-def check_command(config: TrainConfig, paths: tuple[Path, ...], verbose: bool = False) -> Answer:
+def check_command(
+    config: TrainConfig, paths: tuple[Path, ...], verbose: bool = False, crops: Path | None = None
+) -> Answer:
     """What a model file, a LoRA or a folder of models is; for other `paths`, whether a run on them could start.
 
-    "ready" in the answer is the verdict. verbose: name every image that a line is about.
+    "ready" in the answer is the verdict. verbose: name every image that a line is about. crops: where to save a
+    sheet of all images.
     """
     if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
     if len(paths) == 1 and (files := model_files(paths[0])):
         return check_files(files)
-    return check_run(config, verbose)
+    return check_run(config, verbose, crops)
 
 
-def check_run(config: TrainConfig, verbose: bool = False) -> Answer:
+def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = None) -> Answer:
     """Everything that a run needs: the model files and why they were chosen, images, RAM, GPU, disk."""
     models, reasons = Models(config.model, notify=silent, fetch=False), []
     parts = {part: _part(models, part, reasons) for part in PARTS}
@@ -57,7 +62,7 @@ def check_run(config: TrainConfig, verbose: bool = False) -> Answer:
         _print_part(part, about)
     _tokenizers(models, reasons)
     flux = models.flux_config if "precision" in parts["flux"] else None
-    data = _data(config.data, models, reasons, verbose) if config.data.folders else None
+    data = _data(config.data, models, reasons, verbose, crops) if config.data.folders else None
     if data is None and not config.data.folders:
         console.print("images       no folder given, so only the models were checked")
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
@@ -112,7 +117,7 @@ def _tokenizers(models: Models, reasons: list[str]) -> None:
         reasons.append(str(error))
 
 
-def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool) -> Answer | None:
+def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, crops: Path | None) -> Answer | None:
     """Images, captions, buckets, and the bytes that they take in the cache."""
     try:
         resolved = resolve_data(data, models, silent)
@@ -152,6 +157,10 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool) -
         console.print(f"             {finding.line(finding.count if verbose else 3)}")
     if foreign:
         console.print(f"             {foreign}")
+    if crops is not None and looks:
+        with atomic_path(crops) as temporary:
+            crop_sheet([e for e in scanned.examples if e.path in looks]).save(temporary, format="PNG")
+        console.print(f"crops        {crops}")
     for line in scanned.skipped:
         console.print(f"skipped      {line}")
     return answer

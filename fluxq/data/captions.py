@@ -61,7 +61,7 @@ class Captions:
 
     def of(self, image: Path) -> Caption:
         """The caption of `image`, of this folder. Raises WrongRequest for a file that is no text, or cannot be read."""
-        why = f"no file of captions names {image.name}"
+        why = "none in its folder"
         stem = image.stem.lower()
         for name in (*(stem + suffix for suffix in TEXT_SUFFIXES), *(image.name.lower() + s for s in TEXT_SUFFIXES)):
             if (real := self.files.get(name)) is not None:

@@ -83,7 +83,7 @@ class Findings:
         if found.encoding:
             self.add("encoding", f"{name} in {found.encoding}")
         if not found.text:
-            self.add("no caption", f"{name}: {found.why}, so it is {caption!r}" if found.why else name)
+            self.add("no caption", f"{name}: {found.why}")
         elif has_placeholder(caption):
             self.add("placeholder", name)
         elif caption != found.text and not has_placeholder(found.text):

@@ -34,7 +34,7 @@ OPTIONS = {
     "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --json",
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
     "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
-    "check": f"{MODEL} {DATA} --verbose --config --set --json",
+    "check": f"{MODEL} {DATA} --verbose --crops --config --set --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "

@@ -111,7 +111,7 @@ def test_findings_name_what_is_unusual(tmp_path):
     assert names["captions that are not UTF-8"] == ("gas_mask.png in cp1252",)
     assert names["files of captions without an image"] == ("other.txt",)
     assert names["captions with [trigger]"] == names["captions that weight words"] == ("a.png",)
-    assert "b.png: b.txt is empty, so it is ''" in names["images without a caption"]
+    assert "b.png: b.txt is empty" in names["images without a caption"]
     triggered = scanned(Folder(photos, trigger="zqx"))
     assert next(e.caption for e in triggered.examples if e.path.name == "a.png") == "a photo of zqx, (smiling:1.3)"
     added = next(finding for finding in triggered.found.all() if "now added" in finding.what)
