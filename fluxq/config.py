@@ -115,6 +115,9 @@ class FolderConfig:
     path: Path
     repeats: int = option(1, "How often each image is used per epoch.", minimum=1)
     trigger: str | None = option(None, "The word that calls the concept; put in front of captions that lack it.")
+    class_tokens: str | None = option(
+        None, "The caption of images without one; a folder called `10_zqx man` has 10 repeats and `zqx man`."
+    )
 
 
 @dataclass(frozen=True)
@@ -145,8 +148,21 @@ class DataConfig:
     upscale: bool = option(
         True, "Enlarge images that are smaller than their bucket; if false, they get a smaller bucket."
     )
+    recursive: bool = option(False, "Also read the folders inside FOLDERS.", "--recursive")
+    caption_line: str = option(
+        "all",
+        "How much of a caption's text file is used: all, or the first line, as in sd-scripts.",
+        None,
+        ("all", "first"),
+    )
+    caption_from_name: bool = option(
+        False, "Caption an image that has no caption with its file's name, red_dress_02.png with `red dress`."
+    )
     skip_bad: bool = option(
-        False, "Skip images and captions that cannot be read, and list them, instead of stopping.", "--skip-bad"
+        False,
+        "Leave out images that cannot be read, do without captions that cannot be read, and list both, instead of "
+        "stopping.",
+        "--skip-bad",
     )
     cache: Path = option(
         Path("cache"), "Folder for encoded images and captions; later runs reuse what is in it.", "--cache"
@@ -203,7 +219,10 @@ class TrainingConfig:
     """[training] The loop."""
 
     steps: int | None = option(
-        None, "Optimizer steps; default: 100 per image, at least 1,000 and at most 3,000.", "--steps", minimum=1
+        None,
+        "Optimizer steps; default: every image is seen about 100 times, but all together 1,000 to 3,000 times.",
+        "--steps",
+        minimum=1,
     )
     batch: int = option(1, "Images per forward pass; more take more memory.", "--batch", minimum=1)
     accumulate: int = option(

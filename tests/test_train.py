@@ -13,7 +13,7 @@ import signal
 import socket
 import time
 from contextlib import nullcontext
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 
 import pytest
@@ -423,6 +423,9 @@ def test_defaults_are_printed_with_their_reasons(tmp_path, photos, monkeypatch):
     ]
     assert [line[: len(b)] for line, b in zip(said, beginnings, strict=True)] == beginnings
     assert resolved.training.steps == 1000
+    assert any(line == "steps 1000: each of 6 images is seen about 167 times" for line in said), said
+    several = replace(config, training=replace(config.training, batch=4, accumulate=2))
+    assert module.resolve(several, module.Models(config.model), said.append).training.steps == 125
     said.clear()
     module.resolve(resolved, module.Models(config.model), said.append)
     assert {line.split()[0] for line in said} <= {"rank", "learning", "shift"}

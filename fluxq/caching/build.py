@@ -20,6 +20,7 @@ from fluxq.data.examples import Example, Folder, scan
 from fluxq.errors import WrongRequest
 
 from .encoding import Progress, TextEncoder, encode_captions, encode_images, truncation_notes
+from .looks import Looks
 from .store import (
     KINDS,
     Store,
@@ -31,6 +32,8 @@ from .store import (
     latents_key,
     text_key,
 )
+
+LOOKS = "looks.json"
 
 
 @dataclass(frozen=True)
@@ -78,12 +81,14 @@ def build_cache(
     needs encoding but a file of its encoder is missing.
     """
     store, progress = Store(store_dir), progress or _no_progress
-    scanned = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
+    scanned, looks = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad), Looks(store.root / LOOKS)
     captions = list(dict.fromkeys((*(example.caption for example in scanned.examples), "", *prompts)))
     hashes = _hashes(store, encoders, len(captions), [example.path for example in scanned.examples], progress)
     if not hashes.keys() >= set(encoders.text()) and "" not in prompts:
         captions.remove("")
 
+    scanned.found.look_at_images(looks.of({example.path: hashes[example.path] for example in scanned.examples}))
+    looks.save()
     text_keys = _text_keys(store, captions, encoders, hashes, t5_length)
     # first, so that an error comes before any encoding
     missing_captions = _missing_captions(store, encoders, text_keys)

@@ -33,7 +33,7 @@ def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
     expected = ModelShapes(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim)
     with progress_bar() as progress:
         return import_caches(
-            _folders(data),
+            folders_of(data),
             data.cache,
             expected,
             **_shapes(data),
@@ -65,7 +65,7 @@ def cache_folders(
 
     band = band_for(max(PIXELS_PER_BATCH, cast(int, data.resolution) ** 2), budget)
     return build_cache(
-        _folders(data),
+        folders_of(data),
         data.cache,
         _encoder_files(models, data.cache),
         partial(models.load_autoencoder, band),
@@ -92,8 +92,12 @@ def cache_texts(
     return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
 
 
-def _folders(data: DataConfig) -> list[Folder]:
-    return [Folder(f.path, f.repeats, f.trigger) for f in (*data.folders, *data.validation)]
+def folders_of(data: DataConfig) -> list[Folder]:
+    """The folders of `data`, those of held-out images last."""
+    return [
+        Folder(f.path, f.repeats, f.trigger, f.class_tokens, data.caption_line, data.caption_from_name)
+        for f in (*data.folders, *data.validation)
+    ]
 
 
 def _shapes(data: DataConfig) -> dict[str, Any]:

@@ -104,14 +104,15 @@ class ForeignCaches:
     def text(self, example: Example, file_caption: str) -> ForeignCache | None:
         """The embeddings of the example's caption; None if no program has any.
 
-        `file_caption` is the caption in the example's text file, without the trigger. Raises WrongRequest if they do
-        not fit.
+        `file_caption` is what sd-scripts encoded: the first line of the example's text file. Raises WrongRequest if
+        they do not fit.
         """
         stem = example.path.stem
         if paths := self._files["npz text"].get(stem):
             if file_caption and file_caption != example.caption:
-                what = f"was made before the trigger was put in front: the caption is {printable(example.caption)!r}"
-                refuse(paths[0], what, f"leave the trigger out, or {REENCODE}")
+                what = f"was made of {printable(file_caption)!r}, but the caption is {printable(example.caption)!r}"
+                how = 'leave the trigger out, or set caption_line = "first", whichever it lacks'
+                refuse(paths[0], what, f"{how}, or {REENCODE}")
             return self._npz_text(paths[0])
         hashed = f"{stem}_{_toolkit_hash(_caption_metadata(example.caption))}.safetensors"
         path = next((path for path in self._files["text"].get(stem, ()) if path.name == hashed), None)

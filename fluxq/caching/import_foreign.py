@@ -15,7 +15,8 @@ from pathlib import Path
 import torch
 
 from fluxq.console import Notify, silent
-from fluxq.data.examples import Example, Folder, read_caption, scan
+from fluxq.data.captions import Captions
+from fluxq.data.examples import Example, Folder, scan
 from fluxq.data.images import image_size
 from fluxq.errors import WrongRequest
 
@@ -49,6 +50,7 @@ def import_caches(
     store = Store(store_dir)
     scanned = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
     caches = {path: ForeignCaches(path, expected) for path in {e.path.parent: None for e in scanned.examples}}
+    first_lines = {path: Captions(path, "first") for path in caches}  # which are what sd-scripts encodes
     _require_any(caches)
     latents: list[Item] = []
     texts: dict[str, Item] = {}  # for equal captions, the first
@@ -57,7 +59,7 @@ def import_caches(
         find = partial(_latents, in_folder, example, scanned.examples, resolution**2)
         if cache := _checked(find, skip_bad, notify):
             latents.append((example, cache))
-        find = partial(_text, in_folder, example)
+        find = partial(_text, in_folder, first_lines[example.path.parent], example)
         if example.caption not in texts and (cache := _checked(find, skip_bad, notify)):
             texts[example.caption] = example, cache
         progress("checking", done, len(scanned.examples))
@@ -101,8 +103,8 @@ def _latents(
     return cache
 
 
-def _text(caches: ForeignCaches, example: Example) -> ForeignCache | None:
-    return caches.text(example, read_caption(example.path))
+def _text(caches: ForeignCaches, captions: Captions, example: Example) -> ForeignCache | None:
+    return caches.text(example, captions.of(example.path).text)
 
 
 def _require_any(caches: dict[Path, ForeignCaches]) -> None:

@@ -289,11 +289,17 @@ def sample(
 @main.command()
 @click.argument("paths", nargs=-1, type=Path, metavar="[FILE | FOLDERS]...")
 @options("model", "data")
+@click.option("--verbose", is_flag=True, help="Name every image that a line is about, not only the first three.")
+@click.option(
+    "--crops", type=Path, metavar="FILE", help="Save a sheet of all images there, with what training would cut off."
+)
 @JSON
 @click.pass_context
 def check(
     context: click.Context,
     paths: tuple[Path, ...],
+    verbose: bool,
+    crops: Path | None,
     config_file: Path | None,
     assignments: tuple[str, ...],
     as_json: bool,
@@ -304,7 +310,8 @@ def check(
     With a model or LoRA FILE, or a folder of models: shows what it is. With FOLDERS of images, or nothing: shows which
     model files a run would use, what it needs and what is missing.
 
-    Nothing is loaded, downloaded or written. The exit code is 0 if fluxq can use the file or start the run, 2 if not.
+    No model is loaded, nothing is downloaded, and nothing but --crops is written. The exit code is 0 if fluxq can use
+    the file or start the run, 2 if not.
     """
     if len(paths) > 1 or any(path.is_dir() for path in paths):
         given["data__folders"] = [{"path": str(path)} for path in paths]
@@ -312,7 +319,7 @@ def check(
     begin(as_json, computes=False)
     from fluxq.commands.check import check_command
 
-    answer = check_command(config, paths)
+    answer = check_command(config, paths, verbose, crops)
     finish(answer, as_json)
     context.exit(0 if answer["ready"] else 2)
 

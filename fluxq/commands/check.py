@@ -1,4 +1,4 @@
-"""`fluxq check`: whether a run could start. Reads only headers and writes nothing.
+"""`fluxq check`: whether a run could start. Reads headers of models, decodes images, and writes nothing.
 
 It checks everything that a run needs and lists all problems, not just the first. For a single file, see
 fluxq/models/check_file.py.
@@ -12,12 +12,18 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
+from fluxq.caching.build import LOOKS
+from fluxq.caching.folders import folders_of
 from fluxq.caching.import_foreign import imported_note_for
+from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent
-from fluxq.data.examples import Folder, scan
+from fluxq.data.crops import crop_sheet
+from fluxq.data.examples import scan
+from fluxq.data.images import open_image
 from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
 from fluxq.formats.quantized import cache_folder, stored_bytes
@@ -33,19 +39,22 @@ PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in trans
 Answer = dict[str, Any]
 
 
-def check_command(config: TrainConfig, paths: tuple[Path, ...]) -> Answer:
+def check_command(
+    config: TrainConfig, paths: tuple[Path, ...], verbose: bool = False, crops: Path | None = None
+) -> Answer:
     """What a model file, a LoRA or a folder of models is; for other `paths`, whether a run on them could start.
 
-    "ready" in the answer is the verdict.
+    "ready" in the answer is the verdict. verbose: name every image that a line is about. crops: where to save a
+    sheet of all images.
     """
     if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
     if len(paths) == 1 and (files := model_files(paths[0])):
         return check_files(files)
-    return check_run(config)
+    return check_run(config, verbose, crops)
 
 
-def check_run(config: TrainConfig) -> Answer:
+def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = None) -> Answer:
     """Everything that a run needs: the model files and why they were chosen, images, RAM, GPU, disk."""
     models, reasons = Models(config.model, notify=silent, fetch=False), []
     parts = {part: _part(models, part, reasons) for part in PARTS}
@@ -60,7 +69,7 @@ def check_run(config: TrainConfig) -> Answer:
         _ = models.compute
     except WrongRequest as error:
         reasons.append(str(error))
-    data = _data(config.data, models, reasons) if config.data.folders else None
+    data = _data(config.data, models, reasons, verbose, crops) if config.data.folders else None
     if data is None and not config.data.folders:
         console.print("images       no folder given, so only the models were checked")
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
@@ -115,19 +124,23 @@ def _tokenizers(models: Models, reasons: list[str]) -> None:
         reasons.append(str(error))
 
 
-def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None:
+def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, crops: Path | None) -> Answer | None:
     """Images, captions, buckets, and the bytes that they take in the cache."""
     try:
         resolved = resolve_data(data, models, silent)
         assert resolved.resolution and resolved.min_side and resolved.max_side, "resolve_data fills these in"
-        folders = [Folder(f.path, f.repeats, f.trigger) for f in (*resolved.folders, *resolved.validation)]
         sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
-        scanned = scan(folders, *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
-        foreign = imported_note_for(Store(resolved.cache), scanned.examples, models.t5_length)
+        scanned = scan(folders_of(resolved), *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        store = Store(resolved.cache)
+        images = {e.path: store.hashes.remembered(e.path) or str(e.path) for e in scanned.examples}
+        looks = Looks(store.root / LOOKS).of(images)
+        scanned.found.look_at_images(looks)
+        foreign = imported_note_for(store, scanned.examples, models.t5_length)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
-    captions = {example.caption for example in scanned.examples}
+    reasons += [str(error) for e in scanned.examples if e.path not in looks and (error := _undecodable(e.path))]
+    findings, captions = scanned.found.all(), {example.caption for example in scanned.examples}
     buckets = Counter(example.bucket for example in scanned.examples)
     answer = {
         "images": len(scanned.examples),
@@ -136,6 +149,8 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
         "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
+        "sources": scanned.found.sources,
+        "findings": [finding._asdict() for finding in findings],
         "skipped": scanned.skipped,
         "imported": foreign,
     }
@@ -143,11 +158,27 @@ def _data(data: DataConfig, models: Models, reasons: list[str]) -> Answer | None
     console.print(
         f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}"
     )
+    sources = ", ".join(f"{count} {source}" for source, count in scanned.found.sources.items())
+    console.print(f"captions     {sources}")
+    for finding in findings:
+        console.print(f"             {finding.line(finding.count if verbose else 3)}")
     if foreign:
         console.print(f"             {foreign}")
+    if crops is not None and looks:
+        with atomic_path(crops) as temporary:
+            crop_sheet([e for e in scanned.examples if e.path in looks]).save(temporary, format="PNG")
+        console.print(f"crops        {crops}")
     for line in scanned.skipped:
         console.print(f"skipped      {line}")
     return answer
+
+
+def _undecodable(image: Path) -> WrongRequest | None:
+    try:
+        open_image(image)
+    except WrongRequest as error:
+        return error
+    return None
 
 
 def _ram(

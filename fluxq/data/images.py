@@ -1,26 +1,50 @@
-"""From image files to tensors: anything from a camera, a phone or a paint program becomes upright RGB on white.
+"""From image files to tensors: anything from a camera, a phone or a paint program becomes upright sRGB on white.
 
-Pillow decodes. It clips 16-bit gray instead of scaling it, ignores EXIF orientation, and has no exact area average for
-shrinking; this file does those. Color profiles are not applied, as in other trainers.
+Pillow decodes. It clips 16-bit gray instead of scaling it, ignores EXIF orientation and color profiles, and has no
+exact area average for shrinking; this file does those.
 """
 
+import io
 import os
 import struct
 import warnings
+from collections import Counter
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, ImageCms, PngImagePlugin
 
 from fluxq.errors import WrongRequest
 
-SUFFIXES = {".png", ".jpg", ".jpeg", ".webp", ".bmp"}
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "DIB", "GIF", "TIFF")  # what a file with such a suffix may really contain
+_SUFFIXES = """
+.png .apng .jpg .jpeg .jpe .jfif .webp .avif .bmp .dib .gif .tif .tiff .jp2 .j2k .ppm .pgm .pbm .pnm .tga .qoi .pcx
+"""
+SUFFIXES = frozenset(_SUFFIXES.split())
+FORMATS = ["PNG", "JPEG", "WEBP", "AVIF", "BMP", "DIB", "GIF", "TIFF", "JPEG2000", "PPM", "TGA", "QOI", "PCX"]
+"""What a file with such a suffix may really contain."""
+PLUGINS = {
+    ".heic": ("pillow_heif", "register_heif_opener", "HEIF", "pillow-heif"),
+    ".heif": ("pillow_heif", "register_heif_opener", "HEIF", "pillow-heif"),
+    ".jxl": ("pillow_jxl", "", "JXL", "pillow-jxl-plugin"),
+}
+"""Suffix -> the module that teaches Pillow the format, its function that does so ("": importing does), Pillow's name of
+the format, and the package to install."""
+MASKS = ("-masklabel", "-condlabel")
+"""Ends of the names of files that belong to another image (OneTrainer's masks and conditioning images)."""
+MASKS_BESIDE = ("_mask", "-mask", ".mask", "_masklabel", "_condlabel")
+"""The same, but only beside an image that is called so without the end: gas_mask.png may be an image."""
 MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GiB as RGB
-TRANSFORM_VERSION = 1  # in the key of all cached latents: increase it if `open_image` or `prepare` change their numbers
+TRANSFORM_VERSION = 2  # in the key of all cached latents: increase it if `open_image` or `prepare` change their numbers
+
+# Sound files of some programs hold workflows or color profiles of megabytes; Pillow refuses more than one.
+PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 28
 
 UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -33,28 +57,85 @@ UPRIGHT = {  # EXIF orientation -> the transpose that makes the image upright
 }
 
 
-def image_files(folder: Path) -> list[Path]:
-    """The images directly in `folder`, by suffix (in any case), sorted by name. Hidden files are left out."""
+class Listing(NamedTuple):
+    """What lies directly in a folder, sorted by name. masks: of other images, by their names. unread: how many other
+    files there are of each suffix.
+    """
+
+    images: list[Path]
+    masks: list[Path]
+    unread: Counter[str]
+
+
+def listing(folder: Path) -> Listing:
+    """The files of `folder`, told apart by their suffixes and names, in any case. Hidden files are left out."""
     files = (Path(entry.path) for entry in os.scandir(folder) if entry.is_file() and not entry.name.startswith("."))
-    return sorted((file for file in files if file.suffix.lower() in SUFFIXES), key=lambda file: file.name)
+    named = sorted(files, key=lambda file: file.name)
+    images = [file for file in named if readable(file.suffix)]
+    stems = {file.stem.lower() for file in images}
+    masks = [file for file in images if _is_mask(file.stem.lower(), stems)]
+    others = Counter(file.suffix.lower() for file in named if not readable(file.suffix))
+    return Listing([file for file in images if file not in masks], masks, others)
+
+
+def image_files(folder: Path) -> list[Path]:
+    """The images directly in `folder`, sorted by name."""
+    return listing(folder).images
+
+
+def readable(suffix: str) -> bool:
+    """Whether files with that suffix are taken for images, here and now."""
+    suffix = suffix.lower()
+    return suffix in SUFFIXES or (suffix in PLUGINS and _plugin(suffix))
+
+
+def _is_mask(stem: str, stems: set[str]) -> bool:
+    return stem.endswith(MASKS) or any(stem.endswith(end) and stem.removesuffix(end) in stems for end in MASKS_BESIDE)
+
+
+@cache
+def _plugin(suffix: str) -> bool:
+    """Teach Pillow the format of that suffix. False if the package for it is not installed."""
+    module, register, _, _ = PLUGINS[suffix]
+    if find_spec(module) is None:
+        return False
+    plugin = import_module(module)
+    if register:
+        getattr(plugin, register)()
+    return True
+
+
+class Header(NamedTuple):
+    """What a file's header says: the size of the upright image in pixels, and whether it has several frames, of which
+    only the first is read.
+    """
+
+    width: int
+    height: int
+    animated: bool
+
+
+def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
+    """Raises the errors of `open_image`."""
+    with opened(path, max_pixels) as image:
+        sides = image.size[::-1] if _orientation(image) >= 5 else image.size
+        return Header(*sides, animated=bool(getattr(image, "is_animated", False)))
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
     """(width, height) of the upright image, from the file's header. Raises the errors of `open_image`."""
-    with _opened(path, max_pixels) as image:
-        width, height = image.size
-        return (height, width) if _orientation(image) >= 5 else (width, height)
+    return read_header(path, max_pixels)[:2]
 
 
 def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
-    """The image as 8-bit RGB: upright, transparency flattened onto white, deeper gray scaled to 8 bits.
+    """The image as 8-bit sRGB: upright, transparency flattened onto white, deeper gray scaled to 8 bits.
 
     Raises WrongRequest with the file and the remedy if it cannot be read or has more than `max_pixels` pixels.
     """
-    with _opened(path, max_pixels) as image:
+    with opened(path, max_pixels) as image:
         image.load()
         upright = UPRIGHT.get(_orientation(image))
-        image = _rgb(image)
+        image = to_rgb(image)
         return image.transpose(upright) if upright is not None else image
 
 
@@ -78,12 +159,13 @@ def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int
 
 
 @contextmanager
-def _opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
+def opened(path: Path, max_pixels: int) -> Iterator[Image.Image]:
     """The opened file, header read. Any exception inside the block becomes a WrongRequest that names the file."""
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # about bombs (checked below) and odd metadata (unused)
-            with Image.open(path, formats=FORMATS) as image:
+            plugin = PLUGINS.get(path.suffix.lower())
+            with Image.open(path, formats=[*FORMATS, *([plugin[2]] if plugin else [])]) as image:
                 if image.width * image.height > max_pixels:
                     raise Image.DecompressionBombError
                 yield image
@@ -116,13 +198,35 @@ def _orientation(image: Image.Image) -> int:
     return value if isinstance(value, int) and 1 <= value <= 8 else 1
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
+    profile = image.info.get("icc_profile")
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
-    return image.convert("RGB")
+        colors = _in_srgb(rgba.convert("RGB"), profile)
+        return Image.composite(colors, Image.new("RGB", rgba.size, "white"), rgba.getchannel("A"))
+    return _in_srgb(image, profile).convert("RGB")
+
+
+def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
+    """`image` from the colors of its ICC profile to sRGB. A profile that is damaged or of other channels is ignored."""
+    if not isinstance(profile, bytes) or not profile:
+        return image
+    image = image if image.mode in ("RGB", "CMYK", "L", "LAB") else image.convert("RGB")
+    with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
+        if "srgb" not in (ImageCms.getProfileDescription(source) or "").lower():
+            converted = ImageCms.profileToProfile(
+                image,
+                source,
+                ImageCms.createProfile("sRGB"),
+                renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+                outputMode="RGB",
+                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+            )
+            return image if converted is None else converted
+    return image
 
 
 def _to_uint8(gray: np.ndarray) -> np.ndarray:

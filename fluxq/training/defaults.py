@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import cast
@@ -10,6 +11,7 @@ from typing import cast
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, FolderConfig, TrainConfig
 from fluxq.console import Notify, plural
 from fluxq.data.buckets import multiple_of_16
+from fluxq.data.examples import Folder, expand
 from fluxq.data.images import image_files
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import Lora
@@ -38,8 +40,10 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
     if training.steps is None:
         images = sum(len(image_files(f.path)) for f in data.folders if f.path.is_dir())
-        training = replace(training, steps=min(3000, max(1000, 100 * images)))
-        notify(f"steps {training.steps}: 100 per image ({plural(images, 'image')}), at least 1,000 and at most 3,000")
+        seen, at_once = min(3000, max(1000, 100 * images)), training.batch * training.accumulate
+        training = replace(training, steps=-(-seen // at_once))
+        why = f"each of {plural(images, 'image')} is seen about {seen / max(images, 1):.0f} times"
+        notify(f"steps {training.steps}: {why}{f', {at_once} a step' if at_once > 1 else ''}")
     if training.learning_rate == defaults.training.learning_rate:
         notify(f"learning rate {training.learning_rate:g}: the usual one if alpha equals rank")
     if lora.text_encoder and training.text_learning_rate is None:
@@ -120,19 +124,24 @@ def resolve_data(data: DataConfig, models: Models, notify: Notify) -> DataConfig
     resolution = multiple_of_16("resolution", cast(int, data.resolution))
     return replace(
         data,
-        folders=tuple(_absolute(f, data.trigger) for f in data.folders),
-        validation=tuple(_absolute(f, data.trigger) for f in data.validation),
+        folders=tuple(_expanded(data.folders, data)),
+        validation=tuple(_expanded(data.validation, data)),
         cache=data.cache.resolve(),
         min_side=data.min_side or max(data.step, resolution // 2 // data.step * data.step),
         max_side=data.max_side or resolution * 2,
     )
 
 
-def _absolute(folder: FolderConfig, trigger: str | None) -> FolderConfig:
-    """`folder` with its absolute path. Its own trigger, even an empty one, overrides `trigger`."""
-    return replace(
-        folder, path=folder.path.resolve(), trigger=folder.trigger if folder.trigger is not None else trigger
-    )
+def _expanded(folders: Sequence[FolderConfig], data: DataConfig) -> Iterator[FolderConfig]:
+    """The folders that hold the images of `folders`, with absolute paths. A folder's own trigger, even an empty one,
+    overrides that of `data`.
+    """
+    for folder in folders:
+        trigger = folder.trigger if folder.trigger is not None else data.trigger
+        for found in expand(
+            Folder(folder.path.resolve(), folder.repeats, trigger, folder.class_tokens), data.recursive
+        ):
+            yield FolderConfig(found.path, found.repeats, found.trigger, found.class_tokens)
 
 
 def _file_name(text: str) -> str:

@@ -50,6 +50,10 @@ class Objective:
             self._lookahead = Lookahead(self.flux, self.conditioning, self.training.batch)
         return self._loss(index, self._lookahead.rows(index))
 
+    def share(self, index: int) -> float:
+        """How full micro-step `index` is: 1, or less for the last batch of a bucket."""
+        return len(self.batches.examples_of(index)) / self.training.batch
+
     def prepare(self, index: int) -> None:
         """Read what micro-step `index` needs and start its copies to the GPU, while that is still busy.
 

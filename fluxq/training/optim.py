@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import math
+import operator
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -189,6 +190,7 @@ class Minimized(Protocol):
     """What is minimized: the loss of each micro-step by its number, and what can be done for it ahead."""
 
     def loss(self, index: int) -> Tensor: ...
+    def share(self, index: int) -> float: ...
     def prepare(self, index: int) -> None: ...
 
 
@@ -202,21 +204,24 @@ def optimizer_step(
 ) -> tuple[float, float]:
     """Optimizer step `step` (0-based): its mean loss, and the norm of its gradient before clipping to `clip`.
 
-    The index of a micro-step counts over the whole run, `accumulate` per step. factor: multiplies every learning rate.
-    clip 0: no limit. If anything fails before the update, weights and state are unchanged; a gradient that is not
-    finite changes nothing either.
+    The index of a micro-step counts over the whole run, `accumulate` per step; its loss counts by its share, so every
+    image weighs as much as any other. factor: multiplies every learning rate. clip 0: no limit. If anything fails
+    before the update, weights and state are unchanged; a gradient that is not finite changes nothing either.
     """
-    losses, after = [], (step + 1) * accumulate
+    losses, shares, after = [], [], (step + 1) * accumulate
     optimizer.zero_grad()  # an attempt that ran out of memory may have left some
     with optimizer.rounding():
         for index in range(step * accumulate, after):
             loss = objective.loss(index)
-            (loss / accumulate).backward()
+            shares.append(objective.share(index))
+            (loss / (accumulate / shares[-1])).backward()
             losses.append(loss.detach())
     optimizer.gather()
-    read = torch.stack([torch.stack(losses).mean(), optimizer.clip(clip)])
+    read = torch.stack([*losses, optimizer.clip(clip)])
     objective.prepare(after)
-    mean, norm = read.tolist()  # the only time that the CPU waits; before the update, since nothing may fail after it
+    *values, norm = (
+        read.tolist()
+    )  # the only time that the CPU waits; before the update, since nothing may fail after it
     with optimizer.changing:
         if math.isfinite(norm):
             for group in optimizer.param_groups:
@@ -224,7 +229,7 @@ def optimizer_step(
             update(optimizer)
         optimizer.done = step + 1
     optimizer.zero_grad()
-    return mean, norm
+    return sum(map(operator.mul, values, shares)) / sum(shares), norm
 
 
 def update(optimizer: FlatOptimizer) -> None:

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from itertools import islice
 
 import torch
 from PIL.Image import Image
 
+from fluxq.caching.folders import folders_of
 from fluxq.caching.store import Text
 from fluxq.config import TrainConfig
 from fluxq.console import Notify
 from fluxq.data.buckets import multiple_of_16
-from fluxq.data.examples import read_caption, with_trigger
-from fluxq.data.images import image_files
+from fluxq.data.examples import captions_of
 from fluxq.errors import WrongRequest
 from fluxq.memory.phases import preview_limits
 from fluxq.memory.retry import OutOfMemoryRetry
@@ -34,8 +35,8 @@ def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
     if not (autoencoder := models.served("ae").path).exists():
         raise WrongRequest(f"previews need {autoencoder}, which does not exist; put it back, or pass --sample-every 0")
     triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
-    captions = (with_trigger(read_caption(p), f.trigger) for f in folders for p in image_files(f.path))
-    return samples.prompts or tuple(triggers) or tuple(dict.fromkeys(captions))[:3]
+    training = folders_of(config.data)[: len(folders)]
+    return samples.prompts or tuple(triggers) or tuple(islice(dict.fromkeys(captions_of(training)), 3))
 
 
 def save_previews(

@@ -29,9 +29,10 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from torch import nn
 
+from fluxq.caching.folders import folders_of
 from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
+from fluxq.data.captions import Captions
 from fluxq.data.dataset import Dataset
-from fluxq.data.examples import read_caption
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.lora.algebra import Adapter
@@ -343,8 +344,9 @@ def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
 def metadata_of(config: TrainConfig, models: Models, dataset: Dataset, batches: int) -> Metadata:
     """A function (step, started, finished) -> the LoRA's metadata at that step. batches: micro-batches per epoch."""
     folders = config.data.folders
+    read = folders_of(config.data)[: len(folders)]
     files = {f.path: [Path(e.path) for e in dataset.examples if Path(e.path).parent == f.path] for f in folders}
-    tags: dict[str | Path, Mapping[str, int]] = {path: _tag_frequency(images) for path, images in files.items()}
+    tags: dict[str | Path, Mapping[str, int]] = {f.path: _tag_frequency(f.captions(), files[f.path]) for f in read}
     buckets = Counter({e.bucket: 0 for e in dataset.examples})
     for example in dataset.examples:
         buckets[example.bucket] += example.repeats
@@ -380,7 +382,10 @@ def metadata_of(config: TrainConfig, models: Models, dataset: Dataset, batches: 
     return at
 
 
-def _tag_frequency(images: Sequence[Path]) -> dict[str, int]:
+def _tag_frequency(captions: Captions, images: Sequence[Path]) -> dict[str, int]:
     """How often each comma-separated part of the captions occurs, most frequent first."""
-    parts = (part.strip() for image in images for part in read_caption(image).split(","))
-    return dict(Counter(part for part in parts if part).most_common())
+    frequency: Counter[str] = Counter()
+    for image in images:
+        with suppress(WrongRequest):  # a bad caption, left out by --skip-bad
+            frequency.update(part for part in map(str.strip, captions.of(image).text.split(",")) if part)
+    return dict(frequency.most_common())

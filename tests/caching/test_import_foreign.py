@@ -309,7 +309,7 @@ def test_one_bad_cache_gives_one_error_and_nothing_is_imported(tmp_path, sd_scri
 
 def test_a_trigger_that_the_cache_lacks_is_named(tmp_path, sd_scripts):
     result = cached(tmp_path, "--import", "--trigger", "qqq")
-    assert result.exit_code == 2 and "was made before the trigger was put in front" in result.stderr
+    assert result.exit_code == 2 and "leave the trigger out, or set caption_line" in result.stderr
 
 
 @pytest.mark.parametrize(

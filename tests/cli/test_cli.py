@@ -22,7 +22,7 @@ from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.training.report import read_log
 
 MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --format --compute --ae-band --offline --model"
-DATA = "--trigger --resolution --skip-bad --cache"
+DATA = "--trigger --resolution --recursive --skip-bad --cache"
 SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
 MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offload"
@@ -34,7 +34,7 @@ OPTIONS = {
     "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --json",
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
     "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
-    "check": f"{MODEL} {DATA} --config --set --json",
+    "check": f"{MODEL} {DATA} --verbose --crops --config --set --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "

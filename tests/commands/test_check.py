@@ -262,3 +262,19 @@ def test_what_a_run_would_refuse_or_say_is_told_before(monkeypatch, tmp_path):
     code, answer, lines = run(*files)
     assert code == 2 and answer["reasons"] == ["no fp8 here"]
     assert "note         the transformer is FLUX.1 Kontext by its name" in lines
+
+
+def test_what_is_unusual_about_images_and_captions_is_said(photos, tmp_path):
+    """Every name with --verbose, and in JSON; an image that cannot be decoded is a problem."""
+    for i in range(5):
+        (photos / f"note{i}.txt").write_text("x")
+    _, answer, lines = run(photos, "--model", "nano")
+    assert "captions     3 without\n" in lines and answer["images"]["sources"] == {"without": 3}
+    assert "files of captions without an image: 5 (note0.txt, note1.txt, note2.txt, ...)" in lines
+    found = {finding["what"]: finding["names"] for finding in answer["images"]["findings"]}
+    assert found["files of captions without an image"] == [f"note{i}.txt" for i in range(5)]
+    assert "note4.txt" in run(photos, "--model", "nano", "--verbose")[2]
+    Image.effect_noise((300, 300), 50).save(photos / "half.jpg")
+    (photos / "half.jpg").write_bytes((photos / "half.jpg").read_bytes()[:2000])
+    code, answer, _ = run(photos, "--model", "nano")
+    assert code == 2 and any("half.jpg cannot be read" in reason for reason in answer["reasons"])

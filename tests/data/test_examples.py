@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fluxq.data.examples import Folder, read_caption, scan, with_trigger
+from fluxq.data.examples import Folder, captions_of, expand, scan
 from fluxq.errors import WrongRequest
 
 
@@ -32,56 +32,6 @@ def test_examples_come_in_order_with_bucket_and_caption(tmp_path):
     assert found.skipped == []
 
 
-@pytest.mark.parametrize(
-    ("files", "caption"),
-    [
-        ({}, ""),
-        ({".txt": b"a dog"}, "a dog"),
-        ({".caption": b"a cat"}, "a cat"),
-        ({".txt": b"a dog", ".caption": b"a cat"}, "a dog"),
-        ({".txt": b" \n\t\n", ".caption": b"a cat"}, "a cat"),
-        ({".txt": b"\xef\xbb\xbfa dog"}, "a dog"),
-        ({".txt": b"\n\r\n  a \t dog   on\xc2\xa0grass \r\nsecond line"}, "a dog on grass"),
-        ({".txt": "größe 犬".encode()}, "größe 犬"),
-        ({".txt": b""}, ""),
-    ],
-)
-def test_caption_is_the_first_line_with_text(tmp_path, files, caption):
-    for suffix, data in files.items():
-        (tmp_path / f"a.b{suffix}").write_bytes(data)
-    assert read_caption(tmp_path / "a.b.png") == caption
-
-
-@pytest.mark.parametrize(
-    ("caption", "trigger", "expected"),
-    [
-        ("a dog", None, "a dog"),
-        ("a dog", "zqx", "zqx, a dog"),
-        ("a zqx dog", "zqx", "a zqx dog"),
-        ("Zqx, a dog", "zqx", "Zqx, a dog"),
-        ("a category", "cat", "cat, a category"),
-        ("", "zqx", "zqx"),
-        ("", None, ""),
-        ("a dog", "  ", "a dog"),
-        ("a sks  man (x)", "man (x)", "a sks  man (x)"),
-    ],
-)
-def test_trigger_is_put_in_front_unless_the_caption_has_it(caption, trigger, expected):
-    assert with_trigger(caption, trigger) == expected
-
-
-def test_caption_changes_are_noted_once_per_folder(tmp_path):
-    for name in "abcdef":
-        write_image(tmp_path / "photos" / f"{name}.png")
-        (tmp_path / "photos" / f"{name}.txt").write_text("a dog" if name < "e" else "")
-    notes = scanned(Folder(tmp_path / "photos", trigger="zqx")).notes
-    assert notes == [
-        f"{tmp_path / 'photos'}: captions without the trigger 'zqx', now added: 4 (a.png, b.png, c.png, ...)"
-    ]
-    notes = scanned(Folder(tmp_path / "photos")).notes
-    assert len(notes) == 1 and notes[0].endswith("trained with the empty caption: 2 (e.png, f.png)")
-
-
 def test_file_listed_twice_counts_once_and_is_noted(tmp_path):
     write_image(tmp_path / "photos" / "a.png")
     (tmp_path / "photos" / "link.png").symlink_to(tmp_path / "photos" / "a.png")
@@ -89,10 +39,9 @@ def test_file_listed_twice_counts_once_and_is_noted(tmp_path):
         Folder(tmp_path / "photos", trigger="x"), Folder(tmp_path / "photos" / ".." / "photos", trigger="x")
     )
     assert [example.name for example in found.examples] == ["photos/a.png"]
-    assert [note.split(": ", 1)[1] for note in found.notes] == [
-        "images listed more than once, each counted once: 1 (link.png)",
-        "images listed more than once, each counted once: 2 (a.png, link.png)",
-    ]
+    assert found.notes[0] == (
+        "images listed more than once, each counted once: 3 (photos/link.png, photos#2/a.png, photos#2/link.png)"
+    )
 
 
 def test_names_are_unique_and_stay_when_folders_move(tmp_path):
@@ -105,19 +54,87 @@ def test_names_are_unique_and_stay_when_folders_move(tmp_path):
         assert names == ["photos/a.png", "photos#2/a.png", "photos#3/a.png"]
 
 
-def test_bad_images_and_captions_are_refused_or_skipped(tmp_path):
+def test_bad_images_and_captions_are_refused_together_or_done_without(tmp_path):
+    for name in ("good.png", "bytes.png", "narrow.png"):
+        write_image(tmp_path / name, (10, 300) if name == "narrow.png" else (64, 64))
+    (tmp_path / "bad.png").write_bytes(b"")
+    (tmp_path / "bytes.txt").write_bytes(b"\x81\x00\xff")
+    with pytest.raises(WrongRequest) as refused:
+        scanned(Folder(tmp_path), upscale=False)
+    lines = str(refused.value).splitlines()
+    assert lines[0] == "3 files are bad:" and all("--skip-bad" in line for line in lines[1:])
+    assert [
+        next(
+            what for what in ("bad.png cannot be read", "narrow.png: an image", "bytes.txt is not text") if what in line
+        )
+        for line in lines[1:]
+    ] == ["bad.png cannot be read", "narrow.png: an image", "bytes.txt is not text"]
+    found = scanned(Folder(tmp_path, trigger="zqx"), upscale=False, skip_bad=True)
+    assert {e.path.name: e.caption for e in found.examples} == {"bytes.png": "zqx", "good.png": "zqx"}
+    assert len(found.skipped) == 2
+    assert any("without a caption: 2 (bytes.png: " in note and "bytes.txt is not text" in note for note in found.notes)
+
+
+def test_one_bad_file_is_refused_in_one_sentence(tmp_path):
     write_image(tmp_path / "good.png")
     (tmp_path / "bad.png").write_bytes(b"")
-    write_image(tmp_path / "latin.png")
-    (tmp_path / "latin.txt").write_bytes("größe".encode("latin-1"))
-    write_image(tmp_path / "narrow.png", (10, 300))
-    for name, what in [("bad.png", "cannot be read"), ("latin.txt", "is not UTF-8"), ("narrow.png", "narrower")]:
-        with pytest.raises(WrongRequest, match=f"{name}.* {what}.*--skip-bad"):
-            scanned(Folder(tmp_path), upscale=False)
-        skipped = scanned(Folder(tmp_path), upscale=False, skip_bad=True).skipped
-        assert sum(name in line and what in line for line in skipped) == 1
-        (tmp_path / name).unlink()
-    assert [e.path.name for e in scanned(Folder(tmp_path)).examples] == ["good.png", "latin.png"]
+    with pytest.raises(WrongRequest, match=r"^[^\n]*bad.png cannot be read [^\n]*--skip-bad$"):
+        scanned(Folder(tmp_path))
+
+
+def test_findings_name_what_is_unusual(tmp_path):
+    photos = tmp_path / "photos"
+    for name in ("a.png", "b.png", "b_mask.png", "gas_mask.png", "c-masklabel.png", "inside/x.png"):
+        write_image(photos / name)
+    write_image(photos / "small.png", (20, 20))
+    write_image(photos / "wide.png", (500, 64))
+    frames = [Image.new("RGB", (64, 64), color) for color in ("red", "blue")]
+    frames[0].save(photos / "moves.gif", save_all=True, append_images=frames[1:])
+    (photos / "a.txt").write_text("a photo of [trigger], (smiling:1.3)")
+    (photos / "b.txt").write_text(" ")
+    (photos / "gas_mask.txt").write_bytes("a größe".encode("cp1252"))
+    (photos / "other.txt").write_text("lost")
+    for name in ("x.heic", "y.mp4", "z.mp4", "a.npz", "Thumbs.db"):
+        (photos / name).write_bytes(b"x")
+    found = scanned(Folder(photos))
+    assert [example.path.name for example in found.examples] == [
+        "a.png", "b.png", "gas_mask.png", "moves.gif", "small.png", "wide.png"
+    ]  # fmt: skip
+    notes = {finding.what.split(",")[0].split(" in another")[0]: finding for finding in found.found.all()}
+    assert "2 .mp4" in notes["files that are not read"].names and notes["files that are not read"].count >= 2
+    names = {what: finding.names for what, finding in notes.items()}
+    assert names["masks of other images"] == ("b_mask.png", "c-masklabel.png")
+    assert names["folders inside that hold images"] == (str(photos / "inside"),)
+    assert names["animations"] == ("moves.gif",)
+    assert names["images enlarged more than 1.5 times"] == ("small.png",)
+    assert names["images of which more than 20% is cut off"] == ("wide.png",)
+    assert names["captions that are not UTF-8"] == ("gas_mask.png in cp1252",)
+    assert names["files of captions without an image"] == ("other.txt",)
+    assert names["captions with [trigger]"] == names["captions that weight words"] == ("a.png",)
+    assert "b.png: b.txt is empty" in names["images without a caption"]
+    triggered = scanned(Folder(photos, trigger="zqx"))
+    assert next(e.caption for e in triggered.examples if e.path.name == "a.png") == "a photo of zqx, (smiling:1.3)"
+    added = next(finding for finding in triggered.found.all() if "now added" in finding.what)
+    assert added.line() == "captions without the trigger, now added: 1 (gas_mask.png)"
+    assert list(captions_of([Folder(photos, trigger="zqx")]))[:3] == [
+        "a photo of zqx, (smiling:1.3)", "zqx", "zqx, a größe"
+    ]  # fmt: skip
+
+
+def test_names_of_folders_mean_repeats_and_class_as_in_sd_scripts(tmp_path):
+    write_image(tmp_path / "10_zqx  man" / "a.png")
+    write_image(tmp_path / "1_man" / "b.png")
+    write_image(tmp_path / "deep" / "er" / "c.png")
+    folders = expand(Folder(tmp_path), recursive=False)
+    assert [(f.path.name, f.repeats, f.class_tokens) for f in folders] == [
+        ("10_zqx  man", 10, "zqx man"), ("1_man", 1, "man")
+    ]  # fmt: skip
+    assert [(e.caption, e.repeats) for e in scanned(*folders).examples] == [("zqx man", 10), ("man", 1)]
+    assert len(expand(Folder(tmp_path), recursive=True)) == 3
+    own = Folder(tmp_path / "10_zqx  man", repeats=3)
+    assert expand(own, recursive=False) == [own]
+    with pytest.raises(WrongRequest, match="1 lie in 1 folders inside it; name those, or pass --recursive"):
+        expand(Folder(tmp_path / "deep"), recursive=False)
 
 
 def test_impossible_request_is_not_blamed_on_the_images(tmp_path):
@@ -135,8 +152,8 @@ def test_unusable_folder_gives_one_clear_error(tmp_path):
     for folder, message in [
         (Folder(tmp_path / "none"), "none does not exist"),
         (Folder(tmp_path / "a.png"), "a.png is a file, not a folder"),
-        (Folder(tmp_path / "empty"), "empty holds no image"),
-        (Folder(tmp_path / "nested"), "subfolders are not searched"),
+        (Folder(tmp_path / "empty"), "empty holds no images that"),
+        (Folder(tmp_path / "nested"), "holds no images that fluxq reads"),
         (Folder(tmp_path, repeats=0), "0 repeats"),
     ]:
         with pytest.raises(WrongRequest, match=message):

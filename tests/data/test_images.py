@@ -4,13 +4,15 @@ import io
 import struct
 import warnings
 import zlib
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, ImageCms, PngImagePlugin
 
-from fluxq.data.images import image_files, image_size, open_image, prepare
+from fluxq.data import images
+from fluxq.data.images import image_files, image_size, listing, open_image, prepare
 from fluxq.errors import WrongRequest
 
 REMEDY = "remove it or replace it, or pass --skip-bad"
@@ -45,7 +47,7 @@ def header_only_png(width: int, height: int) -> bytes:
 
 
 def test_image_files_are_found_by_suffix_in_any_case_and_sorted(tmp_path):
-    for name in ["b.PNG", "a.jpg", "c.JpEg", "d.webp", "e.bmp", "a.txt", "f.gif", ".hidden.png", "B.png"]:
+    for name in ["b.PNG", "a.jpg", "c.JpEg", "d.webp", "e.bmp", "a.txt", "f.mp4", ".hidden.png", "B.png"]:
         (tmp_path / name).touch()
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder.png" / "inside.png").touch()
@@ -289,3 +291,76 @@ def test_crop_is_the_center():
 def test_prepare_refuses_a_size_that_does_not_cover():
     with pytest.raises(ValueError, match=r"\(6, 4\) does not cover .*\(16, 4\)"):
         prepare(Image.fromarray(arrow()), (6, 4), (16, 4))
+
+
+def profile_of(x: float) -> bytes:
+    """An RGB profile with sRGB's curve whose red primary is less or more saturated than sRGB's: a changed `rXYZ`."""
+    profile = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {
+        bytes(profile[132 + 12 * i : 136 + 12 * i]): 132 + 12 * i
+        for i in range(int.from_bytes(profile[128:132], "big"))
+    }
+    start = int.from_bytes(profile[tags[b"rXYZ"] + 4 : tags[b"rXYZ"] + 8], "big") + 8
+    profile[start : start + 4] = round(x * 65536).to_bytes(4, "big")
+    name = int.from_bytes(profile[tags[b"desc"] + 4 : tags[b"desc"] + 8], "big")
+    profile[name:] = profile[name:].replace("sRGB".encode("utf-16-be"), "wide".encode("utf-16-be"))
+    return bytes(profile)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".jpg", ".tif", ".webp"])
+def test_colors_come_from_the_profile_of_the_image(tmp_path, suffix):
+    image = Image.new("RGB", (16, 16), (200, 60, 50))
+    options = {"quality": 100} if suffix in (".jpg", ".webp") else {}
+    image.save(tmp_path / f"plain{suffix}", **options)
+    image.save(tmp_path / f"wide{suffix}", icc_profile=(wide := profile_of(0.6)), **options)
+    expected = ImageCms.profileToProfile(
+        image, ImageCms.ImageCmsProfile(io.BytesIO(wide)), ImageCms.createProfile("sRGB"),
+        renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+    )  # fmt: skip
+    plain, found = (np.asarray(open_image(tmp_path / f"{name}{suffix}"), int)[8, 8] for name in ("plain", "wide"))
+    assert np.abs(found - np.asarray(expected, int)[8, 8]).max() <= 3 < np.abs(found - plain).max()
+
+
+def test_profiles_that_are_damaged_or_of_other_channels_are_ignored(tmp_path):
+    image = Image.new("RGB", (4, 4), (200, 60, 50))
+    for name, profile in [("damaged", b"x" * 200), ("gray", profile_of(0.6).replace(b"RGB XYZ ", b"GRAYXYZ ", 1))]:
+        image.save(tmp_path / f"{name}.png", icc_profile=profile)
+        assert open_image(tmp_path / f"{name}.png").getpixel((0, 0)) == (200, 60, 50), name
+
+
+def test_transparency_keeps_its_profile(tmp_path):
+    Image.new("RGBA", (4, 4), (200, 60, 50, 0)).save(tmp_path / "clear.png", icc_profile=profile_of(0.6))
+    Image.new("RGBA", (4, 4), (200, 60, 50, 255)).save(tmp_path / "opaque.png", icc_profile=profile_of(0.6))
+    Image.new("RGB", (4, 4), (200, 60, 50)).save(tmp_path / "rgb.png", icc_profile=profile_of(0.6))
+    assert open_image(tmp_path / "clear.png").getpixel((0, 0)) == (255, 255, 255)
+    assert open_image(tmp_path / "opaque.png").getpixel((0, 0)) == open_image(tmp_path / "rgb.png").getpixel((0, 0))
+
+
+def test_png_with_megabytes_of_text_is_read(tmp_path):
+    text = PngImagePlugin.PngInfo()
+    text.add_text("workflow", "x" * (3 << 20), zip=True)
+    Image.new("RGB", (4, 4), "red").save(tmp_path / "a.png", pnginfo=text)
+    assert open_image(tmp_path / "a.png").getpixel((0, 0)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("suffix", [".tiff", ".avif", ".jfif", ".jp2", ".gif", ".ppm", ".tga", ".qoi"])
+def test_other_formats_of_pillow_are_read(tmp_path, suffix):
+    options = {"format": "JPEG"} if suffix == ".jfif" else {}
+    Image.new("RGB", (32, 16), (200, 60, 50)).save(tmp_path / f"a{suffix}", **options)
+    assert image_files(tmp_path) == [tmp_path / f"a{suffix}"] and image_size(tmp_path / f"a{suffix}") == (32, 16)
+    assert np.abs(np.subtract(open_image(tmp_path / f"a{suffix}").getpixel((8, 8)), (200, 60, 50))).max() <= 4
+
+
+def test_formats_of_optional_packages_are_read_once_they_are_installed(tmp_path, monkeypatch):
+    (tmp_path / "a.heic").touch()
+    images._plugin.cache_clear()
+    monkeypatch.setattr(images, "find_spec", lambda name: None)
+    assert image_files(tmp_path) == [] and listing(tmp_path).unread == {".heic": 1}
+    images._plugin.cache_clear()
+    called: list[str] = []
+    monkeypatch.setattr(images, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        images, "import_module", lambda name: SimpleNamespace(register_heif_opener=lambda: called.append(name))
+    )
+    assert image_files(tmp_path) == [tmp_path / "a.heic"] and called == ["pillow_heif"]
+    images._plugin.cache_clear()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import ExitStack
 
 import pytest
@@ -52,10 +52,13 @@ def test_adamw8bit_follows_adamw_closely():
 
 
 class Losses:
-    """The losses of micro-steps, which need nothing ahead."""
+    """The losses of micro-steps, which need nothing ahead. shares: of those that are not full."""
 
-    def __init__(self, loss: Callable[[int], torch.Tensor]) -> None:
-        self.loss, self.prepared = loss, []
+    def __init__(self, loss: Callable[[int], torch.Tensor], shares: Mapping[int, float] | None = None) -> None:
+        self.loss, self.prepared, self.shares = loss, [], shares or {}
+
+    def share(self, index: int) -> float:
+        return self.shares.get(index, 1.0)
 
     def prepare(self, index: int) -> None:
         self.prepared.append(index)
@@ -113,6 +116,16 @@ def test_a_state_that_was_saved_per_tensor_is_taken_over():
 
 def seeds(count: int, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for _ in range(count)]
+
+
+def test_every_image_weighs_the_same_in_batches_that_are_not_full():
+    """Batches of 4: seven images in two micro-steps, or six with the last batch of a bucket that has two."""
+    losses = {0: torch.tensor([1.0, 2.0, 3.0, 4.0]), 1: torch.tensor([9.0, 5.0])}
+    parameter = nn.Parameter(torch.ones(3))
+    optimizer = build_optimizer("adamw", [parameter], 1.0, 0.0)
+    objective = Losses(lambda index: (losses[index] * parameter[0]).mean(), shares={1: 0.5})
+    loss, norm = optimizer_step(optimizer, objective, 0, 2, 0.0, 0.0)
+    assert loss == pytest.approx(24 / 6) and norm == pytest.approx(24 / 8), "each counts as 1 of 8"
 
 
 def test_a_step_is_the_mean_of_its_micro_steps_clipped():

@@ -1,0 +1,39 @@
+"""How the images of a cache look, remembered by the hashes of their files: looking decodes a whole image."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from fluxq.data.looks import Look, look_at
+from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import atomic_path
+
+
+class Looks:
+    """The looks remembered in the JSON file at `path`; a damaged file counts as empty."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self._new = path, False
+        self._known: dict[str, Look] = {}
+        with suppress(OSError, ValueError, TypeError, AttributeError):
+            self._known = {key: Look(*look) for key, look in json.loads(path.read_text(encoding="utf-8")).items()}
+
+    def of(self, images: Mapping[Path, str]) -> dict[Path, Look]:
+        """How `images` (path -> hash of its file) look; those that cannot be decoded are left out."""
+        looks = {}
+        for path, hashed in images.items():
+            if hashed not in self._known:
+                with suppress(WrongRequest):
+                    self._known[hashed], self._new = look_at(path), True
+            if look := self._known.get(hashed):
+                looks[path] = look
+        return looks
+
+    def save(self) -> None:
+        if self._new:
+            with atomic_path(self.path) as temporary:
+                temporary.write_text(json.dumps(self._known), encoding="utf-8")
+            self._new = False

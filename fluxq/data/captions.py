@@ -1,0 +1,216 @@
+"""An image's caption, wherever its folder keeps it, and what becomes of it before it is encoded.
+
+The first of these that has text: a file of the image's name (`a.txt`, `a.caption`, `a.png.txt`), a JSON file of its
+name, the folder's `metadata.jsonl` or `metadata.csv` (`file_name`, `text`: the imagefolder layout of Hugging Face's
+datasets), a JSON file of captions by image (sd-scripts', ai-toolkit's), and if asked for the image's own name. Suffixes
+count in any case. White space of any kind becomes single spaces.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from fluxq.errors import WrongRequest
+
+TEXT_SUFFIXES = (".txt", ".caption")
+FIELDS = ("caption", "text", "prompt")
+"""Where a JSON object or a row of a table keeps a caption, the first that has text."""
+LINES = ("all", "first")
+"""How much of a text file is the caption: all of it, or its first line with text, as in sd-scripts."""
+NAME = "file name"
+
+_PLACEHOLDER = re.compile(r"\[trigger\]|\{trigger\}|\[name\]", re.IGNORECASE)
+_CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # white space, or nothing that a text should hold
+
+
+class Caption(NamedTuple):
+    """What was found for an image. source: the file's suffix or name, or "file name", "" without a caption. why: why
+    there is none. encoding: that of the file, "" for UTF-8.
+    """
+
+    text: str
+    source: str = ""
+    why: str = ""
+    encoding: str = ""
+
+
+class Captions:
+    """The captions of one folder. `lines`: of a text file, one of LINES. from_names: an image that has no caption is
+    called by its file's name, without its number ("red_dress_02.png" -> "red dress").
+    """
+
+    def __init__(self, folder: Path, lines: str = "all", from_names: bool = False) -> None:
+        self.folder, self.lines, self.from_names = folder, lines, from_names
+        self.used: set[str] = set()
+        """Names of the files that gave or should have given an image its caption."""
+
+    @cached_property
+    def files(self) -> dict[str, str]:
+        """Name in lower case -> name, of the folder's files."""
+        names = sorted(entry.name for entry in os.scandir(self.folder) if entry.is_file())
+        return {name.lower(): name for name in reversed(names) if not name.startswith(".")}
+
+    def of(self, image: Path) -> Caption:
+        """The caption of `image`, of this folder. Raises WrongRequest for a file that is no text, or cannot be read."""
+        why = "none in its folder"
+        stem = image.stem.lower()
+        for name in (*(stem + suffix for suffix in TEXT_SUFFIXES), *(image.name.lower() + s for s in TEXT_SUFFIXES)):
+            if (real := self.files.get(name)) is not None:
+                self.used.add(real)
+                text, encoding = self._decoded(real)
+                if text := _folded(_first_line(text) if self.lines == "first" else text):
+                    return Caption(text, name[name.rindex(".") :], encoding=encoding)
+                why = f"{real} is empty"
+        if (real := self.files.get(f"{stem}.json")) is not None:
+            self.used.add(real)
+            if text := caption_in(self._json(real)):
+                return Caption(text, ".json")
+            why = f"{real} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
+        for name, captions in self._tables:
+            if text := captions.get(image.name.lower()) or captions.get(stem):
+                return Caption(text, name)
+        if self.from_names and (text := _folded(re.sub(r"[\s_-]*\d*$", "", image.stem).replace("_", " "))):
+            return Caption(text, NAME)
+        return Caption("", why=why)
+
+    def unused(self, images: Sequence[Path]) -> list[str]:
+        """Text files that look like captions but belong to none of `images`."""
+        stems = {part.lower() for image in images for part in (image.stem, image.name)}
+        suffixes = (*TEXT_SUFFIXES, ".json")
+        texts = ((name, real) for name, real in self.files.items() if name.endswith(suffixes))
+        tables = {name for name, _ in self._tables}
+        return sorted(r for n, r in texts if n.rpartition(".")[0] not in stems and r not in self.used | tables)
+
+    @cached_property
+    def _tables(self) -> list[tuple[str, Mapping[str, str]]]:
+        """(file, image's name in lower case, perhaps without its suffix -> caption) of each file for many images."""
+        images = {part for name in self.files for part in (name, name.rpartition(".")[0])}
+        found = []
+        for name, real in self.files.items():
+            read = {"metadata.jsonl": self._rows_of_jsonl, "metadata.csv": self._rows_of_csv}.get(name)
+            if read is None and name.endswith(".json") and not self._is_for_one_image(name):
+                read = self._rows_of_json
+            if read and (captions := {key: text for key, text in read(real) if key in images and text}):
+                found.append((real, captions))
+        return found
+
+    def _is_for_one_image(self, name: str) -> bool:
+        stem = name.rpartition(".")[0]
+        return any(other.rpartition(".")[0] == stem for other in self.files if other != name)
+
+    def _rows_of_jsonl(self, name: str) -> Iterator[tuple[str, str]]:
+        for number, line in enumerate(self._decoded(name)[0].split("\n"), 1):
+            if line.strip():
+                row = _parsed(line, f"{self.folder / name}, line {number},")
+                yield _key(row.get("file_name") if isinstance(row, dict) else None), caption_in(row)
+
+    def _rows_of_csv(self, name: str) -> Iterator[tuple[str, str]]:
+        try:
+            for row in csv.DictReader(io.StringIO(self._decoded(name)[0], newline="")):
+                yield _key(row.get("file_name")), caption_in(row)
+        except csv.Error as error:
+            raise WrongRequest(f"{self.folder / name} is not a table ({error}); correct it or move it away") from error
+
+    def _rows_of_json(self, name: str) -> Iterator[tuple[str, str]]:
+        data = self._json(name)
+        if isinstance(data, list):
+            data = {_key(row.get("file_name")): row for row in data if isinstance(row, dict)}
+        for key, value in data.items() if isinstance(data, dict) else ():
+            yield _key(key), _folded(value) if isinstance(value, str) else caption_in(value, tags=True)
+
+    def _json(self, name: str) -> Any:
+        return _parsed(self._decoded(name)[0], str(self.folder / name))
+
+    def _decoded(self, name: str) -> tuple[str, str]:
+        path = self.folder / name
+        try:
+            return decoded(path.read_bytes())
+        except UnicodeError as error:
+            raise WrongRequest(f"{path} is not text; save it as UTF-8, or pass --skip-bad to do without it") from error
+        except OSError as error:
+            raise WrongRequest(
+                f"{path} cannot be read ({error.strerror}); make it readable, or pass --skip-bad to do without it"
+            ) from error
+
+
+def decoded(data: bytes) -> tuple[str, str]:
+    """Text, and the name of its encoding if it is not UTF-8: UTF-16 (as some editors on Windows write), or cp1252.
+
+    Raises UnicodeError for what is none of these.
+    """
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        return data.decode("utf-16"), "UTF-16"
+    zeros = data[::2].count(0), data[1::2].count(0)
+    if sum(zeros) > len(data) // 4:  # of letters in UTF-16 every second byte is 0
+        return data.decode("utf-16-be" if zeros[0] > zeros[1] else "utf-16-le"), "UTF-16"
+    with suppress(UnicodeDecodeError):
+        return data.decode("utf-8-sig"), ""
+    if any(zeros):
+        raise UnicodeError("holds bytes that are 0")
+    return data.decode("cp1252"), "cp1252"
+
+
+def caption_in(row: Any, tags: bool = False) -> str:
+    """The caption in a JSON object or a table's row: the first of FIELDS that has text. With `tags`, sd-scripts' field
+    of that name is put behind it.
+    """
+    if not isinstance(row, dict):
+        return _folded(row) if isinstance(row, str) else ""
+    texts = (_folded(value) for field in FIELDS if isinstance(value := row.get(field), str))
+    caption, more = next(filter(None, texts), ""), row.get("tags") if tags else None
+    return ", ".join(filter(None, (caption, _folded(more) if isinstance(more, str) else "")))
+
+
+def with_trigger(caption: str, trigger: str | None) -> str:
+    """`caption` with `trigger` in place of [trigger], {trigger} or [name], or in front unless it already contains that
+    word. Either may be empty.
+    """
+    trigger = " ".join((trigger or "").split())
+    if not trigger:
+        return caption
+    filled = _PLACEHOLDER.sub(lambda _: trigger, caption)
+    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", filled, re.IGNORECASE):
+        return filled
+    return f"{trigger}, {filled}" if filled else trigger
+
+
+def has_placeholder(caption: str) -> bool:
+    return _PLACEHOLDER.search(caption) is not None
+
+
+def has_weight(caption: str) -> bool:
+    """Whether the caption weights words, "(red:1.3)": training takes that literally."""
+    return re.search(r"\([^()]+:\s*\d*\.?\d+\s*\)", caption) is not None
+
+
+def _first_line(text: str) -> str:
+    lines = re.split(r"\r\n|\r|\n", text)  # not at other characters, which sd-scripts does not take for line ends
+    return next((line for line in lines if line.strip()), "")
+
+
+def _folded(text: str) -> str:
+    """`text` with every run of white space as one space. Control characters count as white space."""
+    return " ".join(_CONTROL.sub(" ", text).split())
+
+
+def _key(name: object) -> str:
+    """The last part of a path, with / or \\, in lower case."""
+    return re.split(r"[/\\]", name)[-1].lower() if isinstance(name, str) else ""
+
+
+def _parsed(text: str, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise WrongRequest(
+            f"{where} is not JSON ({error}); correct it or move it away, or pass --skip-bad to do without it"
+        ) from error
