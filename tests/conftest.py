@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -45,6 +46,15 @@ def pytest_collection_modifyitems(items):
         triton = "triton_ops" in item.fixturenames or (parameters or {}).get("either_backend") == "triton"
         if triton and os.environ.get("TRITON_INTERPRET") == "1":
             item.add_marker(pytest.mark.interpreted)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _older_objects_are_never_garbage():
+    """What libraries and earlier files have made is left out of gc.collect, which would search it all, for half a second
+    each time that a run frees memory.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.fixture(autouse=True, scope="session")

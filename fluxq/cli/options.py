@@ -24,9 +24,7 @@ JSON = click.option(
 )
 
 
-def options(
-    *sections: str, renamed: dict[str, str] | None = None, helps: dict[str, str] | None = None
-) -> Callable:
+def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[str, str] | None = None) -> Callable:
     """The command-line options of these sections of the config, and --config and --set for their other keys.
 
     renamed: option -> its name in this command, "" to leave it out. helps: option -> its help where this command does
