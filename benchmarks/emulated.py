@@ -370,9 +370,9 @@ def predicted(row: Row, found: dict[str, Any]) -> Predicted:
     return Predicted(peak / GIB, footprint.reserved(costs, setting, peak - footprint.fixed(costs, setting)) / GIB)
 
 
-def setting_of(costs: Costs, found: dict[str, Any]) -> footprint.Setting:
+def setting_of(costs: Costs, found: dict[str, Any]) -> footprint.Residency:
     resident = spread([block.units for block in costs.blocks], found["resident"])
-    return footprint.Setting(found["slots"], tuple(u for u in costs.units if u in resident), found["look_ahead"])
+    return footprint.Residency(found["slots"], tuple(u for u in costs.units if u in resident), found["look_ahead"])
 
 
 def page(rows: dict[str, dict[str, Any]], made_with: Mapping[str, str | None]) -> tuple[str, list[str]]:

@@ -30,7 +30,7 @@ from fluxq.model.costs import flux_costs
 from fluxq.model.modulation import is_known_ahead
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
-from fluxq.offload.footprint import Setting, peak_by_owner
+from fluxq.offload.footprint import Residency, peak_by_owner
 from fluxq.offload.streams import Immediate
 from fluxq.training import flat, objective
 
@@ -208,7 +208,7 @@ def test_predicted_bytes_equal_those_of_the_step_by_owner(case):
     config = replace(FluxConfig.dev(), depth=case.blocks[0], depth_single_blocks=case.blocks[1])
     costs, everything = costs_of(case, config), case.resident is None
     resident = spread([b.units for b in costs.blocks], len(costs.units) if everything else case.resident)
-    setting = Setting(0 if everything else case.slots, tuple(resident), costs.window)
+    setting = Residency(0 if everything else case.slots, tuple(resident), costs.window)
     expected = peak_by_owner(costs, [case.policy if b.policies else "" for b in costs.blocks], False, setting)
     if everything:  # including modulation's weights
         expected["weights"] += sum(costs.ahead.values())

@@ -13,7 +13,7 @@ from fluxq.errors import WrongRequest
 from fluxq.offload import steps as steps_module
 from fluxq.offload.clock import VirtualStreams
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
-from fluxq.offload.footprint import Setting, peak_by_owner
+from fluxq.offload.footprint import Residency, peak_by_owner
 from fluxq.offload.gpus import GPU, GPUS
 from fluxq.offload.mixtures import points
 from fluxq.offload.planner import SLOTS, least, plan, timeline
@@ -56,7 +56,7 @@ def brute_force(costs: Costs, floor: int, extras: tuple[int, ...]) -> list[float
     many bytes more than `floor`.
     """
     settings = [
-        Setting(slots, resident, 0)
+        Residency(slots, resident, 0)
         for number in range(len(costs.units) + 1)
         for resident in itertools.combinations(costs.units, number)
         for slots in ((2, 3, 4) if number < len(costs.units) else (0,))
