@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fluxq.kernels import Weight, dequantize
-from fluxq.model.layout import Place, placed
+from fluxq.model.layout import TensorEntry, placed
 from fluxq.model.text_layers import Units
 from fluxq.offload import Piece, Schedule, Stored, StreamingRing, Streams
 from fluxq.offload.arena import streams_from_files
@@ -75,7 +75,7 @@ class _Part:
     """
 
     begin: int
-    places: list[Place]
+    places: list[TensorEntry]
     length: int
     kind: Callable[..., Weight]
 
