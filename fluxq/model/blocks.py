@@ -30,7 +30,7 @@ from fluxq.kernels import (
     modulate,
     qk_norm_rope,
 )
-from fluxq.kernels.steps import divides_out
+from fluxq.kernels.block_ops import divides_out
 from fluxq.offload import Pass, Ring
 
 from .config import FluxConfig

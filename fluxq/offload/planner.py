@@ -4,7 +4,7 @@ function.
 `plan` reads a GPU and tables of bytes and FLOPs (fluxq/offload/costs.py), one for each allowed way of holding and
 multiplying the weights. For each table it lists what the blocks can keep (mixtures.py) and combines that with every
 number of slots and of resident units that fits (footprint.py). It tries the most promising candidates first: the ring
-itself, under a virtual clock (steps.py), says how long a step takes on the GPU; it takes no less than Python needs to
+itself, under a virtual clock (simulation.py), says how long a step takes on the GPU; it takes no less than Python needs to
 launch its kernels. It picks the fastest that fits; of the plans within 1 % of it, the one with the most accurate
 weights. Every figure is a prediction.
 """
@@ -27,7 +27,7 @@ from .gpus import GIB, GPU
 from .mixtures import Point, points
 from .plans import Pins, Plan, gib, gib_up
 from .schedule import Schedule, spread
-from .steps import Timeline, run_steps
+from .simulation import Timeline, run_steps
 
 SLOTS = (2, 3, 4, 8)
 """The numbers to try: a double block holds two units, and more than eight hide nothing more."""

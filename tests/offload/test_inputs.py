@@ -18,7 +18,7 @@ from fluxq.offload.arena import Arena
 from fluxq.offload.clock import Event, TimedStreams, WatchedLane
 from fluxq.offload.costs import BUFFERS
 from fluxq.offload.inputs import INPUTS, PinnedBuffers, inputs_for
-from fluxq.offload.steps import run_steps
+from fluxq.offload.simulation import run_steps
 
 CPU = torch.device("cpu")
 

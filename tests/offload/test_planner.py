@@ -10,7 +10,7 @@ import random
 import pytest
 
 from fluxq.errors import WrongRequest
-from fluxq.offload import steps as steps_module
+from fluxq.offload import simulation as steps_module
 from fluxq.offload.clock import VirtualStreams
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
 from fluxq.offload.footprint import Residency, peak_by_owner
@@ -19,7 +19,7 @@ from fluxq.offload.mixtures import points
 from fluxq.offload.planner import SLOTS, least, plan, timeline
 from fluxq.offload.plans import Pins, describe
 from fluxq.offload.schedule import Schedule
-from fluxq.offload.steps import run_steps
+from fluxq.offload.simulation import run_steps
 
 TEST_GPU = GPU("test", 0, bf16=1.25, int8=5, fp8=0, memory_gb_s=1e9, memory_gib=1, bus_gb_s=1.0)  # 1 TFLOP = 1 s
 TFLOP, MB = 1e12, 10**6

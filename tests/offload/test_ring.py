@@ -30,7 +30,7 @@ from fluxq.offload import (
 )
 from fluxq.offload import streams as streams_module
 from fluxq.offload.clock import Race, VirtualStreams
-from fluxq.offload.steps import run_steps
+from fluxq.offload.simulation import run_steps
 
 SINGLE = tuple((f"s{i}",) for i in range(7))
 MIXED = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",), ("s2",))
