@@ -278,7 +278,7 @@ class watched:
         from fluxq.kernels import triton
 
         # no kernel fills the scales, and zeros cannot be divided out
-        self._ones = patch.object(Scale, "divides_out", property(lambda scale: True))
+        self._ones = patch.object(Scale, "is_invertible", property(lambda scale: True))
         self._report, self._inputs, backward = emulated.report, list[bool](), triton.qk_norm_rope_backward
 
         def seen(*arguments: Any) -> Any:

@@ -59,7 +59,7 @@ def qk_norm_rope(
     return _QKNormRope.apply(cos, sin, invertible, *(tensor for stream in streams for tensor in stream))[:3]
 
 
-def divides_out(scale: Tensor) -> bool:
+def is_invertible(scale: Tensor) -> bool:
     """Whether a norm's scale (D/H,) can be divided out again after RoPE.
 
     RoPE mixes adjacent pairs, so a number that is small next to its neighbor drowns in the neighbor's rounding: at a

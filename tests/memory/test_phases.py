@@ -79,7 +79,7 @@ def filled(flux: Flux, resident, slots: int, format: str = "nf4") -> Flux:
         flux.ring = StreamingRing(schedule, host, place, META, Immediate())
     for module in flux.modules():
         if isinstance(module, Scale):
-            module.__dict__["divides_out"] = True  # of no values this cannot be asked
+            module.__dict__["is_invertible"] = True  # of no values this cannot be asked
     return flux.eval()
 
 

@@ -104,7 +104,7 @@ def flux_of(case: Case, config: FluxConfig, resident: Collection[str]) -> Flux:
         flux = load_streamed(units, META, resident, case.slots, Immediate(), ahead=ahead)
     for module in flux.modules():
         if isinstance(module, Scale):
-            module.__dict__["divides_out"] = True  # it cannot be computed without values
+            module.__dict__["is_invertible"] = True  # it cannot be computed without values
     add_lora(flux, case.rank, case.rank, case.targets)
     flux.set_policy(case.policy)
     flux.set_compute(case.compute)

@@ -70,7 +70,7 @@ def test_live_bytes_fall_as_predicted(case):
         flux = Flux(config).to(torch.bfloat16)
     for module in flux.modules():
         if isinstance(module, Scale):
-            module.__dict__["divides_out"] = True  # it cannot be computed without values
+            module.__dict__["is_invertible"] = True  # it cannot be computed without values
     add_lora(flux, 16, 16, targets)
     flux.set_policy(policy)
     costs = flux_costs(config, "bf16", "bf16", 16, targets, batch, side * side, text, chunk=CHUNKS[86])
