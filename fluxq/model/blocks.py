@@ -177,7 +177,7 @@ class SingleStreamBlock(nn.Module):
         x, modulated = fork_modulate(x, shift, scale, self.linear1.wants("qkv", "hidden"))
         qkv, hidden = self.linear1(modulated, ("qkv", "hidden"), self.linear1_parts)
         attended = attention(*joint_qkv([(qkv, self.norm)], cos, sin))
-        both = gelu_tanh(hidden, beside=attended, wants=self.linear2.wants("end"))
+        both = gelu_tanh(hidden, prepend=attended, wants=self.linear2.wants("end"))
         return gated_add(x, gate, self.linear2(both, feeds="end"))
 
 
