@@ -5,7 +5,7 @@
 
 Writes FLUX.1 dev (bf16), T5-XXL (fp16), CLIP-L (fp16) and the autoencoder (fp32) with random weights in the real files'
 layouts. Then runs a user's commands: `quantize` to NF4, `cache` of two photographs with captions, `train` for one step
-at 256 x 256 pixels (--resolution), with every unit streamed through a few slots, as on a small GPU; but here slots and arena share the
+at 256 x 256 pixels, with every unit streamed through a few slots, as on a small GPU; but here slots and arena share the
 same RAM. Each command's anonymous resident memory (RssAnon: no mapped files, no page cache) is sampled every 20 ms. The
 JSON has peaks, seconds, versions and the commit.
 """

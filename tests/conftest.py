@@ -50,7 +50,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture(autouse=True, scope="module")
 def _older_objects_are_never_garbage():
-    """What libraries and earlier files have made is left out of gc.collect, which would search it all, for half a second
+    """What libraries and earlier files have made is left out of gc.collect: searching all of it takes half a second,
     each time that a run frees memory.
     """
     gc.collect()

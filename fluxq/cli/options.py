@@ -50,7 +50,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
             hints = typing.get_type_hints(SECTIONS[section])
             for field in reversed(dataclasses.fields(SECTIONS[section])):
                 flag = field.metadata.get("flag") or ""
-                help = (helps or {}).get(flag, field.metadata.get("help", ""))
+                help = (helps or {}).get(flag) or field.metadata["help"]
                 flag = (renamed or {}).get(flag, flag)
                 if flag:
                     command = _option(flag, f"{section}.{field.name}", field, hints[field.name], help)(command)

@@ -4,8 +4,8 @@ function.
 `plan` reads a GPU and tables of bytes and FLOPs (fluxq/offload/costs.py), one for each allowed way of holding and
 multiplying the weights. For each table it lists what the blocks can keep (mixtures.py) and combines that with every
 number of slots and of resident units that fits (footprint.py). It tries the most promising candidates first: the ring
-itself, under a virtual clock (simulation.py), says how long a step takes on the GPU; it takes no less than Python needs to
-launch its kernels. It picks the fastest that fits; of the plans within 1 % of it, the one with the most accurate
+itself, under a virtual clock (simulation.py), says how long a step takes on the GPU; it takes no less than Python needs
+to launch its kernels. It picks the fastest that fits; of the plans within 1 % of it, the one with the most accurate
 weights. Every figure is a prediction.
 """
 

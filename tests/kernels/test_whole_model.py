@@ -26,7 +26,7 @@ def gradients(flux: Flux, device: torch.device) -> list[torch.Tensor]:
 
 
 def quantize_weights_plainly(monkeypatch) -> None:
-    """Frozen weights become 8-bit rows by the reference: row by row, that is most of what the interpreter does here, and
+    """Frozen weights become 8-bit rows by the reference: row by row, that is most of what the interpreter does here.
     test_row_scaled.py and test_rotation.py have the kernel.
     """
     from fluxq.kernels.triton import convert

@@ -10,7 +10,7 @@ import random
 import pytest
 
 from fluxq.errors import WrongRequest
-from fluxq.offload import simulation as steps_module
+from fluxq.offload import simulation
 from fluxq.offload.clock import VirtualStreams
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
 from fluxq.offload.footprint import Residency, peak_by_owner
@@ -209,7 +209,7 @@ def test_seconds_and_stall_are_those_of_the_virtual_clock(monkeypatch):
         assert (found.seconds, found.stall, found.moved) == (clock.seconds, clock.stalled, clock.copied)
         assert found.look_ahead == 16 and found.stall > 0
         with monkeypatch.context() as patch:
-            patch.setattr(steps_module, "SETTLES", 16)
+            patch.setattr(simulation, "SETTLES", 16)
             whole = run_steps(schedule, sizes, forward, back, lambda n: n / 1e9, every=16, **given)
         assert found.seconds == pytest.approx(whole.seconds, rel=1e-9)
 
