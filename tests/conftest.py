@@ -26,21 +26,25 @@ VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsy
 LONGEST = (  # files, by their CPU seconds; they are begun first, so that no worker is left alone with one at the end
     "commands/test_demo.py",
     "test_train.py",
-    "caching/test_memory.py",
-    "offload/test_streamed_flux.py",
     "benchmarks/test_scripts.py",
     "benchmarks/test_fullsize.py",
-    "kernels/test_whole_model.py",
-    "kernels/test_aot.py",
-    "model/test_byte_ring.py",
+    "caching/test_memory.py",
+    "offload/test_streamed_flux.py",
     "memory/test_retry.py",
+    "training/test_train_clip.py",
+    "kernels/test_whole_model.py",
+    "memory/test_phases.py",
+    "model/test_byte_ring.py",
 )
+LAST = "kernels/test_aot.py"
+"""It compiles in two processes, which need the core of a worker that has nothing left."""
 
 
 def pytest_collection_modifyitems(items):
     """Tests whose kernels run in Triton's interpreter are many and slow: `make quick` leaves them out."""
     places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    items.sort(key=lambda item: places.get(item.path, len(places)))
+    places[Path(__file__).parent / LAST] = len(LONGEST) + 1
+    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
     for item in items:
         parameters = getattr(item, "callspec", None) and item.callspec.params
         triton = "triton_ops" in item.fixturenames or (parameters or {}).get("either_backend") == "triton"
