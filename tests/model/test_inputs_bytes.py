@@ -23,8 +23,8 @@ from fluxq.offload.inputs import INPUTS
 from fluxq.offload.planner import Residency, peak_by_owner
 
 CASES = [  # doubles, singles, policy, image side in tokens, text, batch, targets
-    (2, 4, "recompute", 32, 512, 1, "attention+mlp"),
-    (2, 4, "recompute", 24, 77, 3, "attention+mlp"),
+    (3, 6, "recompute", 32, 512, 1, "attention+mlp"),
+    (3, 6, "recompute", 24, 77, 3, "attention+mlp"),
     (0, 6, "keep_attention", 48, 256, 1, "attention+mlp"),
     (6, 0, "keep_all", 24, 512, 2, "attention+mlp"),
     (2, 9, "recompute", 32, 512, 1, r"single_blocks\.[1-8]\.linear2"),
