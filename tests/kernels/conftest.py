@@ -31,6 +31,7 @@ def triton_ops(device):
         add_interpreted_dot_scaled()
         patch_once_a_launch()
         make_types_once()
+        make_numbers_once()
     with backend("triton"):
         from fluxq.kernels import triton
 
@@ -189,3 +190,36 @@ def make_types_once() -> None:
     TritonSemantic.broadcast_impl_value = broadcast_value
     interpreter._get_np_dtype = cache(interpreter._get_np_dtype)
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)
+
+
+def make_numbers_once() -> None:
+    """Triton's interpreter checks the types of both operands of every operation, and makes a number as wide as the other,
+    a tensor; here each number once for a type of tensor. Two tensors of one type need no check.
+    """
+    import triton.language as tl
+    from triton.language.semantic import TritonSemantic
+
+    check, numbers = TritonSemantic.binary_op_type_checking_impl, {}
+    if getattr(check, "mended", False):
+        return
+    same = {tl.float32, tl.int32}  # of these, an operation takes and gives the same
+
+    def checked(self, a, b, *options, **more):
+        if isinstance(a, tl.tensor) and isinstance(b, tl.tensor):
+            alike = a.shape is b.shape and a.dtype in same and a.dtype == b.dtype
+            return (a, b) if alike else check(self, a, b, *options, **more)
+        tensor, number = (a, b) if isinstance(a, tl.tensor) else (b, a)
+        if not isinstance(tensor, tl.tensor):
+            return check(self, a, b, *options, **more)
+        key = tensor.type, type(number), repr(number), tensor is a, options, *more.items()
+        if key not in numbers:
+            pair = check(self, a, b, *options, **more)
+            kept, made = pair if tensor is a else pair[::-1]
+            if kept is not tensor:
+                return pair
+            made.handle.data.setflags(write=False)
+            numbers[key] = made
+        return (a, numbers[key]) if tensor is a else (numbers[key], b)
+
+    checked.mended = True
+    TritonSemantic.binary_op_type_checking_impl = checked
