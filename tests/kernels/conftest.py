@@ -193,8 +193,8 @@ def make_types_once() -> None:
 
 
 def make_numbers_once() -> None:
-    """Triton's interpreter checks the types of both operands of every operation, and makes a number as wide as the other,
-    a tensor; here each number once for a type of tensor. Two tensors of one type need no check.
+    """Triton's interpreter checks the types of both operands of every operation, and makes a number as wide as the
+    tensor that it meets; here each number once for a type of tensor. Two tensors of one type need no check.
     """
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
