@@ -187,9 +187,11 @@ def make_types_once() -> None:
         return (a, b) if a.type.is_block() and a.shape is b.shape else broadcast(self, a, b)
 
     def checked_operands(self, a, b, *options, **more):
-        if isinstance(a, tl.tensor) and isinstance(b, tl.tensor):
-            alike = a.shape is b.shape and a.dtype == b.dtype and a.dtype in (tl.float32, tl.int32)
-            return (a, b) if alike else check(self, a, b, *options, **more)
+        tensors = isinstance(a, tl.tensor) + isinstance(b, tl.tensor)
+        if tensors == 2 and a.shape is b.shape and a.dtype == b.dtype and a.dtype in (tl.float32, tl.int32):
+            return a, b
+        if tensors != 1:
+            return check(self, a, b, *options, **more)
         tensor, number = (a, b) if isinstance(a, tl.tensor) else (b, a)
         key = tensor.type, type(number), repr(number), tensor is a, options, *more.items()
         if key not in numbers:
