@@ -39,7 +39,7 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 VOCABULARIES := diffsynth==1.1.7
 
 .PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
-.PHONY: emulated emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals emulated-ci
+.PHONY: emulated emulated-python emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals emulated-ci
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -85,10 +85,16 @@ gpu:
 $(GPU_PARTS): gpu-%:
 	$(PYTHON) -m benchmarks.session --out $(OUT_DIR) --minutes $(MINUTES) $*
 
-$(CUDA_VENV)/installed: setup.py pyproject.toml constraints-cuda.txt
+# Only what fluxq needs: fluxq itself is run from here, and nothing is written here while another pip installs it.
+$(CUDA_VENV)/installed: pyproject.toml constraints-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cuda.txt -e '.[test]'
+	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
+		print(*p['dependencies'], *p['optional-dependencies']['test'], sep='\n')" > $(CUDA_VENV)/requirements.txt
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cuda.txt \
+		-r $(CUDA_VENV)/requirements.txt
 	touch $@
+
+emulated-python: $(CUDA_INSTALLED)
 
 emulated: emulated-kernels emulated-host emulated-memory emulated-late emulated-early
 

@@ -21,7 +21,7 @@ from torch import Tensor
 
 from benchmarks import roofline
 from fluxq.bench.closeness import twice_rule
-from fluxq.bench.kernel_cases import LAYERS, Case, Layer, layer_shape, linear_cases, product_case, step_case
+from fluxq.bench.kernel_cases import LAYERS, KernelCase, Layer, layer_shape, linear_cases, product_case, step_case
 from fluxq.bench.kernels import check
 from fluxq.bench.memory_bound import EIGHT_BITS, ROWS, STEPS, STORAGE, Sizes, has_fp8
 from fluxq.bench.timing import FLUSH_BYTES, timed
@@ -48,7 +48,7 @@ STEP_CASES = {
 
 
 @lru_cache(maxsize=1)
-def step(name: str) -> Case:
+def step(name: str) -> KernelCase:
     case = step_case(STEP_CASES[name]())
     check(case)
     return case
@@ -65,7 +65,7 @@ def test_memory_bound(benchmark, name, side):
 
 
 @lru_cache(maxsize=1)
-def layer_cases(layer: str, tokens: int, format: str) -> dict[str, Case]:
+def layer_cases(layer: str, tokens: int, format: str) -> dict[str, KernelCase]:
     made = Layer.random(Sizes(DEVICE), (tokens, *layer_shape(Sizes(DEVICE), layer)), format)
     shape_class = "few" if tokens == 1 else "large"
     return dict(zip(("forward", "backward"), linear_cases(made, format, shape_class), strict=True))
@@ -88,7 +88,7 @@ def test_layer(benchmark, layer, tokens, direction, format, path):
             product(benchmark, case.run, case, direction)
 
 
-def on_path(case: Case, path: str) -> Any:
+def on_path(case: KernelCase, path: str) -> Any:
     if path == "reference":
         return nullcontext()
     from fluxq.kernels.triton import table
@@ -200,7 +200,7 @@ def run(benchmark: Any, call: Callable[[], Any], rounds: int = 50) -> None:
     benchmark.pedantic(lambda: (call(), synchronize()), setup=flush, rounds=rounds, warmup_rounds=2 if GPU else 1)
 
 
-def product(benchmark: Any, call: Callable[[], Any], case: Case, what: str) -> None:
+def product(benchmark: Any, call: Callable[[], Any], case: KernelCase, what: str) -> None:
     benchmark.group = f"{' x '.join(map(str, case.shape))}, {what}"
     benchmark.extra_info["tflop"] = case.operations / 1e12
     run(benchmark, call, 30)

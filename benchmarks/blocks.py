@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from benchmarks.cases import Case, last_only, parser, run_part, target
-from benchmarks.kernel_rows.setting import Setting, setting_of, skip_missing_fp8
+from benchmarks.kernel_rows.setting import BenchSetup, setting_of, skip_missing_fp8
 from benchmarks.peers import diffusers_blocks
 from benchmarks.peers.peft_lora import trained
 from benchmarks.roofline import KINDS, block_ms, measure_ceilings
@@ -47,7 +47,7 @@ SEEN = ("output", "d_input", "d_lora")
 class Bench:
     """One block with its inputs: the leading ones (img and txt, or both joined), vec, cos, sin; output gradients."""
 
-    setting: Setting
+    setting: BenchSetup
     kind: str
     rows: int
 
@@ -145,7 +145,7 @@ def main() -> None:
     run_part("blocks", arguments, prepare)
 
 
-def cases(s: Setting) -> Iterator[Case]:
+def cases(s: BenchSetup) -> Iterator[Case]:
     """The most important cases first, in case time runs out."""
 
     @last_only

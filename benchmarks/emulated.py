@@ -278,7 +278,7 @@ class watched:
         from fluxq.kernels import triton
 
         # no kernel fills the scales, and zeros cannot be divided out
-        self._ones = patch.object(Scale, "divides_out", property(lambda scale: True))
+        self._ones = patch.object(Scale, "is_invertible", property(lambda scale: True))
         self._report, self._inputs, backward = emulated.report, list[bool](), triton.qk_norm_rope_backward
 
         def seen(*arguments: Any) -> Any:
@@ -370,9 +370,9 @@ def predicted(row: Row, found: dict[str, Any]) -> Predicted:
     return Predicted(peak / GIB, footprint.reserved(costs, setting, peak - footprint.fixed(costs, setting)) / GIB)
 
 
-def setting_of(costs: Costs, found: dict[str, Any]) -> footprint.Setting:
+def setting_of(costs: Costs, found: dict[str, Any]) -> footprint.Residency:
     resident = spread([block.units for block in costs.blocks], found["resident"])
-    return footprint.Setting(found["slots"], tuple(u for u in costs.units if u in resident), found["look_ahead"])
+    return footprint.Residency(found["slots"], tuple(u for u in costs.units if u in resident), found["look_ahead"])
 
 
 def page(rows: dict[str, dict[str, Any]], made_with: Mapping[str, str | None]) -> tuple[str, list[str]]:

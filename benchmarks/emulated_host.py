@@ -126,7 +126,7 @@ def measure(row: Row) -> dict[str, Any]:
     """What a step of `row` launches, waits for and copies, and its CPU time, beside what is predicted."""
     import emulated
 
-    Scale.divides_out = property(lambda self: True)  # type: ignore[assignment, method-assign] - zeros, where no kernel runs
+    Scale.is_invertible = property(lambda self: True)  # type: ignore[assignment, method-assign] - zeros, where no kernel runs
     device, gpu, config = torch.device("cuda"), GPUS[row.gpu], FluxConfig.dev()
     setting = Setting(row.format, row.compute, row.policy, row.resolution, 1, RANK, T5_LENGTH)
     pins = Pins(blocks_to_swap=row.swap, policy=row.policy, offload=row.offload)

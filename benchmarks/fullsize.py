@@ -44,6 +44,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"), help="folder for the JSON file")
     parser.add_argument("--depth", type=int, nargs=2, default=(19, 38), help="double and single blocks")
     parser.add_argument("--t5-length", type=int, default=512)
+    parser.add_argument("--resolution", type=int, default=256)
     arguments = parser.parse_args()
     double, single = arguments.depth
     folder = (arguments.folder / f"{double}_{single}").resolve()
@@ -56,7 +57,7 @@ def main() -> None:
         *encoders,
         *tokenizers,
         f"--t5-length={arguments.t5_length}",
-        "--resolution=256",
+        f"--resolution={arguments.resolution}",
         f"--cache={folder / 'cache'}",
     ]
     common += [str(photographs(folder / "photos")), "--trigger=zqx", f"--flux={quantized}"]
@@ -70,7 +71,7 @@ def main() -> None:
         "about": about(torch.device("cpu")),
         "depth": [double, single],
         "t5_length": arguments.t5_length,
-        "pixels": 256,
+        "pixels": arguments.resolution,
     }
     report |= {
         "train_options": STREAMED,

@@ -103,7 +103,7 @@ def label(launch: Launch) -> str:
         case "qk_norm_rope._backward":
             return "qk_norm_rope_backward" + "_inputs" * given(launch, "qkv")
         case "gelu._gelu" | "gelu._gelu_8_bits":
-            return "gelu_tanh" + "_beside" * given(launch, "beside") + written(launch)
+            return "gelu_tanh" + "_prepend" * given(launch, "prepend") + written(launch)
         case "gelu._gelu_backward":
             return "gelu_tanh_backward"
         case "convert._convert":

@@ -339,15 +339,13 @@ class SamplesConfig:
     )
     width: int | None = option(
         None,
-        "Image width in pixels, a multiple of 16; default: the training resolution (fluxq sample: 512, or 768 "
-        "on a GPU of 12 GiB or more).",
+        "Image width in pixels, a multiple of 16; default: the training resolution.",
         "--width",
         minimum=16,
     )
     height: int | None = option(
         None,
-        "Image height in pixels, a multiple of 16; default: the training resolution (fluxq sample: 512, or 768 "
-        "on a GPU of 12 GiB or more).",
+        "Image height in pixels, a multiple of 16; default: the training resolution.",
         "--height",
         minimum=16,
     )

@@ -1,4 +1,5 @@
-"""The demo as tests run it: 50 of its 400 steps at three times its learning rate, and a third of its held-out images.
+"""The demo as tests run it: 50 of its 400 steps at three times its learning rate, a third of its held-out images, and
+images sampled in 4 steps.
 
     python tests/short_demo.py FOLDER [fluxq demo's options]
 
@@ -10,6 +11,7 @@ from __future__ import annotations
 import socket
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from fluxq.commands import demo
@@ -42,6 +44,7 @@ if __name__ == "__main__":
     socket.socket.connect = socket.getaddrinfo = socket.create_connection = forbidden
     sys.modules["triton"] = None  # the package trains without it
     demo.draw_images, demo.demo_config = draw_images, demo_config
+    demo.Request = partial(demo.Request, steps=4)
     from fluxq.cli import main
 
     main(["demo", "--json", "--out", *sys.argv[1:]])

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from benchmarks.cases import Case, Skip, target
-from benchmarks.kernel_rows.setting import LAYERS, Setting, skip_missing_fp8
+from benchmarks.kernel_rows.setting import LAYERS, BenchSetup, skip_missing_fp8
 from benchmarks.peers import torchao_8bit
 from benchmarks.roofline import predicted_ms, product
 from fluxq.bench.closeness import cosine, relative_error
@@ -21,14 +21,14 @@ HOPPER = {"int8": ">= 1.15", "int8_dx": ">= 1.4", "fp8_dx": ">= 1.4"}
 """compute -> the target for plain bf16's time over ours on Hopper."""
 
 
-def cases(setting: Setting) -> Iterator[Case]:
+def cases(setting: BenchSetup) -> Iterator[Case]:
     for rows in setting.rows:
         for compute in COMPUTES[1:]:
             for layer in LAYERS:
                 yield Case(f"8 bits: {compute}, {layer}, M {rows}", partial(measure, setting, layer, rows, compute))
 
 
-def measure(s: Setting, layer: str, rows: int, compute: str) -> dict[str, Any]:
+def measure(s: BenchSetup, layer: str, rows: int, compute: str) -> dict[str, Any]:
     skip_missing_fp8(s.device, compute)
     bits = compute.removesuffix("_dx")
     o = s.layer(layer, rows, "nf4")

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.cases import Case, Skip
-from benchmarks.kernel_rows.setting import LAYERS, Setting, skip_missing_fp8
+from benchmarks.kernel_rows.setting import LAYERS, BenchSetup, skip_missing_fp8
 from benchmarks.peers import torchao_8bit
 from fluxq.bench.closeness import cosine, relative_error
 from fluxq.bench.kernel_cases import layer_shape
@@ -25,14 +25,14 @@ BF16 = 2**-8
 """The largest relative error of rounding to bf16."""
 
 
-def cases(setting: Setting) -> Iterator[Case]:
+def cases(setting: BenchSetup) -> Iterator[Case]:
     for compute in COMPUTES[1:]:
         for layer in LAYERS:
             for kind in INPUTS:
                 yield Case(f"errors: {compute}, {layer}, {kind}", partial(measure, setting, layer, compute, kind))
 
 
-def measure(s: Setting, layer: str, compute: str, kind: str) -> dict[str, Any]:
+def measure(s: BenchSetup, layer: str, compute: str, kind: str) -> dict[str, Any]:
     """Only products without rotation are judged. Rounding errors are independent, so the bound for y's error is that of
     x and that of W (by the reference) added in quadrature, and a fifth more.
     """

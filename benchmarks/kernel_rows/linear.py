@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.cases import Case, Skip, target
-from benchmarks.kernel_rows.setting import LAYERS, Setting
+from benchmarks.kernel_rows.setting import LAYERS, BenchSetup
 from benchmarks.peers import peft_lora
 from benchmarks.roofline import predicted_ms
 from fluxq.bench.closeness import twice_rule
@@ -23,7 +23,7 @@ SAMPLE = 256
 """Rows of y and of dx that are compared with fp64, spread over all."""
 
 
-def cases(setting: Setting) -> Iterator[Case]:
+def cases(setting: BenchSetup) -> Iterator[Case]:
     for rows in setting.rows:
         for layer in LAYERS:
             yield Case(f"linear: bf16 over nf4, {layer}, M {rows}", partial(measure, setting, layer, rows, "nf4"))
@@ -31,7 +31,7 @@ def cases(setting: Setting) -> Iterator[Case]:
             yield Case(f"linear: bf16 over {format}, mlp.0, M {rows}", partial(measure, setting, "mlp.0", rows, format))
 
 
-def measure(s: Setting, layer: str, rows: int, format: str) -> dict[str, Any]:
+def measure(s: BenchSetup, layer: str, rows: int, format: str) -> dict[str, Any]:
     o = s.layer(layer, rows, format)
     given = o.given()
     checked = check(o, given)

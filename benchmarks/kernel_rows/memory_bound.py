@@ -7,7 +7,7 @@ from functools import partial
 from typing import Any
 
 from benchmarks.cases import Case, target
-from benchmarks.kernel_rows.setting import Setting
+from benchmarks.kernel_rows.setting import BenchSetup
 from benchmarks.roofline import predicted_ms
 from fluxq.bench.kernel_cases import layer_shape, step_case
 from fluxq.bench.memory_bound import STEPS, STORAGE, Step
@@ -16,7 +16,7 @@ from fluxq.bench.timing import timed
 SHAPES = ("mlp.0", "linear2")
 
 
-def cases(setting: Setting) -> Iterator[Case]:
+def cases(setting: BenchSetup) -> Iterator[Case]:
     for rows in setting.rows:
         for name, make in STEPS.items():
             yield Case(f"steps: {name}, M {rows}", partial(measure, setting, partial(make, setting.at(rows))))
@@ -26,7 +26,7 @@ def cases(setting: Setting) -> Iterator[Case]:
             yield Case(f"storage: {name}, {layer}", partial(measure, setting, made))
 
 
-def measure(s: Setting, make: Callable[[], Step]) -> dict[str, Any]:
+def measure(s: BenchSetup, make: Callable[[], Step]) -> dict[str, Any]:
     case = step_case(make())
     checked = case.check()
     ms = timed({"ours": case.run, "clone": case.against, "plain": case.plain}, s.device, s.seconds)

@@ -18,7 +18,7 @@ TINY = dict(tokens=136, width=128, heads=2, text=70, rank=4)
 
 
 @dataclass(frozen=True)
-class Setting:
+class BenchSetup:
     """rows: text and image tokens together; by default those of 512, 768 and 1024 pixels. seconds: per row."""
 
     device: torch.device
@@ -47,11 +47,11 @@ class Setting:
         return self.device.type == "cuda" and torch.cuda.get_device_capability(self.device)[0] == 9
 
 
-def setting_of(device: torch.device, tiny: bool, ceilings: Ceilings) -> Setting:
+def setting_of(device: torch.device, tiny: bool, ceilings: Ceilings) -> BenchSetup:
     """FLUX.1's sizes, or tiny ones that only show that everything runs."""
     if tiny:
-        return Setting(device, ceilings, True, (TINY["tokens"],), 0.0)
-    return Setting(device, ceilings)
+        return BenchSetup(device, ceilings, True, (TINY["tokens"],), 0.0)
+    return BenchSetup(device, ceilings)
 
 
 def skip_missing_fp8(device: torch.device, compute: str) -> None:

@@ -58,7 +58,7 @@ def fluxq(
     from fluxq.training.optim import build_optimizer, optimizer_step
 
     if emulated:  # zeros, where no kernel runs; training finds scales around 1
-        Scale.divides_out = property(lambda self: True)  # type: ignore[assignment, method-assign]
+        Scale.is_invertible = property(lambda self: True)  # type: ignore[assignment, method-assign]
     made = planned(setting, config, device, optimizer, blocks_to_swap=0, offload=False)
     flux, training = planned_flux(config, made, setting.rank, device), TrainingConfig(batch=setting.batch)
     parameters = list(flux.parameters())

@@ -28,7 +28,7 @@ LAYERS = {"qkv": (3, 1), "proj": (1, 1), "mlp.0": (4, 1), "mlp.2": (1, 4), "line
 
 
 @dataclass(frozen=True)
-class Case:
+class KernelCase:
     """One op at one shape. shape: (M, N, K) of a product, else of the first input. moved: bytes, of memory-bound ops.
 
     run: the backend of the device; plain: PyTorch in the same dtypes; exact: fp64 (each a list of tensors, output by
@@ -129,7 +129,9 @@ class Layer:
         return [y, dy[some] @ w + ds[some] @ down, ds.t() @ x, self.scale * dy.t() @ (x @ down.t())]
 
 
-def cases(device: torch.device, sizes: Sizes | None = None, stored: tuple[int, int] | None = None) -> Iterator[Case]:
+def cases(
+    device: torch.device, sizes: Sizes | None = None, stored: tuple[int, int] | None = None
+) -> Iterator[KernelCase]:
     """One per op in the table of choices and per shape class; operands are made one case at a time. stored: the shape
     of weights that change form, by default that of the MLP's first layer.
     """
@@ -163,7 +165,7 @@ def layer_shape(s: Sizes, layer: str) -> tuple[int, int]:
     return n * s.width, k * s.width
 
 
-def linear_cases(layer: Layer, format: str, shape_class: str) -> Iterator[Case]:
+def linear_cases(layer: Layer, format: str, shape_class: str) -> Iterator[KernelCase]:
     """The layer forward and backward, without autograd; of the gradients only that of x is compared."""
     decoded = reference.dequantize(layer.weight, torch.bfloat16)
     down, up = layer.down.bfloat16(), layer.up.bfloat16()
@@ -190,10 +192,10 @@ def linear_cases(layer: Layer, format: str, shape_class: str) -> Iterator[Case]:
         (f"lora_linear_backward_{format}", backward, plain_back, lambda: dy @ decoded),
     ):
         exact = lambda compared=compared: [compared(torch.float64)]  # noqa: E731
-        yield Case(op, shape_class, (m, n, k), run, compared, exact, against)
+        yield KernelCase(op, shape_class, (m, n, k), run, compared, exact, against)
 
 
-def product_case(s: Sizes, bits: str, shape: tuple[int, int, int]) -> Case:
+def product_case(s: Sizes, bits: str, shape: tuple[int, int, int]) -> KernelCase:
     """The product of 8-bit rows with their scales."""
     m, n, k = shape
     x, w = s.randn(m, k), s.randn(n, k)
@@ -206,16 +208,18 @@ def product_case(s: Sizes, bits: str, shape: tuple[int, int, int]) -> Case:
     def run() -> Tensor:
         return ops(a).matmul_8bit(a, a_scale, b, b_scale, torch.bfloat16)
 
-    return Case(f"matmul_{bits}", "large", shape, run, plain, lambda: [plain(torch.float64)], lambda: F.linear(x, w))
+    return KernelCase(
+        f"matmul_{bits}", "large", shape, run, plain, lambda: [plain(torch.float64)], lambda: F.linear(x, w)
+    )
 
 
-def step_case(step: Step) -> Case:
+def step_case(step: Step) -> KernelCase:
     """A memory-bound op, timed against a copy of as many bytes."""
     given = next(iter(step.inputs.values()))  # the tensor that matters comes first
     first, width = tensors(given)[0], given.shape[-1]
     moved = step.moved(step.run(reference))
     source = torch.empty(moved // 2, dtype=torch.uint8, device=first.device).random_()
-    return Case(
+    return KernelCase(
         step.op,
         str(1 << (width - 1).bit_length()) if step.op == "row_quantize" else "large",
         (given.shape[-2], width),

@@ -17,7 +17,7 @@ from fluxq.errors import WrongRequest
 from fluxq.kernels.dispatch import triton_installed
 from fluxq.models.tuning import tuned_file, use_tuned
 
-from .kernel_cases import Case, cases
+from .kernel_cases import KernelCase, cases
 from .memory_bound import Sizes
 from .timing import milliseconds
 
@@ -76,7 +76,7 @@ def keep(choices: dict[Any, Any], gpu: str) -> None:
     table.write(tuned_file(gpu), choices, gpu)
 
 
-def timed(case: Case, device: torch.device, runs: int, best: tuple[Any, Any] | None) -> dict[str, Any]:
+def timed(case: KernelCase, device: torch.device, runs: int, best: tuple[Any, Any] | None) -> dict[str, Any]:
     """The row of a case, run with the best choice, or with the one in use if there is none better."""
     plain = milliseconds(case.against, device, runs)
     with _using(case.op, best):
@@ -86,7 +86,7 @@ def timed(case: Case, device: torch.device, runs: int, best: tuple[Any, Any] | N
     return row | {"tflops": 1e-9 * case.operations / ms, "ratio": plain / ms}
 
 
-def best_choice(case: Case, device: torch.device, runs: int) -> tuple[Any, Any] | None:
+def best_choice(case: KernelCase, device: torch.device, runs: int) -> tuple[Any, Any] | None:
     """((op, generation, shape class), choice) of the fastest correct choice, or None if that is the one in use."""
     from triton.errors import TritonError
 
@@ -122,7 +122,7 @@ def _using(op: str, best: tuple[Any, Any] | None) -> Any:
     return table.using(op, best[1])
 
 
-def check(case: Case) -> None:
+def check(case: KernelCase) -> None:
     """Raise AssertionError unless the op's answer is within the twice rule (closeness.py)."""
     checked = case.check(SLACK)
     if not checked["ok"]:

@@ -147,10 +147,10 @@ def qk_norm_rope_backward(s: Sizes, streams: int = 1, from_qkv: bool = False) ->
     return Step("qk_norm_rope_backward", given, call)
 
 
-def gelu_tanh(s: Sizes, beside: bool = False) -> Step:
-    given = {"h": s.randn(1, s.tokens, 4 * s.width)} | (_rows(s, "beside") if beside else {})
-    call = lambda o, wants, i: o.gelu_tanh(i["h"], i.get("beside"), wants)  # noqa: E731
-    return Step("gelu_tanh", given, call, (4 + beside) * s.width, s.rank)
+def gelu_tanh(s: Sizes, prepend: bool = False) -> Step:
+    given = {"h": s.randn(1, s.tokens, 4 * s.width)} | (_rows(s, "prepend") if prepend else {})
+    call = lambda o, wants, i: o.gelu_tanh(i["h"], i.get("prepend"), wants)  # noqa: E731
+    return Step("gelu_tanh", given, call, (4 + prepend) * s.width, s.rank)
 
 
 def gelu_tanh_backward(s: Sizes) -> Step:
@@ -176,7 +176,7 @@ FEEDING: dict[str, Callable[[Sizes], Step]] = {
     "modulate": modulate,
     "gated_add_modulate": gated_add_modulate,
     "gelu_tanh": gelu_tanh,
-    "gelu_tanh, attention beside": partial(gelu_tanh, beside=True),
+    "gelu_tanh, attention beside": partial(gelu_tanh, prepend=True),
 }
 STEPS: dict[str, Callable[[Sizes], Step]] = {
     **FEEDING,

@@ -26,7 +26,7 @@ from fluxq.offload.costs import OWNERS
 from fluxq.offload.gpus import GIB, GPU, GPUS, measure
 from fluxq.offload.planner import plan, timeline
 from fluxq.offload.plans import Pins, Plan
-from fluxq.offload.steps import Timeline
+from fluxq.offload.simulation import Timeline
 
 from .measured import measured_row
 from .timed_step import Setting, costs_of

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxq.formats.checkpoint.shapes import flux_shapes
-from fluxq.formats.quantized import Place, assign, layout, view
+from fluxq.formats.quantized import TensorEntry, assign, layout, view
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.lora import lora_layers
@@ -101,7 +101,7 @@ class RandomUnits:
     def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         return ((place.name, view(flat, place)) for place in self.units[unit])
 
-    def fill(self, place: Place, out: Tensor, format: str) -> None:
+    def fill(self, place: TensorEntry, out: Tensor, format: str) -> None:
         """Matrices get a standard deviation of 1/sqrt(fan-in), biases one of 0.02; scales are around 1."""
         layer, _, leaf = place.name.rpartition(".")
         if leaf == "codes":

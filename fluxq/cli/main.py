@@ -33,6 +33,18 @@ SAMPLING_NAMES = {
     "--sample-every": "",
     **dict.fromkeys(STEP_OPTIONS, ""),
 }
+SAMPLING_SIZE = "in pixels, a multiple of 16; default: 512, or 768 on a GPU of 12 GiB or more."
+SAMPLING_HELPS = {
+    "--t5-length": "T5 tokens per prompt: longer prompts are cut, fewer tokens take less time; default: 512 for dev, "
+    "256 for schnell.",
+    "--format": "How the transformer's weights are stored: nf4 is the smallest (6.3 GiB), int8 and fp8 are more "
+    "accurate (11.2 GiB), bf16 is not quantized (22.2 GiB); default: nf4, or that of the quantized file.",
+    "--compute": "How the transformer's weights are multiplied: bf16 is the most accurate; int8 and fp8 are faster; "
+    "int8_dx and fp8_dx, which differ only in training, sample as int8 and fp8; fp8 needs an RTX 40 or newer, older "
+    "GPUs use int8 in its place.",
+    "--width": f"Image width {SAMPLING_SIZE}",
+    "--height": f"Image height {SAMPLING_SIZE}",
+}
 
 
 class Commands(click.Group):
@@ -217,7 +229,7 @@ def cache(
 
 
 @main.command()
-@options("model", "samples", "memory", renamed=SAMPLING_NAMES)
+@options("model", "samples", "memory", renamed=SAMPLING_NAMES, helps=SAMPLING_HELPS)
 @BASE_LORA
 @click.option(
     "--prompt",

@@ -24,10 +24,11 @@ JSON = click.option(
 )
 
 
-def options(*sections: str, renamed: dict[str, str] | None = None) -> Callable:
+def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[str, str] | None = None) -> Callable:
     """The command-line options of these sections of the config, and --config and --set for their other keys.
 
-    renamed: option -> its name in this command, "" to leave it out.
+    renamed: option -> its name in this command, "" to leave it out. helps: option -> its help where this command does
+    something else with it than training.
     """
 
     def decorate(command: Callable) -> Callable:
@@ -49,25 +50,26 @@ def options(*sections: str, renamed: dict[str, str] | None = None) -> Callable:
             hints = typing.get_type_hints(SECTIONS[section])
             for field in reversed(dataclasses.fields(SECTIONS[section])):
                 flag = field.metadata.get("flag") or ""
+                help = (helps or {}).get(flag) or field.metadata["help"]
                 flag = (renamed or {}).get(flag, flag)
                 if flag:
-                    command = _option(flag, f"{section}.{field.name}", field, hints[field.name])(command)
+                    command = _option(flag, f"{section}.{field.name}", field, hints[field.name], help)(command)
         return command
 
     return decorate
 
 
-def _option(flag: str, key: str, field: dataclasses.Field, hint: Any) -> Callable:
+def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str) -> Callable:
     """One click option for a config field. It is None if not given, so that the config file or the default counts."""
     kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
     unset = field.default is None or field.default is False or field.default == ""
     default = "" if unset else f"  [default: {field.default}]"
     name = key.replace(".", "__")
     if kinds[0] is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=field.metadata["help"] + default)
+        return click.option(flag, name, is_flag=True, default=None, help=help + default)
     kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
     metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
-    return click.option(flag, name, type=kind, metavar=metavar, help=field.metadata["help"] + default)
+    return click.option(flag, name, type=kind, metavar=metavar, help=help + default)
 
 
 def config_option(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:

@@ -31,7 +31,7 @@ from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, quantize
 from fluxq.kernels.weights import parts_of
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
-from fluxq.model.layout import ALIGNMENT, Place, layout, stored_parts
+from fluxq.model.layout import ALIGNMENT, TensorEntry, layout, stored_parts
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
 
@@ -149,7 +149,7 @@ def _quantized(name: str, w: Weight, format: str, inspect: Callable[[str, Weight
     return list(parts_of(weight))
 
 
-def _header(units: dict[str, tuple[list[Place], int]], description: dict[str, Any]) -> bytes:
+def _header(units: dict[str, tuple[list[TensorEntry], int]], description: dict[str, Any]) -> bytes:
     """The safetensors header, padded so that the data section starts at a multiple of ALIGNMENT."""
     entries: dict[str, Any] = {"__metadata__": {"fluxq": json.dumps(description)}}
     start = 0
@@ -161,7 +161,7 @@ def _header(units: dict[str, tuple[list[Place], int]], description: dict[str, An
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def view(buffer: Tensor, place: Place) -> Tensor:
+def view(buffer: Tensor, place: TensorEntry) -> Tensor:
     """The tensor at `place` in a unit's flat `buffer`."""
     return buffer[place.start : place.start + place.nbytes].view(place.dtype).view(place.shape)
 
@@ -273,7 +273,7 @@ class QuantizedFile:
     format: str
     config: FluxConfig
     source: dict[str, Any]
-    units: dict[str, list[Place]]
+    units: dict[str, list[TensorEntry]]
     checkpoint: Checkpoint
 
     @classmethod
@@ -300,7 +300,8 @@ class QuantizedFile:
         config = FluxConfig(**sizes)
         units = {
             unit: [
-                Place(name, DTYPES[dtype], tuple(map(int, shape)), int(start)) for name, dtype, shape, start in places
+                TensorEntry(name, DTYPES[dtype], tuple(map(int, shape)), int(start))
+                for name, dtype, shape, start in places
             ]
             for unit, places in about["layout"].items()
         }

@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from fluxq.kernels import Weight, dequantize
-from fluxq.model.layout import Place, placed
+from fluxq.model.layout import TensorEntry, placed
 from fluxq.model.text_layers import Units
-from fluxq.offload import Piece, Schedule, Stored, StreamingRing, Streams
+from fluxq.offload import ByteRange, Schedule, Stored, StreamingRing, Streams
 from fluxq.offload.arena import streams_from_files
 
 from .checkpoint.files import refuse
@@ -75,7 +75,7 @@ class _Part:
     """
 
     begin: int
-    places: list[Place]
+    places: list[TensorEntry]
     length: int
     kind: Callable[..., Weight]
 
@@ -115,11 +115,11 @@ def streamed(
 
 def _stored(weights: StoredWeights, names: Sequence[str]) -> tuple[dict[str, _Part], Stored]:
     """The layout of a unit with these tensors in its slot, and the pieces that read it."""
-    parts, pieces, end = dict[str, _Part](), list[Piece](), 0
+    parts, pieces, end = dict[str, _Part](), list[ByteRange](), 0
     for name in names:
         parts[name] = part = _part(weights, name, end)
         end += part.length
-        pieces.append(Piece(part.begin, part.length, partial(_read, weights.source, name, part)))
+        pieces.append(ByteRange(part.begin, part.length, partial(_read, weights.source, name, part)))
     return parts, Stored(end, tuple(pieces))
 
 

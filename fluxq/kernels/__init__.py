@@ -2,12 +2,12 @@
 
 from .activations import Activations, Wants
 from .attention import attention
+from .block_ops import fork_modulate, gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
 from .dispatch import backend, ops
 from .formats import dequantize, quantize
 from .lora_linear import COMPUTES, lora_linear, lora_linear_parts, wants
 from .reference import unnest_absmax
 from .replay import POLICIES, Tape
-from .steps import fork_modulate, gated_add, gated_add_modulate, gelu_tanh, modulate, qk_norm_rope
 from .weights import FORMATS, NF4Weight, RowScaled, Weight
 
 __all__ = [

@@ -438,10 +438,10 @@ def _undo_rope(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     return _apply_rope(x, cos, -sin)
 
 
-def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
-    """gelu(h), tanh's approximation, in the form that the next layer `wants`; with `beside` (B, L, D) to its left."""
+def gelu_tanh(h: Tensor, prepend: Tensor | None, wants: Wants) -> Activations:
+    """gelu(h), tanh's approximation, in the form that the next layer `wants`; with `prepend` (B, L, D) to its left."""
     y = F.gelu(h, approximate="tanh")
-    return activations(y if beside is None else torch.cat([beside, y], -1), wants)
+    return activations(y if prepend is None else torch.cat([prepend, y], -1), wants)
 
 
 def gelu_tanh_backward(dy: Tensor, h: Tensor) -> Tensor:

@@ -30,7 +30,7 @@ from fluxq.kernels import (
     modulate,
     qk_norm_rope,
 )
-from fluxq.kernels.steps import divides_out
+from fluxq.kernels.block_ops import is_invertible
 from fluxq.offload import Pass, Ring
 
 from .config import FluxConfig
@@ -61,8 +61,8 @@ class Scale(nn.Module):
         self.register_buffer("scale", torch.empty(width))
 
     @cached_property
-    def divides_out(self) -> bool:
-        return divides_out(self.scale)
+    def is_invertible(self) -> bool:
+        return is_invertible(self.scale)
 
 
 class QKNorm(nn.Module):
@@ -74,7 +74,7 @@ class QKNorm(nn.Module):
 
 def joint_qkv(streams: Sequence[tuple[Tensor, QKNorm]], cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """qkv projections (B, L, 3 D) and norms -> q, k, v (B, H, L, D/H), joined along L; q and k normed and rotated."""
-    invertible = all(n.query_norm.divides_out and n.key_norm.divides_out for _, n in streams)
+    invertible = all(n.query_norm.is_invertible and n.key_norm.is_invertible for _, n in streams)
     scaled = [(qkv, norm.query_norm.scale, norm.key_norm.scale) for qkv, norm in streams]
     return qk_norm_rope(scaled, cos, sin, invertible)
 
@@ -177,7 +177,7 @@ class SingleStreamBlock(nn.Module):
         x, modulated = fork_modulate(x, shift, scale, self.linear1.wants("qkv", "hidden"))
         qkv, hidden = self.linear1(modulated, ("qkv", "hidden"), self.linear1_parts)
         attended = attention(*joint_qkv([(qkv, self.norm)], cos, sin))
-        both = gelu_tanh(hidden, beside=attended, wants=self.linear2.wants("end"))
+        both = gelu_tanh(hidden, prepend=attended, wants=self.linear2.wants("end"))
         return gated_add(x, gate, self.linear2(both, feeds="end"))
 
 

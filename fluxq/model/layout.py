@@ -20,7 +20,7 @@ ALIGNMENT = 256
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorEntry:
     """A tensor's place in its unit: `start` in bytes, a multiple of ALIGNMENT."""
 
     name: str
@@ -33,7 +33,7 @@ class Place:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[Place], int]]:
+def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[TensorEntry], int]]:
     """unit -> (places of its tensors, its length in bytes), for a transformer of these shapes stored as `format`.
 
     Raises ValueError for an unknown format.
@@ -45,11 +45,11 @@ def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tupl
     return units
 
 
-def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[Place], int]:
+def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[TensorEntry], int]:
     """The places of tensors (name, dtype, shape) one after another, and their total length in bytes."""
     places, end = [], 0
     for name, dtype, shape in parts:
-        places.append(Place(name, dtype, shape, end))
+        places.append(TensorEntry(name, dtype, shape, end))
         end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
     return places, end
 

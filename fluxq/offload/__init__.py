@@ -3,7 +3,7 @@
 from .inputs import HostInputs, Pass
 from .ring import AllResident, Ring, StreamingRing
 from .schedule import Copy, Schedule, spread
-from .streams import CudaStreams, Immediate, Late, Piece, Staged, Stored, Streams
+from .streams import ByteRange, CudaStreams, Immediate, Late, Staged, Stored, Streams
 
 __all__ = [
     "AllResident",
@@ -13,7 +13,7 @@ __all__ = [
     "Immediate",
     "Late",
     "Pass",
-    "Piece",
+    "ByteRange",
     "Ring",
     "Schedule",
     "Staged",

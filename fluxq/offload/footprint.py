@@ -12,7 +12,7 @@ HOST = 3 * GIB
 """Bytes of RAM in addition to the weights: the program, its libraries, images read ahead."""
 
 
-class Setting(NamedTuple):
+class Residency(NamedTuple):
     """The choices that do not depend on the policies: slots, resident units, and how many steps one pass ahead serves
     (0: none).
     """
@@ -22,7 +22,7 @@ class Setting(NamedTuple):
     ahead: int
 
 
-def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Setting) -> dict[str, int]:
+def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Residency) -> dict[str, int]:
     """Owner -> bytes at the moment of the peak."""
     peak_bytes: dict[str, int] = dict.fromkeys(OWNERS, 0)
     peak_bytes["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
@@ -35,13 +35,13 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     return peak_bytes
 
 
-def fixed(costs: Costs, setting: Setting) -> int:
+def fixed(costs: Costs, setting: Residency) -> int:
     """Bytes that are on the GPU all the time."""
     held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
     return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.ahead_step
 
 
-def reserved(costs: Costs, setting: Setting, step: int) -> int:
+def reserved(costs: Costs, setting: Residency, step: int) -> int:
     """Bytes that torch's allocator reserves if a step takes `step` bytes in addition to those of `fixed`."""
     return fixed(costs, setting) + costs.fragmentation.nbytes + int((1 + costs.fragmentation.fraction) * step)
 
@@ -74,7 +74,7 @@ def kept(block: BlockCost, policy: str, offload: bool) -> int:
     return block.policies[policy].kept - (block.inputs if offload else 0)
 
 
-def host_bytes(costs: Costs, setting: Setting, offload: bool) -> int:
+def host_bytes(costs: Costs, setting: Residency, offload: bool) -> int:
     """Bytes of RAM: the arena with the streamed units, and the inputs and results that are kept there."""
     arena = sum(costs.units.values()) - sum(costs.units[u] for u in setting.resident) + sum(costs.ahead.values())
     inputs = sum(b.inputs for b in costs.blocks if b.policies) if offload else 0

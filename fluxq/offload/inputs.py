@@ -35,7 +35,7 @@ INPUTS = "inputs"
 class Transit(Generic[T]):
     """Decides when block inputs are copied each way, and when compute waits for the copies.
 
-    `HostInputs` follows these rules with tensors; the planner's simulation (steps.py) follows them with byte counts.
+    `HostInputs` follows these rules with tensors; the planner's simulation.py follows them with byte counts.
     `T` identifies one block's inputs. Subclasses make the copies and return an event for each.
     """
 

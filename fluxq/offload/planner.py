@@ -4,8 +4,8 @@ function.
 `plan` reads a GPU and tables of bytes and FLOPs (fluxq/offload/costs.py), one for each allowed way of holding and
 multiplying the weights. For each table it lists what the blocks can keep (mixtures.py) and combines that with every
 number of slots and of resident units that fits (footprint.py). It tries the most promising candidates first: the ring
-itself, under a virtual clock (steps.py), says how long a step takes on the GPU; it takes no less than Python needs to
-launch its kernels. It picks the fastest that fits; of the plans within 1 % of it, the one with the most accurate
+itself, under a virtual clock (simulation.py), says how long a step takes on the GPU; it takes no less than Python needs
+to launch its kernels. It picks the fastest that fits; of the plans within 1 % of it, the one with the most accurate
 weights. Every figure is a prediction.
 """
 
@@ -22,12 +22,12 @@ from typing import NamedTuple
 from fluxq.errors import WrongRequest
 
 from .costs import BUFFERS, Costs
-from .footprint import Setting, fixed, host_bytes, peak_by_owner, reserved
+from .footprint import Residency, fixed, host_bytes, peak_by_owner, reserved
 from .gpus import GIB, GPU
 from .mixtures import Point, points
 from .plans import Pins, Plan, gib, gib_up
 from .schedule import Schedule, spread
-from .steps import Timeline, run_steps
+from .simulation import Timeline, run_steps
 
 SLOTS = (2, 3, 4, 8)
 """The numbers to try: a double block holds two units, and more than eight hide nothing more."""
@@ -103,7 +103,7 @@ def block_seconds(costs: Costs, gpu: GPU) -> BlockSeconds:
     return gpu.seconds(costs.outside), forward, backward
 
 
-def launches(costs: Costs, setting: Setting, policies: Sequence[str], offload: bool) -> int:
+def launches(costs: Costs, setting: Residency, policies: Sequence[str], offload: bool) -> int:
     """How many kernels Python launches in a step, with what takes as long: copies of streamed units, once each way but
     for those in the slots when the direction changes, and of each block's inputs to the host and back.
     """
@@ -116,7 +116,7 @@ def launches(costs: Costs, setting: Setting, policies: Sequence[str], offload: b
 def timeline(
     costs: Costs,
     gpu: GPU,
-    setting: Setting,
+    setting: Residency,
     policies: Sequence[str],
     offload: bool = False,
     run_ahead: int | None = None,
@@ -141,7 +141,7 @@ def timeline(
     )
 
 
-def settings(costs: Costs, pins: Pins) -> list[Setting]:
+def settings(costs: Costs, pins: Pins) -> list[Residency]:
     """Every combination of slots, resident units and look-ahead that the pins allow."""
     units, blocks, combinations = len(costs.units), [b.units for b in costs.blocks], []
     numbers: Sequence[int] = sorted({*range(0, units, max(1, units // RESIDENTS)), units})
@@ -159,7 +159,7 @@ def settings(costs: Costs, pins: Pins) -> list[Setting]:
         slots = {min(s, max(units - number - 1, fewest)) for s in wanted} if number < units else {0}
         if costs.ahead:  # these always pass through slots
             slots = {max(2, s) for s in slots}
-        combinations += [Setting(s, resident, costs.window) for s in sorted(slots)]
+        combinations += [Residency(s, resident, costs.window) for s in sorted(slots)]
     return combinations
 
 
@@ -172,7 +172,7 @@ class _Candidate(NamedTuple):
     rank: Rank
     number: int
     point: Point
-    setting: Setting
+    setting: Residency
     offload: bool
     rest: Iterator[Point]
 
@@ -212,7 +212,7 @@ class _Search:
                 self._push(heap, number, setting, offload, rest, limit)
         return None if best is None else self._plan(best[2])
 
-    def _fitting(self) -> Iterator[tuple[Setting, bool, Iterator[Point]]]:
+    def _fitting(self) -> Iterator[tuple[Residency, bool, Iterator[Point]]]:
         """Every setting, with the points that fit with it, the fastest first."""
         for offload in _offloads(self.pins) if self.costs.blocks else ():
             known = points(self.costs, self.gpu, self.pins.policy, offload)
@@ -225,7 +225,7 @@ class _Search:
         self,
         heap: list[_Candidate],
         number: Iterator[int],
-        setting: Setting,
+        setting: Residency,
         offload: bool,
         rest: Iterator[Point],
         limit: float,
@@ -244,7 +244,7 @@ class _Search:
                 heapq.heappush(heap, _Candidate(rank, next(number), point, setting, offload, rest))
                 return
 
-    def _rank(self, seconds: float, moved: int, point: Point, setting: Setting, offload: bool) -> Rank:
+    def _rank(self, seconds: float, moved: int, point: Point, setting: Residency, offload: bool) -> Rank:
         """The smallest rank wins. Of equally fast plans, prefer one that keeps no inputs on the host; that rounds less
         of what it keeps; that leaves some memory free, for anything else that needs the GPU; that copies less, since
         copies take power and are hidden only if the predictions hold; that uses less memory.
@@ -258,11 +258,11 @@ class _Search:
     def _known(self) -> BlockSeconds:
         return block_seconds(self.costs, self.gpu)
 
-    def _launching(self, point: Point, setting: Setting, offload: bool) -> float:
+    def _launching(self, point: Point, setting: Residency, offload: bool) -> float:
         """Seconds in which Python launches a step."""
         return 1e-6 * self.gpu.launch_us * launches(self.costs, setting, point.policies, offload)
 
-    def _pass_share(self, setting: Setting) -> tuple[float, int]:
+    def _pass_share(self, setting: Residency) -> tuple[float, int]:
         """A lower bound of one step's share of a pass ahead, in seconds and bytes. The search uses it in place of the
         pass.
 
@@ -276,7 +276,7 @@ class _Search:
         back = sum(streamed[: setting.slots]) if sizes else 0
         return seconds / window, (copied + back) // window
 
-    def _least_moved(self, setting: Setting, offload: bool) -> int:
+    def _least_moved(self, setting: Residency, offload: bool) -> int:
         """The fewest bytes that a step copies to the GPU: all streamed units each way, except those still in the slots
         when the direction changes.
         """

@@ -9,7 +9,7 @@ from typing import Any
 
 from fluxq.errors import WrongRequest
 
-from .footprint import Setting
+from .footprint import Residency
 from .gpus import GIB
 
 
@@ -84,9 +84,9 @@ class Plan:
         return self.resident if self.slots else None
 
     @property
-    def setting(self) -> Setting:
+    def setting(self) -> Residency:
         """The choices that do not depend on the policies."""
-        return Setting(self.slots, self.resident, self.look_ahead)
+        return Residency(self.slots, self.resident, self.look_ahead)
 
     @property
     def peak_bytes(self) -> int:

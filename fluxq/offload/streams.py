@@ -26,7 +26,7 @@ T = TypeVar("T")
 STAGING = "staging"
 
 
-class Piece(NamedTuple):
+class ByteRange(NamedTuple):
     """`length` bytes of a unit from byte `begin` on. `read(out)` fills `out`, flat uint8 on the host, with them."""
 
     begin: int
@@ -39,7 +39,7 @@ class Stored:
     """A unit of `length` bytes that is stored in files: each piece is read when it is copied."""
 
     length: int
-    pieces: tuple[Piece, ...]
+    pieces: tuple[ByteRange, ...]
 
     def __len__(self) -> int:
         return self.length
@@ -256,5 +256,5 @@ def _stop(queue: SimpleQueue[Callable[[], None] | None], thread: threading.Threa
         thread.join()
 
 
-def _pieces(source: Bytes) -> tuple[Piece, ...]:
-    return source.pieces if isinstance(source, Stored) else (Piece(0, len(source), lambda out: out.copy_(source)),)
+def _pieces(source: Bytes) -> tuple[ByteRange, ...]:
+    return source.pieces if isinstance(source, Stored) else (ByteRange(0, len(source), lambda out: out.copy_(source)),)

@@ -82,7 +82,7 @@ def small_flux(policy: str, compute: str, rank: int) -> Flux:
     made.set_policy(policy)
     made.set_compute(compute)
     for module in made.modules():
-        getattr(module, "divides_out", None)  # read from the scales, which `meta` has not
+        getattr(module, "is_invertible", None)  # read from the scales, which `meta` has not
     return made.to(META)
 
 

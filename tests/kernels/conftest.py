@@ -154,7 +154,8 @@ def patch_once_a_launch() -> None:
 
 def make_types_once() -> None:
     """Triton's interpreter makes the types and shapes of every value anew, which is half of the time that is left; here
-    each once. Nor does it look for integers that overflow, which wrap around on a GPU.
+    each once. So is each number that meets a tensor, as wide as that; two tensors of one type are not checked. Nor are
+    integers for overflow: they wrap around on a GPU.
     """
     import triton.language as tl
     from triton.language.semantic import TritonSemantic
@@ -163,6 +164,7 @@ def make_types_once() -> None:
     if hasattr(interpreter._get_np_dtype, "cache_info"):
         return
     make_block_type, broadcast = tl.block_type.__init__, TritonSemantic.broadcast_impl_value
+    check, numbers = TritonSemantic.binary_op_type_checking_impl, {}
 
     @cache
     def block_type(element_ty, shape):
@@ -184,8 +186,26 @@ def make_types_once() -> None:
     def broadcast_value(self, a, b):
         return (a, b) if a.type.is_block() and a.shape is b.shape else broadcast(self, a, b)
 
+    def checked_operands(self, a, b, *options, **more):
+        tensors = isinstance(a, tl.tensor) + isinstance(b, tl.tensor)
+        if tensors == 2 and a.shape is b.shape and a.dtype == b.dtype and a.dtype in (tl.float32, tl.int32):
+            return a, b
+        if tensors != 1:
+            return check(self, a, b, *options, **more)
+        tensor, number = (a, b) if isinstance(a, tl.tensor) else (b, a)
+        key = tensor.type, type(number), repr(number), tensor is a, options, *more.items()
+        if key not in numbers:
+            pair = check(self, a, b, *options, **more)
+            kept, made = pair if tensor is a else pair[::-1]
+            if kept is not tensor:
+                return pair
+            made.handle.data.setflags(write=False)
+            numbers[key] = made
+        return (a, numbers[key]) if tensor is a else (numbers[key], b)
+
     tl.block_type.__hash__ = tl.pointer_type.__hash__ = tl.dtype.__hash__
     tl.block_type.__init__, tl.tensor.__init__ = init_block_type, init_tensor
     TritonSemantic.broadcast_impl_value = broadcast_value
+    TritonSemantic.binary_op_type_checking_impl = checked_operands
     interpreter._get_np_dtype = cache(interpreter._get_np_dtype)
     interpreter.interpreter_builder.options = replace(interpreter.interpreter_builder.options, sanitize_overflow=False)

@@ -31,12 +31,12 @@ ERRORS = {
 }
 
 
-def operands(kind="gaussian", dtype=torch.float32, width=K):
-    x = torch.randn(M, width, dtype=dtype)
+def operands(kind="gaussian", dtype=torch.float32, width=K, rows=M, out=N):
+    x = torch.randn(rows, width, dtype=dtype)
     if kind == "outliers":
         x[:, :2] *= 30
-    weight, bias = torch.randn(N, width) * width**-0.5, torch.randn(N)
-    down, up = torch.randn(R, width) * width**-0.5, torch.randn(N, R)
+    weight, bias = torch.randn(out, width) * width**-0.5, torch.randn(out)
+    down, up = torch.randn(R, width) * width**-0.5, torch.randn(out, R)
     return x.requires_grad_(), weight, bias.to(dtype), down.requires_grad_(), up.requires_grad_()
 
 
@@ -110,10 +110,10 @@ def test_a_few_rows_are_multiplied_exactly(compute):
 @pytest.mark.parametrize("format", ["nf4", "int8", "bf16"])
 def test_a_layer_in_parts_is_the_layer(format, compute, device):
     """Both parts beside each other are its output, and the gradients are those of all of it."""
-    x, weight, bias, down, up = (t.detach().to(device) for t in operands())
+    x, weight, bias, down, up = (t.detach().to(device) for t in operands(rows=66, out=96))
     x, down, up = (t.requires_grad_() for t in (x, down, up))
     stored, layer = quantize(weight, format), (down, up, 0.7, compute)
-    parts, dy = (slice(0, 64), slice(64, N)), torch.randn(M, N, device=device)
+    parts, dy = (slice(0, 64), slice(64, 96)), torch.randn(66, 96, device=device)
     given = Activations(F.pad(x, (0, wants(compute, down, x).padding)))
     y = lora_linear(given, stored, bias, *layer)
     both = lora_linear_parts(given, stored, bias, *layer, parts, (None, None))

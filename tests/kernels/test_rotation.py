@@ -186,9 +186,9 @@ def test_the_previous_op_rotates_what_it_rounds(block, to, device):
 @pytest.mark.usefixtures("either_backend")
 def test_a_block_across_two_inputs_is_right_too(device):
     """64 columns from attention and 192 from the MLP: one block of 256."""
-    h, beside, down = (torch.randn(*s, device=device) for s in ((1, 70, 192), (1, 70, 64), (5, 256)))
+    h, prepend, down = (torch.randn(*s, device=device) for s in ((1, 70, 192), (1, 70, 64), (5, 256)))
     weight, up = stored("int8", (33, 256), device), torch.randn(33, 5, device=device)
-    given = gelu_tanh(h, beside, wants("int8", down, h, 256))
+    given = gelu_tanh(h, prepend, wants("int8", down, h, 256))
     assert given.values is not None and given.scale is not None
     assert_rounded(given.values, given.scale, rotate(given.x.flatten(0, 1).double(), 256))
     y = lora_linear(given, weight, None, down, up, 0.7, "int8", rotation=256)

@@ -8,7 +8,7 @@ import pytest
 import torch
 from helpers import randomize, relative_error, tiny_config
 
-from fluxq.kernels import backend, quantize
+from fluxq.kernels import backend, quantize, reference
 from fluxq.model import Flux, add_lora
 from fluxq.model.embed import image_ids, text_ids
 from fluxq.model.linear import Linear
@@ -25,30 +25,18 @@ def gradients(flux: Flux, device: torch.device) -> list[torch.Tensor]:
     return [g.cpu() for g in torch.autograd.grad(out, list(flux.parameters()), dy)]
 
 
-def quantize_each_weight_once(monkeypatch, found: dict) -> None:
-    """A frozen weight always becomes the same 8-bit rows, which is most of what the interpreter does here."""
+def quantize_weights_plainly(monkeypatch) -> None:
+    """Frozen weights become 8-bit rows by the reference: row by row, that is most of what the interpreter does here.
+    test_row_scaled.py and test_rotation.py have the kernel.
+    """
     from fluxq.kernels.triton import convert
-    from fluxq.kernels.triton.stored import stored
 
-    weight_rows = convert.weight_rows
+    def weight_rows(weight, dtype, rotation, rows):
+        numbers = reference.dequantize(weight, torch.float32)[rows]
+        return reference.row_quantize(numbers, dtype, rotation=rotation)
 
-    def remembered(weight, dtype, rotation, rows):
-        own = stored(weight)
-        parts = (own.numbers, own.absmax, own.scale)
-        content = tuple(t.numpy().tobytes() for t in parts if t is not None)
-        key = content, weight.shape, dtype, rotation, rows.start, rows.stop
-        if key not in found:
-            found[key] = weight_rows(weight, dtype, rotation, rows)
-        return found[key]
-
-    monkeypatch.setattr(convert, "weight_rows", remembered)
-    monkeypatch.setattr(convert, "row_scales", lambda *asked: remembered(*asked)[1])
-
-
-@pytest.fixture(scope="module")
-def quantized_rows() -> dict:
-    """Every case has the same frozen weights."""
-    return {}
+    monkeypatch.setattr(convert, "weight_rows", weight_rows)
+    monkeypatch.setattr(convert, "row_scales", lambda *asked: weight_rows(*asked)[1])
 
 
 @pytest.mark.slow
@@ -62,9 +50,7 @@ def quantized_rows() -> dict:
         ("keep_attention", "fp8_dx", "attention+mlp"),
     ],
 )
-def test_gradients_are_the_same_on_both_backends(
-    policy, compute, targets, quantized_rows, triton_ops, device, monkeypatch
-):
+def test_gradients_are_the_same_on_both_backends(policy, compute, targets, triton_ops, device, monkeypatch):
     """Every product takes the path of large shapes, but for the modulation's."""
     from fluxq.kernels.triton import linear, table
 
@@ -86,7 +72,7 @@ def test_gradients_are_the_same_on_both_backends(
     monkeypatch.setattr(linear, "_extended", lambda *a: calls.append(a[1].shape) or extended(*a))
     flux.to(device)
     if device.type == "cpu":
-        quantize_each_weight_once(monkeypatch, quantized_rows)
+        quantize_weights_plainly(monkeypatch)
     # A value next to the middle of two 8-bit numbers may fall either way: the backends divide differently.
     bound = 1e-4 if compute == "bf16" else 0.01
     for a, b in zip(gradients(flux, device), expected, strict=True):

@@ -27,7 +27,7 @@ CUDA = "CUDA error: out of memory\nCUDA kernel errors might be asynchronously re
 CUDNN = "cuDNN error: CUDNN_STATUS_ALLOC_FAILED"
 PRODUCTS = {torch.ops.aten.mm.default, torch.ops.aten.mm.out, torch.ops.aten.addmm.default, torch.ops.aten.bmm.default}
 
-STRIDE = 9
+STRIDE = 17
 """No layer, block or pass makes a multiple of this many products, so those that fail are of every kind."""
 
 

@@ -79,7 +79,7 @@ def filled(flux: Flux, resident, slots: int, format: str = "nf4") -> Flux:
         flux.ring = StreamingRing(schedule, host, place, META, Immediate())
     for module in flux.modules():
         if isinstance(module, Scale):
-            module.__dict__["divides_out"] = True  # of no values this cannot be asked
+            module.__dict__["is_invertible"] = True  # of no values this cannot be asked
     return flux.eval()
 
 
@@ -146,7 +146,7 @@ def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gib", [2, 4, 6.5, 8, 24])
+@pytest.mark.parametrize("gib", [2, 4, 8, 24])
 def test_sampling_keeps_to_its_budget(gib, gpus):
     """And leaves less than two units of it unused, unless everything is resident."""
     costs = flux_costs(DEV, "nf4", targets=(), chunk=CHUNKS[86])

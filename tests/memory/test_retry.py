@@ -264,8 +264,9 @@ def test_after_a_preview_training_goes_back_to_its_own_placement(photos, undistu
 @pytest.mark.slow
 def test_a_preview_that_never_fits_is_skipped(photos, undisturbed, tmp_path, monkeypatch):
     Shortage(monkeypatch, AutoEncoder, "decode", set(range(1000)))
-    result = run(photos, tmp_path, "--sample-every", 2, "--sample-steps", 1)
-    assert_undisturbed(result, tmp_path, undisturbed, 7)  # the smallest plan twice in each preview
+    least = ("--resident-units", 0, "--slots", 2)
+    result = run(photos, tmp_path, *least, "--sample-every", 2, "--sample-steps", 1)
+    assert_undisturbed(result, tmp_path, undisturbed, 2)  # the smallest plan twice in each preview
     assert result.output.count("no preview at step") == 2
 
 

@@ -16,7 +16,7 @@ SHALLOW = AutoEncoderConfig(ch=8, ch_mult=(1, 3), num_res_blocks=1, z_channels=5
 
 @pytest.mark.slow
 @pytest.mark.parametrize("config", [SMALL, SHALLOW])
-@pytest.mark.parametrize(("height", "width"), [(72, 56), (8, 8), (67, 45), (40, 104)])
+@pytest.mark.parametrize(("height", "width"), [(40, 24), (8, 8), (35, 21), (24, 56)])
 def test_bands_equal_the_whole_at_any_size(config, height, width):
     autoencoder = randomize(AutoEncoder(config))
     images = torch.randn(2, 3, height, width) + 0.5

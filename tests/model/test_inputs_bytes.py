@@ -20,7 +20,7 @@ from fluxq.model.embed import image_ids, text_ids
 from fluxq.offload import HostInputs, Immediate
 from fluxq.offload.arena import Arena
 from fluxq.offload.inputs import INPUTS
-from fluxq.offload.planner import Setting, peak_by_owner
+from fluxq.offload.planner import Residency, peak_by_owner
 
 CASES = [  # doubles, singles, policy, image side in tokens, text, batch, targets
     (3, 6, "recompute", 32, 512, 1, "attention+mlp"),
@@ -70,7 +70,7 @@ def test_live_bytes_fall_as_predicted(case):
         flux = Flux(config).to(torch.bfloat16)
     for module in flux.modules():
         if isinstance(module, Scale):
-            module.__dict__["divides_out"] = True  # it cannot be computed without values
+            module.__dict__["is_invertible"] = True  # it cannot be computed without values
     add_lora(flux, 16, 16, targets)
     flux.set_policy(policy)
     costs = flux_costs(config, "bf16", "bf16", 16, targets, batch, side * side, text, chunk=CHUNKS[86])
@@ -81,7 +81,7 @@ def test_live_bytes_fall_as_predicted(case):
     on_gpu, between = peaks(flux, side, text, batch)
     flux.inputs = HostInputs(Nothing(), lambda n: Arena({INPUTS: n}, lambda unit, out: None))
     offloaded, between_offloaded = peaks(flux, side, text, batch)
-    setting = Setting(0, tuple(costs.units), 0)
+    setting = Residency(0, tuple(costs.units), 0)
     predicted = [sum(peak_by_owner(costs, policies, offload, setting).values()) for offload in (False, True)]
     assert between - between_offloaded == inputs - 3 * costs.blocks[-1].inputs, (
         "the inputs of the last three blocks are still on the GPU"

@@ -13,12 +13,12 @@ import torch
 from live_bytes import LiveBytes
 from torch import Tensor
 
-from fluxq.offload import HostInputs, Immediate, Late, Schedule, spread, steps
+from fluxq.offload import HostInputs, Immediate, Late, Schedule, simulation, spread
 from fluxq.offload.arena import Arena
 from fluxq.offload.clock import Event, TimedStreams, WatchedLane
 from fluxq.offload.costs import BUFFERS
 from fluxq.offload.inputs import INPUTS, PinnedBuffers, inputs_for
-from fluxq.offload.steps import run_steps
+from fluxq.offload.simulation import run_steps
 
 CPU = torch.device("cpu")
 
@@ -388,7 +388,7 @@ def test_the_simulation_waits_like_the_shipped_inputs(seed, monkeypatch):
         return run_steps(schedule, nbytes, forward, backward, lambda n: n / bus, **options)
 
     counted = timeline()
-    monkeypatch.setattr(steps, "_TimedInputs", Shipped)
+    monkeypatch.setattr(simulation, "_TimedInputs", Shipped)
     made = timeline()
     assert (made.seconds, made.stalled) == pytest.approx((counted.seconds, counted.stalled))
     assert made.copied == counted.copied

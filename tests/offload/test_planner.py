@@ -10,16 +10,16 @@ import random
 import pytest
 
 from fluxq.errors import WrongRequest
-from fluxq.offload import steps as steps_module
+from fluxq.offload import simulation
 from fluxq.offload.clock import VirtualStreams
 from fluxq.offload.costs import BlockCost, Costs, PolicyCost, Work
-from fluxq.offload.footprint import Setting, peak_by_owner
+from fluxq.offload.footprint import Residency, peak_by_owner
 from fluxq.offload.gpus import GPU, GPUS
 from fluxq.offload.mixtures import points
 from fluxq.offload.planner import SLOTS, least, plan, timeline
 from fluxq.offload.plans import Pins, describe
 from fluxq.offload.schedule import Schedule
-from fluxq.offload.steps import run_steps
+from fluxq.offload.simulation import run_steps
 
 TEST_GPU = GPU("test", 0, bf16=1.25, int8=5, fp8=0, memory_gb_s=1e9, memory_gib=1, bus_gb_s=1.0)  # 1 TFLOP = 1 s
 TFLOP, MB = 1e12, 10**6
@@ -56,7 +56,7 @@ def brute_force(costs: Costs, floor: int, extras: tuple[int, ...]) -> list[float
     many bytes more than `floor`.
     """
     settings = [
-        Setting(slots, resident, 0)
+        Residency(slots, resident, 0)
         for number in range(len(costs.units) + 1)
         for resident in itertools.combinations(costs.units, number)
         for slots in ((2, 3, 4) if number < len(costs.units) else (0,))
@@ -209,7 +209,7 @@ def test_seconds_and_stall_are_those_of_the_virtual_clock(monkeypatch):
         assert (found.seconds, found.stall, found.moved) == (clock.seconds, clock.stalled, clock.copied)
         assert found.look_ahead == 16 and found.stall > 0
         with monkeypatch.context() as patch:
-            patch.setattr(steps_module, "SETTLES", 16)
+            patch.setattr(simulation, "SETTLES", 16)
             whole = run_steps(schedule, sizes, forward, back, lambda n: n / 1e9, every=16, **given)
         assert found.seconds == pytest.approx(whole.seconds, rel=1e-9)
 

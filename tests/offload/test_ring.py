@@ -19,9 +19,9 @@ from torch.cuda import _sanitizer
 from fluxq.errors import WrongRequest
 from fluxq.offload import (
     AllResident,
+    ByteRange,
     Immediate,
     Late,
-    Piece,
     Schedule,
     Staged,
     Stored,
@@ -30,7 +30,7 @@ from fluxq.offload import (
 )
 from fluxq.offload import streams as streams_module
 from fluxq.offload.clock import Race, VirtualStreams
-from fluxq.offload.steps import run_steps
+from fluxq.offload.simulation import run_steps
 
 SINGLE = tuple((f"s{i}",) for i in range(7))
 MIXED = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",), ("s2",))
@@ -264,7 +264,7 @@ def test_a_ring_whose_units_cannot_be_read_raises_why_and_is_freed():
 
     streams, host = Staged(Immediate(), [torch.empty(8, dtype=torch.uint8)]), {}
     for unit in ("s0", "s1", "s2"):
-        host[unit] = Stored(8, (Piece(0, 8, read),))
+        host[unit] = Stored(8, (ByteRange(0, 8, read),))
     ring = StreamingRing(Schedule(SINGLE[:3], frozenset(), 2), host, lambda unit, flat: None, CPU, streams)
     with pytest.raises(WrongRequest, match="^the file has become shorter$"), ring.resident(("s0",)):
         pass
@@ -289,7 +289,7 @@ def test_a_ring_may_be_collected_in_its_own_staging_thread():
 
     streams = Staged(Watching(), [torch.empty(8, dtype=torch.uint8) for _ in range(2)])
     for unit in ("s0", "s1", "s2"):
-        host[unit] = Stored(8, (Piece(0, 8, lambda out: read(out)),))
+        host[unit] = Stored(8, (ByteRange(0, 8, lambda out: read(out)),))
     schedule, started = Schedule(SINGLE[:3], frozenset(), 2), threading.Event()
     streams._submit(started.wait)
     rings.append(StreamingRing(schedule, host, lambda unit, flat: slots.append(weakref.ref(flat)), CPU, streams))
@@ -343,7 +343,7 @@ def test_a_unit_in_pieces_is_copied_whole_through_smaller_buffers():
     streams = Staged(Immediate(), [torch.empty(5, dtype=torch.uint8) for _ in range(2)])
     bytes = torch.randint(0, 255, (12,), dtype=torch.uint8)
     ends = [(0, 5), (5, 7), (8, 12)]
-    pieces = tuple(Piece(a, b - a, lambda out, a=a, b=b: out.copy_(bytes[a:b])) for a, b in ends)
+    pieces = tuple(ByteRange(a, b - a, lambda out, a=a, b=b: out.copy_(bytes[a:b])) for a, b in ends)
     for lanes in (streams, Immediate(), Late()):
         slot = torch.zeros(16, dtype=torch.uint8)
         lanes.copy(slot, Stored(12, pieces))

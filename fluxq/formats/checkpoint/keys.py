@@ -145,7 +145,7 @@ def to_diffusers(tensors: Mapping[str, torch.Tensor], config: FluxConfig) -> dic
     return result
 
 
-class Piece(NamedTuple):
+class RowRange(NamedTuple):
     """`rows` rows of the file's tensor `key`, starting at row `first`."""
 
     key: str
@@ -154,30 +154,30 @@ class Piece(NamedTuple):
 
 
 @lru_cache(maxsize=8)
-def flux_pieces(config: FluxConfig) -> Mapping[str, tuple[Piece, ...]]:
+def flux_pieces(config: FluxConfig) -> Mapping[str, tuple[RowRange, ...]]:
     """Original name -> the diffusers rows that make it up, in order: the inverse of `to_diffusers`."""
-    parts: dict[str, list[tuple[int, Piece]]] = {}
+    parts: dict[str, list[tuple[int, RowRange]]] = {}
     filled: dict[str, int] = {}
     for key in flux_shapes(config):
         module, leaf = key.rsplit(".", 1)
         for name, start, end in module_split(module, config):
             name = f"{name}.{'bias' if leaf == 'bias' else 'weight'}"
-            parts.setdefault(key, []).append((start, Piece(name, filled.get(name, 0), end - start)))
+            parts.setdefault(key, []).append((start, RowRange(name, filled.get(name, 0), end - start)))
             filled[name] = filled.get(name, 0) + end - start
     return {key: tuple(piece for _, piece in sorted(pieces)) for key, pieces in parts.items()}
 
 
-def openclip_pieces(shapes: Shapes) -> dict[str, tuple[Piece, ...]]:
+def openclip_pieces(shapes: Shapes) -> dict[str, tuple[RowRange, ...]]:
     """transformers' name -> the rows of the one OpenCLIP tensor that hold it, for a CLIP text model."""
-    pieces: dict[str, tuple[Piece, ...]] = {}
+    pieces: dict[str, tuple[RowRange, ...]] = {}
     for key, shape in shapes.items():
         if key in OPENCLIP:
-            pieces[OPENCLIP[key]] = (Piece(key, 0, shape[0]),)
+            pieces[OPENCLIP[key]] = (RowRange(key, 0, shape[0]),)
         elif layer := re.fullmatch(r"transformer\.resblocks\.(\d{1,3})\.(.+)[._](weight|bias)", key):
             names = OPENCLIP_LAYER.get(layer[2], ())
             for i, name in enumerate(names):
                 first, end = (shape[0] * n // len(names) for n in (i, i + 1))
-                pieces[f"encoder.layers.{layer[1]}.{name}.{layer[3]}"] = (Piece(key, first, end - first),)
+                pieces[f"encoder.layers.{layer[1]}.{name}.{layer[3]}"] = (RowRange(key, first, end - first),)
     return pieces
 
 

@@ -26,7 +26,7 @@ from fluxq.model.config import AutoEncoderConfig, FluxConfig
 from . import detect, keys, sizes
 from .detect import AUTOENCODER, CLIP, DIFFUSERS_FLUX, DIFFUSERS_OTHER, EXAMPLES, FLUX, T5
 from .files import printable, refuse
-from .keys import Piece
+from .keys import RowRange
 from .shapes import autoencoder_shapes, clip_shapes, flux_shapes, t5_shapes
 from .shards import Shards, locate, read_json
 from .stored_tensors import OnRead, Plain, ignore_bytes, joined
@@ -60,7 +60,7 @@ class Source(Generic[Config]):
         self,
         shards: Shards,
         config: Config,
-        pieces: Mapping[str, tuple[Piece, ...]],
+        pieces: Mapping[str, tuple[RowRange, ...]],
         shapes: sizes.Shapes,
         diffusers: bool = False,
     ) -> None:
@@ -130,7 +130,7 @@ class Source(Generic[Config]):
     def nbytes(self) -> int:
         return sum(self.sizes.values())
 
-    def _size(self, piece: Piece) -> int:
+    def _size(self, piece: RowRange) -> int:
         stored = self._tensors[piece.key]
         return stored.nbytes * piece.rows // max((*stored.shape, 1)[0], 1)
 
@@ -213,7 +213,7 @@ def _whole(
     shards: Shards, config: Config, names: Mapping[str, str], shapes: sizes.Shapes, diffusers: bool = False
 ) -> Source[Config]:
     """A source in which every tensor is exactly one tensor of the files."""
-    pieces = {name: (Piece(key, 0, (*shards.shapes[key], 1)[0]),) for name, key in names.items()}
+    pieces = {name: (RowRange(key, 0, (*shards.shapes[key], 1)[0]),) for name, key in names.items()}
     return Source(shards, config, pieces, shapes, diffusers)
 
 

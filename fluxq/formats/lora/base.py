@@ -27,7 +27,7 @@ from ..checkpoint import detect, keys, sizes
 from ..checkpoint.detect import DIFFUSERS_FLUX, FLUX
 from ..checkpoint.files import Checkpoint, refuse, safetensors_data, safetensors_header
 from ..checkpoint.gguf import GgufFile
-from ..checkpoint.keys import Piece
+from ..checkpoint.keys import RowRange
 from ..checkpoint.shards import Shards, locate
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensors import OnRead, Plain, Scaled, ignore_bytes
@@ -90,7 +90,7 @@ class Base:
             what = "is already quantized by fluxq"
             refuse(path, what, "merge into the original file, or train on it with --base-lora")
         shapes = self.shards.shapes
-        pieces: Mapping[str, tuple[Piece, ...]]
+        pieces: Mapping[str, tuple[RowRange, ...]]
         if detect.kind(shapes) == DIFFUSERS_FLUX:
             self.config = sizes.flux_sizes(keys.flux_original_names(shapes), located)
             sizes.compare(shapes, keys.flux_diffusers_shapes(self.config), FLUX, located)
@@ -98,7 +98,7 @@ class Base:
         else:
             self.config = sizes.flux_config(shapes, located)
             names = sizes.flux_keys(shapes, located)
-            pieces = {name: (Piece(key, 0, (*shapes[key], 1)[0]),) for name, key in names.items()}
+            pieces = {name: (RowRange(key, 0, (*shapes[key], 1)[0]),) for name, key in names.items()}
         self.places = _places(pieces)
         for key in self.places:
             plain = stored.plain if isinstance(stored := self.shards.tensors[key], Scaled) else stored
@@ -209,9 +209,9 @@ def _write(
             count(tensor.nbytes)
 
 
-def _places(pieces: Mapping[str, tuple[Piece, ...]]) -> dict[str, list[tuple[Piece, str, int]]]:
+def _places(pieces: Mapping[str, tuple[RowRange, ...]]) -> dict[str, list[tuple[RowRange, str, int]]]:
     """Key of a matrix -> its pieces, each with its BFL module and its first row in that module."""
-    places: dict[str, list[tuple[Piece, str, int]]] = {}
+    places: dict[str, list[tuple[RowRange, str, int]]] = {}
     for name, parts in pieces.items():
         row = 0
         for piece in parts:

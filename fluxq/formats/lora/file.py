@@ -27,7 +27,7 @@ from .keys import (
     CLIP_REST,
     EMBEDDINGS,
     T5_KEYS,
-    Place,
+    KeyTarget,
     clip_module,
     other_kind,
     other_model,
@@ -102,7 +102,7 @@ class LoraFile:
         downs = [(known[b].module, parts["down"]) for b, parts in self._bases.items() if b in known and "down" in parts]
         return sum(self.checkpoint.shape(key)[1:2] == shapes[f"{module}.weight"][1:] for module, key in downs)
 
-    def placed(self, config: FluxConfig) -> dict[str, Place]:
+    def placed(self, config: FluxConfig) -> dict[str, KeyTarget]:
         """base -> its place in the transformer. Raises WrongRequest unless every tensor has a module and fits it."""
         known, placed, unmatched = places(config), {}, []
         for base in self._bases:
@@ -127,7 +127,7 @@ class LoraFile:
             self.notes.append(f"{without_alpha} modules have no alpha and are used at full strength, as in ComfyUI")
         return placed
 
-    def _check_shapes(self, placed: Mapping[str, Place], config: FluxConfig) -> None:
+    def _check_shapes(self, placed: Mapping[str, KeyTarget], config: FluxConfig) -> None:
         shapes = flux_shapes(config)
         sizes = {
             base: (sum(end - start for start, end in place.rows), shapes[f"{place.module}.weight"][1])

@@ -102,7 +102,7 @@ OTHER_ARCHITECTURES = {
 }
 
 
-class Place(NamedTuple):
+class KeyTarget(NamedTuple):
     """What a base refers to: these rows of a BFL module, in a file of `dialect`."""
 
     dialect: str
@@ -111,24 +111,24 @@ class Place(NamedTuple):
 
 
 @lru_cache(maxsize=4)
-def places(config: FluxConfig) -> Mapping[str, Place]:
+def places(config: FluxConfig) -> Mapping[str, KeyTarget]:
     """Base of a LoRA's key -> its place, in every dialect, for a transformer of these sizes."""
-    table: dict[str, Place] = {}
+    table: dict[str, KeyTarget] = {}
     for module, out in matrices(config).items():
         pieces = split_rows(module, config)
         for dialect in DIALECTS:
             named = {module: ((0, out),)} if dialect.original else pieces
             for path, rows in named.items():
-                table[dialect.prefix + path.replace(".", dialect.separator)] = Place(dialect.name, module, rows)
+                table[dialect.prefix + path.replace(".", dialect.separator)] = KeyTarget(dialect.name, module, rows)
         if module.endswith(".linear1"):  # ComfyUI's name for the rows of q, k and v alone
-            table[f"diffusion_model.{module}_qkv"] = Place("comfy", module, ((0, 3 * config.hidden_size),))
+            table[f"diffusion_model.{module}_qkv"] = KeyTarget("comfy", module, ((0, 3 * config.hidden_size),))
     for blocks, count in (("double", config.depth), ("single", config.depth_single_blocks)):
         for base, module in XLABS.items():
             if base.startswith(blocks):
                 for index in range(count):
                     path = module.format(index)
                     rows = 3 * config.hidden_size if path.endswith("linear1") else matrices(config)[path]
-                    table[base.format(index)] = Place("xlabs", path, ((0, rows),))
+                    table[base.format(index)] = KeyTarget("xlabs", path, ((0, rows),))
     return table
 
 

@@ -32,22 +32,22 @@ from .rotation import rotated
 from .table import Choice, choose
 
 
-def gelu_tanh(h: Tensor, beside: Tensor | None, wants: Wants) -> Activations:
-    """gelu(h), tanh's approximation, in the form that the next layer `wants`; with `beside` (B, L, D) to its left."""
-    h, beside = contiguous_rows(h), beside if beside is None else contiguous_rows(beside)
-    left = 0 if beside is None else beside.shape[-1]
+def gelu_tanh(h: Tensor, prepend: Tensor | None, wants: Wants) -> Activations:
+    """gelu(h), tanh's approximation, in the form that the next layer `wants`; with `prepend` (B, L, D) to its left."""
+    h, prepend = contiguous_rows(h), prepend if prepend is None else contiguous_rows(prepend)
+    left = 0 if prepend is None else prepend.shape[-1]
     out = outputs(h, left + h.shape[2], wants)
-    strides = (*h.stride()[:2], *((0, 0) if beside is None else beside.stride()[:2]))
+    strides = (*h.stride()[:2], *((0, 0) if prepend is None else prepend.stride()[:2]))
     if out.values is None:
         launch = _launch(choose("gelu_tanh", h.device), h.shape, left, *strides, out.x.stride(1))
-        launch(h, beside, out.x)
+        launch(h, prepend, out.x)
         return out
     down = tile_and_down("gelu_tanh_8bit", wants, h)
     launch = _launch_8_bits(
         down.tile, wants.dtype, wants.rotation, down.block, 0 if down.fused is None else len(down.fused), h.shape, left,
         *strides,
     )  # fmt: skip
-    launch(h, beside, out.x, out.values, out.scale, down.fused, None if down.fused is None else out.s)
+    launch(h, prepend, out.x, out.values, out.scale, down.fused, None if down.fused is None else out.s)
     multiply(down, out)
     return with_dtype(out, wants)
 
@@ -103,12 +103,12 @@ def _sigmoid_of_twice_u(h):
 @triton.jit(do_not_specialize=["L"])
 def _gelu(
     h_ptr,  # (B, L, W)
-    beside_ptr,  # (B, L, D), or None
+    prepend_ptr,  # (B, L, D), or None
     y_ptr,  # (B, L, D + W) out, rows y_l apart
     h_b,
     h_l,
-    beside_b,
-    beside_l,
+    prepend_b,
+    prepend_l,
     y_l,
     L,
     W: tl.constexpr,
@@ -122,9 +122,9 @@ def _gelu(
     y = y_ptr + (b * L + row) * y_l
     blocks_left = (D + BLOCK - 1) // BLOCK
     if block < blocks_left:
-        if beside_ptr is not None:
+        if prepend_ptr is not None:
             column = block * BLOCK + tl.arange(0, BLOCK)[None, :]
-            x = tl.load(beside_ptr + b * beside_b + row * beside_l + column, mask=mask & (column < D), other=0.0)
+            x = tl.load(prepend_ptr + b * prepend_b + row * prepend_l + column, mask=mask & (column < D), other=0.0)
             tl.store(y + column, x, mask=mask & (column < D))
     else:
         column = (block - blocks_left) * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -135,7 +135,7 @@ def _gelu(
 @triton.jit(do_not_specialize=["L", "R"])
 def _gelu_8_bits(
     h_ptr,  # (B, L, W)
-    beside_ptr,  # (B, L, D), or None
+    prepend_ptr,  # (B, L, D), or None
     y_ptr,  # (B, L, D + W) out
     values_ptr,  # (B L, D + W) out: bytes of int8 or e4m3
     row_scale_ptr,  # (B L,) fp32 out
@@ -143,8 +143,8 @@ def _gelu_8_bits(
     s_ptr,  # (B L, R) as h out, or None
     h_b,
     h_l,
-    beside_b,
-    beside_l,
+    prepend_b,
+    prepend_l,
     L,
     R,
     W: tl.constexpr,
@@ -164,8 +164,8 @@ def _gelu_8_bits(
         row = first.to(tl.int64) + step
         to = (b * L + row) * (D + W) + column
         x = tl.zeros([1, BLOCK], h_ptr.dtype.element_ty)
-        if beside_ptr is not None:
-            x = tl.load(beside_ptr + b * beside_b + row * beside_l + column, mask=left, other=0.0)
+        if prepend_ptr is not None:
+            x = tl.load(prepend_ptr + b * prepend_b + row * prepend_l + column, mask=left, other=0.0)
         h = tl.load(h_ptr + b * h_b + row * h_l + column - D, mask=inside & (column >= D), other=x).to(tl.float32)
         rounded = tl.where(left, h, h * _sigmoid_of_twice_u(h)).to(y_ptr.dtype.element_ty)
         tl.store(y_ptr + to, rounded, mask=inside)

@@ -59,7 +59,7 @@ def qk_norm_rope(
     return _QKNormRope.apply(cos, sin, invertible, *(tensor for stream in streams for tensor in stream))[:3]
 
 
-def divides_out(scale: Tensor) -> bool:
+def is_invertible(scale: Tensor) -> bool:
     """Whether a norm's scale (D/H,) can be divided out again after RoPE.
 
     RoPE mixes adjacent pairs, so a number that is small next to its neighbor drowns in the neighbor's rounding: at a
@@ -69,11 +69,11 @@ def divides_out(scale: Tensor) -> bool:
     return bool((pairs.amin(1) > pairs.amax(1) / 30).all())
 
 
-def gelu_tanh(h: Tensor, beside: Tensor | None = None, wants: Wants = PLAIN) -> Activations:
-    """gelu(h), tanh's approximation, with `beside` (B, L, D) to its left if given; both are written where the next
+def gelu_tanh(h: Tensor, prepend: Tensor | None = None, wants: Wants = PLAIN) -> Activations:
+    """gelu(h), tanh's approximation, with `prepend` (B, L, D) to its left if given; both are written where the next
     layer reads them. h (B, L, W).
     """
-    return Activations(*_GeluTanh.apply(h, beside, wants))
+    return Activations(*_GeluTanh.apply(h, prepend, wants))
 
 
 class _Modulate(torch.autograd.Function):
@@ -164,11 +164,11 @@ class _QKNormRope(torch.autograd.Function):
 
 class _GeluTanh(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, h: Tensor, beside: Tensor | None, wants: Wants) -> tuple[Tensor | None, ...]:
+    def forward(ctx: Any, h: Tensor, prepend: Tensor | None, wants: Wants) -> tuple[Tensor | None, ...]:
         h = kept_rows("hidden", h)
         ctx.save_for_backward(h)
-        ctx.start = 0 if beside is None else beside.shape[-1]
-        return _differentiable_in_x(ctx, ops(h).gelu_tanh(h, beside, wants))
+        ctx.start = 0 if prepend is None else prepend.shape[-1]
+        return _differentiable_in_x(ctx, ops(h).gelu_tanh(h, prepend, wants))
 
     @staticmethod
     @once_differentiable
