@@ -9,7 +9,7 @@ import os
 import time
 from pathlib import Path
 
-from fluxq.console import console, progress_bars
+from fluxq.console import console, duration, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.memory.peak import peak_bytes, spill_note
@@ -71,7 +71,7 @@ class Report:
             f"grad {grad:.2f}",
             _pace(seconds),
             *([f"{peak / 2**30:.1f} GiB"] if peak is not None else []),
-            f"eta {_duration(pace * (self.steps - step))}",
+            f"eta {duration(pace * (self.steps - step))}",
         )
         console.print(" | ".join(columns))
         for line in self.health.check():
@@ -153,9 +153,3 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
 
 def _pace(seconds: float) -> str:
     return f"{seconds:.2f} s/it" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.2f} it/s"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
