@@ -125,7 +125,7 @@ def train_in(
         write(progress.step)
 
     # the loop
-    with report, StopRequest(notify, saves.last_step) as stopping:
+    with report, saves, StopRequest(notify, saves.last_step) as stopping:
         for step in range(progress.step, steps):
             clock, done = time.perf_counter(), step + 1
             factor = learning_rate_factor(training.schedule, step, steps, training.warmup)

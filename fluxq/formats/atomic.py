@@ -25,8 +25,8 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
     """A temporary path next to `path`, with the same suffix, to be written and closed inside the block.
 
     At the end of the block the file is flushed to disk and renamed to `path`. On any error it is removed and `path` is
-    unchanged. Missing folders are created, and removed again on an error. `nbytes` is the size of the file, if known, for the message about a full
-    disk. Raises WrongRequest if `path` cannot be written.
+    unchanged. Missing folders are created, and removed again on an error. `nbytes` is the size of the file, if known,
+    for the message about a full disk. Raises WrongRequest if `path` cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}")
@@ -50,7 +50,7 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def made(folder: Path) -> Iterator[None]:
-    """`folder` exists inside the block. If it was missing and is empty at the end, it is removed, and so are its parents
+    """`folder` exists inside the block. If it was missing and is empty at the end, it is removed, and so are parents
     that were missing. Raises OSError if it cannot be made.
     """
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
