@@ -52,6 +52,7 @@ from fluxq.training.run import Metadata, Result, Run, metadata_of
 from fluxq.training.saves import Saves
 from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest
+from fluxq.training.watch import Watch
 
 
 def train(
@@ -118,7 +119,7 @@ def train_in(
     run.save_data(data.trained_on)
     retry.placement.save(run.folder)
     began = time.time() - progress.seconds
-    report = Report(run.folder, progress.step, steps, output.plot_seconds)
+    report = Report(run.folder, progress.step, steps, output.plot_seconds, Watch(config, models, data.batches, retry))
     write = partial(write_lora, run, trainable, metadata, began)
     saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
     if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA

@@ -9,18 +9,19 @@ import os
 import time
 from pathlib import Path
 
-from fluxq.console import console, duration, progress_bars
+from fluxq.console import console, duration, pace, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
+from .watch import Watch
 
 
 class Report:
-    """The log of one run of `steps` steps, of which `start` are already done."""
+    """The log of one run of `steps` steps, of which `start` are already done. watch: what they are compared with."""
 
-    def __init__(self, folder: Path, start: int, steps: int, plot_seconds: float) -> None:
+    def __init__(self, folder: Path, start: int, steps: int, plot_seconds: float, watch: Watch | None = None) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
         self.steps, self.plot_seconds = steps, plot_seconds
         self.records = [r for r in read_log(self.path) if r["step"] <= start]  # steps after the last save are repeated
@@ -30,7 +31,7 @@ class Report:
         self._waiting = b""  # lines that the disk has not taken yet
         self._started = self._plotted = time.monotonic()
         self._first = start
-        self.health = Health(self.records)
+        self.health = Health(self.records, watch)
         self._bar = progress_bars()
         self._task = self._bar.add_task("training", total=steps, completed=start)
 
@@ -42,6 +43,8 @@ class Report:
         self._bar.stop()
         self._write()
         self._file.close()
+        if exception[0] is None:
+            self.health.remember()
         if self.records:
             self.plot()
 
@@ -63,15 +66,15 @@ class Report:
         }
         self.records.append(record)
         self._write(_line(record))
-        pace = (time.monotonic() - self._started) / (step - self._first)
+        per_step = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",
             f"loss {loss:.4f}",
             f"lr {learning_rate:.1e}",
             f"grad {grad:.2f}",
-            _pace(seconds),
+            pace(seconds),
             *([f"{peak / 2**30:.1f} GiB"] if peak is not None else []),
-            f"eta {duration(pace * (self.steps - step))}",
+            f"eta {duration(per_step * (self.steps - step))}",
         )
         console.print(" | ".join(columns))
         for line in self.health.check():
@@ -149,7 +152,3 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
             total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
         result.append(total / norm if norm else math.nan)
     return result
-
-
-def _pace(seconds: float) -> str:
-    return f"{seconds:.2f} s/it" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.2f} it/s"
