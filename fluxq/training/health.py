@@ -77,10 +77,16 @@ class Health:
         changes = self.watch.changes(self.records[-1]["step"]) if self.watch else []
         return f"; what changed: {', '.join(changes)}" if changes else f"; {MAY_BE[name]}"
 
-    def remember(self) -> None:
-        """At the end: keep the pace and memory of this process for later runs."""
-        if self.watch:
-            self.watch.remember(self.records[self._first :])
+    def ended(self) -> str | None:
+        """At the end, keep the pace and memory of this process for later runs. If only now they are worse than those of
+        the last runs, the line about it.
+        """
+        if self.watch is None:
+            return None
+        own = self.records[self._first :]
+        line = None if "regression" in self._said else self.watch.regression(own)
+        self.watch.remember(own)
+        return line and f"warning: {line}"
 
     def _warnings(self, own: Sequence[Mapping]) -> Iterator[tuple[str, str | None]]:
         yield "climbing", climbing_loss(self.records)

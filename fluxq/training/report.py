@@ -43,8 +43,8 @@ class Report:
         self._bar.stop()
         self._write()
         self._file.close()
-        if exception[0] is None:
-            self.health.remember()
+        if exception[0] is None and (line := self.health.ended()):
+            console.print(line)
         if self.records:
             self.plot()
 

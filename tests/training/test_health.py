@@ -86,6 +86,17 @@ def test_what_changed_is_read_only_where_a_line_about_it_is_due():
     assert watch.asked == [42, 160] and watch.settled == 1
 
 
+def test_a_run_that_became_slower_after_it_was_compared_says_so_at_its_end():
+    watch = Watched()
+    watch.regression = lambda own: "slower" if len(own) > 50 else None
+    watch.remember = lambda own: watch.asked.append(len(own))
+    health = Health(records := [], watch)
+    for step in range(1, 61):
+        records.append(record(step))
+        assert list(health.check()) == []
+    assert health.ended() == "warning: slower" and watch.asked == [60]
+
+
 def test_a_resumed_run_is_not_slow_because_it_begins():
     """Its first step loads kernels, and its memory is that of another process."""
     records = [record(step) for step in range(1, 101)]
