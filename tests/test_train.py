@@ -557,15 +557,17 @@ def test_a_failure_of_the_gpu_costs_one_step_or_what_was_not_saved(lost, tmp_pat
 
 @pytest.mark.slow
 def test_an_update_that_the_gpu_did_not_finish_is_not_saved(tmp_path, photos, monkeypatch):
-    real = torch.optim.AdamW.step
+    real, updates = torch.optim.AdamW.step, []
 
     def half(self, closure=None):
         real(self)
-        raise GPU_ERRORS[2]
+        updates.append(1)
+        if len(updates) == 3:
+            raise GPU_ERRORS[2]
 
     monkeypatch.setattr(torch.optim.AdamW, "step", half)
     with pytest.raises(
-        GPUFailure, match=r"after step 0 \(Triton .*; what it held is lost, and nothing was saved yet; start"
+        GPUFailure, match=r"after step 2 \(Triton .*; what it held is lost, and nothing was saved yet; start"
     ):
         train(configured(tmp_path, photos, training={"optimizer": "adamw"}))
     assert not list((tmp_path / "run").rglob("state.safetensors"))
