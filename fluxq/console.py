@@ -1,8 +1,13 @@
-"""The console, its progress bars, and imports without log noise."""
+"""The console, its progress bars, and imports without log noise.
+
+Where the output is no terminal, as in a container's log, a line every ten seconds takes the place of a bar.
+"""
 
 from __future__ import annotations
 
 import logging
+import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any
@@ -48,16 +53,29 @@ def plural(count: int, noun: str) -> str:
     return f"{count:,} {noun}{ending}"
 
 
+def duration(seconds: float) -> str:
+    """ "0m05s", "2h03m"."""
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"
+
+
+def pace(seconds: float) -> str:
+    """ "1.20 s/it", "3.00 it/s"."""
+    return f"{seconds:.2f} s/it" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.2f} it/s"
+
+
 @contextmanager
 def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
     """A function (stage, done, total) that shows one bar per stage."""
-    with progress_bars() as bars:
+    with progress_bars() as bars, Lines() as lines:
         tasks: dict[str, TaskID] = {}
 
         def show(stage: str, done: int, total: int) -> None:
             if stage not in tasks:
                 tasks[stage] = bars.add_task(stage, total=total)
             bars.update(tasks[stage], completed=done, total=total)
+            lines.show(stage, done, total)
 
         yield show
 
@@ -65,9 +83,64 @@ def progress_bar() -> Iterator[Callable[[str, int, int], None]]:
 @contextmanager
 def byte_bar(stage: str) -> Iterator[Callable[[int, int], None]]:
     """A function (bytes done, total bytes) that shows a bar with the speed."""
-    with progress_bars(DownloadColumn(), TransferSpeedColumn()) as bars:
+    with progress_bars(DownloadColumn(), TransferSpeedColumn()) as bars, Lines(in_bytes=True) as lines:
         task = bars.add_task(stage, total=None)
-        yield lambda done, total: bars.update(task, completed=done, total=total)
+
+        def show(done: int, total: int) -> None:
+            bars.update(task, completed=done, total=total)
+            lines.show(stage, done, total)
+
+        yield show
+
+
+@contextmanager
+def working(stage: str) -> Iterator[None]:
+    """While `stage` lasts, of which nobody knows how far it is, a line every ten seconds without a terminal."""
+    with Lines() as lines:
+        lines.show(stage, 0, 0)
+        yield
+
+
+class Lines:
+    """Progress without a terminal: a line when EVERY seconds have passed without one, also if nothing was reported in
+    them. A stage that has ended is not mentioned.
+    """
+
+    EVERY = 10.0
+
+    def __init__(self, in_bytes: bool = False, clock: Callable[[], float] = time.monotonic) -> None:
+        self._in_bytes, self._clock = in_bytes, clock
+        self._stage, self._first, self._done, self._total = "", 0, 0, 0
+        self._began = self._said = clock()
+        self._left = threading.Event()
+
+    def __enter__(self) -> Lines:
+        if not console.is_terminal:
+            threading.Thread(target=self._watch, daemon=True).start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._left.set()
+
+    def show(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage or done < self._done:
+            self._began, self._first = self._clock(), done
+        self._stage, self._done, self._total = stage, done, total
+
+    def line(self) -> str | None:
+        """The line that is due now, if one is."""
+        now, stage, done, total = self._clock(), self._stage, self._done, self._total
+        if now < self._said + self.EVERY or not stage or done >= total > 0:
+            return None
+        self._said, so_far, of_it = now, now - self._began, done - self._first
+        count = f"{done / 1e9:.1f} of {total / 1e9:.1f} GB, " if self._in_bytes else f"{done:,} of {total:,}, "
+        rest = f"about {duration(so_far * (total - done) / of_it)} left" if of_it else f"{duration(so_far)} so far"
+        return f"{stage}: {count if total else ''}{rest}"
+
+    def _watch(self) -> None:
+        while not self._left.wait(self.EVERY / 20):
+            if line := self.line():
+                console.print(line)
 
 
 def progress_bars(*columns: ProgressColumn) -> Progress:

@@ -1,4 +1,4 @@
-"""The error for what the user can fix, the one for a signal, and what counts as having run out of GPU memory.
+"""The error for what the user can fix, those for a signal and for a GPU that failed, and what counts as which.
 
 Nothing here imports torch.
 """
@@ -7,6 +7,11 @@ OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_AL
 """What an error says if GPU memory ran out. torch's allocator raises OutOfMemoryError. But cuBLAS, cuDNN, Triton, which
 loads each kernel when it is first needed, and CUDA itself ask the driver for memory; if it has none left, they raise a
 RuntimeError: "Triton Error [CUDA]: out of memory", "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling cublasCreate".
+"""
+
+GPU_FAILURES = ("CUDA error", "CUDA driver error", "[CUDA]", "CUBLAS_STATUS_", "CUDNN_STATUS_", "NVML_SUCCESS")
+"""What an error says if a kernel, the driver or the GPU failed: that of PyTorch, Triton, cuBLAS or cuDNN, or of
+PyTorch's allocator, which asks NVML for the free memory.
 """
 
 
@@ -23,6 +28,21 @@ class Stopped(KeyboardInterrupt):
     def __init__(self, signal: int, message: str = "") -> None:
         super().__init__(message)
         self.exit_code = 128 + signal
+
+
+class GPUFailure(RuntimeError):
+    """The GPU failed. The message says what happened, what is saved and how to go on. Commands exit with 1."""
+
+
+def is_gpu_failure(error: BaseException | None) -> bool:
+    """Whether the GPU, its driver or a kernel failed, other than by running out of memory."""
+    failed = isinstance(error, RuntimeError) and any(words in str(error) for words in GPU_FAILURES)
+    return error is not None and (failed or type(error).__name__ == "AcceleratorError") and not is_out_of_memory(error)
+
+
+def first_line(error: BaseException) -> str:
+    """The first sentence of an error of torch, whose further lines are for programmers."""
+    return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
 
 
 def is_out_of_memory(error: BaseException) -> bool:

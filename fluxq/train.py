@@ -54,6 +54,7 @@ from fluxq.training.saves import Saves
 from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest
 from fluxq.training.summary import slower, summary
+from fluxq.training.watch import Watch
 
 
 def train(
@@ -123,14 +124,15 @@ def train_in(
     run.save_data(data.trained_on)
     retry.placement.save(run.folder)
     began = time.time() - progress.seconds
-    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes)
+    watch = Watch(config, models, data.batches, retry)
+    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes, watch)
     write = partial(write_lora, run, trainable, metadata, began)
     saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
     if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA
         write(progress.step)
 
     # the loop
-    with report, StopRequest(notify, saves.last_step) as stopping:
+    with report, saves, StopRequest(notify, saves.last_step) as stopping:
         for step in range(progress.step, steps):
             clock, done = time.perf_counter(), step + 1
             factor = learning_rate_factor(training.schedule, step, steps, training.warmup)
@@ -155,9 +157,8 @@ def train_in(
     after = validate() if data.held_out else None
     if after:
         notify("validation after:  " + described(after))
-    losses = [record["loss"] for record in report.records] or [math.nan]
+    losses, seconds = [record["loss"] for record in report.records] or [math.nan], round(time.time() - began, 2)
     lora = str(run.lora_file(steps))
-    seconds = round(time.time() - began, 2)
     result = Result(steps, seconds, losses[0], losses[-1], peak, lora, progress.validation, after, slower(flux))
     result.save(run.folder)
     notify(result.summary())

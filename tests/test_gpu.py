@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import os
+import signal
+import subprocess
+import sys
 import traceback
 from collections.abc import Callable
 from functools import cache
 from itertools import islice
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +20,7 @@ from helpers import Tensors, randomize, relative_error, tiny_config
 
 from fluxq.caching.store import Text
 from fluxq.config import ModelConfig, config_from_dict
+from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.load import load_text_encoders
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized
 from fluxq.formats.stream import expect_training, load_streamed
@@ -136,6 +142,32 @@ def test_a_run_trains_saves_and_goes_on(tmp_path):
     assert result.peak_bytes and 0 < result.peak_bytes < 2**30
     values["training"]["steps"] = 5
     assert train(config_from_dict(values, "a test"), resume=True).steps == 5
+
+
+@pytest.mark.skipif(os.name != "posix", reason="Windows ends a process that gets SIGTERM")
+def test_a_run_that_is_asked_to_end_saves_its_step_and_exits_143(tmp_path):
+    folder, out = tmp_path / "photos", tmp_path / "run"
+    folder.mkdir()
+    for i, (image, caption) in enumerate(drawing.concept(seed=1, count=2)):
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+    command = [sys.executable, "-m", "fluxq", "train", folder, "--model", "nano", "--cache", tmp_path / "cache"]
+    command += ["--out", out, "--steps", "5000", "--name", "x"]
+    root = Path(__file__).parent.parent
+    with subprocess.Popen(command, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True) as process:
+        assert process.stdout is not None
+        while not process.stdout.readline().startswith("step     3/5000"):
+            assert process.poll() is None
+        process.send_signal(signal.SIGTERM)  # in a step
+        rest = process.stdout.read().splitlines()
+    assert process.returncode == 143
+    steps = [line for line in rest if line.startswith("step ")]
+    done = 3 + len(steps)
+    assert rest[-1] == f"stopped: after step {done}; continue with: fluxq train --resume {out}" and done < 20
+    saved = Checkpoint(out / "state" / "state.safetensors")
+    assert json.loads(saved.metadata["fluxq_state"])["step"] == done
+    assert all(saved.get(key).float().isfinite().all() for key in saved.keys())
+    assert (out / f"x-step{done:08}.safetensors").is_file()
 
 
 # --- streaming

@@ -26,7 +26,7 @@ from fluxq import nano
 from fluxq.cli import main
 from fluxq.config import LoraConfig, config_from_dict, read_toml
 from fluxq.console import silent
-from fluxq.errors import WrongRequest
+from fluxq.errors import GPUFailure, WrongRequest, is_gpu_failure, is_out_of_memory
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.write import WRITTEN_DIALECTS
@@ -580,6 +580,73 @@ def test_a_step_that_takes_too_long_after_a_signal_costs_only_itself(tmp_path, p
     assert json.loads(Checkpoint(state).metadata["fluxq_state"])["step"] == 2
     result = train(configured(tmp_path, photos), resume=True)
     assert_same_tensors(undisturbed, Path(result.lora))
+
+
+GPU_ERRORS = [
+    torch.AcceleratorError("CUDA error: an illegal memory access was encountered\nFor debugging ..."),
+    torch.AcceleratorError("CUDA error: device-side assert triggered"),
+    RuntimeError("Triton Error [CUDA]: unspecified launch failure"),
+    RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx(...)`"),
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("lost", [False, True])
+def test_a_failure_of_the_gpu_costs_one_step_or_what_was_not_saved(lost, tmp_path, photos, monkeypatch):
+    """In step 4. Where the GPU's memory is lost with it, the last save is that of step 2."""
+    undisturbed = Path(train(configured(tmp_path, photos, output={"out": str(tmp_path / "undisturbed")})).lora)
+    state, error, real = saves.save_state, GPU_ERRORS[lost], Objective.loss
+
+    def fails(self, index):
+        if index == 3:
+            raise error
+        return real(self, index)
+
+    def unreadable(path, progress, *rest):
+        if lost and progress.step == 3:
+            raise error
+        state(path, progress, *rest)
+
+    with monkeypatch.context() as patch, pytest.raises(GPUFailure) as failed:
+        patch.setattr(Objective, "loss", fails)
+        patch.setattr(saves, "save_state", unreadable)
+        train(configured(tmp_path, photos, output={"save_every": 2}))
+    kept = "what it held is lost, the last save is that of step 2" if lost else "that step is saved"
+    run = tmp_path / "run"
+    first = str(error).splitlines()[0]
+    told = f"the GPU failed after step 3 ({first}); {kept}; continue with: fluxq train --resume {run};"
+    assert str(failed.value).startswith(told) and "\n" not in str(failed.value)
+    assert json.loads(Checkpoint(run / "state" / "state.safetensors").metadata["fluxq_state"])["step"] == 3 - lost
+    assert_same_tensors(undisturbed, Path(train(configured(tmp_path, photos), resume=True).lora))
+
+
+@pytest.mark.slow
+def test_an_update_that_the_gpu_did_not_finish_is_not_saved(tmp_path, photos, monkeypatch):
+    real, updates = torch.optim.AdamW.step, []
+
+    def half(self, closure=None):
+        real(self)
+        updates.append(1)
+        if len(updates) == 3:
+            raise GPU_ERRORS[2]
+
+    monkeypatch.setattr(torch.optim.AdamW, "step", half)
+    with pytest.raises(
+        GPUFailure, match=r"after step 2 \(Triton .*; what it held is lost, and nothing was saved yet; start"
+    ):
+        train(configured(tmp_path, photos, training={"optimizer": "adamw"}))
+    assert not list((tmp_path / "run").rglob("state.safetensors"))
+
+
+@pytest.mark.parametrize("error", GPU_ERRORS)
+def test_a_failure_of_the_gpu_is_told_from_memory_that_ran_out_and_from_mistakes(error):
+    assert is_gpu_failure(error) and not is_out_of_memory(error)
+    for other in (
+        torch.OutOfMemoryError("CUDA out of memory. Tried"),
+        torch.AcceleratorError("CUDA error: out of memory"),
+    ):
+        assert is_out_of_memory(other) and not is_gpu_failure(other)
+    assert not is_gpu_failure(RuntimeError("shapes cannot be multiplied")) and not is_gpu_failure(None)
 
 
 def test_names_that_are_not_utf_8_are_kept_in_the_config(tmp_path, photos):

@@ -210,9 +210,10 @@ def _hashes(
         paths += [] if absent else files
     hashes: dict[Path, str] = {}
     try:
-        for done, path in enumerate(paths, start=1):
-            hashes[path] = store.hashes.of(path)
+        for done, path in enumerate(paths):
             progress("hashing", done, len(paths))
+            hashes[path] = store.hashes.of(path)
+        progress("hashing", len(paths), len(paths))
     finally:
         store.hashes.save()
     return hashes

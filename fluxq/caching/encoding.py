@@ -68,6 +68,7 @@ def encode_images(
         if decoded:
             if autoencoder is None:
                 autoencoder = load()
+                progress("images", done, len(images))
             x = torch.stack(list(decoded.values()))
             try:
                 means, spreads = within_memory(autoencoder, partial(_latents, autoencoder, x), notify)

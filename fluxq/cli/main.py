@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
-from fluxq.errors import Stopped, WrongRequest, is_out_of_memory
+from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_failure, is_out_of_memory
 
 from .bench import bench
 from .lora import lora
@@ -59,12 +59,15 @@ class Commands(click.Group):
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except RuntimeError as error:
-            if not is_out_of_memory(error):
+            if isinstance(error, GPUFailure):
+                told = str(error)
+            elif is_gpu_failure(error):
+                told = f"the GPU failed ({first_line(error)}); start again: what was finished is kept"
+            elif is_out_of_memory(error):
+                told = f"the GPU ran out of memory; lower --resolution, --batch or --t5-length ({error})"
+            else:
                 raise
-            click.echo(
-                f"error: the GPU ran out of memory; lower --resolution, --batch or --t5-length ({error})",
-                err=True,
-            )
+            click.echo(f"error: {told}", err=True)
             ctx.exit(1)
         except OSError as error:  # a file that is locked, forbidden, too long in name or on a missing drive
             if error.filename is None:

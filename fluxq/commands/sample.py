@@ -21,6 +21,7 @@ from fluxq.caching.store import Text
 from fluxq.config import TrainConfig, file_and_strength
 from fluxq.console import console, progress_bar
 from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import made
 from fluxq.formats.lora import Lora, load_lora
 from fluxq.formats.stream import expect_sampling
 from fluxq.memory.phases import gpu_budget, place_sampling
@@ -93,8 +94,7 @@ def unused(path: Path) -> Path:
 
 def _require_writable(out: Path) -> None:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
+        with made(out), tempfile.TemporaryFile(dir=out):
             pass
     except OSError as error:
         raise WrongRequest(f"cannot write to {out} ({error.strerror}); choose another --out") from error

@@ -25,16 +25,20 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
     """A temporary path next to `path`, with the same suffix, to be written and closed inside the block.
 
     At the end of the block the file is flushed to disk and renamed to `path`. On any error it is removed and `path` is
-    unchanged. Missing folders are created. `nbytes` is the size of the file, if known, for the message about a full
-    disk. Raises WrongRequest if `path` cannot be written.
+    unchanged. Missing folders are created, and removed again on an error. `nbytes` is the size of the file, if known,
+    for the message about a full disk. Raises WrongRequest if `path` cannot be written.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.stem}.tmp-{secrets.token_hex(4)}{path.suffix}")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        yield temporary
-        _flush(temporary, os.O_RDWR)
-        _replace(temporary, path)
+        with made(path.parent):
+            try:
+                yield temporary
+                _flush(temporary, os.O_RDWR)
+                _replace(temporary, path)
+            finally:
+                with contextlib.suppress(OSError):
+                    temporary.unlink(missing_ok=True)
         if os.name == "posix":
             _flush(path.parent, os.O_RDONLY)
     except OSError as error:
@@ -44,9 +48,21 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)  # it is no reason for a full disk
         raise _unwritable(path, nbytes, error) from error
+
+
+@contextlib.contextmanager
+def made(folder: Path) -> Iterator[None]:
+    """`folder` exists inside the block. If it was missing and is empty at the end, it is removed, and so are parents
+    that were missing. Raises OSError if it cannot be made.
+    """
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        yield
     finally:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
+        for path in missing:
+            with contextlib.suppress(OSError):  # it is not empty
+                path.rmdir()
 
 
 def _replace(temporary: Path, path: Path) -> None:

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 import torch
 
 from fluxq.console import Notify
-from fluxq.errors import WrongRequest, from_allocator, is_out_of_memory
+from fluxq.errors import WrongRequest, first_line, from_allocator, is_out_of_memory
 from fluxq.formats.stream import expect_training
 from fluxq.model.flux import Flux
 from fluxq.models.parts import Models
@@ -54,7 +54,7 @@ def repeated_once(what: str, notify: Notify, work: Callable[..., T], *arguments:
     except RuntimeError as error:
         if not is_out_of_memory(error):
             raise
-        notify(f"out of memory while {what} ({_reason(error)}); repeating with the memory that torch did not use")
+        notify(f"out of memory while {what} ({first_line(error)}); repeating with the memory that torch did not use")
     _empty_cache()
     return work(*arguments)
 
@@ -86,7 +86,7 @@ class OutOfMemoryRetry:
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                reason, outside = _reason(error), not from_allocator(error)
+                reason, outside = first_line(error), not from_allocator(error)
             # After the except block the traceback is gone, and with it every tensor that the work had created.
             self._free()
             lower = None
@@ -135,11 +135,6 @@ def _empty_cache() -> None:
     """Give back to the driver what nothing uses, garbage included."""
     gc.collect()
     torch.cuda.empty_cache()  # does nothing without a GPU
-
-
-def _reason(error: RuntimeError) -> str:
-    """The first sentence of the error."""
-    return str(error).splitlines()[0].split(". ")[0]
 
 
 def smaller_placement(

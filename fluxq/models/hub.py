@@ -6,7 +6,7 @@ import importlib.util
 import re
 from pathlib import Path
 
-from fluxq.console import Notify, console
+from fluxq.console import Notify, console, working
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import PICKLE_SUFFIXES
 from fluxq.formats.checkpoint.shards import FOLDERS, SUFFIXES, locate
@@ -57,7 +57,8 @@ def from_hub(repository: str, part: str, notify: Notify, fetch: bool = True) -> 
             raise NotFetched(repository, files, nbytes)
         require_disk_space(hub_cache() / repository, nbytes)
         notify(f"fetching {len(files)} files of {repository} for {part}, {nbytes / 1e9:.1f} GB, once")
-        snapshot_download(repository, allow_patterns=files)
+        with working(f"fetching {repository}"):
+            snapshot_download(repository, allow_patterns=files)
     except GatedRepoError as error:
         raise WrongRequest(
             f"{repository} asks you to accept its license: do so on its page on the hub, create a token in your "

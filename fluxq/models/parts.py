@@ -15,7 +15,7 @@ import torch
 
 from fluxq import nano
 from fluxq.config import ModelConfig, file_and_strength
-from fluxq.console import Notify, byte_bar, silent
+from fluxq.console import Notify, byte_bar, silent, working
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.sizes import variant
 from fluxq.formats.checkpoint.source import OPENERS, Source
@@ -258,14 +258,16 @@ class Models:
         load_streamed.
         """
         use_tuned(self.device, self._notify)
-        if not self.can_stream:
-            if resident is not None:
-                raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
-            flux = load_flux(self._merged(), "bf16", self.device)
-        elif resident is None:
-            flux = load_quantized(self._stored_flux(), self.device)
-        else:
-            flux = load_streamed(self._stored_flux(), self.device, resident, slots, notify=self._notify, ahead=ahead)
+        if not self.can_stream and resident is not None:
+            raise WrongRequest("weights in bf16 are not streamed yet; choose --format nf4, int8 or fp8")
+        stored = self._stored_flux() if self.can_stream else None
+        with working("loading the transformer"):
+            if stored is None:
+                flux = load_flux(self._merged(), "bf16", self.device)
+            elif resident is None:
+                flux = load_quantized(stored, self.device)
+            else:
+                flux = load_streamed(stored, self.device, resident, slots, notify=self._notify, ahead=ahead)
         flux.set_compute(self.compute)
         return flux
 
@@ -312,16 +314,19 @@ class Models:
 
     def load_autoencoder(self, band: int | None = None) -> AutoEncoder:
         """The autoencoder, working on `band` rows at a time (None: all), unless the config sets the band."""
-        return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band or band)
+        with working("loading the autoencoder"):
+            return load_autoencoder(self.served("ae").path, self.device).in_bands(self.config.ae_band or band)
 
     def load_clip(self, dtype: torch.dtype | None = None) -> Clip:
         """CLIP-L for training, completely on the device, in `dtype` (by default the one for training on it)."""
-        return load_clip(self.clip_l_file, self.tokenizer_files()[0], self.device, dtype)
+        with working("loading CLIP-L"):
+            return load_clip(self.clip_l_file, self.tokenizer_files()[0], self.device, dtype)
 
     def load_text_encoders(self, budget: int | None = None) -> TextEncoders:
         """The text encoders, within `budget` bytes of GPU memory (None: no limit)."""
         files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()
-        return load_text_encoders(*files, self.t5_length, self.device, budget=budget)
+        with working("loading the text encoders"):
+            return load_text_encoders(*files, self.t5_length, self.device, budget=budget)
 
 
 def _not_fetched(kind: Kind, notify: Notify) -> tuple[Path, ...]:

@@ -1,5 +1,5 @@
 """What is wrong with a run, from its steps so far: gradients that are not finite, a loss that climbs, steps that became
-slow. Each is said once, with what to do.
+slow. Each is said once, with what to do; slow steps are said again if they come again after a while.
 """
 
 from __future__ import annotations
@@ -10,17 +10,35 @@ from statistics import fmean, median
 
 from fluxq.errors import WrongRequest
 
+from .history import STEPS
+from .watch import Watch
+
 BAD_IN_A_ROW, BAD_OF_LAST, LAST = 5, 20, 1000
 HIGHEST_LEARNING_RATE = 1e-2
 """Of AdamW, whose steps are about as long as the learning rate, whatever the gradient."""
 
+SETTLED = 20
+"""Steps of a process until its memory and its pace are those of all later ones."""
+
+PAUSE = 100
+"""Steps between two lines about slow steps."""
+
+MAY_BE = {
+    "slow": "another program may be using the GPU or the disk, or the machine was asleep",
+    "grown": "please report it",
+}
+"""Warning -> what to say if nothing is known to have changed."""
+
 
 class Health:
-    """Watches the records of a run (those of log.jsonl, in order), from its first step even if it is resumed."""
+    """Watches the records of a run (those of log.jsonl, in order), from its first step even if it is resumed; pace and
+    memory are those of this process. watch: tells what changed, and this machine's last runs.
+    """
 
-    def __init__(self, records: Sequence[Mapping]) -> None:
-        self.records = records
-        self._said: set[str] = set()
+    def __init__(self, records: Sequence[Mapping], watch: Watch | None = None) -> None:
+        self.records, self.watch = records, watch
+        self._first = len(records)
+        self._said: dict[str, int] = {}  # name of a warning -> the step at which it was last given
 
     @property
     def is_bad(self) -> bool:
@@ -36,10 +54,14 @@ class Health:
             or sum(not _is_finite(r) for r in recent) >= BAD_OF_LAST
         ):
             raise WrongRequest(self.refusal(self.records[-1]["step"]))
-        for name, line in self._warnings():
-            if line and name not in self._said:
-                self._said.add(name)
-                yield f"warning: {line}"
+        own = self.records[self._first :]
+        if self.watch and len(own) == SETTLED:
+            self.watch.settle()
+        for name, line in self._warnings(own):
+            last = self._said.get(name)
+            if line and (last is None or name == "slow" and len(own) > last + PAUSE):
+                self._said[name] = len(own)
+                yield f"warning: {line}{self._why(name)}"
 
     def refusal(self, step: int) -> str:
         bad = sum(not _is_finite(r) for r in self.records[-LAST:])
@@ -48,11 +70,31 @@ class Health:
             "last save is intact; lower --lr, or take out the images named above"
         )
 
-    def _warnings(self) -> Iterator[tuple[str, str | None]]:
+    def _why(self, name: str) -> str:
+        """What changed, if the warning `name` is about that, or what may have."""
+        if name not in MAY_BE:
+            return ""
+        changes = self.watch.changes(self.records[-1]["step"]) if self.watch else []
+        return f"; what changed: {', '.join(changes)}" if changes else f"; {MAY_BE[name]}"
+
+    def ended(self) -> str | None:
+        """At the end, keep the pace and memory of this process for later runs. If only now they are worse than those of
+        the last runs, the line about it.
+        """
+        if self.watch is None:
+            return None
+        own = self.records[self._first :]
+        line = None if "regression" in self._said else self.watch.regression(own)
+        self.watch.remember(own)
+        return line and f"warning: {line}"
+
+    def _warnings(self, own: Sequence[Mapping]) -> Iterator[tuple[str, str | None]]:
         yield "climbing", climbing_loss(self.records)
         yield "dead", dead_gradient(self.records)
-        yield "slow", slow_step(self.records)
-        yield "grown", grown_memory(self.records)
+        yield "slow", slow_step(own)
+        yield "grown", grown_memory(own)
+        if self.watch and len(own) == STEPS:
+            yield "regression", self.watch.regression(own)
 
 
 def _is_finite(record: Mapping) -> bool:
@@ -81,18 +123,15 @@ def slow_step(records: Sequence[Mapping], window: int = 20) -> str | None:
     now, usual = records[-1].get("seconds", 0.0), median(before)
     if now <= max(5 * usual, 1.0):
         return None
-    return (
-        f"step {records[-1]['step']} took {now:.1f} s, the {window} before it {usual:.1f} s each; another program "
-        "may be using the GPU or the disk, or the machine was asleep"
-    )
+    return f"step {records[-1]['step']} took {now:.1f} s, the {window} before it {usual:.1f} s each"
 
 
-def grown_memory(records: Sequence[Mapping], settled: int = 20) -> str | None:
-    """A peak 10 % above that of step `settled`."""
+def grown_memory(records: Sequence[Mapping], settled: int = SETTLED) -> str | None:
+    """A peak 10 % above that of the first `settled` steps."""
     peaks = [r.get("peak_bytes") for r in records]
     if len(peaks) <= settled or not (at := peaks[settled - 1]) or not (now := peaks[-1]) or now <= 1.1 * at:
         return None
-    return f"peak memory grew from {at / 2**30:.1f} GiB at step {settled} to {now / 2**30:.1f} GiB; please report it"
+    return f"peak memory grew from {at / 2**30:.1f} GiB at step {records[settled - 1]['step']} to {now / 2**30:.1f} GiB"
 
 
 def high_learning_rate(learning_rate: float) -> str | None:

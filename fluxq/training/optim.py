@@ -22,6 +22,8 @@ from .flat import Flat
 OPTIMIZERS = ("adamw", "adamw8bit")
 MIN_8_BITS = 4096  # numbers in a tensor; see _has_8_bits
 SCHEDULES = ("constant", "linear", "cosine")
+BETWEEN = -1
+"""Instead of a number of steps: in the middle of an update, or left there by one that failed."""
 
 
 def build_optimizer(
@@ -49,8 +51,8 @@ class FlatOptimizer(torch.optim.Optimizer):
     To the outside it is an optimizer like any other: `param_groups` and `state` are those of the parameters, the state
     in slices too. A parameter that has no gradient is updated as if it were zero.
 
-    done: the number of steps of the run that parameters and state have had. changing: the lock held while either
-    changes or is saved.
+    done: the number of steps of the run that parameters and state have had, or BETWEEN. changing: the lock held while
+    either changes or is saved.
     """
 
     def __init__(self, name: str, parameters: Iterable[Any], learning_rate: float, weight_decay: float) -> None:
@@ -241,11 +243,15 @@ def update(optimizer: FlatOptimizer) -> None:
     for flat in optimizer.flats:
         if isinstance(flat.inner, torch.optim.AdamW):
             torch.empty_like(flat.values)  # as large as the roots of exp_avg_sq
-    before = _update_count(optimizer)
+    before, done = _update_count(optimizer), optimizer.done
+    optimizer.done = BETWEEN
     try:
         optimizer.step()
     except RuntimeError as error:
-        if not is_out_of_memory(error) or _update_count(optimizer) == before:
+        if _update_count(optimizer) == before:
+            optimizer.done = done
+            raise
+        if not is_out_of_memory(error):
             raise
         raise WrongRequest(
             "memory ran out while weights were being updated; the last save is intact; close other programs and "

@@ -10,18 +10,29 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from fluxq.console import console, progress_bars
+from fluxq.console import console, duration, pace, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
+from .watch import Watch
 
 
 class Report:
-    """The log of one run of `steps` steps, of which `start` are already done. changes: what resuming it changed."""
+    """The log of one run of `steps` steps, of which `start` are already done. changes: what resuming it changed. watch:
+    what they are compared with.
+    """
 
-    def __init__(self, folder: Path, start: int, steps: int, plot_seconds: float, changes: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        start: int,
+        steps: int,
+        plot_seconds: float,
+        changes: Sequence[str] = (),
+        watch: Watch | None = None,
+    ) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
         self.steps, self.plot_seconds = steps, plot_seconds
         # steps after the last save are repeated, and so are changes that no save knows
@@ -35,7 +46,7 @@ class Report:
         self._waiting = b""  # lines that the disk has not taken yet
         self._started = self._plotted = time.monotonic()
         self._first = start
-        self.health = Health(self.records)
+        self.health = Health(self.records, watch)
         self._bar = progress_bars()
         self._task = self._bar.add_task("training", total=steps, completed=start)
 
@@ -47,6 +58,8 @@ class Report:
         self._bar.stop()
         self._write()
         self._file.close()
+        if exception[0] is None and (line := self.health.ended()):
+            console.print(line)
         if self.records:
             self.plot()
 
@@ -68,15 +81,15 @@ class Report:
         }
         self.records.append(record)
         self._write(_line(record))
-        pace = (time.monotonic() - self._started) / (step - self._first)
+        per_step = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",
             f"loss {loss:.4f}",
             f"lr {learning_rate:.1e}",
             f"grad {grad:.2f}",
-            _pace(seconds),
+            pace(seconds),
             *([f"{peak / 2**30:.1f} GiB"] if peak is not None else []),
-            f"eta {_duration(pace * (self.steps - step))}",
+            f"eta {duration(per_step * (self.steps - step))}",
         )
         console.print(" | ".join(columns))
         for line in self.health.check():
@@ -159,13 +172,3 @@ def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
             total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)
         result.append(total / norm if norm else math.nan)
     return result
-
-
-def _pace(seconds: float) -> str:
-    return f"{seconds:.2f} s/it" if seconds >= 1 else f"{1 / max(seconds, 1e-9):.2f} it/s"
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours}h{minutes:02}m" if hours else f"{minutes}m{seconds:02}s"

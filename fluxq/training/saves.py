@@ -2,6 +2,9 @@
 
 A disk that is full or gone does not end a run that can go on: the save is tried again, after pauses that grow. If the
 run has to end without it, the state goes to another folder, and the message says where.
+
+If the GPU fails, the last finished step is saved if it can still be read. A kernel's illegal access takes all of the
+GPU's memory with it: then the last save is what remains.
 """
 
 from __future__ import annotations
@@ -12,7 +15,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from fluxq.console import Notify
-from fluxq.errors import WrongRequest
+from fluxq.errors import GPUFailure, WrongRequest, first_line, is_gpu_failure
 from fluxq.memory.retry import OutOfMemoryRetry
 from fluxq.model.linear import Linear
 
@@ -52,6 +55,17 @@ class Saves:
         """Whether a save failed and its pause is over."""
         return self._failures > 0 and time.monotonic() >= self._again_at
 
+    def __enter__(self) -> Saves:
+        return self
+
+    def __exit__(self, kind: object, error: BaseException | None, traceback: object) -> None:
+        """If the GPU failed, raise GPUFailure, with what is saved and how to go on."""
+        if error is not None and is_gpu_failure(error):
+            raise GPUFailure(
+                f"the GPU failed after step {self.progress.step} ({first_line(error)}); {self._kept()}; if it fails "
+                "again, look for Xid in the system's log, update the driver, and undo overclocking"
+            ) from error
+
     def save(self, required: bool) -> None:
         """Save state and LoRA of the last finished step. If that fails: notify, or if it is `required`, put the state
         elsewhere and raise WrongRequest.
@@ -87,8 +101,8 @@ class Saves:
                 self.report.sync()
                 self._state(self.run.state_file)
             self.notify(f"saved step {step} meanwhile; --resume continues from there")
-        except (WrongRequest, OSError) as error:
-            self.notify(f"step {self.progress.step} could not be saved: {error}")
+        except (WrongRequest, OSError, RuntimeError) as error:
+            self.notify(f"step {self.progress.step} could not be saved: {first_line(error)}")
 
     def _state(self, path: Path) -> None:
         with self.optimizer.changing:
@@ -96,6 +110,23 @@ class Saves:
             save_state(path, self.progress, self.layers, self.optimizer)
             if path == self.run.state_file:
                 self._saved = self.progress.step
+
+    def _kept(self) -> str:
+        """Save the last finished step after the GPU failed, if that is possible. What is saved, in words."""
+        step, again = self.progress.step, f"continue with: fluxq train --resume {self.run.folder}"
+        if self.optimizer.done == step and self._saved != step and not self.report.health.is_bad:
+            try:
+                self.report.sync()
+                self._state(self.run.state_file)
+            except (WrongRequest, OSError):
+                return self._elsewhere()
+            except RuntimeError:  # the GPU does not answer
+                pass
+        if self._saved == step and step:
+            return f"that step is saved; {again}"
+        if self._saved:
+            return f"what it held is lost, the last save is that of step {self._saved}; {again}"
+        return "what it held is lost, and nothing was saved yet; start again with --overwrite"
 
     def _elsewhere(self) -> str:
         """Where the state is now, in words."""

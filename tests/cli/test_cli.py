@@ -163,6 +163,7 @@ def test_json_is_the_only_line_on_stdout(tmp_path, photos, capfd):
         (["sample", "--model", "nano", "--prompt", "x", "--lora", "{tmp}/absent.safetensors"], "absent.safetensors"),
         (["cache", "--verify", "--cache", "{tmp}/absent"], "holds no cache"),
         (["demo", "--out", "{photos}"], "is not empty and not an earlier demo"),
+        (["quantize", "{tmp}/model.ckpt", "{tmp}/new/x.safetensors"], "model.ckpt"),
     ],
 )
 def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_path, photos, monkeypatch):
@@ -177,6 +178,7 @@ def test_wrong_requests_are_one_sentence_and_exit_2(arguments, sentence, tmp_pat
     assert "Traceback" not in result.output
     made = {p.relative_to(tmp_path) for p in tmp_path.rglob("*.safetensors")}
     assert {p.parts[0] for p in made} <= {"cache", "c"}
+    assert [p.name for p in tmp_path.rglob("*") if p.is_dir() and not any(p.iterdir())] == ["empty"]
 
 
 @pytest.mark.slow

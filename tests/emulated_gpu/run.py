@@ -37,7 +37,7 @@ def parser() -> argparse.ArgumentParser:
     add("--no-triton", action="store_true", help="Triton cannot be imported; plain PyTorch takes its place")
     add("--total", metavar="MIB", help="a GPU with so much memory")
     add("--pin-limit", metavar="MIB", help="the driver pins no more of the host's memory than this")
-    add("--fail", metavar="KIND:N", action="append", help="the N-th alloc, pin, module or handle fails; repeatable")
+    add("--fail", metavar="KIND:N", action="append", help="the N-th alloc, pin, module, handle or kernel fails")
     add("--max-product", metavar="N", help="with --compute: a product of more multiplications raises (default 3e10)")
     add("--skip-copies", action="store_true", help="copies of 1 MiB and more move nothing: large models, fast")
     add("--log", metavar="FILE", help="write what was launched, copied and refused, as JSON; %%p: the process id")

@@ -201,6 +201,45 @@ def test_a_call_is_chosen_on_the_command_line(run):
         assert "CUBLAS_STATUS_ALLOC_FAILED" in first and second is None
 
 
+@pytest.mark.parametrize("options", [(), ("--compute",)])
+def test_nothing_succeeds_after_an_illegal_access(options, run):
+    code = "x = torch.ones(8, device='cuda')\nemulated.fail('kernel:1')\ny = x + x\n"  # its launch succeeds
+    for number, statement in enumerate(("y.tolist()", "x + x", "torch.cuda.synchronize()", "x.cpu()")):
+        code += raised(statement, f"error{number}")
+    (first, *others), _ = run(code + "print(json.dumps([error0, error1, error2, error3]))", *options)
+    assert first.startswith("AcceleratorError: CUDA error: an illegal memory access was encountered")
+    assert set(others) == {first}
+
+
+def test_a_run_ends_with_a_sentence_after_an_illegal_access(run, tmp_path):
+    """In step 4, of whose predecessors the second was saved."""
+    train = ["train", "images", "--model", "nano", "--trigger", "x", "--steps", "9", "--save-every", "2"]
+    code = f"""
+import os
+from fluxq.cli import main
+from fluxq.nano import drawing
+from fluxq.training.report import Report
+os.chdir({str(tmp_path)!r})
+os.mkdir("images")
+for number, (image, _) in enumerate(drawing.concept(seed=1, count=2)):
+    image.save(f"images/{{number}}.png")
+step = Report.step
+def fails(self, done, *rest):
+    step(self, done, *rest)
+    if done == 3:
+        emulated.fail("kernel:20")
+Report.step = fails
+try:
+    main({train})
+except SystemExit as ended:
+    print(json.dumps(ended.code))
+"""
+    exit_code, stderr = run(code)
+    told = "error: the GPU failed after step 3 (CUDA error: an illegal memory access was encountered); what it held is "
+    told += "lost, the last save is that of step 2; continue with: fluxq train --resume runs/x; "
+    assert exit_code == 1 and told in stderr and "Traceback" not in stderr
+
+
 def test_the_first_launch_of_an_operator_loads_its_kernel_and_may_fail(run):
     code = "x = torch.ones(8, device='cuda')\nx + x\nemulated.fail('module:1')\nx + x\n"
     code += raised("x * x", "first") + raised("x * x", "second")

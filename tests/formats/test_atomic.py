@@ -35,6 +35,18 @@ def test_interrupted_write_keeps_the_old_file(tmp_path, interruption):
     assert path.read_text() == "old" and os.listdir(tmp_path) == ["x.json"]
 
 
+def test_folders_made_for_a_file_that_never_came_are_removed_and_others_stay(tmp_path):
+    (tmp_path / "old").mkdir()
+    for folder in ("old", "old/new", "new/newer"):
+        with pytest.raises(KeyboardInterrupt), atomic_path(tmp_path / folder / "x.json") as temporary:
+            temporary.write_text("ne")
+            raise KeyboardInterrupt
+    (tmp_path / "file").write_text("")
+    with pytest.raises(WrongRequest), atomic_path(tmp_path / "file" / "new" / "x.json"):
+        pass
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "old"]
+
+
 def test_error_about_another_file_is_unchanged(tmp_path):
     with pytest.raises(FileNotFoundError, match="elsewhere"), atomic_path(tmp_path / "x"):
         Path("/nowhere/elsewhere").read_bytes()

@@ -14,10 +14,10 @@ def record(step: int, **changes) -> dict:
     return {"step": step, "loss": 1.0, "grad": 0.5, "seconds": 2.0, "peak_bytes": 8 << 30} | changes
 
 
-def said(count: int, change) -> list[str]:
+def said(count: int, change, watch=None) -> list[str]:
     """The lines about `count` steps; change(step) -> what differs in its record."""
     records: list[dict] = []
-    health, lines = Health(records), []
+    health, lines = Health(records, watch), []
     for step in range(1, count + 1):
         records.append(record(step, **change(step)))
         lines += [f"{step}: {line}" for line in health.check()]
@@ -57,3 +57,50 @@ def test_twenty_bad_gradients_of_a_thousand_end_the_run():
 
 def test_only_a_very_high_learning_rate_is_warned_of():
     assert high_learning_rate(1e-2) is None and "0.02 is very high" in str(high_learning_rate(0.02))
+
+
+class Watched:
+    """What a watch answers; asked: when it was asked what changed."""
+
+    def __init__(self, changes=()) -> None:
+        self.answer, self.asked, self.settled = list(changes), [], 0
+
+    def settle(self) -> None:
+        self.settled += 1
+
+    def changes(self, step: int) -> list[str]:
+        self.asked.append(step)
+        return self.answer
+
+    def regression(self, records) -> str:
+        return f"compared after {len(records)} steps"
+
+
+def test_what_changed_is_read_only_where_a_line_about_it_is_due():
+    watch = Watched(["a save came just before it", "the GPU's clock fell"])
+    change = lambda step: {"seconds": 11.0 if step in (42, 44, 160) else 2.0}  # noqa: E731
+    lines = said(300, change, watch)
+    assert [line.split(":")[0] for line in lines] == ["42", "50", "160"], "within 100 steps it is not said again"
+    assert lines[0].endswith("2.0 s each; what changed: a save came just before it, the GPU's clock fell")
+    assert lines[1] == "50: warning: compared after 50 steps"
+    assert watch.asked == [42, 160] and watch.settled == 1
+
+
+def test_a_run_that_became_slower_after_it_was_compared_says_so_at_its_end():
+    watch = Watched()
+    watch.regression = lambda own: "slower" if len(own) > 50 else None
+    watch.remember = lambda own: watch.asked.append(len(own))
+    health = Health(records := [], watch)
+    for step in range(1, 61):
+        records.append(record(step))
+        assert list(health.check()) == []
+    assert health.ended() == "warning: slower" and watch.asked == [60]
+
+
+def test_a_resumed_run_is_not_slow_because_it_begins():
+    """Its first step loads kernels, and its memory is that of another process."""
+    records = [record(step) for step in range(1, 101)]
+    health = Health(records)
+    for step in range(101, 200):
+        records.append(record(step, seconds=60.0 if step == 101 else 2.0, peak_bytes=10 << 30))
+        assert list(health.check()) == []

@@ -182,6 +182,7 @@ DRIVER cuMemAddressFree(CUdeviceptr p, size_t n) {
 }
 DRIVER cuMemCreate(CUmemGenericAllocationHandle *handle, size_t n, const CUmemAllocationProp *, unsigned long long) {
     ENTER;
+    if (lost()) return refuse("cuMemCreate", CUDA_ERROR_ILLEGAL_ADDRESS);
     if (must_fail("alloc") || !memory().take(n)) return refuse("cuMemCreate", CUDA_ERROR_OUT_OF_MEMORY);
     *handle = (CUmemGenericAllocationHandle) new size_t(n);
     return CUDA_SUCCESS;

@@ -59,7 +59,12 @@ cudaError_t last_error();
 
 // --- failures.cpp: calls that are to fail though nothing is wrong
 
-bool must_fail(const char *kind);  // "alloc", "pin", "module" or "handle": counts the call, and says whether it fails
+bool must_fail(const char *kind);  // "alloc", "pin", ...: counts the call, and says whether it fails
+// Whether a kernel has made an illegal access. No call succeeds after it, as on a GPU: what is in its memory is gone.
+bool lost();
+#define ENTER_UNLESS_LOST(call) \
+    ENTER;                      \
+    if (lost()) return fail(call, cudaErrorIllegalAddress)
 
 // --- memory.cpp: what is allocated and pinned
 

@@ -1,10 +1,12 @@
 // Calls that fail because a test says so: the i-th allocation, pinning, module or handle, once. A GPU runs out of
 // memory outside PyTorch's allocator too, where no pool can be emptied and no exception is called OutOfMemoryError.
+// And the i-th kernel, which makes an illegal access: its launch succeeds, and every call after it fails.
 
 #include "emulated.h"
 
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <set>
 #include <sstream>
 
@@ -36,9 +38,11 @@ bool add(Plans &plans, const std::string &text) {
     return true;
 }
 
+bool is_lost = false;
+
 Plans &plans() {
     static Plans &made = *[] {
-        auto *plans = new Plans{{"alloc", {}}, {"pin", {}}, {"module", {}}, {"handle", {}}};
+        auto *plans = new Plans{{"alloc", {}}, {"pin", {}}, {"module", {}}, {"handle", {}}, {"kernel", {}}};
         if (add(*plans, setting("FAIL", ""))) return plans;
         fprintf(stderr, "emulated GPU: cannot read EMULATED_GPU_FAIL; write it like alloc:7,module:3-4\n");
         _Exit(2);
@@ -53,14 +57,18 @@ bool must_fail(const char *kind) {
     bool fails = plan.failing.erase(++plan.calls);
     count(std::string("attempts: ") + kind);
     if (fails) note("failed on purpose", std::string(kind) + ":" + std::to_string(plan.calls));
+    if (fails && !strcmp(kind, "kernel")) is_lost = true;
     return fails;
 }
+
+bool lost() { return is_lost; }
 
 }  // namespace emulated
 
 // CUDA loads an operator's kernels when they are first launched. A load that fails is tried again at the next launch.
 API int emulated_gpu_load(const char *operator_name) {
-    ENTER;
+    using namespace emulated;
+    ENTER_UNLESS_LOST("cudaLaunchKernel");
     static auto &loaded = *new std::set<std::string>;
     if (loaded.count(operator_name)) return cudaSuccess;
     if (emulated::must_fail("module")) return emulated::fail("cudaLaunchKernel", cudaErrorMemoryAllocation, "on purpose");

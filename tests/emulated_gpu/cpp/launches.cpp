@@ -57,6 +57,7 @@ std::string launch(const void *kernel, dim3 grid, dim3 block, size_t shared, con
     if (const char *why = illegal(grid, block, shared, *function)) return function->name + ": " + why;
     Stream *s = stream_of(stream);
     flush(s);
+    must_fail("kernel");
     function->launches++;
     s->launches++;
     return "";
@@ -66,6 +67,7 @@ void launched(const std::string &name, const void *stream) {
     ENTER;
     Stream *s = stream_of(stream);
     flush(s);
+    must_fail("kernel");
     launches().by_libraries[name]++;
     s->launches++;
 }
@@ -133,12 +135,13 @@ RUNTIME __cudaGetKernel(cudaKernel_t *out, const void *host) {
 
 namespace {
 cudaError_t runtime_launch(const char *call, const void *k, dim3 grid, dim3 block, size_t shared, const void *stream) {
-    ENTER;
+    ENTER_UNLESS_LOST(call);
     std::string why = launch(k, grid, block, shared, stream);
     return why.empty() ? cudaSuccess : fail(call, cudaErrorInvalidConfiguration, why);
 }
 CUresult driver_launch(const char *call, const void *k, dim3 grid, dim3 block, size_t shared, const void *stream) {
     ENTER;
+    if (lost()) return refuse(call, CUDA_ERROR_ILLEGAL_ADDRESS);
     std::string why = launch(k, grid, block, shared, stream);
     return why.empty() ? CUDA_SUCCESS : refuse(call, CUDA_ERROR_INVALID_VALUE, why);
 }

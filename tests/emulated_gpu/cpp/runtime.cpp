@@ -50,7 +50,7 @@ RUNTIME cudaDeviceCanAccessPeer(int *can, int, int) {
     return cudaSuccess;
 }
 RUNTIME cudaDeviceSynchronize() {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaDeviceSynchronize");
     count("device synchronizations");
     flush_all();
     return cudaSuccess;
@@ -89,6 +89,7 @@ constexpr Error ERRORS[] = {
      "part or all of the requested memory range is already mapped"},
     {cudaErrorHostMemoryNotRegistered, "cudaErrorHostMemoryNotRegistered",
      "pointer does not correspond to a registered memory region"},
+    {cudaErrorIllegalAddress, "cudaErrorIllegalAddress", "an illegal memory access was encountered"},
     {cudaErrorNotSupported, "cudaErrorNotSupported", "operation not supported"},
 };
 const Error &error(int code) {
@@ -105,11 +106,11 @@ API const char *CUDARTAPI cudaGetErrorName(cudaError_t code) { return error(code
 // --- memory
 
 RUNTIME cudaMalloc(void **p, size_t n) {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaMalloc");
     return device_malloc(p, n) ? cudaSuccess : fail("cudaMalloc", cudaErrorMemoryAllocation);
 }
 RUNTIME cudaFree(void *p) {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaFree");
     return !p || device_free(p) ? cudaSuccess : fail("cudaFree", cudaErrorInvalidValue);
 }
 RUNTIME cudaMemGetInfo(size_t *free, size_t *total) {
@@ -240,14 +241,14 @@ RUNTIME cudaStreamGetPriority(cudaStream_t stream, int *priority) {
     return cudaSuccess;
 }
 RUNTIME cudaStreamSynchronize(cudaStream_t stream) {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaStreamSynchronize");
     count("stream synchronizations");
     flush(stream_of(stream));
     host_knows(stream_of(stream)->clock);
     return cudaSuccess;
 }
 RUNTIME cudaStreamQuery(cudaStream_t handle) {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaStreamQuery");
     Stream *stream = stream_of(handle);
     if (stream->done == stream->given) {
         host_knows(stream->clock);
@@ -303,13 +304,13 @@ RUNTIME cudaEventDestroy(cudaEvent_t event) {
     return cudaSuccess;
 }
 RUNTIME cudaEventRecordWithFlags(cudaEvent_t event, cudaStream_t stream, unsigned) {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaEventRecord");
     record((Event *)event, stream_of(stream));
     return cudaSuccess;
 }
 RUNTIME cudaEventRecord(cudaEvent_t event, cudaStream_t stream) { return cudaEventRecordWithFlags(event, stream, 0); }
 RUNTIME cudaEventSynchronize(cudaEvent_t handle) {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaEventSynchronize");
     auto *event = (Event *)handle;
     count("event synchronizations");
     if (event->stream) run_until(event->stream, event->position);
@@ -317,7 +318,7 @@ RUNTIME cudaEventSynchronize(cudaEvent_t handle) {
     return cudaSuccess;
 }
 RUNTIME cudaEventQuery(cudaEvent_t event) {
-    ENTER;
+    ENTER_UNLESS_LOST("cudaEventQuery");
     return poll((Event *)event) ? cudaSuccess : cudaErrorNotReady;
 }
 RUNTIME cudaEventElapsedTime(float *milliseconds, cudaEvent_t first, cudaEvent_t last) {

@@ -89,6 +89,7 @@ void give(Stream *stream, Operation operation) {
 cudaError_t copy(const char *call, void *to, const void *from, size_t n, cudaMemcpyKind kind, Stream *stream,
                  bool wait) {
     if (!n) return cudaSuccess;
+    if (lost()) return fail(call, cudaErrorIllegalAddress);
     Memory &m = memory();
     bool to_gpu = m.device.has(to), from_gpu = m.device.has(from);
     Way way = Way(2 * from_gpu + to_gpu);
@@ -129,6 +130,7 @@ cudaError_t copy(const char *call, void *to, const void *from, size_t n, cudaMem
 
 cudaError_t set(const char *call, void *p, int value, size_t n, Stream *stream, bool wait) {
     if (!n) return cudaSuccess;
+    if (lost()) return fail(call, cudaErrorIllegalAddress);
     if (!memory().device.covers(p, n, true) && !memory().host.covers(p, n, false))
         return fail(call, cudaErrorInvalidValue, "out of bounds");
     count("memsets");

@@ -21,6 +21,6 @@ def reset() -> None:
 
 
 def fail(plan: str) -> None:
-    """Let calls fail, counted from now: "alloc:7-9,module:1". Kinds: alloc, pin, module, handle."""
+    """Let calls fail, counted from now: "alloc:7-9,module:1". Kinds: alloc, pin, module, handle, kernel."""
     if not _library.emulated_gpu_fail(plan.encode()):
-        raise ValueError(f"cannot read {plan!r}; write it like 'alloc:7-9,module:1', of alloc, pin, module and handle")
+        raise ValueError(f"cannot read {plan!r}; write it like 'alloc:7-9,module:1'")

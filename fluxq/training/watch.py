@@ -1,0 +1,61 @@
+"""What a run's steps are compared with: its own earlier ones, and this machine's last runs."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from fluxq.config import TrainConfig
+from fluxq.memory.conditions import differences, read_conditions
+from fluxq.memory.retry import OutOfMemoryRetry
+from fluxq.models.parts import Models
+
+from .history import History, compared, kind_of, summary
+from .objective import NumberedBatches
+
+
+class Watch:
+    """Of a run that trains on `batches` as `config` says, under the plan of `retry`."""
+
+    def __init__(self, config: TrainConfig, models: Models, batches: NumberedBatches, retry: OutOfMemoryRetry) -> None:
+        self.config, self.batches, self.retry = config, batches, retry
+        self._first = self._placement = retry.placement
+        self._history = History(kind_of(config, models, retry.placement))
+        self._conditions = {}
+
+    def settle(self) -> None:
+        """Compare with what is now, from now on."""
+        self._conditions, self._placement = read_conditions(), self.retry.placement
+
+    def changes(self, step: int, window: int = 20) -> list[str]:
+        """What is other in step `step`, counted from 1, than when this was last asked, and than in the steps before."""
+        found = []
+        if self.retry.placement is not self._placement:
+            found.append("its plan is another, as memory ran out")
+        before = {bucket for other in range(max(1, step - window), step) for bucket in self._buckets(other)}
+        if new := self._buckets(step) - before:
+            sizes = " and ".join(f"{width} x {height}" for width, height in sorted(new))
+            found.append(f"its bucket, {sizes}, is none of the {window} steps before it")
+        for what, every in (("previews", self.config.samples.every), ("a save", self.config.output.save_every)):
+            if every and step > 1 and (step - 1) % every == 0:
+                found.append(f"{what} came just before it")
+        old = self._conditions
+        self.settle()
+        return found + differences(old, self._conditions)
+
+    def regression(self, records: Sequence[Mapping]) -> str | None:
+        """A line if the steps of this process are slower or bigger than those of the last runs."""
+        now, runs = summary(records), self._history.runs()
+        return compared(now, runs) if now and runs and self._same_plan else None
+
+    def remember(self, records: Sequence[Mapping]) -> None:
+        """Keep the steps of this process for later runs, unless its plan changed on the way."""
+        if self._same_plan and (run := summary(records)):
+            self._history.add(run)
+
+    @property
+    def _same_plan(self) -> bool:
+        return self.retry.placement is self._first
+
+    def _buckets(self, step: int) -> set[tuple[int, int]]:
+        accumulate = self.config.training.accumulate
+        return {self.batches.bucket_of(index) for index in range((step - 1) * accumulate, step * accumulate)}
