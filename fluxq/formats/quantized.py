@@ -35,7 +35,7 @@ from fluxq.model.layout import ALIGNMENT, Place, layout, stored_parts
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
 
-from .atomic import atomic_path
+from .atomic import atomic_path, remove_leftover
 from .checkpoint.detect import DIFFUSERS_FLUX, kind
 from .checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
 from .checkpoint.shapes import flux_shapes
@@ -74,6 +74,7 @@ def write_quantized(
     blank = "0" * 32  # a placeholder: the hash of the source is known at the end
     header = _header(units, {**description, "source": {**about, "hash": blank}})
     needed = len(header) + sum(length for _, length in units.values())
+    remove_leftover(path)
     require_disk_space(path, needed)
     versions = _versions(source.files)
     digest, done = blake2b(digest_size=16), 0
@@ -180,11 +181,12 @@ def cached(
     path = cached_path(source.files, format, merged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(f"{path}.lock").acquire()  # if two runs start at the same time, the second waits for the first one's file
     except OSError as error:
         raise WrongRequest(
-            f"{path.parent} cannot be created ({error.strerror or error}); set FLUXQ_CACHE to another folder"
+            f"{path.parent} cannot be written to ({error.strerror or error}); set FLUXQ_CACHE to another folder"
         ) from error
-    with FileLock(f"{path}.lock"):  # if two runs start at the same time, the second waits for the first one's file
+    with held:
         if path.is_file():
             with suppress(WrongRequest):  # if it is damaged, it is written again
                 return QuantizedFile.open(path)

@@ -330,5 +330,5 @@ def test_two_runs_that_start_at_once_quantize_once(source, tmp_path, monkeypatch
 def test_a_cache_folder_that_cannot_be_created_is_named(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(WrongRequest, match="cannot be created .*; set FLUXQ_CACHE to another folder"):
+    with pytest.raises(WrongRequest, match="cannot be written to .*; set FLUXQ_CACHE to another folder"):
         cached(source, "nf4", CPU)

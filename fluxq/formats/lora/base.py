@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b, file_digest
@@ -22,7 +21,7 @@ from fluxq.errors import WrongRequest
 from fluxq.kernels import Weight, dequantize
 from fluxq.model.config import FluxConfig
 
-from ..atomic import atomic_path
+from ..atomic import atomic_folder, atomic_path, remove_leftover
 from ..checkpoint import detect, keys, sizes
 from ..checkpoint.detect import DIFFUSERS_FLUX, FLUX
 from ..checkpoint.files import Checkpoint, refuse, safetensors_data, safetensors_header
@@ -162,6 +161,7 @@ def merge_into(
     """
     files = [Checkpoint(path) for path in base.shards.files]
     errors, total, done = RoundingError(), sum(file.nbytes for file in files), 0
+    remove_leftover(target)
     require_disk_space(target, total)
 
     def count(nbytes: int) -> None:
@@ -172,18 +172,12 @@ def merge_into(
     if not base.is_folder:
         _write(files[0], target, base, adapters, merged_from, errors, count)
         return errors
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
+    with atomic_folder(target) as temporary:
         for file in files:
             _write(file, temporary / file.path.name, base, adapters, merged_from, errors, count)
         for path in (base.shards.path, base.shards.path.parent / "config.json"):
             if path.suffix == ".json" and path.is_file():
                 shutil.copyfile(path, temporary / path.name)
-        temporary.rename(target)
-    except OSError as error:
-        refuse(target, f"cannot be written ({error.strerror or error})", "choose a folder that can be written to")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return errors
 
 
