@@ -35,7 +35,6 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
     disk. Raises WrongRequest if `path` cannot be written.
     """
     path = Path(path)
-    temporary = path
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with _claimed(path) as temporary:
@@ -45,7 +44,7 @@ def atomic_path(path: str | Path, nbytes: int | None = None) -> Iterator[Path]:
         if os.name == "posix":
             _flush(path.parent, os.O_RDONLY)
     except OSError as error:
-        if not _is_about(error, path, temporary):
+        if not _is_about(error, path):
             raise
         raise _unwritable(path, nbytes, error) from error
 
@@ -65,7 +64,7 @@ def atomic_folder(folder: Path) -> Iterator[Path]:
     except WrongRequest as error:  # about a file in it
         raise WrongRequest(str(error).replace(str(temporary), str(folder))) from error
     except OSError as error:
-        if not _is_about(error, folder, temporary):
+        if not _is_about(error, folder):
             raise
         raise _unwritable(folder, None, error) from error
 
@@ -151,12 +150,13 @@ def _flush(path: Path, flags: int) -> None:
         os.close(descriptor)
 
 
-def _is_about(error: OSError, path: Path, temporary: Path) -> bool:
+def _is_about(error: OSError, path: Path) -> bool:
     """Whether `error` is about writing `path`, and not for example about another file that the block reads."""
     if error.filename is None:
         return error.errno in WRITE_ERRORS
-    name = Path(error.filename)
-    return name in (path, *path.parents) or temporary in (name, *name.parents)
+    name, start = Path(error.filename), f".{path.stem}.tmp-"
+    is_temporary = any(p.parent == path.parent and p.name.startswith(start) for p in (name, *name.parents))
+    return is_temporary or name in (path, *path.parents)
 
 
 def _unwritable(path: Path, nbytes: int | None, error: OSError) -> WrongRequest:

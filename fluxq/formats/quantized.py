@@ -116,8 +116,8 @@ def require_disk_space(path: Path, needed: int) -> None:
         raise WrongRequest(f"{path.parent} is on a drive that does not exist; choose another folder")
     free = shutil.disk_usage(folder).free
     if free < needed:
-        need = f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
-        raise WrongRequest(f"{path} {need}; free some space on that disk")
+        need, has = (f"{n / 1e9:.1f} GB" if needed >= 1e9 else f"{n:,} bytes" for n in (needed, free))
+        raise WrongRequest(f"{path} needs {need}, but only {has} are free; free some space on that disk")
 
 
 def _is_finite(x: torch.Tensor) -> bool:
@@ -181,7 +181,7 @@ def cached(
     path = cached_path(source.files, format, merged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        held = FileLock(f"{path}.lock").acquire()  # if two runs start at the same time, the second waits for the first one's file
+        held = FileLock(f"{path}.lock").acquire()  # if two runs start at once, the second waits for the first's file
     except OSError as error:
         raise WrongRequest(
             f"{path.parent} cannot be written to ({error.strerror or error}); set FLUXQ_CACHE to another folder"

@@ -4,6 +4,7 @@ import os
 import re
 from contextlib import nullcontext
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 
@@ -75,6 +76,8 @@ def test_an_error_names_the_users_path(tmp_path, error):
         raise error
     with named, atomic_folder(tmp_path / "y") as temporary, atomic_path(temporary / "z"):
         raise error
+    with named, patch.object(Path, "mkdir", side_effect=OSError(*error.args, str(tmp_path / ".y.tmp-0"))):
+        atomic_folder(tmp_path / "y").__enter__()
     assert not os.listdir(tmp_path)
 
 
