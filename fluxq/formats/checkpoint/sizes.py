@@ -17,6 +17,7 @@ from .files import listed, printable, refuse
 from .shapes import autoencoder_shapes, flux_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
+INCOMPLETE = "if it is one shard of several, name the folder with all of them and their index; else download it again"
 
 
 # --- the transformer ---
@@ -56,7 +57,7 @@ def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
         what = f"has heads of width {head_dim} at hidden size {hidden}, not a multiple of 32 that divides it"
         refuse(source, what, "use dev, schnell or Krea")
     if not any(name.startswith("single_blocks.") for name in own):
-        refuse(source, "has no single_blocks", "download it again")
+        refuse(source, "has no single_blocks", INCOMPLETE)
     return FluxConfig(
         in_channels=in_channels,
         out_channels=out_channels,
@@ -205,13 +206,15 @@ def compare(own: Shapes, wanted: Shapes, what: str, source: str | Path) -> None:
         ],
     )
     if problems:
-        refuse(source, f"is {what}, but its {len(wanted):,} tensors do not fit: {problems}", "download it again")
+        is_part = own.items() <= wanted.items()
+        remedy = INCOMPLETE if is_part else "download it again"
+        refuse(source, f"is {what}, but its {len(wanted):,} tensors do not fit: {problems}", remedy)
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int, source: str | Path) -> tuple[int, ...]:
     """The shape of `name`. Raises WrongRequest if it is missing, has a 0, or has another number of dimensions."""
     if name not in shapes:
-        refuse(source, f"has no tensor {name}", "download it again")
+        refuse(source, f"has no tensor {name}", INCOMPLETE)
     if len(shapes[name]) != dimensions or 0 in shapes[name]:
         what = f"has {name} of shape {shapes[name]}, not {dimensions} nonzero dimensions"
         refuse(source, what, "use the original file")

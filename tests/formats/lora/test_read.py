@@ -210,10 +210,15 @@ REFUSED = {
     "dora": (one("dora_scale"), "is a DoRA"),
     "oft": (one("oft_blocks"), "is an OFT"),
     "mid": (one("lora_mid.weight"), "is a LoCon with a third factor"),
-    "diff": (one("diff_b"), "is an adapter that replaces whole tensors"),
+    "diff": (one("diff_b"), "is an adapter that also changes whole tensors"),
+    "unheard_of": (
+        {"lora_unet_img_in.lora_c": torch.ones(1)},
+        "is an adapter of a kind that fluxq does not know (lora_",
+    ),
+    "fill": (named("lora_unet_img_in", inputs=384), "was made for FLUX.1 Fill, whose img_in has 384 inputs, not 64"),
     "control": (
         {"double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(4, 192), "img_in.lora_B.bias": torch.ones(192)},
-        "as BFL's control LoRAs (Canny, Depth) do: img_in.lora_B.bias",
+        "as BFL's control LoRAs (Canny, Depth) do, not a plain LoRA (img_in.lora_B.bias",
     ),
     "sdxl": (
         named("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q", "lora_te1_text_model_x"),
