@@ -92,7 +92,7 @@ def write_quantized(
                     for target, part in zip(targets, _quantized(name, weight, own, inspect), strict=True):
                         target[rows.start : rows.stop].copy_(part)
                 for target in targets:  # if a matrix has such numbers, its scales are not finite, or fp8 has kept them
-                    if target.is_floating_point() and not _is_finite(target):
+                    if target.is_floating_point() and not is_finite(target):
                         refuse(source.path, f"has NaN or infinite numbers in {name}", "use another file")
                 done += source.sizes[name]
                 progress(done, source.nbytes)
@@ -120,9 +120,11 @@ def require_disk_space(path: Path, needed: int) -> None:
         raise WrongRequest(f"{path} needs {need}, but only {has} are free; free some space on that disk")
 
 
-def _is_finite(x: torch.Tensor) -> bool:
-    if x.dtype == torch.float8_e4m3fn:  # which has no infinity
-        return not ((x.view(torch.uint8) & 0x7F) == 0x7F).any()
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether `x`, of any float dtype, has neither NaN nor infinite numbers."""
+    if x.dtype.itemsize == 1:  # torch has no isfinite for them; e4m3 has no infinity
+        special = 0x7F if x.dtype == torch.float8_e4m3fn else 0x7C
+        return not ((x.view(torch.uint8) & special) == special).any()
     return bool(x.isfinite().all())
 
 

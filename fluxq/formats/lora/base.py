@@ -24,13 +24,13 @@ from fluxq.model.config import FluxConfig
 from ..atomic import atomic_folder, atomic_path, remove_leftover
 from ..checkpoint import detect, keys, sizes
 from ..checkpoint.detect import DIFFUSERS_FLUX, FLUX
-from ..checkpoint.files import Checkpoint, refuse, safetensors_data, safetensors_header
+from ..checkpoint.files import Checkpoint, printable, refuse, safetensors_data, safetensors_header
 from ..checkpoint.gguf import GgufFile
 from ..checkpoint.keys import Piece
 from ..checkpoint.shards import Shards, locate
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensors import OnRead, Plain, Scaled, ignore_bytes
-from ..quantized import require_disk_space
+from ..quantized import is_finite, require_disk_space
 from .algebra import Adapter
 from .peft import adapter_files
 
@@ -71,7 +71,10 @@ class MergedSource(Source[FluxConfig]):
         if adapter is None:
             return weight
         up = adapter.up if rows is None else adapter.up[rows.start : rows.stop]
-        merged = dequantize(weight, torch.float32).add_(Adapter(adapter.down, up, adapter.alpha).change())
+        weight = dequantize(weight, torch.float32)
+        if not is_finite(weight):
+            refuse(self.path, f"has NaN or infinite numbers in {name}", "use another file")
+        merged = weight.add_(Adapter(adapter.down, up, adapter.alpha).change())
         _require_finite(merged, name)
         return merged
 
@@ -99,6 +102,7 @@ class Base:
             names = sizes.flux_keys(shapes, located)
             pieces = {name: (Piece(key, 0, (*shapes[key], 1)[0]),) for name, key in names.items()}
         self.places = _places(pieces)
+        self.keys = {piece.key for parts in pieces.values() for piece in parts}
         for key in self.places:
             plain = stored.plain if isinstance(stored := self.shards.tensors[key], Scaled) else stored
             if not isinstance(plain, Plain) or plain.dtype not in MERGEABLE_DTYPES or isinstance(plain.file, GgufFile):
@@ -125,7 +129,9 @@ class Base:
         if not isinstance(stored, Scaled):
             return torch.ones(())
         scale = stored.scale.rows(range((*stored.scale.shape, 1)[0])).float()
-        if scale.numel() not in (1, stored.shape[0]) or not (scale > 0).all():
+        if not is_finite(scale) or not (scale > 0).all():
+            refuse(stored.scale.file.path, f"has a scale that is not a positive number in {stored.scale.key}", REMEDY)
+        if scale.numel() not in (1, stored.shape[0]):
             what = f"has a scale {stored.scale.key} of shape {tuple(scale.shape)} that does not fit"
             refuse(self.shards.path, what, REMEDY)
         return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
@@ -197,7 +203,10 @@ def _write(
     with atomic_path(target, len(header) + file.nbytes) as temporary, temporary.open("wb") as out:
         out.write(header)
         for key in order:
-            tensor = base.merged(key, file.get(key), adapters, errors)
+            stored = file.get(key)
+            if key in base.keys and not is_finite(stored):
+                refuse(file.path, f"has NaN or infinite numbers in {printable(key)}", "use another file")
+            tensor = base.merged(key, stored, adapters, errors)
             for data in safetensors_data({key: tensor}):
                 out.write(data)
             count(tensor.nbytes)
