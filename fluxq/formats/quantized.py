@@ -28,7 +28,7 @@ from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, quantize
-from fluxq.kernels.weights import parts_of
+from fluxq.kernels.weights import NF4_BLOCK, parts_of
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.layout import ALIGNMENT, Place, layout, stored_parts
@@ -59,8 +59,9 @@ def write_quantized(
 
     `about` is JSON for the metadata. `progress` is called with (bytes read, total bytes), `inspect` with every matrix's
     name, weight and quantized weight, band by band. Raises WrongRequest if the disk has too little space, before
-    anything is read, and for numbers that are not finite.
+    anything is read, for a matrix of a width that `format` cannot hold, and for numbers that are not finite.
     """
+    require_widths(source, format)
     units = layout(source.shapes, format)
     description = {
         "version": LAYOUT_VERSION,
@@ -107,6 +108,15 @@ def write_quantized(
 def _versions(files: Sequence[Path]) -> list[tuple[int, int]]:
     """Size and modification time of each file, to notice if one is replaced or written to."""
     return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
+
+
+def require_widths(source: Source[FluxConfig], format: str) -> None:
+    """Raise WrongRequest if a row of a matrix of the blocks is not a whole number of blocks of NF4."""
+    for unit, names in by_unit(source.shapes).items() if format == "nf4" else ():
+        for name in names:
+            if unit != REST and len(shape := source.shapes[name]) == 2 and shape[1] % NF4_BLOCK:
+                what = f"has {name} of width {shape[1]}, which is not a multiple of {NF4_BLOCK} as nf4 needs"
+                refuse(source.path, what, "use --format int8 or fp8")
 
 
 def require_disk_space(path: Path, needed: int) -> None:

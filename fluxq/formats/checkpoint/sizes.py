@@ -53,8 +53,8 @@ def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
         kind = {2 * out_channels: " like Canny or Depth", 6 * out_channels: " like Fill"}.get(in_channels, "")
         refuse(source, f"has {in_channels} input channels{kind}, not {out_channels}", "use dev, schnell or Krea")
     head_dim = _shape(own, "double_blocks.0.img_attn.norm.query_norm.scale", 1, source)[0]
-    if head_dim % 32 or hidden % head_dim:
-        what = f"has heads of width {head_dim} at hidden size {hidden}, not a multiple of 32 that divides it"
+    if head_dim < 32 or head_dim & (head_dim - 1) or hidden % head_dim:  # the kernel of RoPE needs a power of two
+        what = f"has heads of width {head_dim} at hidden size {hidden}, not a power of 2 from 32 that divides it"
         refuse(source, what, "use dev, schnell or Krea")
     if not any(name.startswith("single_blocks.") for name in own):
         refuse(source, "has no single_blocks", INCOMPLETE)
