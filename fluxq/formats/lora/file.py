@@ -221,5 +221,5 @@ class LoraFile:
             return None
         try:
             return PeftSettings.parsed(json.loads(text), prefix)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             refuse(self.path, f"has invalid JSON in {PEFT_METADATA} ({printable(str(error))})", "export it again")
