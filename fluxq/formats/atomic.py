@@ -112,7 +112,7 @@ def _locked(temporary: Path, is_folder: bool = False) -> int | None:
     try:
         if is_folder:
             temporary.mkdir(exist_ok=True)
-        lock = os.open(temporary, os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT, 0o666)
+        lock = os.open(temporary, os.O_NOFOLLOW | (os.O_RDONLY if is_folder else os.O_RDWR | os.O_CREAT), 0o666)
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         if not os.path.samestat(os.fstat(lock), os.stat(temporary)):
             raise FileNotFoundError  # its owner has just renamed it

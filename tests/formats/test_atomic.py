@@ -46,6 +46,10 @@ def test_what_a_killed_process_left_is_used_again(tmp_path):
     with atomic_folder(tmp_path / "y") as temporary:
         (temporary / "whole").write_text("2")
     assert os.listdir(tmp_path / "y") == ["whole"]
+    (tmp_path / ".z.tmp-0").symlink_to(tmp_path / "x.json")
+    with atomic_path(tmp_path / "z") as temporary:
+        temporary.write_text("not through a link")
+    (tmp_path / "z").unlink(), (tmp_path / ".z.tmp-0").unlink()
     (tmp_path / ".x.tmp-0.json").write_text("a long half")
     remove_leftover(tmp_path / "x.json")
     assert sorted(os.listdir(tmp_path)) == ["x.json", "y"] and (tmp_path / "x.json").read_text() == "new"

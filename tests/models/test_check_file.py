@@ -120,6 +120,12 @@ def test_a_lora_that_fluxq_cannot_use_is_refused_with_the_reason(tmp_path, what)
     assert code == 2 and not answer["ready"] and sentence in answer["reasons"][0] and lines.count("refused ") == 1
 
 
+def test_a_model_with_kontext_in_its_name_gets_a_note(tmp_path):
+    shutil.copy(nano.FLUX, tmp_path / "flux1-Kontext-dev.safetensors")
+    assert "note         Kontext, by its name" in run(tmp_path / "flux1-Kontext-dev.safetensors")[2]
+    assert "Kontext" not in run(nano.FLUX)[2]
+
+
 DIALECTS = (
     "lora_unet_double_blocks_0_img_attn_qkv",
     "diffusion_model.double_blocks.0.img_attn.qkv",
