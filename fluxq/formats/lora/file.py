@@ -143,11 +143,10 @@ class LoraFile:
         own = {b: tuple(self.checkpoint.shape(self._bases[b][part]) for part in ("up", "down")) for b in placed}
         if all((up[:1], down[1:2]) == ((sizes[b][0],), (sizes[b][1],)) for b, (up, down) in own.items()):
             refuse(self.path, f"is damaged: {listed(wrong_tensor=wrong)}", "export it again, or use an earlier version")
-        image = next(
-            (self.checkpoint.shape(self._bases[b]["down"]) for b, p in placed.items() if p.module == "img_in"), ()
-        )
-        if what := {128: "Canny or Depth", 384: "Fill"}.get((*image, 0, 0)[1]):
-            refuse(self.path, f"was made for FLUX.1 {what}, whose img_in has {image[1]} inputs, not 64", REMEDY)
+        inputs = {self.checkpoint.shape(self._bases[b]["down"])[1:2] for b, p in placed.items() if p.module == "img_in"}
+        for width, what in ((128, "Canny or Depth"), (384, "Fill")):
+            if (width,) in inputs:
+                refuse(self.path, f"was made for FLUX.1 {what}, whose img_in has {width} inputs, not 64", REMEDY)
         is_flux_2 = any(d[1:2] == (6144,) for _, d in own.values())
         what = "FLUX.2 dev, a different model" if is_flux_2 else "a model of other sizes"
         refuse(self.path, f"was made for {what}: {listed(wrong_shape=wrong)}", REMEDY)
