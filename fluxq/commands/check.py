@@ -26,7 +26,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
-from fluxq.formats.quantized import cache_folder, stored_bytes
+from fluxq.formats.quantized import cache_folder, require_widths, stored_bytes
 from fluxq.memory.machine import InstalledGPU, free_gpu_bytes, notes, obstacle, ram_bytes, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
@@ -95,6 +95,8 @@ def _part(models: Models, part: str, reasons: list[str]) -> Answer:
             return about | about_quantized(models.quantized)
         source = models.open(part)
         about |= about_source(source)
+        if part == "flux":
+            require_widths(source, models.format)
         if part != "flux" and (misfit := models.misfit(part, source.config)):
             raise WrongRequest(f"{source.path} {misfit}; use one model's files")
         return about

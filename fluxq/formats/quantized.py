@@ -28,14 +28,14 @@ from torch import Tensor
 
 from fluxq.errors import WrongRequest
 from fluxq.kernels import NF4Weight, RowScaled, Weight, dequantize, quantize
-from fluxq.kernels.weights import parts_of
+from fluxq.kernels.weights import NF4_BLOCK, parts_of
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
 from fluxq.model.layout import ALIGNMENT, TensorEntry, layout, stored_parts
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
 
-from .atomic import atomic_path
+from .atomic import atomic_path, remove_leftover
 from .checkpoint.detect import DIFFUSERS_FLUX, kind
 from .checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
 from .checkpoint.shapes import flux_shapes
@@ -59,8 +59,9 @@ def write_quantized(
 
     `about` is JSON for the metadata. `progress` is called with (bytes read, total bytes), `inspect` with every matrix's
     name, weight and quantized weight, band by band. Raises WrongRequest if the disk has too little space, before
-    anything is read, and for numbers that are not finite.
+    anything is read, for a matrix of a width that `format` cannot hold, and for numbers that are not finite.
     """
+    require_widths(source, format)
     units = layout(source.shapes, format)
     description = {
         "version": LAYOUT_VERSION,
@@ -74,6 +75,7 @@ def write_quantized(
     blank = "0" * 32  # a placeholder: the hash of the source is known at the end
     header = _header(units, {**description, "source": {**about, "hash": blank}})
     needed = len(header) + sum(length for _, length in units.values())
+    remove_leftover(path)
     require_disk_space(path, needed)
     versions = _versions(source.files)
     digest, done = blake2b(digest_size=16), 0
@@ -91,7 +93,7 @@ def write_quantized(
                     for target, part in zip(targets, _quantized(name, weight, own, inspect), strict=True):
                         target[rows.start : rows.stop].copy_(part)
                 for target in targets:  # if a matrix has such numbers, its scales are not finite, or fp8 has kept them
-                    if target.is_floating_point() and not _is_finite(target):
+                    if target.is_floating_point() and not is_finite(target):
                         refuse(source.path, f"has NaN or infinite numbers in {name}", "use another file")
                 done += source.sizes[name]
                 progress(done, source.nbytes)
@@ -108,6 +110,15 @@ def _versions(files: Sequence[Path]) -> list[tuple[int, int]]:
     return [(status.st_size, status.st_mtime_ns) for status in (file.stat() for file in files)]
 
 
+def require_widths(source: Source[FluxConfig], format: str) -> None:
+    """Raise WrongRequest if a row of a matrix of the blocks is not a whole number of blocks of NF4."""
+    for unit, names in by_unit(source.shapes).items() if format == "nf4" else ():
+        for name in names:
+            if unit != REST and len(shape := source.shapes[name]) == 2 and shape[1] % NF4_BLOCK:
+                what = f"has {name} of width {shape[1]}, which is not a multiple of {NF4_BLOCK} as nf4 needs"
+                refuse(source.path, what, "use --format int8 or fp8")
+
+
 def require_disk_space(path: Path, needed: int) -> None:
     """Raise WrongRequest if the disk of `path`, which need not exist, has fewer than `needed` bytes free."""
     folder = next((p for p in path.absolute().parents if p.is_dir()), None)
@@ -115,13 +126,15 @@ def require_disk_space(path: Path, needed: int) -> None:
         raise WrongRequest(f"{path.parent} is on a drive that does not exist; choose another folder")
     free = shutil.disk_usage(folder).free
     if free < needed:
-        need = f"needs {needed / 1e9:.1f} GB, but only {free / 1e9:.1f} GB are free"
-        raise WrongRequest(f"{path} {need}; free some space on that disk")
+        need, has = (f"{n / 1e9:.1f} GB" if needed >= 1e9 else f"{n:,} bytes" for n in (needed, free))
+        raise WrongRequest(f"{path} needs {need}, but only {has} are free; free some space on that disk")
 
 
-def _is_finite(x: torch.Tensor) -> bool:
-    if x.dtype == torch.float8_e4m3fn:  # which has no infinity
-        return not ((x.view(torch.uint8) & 0x7F) == 0x7F).any()
+def is_finite(x: torch.Tensor) -> bool:
+    """Whether `x`, of any float dtype, has neither NaN nor infinite numbers."""
+    if x.dtype.itemsize == 1:  # torch has no isfinite for them; e4m3 has no infinity
+        special = 0x7F if x.dtype == torch.float8_e4m3fn else 0x7C
+        return not ((x.view(torch.uint8) & special) == special).any()
     return bool(x.isfinite().all())
 
 
@@ -180,11 +193,12 @@ def cached(
     path = cached_path(source.files, format, merged)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        held = FileLock(f"{path}.lock").acquire()  # if two runs start at once, the second waits for the first's file
     except OSError as error:
         raise WrongRequest(
-            f"{path.parent} cannot be created ({error.strerror or error}); set FLUXQ_CACHE to another folder"
+            f"{path.parent} cannot be written to ({error.strerror or error}); set FLUXQ_CACHE to another folder"
         ) from error
-    with FileLock(f"{path}.lock"):  # if two runs start at the same time, the second waits for the first one's file
+    with held:
         if path.is_file():
             with suppress(WrongRequest):  # if it is damaged, it is written again
                 return QuantizedFile.open(path)

@@ -14,8 +14,8 @@ from fluxq.data.images import SUFFIXES
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import detect
 from fluxq.formats.checkpoint.files import printable
-from fluxq.formats.checkpoint.shards import FOLDERS, Shards, units
-from fluxq.formats.checkpoint.sizes import variant
+from fluxq.formats.checkpoint.shards import FOLDERS, SHARD, Shards, refuse_shard, units
+from fluxq.formats.checkpoint.sizes import INCOMPLETE, variant
 from fluxq.formats.checkpoint.source import OPENERS, Source
 from fluxq.formats.lora.peft import PEFT_FILES
 from fluxq.formats.lora.programs import programs
@@ -32,16 +32,20 @@ SAME_FORMAT = {  # format -> the precisions that already have this format
     "int8": ("int8",),
     "bf16": ("bf16",),
 }
+USED = f"fluxq has no use for it, only for LoRAs and {', '.join(detect.EXAMPLES.values())}"
 TITLES = ("modelspec.title", "ss_output_name", "general.name")
 Answer = dict[str, Any]
 
 
 def model_files(folder: Path) -> list[Path]:
-    """The model files in `folder` and in its subfolders of diffusers' layout; none if `folder` has images."""
+    """The model files in `folder` and in its subfolders of diffusers' layout, or shards that no index lists; none if
+    `folder` has images.
+    """
     if any(path.suffix.lower() in SUFFIXES for path in folder.iterdir()):
         return []
     places = [folder, *(folder / name for name in FOLDERS.values())]
-    return [unit for place in places if place.is_dir() for unit in units(place)]
+    found = [unit for place in places if place.is_dir() for unit in units(place)]
+    return found or sorted(path for path in folder.glob("*.safetensors") if SHARD.search(path.stem))
 
 
 def check_files(paths: list[Path]) -> Answer:
@@ -73,15 +77,23 @@ def check_file(path: Path) -> Answer:
     listed = ", ".join(f"{count} {precision}" for precision, count in stored.most_common())
     console.print(f"file         {path}, {size(shards.nbytes)}, {len(shards.shapes)} tensors ({listed})")
     parts, lora, reasons = {}, None, []
-    if kind == detect.LORA:
-        lora = _lora(path, reasons)
-    else:
-        parts = _parts(path, detect.models_in(shards.shapes) or [kind], reasons)
+    try:
+        refuse_shard(path)
+        if detect.adapter_kind(shards.shapes):
+            lora = _lora(path)
+        else:
+            parts = _parts(path, detect.models_in(shards.shapes) or [kind], reasons)
+    except WrongRequest as error:
+        reasons.append(str(error))
     title = next(filter(None, map(shards.metadata.get, TITLES)), None)
     if title:
         console.print(f"title        {printable(title)}")
+    if "flux" in parts and "kontext" in f"{path.name} {title}".lower():
+        console.print(
+            "note         Kontext, by its name: it edits images, and fluxq trains it on images alone, like dev"
+        )
     if not parts and not lora and not reasons:
-        reasons.append(f"{path} is {kind}; fluxq cannot use it")
+        reasons.append(f"{path} is {kind}; {INCOMPLETE if kind.startswith(detect.PART) else USED}")
     for reason in reasons:
         console.print(f"refused      {reason}")
     answer = {"ready": bool(parts or lora), "kind": kind, "path": str(path), "stored": dict(stored), "lora": lora}
@@ -105,25 +117,21 @@ def _parts(path: Path, meant: list[str], reasons: list[str]) -> Answer:
     return parts
 
 
-def _lora(path: Path, reasons: list[str]) -> Answer | None:
-    """What a LoRA is, and which programs load it. Reads the whole file.
-
-    None if fluxq cannot load it; the reason is added to `reasons`.
-    """
-    try:
-        lora = load_lora(path)
-    except WrongRequest as error:
-        reasons.append(str(error))
-        return None
+def _lora(path: Path) -> Answer:
+    """What a LoRA is, and which programs load it. Reads the whole file. Raises WrongRequest if fluxq cannot load it."""
+    lora = load_lora(path)
     verdicts = programs(lora)
     readers = [program for program, verdict in verdicts.items() if verdict == "yes"]
     others = ", ".join(program for program in verdicts if program not in readers)
     limits = f"; not, or not completely, by {others}" if others else ""
+    if set(verdicts.values()) == {"not tried"}:
+        loaded = "whether other programs load it was not tried"
+    else:
+        loaded = f"loaded as is by {', '.join(readers) or 'no other program'}{limits}"
+    train = ", continue training with --from-lora" if lora.adapters else " (it cannot start a training: --from-lora)"
     console.print(f"holds        a LoRA, {lora.dialect}, {described(lora)}")
-    console.print(f"             loaded as is by {', '.join(readers) or 'no other program'}{limits}")
-    console.print(
-        "             sample with fluxq sample --lora, continue training with --from-lora; more: fluxq lora info"
-    )
+    console.print(f"             {loaded}")
+    console.print(f"             sample with fluxq sample --lora{train}; more: fluxq lora info")
     about = {"dialect": lora.dialect, "modules": len(lora.adapters), "clip_modules": len(lora.clip)}
     return about | {"ranks": lora.ranks, "programs": verdicts, "notes": lora.notes}
 

@@ -209,6 +209,7 @@ class Models:
             return source
         loras = [(load_lora(path, source.config), strength) for path, strength in self.base_loras]
         for lora, strength in loras:
+            lora.require_transformer()
             clip = [f"its CLIP-L part ({len(lora.clip)} modules) is left out"] if lora.clip else []
             notify(
                 f"{lora.path.name}: {len(lora.adapters)} layers, merged into the transformer at strength {strength:g}"

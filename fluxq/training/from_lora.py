@@ -35,8 +35,7 @@ def read_start(config: LoraConfig, models: Models, notify: Notify) -> Lora | Non
         return None
     path = config.from_lora
     lora = load_lora(path, models.flux_config)
-    if not lora.adapters:
-        raise WrongRequest(f"{path} adapts no layer of the transformer; leave out --from-lora")
+    lora.require_transformer()
     notes = list(lora.notes)
     if config.text_encoder:
         lora.check_clip(models.open("clip_l").shapes)

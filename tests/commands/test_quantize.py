@@ -10,12 +10,14 @@ from pathlib import Path
 import pytest
 import torch
 from click.testing import CliRunner
+from helpers import tiny_config
 from safetensors.torch import load_file, save_file
 
 from fluxq import nano
 from fluxq.cli.main import main
 from fluxq.config import ModelConfig
 from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import open_flux
 from fluxq.formats.quantized import QuantizedFile, cache_folder, write_quantized
 from fluxq.models.parts import Models
@@ -72,6 +74,19 @@ def test_training_quantizes_once_and_prints_the_disk_space(tmp_path, monkeypatch
         f"quantizing flux1-nano.safetensors to nf4, once: 0.0 GB in {cache_folder()}"
     ]
     assert len(list(tmp_path.glob("*.safetensors"))) == 1
+
+
+def test_a_width_that_nf4_cannot_hold_is_refused_by_name(tmp_path):
+    config = tiny_config(hidden_size=96, num_heads=3, depth=1, depth_single_blocks=1)
+    tensors = {name: torch.randn(shape).bfloat16() for name, shape in flux_shapes(config).items()}
+    save_file(tensors, path := tmp_path / "odd.safetensors")
+    result = run("quantize", path, tmp_path / "q.safetensors")
+    sentence = (
+        f"{path} has double_blocks.0.img_attn.proj.weight of width 96, which is not a multiple of 64 as nf4 needs"
+    )
+    assert result.exit_code == 2 and f"error: {sentence}; use --format int8 or fp8\n" == result.stderr
+    assert os.listdir(tmp_path) == ["odd.safetensors"] and sentence in run("check", "--flux", path).output
+    assert run("quantize", path, tmp_path / "q.safetensors", "--format", "int8").exit_code == 0
 
 
 def test_a_file_replaced_while_it_is_read_writes_nothing(tmp_path):

@@ -2,15 +2,17 @@
 
 import errno
 import os
+import re
 from contextlib import nullcontext
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 
 from fluxq.errors import WrongRequest
 from fluxq.formats import atomic
-from fluxq.formats.atomic import atomic_path
+from fluxq.formats.atomic import atomic_folder, atomic_path, remove_leftover
 
 
 def test_atomic_path_keeps_the_suffix_and_makes_folders(tmp_path):
@@ -45,6 +47,56 @@ def test_folders_made_for_a_file_that_never_came_are_removed_and_others_stay(tmp
     with pytest.raises(WrongRequest), atomic_path(tmp_path / "file" / "new" / "x.json"):
         pass
     assert sorted(p.name for p in tmp_path.rglob("*")) == ["file", "old"]
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs flock")
+def test_what_a_killed_process_left_is_used_again(tmp_path):
+    (tmp_path / ".x.tmp-0.json").write_text("a long half")
+    with atomic_path(tmp_path / "x.json") as temporary:
+        assert temporary.name == ".x.tmp-0.json"
+        temporary.write_text("new")
+    (tmp_path / ".y.tmp-0").mkdir()
+    (tmp_path / ".y.tmp-0" / "half").write_text("1")
+    with atomic_folder(tmp_path / "y") as temporary:
+        (temporary / "whole").write_text("2")
+    assert os.listdir(tmp_path / "y") == ["whole"]
+    (tmp_path / ".z.tmp-0").symlink_to(tmp_path / "x.json")
+    with atomic_path(tmp_path / "z") as temporary:
+        temporary.write_text("not through a link")
+    (tmp_path / "z").unlink(), (tmp_path / ".z.tmp-0").unlink()
+    (tmp_path / ".x.tmp-0.json").write_text("a long half")
+    remove_leftover(tmp_path / "x.json")
+    assert sorted(os.listdir(tmp_path)) == ["x.json", "y"] and (tmp_path / "x.json").read_text() == "new"
+
+
+def test_two_writers_of_one_path_do_not_meet(tmp_path):
+    with atomic_path(tmp_path / "x") as first:
+        first.write_text("first")
+        with atomic_path(tmp_path / "x") as second:
+            second.write_text("second")
+        remove_leftover(tmp_path / "x")
+        assert first.read_text() == "first" and (tmp_path / "x").read_text() == "second"
+    with pytest.raises(WrongRequest, match="y cannot be written"), atomic_folder(tmp_path / "y") as first:
+        (first / "own").write_text("1")
+        with atomic_folder(tmp_path / "y") as second:
+            (second / "own").write_text("2")
+        assert os.listdir(first) == os.listdir(tmp_path / "y") == ["own"]
+    assert sorted(os.listdir(tmp_path)) == ["x", "y"] and (tmp_path / "x").read_text() == "first"
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left on device"), OSError(30, "Read-only file system")])
+def test_an_error_names_the_users_path(tmp_path, error):
+    """Not the temporary one."""
+    named = pytest.raises(WrongRequest, match=f"^{re.escape(str(tmp_path))}/[xy](/z)? cannot be written")
+    with named, atomic_path(tmp_path / "x"):
+        raise error
+    with named, atomic_folder(tmp_path / "y"):
+        raise error
+    with named, atomic_folder(tmp_path / "y") as temporary, atomic_path(temporary / "z"):
+        raise error
+    with named, patch.object(Path, "mkdir", side_effect=OSError(*error.args, str(tmp_path / ".y.tmp-0"))):
+        atomic_folder(tmp_path / "y").__enter__()
+    assert not os.listdir(tmp_path)
 
 
 def test_error_about_another_file_is_unchanged(tmp_path):

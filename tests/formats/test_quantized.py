@@ -206,7 +206,7 @@ def test_an_interrupted_write_leaves_nothing_under_the_real_name(source, tmp_pat
 
 def test_a_full_disk_is_reported_before_anything_is_read(source, tmp_path, monkeypatch):
     monkeypatch.setattr(quantized.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
-    with pytest.raises(WrongRequest, match=r"q.safetensors needs 0\.0 GB, but only 0\.0 GB are free"):
+    with pytest.raises(WrongRequest, match=r"q.safetensors needs 381,184 bytes, but only 1,000 bytes are free"):
         write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, CPU)
     assert source.asked == []
 
@@ -330,5 +330,5 @@ def test_two_runs_that_start_at_once_quantize_once(source, tmp_path, monkeypatch
 def test_a_cache_folder_that_cannot_be_created_is_named(source, tmp_path, monkeypatch):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "file" / "cache"))
-    with pytest.raises(WrongRequest, match="cannot be created .*; set FLUXQ_CACHE to another folder"):
+    with pytest.raises(WrongRequest, match="cannot be written to .*; set FLUXQ_CACHE to another folder"):
         cached(source, "nf4", CPU)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save, save_file
 from fluxq import nano
 from fluxq.cli.main import main
 from fluxq.formats.checkpoint.files import write_safetensors
+from fluxq.formats.checkpoint.keys import to_diffusers
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.write import save_lora
@@ -105,7 +106,7 @@ LORAS = {
          (("A", (4, 6144)), ("B", (18432, 4)))},
         "was made for FLUX.2 dev, a different model",
     ),
-    "LoKr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4)}, "lokr_w1; use a plain LoRA"),
+    "LoKr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 4)}, "lokr_w1); use a plain LoRA"),
     "half": ({f"{LAYER}.lora_down.weight": (4, 3072)}, "1 halves missing"),
     "ranks": ({f"{LAYER}.lora_down.weight": (4, 3072), f"{LAYER}.lora_up.weight": (9216, 5)}, "is (9216, 5), not (92"),
 }  # fmt: skip
@@ -117,6 +118,88 @@ def test_a_lora_that_fluxq_cannot_use_is_refused_with_the_reason(tmp_path, what)
     save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, tmp_path / "lora.safetensors")
     code, answer, lines = run(tmp_path / "lora.safetensors")
     assert code == 2 and not answer["ready"] and sentence in answer["reasons"][0] and lines.count("refused ") == 1
+
+
+def test_a_model_with_kontext_in_its_name_gets_a_note(tmp_path):
+    shutil.copy(nano.FLUX, tmp_path / "flux1-Kontext-dev.safetensors")
+    assert "note         Kontext, by its name" in run(tmp_path / "flux1-Kontext-dev.safetensors")[2]
+    assert "Kontext" not in run(nano.FLUX)[2]
+
+
+DIALECTS = (
+    "lora_unet_double_blocks_0_img_attn_qkv",
+    "diffusion_model.double_blocks.0.img_attn.qkv",
+    "transformer.single_transformer_blocks.0.attn.to_q",
+    "base_model.model.transformer_blocks.0.attn.to_q",
+    "lycoris_transformer_blocks_0_attn_to_q",
+)
+ADAPTERS = {
+    "a LoKr": ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "alpha"),
+    "a LoHa": ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "alpha"),
+    "an OFT": ("oft_blocks", "alpha"),
+    "an OFT or BOFT": ("oft_R.weight",),
+    "a BOFT": ("boft_R", "boft_s"),
+    "a DoRA": ("lora_down.weight", "lora_up.weight", "dora_scale"),
+    "a DoRA,": ("lora_A.weight", "lora_B.weight", "lora_magnitude_vector.default.weight"),
+    "an adapter that also changes whole tensors": ("diff", "diff_b"),
+    "an adapter that also changes whole tensors (.diff, .diff_b": ("lora_down.weight", "lora_up.weight", "diff_b"),
+    "an adapter that also changes whole tensors (.diff, .diff_b, norms": ("w_norm", "b_norm"),
+    "a GLoRA": ("a1.weight", "a2.weight", "b1.weight", "b2.weight", "alpha"),
+    "an (IA)^3": ("weight", "on_input"),
+    "an AdaLoRA": ("lora_A", "lora_B", "lora_E", "ranknum"),
+}
+
+
+@pytest.mark.parametrize("what", ADAPTERS)
+def test_an_adapter_that_is_not_a_plain_lora_is_named(tmp_path, what):
+    """In every dialect, and in the same sentence wherever a LoRA is read."""
+    for dialect in DIALECTS:
+        save_file({f"{dialect}.{name}": torch.ones(2, 2) for name in ADAPTERS[what]}, tmp_path / "a.safetensors")
+        code, answer, lines = run(tmp_path / "a.safetensors")
+        sentence = f"{tmp_path / 'a.safetensors'} is {what}"
+        assert code == 2 and answer["reasons"][0].startswith(sentence) and lines.count("refused ") == 1, answer
+        assert "; use a plain LoRA, or make one" in answer["reasons"][0]
+        for command in ("lora info {}", "lora convert {} {}.safetensors", "quantize {} {}.safetensors"):
+            told = CliRunner().invoke(main, command.replace("{}", str(tmp_path / "a.safetensors")).split())
+            assert told.exit_code == 2 and sentence.rstrip(",") in told.stderr, told.output
+
+
+OF_TEXT = {
+    "lora_te1_text_model_encoder_layers_0_self_attn_q_proj": "1 modules of rank 4, all of CLIP-L",
+    "text_encoder.text_model.encoder.layers.0.mlp.fc1": "1 modules of rank 4, all of CLIP-L",
+    "base_model.model.text_model.encoder.layers.0.mlp.fc1": "is a LoRA of a text encoder alone, as PEFT saves it",
+    "lora_te3_encoder_block_0_layer_0_SelfAttention_q": "for the transformer or for CLIP-L (its T5 part",
+}
+
+
+@pytest.mark.parametrize("module", OF_TEXT)
+def test_a_lora_of_a_text_encoder_alone_is_described(tmp_path, module):
+    tensors = {f"{module}.lora_A.weight": torch.ones(4, 64), f"{module}.lora_B.weight": torch.ones(64, 4)}
+    save_file(tensors, path := tmp_path / "a.safetensors")
+    code, answer, lines = run(path)
+    assert OF_TEXT[module] in lines and code == (0 if answer["lora"] else 2)
+    out = tmp_path / "merged.safetensors"
+    merged = CliRunner().invoke(main, ["lora", "merge", str(path), "--base", str(nano.FLUX), "--out", str(out)])
+    assert merged.exit_code == 2 and not out.exists()
+    assert not answer["lora"] or ("--from-lora)" in lines and "adapts only CLIP-L, no layer" in merged.stderr)
+
+
+@pytest.mark.parametrize("part", ["flux", "diffusers", "t5xxl", "clip_l"])
+@pytest.mark.parametrize("index", [0, 1, 2])
+def test_one_shard_of_several_is_named(tmp_path, part, index):
+    tensors = load_file({"t5xxl": nano.T5XXL, "clip_l": nano.CLIP_L}.get(part, nano.FLUX))
+    tensors = to_diffusers(tensors, NANO) if part == "diffusers" else tensors
+    own = {name: tensors[name].contiguous() for i, name in enumerate(sorted(tensors)) if i * 3 // len(tensors) == index}
+    shard = tmp_path / f"model-0000{index + 1}-of-00003.safetensors"
+    save_file(own, shard)
+    assert (
+        "is one shard of 3, and model.safetensors.index.json, which lists them, is not" in run(shard)[1]["reasons"][0]
+    )
+    assert "is one shard of 3" in run(tmp_path)[2]
+    (tmp_path / "model.safetensors.index.json").write_text("{}")
+    assert f"is one shard of several; name its folder, {tmp_path}" in run(shard)[1]["reasons"][0]
+    code, answer, _ = run(shard.rename(tmp_path / "renamed.safetensors"))
+    assert code == 2 and "; if it is one shard of several, name the folder" in answer["reasons"][0], answer
 
 
 def test_a_folder_of_models_is_described_file_by_file(tmp_path):
@@ -216,6 +299,9 @@ def test_a_stored_precision_is_named_with_its_use(tmp_path, write, precision, us
 REFUSED = {
     "ControlNet": ("controlnet_blocks.0.weight", "double_blocks.0.img_attn.qkv.weight"),
     "IP-Adapter": ("double_blocks.0.processor.ip_adapter_double_stream_k_proj.weight",),
+    "a textual inversion": ("clip_l", "t5xxl"),
+    "an image encoder": ("vision_model.embeddings.position_embedding.weight", "vision_model.encoder.layers.0.x.weight"),
+    "a language model": ("model.layers.0.self_attn.q_proj.weight", "model.embed_tokens.weight"),
     "FLUX.1 Redux": ("redux_up.weight", "redux_down.weight"),
     "nunchaku": ("single_transformer_blocks.0.qkv_proj.qweight", "single_transformer_blocks.0.qkv_proj.wscales"),
     "Chroma": ("distilled_guidance_layer.in_proj.weight", "double_blocks.0.img_attn.qkv.weight"),

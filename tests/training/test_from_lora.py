@@ -224,7 +224,7 @@ def test_a_run_on_a_base_lora_is_the_run_on_the_merged_model(tmp_path, photos):
         (["--from-lora", "{tmp}/absent.safetensors"], "absent.safetensors does not exist"),
         (["--from-lora", nano.AE], "not a LoRA"),
         (["--from-lora", "{tmp}/big.safetensors"], "was made for a model of other sizes"),
-        (["--from-lora", "{tmp}/clip.safetensors"], "adapts no layer of the transformer"),
+        (["--from-lora", "{tmp}/clip.safetensors"], "adapts only CLIP-L, no layer of the transformer"),
         (["--from-lora", "{tmp}/x.safetensors", "--set", "lora.targets=['txt_in']"], "lora.targets does not include"),
         (["--base-lora", "{tmp}/absent.safetensors"], "absent.safetensors"),
         (["--base-lora", "{tmp}/x.safetensors=much"], "is not a number; write FILE=0.8"),

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fluxq.console import byte_bar, console, plural
 from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.files import refuse
 from fluxq.formats.checkpoint.sizes import variant
 from fluxq.formats.checkpoint.source import Source, open_flux
 from fluxq.formats.lora.algebra import Adapter
@@ -63,8 +64,10 @@ def extracted(
             done += second.sizes[name]
             progress(done, second.nbytes)
             if not torch.linalg.vector_norm(difference).isfinite():
-                what = f"{name} has infinite, NaN or huge numbers in {first.path} or {second.path}"
-                raise WrongRequest(f"{what}; download both again")
+                for model in (first, second):
+                    if not model.value(name, torch.float32).isfinite().all():
+                        refuse(model.path, f"has NaN or infinite numbers in {name}", "use another file")
+                raise WrongRequest(f"{name} of {first.path} and {second.path} are too far apart; give related models")
             if not difference.any():
                 continue
             if not is_block:

@@ -46,6 +46,7 @@ def merge_command(
         made = whole if rank is None else reduced(whole, rank)
         dtype = dtype_of(precision, *(lora for lora, _ in loras))
         return write(out, made, to or "kohya", dtype, whole)
+    whole.require_transformer()
     if whole.clip:
         console.print(
             f"the CLIP-L part ({plural(len(whole.clip), 'module')}) is left out: it is not part of the transformer"

@@ -1,8 +1,9 @@
 """Recognize a checkpoint from its keys alone, before any tensor is read.
 
-`kind` names what the file is, `models_in` lists which of the four models it is meant to hold, and `without_prefix`
-selects one model's keys: it strips the prefix of an all-in-one file and leaves the file's other models out. A file that
-does not fit is refused, and the message names what it is. Model sizes: fluxq/formats/checkpoint/sizes.py.
+`kind` names what the file is, `adapter_kind` what an adapter is, `models_in` lists which of the four models the file is
+meant to hold, and `without_prefix` selects one model's keys: it strips the prefix of an all-in-one file and leaves the
+file's other models out. A file that does not fit is refused, and the message names what it is. Model sizes:
+fluxq/formats/checkpoint/sizes.py.
 """
 
 import re
@@ -23,6 +24,7 @@ T5 = "a T5 text encoder"
 LORA = "a LoRA"
 DIFFUSERS_FLUX = "a FLUX.1 transformer in diffusers' layout"
 OPENCLIP = "a CLIP text encoder in OpenCLIP's layout"
+PART = "a part of"
 DIFFUSERS_OTHER = "a model in diffusers' layout (an autoencoder or a UNet)"
 
 EXAMPLES = {
@@ -51,10 +53,30 @@ NEIGHBORS = re.compile(
     r"|vision_model|visual_projection|text_projection|logit_scale)(\.|$)"
 )
 
+# Adapters that are not plain LoRAs, recognized by a key that only they have. LyCORIS, PEFT and ComfyUI name them.
+OTHER_ADAPTERS = {
+    r"\.lokr_(w[12]|t2)": "a LoKr (LyCORIS)",
+    r"\.hada_(w[12]|t[12])": "a LoHa (LyCORIS)",
+    r"\.(dora_scale|lora_magnitude_vector)\b": "a DoRA",
+    r"\.boft_[Rs]\b": "a BOFT",
+    r"\.(oft_blocks|oft_diag|oft_[RrSs])\b": "an OFT or BOFT",
+    r"\.(on_input|ia3_l)\b": "an (IA)^3",
+    r"\.[ab][12]\.weight$": "a GLoRA (LyCORIS)",
+    r"\.(lora_E|ranknum)\b": "an AdaLoRA",
+    r"\.vera_(lambda_[bd]|[AB])\b": "a VeRA",
+    r"\.(fourierft_spectrum|hra_u|bone_block|randlora_|vblora_)": "a FourierFT, HRA, Bone, RandLora or VB-LoRA (PEFT)",
+    r"\.lora_mid\.": "a LoCon with a third factor",
+    r"\.lora_B(\.\w+)?\.bias$": "a LoRA that also changes biases, as BFL's control LoRAs (Canny, Depth) do",
+    r"\.(set_weight|reshape_weight)$": "an adapter that replaces whole tensors (.set_weight)",
+    r"\.(diff|diff_b|w_norm|b_norm)$": "an adapter that also changes whole tensors (.diff, .diff_b, norms)",
+}
+
 # The first pattern that matches any key decides, so special cases come before the models they resemble.
 KINDS = {
     r"\.(qweight|wscales)$": "a nunchaku (SVDQuant) file",
-    r"^(lora|lycoris)_|\.lora_(A|B|up|down)\b|[._]lora\d?\.(up|down)\.": LORA,
+    **OTHER_ADAPTERS,
+    r"^(lora|lycoris)_|^base_model\.model\.|\.lora_(A|B|up|down)\b|[._]lora\d?\.(up|down)\.": LORA,
+    r"^(clip_[lg]|t5xxl|emb_params)$|^(bundle_emb|string_to_param)\.": "a textual inversion (a word for prompts)",
     r"(^|\.)distilled_guidance_layer\.": "Chroma (a different model from FLUX.1)",
     r"(^|\.)(double_stream_modulation|single_stream_modulation)": "FLUX.2 (a different model from FLUX.1)",
     r"\.weight(\._data|\._scale|_qdata)$": "a file quantized by quanto or torchao",
@@ -76,16 +98,17 @@ KINDS = {
     r"encoder\.block\.[1-9]\d*\.layer\.0\.SelfAttention\.relative_attention_bias": "UMT5 (a different model from T5)",
     r"\.SelfAttention\.|\.DenseReluDense\.": T5,
     r"(^|\.)resblocks\.\d": OPENCLIP,
-    r"(^|\.)embeddings\.position_embedding\.": CLIP,
+    r"(^|\.)(?<!vision_model\.)embeddings\.position_embedding\.": CLIP,
+    r"(^|\.)vision_model\.": "an image encoder (SigLIP or CLIP's)",
     r"^(encoder|decoder)\.(layers\.)?\d+\.": "a tiny autoencoder for previews (TAESD)",
-    r"^blk\.\d+\.attn_": "a language model",
+    r"^blk\.\d+\.attn_|^(model\.)?layers\.\d+\.(self_attn|mlp)\.": "a language model",
 }
 
 
 def models_in(keys: Iterable[str]) -> list[str]:
     """Which of the four models a file with these keys is meant to hold, complete or not; none for a LoRA."""
     keys = list(keys)
-    return [] if kind(keys) == LORA else [wanted for wanted in MARKERS if _prefixes(keys, wanted)]
+    return [] if adapter_kind(keys) else [wanted for wanted in MARKERS if _prefixes(keys, wanted)]
 
 
 def kind(keys: Iterable[str]) -> str:
@@ -94,7 +117,13 @@ def kind(keys: Iterable[str]) -> str:
     for pattern, name in KINDS.items():
         if any(re.search(pattern, key) for key in keys):
             return name
-    return f"a model that fluxq does not know ({_nearest(keys)})" if keys else "empty (it has no tensors)"
+    return _nearest(keys) if keys else "empty (it has no tensors)"
+
+
+def adapter_kind(keys: Iterable[str]) -> str | None:
+    """What an adapter with these keys is: LORA, if it is a plain one, or another kind; None if it is no adapter."""
+    found = kind(keys)
+    return found if found == LORA or found in OTHER_ADAPTERS.values() else None
 
 
 def without_prefix(keys: Iterable[str], wanted: str, source: str | Path) -> dict[str, str]:
@@ -124,15 +153,19 @@ def _prefixes(keys: list[str], wanted: str) -> list[str]:
 
 
 def _nearest(keys: list[str]) -> str:
-    """The model that shares the most names with `keys`, ignoring block numbers, and the first names that differ."""
+    """What a file is that no pattern matches: a part of the model that shares the most names with `keys`, ignoring
+    block numbers, or something else that is closest to it.
+    """
     own = _by_unnumbered(keys)
     common, wanted = max(((len(own.keys() & names), wanted) for wanted, names in _templates().items()))
     if common == 0:
-        return f"its first key is {printable(keys[0])}"
+        return f"a model that fluxq does not know (its first key is {printable(keys[0])})"
     names = _templates()[wanted]
     missing = [name for unnumbered, name in names.items() if unnumbered not in own]
     strange = [printable(key) for unnumbered, key in own.items() if unnumbered not in names]
-    return f"closest to {wanted}: {listed(missing=missing, unexpected=strange)}"
+    if not strange:
+        return f"{PART} {wanted}, without {listed(tensors=missing)}"
+    return f"a model that fluxq does not know (closest to {wanted}: {listed(missing=missing, unexpected=strange)})"
 
 
 @cache
@@ -161,4 +194,4 @@ def _by_unnumbered(keys: Iterable[str]) -> dict[str, str]:
 
 
 def _unnumbered(key: str) -> str:
-    return re.sub(r"\.\d+\.", ".#.", key)
+    return re.sub(r"\.\d+\.", ".#.", key.removeprefix("text_model."))

@@ -22,7 +22,7 @@ from .recognize import stored_tensors
 from .stored_tensors import FP8, PRECISIONS, Foreign, Plain, Scaled, Stored
 
 FOLDERS = {FLUX: "transformer", AUTOENCODER: "vae", CLIP: "text_encoder", T5: "text_encoder_2"}
-SHARD = re.compile(r"-\d{5}-of-\d{5}$")  # at the end of a file's stem
+SHARD = re.compile(r"-\d{5}-of-(?!00001$)\d{5}$")  # at the end of a file's stem
 INDEX = re.compile(r"\.safetensors\.index(\.\w+)?\.json$")
 SUFFIXES = (".safetensors", ".sft", ".gguf")
 MAX_JSON_BYTES = 16 << 20  # FLUX.1 dev's index is 121 KB
@@ -89,8 +89,7 @@ def locate(path: str | Path, wanted: str) -> Path:
     """
     path = Path(path)
     if not path.is_dir():
-        if SHARD.search(path.stem) and path.is_file():
-            refuse(path, "is one shard of several", f"name its folder, {path.parent}")
+        refuse_shard(path)
         return path
     inner = path / FOLDERS[wanted]
     folder = inner if inner.is_dir() else path
@@ -104,6 +103,17 @@ def locate(path: str | Path, wanted: str) -> Path:
     if not fitting:
         refuse(folder, f"has no .safetensors or .gguf file with {wanted}", f"use {EXAMPLES[wanted]}")
     return fitting[0]
+
+
+def refuse_shard(path: Path) -> None:
+    """Raise WrongRequest if `path` is named like one shard of several."""
+    if not SHARD.search(path.stem) or not path.is_file():
+        return
+    index = f"{SHARD.sub('', path.stem)}.safetensors.index.json"
+    if not (path.parent / index).is_file():
+        what = f"is one shard of {int(path.stem[-5:])}, and {index}, which lists them, is not in its folder"
+        refuse(path, what, "download the whole folder again")
+    refuse(path, "is one shard of several", f"name its folder, {path.parent}")
 
 
 def units(folder: Path) -> list[Path]:

@@ -17,6 +17,7 @@ from .files import listed, printable, refuse
 from .shapes import autoencoder_shapes, flux_shapes
 
 Shapes = Mapping[str, tuple[int, ...]]
+INCOMPLETE = "if it is one shard of several, name the folder with all of them and their index; else download it again"
 
 
 # --- the transformer ---
@@ -52,11 +53,11 @@ def flux_sizes(own: Shapes, source: str | Path) -> FluxConfig:
         kind = {2 * out_channels: " like Canny or Depth", 6 * out_channels: " like Fill"}.get(in_channels, "")
         refuse(source, f"has {in_channels} input channels{kind}, not {out_channels}", "use dev, schnell or Krea")
     head_dim = _shape(own, "double_blocks.0.img_attn.norm.query_norm.scale", 1, source)[0]
-    if head_dim % 32 or hidden % head_dim:
-        what = f"has heads of width {head_dim} at hidden size {hidden}, not a multiple of 32 that divides it"
+    if head_dim < 32 or head_dim & (head_dim - 1) or hidden % head_dim:  # the kernel of RoPE needs a power of two
+        what = f"has heads of width {head_dim} at hidden size {hidden}, not a power of 2 from 32 that divides it"
         refuse(source, what, "use dev, schnell or Krea")
     if not any(name.startswith("single_blocks.") for name in own):
-        refuse(source, "has no single_blocks", "download it again")
+        refuse(source, "has no single_blocks", INCOMPLETE)
     return FluxConfig(
         in_channels=in_channels,
         out_channels=out_channels,
@@ -205,13 +206,15 @@ def compare(own: Shapes, wanted: Shapes, what: str, source: str | Path) -> None:
         ],
     )
     if problems:
-        refuse(source, f"is {what}, but its {len(wanted):,} tensors do not fit: {problems}", "download it again")
+        is_part = own.items() <= wanted.items()
+        remedy = INCOMPLETE if is_part else "download it again"
+        refuse(source, f"is {what}, but its {len(wanted):,} tensors do not fit: {problems}", remedy)
 
 
 def _shape(shapes: Shapes, name: str, dimensions: int, source: str | Path) -> tuple[int, ...]:
     """The shape of `name`. Raises WrongRequest if it is missing, has a 0, or has another number of dimensions."""
     if name not in shapes:
-        refuse(source, f"has no tensor {name}", "download it again")
+        refuse(source, f"has no tensor {name}", INCOMPLETE)
     if len(shapes[name]) != dimensions or 0 in shapes[name]:
         what = f"has {name} of shape {shapes[name]}, not {dimensions} nonzero dimensions"
         refuse(source, what, "use the original file")

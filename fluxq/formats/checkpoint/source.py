@@ -167,6 +167,9 @@ def open_autoencoder(path: str | Path) -> Source[AutoEncoderConfig]:
     shards.require_readable(shards.shapes)
     config = sizes.autoencoder_sizes(keys.autoencoder_original_names(shards.shapes), shards.path)
     if isinstance(groups := settings.get("norm_num_groups"), int):
+        if groups < 1 or config.ch % groups:
+            what = f"has norm_num_groups {printable(str(groups))}, which does not divide {config.ch} channels"
+            refuse(shards.path.parent / "config.json", what, "download it again")
         config = replace(config, groups=groups)
     for ours, theirs in (("scale_factor", "scaling_factor"), ("shift_factor", "shift_factor")):
         if settings.get(theirs, getattr(config, ours)) != getattr(config, ours):
@@ -247,6 +250,6 @@ def _method(quantized: Any) -> str:
 def _with_axes(config: FluxConfig, axes: Any, path: Path) -> FluxConfig:
     try:
         return replace(config, axes_dim=tuple(map(int, axes)))
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OverflowError) as error:
         what = f"has axes_dims_rope {printable(str(axes))}, which does not fit heads of width {config.head_dim}"
         raise WrongRequest(f"{path.parent / 'config.json'} {what}; download it again") from error

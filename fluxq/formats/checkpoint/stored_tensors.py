@@ -36,6 +36,7 @@ PRECISIONS = {
 }
 FP8 = (torch.float8_e4m3fn, torch.float8_e5m2)
 NESTED = ("nested_absmax", "nested_quant_map")
+FOUR_BIT_BLOCKS = (32, 64, 128, 256, 512, 1024, 2048, 4096)  # those that bitsandbytes makes
 
 OnRead = Callable[[Tensor], object]
 """Called with the bytes of every weight as they are read, to hash them."""
@@ -108,7 +109,8 @@ class Scaled(Stored):
 class FourBits(Stored):
     """Two codes per byte, high nibble first; each stands for a level of the table times its block's absmax.
 
-    state is the JSON of `.quant_state.*`; owners maps the keys of the other parts to their files.
+    Blocks are counted over the whole matrix, row after row: a block may begin in one row and end in the next, and the
+    last one may be shorter. state is the JSON of `.quant_state.*`; owners maps the keys of the other parts to files.
     """
 
     def __init__(self, file: TensorFile, key: str, type: str, state: Any, owners: Mapping[str, TensorFile]) -> None:
@@ -119,21 +121,18 @@ class FourBits(Stored):
         self.offset, self.nested_block = state.get("nested_offset", 0.0), state.get("nested_blocksize", 256)
         if not isinstance(self.shape, list) or len(self.shape) != 2 or not all(map(_is_count, self.shape)):
             damaged(file, f"{key}.quant_state", f"shape {printable(str(self.shape))}")
-        if not _is_count(self.block) or self.block % NF4_BLOCK:
+        if not _is_count(self.block) or self.block not in FOUR_BIT_BLOCKS:
             damaged(file, f"{key}.quant_state", f"blocks of {printable(str(self.block))}")
         if not _is_count(self.nested_block) or not isinstance(self.offset, float) or not math.isfinite(self.offset):
             state = f"offset {self.offset}, nested blocks of {self.nested_block}"
             damaged(file, f"{key}.quant_state", printable(state))
         self.shape = tuple(self.shape)
-        if self.shape[1] % self.block:
-            what = f"stores {printable(key)} in blocks of {self.block}, which do not divide its rows of {self.shape[1]}"
-            refuse(file.path, what, "use a 16-bit version")
-        self.nbytes, self.bits = math.prod(self.shape) // 2, 4
+        self.nbytes, self.bits = -(-math.prod(self.shape) // 2), 4
         self._check_sizes()
 
     def _check_sizes(self) -> None:
         """Raise WrongRequest unless each part exists and has the length that the shape requires."""
-        blocks = math.prod(self.shape) // self.block
+        blocks = -(-math.prod(self.shape) // self.block)
         sizes = {"": self.nbytes, ".quant_map": 64, ".absmax": blocks * (1 if self.is_nested else 4)}
         if self.is_nested:
             sizes |= {".nested_absmax": -(-blocks // self.nested_block) * 4, ".nested_quant_map": 1024}
@@ -144,24 +143,31 @@ class FourBits(Stored):
                 damaged(self.file, name, f"{actual}, but shape {self.shape} needs {size:,} bytes")
 
     def rows(self, rows: Sequence[int], on_read: OnRead = ignore_bytes) -> Weight:
-        codes = _rows(self.file, self.key, rows, self.shape[1] // 2, on_read).view(len(rows), -1)
-        absmax, levels = self._absmax(rows, on_read), self._floats("quant_map", on_read)
-        if self.type == "nf4" and torch.allclose(levels, torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6):
-            return NF4Weight(codes, absmax.repeat_interleave(self.block // NF4_BLOCK, 1))
+        if not isinstance(rows, range):
+            return joined([self.rows(range(row, row + 1), on_read) for row in rows])
+        begin, end = rows.start * self.shape[1], rows.stop * self.shape[1]
+        codes = _bytes(self.file, self.key, begin // 2, -(-end // 2), on_read)
+        blocks = range(begin // self.block, -(-end // self.block))
+        absmax, levels = self._absmax(blocks, on_read), self._floats("quant_map", on_read)
+        absmax = absmax.repeat_interleave(self.block // (unit := min(self.block, NF4_BLOCK)))
+        skipped = begin % self.block
+        is_nf4 = self.type == "nf4" and torch.allclose(levels, torch.tensor(NF4_LEVELS), rtol=0, atol=1e-6)
+        if is_nf4 and unit == NF4_BLOCK and self.shape[1] % NF4_BLOCK == 0:
+            absmax = absmax[skipped // unit :][: (end - begin) // unit]
+            return NF4Weight(codes.view(len(rows), -1), absmax.view(len(rows), -1))
         pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], 1)
-        values = pairs[codes.int()].view(len(rows), -1, self.block)
-        return values.mul_(absmax[..., None]).view(len(rows), -1)
+        values = pairs[codes.int()].flatten()[begin % 2 :][: end - begin]
+        return values.mul_(absmax.repeat_interleave(unit)[skipped:][: end - begin]).view(len(rows), -1)
 
-    def _absmax(self, rows: Sequence[int], on_read: OnRead) -> Tensor:
-        """(rows, blocks per row) fp32, decoded if it is nested."""
-        name, count = f"{self.key}.absmax", self.shape[1] // self.block
-        data = _rows(self.owners[name], name, rows, count * (1 if self.is_nested else 4), on_read)
+    def _absmax(self, blocks: range, on_read: OnRead) -> Tensor:
+        """(len(blocks),) fp32, decoded if it is nested."""
+        name, size = f"{self.key}.absmax", 1 if self.is_nested else 4
+        data = _bytes(self.owners[name], name, blocks.start * size, blocks.stop * size, on_read)
         if not self.is_nested:
-            return data.view(torch.float32).view(len(rows), count)
-        index = torch.tensor(rows)[:, None] * count + torch.arange(count)
+            return data.view(torch.float32)
         nested, table = (self._floats(part, on_read) for part in NESTED)
-        absmax = unnest_absmax(data, table, nested[index.view(-1) // self.nested_block], self.offset, block=1)
-        return absmax.view(len(rows), count)
+        index = torch.arange(blocks.start, blocks.stop) // self.nested_block
+        return unnest_absmax(data, table, nested[index], self.offset, block=1)
 
     def _floats(self, part: str, on_read: OnRead) -> Tensor:
         data = self.owners[f"{self.key}.{part}"].read(f"{self.key}.{part}")
@@ -236,9 +242,13 @@ def _misfit(scale: Plain, shape: tuple[int, ...]) -> str:
 def _rows(file: TensorFile, key: str, rows: Sequence[int], size: int, on_read: OnRead) -> Tensor:
     """The bytes of `rows`, of `size` bytes each; a range is read at once."""
     if isinstance(rows, range):
-        spans = [(rows.start * size, rows.stop * size)]
-    else:
-        spans = [(i * size, (i + 1) * size) for i in rows]
-    data = file.read(key, spans)
+        return _bytes(file, key, rows.start * size, rows.stop * size, on_read)
+    data = file.read(key, [(i * size, (i + 1) * size) for i in rows])
+    on_read(data)
+    return data
+
+
+def _bytes(file: TensorFile, key: str, begin: int, end: int, on_read: OnRead) -> Tensor:
+    data = file.read(key, [(begin, end)])
     on_read(data)
     return data

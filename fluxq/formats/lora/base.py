@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import math
-import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
 from hashlib import blake2b, file_digest
@@ -22,16 +21,16 @@ from fluxq.errors import WrongRequest
 from fluxq.kernels import Weight, dequantize
 from fluxq.model.config import FluxConfig
 
-from ..atomic import atomic_path
+from ..atomic import atomic_folder, atomic_path, remove_leftover
 from ..checkpoint import detect, keys, sizes
 from ..checkpoint.detect import DIFFUSERS_FLUX, FLUX
-from ..checkpoint.files import Checkpoint, refuse, safetensors_data, safetensors_header
+from ..checkpoint.files import Checkpoint, printable, refuse, safetensors_data, safetensors_header
 from ..checkpoint.gguf import GgufFile
 from ..checkpoint.keys import RowRange
 from ..checkpoint.shards import Shards, locate
 from ..checkpoint.source import Source
 from ..checkpoint.stored_tensors import OnRead, Plain, Scaled, ignore_bytes
-from ..quantized import require_disk_space
+from ..quantized import is_finite, require_disk_space
 from .algebra import Adapter
 from .peft import adapter_files
 
@@ -72,7 +71,10 @@ class MergedSource(Source[FluxConfig]):
         if adapter is None:
             return weight
         up = adapter.up if rows is None else adapter.up[rows.start : rows.stop]
-        merged = dequantize(weight, torch.float32).add_(Adapter(adapter.down, up, adapter.alpha).change())
+        weight = dequantize(weight, torch.float32)
+        if not is_finite(weight):
+            refuse(self.path, f"has NaN or infinite numbers in {name}", "use another file")
+        merged = weight.add_(Adapter(adapter.down, up, adapter.alpha).change())
         _require_finite(merged, name)
         return merged
 
@@ -100,6 +102,7 @@ class Base:
             names = sizes.flux_keys(shapes, located)
             pieces = {name: (RowRange(key, 0, (*shapes[key], 1)[0]),) for name, key in names.items()}
         self.places = _places(pieces)
+        self.keys = {piece.key for parts in pieces.values() for piece in parts}
         for key in self.places:
             plain = stored.plain if isinstance(stored := self.shards.tensors[key], Scaled) else stored
             if not isinstance(plain, Plain) or plain.dtype not in MERGEABLE_DTYPES or isinstance(plain.file, GgufFile):
@@ -126,7 +129,9 @@ class Base:
         if not isinstance(stored, Scaled):
             return torch.ones(())
         scale = stored.scale.rows(range((*stored.scale.shape, 1)[0])).float()
-        if scale.numel() not in (1, stored.shape[0]) or not (scale > 0).all():
+        if not is_finite(scale) or not (scale > 0).all():
+            refuse(stored.scale.file.path, f"has a scale that is not a positive number in {stored.scale.key}", REMEDY)
+        if scale.numel() not in (1, stored.shape[0]):
             what = f"has a scale {stored.scale.key} of shape {tuple(scale.shape)} that does not fit"
             refuse(self.shards.path, what, REMEDY)
         return scale.reshape(()) if scale.numel() == 1 else scale.reshape(-1, 1)
@@ -162,6 +167,7 @@ def merge_into(
     """
     files = [Checkpoint(path) for path in base.shards.files]
     errors, total, done = RoundingError(), sum(file.nbytes for file in files), 0
+    remove_leftover(target)
     require_disk_space(target, total)
 
     def count(nbytes: int) -> None:
@@ -172,18 +178,12 @@ def merge_into(
     if not base.is_folder:
         _write(files[0], target, base, adapters, merged_from, errors, count)
         return errors
-    temporary = target.with_name(f".{target.name}.tmp-{secrets.token_hex(4)}")
-    try:
+    with atomic_folder(target) as temporary:
         for file in files:
             _write(file, temporary / file.path.name, base, adapters, merged_from, errors, count)
         for path in (base.shards.path, base.shards.path.parent / "config.json"):
             if path.suffix == ".json" and path.is_file():
                 shutil.copyfile(path, temporary / path.name)
-        temporary.rename(target)
-    except OSError as error:
-        refuse(target, f"cannot be written ({error.strerror or error})", "choose a folder that can be written to")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     return errors
 
 
@@ -203,7 +203,10 @@ def _write(
     with atomic_path(target, len(header) + file.nbytes) as temporary, temporary.open("wb") as out:
         out.write(header)
         for key in order:
-            tensor = base.merged(key, file.get(key), adapters, errors)
+            stored = file.get(key)
+            if key in base.keys and not is_finite(stored):
+                refuse(file.path, f"has NaN or infinite numbers in {printable(key)}", "use another file")
+            tensor = base.merged(key, stored, adapters, errors)
             for data in safetensors_data({key: tensor}):
                 out.write(data)
             count(tensor.nbytes)

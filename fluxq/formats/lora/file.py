@@ -19,17 +19,17 @@ from torch import Tensor
 
 from fluxq.model.config import FluxConfig
 
-from ..checkpoint.detect import LORA, kind
+from ..checkpoint.detect import LORA, OTHER_ADAPTERS, kind
 from ..checkpoint.files import DTYPE_NAMES, Checkpoint, listed, printable, refuse
 from ..checkpoint.shapes import flux_shapes
 from .algebra import Adapter
 from .keys import (
     CLIP_REST,
     EMBEDDINGS,
+    PEFT_TEXT,
     T5_KEYS,
     KeyTarget,
     clip_module,
-    other_kind,
     other_model,
     places,
     role,
@@ -44,6 +44,7 @@ from .peft import (
     read_settings,
 )
 
+MAKE_PLAIN = "use a plain LoRA, or make one: save the model with this applied, as ComfyUI can, then fluxq lora extract"
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.float8_e4m3fn, torch.float8_e5m2)
 
 
@@ -112,6 +113,8 @@ class LoraFile:
                 self.clip[module] = base
             else:
                 unmatched.append(printable(base))
+        if unmatched and not placed and all(re.match(PEFT_TEXT, base) for base in self._bases):
+            refuse(self.path, "is a LoRA of a text encoder alone, as PEFT saves it", REMEDY)
         if unmatched and not placed:
             what = f"is a LoRA for another model: FLUX.1 has none of its {len(unmatched):,} modules"
             refuse(self.path, f"{what} (the first is {unmatched[0]})", REMEDY)
@@ -120,7 +123,8 @@ class LoraFile:
         if problems := listed(halves_missing=[printable(half) for half in halves], unmatched_modules=unmatched):
             refuse(self.path, f"is not a LoRA that fits this model: {problems}", REMEDY)
         if not own:
-            refuse(self.path, "has no adapter for the transformer or for CLIP-L", REMEDY)
+            left = f" ({self.notes[0].partition(':')[0]})" if self.notes else ""
+            refuse(self.path, f"has no adapter for the transformer or for CLIP-L{left}", REMEDY)
         self._check_shapes(placed, config)
         without_alpha = sum("alpha" not in self._bases[base] for base in own)
         if 0 < without_alpha < len(own) and not self._settings:
@@ -139,6 +143,10 @@ class LoraFile:
         own = {b: tuple(self.checkpoint.shape(self._bases[b][part]) for part in ("up", "down")) for b in placed}
         if all((up[:1], down[1:2]) == ((sizes[b][0],), (sizes[b][1],)) for b, (up, down) in own.items()):
             refuse(self.path, f"is damaged: {listed(wrong_tensor=wrong)}", "export it again, or use an earlier version")
+        inputs = {self.checkpoint.shape(self._bases[b]["down"])[1:2] for b, p in placed.items() if p.module == "img_in"}
+        for width, what in ((128, "Canny or Depth"), (384, "Fill")):
+            if (width,) in inputs:
+                refuse(self.path, f"was made for FLUX.1 {what}, whose img_in has {width} inputs, not 64", REMEDY)
         is_flux_2 = any(d[1:2] == (6144,) for _, d in own.values())
         what = "FLUX.2 dev, a different model" if is_flux_2 else "a model of other sizes"
         refuse(self.path, f"was made for {what}: {listed(wrong_shape=wrong)}", REMEDY)
@@ -193,14 +201,17 @@ class LoraFile:
 
     def _refuse_others(self) -> None:
         keys, metadata = list(self.checkpoint.shapes), self.checkpoint.metadata
-        if not any(role(key) for key in keys) and not other_kind(keys):
-            refuse(self.path, f"is {kind(keys)}, not {LORA}", REMEDY)
+        own = kind(keys)
+        if own != LORA and own not in OTHER_ADAPTERS.values() and not any(role(key) for key in keys):
+            refuse(self.path, f"is {own}, not {LORA}", REMEDY)
         if model := other_model(keys, metadata):
             first = next((printable(key) for key in keys if other_model([key], {})), "its metadata says so")
             refuse(self.path, f"is a LoRA for another model, {model} ({first})", REMEDY)
-        if what := other_kind(keys):
-            first = next(printable(key) for key in keys if other_kind([key]))
-            refuse(self.path, f"is {what}: {first}", "use a plain LoRA, or make one with fluxq lora extract")
+        if own in OTHER_ADAPTERS.values():
+            first = next(printable(key) for key in keys if kind([key]) == own)
+            refuse(self.path, f"is {own}, not a plain LoRA ({first})", MAKE_PLAIN)
+        if not any(role(key) for key in keys):
+            refuse(self.path, f"is an adapter of a kind that fluxq does not know ({printable(keys[0])})", MAKE_PLAIN)
 
     def _metadata_settings(self, prefix: str) -> PeftSettings | None:
         """The settings in the header's metadata for the modules that begin with `prefix`."""
@@ -209,5 +220,5 @@ class LoraFile:
             return None
         try:
             return PeftSettings.parsed(json.loads(text), prefix)
-        except (ValueError, TypeError, RecursionError) as error:
+        except (ValueError, TypeError, OverflowError, RecursionError) as error:
             refuse(self.path, f"has invalid JSON in {PEFT_METADATA} ({printable(str(error))})", "export it again")

@@ -63,18 +63,8 @@ CLIP_KEYS = (
 )
 CLIP_REST = r"(lora_te1?_|text_encoder\.|text_encoders\.clip_l\.(transformer\.)?)text_projection"
 T5_KEYS = r"(lora_te[23]_|text_encoder_2\.|text_encoders\.t5xxl\.transformer\.)"
+PEFT_TEXT = r"base_model\.model\.((text_model\.)?encoder\.layers|encoder\.block)\."  # a text encoder, saved by itself
 EMBEDDINGS = r"bundle_emb\."  # OneTrainer's textual inversions
-
-# Other kinds of adapters, recognized by a key that only they have.
-OTHER_KINDS = {
-    r"\.lokr_w[12]": "a LoKr (LyCORIS)",
-    r"\.hada_w[12]": "a LoHa (LyCORIS)",
-    r"\.(dora_scale|lora_magnitude_vector)\b": "a DoRA",
-    r"\.(oft_blocks|oft_diag|oft_R|boft_R)\b": "an OFT",
-    r"\.lora_mid\.": "a LoCon with a third factor",
-    r"\.lora_B(\.\w+)?\.bias$": "a LoRA that also changes biases, as BFL's control LoRAs (Canny, Depth) do",
-    r"\.(diff|diff_b|set_weight|reshape_weight)$": "an adapter that replaces whole tensors (.diff, .set_weight)",
-}
 
 # LoRAs for other models, recognized by a key that FLUX.1's never have; the first match decides.
 OTHER_MODELS = {
@@ -161,11 +151,6 @@ def clip_module(base: str) -> str | None:
         return None
     inner = re.sub(r"^(self_attn|mlp)_", r"\1.", match[3])
     return f"encoder.layers.{match[2]}.{inner}"
-
-
-def other_kind(keys: Iterable[str]) -> str | None:
-    """The kind of adapter that these keys belong to; None for a plain LoRA."""
-    return _first(OTHER_KINDS, keys)
 
 
 def other_model(keys: Iterable[str], metadata: Mapping[str, str]) -> str | None:

@@ -139,7 +139,7 @@ def trigger_of(metadata: Mapping[str, str]) -> str | None:
     try:
         for tags in json.loads(metadata.get("ss_tag_frequency") or "{}").values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError, RecursionError):
+    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
         return None  # not in sd-scripts' format
     return counts.most_common(1)[0][0] if counts else None
 

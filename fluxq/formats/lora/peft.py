@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import re
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 from fluxq.errors import WrongRequest
 
 from ..checkpoint.files import printable, refuse
+from ..checkpoint.shards import read_json
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PEFT_METADATA = "lora_adapter_metadata"  # diffusers and SimpleTuner keep PEFT's settings there
@@ -29,7 +29,7 @@ class PeftSettings:
 
     @classmethod
     def parsed(cls, settings: Any, prefix: str = "") -> PeftSettings:
-        """Raises ValueError or TypeError if the settings are not in PEFT's format."""
+        """Raises ValueError, TypeError or OverflowError if the settings are not in PEFT's format."""
         if not isinstance(settings, dict):
             raise TypeError(f"a {type(settings).__name__}, not an object")
         own = {key.removeprefix(prefix): value for key, value in settings.items() if key.startswith(prefix)}
@@ -76,12 +76,10 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
 
 def read_settings(path: Path) -> PeftSettings:
     """The settings in an adapter_config.json. Raises WrongRequest if it is damaged or not for a plain LoRA."""
+    content = read_json(path)
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
         settings = PeftSettings.parsed(content)
-    except OSError as error:
-        raise WrongRequest(f"{path} cannot be read ({error.strerror or error}); check its permissions") from error
-    except (ValueError, TypeError, RecursionError) as error:
+    except (ValueError, TypeError, OverflowError) as error:
         what = f"is not a valid adapter_config.json ({printable(str(error))})"
         raise WrongRequest(f"{path} {what}; save the adapter again") from error
     if (peft_type := content.get("peft_type", "LORA")) != "LORA":

@@ -75,6 +75,11 @@ class Lora:
             what = f"has a CLIP-L part for a text encoder of other sizes: {listed(wrong_shape=wrong)}"
             refuse(self.path, what, REMEDY)
 
+    def require_transformer(self) -> None:
+        """Raise WrongRequest if it adapts no layer of the transformer."""
+        if not self.adapters:
+            refuse(self.path, "adapts only CLIP-L, no layer of the transformer", "leave it out, or use another LoRA")
+
     @property
     def ranks(self) -> list[int]:
         """The different ranks of the transformer's adapters, sorted."""
@@ -120,15 +125,15 @@ def described(lora: Lora) -> str:
     parts = (
         f" (in the file: {_spread(lora.file_ranks)})" if lora.file_ranks and [*lora.file_ranks] != lora.ranks else ""
     )
+    if not lora.adapters:
+        return f"{len(lora.clip)} modules of {_spread(sorted({a.rank for a in lora.clip.values()}))}, all of CLIP-L"
     clip = f", {len(lora.clip)} of CLIP-L" if lora.clip else ""
     return f"{len(lora.adapters)} modules of {_spread(lora.ranks)}{parts}{clip}"
 
 
 def _spread(ranks: Sequence[int]) -> str:
-    """ "ranks 4 to 16", "rank 16" or "no rank"."""
-    if len(ranks) > 1:
-        return f"ranks {ranks[0]} to {ranks[-1]}"
-    return f"rank {ranks[0]}" if ranks else "no rank"
+    """ "ranks 4 to 16" or "rank 16"."""
+    return f"ranks {ranks[0]} to {ranks[-1]}" if len(ranks) > 1 else f"rank {ranks[0]}"
 
 
 def _refuse_twice(path: Path, module: str, parts: list[tuple[str, Part]]) -> None:

@@ -13,17 +13,15 @@ peft       a folder for PeftModel and load_adapter: diffusers' tensors under bas
 from __future__ import annotations
 
 import json
-import secrets
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from fluxq.errors import WrongRequest
 from fluxq.model.config import FluxConfig
 
+from ..atomic import atomic_folder
 from ..checkpoint.files import DTYPE_NAMES, refuse, write_safetensors
 from .algebra import Adapter, padded, split
 from .keys import split_rows
@@ -116,15 +114,7 @@ def _save_folder(folder: Path, tensors: dict[str, Tensor], metadata: Mapping[str
         "target_modules": modules,  # whole paths: "proj_out" alone would also be the last layer's
         "inference_mode": True,
     }
-    temporary = folder.with_name(f".{folder.name}.tmp-{secrets.token_hex(4)}")
-    try:
+    with atomic_folder(folder) as temporary:
         metadata = {**metadata, "format": "pt"}
         write_safetensors(temporary / PEFT_FILES[0], tensors, metadata | sshs_hashes(tensors, metadata))
         (temporary / PEFT_FILES[1]).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
-        temporary.rename(folder)
-    except WrongRequest as error:
-        raise WrongRequest(str(error).replace(str(temporary), str(folder))) from error
-    except OSError as error:
-        refuse(folder, f"cannot be written ({error.strerror or error})", "choose a folder that can be written to")
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)

@@ -8,6 +8,7 @@ import pytest
 import torch
 from click.testing import CliRunner
 from lora_files import ALPHA, CONFIG, RANK, WRITERS
+from safetensors.torch import load_file
 
 from fluxq import nano
 from fluxq.cli.main import main
@@ -144,6 +145,16 @@ def test_extract_names_what_a_lora_cannot_change(tmp_path):
     assert result.exit_code == 0, result.output
     printed = " ".join(result.output.split())
     assert "cannot change it: 2 tensors (img_in.weight, single_blocks.0.linear2.bias)" in printed
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_extract_names_the_model_that_is_not_finite(tmp_path, spoilt):
+    tensors = load_file(nano.FLUX)
+    tensors["single_blocks.0.linear2.weight"][3, 5] = torch.nan
+    write_safetensors(path := tmp_path / "nan.safetensors", tensors)
+    result = run("lora", "extract", *[(path, nano.FLUX), (nano.FLUX, path)][spoilt], tmp_path / x, "--rank", 4)
+    sentence = f"error: {path} has NaN or infinite numbers in single_blocks.0.linear2.weight"
+    assert result.exit_code == 2 and sentence in result.stderr.replace("\n", "")
 
 
 @pytest.mark.parametrize("shape", [(200, 90), (90, 200), (12, 300)])

@@ -15,11 +15,13 @@ from benchmarks.peers.diffusers_blocks import transformer
 from fluxq import nano
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import source as sources
+from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.checkpoint.keys import to_diffusers
+from fluxq.formats.checkpoint.recognize import stored_tensors
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import OPENERS, open_flux, open_t5
 from fluxq.formats.quantized import QuantizedFile, cached, load_quantized, write_quantized
-from fluxq.kernels import NF4Weight, RowScaled
+from fluxq.kernels import NF4Weight, RowScaled, dequantize
 from fluxq.training.optim import import_bitsandbytes
 
 diffusers = Lazy("diffusers")
@@ -126,6 +128,25 @@ def test_nf4_keeps_its_exact_bytes(tmp_path, monkeypatch, nested, band):
             found = flux.get_submodule(name.removesuffix(".weight")).weight
             assert torch.equal(found, unpacked(name, tensors).bfloat16())
     assert kept == 10 + 2 * 3
+
+
+@pytest.mark.parametrize("nested", [False, True])
+@pytest.mark.parametrize("type", ["nf4", "fp4"])
+@pytest.mark.parametrize(
+    ("shape", "block"),
+    [((7, 80), 32), ((5, 64), 128), ((70, 192), 128), ((9, 320), 2048), ((4, 33), 64), ((6, 96), 64)],
+)
+def test_blocks_of_any_size_may_straddle_rows(tmp_path, shape, block, type, nested):
+    """bitsandbytes decodes such a matrix correctly on CPUs if it is given as one long row."""
+    tensors = packed("a.weight", torch.randn(shape), blocksize=block, quant_type=type, compress_statistics=nested)
+    checkpoint = Checkpoint(write(tmp_path / "a.safetensors", tensors))
+    stored = stored_tensors(dict.fromkeys(checkpoint.keys(), checkpoint))["a.weight"]
+    changed_state(tensors, "a.weight", type, shape=[1, shape[0] * shape[1]])
+    wanted = unpacked("a.weight", tensors).view(shape)
+    for rows in (range(shape[0]), range(1, 3), range(3, 4), [3, 1, 3]):
+        found = stored.rows(rows)
+        assert torch.equal(dequantize(found, torch.float32), wanted[list(rows)])
+        assert isinstance(found, NF4Weight) == (type == "nf4" and shape[1] % 64 == 0)
 
 
 def test_an_all_in_one_file_gives_each_model_as_it_is_stored(tmp_path):
@@ -243,8 +264,8 @@ def test_a_quantized_t5_folder_is_read(tmp_path, options):
 # --- bad input ---
 
 
-def changed_state(tensors, **changes) -> None:
-    key = f"{LAYER}.quant_state.bitsandbytes__nf4"
+def changed_state(tensors, layer=LAYER, type="nf4", **changes) -> None:
+    key = f"{layer}.quant_state.bitsandbytes__{type}"
     text = json.dumps(json.loads(bytes(tensors[key])) | changes)
     tensors[key] = torch.tensor(list(text.encode()), dtype=torch.uint8)
 
@@ -266,7 +287,8 @@ def changed_state(tensors, **changes) -> None:
         (lambda t: changed_state(t, shape=[256, 320]), "1 wrong shape (single_blocks.1.linear2.weight is (256, 320)"),
         (lambda t: changed_state(t, blocksize=0), "blocks of 0)"),
         (lambda t: changed_state(t, blocksize=None), "blocks of None)"),
-        (lambda t: changed_state(t, blocksize=256), "in blocks of 256, which do not divide its rows of 640"),
+        (lambda t: changed_state(t, blocksize=256), "absmax (1,280 bytes, but shape (128, 640) needs 320 bytes"),
+        (lambda t: changed_state(t, blocksize=96), "blocks of 96)"),
         (lambda t: changed_state(t, nested_blocksize=0), "nested blocks of 0)"),
         (lambda t: changed_state(t, nested_offset="x"), "quant_state (offset x"),
         (lambda t: t.update({f"{LAYER}.quant_state.bitsandbytes__nf4": torch.zeros(9, dtype=torch.uint8)}), "damaged"),

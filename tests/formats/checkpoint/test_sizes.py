@@ -135,7 +135,7 @@ FOREIGN = {
     "kohya_lora": ({"lora_unet_double_blocks_0_img_mod_lin.lora_down.weight": (4, 8)}, "is a LoRA"),
     "comfy_lora": ({"diffusion_model.double_blocks.0.img_attn.qkv.lora_A.weight": (4, 8)}, "is a LoRA"),
     "xlabs_lora": ({"double_blocks.0.processor.qkv_lora1.down.weight": (4, 8)}, "is a LoRA"),
-    "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 8)}, "is a LoRA"),
+    "lokr": ({"lycoris_transformer_blocks_0_attn_to_q.lokr_w1": (4, 8)}, "is a LoKr (LyCORIS), not"),
     "diffusers": ({"single_transformer_blocks.0.attn.to_q.weight": (4, 8)}, "is a FLUX.1 transformer in diffusers'"),
     "autoencoder": (autoencoder_shapes(NANO_AE), "is a FLUX.1 autoencoder, not a FLUX.1 transformer"),
     "sd_autoencoder": ({"decoder.up.0.x": (1,), "quant_conv.weight": (8, 8, 1, 1)}, "is the autoencoder of another"),
@@ -162,7 +162,7 @@ FOREIGN = {
     ),
     "no singles": (
         {name: shape for name, shape in DEV.items() if not name.startswith("single_")},
-        "has no single_blocks; download it again",
+        "has no single_blocks; if it is one shard of several",
     ),
     "headless": (
         without(DEV, "double_blocks.0.img_attn.norm.query_norm.scale"),
@@ -175,6 +175,10 @@ FOREIGN = {
     "heads": (
         dict(DEV) | {"double_blocks.0.img_attn.norm.query_norm.scale": (100,)},
         "has heads of width 100 at hidden size",
+    ),
+    "heads of 96": (
+        dict(DEV) | {"double_blocks.0.img_attn.norm.query_norm.scale": (96,)},
+        "has heads of width 96 at hidden size 3072, not a power of 2",
     ),
     "far": (dict(DEV) | {"double_blocks." + "9" * 5000 + ".x": (1,)}, "1 unexpected (double_blocks.9999999"),
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import shutil
 from pathlib import Path
@@ -168,6 +169,9 @@ def test_a_diffusers_autoencoder_is_mapped_back(tmp_path):
     config = json.loads((tmp_path / "vae/config.json").read_text())
     (tmp_path / "vae/config.json").write_text(json.dumps(config | {"scaling_factor": 1.5305, "shift_factor": 0.0609}))
     assert "belongs to another model's autoencoder (scaling_factor 1.5305" in refusal(open_autoencoder, tmp_path)
+    for groups in (0, -1, 7, 10**400):
+        (tmp_path / "vae/config.json").write_text(json.dumps(config | {"norm_num_groups": groups}))
+        assert f"has norm_num_groups {str(groups)[:9]}" in refusal(open_autoencoder, tmp_path)
 
 
 def clip_model() -> transformers.CLIPTextModel:
@@ -365,6 +369,7 @@ def test_every_tensor_of_a_text_encoder_must_be_there(tmp_path, opener):
         ({"quantization_config": {"quant_method": "torchao"}}, "describes a FLUX.1 transformer quantized by torchao"),
         ({"axes_dims_rope": [16, 56, 56]}, "has axes_dims_rope [16, 56, 56], which does not fit heads of width 32"),
         ({"axes_dims_rope": "x"}, "has axes_dims_rope x"),
+        ({"axes_dims_rope": [math.inf, 14, 14]}, "has axes_dims_rope [inf, 14, 14]"),
     ],
 )
 def test_a_folders_config_must_fit(tmp_path, settings, sentence):

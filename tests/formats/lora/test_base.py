@@ -13,8 +13,9 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.formats.checkpoint.keys import to_diffusers
 from fluxq.formats.checkpoint.shapes import flux_shapes
+from fluxq.formats.checkpoint.source import open_flux
 from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.base import Base, merge_into
+from fluxq.formats.lora.base import Base, MergedSource, merge_into
 
 CONFIG = tiny_config()
 SHAPES = flux_shapes(CONFIG)
@@ -115,6 +116,33 @@ def test_plain_fp8_saturates(tmp_path, weights, dtype):
     huge = {module: Adapter(torch.ones(1, columns), torch.full((rows, 1), 1e6), 1.0)}
     merge(tmp_path / "base.safetensors", tmp_path / "out.safetensors", huge)
     assert (Checkpoint(tmp_path / "out.safetensors").get(f"{module}.weight").float() == TOP[dtype]).all()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, *TOP])
+@pytest.mark.parametrize("name", ["single_blocks.0.linear2.weight", "img_in.weight", "txt_in.bias"])
+def test_a_base_that_is_not_finite_is_named_with_the_tensor(tmp_path, weights, dtype, name):
+    """Not the LoRA, which adapts the first of these tensors alone."""
+    stored = {PREFIX + key: tensor.to(dtype) for key, tensor in weights.items()}
+    stored["vae.unused"] = torch.full((2,), torch.inf)
+    stored[PREFIX + name].view(-1)[-1] = torch.nan
+    write_safetensors(path := tmp_path / "base.safetensors", stored)
+    shape = SHAPES["single_blocks.0.linear2.weight"]
+    adapters = {"single_blocks.0.linear2": Adapter(torch.ones(1, shape[1]), torch.ones(shape[0], 1), 1.0)}
+    with pytest.raises(WrongRequest, match=f"^{path} has NaN or infinite numbers in {PREFIX}{name}; use another file"):
+        merge(path, tmp_path / "out.safetensors", adapters)
+    if "linear2" in name:
+        with pytest.raises(WrongRequest, match=f"^{path} has NaN or infinite numbers in {name}; use another file"):
+            MergedSource(open_flux(path), adapters).get(name)
+    assert [file.name for file in tmp_path.iterdir()] == ["base.safetensors"]
+
+
+def test_a_scale_that_is_not_finite_is_named(tmp_path, weights, adapters):
+    stored = {name: tensor.to(torch.float8_e4m3fn) for name, tensor in weights.items()}
+    scales = {f"{module}.scale_weight": torch.tensor(0.5) for module in MODULES}
+    scales["img_in.scale_weight"].fill_(torch.nan)
+    write_safetensors(path := tmp_path / "base.safetensors", stored | scales)
+    with pytest.raises(WrongRequest, match=f"^{path} has a scale that is not a positive number in img_in.scale_weight"):
+        merge(path, tmp_path / "out.safetensors", adapters)
 
 
 def test_a_diffusers_folder_keeps_its_shards(tmp_path, weights, adapters):

@@ -10,7 +10,9 @@ from lora_files import ALPHA, CONFIG, RANK, WRITERS, fused, split
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import write_safetensors
-from fluxq.formats.lora.peft import PeftSettings, read_settings
+from fluxq.formats.lora.metadata import trigger_of
+from fluxq.formats.lora.peft import PEFT_FILES, PEFT_METADATA, PeftSettings, read_settings
+from fluxq.formats.lora.programs import programs
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.write import WRITTEN_DIALECTS, save_lora
 from fluxq.model.config import FluxConfig
@@ -210,10 +212,15 @@ REFUSED = {
     "dora": (one("dora_scale"), "is a DoRA"),
     "oft": (one("oft_blocks"), "is an OFT"),
     "mid": (one("lora_mid.weight"), "is a LoCon with a third factor"),
-    "diff": (one("diff_b"), "is an adapter that replaces whole tensors"),
+    "diff": (one("diff_b"), "is an adapter that also changes whole tensors"),
+    "unheard_of": (
+        {"lora_unet_img_in.lora_c": torch.ones(1)},
+        "is an adapter of a kind that fluxq does not know (lora_",
+    ),
+    "fill": (named("lora_unet_img_in", inputs=384), "was made for FLUX.1 Fill, whose img_in has 384 inputs, not 64"),
     "control": (
         {"double_blocks.0.img_attn.proj.lora_A.weight": torch.ones(4, 192), "img_in.lora_B.bias": torch.ones(192)},
-        "as BFL's control LoRAs (Canny, Depth) do: img_in.lora_B.bias",
+        "as BFL's control LoRAs (Canny, Depth) do, not a plain LoRA (img_in.lora_B.bias",
     ),
     "sdxl": (
         named("lora_unet_down_blocks_1_attentions_0_transformer_blocks_1_attn1_to_q", "lora_te1_text_model_x"),
@@ -288,7 +295,8 @@ def test_full_size_and_toy_are_distinguished(tmp_path):
 @pytest.mark.parametrize(
     ("config", "sentence"),
     [
-        ("[]", "is not a valid adapter_config.json"),
+        ("[]", "is a JSON list, not an object"),
+        ('{"lora_alpha": [1]}', "is not a valid adapter_config.json"),
         ('{"lora_alpha": "x"}', "is not a valid adapter_config.json"),
         ('{"lora_alpha": 1e999}', "is not a valid adapter_config.json"),
         ('{"peft_type": "LOKR"}', "is for a LOKR adapter, not a LoRA"),
@@ -324,3 +332,37 @@ def test_patterns_that_are_not_a_table_are_refused(tmp_path, patterns):
     (tmp_path / "adapter_config.json").write_text(json.dumps({"lora_alpha": 2, "alpha_pattern": patterns}))
     with pytest.raises(WrongRequest, match="is not a valid adapter_config.json"):
         read_settings(tmp_path / "adapter_config.json")
+
+
+ANY_JSON = (
+    "null", "true", "0", "-1", "1.5", "1e999", "NaN", "1" + "0" * 400, "9" * 5000, '""', '"x"', r'"\ud800"', "[]",
+    "[1]", "[[]]", "{}", '{"a": {"b": 1}}', '{"a": {"b": 1e999}}', '{"a": {"b": "x"}}', '{"": [{"": null}]}',
+    "{", "[" * 9999,
+)  # fmt: skip
+SETTINGS = ("lora_alpha", "alpha_pattern", "use_rslora", "use_dora", "peft_type")
+
+
+@pytest.mark.parametrize("key", ["ss_tag_frequency", "ss_network_args"])
+def test_metadata_of_other_programs_may_be_any_json(tmp_path, key):
+    for value in ANY_JSON:
+        write_safetensors(tmp_path / "x", kohya(), {key: value})
+        lora = load_lora(tmp_path / "x", CONFIG)
+        assert lora.adapters and isinstance(trigger_of(lora.metadata), str | None) and programs(lora)
+
+
+@pytest.mark.parametrize("key", SETTINGS)
+def test_settings_of_peft_may_be_any_json(tmp_path, key):
+    """They are used or refused, in the adapter's folder and in the metadata."""
+    own, read = ("context_embedder.lora_A.weight", torch.ones(2, 128)), 0
+    other = ("context_embedder.lora_B.weight", torch.ones(192, 2))
+    write_safetensors(tmp_path / PEFT_FILES[0], {f"base_model.model.{name}": t for name, t in (own, other)})
+    for value in ANY_JSON:
+        (tmp_path / PEFT_FILES[1]).write_text(f'{{"{key}": {value}}}')
+        settings = {PEFT_METADATA: f'{{"transformer.{key}": {value}}}'}
+        write_safetensors(tmp_path / "x", {f"transformer.{name}": t for name, t in (own, other)}, settings)
+        for path in (tmp_path, tmp_path / "x"):
+            try:
+                read += bool(load_lora(path, CONFIG).adapters)
+            except WrongRequest as error:
+                assert str(error).startswith(str(path)) and str(error).isprintable() and len(str(error)) < 500
+    assert read
