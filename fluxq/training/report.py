@@ -12,6 +12,7 @@ from pathlib import Path
 from fluxq.console import console, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.files import MALFORMED
 from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
@@ -121,13 +122,14 @@ class Report:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The records of a log.jsonl, in order, without a last line that a crash cut off."""
+    """The records of a log.jsonl, in order, without lines that a crash cut off or a disk damaged."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(_with_nan(json.loads(line)))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(*MALFORMED):
+            record = _with_nan(json.loads(line))
+            numbers = [record["loss"], record["grad"], *(record.get(key) or 0 for key in ("seconds", "peak_bytes"))]
+            if type(record["step"]) is int and all(isinstance(number, int | float) for number in numbers):
+                records.append(record)
     return records
 
 

@@ -10,12 +10,13 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
+from fluxq.formats.checkpoint.files import Checkpoint, well_formed, write_safetensors
 from fluxq.model.linear import Linear
 
 from .optim import FlatOptimizer
@@ -62,7 +63,22 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimize
     checkpoint = Checkpoint(path)
     if "fluxq_state" not in checkpoint.metadata:
         raise WrongRequest(f"{path} is not a saved state of fluxq; name the run directory, which has state/ in it")
-    about = json.loads(checkpoint.metadata["fluxq_state"])
+    with well_formed(path, "is damaged", "start another run from the run's LoRA with --from-lora"):
+        return _loaded(path, checkpoint, json.loads(checkpoint.metadata["fluxq_state"]), layers, optimizer)
+
+
+def _loaded(
+    path: Path, checkpoint: Checkpoint, about: Any, layers: Mapping[str, Linear], optimizer: FlatOptimizer
+) -> Progress:
+    facts = dict(about["facts"])
+    seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
+    changes = facts.pop("changes", [])  # former states have none
+    texts = [*facts.values(), *rotated, *changes]
+    numbers = [seconds, *(validation or {}).values(), *(v for g in about["groups"] for v in _numbers(g))]
+    if type(about["step"]) is not int or about["step"] < 0 or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its step is not a number, or one of its names is not text")
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("one of its settings is not a number")
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: checkpoint.shape(k) for n, k in saved.items()}:
@@ -78,10 +94,13 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimize
             (slots.setdefault(slot, {}) if inner else slots)[inner[0] if inner else slot] = checkpoint.get(key)
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     optimizer.done = about["step"]
-    facts = dict(about["facts"])
-    seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
-    changes = facts.pop("changes", [])  # former states have none
     return Progress(facts, about["step"], seconds, validation, rotated, changes)
+
+
+def _numbers(group: Mapping[str, Any]) -> list[Any]:
+    """The settings of an optimizer's group; JSON has lists for tuples."""
+    values = [value for key, value in group.items() if key != "params" and value is not None]
+    return [number for value in values for number in (value if isinstance(value, list) else [value])]
 
 
 def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
