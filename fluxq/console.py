@@ -19,17 +19,32 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 
-ESCAPED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which in a file's name or a caption could move the cursor or worse -> how they are printed."""
+CONTROLS = {*range(32), *range(127, 160)} - {9, 10}  # could move the cursor, clear the screen, or worse
+ORDERS = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # text in another order, or new lines
+ESCAPED = {c: f"\\x{c:02x}" for c in CONTROLS} | {c: f"\\u{c:04x}" for c in ORDERS}
+"""Characters that a file's name, a caption or metadata may have -> how they are printed."""
+
+
+def one_line(text: str) -> str:
+    """`text` with everything escaped that is not printed in its place on the same line."""
+    return text.translate(ESCAPED | {10: "\\n"})
 
 
 class SafeConsole(Console):
-    """A console that prints text as it is, and that may go away: a closed terminal or a full disk ends no run."""
+    """A console that prints text as it is, a line for each string; and that may go away: a closed terminal or a full
+    disk ends no run.
+    """
 
     def print(self, *objects: Any, **options: Any) -> None:
         with suppress(OSError):
-            super().print(*(o.translate(ESCAPED) if isinstance(o, str) else o for o in objects), **options)
+            super().print(*(one_line(o) if isinstance(o, str) else o for o in objects), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Also the cells of tables and the labels of progress bars."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(segment.text.translate(ESCAPED), segment.style)
 
 
 console = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)

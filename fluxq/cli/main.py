@@ -19,6 +19,7 @@ from typing import Any
 import click
 
 from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
+from fluxq.console import one_line
 from fluxq.errors import Stopped, WrongRequest, is_out_of_memory
 
 from .bench import bench
@@ -44,26 +45,22 @@ class Commands(click.Group):
             with ended_by_signals():
                 return super().invoke(ctx)
         except WrongRequest as error:
-            click.echo(f"error: {error}", err=True)
+            click.echo(one_line(f"error: {error}"), err=True)
             ctx.exit(2)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
-            click.echo(
-                f"error: the GPU ran out of memory; lower --resolution, --batch or --t5-length ({error})",
-                err=True,
-            )
+            problem = f"error: the GPU ran out of memory; lower --resolution, --batch or --t5-length ({error})"
+            click.echo(one_line(problem), err=True)
             ctx.exit(1)
         except OSError as error:  # a file that is locked, forbidden, too long in name or on a missing drive
             if error.filename is None:
                 raise
-            click.echo(
-                f"error: {error.filename} cannot be used ({error.strerror}); check the path and its permissions",
-                err=True,
-            )
+            problem = f"error: {error.filename} cannot be used ({error.strerror}); check the path and its permissions"
+            click.echo(one_line(problem), err=True)
             ctx.exit(2)
         except KeyboardInterrupt as stop:
-            click.echo(f"stopped{': ' if str(stop) else ''}{stop}", err=True)
+            click.echo(one_line(f"stopped{': ' if str(stop) else ''}{stop}"), err=True)
             ctx.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
 
 
