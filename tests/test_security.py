@@ -7,7 +7,6 @@ from __future__ import annotations
 import ast
 import io
 import json
-import subprocess
 import sys
 import zipfile
 from collections.abc import Iterator
@@ -32,6 +31,8 @@ from fluxq.models.hub import hub_id
 from fluxq.sampling.requests import Request
 from fluxq.sampling.sheets import labeled_grid, save_image
 from fluxq.training.defaults import _file_name
+
+pytestmark = pytest.mark.slow
 
 # --- the source ---
 
@@ -231,14 +232,3 @@ def test_labels_and_settings_of_images_are_text(hostile, tmp_path):
         sheet = labeled_grid([[image]], [text], [text])
         save_image(sheet, tmp_path / "a.png", Request(text, 1, 32, 32), LoRA=text)
         assert "Steps: 20" in Image.open(tmp_path / "a.png").text["parameters"]
-
-
-def test_importing_fluxq_runs_nothing_of_the_folder_it_is_in(tmp_path):
-    """A folder of images may hold files named as modules."""
-    for name in ("torch", "json", "fluxq", "sitecustomize"):
-        (tmp_path / f"{name}.py").write_text("raise SystemExit('run')")
-    script = Path(sys.executable).with_name("fluxq")
-    if not script.exists():
-        pytest.skip("fluxq is not installed as a program")
-    done = subprocess.run([script, "--version"], cwd=tmp_path, capture_output=True, text=True, check=False)
-    assert done.returncode == 0 and "run" not in done.stdout

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
 from collections.abc import Mapping
@@ -9,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from fluxq.errors import WrongRequest
+
 from ..checkpoint.files import printable, refuse, well_formed
-from ..checkpoint.shards import read_json
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
 PEFT_METADATA = "lora_adapter_metadata"  # diffusers and SimpleTuner keep PEFT's settings there
@@ -74,9 +76,12 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
 
 def read_settings(path: Path) -> PeftSettings:
     """The settings in an adapter_config.json. Raises WrongRequest if it is damaged or not for a plain LoRA."""
-    content = read_json(path)
-    with well_formed(path, "is not a valid adapter_config.json", "save the adapter again"):
-        settings = PeftSettings.parsed(content)
+    try:
+        with well_formed(path, "is not a valid adapter_config.json", "save the adapter again"):
+            content = json.loads(path.read_text(encoding="utf-8"))
+            settings = PeftSettings.parsed(content)
+    except OSError as error:
+        raise WrongRequest(f"{path} cannot be read ({error.strerror or error}); check its permissions") from error
     if (peft_type := content.get("peft_type", "LORA")) != "LORA":
         refuse(path, f"is for a {printable(str(peft_type))} adapter, not a LoRA", REMEDY)
     if content.get("use_dora"):
