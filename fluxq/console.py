@@ -21,15 +21,7 @@ from rich.progress import (
 )
 from rich.segment import Segment
 
-CONTROLS = {*range(32), *range(127, 160)} - {9, 10}  # could move the cursor, clear the screen, or worse
-ORDERS = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # text in another order, or new lines
-ESCAPED = {c: f"\\x{c:02x}" for c in CONTROLS} | {c: f"\\u{c:04x}" for c in ORDERS}
-"""Characters that a file's name, a caption or metadata may have -> how they are printed."""
-
-
-def one_line(text: str) -> str:
-    """`text` with everything escaped that is not printed in its place on the same line."""
-    return text.translate(ESCAPED | {10: "\\n"})
+from fluxq.errors import ESCAPED, one_line
 
 
 class SafeConsole(Console):

@@ -19,8 +19,7 @@ from typing import Any
 import click
 
 from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
-from fluxq.console import one_line
-from fluxq.errors import Stopped, WrongRequest, is_out_of_memory
+from fluxq.errors import Stopped, WrongRequest, is_out_of_memory, one_line
 
 from .bench import bench
 from .lora import lora
@@ -45,7 +44,7 @@ class Commands(click.Group):
             with ended_by_signals():
                 return super().invoke(ctx)
         except WrongRequest as error:
-            click.echo(one_line(f"error: {error}"), err=True)
+            click.echo(f"error: {error}", err=True)
             ctx.exit(2)
         except RuntimeError as error:
             if not is_out_of_memory(error):
