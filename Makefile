@@ -11,6 +11,7 @@
 #                PyTorch, built for CUDA, takes 5.5 GB in .venv-cuda; EMULATED_GPU_PYTHON=... takes another Python's
 #   make emulated-ci   three minutes of that, drawn by commit
 #   make emulated-refusals   a run of nano for each call that the driver of the emulated GPU can refuse
+#   make fuzz    damaged files for every reader, for SECONDS=600; faults are kept in tests/fuzz/corpus
 #   make gpu     GPU tests and measurements with the python3 at hand, the most valuable first, all within $MINUTES (9);
 #                one JSON file a part into $OUT_DIR (default benchmarks/results). A part alone: gpu-tests gpu-steps
 #                gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks
@@ -38,7 +39,7 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 # Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
 VOCABULARIES := diffsynth==1.1.7
 
-.PHONY: demo test quick lint check size aot plans gpu $(GPU_PARTS) fullsize vocabularies clean
+.PHONY: demo test quick lint check size aot plans fuzz gpu $(GPU_PARTS) fullsize vocabularies clean
 .PHONY: emulated emulated-python emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals emulated-ci
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
@@ -78,6 +79,9 @@ aot: $(VENV)/installed-tests
 
 plans: $(VENV)/installed
 	$(BIN)/python -m benchmarks.plans --out $(OUT_DIR)/plans.md
+
+fuzz: $(VENV)/installed-tests
+	FUZZ_SECONDS=$(or $(SECONDS),600) $(BIN)/python -m pytest -q tests/fuzz
 
 gpu:
 	$(PYTHON) -m benchmarks.session --out $(OUT_DIR) --minutes $(MINUTES)

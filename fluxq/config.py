@@ -505,11 +505,12 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 def read_toml(path: Path) -> dict[str, Any]:
     """The tables of a TOML file. Raises WrongRequest if it is missing or malformed, with the line."""
     try:
-        return current_names(tomllib.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape")), str(path))
+        tables = tomllib.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
     except OSError as error:
         raise WrongRequest(f"the config file {path} cannot be read ({error.strerror})") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         raise WrongRequest(f"{path} is not valid TOML: {error}") from error
+    return current_names(tables, str(path))
 
 
 def set_values(values: dict[str, Any], assignments: tuple[str, ...]) -> None:
@@ -521,7 +522,7 @@ def set_values(values: dict[str, Any], assignments: tuple[str, ...]) -> None:
             raise WrongRequest(f"--set takes SECTION.KEY=VALUE, not {assignment!r}")
         try:
             value = tomllib.loads(f"v = {text.strip()}")["v"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text.strip()
         table = values
         for section in sections:

@@ -24,17 +24,24 @@ from rich.progress import (
     TimeRemainingColumn,
     TransferSpeedColumn,
 )
+from rich.segment import Segment
 
-ESCAPED = {code: f"\\x{code:02x}" for code in (*range(32), *range(127, 160)) if chr(code) not in "\n\t"}
-"""Control characters, which in a file's name or a caption could move the cursor or worse -> how they are printed."""
+from fluxq.errors import ESCAPED, one_line
 
 
 class SafeConsole(Console):
-    """A console that prints text as it is, and that may go away: a closed terminal or a full disk ends no run."""
+    """A console that prints text as it is, a line for each string; and that may go away: a closed terminal or a full
+    disk ends no run.
+    """
 
     def print(self, *objects: Any, **options: Any) -> None:
         with suppress(OSError):
-            super().print(*(o.translate(ESCAPED) if isinstance(o, str) else o for o in objects), **options)
+            super().print(*(one_line(o) if isinstance(o, str) else o for o in objects), **options)
+
+    def render(self, renderable: Any, options: Any = None) -> Iterator[Segment]:
+        """Also the cells of tables and the labels of progress bars."""
+        for segment in super().render(renderable, options):
+            yield segment if segment.control else Segment(segment.text.translate(ESCAPED), segment.style)
 
 
 console = SafeConsole(highlight=False, soft_wrap=True, markup=False, emoji=False)

@@ -3,6 +3,14 @@
 Nothing here imports torch.
 """
 
+CONTROLS = {*range(32), *range(127, 160)} - {9, 10}  # could move the cursor, clear the screen, or worse
+ORDERS = (0x061C, 0x200E, 0x200F, *range(0x2028, 0x202F), *range(0x2066, 0x206A))  # text in another order, or new lines
+ESCAPED = {c: f"\\x{c:02x}" for c in CONTROLS} | {c: f"\\u{c:04x}" for c in ORDERS}
+"""Characters that a file's name, a caption or metadata may have -> how they are printed."""
+
+LONGEST = 4000
+"""Characters of an error: a name in a file may have millions."""
+
 OUT_OF_MEMORY = ("out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 """What an error says if GPU memory ran out. torch's allocator raises OutOfMemoryError. But cuBLAS, cuDNN, Triton, which
 loads each kernel when it is first needed, and CUDA itself ask the driver for memory; if it has none left, they raise a
@@ -16,10 +24,14 @@ PyTorch's allocator, which asks NVML for the free memory.
 
 
 class WrongRequest(ValueError):
-    """A request that cannot be met. The message says what was expected, what was found and what to do.
+    """A request that cannot be met. The message, one line, says what was expected, what was found and what to do.
 
     Every command prints it and exits with 2.
     """
+
+    def __init__(self, message: str) -> None:
+        line = one_line(message)
+        super().__init__(line if len(line) <= LONGEST else f"{line[:3000]} ... {line[-500:]}")
 
 
 class Stopped(KeyboardInterrupt):
@@ -43,6 +55,11 @@ def is_gpu_failure(error: BaseException | None) -> bool:
 def first_line(error: BaseException) -> str:
     """The first sentence of an error of torch, whose further lines are for programmers."""
     return (str(error) or type(error).__name__).splitlines()[0].split(". ")[0]
+
+
+def one_line(text: str) -> str:
+    """`text` with everything escaped that is not printed in its place on the same line."""
+    return text.translate(ESCAPED | {10: "\\n"})
 
 
 def is_out_of_memory(error: BaseException) -> bool:

@@ -18,8 +18,8 @@ def test_a_count_has_its_noun_in_the_right_number():
 
 def test_control_characters_in_a_name_are_shown_and_not_sent():
     console = SafeConsole(file=(file := io.StringIO()), soft_wrap=True, markup=False)
-    console.print("images/\x1b[2Ja\x07\x9b.png\nnext")
-    assert file.getvalue() == "images/\\x1b[2Ja\\x07\\x9b.png\nnext\n"
+    console.print("images/\x1b[2Ja\x07\x9b\u202e.png\nerror: forged", "next", sep="\n")
+    assert file.getvalue() == "images/\\x1b[2Ja\\x07\\x9b\\u202e.png\\nerror: forged\nnext\n"
 
 
 def test_a_console_that_is_gone_ends_nothing():

@@ -14,7 +14,8 @@ import fluxq
 
 ROOT = Path(fluxq.__file__).parent
 FLOORS = [  # from the ground up; a room may import itself and everything on a lower floor
-    {"allocator", "errors", "console"},
+    {"allocator", "errors"},
+    {"console"},
     {"nano"},
     {"kernels"},
     {"offload"},

@@ -175,7 +175,8 @@ def show(results: dict[str, dict[str, Any]], lines: Sequence[dict[str, Any]]) ->
         "images/s; peak GiB if it was measured; how long Python needs to launch a step, predicted: no step is faster"
     )
     _table([["", *results], *([setting_in_words(x), *(cell(x["machines"].get(n)) for n in results)] for x in lines)])
-    console.print(f"\n{PUBLISHED}, not measured here, each under its own conditions; FLUX.1, not nano")
+    console.print()
+    console.print(f"{PUBLISHED}, not measured here, each under its own conditions; FLUX.1, not nano")
     _table(
         [
             ["", "images/s", "as published", "under", "source"],

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.files import well_formed
 
 SAMPLE = 1 << 16
 """Bytes at the start, in the middle and at the end of a file."""
@@ -76,13 +77,15 @@ class Hashes:
 
     def _read(self) -> dict[str, dict]:
         try:
-            return dict(json.loads(self.path.read_text(encoding="utf-8")))
+            with well_formed(self.path, "is damaged", "delete it to hash the files again"):
+                known = dict(json.loads(self.path.read_text(encoding="utf-8")))
+                if not all(isinstance(k["hash"], str) and {"size", "mtime_ns"} <= k.keys() for k in known.values()):
+                    raise ValueError("a file has no hash, size or time")
+                return known
         except FileNotFoundError:
             return {}
         except OSError as error:
             raise WrongRequest(f"{self.path} cannot be read ({error.strerror}); choose another cache folder") from error
-        except (ValueError, TypeError) as error:
-            raise WrongRequest(f"{self.path} is damaged ({error}); delete it to hash the files again") from error
 
 
 def sample_of(path: str | Path, size: int) -> str:

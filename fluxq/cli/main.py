@@ -19,7 +19,7 @@ from typing import Any
 import click
 
 from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
-from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_failure, is_out_of_memory
+from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_failure, is_out_of_memory, one_line
 
 from .bench import bench
 from .lora import lora
@@ -67,18 +67,16 @@ class Commands(click.Group):
                 told = f"the GPU ran out of memory; lower --resolution, --batch or --t5-length ({error})"
             else:
                 raise
-            click.echo(f"error: {told}", err=True)
+            click.echo(one_line(f"error: {told}"), err=True)
             ctx.exit(1)
         except OSError as error:  # a file that is locked, forbidden, too long in name or on a missing drive
             if error.filename is None:
                 raise
-            click.echo(
-                f"error: {error.filename} cannot be used ({error.strerror}); check the path and its permissions",
-                err=True,
-            )
+            problem = f"error: {error.filename} cannot be used ({error.strerror}); check the path and its permissions"
+            click.echo(one_line(problem), err=True)
             ctx.exit(2)
         except KeyboardInterrupt as stop:
-            click.echo(f"stopped{': ' if str(stop) else ''}{stop}", err=True)
+            click.echo(one_line(f"stopped{': ' if str(stop) else ''}{stop}"), err=True)
             ctx.exit(stop.exit_code if isinstance(stop, Stopped) else 130)
 
 

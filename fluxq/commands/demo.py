@@ -168,8 +168,12 @@ def _summary(result: Result, out: Path, grid: Path) -> Demo:
         ordinary_change=ordinary[1] / ordinary[0] - 1,
     )
     console.print(
-        f"\nheld-out loss of the creature    {concept[0]:.4f} -> {concept[1]:.4f}  ({summary.concept_change:+.1%})"
-        f"\nheld-out loss of ordinary shapes {ordinary[0]:.4f} -> {ordinary[1]:.4f}  ({summary.ordinary_change:+.1%})"
-        f"\nLoRA       {summary.lora}\nloss plot  {summary.loss_plot}\nbefore and after  {summary.grid}"
+        "",
+        f"held-out loss of the creature    {concept[0]:.4f} -> {concept[1]:.4f}  ({summary.concept_change:+.1%})",
+        f"held-out loss of ordinary shapes {ordinary[0]:.4f} -> {ordinary[1]:.4f}  ({summary.ordinary_change:+.1%})",
+        f"LoRA       {summary.lora}",
+        f"loss plot  {summary.loss_plot}",
+        f"before and after  {summary.grid}",
+        sep="\n",
     )
     return summary

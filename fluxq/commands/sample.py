@@ -82,7 +82,7 @@ def sample_command(
             names = ", ".join(f"{path.stem} ({strength:g})" for path, strength in files_and_strengths)
             files.append(unused(out / f"{i:02}_seed{request.seed}.png"))
             save_image(own[0], files[-1], request, **({"LoRA": names} if names else {}))
-    console.print("\n".join(map(str, files)))
+    console.print(*map(str, files), sep="\n")
     return {"files": [str(file) for file in files]}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from hashlib import blake2b
@@ -12,8 +13,11 @@ from typing import ClassVar
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.files import well_formed
 
 DATASET_VERSION = 1
+RECORD = re.compile(r"[\w-]+")
+"""What the key of a record looks like: no path leaves the cache's folders."""
 
 
 @dataclass(frozen=True)
@@ -80,17 +84,18 @@ class Dataset:
     def load(cls, path: Path) -> Dataset:
         """The dataset in `path`. Raises WrongRequest if the file is missing or not a dataset of this version."""
         try:
-            data = json.loads(path.read_text(encoding="utf-8"))
-            if data.pop("version") != DATASET_VERSION:
-                raise ValueError("written by another version of fluxq")
-            examples = tuple(Entry(**_lists_to_tuples(example)) for example in data.pop("examples"))
-            return cls(examples, **_lists_to_tuples(data))
+            with well_formed(path, "is not a dataset file", "delete it and run `fluxq cache` again"):
+                data = json.loads(path.read_text(encoding="utf-8"))
+                if data.pop("version") != DATASET_VERSION:
+                    raise ValueError("written by another version of fluxq")
+                examples = tuple(Entry(**_lists_to_tuples(example)) for example in data.pop("examples"))
+                dataset = cls(examples, **_lists_to_tuples(data))
+                for kind, key in dataset.records():
+                    if not RECORD.fullmatch(key):
+                        raise ValueError(f"{key!r} is not the key of {kind}")
+                return dataset
         except OSError as error:
             raise WrongRequest(f"{path} cannot be read ({error.strerror}); run `fluxq cache` again") from error
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise WrongRequest(
-                f"{path} is not a dataset file ({error}); delete it and run `fluxq cache` again"
-            ) from error
 
 
 def _lists_to_tuples(data: dict) -> dict:

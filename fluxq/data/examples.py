@@ -22,7 +22,7 @@ from .findings import Findings
 from .images import Header, Listing, image_files, listing, read_header
 
 Shape = tuple[Size, Size]  # bucket, and the size that covers it
-LISTED = 20
+LISTED = 10
 """So many bad files are named in one refusal."""
 
 
@@ -251,5 +251,6 @@ def _shape_of(path: Path, header: Header, shape: ChooseShape) -> Shape:
 def _refusal(bad: list[str]) -> str:
     if len(bad) == 1:
         return bad[0]
-    more = f"\n... and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
-    return f"{len(bad)} files are bad:\n" + "\n".join(bad[:LISTED]) + more
+    named = ", ".join(line.split(";")[0].removesuffix(", or pass --skip-bad") for line in bad[:LISTED])
+    more = f", and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
+    return f"{len(bad)} files cannot be used; correct, replace or remove them, or pass --skip-bad: {named}{more}"

@@ -37,7 +37,7 @@ from fluxq.model.units import REST, by_unit
 
 from .atomic import atomic_path, remove_leftover
 from .checkpoint.detect import DIFFUSERS_FLUX, kind
-from .checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, refuse
+from .checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, printable, refuse, well_formed
 from .checkpoint.shapes import flux_shapes
 from .checkpoint.shards import open_file
 from .checkpoint.source import Source
@@ -296,18 +296,18 @@ class QuantizedFile:
         checkpoint = Checkpoint(path)
         if "fluxq" not in checkpoint.metadata:
             raise WrongRequest(f"{path} was not written by fluxq; quantize a model file with fluxq quantize first")
-        try:
+        with well_formed(path, "has damaged fluxq metadata", "quantize it again"):
             return cls._checked(path, checkpoint, json.loads(checkpoint.metadata["fluxq"]))
-        except WrongRequest:
-            raise
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError) as error:
-            raise WrongRequest(f"{path} has damaged fluxq metadata ({error}); quantize it again") from error
 
     @classmethod
     def _checked(cls, path: Path, checkpoint: Checkpoint, about: dict[str, Any]) -> QuantizedFile:
         """Raises ValueError and similar errors unless the layout is the one for its config and format."""
         if about["version"] != LAYOUT_VERSION:
-            raise WrongRequest(f"{path} has layout version {about['version']}, not {LAYOUT_VERSION}; quantize it again")
+            refuse(
+                path,
+                f"has layout version {printable(str(about['version']))}, not {LAYOUT_VERSION}",
+                "quantize it again",
+            )
         sizes = {**about["config"], "axes_dim": tuple(about["config"]["axes_dim"])}
         if any(isinstance(size, float) for name, size in sizes.items() if name != "mlp_ratio"):
             raise ValueError("its config has fractional sizes")

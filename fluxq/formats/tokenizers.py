@@ -7,7 +7,7 @@ for special tokens that a caption spells out, such as `</s>`.
 
 import contextlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,10 +17,12 @@ from fluxq.console import Notify
 from fluxq.errors import WrongRequest
 from fluxq.model.text import Tokenize
 
+from .checkpoint.files import printable
 from .gguf_tokenizer import read_gguf_tokenizer, spiece_of
 
 LEVELS_UP = 6  # a model may be in ComfyUI/models/text_encoders/flux/ and the tokenizers in ComfyUI/comfy/
 CLIP_BEGIN, CLIP_END = "<|startoftext|>", "<|endoftext|>"
+TRIAL = "A caf\u00e9, 2 cats"  # some damage only shows when a caption is encoded
 T5_PIECES, T5_SENTINELS = 32000, 100  # in the public T5 models; the sentinels are not in spiece.model
 
 
@@ -200,15 +202,14 @@ def load_clip_tokenizer(files: Sequence[Path]) -> tuple[Tokenize, tuple[int, int
 
     Raises WrongRequest for any other files.
     """
-    try:
+    with _usable(files, "CLIP tokenizer", "vocab.json with merges.txt"):
         tokenizer = _read_json(files[0]) if len(files) == 1 else _clip_bpe(*files)
-    except Exception as error:  # the library raises no narrower type
-        raise _unusable(files, "CLIP tokenizer", "vocab.json with merges.txt", error) from error
-    begin, end = tokenizer.token_to_id(CLIP_BEGIN), tokenizer.token_to_id(CLIP_END)
-    if begin is None or end is None:
-        missing = CLIP_BEGIN if begin is None else CLIP_END
-        raise _unusable(files, "CLIP tokenizer", "vocab.json with merges.txt", f"it has no {missing}")
-    return _ids_of(tokenizer), (begin, end)
+        begin, end = tokenizer.token_to_id(CLIP_BEGIN), tokenizer.token_to_id(CLIP_END)
+        if begin is None or end is None:
+            raise ValueError(f"it has no {CLIP_BEGIN if begin is None else CLIP_END}")
+        tokenize = _ids_of(tokenizer)
+        tokenize(TRIAL)
+    return tokenize, (begin, end)
 
 
 def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
@@ -217,27 +218,30 @@ def load_t5_tokenizer(files: Sequence[Path]) -> Tokenize:
     Raises WrongRequest for any other file.
     """
     (path,) = files
-    if path.suffix == ".json":
-        try:
-            tokenizer = _read_json(path)
-        except Exception as error:  # the library raises no narrower type
-            raise _unusable(files, "T5 tokenizer", "spiece.model", error) from error
-        if (tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>")) != (0, 1):
-            raise _unusable(files, "T5 tokenizer", "spiece.model", "its ids 0 and 1 are not <pad> and </s>")
-        return _ids_of(tokenizer)
+    with _usable(files, "T5 tokenizer", "spiece.model"):
+        tokenize = _t5_json(path) if path.suffix == ".json" else _t5_pieces(path)
+        tokenize(TRIAL)
+    return tokenize
+
+
+def _t5_json(path: Path) -> Tokenize:
+    tokenizer = _read_json(path)
+    if (tokenizer.token_to_id("<pad>"), tokenizer.token_to_id("</s>")) != (0, 1):
+        raise ValueError("its ids 0 and 1 are not <pad> and </s>")
+    return _ids_of(tokenizer)
+
+
+def _t5_pieces(path: Path) -> Tokenize:
     from sentencepiece import SentencePieceProcessor
 
     prepare = str
-    try:
-        if path.suffix.lower() == ".gguf":
-            values = read_gguf_tokenizer(path)
-            processor = SentencePieceProcessor(model_proto=spiece_of(values))
-            if not values.get("precompiled_charsmap"):  # T5 uses nmt_nfkc; this differs from it in a few rare letters
-                prepare = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()]).normalize_str
-        else:
-            processor = SentencePieceProcessor(model_file=str(path))
-    except (OSError, RuntimeError) as error:
-        raise _unusable(files, "T5 tokenizer", "spiece.model", error) from error
+    if path.suffix.lower() == ".gguf":
+        values = read_gguf_tokenizer(path)
+        processor = SentencePieceProcessor(model_proto=spiece_of(values))
+        if not values.get("precompiled_charsmap"):  # T5 uses nmt_nfkc; this differs from it in a few rare letters
+            prepare = normalizers.Sequence([normalizers.Nmt(), normalizers.NFKC()]).normalize_str
+    else:
+        processor = SentencePieceProcessor(model_file=str(path))
     pieces = processor.vocab_size()
     special = {processor.id_to_piece(i): i for i in (0, 1, 2)}
     if pieces == T5_PIECES:
@@ -280,6 +284,16 @@ def _ids_of(tokenizer: Tokenizer) -> Tokenize:
     return lambda caption: tokenizer.encode(caption, add_special_tokens=False).ids
 
 
-def _unusable(files: Sequence[Path], what: str, wanted: str, error: object) -> WrongRequest:
-    reason = str(error).strip().split("\n")[0]
-    return WrongRequest(f"{' with '.join(map(str, files))} is not a usable {what} ({reason}); use {wanted}")
+@contextlib.contextmanager
+def _usable(files: Sequence[Path], what: str, wanted: str) -> Iterator[None]:
+    """Whatever is raised inside becomes a WrongRequest."""
+    try:
+        yield
+    except WrongRequest:
+        raise
+    except BaseException as error:  # the libraries raise any type, and a panic in Rust is not even an Exception
+        if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+            raise
+        reason = printable(str(error).strip().split("\n")[0])
+        names = " with ".join(map(str, files))
+        raise WrongRequest(f"{names} is not a usable {what} ({reason}); use {wanted}") from error

@@ -97,7 +97,8 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
     smaller = {f"--resolution {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
     budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (ram_bytes() or (0, None))[1], pins)
     chosen = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
-    notify(describe(chosen))
+    for line in describe(chosen).splitlines():
+        notify(line)
     return placement_of(chosen, budget)
 
 

@@ -135,7 +135,7 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
         shift_factor=SHIFT,
     ).to(memory_format=torch.channels_last)
     if (work / "autoencoder.pt").exists():
-        model.load_state_dict(torch.load(work / "autoencoder.pt"))
+        model.load_state_dict(torch.load(work / "autoencoder.pt", weights_only=True))
         return model.eval()
     data = as_tensor([image for image, _ in drawing.ordinary(1, 2500)] + drawing.scribbles(1, 5500))
 
@@ -166,7 +166,7 @@ def train_autoencoder(work: Path, minutes: float) -> nn.Module:
 def cache_examples(work: Path, autoencoder: nn.Module, tokenizers: Tokenizers) -> dict[str, Tensor]:
     """Packed latents (N, 36, 64) and token ids (N, CAPTIONS_EACH, 64); `held_*`: color pairs kept out of training."""
     if (work / "cache.pt").exists():
-        return torch.load(work / "cache.pt")
+        return torch.load(work / "cache.pt", weights_only=True)
     cache = {}
     for name, count, held_out in (("", IMAGES, False), ("held_", 256, True)):
         latents, captions = [], []

@@ -42,7 +42,7 @@ class Trainer:
         self.mean = {key: value.clone() for key, value in model.state_dict().items()}
         self.step, self.elapsed = 0, 0.0
         if self.path.exists():
-            self._load(torch.load(self.path))
+            self._load(torch.load(self.path, weights_only=True))
 
     def run(
         self,

@@ -18,7 +18,7 @@ def save_image(image: Image.Image, path: Path, request: Request | None = None, *
     info = PngInfo()
     if request is not None:
         settings = ", ".join([request.describe(), *(f"{key}: {value}" for key, value in facts.items())])
-        info.add_text("parameters", settings)
+        info.add_text("parameters", settings.encode(errors="replace").decode())  # a LoRA's name may not be UTF-8
     with atomic_path(path) as temporary:
         image.save(temporary, format="PNG", pnginfo=info)
 

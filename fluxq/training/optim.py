@@ -98,7 +98,10 @@ class FlatOptimizer(torch.optim.Optimizer):
             flat.values.grad = None
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take over a saved state, also one that was saved with an optimizer state per tensor."""
+        """Take over a saved state, also one that was saved with an optimizer state per tensor.
+
+        Raises ValueError and similar errors if it does not have the form of this one's.
+        """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({key: value for key, value in saved.items() if key != "params"})
         for index, p in enumerate(parameters_of(self)):
@@ -107,6 +110,8 @@ class FlatOptimizer(torch.optim.Optimizer):
                 saved |= saved.pop(nested)  # bitsandbytes nests its tensors
             for key, own in self.state[p].items():
                 if isinstance(own, Tensor):
+                    if saved[key].shape != own.shape:
+                        raise ValueError(f"{key} of parameter {index} is {tuple(saved[key].shape)}")
                     own.copy_(saved[key])
                 else:
                     self.state[p][key] = saved[key]

@@ -13,6 +13,7 @@ from pathlib import Path
 from fluxq.console import console, duration, pace, progress_bars
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.files import MALFORMED
 from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
@@ -139,18 +140,22 @@ class Report:
 
 
 def read_log(path: Path) -> list[dict]:
-    """The steps in a log.jsonl, in order, without a last line that a crash cut off."""
+    """The steps in a log.jsonl, in order, without lines that a crash cut off or a disk damaged."""
     return [record for record in _records(path) if "step" in record]
 
 
 def _records(path: Path) -> list[dict]:
     """The steps, and between them what was changed when the run was resumed: {"change": "after step 4: ..."}."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        try:
-            records.append(_with_nan(json.loads(line)))
-        except json.JSONDecodeError:
-            break
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(*MALFORMED):
+            record = _with_nan(json.loads(line))
+            if isinstance(record.get("change"), str):
+                records.append({"change": record["change"]})
+                continue
+            numbers = [record["loss"], record["grad"], *(record.get(key) or 0 for key in ("seconds", "peak_bytes"))]
+            if type(record["step"]) is int and all(isinstance(number, int | float) for number in numbers):
+                records.append(record)
     return records
 
 

@@ -35,6 +35,7 @@ from fluxq.data.captions import Captions
 from fluxq.data.dataset import Dataset
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.files import MALFORMED
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.metadata import lora_metadata
 from fluxq.formats.lora.peft import is_adapter
@@ -226,12 +227,12 @@ class Run:
         """
         if saved.step > (steps := self.config.training.steps or 0):
             raise WrongRequest(f"{self.folder} has already done {saved.step} steps, more than {steps}; ask for more")
-        if saved.identity["model"] != identity["model"]:
+        if saved.identity.get("model") != identity["model"]:
             raise WrongRequest(
                 f"the transformer's file is not that with which {self.folder} was started; put it back, or start "
                 "another run from its LoRA with --from-lora"
             )
-        if saved.identity["data"] != identity["data"]:
+        if saved.identity.get("data") != identity["data"]:
             changed = self._changed_data(dataset)
             if not accepts_data:
                 raise WrongRequest(
@@ -244,12 +245,12 @@ class Run:
 
     def _changed_data(self, dataset: Dataset) -> str:
         """How `dataset` differs from that of the run so far, in words."""
+        now, parts = dataset.contents(), []
         try:
             before = json.loads(self._data_file.read_text(encoding="utf-8"))
-        except (OSError, ValueError):
+            both = [name for name in now if len(before.get(name, ())) == len(Dataset.CONTENTS)]
+        except (OSError, *MALFORMED):
             return "the images, captions or encoders changed"
-        now, parts = dataset.contents(), []
-        both = [name for name in now if name in before]
         for what, names in (
             ("added", [name for name in now if name not in before]),
             ("removed", [name for name in before if name not in now]),
@@ -320,7 +321,7 @@ def _described(holder: Path) -> str:
     try:
         about = json.loads(holder.read_text(encoding="utf-8"))
         return f" (process {about['process']} on {about['host']}, started {about['started']})"
-    except (OSError, ValueError, KeyError):
+    except (OSError, *MALFORMED):
         return ""
 
 

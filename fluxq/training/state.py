@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
+from fluxq.formats.checkpoint.files import Checkpoint, well_formed, write_safetensors
 from fluxq.model.linear import Linear
 
 from .optim import FlatOptimizer
+
+DAMAGED = "start another run from the run's LoRA with --from-lora"
 
 
 @dataclass
@@ -61,7 +63,22 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimize
     Raises WrongRequest for a file that is not a saved state, or that belongs to other layers or another rank.
     """
     checkpoint = Checkpoint(path)
-    about = _about(checkpoint)
+    with well_formed(path, "is damaged", DAMAGED):
+        return _loaded(path, checkpoint, _about(checkpoint), layers, optimizer)
+
+
+def _loaded(
+    path: Path, checkpoint: Checkpoint, about: Any, layers: Mapping[str, Linear], optimizer: FlatOptimizer
+) -> Progress:
+    facts = dict(about["facts"])
+    seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
+    changes = facts.pop("changes", [])  # former states have none
+    texts = [*facts.values(), *rotated, *changes]
+    numbers = [seconds, *(validation or {}).values(), *(v for g in about["groups"] for v in _numbers(g))]
+    if type(about["step"]) is not int or about["step"] < 0 or not all(isinstance(text, str) for text in texts):
+        raise ValueError("its step is not a number, or one of its names is not text")
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("one of its settings is not a number")
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: checkpoint.shape(k) for n, k in saved.items()}:
@@ -77,15 +94,16 @@ def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimize
             (slots.setdefault(slot, {}) if inner else slots)[inner[0] if inner else slot] = checkpoint.get(key)
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     optimizer.done = about["step"]
-    facts = dict(about["facts"])
-    seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
-    changes = facts.pop("changes", [])  # former states have none
     return Progress(facts, about["step"], seconds, validation, rotated, changes)
 
 
 def saved_settings(path: Path) -> str | None:
     """The settings of the run, as TOML, when the state was saved; None in states of former versions."""
-    return _about(Checkpoint(path))["facts"].get("settings")
+    with well_formed(path, "is damaged", DAMAGED):
+        settings = _about(Checkpoint(path))["facts"].get("settings")
+        if settings is not None and not isinstance(settings, str):
+            raise ValueError("its settings are not text")
+        return settings
 
 
 def _about(checkpoint: Checkpoint) -> dict[str, Any]:
@@ -94,6 +112,12 @@ def _about(checkpoint: Checkpoint) -> dict[str, Any]:
             f"{checkpoint.path} is not a saved state of fluxq; name the run directory, which has state/ in it"
         )
     return json.loads(checkpoint.metadata["fluxq_state"])
+
+
+def _numbers(group: Mapping[str, Any]) -> list[Any]:
+    """The settings of an optimizer's group; JSON has lists for tuples."""
+    values = [value for key, value in group.items() if key != "params" and value is not None]
+    return [number for value in values for number in (value if isinstance(value, list) else [value])]
 
 
 def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:

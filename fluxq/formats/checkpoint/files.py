@@ -9,6 +9,7 @@ import json
 import math
 import os
 from collections.abc import Iterator, KeysView, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NoReturn
 
@@ -57,6 +58,9 @@ OTHER_MAGIC = {
     b"<": "a web page, probably an error page instead of the download",
     b"version https://git-lfs": "a git-lfs pointer, not the file it points to",
 }
+
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RecursionError)
+"""What Python raises for data of another form than the code expects; RecursionError for deeply nested JSON or TOML."""
 
 Span = tuple[int, int]  # [begin, end) in bytes
 _Entry = tuple[torch.dtype, tuple[int, ...], Span]  # the span is relative to the data section
@@ -329,6 +333,20 @@ def _checked_nbytes(path: Path, file_size: int, data_start: int, entries: dict[s
 def refuse(path: str | Path, what: str, remedy: str) -> NoReturn:
     """Raise WrongRequest with the sentence "<path> <what>; <remedy>"."""
     raise WrongRequest(f"{path} {what}; {remedy}")
+
+
+@contextmanager
+def well_formed(path: str | Path, what: str, remedy: str) -> Iterator[None]:
+    """Around code that takes a file's contents to have a certain form: whatever Python raises if they do not becomes
+    WrongRequest, with the sentence "<path> <what> (<reason>); <remedy>".
+    """
+    try:
+        yield
+    except WrongRequest:
+        raise
+    except MALFORMED as error:
+        reason = f"no {error}" if isinstance(error, KeyError) else str(error) or type(error).__name__
+        refuse(path, f"{what} ({printable(reason)})", remedy)
 
 
 def _refuse_header(path: Path, what: str) -> NoReturn:

@@ -20,7 +20,7 @@ from torch import Tensor
 from fluxq.model.config import FluxConfig
 
 from ..checkpoint.detect import LORA, OTHER_ADAPTERS, kind
-from ..checkpoint.files import DTYPE_NAMES, Checkpoint, listed, printable, refuse
+from ..checkpoint.files import DTYPE_NAMES, Checkpoint, listed, printable, refuse, well_formed
 from ..checkpoint.shapes import flux_shapes
 from .algebra import Adapter
 from .keys import (
@@ -218,7 +218,5 @@ class LoraFile:
         text = self.checkpoint.metadata.get(PEFT_METADATA)
         if text is None:
             return None
-        try:
+        with well_formed(self.path, f"has invalid JSON in {PEFT_METADATA}", "export it again"):
             return PeftSettings.parsed(json.loads(text), prefix)
-        except (ValueError, TypeError, OverflowError, RecursionError) as error:
-            refuse(self.path, f"has invalid JSON in {PEFT_METADATA} ({printable(str(error))})", "export it again")

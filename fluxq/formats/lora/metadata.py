@@ -13,7 +13,7 @@ from pathlib import Path
 
 import torch
 
-from ..checkpoint.files import safetensors_data, safetensors_header
+from ..checkpoint.files import MALFORMED, safetensors_data, safetensors_header
 
 IMPLEMENTATION = "https://github.com/black-forest-labs/flux"  # Forge recognizes a FLUX LoRA by this address
 
@@ -139,7 +139,7 @@ def trigger_of(metadata: Mapping[str, str]) -> str | None:
     try:
         for tags in json.loads(metadata.get("ss_tag_frequency") or "{}").values():
             counts.update({str(tag).strip(): int(count) for tag, count in tags.items()})
-    except (ValueError, TypeError, AttributeError, OverflowError, RecursionError):
+    except MALFORMED:
         return None  # not in sd-scripts' format
     return counts.most_common(1)[0][0] if counts else None
 

@@ -9,9 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxq.errors import WrongRequest
-
-from ..checkpoint.files import printable, refuse
+from ..checkpoint.files import printable, refuse, well_formed
 from ..checkpoint.shards import read_json
 
 PEFT_FILES = ("adapter_model.safetensors", "adapter_config.json")
@@ -77,11 +75,8 @@ def adapter_files(path: Path) -> tuple[Path, Path | None]:
 def read_settings(path: Path) -> PeftSettings:
     """The settings in an adapter_config.json. Raises WrongRequest if it is damaged or not for a plain LoRA."""
     content = read_json(path)
-    try:
+    with well_formed(path, "is not a valid adapter_config.json", "save the adapter again"):
         settings = PeftSettings.parsed(content)
-    except (ValueError, TypeError, OverflowError) as error:
-        what = f"is not a valid adapter_config.json ({printable(str(error))})"
-        raise WrongRequest(f"{path} {what}; save the adapter again") from error
     if (peft_type := content.get("peft_type", "LORA")) != "LORA":
         refuse(path, f"is for a {printable(str(peft_type))} adapter, not a LoRA", REMEDY)
     if content.get("use_dora"):

@@ -18,7 +18,7 @@ import torch
 
 from fluxq.model.config import FluxConfig
 
-from ..checkpoint.files import listed, printable, refuse
+from ..checkpoint.files import MALFORMED, listed, printable, refuse
 from .algebra import Adapter, Part, split, stacked
 from .file import LoraFile
 from .keys import SPELLINGS, matrices, split_rows
@@ -152,7 +152,7 @@ def _correct_split_qkv(lora: Lora) -> None:
     """
     try:
         arguments = json.loads(lora.metadata.get("ss_network_args") or "{}")
-    except (ValueError, RecursionError):
+    except MALFORMED:
         return
     if not isinstance(arguments, dict) or str(arguments.get("split_qkv", "")).lower() != "true":
         return
