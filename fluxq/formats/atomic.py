@@ -17,7 +17,7 @@ from fluxq.errors import WrongRequest
 
 IS_WINDOWS = os.name == "nt"
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
-WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS}
+WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
 
 
 @contextlib.contextmanager
