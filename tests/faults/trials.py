@@ -202,6 +202,7 @@ def run() -> None:
     arguments, began = made.parse_args(), time.monotonic()
     with tempfile.TemporaryDirectory(prefix="faults-") as scratch:
         os.environ |= {"FLUXQ_CACHE": f"{scratch}/root/quantized", "TMPDIR": f"{scratch}/root/tmp"}
+        tempfile.tempdir = None  # it was looked up before
         calm = Calm(Path(scratch).resolve())
         kinds = {command: [call.split()[0] for call in calls] for command, calls in calm.calls.items()}
         print(f"an undisturbed run makes {dict(Counter(sum(kinds.values(), [])))}", flush=True)
