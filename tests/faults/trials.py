@@ -214,6 +214,7 @@ def run() -> None:
                 call = [sys.executable, "-m", "fluxq", *shlex.split(words)]
                 environment = os.environ | {"PYTHONPATH": str(ROOT)}
                 table.data["strace"][command] = strace.counted(call, calm.root, environment)
+            table.save()
             trials = []
         elif arguments.trials:
             trials = [trial for trial in trials if str(trial) in arguments.trials]
@@ -232,8 +233,8 @@ def run() -> None:
                 print(f"{trial} ({calm.call(trial)}): {way}; {problem or 'nothing is lost'}", flush=True)
             if problem:
                 table.data["problems"][str(trial)] = f"{calm.call(trial)}: {problem}"
-        if not arguments.trials and not arguments.draw:
-            table.save()
+            if not arguments.trials and not arguments.draw:
+                table.save()
     print(f"{tried:,} of {len(trials):,} faults tried, {tried - lost:,} recovered, {lost:,} lost")
     raise SystemExit(bool(lost))
 
