@@ -17,6 +17,7 @@ from torch import Tensor
 TEMPORARY = re.compile(r"\..*\.tmp-|\.lock\.json$")
 """Names that nothing may have once a run is over; a process that was ended leaves some."""
 STATE_ELSEWHERE = re.compile(r"-state-step\d{8}\.safetensors$")
+EARLIER_LORA = re.compile(r"-step\d{8}\.safetensors$")
 LOCKS = re.compile(r"\.lock$")
 
 Contents = dict[str, Any]
@@ -115,12 +116,14 @@ def differences(root: Path, expected: Contents, output: str, may_stay: str) -> I
     if "no preview at step" in output:
         excused.append(re.compile(r"samples/"))
     if "could not be saved" in output:
-        excused.append(re.compile(r"-step\d{8}\.safetensors$"))
+        excused.append(EARLIER_LORA)
     if "could not write loss.png" in output:
         excused.append(re.compile(r"loss\.png$"))
     present = {*files(root)}
     for name in sorted(present - expected.keys()):
-        if name != may_stay and not (STATE_ELSEWHERE.search(name) and name in output):
+        told = STATE_ELSEWHERE.search(name) and name in output
+        instead = EARLIER_LORA.search(name) and "could not be saved" in output  # of that which it was to make way for
+        if not (name == may_stay or told or instead):
             yield f"{name} is left over"
     for name, what in expected.items():
         if name not in present:
