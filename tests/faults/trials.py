@@ -212,7 +212,7 @@ def run() -> None:
             calm.restore("cache")
             for command, words in COMMANDS.items():
                 call = [sys.executable, "-m", "fluxq", *shlex.split(words)]
-                environment = os.environ | {"PYTHONPATH": str(ROOT)}
+                environment = os.environ | {"TMPDIR": scratch}  # which importing torch uses; forks have imported it
                 table.data["strace"][command] = strace.counted(call, calm.root, environment)
             table.save()
             trials = []
