@@ -12,6 +12,9 @@
 #   make emulated-ci   three minutes of that, drawn by commit
 #   make emulated-refusals   a run of nano for each call that the driver of the emulated GPU can refuse
 #   make fuzz    damaged files for every reader, for SECONDS=600; faults are kept in tests/fuzz/corpus
+#   make faults  a run of nano for each call by which it changes files, failing or ending there (tests/faults/README.md);
+#                with SECONDS=280 it ends early, and the next call goes on; writes benchmarks/results/faults.md
+#   make faults-ci   a minute and a half of that, drawn by commit
 #   make gpu     GPU tests and measurements with the python3 at hand, the most valuable first, all within $MINUTES (9);
 #                one JSON file a part into $OUT_DIR (default benchmarks/results). A part alone: gpu-tests gpu-steps
 #                gpu-streaming gpu-peaks gpu-host gpu-kernels gpu-blocks
@@ -39,7 +42,7 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 # Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
 VOCABULARIES := diffsynth==1.1.7
 
-.PHONY: demo test quick lint check size aot plans fuzz gpu $(GPU_PARTS) fullsize vocabularies clean
+.PHONY: demo test quick lint check size aot plans fuzz gpu $(GPU_PARTS) fullsize vocabularies faults faults-ci clean
 .PHONY: emulated emulated-python emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals emulated-ci
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
@@ -135,6 +138,12 @@ emulated-ci: $(CUDA_INSTALLED)
 # A run of nano for each allocation, module and handle that the driver refuses: the LoRA stays the same to the bit.
 emulated-refusals: $(CUDA_INSTALLED)
 	$(EMULATED) --compute --no-triton -- python tests/emulated_gpu/refusals.py
+
+faults: $(VENV)/installed-tests
+	$(BIN)/python tests/faults/run.py --out $(OUT_DIR) $(if $(SECONDS),--seconds $(SECONDS))
+
+faults-ci: $(VENV)/installed-tests
+	$(BIN)/python tests/faults/run.py --draw --seconds 90
 
 fullsize: $(VENV)/installed-tests
 	$(BIN)/python -m benchmarks.fullsize $(if $(DEPTH),--depth $(DEPTH)) --out $(OUT_DIR)

@@ -473,6 +473,10 @@ def test_resume_takes_another_learning_rate_and_a_longer_schedule_when_asked(tmp
     assert Path(result.lora) == first and first.read_bytes() != before
     rates = [r["learning_rate"] for r in read_log(tmp_path / "run" / "log.jsonl")]
     assert rates[2:] == pytest.approx([5e-4 * learning_rate_factor("cosine", step, 6, 0) for step in range(2, 6)])
+    again = {**changed, "steps": 9}
+    train(configured(tmp_path, photos, training=again, output={"keep": 1, "save_every": 2}), resume=True)
+    kept = sorted(path.name for path in (tmp_path / "run").glob("test-step*"))
+    assert kept == [f"test-step0000000{step}.safetensors" for step in (2, 6, 8)]
 
 
 @pytest.mark.slow

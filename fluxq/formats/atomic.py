@@ -23,7 +23,8 @@ except ImportError:  # Windows, where an open file cannot be deleted
 
 IS_WINDOWS = os.name == "nt"
 FULL_DISK_ERRORS = {errno.ENOSPC, errno.EDQUOT}
-WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS, errno.ESTALE, errno.ENOTCONN, errno.ENODEV}
+WRITE_ERRORS = FULL_DISK_ERRORS | {errno.EFBIG, errno.EIO, errno.EROFS, errno.EACCES, errno.EPERM}
+WRITE_ERRORS |= {errno.ESTALE, errno.ENOTCONN, errno.ENODEV}
 
 
 @contextlib.contextmanager

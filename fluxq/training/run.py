@@ -35,10 +35,10 @@ from fluxq.data.captions import Captions
 from fluxq.data.dataset import Dataset
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
-from fluxq.formats.checkpoint.files import MALFORMED
+from fluxq.formats.checkpoint.files import MALFORMED, Checkpoint
 from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.metadata import lora_metadata
-from fluxq.formats.lora.peft import is_adapter
+from fluxq.formats.lora.peft import PEFT_FILES, is_adapter
 from fluxq.formats.lora.write import save_lora
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
@@ -102,7 +102,6 @@ class Run:
         self.state_file = self.folder / "state" / "state.safetensors"
         self._data_file = self.folder / "state" / "data.json"
         self.changes: list[str] = []  # what is not as it was when the run was started
-        self._finished: set[Path] = set()  # LoRAs of runs that were resumed to more steps: not counted by `keep`
 
     @contextmanager
     def locked(self) -> Iterator[None]:
@@ -164,7 +163,6 @@ class Run:
             steps = config_from_dict(read_toml(written), str(written)).training.steps
             if steps and steps != self.config.training.steps:
                 final.rename(self.lora_file(steps))
-                self._finished.add(self.lora_file(steps))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 left_by_a_crash.unlink(missing_ok=True)
@@ -282,7 +280,7 @@ class Run:
     def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
         """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path.
 
-        Also removes the oldest LoRAs if there are more than `output.keep`.
+        Also removes the oldest LoRAs if there are more than `output.keep`, without those of runs that were finished.
         """
         path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
         if self.changes:
@@ -294,10 +292,19 @@ class Run:
             path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
         )
         if self.config.output.keep:
-            rest = [path for path in self.steps_saved() if path not in self._finished]
+            rest = [path for path in self.steps_saved() if not _is_finished(path)]
             for old in rest[: -self.config.output.keep]:
                 _remove(old)
         return path
+
+
+def _is_finished(path: Path) -> bool:
+    """Whether this LoRA was the last of its run, before that was resumed to more steps."""
+    try:
+        about = Checkpoint(path / PEFT_FILES[0] if is_adapter(path) else path).metadata
+    except WrongRequest:  # damaged
+        return False
+    return about.get("ss_steps") == about.get("ss_max_train_steps")
 
 
 def _without_paths(value: Any) -> Any:
@@ -359,6 +366,7 @@ def metadata_of(config: TrainConfig, models: Models, dataset: Dataset, batches: 
             rank=cast(int, config.lora.rank),
             alpha=cast(float, config.lora.alpha),
             steps=step,
+            last_step=cast(int, training.steps),
             epochs=-(-step * training.accumulate // batches),
             learning_rate=training.learning_rate,
             text_learning_rate=training.text_learning_rate,

@@ -24,6 +24,7 @@ def lora_metadata(
     rank: int,
     alpha: float,
     steps: int,
+    last_step: int,
     epochs: int,
     learning_rate: float,
     seed: int,
@@ -46,6 +47,7 @@ def lora_metadata(
 ) -> dict[str, str]:
     """The metadata of a trained LoRA, without the hashes, which `save_lora` adds.
 
+    last_step            with which the run is finished
     variant              "dev" or "schnell"
     datasets             folder -> (repeats, images)
     tag_frequency        folder -> part of a caption -> count
@@ -79,6 +81,7 @@ def lora_metadata(
         "ss_training_started_at": float(started),
         "ss_training_finished_at": float(finished),
         "ss_steps": steps,
+        "ss_max_train_steps": last_step,
         "ss_epoch": epochs,
         "ss_num_epochs": epochs,
         "ss_num_train_images": sum(repeats * count for repeats, count in datasets.values()),
