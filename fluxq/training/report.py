@@ -8,6 +8,7 @@ import math
 import os
 import time
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluxq.console import console, progress_bars
 from fluxq.errors import WrongRequest
@@ -15,6 +16,9 @@ from fluxq.formats.atomic import atomic_path
 from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 
 class Report:
@@ -31,6 +35,7 @@ class Report:
         self._started = self._plotted = time.monotonic()
         self._first = start
         self.health = Health(self.records)
+        self._plot: FigureCanvasAgg | None = None
         self._bar = progress_bars()
         self._task = self._bar.add_task("training", total=steps, completed=start)
 
@@ -105,19 +110,29 @@ class Report:
             console.print(f"could not write loss.png: {error}")
 
     def _write_plot(self) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-
         steps, losses = [r["step"] for r in self.records], [r["loss"] for r in self.records]
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(steps, losses, color="#b8c4d6", linewidth=0.8, label="each step")
-        axes.plot(steps, smoothed(losses), color="#1f4e9c", linewidth=1.8, label="smoothed")
-        axes.set(xlabel="step", ylabel="loss")
-        axes.grid(alpha=0.3)
-        axes.legend()
+        self._plot = self._plot or _empty_plot()  # kept: each figure has cycles, which hold megabytes for many minutes
+        axes = self._plot.figure.axes[0]
+        for line, values in zip(axes.lines, (losses, smoothed(losses)), strict=True):
+            line.set_data(steps, values)
+        axes.relim()
+        axes.autoscale_view()
         with atomic_path(self.plot_path) as temporary:
-            FigureCanvasAgg(figure).print_png(temporary)
+            self._plot.print_png(temporary)
+
+
+def _empty_plot() -> FigureCanvasAgg:
+    """Axes with two lines, of each step's loss and of the smoothed loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    axes = Figure(figsize=(8, 4.5), layout="constrained").add_subplot()
+    axes.plot([], color="#b8c4d6", linewidth=0.8, label="each step")
+    axes.plot([], color="#1f4e9c", linewidth=1.8, label="smoothed")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return FigureCanvasAgg(axes.figure)
 
 
 def read_log(path: Path) -> list[dict]:
