@@ -111,14 +111,14 @@ class Report:
 
     def _write_plot(self) -> None:
         steps, losses = [r["step"] for r in self.records], [r["loss"] for r in self.records]
-        self._plot = self._plot or _empty_plot()  # kept: each figure has cycles, which hold megabytes for many minutes
-        axes = self._plot.figure.axes[0]
+        self._plot = canvas = self._plot or _empty_plot()  # kept: a figure has cycles, which hold megabytes for long
+        axes = canvas.figure.axes[0]
         for line, values in zip(axes.lines, (losses, smoothed(losses)), strict=True):
             line.set_data(steps, values)
         axes.relim()
         axes.autoscale_view()
         with atomic_path(self.plot_path) as temporary:
-            self._plot.print_png(temporary)
+            canvas.print_png(temporary)
 
 
 def _empty_plot() -> FigureCanvasAgg:
@@ -126,13 +126,14 @@ def _empty_plot() -> FigureCanvasAgg:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    axes = Figure(figsize=(8, 4.5), layout="constrained").add_subplot()
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
     axes.plot([], color="#b8c4d6", linewidth=0.8, label="each step")
     axes.plot([], color="#1f4e9c", linewidth=1.8, label="smoothed")
     axes.set(xlabel="step", ylabel="loss")
     axes.grid(alpha=0.3)
     axes.legend()
-    return FigureCanvasAgg(axes.figure)
+    return FigureCanvasAgg(figure)
 
 
 def read_log(path: Path) -> list[dict]:

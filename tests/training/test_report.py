@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
 
 import pytest
@@ -48,6 +49,15 @@ def test_the_plot_is_an_image(tmp_path):
     write(tmp_path, 0, 3, 3)
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (800, 450)
+
+
+def test_plotting_again_leaves_nothing_to_collect(tmp_path):
+    """Else each plot keeps megabytes until Python's rare full collection."""
+    with Report(tmp_path, 0, 3, plot_seconds=0) as report:
+        report.step(1, loss=1.0, learning_rate=1e-4, grad=0.5, seconds=0.1)
+        gc.collect()
+        report.plot()
+        assert gc.collect() < 100  # a figure is thousands of objects
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():
