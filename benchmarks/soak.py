@@ -27,6 +27,8 @@ import torch
 from benchmarks.measure import about, write
 from fluxq.nano import drawing
 
+INTERVAL = 1.0
+"""Seconds between two samples."""
 TICKS = os.sysconf("SC_CLK_TCK")
 SETTINGS = (
     "--model nano --format bf16 --optimizer adamw8bit --rank 4 --resolution 32 --save-every 250 --sample-every 500 "
@@ -47,15 +49,15 @@ def main() -> None:
     if not arguments.resume:
         draw(work / "PHOTOS")
         (work / "samples.jsonl").unlink(missing_ok=True)
-    where = ["--resume", str(run)] if arguments.resume else [str(work / "PHOTOS"), "--out", str(run), *SETTINGS.split()]
-    where += [] if arguments.resume else ["--cache", str(work / "cache"), "--steps", str(arguments.steps)]
+    new = [str(work / "PHOTOS"), "--out", str(run), "--cache", str(work / "cache"), *SETTINGS.split()]
+    where = [*(["--resume", str(run)] if arguments.resume else new), "--steps", str(arguments.steps)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     with (work / "output.txt").open("ab") as output, (work / "samples.jsonl").open("a") as samples:
         process = subprocess.Popen([sys.executable, "-m", "fluxq", "train", *where], stdout=output, env=environment)
         while process.poll() is None:
             if sample := read(process.pid, run / "log.jsonl"):
                 print(json.dumps(sample), file=samples, flush=True)
-            time.sleep(1)
+            time.sleep(INTERVAL)
     if process.returncode:
         raise SystemExit(process.returncode)
     lines = (work / "samples.jsonl").read_text().splitlines()
