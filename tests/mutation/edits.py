@@ -27,6 +27,7 @@ class Edit:
     """Bytes `start` to `end` of the file become `new`. lines: the first and the last of the statement."""
 
     path: str
+    place: str  # line:column
     kind: str
     start: int
     end: int
@@ -40,7 +41,7 @@ class Edit:
 
     def __str__(self) -> str:
         old, new = (" ".join(text.split()) for text in (self.old, self.new))
-        return f"{self.path}:{self.lines[0]} {self.kind}: {old} -> {new}"
+        return f"{self.path}:{self.place} {self.kind}: {old} -> {new}"
 
 
 def chosen(sources: Mapping[str, str], count: int, seed: int) -> list[Edit]:
@@ -61,7 +62,8 @@ def edits(path: str, source: str) -> list[Edit]:
         body = getattr(statement, "body", None)
         last = body[0].lineno - 1 if isinstance(body, list) else statement.end_lineno
         lines = (statement.lineno, max(statement.lineno, last))
-        found.append(Edit(path, kind, start, end, text[start:end].decode(), new, lines))
+        place = f"{node.lineno}:{node.col_offset + 1}"
+        found.append(Edit(path, place, kind, start, end, text[start:end].decode(), new, lines))
     return sorted(found, key=lambda edit: (edit.start, edit.end, edit.kind))
 
 
@@ -69,7 +71,7 @@ def _span(node: Any) -> tuple[tuple[int, int], tuple[int, int]]:
     return (node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)
 
 
-def _changes(tree: ast.AST) -> Iterator[tuple[ast.AST, str, str, Any]]:
+def _changes(tree: ast.AST) -> Iterator[tuple[Any, str, str, Any]]:
     """(node, kind, its new text, the statement it is in)."""
     waiting: list[tuple[ast.AST, Any]] = [(tree, None)]
     while waiting:

@@ -29,7 +29,7 @@ CASES = {  # of compute, format and optimizer
     "int8 int8 adamw": "",
     "int8_dx nf4 adamw": "",
     "fp8 fp8 adamw": "",
-    "fp8_dx bf16 adamw": "--accumulate 2 --schedule cosine --warmup 5",
+    "fp8_dx bf16 adamw": "--schedule cosine --warmup 5",
 }
 FEATURES = ("avx2", "avx512f", "avx512_vnni", "avx512_bf16", "avx512_fp16", "amx_tile", "amx_bf16", "amx_int8")
 

@@ -42,6 +42,35 @@ def test_losses_are_those_of_before(case, expected, found):
     assert found[case] == expected[case]  # floats, as JSON has them, are equal to the bit
 
 
+def test_the_earlier_commit_is_head_for_changes_and_else_its_parent(tmp_path):
+    def commit(message: str) -> None:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false")
+        assert git(tmp_path, *who, "commit", "--quiet", "--all", "--message", message) is not None
+
+    (tmp_path / "fluxq").mkdir()
+    (file := tmp_path / "fluxq" / "a.py").write_text("1")
+    git(tmp_path, "init", "--quiet")
+    git(tmp_path, "add", "fluxq")
+    commit("first")
+    with pytest.raises(pytest.skip.Exception, match="no earlier commit"):
+        earlier(tmp_path)
+    file.write_text("2")
+    assert earlier(tmp_path) == "HEAD"
+    commit("second")
+    assert earlier(tmp_path) == "HEAD^"
+    assert (unpacked(tmp_path, "HEAD^", tmp_path / "before") / "fluxq" / "a.py").read_text() == "1"
+    file.write_text("3")
+    commit("third\n\nlosses change: rounding in another order")
+    with pytest.raises(pytest.skip.Exception, match="rounding in another order"):
+        earlier(tmp_path)
+
+
+def test_a_record_applies_to_its_own_libraries_and_cpu_only():
+    known = record.place() | {"losses": {}}
+    assert applies(known)
+    assert not applies(known | {"capability": "another"}) and not applies(known | {"packages": {}})
+
+
 def applies(known: dict) -> bool:
     return record.place().items() <= known.items()
 
