@@ -6,13 +6,14 @@
 
 Every edit is made in a copy of the tree, and only tests that run its lines are run: the quickest first, until one fails
 or they have used --cpu seconds. A test that needs ten times its usual time, as in an endless loop, has failed too.
-`map` and `try` go on where they were stopped (--seconds). Each test process is forked from one that has imported torch
-and other libraries, but nothing of fluxq. Linux only.
+`map` and `try` go on where they were stopped (--seconds), and several may run at once. Each test process is forked from
+one that has imported torch and other libraries, but nothing of fluxq. Linux only.
 """
 
 from __future__ import annotations
 
 import argparse
+import atexit
 import contextlib
 import importlib
 import json
@@ -22,6 +23,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -64,7 +66,7 @@ def main() -> None:
         for path in test_files():
             if not (known := work / "map" / f"{path.replace('/', '.')}.json").exists() and time.monotonic() < end:
                 known.parent.mkdir(parents=True, exist_ok=True)
-                status, seconds = forked(tree, lambda path=path, known=known: mapped(path, known), 600, work / "output")
+                status, seconds = forked(tree, lambda path=path, known=known: mapped(path, known), 600, tree / "output")
                 print(f"{path} {status or 'passed'} in {seconds:.0f} s", flush=True)
     elif arguments.what == "try":
         tree, end = copied(work), time.monotonic() + arguments.seconds
@@ -75,8 +77,9 @@ def main() -> None:
 
 def copied(work: Path) -> Path:
     """A copy of the tracked files, without what Python has compiled of SOURCES; and the libraries are imported."""
-    tree = work / "tree"
-    shutil.rmtree(tree, ignore_errors=True)
+    work.mkdir(parents=True, exist_ok=True)
+    tree = Path(tempfile.mkdtemp(prefix="tree-", dir=work))
+    atexit.register(shutil.rmtree, tree, ignore_errors=True)
     listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     for name in filter(None, listed.split("\0")):
         if (ROOT / name).is_file():
@@ -216,15 +219,15 @@ def try_all(
     edits: Sequence[Edit], sources: Mapping[str, str], tree: Path, work: Path, end: float, cpu: float, again: bool
 ) -> None:
     known = {name: t for path in (work / "map").glob("*.json") for name, t in json.loads(path.read_text()).items()}
-    done = results(work)
+    survived = {name for name, row in results(work).items() if row["result"] == "survived"} if again else set()
     for number, edit in enumerate(edits):
-        if str(edit) in done and not (again and done[str(edit)]["result"] == "survived") or time.monotonic() > end:
+        if time.monotonic() > end or str(edit) in results(work).keys() - survived:
             continue
         (tree / edit.path).write_text(edit.applied(sources[edit.path]))
         names, usual = tests_of(edit, known, cpu)
-        result, seconds = forked(tree, lambda names=names: tried(names), 10 * usual + 20, work / "output")
+        result, seconds = forked(tree, lambda names=names: tried(names), 10 * usual + 20, tree / "output")
         (tree / edit.path).write_text(sources[edit.path])
-        failing = [line for line in (work / "output").read_text(errors="replace").splitlines() if line[:6] == "FAILED"]
+        failing = [line for line in (tree / "output").read_text(errors="replace").splitlines() if line[:6] == "FAILED"]
         row = {"edit": str(edit), "result": result or "survived", "tests": len(names), "cpu": round(seconds, 1)}
         row |= {"by": failing[0].split()[1]} if failing else {}
         with (work / "results.jsonl").open("a") as file:
