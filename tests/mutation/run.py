@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import atexit
+import compileall
 import contextlib
 import importlib
 import json
@@ -88,8 +89,6 @@ def copied(work: Path) -> Path:
     if (ROOT / ".venv").exists():
         (tree / ".venv").symlink_to((ROOT / ".venv").resolve())
     os.environ |= {"PYTHONPATH": str(tree), "OMP_NUM_THREADS": "1", "TRITON_INTERPRET": "1"}
-    import compileall
-
     compileall.compile_dir(tree / "fluxq", quiet=1)
     os.environ["PYTHONDONTWRITEBYTECODE"], sys.dont_write_bytecode = "1", True
     for path in SOURCES:
@@ -114,7 +113,7 @@ def forked(tree: Path, work: Callable[[], int], seconds: float, output: Path) ->
         resource.setrlimit(resource.RLIMIT_AS, (24 << 30, 24 << 30))
         sys.path.insert(0, str(tree))
         os._exit(work())
-    status, began = 0, time.monotonic()
+    began = time.monotonic()
     while not (ended := os.waitpid(child, os.WNOHANG))[0]:
         if time.monotonic() - began > 3 * seconds + 30:  # it waits for what does not come
             os.killpg(child, signal.SIGKILL)
@@ -142,6 +141,7 @@ class Map:
 
     def __init__(self) -> None:
         self.tests: dict[str, dict[str, Any]] = {}
+        self.failed: set[str] = set()
         self.files = {str(Path.cwd() / path): path for path in SOURCES}
 
     @pytest.hookimpl(hookwrapper=True)
@@ -163,11 +163,11 @@ class Map:
         hit: dict[str, list[int]] = {}
         for path, line in sorted(lines):
             hit.setdefault(path, []).append(line)
-        self.tests[item.nodeid] = {"cpu": round(cpu() - began, 3), "lines": hit, "failed": False}
+        self.tests[item.nodeid] = {"cpu": round(cpu() - began, 3), "lines": hit}
 
     def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
         if report.failed:
-            self.bad = getattr(self, "bad", set()) | {report.nodeid}
+            self.failed.add(report.nodeid)
 
 
 def cpu() -> float:
@@ -178,7 +178,7 @@ def cpu() -> float:
 def mapped(path: str, known: Path) -> int:
     plugin = Map()
     code = pytest.main(["-q", "-p", "no:xdist", path], plugins=[plugin])
-    tests = {name: test for name, test in plugin.tests.items() if name not in getattr(plugin, "bad", ())}
+    tests = {name: test for name, test in plugin.tests.items() if name not in plugin.failed}
     known.write_text(json.dumps(tests))
     return int(code)
 
