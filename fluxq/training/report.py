@@ -58,16 +58,9 @@ class Report:
         if note := spill_note():
             console.print(note)
         peak = peak_bytes()
-        record = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "grad": grad,
-            "seconds": round(seconds, 4),
-            "peak_bytes": peak,
-        }
-        self.records.append(record)
-        self._write(_line(record))
+        record = {"step": step, "loss": loss, "grad": grad, "seconds": round(seconds, 4), "peak_bytes": peak}
+        self.records.append(record)  # what the plot and `health` read
+        self._write(_line(record | {"learning_rate": learning_rate}))
         pace = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",
@@ -110,6 +103,8 @@ class Report:
             console.print(f"could not write loss.png: {error}")
 
     def _write_plot(self) -> None:
+        import matplotlib
+
         steps, losses = [r["step"] for r in self.records], [r["loss"] for r in self.records]
         self._plot = canvas = self._plot or _empty_plot()  # kept: a figure has cycles, which hold megabytes for long
         axes = canvas.figure.axes[0]
@@ -117,8 +112,8 @@ class Report:
             line.set_data(steps, values)
         axes.relim()
         axes.autoscale_view()
-        with atomic_path(self.plot_path) as temporary:
-            canvas.print_png(temporary)
+        with matplotlib.rc_context({"agg.path.chunksize": 1000}), atomic_path(self.plot_path) as temporary:
+            canvas.print_png(temporary)  # in pieces: Agg keeps 6 KB for each point of a noisy line
 
 
 def _empty_plot() -> FigureCanvasAgg:
