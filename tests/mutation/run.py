@@ -57,6 +57,7 @@ def main() -> None:
     made.add_argument("--work", type=Path, required=True, help="folder for the copy and what is known so far")
     made.add_argument("--seconds", type=float, default=3600, help="stop after about as long")
     made.add_argument("--cpu", type=float, default=45, help="of tests for one edit; default: %(default).0f")
+    made.add_argument("--file", action="append", choices=SOURCES, help="only the edits of this file; default: all")
     made.add_argument("--again", action="store_true", help="try the edits that survived once more")
     arguments = made.parse_args()
     work = arguments.work.resolve()
@@ -71,7 +72,8 @@ def main() -> None:
                 print(f"{path} {status or 'passed'} in {seconds:.0f} s", flush=True)
     elif arguments.what == "try":
         tree, end = copied(work), time.monotonic() + arguments.seconds
-        try_all(edits, sources, tree, work, end, arguments.cpu, arguments.again)
+        some = [edit for edit in edits if edit.path in (arguments.file or SOURCES)]
+        try_all(some, sources, tree, work, end, arguments.cpu, arguments.again)
     else:
         table(edits, results(work))
 
