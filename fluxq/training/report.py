@@ -108,8 +108,9 @@ class Report:
         steps, losses = [r["step"] for r in self.records], [r["loss"] for r in self.records]
         self._plot = canvas = self._plot or _empty_plot()  # kept: a figure has cycles, which hold megabytes for long
         axes = canvas.figure.axes[0]
+        every = 1 + len(steps) // 4000  # the image is 800 pixels wide
         for line, values in zip(axes.lines, (losses, smoothed(losses)), strict=True):
-            line.set_data(steps, values)
+            line.set_data(steps[::every], values[::every])
         axes.relim()
         axes.autoscale_view()
         with matplotlib.rc_context({"agg.path.chunksize": 1000}), atomic_path(self.plot_path) as temporary:
