@@ -5,6 +5,10 @@
 #   make check   formatting, lint, types (make lint), then the whole suite
 #   make size    code lines per room, against the budget in pyproject.toml
 #   make fullsize   the whole path at full width with random weights, on the CPU (34 GB of disk; DEPTH="1 2")
+#   make recorded   the losses that tests/recorded compares with, for a commit that changes them on purpose
+#   make mutation   200 wrong edits, one by one: do the tests notice? An hour of one core (SECONDS=280 ends early, the
+#                next call goes on); writes benchmarks/results/mutation.json
+#   make soak    20,000 steps of the toy model, watched for what grows; writes benchmarks/results/soak.json
 #   make aot     every kernel compiled for the GPUs in use; writes benchmarks/results/aot.md
 #   make plans   what the planner chooses for common GPUs; writes benchmarks/results/plans.md
 #   make emulated   the GPU tests, and every Triton kernel once, on an emulated GPU (tests/emulated_gpu/README.md); its
@@ -42,7 +46,8 @@ EMULATED_TESTS := python -m pytest -q -m gpu tests/test_gpu.py tests/test_alloca
 # Ships CLIP's and T5's vocabularies, which tests compare with. It is unpacked beside the environment, not into it.
 VOCABULARIES := diffsynth==1.1.7
 
-.PHONY: demo test quick lint check size aot plans fuzz gpu $(GPU_PARTS) fullsize vocabularies faults faults-ci clean
+.PHONY: demo test quick lint check size recorded mutation soak aot plans fuzz gpu $(GPU_PARTS) fullsize vocabularies
+.PHONY: faults faults-ci clean
 .PHONY: emulated emulated-python emulated-kernels emulated-host emulated-memory emulated-late emulated-early emulated-refusals emulated-ci
 
 $(VENV)/installed: setup.py pyproject.toml constraints.txt
@@ -76,6 +81,18 @@ check: lint test
 
 size: $(VENV)/installed-tests
 	$(BIN)/python tests/test_size.py
+
+recorded: $(VENV)/installed-tests
+	$(BIN)/python tests/recorded/record.py
+
+MUTATION := $(BIN)/python tests/mutation/run.py --work $(or $(WORK),runs/mutation)
+mutation: $(VENV)/installed-tests
+	$(MUTATION) map $(if $(SECONDS),--seconds $(SECONDS))
+	$(MUTATION) try $(if $(SECONDS),--seconds $(SECONDS))
+	$(MUTATION) table
+
+soak: $(VENV)/installed
+	$(BIN)/python -m benchmarks.soak --work $(or $(WORK),runs/soak) --out $(OUT_DIR)
 
 aot: $(VENV)/installed-tests
 	$(BIN)/python -m benchmarks.aot --out $(OUT_DIR)/aot.md

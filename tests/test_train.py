@@ -306,7 +306,19 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
 
 @pytest.mark.slow
 def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
-    train(configured(tmp_path, photos))
+    said: list[str] = []
+    first = train(configured(tmp_path, photos), notify=said.append)
+    log = read_log(tmp_path / "run" / "log.jsonl")
+    assert (first.loss_first, first.loss_last) == (log[0]["loss"], log[-1]["loss"])
+    assert all(0 < r["seconds"] < first.seconds for r in log)
+    assert any(
+        re.search(r"trainable parameters in 20 layers; 6 images, \d batches per epoch, 4 steps", s) for s in said
+    )
+    lora = Path(first.lora)
+    before = lora.read_bytes()
+    lora.unlink()  # as if the run was killed between state and LoRA
+    train(configured(tmp_path, photos), resume=True)
+    assert lora.stat().st_size == len(before)
     lora = re.escape(str(tmp_path / "run" / "test.safetensors"))
     for changes, refusal in (
         ({"lora": {"rank": 8}}, "lora.rank = 4, not 8, and its LoRA has that rank; resume it without changing lora.r"),

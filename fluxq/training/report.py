@@ -9,6 +9,7 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from fluxq.console import console, duration, pace, progress_bars
 from fluxq.errors import WrongRequest
@@ -18,6 +19,9 @@ from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
 from .watch import Watch
+
+if TYPE_CHECKING:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
 
 
 class Report:
@@ -48,6 +52,7 @@ class Report:
         self._started = self._plotted = time.monotonic()
         self._first = start
         self.health = Health(self.records, watch)
+        self._plot: FigureCanvasAgg | None = None
         self._bar = progress_bars()
         self._task = self._bar.add_task("training", total=steps, completed=start)
 
@@ -72,16 +77,9 @@ class Report:
         if note := spill_note():
             console.print(note)
         peak = peak_bytes()
-        record = {
-            "step": step,
-            "loss": loss,
-            "learning_rate": learning_rate,
-            "grad": grad,
-            "seconds": round(seconds, 4),
-            "peak_bytes": peak,
-        }
-        self.records.append(record)
-        self._write(_line(record))
+        record = {"step": step, "loss": loss, "grad": grad, "seconds": round(seconds, 4), "peak_bytes": peak}
+        self.records.append(record)  # what the plot and `health` read
+        self._write(_line(record | {"learning_rate": learning_rate}))
         per_step = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",
@@ -124,19 +122,33 @@ class Report:
             console.print(f"could not write loss.png: {error}")
 
     def _write_plot(self) -> None:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
+        import matplotlib
 
         steps, losses = [r["step"] for r in self.records], [r["loss"] for r in self.records]
-        figure = Figure(figsize=(8, 4.5), layout="constrained")
-        axes = figure.add_subplot()
-        axes.plot(steps, losses, color="#b8c4d6", linewidth=0.8, label="each step")
-        axes.plot(steps, smoothed(losses), color="#1f4e9c", linewidth=1.8, label="smoothed")
-        axes.set(xlabel="step", ylabel="loss")
-        axes.grid(alpha=0.3)
-        axes.legend()
-        with atomic_path(self.plot_path) as temporary:
-            FigureCanvasAgg(figure).print_png(temporary)
+        self._plot = canvas = self._plot or _empty_plot()  # kept: a figure has cycles, which hold megabytes for long
+        axes = canvas.figure.axes[0]
+        every = 1 + len(steps) // 4000  # the image is 800 pixels wide
+        for line, values in zip(axes.lines, (losses, smoothed(losses)), strict=True):
+            line.set_data(steps[::every], values[::every])
+        axes.relim()
+        axes.autoscale_view()
+        with matplotlib.rc_context({"agg.path.chunksize": 1000}), atomic_path(self.plot_path) as temporary:
+            canvas.print_png(temporary)  # in pieces: Agg keeps 6 KB for each point of a noisy line
+
+
+def _empty_plot() -> FigureCanvasAgg:
+    """Axes with two lines, of each step's loss and of the smoothed loss."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
+    axes = figure.add_subplot()
+    axes.plot([], color="#b8c4d6", linewidth=0.8, label="each step")
+    axes.plot([], color="#1f4e9c", linewidth=1.8, label="smoothed")
+    axes.set(xlabel="step", ylabel="loss")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    return FigureCanvasAgg(figure)
 
 
 def read_log(path: Path) -> list[dict]:

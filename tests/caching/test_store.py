@@ -10,8 +10,9 @@ from hashlib import file_digest
 import pytest
 import torch
 
+from fluxq.caching import store as module
 from fluxq.caching.hashes import Hashes
-from fluxq.caching.store import Store, Text, latents_key, text_key
+from fluxq.caching.store import Store, Text, imported_latents_key, imported_text_key, latents_key, text_key
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint import files
@@ -64,6 +65,14 @@ def test_keys_depend_on_every_part():
     assert len(keys) == 11 and latents_key("p", (64, 48), (64, 48), "a") in keys
 
 
+def test_keys_stay_what_they_are():
+    """Another key for the same input would leave every record in users' caches unused, and encode them again."""
+    assert latents_key("p", (64, 48), (64, 32), "a") == "6da09da8986a9a927ba9bfe5e37824ae"
+    assert text_key("p", "t", "c", "k", 5) == "084a9e2ae233cda384818a05ec44d5e7"
+    assert imported_latents_key("p", (64, 48), (64, 32), 1) == "imported-8fb05cdc819ca33e7ebe80d0d0aeea56"
+    assert imported_text_key("p", 5) == "imported-4ea687df274ec3a336c2634a4b95135e"
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_numbers_that_are_not_finite_are_never_stored(tmp_path, bad):
     store = Store(tmp_path)
@@ -79,6 +88,10 @@ def test_wrong_shapes_are_refused(tmp_path):
         Store(tmp_path).put_latents("ab", torch.ones(16, 2, 2), torch.ones(16, 2, 3), "a")
     with pytest.raises(ValueError, match="t5"):
         Store(tmp_path).put_text("ab", Text(torch.ones(1, 5, 8), torch.ones(6), "a", 3, False))
+    with pytest.raises(ValueError, match="mean and spread"):
+        Store(tmp_path).put_latents("ab", torch.ones(2, 2), torch.ones(2, 2), "a")
+    with pytest.raises(ValueError, match="clip"):
+        Store(tmp_path).put_text("ab", Text(torch.ones(5, 8), torch.ones(1, 6), "a", 3, False))
 
 
 def test_missing_record_is_named_with_the_remedy(tmp_path):
@@ -143,6 +156,13 @@ def test_verify_finds_every_kind_of_damage_and_nothing_else(tmp_path):
         (folder / "empty.safetensors").write_bytes(b"")
         (folder / "renamed.safetensors").rename(folder / "other.safetensors")
     shutil.copy(tmp_path / "text" / "good.safetensors", tmp_path / "latents" / "kind.safetensors")
+    record = files.Checkpoint(tmp_path / "text" / "good.safetensors")
+    tensors, facts = {name: record.get(name) for name in record.keys()}, {**record.metadata, "key": "shape"}
+    turned = {name: tensor.reshape(*reversed(tensor.shape)) for name, tensor in tensors.items()}
+    files.write_safetensors(tmp_path / "text" / "shape.safetensors", turned, facts)
+    facts = {name: facts[name] for name in ("checksum", "caption")} | {"key": "facts"}
+    files.write_safetensors(tmp_path / "text" / "facts.safetensors", tensors, facts)
+    only_text = {"shape": "has changed since it was written", "facts": ""}
     expected = {
         "flipped": "has changed since it was written",
         "short": "truncated",
@@ -150,13 +170,22 @@ def test_verify_finds_every_kind_of_damage_and_nothing_else(tmp_path):
         "other": "written under another name",
     }
     bad = store.verify()
-    assert {path.stem for path in bad if path.parent.name == "text"} == set(expected)
+    assert {path.stem for path in bad if path.parent.name == "text"} == {*expected, *only_text}
     assert {path.stem for path in bad if path.parent.name == "latents"} == {*expected, "kind"}
     for path, reason in bad.items():
-        assert expected.get(path.stem, "holds clip, t5 instead of mean, spread") in reason and ";" not in reason
+        assert (expected | only_text).get(
+            path.stem, "holds clip, t5 instead of mean, spread"
+        ) in reason and ";" not in reason
         assert path.exists()
     assert store.verify(remove=True) == bad
     assert store.verify() == {} and store.has("text", "good") and not any(path.exists() for path in bad)
+
+
+def test_a_checksum_is_computed_once_a_run(tmp_path, monkeypatch):
+    Store(tmp_path).put_text("ab", some_text())
+    store, real, count = Store(tmp_path), module._checksum, []
+    monkeypatch.setattr(module, "_checksum", lambda tensors: count.append(1) or real(tensors))
+    assert torch.equal(store.text("ab").t5, store.text("ab").t5) and len(count) == 1
 
 
 def test_prune_deletes_what_no_dataset_uses_and_killed_writes(tmp_path):

@@ -189,6 +189,22 @@ def test_a_closed_ring_prefetches_nothing():
     reader.visit(SINGLE[5])
     reader.visit(SINGLE[6])
     assert reader.ring.copies == before + 2
+    reader = Reader(Schedule(SINGLE, frozenset(), 3))
+    reader.ring.announce(SINGLE)
+    reader.ring.close()
+    before = reader.ring.copies
+    reader.visit(SINGLE[0])
+    assert reader.ring.copies == before
+
+
+def test_units_of_an_announced_pass_are_copied_before_they_are_needed():
+    extra = tuple(f"m{i}" for i in range(6))
+    reader = Reader(Schedule(SINGLE, frozenset(), 3, extra))
+    reader.ring.announce([(unit,) for unit in extra])
+    for unit in extra:
+        before = reader.ring.copies
+        with reader.ring.resident((unit,)):
+            assert reader.ring.copies == before, unit
 
 
 def test_a_collected_ring_first_waits_for_its_copies():

@@ -114,6 +114,12 @@ def test_a_state_that_was_saved_per_tensor_is_taken_over():
     assert all(map(torch.equal, own, theirs))
 
 
+def test_importing_bitsandbytes_leaves_torchs_compiler_as_it_was():
+    compile = torch.compile
+    import_bitsandbytes()
+    assert torch.compile is compile
+
+
 def seeds(count: int, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for _ in range(count)]
 

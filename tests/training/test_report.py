@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import errno
+import gc
 import math
+import sys
+from pathlib import Path
 
 import pytest
 from PIL import Image
@@ -48,6 +51,30 @@ def test_the_plot_is_an_image(tmp_path):
     write(tmp_path, 0, 3, 3)
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (800, 450)
+
+
+def test_plotting_again_leaves_nothing_to_collect(tmp_path):
+    """Else each plot keeps megabytes until Python's rare full collection."""
+    with Report(tmp_path, 0, 3, plot_seconds=0) as report:
+        report.step(1, loss=1.0, learning_rate=1e-4, grad=0.5, seconds=0.1)
+        gc.collect()
+        report.plot()
+        assert gc.collect() < 100  # a figure is thousands of objects
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_the_plot_of_many_steps_takes_no_more_memory_than_that_of_few(tmp_path):
+    with Report(tmp_path, 0, 3, plot_seconds=1e9) as report:
+        for count, grown in ((1000, None), (20_000, 20 << 20)):
+            before = resident()
+            report.records += [{"step": step, "loss": step * 0.618 % 1} for step in range(len(report.records), count)]
+            report.plot()
+            assert grown is None or resident() - before < grown
+
+
+def resident() -> int:
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def test_smoothing_keeps_a_constant_and_starts_at_the_first_value():

@@ -1,0 +1,113 @@
+"""A long run of the toy model, watched from outside: does anything grow with the number of steps?
+
+    python3 -m benchmarks.soak --work DIR [--steps 20000] [--resume] [--out benchmarks/results]
+
+`fluxq train` runs in a process of its own, with previews and saves, on one thread. Every second its resident memory,
+open files, threads and CPU time are read from /proc (Linux) into DIR/samples.jsonl. soak.json compares the first tenth
+of the steps with the last. CPU time does not count what other programs use or how long the process is stopped, so a
+busy machine may pause it (SIGSTOP). With --resume, a run that was ended goes on. Only a run of one process shows what
+grows, so the report says how many there were.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from benchmarks.measure import about, write
+from fluxq.nano import drawing
+
+INTERVAL = 1.0
+"""Seconds between two samples."""
+TICKS = os.sysconf("SC_CLK_TCK")
+SETTINGS = (
+    "--model nano --format bf16 --optimizer adamw8bit --rank 4 --resolution 32 --save-every 250 --sample-every 500 "
+    "--sample-steps 2 --set output.keep=2 --set lora.targets=['single_blocks.1.linear.']"
+)
+SAME = {"rss_bytes": 0.02, "open_files": 0.02, "threads": 0.02, "cpu_seconds_a_step": 0.05}
+"""What may differ between the first tenth and the last."""
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--work", type=Path, required=True, help="folder of the run")
+    made.add_argument("--steps", type=int, default=20_000)
+    made.add_argument("--resume", action="store_true", help="go on with the run in --work")
+    made.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    arguments = made.parse_args()
+    work, run = arguments.work, arguments.work / "run"
+    if not arguments.resume:
+        draw(work / "PHOTOS")
+        (work / "samples.jsonl").unlink(missing_ok=True)
+    new = [str(work / "PHOTOS"), "--out", str(run), "--cache", str(work / "cache"), *SETTINGS.split()]
+    where = [*(["--resume", str(run)] if arguments.resume else new), "--steps", str(arguments.steps)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    with (work / "output.txt").open("ab") as output, (work / "samples.jsonl").open("a") as samples:
+        process = subprocess.Popen([sys.executable, "-m", "fluxq", "train", *where], stdout=output, env=environment)
+        while process.poll() is None:
+            if sample := read(process.pid, run / "log.jsonl"):
+                print(json.dumps(sample), file=samples, flush=True)
+            time.sleep(INTERVAL)
+    if process.returncode:
+        raise SystemExit(process.returncode)
+    lines = (work / "samples.jsonl").read_text().splitlines()
+    compared = report([json.loads(line) for line in lines], arguments.steps)
+    write(arguments.out / "soak.json", {"about": about(torch.device("cpu")), "settings": SETTINGS, **compared})
+    for name, row in compared["tenths"].items():
+        print(f"{name:<20}{row['first']:>16,.4f}{row['last']:>16,.4f}{row['change']:>+9.2%}")
+
+
+def draw(folder: Path) -> None:
+    """Eight captioned images in two buckets."""
+    folder.mkdir(parents=True)
+    for i, (image, caption) in enumerate(drawing.concept(seed=5, count=8)):
+        image.resize((96, 96) if i % 2 else (144, 72)).save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+
+
+def read(pid: int, log: Path) -> dict[str, Any] | None:
+    """What process `pid` uses now, and the last step in its log; None before the first step and after the end."""
+    try:
+        with log.open("rb") as file:
+            file.seek(max(0, file.seek(0, os.SEEK_END) - 2000))
+            step = json.loads(file.read().splitlines()[-1])["step"]
+        proc = Path("/proc") / str(pid)
+        stat = (proc / "stat").read_text().rpartition(")")[2].split()
+        resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+        files, threads = len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
+    except (OSError, IndexError, ValueError):
+        return None
+    cpu = (int(stat[11]) + int(stat[12])) / TICKS
+    return dict(process=pid, step=step, cpu=cpu, rss_bytes=resident, open_files=files, threads=threads)
+
+
+def report(samples: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
+    """Medians over the first and the last tenth of `steps`; the last step is left out, as the process ends there."""
+    ends = [[s for s in samples if low * steps < s["step"] < high * steps] for low, high in ((0, 0.1), (0.9, 1))]
+    if min(map(len, ends)) < 2:
+        raise SystemExit("the run was too short to compare its ends")
+    tenths = {}
+    for name, allowed in SAME.items():
+        first, last = (cpu_a_step(part) if name.startswith("cpu") else median(s[name] for s in part) for part in ends)
+        tenths[name] = dict(first=first, last=last, change=last / first - 1, allowed=allowed)
+    return {"steps": steps, "processes": len({s["process"] for s in samples}), "tenths": tenths}
+
+
+def cpu_a_step(samples: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of CPU time, of those that one process made."""
+    pairs = [(a, b) for a, b in zip(samples, samples[1:], strict=False) if a["process"] == b["process"]]
+    return sum(b["cpu"] - a["cpu"] for a, b in pairs) / max(1, sum(b["step"] - a["step"] for a, b in pairs))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,41 @@
+"""The long run is sampled, compared by its ends, and goes on in another process."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import sys
+
+import pytest
+
+from benchmarks import soak
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_run_that_was_ended_goes_on_and_is_reported_as_two_processes(tmp_path, monkeypatch):
+    monkeypatch.setattr(soak, "INTERVAL", 0.01)
+
+    def start(*options):
+        monkeypatch.setattr(sys, "argv", ["soak", f"--work={tmp_path}", f"--out={tmp_path}", *options])
+        soak.main()
+
+    with contextlib.suppress(SystemExit):  # too short to compare, on a fast machine
+        start("--steps=20")
+    start("--steps=60", "--resume")
+    found = json.loads((tmp_path / "soak.json").read_text())
+    assert (found["steps"], found["processes"]) == (60, 2)
+    assert found["tenths"]["threads"]["first"] >= 1 and found["tenths"]["rss_bytes"]["last"] > 100 << 20
+
+
+def test_ends_are_compared_by_medians_and_by_cpu_time_of_each_process():
+    samples = [
+        dict(process=step // 500, step=step, cpu=step % 500 * 0.1, rss_bytes=100 + step // 10, open_files=5, threads=2)
+        for step in range(1, 1001)
+    ]
+    found = soak.report(samples, 1000)
+    assert (found["tenths"]["rss_bytes"]["first"], found["tenths"]["rss_bytes"]["last"]) == (105, 195)
+    assert found["tenths"]["cpu_seconds_a_step"]["first"] == pytest.approx(0.1)
+    assert found["tenths"]["threads"]["change"] == 0
+    with pytest.raises(SystemExit, match="too short"):
+        soak.report(samples[:500], 1000)
