@@ -24,7 +24,7 @@ from PIL import Image
 
 from fluxq import nano
 from fluxq.cli import main
-from fluxq.config import LoraConfig, config_from_dict, read_toml
+from fluxq.config import FolderConfig, LoraConfig, config_from_dict, read_toml
 from fluxq.console import silent
 from fluxq.errors import GPUFailure, WrongRequest, is_gpu_failure, is_out_of_memory
 from fluxq.formats.checkpoint.files import Checkpoint
@@ -33,7 +33,7 @@ from fluxq.formats.lora.write import WRITTEN_DIALECTS
 from fluxq.model import FluxConfig
 from fluxq.models import Models
 from fluxq.nano import drawing
-from fluxq.train import train
+from fluxq.train import by_label, train
 from fluxq.training import disk, saves, stopping
 from fluxq.training.defaults import resolve
 from fluxq.training.objective import Objective
@@ -353,6 +353,11 @@ def test_resume_in_the_middle_of_what_is_computed_ahead_changes_no_bit(rows, acc
 
     run("resumed", 3)
     assert_same_tensors(run("resumed", 7, resume=True), run("straight", 7))
+
+
+def test_folders_of_one_name_are_told_apart_by_their_paths():
+    folders = [FolderConfig(Path(path)) for path in ("a/x", "b/x", "c/y")]
+    assert list(by_label(folders)) == [str(Path("a/x")), str(Path("b/x")), "y"]
 
 
 def test_resume_without_a_saved_state_says_so(tmp_path, photos):

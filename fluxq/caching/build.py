@@ -238,7 +238,7 @@ def _latents_keys(store: Store, example: Example, encoders: EncoderFiles, hashes
     request = hashes[example.path], example.resized, example.bucket
     imported, mirrored = (imported_latents_key(*request, variant) for variant in (0, 1))
     if hashes.keys() >= set(encoders.ae):
-        own = latents_key(*request, _joined(hashes, encoders.ae))
+        own = latents_key(*request, _joined(hashes, encoders.ae), example.recolored)
         if not _use_imported(store, "latents", own, imported):
             return (own,)
     return (imported, mirrored) if store.has("latents", mirrored) else (imported,)

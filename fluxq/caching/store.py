@@ -213,9 +213,14 @@ def imported_note(store: Store, records: Iterable[tuple[str, str]]) -> str | Non
     return f"{what}, {unverified} of these {len(imported)} records unverified"
 
 
-def latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], autoencoder_hash: str) -> str:
-    """The key of an image's latents. Two images with equal bytes share a record."""
-    return _key("latents", image_hash, *resized, *bucket, TRANSFORM_VERSION, autoencoder_hash)
+def latents_key(
+    image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], autoencoder_hash: str, recolored: bool = False
+) -> str:
+    """The key of an image's latents. Two images with equal bytes share a record. recolored: the colors are converted
+    from those of the image's profile, which former versions did not do.
+    """
+    colors = ("sRGB",) if recolored else ()
+    return _key("latents", image_hash, *resized, *bucket, TRANSFORM_VERSION, autoencoder_hash, *colors)
 
 
 def imported_latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], variant: int) -> str:

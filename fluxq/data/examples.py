@@ -57,6 +57,7 @@ class Example:
     repeats: int
     bucket: Size  # (w, h) in pixels
     resized: Size  # (w, h), covers the bucket
+    recolored: bool = False  # from the colors of its profile
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,8 @@ class _Scan:
                 continue
             caption = self._caption(path, prefix + path.name, folder, captions)
             self.findings.look_at_shape(prefix + path.name, header, bucket, resized)
-            self.examples.append(Example(f"{label}/{path.name}", path, caption, folder.repeats, bucket, resized))
+            full, recolored = f"{label}/{path.name}", header.recolored
+            self.examples.append(Example(full, path, caption, folder.repeats, bucket, resized, recolored))
         for path in masks:
             self.findings.add("mask", prefix + path.name)
         for name in captions.unused([*images, *masks]):

@@ -41,7 +41,7 @@ MASKS = ("-masklabel", "-condlabel")
 MASKS_BESIDE = ("_mask", "-mask", ".mask", "_masklabel", "_condlabel")
 """The same, but only beside an image that is called so without the end: gas_mask.png may be an image."""
 MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GiB as RGB
-TRANSFORM_VERSION = 2  # in the key of all cached latents: increase it if `open_image` or `prepare` change their numbers
+TRANSFORM_VERSION = 1  # in the key of all cached latents: increase it if `open_image` or `prepare` change their numbers
 
 # Sound files of some programs hold workflows or color profiles of megabytes; Pillow refuses more than one.
 PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY = 1 << 26, 1 << 28
@@ -106,20 +106,21 @@ def _plugin(suffix: str) -> bool:
 
 
 class Header(NamedTuple):
-    """What a file's header says: the size of the upright image in pixels, and whether it has several frames, of which
-    only the first is read.
+    """What a file's header says: the size of the upright image in pixels, whether it has several frames, of which only
+    the first is read, and whether its profile has other colors than sRGB.
     """
 
     width: int
     height: int
     animated: bool
+    recolored: bool
 
 
 def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Raises the errors of `open_image`."""
     with opened(path, max_pixels) as image:
-        sides = image.size[::-1] if _orientation(image) >= 5 else image.size
-        return Header(*sides, animated=bool(getattr(image, "is_animated", False)))
+        width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
+        return Header(width, height, bool(getattr(image, "is_animated", False)), _profile(image) is not None)
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:
@@ -201,7 +202,7 @@ def _orientation(image: Image.Image) -> int:
 def to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I") or image.mode == "F":
         return Image.fromarray(_to_uint8(np.asarray(image))).convert("RGB")
-    profile = image.info.get("icc_profile")
+    profile = _profile(image)
     if image.has_transparency_data:
         rgba = image.convert("RGBA")
         colors = _in_srgb(rgba.convert("RGB"), profile)
@@ -209,23 +210,31 @@ def to_rgb(image: Image.Image) -> Image.Image:
     return _in_srgb(image, profile).convert("RGB")
 
 
-def _in_srgb(image: Image.Image, profile: object) -> Image.Image:
-    """`image` from the colors of its ICC profile to sRGB. A profile that is damaged or of other channels is ignored."""
-    if not isinstance(profile, bytes) or not profile:
+def _profile(image: Image.Image) -> ImageCms.ImageCmsProfile | None:
+    """The ICC profile of `image`; None if there is none, if it is that of sRGB, or damaged."""
+    profile = image.info.get("icc_profile")
+    with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
+        found = ImageCms.ImageCmsProfile(io.BytesIO(profile)) if profile else None
+        if found is not None and "srgb" not in (ImageCms.getProfileDescription(found) or "").lower():
+            return found
+    return None
+
+
+def _in_srgb(image: Image.Image, profile: ImageCms.ImageCmsProfile | None) -> Image.Image:
+    """`image` from the colors of `profile` to sRGB. One of other channels is ignored."""
+    if profile is None:
         return image
     image = image if image.mode in ("RGB", "CMYK", "L", "LAB") else image.convert("RGB")
-    with suppress(ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if "srgb" not in (ImageCms.getProfileDescription(source) or "").lower():
-            converted = ImageCms.profileToProfile(
-                image,
-                source,
-                ImageCms.createProfile("sRGB"),
-                renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
-                outputMode="RGB",
-                flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
-            )
-            return image if converted is None else converted
+    with suppress(ImageCms.PyCMSError, ValueError, TypeError):
+        converted = ImageCms.profileToProfile(
+            image,
+            profile,
+            ImageCms.createProfile("sRGB"),
+            renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC,
+            outputMode="RGB",
+            flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
+        )
+        return image if converted is None else converted
     return image
 
 

@@ -55,6 +55,7 @@ def test_keys_depend_on_every_part():
         latents_key("p", (65, 48), (64, 48), "a"),
         latents_key("p", (64, 48), (48, 64), "a"),
         latents_key("p", (64, 48), (64, 48), "b"),
+        latents_key("p", (64, 48), (64, 48), "a", recolored=True),
         text_key("p", "t", "c", "k", 5),
         text_key("q", "t", "c", "k", 5),
         text_key("p", "u", "c", "k", 5),
@@ -62,7 +63,7 @@ def test_keys_depend_on_every_part():
         text_key("p", "t", "c", "l", 5),
         text_key("p", "t", "c", "k", 6),
     }
-    assert len(keys) == 11 and latents_key("p", (64, 48), (64, 48), "a") in keys
+    assert len(keys) == 12 and latents_key("p", (64, 48), (64, 48), "a") in keys
 
 
 def test_keys_stay_what_they_are():
@@ -120,7 +121,7 @@ def test_interrupted_write_leaves_no_record(tmp_path, monkeypatch):
     monkeypatch.setattr(files, "safetensors_data", interrupted)
     with pytest.raises(KeyboardInterrupt):
         store.put_text("cd", some_text())
-    assert not store.has("text", "cd") and list((tmp_path / "text").iterdir()) == []
+    assert not store.has("text", "cd") and list(tmp_path.rglob("*")) == []
 
 
 def test_writers_of_the_same_record_do_not_disturb_each_other(tmp_path):

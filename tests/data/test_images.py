@@ -12,7 +12,7 @@ import torch
 from PIL import Image, ImageCms, PngImagePlugin
 
 from fluxq.data import images
-from fluxq.data.images import image_files, image_size, listing, open_image, prepare
+from fluxq.data.images import image_files, image_size, listing, open_image, prepare, read_header
 from fluxq.errors import WrongRequest
 
 REMEDY = "remove it or replace it, or pass --skip-bad"
@@ -317,6 +317,7 @@ def test_colors_come_from_the_profile_of_the_image(tmp_path, suffix):
         image, ImageCms.ImageCmsProfile(io.BytesIO(wide)), ImageCms.createProfile("sRGB"),
         renderingIntent=ImageCms.Intent.RELATIVE_COLORIMETRIC, flags=ImageCms.Flags.BLACKPOINTCOMPENSATION,
     )  # fmt: skip
+    assert not read_header(tmp_path / f"plain{suffix}").recolored and read_header(tmp_path / f"wide{suffix}").recolored
     plain, found = (np.asarray(open_image(tmp_path / f"{name}{suffix}"), int)[8, 8] for name in ("plain", "wide"))
     assert np.abs(found - np.asarray(expected, int)[8, 8]).max() <= 3 < np.abs(found - plain).max()
 

@@ -21,9 +21,11 @@ from fluxq.caching.hashes import Hashes
 from fluxq.caching.store import Store, Text
 from fluxq.commands.lora.info import info_command
 from fluxq.config import config_from_dict, read_toml, to_toml
+from fluxq.data.captions import Captions, with_trigger
 from fluxq.data.dataset import Dataset, Entry
-from fluxq.data.examples import Example, read_caption, with_trigger
+from fluxq.data.examples import Example
 from fluxq.data.images import image_size, open_image
+from fluxq.data.looks import look_at
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.formats.checkpoint.shards import Shards
 from fluxq.formats.gguf_tokenizer import read_gguf_tokenizer
@@ -359,10 +361,11 @@ def images(folder: Path) -> list[bytes]:
 def read_image(path: Path) -> None:
     image_size(path, 1 << 20)
     open_image(path, 1 << 20)
+    look_at(path, 1 << 20)
 
 
 def read_a_caption(path: Path) -> None:
-    with_trigger(read_caption(path.with_suffix(".png")), "zqx")
+    with_trigger(Captions(path.parent).of(path.with_suffix(".png")).text, "zqx")
 
 
 def clip_vocabulary(folder: Path) -> list[bytes]:

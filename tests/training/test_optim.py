@@ -14,7 +14,14 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from fluxq.errors import WrongRequest
 from fluxq.training import optim
-from fluxq.training.optim import build_optimizer, import_bitsandbytes, learning_rate_factor, optimizer_step, update
+from fluxq.training.optim import (
+    build_optimizer,
+    import_bitsandbytes,
+    learning_rate_factor,
+    optimizer_step,
+    restart_rates,
+    update,
+)
 
 
 def test_warmup_rises_linearly_to_the_full_learning_rate():
@@ -228,6 +235,15 @@ def test_groups_keep_their_own_learning_rates_under_one_schedule(name):
     optimizer_step(optimizer, Losses(lambda index: sum((w.sum() for w in weights), torch.zeros(()))), 0, 1, 0.5, 0.0)
     assert [float(2 - w.detach().mean()) for w in weights] == pytest.approx([0.05, 0.01], rel=1e-3)
     assert [group["lr"] for group in optimizer.param_groups] == [0.05, 0.01]
+
+
+def test_a_resumed_run_steps_by_the_learning_rate_that_is_asked_now():
+    """One rate for each group; a rate without a group, that of a text encoder which does not train, is left over."""
+    weight = nn.Parameter(torch.full((64, 128), 2.0))
+    optimizer = build_optimizer("adamw", [{"params": [weight], "lr": 0.1}], 9.0, 0.0)
+    restart_rates(optimizer, 0.02, None)
+    optimizer_step(optimizer, Losses(lambda index: weight.sum()), 0, 1, 0.5, 0.0)
+    assert float(2 - weight.detach().mean()) == pytest.approx(0.01, rel=1e-3)
 
 
 def test_gradients_left_by_an_attempt_out_of_memory_do_not_count():
