@@ -38,7 +38,6 @@ from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import resolve
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
-from fluxq.training.health import high_learning_rate
 from fluxq.training.objective import Objective
 from fluxq.training.optim import (
     FlatOptimizer,
@@ -101,9 +100,8 @@ def train_in(
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
-    notify(summary(config, models, flux, data.trained_on, len(data.batches), len(layers), optimizer))
-    if warning := high_learning_rate(training.learning_rate):
-        notify(warning)
+    for line in summary(config, models, flux, data.trained_on, len(data.batches), len(layers), optimizer):
+        notify(line)
 
     # where it starts
     progress = Progress(run.identity(models, data.trained_on))
@@ -161,7 +159,8 @@ def train_in(
     lora = str(run.lora_file(steps))
     result = Result(steps, seconds, losses[0], losses[-1], peak, lora, progress.validation, after, slower(flux))
     result.save(run.folder)
-    notify(result.summary())
+    for line in result.summary():
+        notify(line)
     return result
 
 

@@ -9,6 +9,7 @@ are all imported may be missing.
 import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -74,9 +75,9 @@ def build_cache(
     `.config.scale_factor` and `.shift_factor`; load_text returns a `TextEncoder` of `t5_length` tokens. Each is called
     at most once, and the autoencoder is freed before load_text is called. In addition to the examples' captions,
     `prompts` are encoded, and the empty caption if the text encoders are there. `progress` gets (stage, done, total);
-    the stages are "hashing", "images" and "captions". `notify` gets a line if the autoencoder has to work on fewer
-    rows at a time than it was loaded with. `before` is called with what has to be encoded: each image's size and the
-    number of captions; if it raises, nothing is.
+    the stages are "hashing", "looking", "images" and "captions". `notify` gets a line if the autoencoder has to work on
+    fewer rows at a time than it was loaded with. `before` is called with what has to be encoded: each image's size and
+    the number of captions; if it raises, nothing is.
     Raises WrongRequest for anything that `scan` refuses, for an undecodable image (unless `skip_bad`), and if something
     needs encoding but a file of its encoder is missing.
     """
@@ -87,8 +88,11 @@ def build_cache(
     if not hashes.keys() >= set(encoders.text()) and "" not in prompts:
         captions.remove("")
 
-    scanned.found.look_at_images(looks.of({example.path: hashes[example.path] for example in scanned.examples}))
-    looks.save()
+    images = {example.path: hashes[example.path] for example in scanned.examples}
+    try:
+        scanned.found.look_at_images(looks.of(images, partial(progress, "looking")))
+    finally:
+        looks.save()
     text_keys = _text_keys(store, captions, encoders, hashes, t5_length)
     # first, so that an error comes before any encoding
     missing_captions = _missing_captions(store, encoders, text_keys)
@@ -128,7 +132,7 @@ def build_cache(
     if not dataset.examples:
         raise WrongRequest(f"no usable image is left ({len(dataset.skipped)} skipped); the first: {dataset.skipped[0]}")
     request = (
-        [(os.path.abspath(folder.path), folder.repeats, folder.trigger) for folder in folders],
+        [(os.path.abspath(f.path), f.repeats, f.trigger, f.class_tokens, f.lines, f.from_names) for f in folders],
         (resolution, min_side, max_side, step, upscale, t5_length),
         [os.path.abspath(path) for path in (*encoders.ae, *encoders.text())],
     )

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 
-from fluxq.data.looks import Look, look_at
+from fluxq.data.looks import AREAS, Look, look_at
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.files import MALFORMED
 
 
 class Looks:
@@ -18,13 +19,18 @@ class Looks:
     def __init__(self, path: Path) -> None:
         self.path, self._new = path, False
         self._known: dict[str, Look] = {}
-        with suppress(OSError, ValueError, TypeError, AttributeError):
-            self._known = {key: Look(*look) for key, look in json.loads(path.read_text(encoding="utf-8")).items()}
+        with suppress(OSError, *MALFORMED):
+            for key, (areas, detail, contrast) in json.loads(path.read_text(encoding="utf-8")).items():
+                if len(bytes.fromhex(areas)) == AREAS:
+                    self._known[key] = Look(areas, float(detail), float(contrast))
 
-    def of(self, images: Mapping[Path, str]) -> dict[Path, Look]:
+    def of(
+        self, images: Mapping[Path, str], tick: Callable[[int, int], None] = lambda done, total: None
+    ) -> dict[Path, Look]:
         """How `images` (path -> hash of its file) look; those that cannot be decoded are left out."""
         looks = {}
-        for path, hashed in images.items():
+        for done, (path, hashed) in enumerate(images.items(), 1):
+            tick(done, len(images))
             if hashed not in self._known:
                 with suppress(WrongRequest):
                     self._known[hashed], self._new = look_at(path), True

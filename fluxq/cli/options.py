@@ -110,7 +110,11 @@ def read_config(
 
 def folders_of(folders: tuple[Path, ...], saved: Path | None) -> list[dict[str, Any]]:
     """`folders` as [data] has them. One that the run with the config `saved` has keeps its repeats and its trigger."""
-    known = {Path(f["path"]).name: f for f in read_toml(saved)["data"]["folders"]} if saved else {}
+    config = config_from_dict(read_toml(saved), str(saved)) if saved else None
+    known = {
+        folder.path.name: {key: value for key, value in dataclasses.asdict(folder).items() if value is not None}
+        for folder in (config.data.folders if config else ())
+    }
     return [{**known.get(folder.resolve().name, {}), "path": str(folder)} for folder in folders]
 
 

@@ -47,6 +47,10 @@ def check_command(
     "ready" in the answer is the verdict. verbose: name every image that a line is about. crops: where to save a
     sheet of all images.
     """
+    if crops is not None and (crops.suffix.lower() != ".png" or crops.exists()):
+        raise WrongRequest(f"--crops {crops} must be a new file called .png; name another")
+    if crops is not None and not config.data.folders:
+        raise WrongRequest("--crops draws the images of folders; name a folder of images")
     if len(paths) == 1 and (not paths[0].is_dir() or is_adapter(paths[0])):
         return check_file(paths[0])
     if len(paths) == 1 and (files := model_files(paths[0])):
@@ -141,7 +145,8 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
     except WrongRequest as error:
         reasons.append(str(error))
         return None
-    reasons += [str(error) for e in scanned.examples if e.path not in looks and (error := _undecodable(e.path))]
+    bad = [str(error) for e in scanned.examples if e.path not in looks and (error := _undecodable(e.path))]
+    (scanned.skipped if resolved.skip_bad else reasons).extend(bad)
     findings, captions = scanned.found.all(), {example.caption for example in scanned.examples}
     buckets = Counter(example.bucket for example in scanned.examples)
     answer = {
@@ -160,7 +165,10 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
     console.print(
         f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}"
     )
-    sources = ", ".join(f"{count} {source}" for source, count in scanned.found.sources.items())
+    sources = ", ".join(
+        f"{count} images without" if source == "without" else f"{count} {source}"
+        for source, count in scanned.found.sources.items()
+    )
     console.print(f"captions     {sources}")
     for finding in findings:
         console.print(f"             {finding.line(finding.count if verbose else 3)}")

@@ -21,6 +21,8 @@ from typing import Any, NamedTuple
 
 from fluxq.errors import WrongRequest
 
+from .images import readable
+
 TEXT_SUFFIXES = (".txt", ".caption")
 FIELDS = ("caption", "text", "prompt")
 """Where a JSON object or a row of a table keeps a caption, the first that has text."""
@@ -87,25 +89,21 @@ class Captions:
         stems = {part.lower() for image in images for part in (image.stem, image.name)}
         suffixes = (*TEXT_SUFFIXES, ".json")
         texts = ((name, real) for name, real in self.files.items() if name.endswith(suffixes))
-        tables = {name for name, _ in self._tables}
-        return sorted(r for n, r in texts if n.rpartition(".")[0] not in stems and r not in self.used | tables)
+        used = self.used | {name for name, _ in self._tables}
+        return sorted(r for n, r in texts if n.rpartition(".")[0] not in stems and r not in used)
 
     @cached_property
     def _tables(self) -> list[tuple[str, Mapping[str, str]]]:
         """(file, image's name in lower case, perhaps without its suffix -> caption) of each file for many images."""
-        images = {part for name in self.files for part in (name, name.rpartition(".")[0])}
-        found = []
+        stems = {name.rpartition(".")[0] for name in self.files if readable(f".{name.rpartition('.')[2]}")}
+        images, found = stems | self.files.keys(), []
         for name, real in self.files.items():
             read = {"metadata.jsonl": self._rows_of_jsonl, "metadata.csv": self._rows_of_csv}.get(name)
-            if read is None and name.endswith(".json") and not self._is_for_one_image(name):
+            if read is None and name.endswith(".json") and name.removesuffix(".json") not in stems:
                 read = self._rows_of_json
             if read and (captions := {key: text for key, text in read(real) if key in images and text}):
                 found.append((real, captions))
         return found
-
-    def _is_for_one_image(self, name: str) -> bool:
-        stem = name.rpartition(".")[0]
-        return any(other.rpartition(".")[0] == stem for other in self.files if other != name)
 
     def _rows_of_jsonl(self, name: str) -> Iterator[tuple[str, str]]:
         for number, line in enumerate(self._decoded(name)[0].split("\n"), 1):
@@ -121,7 +119,10 @@ class Captions:
             raise WrongRequest(f"{self.folder / name} is not a table ({error}); correct it or move it away") from error
 
     def _rows_of_json(self, name: str) -> Iterator[tuple[str, str]]:
-        data = self._json(name)
+        try:
+            data = self._json(name)
+        except WrongRequest:
+            return  # some other program's
         if isinstance(data, list):
             data = {_key(row.get("file_name")): row for row in data if isinstance(row, dict)}
         for key, value in data.items() if isinstance(data, dict) else ():

@@ -60,6 +60,7 @@ def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, line
 
 def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
     """`text`, at most as wide as an image."""
-    if font.getlength(text) <= CELL:
+    if len(text) <= CELL and font.getlength(text) <= CELL:
         return text
+    text = text[:CELL]
     return next(cut for n in range(len(text), 0, -1) if font.getlength(cut := f"{text[: n - 1]}...") <= CELL)

@@ -218,7 +218,7 @@ class _Scan:
         except WrongRequest as error:
             if str(error) not in self.bad_captions:
                 self.bad_captions.append(str(error))
-            found = Caption("", why=str(error).split(";")[0])
+            found = Caption("", why=str(error).rpartition("; ")[0])
         caption = folder.caption(found)
         self.findings.look_at_caption(name, found, caption)
         return caption
@@ -253,6 +253,6 @@ def _shape_of(path: Path, header: Header, shape: ChooseShape) -> Shape:
 def _refusal(bad: list[str]) -> str:
     if len(bad) == 1:
         return bad[0]
-    named = ", ".join(line.split(";")[0].removesuffix(", or pass --skip-bad") for line in bad[:LISTED])
+    named = ", ".join(line.rpartition("; ")[0] or line for line in bad[:LISTED])
     more = f", and {len(bad) - LISTED} more" if len(bad) > LISTED else ""
     return f"{len(bad)} files cannot be used; correct, replace or remove them, or pass --skip-bad: {named}{more}"

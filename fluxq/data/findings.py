@@ -24,7 +24,7 @@ KINDS = {
     "animated": "animations, of which only the first frame is read",
     "enlarged": f"images enlarged more than {ENLARGED:g} times, which makes them soft",
     "cropped": f"images of which more than {CROPPED:.0%} is cut off",
-    "equal": "images whose files are equal to the byte",
+    "equal": "byte-for-byte identical files",
     "copy": "images that look the same, perhaps copies",
     "blurred": "images that are blurred",
     "plain": "images that are black or of one color",

@@ -73,9 +73,9 @@ def listing(folder: Path) -> Listing:
     named = sorted(files, key=lambda file: file.name)
     images = [file for file in named if readable(file.suffix)]
     stems = {file.stem.lower() for file in images}
-    masks = [file for file in images if _is_mask(file.stem.lower(), stems)]
+    masks = {file: None for file in images if _is_mask(file.stem.lower(), stems)}
     others = Counter(file.suffix.lower() for file in named if not readable(file.suffix))
-    return Listing([file for file in images if file not in masks], masks, others)
+    return Listing([file for file in images if file not in masks], [*masks], others)
 
 
 def image_files(folder: Path) -> list[Path]:
@@ -120,7 +120,13 @@ def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Raises the errors of `open_image`."""
     with opened(path, max_pixels) as image:
         width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
-        return Header(width, height, bool(getattr(image, "is_animated", False)), _profile(image) is not None)
+        return Header(
+            width, height, bool(getattr(image, "is_animated", False)) and image.format != "MPO", _is_recolored(image)
+        )
+
+
+def _is_recolored(image: Image.Image) -> bool:
+    return not image.mode.startswith(("I", "F")) and _profile(image) is not None
 
 
 def image_size(path: Path, max_pixels: int = MAX_PIXELS) -> tuple[int, int]:

@@ -15,8 +15,11 @@ from .images import MAX_PIXELS, opened, to_rgb
 SIDE = 512
 """Pixels of the longer side at which an image is looked at, if it has as many."""
 GRID = 12
-ALIKE = 2.0
-"""Images whose GRID x GRID areas differ in color by less than that, of 255 on average, are taken for copies."""
+AREAS = 3 * GRID**2
+"""Bytes of their colors."""
+ALIKE, COMPARED = 2.0, 4
+"""Images whose GRID x GRID areas differ in color by less than that, of 255 on average, are taken for copies;
+their bytes are compared with those of so many earlier ones."""
 BLURRED, PLAIN = 12.0, 3.0
 """Less detail, or less contrast, than this is a finding. Photographs of SIDE pixels have a detail of 30 to 170; blurred
 by 2 pixels, 4 to 12.
@@ -58,10 +61,11 @@ def look_at(path: Path, max_pixels: int = MAX_PIXELS) -> Look:
 def copies(looks: Mapping[Path, Look]) -> Iterator[tuple[Path, Path, bool]]:
     """Each image that looks like an earlier one: the earlier one, it, and whether the files are equal to the byte."""
     told_apart = [(path, look) for path, look in looks.items() if not look.is_plain]
-    areas = [np.frombuffer(bytes.fromhex(look.areas), np.uint8).astype(np.int16) for _, look in told_apart]
+    colors = b"".join(bytes.fromhex(look.areas) for _, look in told_apart)
+    areas = np.frombuffer(colors, np.uint8).astype(np.int16).reshape(-1, AREAS)
     for i, (path, _) in enumerate(told_apart[1:], 1):
-        same = np.flatnonzero(np.abs(np.stack(areas[:i]) - areas[i]).mean(1) < ALIKE)
+        same = np.flatnonzero(np.abs(areas[:i] - areas[i]).mean(1) < ALIKE)
         if len(same):
-            earlier = [told_apart[j][0] for j in same]
+            earlier = [told_apart[j][0] for j in same[:COMPARED]]
             equal = next((other for other in earlier if filecmp.cmp(other, path, shallow=False)), None)
             yield equal or earlier[0], path, equal is not None

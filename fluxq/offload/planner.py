@@ -39,8 +39,8 @@ OUTSIDE = int(0.4 * GIB)
 """Bytes of the GPU that torch's allocator leaves to cuBLAS, compiled kernels and CUDA (fluxq/memory/share.py)."""
 
 STEP_MARGIN = OUTSIDE + int(0.1 * GIB)
-"""Bytes of the GPU that no plan of a training step reserves: predictions of what the allocator reserves are up to 5 % too
-low (benchmarks/results/emulated.md), but what is free then makes it give back what it does not use.
+"""Bytes of the GPU that no plan of a training step reserves: predictions of what the allocator reserves are up to 5 %
+too low (benchmarks/results/emulated.md), but where less is free it gives back what it does not use.
 """
 
 COPY_LAUNCHES = 2

@@ -42,7 +42,8 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         images = sum(len(image_files(f.path)) for f in data.folders if f.path.is_dir())
         seen, at_once = min(3000, max(1000, 100 * images)), training.batch * training.accumulate
         training = replace(training, steps=-(-seen // at_once))
-        why = f"each of {plural(images, 'image')} is seen about {seen / max(images, 1):.0f} times"
+        times = round(seen / max(images, 1), 1)
+        why = f"each of {plural(images, 'image')} is seen {times:g} times on average"
         notify(f"steps {training.steps}: {why}{f', {at_once} a step' if at_once > 1 else ''}")
     if training.learning_rate == defaults.training.learning_rate:
         notify(f"learning rate {training.learning_rate:g}: the usual one if alpha equals rank")

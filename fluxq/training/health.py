@@ -46,14 +46,16 @@ class Health:
         """Whether the last step had a gradient that is not finite, and so no update."""
         return bool(self.records) and not _is_finite(self.records[-1])
 
+    @property
+    def is_hopeless(self) -> bool:
+        """Whether too many of the last steps had no finite gradient for training to go on."""
+        recent = self.records[-LAST:]
+        in_a_row = len(recent) >= BAD_IN_A_ROW and not any(map(_is_finite, recent[-BAD_IN_A_ROW:]))
+        return in_a_row or sum(not _is_finite(r) for r in recent) >= BAD_OF_LAST
+
     def check(self) -> Iterator[str]:
         """What is new since the last step, a line each. Raises WrongRequest if training cannot go on."""
-        recent = self.records[-LAST:]
-        if self.is_bad and (
-            not any(map(_is_finite, recent[-BAD_IN_A_ROW:]))
-            and len(recent) >= BAD_IN_A_ROW
-            or sum(not _is_finite(r) for r in recent) >= BAD_OF_LAST
-        ):
+        if self.is_bad and self.is_hopeless:
             raise WrongRequest(self.refusal(self.records[-1]["step"]))
         own = self.records[self._first :]
         if self.watch and len(own) == SETTLED:
@@ -137,7 +139,7 @@ def grown_memory(records: Sequence[Mapping], settled: int = SETTLED) -> str | No
     return f"peak memory grew from {at / 2**30:.1f} GiB at step {records[settled - 1]['step']} to {now / 2**30:.1f} GiB"
 
 
-def high_learning_rate(learning_rate: float) -> str | None:
+def high_learning_rate(learning_rate: float) -> list[str]:
     if learning_rate <= HIGHEST_LEARNING_RATE:
-        return None
-    return f"warning: a learning rate of {learning_rate:g} is very high for AdamW, which usually takes 1e-5 to 1e-3"
+        return []
+    return [f"warning: a learning rate of {learning_rate:g} is very high for AdamW, which usually takes 1e-5 to 1e-3"]

@@ -19,7 +19,7 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
@@ -83,8 +83,8 @@ class Result:
     validation_after: dict[str, float] | None
     slower: list[str]  # why it was slower than it could be
 
-    def summary(self) -> str:
-        return "\n".join([*slow_lines(self.slower), f"LoRA: {self.lora}"])
+    def summary(self) -> list[str]:
+        return [*slow_lines(self.slower), f"LoRA: {self.lora}"]
 
     def save(self, folder: Path) -> None:
         with atomic_path(folder / "result.json") as temporary:
@@ -165,7 +165,7 @@ class Run:
                 final.rename(self.lora_file(steps))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
-                left_by_a_crash.unlink(missing_ok=True)
+                _remove(left_by_a_crash)
         for path in [] if resume else self._results():
             _remove(path)
         with atomic_path(self.folder / "config.toml") as temporary:
@@ -234,7 +234,7 @@ class Run:
             changed = self._changed_data(dataset)
             if not accepts_data:
                 raise WrongRequest(
-                    f"since {self.folder} was started, {changed}; put that back, or go on with them as they are "
+                    f"since {self.folder} was started, {changed}; restore that, or accept the change "
                     f"(fluxq train --resume {self.folder} FOLDERS), or start another run with --from-lora"
                 )
             self.changes.append(changed)
@@ -353,7 +353,9 @@ def metadata_of(config: TrainConfig, models: Models, dataset: Dataset, batches: 
     """A function (step, started, finished) -> the LoRA's metadata at that step. batches: micro-batches per epoch."""
     folders = config.data.folders
     read = folders_of(config.data)[: len(folders)]
-    files = {f.path: [Path(e.path) for e in dataset.examples if Path(e.path).parent == f.path] for f in folders}
+    files: defaultdict[Path, list[Path]] = defaultdict(list)
+    for example in dataset.examples:
+        files[Path(example.path).parent].append(Path(example.path))
     tags: dict[str | Path, Mapping[str, int]] = {f.path: _tag_frequency(f.captions(), files[f.path]) for f in read}
     buckets = Counter({e.bucket: 0 for e in dataset.examples})
     for example in dataset.examples:

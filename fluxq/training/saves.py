@@ -9,6 +9,7 @@ GPU's memory with it: then the last save is what remains.
 
 from __future__ import annotations
 
+import math
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -48,12 +49,12 @@ class Saves:
         self.run, self.report, self.progress, self.layers, self.optimizer = run, report, progress, layers, optimizer
         self.began, self.retry, self.write_lora, self.notify = began, retry, write_lora, notify
         self._saved = progress.step  # the step of the state on the disk
-        self._failures, self._again_at = 0, 0.0
+        self._failures, self._again_at = 0, math.inf
 
     @property
     def is_overdue(self) -> bool:
-        """Whether a save failed and its pause is over."""
-        return self._failures > 0 and time.monotonic() >= self._again_at
+        """Whether a save failed or was left out, and its pause is over."""
+        return time.monotonic() >= self._again_at
 
     def __enter__(self) -> Saves:
         return self
@@ -70,18 +71,20 @@ class Saves:
         """Save state and LoRA of the last finished step. If that fails: notify, or if it is `required`, put the state
         elsewhere and raise WrongRequest.
 
-        Weights after a step that had no finite gradient are not saved: they may be what is wrong.
+        After a step that had no finite gradient, only what is required is saved: its weights may be what is wrong.
         """
         if self.report.health.is_bad:
-            if required:
+            if required and self.report.health.is_hopeless:
                 raise WrongRequest(self.report.health.refusal(self.progress.step))
-            return
+            if not required:
+                self._again_at = time.monotonic()  # with the next step
+                return
         try:
             self.report.sync()
             self._state(self.run.state_file)
             self.retry.placement.save(self.run.folder)
             self.write_lora(self.progress.step)
-            self._failures = 0
+            self._failures, self._again_at = 0, math.inf
         except (WrongRequest, OSError) as error:
             if required:
                 raise WrongRequest(f"{error}; {self._elsewhere()}") from error
@@ -102,7 +105,8 @@ class Saves:
                 self._state(self.run.state_file)
             self.notify(f"saved step {step} meanwhile; --resume continues from there")
         except (WrongRequest, OSError, RuntimeError) as error:
-            self.notify(f"step {self.progress.step} could not be saved: {first_line(error)}")
+            why = str(error) if isinstance(error, WrongRequest) else first_line(error)
+            self.notify(f"step {self.progress.step} could not be saved: {why}")
 
     def _state(self, path: Path) -> None:
         with self.optimizer.changing:
@@ -125,7 +129,7 @@ class Saves:
         if self._saved == step and step:
             return f"that step is saved; {again}"
         if self._saved:
-            return f"what it held is lost, the last save is that of step {self._saved}; {again}"
+            return f"everything since is lost: the last save is that of step {self._saved}; {again}"
         return "what it held is lost, and nothing was saved yet; start again with --overwrite"
 
     def _elsewhere(self) -> str:

@@ -14,6 +14,7 @@ from fluxq.models import Models
 from fluxq.offload import StreamingRing
 from fluxq.offload.arena import Arena
 
+from .health import high_learning_rate
 from .optim import FlatOptimizer, parameters_of
 
 
@@ -25,8 +26,8 @@ def summary(
     batches: int,
     layers: int,
     optimizer: FlatOptimizer,
-) -> str:
-    """The model, what trains, and the images; then a line for each thing that makes the run slow.
+) -> list[str]:
+    """A line on the model, what trains, and the images; then one for each thing that makes the run slow or risky.
 
     batches: per epoch; layers: those with LoRA.
     """
@@ -36,7 +37,12 @@ def summary(
         f"{name} in {config.model.format}: {weights:,} trainable parameters in {plural(layers, 'layer')}; "
         f"{plural(images, 'image')}, {plural(batches, 'batch')} per epoch, {plural(config.training.steps or 0, 'step')}"
     )
-    return "\n".join([first, *short_batches(config.training.batch, dataset), *slow_lines(slower(flux))])
+    return [
+        first,
+        *short_batches(config.training.batch, dataset),
+        *slow_lines(slower(flux)),
+        *high_learning_rate(config.training.learning_rate),
+    ]
 
 
 def short_batches(batch: int, dataset: Dataset) -> list[str]:

@@ -30,11 +30,11 @@ class Watch:
         """What is other in step `step`, counted from 1, than when this was last asked, and than in the steps before."""
         found = []
         if self.retry.placement is not self._placement:
-            found.append("its plan is another, as memory ran out")
+            found.append("its plan changed because memory ran out")
         before = {bucket for other in range(max(1, step - window), step) for bucket in self._buckets(other)}
         if new := self._buckets(step) - before:
             sizes = " and ".join(f"{width} x {height}" for width, height in sorted(new))
-            found.append(f"its bucket, {sizes}, is none of the {window} steps before it")
+            found.append(f"none of the {window} steps before it had its bucket, {sizes}")
         for what, every in (("previews", self.config.samples.every), ("a save", self.config.output.save_every)):
             if every and step > 1 and (step - 1) % every == 0:
                 found.append(f"{what} came just before it")

@@ -341,7 +341,7 @@ def test_progress_counts_every_stage_to_its_end(workshop):
     told = []
     workshop.build(progress=lambda *event: told.append(event))
     last = {stage: (done, total) for stage, done, total in told}
-    assert last == {"hashing": (9, 9), "images": (4, 4), "captions": (5, 5)}
+    assert last == {"hashing": (9, 9), "looking": (4, 4), "images": (4, 4), "captions": (5, 5)}
     assert all(0 <= done <= total for _, done, total in told)
     assert [done for stage, done, _ in told if stage == "captions"] == [2, 5]  # half of the only group, then all
 

@@ -269,7 +269,7 @@ def test_what_is_unusual_about_images_and_captions_is_said(photos, tmp_path):
     for i in range(5):
         (photos / f"note{i}.txt").write_text("x")
     _, answer, lines = run(photos, "--model", "nano")
-    assert "captions     3 without\n" in lines and answer["images"]["sources"] == {"without": 3}
+    assert "captions     3 images without\n" in lines and answer["images"]["sources"] == {"without": 3}
     assert "files of captions without an image: 5 (note0.txt, note1.txt, note2.txt, ...)" in lines
     found = {finding["what"]: finding["names"] for finding in answer["images"]["findings"]}
     assert found["files of captions without an image"] == [f"note{i}.txt" for i in range(5)]
@@ -278,3 +278,15 @@ def test_what_is_unusual_about_images_and_captions_is_said(photos, tmp_path):
     (photos / "half.jpg").write_bytes((photos / "half.jpg").read_bytes()[:2000])
     code, answer, _ = run(photos, "--model", "nano")
     assert code == 2 and any("half.jpg cannot be read" in reason for reason in answer["reasons"])
+    code, answer, _ = run(photos, "--model", "nano", "--skip-bad")
+    assert code == 0 and any("half.jpg cannot be read" in line for line in answer["images"]["skipped"])
+
+
+def test_the_sheet_of_crops_replaces_nothing(photos, tmp_path):
+    refused = CliRunner().invoke(
+        main, ["check", str(photos), "--model", "nano", "--crops", str(next(photos.glob("*.png")))]
+    )
+    assert refused.exit_code == 2 and "must be a new file called .png" in refused.stderr
+    refused = CliRunner().invoke(main, ["check", str(nano.FLUX), "--crops", str(tmp_path / "a.png")])
+    assert refused.exit_code == 2 and "draws the images of folders" in refused.stderr
+    assert run(photos, "--model", "nano", "--crops", str(tmp_path / "a.png"))[0] == 0 and (tmp_path / "a.png").exists()

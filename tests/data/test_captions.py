@@ -39,6 +39,8 @@ def caption(folder, image="a.b.png", **options):
         ({"all.json": b'{"a.b.png": "a dog"}'}, "a dog"),
         ({"all.json": b'[{"file_name": "a.b.png", "text": "a dog"}, 3]'}, "a dog"),
         ({"all.json": b'{"x.png": "a dog"}'}, ""),
+        ({"all.json": b'{"a.b.png": "a dog"}', "all.toml": b""}, "a dog"),
+        ({"workflow.json": b"{ // another program's"}, ""),
     ],
 )
 def test_caption_is_found(tmp_path, files, expected):

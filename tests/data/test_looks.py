@@ -32,7 +32,7 @@ def test_blurred_and_plain_images_are_told_from_sharp_ones(photos):
     names = {finding.what: finding.names for finding in found.all()}
     assert names["images that are blurred"] == ("astronaut_blurred.png", "chelsea_blurred.png", "coffee_blurred.png")
     assert names["images that are black or of one color"] == ("black.png", "gray.png")
-    assert names["images whose files are equal to the byte"] == ("small.jpg and twin.jpg",)
+    assert names["byte-for-byte identical files"] == ("small.jpg and twin.jpg",)
     assert "chelsea.png and small.jpg" in names["images that look the same, perhaps copies"]
 
 

@@ -56,7 +56,7 @@ def test_twenty_bad_gradients_of_a_thousand_end_the_run():
 
 
 def test_only_a_very_high_learning_rate_is_warned_of():
-    assert high_learning_rate(1e-2) is None and "0.02 is very high" in str(high_learning_rate(0.02))
+    assert high_learning_rate(1e-2) == [] and "0.02 is very high" in str(high_learning_rate(0.02))
 
 
 class Watched:

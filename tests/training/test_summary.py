@@ -56,4 +56,4 @@ def test_batches_that_no_bucket_can_fill_are_said():
 
 def test_the_end_of_a_run_says_it_again():
     result = Result(1, 1.0, 1.0, 1.0, None, "a.safetensors", None, None, ["no Triton"])
-    assert result.summary().splitlines() == ["slower than it could be: no Triton", "LoRA: a.safetensors"]
+    assert result.summary() == ["slower than it could be: no Triton", "LoRA: a.safetensors"]

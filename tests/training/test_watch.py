@@ -98,10 +98,10 @@ def test_what_changed_before_a_step_is_told(monkeypatch):
     watching, _, _, retry = watched(monkeypatch, accumulate=2)
     watching.settle()
     others = "the GPU memory of other programs grew from 1.0 to 3.0 GiB"
-    bucket = "its bucket, 128 x 64, is none of the 20 steps before it"
+    bucket = "none of the 20 steps before it had its bucket, 128 x 64"
     assert watching.changes(31) == [bucket, "previews came just before it", others]
     retry.placement = replace(retry.placement, slots=2)
-    assert watching.changes(41) == ["its plan is another, as memory ran out", "a save came just before it"]
+    assert watching.changes(41) == ["its plan changed because memory ran out", "a save came just before it"]
     assert watching.changes(32) == [], "told once"
 
 
