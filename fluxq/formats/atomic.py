@@ -134,8 +134,10 @@ def _locked(temporary: Path, is_folder: bool = False) -> int | None:
         for inner in temporary.iterdir() if is_folder else ():
             _remove(inner)
         return lock
-    except OSError:
+    except OSError as error:
         if lock is not None:
+            if not isinstance(error, BlockingIOError | FileNotFoundError):
+                _remove(temporary)  # nobody can lock it here, so nobody would use it again
             os.close(lock)
         return None
 

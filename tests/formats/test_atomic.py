@@ -137,3 +137,13 @@ def test_a_file_that_another_program_holds_open_is_waited_for(tmp_path, monkeypa
         temporary.write_text("new")
     assert path.read_text() == ("old" if held_for > 3 else "new") and os.listdir(tmp_path) == ["x.json"]
     assert len(pauses) == 3 if held_for == 3 else 4 < sum(pauses) < 6
+
+
+@pytest.mark.skipif(os.name == "nt", reason="needs flock")
+def test_nothing_is_left_where_files_cannot_be_locked(tmp_path):
+    with patch("fcntl.flock", side_effect=OSError(errno.ENOLCK, "No locks available")):
+        with atomic_path(tmp_path / "x.json") as temporary:
+            temporary.write_text("new")
+        with atomic_folder(tmp_path / "y") as temporary:
+            (temporary / "z").write_text("new")
+    assert sorted(os.listdir(tmp_path)) == ["x.json", "y"] and (tmp_path / "y" / "z").exists()
