@@ -68,8 +68,8 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
         yield "training.shift", f"--timesteps {training.timesteps} does not use it"
     if models.variant == "schnell":
         yield "training.guidance", "FLUX.1 schnell has no guidance input"
-    if not output.save_every or (training.steps and output.save_every >= training.steps):
-        yield "output.keep", "no LoRA is saved before the end (--save-every)"
+    if not output.save_every:
+        yield "output.keep", "no LoRA is saved before the end without --save-every"
     if resume:
         yield (
             "lora.from_lora",

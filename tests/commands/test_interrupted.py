@@ -37,6 +37,11 @@ def test_a_signal_leaves_no_temporary_file(tmp_path, monkeypatch, command, name)
         signal.raise_signal(getattr(signal, name))
 
     monkeypatch.setattr(atomic, "_flush", interrupted)
-    result = CliRunner().invoke(main, COMMANDS[command].format(flux=nano.FLUX, lora=lora, out=out).split())
+    handler = signal.default_int_handler if name == "SIGINT" else signal.SIG_DFL  # not ignored, as under nohup
+    before = signal.signal(getattr(signal, name), handler)
+    try:
+        result = CliRunner().invoke(main, COMMANDS[command].format(flux=nano.FLUX, lora=lora, out=out).split())
+    finally:
+        signal.signal(getattr(signal, name), before)
     assert result.exit_code == 128 + getattr(signal, name), result.output
     assert len(seen) == 1 and ".tmp-" in seen[0][0] and not os.listdir(out)

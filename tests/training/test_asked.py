@@ -51,12 +51,6 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
         ),
         ({"output": {"keep": 2, "save_every": 0}}, models(), "output.keep", "no LoRA is saved before the end"),
         (
-            {"output": {"keep": 2}, "training": {"steps": 250}},
-            models(),
-            "output.keep",
-            "no LoRA is saved before the en",
-        ),
-        (
             {"data": {"trigger": "a", "folders": [{"path": "p", "trigger": "b"}]}},
             models(),
             "data.trigger",
