@@ -194,7 +194,8 @@ the CPU time of a step is what Python and PyTorch need to launch it, and a GPU t
 
 Per step, the mean of {counted}: kernels launched, beside what the planner counts (fluxq/model/launches.json, and the
 copies); synchronizations of the device, a stream or an event; copies in both directions, and those from or to pageable
-memory. CPU ms: process time, best and median of {timed} steps, warm. Then, of the median: in thousands of torch.add on
+memory. Of these, one synchronization is the end of the measured step, and the other, with the one pageable copy, is the
+read of the loss and the gradient's norm; nothing waits on the way to the GPU. CPU ms: process time, best and median of {timed} steps, warm. Then, of the median: in thousands of torch.add on
 two numbers, which took {add} us on this machine, and predicted from the sequence of fluxq/offload/launches.py, which
 took {sequence} us; both were timed in turns with the steps. The largest error of that prediction is {error:.0%}. A
 sequence takes as long as {fitted:.1f} launches of a step, the median of these rows; the planner has {SEQUENCE}.
