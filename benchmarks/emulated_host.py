@@ -192,6 +192,158 @@ FLUX.1 dev, one image per step, {text} T5 tokens, LoRA of rank {rank} on attenti
 the CPU time of a step is what Python and PyTorch need to launch it, and a GPU that needs less waits for them.
 `make emulated-host` writes this page.
 
+
+
+swap: blocks whose units are streamed."""
+
+    gpu: str
+    resolution: int
+    format: str
+    compute: str
+    policy: str
+    swap: int
+    offload: bool = False
+
+
+ROWS = (
+    Row("rtx4090", 512, "nf4", "bf16", "keep_all", 0),
+    Row("rtx4090", 512, "nf4", "int8_dx", "keep_all", 0),
+    Row("rtx4090", 512, "nf4", "bf16", "recompute", 0),
+    Row("rtx4090", 512, "int8", "int8_dx", "keep_all", 0),
+    Row("rtx4090", 1024, "nf4", "bf16", "keep_all8", 18),
+    Row("rtx4090", 1024, "int8", "int8", "keep_qkv", 38),
+    Row("rtx3060", 512, "nf4", "bf16", "keep_all", 0),
+    Row("rtx3060", 512, "nf4", "bf16", "recompute", 38, True),
+    Row("rtx3060", 768, "nf4", "int8_dx", "keep_attention", 38),
+    Row("rtx3060", 1024, "int8", "bf16", "keep_attention", 38, True),
+)
+FORMATS, COMPUTES, FORWARD = ("nf4", "int8", "bf16"), ("bf16", "int8", "int8_dx"), "forward"
+WARM_UP, COUNTED, TIMED = 3, 4, 16
+ADDS = 20_000
+
+
+def main() -> None:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--gpu", choices=GPUS, help="the one that is emulated")
+    for name in ("out", "count", "page"):
+        made.add_argument(f"--{name}", type=Path, metavar="FILE")
+    arguments = made.parse_args()
+    if arguments.count:
+        add_rows(arguments.count, count_launches(arguments.gpu), ("chunk", "format", "compute"))
+    for row in ROWS if arguments.out else ():
+        if row.gpu == arguments.gpu:
+            add_rows(arguments.out, [measure(row)], Row._fields)
+    if arguments.page:
+        rows = json.loads(arguments.page.read_text(encoding="utf-8"))
+        arguments.page.with_suffix(".md").write_text(page(rows), encoding="utf-8")
+
+
+def count_launches(gpu: str) -> Iterator[dict[str, Any]]:
+    """For each way of holding and multiplying weights: the launches of a double and of a single block by policy, and
+    those of a step outside the blocks, from the differences between models of few blocks.
+    """
+    for format, compute in product(FORMATS, COMPUTES):
+        few, double, single = (launches(format, compute, depths) for depths in ((1, 1), (2, 1), (1, 2)))
+        doubles, singles = ({policy: more[policy] - few[policy] for policy in few} for more in (double, single))
+        outside = few["keep_all"] - doubles["keep_all"] - singles["keep_all"]
+        row = {"chunk": chunk_of(GPUS[gpu].capability), "format": format, "compute": compute, "outside": outside}
+        yield row | {"double": doubles, "single": singles}
+
+
+def launches(format: str, compute: str, depths: tuple[int, int]) -> dict[str, int]:
+    """Policy -> launches of a training step of FLUX.1 with so many blocks; and those of a forward pass alone."""
+    config = replace(FluxConfig.dev(), depth=depths[0], depth_single_blocks=depths[1])
+    flux = random_flux(config, format, torch.device("cuda"), RANK)
+    flux.set_compute(compute)
+    setting = Setting(format, compute, None, 512, 1, RANK, T5_LENGTH)
+    batches, training = SameBatch(random_batch(config, setting), setting.resolution), TrainingConfig()
+    counted = {FORWARD: counted_launches(torch.no_grad()(Objective(flux, batches, training).loss))}
+    for policy in POLICIES:
+        flux.set_policy(policy)
+        counted[policy] = counted_launches(trainer(flux, setting))
+    return counted
+
+
+def counted_launches(step: Callable[[int], Any]) -> int:
+    import emulated  # there is one on the emulated GPU only
+
+    for index in range(WARM_UP):
+        step(index)
+    emulated.reset()
+    step(WARM_UP)
+    return emulated.report()["launches"]
+
+
+def measure(row: Row) -> dict[str, Any]:
+    """What a step of `row` launches, waits for and copies, and its CPU time, beside what is predicted."""
+    import emulated
+
+    Scale.is_invertible = property(lambda self: True)  # type: ignore[assignment, method-assign] - zeros, where no kernel runs
+    device, gpu, config = torch.device("cuda"), GPUS[row.gpu], FluxConfig.dev()
+    setting = Setting(row.format, row.compute, row.policy, row.resolution, 1, RANK, T5_LENGTH)
+    pins = Pins(blocks_to_swap=row.swap, policy=row.policy, offload=row.offload)
+    made = plan([costs_of(setting, config, chunk_of(gpu.capability))], gpu, ENDLESS, pins=pins)
+    gc.collect()  # the row before
+    torch.cuda.empty_cache()
+    step, burst = trainer(planned_flux(config, made, RANK, device), setting), burst_of("cuda")
+    for index in range(WARM_UP):
+        step(index)
+    emulated.reset()
+    for index in range(WARM_UP, COUNTED + WARM_UP):
+        step(index)
+    report = emulated.report()
+    times, sequences, adds = [], [], []  # in turns: whatever else runs on this machine slows them down alike
+    for index in range(WARM_UP + COUNTED, WARM_UP + COUNTED + TIMED):
+        times.append(cpu_ms(partial(step, index)))
+        sequences.append(burst())
+        adds.append(seconds_of_add())
+    calls, per_step = report["calls"], lambda number: round(number / COUNTED, 2)
+    return row._asdict() | {
+        "launches": per_step(report["launches"]),
+        "synchronizations": per_step(sum(n for name, n in calls.items() if "synchronizations" in name)),
+        "waits_for_copies": per_step(calls.get("host waits for a copy", 0)),
+        "pageable_copies": per_step(sum(n for name, n in calls.items() if name.startswith("pageable"))),
+        "copies": {name: per_step(n) for name, n in report["copies"].items()},
+        "cpu_ms": {"best": round(min(times), 1), "median": round(median(times), 1)},
+        "add_us": round(1e6 * median(adds), 3),
+        "sequence_us": round(1e6 * median(sequences), 1),
+        "predicted_launches": made.launches,
+        "errors": report["errors"],
+        "about": about(device),
+    }
+
+
+def cpu_ms(run: Callable[[], Any]) -> float:
+    start = time.process_time()
+    run()
+    return 1e3 * (time.process_time() - start)
+
+
+def seconds_of_add() -> float:
+    """Of torch.add of two numbers on the CPU: what a call costs on this machine."""
+    x, start = torch.ones(1), time.process_time()
+    for _ in range(ADDS):
+        torch.add(x, x)
+    return (time.process_time() - start) / ADDS
+
+
+def add_rows(path: Path, rows: Iterable[dict[str, Any]], key: Sequence[str]) -> None:
+    """Add each of `rows` to the JSON list in `path`, in place of one that agrees in `key`; one row a line."""
+    for row in rows:
+        there = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        there = [r for r in there if any(r[name] != row[name] for name in key)] + [row]
+        with atomic_path(path) as temporary:
+            temporary.write_text("[\n" + ",\n".join(map(json.dumps, there)) + "\n]\n", encoding="utf-8")
+        print({name: value for name, value in row.items() if name != "about"}, flush=True)
+
+
+HEADER = """# Launches and host time of training steps
+
+FLUX.1 dev, one image per step, {text} T5 tokens, LoRA of rank {rank} on attention and MLP, adamw8bit; {versions}.
+**No GPU was used**: kernels are launched on an emulated one, where they take no time (tests/emulated_gpu/README.md). So
+the CPU time of a step is what Python and PyTorch need to launch it, and a GPU that needs less waits for them.
+`make emulated-host` writes this page.
+
 Per step, the mean of {counted}: kernels launched, beside what the planner counts (fluxq/model/launches.json, and the
 copies); synchronizations of the device, a stream or an event; copies in both directions, and those from or to pageable
 memory. Of these, one synchronization is the end of the measured step, and the other, with the one pageable copy, is the
