@@ -269,9 +269,7 @@ def test_resume_notices_changed_images_and_captions(tmp_path, photos):
     (photos / "0.txt").write_text("another caption, zqx")
     (photos / "1.png").unlink()
     longer = configured(tmp_path, photos, training={"steps": 6})
-    wanted = (
-        r"run was started, the images or captions changed \(removed photos/1.png; caption of photos/0.png\); put that"
-    )
+    wanted = r"the images or captions changed \(removed photos/1.png; caption of photos/0.png\); restore that"
     with pytest.raises(WrongRequest, match=wanted):
         train(longer, resume=True)
     result = train(longer, resume=True, accepts_data=True)
@@ -634,7 +632,7 @@ def test_a_failure_of_the_gpu_costs_one_step_or_what_was_not_saved(lost, tmp_pat
         patch.setattr(Objective, "loss", fails)
         patch.setattr(saves, "save_state", unreadable)
         train(configured(tmp_path, photos, output={"save_every": 2}))
-    kept = "what it held is lost, the last save is that of step 2" if lost else "that step is saved"
+    kept = "everything since is lost: the last save is that of step 2" if lost else "that step is saved"
     run = tmp_path / "run"
     first = str(error).splitlines()[0]
     told = f"the GPU failed after step 3 ({first}); {kept}; continue with: fluxq train --resume {run};"

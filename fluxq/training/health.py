@@ -53,6 +53,11 @@ class Health:
         in_a_row = len(recent) >= BAD_IN_A_ROW and not any(map(_is_finite, recent[-BAD_IN_A_ROW:]))
         return in_a_row or sum(not _is_finite(r) for r in recent) >= BAD_OF_LAST
 
+    @property
+    def is_worthless(self) -> bool:
+        """Whether the weights may be what is wrong: training cannot go on, or more than the last step was bad."""
+        return self.is_hopeless or not any(map(_is_finite, self.records[-2:]))
+
     def check(self) -> Iterator[str]:
         """What is new since the last step, a line each. Raises WrongRequest if training cannot go on."""
         if self.is_bad and self.is_hopeless:

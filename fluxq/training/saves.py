@@ -71,10 +71,11 @@ class Saves:
         """Save state and LoRA of the last finished step. If that fails: notify, or if it is `required`, put the state
         elsewhere and raise WrongRequest.
 
-        After a step that had no finite gradient, only what is required is saved: its weights may be what is wrong.
+        After a step that had no finite gradient only what is required is saved, and after several nothing: the weights
+        may be what is wrong.
         """
         if self.report.health.is_bad:
-            if required and self.report.health.is_hopeless:
+            if required and self.report.health.is_worthless:
                 raise WrongRequest(self.report.health.refusal(self.progress.step))
             if not required:
                 self._again_at = time.monotonic()  # with the next step

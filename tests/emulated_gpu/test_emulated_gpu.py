@@ -235,8 +235,10 @@ except SystemExit as ended:
     print(json.dumps(ended.code))
 """
     exit_code, stderr = run(code)
-    told = "error: the GPU failed after step 3 (CUDA error: an illegal memory access was encountered); what it held is "
-    told += "lost, the last save is that of step 2; continue with: fluxq train --resume runs/x; "
+    told = (
+        "error: the GPU failed after step 3 (CUDA error: an illegal memory access was encountered); everything since "
+    )
+    told += "is lost: the last save is that of step 2; continue with: fluxq train --resume runs/x; "
     assert exit_code == 1 and told in stderr and "Traceback" not in stderr
 
 
