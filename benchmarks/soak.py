@@ -85,7 +85,7 @@ def read(pid: int, log: Path) -> dict[str, Any] | None:
         stat = (proc / "stat").read_text().rpartition(")")[2].split()
         resident = int((proc / "statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
         files, threads = len(list((proc / "fd").iterdir())), len(list((proc / "task").iterdir()))
-    except (OSError, IndexError, ValueError, KeyError):  # gone, or a line that is no step
+    except (OSError, IndexError, ValueError, KeyError):  # gone, or a line that is not a step
         return None
     cpu = (int(stat[11]) + int(stat[12])) / TICKS
     return dict(process=pid, step=step, cpu=cpu, rss_bytes=resident, open_files=files, threads=threads)

@@ -1,6 +1,6 @@
 """The console, its progress bars, and imports without log noise.
 
-Where the output is no terminal, as in a container's log, a line every ten seconds takes the place of a bar.
+Without a terminal, as in a container's log, a line every ten seconds replaces the bar.
 """
 
 from __future__ import annotations

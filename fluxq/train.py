@@ -36,6 +36,7 @@ from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import resolve
+from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.objective import Objective
@@ -48,7 +49,7 @@ from fluxq.training.optim import (
 )
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
-from fluxq.training.run import Metadata, Result, Run, metadata_of
+from fluxq.training.run import Result, Run
 from fluxq.training.saves import Saves
 from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest

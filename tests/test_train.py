@@ -263,6 +263,15 @@ def test_a_refused_first_attempt_does_not_block_the_second(tmp_path, photos):
     train(configured(tmp_path, photos))
 
 
+def test_what_a_killed_save_left_is_removed_file_or_folder(tmp_path):
+    values = {"output": {"out": str(tmp_path), "name": "x"}, "data": {"folders": ["p"]}, "training": {"steps": 1}}
+    (tmp_path / ".x.tmp-0.peft").mkdir()
+    (tmp_path / ".x.tmp-0.peft" / "half").write_text("1")
+    (tmp_path / ".x.tmp-0.safetensors").write_text("1")
+    Run(config_from_dict(values, "a test")).begin(resume=False)
+    assert [path.name for path in tmp_path.iterdir()] == ["config.toml"]
+
+
 @pytest.mark.slow
 def test_resume_notices_changed_images_and_captions(tmp_path, photos):
     train(configured(tmp_path, photos))

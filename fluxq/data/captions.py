@@ -62,7 +62,7 @@ class Captions:
         return {name.lower(): name for name in reversed(names) if not name.startswith(".")}
 
     def of(self, image: Path) -> Caption:
-        """The caption of `image`, of this folder. Raises WrongRequest for a file that is no text, or cannot be read."""
+        """The caption of `image`, of this folder. Raises WrongRequest for a file that is not text or cannot be read."""
         why = "none in its folder"
         stem = image.stem.lower()
         for name in (*(stem + suffix for suffix in TEXT_SUFFIXES), *(image.name.lower() + s for s in TEXT_SUFFIXES)):

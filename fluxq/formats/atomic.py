@@ -108,7 +108,7 @@ def _claimed(path: Path, is_folder: bool = False) -> Iterator[Path]:
             temporary.mkdir()
         yield temporary
     except BaseException:
-        _remove(temporary)
+        remove(temporary)
         raise
     finally:
         if lock is not None:
@@ -132,17 +132,18 @@ def _locked(temporary: Path, is_folder: bool = False) -> int | None:
         if not os.path.samestat(os.fstat(lock), os.stat(temporary)):
             raise FileNotFoundError  # its owner has just renamed it
         for inner in temporary.iterdir() if is_folder else ():
-            _remove(inner)
+            remove(inner)
         return lock
     except OSError as error:
         if lock is not None:
             if not isinstance(error, BlockingIOError | FileNotFoundError):
-                _remove(temporary)  # nobody can lock it here, so nobody would use it again
+                remove(temporary)  # nobody can lock it here, so nobody would use it again
             os.close(lock)
         return None
 
 
-def _remove(path: Path) -> None:
+def remove(path: Path) -> None:
+    """Delete a file or a folder with all that is in it, if that is possible."""
     with contextlib.suppress(OSError):
         shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
 

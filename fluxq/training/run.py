@@ -19,8 +19,7 @@ import shutil
 import tempfile
 import time
 import tomllib
-from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -29,15 +28,12 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from torch import nn
 
-from fluxq.caching.folders import folders_of
 from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
-from fluxq.data.captions import Captions
 from fluxq.data.dataset import Dataset
 from fluxq.errors import WrongRequest
-from fluxq.formats.atomic import atomic_path
+from fluxq.formats.atomic import atomic_path, remove
 from fluxq.formats.checkpoint.files import MALFORMED, Checkpoint
 from fluxq.formats.lora.algebra import Adapter
-from fluxq.formats.lora.metadata import lora_metadata
 from fluxq.formats.lora.peft import PEFT_FILES, is_adapter
 from fluxq.formats.lora.write import save_lora
 from fluxq.model.clip import Clip
@@ -47,9 +43,6 @@ from fluxq.models.parts import Models
 
 from .state import Progress, saved_settings
 from .summary import slow_lines
-
-Metadata = Callable[[int, float, float], dict[str, str]]
-"""(step, started, finished) -> the LoRA's metadata at that step; times in seconds since 1970."""
 
 MAY_CHANGE = ("steps", "schedule", "warmup", "learning_rate", "text_learning_rate")
 """The settings of training that --resume takes over from the command line."""
@@ -165,7 +158,7 @@ class Run:
                 final.rename(self.lora_file(steps))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
-                _remove(left_by_a_crash)
+                remove(left_by_a_crash)
         for path in [] if resume else self._results():
             _remove(path)
         with atomic_path(self.folder / "config.toml") as temporary:
@@ -347,56 +340,3 @@ def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
         for path, layer in lora_layers(model).items()
         if layer.lora_down is not None and layer.lora_up is not None
     }
-
-
-def metadata_of(config: TrainConfig, models: Models, dataset: Dataset, batches: int) -> Metadata:
-    """A function (step, started, finished) -> the LoRA's metadata at that step. batches: micro-batches per epoch."""
-    folders = config.data.folders
-    read = folders_of(config.data)[: len(folders)]
-    files: defaultdict[Path, list[Path]] = defaultdict(list)
-    for example in dataset.examples:
-        files[Path(example.path).parent].append(Path(example.path))
-    tags: dict[str | Path, Mapping[str, int]] = {f.path: _tag_frequency(f.captions(), files[f.path]) for f in read}
-    buckets = Counter({e.bucket: 0 for e in dataset.examples})
-    for example in dataset.examples:
-        buckets[example.bucket] += example.repeats
-
-    def at(step: int, started: float, finished: float) -> dict[str, str]:
-        training, size = config.training, cast(int, config.data.resolution)
-        return lora_metadata(
-            name=cast(str, config.output.name),
-            rank=cast(int, config.lora.rank),
-            alpha=cast(float, config.lora.alpha),
-            steps=step,
-            last_step=cast(int, training.steps),
-            epochs=-(-step * training.accumulate // batches),
-            learning_rate=training.learning_rate,
-            text_learning_rate=training.text_learning_rate,
-            seed=training.seed,
-            resolution=(size, size),
-            variant=models.variant,
-            base_model=models.flux_file,
-            optimizer=training.optimizer,
-            datasets={f.path: (f.repeats, len(files[f.path])) for f in folders},
-            tag_frequency=tags,
-            buckets=buckets,
-            trigger=next((f.trigger for f in folders if f.trigger), None),
-            title=cast(str, config.output.name),
-            started=started,
-            finished=finished,
-            timestep_sampling=training.timesteps,
-            shift=training.shift,
-            guidance=training.guidance,
-            precision="bf16",
-        )
-
-    return at
-
-
-def _tag_frequency(captions: Captions, images: Sequence[Path]) -> dict[str, int]:
-    """How often each comma-separated part of the captions occurs, most frequent first."""
-    frequency: Counter[str] = Counter()
-    for image in images:
-        with suppress(WrongRequest):  # a bad caption, left out by --skip-bad
-            frequency.update(part for part in map(str.strip, captions.of(image).text.split(",")) if part)
-    return dict(frequency.most_common())

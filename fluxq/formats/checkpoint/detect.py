@@ -121,7 +121,7 @@ def kind(keys: Iterable[str]) -> str:
 
 
 def adapter_kind(keys: Iterable[str]) -> str | None:
-    """What an adapter with these keys is: LORA, if it is a plain one, or another kind; None if it is no adapter."""
+    """What an adapter with these keys is: LORA, if it is a plain one, or another kind; None if it is not an adapter."""
     found = kind(keys)
     return found if found == LORA or found in OTHER_ADAPTERS.values() else None
 
