@@ -5,6 +5,7 @@ contain the trigger as a whole word (in any case), the trigger is put in front: 
 about images and captions becomes findings (findings.py).
 """
 
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -24,6 +25,8 @@ from .images import Header, Listing, image_files, listing, read_header
 Shape = tuple[Size, Size]  # bucket, and the size that covers it
 LISTED = 10
 """So many bad files are named in one refusal."""
+LEVELS = 3
+"""So far down are images looked for that nobody asked to read, to say that they are there."""
 
 
 @dataclass(frozen=True)
@@ -128,11 +131,15 @@ def captions_of(folders: Sequence[Folder]) -> Iterator[str]:
                 continue
 
 
-def subfolders(folder: Path) -> Iterator[Path]:
-    """Every folder inside `folder`, at any depth, that holds images, sorted by path. Hidden ones are left out."""
-    for path, names, _ in os.walk(folder):
-        names[:] = sorted(name for name in names if not name.startswith("."))
-        if Path(path) != folder and image_files(Path(path)):
+def subfolders(folder: Path, depth: float = LEVELS) -> Iterator[Path]:
+    """Every folder inside `folder`, up to `depth` levels down, that holds images, sorted by path. Hidden ones are left
+    out, and so are runs, whose previews nobody wants to train on.
+    """
+    for path, names, files in os.walk(folder):
+        inside = Path(path).relative_to(folder).parts
+        is_run = "config.toml" in files and "log.jsonl" in files
+        names[:] = [] if is_run or len(inside) >= depth else sorted(name for name in names if not name.startswith("."))
+        if inside and not is_run and image_files(Path(path)):
             yield Path(path)
 
 
@@ -145,7 +152,7 @@ def expand(folder: Folder, recursive: bool) -> list[Folder]:
     """
     if not folder.path.is_dir():
         return [folder]  # `scan` says what is wrong
-    own, inside = bool(image_files(folder.path)), list(subfolders(folder.path))
+    own, inside = bool(image_files(folder.path)), list(subfolders(folder.path, math.inf if recursive else LEVELS))
     named = [path for path in inside if path.parent == folder.path and repeats_and_class(path)]
     if not own and inside and not recursive and not named:
         images = sum(len(image_files(path)) for path in inside)

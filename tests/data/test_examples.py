@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fluxq.data.examples import Folder, captions_of, expand, scan
+from fluxq.data.examples import Folder, captions_of, expand, scan, subfolders
 from fluxq.errors import WrongRequest
 
 
@@ -128,7 +128,13 @@ def test_names_of_folders_mean_repeats_and_class_as_in_sd_scripts(tmp_path):
         ("10_zqx  man", 10, "zqx man"), ("1_man", 1, "man")
     ]  # fmt: skip
     assert [(e.caption, e.repeats) for e in scanned(*folders).examples] == [("zqx man", 10), ("man", 1)]
-    assert len(expand(Folder(tmp_path), recursive=True)) == 3
+    write_image(tmp_path / "runs" / "x" / "samples" / "1.png")
+    for name in ("config.toml", "log.jsonl"):
+        (tmp_path / "runs" / "x" / name).touch()
+    write_image(tmp_path / "1" / "2" / "3" / "4" / "far.png")
+    names = [folder.path.name for folder in expand(Folder(tmp_path), recursive=True)]
+    assert names == ["4", "10_zqx  man", "1_man", "er"], "not the previews of a run"
+    assert [path.name for path in subfolders(tmp_path)] == ["10_zqx  man", "1_man", "er"]
     own = Folder(tmp_path / "10_zqx  man", repeats=3)
     assert expand(own, recursive=False) == [own]
     with pytest.raises(WrongRequest, match="1 lie in 1 folders inside it; name those, or pass --recursive"):
