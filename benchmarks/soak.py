@@ -65,6 +65,8 @@ def main() -> None:
     write(arguments.out / "soak.json", {"about": about(torch.device("cpu")), "settings": SETTINGS, **compared})
     for name, row in compared["tenths"].items():
         print(f"{name:<20}{row['first']:>16,.4f}{row['last']:>16,.4f}{row['change']:>+9.2%}")
+    if grown := [name for name, row in compared["tenths"].items() if abs(row["change"]) > row["allowed"]]:
+        raise SystemExit(f"more than allowed: {', '.join(grown)}")
 
 
 def draw(folder: Path) -> None:

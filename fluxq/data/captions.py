@@ -26,8 +26,6 @@ from .images import readable
 TEXT_SUFFIXES = (".txt", ".caption")
 FIELDS = ("caption", "text", "prompt")
 """Where a JSON object or a row of a table keeps a caption, the first that has text."""
-LINES = ("all", "first")
-"""How much of a text file is the caption: all of it, or its first line with text, as in sd-scripts."""
 NAME = "file name"
 
 _PLACEHOLDER = re.compile(r"\[trigger\]|\{trigger\}|\[name\]", re.IGNORECASE)
@@ -46,8 +44,10 @@ class Caption(NamedTuple):
 
 
 class Captions:
-    """The captions of one folder. `lines`: of a text file, one of LINES. from_names: an image that has no caption is
-    called by its file's name, without its number ("red_dress_02.png" -> "red dress").
+    """The captions of one folder.
+
+    lines: "all" of a text file is the caption, or its "first" line with text, as in sd-scripts. from_names: an image
+    without a caption is called by its file's name, without the number ("red_dress_02.png" -> "red dress").
     """
 
     def __init__(self, folder: Path, lines: str = "all", from_names: bool = False) -> None:

@@ -71,11 +71,14 @@ class Findings:
             self.add("cropped", name)
 
     def look_at_images(self, looks: Mapping[Path, Look]) -> None:
+        """Images of several folders are named with their folders."""
+        folders = {path.parent for path in looks}
+        names = {path: path.name if len(folders) == 1 else f"{path.parent.name}/{path.name}" for path in looks}
         for path, look in looks.items():
             if look.is_plain or look.is_blurred:
-                self.add("plain" if look.is_plain else "blurred", path.name)
+                self.add("plain" if look.is_plain else "blurred", names[path])
         for first, path, equal in copies(looks):
-            self.add("equal" if equal else "copy", f"{first.name} and {path.name}")
+            self.add("equal" if equal else "copy", f"{names[first]} and {names[path]}")
 
     def look_at_caption(self, name: str, found: Caption, caption: str) -> None:
         """caption: what the image is trained on."""

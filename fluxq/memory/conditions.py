@@ -12,8 +12,10 @@ from pathlib import Path
 
 import torch
 
+from .machine import ram_bytes
+
 GIB = 2**30
-FIELDS = {"clock": "clocks.sm", "heat": "temperature.gpu", "watts": "power.draw", "limit": "power.limit"}
+FIELDS = {"clock": "clocks.sm", "heat": "temperature.gpu", "limit": "power.limit"}
 """Facts of `read_conditions` -> how nvidia-smi calls them; in MHz, degrees Celsius and watts."""
 
 Conditions = Mapping[str, float]
@@ -25,7 +27,7 @@ Conditions = Mapping[str, float]
 def read_conditions() -> Conditions:
     """The conditions now."""
     found = {name: _bytes("/proc/self/status", field) for name, field in (("resident", "VmRSS"), ("swapped", "VmSwap"))}
-    found["available"] = _bytes("/proc/meminfo", "MemAvailable")
+    found["available"] = (ram_bytes() or (0, None))[1]
     if torch.cuda.is_available():
         with suppress(RuntimeError):
             free, total = torch.cuda.mem_get_info()

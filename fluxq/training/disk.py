@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
@@ -99,7 +99,7 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     if not models.is_quantized:
         weights = stored_bytes(flux_shapes(models.flux_config), models.format)
         needs.append(Need("quantized weights", cache_folder(), weights, "another folder in FLUXQ_CACHE"))
-    return [need if need.nbytes > 0 else Need(need.what, need.place, 0, need.way, need.certain) for need in needs]
+    return [replace(need, nbytes=max(0, need.nbytes)) for need in needs]
 
 
 def lora_tensors(config: TrainConfig, models: Models) -> list[int]:

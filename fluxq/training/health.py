@@ -23,6 +23,8 @@ SETTLED = 20
 
 PAUSE = 100
 """Steps between two lines about slow steps."""
+WINDOW = 20
+"""Steps before one that are compared with it."""
 
 MAY_BE = {
     "slow": "another program may be using the GPU or the disk, or the machine was asleep",
@@ -62,13 +64,13 @@ class Health:
         """What is new since the last step, a line each. Raises WrongRequest if training cannot go on."""
         if self.is_bad and self.is_hopeless:
             raise WrongRequest(self.refusal(self.records[-1]["step"]))
-        own = self.records[self._first :]
-        if self.watch and len(own) == SETTLED:
+        done = len(self.records) - self._first
+        if self.watch and done == SETTLED:
             self.watch.settle()
-        for name, line in self._warnings(own):
+        for name, line in self._warnings(done):
             last = self._said.get(name)
-            if line and (last is None or name == "slow" and len(own) > last + PAUSE):
-                self._said[name] = len(own)
+            if line and (last is None or name == "slow" and done > last + PAUSE):
+                self._said[name] = done
                 yield f"warning: {line}{self._why(name)}"
 
     def refusal(self, step: int) -> str:
@@ -96,13 +98,15 @@ class Health:
         self.watch.remember(own)
         return line and f"warning: {line}"
 
-    def _warnings(self, own: Sequence[Mapping]) -> Iterator[tuple[str, str | None]]:
+    def _warnings(self, done: int) -> Iterator[tuple[str, str | None]]:
+        """Warning -> its line, if there is reason for one. done: the steps of this process."""
+        settled = self.records[self._first : self._first + SETTLED]
         yield "climbing", climbing_loss(self.records)
         yield "dead", dead_gradient(self.records)
-        yield "slow", slow_step(own)
-        yield "grown", grown_memory(own)
-        if self.watch and len(own) == STEPS:
-            yield "regression", self.watch.regression(own)
+        yield "slow", slow_step(self.records[-min(done, WINDOW + 1) :])
+        yield "grown", grown_memory([*settled, self.records[-1]]) if done > SETTLED else None
+        if self.watch and done == STEPS:
+            yield "regression", self.watch.regression(self.records[self._first :])
 
 
 def _is_finite(record: Mapping) -> bool:
@@ -124,7 +128,7 @@ def dead_gradient(records: Sequence[Mapping], window: int = 20) -> str | None:
     return f"the gradient has been zero for {window} steps, so nothing is learned; check --targets and --lr"
 
 
-def slow_step(records: Sequence[Mapping], window: int = 20) -> str | None:
+def slow_step(records: Sequence[Mapping], window: int = WINDOW) -> str | None:
     """A step of over a second, and five times the median of those before it."""
     if len(records) <= window or not (before := [r.get("seconds", 0.0) for r in records[-window - 1 : -1]]):
         return None

@@ -22,6 +22,7 @@ from fluxq.config import TrainConfig
 from fluxq.console import pace
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.formats.checkpoint.files import MALFORMED
 from fluxq.formats.quantized import cache_folder
 from fluxq.memory.conditions import nvidia_smi
 from fluxq.memory.placement import Placement
@@ -125,7 +126,7 @@ class History:
 
     def _read(self) -> dict[str, list[dict[str, Any]]]:
         """Everything in the file that is as it should be: it may be damaged, or of another version."""
-        with suppress(OSError, ValueError, RecursionError):
+        with suppress(OSError, *MALFORMED):
             found = json.loads(self.path.read_text(encoding="utf-8"))
             kinds = found.items() if isinstance(found, dict) else ()
             return {

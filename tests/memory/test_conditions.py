@@ -12,7 +12,7 @@ from fluxq.memory.conditions import differences, nvidia_smi, read_conditions
 
 GIB = 2**30
 CALM = {"others": GIB, "resident": 8 * GIB, "swapped": 0.0, "available": 4 * GIB, "clock": 2500.0, "heat": 60.0}
-CALM |= {"limit": 450.0, "watts": 300.0}
+CALM |= {"limit": 450.0}
 
 
 @pytest.mark.parametrize(

@@ -56,7 +56,7 @@ def main() -> None:
     made.add_argument("what", choices=("map", "try", "table"))
     made.add_argument("--work", type=Path, required=True, help="folder for the copy and what is known so far")
     made.add_argument("--seconds", type=float, default=3600, help="stop after about as long")
-    made.add_argument("--cpu", type=float, default=45, help="of tests for one edit; default: %(default).0f")
+    made.add_argument("--cpu", type=float, default=60, help="of tests for one edit; default: %(default).0f")
     made.add_argument("--file", action="append", choices=SOURCES, help="only the edits of this file; default: all")
     made.add_argument("--again", action="store_true", help="try the edits that survived once more")
     arguments = made.parse_args()

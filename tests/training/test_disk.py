@@ -104,7 +104,7 @@ def test_what_the_run_replaces_does_not_count(tmp_path):
     assert (before["state twice"] - after["state twice"], before["LoRAs"] - after["LoRAs"]) == (1000, 230)
 
 
-def test_a_state_in_8_bits_is_less_than_half():
+def test_a_state_in_8_bits_is_about_half():
     sizes = [1 << 20] * 8
-    assert state_bytes(sizes, "adamw") > 2 * state_bytes(sizes, "adamw8bit") * 0.95
+    assert state_bytes(sizes, "adamw") == pytest.approx(2 * state_bytes(sizes, "adamw8bit"), rel=0.02)
     assert state_bytes([100], "adamw") == state_bytes([100], "adamw8bit"), "small tensors stay in fp32"
