@@ -21,7 +21,7 @@ ALIKE, COMPARED = 2.0, 4
 """Images whose GRID x GRID areas differ in color by less than that, of 255 on average, are taken for copies;
 their bytes are compared with those of so many earlier ones."""
 BLURRED, PLAIN = 12.0, 3.0
-"""Less detail, or less contrast, than this is a finding. Ten photographs of scikit-image's, at SIDE pixels, have a detail
+"""Less detail, or less contrast, than this is a finding. Ten photographs of scikit-image, at SIDE pixels, have a detail
 of 33 to 170; blurred by 2 pixels, of 4 to 12.
 """
 
