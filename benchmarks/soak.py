@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import subprocess
 import sys
@@ -101,7 +102,8 @@ def report(samples: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     tenths = {}
     for name, allowed in SAME.items():
         first, last = (cpu_a_step(part) if name.startswith("cpu") else median(s[name] for s in part) for part in ends)
-        tenths[name] = dict(first=first, last=last, change=last / first - 1, allowed=allowed)
+        change = last / first - 1 if first else math.inf if last else 0.0  # CPU time below a tick of the clock is 0
+        tenths[name] = dict(first=first, last=last, change=change, allowed=allowed)
     return {"steps": steps, "processes": len({s["process"] for s in samples}), "tenths": tenths}
 
 
