@@ -21,19 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
-
-
-def option(
-    default: Any,
-    help: str,
-    flag: str | None = None,
-    choices: tuple[str, ...] = (),
-    minimum: float | None = None,
-    maximum: float = math.inf,
-) -> Any:
-    """A field with its help text, its command-line option, and its choices or its range."""
-    metadata = {"help": help, "flag": flag, "choices": choices, "minimum": minimum, "maximum": maximum}
-    return field(default=default, metadata=metadata)
+from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of
 
 
 @dataclass(frozen=True)
@@ -109,55 +97,17 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
-class FolderConfig:
-    """[[data.folders]] One folder of images."""
+class DataConfig(ImageSettings):
+    """[data] The images, and the shapes they are trained at. What a folder has of its own counts for its images."""
 
-    path: Path
-    repeats: int = option(1, "How often each image is used per epoch.", minimum=1)
-    trigger: str | None = option(None, "The word that calls the concept; put in front of captions that lack it.")
-    class_tokens: str | None = option(
-        None, "The caption of images without one; a folder called `10_zqx man` has 10 repeats and `zqx man`."
-    )
-
-
-@dataclass(frozen=True)
-class DataConfig:
-    """[data] The images, and the shapes they are trained at."""
-
-    folders: tuple[FolderConfig, ...] = option((), "Folders of images.")
-    validation: tuple[FolderConfig, ...] = option(
+    folders: tuple[Folder, ...] = option((), "Folders of images.")
+    validation: tuple[Folder, ...] = option(
         (), "Folders of held-out images; their loss is measured before and after training."
-    )
-    trigger: str | None = option(
-        None,
-        "The word that will call the concept in prompts, ideally a made-up one like zqx; put in front of captions that "
-        "lack it; default: none.",
-        "--trigger",
-    )
-    resolution: int | None = option(
-        None,
-        "Pixels, a multiple of 16: images keep their shape and are resized to about resolution x resolution in area; "
-        "higher learns more detail, but is slower and takes more memory; default: 512, or 768 on a GPU of 12 GiB or "
-        "more.",
-        "--resolution",
-        minimum=16,
     )
     step: int = option(16, "Pixels: the sides of buckets (training shapes) are multiples of this.", minimum=16)
     min_side: int | None = option(None, "Pixels: shortest side of a bucket; default: half of resolution.", minimum=16)
     max_side: int | None = option(None, "Pixels: longest side of a bucket; default: twice resolution.", minimum=16)
-    upscale: bool = option(
-        True, "Enlarge images that are smaller than their bucket; if false, they get a smaller bucket."
-    )
     recursive: bool = option(False, "Also read the folders inside FOLDERS.", "--recursive")
-    caption_line: str = option(
-        "all",
-        "How much of a caption's text file is used: all, or the first line, as in sd-scripts.",
-        None,
-        ("all", "first"),
-    )
-    caption_from_name: bool = option(
-        False, "Caption an image that has no caption with its file's name, red_dress_02.png with `red dress`."
-    )
     skip_bad: bool = option(
         False,
         "Leave out images that cannot be read, do without captions that cannot be read, and list both, instead of "
@@ -167,6 +117,22 @@ class DataConfig:
     cache: Path = option(
         Path("cache"), "Folder for encoded images and captions; later runs reuse what is in it.", "--cache"
     )
+
+    def filled(self) -> tuple[list[Folder], list[Folder]]:
+        """The folders to train on and those of held-out images, each with every setting that it has."""
+        return [f.filled(self) for f in self.folders], [f.filled(self) for f in self.validation]
+
+    @property
+    def side(self) -> int:
+        """The side of a square as large as the largest images, in pixels, a multiple of 16; 0 if it is not known."""
+        return max(
+            (side_of(f.resolution) for folders in self.filled() for f in folders), default=side_of(self.resolution)
+        )
+
+
+def side_of(resolution: Resolution | None) -> int:
+    areas = [width * height for width, height in sizes_of(resolution or ())]
+    return -(-math.isqrt(max(areas)) // 16) * 16 if areas else 0
 
 
 DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # unless the user or a LoRA to start from sets them
@@ -222,6 +188,12 @@ class TrainingConfig:
         None,
         "Optimizer steps; default: every image is seen about 100 times, but all together 1,000 to 3,000 times.",
         "--steps",
+        minimum=1,
+    )
+    epochs: int | None = option(
+        None,
+        "Train for so many epochs, in which each image is seen as often as its folder repeats it, in place of --steps.",
+        "--epochs",
         minimum=1,
     )
     batch: int = option(1, "Images per forward pass; more take more memory.", "--batch", minimum=1)
@@ -388,6 +360,9 @@ class OutputConfig:
         "--save-every",
         minimum=0,
     )
+    save_every_epochs: int | None = option(
+        None, "Epochs between these saves, in place of --save-every.", "--save-every-epochs", minimum=1
+    )
     keep: int = option(
         0, "How many of the LoRAs saved before the end to keep, newest first; 0: all.", "--keep", minimum=0
     )
@@ -396,7 +371,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run."""
+    """All settings of a run. `largest_batch` is (images, side): of the micro-batch with the most pixels, as squares."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -405,6 +380,11 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
+
+    @property
+    def largest_batch(self) -> tuple[int, int]:
+        batches = ((f.batch or self.training.batch, side_of(f.resolution)) for some in self.data.filled() for f in some)
+        return max(batches, key=lambda b: b[0] * b[1] ** 2, default=(self.training.batch, self.data.side))
 
 
 FORMER_KEYS = {
@@ -455,6 +435,11 @@ def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainCo
 
 def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, Any]) -> Any:
     """`value`, as TOML reads it, as an instance of `hint`. Raises WrongRequest if it is not one or not `allowed`."""
+    if (parse := allowed.get("parse")) is not None:
+        try:
+            return None if value is None else parse(value)
+        except ValueError as error:
+            raise WrongRequest(f"{source}: {key} must be {error}, not {value!r}") from error
     if isinstance(hint, types.UnionType):
         if value is None:
             return None
@@ -465,7 +450,7 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
             _typed(item, typing.get_args(hint)[0], f"{key}.{i}", source, allowed) for i, item in enumerate(items)
         )
     if dataclasses.is_dataclass(hint):
-        if hint is FolderConfig and isinstance(value, str):
+        if hint is Folder and isinstance(value, str):
             value = {"path": value}
         return config_from_dict(value, source, typing.cast(type, hint), f"{key}.")
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
@@ -547,7 +532,8 @@ def to_toml(config: TrainConfig) -> str:
 
 def _toml(value: Any) -> str:
     if dataclasses.is_dataclass(value):
-        pairs = [(f.name, getattr(value, f.name)) for f in dataclasses.fields(value)]
+        fields = sorted(dataclasses.fields(value), key=lambda f: f.default is not dataclasses.MISSING)
+        pairs = [(f.name, getattr(value, f.name)) for f in fields]
         return "{ " + ", ".join(f"{name} = {_toml(v)}" for name, v in pairs if v is not None) + " }"
     if isinstance(value, tuple):
         return "[" + ", ".join(map(_toml, value)) + "]"

@@ -86,13 +86,18 @@ def flow_loss(
     pooled: Tensor,
     guidance: float,
     modulation: Sequence[Tensor] | None = None,
+    weights: Tensor | float = 1.0,
 ) -> Tensor:
-    """Mean squared error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,)."""
+    """Mean squared error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,).
+
+    weights: how much each latent's error counts, (B, 1, H, W) or a shape that broadcasts to it.
+    """
     t = t.to(latents.device)
     mix = t[:, None, None, None]
     x = (1 - mix) * latents + mix * noise
     target = noise - latents
-    return (velocity(flux, x, t, txt, pooled, guidance, modulation) - target).square().mean(dim=(1, 2, 3))
+    error = (velocity(flux, x, t, txt, pooled, guidance, modulation) - target).square()
+    return (error * weights).mean(dim=(1, 2, 3))
 
 
 def euler_timesteps(steps: int, shift: float) -> list[float]:
@@ -128,8 +133,9 @@ def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance
         count = len(batch.examples)
         noise = sample_noise(batch.latents.shape[1:], 0, -1, batch.examples)
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
+        weights = 1.0 if batch.weights is None else batch.weights.to(flux.device)
         at_times = [conditioning(flux, t.expand(count), batch.pooled, guidance) for t in grid]
         ahead = Lookahead(flux, at_times.__getitem__, count, times)
         for i, (t, _, _) in enumerate(at_times):
-            losses.append(flow_loss(flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i)))
+            losses.append(flow_loss(flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i), weights))
     return float(torch.cat(losses).mean())

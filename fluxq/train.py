@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +16,10 @@ import torch
 from fluxq.caching import Batches, Store, Text
 from fluxq.caching.batches import held_out_batches
 from fluxq.caching.folders import cache_folders
-from fluxq.config import FolderConfig, TrainConfig
+from fluxq.config import TrainConfig
 from fluxq.console import Notify, console, plural, progress_bar, silent
-from fluxq.data import Dataset, generator
+from fluxq.data import Dataset, Scan, generator
+from fluxq.data.folders import by_label
 from fluxq.errors import Stopped
 from fluxq.formats.lora import Lora
 from fluxq.formats.stream import expect_training
@@ -76,25 +77,25 @@ def train(
     models.check()
     refuse_without_effect(config, models, asked, resume)
     start_lora = None if resume else read_start(config.lora, models, notify)
-    config = resolve(config, models, silent if resume else notify, start_lora)
+    config, scanned = resolve(config, models, silent if resume else notify, start_lora)
     run = Run(config)
     with run.locked():
         run.check(resume, overwrite, accepts_data)
-        return train_in(run, models, start_lora, resume, notify, accepts_data)
+        return train_in(run, models, scanned, start_lora, resume, notify, accepts_data)
 
 
 def train_in(
-    run: Run, models: Models, start_lora: Lora | None, resume: bool, notify: Notify, accepts_data: bool
+    run: Run, models: Models, scanned: Scan, start_lora: Lora | None, resume: bool, notify: Notify, accepts_data: bool
 ) -> Result:
-    """Train in the directory of `run`, which nobody else uses."""
+    """Train on the images of `scanned`, in the directory of `run`, which nobody else uses."""
     config = run.config
     placement = place(config, models, notify)
     training, output, steps = config.training, config.output, config.training.steps
     assert steps is not None, "resolve fills it in"
 
     # what it is trained on, and what is trained
-    data = repeated_once("encoding", notify, load_data, run, models, notify)
-    metadata = metadata_of(config, models, data.trained_on, len(data.batches))
+    data = repeated_once("encoding", notify, load_data, run, models, scanned, notify)
+    metadata = metadata_of(config, models, scanned, data.trained_on, data.batches)
     reset_peak()
     trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
@@ -182,17 +183,18 @@ class Data:
         return texts if clip is None else encode_pooled(clip, texts)
 
 
-def load_data(run: Run, models: Models, notify: Notify) -> Data:
-    """Encode the images and captions that the cache lacks; the encoders are gone from the GPU when this returns.
+def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
+    """Encode what the cache lacks of `scanned`; the encoders are gone from the GPU when this returns.
 
     Raises WrongRequest, before anything is encoded, if a disk has no room for the run.
     """
     config, data, training = run.config, run.config.data, run.config.training
-    prompts = preview_prompts(config, models)
+    prompts = preview_prompts(config, models, (example.caption for example in scanned.examples))
     room = partial(require_room_for_run, run, models, len(prompts), notify)
     with progress_bar() as progress:
         texts = (*prompts, config.samples.negative) if prompts else ()
-        everything = cache_folders(data, models, texts, progress, gpu_budget(config.memory, models.device), room)
+        budget = gpu_budget(config.memory, models.device)
+        everything = cache_folders(data, scanned, models, texts, progress, budget, room)
     for line in (*everything.notes, *everything.skipped):
         notify(line)
     trained_on = everything.part([f.path for f in data.folders])
@@ -253,12 +255,6 @@ def validation_losses(objective: Objective, data: Data) -> dict[str, float]:
 def is_due(every: int, done: int, steps: int) -> bool:
     """Whether `done` is the last step or a multiple of `every` (0: only the last)."""
     return done == steps or bool(every and done % every == 0)
-
-
-def by_label(folders: Sequence[FolderConfig]) -> dict[str, FolderConfig]:
-    """Each folder by its last name, or by its whole path if several have that name."""
-    names = [f.path.name for f in folders]
-    return {f.path.name if names.count(f.path.name) == 1 else str(f.path): f for f in folders}
 
 
 def described(losses: Mapping[str, float]) -> str:

@@ -117,8 +117,15 @@ class SameBatch:
     content: Batch
     resolution: int
 
+    @property
+    def largest(self) -> int:
+        return len(self.content.examples)
+
     def batch(self, index: int) -> Batch:
         return self.content
+
+    def seen_before(self, index: int) -> int:
+        return index * self.largest
 
     def bucket_of(self, index: int) -> tuple[int, int]:
         return self.resolution, self.resolution

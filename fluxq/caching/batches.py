@@ -7,12 +7,13 @@ bucket may be short.
 
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
 
 import torch
 
+from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.randomness import generator, normal
 
@@ -24,7 +25,8 @@ class Batch:
     """One micro-batch, in RAM.
 
     `examples` are the names of its B items, unique within an epoch: "<folder>/<file>", with "#2", "#3" ... for repeats.
-    `captions` are the captions behind txt and pooled, if there are any.
+    `captions` are the captions behind txt and pooled, if there are any. `weights` is how much each latent's error
+    counts, if not all count 1.
     """
 
     latents: torch.Tensor  # (B, 16, h, w) fp32
@@ -32,12 +34,14 @@ class Batch:
     pooled: torch.Tensor  # (B, D2) fp32
     examples: list[str]
     captions: Sequence[str] = ()
+    weights: torch.Tensor | None = None  # (B, 1, h, w) or (B, 1, 1, 1) fp32
 
 
 class Batches:
     """The micro-batches of a dataset, over endless epochs; `len` is the number per epoch.
 
-    `text_cache_bytes` limits the encoded captions kept in memory.
+    batch_size: of examples that have none of their own; `largest` is the largest of all. `text_cache_bytes` limits the
+    encoded captions kept in memory.
     """
 
     def __init__(
@@ -45,12 +49,13 @@ class Batches:
     ) -> None:
         if batch_size < 1 or not dataset.examples:
             raise ValueError(f"batches of {batch_size} out of {len(dataset.examples)} examples")
-        self.store, self.batch_size, self.seed = store, batch_size, seed
-        self._buckets: dict[tuple[int, int], list[tuple[str, Entry]]] = {}
+        self.store, self.seed, self.no_caption = store, seed, dataset.prompts.get("")
+        self._groups: dict[tuple[Size, int], list[tuple[str, Entry]]] = {}  # by bucket and size of its batches
         for entry in sorted(dataset.examples, key=lambda entry: entry.name):
-            items = self._buckets.setdefault(entry.bucket, [])
+            items = self._groups.setdefault((entry.bucket, entry.batch or batch_size), [])
             items += [(entry.name if n == 1 else f"{entry.name}#{n}", entry) for n in range(1, entry.repeats + 1)]
-        self._per_epoch = sum(-(-len(items) // batch_size) for items in self._buckets.values())
+        self.largest = max(size for _, size in self._groups)
+        self._per_epoch = sum(-(-len(items) // size) for (_, size), items in self._groups.items())
         self._epoch = lru_cache(maxsize=2)(self._make_epoch)
         self._texts = _TextCache(store, text_cache_bytes)
 
@@ -59,14 +64,23 @@ class Batches:
 
     def batch(self, index: int) -> Batch:
         """Micro-batch number `index`, counted from 0 at the start of training."""
-        latents, texts, names = [], [], []
+        latents, texts, weights, names = [], [], [], []
         for name, entry in self._items(index):
-            mean, spread = self.store.latents(self._variant("variant", index, name, entry.latents))
+            which = self._draw("variant", index, name, len(entry.latents))
+            mean, spread = self.store.latents(entry.latents[which])
             latents.append(mean + spread * normal(mean.shape, self.seed, "latents", index, name))
-            texts.append(self._texts.get(self._variant("caption", index, name, entry.text)))
+            texts.append(self._texts.get(self._text_key(index, name, entry)))
+            weights.append(weights_of(entry, self.store, which))
             names.append(name)
         txt, pooled = torch.stack([text.t5 for text in texts]), torch.stack([text.clip for text in texts])
-        return Batch(torch.stack(latents), txt, pooled, names, [text.caption for text in texts])
+        captions = [text.caption for text in texts]
+        return Batch(torch.stack(latents), txt, pooled, names, captions, _joined(weights))
+
+    def seen_before(self, index: int) -> int:
+        """How many images the micro-batches before number `index` have, together. Reads no files."""
+        epochs, rest = divmod(index, len(self))
+        partly = self._epoch(epochs)[:rest] if rest else []
+        return epochs * sum(map(len, self._groups.values())) + sum(map(len, partly))
 
     def bucket_of(self, index: int) -> tuple[int, int]:
         """(w, h) in pixels of the images in micro-batch `index`. Reads no files."""
@@ -78,7 +92,7 @@ class Batches:
 
     def pooled_of(self, index: int) -> torch.Tensor:
         """(B, D2): the `pooled` of micro-batch `index`. Reads nothing else."""
-        keys = [self._variant("caption", index, name, entry.text) for name, entry in self._items(index)]
+        keys = [self._text_key(index, name, entry) for name, entry in self._items(index)]
         return torch.stack([self.store.pooled(key) for key in keys])
 
     def _items(self, index: int) -> list[tuple[str, Entry]]:
@@ -89,16 +103,40 @@ class Batches:
     def _make_epoch(self, epoch: int) -> list[list[tuple[str, Entry]]]:
         random = generator(self.seed, "order", epoch)
         batches = []
-        for _, items in sorted(self._buckets.items()):
+        for (_, size), items in sorted(self._groups.items()):
             order = random.permutation(len(items))
-            for start in range(0, len(items), self.batch_size):
-                batches.append([items[i] for i in order[start : start + self.batch_size]])
+            for start in range(0, len(items), size):
+                batches.append([items[i] for i in order[start : start + size]])
         return [batches[i] for i in random.permutation(len(batches))]
 
-    def _variant(self, purpose: str, index: int, name: str, keys: tuple[str, ...]) -> str:
-        """One of an example's keys, at random; several are variants of its image or caption."""
-        which = int(generator(self.seed, purpose, index, name).integers(len(keys))) if len(keys) > 1 else 0
-        return keys[which]
+    def _text_key(self, index: int, name: str, entry: Entry) -> str:
+        """The key of one of an example's captions, or of the empty one if this time its caption is dropped."""
+        every, epoch = entry.caption_dropout_epochs, 1 + index // len(self)
+        drawn = entry.caption_dropout and generator(self.seed, "dropout", index, name).random() < entry.caption_dropout
+        if drawn or (every and epoch % every == 0):
+            assert self.no_caption is not None, "build_cache encodes it"
+            return self.no_caption
+        return entry.text[self._draw("caption", index, name, len(entry.text))]
+
+    def _draw(self, purpose: str, index: int, name: str, count: int) -> int:
+        """One of an example's variants, at random."""
+        return int(generator(self.seed, purpose, index, name).integers(count)) if count > 1 else 0
+
+
+def weights_of(entry: Entry, store: Store, which: int) -> torch.Tensor | None:
+    """How much each latent of an example's variant counts, (1, h, w) or (1, 1, 1); None if each counts 1."""
+    if not entry.masks:
+        return None if entry.weight == 1 else torch.full((1, 1, 1), entry.weight)
+    mask = entry.mask_outside + (1 - entry.mask_outside) * store.mask(entry.masks[which])
+    return (mask / mask.mean() if entry.mask_normalize else mask)[None] * entry.weight
+
+
+def _joined(weights: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+    """(B, 1, h, w), or (B, 1, 1, 1) if none has a mask; None if each counts 1."""
+    if not any(w is not None for w in weights):
+        return None
+    ones = torch.ones(1, 1, 1)
+    return torch.stack(torch.broadcast_tensors(*(ones if w is None else w for w in weights)))
 
 
 def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterator[Batch]:
@@ -115,6 +153,7 @@ def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterato
                 torch.stack([text.clip for text in texts]),
                 [entry.name for entry in some],
                 [text.caption for text in texts],
+                _joined([weights_of(replace(entry, weight=1.0), store, 0) for entry in some]),
             )
 
 

@@ -7,20 +7,21 @@ are all imported may be missing.
 """
 
 import os
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
 
-from fluxq.console import Notify, silent
+from fluxq.console import Notify, plural, silent
 from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset, Entry
-from fluxq.data.examples import Example, Folder, scan
+from fluxq.data.examples import Example, Scan
+from fluxq.data.images import View
 from fluxq.errors import WrongRequest
 
-from .encoding import Progress, TextEncoder, encode_captions, encode_images, truncation_notes
+from .encoding import Progress, TextEncoder, encode_captions, encode_images, encode_masks, truncation_notes
 from .looks import Looks
 from .store import (
     KINDS,
@@ -31,6 +32,7 @@ from .store import (
     imported_text_key,
     is_imported,
     latents_key,
+    mask_key,
     text_key,
 )
 
@@ -51,17 +53,13 @@ class EncoderFiles:
 
 
 def build_cache(
-    folders: Sequence[Folder],
+    scanned: Scan,
     store_dir: str | Path,
     encoders: EncoderFiles,
     load_autoencoder: Callable[[], Any],
     load_text: Callable[[], TextEncoder],
     *,
-    resolution: int | Size,
-    min_side: int,
-    max_side: int,
-    step: int = 16,
-    upscale: bool = True,
+    request: object = (),
     t5_length: int = 512,
     prompts: Sequence[str] = (),
     skip_bad: bool = False,
@@ -69,26 +67,29 @@ def build_cache(
     notify: Notify = silent,
     before: Callable[[Collection[Size], int], None] = lambda images, captions: None,
 ) -> Dataset:
-    """The dataset of `folders`, with all its records in the store; its file is saved in `<store_dir>/datasets`.
+    """The dataset of `scanned`, with all its records in the store; its file is saved in `<store_dir>/datasets`.
 
     load_autoencoder returns a module with `.moments(x (B, 3, H, W) in [-1, 1])` -> moments (B, 32, H/8, W/8) and
     `.config.scale_factor` and `.shift_factor`; load_text returns a `TextEncoder` of `t5_length` tokens. Each is called
     at most once, and the autoencoder is freed before load_text is called. In addition to the examples' captions,
     `prompts` are encoded, and the empty caption if the text encoders are there. `progress` gets (stage, done, total);
     the stages are "hashing", "looking", "images" and "captions". `notify` gets a line if the autoencoder has to work on
-    fewer rows at a time than it was loaded with. `before` is called with what has to be encoded: each image's size and
+    fewer rows at a time than it was loaded with. The same `request` (whatever `scanned` was made of) replaces its
+    dataset's file. `before` is called with what has to be encoded: each image's size and
     the number of captions; if it raises, nothing is.
-    Raises WrongRequest for anything that `scan` refuses, for an undecodable image (unless `skip_bad`), and if something
-    needs encoding but a file of its encoder is missing.
+    Raises WrongRequest for an undecodable image (unless `skip_bad`), and if something needs encoding but a file of its
+    encoder is missing.
     """
-    store, progress = Store(store_dir), progress or _no_progress
-    scanned, looks = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad), Looks(store.root / LOOKS)
-    captions = list(dict.fromkeys((*(example.caption for example in scanned.examples), "", *prompts)))
-    hashes = _hashes(store, encoders, len(captions), [example.path for example in scanned.examples], progress)
-    if not hashes.keys() >= set(encoders.text()) and "" not in prompts:
+    store, progress, examples = Store(store_dir), progress or _no_progress, scanned.examples
+    looks = Looks(store.root / LOOKS)
+    captions = list(dict.fromkeys((*(text for example in examples for text in example.texts), "", *prompts)))
+    files = dict.fromkeys([*(e.path for e in examples), *(e.mask for e in examples if e.mask)])
+    hashes = _hashes(store, encoders, len(captions), list(files), progress)
+    drops = any(e.folder.caption_dropout or e.folder.caption_dropout_epochs for e in examples)
+    if not hashes.keys() >= set(encoders.text()) and "" not in prompts and not drops:
         captions.remove("")
 
-    images = {example.path: hashes[example.path] for example in scanned.examples}
+    images = {example.path: hashes[example.path] for example in examples}
     try:
         scanned.found.look_at_images(looks.of(images, partial(progress, "looking")))
     finally:
@@ -96,15 +97,24 @@ def build_cache(
     text_keys = _text_keys(store, captions, encoders, hashes, t5_length)
     # first, so that an error comes before any encoding
     missing_captions = _missing_captions(store, encoders, text_keys)
-    latents_keys = {example.name: _latents_keys(store, example, encoders, hashes) for example in scanned.examples}
+    latents_keys = {example.name: _latents_keys(store, example, encoders, hashes) for example in examples}
     missing_images = {
-        latents_keys[example.name][0]: example
-        for example in scanned.examples
-        if not store.has("latents", latents_keys[example.name][0])
+        key: (example, view)
+        for example in examples
+        for key, view in zip(latents_keys[example.name], example.views, strict=False)  # an imported one has no views
+        if not store.has("latents", key)
+    }
+    mask_keys = {example.name: _mask_keys(example, hashes, latents_keys[example.name]) for example in examples}
+    missing_masks = {
+        key: (example, view)
+        for example in examples
+        for key, view in zip(mask_keys[example.name], _views(example, latents_keys[example.name]), strict=False)
+        if not store.has("masks", key)
     }
     if missing_images:
         _require_files([path for path in encoders.ae if path not in hashes], f"{len(missing_images)} images")
-    before([example.bucket for example in missing_images.values()], len(missing_captions))
+    before([example.bucket for example, _ in missing_images.values()], len(missing_captions))
+    bad_masks = encode_masks(store, missing_masks, skip_bad)
 
     def checked_autoencoder() -> Any:
         _require_files(encoders.ae, f"{len(missing_images)} images")
@@ -115,27 +125,30 @@ def build_cache(
         encode_captions(store, missing_captions, load_text(), t5_length, progress)
 
     truncated = {caption: store.truncated(key) for caption, key in text_keys.items()}
-    names = {example.caption: example.name for example in reversed(scanned.examples)}  # for equal captions, the first
+    names = {text: e.name for e in reversed(examples) for text in e.texts}  # for equal captions, the first
     dataset = Dataset(
         examples=tuple(
-            _entry(store, example, latents_keys[example.name], text_keys[example.caption])
-            for example in scanned.examples
-            if latents_keys[example.name][0] not in bad
+            _entry(
+                store,
+                example,
+                latents_keys[example.name],
+                mask_keys[example.name],
+                [text_keys[t] for t in example.texts],
+            )
+            for example in examples
+            if example.name not in bad_masks and not bad.keys() & {*latents_keys[example.name]}
         ),
         prompts={prompt: text_keys[prompt] for prompt in ("", *prompts) if prompt in text_keys},
         t5_length=t5_length,
-        skipped=(*scanned.skipped, *bad.values()),
-        notes=(*scanned.notes, *truncation_notes(truncated, names, t5_length)),
+        skipped=(*scanned.skipped, *bad_masks.values(), *dict.fromkeys(bad.values())),
+        notes=(*scanned.notes, *truncation_notes(truncated, names, t5_length), *_variants_note(examples, latents_keys)),
     )
     if imported := imported_note(store, dataset.records()):
         dataset = replace(dataset, notes=(*dataset.notes, imported))
     if not dataset.examples:
         raise WrongRequest(f"no usable image is left ({len(dataset.skipped)} skipped); the first: {dataset.skipped[0]}")
-    request = (
-        [(os.path.abspath(f.path), f.repeats, f.trigger, f.class_tokens, f.lines, f.from_names) for f in folders],
-        (resolution, min_side, max_side, step, upscale, t5_length),
-        [os.path.abspath(path) for path in (*encoders.ae, *encoders.text())],
-    )
+    request = ([os.path.abspath(e.folder.path) for e in examples[:1]], request, t5_length)
+    request = (*request, [os.path.abspath(path) for path in (*encoders.ae, *encoders.text())])
     dataset.save(store.root / "datasets" / f"{_dataset_name(request)}.json")  # the same request replaces it
     return dataset
 
@@ -236,16 +249,32 @@ def _text_keys(
 
 
 def _latents_keys(store: Store, example: Example, encoders: EncoderFiles, hashes: dict[Path, str]) -> tuple[str, ...]:
-    """The key of fluxq's own record. If only imported ones exist or can exist, their keys: the image and, if there is
-    one, its mirror image.
+    """The keys of fluxq's own records, one a view. If only imported ones exist or can exist, their keys: the image and,
+    if there is one, its mirror image.
     """
     request = hashes[example.path], example.resized, example.bucket
     imported, mirrored = (imported_latents_key(*request, variant) for variant in (0, 1))
     if hashes.keys() >= set(encoders.ae):
-        own = latents_key(*request, _joined(hashes, encoders.ae), example.recolored)
-        if not _use_imported(store, "latents", own, imported):
-            return (own,)
+        encoder = _joined(hashes, encoders.ae)
+        own = tuple(latents_key(*request, encoder, example.recolored, view) for view in example.views)
+        if len(example.views) > 1 or not _use_imported(store, "latents", own[0], imported):
+            return own
+    elif len(example.views) > 1 and not (example.folder.flip and store.has("latents", mirrored)):
+        return tuple(imported_latents_key(*request, variant) for variant in range(len(example.views)))  # to be missed
     return (imported, mirrored) if store.has("latents", mirrored) else (imported,)
+
+
+def _mask_keys(example: Example, hashes: dict[Path, str], latents: Sequence[str]) -> tuple[str, ...]:
+    """The keys of an example's masks, one for each of its `latents`; () if it has none."""
+    if example.mask is None:
+        return ()
+    alpha, shape = example.mask == example.path, (example.resized, example.bucket)
+    return tuple(mask_key(hashes[example.mask], alpha, *shape, view) for view in _views(example, latents))
+
+
+def _views(example: Example, latents: Sequence[str]) -> Sequence[View]:
+    """The view of each of an example's `latents`; other programs have the image and perhaps its mirror image."""
+    return example.views if len(example.views) == len(latents) else (View(), View(mirrored=True))[: len(latents)]
 
 
 def _use_imported(store: Store, kind: str, own: str, imported: str) -> bool:
@@ -272,8 +301,10 @@ def _require_files(files: Sequence[Path], what: str) -> None:
             raise WrongRequest(f"{what} must be encoded, but {path} does not exist; put it back, or check the path")
 
 
-def _entry(store: Store, example: Example, latents: tuple[str, ...], text: str) -> Entry:
-    status = example.path.stat()
+def _entry(
+    store: Store, example: Example, latents: tuple[str, ...], masks: tuple[str, ...], text: Sequence[str]
+) -> Entry:
+    status, folder = example.path.stat(), example.folder
     return Entry(
         name=example.name,
         path=os.path.abspath(example.path),
@@ -282,14 +313,30 @@ def _entry(store: Store, example: Example, latents: tuple[str, ...], text: str) 
         repeats=example.repeats,
         bucket=store.latents_size(latents[0]) if is_imported(latents[0]) else example.bucket,
         latents=latents,
-        text=(text,),
+        text=tuple(text),
+        masks=masks,
+        mask_outside=(folder.mask_outside or 0.0) if masks else 0.0,
+        mask_normalize=bool(folder.mask_normalize and masks),
+        weight=example.weight,
+        caption_dropout=folder.caption_dropout or 0.0,
+        caption_dropout_epochs=folder.caption_dropout_epochs or 0,
+        batch=folder.batch or 0,
     )
+
+
+def _variants_note(examples: Sequence[Example], latents: Mapping[str, Sequence[str]]) -> list[str]:
+    """A line on how many records stand for how many images, if images or captions have variants."""
+    images, encoded = len({e.path for e in examples}), len({key for e in examples for key in latents[e.name]})
+    captions = len({text for example in examples for text in example.texts})
+    if encoded <= images and all(len(example.texts) == 1 for example in examples):
+        return []
+    return [f"variants: {plural(images, 'image')} are {encoded} latents and {captions} captions in the cache"]
 
 
 def _dataset_name(request: tuple) -> str:
     """A dataset's file name: the first folder's name (for humans) and a hash of the request."""
     digest = blake2b(repr(request).encode("utf-8", "surrogateescape"), digest_size=6).hexdigest()
-    return f"{os.path.basename(request[0][0][0])[:40]}-{digest}"
+    return f"{os.path.basename(request[0][0])[:40]}-{digest}"
 
 
 def _existing_store(store_dir: str | Path) -> Store:

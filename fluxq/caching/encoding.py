@@ -1,7 +1,7 @@
 """Run the encoders: from images to latents records, from captions to text records."""
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from functools import partial
+from functools import lru_cache, partial
 from itertools import chain
 from typing import Any, Protocol
 
@@ -10,7 +10,8 @@ import torch
 from fluxq.console import Notify, silent
 from fluxq.data.buckets import Size
 from fluxq.data.examples import Example
-from fluxq.data.images import open_image, prepare
+from fluxq.data.images import View, open_image, prepare
+from fluxq.data.masks import read_mask
 from fluxq.errors import WrongRequest, is_out_of_memory
 from fluxq.model.autoencoder import within_memory
 from fluxq.model.text import CLIP_LENGTH
@@ -39,9 +40,13 @@ class TextEncoder(Protocol):
         ...
 
 
+Pending = tuple[Example, View]
+"""An image as it is to be encoded."""
+
+
 def encode_images(
     store: Store,
-    images: dict[str, Example],
+    images: dict[str, Pending],
     load: Callable[[], Any],
     skip_bad: bool,
     progress: Progress,
@@ -56,11 +61,12 @@ def encode_images(
     """
     bad: dict[str, str] = {}
     autoencoder, done = None, 0
+    opened = lru_cache(maxsize=1)(open_image)  # variants of an image follow each other
     for batch in _by_bucket(images):
         decoded: dict[str, torch.Tensor] = {}  # key -> (3, H, W)
-        for key, example in batch:
+        for key, (example, view) in batch:
             try:
-                decoded[key] = prepare(open_image(example.path), example.resized, example.bucket)
+                decoded[key] = prepare(opened(example.path), example.resized, example.bucket, view)
             except WrongRequest as error:
                 if not skip_bad:
                     raise
@@ -75,11 +81,29 @@ def encode_images(
             except RuntimeError as error:
                 if not is_out_of_memory(error):
                     raise
-                raise WrongRequest(_too_large(batch[0][1])) from error
+                raise WrongRequest(_too_large(batch[0][1][0])) from error
             for key, mean, spread in zip(decoded, means, spreads, strict=True):
-                store.put_latents(key, mean, spread, images[key].name)
+                store.put_latents(key, mean, spread, images[key][0].name)
         done += len(batch)
         progress("images", done, len(images))
+    return bad
+
+
+def encode_masks(store: Store, masks: dict[str, Pending], skip_bad: bool) -> dict[str, str]:
+    """Store `masks`, a dict by key. Returns the names of the images whose masks are of no use, each with the reason.
+
+    Raises WrongRequest for such a mask, unless `skip_bad`.
+    """
+    bad: dict[str, str] = {}
+    for key, (example, view) in masks.items():
+        assert example.mask is not None
+        try:
+            mask = read_mask(example.mask, example.mask == example.path, example.resized, example.bucket, view)
+            store.put_mask(key, mask, example.name)
+        except WrongRequest as error:
+            if not skip_bad:
+                raise
+            bad[example.name] = str(error)
     return bad
 
 
@@ -134,11 +158,11 @@ def _too_large(example: Example) -> str:
     return f"{what}; choose a smaller --resolution, or close other programs that use the GPU"
 
 
-def _by_bucket(images: dict[str, Example]) -> Iterator[list[tuple[str, Example]]]:
+def _by_bucket(images: dict[str, Pending]) -> Iterator[list[tuple[str, Pending]]]:
     """Batches of images to encode: of one bucket, at most PIXELS_PER_BATCH pixels, at least one image."""
-    buckets: dict[Size, list[tuple[str, Example]]] = {}
-    for key, example in images.items():
-        buckets.setdefault(example.bucket, []).append((key, example))
+    buckets: dict[Size, list[tuple[str, Pending]]] = {}
+    for key, (example, view) in images.items():
+        buckets.setdefault(example.bucket, []).append((key, (example, view)))
     for (width, height), items in sorted(buckets.items()):
         size = max(1, PIXELS_PER_BATCH // (width * height))
         yield from (items[start : start + size] for start in range(0, len(items), size))

@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, cast
 
 from fluxq.config import DataConfig
 from fluxq.console import console, progress_bar
 from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset
-from fluxq.data.examples import Folder
+from fluxq.data.examples import Scan, balanced, scan
 from fluxq.memory.phases import band_for
 from fluxq.models.parts import Models
 
@@ -32,26 +32,28 @@ def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
     flux = models.flux_config
     expected = ModelShapes(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim)
     with progress_bar() as progress:
-        return import_caches(
-            folders_of(data),
-            data.cache,
-            expected,
-            **_shapes(data),
-            skip_bad=data.skip_bad,
-            progress=progress,
-            notify=console.print,
-        )
+        return import_caches(scan_data(data), data.cache, expected, data.skip_bad, progress, console.print)
+
+
+def scan_data(data: DataConfig) -> Scan:
+    """The images of all folders of `data` (resolved), those of held-out images last. Raises WrongRequest as `scan`."""
+    trained, held_out = data.filled()
+    scanned = scan(
+        [*trained, *held_out], data.resolution or 0, data.min_side, data.max_side, data.step, skip_bad=data.skip_bad
+    )
+    return replace(scanned, examples=balanced(scanned.examples, [folder.path for folder in trained]))
 
 
 def cache_folders(
     data: DataConfig,
+    scanned: Scan,
     models: Models,
     prompts: Sequence[str],
     progress: Callable[[str, int, int], None],
     budget: int | None = None,
     require_room: Callable[[int], None] = lambda nbytes: None,
 ) -> Dataset:
-    """The dataset of all folders of `data` (resolved), including the validation folders.
+    """The dataset of `scanned`, the images of all folders of `data` (resolved), including the validation folders.
 
     Missing records are encoded, one encoder after the other, each within `budget` bytes of GPU memory (None: no limit).
     Before, `require_room` is called with the bytes that they will take.
@@ -63,14 +65,14 @@ def cache_folders(
         texts = captions * (length * flux.context_in_dim * 2 + flux.vec_in_dim * 4)
         require_room(latents + texts + RECORD_HEADER * (len(images) + captions))
 
-    band = band_for(max(PIXELS_PER_BATCH, cast(int, data.resolution) ** 2), budget)
+    band = band_for(max(PIXELS_PER_BATCH, data.side**2), budget)
     return build_cache(
-        folders_of(data),
+        scanned,
         data.cache,
         _encoder_files(models, data.cache),
         partial(models.load_autoencoder, band),
         partial(models.load_text_encoders, budget),
-        **_shapes(data),
+        request=asdict(replace(data, cache=Path())),
         t5_length=models.t5_length,
         prompts=prompts,
         skip_bad=data.skip_bad,
@@ -90,20 +92,6 @@ def cache_texts(
     """Each prompt, encoded; `progress` and `budget` as in `cache_folders`."""
     files, load = _encoder_files(models, cache), partial(models.load_text_encoders, budget)
     return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
-
-
-def folders_of(data: DataConfig) -> list[Folder]:
-    """The folders of `data`, those of held-out images last."""
-    return [
-        Folder(f.path, f.repeats, f.trigger, f.class_tokens, data.caption_line, data.caption_from_name)
-        for f in (*data.folders, *data.validation)
-    ]
-
-
-def _shapes(data: DataConfig) -> dict[str, Any]:
-    """The settings that decide the shapes of training images."""
-    sides = {"resolution": data.resolution, "min_side": data.min_side, "max_side": data.max_side}
-    return {**sides, "step": data.step, "upscale": data.upscale}
 
 
 def _encoder_files(models: Models, cache: Path) -> EncoderFiles:

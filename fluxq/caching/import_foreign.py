@@ -16,9 +16,10 @@ import torch
 
 from fluxq.console import Notify, silent
 from fluxq.data.captions import Captions
-from fluxq.data.examples import Example, Folder, scan
+from fluxq.data.examples import Example, Scan
 from fluxq.data.images import image_size
 from fluxq.errors import WrongRequest
+from fluxq.settings import sizes_of
 
 from .encoding import Progress
 from .foreign import FILES, SD_SCRIPTS, ForeignCache, ForeignCaches, ModelShapes
@@ -28,27 +29,19 @@ Item = tuple[Example, ForeignCache]
 
 
 def import_caches(
-    folders: Sequence[Folder],
+    scanned: Scan,
     store_dir: str | Path,
     expected: ModelShapes,
-    *,
-    resolution: int,
-    min_side: int,
-    max_side: int,
-    step: int = 16,
-    upscale: bool = True,
     skip_bad: bool = False,
     progress: Progress = lambda stage, done, total: None,
     notify: Notify = silent,
 ) -> tuple[int, int]:
-    """Import other programs' caches for `folders`. Returns the (images, captions) imported.
+    """Import other programs' caches for the images of `scanned`. Returns the (images, captions) imported.
 
-    `notify` gets lines on where they came from and what has no cache. Raises WrongRequest, and writes nothing, for
-    anything that `scan` refuses, if there is no cache at all, and (unless `skip_bad`) for a cache that does not fit or
-    is damaged.
+    `notify` gets lines on where they came from and what has no cache. Raises WrongRequest, and writes nothing, if
+    there is no cache at all, and (unless `skip_bad`) for a cache that does not fit or is damaged.
     """
     store = Store(store_dir)
-    scanned = scan(folders, resolution, min_side, max_side, step, upscale, skip_bad)
     caches = {path: ForeignCaches(path, expected) for path in {e.path.parent: None for e in scanned.examples}}
     first_lines = {path: Captions(path, "first") for path in caches}  # which are what sd-scripts encodes
     _require_any(caches)
@@ -56,7 +49,7 @@ def import_caches(
     texts: dict[str, Item] = {}  # for equal captions, the first
     for done, example in enumerate(scanned.examples, 1):
         in_folder = caches[example.path.parent]
-        find = partial(_latents, in_folder, example, scanned.examples, resolution**2)
+        find = partial(_latents, in_folder, example, scanned.examples)
         if cache := _checked(find, skip_bad, notify):
             latents.append((example, cache))
         find = partial(_text, in_folder, first_lines[example.path.parent], example)
@@ -91,12 +84,11 @@ def _checked(find: Callable[[], ForeignCache | None], skip_bad: bool, notify: No
         return None
 
 
-def _latents(
-    caches: ForeignCaches, example: Example, examples: Sequence[Example], max_pixels: int
-) -> ForeignCache | None:
+def _latents(caches: ForeignCaches, example: Example, examples: Sequence[Example]) -> ForeignCache | None:
+    max_pixels = max(width * height for width, height in sizes_of(example.folder.resolution or ()))
     cache = caches.latents(example, image_size(example.path), max_pixels)
     if cache and cache.program == SD_SCRIPTS:
-        others = [e.path.name for e in examples if e.path.with_suffix("") == example.path.with_suffix("")]
+        others = {e.path.name: None for e in examples if e.path.with_suffix("") == example.path.with_suffix("")}
         if len(others) > 1:
             what = f"may belong to any of {', '.join(others)}"
             raise WrongRequest(f"{cache.path} {what}; give the images different names and delete it")

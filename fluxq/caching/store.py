@@ -2,6 +2,7 @@
 
     latents/<key>.safetensors    mean, spread (16, h, w) fp32, in FLUX's latent units: latents = mean + spread * noise
     text/<key>.safetensors       t5 (L, D) bf16, clip (D2,) fp32
+    masks/<key>.safetensors      mask (h, w) fp32, how much of each latent counts
     datasets/<name>.json         a `Dataset`: one request's examples and the keys of their records
     hashes.json                  the hashes of big files, so that each is read only once
 
@@ -24,14 +25,14 @@ from pathlib import Path
 import torch
 
 from fluxq.data.dataset import Dataset
-from fluxq.data.images import TRANSFORM_VERSION
+from fluxq.data.images import PLAIN, TRANSFORM_VERSION, View
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 
 from .hashes import Hashes
 
 RECORD_VERSION = 1  # part of every key: increase it when the tensors of a record change meaning
-KINDS = {"latents": ("mean", "spread"), "text": ("t5", "clip")}
+KINDS = {"latents": ("mean", "spread"), "text": ("t5", "clip"), "masks": ("mask",)}
 DAMAGED = ".damaged"  # suffix of records that were set aside; a prune deletes them
 IMPORTED = "imported-"  # prefix of the keys of records that other programs encoded
 
@@ -67,7 +68,7 @@ class Store:
         self._sound: set[tuple[str, str]] = set()  # (kind, key) of the records that were checked
 
     def has(self, kind: str, key: str) -> bool:
-        """Whether the store has this record of `kind`, "latents" or "text". If so, it is complete."""
+        """Whether the store has this record of `kind`, one of KINDS. If so, it is complete."""
         return self._path(kind, key).is_file()
 
     def put_latents(
@@ -115,6 +116,14 @@ class Store:
     def pooled(self, key: str) -> torch.Tensor:
         """Only the `clip` of the encoded caption. Reads nothing else."""
         return self._open("text", key).get("clip")
+
+    def put_mask(self, key: str, mask: torch.Tensor, image: str) -> None:
+        """Store a mask (h, w). `image` is a name for humans."""
+        self._write("masks", key, {"mask": mask.float()}, {"picture": image})
+
+    def mask(self, key: str) -> torch.Tensor:
+        """The mask, (h, w) fp32. Raises WrongRequest if the record is missing or damaged."""
+        return self._read("masks", key, self._open("masks", key))["mask"]
 
     def truncated(self, key: str) -> tuple[bool, bool]:
         """Whether the caption was truncated for T5, and for CLIP. Reads only the header."""
@@ -214,13 +223,24 @@ def imported_note(store: Store, records: Iterable[tuple[str, str]]) -> str | Non
 
 
 def latents_key(
-    image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], autoencoder_hash: str, recolored: bool = False
+    image_hash: str,
+    resized: tuple[int, int],
+    bucket: tuple[int, int],
+    autoencoder_hash: str,
+    recolored: bool = False,
+    view: View = PLAIN,
 ) -> str:
     """The key of an image's latents. Two images with equal bytes share a record. recolored: the colors are converted
     from those of the image's profile, which former versions did not do.
     """
     colors = ("sRGB",) if recolored else ()
-    return _key("latents", image_hash, *resized, *bucket, TRANSFORM_VERSION, autoencoder_hash, *colors)
+    return _key("latents", image_hash, *resized, *bucket, TRANSFORM_VERSION, autoencoder_hash, *colors, *view.key())
+
+
+def mask_key(file_hash: str, alpha: bool, resized: tuple[int, int], bucket: tuple[int, int], view: View) -> str:
+    """The key of a mask. alpha: it is the transparency of the image with that hash."""
+    shape = view._replace(colors=None)
+    return _key("masks", file_hash, int(alpha), *resized, *bucket, TRANSFORM_VERSION, *shape.key())
 
 
 def imported_latents_key(image_hash: str, resized: tuple[int, int], bucket: tuple[int, int], variant: int) -> str:

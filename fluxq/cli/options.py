@@ -67,6 +67,8 @@ def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str)
     name = key.replace(".", "__")
     if kinds[0] is bool:
         return click.option(flag, name, is_flag=True, default=None, help=help + default)
+    if field.metadata["parse"]:
+        kinds = [str]
     kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
     metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
     return click.option(flag, name, type=kind, metavar=metavar, help=help + default)

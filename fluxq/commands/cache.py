@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from fluxq.caching.build import prune_cache, verify_cache
-from fluxq.caching.folders import cache_folders, import_folders
+from fluxq.caching.folders import cache_folders, import_folders, scan_data
 from fluxq.config import TrainConfig
 from fluxq.console import console, plural, progress_bar
 from fluxq.errors import WrongRequest
@@ -52,7 +52,7 @@ def cache_command(
         require_room([Need("cache", data.cache, nbytes, "another --cache")], console.print)
 
     with progress_bar() as progress:
-        dataset = cache_folders(data, models, config.samples.prompts, progress, budget, room)
+        dataset = cache_folders(data, scan_data(data), models, config.samples.prompts, progress, budget, room)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
     console.print(f"encoded in {data.cache}: {plural(len(dataset.examples), 'image')}")

@@ -13,14 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.caching.build import LOOKS
-from fluxq.caching.folders import folders_of
+from fluxq.caching.folders import scan_data
 from fluxq.caching.import_foreign import imported_note_for
 from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent
 from fluxq.data.crops import crop_sheet
-from fluxq.data.examples import scan
 from fluxq.data.images import open_image
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
@@ -134,9 +133,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
     """Images, captions, buckets, and the bytes that they take in the cache."""
     try:
         resolved = resolve_data(data, models, silent)
-        assert resolved.resolution and resolved.min_side and resolved.max_side, "resolve_data fills these in"
-        sides = (resolved.resolution, resolved.min_side, resolved.max_side, resolved.step)
-        scanned = scan(folders_of(resolved), *sides, upscale=resolved.upscale, skip_bad=resolved.skip_bad)
+        scanned = scan_data(resolved)
         store = Store(resolved.cache)
         images = {e.path: store.hashes.remembered(e.path) or str(e.path) for e in scanned.examples}
         looks = Looks(store.root / LOOKS).of(images)

@@ -1,8 +1,10 @@
 """Images and captions: files, buckets, datasets, and addressed random numbers."""
 
+from fluxq.settings import Folder
+
 from .buckets import choose_bucket
 from .dataset import Dataset, Entry
-from .examples import Example, Folder, Scan, scan
+from .examples import Example, Scan, scan
 from .images import image_files, image_size, open_image, prepare
 from .randomness import generator, normal
 

@@ -11,8 +11,7 @@ from functools import lru_cache
 import numpy as np
 
 from fluxq.errors import WrongRequest
-
-Size = tuple[int, int]  # (width, height) in pixels
+from fluxq.settings import Size
 
 
 def choose_bucket(

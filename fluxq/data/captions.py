@@ -28,25 +28,34 @@ FIELDS = ("caption", "text", "prompt")
 """Where a JSON object or a row of a table keeps a caption, the first that has text."""
 NAME = "file name"
 
+CHOICE = re.compile(r"\{([^{}]*\|[^{}]*)\}")
+"""Alternatives in a caption, `{red|blue}`, the innermost of nested ones."""
 _PLACEHOLDER = re.compile(r"\[trigger\]|\{trigger\}|\[name\]", re.IGNORECASE)
 _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # white space, or nothing that a text should hold
 
 
 class Caption(NamedTuple):
     """What was found for an image. source: the file's suffix or name, or "file name", "" without a caption. why: why
-    there is none. encoding: that of the file, "" for UTF-8.
+    there is none. encoding: that of the file, "" for UTF-8. more: other captions of the same image.
     """
 
     text: str
     source: str = ""
     why: str = ""
     encoding: str = ""
+    more: tuple[str, ...] = ()
+
+    @property
+    def texts(self) -> tuple[str, ...]:
+        """All of them."""
+        return (self.text, *self.more) if self.text else ()
 
 
 class Captions:
     """The captions of one folder.
 
-    lines: "all" of a text file is the caption, or its "first" line with text, as in sd-scripts. from_names: an image
+    lines: "all" of a text file is the caption, or its "first" line with text, as in sd-scripts, or "each" line is one.
+    A list in a JSON file is several captions, too. from_names: an image
     without a caption is called by its file's name, without the number ("red_dress_02.png" -> "red dress").
     """
 
@@ -69,17 +78,17 @@ class Captions:
             if (real := self.files.get(name)) is not None:
                 self.used.add(real)
                 text, encoding = self._decoded(real)
-                if text := _folded(_first_line(text) if self.lines == "first" else text):
-                    return Caption(text, name[name.rindex(".") :], encoding=encoding)
+                if texts := _texts(text, self.lines):
+                    return Caption(texts[0], name[name.rindex(".") :], encoding=encoding, more=texts[1:])
                 why = f"{real} is empty"
         if (real := self.files.get(f"{stem}.json")) is not None:
             self.used.add(real)
-            if text := caption_in(self._json(real)):
-                return Caption(text, ".json")
+            if texts := captions_in(self._json(real)):
+                return Caption(texts[0], ".json", more=texts[1:])
             why = f"{real} has no {', '.join(FIELDS[:-1])} or {FIELDS[-1]}"
         for name, captions in self._tables:
-            if text := captions.get(image.name.lower()) or captions.get(stem):
-                return Caption(text, name)
+            if texts := captions.get(image.name.lower()) or captions.get(stem):
+                return Caption(texts[0], name, more=texts[1:])
         if self.from_names and (text := _folded(re.sub(r"[\s_-]*\d*$", "", image.stem).replace("_", " "))):
             return Caption(text, NAME)
         return Caption("", why=why)
@@ -93,32 +102,32 @@ class Captions:
         return sorted(r for n, r in texts if n.rpartition(".")[0] not in stems and r not in used)
 
     @cached_property
-    def _tables(self) -> list[tuple[str, Mapping[str, str]]]:
-        """(file, image's name in lower case, perhaps without its suffix -> caption) of each file for many images."""
+    def _tables(self) -> list[tuple[str, Mapping[str, tuple[str, ...]]]]:
+        """(file, image's name in lower case, perhaps without its suffix -> captions) of each file for many images."""
         stems = {name.rpartition(".")[0] for name in self.files if readable(f".{name.rpartition('.')[2]}")}
         images, found = stems | self.files.keys(), []
         for name, real in self.files.items():
             read = {"metadata.jsonl": self._rows_of_jsonl, "metadata.csv": self._rows_of_csv}.get(name)
             if read is None and name.endswith(".json") and name.removesuffix(".json") not in stems:
                 read = self._rows_of_json
-            if read and (captions := {key: text for key, text in read(real) if key in images and text}):
+            if read and (captions := {key: texts for key, texts in read(real) if key in images and texts}):
                 found.append((real, captions))
         return found
 
-    def _rows_of_jsonl(self, name: str) -> Iterator[tuple[str, str]]:
+    def _rows_of_jsonl(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         for number, line in enumerate(self._decoded(name)[0].split("\n"), 1):
             if line.strip():
                 row = _parsed(line, f"{self.folder / name}, line {number},")
-                yield _key(row.get("file_name") if isinstance(row, dict) else None), caption_in(row)
+                yield _key(row.get("file_name") if isinstance(row, dict) else None), captions_in(row)
 
-    def _rows_of_csv(self, name: str) -> Iterator[tuple[str, str]]:
+    def _rows_of_csv(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         try:
             for row in csv.DictReader(io.StringIO(self._decoded(name)[0], newline="")):
-                yield _key(row.get("file_name")), caption_in(row)
+                yield _key(row.get("file_name")), captions_in(row)
         except csv.Error as error:
             raise WrongRequest(f"{self.folder / name} is not a table ({error}); correct it or move it away") from error
 
-    def _rows_of_json(self, name: str) -> Iterator[tuple[str, str]]:
+    def _rows_of_json(self, name: str) -> Iterator[tuple[str, tuple[str, ...]]]:
         try:
             data = self._json(name)
         except WrongRequest:
@@ -126,7 +135,7 @@ class Captions:
         if isinstance(data, list):
             data = {_key(row.get("file_name")): row for row in data if isinstance(row, dict)}
         for key, value in data.items() if isinstance(data, dict) else ():
-            yield _key(key), _folded(value) if isinstance(value, str) else caption_in(value, tags=True)
+            yield _key(key), captions_in(value, tags=True)
 
     def _json(self, name: str) -> Any:
         return _parsed(self._decoded(name)[0], str(self.folder / name))
@@ -160,15 +169,17 @@ def decoded(data: bytes) -> tuple[str, str]:
     return data.decode("cp1252"), "cp1252"
 
 
-def caption_in(row: Any, tags: bool = False) -> str:
-    """The caption in a JSON object or a table's row: the first of FIELDS that has text. With `tags`, sd-scripts' field
-    of that name is put behind it.
+def captions_in(row: Any, tags: bool = False) -> tuple[str, ...]:
+    """The captions in a JSON value or a table's row: a text, a list of texts, or the first of its FIELDS that has some.
+
+    tags: sd-scripts' field of that name is put behind each.
     """
     if not isinstance(row, dict):
-        return _folded(row) if isinstance(row, str) else ""
-    texts = (_folded(value) for field in FIELDS if isinstance(value := row.get(field), str))
-    caption, more = next(filter(None, texts), ""), row.get("tags") if tags else None
-    return ", ".join(filter(None, (caption, _folded(more) if isinstance(more, str) else "")))
+        texts = (_folded(value) for value in (row if isinstance(row, list) else [row]) if isinstance(value, str))
+        return tuple(dict.fromkeys(filter(None, texts)))
+    captions = next(filter(None, (captions_in(row.get(f)) for f in FIELDS if not isinstance(row.get(f), dict))), ())
+    more = _folded(value) if tags and isinstance(value := row.get("tags"), str) else ""
+    return tuple(", ".join(filter(None, (caption, more))) for caption in captions or ("",) if caption or more)
 
 
 def with_trigger(caption: str, trigger: str | None) -> str:
@@ -188,14 +199,23 @@ def has_placeholder(caption: str) -> bool:
     return _PLACEHOLDER.search(caption) is not None
 
 
+def has_choice(caption: str) -> bool:
+    """Whether the caption has alternatives, `{red|blue}`."""
+    return CHOICE.search(caption) is not None
+
+
 def has_weight(caption: str) -> bool:
     """Whether the caption weights words, "(red:1.3)": training takes that literally."""
     return re.search(r"\([^()]+:\s*\d*\.?\d+\s*\)", caption) is not None
 
 
-def _first_line(text: str) -> str:
-    lines = re.split(r"\r\n|\r|\n", text)  # not at other characters, which sd-scripts does not take for line ends
-    return next((line for line in lines if line.strip()), "")
+def _texts(text: str, lines: str) -> tuple[str, ...]:
+    """The captions in a file's text; lines as for `Captions`."""
+    if lines == "all":
+        return tuple(filter(None, [_folded(text)]))
+    parts = re.split(r"\r\n|\r|\n", text)  # not at other characters, which sd-scripts does not take for line ends
+    texts = tuple(dict.fromkeys(filter(None, map(_folded, parts))))
+    return texts[:1] if lines == "first" else texts
 
 
 def _folded(text: str) -> str:

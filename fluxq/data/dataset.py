@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import re
@@ -32,6 +33,18 @@ class Entry:
     bucket: tuple[int, int]  # (w, h) in pixels
     latents: tuple[str, ...]
     text: tuple[str, ...]
+    masks: tuple[str, ...] = ()  # one for each of the latents, if the image has a mask
+    mask_outside: float = 0.0  # how much counts what the mask leaves out
+    mask_normalize: bool = False  # the image counts as much as one without a mask
+    weight: float = 1.0  # how much the loss counts
+    caption_dropout: float = 0.0  # chance of a step without the caption
+    caption_dropout_epochs: int = 0  # all epochs whose number (from 1) this divides are without captions
+    batch: int = 0  # images per forward pass; 0: as many as the run has
+
+    def extras(self) -> dict[str, object]:
+        """What the example has beyond images, captions and repeats."""
+        fields = (f for f in dataclasses.fields(self) if f.default is not dataclasses.MISSING)
+        return {f.name: value for f in fields if (value := getattr(self, f.name)) != f.default}
 
 
 @dataclass(frozen=True)
@@ -52,7 +65,8 @@ class Dataset:
         """(kind, key) of every record in use."""
         latents = {("latents", key) for example in self.examples for key in example.latents}
         text = {("text", key) for example in self.examples for key in example.text}
-        return latents | text | {("text", key) for key in self.prompts.values()}
+        masks = {("masks", key) for example in self.examples for key in example.masks}
+        return latents | text | masks | {("text", key) for key in self.prompts.values()}
 
     def part(self, folders: Sequence[Path]) -> Dataset:
         """The dataset with only the examples from `folders`. Raises WrongRequest if there are none."""
@@ -65,14 +79,16 @@ class Dataset:
 
     def digest(self) -> str:
         """A hash of what identifies a dataset: its images, captions, shapes and encoders, but not their paths."""
-        facts = sorted((e.name, e.repeats, e.bucket, e.latents, e.text) for e in self.examples)
+        facts = sorted(
+            (e.name, e.repeats, e.bucket, e.latents, e.text, *sorted(e.extras().items())) for e in self.examples
+        )
         return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
-    CONTENTS: ClassVar = ("image of", "caption of", "repeats of")
+    CONTENTS: ClassVar = ("image of", "caption of", "repeats of", "settings of")
 
     def contents(self) -> dict[str, list]:
-        """Name -> [keys of its latents, keys of its captions, repeats], in the order of CONTENTS."""
-        return {e.name: [list(e.latents), list(e.text), e.repeats] for e in self.examples}
+        """Name -> [keys of its latents, keys of its captions, repeats, extras], in the order of CONTENTS."""
+        return {e.name: [list(e.latents), list(e.text), e.repeats, _as_json(e.extras())] for e in self.examples}
 
     def save(self, path: Path) -> None:
         examples = [vars(example) for example in self.examples]
@@ -96,6 +112,10 @@ class Dataset:
                 return dataset
         except OSError as error:
             raise WrongRequest(f"{path} cannot be read ({error.strerror}); run `fluxq cache` again") from error
+
+
+def _as_json(values: dict[str, object]) -> dict[str, object]:
+    return {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
 
 
 def _lists_to_tuples(data: dict) -> dict:

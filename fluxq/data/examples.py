@@ -7,8 +7,8 @@ about images and captions becomes findings (findings.py).
 
 import math
 import os
-import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
@@ -16,51 +16,51 @@ from pathlib import Path
 from typing import Protocol
 
 from fluxq.errors import WrongRequest
+from fluxq.settings import Folder, ImageSettings, Resolution, sizes_of
 
 from .buckets import Size, choose_bucket
-from .captions import Caption, Captions, with_trigger
+from .captions import Caption, Captions
 from .findings import Findings
-from .images import Header, Listing, image_files, listing, read_header
+from .folders import subfolders
+from .images import Header, Listing, View, image_size, listing, read_header
+from .masks import Masks, check_mask
+from .variants import caption_variants, image_views
 
 Shape = tuple[Size, Size]  # bucket, and the size that covers it
 LISTED = 10
 """So many bad files are named in one refusal."""
-LEVELS = 3
-"""So far down are images looked for that nobody asked to read, to say that they are there."""
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A folder of images. Each image is seen `repeats` times per epoch; `trigger` is the word for the concept.
-    class_tokens: the caption of images without one. lines, from_names: as for `Captions`.
-    """
-
-    path: Path
-    repeats: int = 1
-    trigger: str | None = None
-    class_tokens: str | None = None
-    lines: str = "all"
-    from_names: bool = False
-
-    def captions(self) -> Captions:
-        return Captions(self.path, self.lines, self.from_names)
-
-    def caption(self, found: Caption) -> str:
-        """What an image with that caption is trained on."""
-        return with_trigger(found.text or self.class_tokens or "", self.trigger)
+CLOSE = 0.05
+"""Repeats that are worked out from weights may miss them by this share."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One image to train on. `name`, "<folder>/<file>", is unique in its scan and survives moving the folder."""
+    """One image to train on, at one size. `name`, "<folder>/<file>", is unique in its scan and survives moving the
+    folder; an image that is trained at several sizes has one a size, "<folder>/<file>@512x512".
+    """
 
     name: str
     path: Path
-    caption: str
+    texts: tuple[str, ...]  # variants of its caption
     repeats: int
     bucket: Size  # (w, h) in pixels
     resized: Size  # (w, h), covers the bucket
     recolored: bool = False  # from the colors of its profile
+    folder: Folder = Folder(Path())  # filled
+    found: Caption = Caption("")
+    views: tuple[View, ...] = (View(),)
+    mask: Path | None = None  # the image itself, if its transparency is the mask
+
+    @property
+    def caption(self) -> str:
+        """The first variant."""
+        return self.texts[0]
+
+    @property
+    def weight(self) -> float:
+        """How much its loss counts."""
+        prior = self.folder.prior_weight
+        return prior if self.folder.regularization and prior is not None else 1.0
 
 
 @dataclass(frozen=True)
@@ -83,34 +83,30 @@ class ChooseShape(Protocol):
 
 def scan(
     folders: Sequence[Folder],
-    resolution: int | Size,
-    min_side: int,
-    max_side: int,
+    resolution: Resolution,
+    min_side: int | None = None,
+    max_side: int | None = None,
     step: int = 16,
     upscale: bool = True,
     skip_bad: bool = False,
 ) -> Scan:
     """Every image of `folders`, in order. Reads only the images' headers.
 
-    Bad images and captions raise one WrongRequest that names them. With `skip_bad`, a bad image becomes a line of
-    `skipped`, and a bad caption counts as none. Also raises WrongRequest for a folder that is missing or has no image,
-    for repeats below 1, and if no usable image is left.
+    resolution, upscale: of folders that have none of their own. min_side, max_side: of buckets, in pixels; by default
+    half and twice the side of a square of their size.
+    Bad images, captions and masks raise one WrongRequest that names them. With `skip_bad`, a bad image becomes a line
+    of `skipped`, and a bad caption counts as none. Also raises WrongRequest for a folder that is missing or has no
+    image, for settings that contradict each other, and if no usable image is left.
     """
     if not folders:
         raise WrongRequest("no folder of images was given; name at least one")
-    shape = partial(
-        choose_bucket, resolution=resolution, min_side=min_side, max_side=max_side, step=step, upscale=upscale
-    )
-    shape(
-        *((resolution, resolution) if isinstance(resolution, int) else resolution)
-    )  # raises if the settings are impossible
-    scanned = _Scan(shape, with_labels=len(folders) > 1)
+    scanned = _Scan(min_side, max_side, step, with_labels=len(folders) > 1)
     labels: set[str] = set()
     for folder in folders:
         name = os.path.basename(os.path.abspath(folder.path))
         label = next(label for label in chain([name], (f"{name}#{n}" for n in count(2))) if label not in labels)
         labels.add(label)
-        scanned.add(folder, label)
+        scanned.add(folder.filled(ImageSettings(resolution=resolution, upscale=upscale)), label)
     bad = [*scanned.bad_images, *scanned.bad_captions]
     if bad and not skip_bad:
         raise WrongRequest(_refusal(bad))
@@ -120,98 +116,94 @@ def scan(
     return Scan(scanned.examples, scanned.bad_images, scanned.findings)
 
 
-def captions_of(folders: Sequence[Folder]) -> Iterator[str]:
-    """What each image of `folders` is trained on; bad captions are left out."""
-    for folder in folders:
-        captions = folder.captions()
-        for path in image_files(folder.path):
-            try:
-                yield folder.caption(captions.of(path))
-            except WrongRequest:
-                continue
-
-
-def subfolders(folder: Path, depth: float = LEVELS) -> Iterator[Path]:
-    """Every folder inside `folder`, up to `depth` levels down, that holds images, sorted by path. Hidden ones are left
-    out, and so are runs, whose previews nobody wants to train on.
+def balanced(examples: Sequence[Example], trained: Sequence[Path]) -> list[Example]:
+    """`examples` with the repeats that the weights of the folders `trained` ask for, and with regularization images
+    repeated until there are as many of them in an epoch as others.
     """
-    for path, names, files in os.walk(folder):
-        inside = Path(path).relative_to(folder).parts
-        is_run = "config.toml" in files and "log.jsonl" in files
-        names[:] = [] if is_run or len(inside) >= depth else sorted(name for name in names if not name.startswith("."))
-        if inside and not is_run and image_files(Path(path)):
-            yield Path(path)
+    own = [e for e in examples if e.folder.path in trained and not e.folder.regularization]
+    weights = {e.folder.path: e.folder.weight for e in own if e.folder.weight is not None}
+    counts = Counter(e.folder.path for e in own)
+    repeats = whole_repeats({path: weight / counts[path] for path, weight in weights.items()})
+    examples = [replace(e, repeats=repeats.get(e.folder.path, e.repeats)) if e in own else e for e in examples]
+    regularizing = [e for e in examples if e.folder.path in trained and e.folder.regularization]
+    others = sum(e.repeats for e in examples if e.folder.path in trained and not e.folder.regularization)
+    times = max(1, round(others / max(1, sum(e.repeats for e in regularizing))))
+    return [replace(e, repeats=e.repeats * times) if e in regularizing else e for e in examples]
 
 
-def expand(folder: Folder, recursive: bool) -> list[Folder]:
-    """`folder` as the folders that hold its images.
+def whole_repeats(shares: Mapping[Path, float]) -> dict[Path, int]:
+    """Small whole numbers in the ratios of `shares`, within CLOSE wherever numbers up to 12 times the smallest do."""
+    if not shares:
+        return {}
+    least = min(shares.values())
 
-    With `recursive`, those inside it count too. Without images of its own, it stands for the folders inside it that
-    are called as sd-scripts wants: "10_zqx man" has 10 repeats, and "zqx man" is the caption of images without one.
-    Raises WrongRequest if it holds no images but folders inside it do.
-    """
-    if not folder.path.is_dir():
-        return [folder]  # `scan` says what is wrong
-    own, inside = bool(image_files(folder.path)), list(subfolders(folder.path, math.inf if recursive else LEVELS))
-    named = [path for path in inside if path.parent == folder.path and repeats_and_class(path)]
-    if not own and inside and not recursive and not named:
-        images = sum(len(image_files(path)) for path in inside)
-        raise WrongRequest(
-            f"{folder.path} holds no images itself, but {images} lie in {len(inside)} folders inside it; name "
-            "those, or pass --recursive"
-        )
-    paths = [*([folder.path] if own or not inside else []), *(inside if recursive else () if own else named)]
-    return [_as_named(replace(folder, path=path)) for path in paths]
+    def error(times: int) -> float:
+        return max(abs(round(times * s / least) / (times * s / least) - 1) for s in shares.values())
 
-
-def repeats_and_class(folder: Path) -> tuple[int, str] | None:
-    """(10, "zqx man") for a folder called "10_zqx man"; None for other names."""
-    match = re.fullmatch(r"([1-9]\d*)_\s*(\S.*)", folder.name)
-    return (int(match[1]), " ".join(match[2].split())) if match else None
-
-
-def _as_named(folder: Folder) -> Folder:
-    """`folder` with the repeats and class tokens of its name, unless it has its own."""
-    found = repeats_and_class(folder.path)
-    if found is None or folder.repeats != 1 or folder.class_tokens is not None:
-        return folder
-    return replace(folder, repeats=found[0], class_tokens=found[1])
+    tried = range(1, 13)
+    times = next((n for n in tried if error(n) <= CLOSE), min(tried, key=error))
+    return {path: round(times * share / least) for path, share in shares.items()}
 
 
 class _Scan:
     """What `scan` has found so far. with_labels: a file's name alone would not tell which folder it is in."""
 
-    def __init__(self, shape: ChooseShape, with_labels: bool) -> None:
-        self.shape, self.with_labels = shape, with_labels
+    def __init__(self, min_side: int | None, max_side: int | None, step: int, with_labels: bool) -> None:
+        self.min_side, self.max_side, self.step, self.with_labels = min_side, max_side, step, with_labels
         self.examples: list[Example] = []
         self.bad_images: list[str] = []
         self.bad_captions: list[str] = []
         self.findings = Findings()
-        self._seen: set[Path] = set()
+        self._seen: dict[Path, Example] = {}  # the first of each image
+        self._shapes: set[tuple[Path, Size]] = set()
 
     def add(self, folder: Folder, label: str) -> None:
-        images, masks, unread = _checked_listing(folder)
-        captions, prefix = folder.captions(), f"{label}/" if self.with_labels else ""
+        """folder: filled."""
+        check_folder(folder)
+        images, named_masks, unread = _checked_listing(folder)
+        captions, masks, prefix = folder_captions(folder), Masks(folder), f"{label}/" if self.with_labels else ""
+        shapes, largest = self._choices(folder), 0
         self.findings.unread.update(unread)
         for path in images:
-            if path.resolve() in self._seen:
-                self.findings.add("twice", prefix + path.name)
-                continue
-            self._seen.add(path.resolve())
+            name = prefix + path.name
             try:
                 header = read_header(path)
-                bucket, resized = _shape_of(path, header, self.shape)
+                mask = self._mask(path, header, masks, name)
+                found = [(size, *_shape_of(path, header, shape)) for size, shape in shapes.items()]
             except WrongRequest as error:
                 self.bad_images.append(str(error))
                 continue
-            caption = self._caption(path, prefix + path.name, folder, captions)
-            self.findings.look_at_shape(prefix + path.name, header, bucket, resized)
-            full, recolored = f"{label}/{path.name}", header.recolored
-            self.examples.append(Example(full, path, caption, folder.repeats, bucket, resized, recolored))
-        for path in masks:
+            largest = max(largest, header.width * header.height)
+            if (first := self._seen.get(path.resolve())) is None:
+                caption = self._caption(path, name, folder, captions)
+                texts = caption_variants(caption.texts, folder)
+            else:  # of a folder that is named twice
+                caption, texts = first.found, first.texts
+                _require_same_captions(first, path, captions, folder)
+            new = {one[1]: one for one in reversed(found) if (path.resolve(), one[1]) not in self._shapes}
+            if not new:
+                self.findings.add("twice", name)
+            for (width, height), bucket, resized in reversed(new.values()):
+                self._shapes.add((path.resolve(), bucket))
+                self.findings.look_at_shape(name, header, bucket, resized)
+                full = f"{label}/{path.name}" + (f"@{width}x{height}" if len(shapes) > 1 else "")
+                views, recolored = image_views(path.name, resized, bucket, folder), header.recolored
+                example = Example(
+                    full, path, texts, folder.repeats, bucket, resized, recolored, folder, caption, views, mask
+                )
+                self._seen.setdefault(path.resolve(), example)
+                self.examples.append(example)
+        own = [e.mask for e in self.examples if e.folder == folder]
+        if folder.masks and own and not any(own):
+            raise WrongRequest(f"no image of {folder.path} has a mask ({folder.masks}); add some, or leave out --masks")
+        for path in named_masks if folder.masks is None else ():
             self.findings.add("mask", prefix + path.name)
-        for name in captions.unused([*images, *masks]):
+        for path in sorted(masks.unused):
+            self.findings.add("unused mask", prefix + path.name)
+        for name in captions.unused([*images, *named_masks]):
             self.findings.add("no image", prefix + name)
+        if len(shapes) > 1 and largest:
+            _require_large_images(folder, shapes, largest)
 
     def look_for_subfolders(self, scanned: Sequence[Path]) -> None:
         known = {path.resolve() for path in scanned}
@@ -219,16 +211,87 @@ class _Scan:
             if path.resolve() not in known:
                 self.findings.add("unread folder", str(path))
 
-    def _caption(self, path: Path, name: str, folder: Folder, captions: Captions) -> str:
+    def _choices(self, folder: Folder) -> dict[Size, ChooseShape]:
+        """For each size that the images of `folder` are trained at, what chooses an image's bucket."""
+        choices = {}
+        for size in sizes_of(folder.resolution or 0):
+            side, step = math.isqrt(size[0] * size[1]), self.step
+            sides = {
+                "min_side": self.min_side or max(step, side // 2 // step * step),
+                "max_side": self.max_side or 2 * side,
+            }
+            resolution = size[0] if size[0] == size[1] else size
+            upscale = folder.upscale is not False
+            choose = partial(choose_bucket, resolution=resolution, **sides, step=step, upscale=upscale)
+            choose(*size)  # raises if the settings are impossible
+            choices[size] = choose
+        return choices
+
+    def _mask(self, path: Path, header: Header, masks: Masks, name: str) -> Path | None:
+        mask = masks.of(path)
+        if mask is not None and mask != path:
+            size, own = image_size(mask), (header.width, header.height)
+            check_mask(mask, own, size)
+            if size != own:
+                self.findings.add("scaled mask", name)
+        elif mask is None and masks.kind:
+            self.findings.add("no mask", name)
+        return mask
+
+    def _caption(self, path: Path, name: str, folder: Folder, captions: Captions) -> Caption:
         try:
             found = captions.of(path)
         except WrongRequest as error:
             if str(error) not in self.bad_captions:
                 self.bad_captions.append(str(error))
             found = Caption("", why=str(error).rpartition("; ")[0])
-        caption = folder.caption(found)
-        self.findings.look_at_caption(name, found, caption)
-        return caption
+        self.findings.look_at_caption(name, found, caption_variants(found.texts, folder)[0], folder)
+        return found
+
+
+def _require_large_images(folder: Folder, sizes: Collection[Size], largest: int) -> None:
+    """Raise WrongRequest if one of `sizes` is larger than the largest image of `folder`, of so many pixels."""
+    for width, height in sizes:
+        if width * height > largest:
+            side = math.isqrt(largest)
+            raise WrongRequest(
+                f"no image of {folder.path} is as large as {width} x {height} pixels (the largest has the area of "
+                f"{side} x {side}); leave that out of its resolutions"
+            )
+
+
+def folder_captions(folder: Folder) -> Captions:
+    return Captions(folder.path, folder.caption_line or "all", bool(folder.caption_from_name))
+
+
+def check_folder(folder: Folder) -> None:
+    """Raise WrongRequest for settings of `folder` (filled) that have no effect together, in pairs."""
+    tags = folder.shuffle_tags or folder.tag_dropout
+    wrong = (
+        (folder.weight is not None and folder.repeats != 1, "weight", "repeats", "one of them"),
+        (folder.keep_tokens and not tags, "keep_tokens", "neither shuffle_tags nor tag_dropout", "one of these"),
+        (folder.mask_outside and not folder.masks, "mask_outside", "no masks", "masks"),
+        (folder.mask_normalize and not folder.masks, "mask_normalize", "no masks", "masks"),
+        (folder.prior_weight is not None and not folder.regularization, "prior_weight", "no regularization", "it"),
+        (folder.regularization and folder.weight is not None, "weight", "regularization", "repeats"),
+        (folder.caption_dropout == 1, "caption_dropout = 1", "captions, none of which would be seen", "less"),
+        (folder.tag_dropout == 1, "tag_dropout = 1", "tags, none of which would be seen", "less"),
+    )
+    for is_wrong, one, other, way in wrong:
+        if is_wrong:
+            raise WrongRequest(f"{folder.path} has {one} and {other}; set {way}, or leave {one.split(' ')[0]} out")
+
+
+def _require_same_captions(first: Example, path: Path, captions: Captions, folder: Folder) -> None:
+    try:
+        texts = caption_variants(captions.of(path).texts, folder)
+    except WrongRequest:  # said before
+        return
+    if texts != first.texts:
+        raise WrongRequest(
+            f"{folder.path} is named twice, with different captions for {path.name} ({first.caption!r} and "
+            f"{texts[0]!r}); name it once, or give both the same settings"
+        )
 
 
 def _checked_listing(folder: Folder) -> Listing:

@@ -7,8 +7,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import NamedTuple
 
+from fluxq.settings import Folder
+
 from .buckets import Size
-from .captions import TEXT_SUFFIXES, Caption, has_placeholder, has_weight
+from .captions import TEXT_SUFFIXES, Caption, has_choice, has_placeholder, has_weight, with_trigger
 from .images import PLUGINS, Header
 from .looks import Look, copies
 
@@ -19,7 +21,10 @@ BESIDE_IMAGES |= {".db", ".ini", ".md", ".log", ".zip"}
 """Suffixes of files that nobody takes for images."""
 KINDS = {
     "twice": "images listed more than once, each counted once",
-    "mask": "masks of other images, not trained on",
+    "mask": "masks of other images, not trained on (--masks beside uses them)",
+    "no mask": "images without a mask, trained whole",
+    "unused mask": "masks without an image",
+    "scaled mask": "masks of another size than their image, scaled to it",
     "unread folder": "folders inside that hold images, not read without --recursive",
     "animated": "animations, of which only the first frame is read",
     "enlarged": f"images enlarged more than {ENLARGED:g} times, which makes them soft",
@@ -33,6 +38,7 @@ KINDS = {
     "no image": "files of captions without an image",
     "placeholder": "captions with [trigger], {trigger} or [name] in them, but there is no trigger",
     "weight": "captions that weight words, (red:1.3), which training takes literally",
+    "choice": "captions with alternatives {a|b}, taken literally (--wildcards draws one)",
     "trigger added": "captions without the trigger, now added",
 }
 """What can be found, in the order in which it is said."""
@@ -80,8 +86,8 @@ class Findings:
         for first, path, equal in copies(looks):
             self.add("equal" if equal else "copy", f"{names[first]} and {names[path]}")
 
-    def look_at_caption(self, name: str, found: Caption, caption: str) -> None:
-        """caption: what the image is trained on."""
+    def look_at_caption(self, name: str, found: Caption, caption: str, folder: Folder) -> None:
+        """caption: what the image is trained on, or a variant of it. folder: filled."""
         self.sources[found.source or "without"] += 1
         if found.encoding:
             self.add("encoding", f"{name} in {found.encoding}")
@@ -89,8 +95,12 @@ class Findings:
             self.add("no caption", f"{name}: {found.why}")
         elif has_placeholder(caption):
             self.add("placeholder", name)
-        elif caption != found.text and not has_placeholder(found.text):
-            self.add("trigger added", name)
+        else:
+            own = " ".join(filter(None, (folder.caption_prefix, found.text, folder.caption_suffix)))
+            if not has_placeholder(own) and with_trigger(own, folder.trigger) != own:
+                self.add("trigger added", name)
+        if has_choice(caption):
+            self.add("choice", name)
         if has_weight(caption):
             self.add("weight", name)
 

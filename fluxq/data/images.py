@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import ExifTags, Image, ImageCms, PngImagePlugin
+from PIL import ExifTags, Image, ImageCms, ImageEnhance, PngImagePlugin
 
 from fluxq.errors import WrongRequest
 
@@ -105,6 +105,23 @@ def _plugin(suffix: str) -> bool:
     return True
 
 
+class View(NamedTuple):
+    """One way to see an image. offset: (left, top) of its bucket in the resized image, None for the center. colors:
+    factors of brightness, contrast and saturation. mirrored: after it was cut.
+    """
+
+    mirrored: bool = False
+    offset: tuple[int, int] | None = None
+    colors: tuple[float, float, float] | None = None
+
+    def key(self) -> tuple[str, ...]:
+        """What tells its latents from those of the plain view; () for that."""
+        return () if self == PLAIN else (repr(tuple(self)),)
+
+
+PLAIN = View()
+
+
 class Header(NamedTuple):
     """What a file's header says: the size of the upright image in pixels, whether it has several frames, of which only
     the first is read, and whether its profile has other colors than sRGB.
@@ -119,7 +136,7 @@ class Header(NamedTuple):
 def read_header(path: Path, max_pixels: int = MAX_PIXELS) -> Header:
     """Raises the errors of `open_image`."""
     with opened(path, max_pixels) as image:
-        width, height = image.size[::-1] if _orientation(image) >= 5 else image.size
+        width, height = image.size[::-1] if orientation(image) >= 5 else image.size
         return Header(
             width, height, bool(getattr(image, "is_animated", False)) and image.format != "MPO", _is_recolored(image)
         )
@@ -141,20 +158,22 @@ def open_image(path: Path, max_pixels: int = MAX_PIXELS) -> Image.Image:
     """
     with opened(path, max_pixels) as image:
         image.load()
-        upright = UPRIGHT.get(_orientation(image))
+        upright = UPRIGHT.get(orientation(image))
         image = to_rgb(image)
         return image.transpose(upright) if upright is not None else image
 
 
-def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int]) -> torch.Tensor:
-    """The RGB `image` resized to `resized` (w, h) and center-cropped to `bucket` (w, h): (3, H, W) fp32 in [-1, 1].
+def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int], view: View = PLAIN) -> torch.Tensor:
+    """The RGB `image` resized to `resized` (w, h) and cut to `bucket` (w, h) as `view` says: (3, H, W) fp32 in [-1, 1].
 
     Shrinking averages areas exactly; if either side grows, Lanczos is used for both. Raises ValueError if `resized`
     does not cover `bucket`.
     """
-    left, top = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
-    if left < 0 or top < 0:
+    center = (resized[0] - bucket[0]) // 2, (resized[1] - bucket[1]) // 2
+    if min(center) < 0:
         raise ValueError(f"an image resized to {resized} does not cover its bucket {bucket}")
+    left, top = view.offset or center
+    image = with_colors(image, view.colors)
     if image.size == resized:
         pixels = np.asarray(image, dtype=np.float32)
     elif image.width >= resized[0] and image.height >= resized[1]:
@@ -162,7 +181,19 @@ def prepare(image: Image.Image, resized: tuple[int, int], bucket: tuple[int, int
     else:
         pixels = np.asarray(image.resize(resized, Image.Resampling.LANCZOS), dtype=np.float32)
     pixels = pixels[top : top + bucket[1], left : left + bucket[0]]  # (H, W, 3)
+    pixels = pixels[:, ::-1] if view.mirrored else pixels
     return torch.from_numpy(np.ascontiguousarray(pixels.transpose(2, 0, 1))) / 127.5 - 1.0
+
+
+def with_colors(image: Image.Image, colors: tuple[float, float, float] | None) -> Image.Image:
+    """The RGB `image` with other brightness, contrast and saturation."""
+    if colors is None:
+        return image
+    for enhance, factor in zip(
+        (ImageEnhance.Brightness, ImageEnhance.Contrast, ImageEnhance.Color), colors, strict=True
+    ):
+        image = enhance(image).enhance(factor)
+    return image
 
 
 @contextmanager
@@ -195,7 +226,7 @@ def _reason(path: Path, error: Exception) -> str:
     return str(error) or type(error).__name__
 
 
-def _orientation(image: Image.Image) -> int:
+def orientation(image: Image.Image) -> int:
     """The EXIF orientation, 1 to 8; 1 if the metadata is missing or damaged."""
     try:
         # The base class's method: PNG's own decodes the whole image to look for metadata after it.

@@ -157,8 +157,8 @@ def preview_limits(config: TrainConfig, models: Models, placement: Placement) ->
     """
     if placement.plan is None or placement.budget is None:
         return SamplingLimits()
-    size = config.data.resolution or 0
-    step = config.training.batch * ((size // 16) ** 2 + models.t5_length)
+    batch, side = config.largest_batch
+    step = batch * ((side // 16) ** 2 + models.t5_length)
     return SamplingLimits(
         min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.setting)
     )

@@ -93,7 +93,7 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
         slots=memory_config.slots,
         offload=memory_config.offload,
     )
-    size = config.data.resolution or 0
+    _, size = config.largest_batch
     smaller = {f"--resolution {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
     budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (ram_bytes() or (0, None))[1], pins)
     chosen = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
@@ -122,7 +122,7 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
         offload=memory_config.offload,
     )
     formats = [format for format in ("nf4", eight_bits, "bf16") if models.fits_on_disk(format)]
-    tables = [costs_of(config, models, config.data.resolution or 0, format) for format in formats or ["nf4"]]
+    tables = [costs_of(config, models, config.largest_batch[1], format) for format in formats or ["nf4"]]
     vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
     if vram is None:
         take_share()
@@ -138,7 +138,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         models.compute,
         config.lora.rank or DEFAULT_RANK,
         config.lora.targets or DEFAULT_TARGETS,
-        training.batch,
+        config.largest_batch[0],
         (size // 16) ** 2,
         models.t5_length,
         training.optimizer,

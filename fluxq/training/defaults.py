@@ -2,33 +2,38 @@
 
 from __future__ import annotations
 
+import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
 
-from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, FolderConfig, TrainConfig
+from fluxq.caching.folders import scan_data
+from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, OutputConfig, TrainConfig, TrainingConfig
 from fluxq.console import Notify, plural
-from fluxq.data.buckets import multiple_of_16
-from fluxq.data.examples import Folder, expand
-from fluxq.data.images import image_files
+from fluxq.data.buckets import Size, multiple_of_16
+from fluxq.data.examples import Scan
+from fluxq.data.folders import expand
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import Lora
 from fluxq.memory.placement import choose_format
 from fluxq.models.parts import Models
+from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
 
 
-def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> TrainConfig:
-    """`config` with every setting filled in. start: the LoRA that training starts from, if any.
+def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> tuple[TrainConfig, Scan]:
+    """`config` with every setting filled in, and its images. start: the LoRA that training starts from, if any.
 
-    Raises WrongRequest for settings that contradict each other.
+    Raises WrongRequest for settings that contradict each other, and for images and captions that cannot be used.
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     check_text_encoder(config, models)
     data = resolve_data(config.data, models, notify)
+    scanned = scan_data(data)
     if start is not None:
         lora = settings_of(start, lora, models.flux_config, notify)
     if lora.rank is None:
@@ -38,13 +43,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     if lora.alpha is None:
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
-    if training.steps is None:
-        images = sum(len(image_files(f.path)) for f in data.folders if f.path.is_dir())
-        seen, at_once = min(3000, max(1000, 100 * images)), training.batch * training.accumulate
-        training = replace(training, steps=-(-seen // at_once))
-        times = round(seen / max(images, 1), 1)
-        why = f"each of {plural(images, 'image')} is seen {times:g} times on average"
-        notify(f"steps {training.steps}: {why}{f', {at_once} a step' if at_once > 1 else ''}")
+    training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
     if training.learning_rate == defaults.training.learning_rate:
         notify(f"learning rate {training.learning_rate:g}: the usual one if alpha equals rank")
     if lora.text_encoder and training.text_learning_rate is None:
@@ -59,16 +58,60 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         raise WrongRequest(
             f"a warm-up of {training.warmup} steps does not fit into {training.steps}; lower --warmup or raise --steps"
         )
-    name = config.output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
+    name = output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     name = _file_name(name)
-    output = replace(config.output, name=name, out=config.output.out or Path("runs") / name)
+    output = replace(output, name=name, out=output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
     resolve_format(config, models, notify)
     for line in caveats(models):
         notify(line)
-    return replace(config, model=replace(models.resolved(), t5_length=models.t5_length))
+    return replace(config, model=replace(models.resolved(), t5_length=models.t5_length)), scanned
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """What an epoch of training has: distinct images, how often images are seen, and micro-batches; of these images
+    without those of regularization.
+    """
+
+    images: int
+    seen: int
+    batches: int
+
+
+def epoch_of(data: DataConfig, scanned: Scan, batch: int) -> Epoch:
+    trained = {folder.path for folder in data.folders}
+    examples = [example for example in scanned.examples if example.folder.path in trained]
+    own = [example for example in examples if not example.folder.regularization]
+    groups: Counter[tuple[Size, int]] = Counter()
+    for example in examples:
+        groups[example.bucket, example.folder.batch or batch] += example.repeats
+    batches = sum(-(-count // size) for (_, size), count in groups.items())
+    return Epoch(len({example.path for example in own}), sum(example.repeats for example in own), batches)
+
+
+def resolve_steps(
+    training: TrainingConfig, output: OutputConfig, epoch: Epoch, notify: Notify
+) -> tuple[TrainingConfig, OutputConfig]:
+    """Both with steps in place of epochs, and with default steps: so many that images are seen often enough."""
+    per_epoch = epoch.batches / training.accumulate
+    if training.epochs is not None:
+        training = replace(training, steps=math.ceil(training.epochs * per_epoch), epochs=None)
+        notify(f"steps {training.steps}: {per_epoch:g} an epoch")
+    if output.save_every_epochs is not None:
+        every = max(1, round(output.save_every_epochs * per_epoch))
+        output = replace(output, save_every=every, save_every_epochs=None)
+        notify(f"saves every {plural(every, 'step')}: {per_epoch:g} an epoch")
+    if training.steps is None:
+        images, at_once = max(1, epoch.images), epoch.seen / max(1, epoch.batches) * training.accumulate
+        seen = min(3000, max(1000, 100 * images))
+        training = replace(training, steps=math.ceil(seen / at_once))
+        times = cast(int, training.steps) * at_once / images
+        why = f"each of {plural(images, 'image')} is seen {times:.4g} times on average"
+        notify(f"steps {training.steps}: {why}{f', {at_once:.3g} a step' if at_once != 1 else ''}")
+    return training, output
 
 
 def caveats(models: Models) -> list[str]:
@@ -118,31 +161,30 @@ def resolve_data(data: DataConfig, models: Models, notify: Notify) -> DataConfig
     """`data` with resolution, sides of buckets and absolute paths filled in. Raises WrongRequest without folders."""
     if not data.folders:
         raise WrongRequest("no folder of images was given; name at least one")
-    if data.resolution is None:
+    if data.resolution is None and not all(f.resolution for f in (*data.folders, *data.validation)):
         resolution, reason = models.default_resolution
         data = replace(data, resolution=resolution)
         notify(f"resolution {resolution}: {reason}")
-    resolution = multiple_of_16("resolution", cast(int, data.resolution))
-    return replace(
-        data,
-        folders=tuple(_expanded(data.folders, data)),
-        validation=tuple(_expanded(data.validation, data)),
-        cache=data.cache.resolve(),
-        min_side=data.min_side or max(data.step, resolution // 2 // data.step * data.step),
-        max_side=data.max_side or resolution * 2,
-    )
+    for resolution in (data.resolution, *(folder.resolution for folder in (*data.folders, *data.validation))):
+        for size in sizes_of(resolution or ()):
+            for side in size:
+                multiple_of_16("resolution", side)
+    folders, validation = ([*_expanded(some, data)] for some in (data.folders, data.validation))
+    weighted = [folder for folder in folders if folder.weight is not None]
+    if weighted and (without := [f for f in folders if f.weight is None and not f.regularization]):
+        raise WrongRequest(
+            f"{weighted[0].path} has a weight and {without[0].path} has none; give each folder a weight, or none"
+        )
+    return replace(data, folders=tuple(folders), validation=tuple(validation), cache=data.cache.resolve())
 
 
-def _expanded(folders: Sequence[FolderConfig], data: DataConfig) -> Iterator[FolderConfig]:
+def _expanded(folders: Sequence[Folder], data: DataConfig) -> Iterator[Folder]:
     """The folders that hold the images of `folders`, with absolute paths. A folder's own trigger, even an empty one,
     overrides that of `data`.
     """
     for folder in folders:
         trigger = folder.trigger if folder.trigger is not None else data.trigger
-        for found in expand(
-            Folder(folder.path.resolve(), folder.repeats, trigger, folder.class_tokens), data.recursive
-        ):
-            yield FolderConfig(found.path, found.repeats, found.trigger, found.class_tokens)
+        yield from expand(replace(folder, path=folder.path.resolve(), trigger=trigger), data.recursive)
 
 
 def _file_name(text: str) -> str:

@@ -85,7 +85,7 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
     loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
     lora = 2 * sum(tensors) + HEADER * len(tensors) + _split_bytes(config, models)
-    side = config.data.resolution or 0
+    side = config.data.side
     image = 3 * (config.samples.width or side) * (config.samples.height or side)
     sheets = -(-steps // every) if every else 0
     samples, log = out / "samples", out / "log.jsonl"

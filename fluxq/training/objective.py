@@ -23,9 +23,15 @@ CALIBRATION_BATCHES = 2
 
 
 class NumberedBatches(Protocol):
-    """Micro-batches by number; caching.Batches is one. Only `batch` may read latents and T5's embeddings."""
+    """Micro-batches by number; caching.Batches is one. Only `batch` may read latents and T5's embeddings.
 
+    largest: the most examples of any.
+    """
+
+    @property
+    def largest(self) -> int: ...
     def batch(self, index: int) -> Batch: ...
+    def seen_before(self, index: int) -> int: ...
     def bucket_of(self, index: int) -> tuple[int, int]: ...
     def examples_of(self, index: int) -> list[str]: ...
     def pooled_of(self, index: int) -> Tensor: ...
@@ -47,12 +53,12 @@ class Objective:
         Modulation is first computed when this is first called, so the model must have its rotations by then.
         """
         if self._lookahead is None:
-            self._lookahead = Lookahead(self.flux, self.conditioning, self.training.batch)
+            self._lookahead = Lookahead(self.flux, self.conditioning, self.batches.largest)
         return self._loss(index, self._lookahead.rows(index))
 
     def share(self, index: int) -> float:
-        """How full micro-step `index` is: 1, or less for the last batch of a bucket."""
-        return len(self.batches.examples_of(index)) / self.training.batch
+        """How full micro-step `index` is: 1, or less for the last batch of a bucket and smaller batches of a folder."""
+        return len(self.batches.examples_of(index)) / self.batches.largest
 
     def prepare(self, index: int) -> None:
         """Read what micro-step `index` needs and start its copies to the GPU, while that is still busy.
@@ -89,14 +95,16 @@ class Objective:
             prepared = index, *self._inputs(index)
         _, batch, noise, t = prepared
         batch, guidance = self._with_pooled(batch), self.training.guidance
-        return flow_loss(self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation).mean()
+        inputs = batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation
+        return flow_loss(self.flux, *inputs, weights=1.0 if batch.weights is None else batch.weights).mean()
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
         """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""
         batch, settings, device = self.batches.batch(index), self.training, self.flux.device
         noise = sample_noise(batch.latents.shape[1:], settings.seed, index, batch.examples)
         latents, txt, pooled = (sent(x, device) for x in (batch.latents, batch.txt, batch.pooled))
-        batch = replace(batch, latents=latents, txt=txt, pooled=pooled)
+        weights = None if batch.weights is None else sent(batch.weights, device)
+        batch = replace(batch, latents=latents, txt=txt, pooled=pooled, weights=weights)
         return batch, sent(noise, device), sent(self._timesteps(index), device)
 
     def _timesteps(self, index: int) -> Tensor:

@@ -2,18 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from itertools import islice
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 from PIL.Image import Image
 
-from fluxq.caching.folders import folders_of
 from fluxq.caching.store import Text
 from fluxq.config import TrainConfig
 from fluxq.console import Notify
 from fluxq.data.buckets import multiple_of_16
-from fluxq.data.examples import captions_of
 from fluxq.errors import WrongRequest
 from fluxq.memory.phases import preview_limits
 from fluxq.memory.retry import OutOfMemoryRetry
@@ -25,8 +22,8 @@ from fluxq.sampling.sheets import save_image
 from .run import Run
 
 
-def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
-    """The configured prompts, else the triggers, else the first three captions; () if the run has no previews."""
+def preview_prompts(config: TrainConfig, models: Models, captions: Iterable[str]) -> tuple[str, ...]:
+    """The configured prompts, else the triggers, else the first three of `captions`; () if the run has no previews."""
     samples, folders = config.samples, config.data.folders
     if not samples.every:
         return ()
@@ -35,8 +32,7 @@ def preview_prompts(config: TrainConfig, models: Models) -> tuple[str, ...]:
     if not (autoencoder := models.served("ae").path).exists():
         raise WrongRequest(f"previews need {autoencoder}, which does not exist; put it back, or pass --sample-every 0")
     triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
-    training = folders_of(config.data)[: len(folders)]
-    return samples.prompts or tuple(triggers) or tuple(islice(dict.fromkeys(captions_of(training)), 3))
+    return samples.prompts or tuple(triggers) or tuple(dict.fromkeys(captions))[:3]
 
 
 def save_previews(
@@ -53,7 +49,7 @@ def save_previews(
 
     If that fails, it notifies the user and training continues.
     """
-    requests = requests_for(run.config.samples, prompts, run.config.data.resolution or 0)
+    requests = requests_for(run.config.samples, prompts, run.config.data.side)
 
     def images() -> list[Image]:
         limits = preview_limits(run.config, models, retry.placement)

@@ -51,7 +51,7 @@ class Report:
         self._waiting = b""  # lines that the disk has not taken yet
         self._started = self._plotted = time.monotonic()
         self._first = start
-        self.health = Health(self.records, watch)
+        self.health, self._watch = Health(self.records, watch), watch
         self._plot: FigureCanvasAgg | None = None
         self._bar = progress_bars()
         self._task = self._bar.add_task("training", total=steps, completed=start)
@@ -79,7 +79,8 @@ class Report:
         peak = peak_bytes()
         record = {"step": step, "loss": loss, "grad": grad, "seconds": round(seconds, 4), "peak_bytes": peak}
         self.records.append(record)  # what the plot and `health` read
-        self._write(_line(record | {"learning_rate": learning_rate}))
+        more = {"images": self._watch.images_seen(step)} if self._watch else {}
+        self._write(_line(record | {"learning_rate": learning_rate} | more))
         per_step = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",

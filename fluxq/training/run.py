@@ -239,6 +239,9 @@ class Run:
         now, parts = dataset.contents(), []
         try:
             before = json.loads(self._data_file.read_text(encoding="utf-8"))
+            before = {
+                name: [*contents, {}][: len(Dataset.CONTENTS)] for name, contents in before.items()
+            }  # of old runs
             both = [name for name in now if len(before.get(name, ())) == len(Dataset.CONTENTS)]
         except (OSError, *MALFORMED):
             return "the images, captions or encoders changed"

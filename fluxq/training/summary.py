@@ -31,7 +31,7 @@ def summary(
 
     batches: per epoch; layers: those with LoRA.
     """
-    images, weights = len(dataset.examples), sum(p.numel() for p in parameters_of(optimizer))
+    images, weights = len({e.path for e in dataset.examples}), sum(p.numel() for p in parameters_of(optimizer))
     name = "nano" if models.is_nano else f"FLUX.1 {models.variant}"
     first = (
         f"{name} in {config.model.format}: {weights:,} trainable parameters in {plural(layers, 'layer')}; "

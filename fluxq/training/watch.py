@@ -42,6 +42,10 @@ class Watch:
         self.settle()
         return found + differences(old, self._conditions)
 
+    def images_seen(self, steps: int) -> int:
+        """How many images the first `steps` steps see, counting each time."""
+        return self.batches.seen_before(steps * self.config.training.accumulate)
+
     def regression(self, records: Sequence[Mapping]) -> str | None:
         """A line if the steps of this process are slower or bigger than those of the last runs."""
         now, runs = summary(records), self._history.runs()

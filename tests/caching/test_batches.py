@@ -1,6 +1,7 @@
 """Batches by index: one bucket each, every example in every epoch, independent of earlier requests."""
 
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 import torch
@@ -171,3 +172,81 @@ def test_nonsense_is_refused(store):
         Batches(some_dataset(), store, 0, seed=3)
     with pytest.raises(IndexError, match="-1"):
         Batches(some_dataset(), store, 2, seed=3).batch(-1)
+
+
+def varied(store: Store, **changes) -> Dataset:
+    """Two small images; what `changes` sets is of the first only."""
+    first = Entry("photos/0.png", "", 0, 0, 1, SMALL, ("picture0",), ("caption0",))
+    second = Entry("photos/1.png", "", 0, 0, 1, SMALL, ("picture1",), ("caption1",))
+    return Dataset((replace(first, **changes), second), {"": "caption4"}, t5_length=7)
+
+
+def seen(batches: Batches, name: str, steps: int = 400):
+    """Index of the micro-batch -> caption of the example `name` there."""
+    drawn = {index: batches.batch(index) for index in range(steps)}
+    return {i: batch.captions[batch.examples.index(name)] for i, batch in drawn.items() if name in batch.examples}
+
+
+def test_dropped_captions_are_the_empty_one_at_their_rate_and_address(store):
+    batches = Batches(varied(store, caption_dropout=0.3), store, 2, seed=1)
+    first, again = seen(batches, "photos/0.png"), seen(batches, "photos/0.png", 50)
+    dropped = [index for index, caption in first.items() if caption == "caption 4"]
+    assert 90 < len(dropped) < 150 and set(first.values()) == {"caption 0", "caption 4"}
+    assert again == {index: caption for index, caption in first.items() if index < 50}
+    assert set(seen(batches, "photos/1.png", 50).values()) == {"caption 1"}
+    place = batches.examples_of(dropped[0]).index("photos/0.png")
+    torch.testing.assert_close(batches.pooled_of(dropped[0])[place], torch.full((6,), 4.0))
+
+
+def test_every_nth_epoch_is_without_captions(store):
+    batches = Batches(varied(store, caption_dropout_epochs=3), store, 1, seed=1)
+    epochs = {index // 2 + 1: caption for index, caption in seen(batches, "photos/0.png", 18).items()}
+    assert epochs == {1: "caption 0", 2: "caption 0", 3: "caption 4", 4: "caption 0", 5: "caption 0", 6: "caption 4",
+                      7: "caption 0", 8: "caption 0", 9: "caption 4"}  # fmt: skip
+
+
+def test_masks_and_prior_weights_reach_the_loss(store):
+    mask = torch.zeros(4, 4)
+    mask[:, :1] = 1
+    store.put_mask("half", mask, "0.png")
+    plain = Batches(varied(store), store, 2, seed=1).batch(0)
+    assert plain.weights is None
+
+    def weights(**changes) -> torch.Tensor:
+        batch = Batches(varied(store, **changes), store, 2, seed=1).batch(0)
+        assert batch.weights is not None
+        return batch.weights[batch.examples.index("photos/0.png")], batch.weights[batch.examples.index("photos/1.png")]
+
+    masked, whole = weights(masks=("half",))
+    assert (masked[0] == mask).all() and (whole == 1).all() and whole.shape == (1, 4, 4)
+    masked, _ = weights(masks=("half",), mask_outside=0.2, weight=0.5)
+    torch.testing.assert_close(masked[0], 0.5 * (0.2 + 0.8 * mask))
+    masked, _ = weights(masks=("half",), mask_normalize=True)
+    torch.testing.assert_close(masked[0], 4 * mask)
+    prior, other = weights(weight=0.25)
+    assert prior.tolist() == [[[0.25]]] and other.tolist() == [[[1.0]]]
+
+
+def test_a_variant_of_an_image_comes_with_its_own_mask(store):
+    for n in (0, 1):
+        store.put_mask(f"mask{n}", torch.full((4, 4), 0.5 + n / 4), "0.png")
+    dataset = varied(store, latents=("picture0", "picture2"), masks=("mask0", "mask1"))
+    batches, found = Batches(dataset, store, 2, seed=1), set()
+    for index in range(30):
+        batch = batches.batch(index)
+        i = batch.examples.index("photos/0.png")
+        found.add((round(batch.latents[i].mean().item()), batch.weights[i].mean().item()))
+    assert found == {(0, 0.5), (2, 0.75)}
+
+
+def test_a_folder_has_batches_of_its_own_size(store):
+    entries = [replace(entry, batch=2 if n < 2 else 0) for n, entry in enumerate(some_dataset().examples)]
+    batches = Batches(Dataset(tuple(entries), {}, t5_length=7), store, 4, seed=1)
+    sizes = sorted(len(batches.examples_of(index)) for index in range(len(batches)))
+    assert batches.largest == 4 and sizes == [2, 3, 3], "two of a folder's own, three others there, three wide ones"
+
+
+def test_images_seen_are_counted_over_epochs(store):
+    batches = Batches(some_dataset(), store, 4, seed=1)
+    counts = [len(batches.examples_of(index)) for index in range(2 * len(batches) + 2)]
+    assert [batches.seen_before(index) for index in range(len(counts))] == [sum(counts[:i]) for i in range(len(counts))]

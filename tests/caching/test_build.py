@@ -14,7 +14,7 @@ from PIL import Image
 
 from fluxq.caching import Batches, Store
 from fluxq.caching.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
-from fluxq.data import Dataset, Folder
+from fluxq.data import Dataset, Folder, scan
 from fluxq.data.images import open_image, prepare
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
@@ -85,18 +85,17 @@ class Workshop:
         """Build the cache; afterwards `images`, `captions` and `loads` hold what this build requested."""
         for log in (self.images, self.captions, self.loads):
             log.clear()
+        scanning = {"folders": [Folder(self.photos)], "resolution": 64, "min_side": 32, "max_side": 128}
+        scanning |= {name: changes.pop(name) for name in [*scanning, "upscale", "step"] if name in changes}
         arguments = {
-            "folders": [Folder(self.photos)],
             "store_dir": self.store_dir,
             "encoders": self.encoders,
             "load_autoencoder": self.load_autoencoder,
             "load_text": self.load_text,
-            "resolution": 64,
-            "min_side": 32,
-            "max_side": 128,
             "t5_length": LENGTH,
         }
-        return build_cache(**{**arguments, **changes})
+        scanned = scan(**scanning, skip_bad=changes.get("skip_bad", False))
+        return build_cache(scanned, **{**arguments, **changes}, request=repr(scanning))
 
     def asked(self) -> tuple[int, list[str], list[str]]:
         """(images encoded, captions encoded, encoders loaded)"""
@@ -502,3 +501,61 @@ def test_unwritable_cache_gives_one_error(workshop):
     workshop.store_dir.write_text("a file where the folder should be")
     with pytest.raises(WrongRequest, match=r"cache/hashes.json cannot be read \(Not a directory\); choose another"):
         workshop.build()
+
+
+def test_variants_are_encoded_once_and_each_reaches_the_model(workshop):
+    folder = Folder(workshop.photos, trigger="zqx", shuffle_tags=True, flip=True, variants=3, caption_dropout=0.5)
+    (workshop.photos / "0.txt").write_text("a, b, c, d")
+    dataset = workshop.build(folders=[folder])
+    first = next(e for e in dataset.examples if e.name.endswith("0.png"))
+    assert len(first.text) == 3 and len(first.latents) == 2 and first.caption_dropout == 0.5
+    store = Store(workshop.store_dir)
+    assert all(set(store.text(key).caption.split(", ")) == {"zqx", "a", "b", "c", "d"} for key in first.text)
+    plain, mirrored = (store.latents(key)[0] for key in first.latents)
+    torch.testing.assert_close(mirrored, plain.flip(2))
+    assert "" in dataset.prompts and workshop.asked()[0] == 8
+    assert any(note.startswith("variants: 4 images are 8 latents and 6 captions") for note in dataset.notes)
+    assert workshop.build(folders=[folder]) == dataset and workshop.asked() == NOTHING
+    assert Dataset.load(next((workshop.store_dir / "datasets").iterdir())) == dataset
+    unvaried = workshop.build(folders=[Folder(workshop.photos, trigger="zqx")])
+    assert workshop.asked() == (
+        0,
+        ["zqx, a, b, c, d"] if "zqx, a, b, c, d" in workshop.captions else [],
+        workshop.loads,
+    )
+    assert unvaried.examples[0].latents == first.latents[:1], "the plain view is the record that was there before"
+
+
+def test_dropped_captions_need_the_encoders_of_the_empty_one(workshop):
+    workshop.build()
+    for path in workshop.encoders.text():
+        path.unlink()
+    assert "" not in workshop.build().prompts or workshop.asked() == NOTHING
+    changed = Folder(workshop.photos, class_tokens="new", shuffle_tags=True, trigger="other")
+    with pytest.raises(WrongRequest, match="captions must be encoded, but .* does not exist"):
+        workshop.build(folders=[changed])
+
+
+def test_masks_are_cached_beside_the_latents(workshop):
+    mask = Image.new("L", (64, 64), 0)
+    mask.paste(255, (0, 0, 32, 64))
+    mask.save(workshop.photos / "0-masklabel.png")
+    folder = Folder(workshop.photos, masks="beside", mask_outside=0.1, flip=True)
+    dataset, store = workshop.build(folders=[folder]), Store(workshop.store_dir)
+    first, second = dataset.examples[:2]
+    assert (len(first.masks), second.masks, first.mask_outside, second.mask_outside) == (2, (), 0.1, 0.0)
+    assert store.mask(first.masks[0])[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]
+    assert store.mask(first.masks[1])[0].tolist() == [0, 0, 0, 0, 1, 1, 1, 1]
+    assert verify_cache(workshop.store_dir).bad == {}
+    prune_cache(workshop.store_dir)
+    assert store.has("masks", first.masks[0])
+    before = dataset.digest()
+    mask.paste(255, (0, 0, 48, 64))
+    mask.save(workshop.photos / "0-masklabel.png")
+    assert workshop.build(folders=[folder]).digest() != before and workshop.asked() == NOTHING
+    mask.paste(0, (0, 0, 64, 64))
+    mask.save(workshop.photos / "0-masklabel.png")
+    with pytest.raises(WrongRequest, match="0-masklabel.png is black wherever"):
+        workshop.build(folders=[folder])
+    skipped = workshop.build(folders=[folder], skip_bad=True)
+    assert len(skipped.examples) == 3 and "is black wherever" in skipped.skipped[0]

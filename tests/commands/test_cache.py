@@ -8,7 +8,7 @@ from click.testing import CliRunner
 from live_bytes import LiveBytes
 
 from fluxq import nano
-from fluxq.caching.folders import cache_folders
+from fluxq.caching.folders import cache_folders, scan_data
 from fluxq.caching.store import Store
 from fluxq.cli.main import main
 from fluxq.commands.cache import cache_command
@@ -39,7 +39,10 @@ def test_both_encoders_get_the_budget_and_the_dataset_is_the_same(photos, tmp_pa
     for budget in (None, 1):
         values = {"folders": [str(photos)], "resolution": nano.SIZE, "cache": str(tmp_path / f"cache {budget}")}
         data = resolve_data(config_from_dict({"data": values}, "a test").data, models, lambda line: None)
-        dataset, store = cache_folders(data, models, (), lambda *progress: None, budget), Store(data.cache)
+        dataset, store = (
+            cache_folders(data, scan_data(data), models, (), lambda *progress: None, budget),
+            Store(data.cache),
+        )
         found[budget] = dataset, [store.text(key) for _, key in sorted(dataset.prompts.items())]
         latents = [store.latents(example.latents[0])[0] for example in dataset.examples]
         found[budget] += (latents,)

@@ -3,8 +3,8 @@
 import numpy as np
 from PIL import Image
 
+from fluxq.data import Folder, scan
 from fluxq.data.crops import CELL, GAP, crop_sheet
-from fluxq.data.examples import Folder, scan
 
 
 def test_what_is_cut_off_is_darkened_and_long_names_end(tmp_path):

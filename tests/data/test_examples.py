@@ -5,8 +5,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from fluxq.data.examples import Folder, captions_of, expand, scan, subfolders
+from fluxq.data.examples import scan
+from fluxq.data.folders import expand, subfolders
 from fluxq.errors import WrongRequest
+from fluxq.settings import Folder
 
 
 def write_image(path: Path, size: tuple[int, int] = (64, 64)) -> Path:
@@ -114,9 +116,7 @@ def test_findings_name_what_is_unusual(tmp_path):
     assert next(e.caption for e in triggered.examples if e.path.name == "a.png") == "a photo of zqx, (smiling:1.3)"
     added = next(finding for finding in triggered.found.all() if "now added" in finding.what)
     assert added.line() == "captions without the trigger, now added: 1 (gas_mask.png)"
-    assert list(captions_of([Folder(photos, trigger="zqx")]))[:3] == [
-        "a photo of zqx, (smiling:1.3)", "zqx", "zqx, a größe"
-    ]  # fmt: skip
+    assert [e.caption for e in triggered.examples][:3] == ["a photo of zqx, (smiling:1.3)", "zqx", "zqx, a größe"]
 
 
 def test_names_of_folders_mean_repeats_and_class_as_in_sd_scripts(tmp_path):

@@ -7,6 +7,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from PIL import Image
 
 from fluxq import nano
 from fluxq.config import config_from_dict
@@ -33,13 +34,14 @@ def free(monkeypatch):
 
 def needs(tmp_path: Path, run: list[Run] | None = None, **sections) -> dict[str, int]:
     (tmp_path / "photos").mkdir(exist_ok=True)
+    Image.new("RGB", (96, 96)).save(tmp_path / "photos" / "0.png")
     values = {"model": {"name": "nano"}, "data": {"folders": [str(tmp_path / "photos")], "resolution": 96}}
     values |= {"output": {"out": str(tmp_path / "run"), "name": "x"}, "training": {"steps": 10}}
     for name, section in sections.items():
         values[name] = {**values.get(name, {}), **section}
     config = config_from_dict(values, "a test")
     models = Models(config.model)
-    own = Run(resolve(config, models, silent))
+    own = Run(resolve(config, models, silent)[0])
     return {need.what: need.nbytes for need in needs_of(own, models, previews=2)}
 
 

@@ -143,11 +143,11 @@ def test_a_step_that_runs_out_of_memory_half_way_is_repeated_to_the_bit(tmp_path
     training = {"steps": 2, "accumulate": 2}
     undisturbed, calls, real = run(tmp_path, photos, "one", training=training), [], objective.flow_loss
 
-    def failing(*arguments):
+    def failing(*arguments, **options):
         calls.append(1)
         if len(calls) == 4:
             raise torch.OutOfMemoryError("injected")
-        return real(*arguments)
+        return real(*arguments, **options)
 
     monkeypatch.setattr(objective, "flow_loss", failing)
     again = run(tmp_path, photos, "two", training=training)
