@@ -69,12 +69,13 @@ def velocity(
     pooled: Tensor,
     guidance: float,
     modulation: Sequence[Tensor] | None = None,
+    txt_mask: Tensor | None = None,
 ) -> Tensor:
-    """The model's velocity (B, 16, H, W), fp32, at latents x (B, 16, H, W) and times t (B,). modulation: see Flux."""
+    """The model's velocity, fp32, at latents x (B, 16, H, W) and times t (B,). modulation and txt_mask: see Flux."""
     height, width = x.shape[2:]
     img_ids, txt_ids = image_ids(height // 2, width // 2, x.device), text_ids(txt.shape[1], x.device)
     conditions = conditioning(flux, t, pooled, guidance)
-    return unpack(flux(pack(x), img_ids, txt, txt_ids, *conditions, modulation), height, width).float()
+    return unpack(flux(pack(x), img_ids, txt, txt_ids, *conditions, modulation, txt_mask), height, width).float()
 
 
 def flow_loss(
@@ -86,13 +87,14 @@ def flow_loss(
     pooled: Tensor,
     guidance: float,
     modulation: Sequence[Tensor] | None = None,
+    txt_mask: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,)."""
     t = t.to(latents.device)
     mix = t[:, None, None, None]
     x = (1 - mix) * latents + mix * noise
     target = noise - latents
-    return (velocity(flux, x, t, txt, pooled, guidance, modulation) - target).square().mean(dim=(1, 2, 3))
+    return (velocity(flux, x, t, txt, pooled, guidance, modulation, txt_mask) - target).square().mean(dim=(1, 2, 3))
 
 
 def euler_timesteps(steps: int, shift: float) -> list[float]:
@@ -101,10 +103,7 @@ def euler_timesteps(steps: int, shift: float) -> list[float]:
 
 
 def euler(
-    field: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    times: Sequence[float],
-    tick: Callable[[], None] = lambda: None,
+    field: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], tick: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Integrate dx/dt = `field(x, t)` from `x` through `times` with Euler's method; returns the last x.
 
@@ -131,5 +130,5 @@ def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance
         at_times = [conditioning(flux, t.expand(count), batch.pooled, guidance) for t in grid]
         ahead = Lookahead(flux, at_times.__getitem__, count, times)
         for i, (t, _, _) in enumerate(at_times):
-            losses.append(flow_loss(flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i)))
+            losses.append(flow_loss(flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i), batch.txt_mask))
     return float(torch.cat(losses).mean())

@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.randomness import generator, normal
@@ -24,7 +25,8 @@ class Batch:
     """One micro-batch, in RAM.
 
     `examples` are the names of its B items, unique within an epoch: "<folder>/<file>", with "#2", "#3" ... for repeats.
-    `captions` are the captions behind txt and pooled, if there are any.
+    `captions` are the captions behind txt and pooled, if there are any. `txt_mask` is True for their tokens; it is None
+    if all captions have L of them.
     """
 
     latents: torch.Tensor  # (B, 16, h, w) fp32
@@ -32,6 +34,7 @@ class Batch:
     pooled: torch.Tensor  # (B, D2) fp32
     examples: list[str]
     captions: Sequence[str] = ()
+    txt_mask: torch.Tensor | None = None  # (B, L) bool
 
 
 class Batches:
@@ -65,8 +68,7 @@ class Batches:
             latents.append(mean + spread * normal(mean.shape, self.seed, "latents", index, name))
             texts.append(self._texts.get(self._variant("caption", index, name, entry.text)))
             names.append(name)
-        txt, pooled = torch.stack([text.t5 for text in texts]), torch.stack([text.clip for text in texts])
-        return Batch(torch.stack(latents), txt, pooled, names, [text.caption for text in texts])
+        return _batch(latents, texts, names)
 
     def bucket_of(self, index: int) -> tuple[int, int]:
         """(w, h) in pixels of the images in micro-batch `index`. Reads no files."""
@@ -109,13 +111,25 @@ def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterato
         for start in range(0, len(members), batch_size):
             some = members[start : start + batch_size]
             texts = [store.text(entry.text[0]) for entry in some]
-            yield Batch(
-                torch.stack([store.latents(entry.latents[0])[0] for entry in some]),
-                torch.stack([text.t5 for text in texts]),
-                torch.stack([text.clip for text in texts]),
-                [entry.name for entry in some],
-                [text.caption for text in texts],
-            )
+            latents = [store.latents(entry.latents[0])[0] for entry in some]
+            yield _batch(latents, texts, [entry.name for entry in some])
+
+
+def joined(texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """txt (B, L, D) and pooled (B, D2) of encoded captions, and the mask (B, L) of the tokens that they have.
+
+    Texts of unequal lengths are padded with zeros to the longest of them; without any, the mask is None.
+    """
+    txt, lengths = pad_sequence([text.t5 for text in texts], batch_first=True), [len(text.t5) for text in texts]
+    mask = None
+    if min(lengths) < max(lengths):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return txt, torch.stack([text.clip for text in texts]), mask
+
+
+def _batch(latents: Sequence[torch.Tensor], texts: Sequence[Text], names: list[str]) -> Batch:
+    txt, pooled, mask = joined(texts)
+    return Batch(torch.stack([*latents]), txt, pooled, names, [text.caption for text in texts], mask)
 
 
 class _TextCache:

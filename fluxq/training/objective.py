@@ -89,14 +89,16 @@ class Objective:
             prepared = index, *self._inputs(index)
         _, batch, noise, t = prepared
         batch, guidance = self._with_pooled(batch), self.training.guidance
-        return flow_loss(self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation).mean()
+        given = self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation, batch.txt_mask
+        return flow_loss(*given).mean()
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
         """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""
         batch, settings, device = self.batches.batch(index), self.training, self.flux.device
         noise = sample_noise(batch.latents.shape[1:], settings.seed, index, batch.examples)
         latents, txt, pooled = (sent(x, device) for x in (batch.latents, batch.txt, batch.pooled))
-        batch = replace(batch, latents=latents, txt=txt, pooled=pooled)
+        mask = None if batch.txt_mask is None else sent(batch.txt_mask, device)
+        batch = replace(batch, latents=latents, txt=txt, pooled=pooled, txt_mask=mask)
         return batch, sent(noise, device), sent(self._timesteps(index), device)
 
     def _timesteps(self, index: int) -> Tensor:
