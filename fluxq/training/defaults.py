@@ -8,10 +8,11 @@ from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
+from fluxq.caching.folders import folders_of
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, FolderConfig, TrainConfig
 from fluxq.console import Notify, plural
 from fluxq.data.buckets import multiple_of_16
-from fluxq.data.examples import Folder, expand
+from fluxq.data.examples import Folder, captions_of, expand
 from fluxq.data.images import image_files
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import Lora
@@ -65,6 +66,8 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
+    if longest := models.use_captions(captions_of(folders_of(data))):
+        notify(f"text mask: captions have up to {longest} of {models.t5_length} T5 tokens; their padding is masked")
     resolve_format(config, models, notify)
     for line in caveats(models):
         notify(line)

@@ -59,6 +59,7 @@ def metadata_of(config: TrainConfig, models: Models, dataset: Dataset, batches: 
             shift=training.shift,
             guidance=training.guidance,
             precision="bf16",
+            text_mask=config.model.text_mask,
         )
 
     return at
