@@ -54,14 +54,17 @@ def counted() -> list[int]:
 
 @pytest.mark.slow
 def test_a_run_sees_the_tokens_of_its_captions_alone_and_resumes(tmp_path, photos, monkeypatch):
-    said, seen, real = [], [], objective.flow_loss
+    said, seen, room, real = [], [], [], objective.flow_loss
 
     def watched(*given):
         seen.append((tuple(given[4].shape), given[8].sum(1).tolist()))
         return real(*given)
 
     monkeypatch.setattr(objective, "flow_loss", watched)
+    monkeypatch.setattr("fluxq.train.require_room_for_run", lambda *given: room.append(given[-1]))
     done = train(configured(tmp_path, photos), notify=said.append)
+    taken = sum(path.stat().st_size for path in (tmp_path / "cache").glob("*/*.safetensors"))
+    assert room == [pytest.approx(taken, rel=0.05)]
     lengths = counted()
     assert len(set(lengths)) == 3 and max(lengths) < 32
     assert len(seen) == 4 and all(shape == (3, max(lengths), 128) for shape, _ in seen)
