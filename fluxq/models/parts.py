@@ -201,8 +201,8 @@ class Models:
 
         Returns their number; None if padding is not masked or T5's tokenizer is not on this machine.
         """
-        if self.config.text_mask and self.t5xxl_file.is_file():
-            with suppress(WrongRequest):
+        with suppress(WrongRequest):  # captions may be cached, and the tokenizer gone
+            if self.config.text_mask and self.t5xxl_file.is_file():
                 self._text_tokens = max(self.tokens_of(captions), default=None)
         return self._text_tokens
 
