@@ -65,6 +65,12 @@ class ModelConfig:
         minimum=2,
         maximum=512,
     )
+    text_mask: bool = option(
+        False,
+        "Mask the padding of text in T5 and the transformer, as sd-scripts' --apply_t5_attn_mask does: short captions "
+        "train faster, but FLUX.1 was trained, and most programs sample, with padding that is seen.",
+        "--text-mask",
+    )
     format: str | None = option(
         None,
         "How frozen weights are stored: nf4 is the smallest (6.3 GiB), int8 and fp8 are more accurate (11.2 GiB), bf16 "

@@ -69,12 +69,13 @@ def velocity(
     pooled: Tensor,
     guidance: float,
     modulation: Sequence[Tensor] | None = None,
+    txt_mask: Tensor | None = None,
 ) -> Tensor:
-    """The model's velocity (B, 16, H, W), fp32, at latents x (B, 16, H, W) and times t (B,). modulation: see Flux."""
+    """The model's velocity, fp32, at latents x (B, 16, H, W) and times t (B,). modulation and txt_mask: see Flux."""
     height, width = x.shape[2:]
     img_ids, txt_ids = image_ids(height // 2, width // 2, x.device), text_ids(txt.shape[1], x.device)
     conditions = conditioning(flux, t, pooled, guidance)
-    return unpack(flux(pack(x), img_ids, txt, txt_ids, *conditions, modulation), height, width).float()
+    return unpack(flux(pack(x), img_ids, txt, txt_ids, *conditions, modulation, txt_mask), height, width).float()
 
 
 def flow_loss(
@@ -86,7 +87,8 @@ def flow_loss(
     pooled: Tensor,
     guidance: float,
     modulation: Sequence[Tensor] | None = None,
-    weights: Tensor | float = 1.0,
+    txt_mask: Tensor | None = None,
+    weights: Tensor | None = None,
 ) -> Tensor:
     """Mean squared error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,).
 
@@ -96,8 +98,8 @@ def flow_loss(
     mix = t[:, None, None, None]
     x = (1 - mix) * latents + mix * noise
     target = noise - latents
-    error = (velocity(flux, x, t, txt, pooled, guidance, modulation) - target).square()
-    return (error * weights).mean(dim=(1, 2, 3))
+    error = (velocity(flux, x, t, txt, pooled, guidance, modulation, txt_mask) - target).square()
+    return (error if weights is None else error * weights.to(error.device)).mean(dim=(1, 2, 3))
 
 
 def euler_timesteps(steps: int, shift: float) -> list[float]:
@@ -106,10 +108,7 @@ def euler_timesteps(steps: int, shift: float) -> list[float]:
 
 
 def euler(
-    field: Callable[[Tensor, float], Tensor],
-    x: Tensor,
-    times: Sequence[float],
-    tick: Callable[[], None] = lambda: None,
+    field: Callable[[Tensor, float], Tensor], x: Tensor, times: Sequence[float], tick: Callable[[], None] = lambda: None
 ) -> Tensor:
     """Integrate dx/dt = `field(x, t)` from `x` through `times` with Euler's method; returns the last x.
 
@@ -133,9 +132,9 @@ def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance
         count = len(batch.examples)
         noise = sample_noise(batch.latents.shape[1:], 0, -1, batch.examples)
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
-        weights = 1.0 if batch.weights is None else batch.weights.to(flux.device)
         at_times = [conditioning(flux, t.expand(count), batch.pooled, guidance) for t in grid]
         ahead = Lookahead(flux, at_times.__getitem__, count, times)
         for i, (t, _, _) in enumerate(at_times):
-            losses.append(flow_loss(flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i), weights))
+            given = flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i), batch.txt_mask, batch.weights
+            losses.append(flow_loss(*given))
     return float(torch.cat(losses).mean())

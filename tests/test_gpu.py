@@ -88,7 +88,7 @@ def test_a_step_in_bf16_is_within_twice_the_error_of_plain_pytorch(monkeypatch):
 
     ours = gradients()
     monkeypatch.setattr("fluxq.model.linear.lora_linear", plain_linear)
-    monkeypatch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, offload: block(*inputs))
+    monkeypatch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, mask, offload: block(*inputs, mask))
     theirs = gradients()
     for _, buffer in flux.named_buffers():
         buffer.data = buffer.data.float()

@@ -334,6 +334,7 @@ def test_resume_goes_on_longer_but_refuses_other_mathematics(tmp_path, photos):
         ({"lora": {"rank": 8}}, "lora.rank = 4, not 8, and its LoRA has that rank; resume it without changing lora.r"),
         ({"training": {"optimizer": "adamw"}}, "training.optimizer = adamw8bit, not adamw, and its state is not that"),
         ({"model": {"format": "int8"}}, "model.format = nf4, not int8, and in another format the frozen weights are"),
+        ({"model": {"text_mask": True}}, "model.text_mask = False, not True, and its steps so far were made with that"),
         ({"model": {"compute": "int8"}}, "model.compute = bf16, not int8, and in another arithmetic the frozen model"),
         (
             {"training": {"seed": 1}},

@@ -12,6 +12,7 @@ from functools import lru_cache
 from itertools import groupby
 
 import torch
+from torch.nn.utils.rnn import pad_sequence
 
 from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset, Entry
@@ -25,8 +26,8 @@ class Batch:
     """One micro-batch, in RAM.
 
     `examples` are the names of its B items, unique within an epoch: "<folder>/<file>", with "#2", "#3" ... for repeats.
-    `captions` are the captions behind txt and pooled, if there are any. `weights` is how much each latent's error
-    counts, if not all count 1.
+    `captions` are the captions behind txt and pooled, if there are any. `txt_mask` is True for their tokens; it is None
+    if all captions have L of them. `weights` is how much each latent's error counts, if not all count 1.
     """
 
     latents: torch.Tensor  # (B, 16, h, w) fp32
@@ -34,6 +35,7 @@ class Batch:
     pooled: torch.Tensor  # (B, D2) fp32
     examples: list[str]
     captions: Sequence[str] = ()
+    txt_mask: torch.Tensor | None = None  # (B, L) bool
     weights: torch.Tensor | None = None  # (B, 1, h, w) or (B, 1, 1, 1) fp32
 
 
@@ -72,9 +74,7 @@ class Batches:
             texts.append(self._texts.get(self._text_key(index, name, entry)))
             weights.append(weights_of(entry, self.store, which))
             names.append(name)
-        txt, pooled = torch.stack([text.t5 for text in texts]), torch.stack([text.clip for text in texts])
-        captions = [text.caption for text in texts]
-        return Batch(torch.stack(latents), txt, pooled, names, captions, _joined(weights))
+        return _batch(latents, texts, names, weights)
 
     def seen_before(self, index: int) -> int:
         """How many images the micro-batches before number `index` have, together. Reads no files."""
@@ -131,7 +131,7 @@ def weights_of(entry: Entry, store: Store, which: int) -> torch.Tensor | None:
     return (mask / mask.mean() if entry.mask_normalize else mask)[None] * entry.weight
 
 
-def _joined(weights: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
+def joined_weights(weights: Sequence[torch.Tensor | None]) -> torch.Tensor | None:
     """(B, 1, h, w), or (B, 1, 1, 1) if none has a mask; None if each counts 1."""
     if not any(w is not None for w in weights):
         return None
@@ -147,14 +147,29 @@ def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterato
         for start in range(0, len(members), batch_size):
             some = members[start : start + batch_size]
             texts = [store.text(entry.text[0]) for entry in some]
-            yield Batch(
-                torch.stack([store.latents(entry.latents[0])[0] for entry in some]),
-                torch.stack([text.t5 for text in texts]),
-                torch.stack([text.clip for text in texts]),
-                [entry.name for entry in some],
-                [text.caption for text in texts],
-                _joined([weights_of(replace(entry, weight=1.0), store, 0) for entry in some]),
-            )
+            latents = [store.latents(entry.latents[0])[0] for entry in some]
+            weights = [weights_of(replace(entry, weight=1.0), store, 0) for entry in some]
+            yield _batch(latents, texts, [entry.name for entry in some], weights)
+
+
+def joined(texts: Sequence[Text]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+    """txt (B, L, D) and pooled (B, D2) of encoded captions, and the mask (B, L) of the tokens that they have.
+
+    Texts of unequal lengths are padded with zeros to the longest of them; without any, the mask is None.
+    """
+    txt, lengths = pad_sequence([text.t5 for text in texts], batch_first=True), [len(text.t5) for text in texts]
+    mask = None
+    if min(lengths) < max(lengths):
+        mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    return txt, torch.stack([text.clip for text in texts]), mask
+
+
+def _batch(
+    latents: Sequence[torch.Tensor], texts: Sequence[Text], names: list[str], weights: Sequence[torch.Tensor | None]
+) -> Batch:
+    txt, pooled, mask = joined(texts)
+    captions = [text.caption for text in texts]
+    return Batch(torch.stack([*latents]), txt, pooled, names, captions, mask, joined_weights(weights))
 
 
 class _TextCache:

@@ -61,22 +61,23 @@ def build_cache(
     *,
     request: object = (),
     t5_length: int = 512,
+    text_mask: bool = False,
     prompts: Sequence[str] = (),
     skip_bad: bool = False,
     progress: Progress | None = None,
     notify: Notify = silent,
-    before: Callable[[Collection[Size], int], None] = lambda images, captions: None,
+    before: Callable[[Collection[Size], Collection[str]], None] = lambda images, captions: None,
 ) -> Dataset:
     """The dataset of `scanned`, with all its records in the store; its file is saved in `<store_dir>/datasets`.
 
     load_autoencoder returns a module with `.moments(x (B, 3, H, W) in [-1, 1])` -> moments (B, 32, H/8, W/8) and
-    `.config.scale_factor` and `.shift_factor`; load_text returns a `TextEncoder` of `t5_length` tokens. Each is called
-    at most once, and the autoencoder is freed before load_text is called. In addition to the examples' captions,
-    `prompts` are encoded, and the empty caption if the text encoders are there. `progress` gets (stage, done, total);
-    the stages are "hashing", "looking", "images" and "captions". `notify` gets a line if the autoencoder has to work on
-    fewer rows at a time than it was loaded with. The same `request` (whatever `scanned` was made of) replaces its
-    dataset's file. `before` is called with what has to be encoded: each image's size and
-    the number of captions; if it raises, nothing is.
+    `.config.scale_factor` and `.shift_factor`; load_text returns a `TextEncoder` of `t5_length` tokens, which masks
+    padding if `text_mask`. Each is called at most once, and the autoencoder is freed before load_text is called. In
+    addition to the examples' captions, `prompts` are encoded, and the empty caption if the text encoders are there.
+    `progress` gets (stage, done, total); the stages are "hashing", "looking", "images" and "captions". `notify` gets a
+    line if the autoencoder has to work on fewer rows at a time than it was loaded with. The same `request` (whatever
+    `scanned` was made of) replaces its dataset's file. `before` is called with what has to be encoded: each image's
+    size and each caption; if it raises, nothing is.
     Raises WrongRequest for an undecodable image (unless `skip_bad`), and if something needs encoding but a file of its
     encoder is missing.
     """
@@ -94,7 +95,7 @@ def build_cache(
         scanned.found.look_at_images(looks.of(images, partial(progress, "looking")))
     finally:
         looks.save()
-    text_keys = _text_keys(store, captions, encoders, hashes, t5_length)
+    text_keys = _text_keys(store, captions, encoders, hashes, t5_length, text_mask)
     # first, so that an error comes before any encoding
     missing_captions = _missing_captions(store, encoders, text_keys)
     latents_keys = {example.name: _latents_keys(store, example, encoders, hashes) for example in examples}
@@ -113,7 +114,7 @@ def build_cache(
     }
     if missing_images:
         _require_files([path for path in encoders.ae if path not in hashes], f"{len(missing_images)} images")
-    before([example.bucket for example, _ in missing_images.values()], len(missing_captions))
+    before([example.bucket for example, _ in missing_images.values()], missing_captions.values())
     bad_masks = encode_masks(store, missing_masks, skip_bad)
 
     def checked_autoencoder() -> Any:
@@ -122,7 +123,7 @@ def build_cache(
 
     bad = encode_images(store, missing_images, checked_autoencoder, skip_bad, progress, notify)
     if missing_captions:
-        encode_captions(store, missing_captions, load_text(), t5_length, progress)
+        encode_captions(store, missing_captions, load_text(), t5_length, text_mask, progress)
 
     truncated = {caption: store.truncated(key) for caption, key in text_keys.items()}
     names = {text: e.name for e in reversed(examples) for text in e.texts}  # for equal captions, the first
@@ -147,7 +148,7 @@ def build_cache(
         dataset = replace(dataset, notes=(*dataset.notes, imported))
     if not dataset.examples:
         raise WrongRequest(f"no usable image is left ({len(dataset.skipped)} skipped); the first: {dataset.skipped[0]}")
-    request = ([os.path.abspath(e.folder.path) for e in examples[:1]], request, t5_length)
+    request = ([os.path.abspath(e.folder.path) for e in examples[:1]], request, t5_length, text_mask)
     request = (*request, [os.path.abspath(path) for path in (*encoders.ae, *encoders.text())])
     dataset.save(store.root / "datasets" / f"{_dataset_name(request)}.json")  # the same request replaces it
     return dataset
@@ -160,6 +161,7 @@ def cache_prompts(
     load_text: Callable[[], TextEncoder],
     *,
     t5_length: int = 512,
+    text_mask: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, Text]:
     """Each prompt, encoded: read from the store, or encoded with `load_text` if it is not there yet.
@@ -169,10 +171,10 @@ def cache_prompts(
     """
     store, progress = Store(store_dir), progress or _no_progress
     hashes = _hashes(store, encoders, len(prompts), None, progress)
-    keys = _text_keys(store, prompts, encoders, hashes, t5_length)
+    keys = _text_keys(store, prompts, encoders, hashes, t5_length, text_mask)
     missing = _missing_captions(store, encoders, keys)
     if missing:
-        encode_captions(store, missing, load_text(), t5_length, progress)
+        encode_captions(store, missing, load_text(), t5_length, text_mask, progress)
     return {prompt: store.text(key) for prompt, key in keys.items()}
 
 
@@ -237,14 +239,14 @@ def _hashes(
 
 
 def _text_keys(
-    store: Store, captions: Sequence[str], encoders: EncoderFiles, hashes: dict[Path, str], t5_length: int
+    store: Store, captions: Sequence[str], encoders: EncoderFiles, hashes: dict[Path, str], length: int, masked: bool
 ) -> dict[str, str]:
     """caption -> key of fluxq's own record, or of an imported one if only that exists or can exist."""
-    imported = {caption: imported_text_key(caption, t5_length) for caption in captions}
+    imported = {caption: imported_text_key(caption, length, masked) for caption in captions}
     if not hashes.keys() >= set(encoders.text()):
         return imported
     t5, clip, tokenizers = (_joined(hashes, f) for f in (encoders.t5xxl, encoders.clip_l, encoders.tokenizers))
-    own = {caption: text_key(caption, t5, clip, tokenizers, t5_length) for caption in captions}
+    own = {caption: text_key(caption, t5, clip, tokenizers, length, masked) for caption in captions}
     return {c: imported[c] if _use_imported(store, "text", own[c], imported[c]) else own[c] for c in captions}
 
 

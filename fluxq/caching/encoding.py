@@ -31,9 +31,9 @@ class TextEncoder(Protocol):
 
     def encode(
         self, captions: list[str], tick: Callable[[int, int], None]
-    ) -> tuple[torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool], Sequence[bool]]:
-        """(t5 (B, L, D), pooled (B, D2), each caption's number of T5 tokens, whether they were truncated to L, whether
-        CLIP's were truncated to CLIP_LENGTH).
+    ) -> tuple[Sequence[torch.Tensor] | torch.Tensor, torch.Tensor, Sequence[int], Sequence[bool], Sequence[bool]]:
+        """(t5 (B, L, D), or (tokens, D) for each caption if padding is masked; pooled (B, D2); each caption's number of
+        T5 tokens; whether they were truncated to L; whether CLIP's were truncated to CLIP_LENGTH).
 
         Calls `tick` with (parts done, total parts) on the way.
         """
@@ -109,9 +109,11 @@ def encode_masks(store: Store, masks: dict[str, Pending], skip_bad: bool) -> dic
 
 @torch.no_grad()
 def encode_captions(
-    store: Store, captions: dict[str, str], encoder: TextEncoder, t5_length: int, progress: Progress
+    store: Store, captions: dict[str, str], encoder: TextEncoder, t5_length: int, masked: bool, progress: Progress
 ) -> None:
-    """Encode `captions`, a dict by key, to records of `t5_length` tokens; they are written group by group."""
+    """Encode `captions`, a dict by key, to records of `t5_length` tokens, or `masked` of their own number of tokens up
+    to that; they are written group by group.
+    """
     items, done = list(captions.items()), 0
     while done < len(items):
         batch = items[done : done + encoder.group]
@@ -121,10 +123,9 @@ def encode_captions(
                 progress("captions", within, len(items))
 
         t5, pooled, tokens, truncated, clip_truncated = encoder.encode([caption for _, caption in batch], tick)
-        if t5.shape[:2] != (len(batch), t5_length):
-            raise ValueError(
-                f"the text encoder returned {tuple(t5.shape)} for {len(batch)} captions of {t5_length} tokens"
-            )
+        lengths = [min(n, t5_length) if masked else t5_length for n in tokens]
+        if [len(states) for states in t5] != lengths:
+            raise ValueError(f"the text encoder returned {[*map(len, t5)]} states for captions of {lengths} tokens")
         for n, (key, caption) in enumerate(batch):
             flags = bool(truncated[n]), bool(clip_truncated[n])
             store.put_text(key, Text(t5[n], pooled[n], caption, int(tokens[n]), *flags))

@@ -30,7 +30,8 @@ def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
     Raises WrongRequest if there are none, and for files that are damaged or do not fit.
     """
     flux = models.flux_config
-    expected = ModelShapes(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim)
+    masked = models.config.text_mask
+    expected = ModelShapes(flux.in_channels // 4, models.t5_length, flux.context_in_dim, flux.vec_in_dim, masked)
     with progress_bar() as progress:
         return import_caches(scan_data(data), data.cache, expected, data.skip_bad, progress, console.print)
 
@@ -58,12 +59,13 @@ def cache_folders(
     Missing records are encoded, one encoder after the other, each within `budget` bytes of GPU memory (None: no limit).
     Before, `require_room` is called with the bytes that they will take.
     """
-    flux, length = models.flux_config, models.t5_length
+    flux, length, masked = models.flux_config, models.t5_length, models.config.text_mask
 
-    def before(images: Collection[Size], captions: int) -> None:
+    def before(images: Collection[Size], captions: Collection[str]) -> None:
         latents = sum(width * height // 64 for width, height in images) * flux.in_channels // 4 * 2 * 4
-        texts = captions * (length * flux.context_in_dim * 2 + flux.vec_in_dim * 4)
-        require_room(latents + texts + RECORD_HEADER * (len(images) + captions))
+        tokens = sum(models.tokens_of(captions)) if masked and captions else len(captions) * length
+        texts = tokens * flux.context_in_dim * 2 + len(captions) * flux.vec_in_dim * 4
+        require_room(latents + texts + RECORD_HEADER * (len(images) + len(captions)))
 
     band = band_for(max(PIXELS_PER_BATCH, data.side**2), budget)
     return build_cache(
@@ -74,6 +76,7 @@ def cache_folders(
         partial(models.load_text_encoders, budget),
         request=asdict(replace(data, cache=Path())),
         t5_length=models.t5_length,
+        text_mask=masked,
         prompts=prompts,
         skip_bad=data.skip_bad,
         progress=progress,
@@ -91,7 +94,8 @@ def cache_texts(
 ) -> dict[str, Text]:
     """Each prompt, encoded; `progress` and `budget` as in `cache_folders`."""
     files, load = _encoder_files(models, cache), partial(models.load_text_encoders, budget)
-    return cache_prompts(prompts, cache, files, load, t5_length=models.t5_length, progress=progress)
+    how = {"t5_length": models.t5_length, "text_mask": models.config.text_mask}
+    return cache_prompts(prompts, cache, files, load, **how, progress=progress)
 
 
 def _encoder_files(models: Models, cache: Path) -> EncoderFiles:

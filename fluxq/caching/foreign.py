@@ -49,16 +49,20 @@ FLUX_SPACE = "flux1"
 TEXT_KEYS = ("filename", "latent_space_version")  # in ai-toolkit's metadata; the others are JSON numbers and flags
 UNHASHED_KEYS = ("format", "software")
 REENCODE = "delete it so that fluxq encodes again"
+NOT_MASKED = "was made by a T5 that saw the padding, but with --text-mask it must not"
 
 
 @dataclass(frozen=True)
 class ModelShapes:
-    """What the run's transformer takes: latent channels, tokens per caption, widths of T5's and CLIP's vectors."""
+    """What the run's transformer takes: latent channels, tokens per caption, widths of T5's and CLIP's vectors, and
+    whether the captions' padding is masked.
+    """
 
     channels: int
     t5_length: int
     t5_width: int
     clip_width: int
+    masked: bool = False
 
 
 class ForeignCache(NamedTuple):
@@ -145,12 +149,23 @@ class ForeignCaches:
         npz, expected = NpzFile(path), self._text_shapes(("t5_out", "l_pooled", "t5_attn_mask"))
         expected |= {"apply_t5_attn_mask": ()}
         _check_shapes(path, {name: npz.shapes.get(name) for name in expected}, expected, self.expected.t5_length)
-        if npz.get("apply_t5_attn_mask"):
-            what = "was made with apply_t5_attn_mask: T5 did not see the padding, but when sampling it does"
-            refuse(path, what, REENCODE)
-        return ForeignCache(
-            path, SD_SCRIPTS, False, lambda: [_numbers(path, n, npz.get(n)) for n in list(expected)[:3]]
-        )
+        masked = bool(npz.get("apply_t5_attn_mask"))
+        if masked and not self.expected.masked:
+            what = "was made with apply_t5_attn_mask: T5 did not see the padding, but without --text-mask it does"
+            refuse(path, what, f"pass --text-mask to train as sd-scripts did, or {REENCODE}")
+        if self.expected.masked and not masked:
+            refuse(path, NOT_MASKED, f"leave --text-mask out, or {REENCODE}")
+
+        def read() -> list[Tensor]:
+            t5, pooled, seen = (_numbers(path, name, npz.get(name)) for name in list(expected)[:3])
+            if not masked:
+                return [t5, pooled, seen]
+            tokens = int(seen.count_nonzero())
+            if not tokens or not seen[:tokens].all():
+                refuse(path, "has a t5_attn_mask that does not begin with the caption's tokens", REENCODE)
+            return [t5[:tokens], pooled, seen]
+
+        return ForeignCache(path, SD_SCRIPTS, False, read)
 
     def _toolkit_latents(self, paths: list[Path], example: Example, size: Size, max_pixels: int) -> ForeignCache:
         plain: dict[Path, Size] = {}
@@ -189,6 +204,8 @@ class ForeignCaches:
         expected = {"text_embed": (1, *t5), "pooled_embed": (1, *pooled)}
         expected |= {"attention_mask": (1, *t5[:1])} if "attention_mask" in file.shapes else {}
         _check_shapes(path, {name: file.shapes.get(name) for name in expected}, expected, self.expected.t5_length)
+        if self.expected.masked:
+            refuse(path, NOT_MASKED, f"leave --text-mask out, or {REENCODE}")
 
         def read() -> list[Tensor]:
             text, clip, *mask = (_numbers(path, name, file.get(name))[0] for name in expected)

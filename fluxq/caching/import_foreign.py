@@ -62,9 +62,9 @@ def import_caches(
     return len(latents), len(texts)
 
 
-def imported_note_for(store: Store, examples: Sequence[Example], t5_length: int) -> str | None:
+def imported_note_for(store: Store, examples: Sequence[Example], t5_length: int, masked: bool) -> str | None:
     """A note on the imported records for these examples; None if there are none. Reads no images."""
-    records = {("text", imported_text_key(example.caption, t5_length)) for example in examples}
+    records = {("text", imported_text_key(example.caption, t5_length, masked)) for example in examples}
     for example in examples:
         if hashed := store.hashes.remembered(example.path):
             records.add(("latents", imported_latents_key(hashed, example.resized, example.bucket, 0)))
@@ -127,7 +127,7 @@ def _write(store: Store, latents: list[Item], texts: list[Item], expected: Model
         t5, pooled, seen = cache.read()
         tokens = int(seen.sum())
         text = Text(t5, pooled, example.caption, tokens, cache.program == SD_SCRIPTS and tokens == len(seen))
-        key = imported_text_key(example.caption, expected.t5_length)
+        key = imported_text_key(example.caption, expected.t5_length, expected.masked)
         store.put_text(key, text, Origin(cache.program, cache.verified))
         progress("captions", done, len(texts))
 

@@ -1,7 +1,8 @@
 """The cache on disk: encoded images and captions, addressed by content.
 
     latents/<key>.safetensors    mean, spread (16, h, w) fp32, in FLUX's latent units: latents = mean + spread * noise
-    text/<key>.safetensors       t5 (L, D) bf16, clip (D2,) fp32
+    text/<key>.safetensors       t5 (L, D) bf16, clip (D2,) fp32; L is the caption's own number of tokens if T5 did not
+                                 see padding
     masks/<key>.safetensors      mask (h, w) fp32, how much of each latent counts
     datasets/<name>.json         a `Dataset`: one request's examples and the keys of their records
     hashes.json                  the hashes of big files, so that each is read only once
@@ -250,18 +251,21 @@ def imported_latents_key(image_hash: str, resized: tuple[int, int], bucket: tupl
     return IMPORTED + latents_key(image_hash, resized, bucket, f"another program's, {variant}")
 
 
-def imported_text_key(caption: str, length: int) -> str:
+def imported_text_key(caption: str, length: int, masked: bool = False) -> str:
     """The key of another program's embeddings of a caption."""
-    return IMPORTED + text_key(caption, "", "", "", length)
+    return IMPORTED + text_key(caption, "", "", "", length, masked)
 
 
 def is_imported(key: str) -> bool:
     return key.startswith(IMPORTED)
 
 
-def text_key(caption: str, t5_hash: str, clip_hash: str, tokenizer_hash: str, length: int) -> str:
-    """The key of a caption's embeddings; `length` is the number of T5 tokens, including padding."""
-    return _key("text", caption, t5_hash, clip_hash, tokenizer_hash, length)
+def text_key(caption: str, t5_hash: str, clip_hash: str, tokenizer_hash: str, length: int, masked: bool = False) -> str:
+    """The key of a caption's embeddings; `length` is the number of T5 tokens, including padding. masked: T5 did not see
+    the padding, and it is left out.
+    """
+    mask = ("masked",) if masked else ()
+    return _key("text", caption, t5_hash, clip_hash, tokenizer_hash, length, *mask)
 
 
 def _key(kind: str, *parts: str | int) -> str:

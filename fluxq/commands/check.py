@@ -138,7 +138,8 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
         images = {e.path: store.hashes.remembered(e.path) or str(e.path) for e in scanned.examples}
         looks = Looks(store.root / LOOKS).of(images)
         scanned.found.look_at_images(looks)
-        foreign = imported_note_for(store, scanned.examples, models.t5_length)
+        models.use_captions(example.caption for example in scanned.examples)
+        foreign = imported_note_for(store, scanned.examples, models.t5_length, models.config.text_mask)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
@@ -244,7 +245,7 @@ def _disk(
     weights = 0 if models.is_quantized else stored_bytes(flux_shapes(flux), models.format)
     needed = {"weights": weights, "downloads": fetched, "cache": 0}
     if data is not None:
-        caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
+        caption = models.text_tokens * flux.context_in_dim * 2 + flux.vec_in_dim * 4
         needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
     places = {"weights": cache_folder(), "downloads": hub_cache(), "cache": config.data.cache.absolute()}
     free = math.inf

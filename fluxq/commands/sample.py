@@ -60,6 +60,7 @@ def sample_command(
     adapters = [a for lora, _ in read for a in lora.adapters.values()]
     ranks = [max(lora.ranks, default=0) for lora, _ in read]
     nbytes = sum(4 * (a.down.numel() + a.up.numel()) for a in adapters)
+    models.use_captions((*samples.prompts, samples.negative))
     placement, limits = place_sampling(config, models, [(r.width, r.height) for r in requests], ranks, nbytes)
     columns = (list(strengths) or [0.0, 0.5, 1.0]) if grid else [1.0]
     rows = [[pair] for pair in read] or [[]] if grid else [read]
@@ -104,6 +105,8 @@ def _read(path: Path, models: Models) -> Lora:
     lora = load_lora(path, models.flux_config)
     if lora.clip:
         lora.check_clip(models.open("clip_l").shapes)
+    if lora.metadata.get("ss_apply_t5_attn_mask") == "True" and not models.config.text_mask:
+        console.print(f"{path.name} was trained with the padding of text masked; --text-mask samples like that")
     for note in lora.notes:
         console.print(f"{path.name}: {note}")
     return lora

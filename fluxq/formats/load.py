@@ -88,6 +88,7 @@ def load_text_encoders(
     streams: Streams | None = None,
     poison: bool = False,
     budget: int | None = None,
+    masked: bool = False,
 ) -> TextEncoders:
     """CLIP-L (fp32) and T5's encoder with their tokenizers, at a T5 length of `length` tokens.
 
@@ -98,6 +99,7 @@ def load_text_encoders(
     streams, poison  see StreamingRing
     budget           the most bytes of the device to use; to stay within it, fewer captions are encoded at a time, but
                      at least one
+    masked           T5 does not see the padding, see TextEncoders
 
     Raises WrongRequest for a file that is not the model it should be.
     """
@@ -126,7 +128,7 @@ def load_text_encoders(
     if budget is not None:
         states = min(states, budget - encoder_bytes(weights[1], length))
     group = max(1, states // (length * sizes["d_model"] * dtype.itemsize))
-    return TextEncoders(t5, clip, load_t5_tokenizer(t5_tokenizer), clip_tokenize, clip_ids, length, group)
+    return TextEncoders(t5, clip, load_t5_tokenizer(t5_tokenizer), clip_tokenize, clip_ids, length, group, masked)
 
 
 def encoder_bytes(t5: StoredWeights, length: int) -> int:

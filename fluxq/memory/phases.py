@@ -94,7 +94,7 @@ def place_sampling(
     needed, chunk = 0, chunk_of(measure(cache_folder()).capability)
     images = Counter(width // 16 * (height // 16) for width, height in sizes)
     for tokens in (TOKENS_PER_BATCH, 0):
-        batches = {n: max(1, min(count, tokens // (n + models.t5_length))) for n, count in images.items()}
+        batches = {n: max(1, min(count, tokens // (n + models.text_tokens))) for n, count in images.items()}
         tables = [
             flux_costs(
                 models.flux_config,
@@ -104,13 +104,13 @@ def place_sampling(
                 targets="attention+mlp" if ranks else (),
                 batch=batch,
                 img_tokens=image,
-                txt_tokens=models.t5_length,
+                txt_tokens=models.text_tokens,
                 chunk=chunk,
             )
             for image, batch in batches.items()
         ]
         largest = max(tables, key=forward_bytes)
-        beyond = unused_beyond(max(batch * (image + models.t5_length) for image, batch in batches.items()))
+        beyond = unused_beyond(max(batch * (image + models.text_tokens) for image, batch in batches.items()))
         if placed := sampling_residents(largest, lora_bytes, budget - beyond, memory.slots, pinned):
             return Placement(*placed), SamplingLimits(tokens, budget)
         needed = beyond + least_sampling_bytes(largest, lora_bytes, memory.slots, len(pinned or ()))
@@ -158,7 +158,7 @@ def preview_limits(config: TrainConfig, models: Models, placement: Placement) ->
     if placement.plan is None or placement.budget is None:
         return SamplingLimits()
     batch, side = config.largest_batch
-    step = batch * ((side // 16) ** 2 + models.t5_length)
+    step = batch * ((side // 16) ** 2 + models.text_tokens)
     return SamplingLimits(
         min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.setting)
     )

@@ -140,7 +140,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         config.lora.targets or DEFAULT_TARGETS,
         config.largest_batch[0],
         (size // 16) ** 2,
-        models.t5_length,
+        models.text_tokens,
         training.optimizer,
         training.accumulate > 1,
         models.open("clip_l").shapes if config.lora.text_encoder else None,

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, cast
 
 import torch
@@ -36,6 +36,7 @@ from fluxq.offload import Pass, Ring
 from .config import FluxConfig
 from .linear import Linear
 
+Mask = Tensor | None  # (B, L), True for the tokens that are attended to; None: all are
 Inside = tuple[list[nn.Module], list[nn.Module]]
 NON_STREAMS = 3  # the inputs of a block after its streams: rows, cos, sin
 
@@ -119,18 +120,20 @@ class DoubleStreamBlock(nn.Module):
         """(B, D) -> (B, 12 D): shift, scale, gate for attention, then for the MLP; first of the image, then of text."""
         return torch.cat([self.img_mod(vec), self.txt_mod(vec)], dim=-1)
 
-    def forward(self, img: Tensor, txt: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, img: Tensor, txt: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, mask: Mask = None
+    ) -> tuple[Tensor, Tensor]:
         """img (B, Li, D), txt (B, Lt, D), rows (B, 12 D); cos, sin (B or 1, 1, Lt + Li, D/H/2), text first."""
         img_rows, txt_rows = rows[:, None].chunk(2, dim=-1)
         img_shift, img_scale, *img_rest = img_rows.chunk(6, dim=-1)
         txt_shift, txt_scale, *txt_rest = txt_rows.chunk(6, dim=-1)
         img_attn, txt_attn = self.img_attn, self.txt_attn
 
-        # joint attention: all tokens attend to all tokens
+        # joint attention: all tokens attend to all tokens, or to those in the mask
         img, img_qkv = fork_qkv(img, img_shift, img_scale, img_attn.qkv)
         txt, txt_qkv = fork_qkv(txt, txt_shift, txt_scale, txt_attn.qkv)
         streams = [(txt_qkv, txt_attn.norm), (img_qkv, img_attn.norm)]
-        attended = attention(*joint_qkv(streams, cos, sin))  # (B, Lt + Li, D)
+        attended = attention(*joint_qkv(streams, cos, sin), mask)  # (B, Lt + Li, D)
         txt_attended, img_attended = attended.split([txt.shape[1], img.shape[1]], dim=1)
 
         # each stream adds its attention output and its MLP
@@ -171,12 +174,12 @@ class SingleStreamBlock(nn.Module):
         """(B, D) -> (B, 3 D): shift, scale, gate."""
         return self.modulation(vec)
 
-    def forward(self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-        """x (B, L, D), text first; rows (B, 3 D); cos, sin (B or 1, 1, L, D/H/2)."""
+    def forward(self, x: Tensor, rows: Tensor, cos: Tensor, sin: Tensor, mask: Mask = None) -> Tensor:
+        """x (B, L, D), text first; rows (B, 3 D); cos, sin (B or 1, 1, L, D/H/2); mask (B, L)."""
         shift, scale, gate = rows[:, None].chunk(3, dim=-1)
         x, modulated = fork_modulate(x, shift, scale, self.linear1.wants("qkv", "hidden"))
         qkv, hidden = self.linear1(modulated, ("qkv", "hidden"), self.linear1_parts)
-        attended = attention(*joint_qkv([(qkv, self.norm)], cos, sin))
+        attended = attention(*joint_qkv([(qkv, self.norm)], cos, sin), mask)
         both = gelu_tanh(hidden, prepend=attended, wants=self.linear2.wants("end"))
         return gated_add(x, gate, self.linear2(both, feeds="end"))
 
@@ -200,14 +203,15 @@ class LastLayer(nn.Module):
 Block = DoubleStreamBlock | SingleStreamBlock
 
 
-def run_block(block: Block, ring: Ring, *inputs: Tensor, offload: Pass | None = None) -> Any:
-    """block(*inputs) inside `ring.resident(block.units)`, forward and backward. inputs: streams, rows, cos, sin.
+def run_block(block: Block, ring: Ring, *inputs: Tensor, mask: Mask = None, offload: Pass | None = None) -> Any:
+    """block(*inputs, mask) inside `ring.resident(block.units)`, forward and backward. inputs: streams, rows, cos, sin.
 
     For the backward pass it keeps the inputs and what the block's policy names (fluxq/kernels/replay.py). `offload`
     keeps the streams in host memory meanwhile (fluxq/offload/inputs.py).
     """
     tape = Tape(block.policy, gates=inputs[-NON_STREAMS].requires_grad)
-    return _run(block, ring, block.units, _inside(block)[0], tape, inputs, offload)
+    run = block if mask is None else partial(block, mask=mask)
+    return _run(run, ring, block.units, _inside(block)[0], tape, inputs, offload)
 
 
 def run_modulation(block: Block, ring: Ring, vec: Tensor) -> Tensor:

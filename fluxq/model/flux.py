@@ -102,10 +102,8 @@ class Flux(nn.Module):
 
     def set_compute(self, compute: str) -> None:
         """Set the type in which blocks multiply their frozen weights (COMPUTES in fluxq/kernels/lora_linear.py)."""
-        for block in (*self.double_blocks, *self.single_blocks):
-            for layer in block.modules():
-                if isinstance(layer, Linear):
-                    layer.compute = compute
+        for layer in (m for block in self.blocks for m in block.modules() if isinstance(m, Linear)):
+            layer.compute = compute
 
     @property
     def _unquantized(self) -> Tensor:
@@ -122,25 +120,28 @@ class Flux(nn.Module):
         y: Tensor,
         guidance: Tensor | None = None,
         modulation: Iterable[Tensor] | None = None,
+        txt_mask: Tensor | None = None,
     ) -> Tensor:
         """The velocity (noise - image) of every image token, (B, Li, out_channels) in the model's dtype.
 
         img (B, Li, in_channels): packed latents. txt (B, Lt, context_in_dim): T5 states. ids (B, L, 3) or (L, 3).
         timesteps (B,) in 0..1; 1 is pure noise. y (B, vec_in_dim): CLIP's pooled vector. guidance (B,): only for models
         that embed it (dev). modulation: the result of `modulation_rows`, if computed ahead (modulation.py).
+        txt_mask (B, Lt), if given, is True for text that is attended to; the rest, padding, changes nothing.
         """
         rows = iter(self.modulation_rows(timesteps, y, guidance) if modulation is None else modulation)
         cos, sin = rope_angles(torch.cat([txt_ids, img_ids], dim=-2), self.config.axes_dim, self.config.theta)
         img = self.img_in(img.to(self.dtype))
         txt = self.txt_in(txt.to(self.dtype))
+        mask = None if txt_mask is None else nn.functional.pad(txt_mask.to(img.device), (0, img.shape[1]), value=True)
 
         offload = None if self.inputs is None else self.inputs.begin()
         for block in self.double_blocks:
-            img, txt = run_block(block, self.ring, img, txt, next(rows), cos, sin, offload=offload)  # type: ignore[arg-type]
+            img, txt = run_block(block, self.ring, img, txt, next(rows), cos, sin, mask=mask, offload=offload)  # type: ignore[arg-type]
         x, txt_tokens = torch.cat([txt, img], dim=1), txt.shape[1]
         del img, txt
         for block in self.single_blocks:
-            x = run_block(block, self.ring, x, next(rows), cos, sin, offload=offload)  # type: ignore[arg-type]
+            x = run_block(block, self.ring, x, next(rows), cos, sin, mask=mask, offload=offload)  # type: ignore[arg-type]
         return self.final_layer(x[:, txt_tokens:], next(rows))
 
     def modulation_rows(self, timesteps: Tensor, y: Tensor, guidance: Tensor | None = None) -> Iterator[Tensor]:
@@ -149,9 +150,8 @@ class Flux(nn.Module):
         Arguments as in `forward`. Raises ValueError if guidance is missing, or given to a model without it.
         """
         if (guidance is None) == self.config.guidance_embed:
-            raise ValueError(
-                "this model needs guidance" if guidance is None else "this model (schnell) takes no guidance"
-            )
+            what = "needs guidance" if guidance is None else "(schnell) takes no guidance"
+            raise ValueError(f"this model {what}")
         vec = self.time_in(sinusoid(timesteps).to(self.dtype)) + self.vector_in(y.to(self.dtype))
         if self.guidance_in is not None and guidance is not None:
             vec = vec + self.guidance_in(sinusoid(guidance).to(self.dtype))

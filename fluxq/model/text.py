@@ -1,7 +1,7 @@
 """Encodes captions for the transformer: T5's token states and CLIP's pooled vector.
 
-Padding is attended to, as in FLUX.1's training. T5 runs in bf16 or fp32, never in fp16: its feed-forward layers would
-overflow.
+Padding is attended to, as in FLUX.1's training, or it is masked, as by sd-scripts' apply_t5_attn_mask: then captions
+have as many states as tokens. T5 runs in bf16 or fp32, never in fp16: its feed-forward layers would overflow.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ often. On a CPU, reading is fast next to computing, and smaller calls lose less 
 
 
 class Encoded(NamedTuple):
-    """t5 (B, L, D) and clip (B, D2) in the encoders' dtype.
+    """t5 (B, L, D), masked (L, D) for each caption, and clip (B, D2), in the encoders' dtype.
 
     Per caption: tokens, its length in T5 tokens; truncated, whether it was cut to L of them; clip_truncated, whether it
     was cut to CLIP_LENGTH CLIP tokens.
     """
 
-    t5: Tensor
+    t5: Tensor | list[Tensor]
     clip: Tensor
     tokens: list[int]
     truncated: list[bool]
@@ -53,6 +53,8 @@ class TextEncoders:
     length: int
     group: int
     """The best number of captions per call of `encode`: each call reads both models' files once."""
+    masked: bool = False
+    """Whether T5 is without padding, which masks it; otherwise captions are padded to `length`."""
 
     @torch.no_grad()
     def encode(self, captions: Sequence[str], tick: BlockProgress = lambda done, total: None) -> Encoded:
@@ -62,7 +64,11 @@ class TextEncoders:
 
         t5_tokens = [self.t5_tokenize(caption) for caption in captions]
         t5_ids = [[*ids[: self.length - 1], 1] for ids in t5_tokens]
-        t5 = self.t5(torch.tensor([ids + [0] * (self.length - len(ids)) for ids in t5_ids]), tick)
+        lengths = [len(ids) for ids in t5_ids] if self.masked else None
+        longest = max(lengths or [self.length])
+        t5 = self.t5(torch.tensor([ids + [0] * (longest - len(ids)) for ids in t5_ids]), tick, lengths)
+        if lengths:
+            t5 = [states[:n] for states, n in zip(t5, lengths, strict=True)]
         counts = [len(ids) + 1 for ids in t5_tokens]
         return Encoded(t5, clip, counts, [n > self.length for n in counts], clip_truncated)
 

@@ -2,7 +2,7 @@
 
 All captions pass through a block, in batches, before the next block is read. T5 is version 1.1 (Raffel et al. 2020;
 Shazeer 2020): gated GELU, no biases, attention without a scale but with a learned bias per distance. CLIP is OpenAI's
-(Radford et al. 2021). Padding is not masked, as in FLUX.1's training.
+(Radford et al. 2021). T5 attends to padding, as in FLUX.1's training, unless it is given the lengths of the captions.
 """
 
 from __future__ import annotations
@@ -70,14 +70,25 @@ class T5Encoder:
     layers: int
     heads: int
 
-    def __call__(self, ids: Tensor, progress: BlockProgress = lambda done, total: None) -> Tensor:
-        """States (B, L, D) of token ids (B, L)."""
+    def __call__(
+        self,
+        ids: Tensor,
+        progress: BlockProgress = lambda done, total: None,
+        lengths: Sequence[int] | None = None,
+    ) -> Tensor:
+        """States (B, L, D) of token ids (B, L).
+
+        lengths: each caption's tokens, which attend to each other alone; the states after them mean nothing.
+        """
         x = _embed(self.weights, "shared.weight", ids)
         first = "encoder.block.0.layer.0.SelfAttention"
         table = self.weights.read(f"{first}.relative_attention_bias.weight")  # (buckets, H)
         bias = table[t5_buckets(ids.shape[1], len(table)).to(table.device)].permute(2, 0, 1)
         bias = bias[None].contiguous()  # (1, H, L, L)
-        block = partial(t5_block, heads=self.heads, bias=bias)
+
+        def block(x: Tensor, layers: Layers, rows: slice) -> Tensor:
+            return t5_block(x, layers, self.heads, bias, lengths and lengths[rows])
+
         for done, (unit, names) in enumerate(t5_units(self.layers).items(), start=1):
             with self.weights.resident(unit):
                 _run_block(block, x, self.weights, names)
@@ -88,18 +99,28 @@ class T5Encoder:
         return x
 
 
-def t5_block(x: Tensor, layers: Layers, heads: int, bias: Tensor) -> Tensor:
-    """x (B, L, D) after one block. layers: those of T5_BLOCK; bias (1, H, L, L) is added to the scores."""
+def t5_block(x: Tensor, layers: Layers, heads: int, bias: Tensor, lengths: Sequence[int] | None = None) -> Tensor:
+    """x (B, L, D) after one block. layers: those of T5_BLOCK; bias (1, H, L, L) is added to the scores; lengths: see
+    T5Encoder.
+    """
     norm1, *attention, norm2, gate, up, down = (layers[name] for name in T5_BLOCK)
-    x = x + t5_attention(_rms_norm(x, *norm1), attention, heads, bias)
+    x = x + t5_attention(_rms_norm(x, *norm1), attention, heads, bias, lengths)
     h = _rms_norm(x, *norm2)
     return x + F.linear(F.gelu(F.linear(h, *gate), approximate="tanh").mul_(F.linear(h, *up)), *down)
 
 
-def t5_attention(h: Tensor, layers: Sequence[tuple[Tensor, ...]], heads: int, bias: Tensor) -> Tensor:
+def t5_attention(
+    h: Tensor, layers: Sequence[tuple[Tensor, ...]], heads: int, bias: Tensor, lengths: Sequence[int] | None = None
+) -> Tensor:
     *inputs, to_out = layers
     q, k, v = (_heads(F.linear(h, *layer), heads) for layer in inputs)
-    attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D/H)
+    if lengths is None:
+        attended = F.scaled_dot_product_attention(q, k, v, attn_mask=bias, scale=1.0)  # (B, H, L, D/H)
+    else:
+        attended = torch.zeros_like(q)
+        for i, n in enumerate(lengths):
+            own = (x[i : i + 1, :, :n] for x in (q, k, v))
+            attended[i, :, :n] = F.scaled_dot_product_attention(*own, attn_mask=bias[..., :n, :n], scale=1.0)[0]
     return F.linear(attended.transpose(1, 2).flatten(2), *to_out)
 
 
@@ -132,7 +153,7 @@ class ClipEncoder:
         positions = self.weights.read("embeddings.position_embedding.weight")
         x = _embed(self.weights, "embeddings.token_embedding.weight", ids) + positions[: ids.shape[1]]
 
-        def block(x: Tensor, layers: Layers) -> Tensor:
+        def block(x: Tensor, layers: Layers, rows: slice) -> Tensor:
             apply = {name: partial(_layer_norm if "norm" in name else _linear, own=own) for name, own in layers.items()}
             return clip_block(x, apply, self.heads)
 
@@ -162,12 +183,15 @@ def _embed(weights: Weights, name: str, ids: Tensor) -> Tensor:
 
 
 def _run_block(
-    block: Callable[[Tensor, Layers], Tensor], x: Tensor, weights: Weights, names: Mapping[str, tuple[str, ...]]
+    block: Callable[[Tensor, Layers, slice], Tensor], x: Tensor, weights: Weights, names: Mapping[str, tuple[str, ...]]
 ) -> None:
-    """Apply `block` to x (B, L, D) in place. Its weights, `names` by layer, are freed on return."""
-    layers = {layer: tuple(map(weights.read, own)) for layer, own in names.items()}
+    """Apply `block` to x (B, L, D) in place, to some of its rows at a time. Its weights, `names` by layer, are freed on
+    return.
+    """
+    layers, start = {layer: tuple(map(weights.read, own)) for layer, own in names.items()}, 0
     for part in _batches(x):
-        part.copy_(block(part, layers))
+        part.copy_(block(part, layers, slice(start, start + len(part))))
+        start += len(part)
 
 
 def _affine(layer: str) -> tuple[str, str]:

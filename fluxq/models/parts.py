@@ -5,7 +5,8 @@ fluxq/models/finder.py finds the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -35,7 +36,7 @@ from fluxq.formats.quantized import (
     stored_bytes,
 )
 from fluxq.formats.stream import load_streamed
-from fluxq.formats.tokenizers import Kind, find_tokenizers
+from fluxq.formats.tokenizers import Kind, find_tokenizers, load_t5_tokenizer
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.clip import Clip
 from fluxq.model.config import FluxConfig
@@ -76,6 +77,7 @@ class Models:
         self._notify, self._fetch = notify, fetch
         self._finder = Finder(config, notify, fetch)
         self._served: dict[str, Served] = {}
+        self._text_tokens: int | None = None
         self.device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
         self.is_nano = config.name == "nano"
         if self.is_nano and (given := [FLAGS[part] for part in FLAGS if getattr(config, part)]):
@@ -188,6 +190,26 @@ class Models:
     def t5_length(self) -> int:
         """T5 tokens per caption."""
         return self.config.t5_length or (nano.T5_LENGTH if self.is_nano else T5_LENGTHS[self.variant])
+
+    @property
+    def text_tokens(self) -> int:
+        """The most T5 tokens, padding included, that text has in the transformer."""
+        return self._text_tokens or self.t5_length
+
+    def use_captions(self, captions: Iterable[str]) -> int | None:
+        """Count tokens: if padding is masked, `text_tokens` are from now on those of the longest of these captions.
+
+        Returns their number; None if padding is not masked or T5's tokenizer is not on this machine.
+        """
+        with suppress(WrongRequest):  # captions may be cached, and the tokenizer gone
+            if self.config.text_mask and self.t5xxl_file.is_file():
+                self._text_tokens = max(self.tokens_of(captions), default=None)
+        return self._text_tokens
+
+    def tokens_of(self, captions: Iterable[str]) -> list[int]:
+        """The T5 tokens of each caption, end token included, at most `t5_length`."""
+        tokenize = load_t5_tokenizer(self.tokenizer_files()[1])
+        return [min(len(tokenize(caption)) + 1, self.t5_length) for caption in captions]
 
     def fingerprint(self) -> str:
         """Identifies the transformer's file and the LoRAs merged into it."""
@@ -327,7 +349,7 @@ class Models:
         """The text encoders, within `budget` bytes of GPU memory (None: no limit)."""
         files = self.clip_l_file, self.t5xxl_file, *self.tokenizer_files()
         with working("loading the text encoders"):
-            return load_text_encoders(*files, self.t5_length, self.device, budget=budget)
+            return load_text_encoders(*files, self.t5_length, self.device, budget=budget, masked=self.config.text_mask)
 
 
 def _not_fetched(kind: Kind, notify: Notify) -> tuple[Path, ...]:

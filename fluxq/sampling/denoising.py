@@ -13,6 +13,7 @@ from itertools import groupby
 import torch
 from torch import Tensor, nn
 
+from fluxq.caching.batches import joined
 from fluxq.caching.store import Text
 from fluxq.data.randomness import normal
 from fluxq.flow import conditioning, euler, euler_timesteps, resolution_shift, velocity
@@ -70,7 +71,8 @@ def _batches(requests: Sequence[Request], texts: Texts, most_tokens: int) -> Ite
     for _, group in groupby(sorted(range(len(requests)), key=shape), key=shape):
         members = list(group)
         first = requests[members[0]]
-        tokens = first.width // 16 * (first.height // 16) + texts[first.prompt].t5.shape[0]
+        text = max(len(texts[requests[i].prompt].t5) for i in members)
+        tokens = first.width // 16 * (first.height // 16) + text
         size = max(1, most_tokens // tokens)
         yield from (members[start : start + size] for start in range(0, len(members), size))
 
@@ -83,8 +85,8 @@ def _denoise_batch(flux: Flux, texts: Texts, requests: Sequence[Request], tick: 
 
     def velocity_of(prompts: Sequence[str]) -> Callable[[Tensor, float], Tensor]:
         """(x, t) -> the velocity toward images of `prompts`."""
-        batch = [texts[prompt] for prompt in prompts]
-        txt, pooled = torch.stack([t.t5 for t in batch]).to(device), torch.stack([t.clip for t in batch]).to(device)
+        txt, pooled, mask = joined([texts[prompt] for prompt in prompts])
+        txt, pooled = txt.to(device), pooled.to(device)
         conditions = [
             conditioning(flux, torch.full((len(requests),), t, device=device), pooled, first.guidance) for t in times
         ]
@@ -92,7 +94,7 @@ def _denoise_batch(flux: Flux, texts: Texts, requests: Sequence[Request], tick: 
 
         def field(x: Tensor, t: float) -> Tensor:
             step = times.index(t)
-            return velocity(flux, x, conditions[step][0], txt, pooled, first.guidance, lookahead.rows(step))
+            return velocity(flux, x, conditions[step][0], txt, pooled, first.guidance, lookahead.rows(step), mask)
 
         return field
 

@@ -60,6 +60,7 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
             shift=training.shift,
             guidance=training.guidance,
             precision="bf16",
+            text_mask=config.model.text_mask,
         )
 
     return at

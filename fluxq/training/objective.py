@@ -95,16 +95,16 @@ class Objective:
             prepared = index, *self._inputs(index)
         _, batch, noise, t = prepared
         batch, guidance = self._with_pooled(batch), self.training.guidance
-        inputs = batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation
-        return flow_loss(self.flux, *inputs, weights=1.0 if batch.weights is None else batch.weights).mean()
+        given = self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation, batch.txt_mask
+        return flow_loss(*given, batch.weights).mean()
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
         """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""
         batch, settings, device = self.batches.batch(index), self.training, self.flux.device
         noise = sample_noise(batch.latents.shape[1:], settings.seed, index, batch.examples)
         latents, txt, pooled = (sent(x, device) for x in (batch.latents, batch.txt, batch.pooled))
-        weights = None if batch.weights is None else sent(batch.weights, device)
-        batch = replace(batch, latents=latents, txt=txt, pooled=pooled, weights=weights)
+        mask, weights = (None if x is None else sent(x, device) for x in (batch.txt_mask, batch.weights))
+        batch = replace(batch, latents=latents, txt=txt, pooled=pooled, txt_mask=mask, weights=weights)
         return batch, sent(noise, device), sent(self._timesteps(index), device)
 
     def _timesteps(self, index: int) -> Tensor:

@@ -42,8 +42,8 @@ class ToyAutoencoder(torch.nn.Module):
 class ToyText:
     group = 8
 
-    def __init__(self, calls: list):
-        self.calls = calls
+    def __init__(self, calls: list, masked: bool = False):
+        self.calls, self.masked = calls, masked
 
     def encode(self, captions, tick):
         self.calls.extend(captions)
@@ -52,6 +52,8 @@ class ToyText:
         t5 = torch.stack([torch.full((LENGTH, 8), float(len(caption))) for caption in captions])
         pooled = torch.stack([torch.full((5,), float(len(caption))) for caption in captions])
         words = [len(caption.split()) for caption in captions]
+        if self.masked:
+            t5 = [states[:n] for states, n in zip(t5, words, strict=True)]
         return t5, pooled, words, [count > LENGTH for count in words], [count > CLIP_WORDS for count in words]
 
 
@@ -107,6 +109,28 @@ class Workshop:
 
 
 NOTHING = (0, [], [])
+
+
+def test_masked_captions_have_records_of_their_own_and_of_their_own_length(workshop):
+    def masked():
+        return ToyText(workshop.captions, masked=True)
+
+    (workshop.photos / "0.txt").write_text("one two three four five six seven eight")
+    before = workshop.build(prompts=["a"])
+    built = workshop.build(prompts=["a"], text_mask=True, load_text=masked)
+    images, captions, _ = workshop.asked()
+    assert images == 0 and len(captions) == 6  # with "" and the prompt
+    store, lengths = Store(workshop.store_dir), [LENGTH, 3, 3, 3]
+    assert [len(store.text(e.text[0]).t5) for e in built.examples] == lengths
+    assert [store.text(e.text[0]).truncated for e in built.examples] == [True, False, False, False]
+    assert all(len(store.text(e.text[0]).t5) == LENGTH for e in before.examples)
+    batch = Batches(built, store, 4, seed=0)
+    masks = [batch.batch(i).txt_mask for i in range(len(batch))]
+    assert sum(mask is not None for mask in masks) == 1  # the bucket of image 0 and 1
+    assert workshop.build(prompts=["a"]) == before and workshop.asked()[:2] == (0, [])  # both stay
+    assert len(list((workshop.store_dir / "datasets").iterdir())) == 2
+    with pytest.raises(ValueError, match="states for captions of"):
+        workshop.build(prompts=["new"], text_mask=True)
 
 
 @pytest.fixture
@@ -246,7 +270,7 @@ def test_changed_size_encodes_images_and_changed_length_captions(workshop):
     workshop.build()
     workshop.build(resolution=96)
     assert workshop.asked()[:2] == (4, [])
-    with pytest.raises(ValueError, match="5 captions of 7 tokens"):
+    with pytest.raises(ValueError, match=r"captions of \[7, 7, 7, 7, 7\] tokens"):
         workshop.build(t5_length=7)
     assert len(Store(workshop.store_dir).datasets()) == 2
 

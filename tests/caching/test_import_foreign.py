@@ -178,6 +178,46 @@ def test_ai_toolkit_cache_trains_without_any_encoder(tmp_path, photos):
     assert "imported from ai-toolkit, 6 of these 9 records unverified" in " ".join(result.output.split())
 
 
+@pytest.mark.slow
+def test_caches_with_masked_padding_are_imported_with_text_mask_alone(tmp_path, sd_scripts):
+    """A record has the states of the caption's own tokens; a run trains on them without any encoder."""
+    lengths = (9, 1, LENGTH)
+    for n, length in enumerate(lengths):
+        write_sd_text(sd_scripts, n, apply_t5_attn_mask=True, t5_attn_mask=np.arange(LENGTH) < length)
+    refused = cached(tmp_path, "--import")
+    assert refused.exit_code == 2 and "pass --text-mask to train as sd-scripts did" in " ".join(refused.stderr.split())
+    options = [*without_encoders(tmp_path), "--text-mask", "--cache", tmp_path / "cache"]
+    result = run("cache", sd_scripts, *options, "--import")
+    assert result.exit_code == 0, result.output
+    dataset, store = dataset_of(tmp_path)
+    for n, example in enumerate(dataset.examples):
+        text = store.text(example.text[0])
+        assert torch.equal(text.t5.float(), torch.from_numpy(text_of(n)[0])[: lengths[n]])
+        assert (text.tokens, text.truncated) == (lengths[n], lengths[n] == LENGTH)
+    result = trained(tmp_path, "--text-mask")
+    assert result.exit_code == 0, result.output
+    assert run("check", sd_scripts, "--model", "nano", "--text-mask", "--cache", tmp_path / "cache").output.count(
+        "3 captions imported from sd-scripts"
+    )
+    result = trained(tmp_path, "--out", tmp_path / "seen")  # these records are not those of a T5 that sees the padding
+    assert result.exit_code == 2 and "3 captions must be encoded" in result.stderr
+
+
+def test_caches_of_a_t5_that_saw_the_padding_are_refused_with_text_mask(tmp_path, photos):
+    for write in (lambda: write_sd_text(photos, 1), lambda: write_toolkit(photos, 0, BUCKETS[0])):
+        write()
+        result = cached(tmp_path, "--import", "--text-mask")
+        assert result.exit_code == 2 and "saw the padding, but with --text-mask it must not" in result.stderr
+        (photos / "1_flux_te.npz").unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("mask", [np.zeros(LENGTH), np.arange(LENGTH) % 2, np.arange(LENGTH) > 3])
+def test_a_mask_that_does_not_begin_with_tokens_is_refused(tmp_path, photos, mask):
+    write_sd_text(photos, 1, apply_t5_attn_mask=True, t5_attn_mask=mask)
+    result = cached(tmp_path, "--import", "--text-mask")
+    assert result.exit_code == 2 and "t5_attn_mask that does not begin with the caption's tokens" in result.stderr
+
+
 def test_verify_reports_unverified_records_and_keeps_them(tmp_path, sd_scripts):
     assert cached(tmp_path, "--import").exit_code == 0
     told = cached(tmp_path, "--verify")

@@ -62,8 +62,9 @@ def test_keys_depend_on_every_part():
         text_key("p", "t", "d", "k", 5),
         text_key("p", "t", "c", "l", 5),
         text_key("p", "t", "c", "k", 6),
+        text_key("p", "t", "c", "k", 5, masked=True),
     }
-    assert len(keys) == 12 and latents_key("p", (64, 48), (64, 48), "a") in keys
+    assert len(keys) == 13 and latents_key("p", (64, 48), (64, 48), "a") in keys
 
 
 def test_keys_stay_what_they_are():

@@ -21,7 +21,7 @@ from fluxq.cli.main import main
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.training.report import read_log
 
-MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --format --compute --ae-band --offline --model"
+MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --text-mask --format --compute --ae-band --offline --model"
 DATA = "--trigger --resolution --recursive --skip-bad --cache --shuffle-tags --keep-tokens --tag-dropout --wildcards "
 DATA += "--caption-dropout --flip --masks"
 SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"

@@ -15,12 +15,14 @@ from fluxq.model.linear import Linear
 from fluxq.model.lora import lora_layers
 
 
-def gradients(flux: Flux, device: torch.device) -> list[torch.Tensor]:
+def gradients(flux: Flux, device: torch.device, masked: bool = False) -> list[torch.Tensor]:
+    """masked: the second caption has 3 tokens, the first 7."""
     torch.manual_seed(1)
     c = flux.config
     img, txt, y = torch.randn(2, 15, c.in_channels), torch.randn(2, 7, c.context_in_dim), torch.randn(2, 24)
     inputs = (img, image_ids(3, 5), txt, text_ids(7), torch.tensor([0.3, 0.8]), y, torch.ones(2))
-    out = flux(*(t.to(device) for t in inputs))
+    mask = torch.arange(7) < torch.tensor([[7], [3]]) if masked else None
+    out = flux(*(t.to(device) for t in inputs), txt_mask=mask)
     dy = torch.randn(out.shape).to(device)
     return [g.cpu() for g in torch.autograd.grad(out, list(flux.parameters()), dy)]
 
@@ -41,16 +43,16 @@ def quantize_weights_plainly(monkeypatch) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("policy", "compute", "targets"),
+    ("policy", "compute", "targets", "masked"),
     [
-        ("recompute", "bf16", "attention+mlp"),
-        ("keep_all", "bf16", "all"),
-        ("keep_all8", "int8", "attention"),
-        ("keep_qkv", "int8_dx", "all"),
-        ("keep_attention", "fp8_dx", "attention+mlp"),
+        ("recompute", "bf16", "attention+mlp", True),
+        ("keep_all", "bf16", "all", False),
+        ("keep_all8", "int8", "attention", False),
+        ("keep_qkv", "int8_dx", "all", True),
+        ("keep_attention", "fp8_dx", "attention+mlp", False),
     ],
 )
-def test_gradients_are_the_same_on_both_backends(policy, compute, targets, triton_ops, device, monkeypatch):
+def test_gradients_are_the_same_on_both_backends(policy, compute, targets, masked, triton_ops, device, monkeypatch):
     """Every product takes the path of large shapes, but for the modulation's."""
     from fluxq.kernels.triton import linear, table
 
@@ -67,7 +69,7 @@ def test_gradients_are_the_same_on_both_backends(policy, compute, targets, trito
     flux.set_policy(policy)
     flux.set_compute(compute)
     with backend("reference"):
-        expected = gradients(flux, torch.device("cpu"))
+        expected = gradients(flux, torch.device("cpu"), masked)
     extended, calls = linear._extended, []
     monkeypatch.setattr(linear, "_extended", lambda *a: calls.append(a[1].shape) or extended(*a))
     flux.to(device)
@@ -75,6 +77,6 @@ def test_gradients_are_the_same_on_both_backends(policy, compute, targets, trito
         quantize_weights_plainly(monkeypatch)
     # A value next to the middle of two 8-bit numbers may fall either way: the backends divide differently.
     bound = 1e-4 if compute == "bf16" else 0.01
-    for a, b in zip(gradients(flux, device), expected, strict=True):
+    for a, b in zip(gradients(flux, device, masked), expected, strict=True):
         assert relative_error(a, b) < bound
     assert compute != "bf16" or len(set(calls)) >= 4

@@ -107,7 +107,7 @@ class Full:
     """Models of FLUX.1 dev's shape that are never loaded, on a GPU that does not exist."""
 
     format = "nf4"
-    flux_config, compute, is_nano, t5_length = DEV, "bf16", False, 512
+    flux_config, compute, is_nano, text_tokens = DEV, "bf16", False, 512
     device = torch.device("cuda")
 
 

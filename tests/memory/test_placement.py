@@ -42,7 +42,7 @@ def test_other_amounts_are_refused_by_name(text):
 class Full:
     """Models of FLUX.1 dev's shape that are never loaded, on a GPU that does not exist."""
 
-    flux_config, format, compute, is_nano, t5_length = FluxConfig.dev(), "nf4", "bf16", False, 512
+    flux_config, format, compute, is_nano, text_tokens = FluxConfig.dev(), "nf4", "bf16", False, 512
     device, quantized, format_is_open, disk = torch.device("cuda"), None, True, ("nf4", "int8", "fp8", "bf16")
 
     def fits_on_disk(self, format: str) -> bool:

@@ -36,7 +36,7 @@ def step(flux: Flux) -> list[torch.Tensor]:
 def plain_gradients(flux: Flux, monkeypatch) -> list[torch.Tensor]:
     """The gradients of plain autograd, without replay."""
     with monkeypatch.context() as patch:
-        patch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, offload: block(*inputs))
+        patch.setattr("fluxq.model.flux.run_block", lambda block, ring, *inputs, mask, offload: block(*inputs, mask))
         return step(flux)
 
 

@@ -56,9 +56,9 @@ def files(tmp_path):
     return tmp_path, clip, t5
 
 
-def loaded(folder, length=24, dtype: torch.dtype | None = torch.float32):
+def loaded(folder, length=24, dtype: torch.dtype | None = torch.float32, masked=False):
     return load_text_encoders(
-        folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS, length, CPU, dtype
+        folder / "clip_l.safetensors", folder / "t5xxl.safetensors", *TOKENIZERS, length, CPU, dtype, masked=masked
     )
 
 
@@ -83,6 +83,23 @@ def test_states_equal_transformers(files, length):
     assert relative_error(encoded.t5, t5(t5_ids(ours, CAPTIONS)).last_hidden_state) <= 1e-5
     assert relative_error(encoded.clip, clip(clip_ids(ours, CAPTIONS)).pooler_output) <= 1e-5
     assert encoded.tokens == [len(ours.t5_tokenize(caption)) + 1 for caption in CAPTIONS]
+
+
+@pytest.mark.slow
+@torch.no_grad()
+@pytest.mark.parametrize("length", [2, 77])
+def test_masked_states_equal_those_of_transformers_attention_mask(files, length):
+    """As many as the caption has tokens, whatever other captions are encoded with it."""
+    folder, _, t5 = files
+    ours = loaded(folder, length, masked=True)
+    captions = [*CAPTIONS, *(f"{'red ' * (n % 9)}circle {n}" for n in range(TOKENS_PER_BATCH // length))]
+    encoded, ids = ours.encode(captions), t5_ids(ours, captions)
+    mask = torch.arange(length) < torch.tensor([len(states) for states in encoded.t5])[:, None]
+    assert [len(states) for states in encoded.t5] == [min(n, length) for n in encoded.tokens]
+    expected = t5(ids, attention_mask=mask.long()).last_hidden_state
+    assert relative_error(torch.cat(encoded.t5), expected[mask]) <= 1e-5
+    if length == 77:  # the shorter ones are padded
+        assert relative_error(torch.cat(encoded.t5), t5(ids).last_hidden_state[mask]) > 0.01
 
 
 @pytest.mark.slow

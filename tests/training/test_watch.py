@@ -84,7 +84,7 @@ def watched(monkeypatch, **training):
     values = {"model": {"name": "nano"}, "training": {"steps": 90, **training}, "data": {"resolution": 96}}
     values |= {"samples": {"every": 30}, "output": {"save_every": 40}}
     models = SimpleNamespace(
-        device=SimpleNamespace(type="cpu"), is_nano=True, format="nf4", compute="bf16", t5_length=32
+        device=SimpleNamespace(type="cpu"), is_nano=True, format="nf4", compute="bf16", text_tokens=32
     )
     batches = SimpleNamespace(bucket_of=lambda index: (128, 64) if index in (60, 61) else (96, 96))
     retry = SimpleNamespace(placement=Placement())

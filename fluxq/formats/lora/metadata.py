@@ -44,6 +44,7 @@ def lora_metadata(
     guidance: float,
     precision: str,
     text_learning_rate: float | None = None,
+    text_mask: bool = False,
 ) -> dict[str, str]:
     """The metadata of a trained LoRA, without the hashes, which `save_lora` adds.
 
@@ -55,6 +56,7 @@ def lora_metadata(
     started, finished    seconds since 1970
     precision            as in sd-scripts, e.g. "bf16"
     text_learning_rate   CLIP-L's learning rate if it was trained, else None
+    text_mask            whether the padding of captions was masked
     """
     labels = _folder_labels(datasets)
     dirs = {labels[folder]: {"n_repeats": n, "img_count": count} for folder, (n, count) in datasets.items()}
@@ -96,7 +98,7 @@ def lora_metadata(
         "ss_discrete_flow_shift": shift,
         "ss_guidance_scale": guidance,
         "ss_model_prediction_type": "raw",
-        "ss_apply_t5_attn_mask": False,
+        "ss_apply_t5_attn_mask": text_mask,
         "modelspec.sai_model_spec": "1.0.1",
         "modelspec.architecture": f"flux-1-{variant}/lora",
         "modelspec.implementation": IMPLEMENTATION,
