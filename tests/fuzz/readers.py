@@ -39,6 +39,7 @@ from fluxq.model.linear import Linear
 from fluxq.models.check_file import check_file
 from fluxq.training.health import Health
 from fluxq.training.optim import build_optimizer
+from fluxq.training.records import Records
 from fluxq.training.report import read_log, smoothed
 from fluxq.training.run import Run
 from fluxq.training.state import Progress, load_state, save_state
@@ -327,7 +328,7 @@ def log(folder: Path) -> list[bytes]:
 def read_whole_log(path: Path) -> None:
     records = read_log(path)
     smoothed([r["loss"] for r in records])
-    list(Health([r for r in records if r["step"] <= 1 << 40]).check())
+    list(Health(Records(records)).check())
 
 
 def run_data(folder: Path) -> list[bytes]:
