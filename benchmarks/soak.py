@@ -129,20 +129,17 @@ def report(samples: Sequence[Mapping[str, Any]], steps: int) -> dict[str, Any]:
     tenths = {}
     for name, allowed in SAME.items():
         first, last = (cpu_a_step(part) if name.startswith("cpu") else median(s[name] for s in part) for part in ends)
-        change = last / first - 1 if first else math.inf if last else 0.0  # CPU time below a tick of the clock is 0
-        tenths[name] = dict(first=first, last=last, change=change, allowed=allowed)
+        tenths[name] = changed(first, last, allowed)
     if len(new) > 1:
         old = [s for s in samples if new[0]["at"] <= s["at"] <= new[-1]["at"] and s["step"] < steps]
-        first, last = map(cpu_a_step, (new, old))
-        change = last / first - 1 if first else math.inf
-        tenths["cpu_seconds_beside_new"] = dict(
-            first=first,
-            last=last,
-            change=change,
-            allowed=SAME["cpu_seconds_a_step"],
-            new_steps=[new[0]["step"], new[-1]["step"]],
-        )
+        beside = changed(cpu_a_step(new), cpu_a_step(old), SAME["cpu_seconds_a_step"])
+        tenths["cpu_seconds_beside_new"] = beside | {"new_steps": [new[0]["step"], new[-1]["step"]]}
     return {"steps": steps, "processes": len({s["process"] for s in samples}), "tenths": tenths}
+
+
+def changed(first: float, last: float, allowed: float) -> dict[str, Any]:
+    change = last / first - 1 if first else math.inf if last else 0.0  # CPU time below a tick of the clock is 0
+    return dict(first=first, last=last, change=change, allowed=allowed)
 
 
 def cpu_a_step(samples: Sequence[Mapping[str, Any]]) -> float:
