@@ -28,7 +28,7 @@ import torch
 from fluxq.data.dataset import Dataset
 from fluxq.data.images import PLAIN, TRANSFORM_VERSION, View
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
+from fluxq.formats.checkpoint.files import Checkpoint, checksum, write_safetensors
 
 from .hashes import Hashes
 
@@ -181,13 +181,15 @@ class Store:
                 what = metadata.get("picture") or repr(metadata.get("caption"))
                 raise ValueError(f"the encoder returned non-finite numbers for {what} ({name})")
         metadata = {name: text.encode("utf-8", "replace").decode() for name, text in metadata.items()}
-        write_safetensors(self._path(kind, key), tensors, {"key": key, "checksum": _checksum(tensors), **metadata})
+        write_safetensors(
+            self._path(kind, key), tensors, {"key": key, "checksum": checksum(sorted(tensors.items())), **metadata}
+        )
 
     def _read(self, kind: str, key: str, record: Checkpoint) -> dict[str, torch.Tensor]:
         """The tensors of a record. The first time their checksum is compared; a damaged record is set aside."""
         tensors = {name: record.get(name) for name in KINDS[kind]}
         if (kind, key) not in self._sound:
-            if record.metadata.get("checksum") != _checksum(tensors):
+            if record.metadata.get("checksum") != checksum(sorted(tensors.items())):
                 what = record.metadata.get("picture") or repr(record.metadata.get("caption"))
                 aside = record.path.with_suffix(DAMAGED)
                 with suppress(OSError):
@@ -272,14 +274,6 @@ def _key(kind: str, *parts: str | int) -> str:
     return blake2b(json.dumps([RECORD_VERSION, kind, *parts]).encode(), digest_size=16).hexdigest()
 
 
-def _checksum(tensors: dict[str, torch.Tensor]) -> str:
-    digest = blake2b(digest_size=16)
-    for name, tensor in sorted(tensors.items()):
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode())
-        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
 def _origin_metadata(origin: Origin | None) -> dict[str, str]:
     return {"imported": origin.program, "verified": str(origin.verified).lower()} if origin else {}
 
@@ -304,7 +298,7 @@ def _check_record(path: Path, kind: str) -> None:
     tensors = {name: record.get(name) for name in KINDS[kind]}
     if record.metadata.get("key") != path.stem:
         raise WrongRequest(f"{path} was written under another name")
-    if record.metadata.get("checksum") != _checksum(tensors):
+    if record.metadata.get("checksum") != checksum(sorted(tensors.items())):
         raise WrongRequest(f"{path} has changed since it was written")
     if kind == "text":
         _text_metadata(record)

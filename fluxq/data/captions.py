@@ -206,7 +206,7 @@ def has_choice(caption: str) -> bool:
 
 def has_weight(caption: str) -> bool:
     """Whether the caption weights words, "(red:1.3)": training takes that literally."""
-    return re.search(r"\([^()]+:\s*\d*\.?\d+\s*\)", caption) is not None
+    return re.search(r"\([^()]+:\s*(\d+(\.\d+)?|\.\d+)\s*\)", caption) is not None
 
 
 def _texts(text: str, lines: str) -> tuple[str, ...]:

@@ -136,11 +136,11 @@ class History:
 
 
 def _sound(run: Any) -> bool:
-    numbers = (int, float)
-    return (
-        isinstance(run, dict)
-        and isinstance(run.get("seconds"), numbers)
-        and isinstance(run.get("peak_bytes"), (*numbers, type(None)))
-        and isinstance(run.get("date"), str)
-        and isinstance(run.get("versions"), dict)
-    )
+    """Whether `run` can be compared, and printed."""
+    with suppress(*MALFORMED):
+        numbers = run["seconds"], run["peak_bytes"] or 0
+        texts = [run["date"], *run["versions"], *run["versions"].values()]
+        return all(type(n) in (int, float) and 0 <= n < 1e30 for n in numbers) and all(
+            type(text) is str and text.isprintable() and len(text) < 100 for text in texts
+        )
+    return False

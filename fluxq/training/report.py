@@ -7,6 +7,7 @@ import json
 import math
 import os
 import time
+from array import array
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -18,6 +19,7 @@ from fluxq.formats.checkpoint.files import MALFORMED
 from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
+from .records import Records
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -44,7 +46,7 @@ class Report:
         kept = [r for r in _records(self.path) if r.get("step", 0) <= start and r.get("change") in (None, *changes)]
         said = {r.get("change") for r in kept}
         kept += [{"change": change} for change in changes if change not in said]
-        self.records = [r for r in kept if "step" in r]
+        self.records = Records(r for r in kept if "step" in r)  # what the plot and `health` read
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         self._file = self.path.open("ab", buffering=0)
@@ -78,7 +80,7 @@ class Report:
             console.print(note)
         peak = peak_bytes()
         record = {"step": step, "loss": loss, "grad": grad, "seconds": round(seconds, 4), "peak_bytes": peak}
-        self.records.append(record)  # what the plot and `health` read
+        self.records.append(record)
         more = {"images": self._watch.images_seen(step)} if self._watch else {}
         self._write(_line(record | {"learning_rate": learning_rate} | more))
         per_step = (time.monotonic() - self._started) / (step - self._first)
@@ -125,7 +127,7 @@ class Report:
     def _write_plot(self) -> None:
         import matplotlib
 
-        steps, losses = [r["step"] for r in self.records], [r["loss"] for r in self.records]
+        steps, losses = self.records.column("step"), self.records.column("loss")
         self._plot = canvas = self._plot or _empty_plot()  # kept: a figure has cycles, which hold megabytes for long
         axes = canvas.figure.axes[0]
         every = 1 + len(steps) // 4000  # the image is 800 pixels wide
@@ -166,8 +168,8 @@ def _records(path: Path) -> list[dict]:
             if isinstance(record.get("change"), str):
                 records.append({"change": record["change"]})
                 continue
-            numbers = [record["loss"], record["grad"], *(record.get(key) or 0 for key in ("seconds", "peak_bytes"))]
-            if type(record["step"]) is int and all(isinstance(number, int | float) for number in numbers):
+            Records([record])  # raises for what is not a number
+            if type(record["step"]) is int and abs(record["step"]) < 2**53:
                 records.append(record)
     return records
 
@@ -181,10 +183,10 @@ def _with_nan(record: dict) -> dict:
     return record | {key: math.nan for key in ("loss", "grad") if record.get(key, 0) is None}
 
 
-def smoothed(values: list[float], weight: float = 0.95) -> list[float]:
+def smoothed(values: Sequence[float], weight: float = 0.95) -> array[float]:
     """Exponential moving averages with bias correction for their start, over the values that are finite."""
     total = norm = 0.0
-    result = []
+    result = array("d")
     for value in values:
         if math.isfinite(value):
             total, norm = weight * total + (1 - weight) * value, weight * norm + (1 - weight)

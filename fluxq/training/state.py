@@ -1,7 +1,7 @@
 """The saved state of a run, from which it resumes bit for bit: the LoRA, the optimizer's state and the step number.
 
 Everything else that a step depends on is a function of its number. The state is one safetensors file, written
-atomically.
+atomically, with a checksum of all it holds, which is compared before anything of it is used.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ import torch
 from torch import Tensor
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import Checkpoint, well_formed, write_safetensors
+from fluxq.formats.checkpoint.files import Checkpoint, checksum, refuse, well_formed, write_safetensors
 from fluxq.model.linear import Linear
 
 from .optim import FlatOptimizer
 
-DAMAGED = "start another run from the run's LoRA with --from-lora"
+DAMAGED = "put a copy of that file back, or start another run from the run's last LoRA with --from-lora"
 
 
 @dataclass
@@ -52,17 +52,19 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
     facts = {"seconds": progress.seconds, "validation": progress.validation, "rotated": progress.rotated}
     facts["changes"] = progress.changes
     facts |= progress.identity
-    about = {"step": progress.step, "scalars": scalars, "groups": saved["param_groups"], "facts": facts}
+    about = json.dumps({"step": progress.step, "scalars": scalars, "groups": saved["param_groups"], "facts": facts})
     contiguous = {name: tensor.cpu().clone().contiguous() for name, tensor in tensors.items()}
-    write_safetensors(path, contiguous, {"fluxq_state": json.dumps(about)})
+    digest = checksum(sorted(contiguous.items()), about)
+    write_safetensors(path, contiguous, {"fluxq_state": about, "fluxq_checksum": digest})
 
 
 def load_state(path: Path, layers: Mapping[str, Linear], optimizer: FlatOptimizer) -> Progress:
     """Put the LoRA and the optimizer back as they were saved; returns how far the run was.
 
-    Raises WrongRequest for a file that is not a saved state, or that belongs to other layers or another rank.
+    Raises WrongRequest for a file that is not a saved state, or that changed since it was written, or that belongs to
+    other layers or another rank.
     """
-    checkpoint = Checkpoint(path)
+    checkpoint = _opened(path)
     with well_formed(path, "is damaged", DAMAGED):
         return _loaded(path, checkpoint, _about(checkpoint), layers, optimizer)
 
@@ -98,12 +100,31 @@ def _loaded(
 
 
 def saved_settings(path: Path) -> str | None:
-    """The settings of the run, as TOML, when the state was saved; None in states of former versions."""
+    """The settings of the run, as TOML, when the state was saved; None in states of former versions.
+
+    Raises WrongRequest as `load_state` does.
+    """
+    checkpoint = _opened(path)
     with well_formed(path, "is damaged", DAMAGED):
-        settings = _about(Checkpoint(path))["facts"].get("settings")
+        settings = _about(checkpoint)["facts"].get("settings")
         if settings is not None and not isinstance(settings, str):
             raise ValueError("its settings are not text")
         return settings
+
+
+def _opened(path: Path) -> Checkpoint:
+    """The file at `path`, as it was written. States of former versions have no checksum."""
+    try:
+        checkpoint = Checkpoint(path)
+    except WrongRequest as error:
+        if isinstance(error.__cause__, OSError):  # it cannot be read now
+            raise
+        raise WrongRequest(f"{str(error).rpartition('; ')[0]}; {DAMAGED}") from error
+    if (written := checkpoint.metadata.get("fluxq_checksum")) is not None:
+        tensors = ((name, checkpoint.get(name)) for name in sorted(checkpoint.keys()))
+        if checksum(tensors, checkpoint.metadata.get("fluxq_state", "")) != written:
+            refuse(path, "is damaged (its bytes are not those that were written)", DAMAGED)
+    return checkpoint
 
 
 def _about(checkpoint: Checkpoint) -> dict[str, Any]:

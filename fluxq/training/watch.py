@@ -20,7 +20,7 @@ class Watch:
         self.config, self.batches, self.retry = config, batches, retry
         self._first = self._placement = retry.placement
         self._history = History(kind_of(config, models, retry.placement))
-        self._conditions = {}
+        self._conditions, self._disturbed = {}, False
 
     def settle(self) -> None:
         """Compare with what is now, from now on."""
@@ -40,25 +40,28 @@ class Watch:
                 found.append(f"{what} came just before it")
         old = self._conditions
         self.settle()
-        return found + differences(old, self._conditions)
+        worse = differences(old, self._conditions)
+        self._disturbed = self._disturbed or bool(worse)
+        return found + worse
 
     def images_seen(self, steps: int) -> int:
         """How many images the first `steps` steps see, counting each time."""
         return self.batches.seen_before(steps * self.config.training.accumulate)
 
     def regression(self, records: Sequence[Mapping]) -> str | None:
-        """A line if the steps of this process are slower or bigger than those of the last runs."""
+        """A line if the steps of this process are slower or bigger than those of the last runs that can be compared."""
         now, runs = summary(records), self._history.runs()
-        return compared(now, runs) if now and runs and self._same_plan else None
+        return compared(now, runs) if now and runs and self._is_comparable else None
 
     def remember(self, records: Sequence[Mapping]) -> None:
-        """Keep the steps of this process for later runs, unless its plan changed on the way."""
-        if self._same_plan and (run := summary(records)):
+        """Keep the steps of this process for later runs, if they can be compared."""
+        if self._is_comparable and (run := summary(records)):
             self._history.add(run)
 
     @property
-    def _same_plan(self) -> bool:
-        return self.retry.placement is self._first
+    def _is_comparable(self) -> bool:
+        """Whether its plan is still the same, and other programs or heat were never seen to slow a step."""
+        return not self._disturbed and self.retry.placement is self._first
 
     def _buckets(self, step: int) -> set[tuple[int, int]]:
         accumulate = self.config.training.accumulate

@@ -42,3 +42,16 @@ def test_ends_are_compared_by_medians_and_by_cpu_time_of_each_process():
     assert soak.report(below_a_tick, 1000)["tenths"]["cpu_seconds_a_step"]["change"] == float("inf")
     with pytest.raises(SystemExit, match="too short"):
         soak.report(samples[:500], 1000)
+
+
+def test_the_new_run_is_compared_with_the_old_one_while_both_run():
+    """Both are slower than the first tenth by the same, as beside other programs."""
+    same = dict(rss_bytes=100, open_files=5, threads=2)
+    old = [
+        dict(process=1, step=i, cpu=i * 0.1 + max(0, i - 900) * 0.02, at=i, new=False, **same) for i in range(1, 1001)
+    ]
+    new = [dict(process=2, step=i, cpu=min(i, 25) + i * 0.12, at=900 + i, new=True, **same) for i in range(1, 99)]
+    found = soak.report([*old, *new], 1000)
+    assert found["tenths"]["cpu_seconds_a_step"]["change"] == pytest.approx(0.2)
+    assert found["tenths"]["cpu_seconds_beside_new"]["change"] == pytest.approx(0, abs=1e-9)
+    assert found["processes"] == 1

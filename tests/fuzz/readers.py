@@ -18,14 +18,15 @@ from torch import nn
 from fluxq import nano
 from fluxq.caching.foreign import ForeignCaches, ModelShapes
 from fluxq.caching.hashes import Hashes
+from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store, Text
 from fluxq.commands.lora.info import info_command
 from fluxq.config import config_from_dict, read_toml, to_toml
-from fluxq.data.captions import Captions, with_trigger
+from fluxq.data.captions import Captions, has_weight, with_trigger
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.examples import Example
 from fluxq.data.images import image_size, open_image
-from fluxq.data.looks import look_at
+from fluxq.data.looks import AREAS, copies, look_at
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.formats.checkpoint.shards import Shards
 from fluxq.formats.gguf_tokenizer import read_gguf_tokenizer
@@ -38,7 +39,9 @@ from fluxq.model import Flux
 from fluxq.model.linear import Linear
 from fluxq.models.check_file import check_file
 from fluxq.training.health import Health
+from fluxq.training.history import History, compared
 from fluxq.training.optim import build_optimizer
+from fluxq.training.records import Records
 from fluxq.training.report import read_log, smoothed
 from fluxq.training.run import Run
 from fluxq.training.state import Progress, load_state, save_state
@@ -327,7 +330,7 @@ def log(folder: Path) -> list[bytes]:
 def read_whole_log(path: Path) -> None:
     records = read_log(path)
     smoothed([r["loss"] for r in records])
-    list(Health([r for r in records if r["step"] <= 1 << 40]).check())
+    list(Health(Records(records)).check())
 
 
 def run_data(folder: Path) -> list[bytes]:
@@ -338,6 +341,22 @@ def read_run_data(path: Path) -> None:
     run = Run(replace(CONFIG, output=replace(CONFIG.output, out=path.parent.parent)))
     entry = Entry("photos/a.png", "/photos/a.png", 10, 1, 1, (32, 32), ("0" * 32,), ("1" * 32,))
     run._changed_data(Dataset((entry,), {}, 4))
+
+
+def runs(folder: Path) -> list[bytes]:
+    run = {"seconds": 2.0, "peak_bytes": 10 << 30, "date": "2026-11-30", "versions": {"torch": "2.13.0"}}
+    return [json.dumps({"a kind": [run, run | {"peak_bytes": None}], "another": [run]}).encode()]
+
+
+def read_runs(path: Path) -> None:
+    history = History("a kind")
+    history.path = path
+    now = {"seconds": 4.0, "peak_bytes": 20 << 30, "date": "2026-12-01", "versions": {"torch": "2.14.1"}}
+    if before := history.runs():
+        line = compared(now, before) or ""
+        assert line.isprintable() and len(line) < 4096
+    history.add(now)
+    assert history.runs()[-1] == now
 
 
 # --- images, captions, tokenizers ---
@@ -365,7 +384,43 @@ def read_image(path: Path) -> None:
 
 
 def read_a_caption(path: Path) -> None:
-    with_trigger(Captions(path.parent).of(path.with_suffix(".png")).text, "zqx")
+    caption = Captions(path.parent).of(path.with_name("image.png")).text
+    has_weight(with_trigger(caption, "zqx"))
+
+
+def beside_an_image(*valid: str) -> Callable[[Path], list[bytes]]:
+    """Contents of a file in the folder of image.png."""
+
+    def contents(folder: Path) -> list[bytes]:
+        (folder / "image.png").touch()
+        return [text.encode() for text in valid]
+
+    return contents
+
+
+def caption_json(folder: Path) -> list[bytes]:
+    rows = {"caption": CAPTION}, {"text": "", "prompt": CAPTION}, CAPTION
+    return beside_an_image(*map(json.dumps, rows))(folder)
+
+
+def captions_json(folder: Path) -> list[bytes]:
+    """By image: sd-scripts' metadata, ai-toolkit's, and a list."""
+    row = {"caption": CAPTION, "tags": "red, blue"}
+    of = {"/photos/image": row, "image.png": CAPTION}, [row | {"file_name": "image.png"}]
+    return beside_an_image(*map(json.dumps, of))(folder)
+
+
+def looks(folder: Path) -> list[bytes]:
+    return [json.dumps({"0" * 32: ["7f" * AREAS, 12.5, 3.0], "1" * 32: ["00" * AREAS, 0.0, 0.0]}).encode()]
+
+
+def read_looks(path: Path) -> None:
+    images = {path.with_name(f"{i}.png"): str(i) * 32 for i in range(2)}
+    for image in images:
+        image.touch()
+    found = Looks(path).of(images)
+    list(copies(found))
+    assert all(isinstance(look.is_plain or look.is_blurred, bool) for look in found.values())
 
 
 def clip_vocabulary(folder: Path) -> list[bytes]:
@@ -410,11 +465,29 @@ READERS = {
     "dataset": Reader("dataset.json", dataset, read_dataset, as_json),
     "hashes": Reader("hashes.json", hashes, lambda path: Hashes(path).of(path.with_name("model")), as_json),
     "state": Reader("state.safetensors", state, read_state, as_safetensors),
+    "looks": Reader("looks.json", looks, read_looks, as_json),
+    "runs": Reader("runs.json", runs, read_runs, as_json),
     "toml": Reader("config.toml", toml, read_config_file, as_text),
     "log": Reader("log.jsonl", log, read_whole_log, as_lines),
     "run_data": Reader("state/data.json", run_data, read_run_data, as_json),
     "image": Reader("image.png", images, read_image),
     "caption": Reader("image.txt", lambda folder: [CAPTION.encode(), b"\n\n a \r\n b"], read_a_caption, as_text),
+    "caption_json": Reader("image.json", caption_json, read_a_caption, as_json),
+    "captions_jsonl": Reader(
+        "metadata.jsonl",
+        beside_an_image(
+            f'{{"file_name": "image.png", "text": "{CAPTION}"}}\n\n{{"file_name": "b.png", "prompt": "b"}}\n'
+        ),
+        read_a_caption,
+        as_lines,
+    ),
+    "captions_csv": Reader(
+        "metadata.csv",
+        beside_an_image(f'file_name,text\nimage.png,"{CAPTION}"\n\nb.png,"a ""b"""\n'),
+        read_a_caption,
+        as_text,
+    ),
+    "captions_json": Reader("meta_cap.json", captions_json, read_a_caption, as_json),
     "clip_vocabulary": Reader(
         "vocab.json",
         clip_vocabulary,

@@ -7,10 +7,10 @@ import torch
 from helpers import randomize, tiny_config
 
 from fluxq.errors import WrongRequest
-from fluxq.formats.checkpoint.files import write_safetensors
+from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.model import Flux, add_lora
 from fluxq.training.optim import build_optimizer
-from fluxq.training.state import Progress, load_state, save_state
+from fluxq.training.state import Progress, load_state, save_state, saved_settings
 
 
 def trained(optimizer_name: str, steps: int, rank: int = 64):
@@ -57,3 +57,33 @@ def test_a_file_that_is_not_a_state_is_refused(tmp_path):
     layers, _, optimizer = trained("adamw", 0)
     with pytest.raises(WrongRequest, match="is not a saved state of fluxq"):
         load_state(tmp_path / "x.safetensors", layers, optimizer)
+
+
+def small_state(folder):
+    """A state's path, and what `load_state` needs for it."""
+    layers = add_lora(randomize(Flux(tiny_config())), 1, 8, targets=r"single_blocks\.0\.linear1")
+    optimizer = build_optimizer("adamw", [p for x in layers.values() for p in (x.lora_down, x.lora_up)], 1e-2, 0.01)
+    save_state(folder / "s.safetensors", Progress({"settings": "[lora]\nrank = 1\n"}), layers, optimizer)
+    return folder / "s.safetensors", layers, optimizer
+
+
+def test_any_flipped_bit_is_noticed(tmp_path):
+    path, layers, optimizer = small_state(tmp_path)
+    whole = path.read_bytes()
+    header = 8 + int.from_bytes(whole[:8], "little")
+    digest = whole.index(b"fluxq_checksum")
+    for place in [*range(0, header, 11), *range(header, len(whole), 397)]:
+        if place in range(digest, digest + len(b"fluxq_checksum")):
+            continue  # then it is like a state of a former version
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << place % 8]) + whole[place + 1 :])
+        for read in (saved_settings, lambda path: load_state(path, layers, optimizer)):
+            with pytest.raises(WrongRequest, match="put a copy of that file back, or .* with --from-lora$"):
+                read(path)
+
+
+def test_a_state_without_a_checksum_is_read(tmp_path):
+    path, layers, optimizer = small_state(tmp_path)
+    checkpoint = Checkpoint(path)
+    tensors = {name: checkpoint.get(name) for name in checkpoint.keys()}
+    write_safetensors(path, tensors, {"fluxq_state": checkpoint.metadata["fluxq_state"]})
+    assert load_state(path, layers, optimizer).step == 0

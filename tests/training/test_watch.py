@@ -121,6 +121,16 @@ def test_runs_of_the_same_kind_are_compared_and_others_are_not(monkeypatch):
     assert len(History(kind).runs()) == 1 and watching.regression(records(STEPS, 9.0)) is None
 
 
+def test_a_run_that_others_disturbed_is_neither_compared_nor_kept(monkeypatch):
+    watching, config, models, retry = watched(monkeypatch)
+    watching.remember(records(STEPS))
+    watching.settle()
+    assert "other programs" in watching.changes(10)[-1]
+    assert watching.regression(records(STEPS, 4.0)) is None
+    watching.remember(records(STEPS, 4.0))
+    assert [r["seconds"] for r in History(kind_of(config, models, retry.placement)).runs()] == [2.0]
+
+
 def test_a_missing_package_or_driver_has_no_version(monkeypatch):
     monkeypatch.setattr(history, "nvidia_smi", lambda fields: ["580.65.06"])
     monkeypatch.setattr(history.torch.cuda, "is_available", lambda: True)

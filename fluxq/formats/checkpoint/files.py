@@ -8,8 +8,9 @@ time at its position. It uses no memory map, so a file can be replaced while it 
 import json
 import math
 import os
-from collections.abc import Iterator, KeysView, Mapping, Sequence
+from collections.abc import Iterable, Iterator, KeysView, Mapping, Sequence
 from contextlib import contextmanager
+from hashlib import blake2b
 from pathlib import Path
 from typing import NoReturn
 
@@ -100,6 +101,15 @@ def safetensors_data(tensors: Mapping[str, torch.Tensor]) -> Iterator[memoryview
     """The bytes of each tensor, in the order of the file."""
     for name in _storage_order(tensors):
         yield tensors[name].detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
+
+
+def checksum(tensors: Iterable[tuple[str, torch.Tensor]], text: str = "") -> str:
+    """A digest of (name, tensor) in this order, contiguous and on the CPU, and of `text`."""
+    digest = blake2b(text.encode(errors="replace"), digest_size=16)
+    for name, tensor in tensors:
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}\n".encode(errors="replace"))
+        digest.update(tensor.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
 
 
 class TensorFile:
