@@ -56,12 +56,9 @@ def cache_folders(
     Missing records are encoded, one encoder after the other, each within `budget` bytes of GPU memory (None: no limit).
     Before, `require_room` is called with the bytes that they will take.
     """
-    flux, length = models.flux_config, models.t5_length
 
     def before(images: Collection[Size], captions: int) -> None:
-        latents = sum(width * height // 64 for width, height in images) * flux.in_channels // 4 * 2 * 4
-        texts = captions * (length * flux.context_in_dim * 2 + flux.vec_in_dim * 4)
-        require_room(latents + texts + RECORD_HEADER * (len(images) + captions))
+        require_room(record_bytes(models, images, captions))
 
     band = band_for(max(PIXELS_PER_BATCH, cast(int, data.resolution) ** 2), budget)
     return build_cache(
@@ -78,6 +75,14 @@ def cache_folders(
         notify=console.print,
         before=before,
     )
+
+
+def record_bytes(models: Models, images: Collection[Size], captions: int) -> int:
+    """The bytes of the records of `images`, given by their sizes, and of so many captions."""
+    flux = models.flux_config
+    latents = sum(width * height // 64 for width, height in images) * flux.in_channels // 4 * 2 * 4
+    texts = captions * (models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4)
+    return latents + texts + RECORD_HEADER * (len(images) + captions)
 
 
 def cache_texts(

@@ -6,14 +6,12 @@ fluxq/models/check_file.py.
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fluxq.caching.build import LOOKS
-from fluxq.caching.folders import folders_of
+from fluxq.caching.folders import folders_of, record_bytes
 from fluxq.caching.import_foreign import imported_note_for
 from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store
@@ -23,17 +21,20 @@ from fluxq.data.crops import crop_sheet
 from fluxq.data.examples import scan
 from fluxq.data.images import open_image
 from fluxq.errors import WrongRequest
-from fluxq.formats.atomic import atomic_path
+from fluxq.formats.atomic import atomic_path, free_bytes
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
-from fluxq.formats.quantized import cache_folder, require_widths, stored_bytes
+from fluxq.formats.quantized import require_widths, stored_bytes
 from fluxq.memory.machine import InstalledGPU, free_gpu_bytes, notes, obstacle, ram_bytes, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
 from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
-from fluxq.training.defaults import caveats, resolve_data
-from fluxq.training.disk import by_disk
+from fluxq.training.defaults import caveats, resolve, resolve_data
+from fluxq.training.disk import Need, need_of_cache, need_of_weights, needs_of, present, room_for
+from fluxq.training.from_lora import read_start
+from fluxq.training.previews import preview_prompts
+from fluxq.training.run import Run
 
 PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in transit
 Answer = dict[str, Any]
@@ -79,7 +80,7 @@ def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = N
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
     machine = read_machine()
     gpu = _gpu(flux, models.format, machine.gpu, reasons)
-    disk = _disk(flux, config, models, data, fetched, reasons)
+    disk = _disk(config, models, data, fetched, reasons) if flux else None
     if problem := obstacle(machine):
         reasons.append(problem)
     reasons = list(dict.fromkeys(reasons))
@@ -154,7 +155,6 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
         "captions": len(captions),
         "resolution": resolved.resolution,
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
-        "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
         "text_records": len(captions | {""}),
         "sources": scanned.found.sources,
         "findings": [finding._asdict() for finding in findings],
@@ -238,27 +238,31 @@ def _gpu(flux: FluxConfig | None, format: str, gpu: InstalledGPU | None, reasons
     return about | {"weights": needed}
 
 
-def _disk(
-    flux: FluxConfig | None, config: TrainConfig, models: Models, data: Answer | None, fetched: int, reasons: list[str]
-) -> Answer | None:
-    """The disk space that cache, stored weights and downloads take, as if none of it existed yet."""
-    if flux is None:
+def _disk(config: TrainConfig, models: Models, data: Answer | None, fetched: int, reasons: list[str]) -> Answer | None:
+    """The disk space that a run takes, as training works it out, and downloads. All captions and images count, less
+    what the cache has: which records those are, only hashes of the encoders tell.
+    """
+    needs = [Need("downloads", hub_cache(), fetched, "another HF_HOME")]
+    try:
+        if data is None:
+            needs.append(need_of_weights(models))
+        else:
+            models.use_format(models.format)  # the one that everything here is said for
+            run = Run(resolve(config, models, silent, read_start(config.lora, models, silent)))
+            cache, buckets = run.config.data.cache, data["buckets"].items()
+            sizes = [(int(w), int(h)) for (w, _, h), n in ((b.partition("x"), n) for b, n in buckets) for _ in range(n)]
+            missing = record_bytes(models, sizes, data["text_records"]) - present(cache / "latents", cache / "text")
+            needs += needs_of(run, models, len(preview_prompts(run.config, models)))
+            needs.append(need_of_cache(cache, max(0, missing)))
+        for line, warning, problem in room_for(needs):
+            console.print(f"disk         {line}")
+            if warning:
+                console.print(f"             {warning}")
+            reasons.extend([problem] if problem else [])
+        free = [free_bytes(need.place) for need in needs]
+    except WrongRequest as error:
+        reasons.append(str(error))
         return None
-    weights = 0 if models.is_quantized else stored_bytes(flux_shapes(flux), models.format)
-    needed = {"weights": weights, "downloads": fetched, "cache": 0}
-    if data is not None:
-        caption = models.t5_length * flux.context_in_dim * 2 + flux.vec_in_dim * 4
-        needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
-    places = {"weights": cache_folder(), "downloads": hub_cache(), "cache": config.data.cache.absolute()}
-    free = math.inf
-    for place, names in by_disk(places).items():
-        total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
-        free = min(free, left)
-        listed = ", ".join(f"{name} {size(needed[name])}" for name in names if needed[name])
-        console.print(f"disk         needs {size(total)} ({listed or 'nothing'}); {size(left)} free at {place}")
-        if total > left:
-            reasons.append(
-                f"a run needs {size(total)} of disk at {place}, and {size(left)} are free; "
-                "free some space, or choose another --cache, FLUXQ_CACHE or HF_HOME"
-            )
-    return {"needed": sum(needed.values()), "free": free, **needed}
+    known = [n for n in free if n is not None]
+    takes = {need.what: need.nbytes for need in needs}
+    return {"needed": sum(takes.values()), "free": min(known, default=None), **takes}
