@@ -16,6 +16,7 @@ from fluxq.data.images import image_files
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import Lora
 from fluxq.memory.placement import choose_format
+from fluxq.models.check_file import is_kontext
 from fluxq.models.parts import Models
 
 from .from_lora import settings_of
@@ -75,7 +76,7 @@ def caveats(models: Models) -> list[str]:
     """What a LoRA for this kind of checkpoint needs that this run does not give it."""
     found, source = [], models.quantized.source if models.quantized else {}
     names = [*models.flux_file.parts[-5:], *map(str, source.get("files", []))]  # in the hub's cache, down from its id
-    if any("kontext" in name.lower() for name in names):
+    if is_kontext(*names):
         found.append(
             "the transformer is FLUX.1 Kontext by its name, which edits a reference image: from images alone it learns "
             "to generate, as dev does, and may edit worse"
