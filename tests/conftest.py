@@ -25,16 +25,19 @@ VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsy
 
 LONGEST = (  # files, by their CPU seconds; they are begun first, so that no worker is left alone with one at the end
     "commands/test_demo.py",
+    "benchmarks/test_fullsize.py",
     "test_train.py",
     "benchmarks/test_scripts.py",
-    "benchmarks/test_fullsize.py",
-    "caching/test_memory.py",
+    "recorded/test_losses.py",
     "offload/test_streamed_flux.py",
-    "memory/test_retry.py",
     "training/test_train_clip.py",
-    "kernels/test_whole_model.py",
+    "memory/test_retry.py",
     "memory/test_phases.py",
     "model/test_byte_ring.py",
+    "formats/lora/test_in_diffusers.py",
+    "caching/test_memory.py",
+    "kernels/test_whole_model.py",
+    "fuzz/test_fuzz.py",
 )
 LAST = "kernels/test_aot.py"
 """It compiles in two processes, which need the core of a worker that has nothing left."""

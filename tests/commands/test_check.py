@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,7 +24,7 @@ from fluxq.formats.load import load_flux
 from fluxq.formats.quantized import stored_bytes
 from fluxq.memory.machine import InstalledGPU, Machine
 from fluxq.model import FluxConfig
-from fluxq.models.hub import NotFetched
+from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import Models
 from fluxq.training import disk
 
@@ -250,16 +248,19 @@ def test_downloads_need_space_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatc
     assert f"disk         {hub} needs up to 8.4 GiB (downloads 8.4 GiB) and has 1.0 GiB free" in lines
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
 )
-def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE")}
-    code = [sys.executable, "-c", "from fluxq.models.hub import hub_cache; print(hub_cache())"]
-    environment[variable] = str(tmp_path)
-    printed = subprocess.run(code, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert Path(printed.strip()) == tmp_path / inside
+def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_path, monkeypatch):
+    """The library reads the environment when it is imported."""
+    with monkeypatch.context() as patch:
+        for name in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE"):
+            patch.delenv(name, raising=False)
+        patch.setenv(variable, str(tmp_path))
+        importlib.reload(constants)
+        found = hub_cache()
+    importlib.reload(constants)
+    assert found == tmp_path / inside
 
 
 def test_a_quantized_file_next_to_its_original_is_named_with_the_reason(tmp_path):
