@@ -36,7 +36,7 @@ from fluxq.model.modulation import is_known_ahead
 from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.asked import refuse_without_effect
-from fluxq.training.defaults import resolve
+from fluxq.training.defaults import epoch_of, resolve
 from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
@@ -102,7 +102,7 @@ def train_in(
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
-    for line in summary(config, models, flux, data.trained_on, len(data.batches), len(layers), optimizer):
+    for line in summary(config, models, flux, epoch_of(config.data, scanned, training.batch), len(layers), optimizer):
         notify(line)
 
     # where it starts

@@ -25,16 +25,19 @@ VOCABULARIES = Path(__file__).parent.parent / ".venv" / "vocabularies" / "diffsy
 
 LONGEST = (  # files, by their CPU seconds; they are begun first, so that no worker is left alone with one at the end
     "commands/test_demo.py",
+    "benchmarks/test_fullsize.py",
     "test_train.py",
     "benchmarks/test_scripts.py",
-    "benchmarks/test_fullsize.py",
-    "caching/test_memory.py",
+    "recorded/test_losses.py",
     "offload/test_streamed_flux.py",
-    "memory/test_retry.py",
     "training/test_train_clip.py",
-    "kernels/test_whole_model.py",
+    "memory/test_retry.py",
     "memory/test_phases.py",
     "model/test_byte_ring.py",
+    "formats/lora/test_in_diffusers.py",
+    "caching/test_memory.py",
+    "kernels/test_whole_model.py",
+    "fuzz/test_fuzz.py",
 )
 LAST = "kernels/test_aot.py"
 """It compiles in two processes, which need the core of a worker that has nothing left."""
@@ -67,11 +70,29 @@ def _own_cache_of_quantized_models(tmp_path_factory):
     os.environ["FLUXQ_CACHE"] = str(tmp_path_factory.mktemp("quantized"))
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _no_plots():
+    """Drawing loss.png takes as long as two steps of nano, at the end of each run. `plots` has it drawn."""
+    from fluxq.training.report import Report
+
+    plot = Report.plot
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Report, "plot", lambda report: None)
+        yield plot
+
+
+@pytest.fixture
+def plots(_no_plots, monkeypatch):
+    from fluxq.training.report import Report
+
+    monkeypatch.setattr(Report, "plot", _no_plots)
+
+
 @pytest.fixture(autouse=True)
 def _seeded_and_poisoned():
     """torch.empty returns NaN, so that an output nobody wrote cannot pass for a result."""
     torch.manual_seed(0)
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.set_deterministic_debug_mode("warn")  # use_deterministic_algorithms imports the compiler, for 2 seconds
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,5 @@
 """The demo as tests run it: 50 of its 400 steps at three times its learning rate, a third of its held-out images, and
-images sampled in 4 steps.
+images sampled in 2 steps.
 
     python tests/short_demo.py FOLDER [fluxq demo's options]
 
@@ -52,7 +52,7 @@ def forbid(event: str, arguments: tuple) -> None:
 if __name__ == "__main__":
     sys.modules["triton"] = None  # the package trains without it
     demo.draw_images, demo.demo_config = draw_images, demo_config
-    demo.Request = partial(demo.Request, steps=4)
+    demo.Request = partial(demo.Request, steps=2)
     from fluxq.cli import main
 
     sys.addaudithook(forbid)

@@ -145,7 +145,7 @@ def logged(folder: Path) -> int:
 
 
 @pytest.mark.slow
-def test_photographs_from_an_empty_cache_to_a_lora(tmp_path, monkeypatch):
+def test_photographs_from_an_empty_cache_to_a_lora(tmp_path, monkeypatch, plots):
     """scikit-image's photographs: many sizes, one gray, one with alpha; through the command line, and reopened."""
     data = pytest.importorskip("skimage.data")
     folder = tmp_path / "PHOTOS"

@@ -59,13 +59,9 @@ def cache_folders(
     Missing records are encoded, one encoder after the other, each within `budget` bytes of GPU memory (None: no limit).
     Before, `require_room` is called with the bytes that they will take.
     """
-    flux, length, masked = models.flux_config, models.t5_length, models.config.text_mask
 
     def before(images: Collection[Size], captions: Collection[str]) -> None:
-        latents = sum(width * height // 64 for width, height in images) * flux.in_channels // 4 * 2 * 4
-        tokens = sum(models.tokens_of(captions)) if masked and captions else len(captions) * length
-        texts = tokens * flux.context_in_dim * 2 + len(captions) * flux.vec_in_dim * 4
-        require_room(latents + texts + RECORD_HEADER * (len(images) + len(captions)))
+        require_room(record_bytes(models, images, captions))
 
     band = band_for(max(PIXELS_PER_BATCH, data.side**2), budget)
     return build_cache(
@@ -76,13 +72,22 @@ def cache_folders(
         partial(models.load_text_encoders, budget),
         request=asdict(replace(data, cache=Path())),
         t5_length=models.t5_length,
-        text_mask=masked,
+        text_mask=models.config.text_mask,
         prompts=prompts,
         skip_bad=data.skip_bad,
         progress=progress,
         notify=console.print,
         before=before,
     )
+
+
+def record_bytes(models: Models, images: Collection[Size], captions: Collection[str]) -> int:
+    """The bytes of the records of `images`, given by their sizes, and of `captions`."""
+    flux, masked = models.flux_config, models.config.text_mask
+    latents = sum(width * height // 64 for width, height in images) * flux.in_channels // 4 * 2 * 4
+    tokens = sum(models.tokens_of(captions)) if masked and captions else len(captions) * models.t5_length
+    texts = tokens * flux.context_in_dim * 2 + len(captions) * flux.vec_in_dim * 4
+    return latents + texts + RECORD_HEADER * (len(images) + len(captions))
 
 
 def cache_texts(

@@ -23,7 +23,7 @@ from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_f
 
 from .bench import bench
 from .lora import lora
-from .options import JSON, asked_for, begin, config_option, finish, folders_of, options, read_config
+from .options import JSON, asked_for, begin, config_option, finish, folder_settings, options, read_config
 
 STEP_OPTIONS = ("--policy", "--ram", "--offload")
 STREAMING_OPTIONS = ("--resident-units", "--blocks-to-swap", "--slots")
@@ -172,7 +172,7 @@ def train(
         raise WrongRequest(f"{resume} has no run to resume (there is no config.toml in it)")
     saved = resume / "config.toml" if resume else None
     if folders:
-        given["data__folders"] = folders_of(folders, saved)
+        given["data__folders"] = folder_settings(folders, saved)
     config = read_config(config_file, assignments, given, saved)
     asked = asked_for(config_file, assignments, given)
     if resume:

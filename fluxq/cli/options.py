@@ -110,7 +110,7 @@ def read_config(
     return config_from_dict(values, "the command line")
 
 
-def folders_of(folders: tuple[Path, ...], saved: Path | None) -> list[dict[str, Any]]:
+def folder_settings(folders: tuple[Path, ...], saved: Path | None) -> list[dict[str, Any]]:
     """`folders` as [data] has them. One that the run with the config `saved` has keeps its repeats and its trigger."""
     config = config_from_dict(read_toml(saved), str(saved)) if saved else None
     known = {

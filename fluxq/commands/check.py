@@ -6,33 +6,35 @@ fluxq/models/check_file.py.
 
 from __future__ import annotations
 
-import math
-import shutil
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 from fluxq.caching.build import LOOKS
-from fluxq.caching.folders import scan_data
+from fluxq.caching.folders import record_bytes, scan_data
 from fluxq.caching.import_foreign import imported_note_for
 from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent
 from fluxq.data.crops import crop_sheet
+from fluxq.data.examples import Scan
 from fluxq.data.images import open_image
 from fluxq.errors import WrongRequest
-from fluxq.formats.atomic import atomic_path
+from fluxq.formats.atomic import atomic_path, free_bytes
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
-from fluxq.formats.quantized import cache_folder, require_widths, stored_bytes
+from fluxq.formats.quantized import require_widths, stored_bytes
 from fluxq.memory.machine import InstalledGPU, free_gpu_bytes, notes, obstacle, ram_bytes, read_machine
 from fluxq.model.config import FluxConfig
 from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
 from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
-from fluxq.training.defaults import caveats, resolve_data
-from fluxq.training.disk import by_disk
+from fluxq.training.defaults import caveats, epoch_of, not_full, resolve, resolve_data
+from fluxq.training.disk import Need, need_of_cache, need_of_weights, needs_of, present, room_for
+from fluxq.training.from_lora import read_start
+from fluxq.training.previews import preview_prompts
+from fluxq.training.run import Run
 
 PROGRAM_BYTES = 2 << 30  # Python, torch, small activations, one tensor in transit
 Answer = dict[str, Any]
@@ -78,7 +80,9 @@ def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = N
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
     machine = read_machine()
     gpu = _gpu(flux, models.format, machine.gpu, reasons)
-    disk = _disk(flux, config, models, data, fetched, reasons)
+    found = _resolved(config, models, reasons) if flux and data else None
+    training = _training(*found) if found else None
+    disk = _disk(found, models, fetched, reasons) if flux else None
     if problem := obstacle(machine):
         reasons.append(problem)
     reasons = list(dict.fromkeys(reasons))
@@ -86,7 +90,7 @@ def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = N
         console.print(f"problem      {reason}")
     console.print("not ready" if reasons else "ready: a run could start")
     answer = {"ready": not reasons, "reasons": reasons, "parts": parts, "images": data, "ram": ram, "gpu": gpu}
-    return answer | {"disk": disk, "notes": notes(machine)}
+    return answer | {"training": training, "disk": disk, "notes": notes(machine)}
 
 
 def _part(models: Models, part: str, reasons: list[str]) -> Answer:
@@ -138,30 +142,30 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
         images = {e.path: store.hashes.remembered(e.path) or str(e.path) for e in scanned.examples}
         looks = Looks(store.root / LOOKS).of(images)
         scanned.found.look_at_images(looks)
-        models.use_captions(example.caption for example in scanned.examples)
+        models.use_captions(text for example in scanned.examples for text in example.texts)
         foreign = imported_note_for(store, scanned.examples, models.t5_length, models.config.text_mask)
     except WrongRequest as error:
         reasons.append(str(error))
         return None
     bad = [str(error) for e in scanned.examples if e.path not in looks and (error := _undecodable(e.path))]
     (scanned.skipped if resolved.skip_bad else reasons).extend(bad)
-    findings, captions = scanned.found.all(), {example.caption for example in scanned.examples}
+    findings, captions = scanned.found.all(), {text for example in scanned.examples for text in example.texts}
     buckets = Counter(example.bucket for example in scanned.examples)
     answer = {
-        "images": len(scanned.examples),
+        "images": len({example.path for example in scanned.examples}),
         "captions": len(captions),
         "resolution": resolved.resolution,
         "buckets": {f"{w}x{h}": count for (w, h), count in sorted(buckets.items())},
-        "latents_bytes": sum(count * 2 * 16 * (w // 8) * (h // 8) * 4 for (w, h), count in buckets.items()),
-        "text_records": len(captions | {""}),
+        "latents": sum(len(example.views) for example in scanned.examples),
         "sources": scanned.found.sources,
         "findings": [finding._asdict() for finding in findings],
         "skipped": scanned.skipped,
         "imported": foreign,
     }
+    more = f"; variants: {answer['latents']} latents" if answer["latents"] > answer["images"] else ""
     shapes = ", ".join(f"{count} at {bucket}" for bucket, count in answer["buckets"].items())
     console.print(
-        f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}"
+        f"images       {answer['images']:,}; {plural(answer['captions'], 'different caption')}; buckets: {shapes}{more}"
     )
     sources = ", ".join(
         f"{count} images without" if source == "without" else f"{count} {source}"
@@ -236,27 +240,53 @@ def _gpu(flux: FluxConfig | None, format: str, gpu: InstalledGPU | None, reasons
     return about | {"weights": needed}
 
 
-def _disk(
-    flux: FluxConfig | None, config: TrainConfig, models: Models, data: Answer | None, fetched: int, reasons: list[str]
-) -> Answer | None:
-    """The disk space that cache, stored weights and downloads take, as if none of it existed yet."""
-    if flux is None:
+def _resolved(config: TrainConfig, models: Models, reasons: list[str]) -> tuple[Run, Scan] | None:
+    """The run as training would begin it, with its images."""
+    models.use_format(models.format)  # the one that everything here is said for
+    try:
+        resolved, scanned = resolve(config, models, silent, read_start(config.lora, models, silent))
+        return Run(resolved), scanned
+    except WrongRequest as error:
+        reasons.append(str(error))
         return None
-    weights = 0 if models.is_quantized else stored_bytes(flux_shapes(flux), models.format)
-    needed = {"weights": weights, "downloads": fetched, "cache": 0}
-    if data is not None:
-        caption = models.text_tokens * flux.context_in_dim * 2 + flux.vec_in_dim * 4
-        needed["cache"] = data["latents_bytes"] + caption * data["text_records"]
-    places = {"weights": cache_folder(), "downloads": hub_cache(), "cache": config.data.cache.absolute()}
-    free = math.inf
-    for place, names in by_disk(places).items():
-        total, left = sum(needed[name] for name in names), shutil.disk_usage(place).free
-        free = min(free, left)
-        listed = ", ".join(f"{name} {size(needed[name])}" for name in names if needed[name])
-        console.print(f"disk         needs {size(total)} ({listed or 'nothing'}); {size(left)} free at {place}")
-        if total > left:
-            reasons.append(
-                f"a run needs {size(total)} of disk at {place}, and {size(left)} are free; "
-                "free some space, or choose another --cache, FLUXQ_CACHE or HF_HOME"
-            )
-    return {"needed": sum(needed.values()), "free": free, **needed}
+
+
+def _training(run: Run, scanned: Scan) -> Answer:
+    """Steps, epochs, and how full batches are."""
+    training, steps = run.config.training, run.config.training.steps or 0
+    epoch = epoch_of(run.config.data, scanned, training.batch)
+    epochs = steps * training.accumulate / epoch.batches
+    console.print(f"training     {plural(steps, 'step')}: {epochs:.3g} epochs of {plural(epoch.batches, 'batch')}")
+    for line in not_full(epoch, training.batch):
+        console.print(f"             {line}")
+    return {"steps": steps, "epochs": epochs, "batches": epoch.batches, "full_batches": epoch.full}
+
+
+def _disk(found: tuple[Run, Scan] | None, models: Models, fetched: int, reasons: list[str]) -> Answer | None:
+    """The disk space that a run takes, as training works it out, and downloads. All captions and images count, less
+    what the cache has: which records those are, only hashes of the encoders tell.
+    """
+    needs = [Need("downloads", hub_cache(), fetched, "another HF_HOME")]
+    try:
+        if found is None:
+            needs.append(need_of_weights(models))
+        else:
+            (run, scanned), cache = found, found[0].config.data.cache
+            sizes = [example.bucket for example in scanned.examples for _ in example.views]
+            captions = {"", *(text for example in scanned.examples for text in example.texts)}
+            missing = record_bytes(models, sizes, captions) - present(cache / "latents", cache / "text")
+            prompts = preview_prompts(run.config, models, (example.caption for example in scanned.examples))
+            needs += needs_of(run, models, len(prompts))
+            needs.append(need_of_cache(cache, max(0, missing)))
+        for line, warning, problem in room_for(needs):
+            console.print(f"disk         {line}")
+            if warning:
+                console.print(f"             {warning}")
+            reasons.extend([problem] if problem else [])
+        free = [free_bytes(need.place) for need in needs]
+    except WrongRequest as error:
+        reasons.append(str(error))
+        return None
+    known = [n for n in free if n is not None]
+    takes = {need.what: need.nbytes for need in needs}
+    return {"needed": sum(takes.values()), "free": min(known, default=None), **takes}

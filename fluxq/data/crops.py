@@ -10,6 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from .examples import Example
 from .images import open_image
 
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 CELL, GAP, LINES = 240, 10, 4
 """Pixels of an image's longer side and between images; lines of text below each."""
 COLUMNS = 6
@@ -27,7 +28,7 @@ def crop_sheet(examples: Sequence[Example]) -> Image.Image:
         shown = _darkened(example)
         sheet.paste(shown, (x, y + CELL - shown.height))
         name = f"{example.name}, {example.bucket[0]} x {example.bucket[1]}"
-        for n, text in enumerate([name, *_wrapped(example.caption, font, LINES - 1)]):
+        for n, text in enumerate([name, *_first(wrapped(example.caption, font, CELL), LINES - 1)]):
             pen.text((x, y + CELL + 2 + n * line), _cut(text, font), "black" if n else "#555555", font)
     return sheet
 
@@ -44,21 +45,24 @@ def _darkened(example: Example) -> Image.Image:
     return dark
 
 
-def _wrapped(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, lines: int) -> list[str]:
-    """The first `lines` lines of `text`, each as wide as an image."""
-    wrapped = [""]
+def wrapped(text: str, font: Font, width: int) -> list[str]:
+    """The words of `text` in lines of at most `width` pixels, but for a word that is wider."""
+    lines = [""]
     for word in text.split():
-        longer = f"{wrapped[-1]} {word}".strip()
-        if wrapped[-1] and font.getlength(longer) > CELL:
-            wrapped.append(word)
+        longer = f"{lines[-1]} {word}".strip()
+        if lines[-1] and font.getlength(longer) > width:
+            lines.append(word)
         else:
-            wrapped[-1] = longer
-    if len(wrapped) > lines:
-        wrapped[lines - 1] += " ..."
-    return wrapped[:lines]
+            lines[-1] = longer
+    return lines
 
 
-def _cut(text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> str:
+def _first(lines: list[str], count: int) -> list[str]:
+    """The first `count` of `lines`, the last of which says if there are more."""
+    return lines if len(lines) <= count else [*lines[: count - 1], f"{lines[count - 1]} ..."]
+
+
+def _cut(text: str, font: Font) -> str:
     """`text`, at most as wide as an image."""
     if len(text) <= CELL and font.getlength(text) <= CELL:
         return text

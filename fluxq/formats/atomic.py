@@ -175,10 +175,26 @@ def _is_about(error: OSError, path: Path) -> bool:
     return is_temporary or name in (path, *path.parents)
 
 
+def free_bytes(path: Path) -> int | None:
+    """The bytes free on the disk of `path`, which need not exist; None where a network drive does not tell."""
+    usage = shutil.disk_usage(existing_folder(path))
+    return usage.free if usage.total else None
+
+
+def existing_folder(path: Path) -> Path:
+    """`path`, or the innermost folder around it that exists. Raises WrongRequest if not even its drive does."""
+    folder = next((f for f in (path, *path.absolute().parents) if f.is_dir()), None)
+    if folder is None:
+        raise WrongRequest(f"{path} is on a drive that does not exist; choose another folder")
+    return folder
+
+
 def _unwritable(path: Path, nbytes: int | None, error: OSError) -> WrongRequest:
     if error.errno in FULL_DISK_ERRORS:
         needed = f"{nbytes:,} bytes are needed, " if nbytes is not None else ""
-        free = f"{shutil.disk_usage(path.parent).free:,} are free" if path.parent.is_dir() else "none is free"
+        free = "none is free"
+        if path.parent.is_dir() and (left := free_bytes(path.parent)) is not None:
+            free = f"{left:,} are free"
         kept = "; the existing file is unchanged" if path.exists() else ""
         problem = f"cannot be written because the disk is full ({needed}{free}){kept}"
         return WrongRequest(f"{path} {problem}; free some space and try again")

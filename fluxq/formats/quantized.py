@@ -12,7 +12,6 @@ import dataclasses
 import glob
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -35,7 +34,7 @@ from fluxq.model.layout import ALIGNMENT, TensorEntry, layout, stored_parts
 from fluxq.model.linear import Linear
 from fluxq.model.units import REST, by_unit
 
-from .atomic import atomic_path, remove_leftover
+from .atomic import atomic_path, free_bytes, remove_leftover
 from .checkpoint.detect import DIFFUSERS_FLUX, kind
 from .checkpoint.files import DTYPE_NAMES, DTYPES, Checkpoint, TensorFile, printable, refuse, well_formed
 from .checkpoint.shapes import flux_shapes
@@ -121,11 +120,8 @@ def require_widths(source: Source[FluxConfig], format: str) -> None:
 
 def require_disk_space(path: Path, needed: int) -> None:
     """Raise WrongRequest if the disk of `path`, which need not exist, has fewer than `needed` bytes free."""
-    folder = next((p for p in path.absolute().parents if p.is_dir()), None)
-    if folder is None:
-        raise WrongRequest(f"{path.parent} is on a drive that does not exist; choose another folder")
-    free = shutil.disk_usage(folder).free
-    if free < needed:
+    free = free_bytes(path.parent)
+    if free is not None and free < needed:
         need, has = (f"{n / 1e9:.1f} GB" if needed >= 1e9 else f"{n:,} bytes" for n in (needed, free))
         raise WrongRequest(f"{path} needs {need}, but only {has} are free; free some space on that disk")
 

@@ -88,7 +88,7 @@ def check_file(path: Path) -> Answer:
     title = next(filter(None, map(shards.metadata.get, TITLES)), None)
     if title:
         console.print(f"title        {printable(title)}")
-    if "flux" in parts and "kontext" in f"{path.name} {title}".lower():
+    if "flux" in parts and is_kontext(path.name, title or ""):
         console.print(
             "note         Kontext, by its name: it edits images, and fluxq trains it on images alone, like dev"
         )
@@ -173,6 +173,11 @@ def _sizes(config: Any) -> str:
         layers = config.get("num_hidden_layers") or config.get("num_layers")
         return f"{layers} layers, {config.get('hidden_size') or config.get('d_model')} wide"
     return f"{config.z_channels} channels"
+
+
+def is_kontext(*names: str) -> bool:
+    """Whether a FLUX.1 transformer with these names edits images. Its tensors do not tell."""
+    return any("kontext" in name.lower() for name in names)
 
 
 def size(nbytes: int) -> str:

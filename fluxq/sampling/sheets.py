@@ -8,6 +8,7 @@ from pathlib import Path
 from PIL import Image, ImageDraw, ImageFont
 from PIL.PngImagePlugin import PngInfo
 
+from fluxq.data.crops import Font, wrapped
 from fluxq.formats.atomic import atomic_path
 
 from .requests import Request
@@ -33,7 +34,7 @@ def labeled_grid(
     font = ImageFont.load_default(max(12, min(cell_w // 12, 28)))
     measure = ImageDraw.Draw(Image.new("RGB", (1, 1)))
     margin_w = max(cell_w * 2 // 3, 90)
-    columns = [_wrapped(measure, label, font, cell_w) for label in column_labels]
+    columns = [_wrapped(label, font, cell_w) for label in column_labels]
     top = max(int(measure.multiline_textbbox((0, 0), label, font=font)[3]) for label in columns) + 2 * gap
     sheet = Image.new(
         "RGB", (margin_w + len(columns) * (cell_w + gap) + gap, top + len(rows) * (cell_h + gap)), "white"
@@ -43,21 +44,12 @@ def labeled_grid(
         pen.multiline_text((margin_w + c * (cell_w + gap), gap), label, "black", font)
     for r, (row, label) in enumerate(zip(rows, row_labels, strict=True)):
         y = top + r * (cell_h + gap)
-        pen.multiline_text((gap, y + gap), _wrapped(pen, label, font, margin_w - 2 * gap), "black", font)
+        pen.multiline_text((gap, y + gap), _wrapped(label, font, margin_w - 2 * gap), "black", font)
         for c, image in enumerate(row):
             enlarged = image.resize((image.width * scale, image.height * scale), Image.Resampling.NEAREST)
             sheet.paste(enlarged, (margin_w + c * (cell_w + gap), y))
     return sheet
 
 
-def _wrapped(
-    pen: ImageDraw.ImageDraw, text: str, font: ImageFont.FreeTypeFont | ImageFont.ImageFont, width: int
-) -> str:
-    lines = [""]
-    for word in text.split():
-        longer = f"{lines[-1]} {word}".strip()
-        if lines[-1] and pen.textlength(longer, font=font) > width:
-            lines.append(word)
-        else:
-            lines[-1] = longer
-    return "\n".join(lines)
+def _wrapped(text: str, font: Font, width: int) -> str:
+    return "\n".join(wrapped(text, font, width))

@@ -19,6 +19,7 @@ from fluxq.data.folders import expand
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import Lora
 from fluxq.memory.placement import choose_format
+from fluxq.models.check_file import is_kontext
 from fluxq.models.parts import Models
 from fluxq.settings import Folder, sizes_of
 
@@ -74,13 +75,15 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
 
 @dataclass(frozen=True)
 class Epoch:
-    """What an epoch of training has: distinct images, how often images are seen, and micro-batches; of these images
-    without those of regularization.
+    """What an epoch of training has: distinct images and how often they are seen, both without regularization; its
+    micro-batches, those that are full, and the most images of a bucket.
     """
 
     images: int
     seen: int
     batches: int
+    full: int
+    largest: int
 
 
 def epoch_of(data: DataConfig, scanned: Scan, batch: int) -> Epoch:
@@ -91,7 +94,21 @@ def epoch_of(data: DataConfig, scanned: Scan, batch: int) -> Epoch:
     for example in examples:
         groups[example.bucket, example.folder.batch or batch] += example.repeats
     batches = sum(-(-count // size) for (_, size), count in groups.items())
-    return Epoch(len({example.path for example in own}), sum(example.repeats for example in own), batches)
+    full = sum(count // size for (_, size), count in groups.items())
+    images, seen = len({example.path for example in own}), sum(example.repeats for example in own)
+    return Epoch(images, seen, batches, full, max(groups.values(), default=0))
+
+
+def not_full(epoch: Epoch, batch: int) -> list[str]:
+    """A line if batches have fewer images than asked, since a batch is of one bucket."""
+    if not epoch.full:
+        largest = f"the largest has {epoch.largest}"
+        return [f"warning: no batch has {batch} images: a batch is of one bucket, and {largest}"]
+    short = epoch.batches - epoch.full
+    if not short:
+        return []
+    are = "is" if short == 1 else "are"
+    return [f"{short} of {plural(epoch.batches, 'batch')} per epoch {are} not full: a batch is of one bucket"]
 
 
 def resolve_steps(
@@ -120,7 +137,7 @@ def caveats(models: Models) -> list[str]:
     """What a LoRA for this kind of checkpoint needs that this run does not give it."""
     found, source = [], models.quantized.source if models.quantized else {}
     names = [*models.flux_file.parts[-5:], *map(str, source.get("files", []))]  # in the hub's cache, down from its id
-    if any("kontext" in name.lower() for name in names):
+    if is_kontext(*names):
         found.append(
             "the transformer is FLUX.1 Kontext by its name, which edits a reference image: from images alone it learns "
             "to generate, as dev does, and may edit worse"

@@ -7,8 +7,7 @@ only a warning. What the run has written before, and replaces, does not count.
 
 from __future__ import annotations
 
-import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import cast
@@ -16,6 +15,7 @@ from typing import cast
 from fluxq.config import TrainConfig
 from fluxq.console import Notify
 from fluxq.errors import WrongRequest
+from fluxq.formats.atomic import existing_folder, free_bytes
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.keys import split_rows
 from fluxq.formats.quantized import cache_folder, stored_bytes
@@ -47,33 +47,43 @@ class Need:
 
 def require_room_for_run(run: Run, models: Models, previews: int, notify: Notify, cache_bytes: int) -> None:
     """`require_room` for a run that still has `cache_bytes` to encode. previews: images at a time."""
-    cache = Need("cache", run.config.data.cache, cache_bytes, "another --cache")
-    require_room([*needs_of(run, models, previews), cache], notify)
+    require_room([*needs_of(run, models, previews), need_of_cache(run.config.data.cache, cache_bytes)], notify)
 
 
 def require_room(needs: Sequence[Need], notify: Notify) -> None:
     """Say what `needs` take, a line for each disk. Raises WrongRequest if what is certain does not fit."""
+    for line, warning, problem in room_for(needs):
+        notify(f"disk: {line}")
+        if problem:
+            raise WrongRequest(problem)
+        if warning:
+            notify(f"warning: {warning}")
+
+
+def room_for(needs: Sequence[Need]) -> Iterator[tuple[str, str | None, str | None]]:
+    """For each disk: what `needs` take of it and what it has, a warning if not all of that fits, and the problem if not
+    even what is certain fits.
+    """
     for folder, names in by_disk({need.what: need.place for need in needs}).items():
         own = [need for need in needs if need.what in names and need.nbytes]
         total, sure = sum(need.nbytes for need in own), sum(need.nbytes for need in own if need.certain)
         if not own:
             continue
-        listed, usage = ", ".join(f"{need.what} {size(need.nbytes)}" for need in own), shutil.disk_usage(folder)
-        if not usage.total:  # some network drives do not tell
-            notify(f"disk: {folder} needs up to {size(total)} ({listed}); how much is free is not known")
+        listed, free = ", ".join(f"{need.what} {size(need.nbytes)}" for need in own), free_bytes(folder)
+        line, warning, problem = f"{folder} needs up to {size(total)} ({listed})", None, None
+        if free is None:
+            yield f"{line}; how much is free is not known", None, None
             continue
-        notify(f"disk: {folder} needs up to {size(total)} ({listed}) and has {size(usage.free)} free")
-        if sure > usage.free:
+        if sure > free:
             listed = ", ".join(f"{need.what} {size(need.nbytes)}" for need in own if need.certain)
             largest = max((need for need in own if need.certain), key=lambda need: need.nbytes)
-            raise WrongRequest(
-                f"the disk of {largest.place} has {size(usage.free)} free, and {size(sure)} are needed ({listed}); "
+            problem = (
+                f"the disk of {largest.place} has {size(free)} free, and {size(sure)} are needed ({listed}); "
                 f"free some space, or use {largest.way}"
             )
-        if total > usage.free:
-            notify(
-                f"warning: previews and log may not fit on the disk of {own[0].place}; training goes on without them"
-            )
+        elif total > free:
+            warning = f"previews and log may not fit on the disk of {own[0].place}; training goes on without them"
+        yield f"{line} and has {size(free)} free", warning, problem
 
 
 def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
@@ -91,15 +101,22 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     samples, log = out / "samples", out / "log.jsonl"
     ways = "another --out, or save fewer LoRAs (--save-every, --keep)"
     needs = [
-        Need("state twice", out, 2 * state - _present(out / "state"), ways),
-        Need("LoRAs", out, loras * lora - _present(*run.loras(), *out.glob(".*.tmp-*")), ways),
-        Need("previews", out, sheets * previews * image - _present(samples), "another --out", certain=False),
-        Need("log", out, steps * LOG_LINE + PLOT - _present(log, out / "loss.png"), "another --out", certain=False),
+        Need("state twice", out, 2 * state - present(out / "state"), ways),
+        Need("LoRAs", out, loras * lora - present(*run.loras(), *out.glob(".*.tmp-*")), ways),
+        Need("previews", out, sheets * previews * image - present(samples), "another --out", certain=False),
+        Need("log", out, steps * LOG_LINE + PLOT - present(log, out / "loss.png"), "another --out", certain=False),
     ]
-    if not models.is_quantized:
-        weights = stored_bytes(flux_shapes(models.flux_config), models.format)
-        needs.append(Need("quantized weights", cache_folder(), weights, "another folder in FLUXQ_CACHE"))
-    return [replace(need, nbytes=max(0, need.nbytes)) for need in needs]
+    return [*(replace(need, nbytes=max(0, need.nbytes)) for need in needs), need_of_weights(models)]
+
+
+def need_of_weights(models: Models) -> Need:
+    """The transformer's weights in the format of training, if its file has another."""
+    nbytes = 0 if models.is_quantized else stored_bytes(flux_shapes(models.flux_config), models.format)
+    return Need("quantized weights", cache_folder(), nbytes, "another folder in FLUXQ_CACHE")
+
+
+def need_of_cache(cache: Path, nbytes: int) -> Need:
+    return Need("cache", cache, nbytes, "another --cache")
 
 
 def lora_tensors(config: TrainConfig, models: Models) -> list[int]:
@@ -131,9 +148,7 @@ def by_disk(places: Mapping[str, Path]) -> dict[Path, list[str]]:
     """A folder on each disk -> the names of the `places` that are, or would be, on that disk."""
     disks: dict[int, tuple[Path, list[str]]] = {}
     for name, place in places.items():
-        folder = next((f for f in (place, *place.absolute().parents) if f.is_dir()), None)
-        if folder is None:
-            raise WrongRequest(f"{place} is on a drive that does not exist; choose another folder")
+        folder = existing_folder(place)
         disks.setdefault(folder.stat().st_dev, (folder, []))[1].append(name)
     return dict(disks.values())
 
@@ -142,7 +157,7 @@ def _matrices(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, tuple[int, ...
     return {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
 
 
-def _present(*paths: Path) -> int:
+def present(*paths: Path) -> int:
     """The bytes of these files, and of all files in these folders."""
     files = (file for path in paths for file in (path.rglob("*") if path.is_dir() else [path]))
     return sum(file.stat().st_size for file in files if file.is_file())

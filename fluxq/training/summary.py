@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-from collections import Counter
-
 from fluxq.allocator import has_expandable_segments
 from fluxq.config import TrainConfig
 from fluxq.console import plural
-from fluxq.data import Dataset
 from fluxq.memory.machine import notes, read_machine
 from fluxq.model.flux import Flux
 from fluxq.models import Models
 from fluxq.offload import StreamingRing
 from fluxq.offload.arena import Arena
 
+from .defaults import Epoch, not_full
 from .health import high_learning_rate
 from .optim import FlatOptimizer, parameters_of
 
@@ -22,38 +20,26 @@ def summary(
     config: TrainConfig,
     models: Models,
     flux: Flux,
-    dataset: Dataset,
-    batches: int,
+    epoch: Epoch,
     layers: int,
     optimizer: FlatOptimizer,
 ) -> list[str]:
     """A line on the model, what trains, and the images; then one for each thing that makes the run slow or risky.
 
-    batches: per epoch; layers: those with LoRA.
+    layers: those with LoRA.
     """
-    images, weights = len({e.path for e in dataset.examples}), sum(p.numel() for p in parameters_of(optimizer))
+    weights, steps = sum(p.numel() for p in parameters_of(optimizer)), config.training.steps or 0
     name = "nano" if models.is_nano else f"FLUX.1 {models.variant}"
     first = (
         f"{name} in {config.model.format}: {weights:,} trainable parameters in {plural(layers, 'layer')}; "
-        f"{plural(images, 'image')}, {plural(batches, 'batch')} per epoch, {plural(config.training.steps or 0, 'step')}"
+        f"{plural(epoch.images, 'image')}, {plural(epoch.batches, 'batch')} per epoch, {plural(steps, 'step')}"
     )
     return [
         first,
-        *short_batches(config.training.batch, dataset),
+        *not_full(epoch, config.training.batch),
         *slow_lines(slower(flux)),
         *high_learning_rate(config.training.learning_rate),
     ]
-
-
-def short_batches(batch: int, dataset: Dataset) -> list[str]:
-    """A line if no batch can have as many images as asked, since a batch is of one bucket."""
-    buckets: Counter[tuple[int, int]] = Counter()
-    for example in dataset.examples:
-        buckets[example.bucket] += example.repeats
-    largest = max(buckets.values())
-    if batch <= largest:
-        return []
-    return [f"warning: no batch has {batch} images: a batch is of one bucket, and the largest has {largest}"]
 
 
 def slow_lines(reasons: list[str]) -> list[str]:

@@ -21,11 +21,11 @@ def test_a_run_that_was_ended_goes_on_and_is_reported_as_two_processes(tmp_path,
         soak.main()
 
     with contextlib.suppress(SystemExit):  # too short to compare, on a fast machine
-        start("--steps=20")
+        start("--steps=8")
     with contextlib.suppress(SystemExit):  # so few steps prove nothing
-        start("--steps=60", "--resume")
+        start("--steps=30", "--resume")
     found = json.loads((tmp_path / "soak.json").read_text())
-    assert (found["steps"], found["processes"]) == (60, 2)
+    assert (found["steps"], found["processes"]) == (30, 2)
     assert found["tenths"]["rss_bytes"]["last"] > 100 << 20
 
 

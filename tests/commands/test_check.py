@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
-import os
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -26,8 +24,9 @@ from fluxq.formats.load import load_flux
 from fluxq.formats.quantized import stored_bytes
 from fluxq.memory.machine import InstalledGPU, Machine
 from fluxq.model import FluxConfig
-from fluxq.models.hub import NotFetched
+from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import Models
+from fluxq.training import disk
 
 ROOT = Path(__file__).parents[2]
 
@@ -67,7 +66,7 @@ def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_
         "files": [str(nano.FLUX)],
     }
     assert answer["images"]["images"] == 3 and answer["images"]["buckets"] == {"96x96": 2, "128x64": 1}
-    assert answer["disk"]["needed"] > answer["disk"]["cache"] > answer["images"]["latents_bytes"] > 0
+    assert answer["disk"]["needed"] > answer["disk"]["cache"] > 0
     assert "images       3; 1 different caption; buckets: 2 at 96x96, 1 at 128x64" in lines and lines.endswith(
         "ready: a run could start\n"
     )
@@ -80,6 +79,28 @@ def test_the_cache_takes_the_predicted_disk_space(photos, tmp_path):
     assert result.exit_code == 0
     records = [path.stat().st_size for kind in ("latents", "text") for path in (tmp_path / "cache" / kind).iterdir()]
     assert answer["disk"]["cache"] == pytest.approx(sum(records), rel=0.15)  # headers are the rest
+
+
+def test_the_disk_space_is_what_training_says(photos, tmp_path, monkeypatch):
+    """Of a new run; with a cache, nothing is left to encode."""
+
+    def require_room(needs, notify):
+        asked.append({need.what: need.nbytes for need in needs})
+        raise WrongRequest("that is all")
+
+    asked: list[dict[str, int]] = []
+    options = [str(photos), "--model", "nano", "--cache", str(tmp_path / "cache")]
+    for encoded in (False, True):
+        if encoded:
+            assert CliRunner().invoke(main, ["cache", *options]).exit_code == 0
+        _, answer, _ = run(*options)
+        with monkeypatch.context() as patch:
+            patch.setattr(disk, "require_room", require_room)
+            assert CliRunner().invoke(main, ["train", *options, "--sample-every", "0"]).exit_code == 2
+        for what in ("state twice", "LoRAs", "log", "quantized weights", "cache"):
+            assert answer["disk"][what] == pytest.approx(asked[-1][what], rel=0.1, abs=2048), what
+        assert (answer["disk"]["cache"] < 2048) == encoded  # a record's header is estimated from above
+    assert answer["disk"]["state twice"] > answer["disk"]["LoRAs"] > 0
 
 
 @pytest.mark.parametrize("format", ["nf4", "bf16"])
@@ -120,13 +141,13 @@ def test_no_models_is_one_problem():
 def test_too_little_memory_disk_or_gpu_is_a_problem(monkeypatch, photos):
     gpu = Machine("2.13", "13.0", False, True, False, InstalledGPU("old GPU", (6, 1), 1 << 20), ("sm_80",))
     monkeypatch.setattr(checks, "ram_bytes", lambda: (1 << 30, 1 << 29))
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10, 9, 1))
     monkeypatch.setattr(checks, "read_machine", lambda: gpu)
     code, answer, _ = run(photos, "--model", "nano")
     memory, gpu, disk, obstacle = answer["reasons"]
     assert code == 2 and "needs 2.0 GiB of RAM with the transformer in nf4, and this machine has 1.0 GiB" in memory
     assert "the old GPU has 1.0 MiB, and the transformer's weights alone take 2.7 MiB in nf4; use another" in gpu
-    assert " of disk at " in disk and "has no code for the old GPU (sm_61" in obstacle
+    assert " has 0.0 MiB free, and " in disk and "has no code for the old GPU (sm_61" in obstacle
 
 
 def machine_with(gpu: InstalledGPU | None, monkeypatch, free: int | None = None) -> None:
@@ -198,7 +219,7 @@ def test_downloads_from_the_hub_count_as_disk_space_and_are_not_started(monkeypa
         return served(self, part)
 
     monkeypatch.setattr(Models, "served", from_hub)
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, 10**12))
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**12, 0, 10**12))
     code, answer, lines = run("--model", "nano")
     assert code == 0 and answer["disk"]["downloads"] == 9_000_000_000
     assert "t5xxl        2 files of someone/T5, 9.0 GB, are not in the hub's cache yet; a run downloads them" in lines
@@ -217,25 +238,29 @@ def test_downloads_need_space_on_the_disk_of_the_hubs_cache(tmp_path, monkeypatc
         return shutil._ntuple_diskusage(10**12, 0, 1 << 30 if place == hub else 10**12)
 
     monkeypatch.setattr(Models, "served", from_hub)
+    hub.mkdir(parents=True)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(hub))
-    monkeypatch.setattr(checks, "by_disk", lambda places: {place: [name] for name, place in places.items()})
-    monkeypatch.setattr(checks.shutil, "disk_usage", disk_usage)
+    monkeypatch.setattr(disk, "by_disk", lambda places: {place: [name] for name, place in places.items()})
+    monkeypatch.setattr(shutil, "disk_usage", disk_usage)
     code, answer, lines = run("--model", "nano")
     assert code == 2 and len(answer["reasons"]) == 1
-    assert f"needs 8.4 GiB of disk at {hub}, and 1.0 GiB are free" in answer["reasons"][0]
-    assert f"needs 8.4 GiB (downloads 8.4 GiB); 1.0 GiB free at {hub}" in lines
+    assert f"the disk of {hub} has 1.0 GiB free, and 8.4 GiB are needed (downloads 8.4 GiB)" in answer["reasons"][0]
+    assert f"disk         {hub} needs up to 8.4 GiB (downloads 8.4 GiB) and has 1.0 GiB free" in lines
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     ("variable", "inside"), [("HF_HUB_CACHE", ""), ("HF_HOME", "hub"), ("XDG_CACHE_HOME", "huggingface/hub")]
 )
-def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k not in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE")}
-    code = [sys.executable, "-c", "from fluxq.models.hub import hub_cache; print(hub_cache())"]
-    environment[variable] = str(tmp_path)
-    printed = subprocess.run(code, env=environment, check=True, capture_output=True, text=True, cwd=ROOT).stdout
-    assert Path(printed.strip()) == tmp_path / inside
+def test_the_hubs_cache_is_where_the_hubs_library_has_it(variable, inside, tmp_path, monkeypatch):
+    """The library reads the environment when it is imported."""
+    with monkeypatch.context() as patch:
+        for name in ("HF_HUB_CACHE", "HF_HOME", "HUGGINGFACE_HUB_CACHE"):
+            patch.delenv(name, raising=False)
+        patch.setenv(variable, str(tmp_path))
+        importlib.reload(constants)
+        found = hub_cache()
+    importlib.reload(constants)
+    assert found == tmp_path / inside
 
 
 def test_a_quantized_file_next_to_its_original_is_named_with_the_reason(tmp_path):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import struct
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -205,7 +206,7 @@ def test_an_interrupted_write_leaves_nothing_under_the_real_name(source, tmp_pat
 
 
 def test_a_full_disk_is_reported_before_anything_is_read(source, tmp_path, monkeypatch):
-    monkeypatch.setattr(quantized.shutil, "disk_usage", lambda path: type("usage", (), {"free": 1000})())
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1000))
     with pytest.raises(WrongRequest, match=r"q.safetensors needs 381,184 bytes, but only 1,000 bytes are free"):
         write_quantized(tmp_path / "q.safetensors", source, "nf4", {}, CPU)
     assert source.asked == []

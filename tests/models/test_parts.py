@@ -20,7 +20,6 @@ from fluxq import nano
 from fluxq.commands.quantize import quantize_command
 from fluxq.config import ModelConfig, config_from_dict
 from fluxq.errors import WrongRequest
-from fluxq.formats import quantized as quantized_module
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.model import FluxConfig
 from fluxq.models import candidates
@@ -189,7 +188,7 @@ def test_a_format_that_does_not_fit_on_the_disk_is_not_a_candidate(tmp_path, mon
     models = Models(
         ModelConfig(models=comfy(tmp_path)["flux"].parents[2]), torch.device("cpu"), notify=lambda line: None
     )
-    monkeypatch.setattr(quantized_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 40, 0, 1 << 10))
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "cache"))
     assert [f for f in ("nf4", "int8", "bf16") if models.fits_on_disk(f)] == ["bf16"]
 
@@ -455,7 +454,7 @@ def test_offline_asks_nobody_and_says_what_is_missing(tmp_path, monkeypatch):
 def test_a_download_that_the_disk_has_no_room_for_is_refused_before_it_starts(tmp_path, monkeypatch):
     hub = MadeUpHub(tmp_path, NAMES)
     hub.install(monkeypatch)
-    monkeypatch.setattr(quantized_module.shutil, "disk_usage", lambda folder: SimpleNamespace(free=1 << 10))
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: shutil._ntuple_diskusage(1 << 40, 0, 1 << 10))
     assert "FLUX.1-toy needs 1.0 GB, but only 0.0 GB are free" in refusal(models=Path(REPOSITORY))
     assert not hub.fetched
 

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from fluxq.cli.options import asked_for, folders_of
+from fluxq.cli.options import asked_for, folder_settings
 from fluxq.config import SamplesConfig, config_from_dict, to_toml
 from fluxq.errors import WrongRequest
 from fluxq.training.asked import SAMPLES, refuse_without_effect
@@ -105,12 +105,12 @@ def test_a_folder_that_is_named_again_keeps_its_repeats_and_trigger(tmp_path):
     folders = [{"path": "/old/photos", "repeats": 4, "trigger": "zqx"}, {"path": "/old/plain"}]
     saved.write_text(to_toml(config_from_dict({"data": {"folders": folders}}, "a test")))
     photos, plain, new = (tmp_path / name for name in ("photos", "plain", "new"))
-    assert folders_of((photos, plain, new), saved) == [
+    assert folder_settings((photos, plain, new), saved) == [
         {"path": str(photos), "repeats": 4, "trigger": "zqx"},
         {"path": str(plain), "repeats": 1},
         {"path": str(new)},
     ]
-    assert folders_of((photos,), None) == [{"path": str(photos)}]
+    assert folder_settings((photos,), None) == [{"path": str(photos)}]
 
 
 @pytest.mark.parametrize(

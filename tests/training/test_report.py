@@ -23,14 +23,12 @@ def write(folder, start, steps, done):
             report.step(step, loss=1 / step, learning_rate=1e-4, grad=0.5, seconds=0.1)
 
 
-@pytest.mark.slow
 def test_steps_after_the_last_save_are_dropped_on_resume(tmp_path):
     write(tmp_path, 0, 10, 7)
     write(tmp_path, 5, 10, 10)
     assert [r["step"] for r in read_log(tmp_path / "log.jsonl")] == list(range(1, 11))
 
 
-@pytest.mark.slow
 def test_a_line_cut_off_by_a_crash_is_ignored(tmp_path):
     write(tmp_path, 0, 3, 3)
     with (tmp_path / "log.jsonl").open("a") as file:
@@ -47,13 +45,13 @@ def test_one_console_line_per_step_with_its_columns(tmp_path, capsys, monkeypatc
     assert columns[-1] == "eta"
 
 
-def test_the_plot_is_an_image(tmp_path):
+def test_the_plot_is_an_image(tmp_path, plots):
     write(tmp_path, 0, 3, 3)
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (800, 450)
 
 
-def test_plotting_again_leaves_nothing_to_collect(tmp_path):
+def test_plotting_again_leaves_nothing_to_collect(tmp_path, plots):
     """Else each plot keeps megabytes until Python's rare full collection."""
     with Report(tmp_path, 0, 3, plot_seconds=0) as report:
         report.step(1, loss=1.0, learning_rate=1e-4, grad=0.5, seconds=0.1)
@@ -64,7 +62,7 @@ def test_plotting_again_leaves_nothing_to_collect(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_the_plot_of_many_steps_takes_no_more_memory_than_that_of_few(tmp_path):
+def test_the_plot_of_many_steps_takes_no_more_memory_than_that_of_few(tmp_path, plots):
     with Report(tmp_path, 0, 3, plot_seconds=1e9) as report:
         for count, grown in ((1000, None), (20_000, 20 << 20)):
             before = resident()

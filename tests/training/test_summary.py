@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
+from fluxq.config import DataConfig
+from fluxq.data import Folder
 from fluxq.offload import AllResident, StreamingRing
 from fluxq.offload.arena import Arena
 from fluxq.training import summary as module
+from fluxq.training.defaults import Epoch, epoch_of, not_full
 from fluxq.training.run import Result
-from fluxq.training.summary import short_batches, slower
+from fluxq.training.summary import slower
 
 
 def flux(ring=None, inputs=None, device: str = "cuda"):
@@ -46,10 +50,16 @@ def test_each_reason_is_a_line(monkeypatch):
 
 
 def test_batches_that_no_bucket_can_fill_are_said():
-    examples = [SimpleNamespace(bucket=bucket, repeats=2) for bucket in ((96, 96), (96, 96), (64, 128))]
-    dataset = SimpleNamespace(examples=examples)
-    assert short_batches(4, dataset) == []
-    assert short_batches(5, dataset) == [
+    folder = Folder(Path("photos"))
+    examples = [
+        SimpleNamespace(bucket=bucket, repeats=2, folder=folder, path=bucket)
+        for bucket in ((96, 96), (96, 96), (64, 128))
+    ]
+    scanned, data = SimpleNamespace(examples=examples), DataConfig(folders=(folder,))
+    assert [epoch_of(data, scanned, batch) for batch in (2, 4)] == [Epoch(2, 6, 3, 3, 4), Epoch(2, 6, 2, 1, 4)]
+    assert not_full(epoch_of(data, scanned, 2), 2) == []
+    assert not_full(epoch_of(data, scanned, 4), 4) == ["1 of 2 batches per epoch is not full: a batch is of one bucket"]
+    assert not_full(epoch_of(data, scanned, 5), 5) == [
         "warning: no batch has 5 images: a batch is of one bucket, and the largest has 4"
     ]
 

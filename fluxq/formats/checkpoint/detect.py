@@ -7,8 +7,8 @@ fluxq/formats/checkpoint/sizes.py.
 """
 
 import re
-from collections.abc import Iterable
-from functools import cache
+from collections.abc import Iterable, Sequence
+from functools import cache, lru_cache
 from pathlib import Path
 
 from fluxq.model.config import AutoEncoderConfig, FluxConfig
@@ -107,13 +107,17 @@ KINDS = {
 
 def models_in(keys: Iterable[str]) -> list[str]:
     """Which of the four models a file with these keys is meant to hold, complete or not; none for a LoRA."""
-    keys = list(keys)
+    keys = tuple(keys)
     return [] if adapter_kind(keys) else [wanted for wanted in MARKERS if _prefixes(keys, wanted)]
 
 
 def kind(keys: Iterable[str]) -> str:
     """What a file with these keys is, as a phrase for messages."""
-    keys = list(keys)
+    return _kind(tuple(keys))
+
+
+@lru_cache(maxsize=16)  # a run looks at the same few headers dozens of times
+def _kind(keys: tuple[str, ...]) -> str:
     for pattern, name in KINDS.items():
         if any(re.search(pattern, key) for key in keys):
             return name
@@ -131,7 +135,7 @@ def without_prefix(keys: Iterable[str], wanted: str, source: str | Path) -> dict
 
     Raises WrongRequest if the model occurs under no known prefix or under several, or if the keys are not `wanted`.
     """
-    keys = list(keys)
+    keys = tuple(keys)
     present = _prefixes(keys, wanted)
     if len(present) > 1:
         refuse(source, f"holds {wanted} twice, under the prefixes {' and '.join(map(repr, present))}", "remove one")
@@ -147,12 +151,13 @@ def without_prefix(keys: Iterable[str], wanted: str, source: str | Path) -> dict
     return names
 
 
-def _prefixes(keys: list[str], wanted: str) -> list[str]:
+@lru_cache(maxsize=64)
+def _prefixes(keys: tuple[str, ...], wanted: str) -> list[str]:
     prefixes, marker = MARKERS[wanted]
     return [prefix for prefix in prefixes if any(re.match(f"{re.escape(prefix)}({marker})", key) for key in keys)]
 
 
-def _nearest(keys: list[str]) -> str:
+def _nearest(keys: Sequence[str]) -> str:
     """What a file is that no pattern matches: a part of the model that shares the most names with `keys`, ignoring
     block numbers, or something else that is closest to it.
     """
