@@ -250,15 +250,16 @@ def planned(row: Row) -> Plan:
 
 def costs_of(row: Row, batch: int | None = None) -> Costs:
     assert row.format is not None
-    chunk = chunk_of(GPUS[row.gpu].capability)
-    return _costs(row.format, row.compute, batch or row.batch, row.resolution, chunk, row.grows)
+    gpu = GPUS[row.gpu]
+    of_gpu = chunk_of(gpu.capability), gpu.library
+    return _costs(row.format, row.compute, batch or row.batch, row.resolution, *of_gpu, row.grows)
 
 
 @cache
-def _costs(format: str, compute: str, batch: int, resolution: int, chunk: int, grows: bool) -> Costs:
+def _costs(format: str, compute: str, batch: int, resolution: int, chunk: int, library: int, grows: bool) -> Costs:
     tokens = (resolution // 16) ** 2
     shape = dict(batch=batch, img_tokens=tokens, txt_tokens=T5_LENGTH, optimizer=OPTIMIZER)
-    return flux_costs(FluxConfig.dev(), format, compute, RANK, **shape, chunk=chunk, expandable=grows)
+    return flux_costs(FluxConfig.dev(), format, compute, RANK, **shape, chunk=chunk, library=library, expandable=grows)
 
 
 def choices(made: Plan) -> dict[str, Any]:

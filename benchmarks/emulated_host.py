@@ -3,6 +3,7 @@
     python3 -m benchmarks.emulated_host --gpu NAME --out FILE     the settings of ROWS for that GPU, beside predictions
     python3 -m benchmarks.emulated_host --gpu NAME --count FILE   launches of a block, for fluxq/model/launches.json
     python3 -m benchmarks.emulated_host --page FILE               the page beside FILE
+    python3 -m benchmarks.emulated_host --check NAME              one row, whose counts must be those of the table
 
 `make emulated-host` runs all of them. Rows are added to FILE, in place of earlier ones. The CPU time of a step is that
 of Python, PyTorch and what stands in for the driver; a real driver takes a little more.
@@ -52,6 +53,11 @@ class Row(NamedTuple):
     swap: int
     offload: bool = False
 
+    @property
+    def name(self) -> str:
+        words = [self.gpu, f"{self.resolution} px", f"{self.format} {self.compute}", self.policy, f"swap {self.swap}"]
+        return ", ".join(words + ["host"] * self.offload)
+
 
 ROWS = (
     Row("rtx4090", 512, "nf4", "bf16", "keep_all", 0),
@@ -68,6 +74,9 @@ ROWS = (
 FORMATS, COMPUTES, FORWARD = ("nf4", "int8", "bf16"), ("bf16", "int8", "int8_dx"), "forward"
 WARM_UP, COUNTED, TIMED = 3, 4, 16
 ADDS = 20_000
+TABLE = Path(__file__).parent / "results" / "emulated_host.json"
+COUNTS = ("launches", "synchronizations", "waits_for_copies", "pageable_copies", "copies", "predicted_launches")
+"""What of a row does not depend on the machine."""
 
 
 def main() -> None:
@@ -75,7 +84,13 @@ def main() -> None:
     made.add_argument("--gpu", choices=GPUS, help="the one that is emulated")
     for name in ("out", "count", "page"):
         made.add_argument(f"--{name}", type=Path, metavar="FILE")
+    made.add_argument("--check", choices=[row.name for row in ROWS], metavar="NAME", help="on the row's GPU")
+    made.add_argument("--list", action="store_true", help="only print the names of the rows")
     arguments = made.parse_args()
+    if arguments.list:
+        print(*(row.name for row in ROWS), sep="\n")
+    if arguments.check and (wrong := differences(next(row for row in ROWS if row.name == arguments.check))):
+        raise SystemExit("\n".join(wrong))
     if arguments.count:
         add_rows(arguments.count, count_launches(arguments.gpu), ("chunk", "format", "compute"))
     for row in ROWS if arguments.out else ():
@@ -122,7 +137,16 @@ def counted_launches(step: Callable[[int], Any]) -> int:
     return emulated.report()["launches"]
 
 
-def measure(row: Row) -> dict[str, Any]:
+def differences(row: Row) -> list[str]:
+    """What of the row is no longer as the table says."""
+    (known,) = (r for r in json.loads(TABLE.read_text(encoding="utf-8")) if Row(*(r[f] for f in Row._fields)) == row)
+    found = measure(row, timed=0)
+    errors = [f"{row.name}: {error}" for error in found["errors"]]
+    changed = [name for name in COUNTS if found[name] != known[name]]
+    return errors + [f"{row.name}: {found[name]} {name}, {known[name]} in the table" for name in changed]
+
+
+def measure(row: Row, timed: int = TIMED) -> dict[str, Any]:
     """What a step of `row` launches, waits for and copies, and its CPU time, beside what is predicted."""
     import emulated
 
@@ -130,7 +154,7 @@ def measure(row: Row) -> dict[str, Any]:
     device, gpu, config = torch.device("cuda"), GPUS[row.gpu], FluxConfig.dev()
     setting = Setting(row.format, row.compute, row.policy, row.resolution, 1, RANK, T5_LENGTH)
     pins = Pins(blocks_to_swap=row.swap, policy=row.policy, offload=row.offload)
-    made = plan([costs_of(setting, config, chunk_of(gpu.capability))], gpu, ENDLESS, pins=pins)
+    made = plan([costs_of(setting, config, gpu)], gpu, ENDLESS, pins=pins)
     gc.collect()  # the row before
     torch.cuda.empty_cache()
     step, burst = trainer(planned_flux(config, made, RANK, device), setting), burst_of("cuda")

@@ -137,7 +137,7 @@ def candidates(compute: str) -> tuple[str, str, str]:
 
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
     """The costs of a run's steps on this machine's GPU, with images of the area of size x size pixels."""
-    training = config.training
+    training, gpu = config.training, measure(cache_folder())
     return flux_costs(
         models.flux_config,
         format or models.format,
@@ -150,7 +150,8 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         training.optimizer,
         training.accumulate > 1,
         models.open("clip_l").shapes if config.lora.text_encoder else None,
-        chunk=chunk_of(measure(cache_folder()).capability),
+        chunk=chunk_of(gpu.capability),
+        library=gpu.library,
         expandable=has_expandable_segments(),
     )
 
