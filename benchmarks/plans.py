@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.measure import conditions
 from fluxq.errors import WrongRequest
 from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
@@ -46,7 +47,7 @@ MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every 
 bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
 Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than
 what is alive, stays {STEP_MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes
-this page.
+this page. Made at {{conditions}}.
 
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
 a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: bytes alive, and reserved by the
@@ -78,7 +79,10 @@ def main() -> None:
         for compute in COMPUTES
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([HEADER, *section(tables), *smallest(tables), ""]), encoding="utf-8")
+    out.write_text(
+        "\n".join([HEADER.format(conditions=conditions("torch")), *section(tables), *smallest(tables), ""]),
+        encoding="utf-8",
+    )
 
 
 def section(tables: Tables) -> list[str]:
