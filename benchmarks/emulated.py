@@ -497,7 +497,7 @@ segments: whether those of the allocator can grow (fluxq/allocator.py); on Windo
 Predicted and measured first are bytes alive at the peak, then what the allocator reserved; the columns after them are
 measured over predicted for bytes alive, within 1.5 %, and predicted over measured for what is reserved, within 5 %. All
 steps took the gradient of the norms from q and k, and ran flash attention; those in 8 bits, and no others, multiplied
-in 8 bits. free: what torch could have had.
+in 8 bits. Bytes alive include cuBLAS's workspaces. free: what torch could have had.
 """
 ABOUT = {
     "roomy": (
@@ -507,7 +507,9 @@ ABOUT = {
     "batches": ("Of more than one image", "More rows than the 4,608 of one image of 1024 px, also with 24 GiB."),
     "default": (
         "As planned by default",
-        "0.3 GiB are taken for the driver; torch is held to 0.4 GiB less than what is free.",
+        """\
+0.3 GiB are taken for the driver; torch is held to 0.4 GiB less than what is free. chosen: the format is the one that
+`fluxq train` would choose by the GPU's nominal rates, with as much RAM as it wants.""",
     ),
     "sampling": (
         "Sampling",
