@@ -123,7 +123,7 @@ emulated-python: $(CUDA_INSTALLED)
 emulated: emulated-kernels emulated-host emulated-memory emulated-late emulated-early
 
 emulated-kernels: $(CUDA_INSTALLED)
-	for gpu in rtx3060 rtx4090 h100 rtx5090; do \
+	for gpu in a100 rtx3060 rtx4090 h100 rtx5090; do \
 		$(EMULATED) --gpu $$gpu -- python tests/emulated_gpu/kernels.py || exit 1; \
 	done
 

@@ -29,6 +29,7 @@ import torch
 
 from benchmarks.accesses import widths
 from benchmarks.launches import Launch, recording
+from benchmarks.measure import conditions
 from benchmarks.promises import Product, Promise, l2_bytes, label, promise
 from fluxq.bench.kernel_cases import Layer, layer_shape
 from fluxq.bench.memory_bound import RARE_STEPS, RARE_STORAGE, ROWS, STEPS, STORAGE, Sizes
@@ -274,13 +275,11 @@ def expected_products(dots: Sequence[Product], capability: int, warps: int) -> C
 
 def table_of(reports: Sequence[Report]) -> str:
     """The reports as a page of markdown."""
-    import triton
-
     lines = [
         "# Kernels, compiled ahead of time",
         "",
-        f"Triton {triton.__version__}. Nothing here was run: registers, shared memory and opcodes are the compiler's,",
-        "occupancy is predicted from them. `make aot` writes this page.",
+        f"Made at {conditions('torch', 'triton')}. Nothing here was run: registers, shared memory and opcodes are",
+        "the compiler's, occupancy is predicted from them. `make aot` writes this page.",
         "",
         "| kernel | GPU | warps | stages | registers | shared KiB | tensor cores | 128-bit loads, stores of all "
         "| bits of narrower ones | PRMT | occupancy (predicted) | L2 bytes an operation |",

@@ -19,7 +19,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from itertools import product
 from pathlib import Path
@@ -39,6 +39,7 @@ from fluxq.formats.stream import expect_sampling
 from fluxq.kernels.chunks import chunk_of
 from fluxq.memory import phases
 from fluxq.memory.machine import free_gpu_bytes
+from fluxq.memory.placement import candidates
 from fluxq.memory.share import take_share
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.blocks import Scale
@@ -55,7 +56,7 @@ from fluxq.sampling.requests import Request
 ROOT, RESULTS = Path(__file__).parent.parent, Path(__file__).parent / "results"
 ROWS_FILE, PAGE = RESULTS / "emulated_memory.json", RESULTS / "emulated.md"
 PACKAGES = ("torch", "triton", "bitsandbytes")
-EMULATED = {86: "rtx3060", 89: "rtx4090", 90: "h100", 120: "rtx5090"}
+EMULATED = {80: "a100", 86: "rtx3060", 89: "rtx4090", 90: "h100", 120: "rtx5090"}
 """Compute capability -> the emulated GPU that has it."""
 USABLE = 0.98
 """Of a GPU's nominal memory, what its driver reports: 11.76 GiB of an RTX 3060's 12."""
@@ -65,14 +66,14 @@ ALIVE, RESERVED = 0.015, 0.05
 
 @dataclass(frozen=True)
 class Row:
-    """What one row measures. vram: GiB that the plan is made for, by default what is free; total: GiB of the GPU, by
-    default its own; grows: the allocator's segments can grow; images: that many are sampled instead of a step, in a
-    process of their own or, as `previews`, by a run that trains.
+    """What one row measures. format: None for the one that `fluxq train` would choose; vram: GiB that the plan is made
+    for, by default what is free; total: GiB of the GPU, by default its own; grows: the allocator's segments can grow;
+    images: that many are sampled instead of a step, in a process of their own or, as `previews`, by a run that trains.
     """
 
     gpu: str
     resolution: int
-    format: str
+    format: str | None
     compute: str
     policy: str | None = None
     vram: float | None = None
@@ -87,7 +88,7 @@ class Row:
 
     @property
     def name(self) -> str:
-        words = [self.gpu, f"{self.resolution} px", f"{self.format} {self.compute}"]
+        words = [self.gpu, f"{self.resolution} px", f"{self.format or 'chosen'} {self.compute}"]
         words += [f"batch {self.batch}"] if self.batch > 1 else []
         words += [f"{self.images} {'previews' if self.previews else 'images'}"] if self.images else []
         words += [self.policy] if self.policy else []
@@ -98,10 +99,12 @@ class Row:
 
     @property
     def setting(self) -> Setting:
-        return Setting(self.format, self.compute, self.policy, self.resolution, self.batch, RANK, T5_LENGTH)
+        return Setting(self.format or "", self.compute, self.policy, self.resolution, self.batch, RANK, T5_LENGTH)
 
 
 PAIRS = (("nf4", "bf16"), ("nf4", "int8_dx"), ("int8", "int8_dx"))
+CHOSEN = (None, "bf16")
+"""As `fluxq train` stores and multiplies weights unless it is told."""
 BOTH = (True, False)
 
 
@@ -132,14 +135,17 @@ def _batches() -> Iterator[Row]:
 
 
 def _default() -> Iterator[Row]:
-    """What is planned for a GPU by default."""
-    for pair, (gpu, total) in product(PAIRS, (("rtx3060", None), ("rtx4060ti", None), ("rtx3060", 8), ("rtx3060", 6))):
-        yield Row(gpu, 1024, *pair, total=total)
-    for gpu, pair in (("rtx3060", PAIRS[0]), ("rtx3060", PAIRS[1]), ("rtx4060ti", PAIRS[1])):
-        yield Row(gpu, 1024, *pair, grows=False)
-    for (name, gpu), size in product(GPUS.items(), (512, 768, 1024)):
-        if gpu.capability in EMULATED and (size != 1024 or name not in ("rtx3060", "rtx4060ti")):
+    """What is planned for a GPU by default; on Windows segments are fixed."""
+    sizes = (("rtx3060", None), ("rtx4060ti", None), ("rtx3060", 8), ("rtx3060", 6))
+    for grows, pair, (gpu, total) in product(BOTH, PAIRS, sizes):
+        yield Row(gpu, 1024, *pair, total=total, grows=grows)
+    for name, size in product(GPUS, (512, 768, 1024)):
+        if size != 1024 or name not in ("rtx3060", "rtx4060ti"):
             yield Row(name, size, *PAIRS[0])
+    for name, size in product(GPUS, (512, 768, 1024)):
+        yield Row(name, size, *CHOSEN)
+    for gpu, total in (*sizes, ("rtx3070", None), ("rtx4070", None), ("rtx5080", None)):
+        yield Row(gpu, 1024, *CHOSEN, total=total, grows=False)
 
 
 def _sampling() -> Iterator[Row]:
@@ -237,23 +243,28 @@ def planned(row: Row) -> Plan:
         take_share()
     pins = Pins(None, None, row.resident, None, row.policy, row.slots, row.offload)
     vram = int(row.vram * GIB) if row.vram else free_gpu_bytes()
-    return plan([costs_of(row)], GPUS[row.gpu], 1 << 60 if row.policy else vram, pins=pins)
+    formats = [row.format] if row.format else candidates(row.compute)
+    tables = [costs_of(replace(row, format=format)) for format in formats]
+    return plan(tables, GPUS[row.gpu], 1 << 60 if row.policy else vram, pins=pins)
 
 
 def costs_of(row: Row, batch: int | None = None) -> Costs:
-    chunk = chunk_of(GPUS[row.gpu].capability)
-    return _costs(row.format, row.compute, batch or row.batch, row.resolution, chunk, row.grows)
+    assert row.format is not None
+    gpu = GPUS[row.gpu]
+    of_gpu = chunk_of(gpu.capability), gpu.library
+    return _costs(row.format, row.compute, batch or row.batch, row.resolution, *of_gpu, row.grows)
 
 
 @cache
-def _costs(format: str, compute: str, batch: int, resolution: int, chunk: int, grows: bool) -> Costs:
+def _costs(format: str, compute: str, batch: int, resolution: int, chunk: int, library: int, grows: bool) -> Costs:
     tokens = (resolution // 16) ** 2
     shape = dict(batch=batch, img_tokens=tokens, txt_tokens=T5_LENGTH, optimizer=OPTIMIZER)
-    return flux_costs(FluxConfig.dev(), format, compute, RANK, **shape, chunk=chunk, expandable=grows)
+    return flux_costs(FluxConfig.dev(), format, compute, RANK, **shape, chunk=chunk, library=library, expandable=grows)
 
 
 def choices(made: Plan) -> dict[str, Any]:
     return {
+        "format": made.format,
         "resident": len(made.resident),
         "slots": made.slots,
         "offload": made.offload,
@@ -326,7 +337,7 @@ def placed_to_sample(row: Row, device: torch.device) -> tuple[Flux, int, dict[st
     costs = sampled_costs(row)
     budget = (free_gpu_bytes() or 0) - phases.SAMPLING_MARGIN - phases.unused_beyond(tokens_of(row))
     placed = phases.sampling_residents(costs, LORA_BYTES, budget)
-    assert placed is not None
+    assert placed is not None and row.format is not None
     flux = random_flux(FluxConfig.dev(), row.format, device, RANK, *placed)
     flux.set_compute(row.compute)
     expect_sampling(flux)
@@ -364,7 +375,7 @@ class Predicted(NamedTuple):
 
 def predicted(row: Row, found: dict[str, Any]) -> Predicted:
     """Of the plan that was measured, by the code at hand."""
-    costs = costs_of(row)
+    costs = costs_of(replace(row, format=row.format or found["format"]))
     setting = setting_of(costs, found)
     peak = sum(footprint.peak_by_owner(costs, found["policies"], found["offload"], setting).values())
     return Predicted(peak / GIB, footprint.reserved(costs, setting, peak - footprint.fixed(costs, setting)) / GIB)
@@ -403,7 +414,8 @@ def cells_of(row: Row, found: dict[str, Any]) -> list[object]:
         row.resolution,
         row.batch,
     ]
-    first = ["grows" if row.grows else "fixed", *first, f"{row.format} {row.compute}"]
+    weights = f"{row.format} {row.compute}" if row.format else f"{found['format']} {row.compute}, chosen"
+    first = ["grows" if row.grows else "fixed", *first, weights]
     first += [f"{found['resident']} + {found['slots']}", kept, "yes" * found["offload"]]
     if "peak_gib" not in found:
         return [*first, *["out of memory"] * 6, "", ""]
@@ -485,7 +497,7 @@ segments: whether those of the allocator can grow (fluxq/allocator.py); on Windo
 Predicted and measured first are bytes alive at the peak, then what the allocator reserved; the columns after them are
 measured over predicted for bytes alive, within 1.5 %, and predicted over measured for what is reserved, within 5 %. All
 steps took the gradient of the norms from q and k, and ran flash attention; those in 8 bits, and no others, multiplied
-in 8 bits. free: what torch could have had.
+in 8 bits. Bytes alive include cuBLAS's workspaces. free: what torch could have had.
 """
 ABOUT = {
     "roomy": (
@@ -495,7 +507,9 @@ ABOUT = {
     "batches": ("Of more than one image", "More rows than the 4,608 of one image of 1024 px, also with 24 GiB."),
     "default": (
         "As planned by default",
-        "0.3 GiB are taken for the driver; torch is held to 0.4 GiB less than what is free.",
+        """\
+0.3 GiB are taken for the driver; torch is held to 0.4 GiB less than what is free. chosen: the format is the one that
+`fluxq train` would choose by the GPU's nominal rates, with as much RAM as it wants.""",
     ),
     "sampling": (
         "Sampling",

@@ -3,6 +3,7 @@
     python3 -m benchmarks.emulated_host --gpu NAME --out FILE     the settings of ROWS for that GPU, beside predictions
     python3 -m benchmarks.emulated_host --gpu NAME --count FILE   launches of a block, for fluxq/model/launches.json
     python3 -m benchmarks.emulated_host --page FILE               the page beside FILE
+    python3 -m benchmarks.emulated_host --check NAME              one row, which may not count more than the table
 
 `make emulated-host` runs all of them. Rows are added to FILE, in place of earlier ones. The CPU time of a step is that
 of Python, PyTorch and what stands in for the driver; a real driver takes a little more.
@@ -37,7 +38,7 @@ from fluxq.model.blocks import Scale
 from fluxq.offload.gpus import GPUS
 from fluxq.offload.launches import SEQUENCE, burst_of
 from fluxq.offload.planner import plan
-from fluxq.offload.plans import Pins
+from fluxq.offload.plans import Pins, Plan
 from fluxq.training.objective import Objective
 
 
@@ -51,6 +52,11 @@ class Row(NamedTuple):
     policy: str
     swap: int
     offload: bool = False
+
+    @property
+    def name(self) -> str:
+        words = [self.gpu, f"{self.resolution} px", f"{self.format} {self.compute}", self.policy, f"swap {self.swap}"]
+        return ", ".join(words + ["host"] * self.offload)
 
 
 ROWS = (
@@ -68,6 +74,9 @@ ROWS = (
 FORMATS, COMPUTES, FORWARD = ("nf4", "int8", "bf16"), ("bf16", "int8", "int8_dx"), "forward"
 WARM_UP, COUNTED, TIMED = 3, 4, 16
 ADDS = 20_000
+TABLE = Path(__file__).parent / "results" / "emulated_host.json"
+COUNTS = ("launches", "synchronizations", "waits_for_copies", "pageable_copies", "copies")
+"""What of a row does not depend on the machine."""
 
 
 def main() -> None:
@@ -75,7 +84,13 @@ def main() -> None:
     made.add_argument("--gpu", choices=GPUS, help="the one that is emulated")
     for name in ("out", "count", "page"):
         made.add_argument(f"--{name}", type=Path, metavar="FILE")
+    made.add_argument("--check", choices=[row.name for row in ROWS], metavar="NAME", help="on the row's GPU")
+    made.add_argument("--list", action="store_true", help="only print the names of the rows")
     arguments = made.parse_args()
+    if arguments.list:
+        print(*(row.name for row in ROWS), sep="\n")
+    if arguments.check and (wrong := differences(next(row for row in ROWS if row.name == arguments.check))):
+        raise SystemExit("\n".join(wrong))
     if arguments.count:
         add_rows(arguments.count, count_launches(arguments.gpu), ("chunk", "format", "compute"))
     for row in ROWS if arguments.out else ():
@@ -122,42 +137,71 @@ def counted_launches(step: Callable[[int], Any]) -> int:
     return emulated.report()["launches"]
 
 
+def differences(row: Row) -> list[str]:
+    """Of what a step of the row takes more than the table says."""
+    (known,) = (r for r in json.loads(TABLE.read_text(encoding="utf-8")) if Row(*(r[f] for f in Row._fields)) == row)
+    _, step = prepared(row)
+    found = counts(step)
+    errors = [f"{row.name}: {error}" for error in found["errors"]]
+    before, now = (
+        {name: sum(r[name].values()) if name == "copies" else r[name] for name in COUNTS} for r in (known, found)
+    )
+    return errors + [f"{row.name}: {now[n]} {n}, {before[n]} in the table" for n in COUNTS if now[n] > before[n]]
+
+
 def measure(row: Row) -> dict[str, Any]:
     """What a step of `row` launches, waits for and copies, and its CPU time, beside what is predicted."""
-    import emulated
+    made, step = prepared(row)
+    found, burst = counts(step), burst_of("cuda")
+    times, sequences, adds = [], [], []  # in turns: whatever else runs on this machine slows them down alike
+    for index in range(WARM_UP + COUNTED, WARM_UP + COUNTED + TIMED):
+        times.append(cpu_ms(partial(step, index)))
+        sequences.append(burst())
+        adds.append(seconds_of_add())
+    return (
+        row._asdict()
+        | {name: found[name] for name in COUNTS}
+        | {
+            "cpu_ms": {"best": round(min(times), 1), "median": round(median(times), 1)},
+            "add_us": round(1e6 * median(adds), 3),
+            "sequence_us": round(1e6 * median(sequences), 1),
+            "predicted_launches": made.launches,
+            "errors": found["errors"],
+            "about": about(torch.device("cuda")),
+        }
+    )
 
+
+def prepared(row: Row) -> tuple[Plan, Callable[[int], float]]:
+    """The plan of `row`, and its step."""
     Scale.is_invertible = property(lambda self: True)  # type: ignore[assignment, method-assign] - zeros, where no kernel runs
     device, gpu, config = torch.device("cuda"), GPUS[row.gpu], FluxConfig.dev()
     setting = Setting(row.format, row.compute, row.policy, row.resolution, 1, RANK, T5_LENGTH)
     pins = Pins(blocks_to_swap=row.swap, policy=row.policy, offload=row.offload)
-    made = plan([costs_of(setting, config, chunk_of(gpu.capability))], gpu, ENDLESS, pins=pins)
+    made = plan([costs_of(setting, config, gpu)], gpu, ENDLESS, pins=pins)
     gc.collect()  # the row before
     torch.cuda.empty_cache()
-    step, burst = trainer(planned_flux(config, made, RANK, device), setting), burst_of("cuda")
+    return made, trainer(planned_flux(config, made, RANK, device), setting)
+
+
+def counts(step: Callable[[int], float]) -> dict[str, Any]:
+    """COUNTS of a step, the mean of some; and errors of all of them."""
+    import emulated
+
     for index in range(WARM_UP):
         step(index)
     emulated.reset()
     for index in range(WARM_UP, COUNTED + WARM_UP):
         step(index)
     report = emulated.report()
-    times, sequences, adds = [], [], []  # in turns: whatever else runs on this machine slows them down alike
-    for index in range(WARM_UP + COUNTED, WARM_UP + COUNTED + TIMED):
-        times.append(cpu_ms(partial(step, index)))
-        sequences.append(burst())
-        adds.append(seconds_of_add())
     calls, per_step = report["calls"], lambda number: round(number / COUNTED, 2)
-    return row._asdict() | {
+    return {
         "launches": per_step(report["launches"]),
         "synchronizations": per_step(sum(n for name, n in calls.items() if "synchronizations" in name)),
         "waits_for_copies": per_step(calls.get("host waits for a copy", 0)),
         "pageable_copies": per_step(sum(n for name, n in calls.items() if name.startswith("pageable"))),
         "copies": {name: per_step(n) for name, n in report["copies"].items()},
-        "cpu_ms": {"best": round(min(times), 1), "median": round(median(times), 1)},
-        "add_us": round(1e6 * median(adds), 3),
-        "sequence_us": round(1e6 * median(sequences), 1),
-        "predicted_launches": made.launches,
         "errors": report["errors"],
-        "about": about(device),
     }
 
 

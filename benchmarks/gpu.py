@@ -30,9 +30,8 @@ from fluxq.bench.random_model import random_flux
 from fluxq.bench.steps import hold_to
 from fluxq.bench.timed_step import Setting, clock_steps, costs_of, measure_steps
 from fluxq.kernels import COMPUTES, FORMATS, POLICIES
-from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
-from fluxq.offload.gpus import GIB, GPUS
+from fluxq.offload.gpus import GIB, GPU, GPUS
 from fluxq.offload.planner import plan
 from fluxq.offload.plans import Pins
 
@@ -64,7 +63,6 @@ def main() -> None:
             return random_flux(config, kind, device, RANK)
 
         measured = partial(timed_steps, device, arguments, optimizer)
-        chunk = chunk_of(gpu_of(device).capability)
 
         def ours(policy: str) -> Iterator[Case]:
             for size, format, compute in product(arguments.sizes, arguments.format, arguments.compute):
@@ -73,7 +71,7 @@ def main() -> None:
                     row = partial(planned_of, model.forget, config, setting, device, arguments, optimizer)
                 else:
                     bound = bound_ms(report["ceilings"], config, depth, size, policy, compute)
-                    row = partial(ours_of, partial(model, format), config, setting, measured, bound, chunk)
+                    row = partial(ours_of, partial(model, format), config, setting, measured, bound, gpu_of(device))
                 yield Case(f"steps: {size} px, {format}, {compute}, {policy}", row)
 
         first, *others = arguments.policy
@@ -133,7 +131,7 @@ def ours_of(
     setting: Setting,
     measured: Callable[..., dict[str, Any]],
     bound: float | None,
-    chunk: int,
+    gpu: GPU,
 ) -> dict[str, Any]:
     """The row of fluxq's own steps, with a plan's prediction for everything resident."""
     skip_missing_fp8(torch.device("cuda" if torch.cuda.is_available() else "cpu"), setting.compute)
@@ -146,7 +144,7 @@ def ours_of(
 
     def predicted(optimizer: str) -> dict[str, Any]:
         pins = Pins(blocks_to_swap=0, policy=setting.policy, offload=False)
-        costs = costs_of(setting, config, chunk, optimizer)
+        costs = costs_of(setting, config, gpu, optimizer)
         made = plan([costs], GPUS["h200"], ENDLESS, pins=pins)
         modulation = sum(costs.ahead.values()) - made.peak["slots"]  # here its weights stay, and pass through no slots
         return {"predicted_peak_bytes": made.peak_bytes + modulation, "bound_ms": bound}

@@ -88,6 +88,12 @@ def commit() -> str:
     return done.stdout.strip() or "unknown"
 
 
+def conditions(*packages: str) -> str:
+    """Commit and versions, in the words of a page."""
+    versions = {"python": sys.version.split()[0]} | {package: version(package) for package in packages}
+    return f"commit {commit()[:10]}; " + ", ".join(f"{name} {number}" for name, number in versions.items())
+
+
 def result_path(out: Path, part: str, device: torch.device) -> Path:
     """<GPU>_<date>_<part>.json in the folder `out`, which is created."""
     out.mkdir(parents=True, exist_ok=True)

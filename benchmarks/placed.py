@@ -16,7 +16,6 @@ from benchmarks.measure import version
 from fluxq.bench.measured import measured_row
 from fluxq.bench.timed_step import Setting, costs_of
 from fluxq.formats.quantized import cache_folder
-from fluxq.kernels.chunks import chunk_of
 from fluxq.memory.machine import free_gpu_bytes, ram_bytes
 from fluxq.model import FluxConfig
 from fluxq.offload.gpus import GIB, GPU, GPUS, measure
@@ -47,7 +46,7 @@ def planned(
     addition to the policy. Raises WrongRequest if nothing fits.
     """
     gpu = gpu_of(device)
-    costs = costs_of(setting, config, chunk_of(gpu.capability), optimizer)
+    costs = costs_of(setting, config, gpu, optimizer)
     available = min(vram or ENDLESS, free_gpu_bytes() or ENDLESS)
     ram = (ram_bytes() or (0, None))[1]
     return plan([costs], gpu, available, ram, Pins(policy=setting.policy, **pins))

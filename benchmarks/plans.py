@@ -8,6 +8,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from benchmarks.measure import conditions
 from fluxq.errors import WrongRequest
 from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
@@ -37,7 +38,7 @@ FORMATS, COMPUTES = ("nf4", "int8", "bf16"), ("bf16", "int8")
 LARGEST = "h200"
 
 Tables = dict[tuple[int, int, str, str], Costs]
-"""(chunk, pixels, format, compute) -> costs."""
+"""(compute capability, pixels, format, compute) -> costs."""
 
 HEADER = f"""# Plans, predicted
 
@@ -46,7 +47,7 @@ MLP, adamw8bit, in nf4, int8 or bf16: the most accurate of the fastest. **Every 
 bytes by the planner's own count, seconds from the GPUs' nominal rates and assumed efficiencies (fluxq/offload/gpus.py).
 Each GPU is in the widest slot it can use and has RAM of common size. What the allocator reserves, which is more than
 what is alive, stays {STEP_MARGIN / GIB:.2f} GiB below its memory; its segments can grow (Linux). `make plans` writes
-this page.
+this page. Made at {{conditions}}.
 
 units: resident + streamed through slots; of equally fast plans the one that copies least is taken, as long as it leaves
 a tenth of the memory free. host: the inputs of blocks are stored in RAM. Peak: bytes alive, and reserved by the
@@ -60,17 +61,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "plans.md")
     out = parser.parse_args().out
+    gpus = {GPUS[name].capability: GPUS[name] for name in (*(name for name, _ in ROWS), LARGEST)}
     tables = {
-        (chunk, size, format, compute): flux_costs(
-            FluxConfig.dev(), format, compute, RANK, img_tokens=(size // 16) ** 2, txt_tokens=TEXT, chunk=chunk
+        (capability, size, format, compute): flux_costs(
+            FluxConfig.dev(),
+            format,
+            compute,
+            RANK,
+            img_tokens=(size // 16) ** 2,
+            txt_tokens=TEXT,
+            chunk=chunk_of(capability),
+            library=gpu.library,
         )
-        for chunk in sorted({chunk_of(GPUS[name].capability) for name in (*(name for name, _ in ROWS), LARGEST)})
+        for capability, gpu in gpus.items()
         for size in SIZES
         for format in FORMATS
         for compute in COMPUTES
     }
     out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text("\n".join([HEADER, *section(tables), *smallest(tables), ""]), encoding="utf-8")
+    out.write_text(
+        "\n".join([HEADER.format(conditions=conditions("torch")), *section(tables), *smallest(tables), ""]),
+        encoding="utf-8",
+    )
 
 
 def section(tables: Tables) -> list[str]:
@@ -84,8 +96,7 @@ def section(tables: Tables) -> list[str]:
         lines += ["|---" * 12 + "|"]
         for name, ram in ROWS:
             for size in SIZES:
-                chunk = chunk_of(GPUS[name].capability)
-                costs = [tables[chunk, size, format, compute] for format in FORMATS]
+                costs = [tables[GPUS[name].capability, size, format, compute] for format in FORMATS]
                 try:
                     cells = row(plan(costs, GPUS[name], ram=ram * GIB))
                 except WrongRequest as error:
@@ -116,19 +127,21 @@ def row(found: Plan) -> str:
 
 def smallest(tables: Tables) -> list[str]:
     """The least GPU memory that each resolution needs, and its owners."""
-    chunk = chunk_of(GPUS[LARGEST].capability)
+    capability = GPUS[LARGEST].capability
     about = "nf4 multiplied in bf16, all units streamed through 8 slots. Aims for a GPU, with recompute: at 1024 px at "
     about += "most 4.6 GiB, 3.2 with inputs on the host; at 512 px 3.0 and 2.5."
     lines = ["## The least of a GPU, GiB", "", about, ""]
     lines += [f"| px | policy | host | {' | '.join(OWNERS)} | together |", "|---|---|---|" + "---|" * 7]
     for size in SIZES:
-        costs = tables[chunk, size, "nf4", "bf16"]
+        costs = tables[capability, size, "nf4", "bf16"]
         for policy, offload in (("recompute", True), ("recompute", False), ("keep_all", False)):
             pins = Pins(policy=policy, offload=offload, resident_units=0, slots=8)
             found = plan([costs], GPUS[LARGEST], pins=pins)
             cells = " | ".join(f"{found.peak[owner] / GIB:.2f}" for owner in OWNERS)
             lines.append(f"| {size} | {policy} | {'yes' if offload else ''} | {cells} | {found.peak_bytes / GIB:.2f} |")
-    needed = ", ".join(f"{size} px {least(tables[chunk, size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES)
+    needed = ", ".join(
+        f"{size} px {least(tables[capability, size, 'nf4', 'bf16'], margin=0) / GIB:.2f}" for size in SIZES
+    )
     return [*lines, "", f"The least that any plan needs, with as few slots as it can: {needed}."]
 
 

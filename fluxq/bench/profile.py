@@ -20,7 +20,6 @@ from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
-from fluxq.kernels.chunks import chunk_of
 from fluxq.model import FluxConfig
 from fluxq.offload.costs import OWNERS
 from fluxq.offload.gpus import GIB, GPU, GPUS, measure
@@ -123,7 +122,7 @@ def rows_of(
 
 def planned(setting: Setting, gpu: GPU) -> Plan:
     """The plan of a row: everything is pinned, and memory is unlimited."""
-    s, costs = setting, costs_of(setting, FluxConfig.dev(), chunk_of(gpu.capability))
+    s, costs = setting, costs_of(setting, FluxConfig.dev(), gpu)
     slots = s.slots if costs.streams else None
     pins = Pins(blocks_to_swap=s.blocks_to_swap, policy=s.policy, slots=slots, offload=False)
     return plan([costs], gpu, vram=ENDLESS, pins=pins)
@@ -189,7 +188,7 @@ def _figures(row: dict[str, Any], fits: bool) -> str:
 def step_of(made: Plan, row: dict[str, Any], gpu: GPU, base: Setting) -> Timeline:
     """When compute and copies run in one step of a plan: the real ring under a virtual clock."""
     setting = replace(base, format=row["format"], resolution=row["resolution"])
-    costs = costs_of(setting, FluxConfig.dev(), chunk_of(gpu.capability))
+    costs = costs_of(setting, FluxConfig.dev(), gpu)
     return timeline(costs, gpu, made.setting, made.policies, run_ahead=1)
 
 

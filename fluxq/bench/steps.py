@@ -28,7 +28,6 @@ from fluxq.errors import WrongRequest, is_out_of_memory
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.formats.stream import expect_training
-from fluxq.kernels.chunks import chunk_of
 from fluxq.memory.machine import free_gpu_bytes, ram_bytes
 from fluxq.memory.placement import SLOTS, blocks_units, parse_bytes, pinned_residents
 from fluxq.memory.share import take_share
@@ -191,9 +190,9 @@ def row_of(
     try:
         if gpu is None:
             flux, made = nano_flux(setting), None
-            costs = costs_of(setting, flux.config, chunk=0)
+            costs = costs_of(setting, flux.config, None)
         else:
-            costs = costs_of(setting, FluxConfig.dev(), chunk_of(gpu.capability))
+            costs = costs_of(setting, FluxConfig.dev(), gpu)
             made = planned(setting, costs, gpu, limit)
             bus: dict[str, Any] = {} if slower == 1 else {"through": lambda streams: SlowBus(streams, slower)}
             flux = planned_flux(FluxConfig.dev(), made, setting.rank, device, **bus)

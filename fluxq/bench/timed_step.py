@@ -20,6 +20,7 @@ from torch import Tensor
 from fluxq.allocator import has_expandable_segments
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
+from fluxq.kernels.chunks import chunk_of
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import Costs, Work
@@ -150,8 +151,8 @@ def random_batch(config: FluxConfig, setting: Setting) -> Batch:
     return Batch(randn(config.in_channels // 4, side, side), txt.bfloat16(), 0.1 * randn(config.vec_in_dim), names)
 
 
-def costs_of(setting: Setting, config: FluxConfig, chunk: int, optimizer: str = OPTIMIZER) -> Costs:
-    """The table of the setting's steps; chunk: see flux_costs."""
+def costs_of(setting: Setting, config: FluxConfig, gpu: GPU | None, optimizer: str = OPTIMIZER) -> Costs:
+    """The table of the setting's steps on a GPU, or without one."""
     s, tokens = setting, (setting.resolution // 16) ** 2
     expandable = has_expandable_segments()
     return flux_costs(
@@ -164,7 +165,8 @@ def costs_of(setting: Setting, config: FluxConfig, chunk: int, optimizer: str = 
         tokens,
         s.t5_length,
         optimizer,
-        chunk=chunk,
+        chunk=chunk_of(gpu.capability) if gpu else 0,
+        library=gpu.library if gpu else 0,
         expandable=expandable,
     )
 

@@ -110,10 +110,9 @@ def placement_of(plan: Plan, budget: Budget) -> Placement:
 def choose_format(config: TrainConfig, models: Models) -> Plan:
     """The plan of a run whose format is unset: the most accurate of the fastest formats on this GPU.
 
-    The candidates are nf4, an 8-bit format and bf16, if the disk has room for the quantized file. The 8-bit format is
-    int8, which rounds a third as much as fp8 at the same size; it is fp8 if the matrix products are in fp8.
+    Those that the disk has no room for are no candidates.
     """
-    memory_config, eight_bits = config.memory, "fp8" if models.compute.startswith("fp8") else "int8"
+    memory_config = config.memory
     pins = Pins(
         resident_units=memory_config.resident_units,
         blocks_to_swap=memory_config.blocks_to_swap,
@@ -121,7 +120,7 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
         slots=memory_config.slots,
         offload=memory_config.offload,
     )
-    formats = [format for format in ("nf4", eight_bits, "bf16") if models.fits_on_disk(format)]
+    formats = [format for format in candidates(models.compute) if models.fits_on_disk(format)]
     tables = [costs_of(config, models, config.largest_batch[1], format) for format in formats or ["nf4"]]
     vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
     if vram is None:
@@ -129,9 +128,16 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
     return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (ram_bytes() or (0, None))[1], pins)
 
 
+def candidates(compute: str) -> tuple[str, str, str]:
+    """The formats to choose from: nf4, an 8-bit format and bf16. The 8-bit format is int8, which rounds a third as much
+    as fp8 at the same size; it is fp8 if the matrix products are in fp8.
+    """
+    return "nf4", "fp8" if compute.startswith("fp8") else "int8", "bf16"
+
+
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
     """The costs of a run's steps on this machine's GPU, with images of the area of size x size pixels."""
-    training = config.training
+    training, gpu = config.training, measure(cache_folder())
     return flux_costs(
         models.flux_config,
         format or models.format,
@@ -144,7 +150,8 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         training.optimizer,
         training.accumulate > 1,
         models.open("clip_l").shapes if config.lora.text_encoder else None,
-        chunk=chunk_of(measure(cache_folder()).capability),
+        chunk=chunk_of(gpu.capability),
+        library=gpu.library,
         expandable=has_expandable_segments(),
     )
 

@@ -69,12 +69,14 @@ def flux_costs(
     clip: Mapping[str, tuple[int, ...]] | None = None,
     *,
     chunk: int,
+    library: int = 0,
     expandable: bool = True,
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
     clip: name -> shape of every tensor of CLIP-L, if it trains (fluxq/model/clip.py).
     chunk: how many numbers of a weight this GPU's kernels decode at a time: `chunk_of` its capability; 0 for all.
+    library: bytes of cuBLAS's workspaces on this GPU.
     expandable: the allocator's segments can grow (fluxq/allocator.py).
     """
     shapes = tensors(config)
@@ -121,6 +123,7 @@ def flux_costs(
         optimizer=int(total * OPTIMIZER_BYTES_PER_WEIGHT[optimizer]),
         optimizer_peak=4 * total,
         scratch=scratch(products, chunk) + angles + encoder.activations,
+        library=library,
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows) + encoder.work,
         accumulates=accumulates,
         fragmentation=_fragmentation(format, compute, rows, expandable),

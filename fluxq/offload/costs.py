@@ -108,11 +108,11 @@ class Costs:
     bytes of each unit whose results are computed for `window` steps at once, apart from the blocks; the results of one
     step take `ahead_step` bytes, and computing them `ahead_peak`. stays: frozen bytes that are always on the GPU; lora,
     gradients and optimizer: trained weights, gradients outside the blocks, the optimizer's state; scratch: workspace
-    that is held all the time. outside: the step's work outside the blocks; optimizer_peak: temporary bytes of the
-    optimizer's step. accumulates: gradients of an earlier forward pass exist. tiles: rows that the autoencoder
-    processes at a time (None: all) and its peak bytes, from fast to lean. fragmentation: of steps. launches: kernels of
-    a step outside the blocks. error: relative, of the weights as they are stored and multiplied; smaller is more
-    accurate.
+    that is held all the time; library: cuBLAS's own. outside: the step's work outside the blocks; optimizer_peak:
+    temporary bytes of the optimizer's step. accumulates: gradients of an earlier forward pass exist. tiles: rows that
+    the autoencoder processes at a time (None: all) and its peak bytes, from fast to lean. fragmentation: of steps.
+    launches: kernels of a step outside the blocks. error: relative, of the weights as they are stored and multiplied;
+    smaller is more accurate.
     """
 
     format: str
@@ -131,6 +131,7 @@ class Costs:
     optimizer: int = 0
     optimizer_peak: int = 0
     scratch: int = 0
+    library: int = 0
     outside: Work = Work()
     accumulates: bool = False
     tiles: tuple[tuple[int | None, int], ...] = ()

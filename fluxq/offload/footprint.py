@@ -31,19 +31,23 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     activations, workspace, gradients = max(memory_over_step(costs, policies, offload), key=sum)
     peak_bytes["lora"] = costs.lora + gradients
     peak_bytes["activations"] = activations
-    peak_bytes["workspace"] = workspace + costs.scratch + costs.ahead_step
+    peak_bytes["workspace"] = workspace + costs.scratch + costs.library + costs.ahead_step
     return peak_bytes
 
 
 def fixed(costs: Costs, setting: Residency) -> int:
     """Bytes that are on the GPU all the time."""
     held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
-    return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.ahead_step
+    return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.library + costs.ahead_step
 
 
 def reserved(costs: Costs, setting: Residency, step: int) -> int:
-    """Bytes that torch's allocator reserves if a step takes `step` bytes in addition to those of `fixed`."""
-    return fixed(costs, setting) + costs.fragmentation.nbytes + int((1 + costs.fragmentation.fraction) * step)
+    """Bytes that torch's allocator reserves if a step takes `step` bytes in addition to those of `fixed`.
+
+    Those of cuBLAS are not among them: it has them before a plan is made, so they are no longer free.
+    """
+    more = costs.fragmentation.nbytes + int((1 + costs.fragmentation.fraction) * step)
+    return fixed(costs, setting) - costs.library + more
 
 
 def memory_over_step(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:

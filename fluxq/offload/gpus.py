@@ -93,6 +93,13 @@ class GPU:
         return total
 
     @property
+    def library(self) -> int:
+        """Bytes that cuBLAS has of torch's allocator: a workspace for each of the two threads that multiply, of the
+        size that torch gives it.
+        """
+        return 2 * (32 << 20 if self.capability >= 90 else 8320 << 10) if self.capability else 0
+
+    @property
     def vram(self) -> int:
         return int(self.memory_gib * GIB)
 

@@ -172,7 +172,7 @@ def test_flops_of_a_step_are_counted_and_compared_with_measured_rates():
     """A GPU that multiplies bf16 at 100 and int8 at 200 TFLOP/s, at its peak for half of the step."""
     gpu = replace(GPUS["rtx4090"], bf16=100, int8=200, fp8=0)
     assert ideal_seconds(Work(bf16=1e12, int8=4e12, attention=2e12, attention_backward=1e12), gpu) == 0.06
-    costs = costs_of(Setting(), FluxConfig.dev(), chunk=0)
+    costs = costs_of(Setting(), FluxConfig.dev(), None)
     step = rates(costs, ["recompute"] * 57, 1000, gpu)
     tokens, weights, width = 1024 + 512, 113_246_208, 3072  # that a token meets in a block of either kind
     attention = 57 * 4 * tokens**2 * width

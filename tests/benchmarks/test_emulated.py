@@ -11,7 +11,14 @@ ROW = next(row for row in ROWS.values() if row.policy == "keep_all8")
 
 
 def measured(**changes) -> dict:
-    kept = {"resident": 0, "slots": 8, "offload": False, "look_ahead": 64, "policies": ["keep_all8"] * 57}
+    kept = {
+        "format": "nf4",
+        "resident": 0,
+        "slots": 8,
+        "offload": False,
+        "look_ahead": 64,
+        "policies": ["keep_all8"] * 57,
+    }
     ran = {"retries": 0, "refused": 0, "free_gib": 20.0, "norms": [304, 0], "flash": 228, "eight_bits": 0}
     row = {"commit": "c0ffee", "peak_gib": 12.65, "reserved_gib": 13.82} | kept | ran | changes
     return {ROW.name: row}

@@ -6,7 +6,8 @@ import json
 
 import pytest
 
-from benchmarks.emulated_host import ROWS, add_rows, page
+from benchmarks import emulated_host
+from benchmarks.emulated_host import ROWS, TABLE, add_rows, differences, page
 from fluxq.offload.launches import SEQUENCE
 
 ABOUT = {"torch": "2", "packages": {"triton": "3"}, "python": "3.11", "commit": "0123456789abcdef"}
@@ -33,3 +34,14 @@ def test_a_row_replaces_that_of_the_same_setting_and_the_page_has_the_error(tmp_
 @pytest.mark.parametrize("field", ["gpu", "resolution", "format", "compute", "policy", "swap"])
 def test_settings_differ_in_every_choice(field):
     assert len({getattr(r, field) for r in ROWS}) > 1 and len(set(ROWS)) == len(ROWS) >= 10
+
+
+@pytest.mark.parametrize(("more", "said"), [(0, 0), (-1, 0), (1, 2)])
+def test_a_step_may_not_count_more_than_the_table(more, said, monkeypatch):
+    known = json.loads(TABLE.read_text(encoding="utf-8"))[0]
+    row = next(row for row in ROWS if all(known[name] == value for name, value in row._asdict().items()))
+    copies = {**known["copies"], "GPU to host": known["copies"]["GPU to host"] + more}
+    counted = known | {"launches": known["launches"] + more, "copies": copies}
+    monkeypatch.setattr(emulated_host, "prepared", lambda row: (None, None))
+    monkeypatch.setattr(emulated_host, "counts", lambda step: counted)
+    assert len(differences(row)) == said

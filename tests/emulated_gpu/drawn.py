@@ -3,8 +3,9 @@
     python tests/emulated_gpu/drawn.py [--commit HASH] [--seconds 170] [--list]
 
 Drawn from are the emulated GPU's own tests, the tests that need a GPU (with copies as late as CUDA allows and as early,
-and `--races`), and rows of the memory table, whose figures are compared with what was predicted. Every item has a known
-cost, and no more are drawn than fit into `--seconds` of one core; nothing is stopped or fails for being slow.
+and `--races`), rows of the memory table, whose figures are compared with what was predicted, rows of the host table,
+which may not count more than the table, every Triton kernel once on one GPU, and a few refused calls. Every item has a
+known cost, and no more are drawn than fit into `--seconds` of one core; nothing is stopped or fails for being slow.
 """
 
 from __future__ import annotations
@@ -29,8 +30,13 @@ SECONDS = {
     "test_inputs_that_wait_on_the_host_change_nothing": 105.0,
 }
 """What a test takes on one core of a server, with what it sets up, if that is more than OWN or OTHER."""
-OWN, OTHER, ROW = 8.0, 6.0, 16.0
-KINDS = ("late", "early", "memory", "own")
+OWN, OTHER, ROW, KERNELS, REFUSALS = 8.0, 6.0, 16.0, 20.0, 30.0
+TESTED = ("late", "early", "own")
+"""What pytest runs, all that is drawn in one process."""
+KINDS = (*TESTED, "memory", "host", "kernels", "refusals")
+GPUS = ("a100", "rtx3060", "rtx4090", "h100", "rtx5090")
+PARTS = 30
+"""In so many parts, the runs with refused calls are three each."""
 TESTS = {"own": ["tests/emulated_gpu/test_emulated_gpu.py"], "gpu": ["tests/test_gpu.py", "tests/test_allocator.py"]}
 
 
@@ -69,7 +75,7 @@ def draw(items: Sequence[Item], commit: str, seconds: float) -> list[Item]:
         turns += [(turn, digest(commit, kind), item) for turn, item in enumerate(own)]
     chosen: list[Item] = []
     for _, _, item in sorted(turns, key=lambda each: each[:2]):
-        begins = START if item.kind != "memory" and all(other.kind != item.kind for other in chosen) else 0.0
+        begins = START if item.kind in TESTED and all(other.kind != item.kind for other in chosen) else 0.0
         if begins + item.seconds <= seconds:
             seconds -= begins + item.seconds
             chosen.append(item)
@@ -87,6 +93,10 @@ def items() -> Iterator[Item]:
         yield from (Item(kind, name, cost(name, OTHER)) for kind in ("late", "early"))
     for name in printed(["-m", "benchmarks.emulated", "--list"]):
         yield Item("memory", name, ROW)
+    for name in printed(["-m", "benchmarks.emulated_host", "--list"]):
+        yield Item("host", name, ROW)
+    yield from (Item("kernels", gpu, KERNELS) for gpu in GPUS)
+    yield from (Item("refusals", f"{part}/{PARTS}", REFUSALS) for part in range(PARTS))
 
 
 def cost(name: str, otherwise: float) -> float:
@@ -111,6 +121,8 @@ def run(kind: str, names: Sequence[str]) -> bool:
     """Whether all of them passed."""
     if not names:
         return True
+    if kind in ALONE:
+        return not any(ALONE[kind](name) for name in names)
     if kind == "memory":
         check = [default_python(), "-m", "benchmarks.emulated", "--check", *names]
         return not subprocess.run(check, cwd=ROOT, env=environment(), check=False).returncode
@@ -119,6 +131,23 @@ def run(kind: str, names: Sequence[str]) -> bool:
         return not subprocess.run([default_python(), *pytest], cwd=ROOT, env=environment(), check=False).returncode
     order = ["--early"] if kind == "early" else []
     return not emulated(["--compute", "--races", "--no-triton", *order], pytest)
+
+
+def host_row(name: str) -> int:
+    check = ["-m", "benchmarks.emulated_host", "--check", name]
+    return emulated(["--gpu", name.partition(",")[0], "--skip-copies"], check)
+
+
+def kernels(gpu: str) -> int:
+    return emulated(["--gpu", gpu], [str(HERE / "kernels.py")])
+
+
+def refusals(part: str) -> int:
+    return emulated(["--compute", "--no-triton"], [str(HERE / "refusals.py"), "--part", part])
+
+
+ALONE = {"host": host_row, "kernels": kernels, "refusals": refusals}
+"""What runs each item in a process of its own, and returns the exit code."""
 
 
 def emulated(options: Sequence[str], arguments: Sequence[str]) -> int:

@@ -30,7 +30,7 @@ SETTINGS = {  # option -> the variable that the emulated GPU reads
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = made.add_argument
-    add("--gpu", metavar="NAME", help="rtx3060 (default), rtx4060ti, rtx4090, rtx5090, h100 or t4")
+    add("--gpu", metavar="NAME", help="rtx3060 (default), rtx4060ti, rtx4090, rtx5090, a100, h100 or t4")
     add("--compute", action="store_true", help="operators and kernels compute, on the CPU; copies are done late")
     add("--early", action="store_true", help="with --compute: copies are done at once")
     add("--races", action="store_true", help="with --compute: report accesses that nothing orders; exit code 3 if any")

@@ -267,6 +267,12 @@ def test_ram_holds_streamed_units_and_more_vram_saves_ram():
         plan([costs], TEST_GPU, least(costs, margin=0), ram=resident.host, margin=0)
 
 
+def test_the_workspaces_of_the_library_are_alive_and_were_never_free():
+    plain, more = (plan([model(library=n)], TEST_GPU, 3 * 10**9) for n in (0, 64 * 2**20))
+    assert more.peak_bytes - plain.peak_bytes == more.peak["workspace"] - plain.peak["workspace"] == 64 * 2**20
+    assert more.reserved == plain.reserved and more.policies == plain.policies
+
+
 def test_weights_that_cannot_stream_stay_resident_or_are_refused():
     whole = model(unit=200 * MB, format="bf16", error=0.002, streams=False)
     found = plan([whole], TEST_GPU, 4000 * MB, margin=0)

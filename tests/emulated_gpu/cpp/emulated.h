@@ -38,7 +38,7 @@ struct GPU {
     const char *key, *name;
     int major, minor, multiprocessors;
     size_t total_memory;  // what torch.cuda.get_device_properties says on a real one
-    int shared_per_block, shared_per_multiprocessor, threads_per_multiprocessor, l2_bytes;
+    int shared_per_block, shared_per_multiprocessor, threads_per_multiprocessor, blocks_per_multiprocessor, l2_bytes;
     int clock_khz, memory_clock_khz, bus_bits;
 };
 const GPU &gpu();

@@ -13,19 +13,21 @@ namespace {
 // Keys are those of fluxq/offload/gpus.py. T4: a GPU that is too old for Triton's kernels.
 const GPU GPUS[] = {
     // key, name, capability, multiprocessors, memory,
-    //     shared memory of a block and of a multiprocessor, its threads, L2, clocks in kHz, bits of the memory's bus
+    //     shared memory of a block and of a multiprocessor, its threads and blocks, L2, clocks in kHz, bits of the bus
     {"rtx3060", "NVIDIA GeForce RTX 3060", 8, 6, 28, 12622168064,
-     101376, 102400, 1536, 2359296, 1777000, 7501000, 192},
+     101376, 102400, 1536, 16, 2359296, 1777000, 7501000, 192},
     {"rtx4060ti", "NVIDIA GeForce RTX 4060 Ti", 8, 9, 34, 16754081792,
-     101376, 102400, 1536, 33554432, 2535000, 9001000, 128},
+     101376, 102400, 1536, 24, 33554432, 2535000, 9001000, 128},
     {"rtx4090", "NVIDIA GeForce RTX 4090", 8, 9, 128, 25393692672,
-     101376, 102400, 1536, 75497472, 2520000, 10501000, 384},
+     101376, 102400, 1536, 24, 75497472, 2520000, 10501000, 384},
     {"rtx5090", "NVIDIA GeForce RTX 5090", 12, 0, 170, 33683865600,
-     101376, 102400, 1536, 100663296, 2407000, 14001000, 512},
+     101376, 102400, 1536, 24, 100663296, 2407000, 14001000, 512},
+    {"a100", "NVIDIA A100-SXM4-80GB", 8, 0, 108, 85197848576,
+     166912, 167936, 2048, 32, 41943040, 1410000, 1593000, 5120},
     {"h100", "NVIDIA H100 80GB HBM3", 9, 0, 132, 84942979072,
-     232448, 233472, 2048, 52428800, 1980000, 2619000, 5120},
+     232448, 233472, 2048, 32, 52428800, 1980000, 2619000, 5120},
     {"t4", "Tesla T4", 7, 5, 40, 15655829504,
-     65536, 65536, 1024, 4194304, 1590000, 5001000, 256},
+     65536, 65536, 1024, 16, 4194304, 1590000, 5001000, 256},
 };
 
 const GPU &chosen() {
@@ -68,7 +70,7 @@ int attribute(int which) {
         case CU_DEVICE_ATTRIBUTE_GLOBAL_MEMORY_BUS_WIDTH: return g.bus_bits;
         case CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT: return g.multiprocessors;
         case CU_DEVICE_ATTRIBUTE_MAX_THREADS_PER_MULTIPROCESSOR: return g.threads_per_multiprocessor;
-        case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: return g.major == 8 ? 16 : 32;
+        case CU_DEVICE_ATTRIBUTE_MAX_BLOCKS_PER_MULTIPROCESSOR: return g.blocks_per_multiprocessor;
         case CU_DEVICE_ATTRIBUTE_L2_CACHE_SIZE: return g.l2_bytes;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MAJOR: return g.major;
         case CU_DEVICE_ATTRIBUTE_COMPUTE_CAPABILITY_MINOR: return g.minor;
