@@ -34,13 +34,14 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # white space, or n
 
 class Caption(NamedTuple):
     """What was found for an image. source: the file's suffix or name, or "file name", "" without a caption. why: why
-    there is none. encoding: that of the file, "" for UTF-8.
+    there is none. encoding: that of the file, "" for UTF-8. file: the name of the text file that it is in.
     """
 
     text: str
     source: str = ""
     why: str = ""
     encoding: str = ""
+    file: str = ""
 
 
 class Captions:
@@ -70,7 +71,7 @@ class Captions:
                 self.used.add(real)
                 text, encoding = self._decoded(real)
                 if text := _folded(_first_line(text) if self.lines == "first" else text):
-                    return Caption(text, name[name.rindex(".") :], encoding=encoding)
+                    return Caption(text, name[name.rindex(".") :], encoding=encoding, file=real)
                 why = f"{real} is empty"
         if (real := self.files.get(f"{stem}.json")) is not None:
             self.used.add(real)
@@ -83,6 +84,10 @@ class Captions:
         if self.from_names and (text := _folded(re.sub(r"[\s_-]*\d*$", "", image.stem).replace("_", " "))):
             return Caption(text, NAME)
         return Caption("", why=why)
+
+    def lines_of(self, name: str) -> list[str]:
+        """The lines of the text file `name` that have text. Raises WrongRequest as `of` does."""
+        return [line for text in _lines(self._decoded(name)[0]) if (line := _folded(text))]
 
     def unused(self, images: Sequence[Path]) -> list[str]:
         """Text files that look like captions but belong to none of `images`."""
@@ -194,8 +199,11 @@ def has_weight(caption: str) -> bool:
 
 
 def _first_line(text: str) -> str:
-    lines = re.split(r"\r\n|\r|\n", text)  # not at other characters, which sd-scripts does not take for line ends
-    return next((line for line in lines if line.strip()), "")
+    return next((line for line in _lines(text) if line.strip()), "")
+
+
+def _lines(text: str) -> list[str]:
+    return re.split(r"\r\n|\r|\n", text)  # not at other characters, which sd-scripts does not take for line ends
 
 
 def _folded(text: str) -> str:
