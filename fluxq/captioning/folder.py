@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+from fluxq.console import plural
 from fluxq.data.caption_edits import phrase_pattern, removed, replaced
 from fluxq.data.captions import Caption, Captions, has_placeholder, with_trigger
 from fluxq.data.examples import Folder, expand
@@ -109,7 +110,7 @@ def edits(
     if empty:
         names = ", ".join(empty[:NAMED]) + (", ..." if len(empty) > NAMED else "")
         raise WrongRequest(
-            f"--remove would leave nothing of {len(empty)} captions ({names}); remove less, or pass --trigger, which "
+            f"--remove would leave nothing of {plural(len(empty), 'caption')} ({names}); remove less, or pass --trigger, which "
             "stays"
         )
     return changes

@@ -9,9 +9,9 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 
 transformers = Lazy("transformers")
 
-WORDS = (
-    "a red dog on green grass cat with hat sits under the old tree blue sky . , woman man holds cup coffee near window"
-).split()  # noqa: SIM905 - a sentence
+WORDS = """
+a red dog on green grass cat with hat sits under the old tree blue sky . , woman man holds cup coffee near window
+"""
 TEMPLATE = (
     "{% for m in messages %}user : {% for c in m.content %}{% if c.type == 'image' %}<image> {% else %}{{ c.text }} "
     "{% endif %}{% endfor %}{% endfor %}{% if add_generation_prompt %}assistant : {% endif %}"
@@ -20,7 +20,7 @@ SIDE = 32
 
 
 def tokenizer(template: str | None = None):
-    words = {word: i for i, word in enumerate(dict.fromkeys(WORDS))}
+    words = {word: i for i, word in enumerate(dict.fromkeys(WORDS.split()))}
     made = Tokenizer(models.WordLevel({**words, "<unk>": len(words)}, unk_token="<unk>"))
     made.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
     return transformers.PreTrainedTokenizerFast(
