@@ -110,8 +110,8 @@ def edits(
     if empty:
         names = ", ".join(empty[:NAMED]) + (", ..." if len(empty) > NAMED else "")
         raise WrongRequest(
-            f"--remove would leave nothing of {plural(len(empty), 'caption')} ({names}); remove less, or pass --trigger, which "
-            "stays"
+            f"--remove would leave nothing of {plural(len(empty), 'caption')} ({names}); remove less, or pass "
+            "--trigger, which stays"
         )
     return changes
 

@@ -25,6 +25,8 @@ DEFAULT_TASK = "<MORE_DETAILED_CAPTION>"
 DEFAULT_PROMPT = "Describe in one paragraph what this image shows. Answer with the description only."
 MAX_TOKENS = 256
 """Of a caption, unless --max-words allows more."""
+T5_TOKENS = 512
+"""What training reads of a caption at most."""
 
 _WEIGHTS = re.compile(r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json")
 _PROCESSOR = ("processor_config.json", "preprocessor_config.json")
@@ -54,7 +56,7 @@ class Captioner:
         self._asks = self.kind != "florence2" and bool(getattr(self.processor, "chat_template", None))
         if self._asks and prompt is None:
             self.prompt = DEFAULT_PROMPT + (f" Use at most {max_words} words." if max_words else "")
-        self.max_tokens = min(3 * max_words + 16, 1000) if max_words else MAX_TOKENS
+        self.max_tokens = min(3 * max_words + 16, T5_TOKENS) if max_words else MAX_TOKENS
 
     def __call__(self, images: Sequence[Image.Image]) -> list[str]:
         """Raises WrongRequest if the model has no answer to that prompt, and torch's errors if memory runs out."""

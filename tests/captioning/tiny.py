@@ -44,7 +44,7 @@ def florence2(folder: Path) -> Path:
     vision |= dict(
         embed_dim=(8, 16), num_heads=(2, 2), num_groups=(2, 2), window_size=4, projection_dim=16, drop_path_rate=0.0
     )
-    text = dict(model_type="bart", vocab_size=len(words), d_model=16, max_position_embeddings=128, **ids)
+    text = dict(model_type="bart", vocab_size=len(words), d_model=16, max_position_embeddings=512, **ids)
     for side in ("encoder", "decoder"):
         text |= {f"{side}_layers": 1, f"{side}_attention_heads": 2, f"{side}_ffn_dim": 32}
     text |= dict(decoder_start_token_id=words.eos_token_id, forced_eos_token_id=words.eos_token_id)
@@ -79,7 +79,7 @@ def save(model, processor, folder: Path) -> Path:
     """Random weights like the padding more than words, which are all that is to be said."""
     words = processor.tokenizer
     silent = {*words.all_special_ids} - {words.eos_token_id}
-    model.generation_config.update(suppress_tokens=sorted(silent), min_new_tokens=6)
+    model.generation_config.update(suppress_tokens=sorted(silent), min_new_tokens=6, no_repeat_ngram_size=2)
     randomize(model).save_pretrained(folder)
     processor.save_pretrained(folder)
     return folder
