@@ -120,6 +120,8 @@ def test_what_is_no_captioning_model_is_refused(models, tmp_path):
     deeper = json.loads((models["llava"] / "config.json").read_text())["text_config"] | {"num_hidden_layers": 2}
     sentence = refusal(changed(models["llava"], tmp_path / "deeper", text_config=deeper))
     assert "lacks 9 of the weights that transformers' llava has" in sentence
+    legacy = changed(models["florence2"], tmp_path / "legacy", text_config={"model_type": "florence2_language"})
+    assert "legacy cannot be loaded by transformers" in refusal(legacy)
     cut = changed(models["llava"], tmp_path / "cut")
     (cut / "model.safetensors").write_bytes((cut / "model.safetensors").read_bytes()[:-10])
     assert "cut cannot be loaded by transformers" in refusal(cut)
