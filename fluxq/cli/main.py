@@ -401,7 +401,7 @@ def caption(context: click.Context, folders: tuple[Path, ...], as_json: bool, **
 
     answer = caption_command(folders, **given)
     finish(answer, as_json)
-    context.exit(2 if answer.get("unread") else 0)
+    context.exit(2 if answer.get("unread") or answer.get("speechless") else 0)
 
 
 @main.command()

@@ -96,19 +96,20 @@ def _write(
         "speechless": [],
         "backups": [],
     }
-    if len(wanted) < len(items):
+    if there := len(items) - len(wanted):
         why = (
-            "overwritten before this call was interrupted" if overwrite else "there already; --overwrite replaces them"
+            "were captioned anew before this was interrupted"
+            if overwrite
+            else "have a caption, which --overwrite replaces"
         )
-        console.print(f"{len(items) - len(wanted):,} of {plural(len(items), 'caption')} {why}")
+        console.print(f"{there:,} of {plural(len(items), 'image')} {why}")
     if not wanted:
         return answer | ({"backups": [str(path) for path in backup.finish()]} if backup else {})
+    console.print(f"{plural(len(wanted), 'image')} to caption with {model}")
     captioner = Captioner(model, prompt, max_words, offline, console.print)
     on_gpu = captioner.model.device.type == "cuda"
     batch = batch or (8 if on_gpu else 1)
-    console.print(
-        f"captioning {plural(len(wanted), 'image')} with {model} on the {'GPU' if on_gpu else 'CPU'}, {batch} at a time"
-    )
+    console.print(f"on the {'GPU' if on_gpu else 'CPU'}, {plural(batch, 'image')} at a time")
     try:
         with progress_bar() as progress:
             filled = fill(wanted, captioner, trigger, batch, backup, progress, console.print)

@@ -49,12 +49,13 @@ def phrase_pattern(phrase: str) -> re.Pattern[str]:
 
 
 def removed(caption: str, phrases: Sequence[str]) -> str:
-    """`caption` without `phrases`; may be empty."""
+    """`caption` without `phrases`, and then with single spaces; may be empty."""
     text = caption
     for phrase in sorted(phrases, key=len, reverse=True):  # "red hair" is in "long red hair"
         text = phrase_pattern(phrase).sub(_HOLE, text)
     if text == caption:
         return caption
+    text = " ".join(text.split())  # or the patterns could take a time that grows with the cube of a run of spaces
     text = re.sub(r"\b(a)n?(\s+\0\s+)(?=(\w))", _article, text, flags=re.IGNORECASE)
     for pattern, repl in _MENDS:
         text = re.sub(pattern, repl, text, flags=re.IGNORECASE)

@@ -106,15 +106,15 @@ def test_photographs_are_captioned_once(photos, tmp_path):
     common = [photos, "--model", model, "--max-words", 9, "--trigger", "zqx"]
     result = run(*common, "--json")
     assert result.exit_code == 2, "an image could not be decoded"
-    assert "2 of 4 captions there already; --overwrite replaces them\n" in result.stderr
-    assert f"captioning 2 images with {model} on the CPU, 1 at a time\n" in result.stderr
+    assert "2 of 4 images have a caption, which --overwrite replaces\n" in result.stderr
+    assert f"2 images to caption with {model}\non the CPU, 1 image at a time\n" in result.stderr
     answer, text = json.loads(result.stdout), (photos / "2.txt").read_text()
     assert answer["captions"] == {str(photos / "2.txt"): text.strip()} and text.startswith("zqx, ")
     assert len(answer["unread"]) == 1 and "3.png cannot be read (" in answer["unread"][0]
     assert "--skip-bad" not in result.output and not (photos / "3.txt").exists()
     (photos / "3.png").unlink()
     again = run(*common)
-    assert again.exit_code == 0 and again.stderr == "" and again.stdout.startswith("3 of 3 captions there already")
+    assert again.exit_code == 0 and again.stderr == "" and again.stdout.startswith("3 of 3 images have a caption")
     replaced = run(*common, "--overwrite", "--batch", 2)
     assert replaced.exit_code == 0, replaced.output
     assert (photos / "captions-backup-1" / "0.txt").read_text() == "a woman with red hair on a beach"
