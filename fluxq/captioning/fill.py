@@ -71,7 +71,7 @@ def fill(
             filled.batch = _halved(filled.batch, notify)
             continue
         for item, text in zip(part, texts, strict=True):
-            if not text:
+            if not any(map(str.isalnum, text)):
                 filled.speechless.append(item.image)
                 continue
             if backup is not None:

@@ -35,7 +35,7 @@ class Model:
         self.batches.append(len(images))
         if failure := self.failures.pop(0) if self.failures else None:
             raise failure
-        return ["" if image.height == 12 else f"{image.height} high" for image in images]
+        return [". " if image.height == 12 else f"{image.height} high" for image in images]
 
 
 def texts(folder: Path) -> dict[str, str]:
