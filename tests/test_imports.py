@@ -24,7 +24,7 @@ FLOORS = [  # from the ground up; a room may import itself and everything on a l
     {"data"},
     {"config"},
     {"models"},
-    {"memory"},
+    {"memory", "captioning"},
     {"caching"},
     {"flow"},
     {"sampling"},

@@ -338,6 +338,73 @@ def check(
 
 
 @main.command()
+@FOLDERS
+@click.option(
+    "--model",
+    metavar="ID|FOLDER",
+    help="Image-to-text model of transformers, as an id on the Hugging Face hub or a folder.  [default: "
+    "florence-community/Florence-2-base]",
+)
+@click.option(
+    "--prompt",
+    metavar="TEXT",
+    help="What to ask the model; for Florence-2 one of its tasks, like <CAPTION>; default: for a paragraph.",
+)
+@click.option(
+    "--max-words", type=click.IntRange(1), metavar="N", help="Shorten captions to whole sentences of at most N words."
+)
+@click.option(
+    "--batch",
+    type=click.IntRange(1),
+    metavar="N",
+    help="Images at a time; halved if GPU memory runs out; default: 8 on a GPU, 1 on a CPU.",
+)
+@click.option("--overwrite", is_flag=True, help="Also replace captions that are there, after copying them.")
+@click.option("--offline", is_flag=True, help="Never download the model: use what is in the hub's cache.")
+@click.option(
+    "--trigger",
+    metavar="TEXT",
+    help="The word that calls the concept: it is put in front of the captions that are written or edited, unless they "
+    "contain it.",
+)
+@click.option(
+    "--remove",
+    multiple=True,
+    metavar="PHRASES",
+    help='Take these phrases out of all captions, with commas between them, like "red hair, glasses": what no caption '
+    "mentions, the trigger learns.",
+)
+@click.option(
+    "--replace",
+    nargs=2,
+    multiple=True,
+    metavar="OLD NEW",
+    help="Replace this phrase in all captions; may be repeated.",
+)
+@click.option("--table", is_flag=True, help="Show the words and phrases that most captions have.")
+@click.option("--recursive", is_flag=True, help="Also the images in folders inside FOLDERS.")
+@JSON
+@click.pass_context
+def caption(context: click.Context, folders: tuple[Path, ...], as_json: bool, **given: Any) -> None:
+    """Caption images with a model, or edit their captions.
+
+    Writes a text file beside each image that has no caption. Nothing that is there is replaced without --overwrite. If
+    it is interrupted, the same command goes on.
+
+    With --remove, --replace or --table no model runs: the captions that are there are edited or counted. Files that
+    change are first copied into a folder captions-backup-1 beside them.
+
+    Example: fluxq caption photos --trigger zqx
+    """
+    begin(as_json, computes=not (given["remove"] or given["replace"] or given["table"]))
+    from fluxq.commands.caption import caption_command
+
+    answer = caption_command(folders, **given)
+    finish(answer, as_json)
+    context.exit(2 if answer.get("unread") or answer.get("speechless") else 0)
+
+
+@main.command()
 @click.argument("source", type=Path, metavar="SRC")
 @click.argument("target", type=Path, metavar="DST")
 @config_option(

@@ -36,7 +36,8 @@ _CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\ud800-\udfff]")  # white space, or n
 
 class Caption(NamedTuple):
     """What was found for an image. source: the file's suffix or name, or "file name", "" without a caption. why: why
-    there is none. encoding: that of the file, "" for UTF-8. more: other captions of the same image.
+    there is none. encoding: that of the file, "" for UTF-8. more: other captions of the same image. file: the name of
+    the text file that it is in.
     """
 
     text: str
@@ -44,6 +45,7 @@ class Caption(NamedTuple):
     why: str = ""
     encoding: str = ""
     more: tuple[str, ...] = ()
+    file: str = ""
 
     @property
     def texts(self) -> tuple[str, ...]:
@@ -79,7 +81,8 @@ class Captions:
                 self.used.add(real)
                 text, encoding = self._decoded(real)
                 if texts := _texts(text, self.lines):
-                    return Caption(texts[0], name[name.rindex(".") :], encoding=encoding, more=texts[1:])
+                    suffix = name[name.rindex(".") :]
+                    return Caption(texts[0], suffix, encoding=encoding, more=texts[1:], file=real)
                 why = f"{real} is empty"
         if (real := self.files.get(f"{stem}.json")) is not None:
             self.used.add(real)
@@ -92,6 +95,10 @@ class Captions:
         if self.from_names and (text := _folded(re.sub(r"[\s_-]*\d*$", "", image.stem).replace("_", " "))):
             return Caption(text, NAME)
         return Caption("", why=why)
+
+    def lines_of(self, name: str) -> list[str]:
+        """The lines of the text file `name` that have text. Raises WrongRequest as `of` does."""
+        return [line for text in _lines(self._decoded(name)[0]) if (line := _folded(text))]
 
     def unused(self, images: Sequence[Path]) -> list[str]:
         """Text files that look like captions but belong to none of `images`."""
@@ -213,9 +220,12 @@ def _texts(text: str, lines: str) -> tuple[str, ...]:
     """The captions in a file's text; lines as for `Captions`."""
     if lines == "all":
         return tuple(filter(None, [_folded(text)]))
-    parts = re.split(r"\r\n|\r|\n", text)  # not at other characters, which sd-scripts does not take for line ends
-    texts = tuple(dict.fromkeys(filter(None, map(_folded, parts))))
+    texts = tuple(dict.fromkeys(filter(None, map(_folded, _lines(text)))))
     return texts[:1] if lines == "first" else texts
+
+
+def _lines(text: str) -> list[str]:
+    return re.split(r"\r\n|\r|\n", text)  # not at other characters, which sd-scripts does not take for line ends
 
 
 def _folded(text: str) -> str:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import re
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from fluxq.console import Notify, console, working
@@ -44,14 +46,13 @@ def from_hub(repository: str, part: str, notify: Notify, fetch: bool = True) -> 
     reached, or if the disk has no room for them.
     """
     from huggingface_hub import constants, snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
 
     if path := in_hub_cache(repository, part):
         return path
     if not constants.HF_HUB_OFFLINE:
         say = notify if fetch else console.print  # `fluxq check` shows no other choices
         say(f"{part} of {repository} is not in the hub's cache: looking it up on huggingface.co")
-    try:
+    with _hub_errors(repository):
         files, nbytes = _files_of(repository, part)
         if not fetch:
             raise NotFetched(repository, files, nbytes)
@@ -59,6 +60,52 @@ def from_hub(repository: str, part: str, notify: Notify, fetch: bool = True) -> 
         notify(f"fetching {len(files)} files of {repository} for {part}, {nbytes / 1e9:.1f} GB, once")
         with working(f"fetching {repository}"):
             snapshot_download(repository, allow_patterns=files)
+    path = in_hub_cache(repository, part)
+    if path is None:
+        raise WrongRequest(f"{repository} was fetched, but holds no usable file with {part}; give another")
+    return path
+
+
+def folder_from_hub(
+    repository: str,
+    wanted: Callable[[str], bool],
+    complete: Callable[[Path], bool],
+    notify: Notify,
+    offline: bool = False,
+) -> Path:
+    """The local folder with the files of `repository` whose names are `wanted`, downloaded unless it is `complete`.
+
+    Notifies before it downloads. Raises WrongRequest as `from_hub` does, and if `offline` forbids it.
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
+
+    if (folder := _cached_folder(repository)) and complete(folder):
+        return folder
+    if offline or constants.HF_HUB_OFFLINE:
+        raise WrongRequest(
+            f"{repository} is not in the hub's cache ({hub_cache()}), and "
+            f"{'--offline' if offline else 'HF_HUB_OFFLINE'} forbids downloading it; name a model's folder, or start "
+            "once without"
+        )
+    notify(f"{repository} is not in the hub's cache: looking it up on huggingface.co")
+    with _hub_errors(repository):
+        siblings = HfApi().model_info(repository, files_metadata=True).siblings or ()
+        sizes = {file.rfilename: file.size or 0 for file in siblings if wanted(file.rfilename)}
+        nbytes = sum(sizes.values())
+        require_disk_space(hub_cache() / repository, nbytes)
+        notify(f"fetching {len(sizes)} files of {repository}, {nbytes / 1e9:.1f} GB, once")
+        with working(f"fetching {repository}"):
+            folder = Path(snapshot_download(repository, allow_patterns=[*sizes]))
+    return folder
+
+
+@contextmanager
+def _hub_errors(repository: str) -> Iterator[None]:
+    """What the hub refuses, or a network that is not there, as a WrongRequest about `repository`."""
+    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, HFValidationError, RepositoryNotFoundError
+
+    try:
+        yield
     except GatedRepoError as error:
         raise WrongRequest(
             f"{repository} asks you to accept its license: do so on its page on the hub, create a token in your "
@@ -75,10 +122,6 @@ def from_hub(repository: str, part: str, notify: Notify, fetch: bool = True) -> 
             f"{repository} is neither a file or folder here nor complete in the hub's cache, and the hub cannot be "
             f"reached ({reason}); go online once, or give paths"
         ) from error
-    path = in_hub_cache(repository, part)
-    if path is None:
-        raise WrongRequest(f"{repository} was fetched, but holds no usable file with {part}; give another")
-    return path
 
 
 def _transport_error() -> type[Exception]:
@@ -91,16 +134,7 @@ def _transport_error() -> type[Exception]:
 
 def in_hub_cache(repository: str, part: str) -> Path | None:
     """The file or index in the hub's cache; None if it is missing or incomplete."""
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
-
-    try:
-        folder = Path(snapshot_download(repository, local_files_only=True))
-    except LocalEntryNotFoundError as error:  # the error has the path of a partial download
-        folder = Path(getattr(error, "snapshot_path", None) or "")
-    except (HFValidationError, OSError):
-        return None
-    if folder == Path(""):
+    if (folder := _cached_folder(repository)) is None:
         return None
     try:
         path = locate(folder, part)
@@ -108,6 +142,20 @@ def in_hub_cache(repository: str, part: str) -> Path | None:
     except WrongRequest:
         return None
     return path
+
+
+def _cached_folder(repository: str) -> Path | None:
+    """What the hub's cache has of `repository`, perhaps incomplete."""
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(repository, local_files_only=True))
+    except LocalEntryNotFoundError as error:  # the error has the path of a partial download
+        folder = getattr(error, "snapshot_path", None)
+        return Path(folder) if folder else None
+    except (HFValidationError, OSError):
+        return None
 
 
 def _files_of(repository: str, part: str) -> tuple[list[str], int]:

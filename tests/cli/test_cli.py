@@ -36,6 +36,8 @@ OPTIONS = {
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
     "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
     "check": f"{MODEL} {DATA} --verbose --crops --config --set --json",
+    "caption": "--model --prompt --max-words --batch --overwrite --offline --trigger --remove --replace --table "
+    "--recursive --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "
