@@ -16,10 +16,11 @@ from typing import NamedTuple
 from fluxq.console import plural
 from fluxq.data.caption_edits import phrase_pattern, removed, replaced
 from fluxq.data.captions import Caption, Captions, has_placeholder, with_trigger
-from fluxq.data.examples import Folder, expand
+from fluxq.data.folders import expand
 from fluxq.data.images import image_files
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
+from fluxq.settings import Folder
 
 BACKUP = "captions-backup"
 NAMED = 5
