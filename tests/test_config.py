@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from pathlib import Path
 
@@ -18,6 +19,7 @@ from fluxq.config import (
     to_toml,
 )
 from fluxq.errors import WrongRequest
+from fluxq.settings import ImageSettings
 
 
 def test_a_written_config_reads_back_equal():
@@ -105,3 +107,14 @@ def test_choices_are_those_of_the_kernels():
 
     choices = {f.name: f.metadata.get("choices") for c in (ModelConfig, MemoryConfig) for f in dataclasses.fields(c)}
     assert (choices["format"], choices["compute"], choices["policy"]) == (FORMATS, COMPUTES, tuple(POLICIES))
+
+
+def test_the_settings_of_datasets_that_the_docs_show_are_read():
+    page = (Path(__file__).parent.parent / "docs" / "datasets.md").read_text(encoding="utf-8")
+    tables = [tomllib.loads(block) for block in re.findall(r"```toml\n(.*?)```", page, re.DOTALL)]
+    config = config_from_dict(tables[0], "docs/datasets.md")
+    assert [folder.path.name for folder in config.data.folders] == ["photos", "paintings", "other people"]
+    assert config.data.folders[1].resolution == ((512, 512), (768, 768)) and config.largest_batch == (2, 768)
+    named = set(re.findall(r"^\| `(\w+)`(?:, `(\w+)`)? \|", page, re.MULTILINE))
+    known = {field.name for field in dataclasses.fields(ImageSettings)}
+    assert len(tables) == 1 and {name for pair in named for name in pair if name} <= known

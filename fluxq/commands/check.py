@@ -7,6 +7,7 @@ fluxq/models/check_file.py.
 from __future__ import annotations
 
 from collections import Counter
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.peft import is_adapter
 from fluxq.formats.quantized import require_widths, stored_bytes
 from fluxq.memory.machine import InstalledGPU, free_gpu_bytes, notes, obstacle, ram_bytes, read_machine
+from fluxq.memory.placement import place
 from fluxq.model.config import FluxConfig
 from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
 from fluxq.models.hub import NotFetched, hub_cache
@@ -81,7 +83,7 @@ def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = N
     machine = read_machine()
     gpu = _gpu(flux, models.format, machine.gpu, reasons)
     found = _resolved(config, models, reasons) if flux and data else None
-    training = _training(*found) if found else None
+    training = _training(*found, models) if found else None
     disk = _disk(found, models, fetched, reasons) if flux else None
     if problem := obstacle(machine):
         reasons.append(problem)
@@ -143,6 +145,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
         looks = Looks(store.root / LOOKS).of(images)
         scanned.found.look_at_images(looks)
         models.use_captions(text for example in scanned.examples for text in example.texts)
+        _look_at_lengths(scanned, models)
         foreign = imported_note_for(store, scanned.examples, models.t5_length, models.config.text_mask)
     except WrongRequest as error:
         reasons.append(str(error))
@@ -183,6 +186,17 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
     for line in scanned.skipped:
         console.print(f"skipped      {line}")
     return answer
+
+
+def _look_at_lengths(scanned: Scan, models: Models) -> None:
+    """Find captions that the text encoders cut, if their tokenizers are here."""
+    longest = {example.path.name: max(example.texts, key=len) for example in scanned.examples}
+    with suppress(WrongRequest):
+        for name, (by_t5, by_clip) in zip(longest, models.too_long(longest.values()), strict=True):
+            if by_t5:
+                scanned.found.add("long", name)
+            elif by_clip:
+                scanned.found.add("long for CLIP", name)
 
 
 def _undecodable(image: Path) -> WrongRequest | None:
@@ -251,14 +265,19 @@ def _resolved(config: TrainConfig, models: Models, reasons: list[str]) -> tuple[
         return None
 
 
-def _training(run: Run, scanned: Scan) -> Answer:
-    """Steps, epochs, and how full batches are."""
+def _training(run: Run, scanned: Scan, models: Models) -> Answer:
+    """Steps, epochs, how full batches are, and on a GPU the time that the plan predicts."""
     training, steps = run.config.training, run.config.training.steps or 0
     epoch = epoch_of(run.config.data, scanned, training.batch)
     epochs = steps * training.accumulate / epoch.batches
     console.print(f"training     {plural(steps, 'step')}: {epochs:.3g} epochs of {plural(epoch.batches, 'batch')}")
     for line in not_full(epoch, training.batch):
         console.print(f"             {line}")
+    if models.device.type == "cuda":
+        with suppress(WrongRequest):  # no plan fits, which `_gpu` or training says
+            planned: list[str] = []
+            place(run.config, models, planned.append)
+            console.print(f"             {planned[-1]}")
     return {"steps": steps, "epochs": epochs, "batches": epoch.batches, "full_batches": epoch.full}
 
 

@@ -38,6 +38,8 @@ KINDS = {
     "no image": "files of captions without an image",
     "placeholder": "captions with [trigger], {trigger} or [name] in them, but there is no trigger",
     "weight": "captions that weight words, (red:1.3), which training takes literally",
+    "long": "captions that T5 cuts, as they have more tokens than it takes (--t5-length)",
+    "long for CLIP": "captions longer than CLIP's 77 tokens, of which only T5 sees the rest",
     "choice": "captions with alternatives {a|b}, taken literally (--wildcards draws one)",
     "trigger added": "captions without the trigger, now added",
 }

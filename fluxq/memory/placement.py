@@ -16,7 +16,7 @@ import torch
 
 from fluxq.allocator import has_expandable_segments
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig
-from fluxq.console import Notify
+from fluxq.console import Notify, duration, plural
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
@@ -99,6 +99,9 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
     chosen = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
     for line in describe(chosen).splitlines():
         notify(line)
+    if steps := config.training.steps:
+        took = duration(steps * config.training.accumulate * chosen.seconds)
+        notify(f"{plural(steps, 'step')} are predicted to take {took}, without previews and saves")
     return placement_of(chosen, budget)
 
 

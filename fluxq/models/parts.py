@@ -5,7 +5,7 @@ fluxq/models/finder.py finds the files.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterable
+from collections.abc import Callable, Collection, Iterable, Iterator
 from contextlib import suppress
 from dataclasses import replace
 from functools import cached_property
@@ -36,12 +36,12 @@ from fluxq.formats.quantized import (
     stored_bytes,
 )
 from fluxq.formats.stream import load_streamed
-from fluxq.formats.tokenizers import Kind, find_tokenizers, load_t5_tokenizer
+from fluxq.formats.tokenizers import Kind, find_tokenizers, load_clip_tokenizer, load_t5_tokenizer
 from fluxq.model.autoencoder import AutoEncoder
 from fluxq.model.clip import Clip
 from fluxq.model.config import FluxConfig
 from fluxq.model.flux import Flux
-from fluxq.model.text import TextEncoders
+from fluxq.model.text import TextEncoders, clip_tokens
 
 from .finder import FLAGS, PARTS, Finder, Served
 from .hub import NotFetched
@@ -210,6 +210,14 @@ class Models:
         """The T5 tokens of each caption, end token included, at most `t5_length`."""
         tokenize = load_t5_tokenizer(self.tokenizer_files()[1])
         return [min(len(tokenize(caption)) + 1, self.t5_length) for caption in captions]
+
+    def too_long(self, captions: Iterable[str]) -> Iterator[tuple[bool, bool]]:
+        """For each caption, whether T5 and whether CLIP cuts it. Raises WrongRequest without their tokenizers."""
+        clip, t5 = self.tokenizer_files()
+        (tokenize_clip, special), tokenize_t5 = load_clip_tokenizer(clip), load_t5_tokenizer(t5)
+        for caption in captions:
+            cut_by_clip = clip_tokens([caption], tokenize_clip, special)[2][0]
+            yield len(tokenize_t5(caption)) + 1 > self.t5_length, cut_by_clip
 
     def fingerprint(self) -> str:
         """Identifies the transformer's file and the LoRAs merged into it."""

@@ -116,7 +116,7 @@ def need_of_weights(models: Models) -> Need:
 
 
 def need_of_cache(cache: Path, nbytes: int) -> Need:
-    return Need("cache", cache, nbytes, "another --cache")
+    return Need("cache", cache, nbytes, "another --cache, or fewer data.variants")
 
 
 def lora_tensors(config: TrainConfig, models: Models) -> list[int]:

@@ -315,3 +315,12 @@ def test_the_sheet_of_crops_replaces_nothing(photos, tmp_path):
     refused = CliRunner().invoke(main, ["check", str(nano.FLUX), "--crops", str(tmp_path / "a.png")])
     assert refused.exit_code == 2 and "draws the images of folders" in refused.stderr
     assert run(photos, "--model", "nano", "--crops", str(tmp_path / "a.png"))[0] == 0 and (tmp_path / "a.png").exists()
+
+
+def test_steps_epochs_and_captions_that_are_cut_are_said(photos, tmp_path):
+    (photos / "0.txt").write_text("word " * 40)
+    code, answer, lines = run(photos, "--model", "nano", "--set", "training.steps=30", "--set", "training.batch=2")
+    assert code == 0 and answer["training"] == {"steps": 30, "epochs": 15.0, "batches": 2, "full_batches": 1}
+    assert "training     30 steps: 15 epochs of 2 batches" in lines
+    assert "1 of 2 batches per epoch is not full: a batch is of one bucket" in lines
+    assert "captions that T5 cuts, as they have more tokens than it takes (--t5-length): 1 (0.png)" in lines
