@@ -172,7 +172,7 @@ def train(
         raise WrongRequest(f"{resume} has no run to resume (there is no config.toml in it)")
     saved = resume / "config.toml" if resume else None
     if folders:
-        given["data__folders"] = folder_settings(folders, saved)
+        given["data__folders"] = folder_settings(folders, saved, config_file)
     config = read_config(config_file, assignments, given, saved)
     asked = asked_for(config_file, assignments, given)
     if resume:
@@ -221,7 +221,7 @@ def cache(
     Training does this itself for what is missing. With --verify or --prune: check or clean the cache.
     """
     if folders:
-        given["data__folders"] = [{"path": str(folder)} for folder in folders]
+        given["data__folders"] = folder_settings(folders, config_file)
     config = read_config(config_file, assignments, given)
     begin(as_json)
     from fluxq.commands.cache import cache_command
@@ -327,7 +327,7 @@ def check(
     the file or start the run, 2 if not.
     """
     if len(paths) > 1 or any(path.is_dir() for path in paths):
-        given["data__folders"] = [{"path": str(path)} for path in paths]
+        given["data__folders"] = folder_settings(paths, config_file)
     config = read_config(config_file, assignments, given)
     begin(as_json, computes=False)
     from fluxq.commands.check import check_command

@@ -110,13 +110,13 @@ def read_config(
     return config_from_dict(values, "the command line")
 
 
-def folder_settings(folders: tuple[Path, ...], saved: Path | None) -> list[dict[str, Any]]:
-    """`folders` as [data] has them. One that the run with the config `saved` has keeps its repeats and its trigger."""
-    config = config_from_dict(read_toml(saved), str(saved)) if saved else None
-    known = {
-        folder.path.name: {key: value for key, value in dataclasses.asdict(folder).items() if value is not None}
-        for folder in (config.data.folders if config else ())
-    }
+def folder_settings(folders: tuple[Path, ...], *files: Path | None) -> list[dict[str, Any]]:
+    """`folders` as [data] has them. One that a config in `files` has by that name keeps its settings."""
+    known: dict[str, dict[str, Any]] = {}
+    for file in filter(None, files):
+        for folder in config_from_dict(read_toml(file), str(file)).data.folders:
+            settings = {key: value for key, value in dataclasses.asdict(folder).items() if value is not None}
+            known[folder.path.resolve().name] = settings
     return [{**known.get(folder.resolve().name, {}), "path": str(folder)} for folder in folders]
 
 

@@ -285,7 +285,7 @@ def _disk(found: tuple[Run, Scan] | None, models: Models, fetched: int, reasons:
     """The disk space that a run takes, as training works it out, and downloads. All captions and images count, less
     what the cache has: which records those are, only hashes of the encoders tell.
     """
-    needs = [Need("downloads", hub_cache(), fetched, "another HF_HOME")]
+    needs = [Need("downloads", hub_cache(), fetched, "another HF_HOME")] if fetched else []
     try:
         if found is None:
             needs.append(need_of_weights(models))
@@ -307,5 +307,5 @@ def _disk(found: tuple[Run, Scan] | None, models: Models, fetched: int, reasons:
         reasons.append(str(error))
         return None
     known = [n for n in free if n is not None]
-    takes = {need.what: need.nbytes for need in needs}
+    takes = {"downloads": 0} | {need.what: need.nbytes for need in needs}
     return {"needed": sum(takes.values()), "free": min(known, default=None), **takes}
