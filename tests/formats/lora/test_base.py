@@ -203,7 +203,7 @@ def test_a_failure_leaves_nothing(tmp_path, weights, adapters, monkeypatch):
 
 def test_full_disk_is_reported_before_anything_is_written(tmp_path, weights, adapters, monkeypatch):
     write_safetensors(tmp_path / "base.safetensors", weights)
-    usage = type("Usage", (), {"free": 1000})
+    usage = type("Usage", (), {"free": 1000, "total": 2000})
     monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
     with pytest.raises(WrongRequest, match="free some space on that disk"):
         merge(tmp_path / "base.safetensors", tmp_path / "out.safetensors", adapters)
