@@ -107,7 +107,9 @@ def test_error_about_another_file_is_unchanged(tmp_path):
 
 
 def test_a_full_disk_is_named_by_its_file_and_the_part_that_was_written_counts_as_free(tmp_path, monkeypatch):
-    monkeypatch.setattr(atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(total=9, free=len(os.listdir(folder))))
+    monkeypatch.setattr(
+        atomic.shutil, "disk_usage", lambda folder: SimpleNamespace(total=9, free=len(os.listdir(folder)))
+    )
     with pytest.raises(WrongRequest) as refused, atomic_path(tmp_path / "x.json", 7) as temporary:
         temporary.write_text("half")
         raise OSError(errno.ENOSPC, "No space left on device")
