@@ -1,0 +1,54 @@
+"""Folders as a run has them: with what is shared, each once, and none for two ends."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from fluxq.config import config_from_dict
+from fluxq.console import silent
+from fluxq.errors import WrongRequest
+from fluxq.models import Models
+from fluxq.training.defaults import resolve_data
+
+
+def photo(folder: Path) -> Path:
+    folder.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (64, 64), "red").save(folder / "a.png")
+    return folder
+
+
+def resolved(**data):
+    config = config_from_dict({"model": {"name": "nano"}, "data": {"resolution": 64, **data}}, "a test")
+    return resolve_data(config.data, Models(config.model), silent)
+
+
+def test_regularization_images_never_get_the_shared_trigger(tmp_path):
+    own, prior = str(photo(tmp_path / "own")), str(photo(tmp_path / "prior"))
+    folders = [own, {"path": prior, "regularization": True}, {"path": prior, "regularization": True, "trigger": "x"}]
+    assert [f.trigger for f in resolved(trigger="zqx", folders=folders).filled()[0]] == ["zqx", "", "x"]
+    with pytest.raises(WrongRequest, match="prior is for regularization, and there is nothing else to train on"):
+        resolved(folders=folders[1:])
+
+
+def test_folders_inside_others_count_once_also_when_a_run_resumes(tmp_path):
+    top, inside = photo(tmp_path / "top"), photo(tmp_path / "top" / "inside")
+    first = resolved(folders=[str(top)], recursive=True)
+    assert [f.path for f in first.folders] == [top, inside]
+    again = resolved(folders=[str(f.path) for f in first.folders], recursive=True)
+    assert again.folders == first.folders
+    twice = [{"path": str(top)}, {"path": str(top), "resolution": 32}]
+    assert [f.path for f in resolved(folders=twice, recursive=True).folders] == [top, inside, top]
+
+
+def test_a_folder_is_not_both_trained_on_and_held_out(tmp_path):
+    top = photo(tmp_path / "top")
+    with pytest.raises(WrongRequest, match="top is both trained on and held out"):
+        resolved(folders=[str(top)], validation=[str(top / ".." / "top")])
+
+
+def test_a_folder_of_masks_is_found_from_anywhere(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    own = str(photo(tmp_path / "own"))
+    data = resolved(folders=[own, {"path": own, "masks": "masks"}], masks="beside")
+    assert (data.masks, data.folders[1].masks) == ("beside", str(tmp_path / "masks"))
