@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from fluxq.caching.folders import scan_data
 from fluxq.config import config_from_dict
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
@@ -52,3 +53,13 @@ def test_a_folder_of_masks_is_found_from_anywhere(tmp_path, monkeypatch):
     own = str(photo(tmp_path / "own"))
     data = resolved(folders=[own, {"path": own, "masks": "masks"}], masks="beside")
     assert (data.masks, data.folders[1].masks) == ("beside", str(tmp_path / "masks"))
+
+
+def test_held_out_images_and_captions_are_not_varied(tmp_path):
+    own, held = (str(photo(tmp_path / name)) for name in ("own", "held"))
+    (tmp_path / "held" / "a.txt").write_text("a, b, {c|d}")
+    varied = {"flip": True, "shuffle_tags": True, "keep_tokens": 1, "tag_dropout": 0.5, "wildcards": True}
+    data = resolved(folders=[own], validation=[held], random_crop=True, caption_dropout=0.5, **varied)
+    example = scan_data(data).examples[-1]
+    assert example.path.parent.name == "held" and len(example.views) == 1 and example.folder.caption_dropout == 0
+    assert example.texts in [("a, b, c",), ("a, b, d",)]
