@@ -244,9 +244,7 @@ class _Scan:
             self.findings.add("no mask", name)
         return mask
 
-    def _caption(
-        self, path: Path, name: str, folder: Folder, captions: Captions
-    ) -> tuple[Caption, tuple[str, ...]]:
+    def _caption(self, path: Path, name: str, folder: Folder, captions: Captions) -> tuple[Caption, tuple[str, ...]]:
         """What was found for the image `path`, and the variants that it is trained on."""
         try:
             found = captions.of(path)
@@ -285,7 +283,12 @@ def check_folder(folder: Folder) -> None:
         (folder.prior_weight is not None and not folder.regularization, "prior_weight", "no regularization", "it"),
         (folder.regularization and folder.weight is not None, "weight", "regularization", "repeats"),
         (folder.caption_dropout == 1, "caption_dropout = 1", "captions, none of which would be seen", "less"),
-        (folder.caption_dropout_epochs == 1, "caption_dropout_epochs = 1", "captions, none of which would be seen", "2"),
+        (
+            folder.caption_dropout_epochs == 1,
+            "caption_dropout_epochs = 1",
+            "captions, none of which would be seen",
+            "2",
+        ),
         (folder.tag_dropout == 1, "tag_dropout = 1", "tags, none of which would be seen", "less"),
     )
     for is_wrong, one, other, way in wrong:

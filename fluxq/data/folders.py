@@ -64,7 +64,7 @@ def repeats_and_class(folder: Path) -> tuple[int, str] | None:
 
 
 def _as_named(folder: Folder) -> Folder:
-    """`folder` with the repeats and class tokens of its name, unless it has its own. A weight is in place of repeats."""
+    """`folder` with the repeats and class tokens of its name, unless it has its own; a weight replaces repeats."""
     found = repeats_and_class(folder.path)
     if found is None or folder.repeats != 1 or folder.class_tokens is not None:
         return folder

@@ -83,7 +83,7 @@ def read_mask(path: Path, alpha: bool, resized: Size, bucket: Size, view: View) 
 
 
 def _gray(path: Path, alpha: bool) -> Image.Image:
-    """The upright mask in gray: of the transparency of `path`, or its picture, in which what is transparent is black."""
+    """The upright mask in gray: the transparency of `path`, or its picture, black where it is transparent."""
     with opened(path, MAX_PIXELS) as image:
         image.load()
         upright = UPRIGHT.get(orientation(image))

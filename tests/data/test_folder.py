@@ -103,7 +103,10 @@ def test_regularization_images_are_repeated_to_as_many_as_others(tmp_path):
         ({"prior_weight": 0.5}, "has prior_weight and no regularization; set it, or leave prior_weight out"),
         ({"mask_normalize": True}, "has mask_normalize and no masks"),
         ({"caption_dropout": 1.0}, "has caption_dropout = 1 and captions, none of which would be seen"),
-        ({"caption_dropout_epochs": 1}, "has caption_dropout_epochs = 1 and captions, .* seen; set 2, or leave caption"),
+        (
+            {"caption_dropout_epochs": 1},
+            "has caption_dropout_epochs = 1 and captions, .* seen; set 2, or leave caption",
+        ),
     ],
 )
 def test_settings_that_have_no_effect_together_are_named_in_pairs(tmp_path, settings, message):

@@ -42,7 +42,9 @@ def test_shuffled_tags_keep_the_first_and_lose_none():
 def test_a_mark_separates_what_is_kept_in_front_and_behind():
     marked = folder(shuffle_tags=True, keep_tokens_separator="|||")
     found = caption_variants(["A, B ||| 1, 2, 3 ||| Z"], marked)
-    assert {text[:6] for text in found} == {"A, B, "} and {text[-3:] for text in found} == {", Z"} and len(set(found)) == 6
+    assert (
+        {text[:6] for text in found} == {"A, B, "} and {text[-3:] for text in found} == {", Z"} and len(set(found)) == 6
+    )
     assert caption_variants(["A ||| 1"], folder(keep_tokens_separator="|||")) == ("A, 1",), "nothing is shuffled"
 
 
@@ -68,7 +70,9 @@ def test_a_tag_is_dropped_as_often_as_asked_though_few_variants_differ():
 def test_a_trigger_that_is_put_in_front_is_the_first_of_those_kept():
     found = caption_variants(["a, b, c"], folder(trigger="zqx", shuffle_tags=True, keep_tokens=1))
     assert {text[:5] for text in found} == {"zqx, "} and {text[5] for text in found} == {"a", "b", "c"}
-    found = caption_variants(["a; b; c"], folder(trigger="zqx", shuffle_tags=True, keep_tokens=2, caption_separator=";"))
+    found = caption_variants(
+        ["a; b; c"], folder(trigger="zqx", shuffle_tags=True, keep_tokens=2, caption_separator=";")
+    )
     assert {text[:7] for text in found} == {"zqx, a;"} and len(set(found)) == 2
 
 

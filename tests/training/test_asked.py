@@ -57,16 +57,31 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
             "each folder has its own",
         ),
         (
-            {"data": {"trigger": "a", "folders": [{"path": "p", "trigger": "b"}, {"path": "q", "regularization": True}]}},
+            {
+                "data": {
+                    "trigger": "a",
+                    "folders": [{"path": "p", "trigger": "b"}, {"path": "q", "regularization": True}],
+                }
+            },
             models(),
             "data.trigger",
             "each folder has its own",
         ),
-        ({"data": {"flip": True, "folders": [{"path": "p", "flip": False}]}}, models(), "data.flip", "has its own flip"),
+        (
+            {"data": {"flip": True, "folders": [{"path": "p", "flip": False}]}},
+            models(),
+            "data.flip",
+            "has its own flip",
+        ),
         ({"data": {"variants": 3, "flip": True, "folders": ["p"]}}, models(), "data.variants", "is drawn at random"),
         ({"data": {"caption_separator": ";", "folders": ["p"]}}, models(), "data.caption_separator", "nor dropped"),
         ({"data": {"min_side": 64, "upscale": False, "folders": ["p"]}}, models(), "data.min_side", "may be enlarged"),
-        ({"training": {"steps": 9, "epochs": 2}}, models(), "training.steps", "--steps .* here: --epochs says how many"),
+        (
+            {"training": {"steps": 9, "epochs": 2}},
+            models(),
+            "training.steps",
+            "--steps .* here: --epochs says how many",
+        ),
         (
             {"output": {"save_every": 9, "save_every_epochs": 2}},
             models(),
