@@ -302,7 +302,8 @@ def _missing_captions(store: Store, encoders: EncoderFiles, keys: dict[str, str]
     """key -> caption of the records missing from the store. Raises WrongRequest if an encoder for them is missing."""
     missing = {key: caption for caption, key in keys.items() if not store.has("text", key)}
     if missing:
-        _require_files(encoders.text(), f"{len(missing)} captions")
+        dropped = list(missing.values()) == [""]
+        _require_files(encoders.text(), "the empty caption" if dropped else f"{len(missing)} captions")
     return missing
 
 

@@ -562,6 +562,10 @@ def test_dropped_captions_need_the_encoders_of_the_empty_one(workshop):
     changed = Folder(workshop.photos, class_tokens="new", shuffle_tags=True, trigger="other")
     with pytest.raises(WrongRequest, match="captions must be encoded, but .* does not exist"):
         workshop.build(folders=[changed])
+    (record,) = (workshop.store_dir / "text").glob(f"{workshop.build().prompts['']}*")
+    record.unlink()
+    with pytest.raises(WrongRequest, match="the empty caption must be encoded, but .* does not exist"):
+        workshop.build(folders=[Folder(workshop.photos, caption_dropout=0.5)])
 
 
 def test_masks_are_cached_beside_the_latents(workshop):

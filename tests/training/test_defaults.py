@@ -1,5 +1,6 @@
 """Folders as a run has them: with what is shared, each once, and none for two ends."""
 
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,7 @@ from PIL import Image
 from fluxq.caching.folders import scan_data
 from fluxq.config import config_from_dict
 from fluxq.console import silent
+from fluxq.data.examples import check_folder
 from fluxq.errors import WrongRequest
 from fluxq.models import Models
 from fluxq.training.defaults import resolve_data
@@ -53,6 +55,15 @@ def test_a_folder_of_masks_is_found_from_anywhere(tmp_path, monkeypatch):
     own = str(photo(tmp_path / "own"))
     data = resolved(folders=[own, {"path": own, "masks": "masks"}], masks="beside")
     assert (data.masks, data.folders[1].masks) == ("beside", str(tmp_path / "masks"))
+
+
+def test_the_example_of_the_page_on_datasets_is_a_config():
+    page = (Path(__file__).parents[2] / "docs" / "datasets.md").read_text(encoding="utf-8")
+    example = "\n".join(line[4:] for line in page.splitlines() if line.startswith("    "))
+    trained, held_out = config_from_dict(tomllib.loads(example), "a test").data.filled()
+    assert [f.weight for f in trained] == [2, 1, None] and held_out[0].resolution == ((512, 512), (768, 768))
+    for folder in (*trained, *held_out):
+        check_folder(folder)
 
 
 def test_held_out_images_and_captions_are_not_varied(tmp_path):
