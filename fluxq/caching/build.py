@@ -83,11 +83,12 @@ def build_cache(
     """
     store, progress, examples = Store(store_dir), progress or _no_progress, scanned.examples
     looks = Looks(store.root / LOOKS)
-    captions = list(dict.fromkeys((*(text for example in examples for text in example.texts), "", *prompts)))
+    wanted = dict.fromkeys((*(text for example in examples for text in example.texts), *prompts))
+    captions = list(wanted | {"": None})
     files = dict.fromkeys([*(e.path for e in examples), *(e.mask for e in examples if e.mask)])
     hashes = _hashes(store, encoders, len(captions), list(files), progress)
     drops = any(e.folder.caption_dropout or e.folder.caption_dropout_epochs for e in examples)
-    if not hashes.keys() >= set(encoders.text()) and "" not in prompts and not drops:
+    if not hashes.keys() >= set(encoders.text()) and "" not in wanted and not drops:
         captions.remove("")
 
     images = {example.path: hashes[example.path] for example in examples}

@@ -66,7 +66,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
-    if longest := models.use_captions(text for example in scanned.examples for text in example.texts):
+    if longest := models.use_captions({text for example in scanned.examples for text in example.texts}):
         notify(f"text mask: captions have up to {longest} of {models.t5_length} T5 tokens; their padding is masked")
     resolve_format(config, models, notify)
     for line in caveats(models):

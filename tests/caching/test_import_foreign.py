@@ -294,6 +294,13 @@ def test_masks_and_sizes_follow_the_imported_latents(tmp_path, photos):
     assert all(store.mask(e.masks[0])[:, 0].eq(1).all() and store.mask(e.masks[0])[:, -1].eq(0).all() for e in wide)
 
 
+def test_an_image_without_a_caption_needs_the_empty_one(tmp_path, sd_scripts):
+    assert cached(tmp_path, "--import").exit_code == 0
+    (sd_scripts / "2.txt").unlink()
+    result = trained(tmp_path)
+    assert result.exit_code == 2 and "the empty caption must be encoded, but" in " ".join(result.stderr.split())
+
+
 def nan(shape):
     values = np.zeros(shape, np.float32)
     values.flat[-1] = np.nan
