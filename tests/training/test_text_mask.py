@@ -91,7 +91,7 @@ def test_a_run_sees_the_tokens_of_its_captions_alone_and_resumes(tmp_path, photo
 
 
 def test_a_plan_is_made_for_the_longest_caption(tmp_path, photos, monkeypatch):
-    gpu = SimpleNamespace(capability=86)
+    gpu = SimpleNamespace(capability=86, library=0)
     monkeypatch.setattr("fluxq.memory.placement.measure", lambda folder: gpu)
     config = configured(tmp_path, photos)
     for masked, expected in ((True, max(counted())), (False, 32)):
