@@ -13,6 +13,7 @@ from fluxq.data.examples import check_folder
 from fluxq.errors import WrongRequest
 from fluxq.models import Models
 from fluxq.training.defaults import resolve_data
+from fluxq.training.run import Run
 
 
 def photo(folder: Path) -> Path:
@@ -55,6 +56,19 @@ def test_a_folder_of_masks_is_found_from_anywhere(tmp_path, monkeypatch):
     own = str(photo(tmp_path / "own"))
     data = resolved(folders=[own, {"path": own, "masks": "masks"}], masks="beside")
     assert (data.masks, data.folders[1].masks) == ("beside", str(tmp_path / "masks"))
+
+
+def test_masks_that_moved_are_compared_by_their_contents(tmp_path):
+    def run(**data) -> Run:
+        return Run(config_from_dict({"data": data, "output": {"out": str(tmp_path), "name": "a"}}, "a test"))
+
+    def folder(masks: str, repeats: int) -> dict:
+        return {"path": "a", "masks": masks, "repeats": repeats}
+
+    before = run(masks="/a/masks", recursive=True, folders=[folder("/b", 1)]).config
+    assert run(masks="/c/masks", folders=[folder("/d", 1)])._changes(before, accepts_data=False) == []
+    with pytest.raises(WrongRequest, match=r"was started with data.folders = "):
+        run(masks="/c/masks", folders=[folder("/d", 2)])._changes(before, accepts_data=False)
 
 
 def test_the_example_of_the_page_on_datasets_is_a_config():
