@@ -125,8 +125,10 @@ class DataConfig(ImageSettings):
     )
 
     def filled(self) -> tuple[list[Folder], list[Folder]]:
-        """The folders to train on and those of held-out images, each with every setting that it has."""
-        return [f.filled(self) for f in self.folders], [f.filled(self) for f in self.validation]
+        """The folders to train on and those of held-out images, each with every setting that it has; held-out images
+        have no variants.
+        """
+        return [f.filled(self) for f in self.folders], [f.filled(self).plain() for f in self.validation]
 
     @property
     def side(self) -> int:

@@ -136,7 +136,9 @@ class ImageSettings:
         maximum=1,
     )
     caption_dropout_epochs: int | None = option(
-        None, "Leave out all captions in every epoch whose number this divides; default: 0, never.", minimum=0
+        None,
+        "Leave out all captions in each epoch whose number, counted from 1, is a multiple of this; default: 0, never.",
+        minimum=0,
     )
     flip: bool | None = option(
         None, "Also train on mirror images; not for faces, text and whatever knows left from right.", "--flip"
@@ -213,6 +215,12 @@ class Folder(ImageSettings):
         names = [f.name for f in dataclasses.fields(ImageSettings)]
         values = ((name, _first(getattr(self, name), getattr(shared, name), DEFAULTS.get(name))) for name in names)
         return replace(self, **dict(values))
+
+    def plain(self) -> Self:
+        """This folder (filled) without what is drawn at random but wildcards, of which one caption is drawn."""
+        images = {"flip": False, "random_crop": False, "color_augment": False, "variants": 1}
+        captions = {"shuffle_tags": False, "keep_tokens": 0, "tag_dropout": 0.0}
+        return replace(self, **images, **captions, caption_dropout=0.0, caption_dropout_epochs=0)
 
 
 T = TypeVar("T")

@@ -83,11 +83,12 @@ def build_cache(
     """
     store, progress, examples = Store(store_dir), progress or _no_progress, scanned.examples
     looks = Looks(store.root / LOOKS)
-    captions = list(dict.fromkeys((*(text for example in examples for text in example.texts), "", *prompts)))
+    wanted = dict.fromkeys((*(text for example in examples for text in example.texts), *prompts))
+    captions = list(wanted | {"": None})
     files = dict.fromkeys([*(e.path for e in examples), *(e.mask for e in examples if e.mask)])
     hashes = _hashes(store, encoders, len(captions), list(files), progress)
     drops = any(e.folder.caption_dropout or e.folder.caption_dropout_epochs for e in examples)
-    if not hashes.keys() >= set(encoders.text()) and "" not in prompts and not drops:
+    if not hashes.keys() >= set(encoders.text()) and "" not in wanted and not drops:
         captions.remove("")
 
     images = {example.path: hashes[example.path] for example in examples}
@@ -105,10 +106,11 @@ def build_cache(
         for key, view in zip(latents_keys[example.name], example.views, strict=False)  # an imported one has no views
         if not store.has("latents", key)
     }
-    mask_keys = {example.name: _mask_keys(example, hashes, latents_keys[example.name]) for example in examples}
+    masked = [_as_encoded(store, example, latents_keys[example.name]) for example in examples if example.mask]
+    mask_keys = {example.name: _mask_keys(example, hashes, latents_keys[example.name]) for example in masked}
     missing_masks = {
         key: (example, view)
-        for example in examples
+        for example in masked
         for key, view in zip(mask_keys[example.name], _views(example, latents_keys[example.name]), strict=False)
         if not store.has("masks", key)
     }
@@ -133,7 +135,7 @@ def build_cache(
                 store,
                 example,
                 latents_keys[example.name],
-                mask_keys[example.name],
+                mask_keys.get(example.name, ()),
                 [text_keys[t] for t in example.texts],
             )
             for example in examples
@@ -266,10 +268,19 @@ def _latents_keys(store: Store, example: Example, encoders: EncoderFiles, hashes
     return (imported, mirrored) if store.has("latents", mirrored) else (imported,)
 
 
+def _as_encoded(store: Store, example: Example, latents: Sequence[str]) -> Example:
+    """`example` at the size of its `latents`: those of other programs may be of another bucket."""
+    if not is_imported(latents[0]) or not store.has("latents", latents[0]):
+        return example
+    bucket = store.latents_size(latents[0])
+    scale = max(side / own for side, own in zip(bucket, example.resized, strict=True))
+    width, height = (max(side, round(own * scale)) for side, own in zip(bucket, example.resized, strict=True))
+    return replace(example, bucket=bucket, resized=(width, height))
+
+
 def _mask_keys(example: Example, hashes: dict[Path, str], latents: Sequence[str]) -> tuple[str, ...]:
-    """The keys of an example's masks, one for each of its `latents`; () if it has none."""
-    if example.mask is None:
-        return ()
+    """The keys of an example's masks, one for each of its `latents`."""
+    assert example.mask is not None
     alpha, shape = example.mask == example.path, (example.resized, example.bucket)
     return tuple(mask_key(hashes[example.mask], alpha, *shape, view) for view in _views(example, latents))
 
@@ -292,7 +303,8 @@ def _missing_captions(store: Store, encoders: EncoderFiles, keys: dict[str, str]
     """key -> caption of the records missing from the store. Raises WrongRequest if an encoder for them is missing."""
     missing = {key: caption for caption, key in keys.items() if not store.has("text", key)}
     if missing:
-        _require_files(encoders.text(), f"{len(missing)} captions")
+        dropped = list(missing.values()) == [""]
+        _require_files(encoders.text(), "the empty caption" if dropped else f"{len(missing)} captions")
     return missing
 
 

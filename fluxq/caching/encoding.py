@@ -19,6 +19,8 @@ from fluxq.model.text import CLIP_LENGTH
 from .store import Store, Text
 
 PIXELS_PER_BATCH = 1 << 20  # images of one bucket are encoded together up to this many; a larger one alone
+LISTED = 10
+"""So many truncated captions are named."""
 
 Progress = Callable[[str, int, int], None]  # (stage, done, total)
 
@@ -134,13 +136,15 @@ def encode_captions(
 
 
 def truncation_notes(truncated: Mapping[str, tuple[bool, bool]], names: Mapping[str, str], t5_length: int) -> list[str]:
-    """Notes on captions that are too long: a line for each that is truncated for T5, and one line for all that are
-    truncated for CLIP (most long captions are).
+    """Notes on captions that are too long: a line for each that is truncated for T5, up to LISTED, and one line for all
+    that are truncated for CLIP (most long captions are).
 
     truncated: caption -> whether its T5 tokens and its CLIP tokens were truncated; names: caption -> its image, if any.
     """
     t5, clip = ([caption for caption, flags in truncated.items() if flags[which]] for which in (0, 1))
-    notes = [f"{_label(c, names)} is longer than {t5_length} T5 tokens; the rest was cut off" for c in t5]
+    notes = [f"{_label(c, names)} is longer than {t5_length} T5 tokens; the rest was cut off" for c in t5[:LISTED]]
+    if len(t5) > LISTED:
+        notes.append(f"{len(t5) - LISTED:,} more captions are longer than {t5_length} T5 tokens")
     if clip:
         are = f"and {len(clip) - 1} more are" if len(clip) > 1 else "is"
         what = f"longer than {CLIP_LENGTH} CLIP tokens; only T5 sees the rest"

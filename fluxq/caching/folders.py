@@ -42,7 +42,7 @@ def scan_data(data: DataConfig) -> Scan:
     scanned = scan(
         [*trained, *held_out], data.resolution or 0, data.min_side, data.max_side, data.step, skip_bad=data.skip_bad
     )
-    return replace(scanned, examples=balanced(scanned.examples, [folder.path for folder in trained]))
+    return replace(scanned, examples=balanced(scanned.examples, {folder.path for folder in trained}))
 
 
 def cache_folders(

@@ -7,6 +7,7 @@ an image or caption changed before the import is known only if the other program
 
 from __future__ import annotations
 
+import math
 from collections import Counter
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -85,7 +86,8 @@ def _checked(find: Callable[[], ForeignCache | None], skip_bad: bool, notify: No
 
 
 def _latents(caches: ForeignCaches, example: Example, examples: Sequence[Example]) -> ForeignCache | None:
-    max_pixels = max(width * height for width, height in sizes_of(example.folder.resolution or ()))
+    own, sizes = math.prod(example.bucket), sorted(map(math.prod, sizes_of(example.folder.resolution or ())))
+    max_pixels = next((pixels for pixels in sizes if pixels >= own), sizes[-1])  # of the size that it is trained at
     cache = caches.latents(example, image_size(example.path), max_pixels)
     if cache and cache.program == SD_SCRIPTS:
         others = {e.path.name: None for e in examples if e.path.with_suffix("") == example.path.with_suffix("")}
@@ -145,6 +147,6 @@ def _report(latents: list[Item], texts: list[Item], images: int, captions: int, 
             "each imported latent is one fixed sample from the autoencoder; fluxq's own latents vary from step to step"
         )
     if masked := sum(cache.has_mask for _, cache in latents):
-        notify(f"the alpha masks of {masked} images are ignored: fluxq trains on whole images")
+        notify(f"the alpha masks of {masked} images are not imported: --masks alpha reads them from the images")
     if len(latents) < images or len(texts) < captions:
         notify(f"{images - len(latents)} images and {captions - len(texts)} captions have no cache; fluxq encodes them")

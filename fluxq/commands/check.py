@@ -144,7 +144,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
         images = {e.path: store.hashes.remembered(e.path) or str(e.path) for e in scanned.examples}
         looks = Looks(store.root / LOOKS).of(images)
         scanned.found.look_at_images(looks)
-        models.use_captions(text for example in scanned.examples for text in example.texts)
+        models.use_captions({text for example in scanned.examples for text in example.texts})
         _look_at_lengths(scanned, models)
         foreign = imported_note_for(store, scanned.examples, models.t5_length, models.config.text_mask)
     except WrongRequest as error:

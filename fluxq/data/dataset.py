@@ -84,7 +84,7 @@ class Dataset:
         )
         return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
-    CONTENTS: ClassVar = ("image of", "caption of", "repeats of", "settings of")
+    CONTENTS: ClassVar = ("image of", "caption of", "repeats of", "mask or settings of")
 
     def contents(self) -> dict[str, list]:
         """Name -> [keys of its latents, keys of its captions, repeats, extras], in the order of CONTENTS."""

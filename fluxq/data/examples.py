@@ -116,7 +116,7 @@ def scan(
     return Scan(scanned.examples, scanned.bad_images, scanned.findings)
 
 
-def balanced(examples: Sequence[Example], trained: Sequence[Path]) -> list[Example]:
+def balanced(examples: Sequence[Example], trained: Collection[Path]) -> list[Example]:
     """`examples` with the repeats that the weights of the folders `trained` ask for, and with regularization images
     repeated until there are as many of them in an epoch as others.
     """
@@ -124,11 +124,18 @@ def balanced(examples: Sequence[Example], trained: Sequence[Path]) -> list[Examp
     weights = {e.folder.path: e.folder.weight for e in own if e.folder.weight is not None}
     counts = Counter(e.folder.path for e in own)
     repeats = whole_repeats({path: weight / counts[path] for path, weight in weights.items()})
-    examples = [replace(e, repeats=repeats.get(e.folder.path, e.repeats)) if e in own else e for e in examples]
-    regularizing = [e for e in examples if e.folder.path in trained and e.folder.regularization]
-    others = sum(e.repeats for e in examples if e.folder.path in trained and not e.folder.regularization)
-    times = max(1, round(others / max(1, sum(e.repeats for e in regularizing))))
-    return [replace(e, repeats=e.repeats * times) if e in regularizing else e for e in examples]
+    others = sum(repeats.get(e.folder.path, e.repeats) for e in own)
+    regularizing = sum(e.repeats for e in examples if e.folder.path in trained and e.folder.regularization)
+    times = max(1, round(others / max(1, regularizing)))
+
+    def repeated(example: Example) -> Example:
+        if example.folder.path not in trained:
+            return example
+        if example.folder.regularization:
+            return replace(example, repeats=example.repeats * times)
+        return replace(example, repeats=repeats.get(example.folder.path, example.repeats))
+
+    return [repeated(example) for example in examples]
 
 
 def whole_repeats(shares: Mapping[Path, float]) -> dict[Path, int]:
@@ -162,7 +169,7 @@ class _Scan:
         check_folder(folder)
         images, named_masks, unread = _checked_listing(folder)
         captions, masks, prefix = folder_captions(folder), Masks(folder), f"{label}/" if self.with_labels else ""
-        shapes, largest = self._choices(folder), 0
+        shapes, largest, before = self._choices(folder), 0, len(self.examples)
         self.findings.unread.update(unread)
         for path in images:
             name = prefix + path.name
@@ -175,8 +182,7 @@ class _Scan:
                 continue
             largest = max(largest, header.width * header.height)
             if (first := self._seen.get(path.resolve())) is None:
-                caption = self._caption(path, name, folder, captions)
-                texts = caption_variants(caption.texts, folder)
+                caption, texts = self._caption(path, name, folder, captions)
             else:  # of a folder that is named twice
                 caption, texts = first.found, first.texts
                 _require_same_captions(first, path, captions, folder)
@@ -193,7 +199,7 @@ class _Scan:
                 )
                 self._seen.setdefault(path.resolve(), example)
                 self.examples.append(example)
-        own = [e.mask for e in self.examples if e.folder == folder]
+        own = [e.mask for e in self.examples[before:]]
         if folder.masks and own and not any(own):
             raise WrongRequest(f"no image of {folder.path} has a mask ({folder.masks}); add some, or leave out --masks")
         for path in named_masks if folder.masks is None else ():
@@ -238,15 +244,17 @@ class _Scan:
             self.findings.add("no mask", name)
         return mask
 
-    def _caption(self, path: Path, name: str, folder: Folder, captions: Captions) -> Caption:
+    def _caption(self, path: Path, name: str, folder: Folder, captions: Captions) -> tuple[Caption, tuple[str, ...]]:
+        """What was found for the image `path`, and the variants that it is trained on."""
         try:
             found = captions.of(path)
         except WrongRequest as error:
             if str(error) not in self.bad_captions:
                 self.bad_captions.append(str(error))
             found = Caption("", why=str(error).rpartition("; ")[0])
-        self.findings.look_at_caption(name, found, caption_variants(found.texts, folder)[0], folder)
-        return found
+        texts = caption_variants(found.texts, folder)
+        self.findings.look_at_caption(name, found, texts[0], folder)
+        return found, texts
 
 
 def _require_large_images(folder: Folder, sizes: Collection[Size], largest: int) -> None:
@@ -275,6 +283,12 @@ def check_folder(folder: Folder) -> None:
         (folder.prior_weight is not None and not folder.regularization, "prior_weight", "no regularization", "it"),
         (folder.regularization and folder.weight is not None, "weight", "regularization", "repeats"),
         (folder.caption_dropout == 1, "caption_dropout = 1", "captions, none of which would be seen", "less"),
+        (
+            folder.caption_dropout_epochs == 1,
+            "caption_dropout_epochs = 1",
+            "captions, none of which would be seen",
+            "2",
+        ),
         (folder.tag_dropout == 1, "tag_dropout = 1", "tags, none of which would be seen", "less"),
     )
     for is_wrong, one, other, way in wrong:

@@ -64,8 +64,8 @@ def repeats_and_class(folder: Path) -> tuple[int, str] | None:
 
 
 def _as_named(folder: Folder) -> Folder:
-    """`folder` with the repeats and class tokens of its name, unless it has its own."""
+    """`folder` with the repeats and class tokens of its name, unless it has its own; a weight replaces repeats."""
     found = repeats_and_class(folder.path)
     if found is None or folder.repeats != 1 or folder.class_tokens is not None:
         return folder
-    return replace(folder, repeats=found[0], class_tokens=found[1])
+    return replace(folder, repeats=found[0] if folder.weight is None else 1, class_tokens=found[1])

@@ -63,8 +63,10 @@ def copies(looks: Mapping[Path, Look]) -> Iterator[tuple[Path, Path, bool]]:
     told_apart = [(path, look) for path, look in looks.items() if not look.is_plain]
     colors = b"".join(bytes.fromhex(look.areas) for _, look in told_apart)
     areas = np.frombuffer(colors, np.uint8).astype(np.int16).reshape(-1, AREAS)
+    means = areas.reshape(len(areas), GRID**2, 3).mean(1)  # of red, green and blue: no farther apart than the areas are
     for i, (path, _) in enumerate(told_apart[1:], 1):
-        same = np.flatnonzero(np.abs(areas[:i] - areas[i]).mean(1) < ALIKE)
+        near = np.flatnonzero(np.abs(means[:i] - means[i]).mean(1) < ALIKE)
+        same = near[np.abs(areas[near] - areas[i]).mean(1) < ALIKE]
         if len(same):
             earlier = [told_apart[j][0] for j in same[:COMPARED]]
             equal = next((other for other in earlier if filecmp.cmp(other, path, shallow=False)), None)

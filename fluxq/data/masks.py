@@ -6,13 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageChops
 
 from fluxq.errors import WrongRequest
 from fluxq.settings import Folder
 
 from .buckets import Size
-from .images import MAX_PIXELS, UPRIGHT, View, listing, open_image, opened, orientation, prepare
+from .images import MAX_PIXELS, UPRIGHT, View, listing, opened, orientation, prepare, to_rgb
 
 BESIDE, ALPHA = "beside", "alpha"
 ENDS = ("-masklabel", "_masklabel", "_mask", "-mask", ".mask")
@@ -68,14 +68,7 @@ def read_mask(path: Path, alpha: bool, resized: Size, bucket: Size, view: View) 
 
     alpha: it is the transparency of the image `path`. Raises WrongRequest if it cannot be read or leaves nothing.
     """
-    if alpha:
-        with opened(path, MAX_PIXELS) as image:
-            image.load()
-            upright = UPRIGHT.get(orientation(image))
-            gray = image.convert("RGBA").getchannel("A")
-            gray = gray.transpose(upright) if upright is not None else gray
-    else:
-        gray = open_image(path).convert("L")
+    gray = _gray(path, alpha)
     pixels = (
         prepare(Image.merge("RGB", (gray, gray, gray)), resized, bucket, view._replace(colors=None))[0] / 2 + 0.5
     )  # (H, W)
@@ -87,3 +80,17 @@ def read_mask(path: Path, alpha: bool, resized: Size, bucket: Size, view: View) 
             "--skip-bad to leave both out"
         )
     return mask
+
+
+def _gray(path: Path, alpha: bool) -> Image.Image:
+    """The upright mask in gray: the transparency of `path`, or its picture, black where it is transparent."""
+    with opened(path, MAX_PIXELS) as image:
+        image.load()
+        upright = UPRIGHT.get(orientation(image))
+        opacity = image.convert("RGBA").getchannel("A") if image.has_transparency_data else None
+        if alpha:
+            gray = opacity or Image.new("L", image.size, 255)
+        else:
+            gray = to_rgb(image).convert("L")
+            gray = ImageChops.multiply(gray, opacity) if opacity else gray
+        return gray.transpose(upright) if upright is not None else gray

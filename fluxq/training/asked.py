@@ -9,9 +9,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from fluxq.config import TrainConfig
+from fluxq.config import DataConfig, TrainConfig
+from fluxq.data.variants import draws_captions
 from fluxq.errors import WrongRequest
 from fluxq.models.parts import PARTS, Models
+from fluxq.settings import ImageSettings
 
 SAMPLES = ("prompts", "width", "height", "steps", "guidance", "cfg", "negative", "seed")
 
@@ -61,20 +63,41 @@ def _of_samples(config: TrainConfig, models: Models, samples_only: bool) -> Foun
 
 
 def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
-    data, training, output = config.data, config.training, config.output
-    if data.folders and all(folder.trigger is not None for folder in (*data.folders, *data.validation)):
-        yield "data.trigger", "each folder has its own trigger"
+    training, output = config.training, config.output
+    yield from _of_data(config.data)
+    if training.epochs is not None:
+        yield "training.steps", "--epochs says how many"
+    if output.save_every_epochs is not None:
+        yield "output.save_every", "save_every_epochs says when"
     if training.timesteps != "shift":
         yield "training.shift", f"--timesteps {training.timesteps} does not use it"
     if models.variant == "schnell":
         yield "training.guidance", "FLUX.1 schnell has no guidance input"
-    if not output.save_every:
+    if not output.save_every and output.save_every_epochs is None:
         yield "output.keep", "no LoRA is saved before the end without --save-every"
     if resume:
         yield (
             "lora.from_lora",
             "a resumed run goes on from its own state; to start from another LoRA, start another run",
         )
+
+
+def _of_data(data: DataConfig) -> Found:
+    own, (trained, held_out) = (*data.folders, *data.validation), data.filled()
+    if not own:
+        return
+    for name in (f.name for f in dataclasses.fields(ImageSettings)):
+        if all(getattr(f, name) is not None or (name == "trigger" and f.regularization) for f in own):
+            yield f"data.{name}", f"each folder has its own {name}"
+    drawn = [draws_captions(f) or f.random_crop or f.color_augment for f in (*trained, *held_out)]
+    if not any(drawn):
+        yield "data.variants", "nothing about images or captions is drawn at random"
+    tags = [f.shuffle_tags or f.tag_dropout or f.keep_tokens_separator for f in (*trained, *held_out)]
+    if not any(tags):
+        yield "data.caption_separator", "tags are neither shuffled nor dropped"
+    if not any(f.upscale for f in (*trained, *held_out)):
+        for name in ("min_side", "max_side"):
+            yield f"data.{name}", "buckets have limits only if images may be enlarged (data.upscale)"
 
 
 def _option(key: str) -> str:

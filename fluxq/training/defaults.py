@@ -16,6 +16,7 @@ from fluxq.console import Notify, plural
 from fluxq.data.buckets import Size, multiple_of_16
 from fluxq.data.examples import Scan
 from fluxq.data.folders import expand
+from fluxq.data.masks import ALPHA, BESIDE
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import Lora
 from fluxq.memory.placement import choose_format
@@ -65,7 +66,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
-    if longest := models.use_captions(text for example in scanned.examples for text in example.texts):
+    if longest := models.use_captions({text for example in scanned.examples for text in example.texts}):
         notify(f"text mask: captions have up to {longest} of {models.t5_length} T5 tokens; their padding is masked")
     resolve_format(config, models, notify)
     for line in caveats(models):
@@ -188,22 +189,42 @@ def resolve_data(data: DataConfig, models: Models, notify: Notify) -> DataConfig
         for size in sizes_of(resolution or ()):
             for side in size:
                 multiple_of_16("resolution", side)
+    masks = _masks_path(data.masks)
+    data = replace(data, masks=masks, cache=data.cache.resolve())
     folders, validation = ([*_expanded(some, data)] for some in (data.folders, data.validation))
     weighted = [folder for folder in folders if folder.weight is not None]
     if weighted and (without := [f for f in folders if f.weight is None and not f.regularization]):
         raise WrongRequest(
             f"{weighted[0].path} has a weight and {without[0].path} has none; give each folder a weight, or none"
         )
-    return replace(data, folders=tuple(folders), validation=tuple(validation), cache=data.cache.resolve())
+    if all(folder.regularization for folder in folders):
+        raise WrongRequest(f"{folders[0].path} is for regularization, and there is nothing else to train on; name it")
+    trained = {folder.path for folder in folders}
+    if both := [folder.path for folder in validation if folder.path in trained]:
+        raise WrongRequest(
+            f"{both[0]} is both trained on and held out, so its loss would say nothing; hold other images out"
+        )
+    return replace(data, folders=tuple(folders), validation=tuple(validation))
 
 
 def _expanded(folders: Sequence[Folder], data: DataConfig) -> Iterator[Folder]:
     """The folders that hold the images of `folders`, with absolute paths. A folder's own trigger, even an empty one,
-    overrides that of `data`.
+    overrides that of `data`, which regularization images never get. One inside another counts once.
     """
+    seen = {folder.path.resolve() for folder in folders}
     for folder in folders:
-        trigger = folder.trigger if folder.trigger is not None else data.trigger
-        yield from expand(replace(folder, path=folder.path.resolve(), trigger=trigger), data.recursive)
+        path, trigger = folder.path.resolve(), "" if folder.regularization else data.trigger
+        trigger = trigger if folder.trigger is None else folder.trigger
+        masks = _masks_path(folder.masks)
+        for found in expand(replace(folder, path=path, trigger=trigger, masks=masks), data.recursive):
+            if found.path == path or found.path not in seen:
+                seen.add(found.path)
+                yield found
+
+
+def _masks_path(masks: str | None) -> str | None:
+    """`masks` with an absolute path, if it is a folder."""
+    return masks if masks in (None, "", BESIDE, ALPHA) else str(Path(masks).expanduser().resolve())
 
 
 def _file_name(text: str) -> str:

@@ -47,7 +47,7 @@ from .summary import slow_lines
 MAY_CHANGE = ("steps", "schedule", "warmup", "learning_rate", "text_learning_rate")
 """The settings of training that --resume takes over from the command line."""
 
-SAME_RESULT = ("ae_band", "skip_bad", "offline")
+SAME_RESULT = ("ae_band", "skip_bad", "offline", "recursive", "masks")
 """Settings that change no result, or only by way of the images and captions, which are compared."""
 
 WHY_FIXED = {
@@ -304,11 +304,11 @@ def _is_finished(path: Path) -> bool:
 
 
 def _without_paths(value: Any) -> Any:
-    """`value` with None for each path in it."""
+    """`value` with None for each path in it, and without settings of folders that are in SAME_RESULT."""
     if isinstance(value, Path):
         return None
     if isinstance(value, Mapping):
-        return {key: _without_paths(item) for key, item in value.items()}
+        return {key: _without_paths(item) for key, item in value.items() if key not in SAME_RESULT}
     return [_without_paths(item) for item in value] if isinstance(value, list | tuple) else value
 
 

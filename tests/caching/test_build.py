@@ -14,6 +14,7 @@ from PIL import Image
 
 from fluxq.caching import Batches, Store
 from fluxq.caching.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
+from fluxq.caching.encoding import truncation_notes
 from fluxq.data import Dataset, Folder, scan
 from fluxq.data.images import open_image, prepare
 from fluxq.errors import WrongRequest
@@ -182,6 +183,9 @@ def test_every_build_notes_each_truncated_caption(workshop):
         assert first == f"the caption of photos/0.png, 'one two three four five six seven', {t5}"
         assert second == f"the caption of photos/3.png, '{'word ' * 12}...', {t5}"
         assert prompt == f"the prompt 'a b c d e f g' {t5}"
+    assert truncation_notes({str(n): (True, False) for n in range(5000)}, {}, 6)[10:] == [
+        "4,990 more captions are longer than 6 T5 tokens"
+    ]
 
 
 @pytest.mark.parametrize(
@@ -558,6 +562,10 @@ def test_dropped_captions_need_the_encoders_of_the_empty_one(workshop):
     changed = Folder(workshop.photos, class_tokens="new", shuffle_tags=True, trigger="other")
     with pytest.raises(WrongRequest, match="captions must be encoded, but .* does not exist"):
         workshop.build(folders=[changed])
+    (record,) = (workshop.store_dir / "text").glob(f"{workshop.build().prompts['']}*")
+    record.unlink()
+    with pytest.raises(WrongRequest, match="the empty caption must be encoded, but .* does not exist"):
+        workshop.build(folders=[Folder(workshop.photos, caption_dropout=0.5)])
 
 
 def test_masks_are_cached_beside_the_latents(workshop):

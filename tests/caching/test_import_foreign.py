@@ -266,11 +266,39 @@ def test_early_names_mirror_images_and_masks(tmp_path, photos):
     assert result.exit_code == 0, result.output
     said = " ".join(result.output.split())
     assert "2 images and 0 captions imported from sd-scripts" in said
-    assert "the alpha masks of 1 images are ignored" in said and "1 images and 3 captions have no cache" in said
+    assert "the alpha masks of 1 images are not imported" in said and "1 images and 3 captions have no cache" in said
     dataset, store = dataset_of(tmp_path)
     assert torch.equal(store.latents(dataset.examples[0].latents[1])[0], torch.from_numpy(mirrored))
     assert torch.equal(store.latents(dataset.examples[1].latents[0])[0], torch.from_numpy(latents_of(1, 128, 64)))
     assert store.origin("latents", dataset.examples[2].latents[0]) is None
+
+
+def test_masks_and_sizes_follow_the_imported_latents(tmp_path, photos):
+    """An image's latents of another bucket than fluxq's get a mask of their shape; each of several sizes its own."""
+    write_sd_latents(photos, 0, (96, 96), others=[(64, 64)])
+    write_sd_latents(photos, 1, (112, 80), others=[(80, 48)])
+    write_sd_latents(photos, 2, (64, 128), others=[(48, 80)])
+    mask = Image.new("L", SIZES[1], 0)
+    mask.paste(255, (0, 0, SIZES[1][0] // 2, SIZES[1][1]))
+    mask.save(photos / "1-masklabel.png")
+    sizes = ["--resolution", "64,96", "--masks", "beside"]
+    result = cached(tmp_path, "--import", *sizes)
+    assert result.exit_code == 0, result.output
+    dataset, store = dataset_of(tmp_path)
+    assert [e.bucket for e in dataset.examples if e.path.endswith("0.png")] == [(64, 64), (96, 96)]
+    wide = [e for e in dataset.examples if e.path.endswith("1.png")]
+    assert [(e.bucket, [tuple(store.mask(key).shape) for key in e.masks]) for e in wide] == [
+        ((80, 48), [(6, 10)]),
+        ((112, 80), [(10, 14)]),
+    ]
+    assert all(store.mask(e.masks[0])[:, 0].eq(1).all() and store.mask(e.masks[0])[:, -1].eq(0).all() for e in wide)
+
+
+def test_an_image_without_a_caption_needs_the_empty_one(tmp_path, sd_scripts):
+    assert cached(tmp_path, "--import").exit_code == 0
+    (sd_scripts / "2.txt").unlink()
+    result = trained(tmp_path)
+    assert result.exit_code == 2 and "the empty caption must be encoded, but" in " ".join(result.stderr.split())
 
 
 def nan(shape):

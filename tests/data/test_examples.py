@@ -135,6 +135,7 @@ def test_names_of_folders_mean_repeats_and_class_as_in_sd_scripts(tmp_path):
     names = [folder.path.name for folder in expand(Folder(tmp_path), recursive=True)]
     assert names == ["4", "10_zqx  man", "1_man", "er"], "not the previews of a run"
     assert [path.name for path in subfolders(tmp_path)] == ["10_zqx  man", "1_man", "er"]
+    assert [f.repeats for f in expand(Folder(tmp_path / "10_zqx  man", weight=2), recursive=False)] == [1]
     own = Folder(tmp_path / "10_zqx  man", repeats=3)
     assert expand(own, recursive=False) == [own]
     with pytest.raises(WrongRequest, match="1 lie in 1 folders inside it; name those, or pass --recursive"):

@@ -1,5 +1,7 @@
 """Resolutions as people write them, and several datasets that share an epoch."""
 
+import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -101,8 +103,19 @@ def test_regularization_images_are_repeated_to_as_many_as_others(tmp_path):
         ({"prior_weight": 0.5}, "has prior_weight and no regularization; set it, or leave prior_weight out"),
         ({"mask_normalize": True}, "has mask_normalize and no masks"),
         ({"caption_dropout": 1.0}, "has caption_dropout = 1 and captions, none of which would be seen"),
+        (
+            {"caption_dropout_epochs": 1},
+            "has caption_dropout_epochs = 1 and captions, .* seen; set 2, or leave caption",
+        ),
     ],
 )
 def test_settings_that_have_no_effect_together_are_named_in_pairs(tmp_path, settings, message):
     with pytest.raises(WrongRequest, match=message):
         scan([Folder(photos(tmp_path, 1), **settings)], 64)
+
+
+def test_thousands_of_images_are_balanced_at_once(tmp_path):
+    one = scan([Folder(photos(tmp_path / "own", 1), weight=1)], 64).examples[0]
+    own, times = [replace(one, name=str(i)) for i in range(5000)], time.process_time()
+    assert [e.repeats for e in balanced(own, {one.folder.path})] == [1] * 5000
+    assert time.process_time() - times < 2

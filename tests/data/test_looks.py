@@ -1,12 +1,15 @@
 """Copies, blur and plain images, seen in photographs and drawings."""
 
+from pathlib import Path
+from unittest.mock import patch
+
 import numpy as np
 import pytest
 import skimage.data
 from PIL import Image, ImageFilter
 
 from fluxq.data.findings import Findings
-from fluxq.data.looks import copies, look_at
+from fluxq.data.looks import ALIKE, AREAS, Look, copies, look_at
 from fluxq.errors import WrongRequest
 from fluxq.nano import drawing
 
@@ -51,10 +54,23 @@ def test_drawings_of_one_subject_are_no_copies(tmp_path):
     assert list(copies(looks)) == [] and not any(look.is_blurred or look.is_plain for look in looks.values())
 
 
+def test_copies_are_those_that_every_pair_compared_would_give():
+    random, looks, areas = np.random.default_rng(0), {}, np.zeros(AREAS, int)
+    for i in range(60):
+        areas = random.integers(60, 190, AREAS) if i % 3 == 0 else areas + random.integers(-3 - i % 2, 4 + i % 2, AREAS)
+        looks[Path(f"{i}")] = Look(areas.astype(np.uint8).tobytes().hex(), 50.0, 40.0)
+    pixels = np.array([list(bytes.fromhex(look.areas)) for look in looks.values()], float)
+    alike = {i for i in range(60) if any(np.abs(pixels[i] - pixels[j]).mean() < ALIKE for j in range(i))}
+    assert 0 < len(alike) < 40
+    with patch("filecmp.cmp", return_value=False):
+        assert {int(path.name) for _, path, _ in copies(looks)} == alike
+
+
 @pytest.mark.parametrize("size", [(1, 1), (1, 400), (700, 2)])
 def test_any_shape_can_be_looked_at(tmp_path, size):
     Image.fromarray(np.zeros((size[1], size[0], 3), np.uint8)).save(tmp_path / "a.png")
-    assert look_at(tmp_path / "a.png").is_plain
+    look = look_at(tmp_path / "a.png")
+    assert look.is_plain and list(copies({tmp_path / "a.png": look, tmp_path / "b.png": look})) == []
 
 
 def test_a_damaged_image_is_refused_as_it_is_when_it_is_opened(tmp_path):

@@ -81,6 +81,14 @@ def test_a_mask_follows_the_view_of_its_image(tmp_path):
     torch.testing.assert_close(soft, torch.full((1, 1), 0.5))
 
 
+def test_what_is_transparent_in_a_mask_counts_as_black(tmp_path):
+    mask = Image.new("RGBA", (64, 64), (0, 0, 0, 0))
+    mask.paste((255, 255, 255, 255), (0, 0, 32, 64))
+    mask.save(tmp_path / "m.png")
+    read = read_mask(tmp_path / "m.png", False, (64, 64), (64, 64), View())
+    torch.testing.assert_close(read, torch.cat([torch.ones(8, 4), torch.zeros(8, 4)], 1))
+
+
 def test_masks_that_are_of_no_use(tmp_path):
     photos(tmp_path, "a.png")
     half(tmp_path / "a-masklabel.png", (64, 32))

@@ -27,7 +27,7 @@ def test_nothing_random_is_one_caption_with_prefix_suffix_and_trigger():
 
 def test_shuffled_tags_keep_the_first_and_lose_none():
     found = caption_variants(["zqx, red, green, blue, black"], folder(trigger="zqx", shuffle_tags=True, keep_tokens=2))
-    assert len(found) == 6 == len(set(found)), "all orders of three tags, though eight were wanted"
+    assert len(set(found)) == 6, "all orders of three tags, though eight were wanted"
     assert all(
         text.startswith("zqx, red, ") and set(text.split(", ")) == {"zqx", "red", "green", "blue", "black"}
         for text in found
@@ -42,7 +42,9 @@ def test_shuffled_tags_keep_the_first_and_lose_none():
 def test_a_mark_separates_what_is_kept_in_front_and_behind():
     marked = folder(shuffle_tags=True, keep_tokens_separator="|||")
     found = caption_variants(["A, B ||| 1, 2, 3 ||| Z"], marked)
-    assert {text[:6] for text in found} == {"A, B, "} and {text[-3:] for text in found} == {", Z"} and len(found) == 6
+    assert (
+        {text[:6] for text in found} == {"A, B, "} and {text[-3:] for text in found} == {", Z"} and len(set(found)) == 6
+    )
     assert caption_variants(["A ||| 1"], folder(keep_tokens_separator="|||")) == ("A, 1",), "nothing is shuffled"
 
 
@@ -54,6 +56,30 @@ def test_dropped_tags_are_neither_kept_ones_nor_the_trigger():
     assert 1 < kept < 3, "about two of the four others"
     order = [text.split(", ") for text in found]
     assert all(tags == [tag for tag in ["first", "a", "b", "zqx", "c", "d"] if tag in tags] for tags in order)
+
+
+def test_a_tag_is_dropped_as_often_as_asked_though_few_variants_differ():
+    texts = [f"{i}, a, b, c" for i in range(50)]
+    found = [caption_variants([text], folder(tag_dropout=0.1, keep_tokens=1)) for text in texts]
+    assert max(len(set(some)) for some in found) <= 8
+    shares = [sum("a" in text for text in some) / len(some) for some in found]
+    assert sum(shares) / len(shares) == pytest.approx(0.9, abs=0.02), "equal variants count as often as they are drawn"
+    assert caption_variants(["one tag"], folder(shuffle_tags=True)) == ("one tag",)
+
+
+def test_a_trigger_that_is_put_in_front_is_the_first_of_those_kept():
+    found = caption_variants(["a, b, c"], folder(trigger="zqx", shuffle_tags=True, keep_tokens=1))
+    assert {text[:5] for text in found} == {"zqx, "} and {text[5] for text in found} == {"a", "b", "c"}
+    found = caption_variants(
+        ["a; b; c"], folder(trigger="zqx", shuffle_tags=True, keep_tokens=2, caption_separator=";")
+    )
+    assert {text[:7] for text in found} == {"zqx, a;"} and len(set(found)) == 2
+
+
+def test_each_of_many_captions_is_seen():
+    lines = [f"{i}, red, green, blue" for i in range(12)]
+    found = caption_variants(lines, folder(shuffle_tags=True, keep_tokens=1))
+    assert {text.split(",")[0] for text in found} == {str(i) for i in range(12)}
 
 
 def test_wildcards_are_drawn_also_inside_others():

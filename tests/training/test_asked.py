@@ -56,6 +56,38 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
             "data.trigger",
             "each folder has its own",
         ),
+        (
+            {
+                "data": {
+                    "trigger": "a",
+                    "folders": [{"path": "p", "trigger": "b"}, {"path": "q", "regularization": True}],
+                }
+            },
+            models(),
+            "data.trigger",
+            "each folder has its own",
+        ),
+        (
+            {"data": {"flip": True, "folders": [{"path": "p", "flip": False}]}},
+            models(),
+            "data.flip",
+            "has its own flip",
+        ),
+        ({"data": {"variants": 3, "flip": True, "folders": ["p"]}}, models(), "data.variants", "is drawn at random"),
+        ({"data": {"caption_separator": ";", "folders": ["p"]}}, models(), "data.caption_separator", "nor dropped"),
+        ({"data": {"min_side": 64, "upscale": False, "folders": ["p"]}}, models(), "data.min_side", "may be enlarged"),
+        (
+            {"training": {"steps": 9, "epochs": 2}},
+            models(),
+            "training.steps",
+            "--steps .* here: --epochs says how many",
+        ),
+        (
+            {"output": {"save_every": 9, "save_every_epochs": 2}},
+            models(),
+            "output.save_every",
+            "save_every_epochs says when",
+        ),
     ],
 )
 def test_what_has_no_effect_is_refused_by_name(values, model, key, sentence):
@@ -73,10 +105,18 @@ def test_what_has_an_effect_is_not_refused():
         "samples": {"every": 5, "cfg": 2.0, "negative": "x", "guidance": 2, "steps": 3},
         "output": {"keep": 2, "save_every": 10},
         "training": {"steps": 100, "shift": 2, "guidance": 2},
-        "data": {"trigger": "a", "folders": ["p", {"path": "q", "trigger": "b"}]},
+        "data": {
+            "trigger": "a",
+            "variants": 3,
+            "caption_separator": ";",
+            "max_side": 128,
+            "folders": ["p", {"path": "q", "trigger": "b", "shuffle_tags": True, "upscale": False}],
+        },
     }
     asked = {f"{section}.{key}" for section, table in values.items() for key in table}
     refuse_without_effect(config_from_dict(values, "a test"), models(device="cuda"), asked)
+    values = {"output": {"keep": 2, "save_every": 0, "save_every_epochs": 1}, "training": {"steps": 9, "epochs": 2}}
+    refuse_without_effect(config_from_dict(values, "a test"), models(), {"output.keep", "training.epochs"}, True)
 
 
 def test_a_resumed_run_starts_from_no_other_lora():
