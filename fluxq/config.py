@@ -237,18 +237,84 @@ class TrainingConfig:
     clip: float = option(
         1.0, "Largest norm of the gradient: a larger gradient is scaled down to it; 0: no limit.", minimum=0
     )
+    loss: str = option(
+        "l2",
+        "How much an error counts: l2 squared; l1, smooth_l1 and huber count large errors less, so that a few odd "
+        "images weigh less.",
+        None,
+        ("l2", "l1", "huber", "smooth_l1"),
+    )
+    huber_c: float = option(
+        0.1,
+        "For loss = huber and smooth_l1: the error up to which it is as l2; larger errors are as in l1.",
+        minimum=1e-06,
+        maximum=1000,
+    )
+    huber_schedule: str = option(
+        "constant",
+        "For loss = huber and smooth_l1: constant takes huber_c at all noise levels, exponential and snr rise to 1 "
+        "toward low noise.",
+        None,
+        ("constant", "exponential", "snr"),
+    )
+    weighting: str = option(
+        "none",
+        "How much noise levels count: cosmap medium ones up to twice as much, sigma_sqrt low ones very much more.",
+        None,
+        ("none", "sigma_sqrt", "cosmap"),
+    )
     timesteps: str = option(
         "shift",
         "Which noise levels to train at: uniform samples all alike, sigmoid mostly medium ones, shift more high ones "
-        "(by training.shift), flux_shift more high ones the larger the image; keep the default unless you copy another "
-        "trainer's settings.",
+        "(by training.shift), flux_shift more high ones the larger the image; sigma, logit_normal, mode and cosmap are "
+        "sd-scripts' and SD3's densities, shifted too; keep the default unless you copy another trainer's settings.",
         "--timesteps",
-        ("uniform", "sigmoid", "shift", "flux_shift"),
+        ("uniform", "sigmoid", "shift", "flux_shift", "sigma", "logit_normal", "mode", "cosmap"),
     )
     shift: float = option(
         3.1582,
-        "For timesteps = shift: above 1 trains more at high noise, where an image's layout is decided; 1: as sigmoid.",
+        "For timesteps = shift, sigma, logit_normal, mode and cosmap: above 1 trains more at high noise, where an "
+        "image's layout is decided; 1: no shift.",
         minimum=0.001,
+    )
+    sigmoid_scale: float = option(
+        1.0,
+        "For timesteps = sigmoid, shift, flux_shift: below 1 trains more at medium noise, above 1 more at both ends.",
+        minimum=0.001,
+        maximum=1000,
+    )
+    logit_mean: float = option(
+        0.0,
+        "For timesteps = logit_normal, as in sd-scripts: above 0 trains more at low noise, below 0 more at high.",
+        minimum=-100,
+        maximum=100,
+    )
+    logit_std: float = option(
+        1.0,
+        "For timesteps = logit_normal: below 1 trains more at medium noise, above 1 more at both ends.",
+        minimum=0.001,
+        maximum=1000,
+    )
+    mode_scale: float = option(
+        1.29,
+        "For timesteps = mode: above 0 trains more at medium noise, below 0 more at both ends.",
+        minimum=-1,
+        maximum=1.75,
+    )
+    min_timestep: float = option(
+        0.0, "The lowest noise level to train at, 0 (the image) to 1 (noise).", minimum=0, maximum=1
+    )
+    max_timestep: float = option(
+        1.0,
+        "The highest noise level to train at; all that --timesteps draws is scaled to lie between the two.",
+        minimum=0,
+        maximum=1,
+    )
+    stratify: int = option(
+        1,
+        "Draw the noise levels of so many images in a row from as many equal parts of all, one each; 1: independently.",
+        minimum=1,
+        maximum=1000,
     )
     guidance: float = option(1.0, "Guidance value given to FLUX.1-dev during training.", minimum=0)
     seed: int = option(

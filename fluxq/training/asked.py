@@ -9,9 +9,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from fluxq.config import TrainConfig
+from fluxq.config import TrainConfig, TrainingConfig
 from fluxq.errors import WrongRequest
 from fluxq.models.parts import PARTS, Models
+
+from .losses import HUBER
+from .timesteps import SHIFTED, SIGMOIDS
 
 SAMPLES = ("prompts", "width", "height", "steps", "guidance", "cfg", "negative", "seed")
 
@@ -64,8 +67,7 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
     data, training, output = config.data, config.training, config.output
     if data.folders and all(folder.trigger is not None for folder in (*data.folders, *data.validation)):
         yield "data.trigger", "each folder has its own trigger"
-    if training.timesteps != "shift":
-        yield "training.shift", f"--timesteps {training.timesteps} does not use it"
+    yield from _of_objective(training)
     if models.variant == "schnell":
         yield "training.guidance", "FLUX.1 schnell has no guidance input"
     if not output.save_every:
@@ -75,6 +77,22 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
             "lora.from_lora",
             "a resumed run goes on from its own state; to start from another LoRA, start another run",
         )
+
+
+def _of_objective(training: TrainingConfig) -> Found:
+    used_by = {
+        "shift": SHIFTED,
+        "sigmoid_scale": SIGMOIDS,
+        "logit_mean": ("logit_normal",),
+        "logit_std": ("logit_normal",),
+        "mode_scale": ("mode",),
+    }
+    for name, modes in used_by.items():
+        if training.timesteps not in modes:
+            yield f"training.{name}", f"--timesteps {training.timesteps} does not use it"
+    if training.loss not in HUBER:
+        for name in ("huber_c", "huber_schedule"):
+            yield f"training.{name}", f"only training.loss huber and smooth_l1 use it, and it is {training.loss}"
 
 
 def _option(key: str) -> str:
