@@ -469,6 +469,27 @@ FORMER_KEYS = {
 FORMER_OPTIONS = {"size": "resolution", "rate": "lr", "text-rate": "text-lr", "card": "gpu"}
 """Former command-line option -> its name today, without dashes."""
 
+REFUSED = {
+    **dict.fromkeys(
+        (
+            *("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
+            *("multires_noise_iterations", "multires_noise_discount"),
+        ),
+        "it corrects models that were never trained at pure noise; FLUX.1 was, and sampling starts from plain noise",
+    ),
+    "zero_terminal_snr": "the last noise level of a flow is pure noise already",
+    **dict.fromkeys(
+        ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"),
+        "it weighs the losses of diffusion models by their signal-to-noise ratio, and FLUX.1 is a flow; "
+        "training.timesteps and training.weighting set how much each noise level counts",
+    ),
+    **dict.fromkeys(
+        ("v_parameterization", "model_prediction_type"),
+        "FLUX.1 predicts a flow's velocity, which sd-scripts calls raw, and is not trained otherwise",
+    ),
+}
+"""Settings of other trainers that mean nothing for FLUX.1 -> why."""
+
 
 def current_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A copy of a config's tables with former keys renamed. Raises WrongRequest if a table has both names of a key."""
@@ -496,6 +517,8 @@ def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainCo
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
+            if key in REFUSED:
+                raise WrongRequest(f"'{prefix}{key}' in {source} is not for FLUX.1: {REFUSED[key]}")
             near = difflib.get_close_matches(key, fields, n=1) or difflib.get_close_matches(key, fields, n=1, cutoff=0)
             raise WrongRequest(f"unknown key '{prefix}{key}' in {source}; did you mean '{prefix}{near[0]}'?")
     read = {k: _typed(v, hints[k], f"{prefix}{k}", source, fields[k].metadata) for k, v in values.items()}
