@@ -239,18 +239,84 @@ class TrainingConfig:
     clip: float = option(
         1.0, "Largest norm of the gradient: a larger gradient is scaled down to it; 0: no limit.", minimum=0
     )
+    loss: str = option(
+        "l2",
+        "How much an error counts: l2 squared; l1, smooth_l1 and huber count large errors less, so that a few odd "
+        "images weigh less.",
+        None,
+        ("l2", "l1", "huber", "smooth_l1"),
+    )
+    huber_c: float = option(
+        0.1,
+        "For loss = huber and smooth_l1: the error up to which it is as l2; larger errors are as in l1.",
+        minimum=1e-06,
+        maximum=1000,
+    )
+    huber_schedule: str = option(
+        "constant",
+        "For loss = huber and smooth_l1: constant takes huber_c at all noise levels, exponential and snr rise to 1 "
+        "toward low noise.",
+        None,
+        ("constant", "exponential", "snr"),
+    )
+    weighting: str = option(
+        "none",
+        "How much noise levels count: cosmap medium ones up to twice as much, sigma_sqrt low ones very much more.",
+        None,
+        ("none", "sigma_sqrt", "cosmap"),
+    )
     timesteps: str = option(
         "shift",
         "Which noise levels to train at: uniform samples all alike, sigmoid mostly medium ones, shift more high ones "
-        "(by training.shift), flux_shift more high ones the larger the image; keep the default unless you copy another "
-        "trainer's settings.",
+        "(by training.shift), flux_shift more high ones the larger the image; sigma, logit_normal, mode and cosmap are "
+        "sd-scripts' and SD3's densities, shifted too; keep the default unless you copy another trainer's settings.",
         "--timesteps",
-        ("uniform", "sigmoid", "shift", "flux_shift"),
+        ("uniform", "sigmoid", "shift", "flux_shift", "sigma", "logit_normal", "mode", "cosmap"),
     )
     shift: float = option(
         3.1582,
-        "For timesteps = shift: above 1 trains more at high noise, where an image's layout is decided; 1: as sigmoid.",
+        "For timesteps = shift, sigma, logit_normal, mode and cosmap: above 1 trains more at high noise, where an "
+        "image's layout is decided; 1: no shift.",
         minimum=0.001,
+    )
+    sigmoid_scale: float = option(
+        1.0,
+        "For timesteps = sigmoid, shift, flux_shift: below 1 trains more at medium noise, above 1 more at both ends.",
+        minimum=0.001,
+        maximum=1000,
+    )
+    logit_mean: float = option(
+        0.0,
+        "For timesteps = logit_normal, as in sd-scripts: above 0 trains more at low noise, below 0 more at high.",
+        minimum=-100,
+        maximum=100,
+    )
+    logit_std: float = option(
+        1.0,
+        "For timesteps = logit_normal: below 1 trains more at medium noise, above 1 more at both ends.",
+        minimum=0.001,
+        maximum=1000,
+    )
+    mode_scale: float = option(
+        1.29,
+        "For timesteps = mode: above 0 trains more at medium noise, below 0 more at both ends.",
+        minimum=-1,
+        maximum=1.75,
+    )
+    min_timestep: float = option(
+        0.0, "The lowest noise level to train at, 0 (the image) to 1 (noise).", minimum=0, maximum=1
+    )
+    max_timestep: float = option(
+        1.0,
+        "The highest noise level to train at; all that --timesteps draws is scaled to lie between the two.",
+        minimum=0,
+        maximum=1,
+    )
+    stratify: int = option(
+        1,
+        "Draw the noise levels of so many images in a row from as many equal parts of all, one each; 1: independently.",
+        minimum=1,
+        maximum=1000,
     )
     guidance: float = option(1.0, "Guidance value given to FLUX.1-dev during training.", minimum=0)
     seed: int = option(
@@ -405,6 +471,27 @@ FORMER_KEYS = {
 FORMER_OPTIONS = {"size": "resolution", "rate": "lr", "text-rate": "text-lr", "card": "gpu"}
 """Former command-line option -> its name today, without dashes."""
 
+REFUSED = {
+    **dict.fromkeys(
+        (
+            *("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
+            *("multires_noise_iterations", "multires_noise_discount"),
+        ),
+        "it corrects models that were never trained at pure noise; FLUX.1 was, and sampling starts from plain noise",
+    ),
+    "zero_terminal_snr": "the last noise level of a flow is pure noise already",
+    **dict.fromkeys(
+        ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"),
+        "it weighs the losses of diffusion models by their signal-to-noise ratio, and FLUX.1 is a flow; "
+        "training.timesteps and training.weighting set how much each noise level counts",
+    ),
+    **dict.fromkeys(
+        ("v_parameterization", "model_prediction_type"),
+        "FLUX.1 predicts a flow's velocity, which sd-scripts calls raw, and is not trained otherwise",
+    ),
+}
+"""Settings of other trainers that mean nothing for FLUX.1 -> why."""
+
 
 def current_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A copy of a config's tables with former keys renamed. Raises WrongRequest if a table has both names of a key."""
@@ -432,6 +519,8 @@ def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainCo
     hints = typing.get_type_hints(cls)
     for key in values:
         if key not in fields:
+            if key in REFUSED:
+                raise WrongRequest(f"'{prefix}{key}' in {source} is not for FLUX.1: {REFUSED[key]}")
             near = difflib.get_close_matches(key, fields, n=1) or difflib.get_close_matches(key, fields, n=1, cutoff=0)
             raise WrongRequest(f"unknown key '{prefix}{key}' in {source}; did you mean '{prefix}{near[0]}'?")
     read = {k: _typed(v, hints[k], f"{prefix}{k}", source, fields[k].metadata) for k, v in values.items()}

@@ -1,8 +1,8 @@
-"""Rectified flow, as FLUX.1 is trained and sampled: timesteps, the path from image to noise, the loss, Euler steps.
+"""Rectified flow, as FLUX.1 is trained and sampled: the path from image to noise, the loss, shifted times, Euler steps.
 
 t = 0 is the image, t = 1 is noise; x_t = (1 - t) image + t noise, and the model learns the velocity noise - image
-(Liu et al. 2022; Esser et al. 2024). The timestep modes mean the same as in sd-scripts. Every random number is
-addressed by (seed, purpose, micro-step, example), never consumed from a stream.
+(Liu et al. 2022; Esser et al. 2024). training/timesteps.py draws the t of training. Every random number is addressed
+by (seed, purpose, micro-step, example), never consumed from a stream.
 """
 
 from __future__ import annotations
@@ -14,12 +14,10 @@ import torch
 from torch import Tensor
 
 from fluxq.caching.batches import Batch
-from fluxq.data.randomness import generator, normal
+from fluxq.data.randomness import normal
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
 from fluxq.model.flux import Flux
 from fluxq.model.modulation import Conditioning, Lookahead
-
-TIMESTEP_MODES = ("uniform", "sigmoid", "shift", "flux_shift")
 
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
@@ -30,25 +28,6 @@ def shift_time(t: Tensor, shift: float) -> Tensor:
 def resolution_shift(tokens: int) -> float:
     """FLUX.1-dev's shift for an image of `tokens` tokens: exp of the line through (256, 0.5) and (4096, 1.15)."""
     return math.exp(0.5 + (tokens - 256) * (1.15 - 0.5) / (4096 - 256))
-
-
-def sample_timesteps(mode: str, seed: int, index: int, examples: Sequence[str], tokens: int, shift: float) -> Tensor:
-    """Timesteps t (B,) fp32 in (0, 1) for the `examples` of micro-step `index`.
-
-    uniform: t = u. sigmoid: t = sigmoid(z). shift: sigmoid(z) shifted by `shift`. flux_shift: sigmoid(z) shifted by
-    `resolution_shift(tokens)`, where `tokens` is the length of one image. u is uniform, z standard normal.
-    """
-    generators = [generator(seed, "timestep", index, example) for example in examples]
-    if mode == "uniform":
-        return torch.tensor([1 - g.random() for g in generators]).clamp(max=1 - 2**-24)
-    t = torch.tensor([g.standard_normal() for g in generators]).sigmoid()
-    if mode == "sigmoid":
-        return t
-    if mode == "shift":
-        return shift_time(t, shift)
-    if mode == "flux_shift":
-        return shift_time(t, resolution_shift(tokens))
-    raise ValueError(f"the timestep mode must be one of {', '.join(TIMESTEP_MODES)}, not {mode!r}")
 
 
 def sample_noise(shape: Sequence[int], seed: int, index: int, examples: Sequence[str]) -> Tensor:
@@ -89,17 +68,19 @@ def flow_loss(
     modulation: Sequence[Tensor] | None = None,
     txt_mask: Tensor | None = None,
     weights: Tensor | None = None,
+    error: Callable[[Tensor, Tensor], Tensor] = lambda difference, t: difference.square(),
 ) -> Tensor:
-    """Mean squared error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,).
+    """The mean error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,).
 
-    weights: how much each latent's error counts, (B, 1, H, W) or a shape that broadcasts to it.
+    weights: how much each latent's error counts, (B, 1, H, W) or a shape that broadcasts to it. error: of the
+    difference (B, 16, H, W) between velocity and target at t; by default its square.
     """
     t = t.to(latents.device)
     mix = t[:, None, None, None]
     x = (1 - mix) * latents + mix * noise
     target = noise - latents
-    error = (velocity(flux, x, t, txt, pooled, guidance, modulation, txt_mask) - target).square()
-    return (error if weights is None else error * weights.to(error.device)).mean(dim=(1, 2, 3))
+    errors = error(velocity(flux, x, t, txt, pooled, guidance, modulation, txt_mask) - target, t)
+    return (errors if weights is None else errors * weights.to(errors.device)).mean(dim=(1, 2, 3))
 
 
 def euler_timesteps(steps: int, shift: float) -> list[float]:

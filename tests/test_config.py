@@ -58,6 +58,15 @@ def test_defaults_read_back_equal():
         ),
         ({"data": {"folders": [{"repeats": 2}]}}, "my.toml: data.folders.0.path is missing"),
         ({"data": {"folders": [{"path": "a", "repeat": 2}]}}, "unknown key 'data.folders.0.repeat' in my.toml"),
+        ({"training": {"noise_offset": 0.1}}, "'training.noise_offset' in my.toml is not for FLUX.1: it corrects"),
+        (
+            {"min_snr_gamma": 5},
+            "'min_snr_gamma' in my.toml is not for FLUX.1: it weighs the losses of diffusion models",
+        ),
+        (
+            {"training": {"max_timestep": 900}},
+            "my.toml: training.max_timestep must be at least 0 and at most 1, not 900",
+        ),
         ({"data": {"upscale": "yes"}}, "my.toml: data.upscale must be true or false, not 'yes'"),
     ],
 )

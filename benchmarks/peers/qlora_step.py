@@ -18,12 +18,13 @@ from benchmarks.peers import diffusers_blocks, need, peft_lora
 from benchmarks.peers.bnb_nf4 import nf4_linear
 from fluxq.bench.timed_step import TARGETS, Setting, random_batch
 from fluxq.config import TrainingConfig
-from fluxq.flow import sample_noise, sample_timesteps
+from fluxq.flow import sample_noise
 from fluxq.formats.checkpoint.keys import module_split
 from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.model import FluxConfig
 from fluxq.model.costs import chosen
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
+from fluxq.training.timesteps import sample_timesteps
 
 
 def transformer(config: FluxConfig, rank: int, device: torch.device) -> nn.Module:
@@ -68,7 +69,7 @@ def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: s
 
     def loss_of(index: int) -> Tensor:
         noise = sample_noise(batch.latents.shape[1:], training.seed, index, batch.examples)
-        t = sample_timesteps(training.timesteps, training.seed, index, batch.examples, side**2, training.shift)
+        t = sample_timesteps(training, index, batch.examples, side**2)
         latents, noise, txt, pooled, t = (x.to(device) for x in (batch.latents, noise, batch.txt, batch.pooled, t))
         mix = t[:, None, None, None]
         with torch.autocast(device.type, torch.bfloat16):

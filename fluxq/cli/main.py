@@ -18,7 +18,7 @@ from typing import Any
 
 import click
 
-from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
+from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS, REFUSED
 from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_failure, is_out_of_memory, one_line
 
 from .bench import bench
@@ -55,6 +55,11 @@ class Commands(click.Group):
         try:
             with ended_by_signals():
                 return super().invoke(ctx)
+        except click.NoSuchOption as error:
+            if (reason := REFUSED.get(error.option_name.lstrip("-").replace("-", "_"))) is None:
+                raise
+            click.echo(f"error: {error.option_name} is not for FLUX.1: {reason}", err=True)
+            ctx.exit(2)
         except WrongRequest as error:
             click.echo(f"error: {error}", err=True)
             ctx.exit(2)

@@ -9,11 +9,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Collection, Iterator
 
-from fluxq.config import DataConfig, TrainConfig
+from fluxq.config import DataConfig, TrainConfig, TrainingConfig
 from fluxq.data.variants import draws_captions
 from fluxq.errors import WrongRequest
 from fluxq.models.parts import PARTS, Models
 from fluxq.settings import ImageSettings
+
+from .losses import HUBER
+from .timesteps import SHIFTED, SIGMOIDS
 
 SAMPLES = ("prompts", "width", "height", "steps", "guidance", "cfg", "negative", "seed")
 
@@ -65,12 +68,11 @@ def _of_samples(config: TrainConfig, models: Models, samples_only: bool) -> Foun
 def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
     training, output = config.training, config.output
     yield from _of_data(config.data)
+    yield from _of_objective(training)
     if training.epochs is not None:
         yield "training.steps", "--epochs says how many"
     if output.save_every_epochs is not None:
         yield "output.save_every", "save_every_epochs says when"
-    if training.timesteps != "shift":
-        yield "training.shift", f"--timesteps {training.timesteps} does not use it"
     if models.variant == "schnell":
         yield "training.guidance", "FLUX.1 schnell has no guidance input"
     if not output.save_every and output.save_every_epochs is None:
@@ -98,6 +100,22 @@ def _of_data(data: DataConfig) -> Found:
     if not any(f.upscale for f in (*trained, *held_out)):
         for name in ("min_side", "max_side"):
             yield f"data.{name}", "buckets have limits only if images may be enlarged (data.upscale)"
+
+
+def _of_objective(training: TrainingConfig) -> Found:
+    used_by = {
+        "shift": SHIFTED,
+        "sigmoid_scale": SIGMOIDS,
+        "logit_mean": ("logit_normal",),
+        "logit_std": ("logit_normal",),
+        "mode_scale": ("mode",),
+    }
+    for name, modes in used_by.items():
+        if training.timesteps not in modes:
+            yield f"training.{name}", f"--timesteps {training.timesteps} does not use it"
+    if training.loss not in HUBER:
+        for name in ("huber_c", "huber_schedule"):
+            yield f"training.{name}", f"only training.loss huber and smooth_l1 use it, and it is {training.loss}"
 
 
 def _option(key: str) -> str:

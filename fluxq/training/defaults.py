@@ -56,6 +56,12 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         )
     if training.timesteps == "shift" and training.shift == defaults.training.shift:
         notify(f"shift {training.shift:g}: trains more at high noise, where the layout of an image is decided")
+    if training.min_timestep >= training.max_timestep:
+        raise WrongRequest(
+            f"training.min_timestep {training.min_timestep:g} must be below max_timestep {training.max_timestep:g}"
+        )
+    if training.loss != "l2" or training.weighting != "none":
+        notify(f"loss {training.loss}, weighting {training.weighting}: validation is the squared error all the same")
     if training.warmup >= cast(int, training.steps):
         raise WrongRequest(
             f"a warm-up of {training.warmup} steps does not fit into {training.steps}; lower --warmup or raise --steps"

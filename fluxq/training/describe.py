@@ -8,11 +8,14 @@ from pathlib import Path
 from typing import cast
 
 from fluxq.caching import Batches
-from fluxq.config import TrainConfig
+from fluxq.config import TrainConfig, TrainingConfig
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan
 from fluxq.formats.lora.metadata import lora_metadata
 from fluxq.models.parts import Models
+
+from .losses import HUBER
+from .timesteps import SIGMOIDS
 
 Metadata = Callable[[int, float, float], dict[str, str]]
 """(step, started, finished) -> the LoRA's metadata at that step; times in seconds since 1970."""
@@ -35,6 +38,7 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
     def at(step: int, started: float, finished: float) -> dict[str, str]:
         training, size = config.training, config.data.side
         seen = {"fluxq_images_seen": str(batches.seen_before(step * training.accumulate))}
+        seen |= objective_metadata(training)
         return seen | lora_metadata(
             name=cast(str, config.output.name),
             rank=cast(int, config.lora.rank),
@@ -56,7 +60,7 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
             title=cast(str, config.output.name),
             started=started,
             finished=finished,
-            timestep_sampling=training.timesteps,
+            timestep_sampling="sigma" if training.timesteps in ("logit_normal", "mode") else training.timesteps,
             shift=training.shift,
             guidance=training.guidance,
             precision="bf16",
@@ -64,6 +68,29 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         )
 
     return at
+
+
+def objective_metadata(training: TrainingConfig) -> dict[str, str]:
+    """Loss and timesteps in sd-scripts' keys, and in fluxq's those that it does not have.
+
+    sd-scripts has one key for both what logit_normal and mode draw and how timesteps are weighted.
+    """
+    density = training.timesteps if training.timesteps in ("logit_normal", "mode") else "none"
+    values: dict[str, object] = {
+        "ss_loss_type": training.loss,
+        "ss_weighting_scheme": density if training.weighting == "none" else training.weighting,
+    }
+    if training.loss in HUBER:
+        values |= {"ss_huber_c": training.huber_c, "ss_huber_schedule": training.huber_schedule}
+    if training.timesteps in SIGMOIDS:
+        values |= {"ss_sigmoid_scale": training.sigmoid_scale}
+    if training.timesteps == "logit_normal":
+        values |= {"ss_logit_mean": training.logit_mean, "ss_logit_std": training.logit_std}
+    if training.timesteps == "mode":
+        values |= {"ss_mode_scale": training.mode_scale}
+    if (training.min_timestep, training.max_timestep) != (0, 1):
+        values |= {"fluxq_timestep_range": f"{training.min_timestep:g} to {training.max_timestep:g}"}
+    return {key: str(value) for key, value in values.items()}
 
 
 def _tag_frequency(captions: Iterable[str]) -> dict[str, int]:

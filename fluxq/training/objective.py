@@ -8,16 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
+from functools import partial
 from typing import Protocol
 
 from torch import Tensor
 
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
-from fluxq.flow import conditioning, flow_loss, sample_noise, sample_timesteps, validation_loss
+from fluxq.flow import conditioning, flow_loss, sample_noise, validation_loss
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.modulation import Conditioning, Lookahead, sent
+
+from .losses import weighted_error
+from .timesteps import sample_timesteps
 
 CALIBRATION_BATCHES = 2
 
@@ -79,7 +83,7 @@ class Objective:
         return conditioning(self.flux, self._timesteps(index), self.batches.pooled_of(index), self.training.guidance)
 
     def validation(self, batches: Iterable[Batch]) -> float:
-        """The mean loss of held-out `batches` at fixed timesteps and noise."""
+        """The mean squared error on held-out `batches` at fixed timesteps and noise, whatever loss is trained with."""
         settings = self.training
         return validation_loss(self.flux, map(self._with_pooled, batches), settings.shift, settings.guidance)
 
@@ -96,7 +100,7 @@ class Objective:
         _, batch, noise, t = prepared
         batch, guidance = self._with_pooled(batch), self.training.guidance
         given = self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation, batch.txt_mask
-        return flow_loss(*given, batch.weights).mean()
+        return flow_loss(*given, batch.weights, partial(weighted_error, self.training)).mean()
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
         """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""
@@ -108,9 +112,9 @@ class Objective:
         return batch, sent(noise, device), sent(self._timesteps(index), device)
 
     def _timesteps(self, index: int) -> Tensor:
-        (width, height), settings = self.batches.bucket_of(index), self.training
+        width, height = self.batches.bucket_of(index)
         examples, tokens = self.batches.examples_of(index), width // 16 * (height // 16)
-        return sample_timesteps(settings.timesteps, settings.seed, index, examples, tokens, settings.shift)
+        return sample_timesteps(self.training, index, examples, tokens, self.batches.largest)
 
     def _with_pooled(self, batch: Batch) -> Batch:
         return batch if self.clip is None else replace(batch, pooled=self.clip.pooled(batch.captions))

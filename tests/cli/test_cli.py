@@ -154,6 +154,18 @@ def test_json_is_the_only_line_on_stdout(tmp_path, photos, capfd):
         (["train", "--resume", "{tmp}/empty"], "has no run to resume"),
         (["train", "{photos}", "--model", "nano", "--set", "lora.targets=[]"], "no targets were given"),
         (["train", "{photos}", "--model", "nano", "--warmup", "50", "--steps", "9"], "does not fit into 9"),
+        (
+            ["train", "{photos}", "--model", "nano", "--noise-offset", "0.1"],
+            "--noise-offset is not for FLUX.1: it corrects",
+        ),
+        (
+            ["train", "{photos}", "--model", "nano", "--set", "training.min_timestep=1"],
+            "training.min_timestep 1 must be below max_timestep 1",
+        ),
+        (
+            ["train", "{photos}", "--model", "nano", "--set", "training.huber_c=1"],
+            "training.huber_c has no effect here",
+        ),
         (["train", "{photos}", "--model", "nano", "--t5-length", "4000"], "at most 512, not 4000"),
         (["train", "{photos}", "--model", "nano", "--out", "{photos}"], "is a folder of images; choose another"),
         (["train", "{photos}", "--model", "nano", "--trigger", ".."], "is not a file name; choose one with --name"),

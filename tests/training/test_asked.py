@@ -49,6 +49,22 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
             "training.shift",
             "--timesteps uniform does not",
         ),
+        (
+            {"training": {"sigmoid_scale": 2, "timesteps": "sigma"}},
+            models(),
+            "training.sigmoid_scale",
+            "training.sigmoid_scale has no effect here: --timesteps sigma does not",
+        ),
+        ({"training": {"logit_mean": 2}}, models(), "training.logit_mean", "--timesteps shift does not use it"),
+        ({"training": {"logit_std": 2, "timesteps": "mode"}}, models(), "training.logit_std", "mode does not use it"),
+        (
+            {"training": {"mode_scale": 1, "timesteps": "cosmap"}},
+            models(),
+            "training.mode_scale",
+            "cosmap does not use",
+        ),
+        ({"training": {"huber_c": 1}}, models(), "training.huber_c", "only training.loss huber and smooth_l1 use it"),
+        ({"training": {"huber_schedule": "snr", "loss": "l1"}}, models(), "training.huber_schedule", "and it is l1"),
         ({"output": {"keep": 2, "save_every": 0}}, models(), "output.keep", "no LoRA is saved before the end"),
         (
             {"data": {"trigger": "a", "folders": [{"path": "p", "trigger": "b"}]}},
@@ -117,6 +133,24 @@ def test_what_has_an_effect_is_not_refused():
     refuse_without_effect(config_from_dict(values, "a test"), models(device="cuda"), asked)
     values = {"output": {"keep": 2, "save_every": 0, "save_every_epochs": 1}, "training": {"steps": 9, "epochs": 2}}
     refuse_without_effect(config_from_dict(values, "a test"), models(), {"output.keep", "training.epochs"}, True)
+
+
+@pytest.mark.parametrize(
+    "training",
+    [
+        {"timesteps": "sigma", "shift": 3},
+        {"timesteps": "cosmap", "shift": 3},
+        {"timesteps": "logit_normal", "shift": 3, "logit_mean": 1, "logit_std": 2},
+        {"timesteps": "mode", "shift": 3, "mode_scale": 1},
+        {"timesteps": "sigmoid", "sigmoid_scale": 2},
+        {"timesteps": "flux_shift", "sigmoid_scale": 2},
+        {"loss": "huber", "huber_c": 1, "huber_schedule": "snr"},
+        {"loss": "smooth_l1", "huber_c": 1, "huber_schedule": "exponential"},
+    ],
+)
+def test_what_an_objective_uses_is_not_refused(training):
+    config = config_from_dict({"training": training}, "a test")
+    refuse_without_effect(config, models(), {f"training.{key}" for key in training})
 
 
 def test_a_resumed_run_starts_from_no_other_lora():

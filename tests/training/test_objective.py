@@ -3,21 +3,25 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 
+import pytest
 import torch
 from helpers import randomize, tiny_config
 
 from fluxq.bench.timed_step import SameBatch
 from fluxq.caching import Batch
 from fluxq.config import TrainingConfig
-from fluxq.flow import flow_loss, sample_noise, sample_timesteps
+from fluxq.flow import flow_loss, sample_noise
 from fluxq.model import Flux, add_lora
+from fluxq.training.losses import weighted_error
 from fluxq.training.objective import Objective
+from fluxq.training.timesteps import sample_timesteps
 
 TRAINING = TrainingConfig(batch=2, seed=7, timesteps="flux_shift", guidance=1.5)
 
 
-def objective() -> Objective:
+def objective(training: TrainingConfig = TRAINING) -> Objective:
     torch.manual_seed(0)
     flux = randomize(Flux(tiny_config()))
     for layer in add_lora(flux, 2, 3).values():
@@ -26,11 +30,17 @@ def objective() -> Objective:
     c = flux.config
     batch = Batch(torch.randn(2, c.in_channels // 4, 8, 6), torch.randn(2, 5, c.context_in_dim),
                   torch.randn(2, c.vec_in_dim), names)  # fmt: skip
-    return Objective(flux, SameBatch(batch, 64), TRAINING)
+    return Objective(flux, SameBatch(batch, 64), training)
 
 
-def test_a_loss_does_not_depend_on_the_order_of_the_steps():
-    first, second = objective(), objective()
+EVERYTHING = replace(TRAINING, timesteps="logit_normal", stratify=4, min_timestep=0.1, max_timestep=0.8, loss="huber",
+                     huber_schedule="snr", weighting="cosmap")  # fmt: skip
+
+
+@pytest.mark.parametrize("training", [TRAINING, EVERYTHING])
+def test_a_loss_does_not_depend_on_the_order_of_the_steps(training):
+    """So a run that is resumed sees what it would have seen."""
+    first, second = objective(training), objective(training)
     forward = [float(first.loss(i)) for i in range(4)]
     backward = [float(second.loss(i)) for i in (3, 2, 1, 0)]
     assert forward == backward[::-1] and len(set(forward)) == 4
@@ -39,10 +49,27 @@ def test_a_loss_does_not_depend_on_the_order_of_the_steps():
 def test_a_loss_is_the_flow_loss_at_the_steps_own_noise_and_timesteps():
     one = objective()
     batch = one.batches.batch(3)
-    t = sample_timesteps("flux_shift", 7, 3, batch.examples, 16, TRAINING.shift)
+    t = sample_timesteps(TRAINING, 3, batch.examples, 16)
     noise = sample_noise(batch.latents.shape[1:], 7, 3, batch.examples)
     expected = flow_loss(one.flux, batch.latents, noise, t, batch.txt, batch.pooled, 1.5).mean()
     torch.testing.assert_close(one.loss(3), expected, rtol=1e-5, atol=0)
+
+
+def test_a_loss_is_that_of_the_settings_at_their_timesteps():
+    one = objective(EVERYTHING)
+    batch = one.batches.batch(3)
+    t = sample_timesteps(EVERYTHING, 3, batch.examples, 16, 2)
+    noise = sample_noise(batch.latents.shape[1:], 7, 3, batch.examples)
+    given = one.flux, batch.latents, noise, t, batch.txt, batch.pooled, 1.5, None, None, batch.weights
+    expected = flow_loss(*given, partial(weighted_error, EVERYTHING)).mean()
+    torch.testing.assert_close(one.loss(3), expected, rtol=1e-5, atol=0)
+    assert not torch.equal(t, sample_timesteps(EVERYTHING, 3, batch.examples, 16, 1)), "images are numbered by batch"
+
+
+def test_validation_is_the_squared_error_whatever_is_minimized():
+    plain, other = objective(), objective(EVERYTHING)
+    batch = plain.batches.batch(0)
+    assert plain.validation([batch]) == other.validation([batch])
 
 
 def test_what_is_prepared_changes_no_loss():
