@@ -226,13 +226,29 @@ class TrainingConfig:
     )
     schedule: str = option(
         "constant",
-        "Learning rate after the warm-up: constant keeps it, so that --resume can add steps; linear and cosine lower "
-        "it to 0 by the last step.",
+        "Learning rate after the warm-up: constant keeps it, so that --resume can add steps; linear, cosine, "
+        "polynomial and rex, which falls late, lower it to 0 by the last step; wsd keeps it and lowers it at the end; "
+        "inverse_sqrt lowers it ever more slowly, without regard to the last step.",
         "--schedule",
-        ("constant", "linear", "cosine"),
+        ("constant", "linear", "cosine", "polynomial", "wsd", "inverse_sqrt", "rex"),
     )
-    warmup: int = option(
-        0, "Optimizer steps over which the learning rate rises from 0; 0: none.", "--warmup", minimum=0
+    schedule_cycles: int = option(
+        1, "For schedule = cosine: how often it falls, each time from the full learning rate.", minimum=1
+    )
+    schedule_power: float = option(
+        2.0, "For schedule = polynomial: the power of the share of steps that remains; 1: as linear.", minimum=0.001
+    )
+    schedule_decay: float = option(
+        0.2, "For schedule = wsd: the share of steps at the end in which it falls.", minimum=0.001, maximum=1
+    )
+    schedule_floor: float = option(
+        0.0, "The share of the learning rate that a schedule falls to, 0 to 1.", minimum=0, maximum=1
+    )
+    warmup: float = option(
+        0,
+        "Optimizer steps over which the learning rate rises from 0; below 1: their share of all steps; 0: none.",
+        "--warmup",
+        minimum=0,
     )
     clip: float = option(
         1.0, "Largest norm of the gradient: a larger gradient is scaled down to it; 0: no limit.", minimum=0

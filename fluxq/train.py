@@ -41,17 +41,12 @@ from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.objective import Objective
-from fluxq.training.optim import (
-    FlatOptimizer,
-    build_optimizer,
-    learning_rate_factor,
-    optimizer_step,
-    restart_rates,
-)
+from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
 from fluxq.training.run import Result, Run
 from fluxq.training.saves import Saves
+from fluxq.training.schedules import learning_rate_factor
 from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest
 from fluxq.training.summary import slower, summary
@@ -135,7 +130,7 @@ def train_in(
     with report, saves, StopRequest(notify, saves.last_step) as stopping:
         for step in range(progress.step, steps):
             clock, done = time.perf_counter(), step + 1
-            factor = learning_rate_factor(training.schedule, step, steps, training.warmup)
+            factor = learning_rate_factor(training, step)
             work = partial(optimizer_step, optimizer, objective, step, training.accumulate, factor, training.clip)
             loss, norm = retry.run(f"step {done}", work)
             if not math.isfinite(norm):

@@ -66,6 +66,11 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
         yield "data.trigger", "each folder has its own trigger"
     if training.timesteps != "shift":
         yield "training.shift", f"--timesteps {training.timesteps} does not use it"
+    for schedule, name in (("cosine", "cycles"), ("polynomial", "power"), ("wsd", "decay")):
+        if training.schedule != schedule:
+            yield f"training.schedule_{name}", f"--schedule {training.schedule} does not use it"
+    if training.schedule == "constant":
+        yield "training.schedule_floor", "--schedule constant does not fall"
     if models.variant == "schnell":
         yield "training.guidance", "FLUX.1 schnell has no guidance input"
     if not output.save_every:

@@ -55,10 +55,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         )
     if training.timesteps == "shift" and training.shift == defaults.training.shift:
         notify(f"shift {training.shift:g}: trains more at high noise, where the layout of an image is decided")
-    if training.warmup >= cast(int, training.steps):
-        raise WrongRequest(
-            f"a warm-up of {training.warmup} steps does not fit into {training.steps}; lower --warmup or raise --steps"
-        )
+    training = resolve_schedule(training)
     name = output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     name = _file_name(name)
     output = replace(output, name=name, out=output.out or Path("runs") / name)
@@ -148,6 +145,24 @@ def caveats(models: Models) -> list[str]:
             "transformer is de-distilled, merge a training adapter for schnell with --base-lora FILE, or train on dev"
         )
     return found
+
+
+def resolve_schedule(training: TrainingConfig) -> TrainingConfig:
+    """`training` with the warm-up in steps. Raises WrongRequest for a schedule that does not fit into the run."""
+    steps, warmup = cast(int, training.steps), training.warmup
+    warmup = round(warmup * steps) if warmup < 1 else warmup
+    if warmup % 1:
+        raise WrongRequest(
+            f"a warm-up of {warmup:g} steps is not a whole number; for a share of all steps, give a number below 1"
+        )
+    if warmup >= steps:
+        raise WrongRequest(f"a warm-up of {warmup:g} steps does not fit into {steps}; lower --warmup or raise --steps")
+    if training.schedule == "cosine" and training.schedule_cycles > steps - warmup:
+        raise WrongRequest(
+            f"{training.schedule_cycles} cycles of the schedule do not fit into {steps - warmup:g} steps; lower "
+            "training.schedule_cycles or raise --steps"
+        )
+    return replace(training, warmup=float(warmup))
 
 
 def check_text_encoder(config: TrainConfig, models: Models) -> None:

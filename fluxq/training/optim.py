@@ -1,4 +1,4 @@
-"""Optimizers, learning-rate schedules, and one optimizer step."""
+"""Optimizers, and one optimizer step."""
 
 from __future__ import annotations
 
@@ -21,7 +21,6 @@ from .flat import Flat
 
 OPTIMIZERS = ("adamw", "adamw8bit")
 MIN_8_BITS = 4096  # numbers in a tensor; see _has_8_bits
-SCHEDULES = ("constant", "linear", "cosine")
 BETWEEN = -1
 """Instead of a number of steps: in the middle of an update, or left there by one that failed."""
 
@@ -277,20 +276,3 @@ def restart_rates(optimizer: FlatOptimizer, *learning_rates: float | None) -> No
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def learning_rate_factor(name: str, step: int, steps: int, warmup: int) -> float:
-    """The factor of the learning rate at `step` (0-based) of `steps`: a linear warm-up, then the schedule `name`.
-
-    linear and cosine end at 0.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if name == "constant":
-        return 1.0
-    if name == "linear":
-        return 1 - progress
-    if name == "cosine":
-        return (1 + math.cos(math.pi * progress)) / 2
-    raise ValueError(f"the schedule must be one of {', '.join(SCHEDULES)}, not {name!r}")

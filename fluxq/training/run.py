@@ -44,7 +44,8 @@ from fluxq.models.parts import Models
 from .state import Progress, saved_settings
 from .summary import slow_lines
 
-MAY_CHANGE = ("steps", "schedule", "warmup", "learning_rate", "text_learning_rate")
+SCHEDULE = ("schedule", "schedule_cycles", "schedule_power", "schedule_decay", "schedule_floor")
+MAY_CHANGE = ("steps", "warmup", "learning_rate", "text_learning_rate", *SCHEDULE)
 """The settings of training that --resume takes over from the command line."""
 
 SAME_RESULT = ("ae_band", "skip_bad", "offline")

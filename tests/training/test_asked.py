@@ -49,6 +49,13 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
             "training.shift",
             "--timesteps uniform does not",
         ),
+        (
+            {"training": {"schedule_cycles": 2, "schedule": "wsd"}},
+            models(),
+            "training.schedule_cycles",
+            "--schedule wsd does not use it",
+        ),
+        ({"training": {"schedule_floor": 0.1}}, models(), "training.schedule_floor", "constant does not fall"),
         ({"output": {"keep": 2, "save_every": 0}}, models(), "output.keep", "no LoRA is saved before the end"),
         (
             {"data": {"trigger": "a", "folders": [{"path": "p", "trigger": "b"}]}},

@@ -1,4 +1,4 @@
-"""Schedules in closed form, and optimizers that start from the same place."""
+"""Optimizers that start from the same place."""
 
 from __future__ import annotations
 
@@ -17,26 +17,13 @@ from fluxq.training import optim
 from fluxq.training.optim import (
     build_optimizer,
     import_bitsandbytes,
-    learning_rate_factor,
     optimizer_step,
     restart_rates,
     update,
 )
 
 
-def test_warmup_rises_linearly_to_the_full_learning_rate():
-    assert [learning_rate_factor("constant", s, 100, 4) for s in range(6)] == [0.25, 0.5, 0.75, 1, 1, 1]
-
-
-def test_linear_and_cosine_fall_from_the_end_of_warmup_to_zero():
-    for step, progress in ((10, 0.0), (55, 0.5), (100, 1.0)):
-        assert learning_rate_factor("linear", step, 100, 10) == pytest.approx(1 - progress)
-        assert learning_rate_factor("cosine", step, 100, 10) == pytest.approx((1 + math.cos(math.pi * progress)) / 2)
-
-
 def test_unknown_names_list_the_known_ones():
-    with pytest.raises(ValueError, match="constant, linear, cosine, not 'step'"):
-        learning_rate_factor("step", 5, 10, 0)
     with pytest.raises(ValueError, match="adamw, adamw8bit, not 'sgd'"):
         build_optimizer("sgd", [], 1e-3, 0.0)
 
