@@ -186,6 +186,27 @@ class LoraConfig:
     )
 
 
+OPTIMIZERS = (
+    "adamw",
+    "adamw8bit",
+    "lion8bit",
+    "adamw4bit",
+    "adamwfp8",
+    "adafactor",
+    "muon",
+    "prodigy",
+    "came",
+)
+
+
+def parse_optimizer(value: Any) -> str:
+    """A name of OPTIMIZERS, or package.module.Class. Raises ValueError for anything else."""
+    parts = value.split(".") if isinstance(value, str) else []
+    if value not in OPTIMIZERS and not (len(parts) > 1 and all(part.isidentifier() for part in parts)):
+        raise ValueError(f"one of {', '.join(OPTIMIZERS)}, or package.module.Class")
+    return value
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """[training] The loop."""
@@ -209,17 +230,28 @@ class TrainingConfig:
         "--accumulate",
         minimum=1,
     )
-    learning_rate: float = option(
-        1e-4, "Learning rate: too high ruins images, too low learns next to nothing.", "--lr", minimum=0
+    learning_rate: float | None = option(
+        None,
+        "Learning rate: too high ruins images, too low learns next to nothing; default: 1e-4 for adamw and optimizers "
+        "with updates as large, 3e-5 for lion8bit, 1 for prodigy.",
+        "--lr",
+        minimum=0,
     )
     text_learning_rate: float | None = option(
         None, "Learning rate of --text-encoder; default: half of --lr.", "--text-lr", minimum=0
     )
     optimizer: str = option(
         "adamw8bit",
-        "Optimizer: adamw8bit takes 2 bytes of memory per trained weight, adamw 8, as it keeps its state in fp32.",
+        "Optimizer. Bytes of memory per trained weight: adamw 8, adamw8bit and adamwfp8 2, lion8bit and adamw4bit 1, "
+        "muon 4, adafactor fewer than 1 at usual ranks; with fluxq[optimizers] came 4 and prodigy, which finds its own "
+        "learning rate, 16. Also any package.module.Class.",
         "--optimizer",
-        ("adamw", "adamw8bit"),
+        parse=parse_optimizer,
+    )
+    optimizer_args: tuple[str, ...] = option(
+        (),
+        "A further argument of the optimizer's class, as NAME=VALUE like betas=(0.9,0.95); may be repeated.",
+        "--optimizer-args",
     )
     weight_decay: float = option(
         0.01, "How strongly the optimizer pulls trained weights toward 0; 0: not at all.", minimum=0

@@ -24,6 +24,7 @@ from fluxq.models.parts import Models
 from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
+from .libraries import library_of, parse_arguments
 
 
 def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> tuple[TrainConfig, Scan]:
@@ -45,10 +46,9 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
     training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
-    if training.learning_rate == defaults.training.learning_rate:
-        notify(f"learning rate {training.learning_rate:g}: the usual one if alpha equals rank")
+    training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
-        training = replace(training, text_learning_rate=training.learning_rate / 2)
+        training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)
         notify(
             f"text learning rate {training.text_learning_rate:g}: half of the learning rate; sd-scripts also advises a "
             "lower one for text encoders"
@@ -145,6 +145,17 @@ def caveats(models: Models) -> list[str]:
             "transformer is de-distilled, merge a training adapter for schnell with --base-lora FILE, or train on dev"
         )
     return found
+
+
+def resolve_optimizer(training: TrainingConfig, notify: Notify) -> TrainingConfig:
+    """`training` with a learning rate. Raises WrongRequest for an optimizer that is not there, or wrong arguments."""
+    library = library_of(training.optimizer)
+    library.check(parse_arguments(training.optimizer_args))
+    if training.learning_rate is not None:
+        return training
+    learning_rate, reason = library.default_rate()
+    notify(f"learning rate {learning_rate:g}: {reason}")
+    return replace(training, learning_rate=learning_rate)
 
 
 def resolve_schedule(training: TrainingConfig) -> TrainingConfig:

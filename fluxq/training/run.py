@@ -53,6 +53,7 @@ SAME_RESULT = ("ae_band", "skip_bad", "offline")
 
 WHY_FIXED = {
     "optimizer": "its state is not that of another optimizer",
+    "optimizer_args": "its state is of an optimizer with those",
     "format": "in another format the frozen weights are other numbers",
     "compute": "in another arithmetic the frozen model gives other results",
     "rank": "its LoRA has that rank",
