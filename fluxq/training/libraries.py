@@ -61,11 +61,9 @@ class Library:
             with quiet_imports():
                 found = getattr(importlib.import_module(module), name, None)
         except ImportError as error:
-            missing = "fluxq[optimizers]" if self.package == "pytorch_optimizer" else self.package.replace("_", "-")
-            raise WrongRequest(
-                f"the optimizer {self.path} cannot be imported ({first_line(error)}); install it: "
-                f"pip install '{missing}'"
-            ) from error
+            known = self.package == "pytorch_optimizer"
+            way = "pip install 'fluxq[optimizers]'" if known else f"pip install the package that has {self.package}"
+            raise WrongRequest(f"{self.path} cannot be imported ({first_line(error)}); {way}") from error
         if not (isinstance(found, type) and issubclass(found, torch.optim.Optimizer)):
             raise WrongRequest(f"{self.path} is not a class of optimizers; name one as package.module.Class")
         return found

@@ -117,7 +117,7 @@ def test_arguments_reach_the_class():
         (
             "no_such_package.Lamb",
             (),
-            "cannot be imported .*no_such_package.*; install it: pip install 'no-such-package'",
+            "cannot be imported .*; pip install the package that has no_such_package",
         ),
         ("adamw", ("betas",), "--optimizer-args takes NAME=VALUE, not 'betas'"),
         ("adamw", ("lr=3",), "--optimizer-args: lr is a setting of its own"),
@@ -132,7 +132,7 @@ def test_what_is_not_an_optimizer_or_not_taken_is_refused(optimizer, arguments, 
 
 def test_a_missing_package_is_named_with_the_extra_that_has_it(monkeypatch):
     monkeypatch.setitem(sys.modules, "pytorch_optimizer", None)
-    with pytest.raises(WrongRequest, match=r"install it: pip install 'fluxq\[optimizers\]'"):
+    with pytest.raises(WrongRequest, match=r"cannot be imported .*; pip install 'fluxq\[optimizers\]'"):
         resolve_optimizer(TrainingConfig(optimizer="prodigy"), silent)
 
 
