@@ -188,6 +188,27 @@ class LoraConfig:
     )
 
 
+OPTIMIZERS = (
+    "adamw",
+    "adamw8bit",
+    "lion8bit",
+    "adamw4bit",
+    "adamwfp8",
+    "adafactor",
+    "muon",
+    "prodigy",
+    "came",
+)
+
+
+def parse_optimizer(value: Any) -> str:
+    """A name of OPTIMIZERS, or package.module.Class. Raises ValueError for anything else."""
+    parts = value.split(".") if isinstance(value, str) else []
+    if value not in OPTIMIZERS and not (len(parts) > 1 and all(part.isidentifier() for part in parts)):
+        raise ValueError(f"one of {', '.join(OPTIMIZERS)}, or package.module.Class")
+    return value
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """[training] The loop."""
@@ -211,30 +232,57 @@ class TrainingConfig:
         "--accumulate",
         minimum=1,
     )
-    learning_rate: float = option(
-        1e-4, "Learning rate: too high ruins images, too low learns next to nothing.", "--lr", minimum=0
+    learning_rate: float | None = option(
+        None,
+        "Learning rate: too high ruins images, too low learns next to nothing; default: 1e-4 for adamw and optimizers "
+        "with updates as large, 3e-5 for lion8bit, 1 for prodigy.",
+        "--lr",
+        minimum=0,
     )
     text_learning_rate: float | None = option(
         None, "Learning rate of --text-encoder; default: half of --lr.", "--text-lr", minimum=0
     )
     optimizer: str = option(
         "adamw8bit",
-        "Optimizer: adamw8bit takes 2 bytes of memory per trained weight, adamw 8, as it keeps its state in fp32.",
+        "Optimizer. Bytes of memory per trained weight: adamw 8, adamw8bit and adamwfp8 2, lion8bit and adamw4bit 1, "
+        "muon 4, adafactor fewer than 1 at usual ranks; with fluxq[optimizers] came 4 and prodigy, which finds its own "
+        "learning rate, 16. Also any package.module.Class.",
         "--optimizer",
-        ("adamw", "adamw8bit"),
+        parse=parse_optimizer,
+    )
+    optimizer_args: tuple[str, ...] = option(
+        (),
+        "A further argument of the optimizer's class, as NAME=VALUE like betas=(0.9,0.95); may be repeated.",
+        "--optimizer-args",
     )
     weight_decay: float = option(
         0.01, "How strongly the optimizer pulls trained weights toward 0; 0: not at all.", minimum=0
     )
     schedule: str = option(
         "constant",
-        "Learning rate after the warm-up: constant keeps it, so that --resume can add steps; linear and cosine lower "
-        "it to 0 by the last step.",
+        "Learning rate after the warm-up: constant keeps it, so that --resume can add steps; linear, cosine, "
+        "polynomial and rex, which falls late, lower it to 0 by the last step; wsd keeps it and lowers it at the end; "
+        "inverse_sqrt lowers it ever more slowly, without regard to the last step.",
         "--schedule",
-        ("constant", "linear", "cosine"),
+        ("constant", "linear", "cosine", "polynomial", "wsd", "inverse_sqrt", "rex"),
     )
-    warmup: int = option(
-        0, "Optimizer steps over which the learning rate rises from 0; 0: none.", "--warmup", minimum=0
+    schedule_cycles: int = option(
+        1, "For schedule = cosine: how often it falls, each time from the full learning rate.", minimum=1
+    )
+    schedule_power: float = option(
+        2.0, "For schedule = polynomial: the power of the share of steps that remains; 1: as linear.", minimum=0.001
+    )
+    schedule_decay: float = option(
+        0.2, "For schedule = wsd: the share of steps at the end in which it falls.", minimum=0.001, maximum=1
+    )
+    schedule_floor: float = option(
+        0.0, "The share of the learning rate that a schedule falls to, 0 to 1.", minimum=0, maximum=1
+    )
+    warmup: float = option(
+        0,
+        "Optimizer steps over which the learning rate rises from 0; below 1: their share of all steps; 0: none.",
+        "--warmup",
+        minimum=0,
     )
     clip: float = option(
         1.0, "Largest norm of the gradient: a larger gradient is scaled down to it; 0: no limit.", minimum=0

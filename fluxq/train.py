@@ -40,18 +40,14 @@ from fluxq.training.defaults import epoch_of, resolve
 from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
+from fluxq.training.libraries import parse_arguments
 from fluxq.training.objective import Objective
-from fluxq.training.optim import (
-    FlatOptimizer,
-    build_optimizer,
-    learning_rate_factor,
-    optimizer_step,
-    restart_rates,
-)
+from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
 from fluxq.training.run import Result, Run
 from fluxq.training.saves import Saves
+from fluxq.training.schedules import learning_rate_factor
 from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest
 from fluxq.training.summary import slower, summary
@@ -90,8 +86,8 @@ def train_in(
     """Train on the images of `scanned`, in the directory of `run`, which nobody else uses."""
     config = run.config
     placement = place(config, models, notify)
-    training, output, steps = config.training, config.output, config.training.steps
-    assert steps is not None, "resolve fills it in"
+    training, output, steps, rate = config.training, config.output, config.training.steps, config.training.learning_rate
+    assert steps is not None and rate is not None, "resolve fills these in"
 
     # what it is trained on, and what is trained
     data = repeated_once("encoding", notify, load_data, run, models, scanned, notify)
@@ -111,7 +107,7 @@ def train_in(
         saved = load_state(run.state_file, layers, optimizer)
         run.resume_from(saved, progress.identity, data.trained_on, accepts_data)
         progress = saved
-        restart_rates(optimizer, training.learning_rate, training.text_learning_rate)
+        restart_rates(optimizer, rate, training.text_learning_rate)
         notify("; ".join([f"resumed after step {progress.step}", *run.changes]))
     elif config.model.compute.startswith("int8"):
         progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
@@ -135,12 +131,12 @@ def train_in(
     with report, saves, StopRequest(notify, saves.last_step) as stopping:
         for step in range(progress.step, steps):
             clock, done = time.perf_counter(), step + 1
-            factor = learning_rate_factor(training.schedule, step, steps, training.warmup)
+            factor = learning_rate_factor(training, step)
             work = partial(optimizer_step, optimizer, objective, step, training.accumulate, factor, training.clip)
             loss, norm = retry.run(f"step {done}", work)
             if not math.isfinite(norm):
                 notify(f"step {done} is skipped, its gradient is {norm}: {objective.described(step)}")
-            report.step(done, loss, training.learning_rate * factor, norm, time.perf_counter() - clock)
+            report.step(done, loss, rate * factor, norm, time.perf_counter() - clock)
             progress.step = done
 
             # now and then
@@ -225,12 +221,13 @@ def load_trainable(
     """Load the models that train, add their LoRA, drawn by the seed or from `start_lora`, and make its optimizer."""
     lora, training = config.lora, config.training
     rank, alpha, targets = lora.rank, lora.alpha, lora.targets
-    assert rank and alpha and targets is not None, "resolve fills these in"
+    learning_rate, arguments = training.learning_rate, parse_arguments(training.optimizer_args)
+    assert rank and alpha and targets is not None and learning_rate is not None, "resolve fills these in"
     ahead = is_known_ahead(models.flux_config, targets) and not lora.text_encoder
     flux = models.load_flux(placement.resident, placement.slots, ahead)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_lora(flux, rank, alpha, targets, init)
-    groups = [{"params": [*flux.parameters()], "lr": training.learning_rate}]
+    groups = [{"params": [*flux.parameters()], "lr": learning_rate}]
     clip = models.load_clip() if lora.text_encoder else None
     if clip is not None:
         in_clip = add_lora(clip, rank, alpha, CLIP_TARGETS, init)
@@ -240,7 +237,7 @@ def load_trainable(
     if start_lora is not None:
         start_from(start_lora, layers, notify)
     expect_training(flux)
-    optimizer = build_optimizer(training.optimizer, groups, training.learning_rate, training.weight_decay)
+    optimizer = build_optimizer(training.optimizer, groups, learning_rate, training.weight_decay, arguments)
     return Trainable(flux, clip, layers, optimizer, ahead)
 
 

@@ -54,7 +54,7 @@ def test_defaults_read_back_equal():
         ({"training": {"rate": float("inf")}}, "my.toml: training.learning_rate must be at least 0, not inf"),
         (
             {"training": {"schedule": "cos"}},
-            "my.toml: training.schedule must be one of constant, linear, cosine, not 'cos'",
+            "my.toml: training.schedule must be one of constant, linear, cosine, polynomial",
         ),
         ({"data": {"folders": [{"repeats": 2}]}}, "my.toml: data.folders.0.path is missing"),
         ({"data": {"folders": [{"path": "a", "repeat": 2}]}}, "unknown key 'data.folders.0.repeat' in my.toml"),

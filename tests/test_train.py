@@ -24,7 +24,7 @@ from PIL import Image
 
 from fluxq import nano
 from fluxq.cli import main
-from fluxq.config import LoraConfig, config_from_dict, read_toml
+from fluxq.config import LoraConfig, TrainingConfig, config_from_dict, read_toml
 from fluxq.console import silent
 from fluxq.data import Folder
 from fluxq.data.folders import by_label
@@ -39,9 +39,9 @@ from fluxq.train import train
 from fluxq.training import disk, saves, stopping
 from fluxq.training.defaults import resolve
 from fluxq.training.objective import Objective
-from fluxq.training.optim import learning_rate_factor
 from fluxq.training.report import read_log
 from fluxq.training.run import Run
+from fluxq.training.schedules import learning_rate_factor
 
 
 @pytest.fixture
@@ -502,7 +502,8 @@ def test_resume_takes_another_learning_rate_and_a_longer_schedule_when_asked(tmp
     assert (tmp_path / "run" / "test-step00000002.safetensors").read_bytes() == before
     assert Path(result.lora) == first and first.read_bytes() != before
     rates = [r["learning_rate"] for r in read_log(tmp_path / "run" / "log.jsonl")]
-    assert rates[2:] == pytest.approx([5e-4 * learning_rate_factor("cosine", step, 6, 0) for step in range(2, 6)])
+    cosine = TrainingConfig(schedule="cosine", steps=6)
+    assert rates[2:] == pytest.approx([5e-4 * learning_rate_factor(cosine, step) for step in range(2, 6)])
     again = {**changed, "steps": 9}
     train(configured(tmp_path, photos, training=again, output={"keep": 1, "save_every": 2}), resume=True)
     kept = sorted(path.name for path in (tmp_path / "run").glob("test-step*"))

@@ -24,6 +24,7 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.model import FluxConfig
 from fluxq.model.costs import chosen
 from fluxq.model.embed import image_ids, pack, text_ids, unpack
+from fluxq.training.libraries import library_of
 from fluxq.training.timesteps import sample_timesteps
 
 
@@ -62,7 +63,9 @@ def randomize(module: nn.Module, device: torch.device) -> None:
 def trainer(model: nn.Module, config: FluxConfig, setting: Setting, optimizer: str) -> Callable[[int], float]:
     """Runs training step `index` and returns its loss, the counterpart of `trainer` in fluxq/bench/timed_step.py."""
     training, parameters = TrainingConfig(), peft_lora.trained(model)
-    updates = library_optimizer(optimizer)(parameters, lr=training.learning_rate, weight_decay=training.weight_decay)
+    updates = library_optimizer(optimizer)(
+        parameters, lr=library_of(optimizer).default_rate()[0], weight_decay=training.weight_decay
+    )
     batch, device, side = random_batch(config, setting), parameters[0].device, setting.resolution // 16
     img_ids, txt_ids = image_ids(side, side, device), text_ids(setting.t5_length, device)
     guidance = torch.full((setting.batch,), training.guidance, device=device) if config.guidance_embed else None

@@ -54,6 +54,7 @@ def fluxq(
     from fluxq.bench.timed_step import SameBatch, random_batch
     from fluxq.config import TrainingConfig
     from fluxq.model.blocks import Scale
+    from fluxq.training.libraries import library_of
     from fluxq.training.objective import Objective
     from fluxq.training.optim import build_optimizer, optimizer_step
 
@@ -62,7 +63,7 @@ def fluxq(
     made = planned(setting, config, device, optimizer, blocks_to_swap=0, offload=False)
     flux, training = planned_flux(config, made, setting.rank, device), TrainingConfig(batch=setting.batch)
     parameters = list(flux.parameters())
-    updates = build_optimizer(optimizer, parameters, training.learning_rate, training.weight_decay)
+    updates = build_optimizer(optimizer, parameters, library_of(optimizer).default_rate()[0], training.weight_decay)
     objective = Objective(flux, SameBatch(random_batch(config, setting), setting.resolution), training)
     return lambda index: optimizer_step(updates, objective, index, 1, 1.0, training.clip)[0], parameters
 

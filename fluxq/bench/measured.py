@@ -21,6 +21,7 @@ from fluxq.model import Flux, FluxConfig
 from fluxq.offload.costs import OWNERS
 from fluxq.offload.gpus import GIB
 from fluxq.offload.plans import Plan
+from fluxq.training.libraries import library_of
 from fluxq.training.optim import FlatOptimizer, build_optimizer
 
 from .random_model import planned_flux
@@ -50,7 +51,9 @@ def _measured(
 ) -> dict[str, Any]:
     flux = planned_flux(config, made, setting.rank, device)
     training, copies = TrainingConfig(), [0]
-    updates = build_optimizer(optimizer, list(flux.parameters()), training.learning_rate, training.weight_decay)
+    updates = build_optimizer(
+        optimizer, list(flux.parameters()), library_of(optimizer).default_rate()[0], training.weight_decay
+    )
     step = trainer(flux, setting, updates=updates)
     watch = PeakWatch(flux, device) if device.type == "cuda" else None
 

@@ -25,6 +25,7 @@ from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
 from fluxq.offload.costs import Costs, Work
 from fluxq.offload.gpus import GIB, GPU
+from fluxq.training.libraries import library_of
 from fluxq.training.objective import Objective
 from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step
 
@@ -99,7 +100,9 @@ def trainer(
     LoRA's weights, by default a new one of kind `optimizer`.
     """
     training, device = TrainingConfig(batch=setting.batch), flux.device
-    updates = updates or build_optimizer(optimizer, flux.parameters(), training.learning_rate, training.weight_decay)
+    updates = updates or build_optimizer(
+        optimizer, flux.parameters(), library_of(optimizer).default_rate()[0], training.weight_decay
+    )
     objective = Objective(flux, SameBatch(random_batch(flux.config, setting), setting.resolution), training)
 
     def step(index: int) -> float:

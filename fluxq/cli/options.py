@@ -62,7 +62,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
 def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str) -> Callable:
     """One click option for a config field. It is None if not given, so that the config file or the default counts."""
     kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
-    unset = field.default is None or field.default is False or field.default == ""
+    unset = field.default is None or field.default is False or field.default in ("", ())
     default = "" if unset else f"  [default: {field.default}]"
     name = key.replace(".", "__")
     if kinds[0] is bool:
@@ -71,7 +71,8 @@ def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str)
         kinds = [str]
     kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
     metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
-    return click.option(flag, name, type=kind, metavar=metavar, help=help + default)
+    several = typing.get_origin(hint) is tuple
+    return click.option(flag, name, type=kind, metavar=metavar, multiple=several, help=help + default)
 
 
 def config_option(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:

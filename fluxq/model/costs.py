@@ -35,8 +35,27 @@ BYTES_PER_WEIGHT = {"nf4": 0.5625, "fp8": 1.0, "int8": 1.0, "bf16": 2.0}
 RELATIVE_ERROR = {"bf16": 0.002, "int8": 0.009, "fp8": 0.026, "nf4": 0.092}
 """Of normally distributed weights in each format, and of products in each type."""
 
-OPTIMIZER_BYTES_PER_WEIGHT = {"adamw": 8.0, "adamw8bit": 2 + 8 / 256}
-"""Bytes of state per weight; in 8 bits, with two fp32 scales per 256. Ignores that tensors below 4,096 stay fp32."""
+OPTIMIZER_BYTES_PER_WEIGHT = {
+    "adamw": 8.0,
+    "adamw8bit": 2 + 8 / 256,
+    "lion8bit": 1 + 4 / 256,
+    "adamw4bit": 1 + 8 / 128,
+    "adamwfp8": 2 + 8 / 256,
+    "adafactor": 0.0,
+    "muon": 4.0,
+    "prodigy": 16.0,
+    "came": 4.0,
+}
+"""Bytes of state per weight; in 8 and 4 bits, with fp32 scales per 256 or 128. Ignores that bitsandbytes keeps tensors
+below 4,096 in fp32. That of others is taken to be as prodigy's, the largest."""
+
+FACTORED = {"adafactor": 1, "came": 2}
+"""How many of a matrix's moments are kept as one number for each row and each column."""
+
+OPTIMIZER_PART = 1 << 22
+"""Weights that an optimizer of torchao updates at a time, since each takes OPTIMIZER_PART_BYTES for that long."""
+
+OPTIMIZER_PART_BYTES = 64
 
 AUTOENCODER = 4 * 83_819_683
 """Bytes of the autoencoder's weights, in fp32."""
@@ -120,8 +139,8 @@ def flux_costs(
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
         lora=6 * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
-        optimizer=int(total * OPTIMIZER_BYTES_PER_WEIGHT[optimizer]),
-        optimizer_peak=4 * total,
+        optimizer=optimizer_bytes(optimizer, total, rank),
+        optimizer_peak=_optimizer_peak(optimizer, total),
         scratch=scratch(products, chunk) + angles + encoder.activations,
         library=library,
         outside=_outside(config, layers, batch, img_tokens, txt_tokens, total, rows) + encoder.work,
@@ -131,6 +150,19 @@ def flux_costs(
         tiles=tuple((band, AUTOENCODER + int(maps * img_tokens * 256 * 128 * 4)) for band, maps in TILES),
         about=dict(rank=rank, batch=batch, img_tokens=img_tokens, txt_tokens=txt_tokens, optimizer=optimizer),
     )
+
+
+def optimizer_bytes(optimizer: str, weights: int, rank: int) -> int:
+    """Bytes of state for the weights of LoRA matrices of `rank`."""
+    factored = 4 * FACTORED.get(optimizer, 0) * (1 / rank + 1 / 64)  # the other side is at least 64
+    return int(weights * (OPTIMIZER_BYTES_PER_WEIGHT.get(optimizer, 16.0) + factored))
+
+
+def _optimizer_peak(optimizer: str, weights: int) -> int:
+    """Temporary bytes of an update."""
+    if optimizer in ("adamw4bit", "adamwfp8"):
+        return OPTIMIZER_PART_BYTES * min(weights, OPTIMIZER_PART)
+    return (8 if optimizer == "prodigy" else 4) * weights
 
 
 def _fragmentation(format: str, compute: str, rows: int, expandable: bool) -> Fragmentation:

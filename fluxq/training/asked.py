@@ -73,6 +73,11 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
         yield "training.steps", "--epochs says how many"
     if output.save_every_epochs is not None:
         yield "output.save_every", "save_every_epochs says when"
+    for schedule, name in (("cosine", "cycles"), ("polynomial", "power"), ("wsd", "decay")):
+        if training.schedule != schedule:
+            yield f"training.schedule_{name}", f"--schedule {training.schedule} does not use it"
+    if training.schedule == "constant":
+        yield "training.schedule_floor", "--schedule constant does not fall"
     if models.variant == "schnell":
         yield "training.guidance", "FLUX.1 schnell has no guidance input"
     if not output.save_every and output.save_every_epochs is None:

@@ -25,6 +25,7 @@ from fluxq.models.parts import Models
 from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
+from .libraries import library_of, parse_arguments
 
 
 def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> tuple[TrainConfig, Scan]:
@@ -46,10 +47,9 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
     training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
-    if training.learning_rate == defaults.training.learning_rate:
-        notify(f"learning rate {training.learning_rate:g}: the usual one if alpha equals rank")
+    training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
-        training = replace(training, text_learning_rate=training.learning_rate / 2)
+        training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)
         notify(
             f"text learning rate {training.text_learning_rate:g}: half of the learning rate; sd-scripts also advises a "
             "lower one for text encoders"
@@ -62,10 +62,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         )
     if training.loss != "l2" or training.weighting != "none":
         notify(f"loss {training.loss}, weighting {training.weighting}: validation is the squared error all the same")
-    if training.warmup >= cast(int, training.steps):
-        raise WrongRequest(
-            f"a warm-up of {training.warmup} steps does not fit into {training.steps}; lower --warmup or raise --steps"
-        )
+    training = resolve_schedule(training)
     name = output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     name = _file_name(name)
     output = replace(output, name=name, out=output.out or Path("runs") / name)
@@ -155,6 +152,35 @@ def caveats(models: Models) -> list[str]:
             "transformer is de-distilled, merge a training adapter for schnell with --base-lora FILE, or train on dev"
         )
     return found
+
+
+def resolve_optimizer(training: TrainingConfig, notify: Notify) -> TrainingConfig:
+    """`training` with a learning rate. Raises WrongRequest for an optimizer that is not there, or wrong arguments."""
+    library = library_of(training.optimizer)
+    library.check(parse_arguments(training.optimizer_args))
+    if training.learning_rate is not None:
+        return training
+    learning_rate, reason = library.default_rate()
+    notify(f"learning rate {learning_rate:g}: {reason}")
+    return replace(training, learning_rate=learning_rate)
+
+
+def resolve_schedule(training: TrainingConfig) -> TrainingConfig:
+    """`training` with the warm-up in steps. Raises WrongRequest for a schedule that does not fit into the run."""
+    steps, warmup = cast(int, training.steps), training.warmup
+    warmup = round(warmup * steps) if warmup < 1 else warmup
+    if warmup % 1:
+        raise WrongRequest(
+            f"a warm-up of {warmup:g} steps is not a whole number; for a share of all steps, give a number below 1"
+        )
+    if warmup >= steps:
+        raise WrongRequest(f"a warm-up of {warmup:g} steps does not fit into {steps}; lower --warmup or raise --steps")
+    if training.schedule == "cosine" and training.schedule_cycles > steps - warmup:
+        raise WrongRequest(
+            f"{training.schedule_cycles} cycles of the schedule do not fit into {steps - warmup:g} steps; lower "
+            "training.schedule_cycles or raise --steps"
+        )
+    return replace(training, warmup=float(warmup))
 
 
 def check_text_encoder(config: TrainConfig, models: Models) -> None:

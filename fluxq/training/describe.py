@@ -46,7 +46,7 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
             steps=step,
             last_step=cast(int, training.steps),
             epochs=-(-step * training.accumulate // len(batches)),
-            learning_rate=training.learning_rate,
+            learning_rate=cast(float, training.learning_rate),
             text_learning_rate=training.text_learning_rate,
             seed=training.seed,
             resolution=(size, size),

@@ -20,11 +20,12 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.keys import split_rows
 from fluxq.formats.quantized import cache_folder, stored_bytes
 from fluxq.model.clip import CLIP_TARGETS
+from fluxq.model.costs import optimizer_bytes
 from fluxq.model.lora import targeted
 from fluxq.models import Models
 from fluxq.models.check_file import size
 
-from .optim import MIN_8_BITS
+from .libraries import MIN_8_BITS
 from .run import Run
 
 LOG_LINE, PLOT, HEADER, TABLES = 256, 1 << 18, 256, 2 << 10
@@ -91,7 +92,7 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     config, out = run.config, run.folder
     steps, every, output = config.training.steps or 0, config.samples.every, config.output
     tensors = lora_tensors(config, models)
-    state = state_bytes(tensors, config.training.optimizer)
+    state = state_bytes(tensors, config.training.optimizer, cast(int, config.lora.rank))
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
     loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
     lora = 2 * sum(tensors) + HEADER * len(tensors) + _split_bytes(config, models)
@@ -138,10 +139,13 @@ def _split_bytes(config: TrainConfig, models: Models) -> int:
     return sum((len(split_rows(path, flux)) - 1) * (2 * rank * layers[path][1] + 2 * HEADER) for path in chosen)
 
 
-def state_bytes(tensors: Iterable[int], optimizer: str) -> int:
-    """The saved state: the LoRA in fp32 and the optimizer's two moments, in fp32 or in 8 bits with their scales."""
-    eight = optimizer == "adamw8bit"
-    return sum(4 * n + 3 * HEADER + (2 * n + n // 32 + TABLES if eight and n >= MIN_8_BITS else 8 * n) for n in tensors)
+def state_bytes(tensors: Iterable[int], optimizer: str, rank: int) -> int:
+    """The saved state: the LoRA in fp32 and the optimizer's state, where bitsandbytes keeps small tensors in fp32."""
+    tables = TABLES if optimizer in ("adamw8bit", "lion8bit") else 0
+    return sum(
+        4 * n + 6 * HEADER + (8 * n if tables and n < MIN_8_BITS else optimizer_bytes(optimizer, n, rank) + tables)
+        for n in tensors
+    )
 
 
 def by_disk(places: Mapping[str, Path]) -> dict[Path, list[str]]:

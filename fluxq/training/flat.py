@@ -48,9 +48,9 @@ class Flat:
         return [flat[a : a + p.numel()].view(p.shape) for a, p in zip(self.starts, self.parameters, strict=True)]
 
     def blocks(self, flat: Tensor) -> list[Tensor]:
-        """The slices of `flat`, which has one number per BLOCK of `values`."""
-        pairs = zip(self.starts, self.parameters, strict=True)
-        return [flat[a // BLOCK : -(-(a + p.numel()) // BLOCK)] for a, p in pairs]
+        """The slices of `flat`, which has one entry per BLOCK of `values`, or per divisor of BLOCK."""
+        pairs, each = zip(self.starts, self.parameters, strict=True), self.values.numel() // flat.numel()
+        return [flat[a // each : -(-(a + p.numel()) // each)] for a, p in pairs]
 
     def gather(self) -> None:
         """Move the gradients of the parameters into that of `values`; one that is missing counts as zero."""

@@ -9,6 +9,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from statistics import fmean, median
 
+from fluxq.config import OPTIMIZERS
 from fluxq.errors import WrongRequest
 
 from .history import STEPS
@@ -16,7 +17,7 @@ from .watch import Watch
 
 BAD_IN_A_ROW, BAD_OF_LAST, LAST = 5, 20, 1000
 HIGHEST_LEARNING_RATE = 1e-2
-"""Of AdamW, whose steps are about as long as the learning rate, whatever the gradient."""
+"""Of AdamW and optimizers like it, whose steps are about as long as the learning rate, whatever the gradient."""
 
 SETTLED = 20
 """Steps of a process until its memory and its pace are those of all later ones."""
@@ -148,7 +149,9 @@ def grown_memory(records: Sequence[Mapping], settled: int = SETTLED) -> str | No
     return f"peak memory grew from {at / 2**30:.1f} GiB at step {records[settled - 1]['step']} to {now / 2**30:.1f} GiB"
 
 
-def high_learning_rate(learning_rate: float) -> list[str]:
-    if learning_rate <= HIGHEST_LEARNING_RATE:
+def high_learning_rate(learning_rate: float, optimizer: str = "adamw") -> list[str]:
+    if learning_rate <= HIGHEST_LEARNING_RATE or not (optimizer in OPTIMIZERS and optimizer != "prodigy"):
         return []
-    return [f"warning: a learning rate of {learning_rate:g} is very high for AdamW, which usually takes 1e-5 to 1e-3"]
+    return [
+        f"warning: a learning rate of {learning_rate:g} is very high for {optimizer}, which usually takes 1e-5 to 1e-3"
+    ]

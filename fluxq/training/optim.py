@@ -1,52 +1,58 @@
-"""Optimizers, learning-rate schedules, and one optimizer step."""
+"""The optimizer of all weights that train, and one optimizer step."""
 
 from __future__ import annotations
 
-import importlib
 import math
 import operator
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
-from types import ModuleType
-from typing import Any, Protocol
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 
-from fluxq.console import quiet_imports
 from fluxq.errors import WrongRequest, is_out_of_memory
 
 from .flat import Flat
+from .libraries import LIBRARIES, MIN_8_BITS, Library, allocate_state, library_of
 
-OPTIMIZERS = ("adamw", "adamw8bit")
-MIN_8_BITS = 4096  # numbers in a tensor; see _has_8_bits
-SCHEDULES = ("constant", "linear", "cosine")
 BETWEEN = -1
 """Instead of a number of steps: in the middle of an update, or left there by one that failed."""
 
+OF_THIS_DEVICE = ("params", "fused", "foreach", "capturable", "differentiable")
+"""Options of a group that a saved state does not change."""
+
+OF_GROUP = "group_"
+"""In front of the names of tensors that a library keeps in its group: the state of the first parameter has them."""
+
 
 def build_optimizer(
-    name: str, parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], learning_rate: float, weight_decay: float
+    name: str,
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]],
+    learning_rate: float,
+    weight_decay: float,
+    arguments: Mapping[str, Any] | None = None,
 ) -> FlatOptimizer:
-    """The optimizer `name`: adamw (state in fp32, 8 bytes per weight) or adamw8bit (bitsandbytes; 2 bytes per weight).
+    """The optimizer `name`, one of OPTIMIZERS or package.module.Class, with further `arguments` for it.
 
     parameters: a list, or torch's groups ("params" and "lr"), which have their own learning rates. The state is
     allocated here and its kernels are loaded, because a first step that runs out of memory for them would be left half
-    done.
+    done; the state of classes that are not in OPTIMIZERS is allocated by the first step. Raises WrongRequest if the
+    optimizer cannot be imported or does not take the arguments.
     """
-    if name not in OPTIMIZERS:
-        raise ValueError(f"the optimizer must be one of {', '.join(OPTIMIZERS)}, not {name!r}")
-    optimizer = FlatOptimizer(name, parameters, learning_rate, weight_decay)
+    optimizer = FlatOptimizer(name, parameters, learning_rate, weight_decay, arguments)
     for flat in optimizer.flats:
         if flat.values.is_cuda:
-            small = nn.Parameter(torch.zeros_like(flat.values[: flat.parameters[0].numel()]))
-            FlatOptimizer(name, [small], learning_rate, weight_decay).step()  # CUDA loads a kernel at its first launch
+            small = nn.Parameter(torch.zeros_like(flat.parameters[0]))
+            FlatOptimizer(name, [small], learning_rate, weight_decay, arguments).step()
+            # CUDA loads a kernel at its first launch
     return optimizer
 
 
 class FlatOptimizer(torch.optim.Optimizer):
-    """AdamW of parameters that become slices of flat tensors (flat.py), so one norm and one update serve all of them.
+    """The optimizer of parameters that become slices of flat tensors (flat.py), so one norm serves all of them, and one
+    update if the library's optimizer is element-wise.
 
     To the outside it is an optimizer like any other: `param_groups` and `state` are those of the parameters, the state
     in slices too. A parameter that has no gradient is updated as if it were zero.
@@ -55,10 +61,21 @@ class FlatOptimizer(torch.optim.Optimizer):
     either changes or is saved.
     """
 
-    def __init__(self, name: str, parameters: Iterable[Any], learning_rate: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        name: str,
+        parameters: Iterable[Any],
+        learning_rate: float,
+        weight_decay: float,
+        arguments: Mapping[str, Any] | None = None,
+    ) -> None:
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
-        self.done, self.changing = 0, threading.RLock()
-        self.flats = [_FlatUpdate(name, part, group) for group in self.param_groups for part in _parts(name, group)]
+        self.done, self.changing, library = 0, threading.RLock(), library_of(name)
+        self.flats = [
+            _FlatUpdate(library, part, group, arguments or {})
+            for group in self.param_groups
+            for part in _parts(library, group["params"])
+        ]
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]  # which schedules multiply
         for flat in self.flats:
@@ -89,8 +106,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         for flat in self.flats:
             flat.step()
             flat.values.grad = None
-            for p in flat.parameters:
-                self.state[p]["step"] = flat.state["step"]
+            flat.update_states(self.state)
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad()
@@ -103,94 +119,154 @@ class FlatOptimizer(torch.optim.Optimizer):
         Raises ValueError and similar errors if it does not have the form of this one's.
         """
         for group, saved in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({key: value for key, value in saved.items() if key != "params"})
-        for index, p in enumerate(parameters_of(self)):
-            saved = dict(state_dict["state"][index])
-            for nested in [key for key, value in saved.items() if isinstance(value, dict)]:
-                saved |= saved.pop(nested)  # bitsandbytes nests its tensors
-            for key, own in self.state[p].items():
-                if isinstance(own, Tensor):
-                    if saved[key].shape != own.shape:
-                        raise ValueError(f"{key} of parameter {index} is {tuple(saved[key].shape)}")
-                    own.copy_(saved[key])
-                else:
-                    self.state[p][key] = saved[key]
+            group.update({key: value for key, value in saved.items() if key not in OF_THIS_DEVICE})
+        states = dict(zip(parameters_of(self), range(len(parameters_of(self))), strict=True))
         for flat in self.flats:
-            flat.state["step"] = self.state[flat.parameters[0]]["step"]
+            flat.load([dict(state_dict["state"].get(states[p], {})) for p in flat.parameters])
+            self.state.update(zip(flat.parameters, flat.states(), strict=True))
 
 
 class _FlatUpdate(Flat):
-    """Some parameters of a group, and the library's optimizer of their flat tensor."""
+    """Some parameters of a group, and the library's optimizer of their flat tensor, or of its slices."""
 
-    def __init__(self, name: str, parameters: Sequence[nn.Parameter], group: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        library: Library,
+        parameters: Sequence[nn.Parameter],
+        group: dict[str, Any],
+        arguments: Mapping[str, Any],
+    ) -> None:
         super().__init__(parameters)
-        self.group, self.updates, common = group, 0, dict(lr=group["lr"], weight_decay=group["weight_decay"])
-        if name == "adamw":
-            self.inner: Any = torch.optim.AdamW([self.values], **common, fused=self.values.is_cuda)
-            self.state = self.inner.state[self.values]
-            moments = (torch.zeros_like(self.values, requires_grad=False) for _ in range(2))
-            step = torch.zeros((), device=self.values.device if self.values.is_cuda else "cpu")
-            self.state |= dict(zip(("step", "exp_avg", "exp_avg_sq"), (step, *moments), strict=True))
-        else:
-            adamw = (
-                import_bitsandbytes().optim.AdamW8bit
-                if _has_8_bits(parameters[0])
-                else import_bitsandbytes().optim.AdamW
-            )
-            self.inner = adamw([self.values], **common)
-            self.inner.init_state(self.inner.param_groups[0], self.values, 0, 0)
-            self.state = self.inner.state[self.values]
+        self.group, self.updates, self.library = group, 0, library
+        self.updated = [self.values] if library.is_elementwise else self.parameters
+        if library is LIBRARIES["adamw"]:
+            arguments = {"fused": self.values.is_cuda, **arguments}
+        if library.package == "bitsandbytes" and library.is_elementwise and not _has_8_bits(parameters[0]):
+            arguments = {"min_8bit_size": self.values.numel() + 1, **arguments}
+        self.inner: Any = library.make(self.updated, group["lr"], group["weight_decay"], arguments)
+        allocate_state(library, self.inner, self.updated)
         own = self.inner.param_groups[0]
-        group.update({key: value for key, value in own.items() if key not in group})
+        group.update({key: value for key, value in own.items() if key not in group and not isinstance(value, Tensor)})
 
     def states(self) -> list[dict[str, Any]]:
-        """The state of each parameter, in slices of the flat tensor's."""
-        columns = {key: self._sliced(key, value) for key, value in self.state.items()}
-        return [{key: column[i] for key, column in columns.items()} for i in range(len(self.parameters))]
+        """The state of each parameter, of plain tensors, in slices of the flat tensor's."""
+        if self.library.is_elementwise:
+            columns = {key: self._sliced(key, value) for key, value in _plain(self.inner.state[self.values]).items()}
+            states = [{key: column[i] for key, column in columns.items()} for i in range(len(self.parameters))]
+        else:
+            states = [dict(self.inner.state[p]) for p in self.parameters]
+        return [{**states[0], **self._of_group()}, *states[1:]]
+
+    def update_states(self, state: dict[Any, dict[str, Any]]) -> None:
+        """Put into the states of the parameters what a step makes anew; slices are updated in place."""
+        if self.updates == 1 or not self.library.is_elementwise:
+            state.update(zip(self.parameters, self.states(), strict=True))
+        if self.updates == 1:
+            for key, value in (*state[self.parameters[0]].items(), *self.group.items()):
+                _require_savable(self.library, key, value)
+        state[self.parameters[0]].update(self._of_group())
+        if self.library.is_elementwise and "step" in self.inner.state[self.values]:
+            for p in self.parameters:
+                state[p]["step"] = self.inner.state[self.values]["step"]
+
+    def _of_group(self) -> dict[str, Tensor]:
+        own = self.inner.param_groups[0].items()
+        return {OF_GROUP + key: value for key, value in own if isinstance(value, Tensor) and key != "lr"}
 
     def _sliced(self, key: str, value: Any) -> list[Any]:
-        if key in ("step", "qmap1", "qmap2"):
+        if not isinstance(value, Tensor) or not value.ndim or key.startswith("qmap") or key.endswith("_qmap"):
             return [value] * len(self.parameters)
-        return self.blocks(value) if key.startswith("absmax") else self.parts(value)
+        return self.parts(value) if value.numel() == self.values.numel() else self.blocks(value)
+
+    def load(self, saved: Sequence[dict[str, Any]]) -> None:
+        """Take over the saved states of the parameters. Raises ValueError and similar errors for other forms."""
+        for key in [key for key in saved[0] if key.startswith(OF_GROUP)]:
+            self.inner.param_groups[0][key.removeprefix(OF_GROUP)] = saved[0].pop(key).to(self.values.device)
+        if not self.library.is_elementwise:
+            for p, state in zip(self.parameters, saved, strict=True):
+                self.inner.state[p] = {key: self._placed(key, value) for key, value in state.items()}
+            return
+        flat = self.inner.state[self.values]
+        for p, state, own in zip(self.parameters, saved, self.states(), strict=True):
+            for nested in [key for key, value in state.items() if isinstance(value, dict)]:
+                state |= state.pop(nested)  # bitsandbytes nests its tensors
+            for key, value in own.items():
+                if key.startswith(OF_GROUP):
+                    continue
+                if not isinstance(value, Tensor):
+                    flat[key] = state[key]
+                elif state[key].shape != value.shape:
+                    raise ValueError(f"{key} of a parameter of shape {tuple(p.shape)} is {tuple(state[key].shape)}")
+                else:
+                    value.copy_(state[key])
+
+    def _placed(self, key: str, value: Any) -> Any:
+        """`value` of a saved state where the library has it: torch's count of steps may stay on the CPU."""
+        on_cpu = key == "step" and not any(self.inner.param_groups[0].get(name) for name in ("fused", "capturable"))
+        return value.to(self.values.device) if isinstance(value, Tensor) and not on_cpu else value
 
     def step(self) -> None:
         """Update the flat tensor, with the options that the group has now."""
         own = self.inner.param_groups[0]
-        own.update({key: self.group[key] for key in ("lr", "weight_decay", "betas", "eps")})
+        options = {key: self.group[key] for key in own if key in self.group and key not in OF_THIS_DEVICE}
+        if isinstance(own["lr"], Tensor):
+            own["lr"].fill_(options.pop("lr"))
+        own.update(options)
         self.updates += 1
-        if isinstance(self.inner, torch.optim.AdamW):
-            self.inner.step()
-        else:
+        if not self.library.is_elementwise:
+            for p, gradient in zip(self.parameters, self.parts(cast(Tensor, self.values.grad)), strict=True):
+                p.grad = gradient
+        if self.library.package == "bitsandbytes" and self.library.is_elementwise:
             self.inner.update_step(own, self.values, 0, 0)  # `step` would wait for the GPU after every tensor
+        else:
+            with torch.compiler.set_stance("force_eager") if self.library.package == "torchao" else nullcontext():
+                self.inner.step()
+        for p in self.parameters:
+            p.grad = None
+        self.group.update({key: own[key] for key in own if key != "params" and not isinstance(own[key], Tensor)})
 
 
-def _parts(name: str, group: dict[str, Any]) -> list[list[nn.Parameter]]:
-    """The parameters of `group` that one flat tensor can hold: those whose state has as many bits."""
-    parameters = group["params"]
-    if name == "adamw":
-        return [parameters] if parameters else []
-    parts = ([p for p in parameters if _has_8_bits(p) == bits] for bits in (True, False))
-    return [part for part in parts if part]
+def _plain(state: Mapping[str, Any]) -> dict[str, Any]:
+    """`state` with the parts of quantized tensors of torchao in place of these, as bytes and scales."""
+    plain: dict[str, Any] = {}
+    for key, value in state.items():
+        parts = {name: getattr(value, name) for name in getattr(value, "tensor_attrs", ())}
+        if not parts:
+            plain[key] = value
+        for name, part in parts.items():
+            plain[f"{key}_{name}"] = part.view(torch.uint8) if part.dtype == torch.float8_e4m3fn else part
+    return plain
+
+
+def _require_savable(library: Library, key: str, value: Any) -> None:
+    """Raise WrongRequest if the state has what a saved state cannot hold."""
+    values = value if isinstance(value, list | tuple) else [value]
+    is_plain = all(v is None or isinstance(v, int | float | str) for v in values) or type(value) is Tensor
+    if not (is_plain or key == "params"):
+        raise WrongRequest(
+            f"the state of {library.path} cannot be saved, as its {key} is a {type(value).__name__}; choose another "
+            "optimizer"
+        )
+
+
+def _parts(library: Library, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
+    """`parameters` by the flat tensors that hold them: those whose states have as many bits, up to `most` numbers."""
+    eight = [_has_8_bits(p) or library.package != "bitsandbytes" or not library.is_elementwise for p in parameters]
+    parts: list[list[nn.Parameter]] = []
+    for bits in (True, False):
+        numbers = math.inf
+        for p in (p for p, has in zip(parameters, eight, strict=True) if has == bits):
+            numbers += p.numel()
+            if numbers > library.most or math.isinf(numbers):
+                parts.append([])
+                numbers = p.numel()
+            parts[-1].append(p)
+    return parts
 
 
 def _has_8_bits(p: nn.Parameter) -> bool:
     """Whether bitsandbytes stores the state of `p` in 8 bits: that of small tensors stays in fp32."""
     return p.numel() >= MIN_8_BITS
-
-
-def import_bitsandbytes() -> ModuleType:
-    """bitsandbytes, without torch's compiler, which takes three seconds to load.
-
-    bitsandbytes compiles Python versions of its kernels while it is imported. They are for devices that it has no
-    kernels for, and fluxq runs on none of those: while it is imported, functions stay as they are.
-    """
-    compile = torch.compile
-    torch.compile = lambda function=None, **_: (lambda f: f) if function is None else function
-    try:
-        with quiet_imports():
-            return importlib.import_module("bitsandbytes")
-    finally:
-        torch.compile = compile
 
 
 class Minimized(Protocol):
@@ -240,14 +316,14 @@ def optimizer_step(
 
 
 def update(optimizer: FlatOptimizer) -> None:
-    """optimizer.step(), with the temporary memory that AdamW needs tested first, so that running out changes nothing.
+    """optimizer.step(), with the temporary memory that it needs tested first, so that running out changes nothing.
 
-    adamw8bit needs no temporary memory. Raises WrongRequest if memory runs out in the middle all the same: then only
-    some weights are updated, and the run cannot continue from them.
+    Raises WrongRequest if memory runs out in the middle all the same: then only some weights are updated, and the run
+    cannot continue from them.
     """
-    for flat in optimizer.flats:
-        if isinstance(flat.inner, torch.optim.AdamW):
-            torch.empty_like(flat.values)  # as large as the roots of exp_avg_sq
+    needed = [flat.library.temporary * flat.values.numel() for flat in optimizer.flats]
+    if optimizer.flats and max(needed):
+        torch.empty(max(needed), dtype=torch.uint8, device=optimizer.flats[0].values.device)
     before, done = _update_count(optimizer), optimizer.done
     optimizer.done = BETWEEN
     try:
@@ -277,20 +353,3 @@ def restart_rates(optimizer: FlatOptimizer, *learning_rates: float | None) -> No
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:
     return [p for group in optimizer.param_groups for p in group["params"]]
-
-
-def learning_rate_factor(name: str, step: int, steps: int, warmup: int) -> float:
-    """The factor of the learning rate at `step` (0-based) of `steps`: a linear warm-up, then the schedule `name`.
-
-    linear and cosine end at 0.
-    """
-    if step < warmup:
-        return (step + 1) / warmup
-    progress = (step - warmup) / max(1, steps - warmup)
-    if name == "constant":
-        return 1.0
-    if name == "linear":
-        return 1 - progress
-    if name == "cosine":
-        return (1 + math.cos(math.pi * progress)) / 2
-    raise ValueError(f"the schedule must be one of {', '.join(SCHEDULES)}, not {name!r}")

@@ -44,7 +44,8 @@ from fluxq.models.parts import Models
 from .state import Progress, saved_settings
 from .summary import slow_lines
 
-MAY_CHANGE = ("steps", "schedule", "warmup", "learning_rate", "text_learning_rate")
+SCHEDULE = ("schedule", "schedule_cycles", "schedule_power", "schedule_decay", "schedule_floor")
+MAY_CHANGE = ("steps", "warmup", "learning_rate", "text_learning_rate", *SCHEDULE)
 """The settings of training that --resume takes over from the command line."""
 
 SAME_RESULT = ("ae_band", "skip_bad", "offline", "recursive", "masks")
@@ -52,6 +53,7 @@ SAME_RESULT = ("ae_band", "skip_bad", "offline", "recursive", "masks")
 
 WHY_FIXED = {
     "optimizer": "its state is not that of another optimizer",
+    "optimizer_args": "its state is of an optimizer with those",
     "format": "in another format the frozen weights are other numbers",
     "compute": "in another arithmetic the frozen model gives other results",
     "rank": "its LoRA has that rank",

@@ -79,8 +79,8 @@ def _loaded(
     numbers = [seconds, *(validation or {}).values(), *(v for g in about["groups"] for v in _numbers(g))]
     if type(about["step"]) is not int or about["step"] < 0 or not all(isinstance(text, str) for text in texts):
         raise ValueError("its step is not a number, or one of its names is not text")
-    if not all(isinstance(number, int | float) for number in numbers):
-        raise ValueError("one of its settings is not a number")
+    if not all(isinstance(number, int | float | str) for number in numbers):
+        raise ValueError("one of its settings is neither a number nor text")
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: checkpoint.shape(k) for n, k in saved.items()}:

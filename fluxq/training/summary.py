@@ -38,7 +38,7 @@ def summary(
         first,
         *not_full(epoch, config.training.batch),
         *slow_lines(slower(flux)),
-        *high_learning_rate(config.training.learning_rate),
+        *high_learning_rate(config.training.learning_rate or 0.0, config.training.optimizer),
     ]
 
 

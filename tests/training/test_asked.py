@@ -65,6 +65,13 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
         ),
         ({"training": {"huber_c": 1}}, models(), "training.huber_c", "only training.loss huber and smooth_l1 use it"),
         ({"training": {"huber_schedule": "snr", "loss": "l1"}}, models(), "training.huber_schedule", "and it is l1"),
+        (
+            {"training": {"schedule_cycles": 2, "schedule": "wsd"}},
+            models(),
+            "training.schedule_cycles",
+            "--schedule wsd does not use it",
+        ),
+        ({"training": {"schedule_floor": 0.1}}, models(), "training.schedule_floor", "constant does not fall"),
         ({"output": {"keep": 2, "save_every": 0}}, models(), "output.keep", "no LoRA is saved before the end"),
         (
             {"data": {"trigger": "a", "folders": [{"path": "p", "trigger": "b"}]}},

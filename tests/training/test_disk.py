@@ -108,5 +108,5 @@ def test_what_the_run_replaces_does_not_count(tmp_path):
 
 def test_a_state_in_8_bits_is_about_half():
     sizes = [1 << 20] * 8
-    assert state_bytes(sizes, "adamw") == pytest.approx(2 * state_bytes(sizes, "adamw8bit"), rel=0.02)
-    assert state_bytes([100], "adamw") == state_bytes([100], "adamw8bit"), "small tensors stay in fp32"
+    assert state_bytes(sizes, "adamw", 16) == pytest.approx(2 * state_bytes(sizes, "adamw8bit", 16), rel=0.02)
+    assert state_bytes([100], "adamw", 16) == state_bytes([100], "adamw8bit", 16), "small tensors stay in fp32"

@@ -1,4 +1,4 @@
-"""Saved state: the same bits return, for both optimizers, and another run's state is refused."""
+"""Saved state: the same bits return, for every optimizer, and another run's state is refused."""
 
 from __future__ import annotations
 
@@ -6,9 +6,12 @@ import pytest
 import torch
 from helpers import randomize, tiny_config
 
+from fluxq.config import OPTIMIZERS
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, write_safetensors
 from fluxq.model import Flux, add_lora
+from fluxq.training.disk import state_bytes
+from fluxq.training.libraries import library_of
 from fluxq.training.optim import build_optimizer
 from fluxq.training.state import Progress, load_state, save_state, saved_settings
 
@@ -30,8 +33,18 @@ def advance(parameters, optimizer, start, stop):
         optimizer.step()
 
 
-@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+NEEDS_SECONDS = ("adamw4bit", "adamwfp8", "adafactor", "muon")
+"""To import their libraries."""
+
+
+@pytest.mark.parametrize(
+    "name",
+    [pytest.param(name, marks=pytest.mark.slow) if name in NEEDS_SECONDS else name for name in OPTIMIZERS]
+    + ["torch.optim.NAdam", "torch.optim.SGD"],
+)
 def test_training_from_a_saved_state_is_bit_exact(name, tmp_path):
+    if library_of(name).package == "pytorch_optimizer":
+        pytest.importorskip("pytorch_optimizer")
     path = tmp_path / "state.safetensors"
     layers, parameters, optimizer = trained(name, 3)
     saved = Progress({"data": "d", "model": "m"}, 3, 1.5, {"held_out": 0.5}, ["a.b"])
@@ -42,6 +55,14 @@ def test_training_from_a_saved_state_is_bit_exact(name, tmp_path):
     advance(parameters2, optimizer2, 3, 6)
     for a, b in zip(parameters, parameters2, strict=True):
         assert torch.equal(a, b)
+    for p, q in zip(parameters, parameters2, strict=True):
+        one, other = optimizer.state[p], optimizer2.state[q]
+        assert one.keys() == other.keys()
+        tensors = [key for key, value in one.items() if isinstance(value, torch.Tensor)]
+        assert all(torch.equal(one[key], other[key]) for key in tensors)
+    sizes = [p.numel() for p in parameters]
+    if not name.startswith("torch.optim."):
+        assert path.stat().st_size == pytest.approx(state_bytes(sizes, name, 64), rel=0.1), "as predicted"
 
 
 def test_another_rank_is_refused(tmp_path):
