@@ -1,9 +1,10 @@
 """What a training step costs Python: launches, waits, copies and CPU time, on an emulated GPU whose kernels do nothing.
 
     python3 -m benchmarks.emulated_host --gpu NAME --out FILE     the settings of ROWS for that GPU, beside predictions
+    python3 -m benchmarks.emulated_host --gpu NAME --recount FILE     the same, but times stay: the machine is not idle
     python3 -m benchmarks.emulated_host --gpu NAME --count FILE   launches of a block, for fluxq/model/launches.json
     python3 -m benchmarks.emulated_host --page FILE               the page beside FILE
-    python3 -m benchmarks.emulated_host --check NAME              one row, which may not count more than the table
+    python3 -m benchmarks.emulated_host --check NAME              one row, which must count what the table says
 
 `make emulated-host` runs all of them. Rows are added to FILE, in place of earlier ones. The CPU time of a step is that
 of Python, PyTorch and what stands in for the driver; a real driver takes a little more.
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from benchmarks.measure import about
+from benchmarks.measure import about, commit
 from benchmarks.placed import ENDLESS, RANK, T5_LENGTH
 from fluxq.bench.random_model import planned_flux, random_flux
 from fluxq.bench.timed_step import SameBatch, Setting, costs_of, random_batch, trainer
@@ -82,7 +83,7 @@ COUNTS = ("launches", "synchronizations", "waits_for_copies", "pageable_copies",
 def main() -> None:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--gpu", choices=GPUS, help="the one that is emulated")
-    for name in ("out", "count", "page"):
+    for name in ("out", "recount", "count", "page"):
         made.add_argument(f"--{name}", type=Path, metavar="FILE")
     made.add_argument("--check", choices=[row.name for row in ROWS], metavar="NAME", help="on the row's GPU")
     made.add_argument("--list", action="store_true", help="only print the names of the rows")
@@ -96,6 +97,9 @@ def main() -> None:
     for row in ROWS if arguments.out else ():
         if row.gpu == arguments.gpu:
             add_rows(arguments.out, [measure(row)], Row._fields)
+    for row in ROWS if arguments.recount else ():
+        if row.gpu == arguments.gpu:
+            add_rows(arguments.recount, [recounted(row, arguments.recount)], Row._fields)
     if arguments.page:
         rows = json.loads(arguments.page.read_text(encoding="utf-8"))
         arguments.page.with_suffix(".md").write_text(page(rows), encoding="utf-8")
@@ -138,15 +142,26 @@ def counted_launches(step: Callable[[int], Any]) -> int:
 
 
 def differences(row: Row) -> list[str]:
-    """Of what a step of the row takes more than the table says."""
-    (known,) = (r for r in json.loads(TABLE.read_text(encoding="utf-8")) if Row(*(r[f] for f in Row._fields)) == row)
-    _, step = prepared(row)
+    """What a step of the row counts otherwise than the table says."""
+    known, (_, step) = known_row(row, TABLE), prepared(row)
     found = counts(step)
     errors = [f"{row.name}: {error}" for error in found["errors"]]
     before, now = (
         {name: sum(r[name].values()) if name == "copies" else r[name] for name in COUNTS} for r in (known, found)
     )
-    return errors + [f"{row.name}: {now[n]} {n}, {before[n]} in the table" for n in COUNTS if now[n] > before[n]]
+    return errors + [f"{row.name}: {now[n]} {n}, {before[n]} in the table" for n in COUNTS if now[n] != before[n]]
+
+
+def known_row(row: Row, table: Path) -> dict[str, Any]:
+    rows = json.loads(table.read_text(encoding="utf-8"))
+    return next(known for known in rows if all(known[name] == value for name, value in row._asdict().items()))
+
+
+def recounted(row: Row, table: Path) -> dict[str, Any]:
+    """What the table has for `row`, with what a step counts now."""
+    made, step = prepared(row)
+    found = counts(step) | {"predicted_launches": made.launches, "counted": commit()}
+    return known_row(row, table) | found
 
 
 def measure(row: Row) -> dict[str, Any]:
@@ -256,7 +271,8 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     rows = sorted(rows, key=lambda row: ROWS.index(Row(*(row[name] for name in Row._fields))))
     lines, about = [], rows[0]["about"]
     versions = f"torch {about['torch']}, Triton {about['packages']['triton']}, Python {about['python']}"
-    commits = sorted({row["about"]["commit"][:10] for row in rows})
+    timed = {row["about"]["commit"][:10] for row in rows}
+    counted = {row.get("counted", row["about"]["commit"])[:10] for row in rows}
     for row in rows:
         copied, ms = row["copies"]["GPU to host"] + row["copies"]["host to GPU"], row["cpu_ms"]
         cells = [row["gpu"], row["resolution"], f"{row['format']} {row['compute']}", row["policy"], row["swap"]]
@@ -269,7 +285,7 @@ def page(rows: Sequence[dict[str, Any]]) -> str:
     text = HEADER.format(
         text=T5_LENGTH,
         rank=RANK,
-        versions=f"{versions}; commit {', '.join(commits)}",
+        versions=f"{versions}; counted at commit {', '.join(sorted(counted))} and timed at {', '.join(sorted(timed))}",
         counted=COUNTED,
         timed=TIMED,
         add=between(row["add_us"] for row in rows),

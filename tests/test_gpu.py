@@ -145,6 +145,32 @@ def test_a_run_trains_saves_and_goes_on(tmp_path):
     assert train(config_from_dict(values, "a test"), resume=True).steps == 5
 
 
+def test_a_run_with_masked_text_has_the_losses_of_a_cpu(tmp_path, monkeypatch):
+    """Captions of three lengths in a batch, so that attention has a mask, and runs another kernel than without."""
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    captions = "star", "a large red star at the top of a blue field", "a red star"
+    for i, ((image, _), caption) in enumerate(zip(drawing.concept(seed=1, count=3), captions, strict=True)):
+        image.save(folder / f"{i}.png")
+        (folder / f"{i}.txt").write_text(caption)
+
+    def losses(device: str) -> list[float]:
+        out = tmp_path / device
+        values = {
+            "model": {"name": "nano", "text_mask": True},
+            "data": {"folders": [str(folder)], "cache": str(tmp_path / "cache")},
+            "training": {"steps": 2, "batch": 3, "optimizer": "adamw"},
+            "output": {"out": str(out), "name": "x"},
+        }
+        train(config_from_dict(values, "a test"))
+        return [record["loss"] for record in map(json.loads, (out / "log.jsonl").open()) if "loss" in record]
+
+    found = losses("cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    expected = losses("cpu")
+    assert len(found) == 2 and found == pytest.approx(expected, rel=2e-3)
+
+
 @pytest.mark.skipif(os.name != "posix", reason="Windows ends a process that gets SIGTERM")
 def test_a_run_that_is_asked_to_end_saves_its_step_and_exits_143(tmp_path):
     folder, out = tmp_path / "photos", tmp_path / "run"

@@ -4,7 +4,7 @@
 
 Drawn from are the emulated GPU's own tests, the tests that need a GPU (with copies as late as CUDA allows and as early,
 and `--races`), rows of the memory table, whose figures are compared with what was predicted, rows of the host table,
-which may not count more than the table, every Triton kernel once on one GPU, and a few refused calls. Every item has a
+which must count what the table says, every Triton kernel once on one GPU, and a few refused calls. Every item has a
 known cost, and no more are drawn than fit into `--seconds` of one core; nothing is stopped or fails for being slow.
 """
 
