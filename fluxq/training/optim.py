@@ -221,7 +221,7 @@ class _FlatUpdate(Flat):
         else:
             with torch.compiler.set_stance("force_eager") if self.library.package == "torchao" else nullcontext():
                 self.inner.step()
-        for p in self.parameters:
+        for p in () if self.library.is_elementwise else self.parameters:
             p.grad = None
         self.group.update({key: own[key] for key in own if key != "params" and not isinstance(own[key], Tensor)})
 

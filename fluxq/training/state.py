@@ -76,11 +76,12 @@ def _loaded(
     seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
     changes = facts.pop("changes", [])  # former states have none
     texts = [*facts.values(), *rotated, *changes]
-    numbers = [seconds, *(validation or {}).values(), *(v for g in about["groups"] for v in _numbers(g))]
+    pairs = list(zip(about["groups"], optimizer.param_groups, strict=True))
+    numbers = [seconds, *(validation or {}).values(), *(v for saved, own in pairs for v in _numbers(saved, own))]
     if type(about["step"]) is not int or about["step"] < 0 or not all(isinstance(text, str) for text in texts):
         raise ValueError("its step is not a number, or one of its names is not text")
-    if not all(isinstance(number, int | float | str) for number in numbers):
-        raise ValueError("one of its settings is neither a number nor text")
+    if not all(isinstance(number, int | float) for number in numbers):
+        raise ValueError("one of its settings is not a number")
     parameters = _parameters(layers)
     saved = {key.removeprefix("lora."): key for key in checkpoint.keys() if key.startswith("lora.")}
     if {n: tuple(p.shape) for n, p in parameters.items()} != {n: checkpoint.shape(k) for n, k in saved.items()}:
@@ -135,9 +136,10 @@ def _about(checkpoint: Checkpoint) -> dict[str, Any]:
     return json.loads(checkpoint.metadata["fluxq_state"])
 
 
-def _numbers(group: Mapping[str, Any]) -> list[Any]:
-    """The settings of an optimizer's group; JSON has lists for tuples."""
-    values = [value for key, value in group.items() if key != "params" and value is not None]
+def _numbers(group: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
+    """The settings of an optimizer's group that are numbers, as those of `own` are; JSON has lists for tuples."""
+    names = [key for key in group if not (isinstance(group[key], str) and isinstance(own.get(key), str))]
+    values = [group[key] for key in names if key != "params" and group[key] is not None]
     return [number for value in values for number in (value if isinstance(value, list) else [value])]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from fluxq.offload.gpus import GPUS
 from fluxq.offload.planner import GRAIN, plan
 from fluxq.offload.plans import Pins
 from fluxq.training import previews
-from fluxq.training.optim import import_bitsandbytes
+from fluxq.training.libraries import import_bitsandbytes
 
 BLOCKS = (("d0.img", "d0.txt"), ("d1.img", "d1.txt"), ("s0",), ("s1",))
 SHORT = replace(FluxConfig.dev(), depth=4, depth_single_blocks=8)
@@ -238,7 +239,9 @@ def test_validation_and_previews_are_repeated_too(photos, undisturbed, tmp_path,
     """Units move to RAM; what blocks keep does not matter here and stays."""
     Shortage(monkeypatch, Flux, "forward", {2})  # in the validation before
     Shortage(monkeypatch, AutoEncoder, "decode", {1, 2, 3, 4})  # whole, again, on 32 rows at a time, and on 8
-    more = ["--sample-every", 3, "--sample-steps", 2, "--set", f"data.validation=['{photos}']"]
+    shutil.copytree(photos, tmp_path / "held_out")
+    held_out = tmp_path / "held_out"
+    more = ["--sample-every", 3, "--sample-steps", 2, "--set", f"data.validation=['{held_out}']"]
     result = run(photos, tmp_path, *more)
     assert_undisturbed(result, tmp_path, undisturbed, 2)
     assert "out of memory in validation" in result.output and "out of memory in the preview at step 3" in result.output

@@ -26,7 +26,7 @@ from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.write import save_lora
 from fluxq.model import FluxConfig
 from fluxq.models.parts import PARTS
-from fluxq.training.optim import import_bitsandbytes
+from fluxq.training.libraries import import_bitsandbytes
 
 NANO = FluxConfig.nano()
 WIDE = tiny_config(in_channels=64, out_channels=64, vec_in_dim=64, context_in_dim=64, depth=1, depth_single_blocks=1)

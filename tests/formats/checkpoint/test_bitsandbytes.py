@@ -22,7 +22,7 @@ from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.checkpoint.source import OPENERS, open_flux, open_t5
 from fluxq.formats.quantized import QuantizedFile, cached, load_quantized, write_quantized
 from fluxq.kernels import NF4Weight, RowScaled, dequantize
-from fluxq.training.optim import import_bitsandbytes
+from fluxq.training.libraries import import_bitsandbytes
 
 diffusers = Lazy("diffusers")
 bnb_quantizer = Lazy("diffusers.quantizers.bitsandbytes.bnb_quantizer")
