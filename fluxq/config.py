@@ -493,7 +493,7 @@ class OutputConfig:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """All settings of a run. `largest_batch` is (images, side): of the micro-batch with the most pixels, as squares."""
+    """All settings of a run."""
 
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -502,11 +502,6 @@ class TrainConfig:
     memory: MemoryConfig = field(default_factory=MemoryConfig)
     samples: SamplesConfig = field(default_factory=SamplesConfig)
     output: OutputConfig = field(default_factory=OutputConfig)
-
-    @property
-    def largest_batch(self) -> tuple[int, int]:
-        batches = ((f.batch or self.training.batch, side_of(f.resolution)) for some in self.data.filled() for f in some)
-        return max(batches, key=lambda b: b[0] * b[1] ** 2, default=(self.training.batch, self.data.side))
 
 
 FORMER_KEYS = {

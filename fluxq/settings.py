@@ -1,4 +1,4 @@
-"""What config.py and the rooms below it share: how a setting is described, and the settings of a folder of images.
+"""Shared by config.py and the packages below it: how a setting is described, and the settings of an image folder.
 
 What a folder leaves unset is as [data] has it, and what that leaves unset has a default (DEFAULTS).
 """
@@ -39,7 +39,7 @@ def parse_resolution(value: Any) -> Resolution:
     """768, "768", "768x1024" (width x height), "512,768,1024", [768, 1024] (width, height), [512, 768, 1024] or
     [[512, 512], [768, 1024]]. Raises ValueError for anything else.
     """
-    wanted = 'a number of pixels, "WIDTHxHEIGHT" or several of these like "512,768"'
+    wanted = 'a number of pixels from 16 up, "WIDTHxHEIGHT" or several of these like "512,768"'
     parts = value.split(",") if isinstance(value, str) else value
     if isinstance(parts, list | tuple):
         if len(parts) == 2 and all(_is_side(part) for part in parts) and not isinstance(value, str):
@@ -113,14 +113,14 @@ class ImageSettings:
         None, "Shuffle the tags of captions, the parts between commas, anew in each variant.", "--shuffle-tags"
     )
     keep_tokens: int | None = option(
-        None, "So many of the first tags stay in front and are never dropped; default: 0.", "--keep-tokens", minimum=0
+        None, "How many of the first tags stay in front and are never dropped; default: 0.", "--keep-tokens", minimum=0
     )
     keep_tokens_separator: str | None = option(
         None, "A mark in captions, like |||: tags before it, and behind a second one, stay in place; default: none."
     )
     tag_dropout: float | None = option(
         None,
-        "Chance of each tag to be left out of a variant, 0 to 1; default: 0.",
+        "Chance of each tag to be left out of a variant, 0 to below 1; default: 0.",
         "--tag-dropout",
         minimum=0,
         maximum=1,
@@ -130,14 +130,15 @@ class ImageSettings:
     )
     caption_dropout: float | None = option(
         None,
-        "Chance of a step to see an image without its caption, 0 to 1; 0.05 to 0.1 is usual for styles; default: 0.",
+        "Chance of a step to see an image without its caption, 0 to below 1; 0.05 to 0.1 is usual for styles; default: 0.",
         "--caption-dropout",
         minimum=0,
         maximum=1,
     )
     caption_dropout_epochs: int | None = option(
         None,
-        "Leave out all captions in each epoch whose number, counted from 1, is a multiple of this; default: 0, never.",
+        "Leave out all captions in each epoch whose number, counted from 1, is a multiple of this, 2 or more; "
+        "default: 0, never.",
         minimum=0,
     )
     flip: bool | None = option(
@@ -162,7 +163,7 @@ class ImageSettings:
         "--masks",
     )
     mask_outside: float | None = option(
-        None, "How much counts what a mask leaves out, 0 to 1; default: 0.", minimum=0, maximum=1
+        None, "How much the area outside a mask counts, 0 to 1; default: 0.", minimum=0, maximum=1
     )
     mask_normalize: bool | None = option(
         None, "Weigh an image with a small mask as much as one with a large mask; default: each pixel counts alike."
@@ -217,7 +218,7 @@ class Folder(ImageSettings):
         return replace(self, **dict(values))
 
     def plain(self) -> Self:
-        """This folder (filled) without what is drawn at random but wildcards, of which one caption is drawn."""
+        """This folder (filled) without random variants; of wildcards, one caption is drawn."""
         images = {"flip": False, "random_crop": False, "color_augment": False, "variants": 1}
         captions = {"shuffle_tags": False, "keep_tokens": 0, "tag_dropout": 0.0}
         return replace(self, **images, **captions, caption_dropout=0.0, caption_dropout_epochs=0)

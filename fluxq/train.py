@@ -185,7 +185,7 @@ def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
     Raises WrongRequest, before anything is encoded, if a disk has no room for the run.
     """
     config, data, training = run.config, run.config.data, run.config.training
-    prompts = preview_prompts(config, models, (example.caption for example in scanned.examples))
+    prompts = preview_prompts(config, models, scanned)
     room = partial(require_room_for_run, run, models, len(prompts), notify)
     with progress_bar() as progress:
         texts = (*prompts, config.samples.negative) if prompts else ()

@@ -18,7 +18,7 @@ from fluxq.console import Notify, plural, silent
 from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.examples import Example, Scan
-from fluxq.data.images import View
+from fluxq.data.images import PLAIN, View
 from fluxq.errors import WrongRequest
 
 from .encoding import Progress, TextEncoder, encode_captions, encode_images, encode_masks, truncation_notes
@@ -37,6 +37,7 @@ from .store import (
 )
 
 LOOKS = "looks.json"
+MIRRORED = View(mirrored=True)
 
 
 @dataclass(frozen=True)
@@ -263,8 +264,8 @@ def _latents_keys(store: Store, example: Example, encoders: EncoderFiles, hashes
         own = tuple(latents_key(*request, encoder, example.recolored, view) for view in example.views)
         if len(example.views) > 1 or not _use_imported(store, "latents", own[0], imported):
             return own
-    elif len(example.views) > 1 and not (example.folder.flip and store.has("latents", mirrored)):
-        return tuple(imported_latents_key(*request, variant) for variant in range(len(example.views)))  # to be missed
+    elif example.views != (PLAIN,) and not (example.views == (PLAIN, MIRRORED) and store.has("latents", mirrored)):
+        return tuple(imported_latents_key(*request, variant) for variant in range(2, 2 + len(example.views)))  # missed
     return (imported, mirrored) if store.has("latents", mirrored) else (imported,)
 
 
@@ -287,7 +288,7 @@ def _mask_keys(example: Example, hashes: dict[Path, str], latents: Sequence[str]
 
 def _views(example: Example, latents: Sequence[str]) -> Sequence[View]:
     """The view of each of an example's `latents`; other programs have the image and perhaps its mirror image."""
-    return example.views if len(example.views) == len(latents) else (View(), View(mirrored=True))[: len(latents)]
+    return (PLAIN, MIRRORED)[: len(latents)] if is_imported(latents[0]) else example.views
 
 
 def _use_imported(store: Store, kind: str, own: str, imported: str) -> bool:
@@ -344,7 +345,7 @@ def _variants_note(examples: Sequence[Example], latents: Mapping[str, Sequence[s
     captions = len({text for example in examples for text in example.texts})
     if encoded <= images and all(len(example.texts) == 1 for example in examples):
         return []
-    return [f"variants: {plural(images, 'image')} are {encoded} latents and {captions} captions in the cache"]
+    return [f"variants: {plural(images, 'image')} are {encoded} latents and {plural(captions, 'caption')} in the cache"]
 
 
 def _dataset_name(request: tuple) -> str:

@@ -190,7 +190,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
 
 def _look_at_lengths(scanned: Scan, models: Models) -> None:
     """Find captions that the text encoders cut, if their tokenizers are here."""
-    longest = {example.path.name: max(example.texts, key=len) for example in scanned.examples}
+    longest = {example.name: max(example.texts, key=len) for example in scanned.examples}
     with suppress(WrongRequest):
         for name, (by_t5, by_clip) in zip(longest, models.too_long(longest.values()), strict=True):
             if by_t5:
@@ -271,7 +271,7 @@ def _training(run: Run, scanned: Scan, models: Models) -> Answer:
     epoch = epoch_of(run.config.data, scanned, training.batch)
     epochs = steps * training.accumulate / epoch.batches
     console.print(f"training     {plural(steps, 'step')}: {epochs:.3g} epochs of {plural(epoch.batches, 'batch')}")
-    for line in not_full(epoch, training.batch):
+    for line in not_full(epoch):
         console.print(f"             {line}")
     if models.device.type == "cuda":
         with suppress(WrongRequest):  # no plan fits, which `_gpu` or training says
@@ -294,7 +294,7 @@ def _disk(found: tuple[Run, Scan] | None, models: Models, fetched: int, reasons:
             sizes = [example.bucket for example in scanned.examples for _ in example.views]
             captions = {"", *(text for example in scanned.examples for text in example.texts)}
             missing = record_bytes(models, sizes, captions) - present(cache / "latents", cache / "text")
-            prompts = preview_prompts(run.config, models, (example.caption for example in scanned.examples))
+            prompts = preview_prompts(run.config, models, scanned)
             needs += needs_of(run, models, len(prompts))
             needs.append(need_of_cache(cache, max(0, missing)))
         for line, warning, problem in room_for(needs):

@@ -34,7 +34,7 @@ class Entry:
     latents: tuple[str, ...]
     text: tuple[str, ...]
     masks: tuple[str, ...] = ()  # one for each of the latents, if the image has a mask
-    mask_outside: float = 0.0  # how much counts what the mask leaves out
+    mask_outside: float = 0.0  # how much the area outside the mask counts
     mask_normalize: bool = False  # the image counts as much as one without a mask
     weight: float = 1.0  # how much the loss counts
     caption_dropout: float = 0.0  # chance of a step without the caption

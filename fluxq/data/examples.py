@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain, count
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
 from fluxq.errors import WrongRequest
 from fluxq.settings import Folder, ImageSettings, Resolution, sizes_of
@@ -26,6 +26,7 @@ from .images import Header, Listing, View, image_size, listing, read_header
 from .masks import Masks, check_mask
 from .variants import caption_variants, image_views
 
+T = TypeVar("T")
 Shape = tuple[Size, Size]  # bucket, and the size that covers it
 LISTED = 10
 """So many bad files are named in one refusal."""
@@ -112,6 +113,10 @@ def scan(
         raise WrongRequest(_refusal(bad))
     if not scanned.examples:
         raise WrongRequest(f"no usable image is left ({len(bad)} skipped); the first: {bad[0]}")
+    masked = [folder for folder in folders if folder.masks]
+    if masked and not any(example.mask for example in scanned.examples):
+        where = ", ".join(str(folder.path) for folder in masked)
+        raise WrongRequest(f"no image of {where} has a mask ({masked[0].masks}); add some, or leave out --masks")
     scanned.look_for_subfolders([folder.path for folder in folders])
     return Scan(scanned.examples, scanned.bad_images, scanned.findings)
 
@@ -121,10 +126,10 @@ def balanced(examples: Sequence[Example], trained: Collection[Path]) -> list[Exa
     repeated until there are as many of them in an epoch as others.
     """
     own = [e for e in examples if e.folder.path in trained and not e.folder.regularization]
-    weights = {e.folder.path: e.folder.weight for e in own if e.folder.weight is not None}
-    counts = Counter(e.folder.path for e in own)
-    repeats = whole_repeats({path: weight / counts[path] for path, weight in weights.items()})
-    others = sum(repeats.get(e.folder.path, e.repeats) for e in own)
+    weights = {e.folder: e.folder.weight for e in own if e.folder.weight is not None}
+    counts = Counter(e.folder for e in own)
+    repeats = whole_repeats({folder: weight / counts[folder] for folder, weight in weights.items()})
+    others = sum(repeats.get(e.folder, e.repeats) for e in own)
     regularizing = sum(e.repeats for e in examples if e.folder.path in trained and e.folder.regularization)
     times = max(1, round(others / max(1, regularizing)))
 
@@ -133,12 +138,12 @@ def balanced(examples: Sequence[Example], trained: Collection[Path]) -> list[Exa
             return example
         if example.folder.regularization:
             return replace(example, repeats=example.repeats * times)
-        return replace(example, repeats=repeats.get(example.folder.path, example.repeats))
+        return replace(example, repeats=repeats.get(example.folder, example.repeats))
 
     return [repeated(example) for example in examples]
 
 
-def whole_repeats(shares: Mapping[Path, float]) -> dict[Path, int]:
+def whole_repeats(shares: Mapping[T, float]) -> dict[T, int]:
     """Small whole numbers in the ratios of `shares`, within CLOSE wherever numbers up to 12 times the smallest do."""
     if not shares:
         return {}
@@ -149,7 +154,7 @@ def whole_repeats(shares: Mapping[Path, float]) -> dict[Path, int]:
 
     tried = range(1, 13)
     times = next((n for n in tried if error(n) <= CLOSE), min(tried, key=error))
-    return {path: round(times * share / least) for path, share in shares.items()}
+    return {of: round(times * share / least) for of, share in shares.items()}
 
 
 class _Scan:
@@ -166,10 +171,9 @@ class _Scan:
 
     def add(self, folder: Folder, label: str) -> None:
         """folder: filled."""
-        check_folder(folder)
         images, named_masks, unread = _checked_listing(folder)
         captions, masks, prefix = folder_captions(folder), Masks(folder), f"{label}/" if self.with_labels else ""
-        shapes, largest, before = self._choices(folder), 0, len(self.examples)
+        shapes, largest = self._choices(folder), 0
         self.findings.unread.update(unread)
         for path in images:
             name = prefix + path.name
@@ -185,10 +189,11 @@ class _Scan:
                 caption, texts = self._caption(path, name, folder, captions)
             else:  # of a folder that is named twice
                 caption, texts = first.found, first.texts
-                _require_same_captions(first, path, captions, folder)
             new = {one[1]: one for one in reversed(found) if (path.resolve(), one[1]) not in self._shapes}
             if not new:
                 self.findings.add("twice", name)
+            if first is not None and first.folder is not folder:
+                _require_same_captions(first, path, captions, folder)
             for (width, height), bucket, resized in reversed(new.values()):
                 self._shapes.add((path.resolve(), bucket))
                 self.findings.look_at_shape(name, header, bucket, resized)
@@ -199,10 +204,7 @@ class _Scan:
                 )
                 self._seen.setdefault(path.resolve(), example)
                 self.examples.append(example)
-        own = [e.mask for e in self.examples[before:]]
-        if folder.masks and own and not any(own):
-            raise WrongRequest(f"no image of {folder.path} has a mask ({folder.masks}); add some, or leave out --masks")
-        for path in named_masks if folder.masks is None else ():
+        for path in named_masks if not folder.masks else ():
             self.findings.add("mask", prefix + path.name)
         for path in sorted(masks.unused):
             self.findings.add("unused mask", prefix + path.name)
@@ -272,14 +274,14 @@ def folder_captions(folder: Folder) -> Captions:
     return Captions(folder.path, folder.caption_line or "all", bool(folder.caption_from_name))
 
 
-def check_folder(folder: Folder) -> None:
-    """Raise WrongRequest for settings of `folder` (filled) that have no effect together, in pairs."""
+def check_folder(own: Folder, folder: Folder) -> None:
+    """Raise WrongRequest for `own` settings of a folder that have no effect. folder: filled, with those of [data]."""
     tags = folder.shuffle_tags or folder.tag_dropout
     wrong = (
-        (folder.weight is not None and folder.repeats != 1, "weight", "repeats", "one of them"),
-        (folder.keep_tokens and not tags, "keep_tokens", "neither shuffle_tags nor tag_dropout", "one of these"),
-        (folder.mask_outside and not folder.masks, "mask_outside", "no masks", "masks"),
-        (folder.mask_normalize and not folder.masks, "mask_normalize", "no masks", "masks"),
+        (own.weight is not None and own.repeats != 1, "weight", "repeats", "one of them"),
+        (own.keep_tokens and not tags, "keep_tokens", "neither shuffle_tags nor tag_dropout", "one of these"),
+        (own.mask_outside and not folder.masks, "mask_outside", "no masks", "masks"),
+        (own.mask_normalize and not folder.masks, "mask_normalize", "no masks", "masks"),
         (folder.prior_weight is not None and not folder.regularization, "prior_weight", "no regularization", "it"),
         (folder.regularization and folder.weight is not None, "weight", "regularization", "repeats"),
         (folder.caption_dropout == 1, "caption_dropout = 1", "captions, none of which would be seen", "less"),

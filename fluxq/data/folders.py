@@ -15,7 +15,7 @@ from fluxq.settings import Folder
 from .images import image_files
 
 LEVELS = 3
-"""So far down are images looked for that nobody asked to read, to say that they are there."""
+"""How many levels down unread images are looked for, to report them."""
 
 
 def by_label(folders: Sequence[Folder]) -> dict[str, Folder]:

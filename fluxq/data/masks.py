@@ -1,10 +1,9 @@
-"""Masks: which parts of an image count in training. White counts whole, black as little as `mask_outside` says."""
+"""Masks: which parts of an image count in training. White counts fully, black counts `mask_outside`."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image, ImageChops
 
@@ -74,7 +73,7 @@ def read_mask(path: Path, alpha: bool, resized: Size, bucket: Size, view: View) 
     )  # (H, W)
     height, width = pixels.shape[0] // PATCH, pixels.shape[1] // PATCH
     mask = pixels.reshape(height, PATCH, width, PATCH).mean((1, 3)).clamp(0, 1)
-    if not np.any(mask.numpy() > 0):
+    if not mask.any():
         raise WrongRequest(
             f"the mask {path} is black wherever its image is trained, so nothing of it counts; mend it, or pass "
             "--skip-bad to leave both out"

@@ -33,13 +33,15 @@ def caption_variants(texts: Sequence[str], folder: Folder) -> tuple[str, ...]:
     texts = list(dict.fromkeys(texts)) or [folder.class_tokens or ""]
     if not draws_captions(folder):
         return tuple(dict.fromkeys(_finished(text, folder) for text in texts))
-    most, found = max(folder.variants or 1, len(texts)), []
+    most, found, distinct = max(folder.variants or 1, len(texts)), [], set()
     for attempt in range(ATTEMPTS * most):
         text = texts[attempt % len(texts)]
         found.append(_finished(text, folder, generator(0, "caption variant", text, attempt)))
-        if len(set(found)) == most:
+        distinct.add(found[-1])
+        if len(distinct) == most:
             break
-    return tuple(found) if len(set(found)) > 1 else (found[0],)
+    is_uniform = len(distinct) == 1 or not (folder.tag_dropout or folder.wildcards)
+    return tuple(dict.fromkeys(found)) if is_uniform else tuple(found)
 
 
 def image_views(name: str, resized: Size, bucket: Size, folder: Folder) -> tuple[View, ...]:

@@ -27,7 +27,7 @@ from fluxq.offload.planner import OUTSIDE
 from fluxq.offload.plans import gib, gib_up
 
 from .machine import free_gpu_bytes
-from .placement import SLOTS, Placement, parse_bytes, pinned_residents
+from .placement import SLOTS, Placement, largest_batch, parse_bytes, pinned_residents
 from .share import take_share
 
 TOKENS_PER_BATCH = 4608  # sampled at once: those of one 1024 x 1024 image with 512 text tokens
@@ -157,7 +157,7 @@ def preview_limits(config: TrainConfig, models: Models, placement: Placement) ->
     """
     if placement.plan is None or placement.budget is None:
         return SamplingLimits()
-    batch, side = config.largest_batch
+    batch, side = largest_batch(config, models)
     step = batch * ((side // 16) ** 2 + models.text_tokens)
     return SamplingLimits(
         min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.setting)

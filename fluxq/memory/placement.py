@@ -15,7 +15,7 @@ from pathlib import Path
 import torch
 
 from fluxq.allocator import has_expandable_segments
-from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig
+from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, MemoryConfig, TrainConfig, side_of
 from fluxq.console import Notify, duration, plural
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
@@ -93,7 +93,7 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
         slots=memory_config.slots,
         offload=memory_config.offload,
     )
-    _, size = config.largest_batch
+    _, size = largest_batch(config, models)
     smaller = {f"--resolution {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
     budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (ram_bytes() or (0, None))[1], pins)
     chosen = plan([budget.costs], budget.gpu, vram or free_gpu_bytes(), budget.ram, pins, smaller)
@@ -124,7 +124,7 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
         offload=memory_config.offload,
     )
     formats = [format for format in candidates(models.compute) if models.fits_on_disk(format)]
-    tables = [costs_of(config, models, config.largest_batch[1], format) for format in formats or ["nf4"]]
+    tables = [costs_of(config, models, largest_batch(config, models)[1], format) for format in formats or ["nf4"]]
     vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
     if vram is None:
         take_share()
@@ -138,6 +138,13 @@ def candidates(compute: str) -> tuple[str, str, str]:
     return "nf4", "fp8" if compute.startswith("fp8") else "int8", "bf16"
 
 
+def largest_batch(config: TrainConfig, models: Models) -> tuple[int, int]:
+    """The micro-batch with the most tokens: its images, and their side in pixels if they were squares."""
+    batches = [(f.batch or config.training.batch, side_of(f.resolution)) for some in config.data.filled() for f in some]
+    unset = config.training.batch, config.data.side
+    return max(batches, key=lambda b: b[0] * ((b[1] // 16) ** 2 + models.text_tokens), default=unset)
+
+
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
     """The costs of a run's steps on this machine's GPU, with images of the area of size x size pixels."""
     training, gpu = config.training, measure(cache_folder())
@@ -147,7 +154,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         models.compute,
         config.lora.rank or DEFAULT_RANK,
         config.lora.targets or DEFAULT_TARGETS,
-        config.largest_batch[0],
+        largest_batch(config, models)[0],
         (size // 16) ** 2,
         models.text_tokens,
         training.optimizer,

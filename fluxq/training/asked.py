@@ -102,6 +102,11 @@ def _of_data(data: DataConfig) -> Found:
     tags = [f.shuffle_tags or f.tag_dropout or f.keep_tokens_separator for f in (*trained, *held_out)]
     if not any(tags):
         yield "data.caption_separator", "tags are neither shuffled nor dropped"
+    if not any(f.shuffle_tags or f.tag_dropout for f in trained):
+        yield "data.keep_tokens", "tags are neither shuffled nor dropped"
+    if not any(f.masks for f in (*trained, *held_out)):
+        for name in ("mask_outside", "mask_normalize"):
+            yield f"data.{name}", "there are no masks (--masks)"
     if not any(f.upscale for f in (*trained, *held_out)):
         for name in ("min_side", "max_side"):
             yield f"data.{name}", "buckets have limits only if images may be enlarged (data.upscale)"

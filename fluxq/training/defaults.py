@@ -14,7 +14,7 @@ from fluxq.caching.folders import scan_data
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, OutputConfig, TrainConfig, TrainingConfig
 from fluxq.console import Notify, plural
 from fluxq.data.buckets import Size, multiple_of_16
-from fluxq.data.examples import Scan
+from fluxq.data.examples import Scan, check_folder
 from fluxq.data.folders import expand
 from fluxq.data.masks import ALPHA, BESIDE
 from fluxq.errors import WrongRequest
@@ -103,11 +103,11 @@ def epoch_of(data: DataConfig, scanned: Scan, batch: int) -> Epoch:
     return Epoch(images, seen, batches, full, max(groups.values(), default=0))
 
 
-def not_full(epoch: Epoch, batch: int) -> list[str]:
+def not_full(epoch: Epoch) -> list[str]:
     """A line if batches have fewer images than asked, since a batch is of one bucket."""
     if not epoch.full:
-        largest = f"the largest has {epoch.largest}"
-        return [f"warning: no batch has {batch} images: a batch is of one bucket, and {largest}"]
+        largest = f"the largest has {plural(epoch.largest, 'image')}"
+        return [f"warning: no batch is full: a batch is of one bucket, and {largest}"]
     short = epoch.batches - epoch.full
     if not short:
         return []
@@ -224,6 +224,8 @@ def resolve_data(data: DataConfig, models: Models, notify: Notify) -> DataConfig
     masks = _masks_path(data.masks)
     data = replace(data, masks=masks, cache=data.cache.resolve())
     folders, validation = ([*_expanded(some, data)] for some in (data.folders, data.validation))
+    for own in (*data.folders, *data.validation):
+        check_folder(own, own.filled(data))
     weighted = [folder for folder in folders if folder.weight is not None]
     if weighted and (without := [f for f in folders if f.weight is None and not f.regularization]):
         raise WrongRequest(

@@ -25,7 +25,7 @@ from fluxq.formats.atomic import atomic_path
 from fluxq.formats.checkpoint.files import MALFORMED
 from fluxq.formats.quantized import cache_folder
 from fluxq.memory.conditions import nvidia_smi
-from fluxq.memory.placement import Placement
+from fluxq.memory.placement import Placement, largest_batch
 from fluxq.models.parts import Models
 
 STEPS, WARMING = 50, 10
@@ -46,7 +46,7 @@ def kind_of(config: TrainConfig, models: Models, placement: Placement) -> str:
             "on": torch.cuda.get_device_name(models.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
             "model": "nano" if models.is_nano else models.variant,
             "format": [models.format, models.compute],
-            "sizes": [config.data.side, models.text_tokens, training.batch, training.accumulate],
+            "sizes": [*largest_batch(config, models), models.text_tokens, training.accumulate],
             "lora": [lora.rank, lora.targets, lora.text_encoder, training.optimizer],
             "resident": placement.resident and len(placement.resident),
             "plan": [placement.slots, policies if isinstance(policies, str) else list(policies), placement.offload],

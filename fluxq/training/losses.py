@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor
 
 from fluxq.config import TrainingConfig
@@ -30,6 +31,10 @@ def weighted_error(settings: TrainingConfig, difference: Tensor, t: Tensor) -> T
     """The error of each latent, weighted by its timestep, like `difference` (B, C, H, W), velocity - target; t (B,)."""
     error = pointwise_error(settings, difference, t)
     return error if settings.weighting == "none" else error * weight_at(settings.weighting, t)[:, None, None, None]
+
+
+LOWEST_SIGMA = 1e-3
+"""Where sigma_sqrt stops to grow: the lowest of sd-scripts' thousand levels."""
 
 
 def pointwise_error(settings: TrainingConfig, difference: Tensor, t: Tensor) -> Tensor:
@@ -49,7 +54,7 @@ def pointwise_error(settings: TrainingConfig, difference: Tensor, t: Tensor) -> 
 def huber_c_at(schedule: str, c: float, t: Tensor) -> Tensor:
     """c(t) (B,) of huber and smooth_l1, where an error goes from being squared to being linear; t (B,)."""
     if schedule == "constant":
-        return 0 * t + c
+        return torch.full_like(t, c)
     if schedule == "exponential":
         return c**t
     if schedule == "snr":
@@ -60,7 +65,7 @@ def huber_c_at(schedule: str, c: float, t: Tensor) -> Tensor:
 def weight_at(weighting: str, t: Tensor) -> Tensor:
     """The weight (B,) of the loss at timesteps t (B,)."""
     if weighting == "sigma_sqrt":
-        return t**-2
+        return t.clamp(min=LOWEST_SIGMA) ** -2
     if weighting == "cosmap":
         return 2 / (math.pi * (1 - 2 * t + 2 * t.square()))
     raise ValueError(f"the weighting must be none, sigma_sqrt or cosmap, not {weighting!r}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from PIL.Image import Image
@@ -11,6 +11,7 @@ from fluxq.caching.store import Text
 from fluxq.config import TrainConfig
 from fluxq.console import Notify
 from fluxq.data.buckets import multiple_of_16
+from fluxq.data.examples import Scan
 from fluxq.errors import WrongRequest
 from fluxq.memory.phases import preview_limits
 from fluxq.memory.retry import OutOfMemoryRetry
@@ -22,8 +23,8 @@ from fluxq.sampling.sheets import save_image
 from .run import Run
 
 
-def preview_prompts(config: TrainConfig, models: Models, captions: Iterable[str]) -> tuple[str, ...]:
-    """The configured prompts, else the triggers, else the first three of `captions`; () if the run has no previews."""
+def preview_prompts(config: TrainConfig, models: Models, scanned: Scan) -> tuple[str, ...]:
+    """The configured prompts, else the triggers, else the first three captions; () if the run has no previews."""
     samples, folders = config.samples, config.data.folders
     if not samples.every:
         return ()
@@ -32,7 +33,9 @@ def preview_prompts(config: TrainConfig, models: Models, captions: Iterable[str]
     if not (autoencoder := models.served("ae").path).exists():
         raise WrongRequest(f"previews need {autoencoder}, which does not exist; put it back, or pass --sample-every 0")
     triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
-    return samples.prompts or tuple(triggers) or tuple(dict.fromkeys(captions))[:3]
+    taught = {folder.path for folder in folders if not folder.regularization}
+    captions = dict.fromkeys(e.caption for e in scanned.examples if e.folder.path in taught)
+    return samples.prompts or tuple(triggers) or tuple(captions)[:3]
 
 
 def save_previews(

@@ -36,7 +36,7 @@ def summary(
     )
     return [
         first,
-        *not_full(epoch, config.training.batch),
+        *not_full(epoch),
         *slow_lines(slower(flux)),
         *high_learning_rate(config.training.learning_rate or 0.0, config.training.optimizer),
     ]

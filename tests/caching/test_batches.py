@@ -205,14 +205,14 @@ def test_every_nth_epoch_is_without_captions(store):
                       7: "caption 0", 8: "caption 0", 9: "caption 4"}  # fmt: skip
 
 
-def test_masks_and_prior_weights_reach_the_loss(store):
+def test_masks_and_prior_weights_are_the_weights_of_a_batch(store):
     mask = torch.zeros(4, 4)
     mask[:, :1] = 1
     store.put_mask("half", mask, "0.png")
     plain = Batches(varied(store), store, 2, seed=1).batch(0)
     assert plain.weights is None
 
-    def weights(**changes) -> torch.Tensor:
+    def weights(**changes) -> tuple[torch.Tensor, torch.Tensor]:
         batch = Batches(varied(store, **changes), store, 2, seed=1).batch(0)
         assert batch.weights is not None
         return batch.weights[batch.examples.index("photos/0.png")], batch.weights[batch.examples.index("photos/1.png")]

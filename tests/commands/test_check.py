@@ -323,4 +323,4 @@ def test_steps_epochs_and_captions_that_are_cut_are_said(photos, tmp_path):
     assert code == 0 and answer["training"] == {"steps": 30, "epochs": 15.0, "batches": 2, "full_batches": 1}
     assert "training     30 steps: 15 epochs of 2 batches" in lines
     assert "1 of 2 batches per epoch is not full: a batch is of one bucket" in lines
-    assert "captions that T5 cuts, as they have more tokens than it takes (--t5-length): 1 (0.png)" in lines
+    assert "captions that T5 cuts, as they have more tokens than it takes (--t5-length): 1 (photos/0.png)" in lines

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from fluxq.data import scan
-from fluxq.data.examples import balanced, whole_repeats
+from fluxq.data.examples import balanced, check_folder, whole_repeats
 from fluxq.errors import WrongRequest
 from fluxq.settings import Folder, parse_resolution, sizes_of
 
@@ -78,7 +78,21 @@ def test_weights_become_small_repeats(tmp_path):
     assert whole_repeats({Path("a"): 1.0, Path("b"): 1.5}) == {Path("a"): 2, Path("b"): 3}
     assert whole_repeats({Path("a"): 1.0, Path("b"): 1.04}) == {Path("a"): 1, Path("b"): 1}
     with pytest.raises(WrongRequest, match=r"few has weight and repeats; set one of them, or leave weight out"):
-        scan([Folder(few, weight=1, repeats=2)], 64)
+        check_folder(Folder(few, weight=1, repeats=2), Folder(few))
+
+
+def test_a_folder_that_is_named_twice_has_two_weights(tmp_path):
+    twice, other = photos(tmp_path / "a", 1), photos(tmp_path / "b", 1, color="blue")
+    folders = [Folder(twice, weight=1, resolution=64), Folder(twice, weight=4, resolution=128), Folder(other, weight=1)]
+    assert [e.repeats for e in balanced(scan(folders, 64).examples, [twice, other])] == [1, 4, 1]
+
+
+def test_two_links_to_one_image_count_once_whatever_their_captions(tmp_path):
+    folder = photos(tmp_path / "a", 1)
+    (folder / "1.png").symlink_to(folder / "0.png")
+    (folder / "1.txt").write_text("another caption")
+    found = scan([Folder(folder)], 64)
+    assert [e.path.name for e in found.examples] == ["0.png"] and "more than once" in found.notes[0]
 
 
 def test_regularization_images_are_repeated_to_as_many_as_others(tmp_path):
@@ -111,7 +125,7 @@ def test_regularization_images_are_repeated_to_as_many_as_others(tmp_path):
 )
 def test_settings_that_have_no_effect_together_are_named_in_pairs(tmp_path, settings, message):
     with pytest.raises(WrongRequest, match=message):
-        scan([Folder(photos(tmp_path, 1), **settings)], 64)
+        check_folder(Folder(tmp_path, **settings), Folder(tmp_path, **settings))
 
 
 def test_thousands_of_images_are_balanced_at_once(tmp_path):

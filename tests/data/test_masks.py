@@ -7,6 +7,7 @@ import torch
 from PIL import Image
 
 from fluxq.data import scan
+from fluxq.data.examples import check_folder
 from fluxq.data.images import View
 from fluxq.data.masks import read_mask
 from fluxq.errors import WrongRequest
@@ -105,7 +106,16 @@ def test_masks_that_are_of_no_use(tmp_path):
     with pytest.raises(WrongRequest, match=r"the mask .*black.png is black wherever its image is trained"):
         read_mask(tmp_path / "black.png", False, (64, 64), (64, 64), View())
     with pytest.raises(WrongRequest, match="has mask_outside and no masks; set masks, or leave mask_outside out"):
-        scanned(Folder(tmp_path, mask_outside=0.1))
+        check_folder(Folder(tmp_path, mask_outside=0.1), Folder(tmp_path))
+    check_folder(Folder(tmp_path), Folder(tmp_path, mask_outside=0.1))  # of [data], for another folder
+
+
+def test_masks_of_all_folders_are_in_one_of_them(tmp_path):
+    masked, bare = photos(tmp_path / "masked", "a.png"), photos(tmp_path / "bare", "b.png")
+    half(masked / "a-masklabel.png")
+    found = scan([Folder(masked, masks="beside"), Folder(bare, masks="beside")], 64, 32, 128)
+    assert [e.mask is not None for e in found.examples] == [True, False]
+    assert named(found)["images without a mask, trained whole"] == ("bare/b.png",)
 
 
 def test_what_a_folder_leaves_unset_is_as_all_folders_have_it():

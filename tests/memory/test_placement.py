@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from fluxq.cli.main import main
 from fluxq.config import MemoryConfig, ModelConfig, TrainConfig, config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.memory import placement as memory
-from fluxq.memory.placement import Placement, costs_of, parse_bytes, pinned_residents, place
+from fluxq.memory.placement import Placement, costs_of, largest_batch, parse_bytes, pinned_residents, place
 from fluxq.model import FluxConfig
 from fluxq.models.parts import Models
 from fluxq.nano import drawing
@@ -174,3 +175,12 @@ def test_a_streamed_run_gives_exactly_the_same_lora(what, tmp_path: Path):
         assert picked["resident"] is None if name == "resident" else len(picked["resident"]) == 1
     header = {name: int.from_bytes(data[:8], "little") for name, data in loras.items()}
     assert loras["resident"][8 + header["resident"] :] == loras["streamed"][8 + header["streamed"] :]
+
+
+def test_a_step_is_planned_for_the_batch_with_the_most_tokens(tmp_path):
+    """Many small images bring more text than one large image has pixels."""
+    folders = [{"path": "large", "resolution": 1024}, {"path": "small", "resolution": 256, "batch": 15}]
+    config = config_from_dict({"model": {"name": "nano", "t5_length": 512}, "data": {"folders": folders}}, "a test")
+    assert largest_batch(config, Models(config.model)) == (15, 256)
+    fewer = replace(config, model=replace(config.model, t5_length=2))
+    assert largest_batch(fewer, Models(fewer.model)) == (1, 1024)

@@ -57,10 +57,10 @@ def test_batches_that_no_bucket_can_fill_are_said():
     ]
     scanned, data = SimpleNamespace(examples=examples), DataConfig(folders=(folder,))
     assert [epoch_of(data, scanned, batch) for batch in (2, 4)] == [Epoch(2, 6, 3, 3, 4), Epoch(2, 6, 2, 1, 4)]
-    assert not_full(epoch_of(data, scanned, 2), 2) == []
-    assert not_full(epoch_of(data, scanned, 4), 4) == ["1 of 2 batches per epoch is not full: a batch is of one bucket"]
-    assert not_full(epoch_of(data, scanned, 5), 5) == [
-        "warning: no batch has 5 images: a batch is of one bucket, and the largest has 4"
+    assert not_full(epoch_of(data, scanned, 2)) == []
+    assert not_full(epoch_of(data, scanned, 4)) == ["1 of 2 batches per epoch is not full: a batch is of one bucket"]
+    assert not_full(epoch_of(data, scanned, 5)) == [
+        "warning: no batch is full: a batch is of one bucket, and the largest has 4 images"
     ]
 
 
