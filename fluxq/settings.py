@@ -130,7 +130,8 @@ class ImageSettings:
     )
     caption_dropout: float | None = option(
         None,
-        "Chance of a step to see an image without its caption, 0 to below 1; 0.05 to 0.1 is usual for styles; default: 0.",
+        "Chance of a step to see an image without its caption, 0 to below 1; 0.05 to 0.1 is usual for styles; "
+        "default: 0.",
         "--caption-dropout",
         minimum=0,
         maximum=1,
