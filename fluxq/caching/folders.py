@@ -15,7 +15,7 @@ from fluxq.data.examples import Scan, balanced, scan
 from fluxq.memory.phases import band_for
 from fluxq.models.parts import Models
 
-from .build import EncoderFiles, build_cache, cache_prompts
+from .build import EncoderFiles, build_cache, cache_prompts, missing_records
 from .encoding import PIXELS_PER_BATCH
 from .foreign import ModelShapes
 from .import_foreign import import_caches
@@ -88,6 +88,13 @@ def record_bytes(models: Models, images: Collection[Size], captions: Collection[
     tokens = sum(models.tokens_of(captions)) if masked and captions else len(captions) * models.t5_length
     texts = tokens * flux.context_in_dim * 2 + len(captions) * flux.vec_in_dim * 4
     return latents + texts + RECORD_HEADER * (len(images) + len(captions))
+
+
+def missing_bytes(data: DataConfig, scanned: Scan, models: Models) -> int:
+    """The bytes of the records that the cache lacks for `scanned`."""
+    encoders = _encoder_files(models, data.cache)
+    sizes, captions = missing_records(scanned, data.cache, encoders, models.t5_length, models.config.text_mask)
+    return record_bytes(models, sizes, captions)
 
 
 def cache_texts(

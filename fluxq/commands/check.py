@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.caching.build import LOOKS
-from fluxq.caching.folders import record_bytes, scan_data
+from fluxq.caching.folders import missing_bytes, scan_data
 from fluxq.caching.import_foreign import imported_note_for
 from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store
@@ -33,7 +33,7 @@ from fluxq.models.check_file import about_quantized, about_source, check_file, c
 from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
 from fluxq.training.defaults import caveats, epoch_of, not_full, resolve, resolve_data
-from fluxq.training.disk import Need, need_of_cache, need_of_weights, needs_of, present, room_for
+from fluxq.training.disk import Need, need_of_cache, need_of_weights, needs_of, room_for
 from fluxq.training.from_lora import read_start
 from fluxq.training.previews import preview_prompts
 from fluxq.training.run import Run
@@ -282,21 +282,17 @@ def _training(run: Run, scanned: Scan, models: Models) -> Answer:
 
 
 def _disk(found: tuple[Run, Scan] | None, models: Models, fetched: int, reasons: list[str]) -> Answer | None:
-    """The disk space that a run takes, as training works it out, and downloads. All captions and images count, less
-    what the cache has: which records those are, only hashes of the encoders tell.
-    """
+    """The disk space that a run takes, as training works it out, and downloads."""
     needs = [Need("downloads", hub_cache(), fetched, "another HF_HOME")] if fetched else []
     try:
         if found is None:
             needs.append(need_of_weights(models))
         else:
-            (run, scanned), cache = found, found[0].config.data.cache
-            sizes = [example.bucket for example in scanned.examples for _ in example.views]
-            captions = {"", *(text for example in scanned.examples for text in example.texts)}
-            missing = record_bytes(models, sizes, captions) - present(cache / "latents", cache / "text")
+            run, scanned = found
+            data = run.config.data
             prompts = preview_prompts(run.config, models, scanned)
             needs += needs_of(run, models, len(prompts))
-            needs.append(need_of_cache(cache, max(0, missing)))
+            needs.append(need_of_cache(data.cache, missing_bytes(data, scanned, models)))
         for line, warning, problem in room_for(needs):
             console.print(f"disk         {line}")
             if warning:
