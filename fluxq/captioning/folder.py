@@ -22,7 +22,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.settings import Folder
 
-BACKUP = "captions-backup"
+BACKUP, NEW = "captions-backup", ".new"
 NAMED = 5
 """So many names are in one sentence."""
 
@@ -146,9 +146,10 @@ def write_caption(file: Path, text: str) -> None:
 
 
 class Backup:
-    """Copies of files before they change, each in a folder beside it.
+    """Copies of files before they change, each in a folder beside it, and until everything is done a mark for each new
+    file.
 
-    That is called `captions-backup-unfinished-KEY`, and `captions-backup-N` once everything is done.
+    The folder is called `captions-backup-unfinished-KEY`, and `captions-backup-N` once everything is done.
     """
 
     def __init__(self, key: str) -> None:
@@ -156,22 +157,33 @@ class Backup:
         self._folders: dict[Path, None] = {}
 
     def keep(self, file: Path) -> None:
-        """Copy `file`, unless there is none, or an earlier attempt has copied it."""
-        copy = self._copy(file)
-        if file.exists() and not copy.exists():
-            with atomic_path(copy) as temporary:
+        """Copy `file`, or mark it as new if there is none, unless an earlier attempt has done so."""
+        copy, mark = self._copy(file), self._mark(file)
+        if copy.exists() or mark.exists():
+            return
+        with atomic_path(copy if file.exists() else mark) as temporary:
+            if file.exists():
                 shutil.copyfile(file, temporary)
+            else:
+                temporary.touch()
 
     def is_done(self, file: Path) -> bool:
         """Whether an earlier attempt, which was interrupted, has changed `file`."""
         copy = self._copy(file)
-        return copy.exists() and file.exists() and copy.read_bytes() != file.read_bytes()
+        if not file.exists():
+            return False
+        return self._mark(file).exists() or (copy.exists() and copy.read_bytes() != file.read_bytes())
 
     def finish(self) -> list[Path]:
         """Give the folders their last names, and return them."""
         finished = []
         for folder in self._folders:
-            if (unfinished := folder / self._name).is_dir():
+            unfinished = folder / self._name
+            for mark in unfinished.glob(f"*{NEW}"):
+                mark.unlink()
+            if unfinished.is_dir() and not any(unfinished.iterdir()):
+                unfinished.rmdir()
+            if unfinished.is_dir():
                 numbers = (int(n) for old in folder.glob(f"{BACKUP}-*") if (n := old.name.rpartition("-")[2]).isdigit())
                 finished.append(unfinished.rename(folder / f"{BACKUP}-{max(numbers, default=0) + 1}"))
         return finished
@@ -179,3 +191,7 @@ class Backup:
     def _copy(self, file: Path) -> Path:
         self._folders[file.parent] = None
         return file.parent / self._name / file.name
+
+    def _mark(self, file: Path) -> Path:
+        copy = self._copy(file)
+        return copy.with_name(copy.name + NEW)

@@ -88,9 +88,10 @@ def test_overwriting_keeps_a_copy_and_goes_on(folder):
     assert texts(folder) == {"1": "9 high", "2": "10 high", "3": "11 high"}
     backup = Backup("k")
     wanted = to_fill(captioned([folder]), backup)
-    assert [item.image.name for item in wanted] == ["1.png", "2.png", "4.png"], "0 and 3 are replaced"
+    assert [item.image.name for item in wanted] == ["4.png"], "the others are done, with and without a caption before"
     filled = fill(wanted, Model(), batch=4, backup=backup)
     assert filled.backups == [folder / "captions-backup-1"]
+    assert sorted(path.name for path in filled.backups[0].iterdir()) == ["0.caption", "3.txt"], "nothing of the model's"
     assert {name: (folder / "captions-backup-1" / name).read_text() for name in ("3.txt", "0.caption")} == {
         "3.txt": "mine",
         "0.caption": "also mine",
