@@ -376,12 +376,12 @@ class Predicted(NamedTuple):
 def predicted(row: Row, found: dict[str, Any]) -> Predicted:
     """Of the plan that was measured, by the code at hand."""
     costs = costs_of(replace(row, format=row.format or found["format"]))
-    setting = setting_of(costs, found)
-    peak = sum(footprint.peak_by_owner(costs, found["policies"], found["offload"], setting).values())
-    return Predicted(peak / GIB, footprint.reserved(costs, setting, peak - footprint.fixed(costs, setting)) / GIB)
+    residency = residency_of(costs, found)
+    peak = sum(footprint.peak_by_owner(costs, found["policies"], found["offload"], residency).values())
+    return Predicted(peak / GIB, footprint.reserved(costs, residency, peak - footprint.fixed(costs, residency)) / GIB)
 
 
-def setting_of(costs: Costs, found: dict[str, Any]) -> footprint.Residency:
+def residency_of(costs: Costs, found: dict[str, Any]) -> footprint.Residency:
     resident = spread([block.units for block in costs.blocks], found["resident"])
     return footprint.Residency(found["slots"], tuple(u for u in costs.units if u in resident), found["look_ahead"])
 
@@ -460,7 +460,7 @@ def predicted_sampling(row: Row, found: dict[str, Any]) -> float:
     """GiB alive while it denoises."""
     if row.previews:
         costs = costs_of(row)
-        return (footprint.fixed(costs, setting_of(costs, found)) + max(b.forward_peak for b in costs.blocks)) / GIB
+        return (footprint.fixed(costs, residency_of(costs, found)) + max(b.forward_peak for b in costs.blocks)) / GIB
     costs = sampled_costs(row)
     if found["resident"] is None:
         everything = sum(costs.units.values()) + sum(costs.ahead.values())

@@ -189,7 +189,7 @@ def step_of(made: Plan, row: dict[str, Any], gpu: GPU, base: Setting) -> Timelin
     """When compute and copies run in one step of a plan: the real ring under a virtual clock."""
     setting = replace(base, format=row["format"], resolution=row["resolution"])
     costs = costs_of(setting, FluxConfig.dev(), gpu)
-    return timeline(costs, gpu, made.setting, made.policies, run_ahead=1)
+    return timeline(costs, gpu, made.residency, made.policies, run_ahead=1)
 
 
 def plot_speeds(rows: Sequence[dict[str, Any]], gpu: GPU, path: Path) -> None:

@@ -80,7 +80,7 @@ class RandomUnits:
         self.config, self.format = config, format
         self._shapes, self._device = dict(flux_shapes(config)), device
         laid_out = layout(self._shapes, format)
-        self.units = {unit: places for unit, (places, _) in laid_out.items()}
+        self.units = {unit: entries for unit, (entries, _) in laid_out.items()}
         self._lengths = {unit: length for unit, (_, length) in laid_out.items()}
         self._generator = torch.Generator(device)
         self._seeds = {unit: seed for seed, unit in enumerate(self.units)}
@@ -91,22 +91,22 @@ class RandomUnits:
     def read(self, unit: str) -> Tensor:
         self._generator.manual_seed(self._seeds[unit])
         flat = torch.zeros(self.length(unit), dtype=torch.uint8, device=self._device)
-        for place in self.units[unit]:
-            self.fill(place, view(flat, place), self.format if unit != REST else "bf16")
+        for entry in self.units[unit]:
+            self.fill(entry, view(flat, entry), self.format if unit != REST else "bf16")
         return flat
 
     def read_into(self, unit: str, out: Tensor) -> None:
         out.copy_(self.read(unit))
 
     def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
-        return ((place.name, view(flat, place)) for place in self.units[unit])
+        return ((entry.name, view(flat, entry)) for entry in self.units[unit])
 
-    def fill(self, place: TensorEntry, out: Tensor, format: str) -> None:
+    def fill(self, entry: TensorEntry, out: Tensor, format: str) -> None:
         """Matrices get a standard deviation of 1/sqrt(fan-in), biases one of 0.02; scales are around 1."""
-        layer, _, leaf = place.name.rpartition(".")
+        layer, _, leaf = entry.name.rpartition(".")
         if leaf == "codes":
             out.random_(0, 256, generator=self._generator)
-        elif leaf == "values" and place.dtype == torch.int8:
+        elif leaf == "values" and entry.dtype == torch.int8:
             out.random_(-127, 128, generator=self._generator)
         elif leaf == "values":
             out.copy_(self._normal(out))

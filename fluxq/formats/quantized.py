@@ -67,8 +67,8 @@ def write_quantized(
         "format": format,
         "config": dataclasses.asdict(source.config),
         "layout": {
-            unit: [[p.name, DTYPE_NAMES[p.dtype], p.shape, p.start] for p in places]
-            for unit, (places, _) in units.items()
+            unit: [[p.name, DTYPE_NAMES[p.dtype], p.shape, p.start] for p in entries]
+            for unit, (entries, _) in units.items()
         },
     }
     blank = "0" * 32  # a placeholder: the hash of the source is known at the end
@@ -82,8 +82,8 @@ def write_quantized(
         file.write(header)
         names = by_unit(source.shapes)
         bands = _read_ahead(source, [name for unit in units for name in names[unit]], digest)
-        for unit, (places, length) in units.items():
-            buffer, parts = torch.zeros(length, dtype=torch.uint8), iter(places)
+        for unit, (entries, length) in units.items():
+            buffer, parts = torch.zeros(length, dtype=torch.uint8), iter(entries)
             own = format if unit != REST else "bf16"
             for name in names[unit]:
                 targets = [view(buffer, next(parts)) for _ in stored_parts(name, source.shapes[name], own)]
@@ -170,9 +170,9 @@ def _header(units: dict[str, tuple[list[TensorEntry], int]], description: dict[s
     return padded.to_bytes(8, "little") + text.ljust(padded)
 
 
-def view(buffer: Tensor, place: TensorEntry) -> Tensor:
-    """The tensor at `place` in a unit's flat `buffer`."""
-    return buffer[place.start : place.start + place.nbytes].view(place.dtype).view(place.shape)
+def view(buffer: Tensor, entry: TensorEntry) -> Tensor:
+    """The tensor of `entry` in a unit's flat `buffer`."""
+    return buffer[entry.start : entry.start + entry.nbytes].view(entry.dtype).view(entry.shape)
 
 
 def cached(
@@ -266,8 +266,8 @@ def _vectors(file: TensorFile) -> Iterator[Tensor]:
         small = (key for key, shape in file.shapes.items() if len(shape) < 2 and file.size(key) <= MAX_VECTOR_BYTES)
         yield from map(file.read, small)
         return
-    for unit, places in QuantizedFile.open(file.path).units.items():
-        yield from (file.read(unit, [(p.start, p.start + p.nbytes)]) for p in places if len(p.shape) < 2)
+    for unit, entries in QuantizedFile.open(file.path).units.items():
+        yield from (file.read(unit, [(p.start, p.start + p.nbytes)]) for p in entries if len(p.shape) < 2)
 
 
 def is_quantized(path: Path) -> bool:
@@ -311,13 +311,13 @@ class QuantizedFile:
         units = {
             unit: [
                 TensorEntry(name, DTYPES[dtype], tuple(map(int, shape)), int(start))
-                for name, dtype, shape, start in places
+                for name, dtype, shape, start in entries
             ]
-            for unit, places in about["layout"].items()
+            for unit, entries in about["layout"].items()
         }
         if not isinstance(about["source"], dict) or not isinstance(about["source"].get("fingerprint", ""), str):
             raise ValueError("it does not name its source")
-        names = [place.name for places in units.values() for place in places]
+        names = [entry.name for entries in units.values() for entry in entries]
         if len(units) == 0 or len(set(names)) != len(names):
             raise ValueError("its layout names a tensor twice")
         if config.depth + config.depth_single_blocks > len(units):  # checked before `layout` lists that many units
@@ -325,11 +325,11 @@ class QuantizedFile:
         expected = layout(dict(flux_shapes(config)), about["format"])
         if expected.keys() != units.keys():
             raise ValueError("its units are not those of its config")
-        for unit, places in units.items():
+        for unit, entries in units.items():
             wanted, length = expected[unit]
-            if {(p.name, p.dtype, p.shape) for p in places} != {(p.name, p.dtype, p.shape) for p in wanted}:
+            if {(p.name, p.dtype, p.shape) for p in entries} != {(p.name, p.dtype, p.shape) for p in wanted}:
                 raise ValueError(f"the tensors of {unit} are not those of its config")
-            ends = sorted((p.start, p.start + p.nbytes) for p in places)
+            ends = sorted((p.start, p.start + p.nbytes) for p in entries)
             if checkpoint.shape(unit) != (length,) or ends[0][0] < 0 or ends[-1][1] > length:
                 raise ValueError(f"{unit} does not hold its tensors")
             if any(start % ALIGNMENT for start, _ in ends) or any(
@@ -352,7 +352,7 @@ class QuantizedFile:
 
     def tensors(self, unit: str, flat: Tensor) -> Iterator[tuple[str, Tensor]]:
         """(name, view) of every tensor of `unit`, in its bytes `flat` on any device."""
-        return ((place.name, view(flat, place)) for place in self.units[unit])
+        return ((entry.name, view(flat, entry)) for entry in self.units[unit])
 
 
 def load_quantized(file: QuantizedFile, device: torch.device) -> Flux:

@@ -69,19 +69,19 @@ class StreamedWeights(StoredWeights):
 
 @dataclass(frozen=True)
 class _Part:
-    """A tensor in its unit: its first byte, the places of its stored parts relative to that, and its length in bytes.
+    """A tensor in its unit: its first byte, the entries of its stored parts relative to that, and its length in bytes.
 
     `kind` builds a weight from the stored parts.
     """
 
     begin: int
-    places: list[TensorEntry]
+    entries: list[TensorEntry]
     length: int
     kind: Callable[..., Weight]
 
     def weight(self, flat: Tensor) -> Weight:
         own = flat[self.begin : self.begin + self.length]
-        return self.kind(*(view(own, place) for place in self.places))
+        return self.kind(*(view(own, entry) for entry in self.entries))
 
 
 def streamed(
@@ -134,13 +134,13 @@ def _part(weights: StoredWeights, name: str, begin: int) -> _Part:
     ]
     kind = (lambda tensor: tensor) if isinstance(first, Tensor) else type(first)
     shapes = ((name, dtype, (rows, *t.shape[1:])) for dtype, t in zip(dtypes, _tensors(first), strict=True))
-    places, length = placed(shapes)
-    return _Part(begin, places, length, kind)
+    entries, length = placed(shapes)
+    return _Part(begin, entries, length, kind)
 
 
 def _read(source: Source[Any], name: str, part: _Part, out: Tensor) -> None:
     """Fill `out`, flat uint8, with the stored parts of the tensor `name`."""
-    targets = [view(out, place) for place in part.places]
+    targets = [view(out, entry) for entry in part.entries]
     if len(targets) == 1 and source.is_plain(name, targets[0].dtype):
         source.read_into(name, out[: targets[0].nbytes])
         return

@@ -160,7 +160,7 @@ def preview_limits(config: TrainConfig, models: Models, placement: Placement) ->
     batch, side = largest_batch(config, models)
     step = batch * ((side // 16) ** 2 + models.text_tokens)
     return SamplingLimits(
-        min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.setting)
+        min(step, TOKENS_PER_BATCH), placement.plan.peak_bytes - fixed(placement.budget.costs, placement.plan.residency)
     )
 
 

@@ -21,7 +21,7 @@ ALIGNMENT = 256
 
 @dataclass(frozen=True)
 class TensorEntry:
-    """A tensor's place in its unit: `start` in bytes, a multiple of ALIGNMENT."""
+    """A tensor in its unit: `start` in bytes, a multiple of ALIGNMENT."""
 
     name: str
     dtype: torch.dtype
@@ -34,7 +34,7 @@ class TensorEntry:
 
 
 def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tuple[list[TensorEntry], int]]:
-    """unit -> (places of its tensors, its length in bytes), for a transformer of these shapes stored as `format`.
+    """unit -> (entries of its tensors, its length in bytes), for a transformer of these shapes stored as `format`.
 
     Raises ValueError for an unknown format.
     """
@@ -46,12 +46,12 @@ def layout(shapes: Mapping[str, tuple[int, ...]], format: str) -> dict[str, tupl
 
 
 def placed(parts: Iterable[tuple[str, torch.dtype, tuple[int, ...]]]) -> tuple[list[TensorEntry], int]:
-    """The places of tensors (name, dtype, shape) one after another, and their total length in bytes."""
-    places, end = [], 0
+    """The entries of tensors (name, dtype, shape) one after another, and their total length in bytes."""
+    entries, end = [], 0
     for name, dtype, shape in parts:
-        places.append(TensorEntry(name, dtype, shape, end))
-        end += -(-places[-1].nbytes // ALIGNMENT) * ALIGNMENT
-    return places, end
+        entries.append(TensorEntry(name, dtype, shape, end))
+        end += -(-entries[-1].nbytes // ALIGNMENT) * ALIGNMENT
+    return entries, end
 
 
 def stored_parts(name: str, shape: tuple[int, ...], format: str) -> list[tuple[str, torch.dtype, tuple[int, ...]]]:

@@ -1,4 +1,4 @@
-"""How much GPU and host memory a setting takes: for what, and when the peak is."""
+"""How much GPU and host memory a residency takes: for what, and when the peak is."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ class Residency(NamedTuple):
     ahead: int
 
 
-def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting: Residency) -> dict[str, int]:
+def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, residency: Residency) -> dict[str, int]:
     """Owner -> bytes at the moment of the peak."""
     peak_bytes: dict[str, int] = dict.fromkeys(OWNERS, 0)
-    peak_bytes["weights"] = costs.stays + sum(costs.units[u] for u in setting.resident)
-    peak_bytes["slots"] = setting.slots * costs.slot
+    peak_bytes["weights"] = costs.stays + sum(costs.units[u] for u in residency.resident)
+    peak_bytes["slots"] = residency.slots * costs.slot
     peak_bytes["optimizer"] = costs.optimizer
     activations, workspace, gradients = max(memory_over_step(costs, policies, offload), key=sum)
     peak_bytes["lora"] = costs.lora + gradients
@@ -35,19 +35,19 @@ def peak_by_owner(costs: Costs, policies: Sequence[str], offload: bool, setting:
     return peak_bytes
 
 
-def fixed(costs: Costs, setting: Residency) -> int:
+def fixed(costs: Costs, residency: Residency) -> int:
     """Bytes that are on the GPU all the time."""
-    held = sum(costs.units[u] for u in setting.resident) + setting.slots * costs.slot
+    held = sum(costs.units[u] for u in residency.resident) + residency.slots * costs.slot
     return held + costs.stays + costs.lora + costs.optimizer + costs.scratch + costs.library + costs.ahead_step
 
 
-def reserved(costs: Costs, setting: Residency, step: int) -> int:
+def reserved(costs: Costs, residency: Residency, step: int) -> int:
     """Bytes that torch's allocator reserves if a step takes `step` bytes in addition to those of `fixed`.
 
     Those of cuBLAS are not among them: it has them before a plan is made, so they are no longer free.
     """
     more = costs.fragmentation.nbytes + int((1 + costs.fragmentation.fraction) * step)
-    return fixed(costs, setting) - costs.library + more
+    return fixed(costs, residency) - costs.library + more
 
 
 def memory_over_step(costs: Costs, policies: Sequence[str], offload: bool) -> Iterator[tuple[int, int, int]]:
@@ -78,8 +78,8 @@ def kept(block: BlockCost, policy: str, offload: bool) -> int:
     return block.policies[policy].kept - (block.inputs if offload else 0)
 
 
-def host_bytes(costs: Costs, setting: Residency, offload: bool) -> int:
+def host_bytes(costs: Costs, residency: Residency, offload: bool) -> int:
     """Bytes of RAM: the arena with the streamed units, and the inputs and results that are kept there."""
-    arena = sum(costs.units.values()) - sum(costs.units[u] for u in setting.resident) + sum(costs.ahead.values())
+    arena = sum(costs.units.values()) - sum(costs.units[u] for u in residency.resident) + sum(costs.ahead.values())
     inputs = sum(b.inputs for b in costs.blocks if b.policies) if offload else 0
-    return HOST + arena + setting.ahead * costs.ahead_step + inputs
+    return HOST + arena + residency.ahead * costs.ahead_step + inputs

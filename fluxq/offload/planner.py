@@ -87,10 +87,10 @@ def least(costs: Costs, pins: Pins | None = None, margin: int = STEP_MARGIN) -> 
     """The fewest bytes of a GPU that any plan of `costs` needs."""
     pins = pins or Pins()
     return margin + min(
-        reserved(costs, setting, point.peak)
+        reserved(costs, residency, point.peak)
         for offload in _offloads(pins)
         for point in points(costs, None, pins.policy, offload)
-        for setting in settings(costs, pins)
+        for residency in residencies(costs, pins)
     )
 
 
@@ -104,20 +104,20 @@ def block_seconds(costs: Costs, gpu: GPU) -> BlockSeconds:
     return gpu.seconds(costs.outside), forward, backward
 
 
-def launches(costs: Costs, setting: Residency, policies: Sequence[str], offload: bool) -> int:
+def launches(costs: Costs, residency: Residency, policies: Sequence[str], offload: bool) -> int:
     """How many kernels Python launches in a step, with what takes as long: copies of streamed units, once each way but
     for those in the slots when the direction changes, and of each block's inputs to the host and back.
     """
     kernels = costs.launches + sum(b.launched(policy) for b, policy in zip(costs.blocks, policies, strict=True))
     trained = [(b, policy) for b, policy in zip(costs.blocks, policies, strict=True) if policy]
-    inputs, units = len(trained) if offload else 0, len(costs.units) - len(setting.resident) - setting.slots
+    inputs, units = len(trained) if offload else 0, len(costs.units) - len(residency.resident) - residency.slots
     return kernels + 2 * COPY_LAUNCHES * (inputs + max(0, units))
 
 
 def timeline(
     costs: Costs,
     gpu: GPU,
-    setting: Residency,
+    residency: Residency,
     policies: Sequence[str],
     offload: bool = False,
     run_ahead: int | None = None,
@@ -129,7 +129,7 @@ def timeline(
     outside, forward, backward = known or block_seconds(costs, gpu)
     blocks = tuple(b.units for b in costs.blocks)
     return run_steps(
-        Schedule(blocks, frozenset(setting.resident), max(2, setting.slots), tuple(costs.ahead)),
+        Schedule(blocks, frozenset(residency.resident), max(2, residency.slots), tuple(costs.ahead)),
         {**costs.units, **costs.ahead},
         forward,
         {i: backward[i][policy] for i, policy in enumerate(policies) if policy},
@@ -137,12 +137,12 @@ def timeline(
         tail=outside,
         run_ahead=run_ahead,
         ahead={unit: _reading(gpu, nbytes) for unit, nbytes in costs.ahead.items()},
-        every=setting.ahead,
+        every=residency.ahead,
         inputs={i: b.inputs for i, b in enumerate(costs.blocks) if policies[i]} if offload else None,
     )
 
 
-def settings(costs: Costs, pins: Pins) -> list[Residency]:
+def residencies(costs: Costs, pins: Pins) -> list[Residency]:
     """Every combination of slots, resident units and look-ahead that the pins allow."""
     units, blocks, combinations = len(costs.units), [b.units for b in costs.blocks], []
     numbers: Sequence[int] = sorted({*range(0, units, max(1, units // RESIDENTS)), units})
@@ -168,12 +168,12 @@ Rank = tuple[int, bool, int, bool, int, int]
 
 
 class _Candidate(NamedTuple):
-    """One point with one setting. Its `rank` is a lower bound; the points that keep less follow in `rest`."""
+    """One point with one residency. Its `rank` is a lower bound; the points that keep less follow in `rest`."""
 
     rank: Rank
     number: int
     point: Point
-    setting: Residency
+    residency: Residency
     offload: bool
     rest: Iterator[Point]
 
@@ -196,61 +196,61 @@ class _Search:
         search ends when no other candidate can be better.
         """
         number, heap = count(), list[_Candidate]()
-        for setting, offload, rest in self._fitting():
-            self._push(heap, number, setting, offload, rest, limit)
+        for residency, offload, rest in self._fitting():
+            self._push(heap, number, residency, offload, rest, limit)
         best: tuple[Rank, float, _Candidate] | None = None
         while heap:
             candidate = heapq.heappop(heap)
             if best and candidate.rank >= best[0]:
                 break
-            *_, point, setting, offload, rest = candidate
-            steps, (pass_seconds, pass_bytes) = self._timeline(candidate, passes=False), self._pass_share(setting)
-            seconds = max(steps.seconds + pass_seconds, self._launching(point, setting, offload))
-            rank = self._rank(seconds, steps.copied + pass_bytes, point, setting, offload)
+            *_, point, residency, offload, rest = candidate
+            steps, (pass_seconds, pass_bytes) = self._timeline(candidate, passes=False), self._pass_share(residency)
+            seconds = max(steps.seconds + pass_seconds, self._launching(point, residency, offload))
+            rank = self._rank(seconds, steps.copied + pass_bytes, point, residency, offload)
             if seconds <= limit and (best is None or rank < best[0]):
                 best = rank, seconds, candidate
             if seconds <= AS_GOOD * min(limit, best[1] if best else math.inf):  # a point that keeps less is not faster
-                self._push(heap, number, setting, offload, rest, limit)
+                self._push(heap, number, residency, offload, rest, limit)
         return None if best is None else self._plan(best[2])
 
     def _fitting(self) -> Iterator[tuple[Residency, bool, Iterator[Point]]]:
-        """Every setting, with the points that fit with it, the fastest first."""
+        """Every residency, with the points that fit with it, the fastest first."""
         for offload in _offloads(self.pins) if self.costs.blocks else ():
             known = points(self.costs, self.gpu, self.pins.policy, offload)
-            for setting in settings(self.costs, self.pins):
-                if self.ram is None or host_bytes(self.costs, setting, offload) <= self.ram:
-                    fitting = [p for p in known if reserved(self.costs, setting, p.peak) <= self.budget]
-                    yield setting, offload, iter(fitting)
+            for residency in residencies(self.costs, self.pins):
+                if self.ram is None or host_bytes(self.costs, residency, offload) <= self.ram:
+                    fitting = [p for p in known if reserved(self.costs, residency, p.peak) <= self.budget]
+                    yield residency, offload, iter(fitting)
 
     def _push(
         self,
         heap: list[_Candidate],
         number: Iterator[int],
-        setting: Residency,
+        residency: Residency,
         offload: bool,
         rest: Iterator[Point],
         limit: float,
     ) -> None:
         """Push the next point of `rest` that may take at most `limit` seconds, with a lower bound of its time."""
-        pass_seconds, pass_bytes = self._pass_share(setting)
-        moved = self._least_moved(setting, offload) + pass_bytes
+        pass_seconds, pass_bytes = self._pass_share(residency)
+        moved = self._least_moved(residency, offload) + pass_bytes
         for point in rest:
             seconds = max(
                 point.gpu_seconds + self._known[0] + pass_seconds,
                 moved / (self.gpu.bus_gb_s * 1e9),
-                self._launching(point, setting, offload),
+                self._launching(point, residency, offload),
             )
             if seconds <= limit:
-                rank = self._rank(seconds, moved, point, setting, offload)
-                heapq.heappush(heap, _Candidate(rank, next(number), point, setting, offload, rest))
+                rank = self._rank(seconds, moved, point, residency, offload)
+                heapq.heappush(heap, _Candidate(rank, next(number), point, residency, offload, rest))
                 return
 
-    def _rank(self, seconds: float, moved: int, point: Point, setting: Residency, offload: bool) -> Rank:
+    def _rank(self, seconds: float, moved: int, point: Point, residency: Residency, offload: bool) -> Rank:
         """The smallest rank wins. Of equally fast plans, prefer one that keeps no inputs on the host; that rounds less
         of what it keeps; that leaves some memory free, for anything else that needs the GPU; that copies less, since
         copies take power and are hidden only if the predictions hold; that uses less memory.
         """
-        nbytes = reserved(self.costs, setting, point.peak)
+        nbytes = reserved(self.costs, residency, point.peak)
         crowded = nbytes > (1 - FREE) * self.budget
         grain = math.ceil(math.log(seconds, GRAIN) - 1e-6)
         return grain, offload, point.rounded, crowded, 0 if crowded else moved, nbytes
@@ -259,52 +259,53 @@ class _Search:
     def _known(self) -> BlockSeconds:
         return block_seconds(self.costs, self.gpu)
 
-    def _launching(self, point: Point, setting: Residency, offload: bool) -> float:
+    def _launching(self, point: Point, residency: Residency, offload: bool) -> float:
         """Seconds in which Python launches a step."""
-        return 1e-6 * self.gpu.launch_us * launches(self.costs, setting, point.policies, offload)
+        return 1e-6 * self.gpu.launch_us * launches(self.costs, residency, point.policies, offload)
 
-    def _pass_share(self, setting: Residency) -> tuple[float, int]:
+    def _pass_share(self, residency: Residency) -> tuple[float, int]:
         """A lower bound of one step's share of a pass ahead, in seconds and bytes. The search uses it in place of the
         pass.
 
         The pass reads each unit and waits for their copies, except for those in the slots when it starts; afterwards
         the units that it evicted are copied back.
         """
-        sizes, window = self.costs.ahead.values(), max(1, setting.ahead)
-        copied = max(0, sum(sizes) - setting.slots * self.costs.slot)
+        sizes, window = self.costs.ahead.values(), max(1, residency.ahead)
+        copied = max(0, sum(sizes) - residency.slots * self.costs.slot)
         seconds = max(sum(_reading(self.gpu, size) for size in sizes), copied / (self.gpu.bus_gb_s * 1e9))
-        streamed = sorted(size for unit, size in self.costs.units.items() if unit not in setting.resident)
-        back = sum(streamed[: setting.slots]) if sizes else 0
+        streamed = sorted(size for unit, size in self.costs.units.items() if unit not in residency.resident)
+        back = sum(streamed[: residency.slots]) if sizes else 0
         return seconds / window, (copied + back) // window
 
-    def _least_moved(self, setting: Residency, offload: bool) -> int:
+    def _least_moved(self, residency: Residency, offload: bool) -> int:
         """The fewest bytes that a step copies to the GPU: all streamed units each way, except those still in the slots
         when the direction changes.
         """
-        costs, resident = self.costs, set(setting.resident)
+        costs, resident = self.costs, set(residency.resident)
         streamed = {unit: size for unit, size in costs.units.items() if unit not in resident}
         trained = {u for b in costs.blocks if b.policies for u in b.units}
-        spared = setting.slots * costs.slot
+        spared = residency.slots * costs.slot
         moved = sum(streamed.values()) + sum(size for unit, size in streamed.items() if unit in trained) - 2 * spared
         inputs = [b.inputs for b in costs.blocks if b.policies] if offload else []
         return max(0, moved) + sum(inputs[: -1 - BUFFERS])
 
     def _timeline(self, candidate: _Candidate, passes: bool = True) -> Timeline:
-        setting = candidate.setting if passes else candidate.setting._replace(ahead=0)
-        return timeline(self.costs, self.gpu, setting, candidate.point.policies, candidate.offload, None, self._known)
+        residency = candidate.residency if passes else candidate.residency._replace(ahead=0)
+        return timeline(self.costs, self.gpu, residency, candidate.point.policies, candidate.offload, None, self._known)
 
     def _plan(self, chosen: _Candidate) -> Plan:
-        costs, setting, point, offload = self.costs, chosen.setting, chosen.point, chosen.offload
-        timing, peak = self._timeline(chosen), peak_by_owner(costs, point.policies, offload, setting)
-        left = sum(peak.values()) - fixed(costs, setting)  # previews are decoded in the memory of a step's temporaries
+        costs, residency, point, offload = self.costs, chosen.residency, chosen.point, chosen.offload
+        timing, peak = self._timeline(chosen), peak_by_owner(costs, point.policies, offload, residency)
+        left = sum(peak.values()) - fixed(costs, residency)  # previews are decoded in a step's temporaries
         tiles = next((band for band, size in costs.tiles if size <= left), costs.tiles[-1][0] if costs.tiles else None)
-        kernels = launches(costs, setting, point.policies, offload)
+        kernels = launches(costs, residency, point.policies, offload)
         launching = 1e-6 * self.gpu.launch_us * kernels
         return Plan(
-            costs.format, costs.compute, setting.slots, setting.resident, len(costs.units) - len(setting.resident),
-            point.policies, offload, tiles, setting.ahead, peak, reserved(costs, setting, left),
-            max(timing.seconds, launching), timing.stalled, timing.copied, timing.seconds, kernels, launching,
-            host_bytes(costs, setting, offload), self.gpu.name, self.vram, costs.about,
+            costs.format, costs.compute, residency.slots, residency.resident,
+            len(costs.units) - len(residency.resident), point.policies, offload, tiles, residency.ahead, peak,
+            reserved(costs, residency, left), max(timing.seconds, launching),
+            timing.stalled, timing.copied, timing.seconds, kernels, launching,
+            host_bytes(costs, residency, offload), self.gpu.name, self.vram, costs.about,
         )  # fmt: skip
 
 
@@ -369,10 +370,10 @@ def _least_host(costs: Costs, pins: Pins, budget: int) -> int:
     """The fewest bytes of RAM of any plan that keeps to `budget` bytes of the GPU."""
     return min(
         (
-            host_bytes(costs, setting, offload)
+            host_bytes(costs, residency, offload)
             for offload in _offloads(pins)
-            for setting in settings(costs, pins)
-            if reserved(costs, setting, min(p.peak for p in points(costs, None, pins.policy, offload))) <= budget
+            for residency in residencies(costs, pins)
+            if reserved(costs, residency, min(p.peak for p in points(costs, None, pins.policy, offload))) <= budget
         ),
         default=1 << 62,
     )

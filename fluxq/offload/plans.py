@@ -84,7 +84,7 @@ class Plan:
         return self.resident if self.slots else None
 
     @property
-    def setting(self) -> Residency:
+    def residency(self) -> Residency:
         """The choices that do not depend on the policies."""
         return Residency(self.slots, self.resident, self.look_ahead)
 

@@ -134,7 +134,7 @@ def test_previews_take_no_more_than_the_step_of_their_plan(pixels, resident, gpu
         state = torch.empty(made.peak["optimizer"] + costs.lora // 3, dtype=torch.uint8, device=META)
         latents = denoise(flux, texts(), shots, tokens=own.tokens)
         gc.collect()
-        assert live.live == pytest.approx(fixed(costs, made.setting), rel=0.01)
+        assert live.live == pytest.approx(fixed(costs, made.residency), rel=0.01)
         sampling_peak, copies = live.peak, getattr(flux.ring, "copies", 0)
         live.reset_peak()
         with patch("fluxq.sampling.decoding.to_image", lambda x: x):

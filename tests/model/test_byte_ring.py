@@ -208,8 +208,8 @@ def test_predicted_bytes_equal_those_of_the_step_by_owner(case):
     config = replace(FluxConfig.dev(), depth=case.blocks[0], depth_single_blocks=case.blocks[1])
     costs, everything = costs_of(case, config), case.resident is None
     resident = spread([b.units for b in costs.blocks], len(costs.units) if everything else case.resident)
-    setting = Residency(0 if everything else case.slots, tuple(resident), costs.window)
-    expected = peak_by_owner(costs, [case.policy if b.policies else "" for b in costs.blocks], False, setting)
+    residency = Residency(0 if everything else case.slots, tuple(resident), costs.window)
+    expected = peak_by_owner(costs, [case.policy if b.policies else "" for b in costs.blocks], False, residency)
     if everything:  # including modulation's weights
         expected["weights"] += sum(costs.ahead.values())
     real = counted(case, config, resident)

@@ -81,8 +81,8 @@ def test_live_bytes_fall_as_predicted(case):
     on_gpu, between = peaks(flux, side, text, batch)
     flux.inputs = HostInputs(Nothing(), lambda n: Arena({INPUTS: n}, lambda unit, out: None))
     offloaded, between_offloaded = peaks(flux, side, text, batch)
-    setting = Residency(0, tuple(costs.units), 0)
-    predicted = [sum(peak_by_owner(costs, policies, offload, setting).values()) for offload in (False, True)]
+    residency = Residency(0, tuple(costs.units), 0)
+    predicted = [sum(peak_by_owner(costs, policies, offload, residency).values()) for offload in (False, True)]
     assert between - between_offloaded == inputs - 3 * costs.blocks[-1].inputs, (
         "the inputs of the last three blocks are still on the GPU"
     )

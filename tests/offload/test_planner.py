@@ -55,7 +55,7 @@ def brute_force(costs: Costs, floor: int, extras: tuple[int, ...]) -> list[float
     """The fewest seconds of any policies, any resident units, any number of slots, inputs on the host or not, with so
     many bytes more than `floor`.
     """
-    settings = [
+    residencies = [
         Residency(slots, resident, 0)
         for number in range(len(costs.units) + 1)
         for resident in itertools.combinations(costs.units, number)
@@ -65,10 +65,10 @@ def brute_force(costs: Costs, floor: int, extras: tuple[int, ...]) -> list[float
     for chosen in itertools.product(*(list(b.policies) for b in costs.blocks)):
         backward = [b.policies[name].replay + b.backward for b, name in zip(costs.blocks, chosen, strict=True)]
         compute = sum(TEST_GPU.seconds(b.forward + w) for b, w in zip(costs.blocks, backward, strict=True))
-        for offload, setting in itertools.product((False, True), settings):
-            needed = sum(peak_by_owner(costs, chosen, offload, setting).values()) - floor
+        for offload, residency in itertools.product((False, True), residencies):
+            needed = sum(peak_by_owner(costs, chosen, offload, residency).values()) - floor
             if any(needed <= extra and compute < best[extra] for extra in extras):
-                seconds = timeline(costs, TEST_GPU, setting, chosen, offload).seconds
+                seconds = timeline(costs, TEST_GPU, residency, chosen, offload).seconds
                 best |= {extra: min(best[extra], seconds) for extra in extras if needed <= extra}
     return [best[extra] for extra in extras]
 
