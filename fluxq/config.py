@@ -7,7 +7,6 @@ Unknown keys are refused with the nearest known one.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import json
 import math
 import os
@@ -21,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
+from fluxq.names import meaning, unknown
 from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of
 
 
@@ -514,27 +514,6 @@ FORMER_KEYS = {
 FORMER_OPTIONS = {"size": "resolution", "rate": "lr", "text-rate": "text-lr", "card": "gpu"}
 """Former command-line option -> its name today, without dashes."""
 
-REFUSED = {
-    **dict.fromkeys(
-        (
-            *("noise_offset", "noise_offset_random_strength", "adaptive_noise_scale"),
-            *("multires_noise_iterations", "multires_noise_discount"),
-        ),
-        "it corrects models that were never trained at pure noise; FLUX.1 was, and sampling starts from plain noise",
-    ),
-    "zero_terminal_snr": "the last noise level of a flow is pure noise already",
-    **dict.fromkeys(
-        ("min_snr_gamma", "debiased_estimation_loss", "scale_v_pred_loss_like_noise_pred", "v_pred_like_loss"),
-        "it weighs the losses of diffusion models by their signal-to-noise ratio, and FLUX.1 is a flow; "
-        "training.timesteps and training.weighting set how much each noise level counts",
-    ),
-    **dict.fromkeys(
-        ("v_parameterization", "model_prediction_type"),
-        "FLUX.1 predicts a flow's velocity, which sd-scripts calls raw, and is not trained otherwise",
-    ),
-}
-"""Settings of other trainers that mean nothing for FLUX.1 -> why."""
-
 
 def current_names(values: Mapping[str, Any], source: str) -> dict[str, Any]:
     """A copy of a config's tables with former keys renamed. Raises WrongRequest if a table has both names of a key."""
@@ -560,17 +539,42 @@ def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainCo
         values = current_names(values, source)
     fields = {f.name: f for f in dataclasses.fields(cls)}
     hints = typing.get_type_hints(cls)
-    for key in values:
+    for key, value in values.items():
         if key not in fields:
-            if key in REFUSED:
-                raise WrongRequest(f"'{prefix}{key}' in {source} is not for FLUX.1: {REFUSED[key]}")
-            near = difflib.get_close_matches(key, fields, n=1) or difflib.get_close_matches(key, fields, n=1, cutoff=0)
-            raise WrongRequest(f"unknown key '{prefix}{key}' in {source}; did you mean '{prefix}{near[0]}'?")
+            raise WrongRequest(_unknown(key, value, prefix, source, fields))
     read = {k: _typed(v, hints[k], f"{prefix}{k}", source, fields[k].metadata) for k, v in values.items()}
     missing = [n for n, f in fields.items() if n not in read and f.default is f.default_factory is dataclasses.MISSING]
     if missing:
         raise WrongRequest(f"{source}: {prefix}{missing[0]} is missing")
     return cls(**read)
+
+
+SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
+
+
+def keys() -> dict[str, dataclasses.Field]:
+    """Every key, like "lora.rank" -> its field; those of a folder of images are called like "data.folders.repeats"."""
+    classes = {**SECTIONS, "data.folders": Folder}
+    return {f"{name}.{f.name}": f for name, cls in classes.items() for f in dataclasses.fields(cls)}
+
+
+def own_names() -> dict[str, str]:
+    """Every name of a setting, that of its field or its option -> its key. Sections are names too."""
+    names = {section: section for section in SECTIONS}
+    for key, f in keys().items():
+        names.setdefault(f.name, key)
+        if flag := f.metadata.get("flag"):
+            names.setdefault(flag.lstrip("-").replace("-", "_"), key)
+    return names
+
+
+def _unknown(key: str, value: Any, prefix: str, source: str, fields: Mapping[str, Any]) -> str:
+    """The sentence about an unknown key, or about the first key in an unknown section."""
+    own = own_names()
+    while not (found := meaning(key, own, fields)) and isinstance(value, Mapping) and value:
+        prefix, (key, value) = f"{prefix}{key}.", next(iter(value.items()))
+    here, name = found.here if found else "", found.here.rpartition(".")[2] if found else ""
+    return unknown(f"key '{prefix}{key}' in {source}", found, f"'{prefix}{name}'" if name in fields else f"'{here}'")
 
 
 def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, Any]) -> Any:

@@ -18,12 +18,22 @@ from typing import Any
 
 import click
 
-from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS, REFUSED
+from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
 from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_failure, is_out_of_memory, one_line
 
 from .bench import bench
 from .lora import lora
-from .options import JSON, asked_for, begin, config_option, finish, folder_settings, options, read_config
+from .options import (
+    JSON,
+    asked_for,
+    begin,
+    config_option,
+    finish,
+    folder_settings,
+    options,
+    read_config,
+    unknown_option,
+)
 
 STEP_OPTIONS = ("--policy", "--ram", "--offload")
 STREAMING_OPTIONS = ("--resident-units", "--blocks-to-swap", "--slots")
@@ -56,9 +66,7 @@ class Commands(click.Group):
             with ended_by_signals():
                 return super().invoke(ctx)
         except click.NoSuchOption as error:
-            if (reason := REFUSED.get(error.option_name.lstrip("-").replace("-", "_"))) is None:
-                raise
-            click.echo(f"error: {error.option_name} is not for FLUX.1: {reason}", err=True)
+            click.echo(f"error: {unknown_option(error)}", err=True)
             ctx.exit(2)
         except WrongRequest as error:
             click.echo(f"error: {error}", err=True)

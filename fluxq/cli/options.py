@@ -12,10 +12,10 @@ from typing import Any
 
 import click
 
-from fluxq.config import FORMER_KEYS, TrainConfig, config_from_dict, read_toml, set_values
+from fluxq.config import FORMER_KEYS, SECTIONS, TrainConfig, config_from_dict, own_names, read_toml, set_values
 from fluxq.errors import WrongRequest
+from fluxq.names import meaning, unknown
 
-SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
 JSON = click.option(
     "--json",
     "as_json",
@@ -73,6 +73,32 @@ def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str)
     metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
     several = typing.get_origin(hint) is tuple
     return click.option(flag, name, type=kind, metavar=metavar, multiple=several, help=help + default)
+
+
+def unknown_option(error: click.NoSuchOption) -> str:
+    """The sentence about an option that the command does not have, with the option or the key that it was meant for."""
+    context = typing.cast(click.Context, error.ctx)
+    options = {p.name or "": p.opts[0] for p in context.command.params}
+    flags = {flag.lstrip("-").replace("-", "_"): flag for flag in options.values()}
+    sections = {name.partition("__")[0] for name in options if "__" in name}
+    keys = {name: key for name, key in own_names().items() if key.partition(".")[0] in sections}
+    found, here = meaning(error.option_name, keys | flags, flags), ""
+    if found and found.here.startswith("-"):
+        here = found.here if found.here in options.values() else ""
+    elif found and found.exists:
+        section, _, name = found.here.rpartition(".")
+        here = options.get(f"{section}__{name}", "")
+        if section == "data.folders" and "data" in sections:
+            here = f"{name} in [[data.folders]] of a file for --config"
+        elif not here and section in sections:
+            here = f"--set {found.here}=VALUE"
+        elif not sections:
+            here = next(
+                (flags[other] for other, key in own_names().items() if key == found.here and other in flags), ""
+            )
+    if found and found.exists and not here:
+        found = None  # a setting that this command does not have
+    return unknown(f"option {error.option_name}", found, here, f"{context.command_path} --help lists all")
 
 
 def config_option(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:

@@ -1,0 +1,120 @@
+"""The names of other trainers: each leads to a setting that exists or to a reason, before spelling is looked at."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from fluxq.cli.main import main
+from fluxq.cli.options import unknown_option
+from fluxq.config import config_from_dict, keys, own_names
+from fluxq.errors import WrongRequest
+from fluxq.names import TRAINERS, meaning, table
+
+OWN = own_names()
+FLAGS = {flag for parameter in main.commands["train"].params for flag in parameter.opts}
+
+
+def said(values: dict) -> str:
+    with pytest.raises(WrongRequest) as error:
+        config_from_dict(values, "my.toml")
+    return str(error.value)
+
+
+def told(*arguments: str) -> str:
+    result = CliRunner().invoke(main, arguments)
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    return line
+
+
+def test_every_row_leads_to_a_setting_an_option_or_a_reason():
+    known = {*keys(), *FLAGS}
+    for row in table():
+        if row.exists:
+            assert row.here in known, row
+        else:
+            assert row.here in ("not for FLUX.1", "not needed", "not supported") and row.note, row
+        assert any(row.names) and len(row.names) == len(TRAINERS)
+    assert len({name for row in table() for names in row.names for name in names}) >= 400
+
+
+@pytest.mark.parametrize("trainer", range(len(TRAINERS)), ids=TRAINERS)
+def test_a_trainers_name_means_one_thing(trainer):
+    names = [name for row in table() for name in row.names[trainer]]
+    assert len(names) >= 40 and [name for name, count in Counter(names).items() if count > 1] == []
+    for row in table():
+        for name in row.names[trainer]:
+            if "." not in name and name not in OWN:
+                other = meaning(name, OWN)
+                assert other and name in sum(other.names, ()), name
+
+
+@pytest.mark.parametrize(
+    ("values", "sentence"),
+    [
+        (
+            {"training": {"max_train_steps": 9}},
+            "key 'training.max_train_steps' in my.toml; did you mean 'training.steps'?",
+        ),
+        ({"network_dim": 9}, "unknown key 'network_dim' in my.toml; did you mean 'lora.rank'?"),
+        ({"network": {"linear": 9}}, "unknown key 'network.linear' in my.toml; did you mean 'lora.rank'?"),
+        ({"data": {"rank": 9}}, "unknown key 'data.rank' in my.toml; did you mean 'lora.rank'?"),
+        ({"training": {"lr": 9}}, "unknown key 'training.lr' in my.toml; did you mean 'training.learning_rate'?"),
+        ({"samples": {"guidance_scale": 9}}, "my.toml; did you mean 'samples.guidance'?"),
+        ({"training": {"guidance_scale": 9}}, "my.toml; did you mean 'training.guidance'?"),
+        (
+            {"training": {"max_denoising_steps": 9}},
+            "'training.max_timestep' (0 to 1: steps of 1000 are divided by 1000)?",
+        ),
+        ({"training": {"num_train_epochs": 9}}, "did you mean 'training.epochs' (or training.steps: epochs x images"),
+        (
+            {"data": {"folders": [{"image_dir": "a"}]}},
+            "'data.folders.0.image_dir' in my.toml; did you mean 'data.folders.0.path'?",
+        ),
+        ({"data": {"folders": [{"path": "a", "batch_size": 9}]}}, "did you mean 'data.folders.0.batch'?"),
+        ({"model": {"xformers": True}}, "'model.xformers' in my.toml is not needed: attention always runs"),
+        ({"output": {"push_to_hub": True}}, "'output.push_to_hub' in my.toml is not supported: LoRAs are only saved"),
+        ({"lora": {"color": 9}}, "unknown key 'lora.color' in my.toml; fluxq train --help-all lists all settings"),
+        ({"zqx": {}}, "unknown key 'zqx' in my.toml; fluxq train --help-all lists all settings"),
+    ],
+)
+def test_an_unknown_key_is_led_to_its_setting_or_nowhere(values, sentence):
+    assert sentence in said(values)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ("train --max_train_steps 9", "error: unknown option --max_train_steps; did you mean --steps?"),
+        ("train --learning-rate 9", "error: unknown option --learning-rate; did you mean --lr?"),
+        ("train --max_grad_norm 9", "did you mean --set training.clip=VALUE?"),
+        ("train --guidance_scale 9", "did you mean --set training.guidance=VALUE?"),
+        ("train --num_repeats 9", "did you mean repeats in [[data.folders]] of a file for --config?"),
+        ("train --resume_from_checkpoint x", "did you mean --resume (the directory of the run to continue)?"),
+        ("train --xformers", "error: --xformers is not needed: attention"),
+        ("train --sedd 9", "did you mean --seed?"),
+        ("train --zqx 9", "error: unknown option --zqx; main train --help lists all"),
+        ("sample --max_train_steps 9", "error: unknown option --max_train_steps; main sample --help lists all"),
+        ("sample --sampel-steps 9", "did you mean --steps?"),
+        ("profile --network_dim 9", "did you mean --rank?"),
+        ("lora info --jsn x", "did you mean --json?"),
+    ],
+)
+def test_an_unknown_option_is_led_to_its_own_or_nowhere(arguments, sentence):
+    assert sentence in told(*arguments.split())
+
+
+def test_no_suggestion_is_an_option_that_the_command_lacks():
+    """Every name of every trainer, in every command: what is suggested can be written there."""
+    for name in ("train", "cache", "sample", "check", "profile", "caption"):
+        flags = {flag for parameter in main.commands[name].params for flag in parameter.opts}
+        foreign = {name.rpartition(".")[2] for row in table() for names in row.names for name in names}
+        for option in sorted(foreign):
+            with click.Context(main.commands[name], info_name=name) as context:
+                sentence = unknown_option(click.NoSuchOption(f"--{option}", ctx=context))
+            if (suggested := sentence.partition("did you mean ")[2]).startswith("--"):
+                assert suggested.split()[0].rstrip("?") in flags, sentence
