@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self, TypeVar
 
@@ -196,7 +196,7 @@ DEFAULTS: dict[str, Any] = {
 class Folder(ImageSettings):
     """[[data.folders]] One folder of images."""
 
-    path: Path
+    path: Path = option(MISSING, "The folder.")
     repeats: int = option(1, "How often each image is used per epoch.", minimum=1)
     weight: float | None = option(
         None,

@@ -22,6 +22,7 @@ from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
 from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_failure, is_out_of_memory, one_line
 
 from .bench import bench
+from .help import SettingsCommand
 from .lora import lora
 from .options import (
     JSON,
@@ -55,6 +56,17 @@ SAMPLING_HELPS = {
     "--width": f"Image width {SAMPLING_SIZE}",
     "--height": f"Image height {SAMPLING_SIZE}",
 }
+
+
+FIRST = (
+    *("--models", "--trigger", "--resolution", "--rank", "--steps", "--lr", "--vram", "--prompt", "--sample-every"),
+    *("--out", "--resume", "--config"),
+)
+EXAMPLES = """\b
+Examples:
+  fluxq train photos --trigger zqx --models ~/ComfyUI
+  fluxq train photos --config configs/12gb.toml --set lora.targets=attention
+"""
 
 
 class Commands(click.Group):
@@ -143,7 +155,7 @@ BASE_LORA = click.option(
 )
 
 
-@main.command()
+@main.command(cls=SettingsCommand, first=FIRST, epilog=EXAMPLES)
 @FOLDERS
 @options("model", "data", "lora", "training", "memory", "samples", "output")
 @BASE_LORA
@@ -176,8 +188,6 @@ def train(
 
     To caption photo.jpg, put the text into photo.txt next to it. Images without a caption are trained on the trigger
     word alone. Only FOLDERS and the model files are required; fluxq picks the rest and prints why.
-
-    Example: fluxq train photos --trigger zqx --models ~/ComfyUI
     """
     if resume and overwrite:
         raise WrongRequest("--resume continues a run and --overwrite replaces it; pass only one of them")
@@ -201,7 +211,7 @@ def train(
     finish(run(config, resumes, overwrite, accepts_data=resumes and bool(folders), asked=asked), as_json)
 
 
-@main.command()
+@main.command(cls=SettingsCommand)
 @FOLDERS
 @options("model", "data", "memory", renamed=dict.fromkeys(STEP_OPTIONS + STREAMING_OPTIONS, ""))
 @click.option(
@@ -242,7 +252,7 @@ def cache(
     finish(cache_command(config, verify, prune, imports), as_json)
 
 
-@main.command()
+@main.command(cls=SettingsCommand)
 @options("model", "samples", "memory", renamed=SAMPLING_NAMES, helps=SAMPLING_HELPS)
 @BASE_LORA
 @click.option(
@@ -312,7 +322,7 @@ def sample(
     finish(sample_command(config, loras, strengths, grid, out, asked), as_json)
 
 
-@main.command()
+@main.command(cls=SettingsCommand)
 @click.argument("paths", nargs=-1, type=Path, metavar="[FILE | FOLDERS]...")
 @options("model", "data")
 @click.option("--verbose", is_flag=True, help="Name every image that a line is about, not only the first three.")

@@ -16,6 +16,8 @@ from fluxq.config import FORMER_KEYS, SECTIONS, TrainConfig, config_from_dict, o
 from fluxq.errors import WrongRequest
 from fluxq.names import meaning, unknown
 
+from .help import HELP_ALL, explained
+
 JSON = click.option(
     "--json",
     "as_json",
@@ -31,7 +33,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
     something else with it than training.
     """
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Any) -> Any:
         command = click.option(
             "--set",
             "assignments",
@@ -39,6 +41,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
             metavar="SECTION.KEY=VALUE",
             help="Set any key of the config file, like lora.targets=attention; may be repeated.",
         )(command)
+        command = HELP_ALL(command)
         command = click.option(
             "--config",
             "config_file",
@@ -54,6 +57,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
                 flag = (renamed or {}).get(flag, flag)
                 if flag:
                     command = _option(flag, f"{section}.{field.name}", field, hints[field.name], help)(command)
+        command.sections = sections
         return command
 
     return decorate
@@ -62,17 +66,16 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
 def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str) -> Callable:
     """One click option for a config field. It is None if not given, so that the config file or the default counts."""
     kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
-    unset = field.default is None or field.default is False or field.default in ("", ())
-    default = "" if unset else f"  [default: {field.default}]"
+    help = explained(field, help)
     name = key.replace(".", "__")
     if kinds[0] is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=help + default)
+        return click.option(flag, name, is_flag=True, default=None, help=help)
     if field.metadata["parse"]:
         kinds = [str]
     kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
     metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
     several = typing.get_origin(hint) is tuple
-    return click.option(flag, name, type=kind, metavar=metavar, multiple=several, help=help + default)
+    return click.option(flag, name, type=kind, metavar=metavar, multiple=several, help=help)
 
 
 def unknown_option(error: click.NoSuchOption) -> str:
