@@ -21,7 +21,7 @@ from typing import Any
 
 from fluxq.errors import WrongRequest
 from fluxq.names import meaning, unknown
-from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of
+from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of, type_hints
 
 
 @dataclass(frozen=True)
@@ -538,7 +538,7 @@ def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainCo
     if cls is TrainConfig:
         values = current_names(values, source)
     fields = {f.name: f for f in dataclasses.fields(cls)}
-    hints = typing.get_type_hints(cls)
+    hints = type_hints(cls)
     for key, value in values.items():
         if key not in fields:
             raise WrongRequest(_unknown(key, value, prefix, source, fields))
@@ -549,7 +549,7 @@ def config_from_dict(values: Mapping[str, Any], source: str, cls: type = TrainCo
     return cls(**read)
 
 
-SECTIONS: dict[str, type] = typing.get_type_hints(TrainConfig)
+SECTIONS: dict[str, type] = type_hints(TrainConfig)
 
 
 def keys() -> dict[str, dataclasses.Field]:

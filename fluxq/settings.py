@@ -7,10 +7,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Self, TypeVar
+
+type_hints = cache(typing.get_type_hints)
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

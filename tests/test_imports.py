@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; a room may import itself and everything on a l
     {"formats"},
     {"data"},
     {"config"},
-    {"models"},
+    {"models", "pages"},
     {"memory", "captioning"},
     {"caching"},
     {"flow"},

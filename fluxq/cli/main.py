@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import signal
 import sys
 import threading
@@ -474,6 +475,20 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
     from fluxq.commands.demo import demo as run
 
     finish(run(out, format, compute), as_json)
+
+
+@main.command()
+@click.option("--schema", is_flag=True, help="Print the JSON schema of config files, for editors and other programs.")
+@click.option("--names", is_flag=True, help="Print what other trainers call these settings.")
+def settings(schema: bool, names: bool) -> None:
+    """List the settings of a run.
+
+    Prints a page in Markdown with the key, option, values and default of each.
+    """
+    from fluxq.pages import json_schema, names_page, settings_page
+
+    page = json.dumps(json_schema(), indent=1) if schema else names_page() if names else settings_page()
+    click.echo(page.rstrip("\n"))
 
 
 @main.command()

@@ -15,6 +15,7 @@ import click
 from fluxq.config import FORMER_KEYS, SECTIONS, TrainConfig, config_from_dict, own_names, read_toml, set_values
 from fluxq.errors import WrongRequest
 from fluxq.names import meaning, unknown
+from fluxq.settings import type_hints
 
 from .help import HELP_ALL, explained
 
@@ -50,7 +51,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
             help="Read settings from this TOML file; options and --set override it.",
         )(command)
         for section in reversed(sections):
-            hints = typing.get_type_hints(SECTIONS[section])
+            hints = type_hints(SECTIONS[section])
             for field in reversed(dataclasses.fields(SECTIONS[section])):
                 flag = field.metadata.get("flag") or ""
                 help = (helps or {}).get(flag) or field.metadata["help"]

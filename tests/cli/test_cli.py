@@ -40,6 +40,7 @@ OPTIONS = {
     "--recursive --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
+    "settings": "--schema --names",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "
     "--out --json",
     "bench kernels": "--tune --json",
