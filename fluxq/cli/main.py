@@ -495,8 +495,8 @@ def settings(schema: bool, names: bool) -> None:
 @click.option(
     "--gpu",
     metavar="NAME",
-    help="Predict for this GPU, like rtx3060, which need not be in this machine; an unknown name prints the list. "
-    "Default: this machine's GPU, which is also measured.",
+    help="Predict for this GPU, like 3060 or rtx4060ti-8gb, which need not be in this machine; an unknown name prints "
+    "the list. Default: this machine's GPU, which is also measured.",
 )
 @click.option(
     "--weights",
