@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.errors import WrongRequest
-from fluxq.names import meaning, unknown
+from fluxq.names import meaning, trainer_of, unknown
 from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of, type_hints
 
 
@@ -632,13 +632,22 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises WrongRequest if it is missing or malformed, with the line."""
+    """The tables of a TOML file. Raises WrongRequest if it is missing, another trainer's or malformed, with the line."""
     try:
-        tables = tomllib.loads(path.read_text(encoding="utf-8-sig", errors="surrogateescape"))
+        text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
         raise WrongRequest(f"the config file {path} cannot be read ({error.strerror})") from error
+    try:
+        tables, problem = tomllib.loads(text), None
     except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
-        raise WrongRequest(f"{path} is not valid TOML: {error}") from error
+        tables, problem = {}, error
+    if not tables.keys() & SECTIONS.keys() and (what := trainer_of(text, own_names())):
+        raise WrongRequest(
+            f"{path} is {what}; write its settings into a TOML file by fluxq's names, which fluxq settings --names "
+            "lists beside those of other trainers"
+        )
+    if problem:
+        raise WrongRequest(f"{path} is not valid TOML: {problem}") from problem
     return current_names(tables, str(path))
 
 

@@ -2,14 +2,16 @@
 
 The table is names.csv, one line per setting: its key in fluxq, or an option, or why there is none ("not for FLUX.1",
 "not needed", "not supported"); its names in each of TRAINERS, with the path that nested files have; and a note on
-values. Its names were read in the sources of these programs in 2026. docs/coming-from.md shows it.
+values. The names were read in the sources of these programs in 2026. docs/coming-from.md shows the table. A config file
+of these programs is recognized by the names in it.
 """
 
 from __future__ import annotations
 
 import csv
 import difflib
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -54,6 +56,18 @@ def meaning(name: str, own: Mapping[str, str], near: Iterable[str] = ()) -> Mean
             return row
     close = difflib.get_close_matches(name, near, 1) or difflib.get_close_matches(name, own, 1, cutoff=0.8)
     return Meaning(own.get(close[0], close[0])) if close else None
+
+
+def trainer_of(text: str, own: Collection[str]) -> str | None:
+    """What `text`, a config file of another trainer, is: known by two of its names in JSON, YAML or TOML, not `own`."""
+    if '"class_type"' in text or ('"nodes"' in text and '"links"' in text):
+        return "a workflow of ComfyUI"
+    found = set(re.findall(r"""(?:^|[{,"'])[\s-]*(\w+)["']?\s*[:=]""", text, re.MULTILINE)) - set(own)
+    hits = [
+        sum(any(name.rpartition(".")[2] in found for name in row.names[i]) for row in table())
+        for i in range(len(TRAINERS))
+    ]
+    return f"a config of {TRAINERS[hits.index(max(hits))]}" if max(hits) > 1 else None
 
 
 def unknown(what: str, found: Meaning | None, here: str = "", instead: str = ALL) -> str:

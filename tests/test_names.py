@@ -10,9 +10,9 @@ from click.testing import CliRunner
 
 from fluxq.cli.main import main
 from fluxq.cli.options import unknown_option
-from fluxq.config import config_from_dict, keys, own_names
+from fluxq.config import TrainConfig, config_from_dict, keys, own_names, to_toml
 from fluxq.errors import WrongRequest
-from fluxq.names import TRAINERS, meaning, table
+from fluxq.names import TRAINERS, meaning, table, trainer_of
 
 OWN = own_names()
 FLAGS = {flag for parameter in main.commands["train"].params for flag in parameter.opts}
@@ -118,3 +118,59 @@ def test_no_suggestion_is_an_option_that_the_command_lacks():
                 sentence = unknown_option(click.NoSuchOption(f"--{option}", ctx=context))
             if (suggested := sentence.partition("did you mean ")[2]).startswith("--"):
                 assert suggested.split()[0].rstrip("?") in flags, sentence
+
+
+FOREIGN = {  # file -> what it is; written after files that these programs ship or their users publish
+    ("dataset.toml", "[[datasets]]\nbatch_size = 1\n[[datasets.subsets]]\nimage_dir = 'a'\n"): "config of sd-scripts",
+    ("flux.toml", "[model_arguments]\npretrained_model_name_or_path = 'a'\nt5xxl = 'b'\n[o]\noutput_dir = 'c'\n"): (
+        "config of sd-scripts"
+    ),
+    (
+        "job.yaml",
+        "job: extension\nconfig:\n  process:\n  - type: sd_trainer\n    training_folder: 'o'\n    network:\n"
+        "      linear: 16\n",
+    ): "config of ai-toolkit",
+    (
+        "job.json",
+        '{"job": "extension", "config": {"process": [{"training_folder": "o", "network": {"linear": 16}}]}}',
+    ): ("config of ai-toolkit"),
+    ("flux.json", '{"base_model_name": "a", "lora_rank": 8, "training_method": "LORA", "clip_grad_norm": 1}'): (
+        "config of OneTrainer"
+    ),
+    ("config.json", '{\n "--model_family": "flux",\n "--lora_type": "standard",\n "--max_train_steps": 9\n}'): (
+        "config of SimpleTuner"
+    ),
+    (
+        "data.json",
+        '[{"id": "a", "instance_data_dir": "a", "cache_dir_vae": "b", "repeats": 5}]',
+    ): "config of SimpleTuner",
+    ("ui.json", '{"last_node_id": 1, "nodes": [], "links": []}'): "workflow of ComfyUI",
+    ("api.json", '{"1": {"class_type": "InitFluxLoRATraining", "inputs": {}}}'): "workflow of ComfyUI",
+}
+
+
+@pytest.mark.parametrize(("file", "what"), FOREIGN.items(), ids=[name for name, _ in FOREIGN])
+def test_a_config_of_another_trainer_is_recognized(file, what, tmp_path):
+    path = tmp_path / file[0]
+    path.write_text(file[1], encoding="utf-8")
+    for arguments in (["train", "--config", str(path)], ["train", str(path)]):
+        assert f"error: {path} is a {what}; write its settings into a TOML file by fluxq's names" in told(*arguments)
+
+
+@pytest.mark.parametrize(
+    "text", ["", "{}", "[lora\nrank = 3", "rank = 3\nsteps = 4\nlearning_rate: 1", "max_train_steps = 4\n"]
+)
+def test_what_has_no_two_names_of_a_trainer_is_no_config_of_it(text):
+    assert trainer_of(text, own_names()) is None
+
+
+def test_our_own_files_are_not_taken_for_another_trainers(tmp_path):
+    broken = to_toml(TrainConfig())
+    assert trainer_of(broken, own_names()) is None
+    path = tmp_path / "my.toml"
+    path.write_text("[training]\nmax_train_steps = 9\nnetwork_dim = 4\noutput_dir = 'a'\n", encoding="utf-8")
+    assert "my.toml; did you mean 'training.steps'?" in told("train", "--config", str(path))
+    assert (
+        told("train", str(path))
+        == f"error: {path} is a file of settings, not a folder of images; pass it with --config {path}"
+    )

@@ -142,7 +142,14 @@ def read_config(
 
 
 def folder_settings(folders: tuple[Path, ...], *files: Path | None) -> list[dict[str, Any]]:
-    """`folders` as [data] has them. One that a config in `files` has by that name keeps its settings."""
+    """`folders` as [data] has them. One that a config in `files` has by that name keeps its settings.
+
+    Raises WrongRequest for a config file in place of a folder.
+    """
+    for path in folders:
+        if path.suffix.lower() in (".toml", ".json", ".yaml", ".yml") and path.is_file():
+            read_toml(path)
+            raise WrongRequest(f"{path} is a file of settings, not a folder of images; pass it with --config {path}")
     known: dict[str, dict[str, Any]] = {}
     for file in filter(None, files):
         for folder in config_from_dict(read_toml(file), str(file)).data.folders:
