@@ -632,7 +632,7 @@ _TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", 
 
 
 def read_toml(path: Path) -> dict[str, Any]:
-    """The tables of a TOML file. Raises WrongRequest if it is missing, another trainer's or malformed, with the line."""
+    """The tables of a TOML file. Raises WrongRequest if it is missing, malformed or another trainer's."""
     try:
         text = path.read_text(encoding="utf-8-sig", errors="surrogateescape")
     except OSError as error:
