@@ -13,7 +13,6 @@ import os
 import sys
 import tomllib
 import types
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,7 +20,7 @@ from typing import Any
 
 from fluxq.errors import WrongRequest
 from fluxq.names import meaning, trainer_of, unknown
-from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of, type_hints
+from fluxq.settings import Folder, ImageSettings, Resolution, kind_of, option, sizes_of, type_hints
 
 
 @dataclass(frozen=True)
@@ -584,27 +583,23 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
             return None if value is None else parse(value)
         except ValueError as error:
             raise WrongRequest(f"{source}: {key} must be {error}, not {value!r}") from error
-    if isinstance(hint, types.UnionType):
-        if value is None:
-            return None
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    if typing.get_origin(hint) is tuple:
+    kind, several = kind_of(hint)
+    if value is None and isinstance(hint, types.UnionType):
+        return None
+    if several:
         items = value if isinstance(value, list | tuple) else [value]
-        return tuple(
-            _typed(item, typing.get_args(hint)[0], f"{key}.{i}", source, allowed) for i, item in enumerate(items)
-        )
-    if dataclasses.is_dataclass(hint):
-        if hint is Folder and isinstance(value, str):
-            value = {"path": value}
-        return config_from_dict(value, source, typing.cast(type, hint), f"{key}.")
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
+        return tuple(_typed(item, kind, f"{key}.{i}", source, allowed) for i, item in enumerate(items))
+    if dataclasses.is_dataclass(kind):
+        value = {"path": value} if kind is Folder and isinstance(value, str) else value
+        return config_from_dict(value, source, kind, f"{key}.")
+    if kind is float and isinstance(value, int) and not isinstance(value, bool):
         value = float(value)
-    if hint is Path and isinstance(value, str):
+    if kind is Path and isinstance(value, str):
         if "\0" in value:
             raise WrongRequest(f"{source}: {key} must be a path, not {value!r}")
         value = Path(os.path.expanduser(value))
-    if not isinstance(value, hint) or (hint is int and isinstance(value, bool)):
-        raise WrongRequest(f"{source}: {key} must be {_TYPE_NAMES[hint]}, not {value!r}")
+    if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
+        raise WrongRequest(f"{source}: {key} must be {TYPE_NAMES[kind]}, not {value!r}")
     choices, minimum = allowed.get("choices", ()), allowed.get("minimum")
     if choices and value not in choices:
         raise WrongRequest(f"{source}: {key} must be one of {', '.join(choices)}, not {value!r}")
@@ -628,7 +623,7 @@ def file_and_strength(text: str) -> tuple[Path, float]:
     return Path(path), strength
 
 
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
+TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", Path: "a path"}
 
 
 def read_toml(path: Path) -> dict[str, Any]:

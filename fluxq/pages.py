@@ -6,17 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import types
-import typing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
-from fluxq.config import FORMER_KEYS, OPTIMIZERS, SECTIONS
+from fluxq.config import FORMER_KEYS, SECTIONS, TYPE_NAMES
 from fluxq.names import TRAINERS, table
-from fluxq.settings import DEFAULTS, Folder, ImageSettings, type_hints
+from fluxq.settings import DEFAULTS, Folder, ImageSettings, kind_of, type_hints
 
 TYPES = {int: "integer", float: "number", bool: "boolean", str: "string", Path: "string"}
-WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Path: "path"}
 
 
 def json_schema() -> dict[str, Any]:
@@ -42,12 +39,13 @@ def _object(cls: type) -> dict[str, Any]:
 
 
 def _property(hint: Any, field: dataclasses.Field) -> dict[str, Any]:
-    about, (kind, several) = field.metadata, _kind(hint)
+    about, (kind, several) = field.metadata, kind_of(hint)
     made: dict[str, Any] = {"type": TYPES.get(kind, "object")}
     if kind is Folder:
         made = {"anyOf": [{"type": "string"}, _object(Folder)]}
-    elif about["parse"] and kind is int:
-        made = {"type": ["integer", "string", "array"]}
+    elif about["parse"]:
+        members = [h for h in (get_args(hint) or (hint,)) if h is not type(None)]
+        made["type"] = sorted({"string", *(TYPES.get(member, "array") for member in members)})
     if about["choices"]:
         made["enum"] = list(about["choices"])
     if about["minimum"] is not None:
@@ -57,13 +55,6 @@ def _property(hint: Any, field: dataclasses.Field) -> dict[str, Any]:
     if field.default not in (None, dataclasses.MISSING):
         made["default"] = str(field.default) if kind is Path else field.default
     return made | {"description": about["help"]}
-
-
-def _kind(hint: Any) -> tuple[type, bool]:
-    """(type, whether a list of it), without None."""
-    if isinstance(hint, types.UnionType):
-        hint = next(h for h in typing.get_args(hint) if h is not type(None))
-    return (typing.get_args(hint)[0], True) if typing.get_origin(hint) is tuple else (hint, False)
 
 
 HEAD = """# Settings
@@ -113,16 +104,19 @@ def settings_page() -> str:
 
 
 def _values(hint: Any, field: dataclasses.Field) -> str:
-    kind, several = _kind(hint)
+    kind, several = kind_of(hint)
     low, high = field.metadata["minimum"], field.metadata["maximum"]
     if field.metadata["choices"]:
         word = ", ".join(field.metadata["choices"])
     elif kind is Folder:
         word = "path or table"
-    elif field.metadata["parse"]:
-        word = f"{', '.join(OPTIMIZERS)}, package.module.Class" if kind is str else "pixels, WIDTHxHEIGHT"
+    elif parse := field.metadata["parse"]:
+        try:
+            word = str(parse(object()))
+        except ValueError as error:
+            word = str(error)
     else:
-        word = WORDS[kind] + (
+        word = TYPE_NAMES[kind].removeprefix("a ") + (
             "" if low is None else f", {low:g} or more" if high == math.inf else f", {low:g} to {high:g}"
         )
     return f"list: {word}" if several else word

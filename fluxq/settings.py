@@ -12,9 +12,18 @@ from collections.abc import Callable
 from dataclasses import MISSING, dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any, Self, TypeVar
 
 type_hints = cache(typing.get_type_hints)
+
+
+def kind_of(hint: Any) -> tuple[type, bool]:
+    """The type of a setting without its None, and whether it is a list of that type."""
+    if isinstance(hint, UnionType):
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    return (typing.get_args(hint)[0], True) if typing.get_origin(hint) is tuple else (hint, False)
+
 
 Size = tuple[int, int]
 """(width, height) in pixels."""

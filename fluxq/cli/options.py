@@ -15,7 +15,7 @@ import click
 from fluxq.config import FORMER_KEYS, SECTIONS, TrainConfig, config_from_dict, own_names, read_toml, set_values
 from fluxq.errors import WrongRequest
 from fluxq.names import meaning, unknown
-from fluxq.settings import type_hints
+from fluxq.settings import kind_of, type_hints
 
 from .help import HELP_ALL, explained
 
@@ -66,17 +66,14 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
 
 def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str) -> Callable:
     """One click option for a config field. It is None if not given, so that the config file or the default counts."""
-    kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
-    help = explained(field, help)
-    name = key.replace(".", "__")
-    if kinds[0] is bool:
+    (kind, several), name = kind_of(hint), key.replace(".", "__")
+    choices, help = field.metadata["choices"], explained(field, help)
+    if kind is bool:
         return click.option(flag, name, is_flag=True, default=None, help=help)
-    if field.metadata["parse"]:
-        kinds = [str]
-    kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
-    metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
-    several = typing.get_origin(hint) is tuple
-    return click.option(flag, name, type=kind, metavar=metavar, multiple=several, help=help)
+    kind = str if field.metadata["parse"] else kind
+    metavar = None if choices else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
+    allowed = click.Choice(choices) if choices else kind
+    return click.option(flag, name, type=allowed, metavar=metavar, multiple=several, help=help)
 
 
 def unknown_option(error: click.NoSuchOption) -> str:
