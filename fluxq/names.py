@@ -62,7 +62,7 @@ def trainer_of(text: str, own: Collection[str]) -> str | None:
     """What `text`, a config file of another trainer, is: known by two of its names in JSON, YAML or TOML, not `own`."""
     if '"class_type"' in text or ('"nodes"' in text and '"links"' in text):
         return "a workflow of ComfyUI"
-    found = set(re.findall(r"""(?:^|[{,"'])[\s-]*(\w+)["']?\s*[:=]""", text, re.MULTILINE)) - set(own)
+    found = set(re.findall(r"""(?:^|[{,"'])[ \t-]*+(\w++)["']?[ \t]*+[:=]""", text, re.MULTILINE)) - set(own)
     hits = [
         sum(any(name.rpartition(".")[2] in found for name in row.names[i]) for row in table())
         for i in range(len(TRAINERS))
