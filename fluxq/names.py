@@ -49,11 +49,11 @@ def meaning(name: str, own: Mapping[str, str], near: Iterable[str] = ()) -> Mean
     """
     name = name.lstrip("-").replace("-", "_").lower()
     near = list(near)
-    if name in own:
-        return Meaning(own[name])
     for row in table():
         if any(name in (known, known.rpartition(".")[2]) for names in row.names for known in names):
             return row
+    if name in own:
+        return Meaning(own[name])
     close = difflib.get_close_matches(name, near, 1) or difflib.get_close_matches(name, own, 1, cutoff=0.8)
     return Meaning(own.get(close[0], close[0])) if close else None
 

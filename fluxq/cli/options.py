@@ -82,8 +82,7 @@ def unknown_option(error: click.NoSuchOption) -> str:
     options = {p.name or "": p.opts[0] for p in context.command.params}
     flags = {flag.lstrip("-").replace("-", "_"): flag for flag in options.values()}
     sections = {name.partition("__")[0] for name in options if "__" in name}
-    keys = {name: key for name, key in own_names().items() if key.partition(".")[0] in sections}
-    found, here = meaning(error.option_name, keys | flags, flags), ""
+    found, here = meaning(error.option_name, own_names() | flags, flags), ""
     if found and found.here.startswith("-"):
         here = found.here if found.here in options.values() else ""
     elif found and found.exists:

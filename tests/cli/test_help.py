@@ -52,6 +52,11 @@ def test_help_all_has_every_key_of_the_commands_sections(command):
     assert ("\nSampling:\n" in page, "\nPreviews:\n" in page) == (command == "sample", command == "train")
 
 
+def test_an_option_outside_the_commands_sections_is_its_own():
+    page = shown("sample", "--help")
+    assert "\nImages:\n" not in page and "\n  --cache PATH " in page.split("\nThis command:\n")[1]
+
+
 def test_help_all_has_the_defaults_and_titles():
     page = shown("train", "--help-all")
     assert [line[:-1] for line in page.splitlines() if line[:-1] in TITLES] == TITLES
