@@ -7,7 +7,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from fluxq.config import FORMER_KEYS, SECTIONS, TYPE_NAMES
 from fluxq.names import TRAINERS, table
@@ -44,8 +44,7 @@ def _property(hint: Any, field: dataclasses.Field) -> dict[str, Any]:
     if kind is Folder:
         made = {"anyOf": [{"type": "string"}, _object(Folder)]}
     elif about["parse"]:
-        members = [h for h in (get_args(hint) or (hint,)) if h is not type(None)]
-        made["type"] = sorted({"string", *(TYPES.get(member, "array") for member in members)})
+        made, several = {"type": ["string", "integer", "number", "array"]}, False
     if about["choices"]:
         made["enum"] = list(about["choices"])
     if about["minimum"] is not None:
