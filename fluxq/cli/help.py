@@ -33,11 +33,15 @@ def explained(field: dataclasses.Field, help: str = "") -> str:
 
 
 class SettingsCommand(click.Command):
-    """A command whose options are settings, those of `sections`. first: the options that its --help explains."""
+    """A command whose options are settings: those of `sections`, without what it has no use for (`unused`).
+
+    first: the options that its --help explains, if not all.
+    """
 
     def __init__(self, *args: Any, first: tuple[str, ...] = (), **more: Any) -> None:
         super().__init__(*args, **more)
         self.first, self.sections = first, getattr(self.callback, "sections", ())
+        self.unused = SHARED | getattr(self.callback, "unused", set())
 
     def format_options(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         titles = TITLES if "training" in self.sections else TITLES | {"samples": "Sampling"}
@@ -58,8 +62,8 @@ class SettingsCommand(click.Command):
             groups.clear()
             for key, field in keys().items():
                 section = key.rpartition(".")[0]
-                if section.partition(".")[0] in self.sections and key not in SHARED:
-                    flag, help = records.get(key, (key, ""))
+                if section.partition(".")[0] in self.sections and key not in self.unused:
+                    flag, help = records.get(key, (key.removeprefix("data.folders."), ""))
                     groups[titles[section]].append((flag, f"{help}  [{key}]" if help else explained(field)))
             groups[TITLES[""]] = own
         elif self.first:

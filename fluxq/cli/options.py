@@ -35,6 +35,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
     """
 
     def decorate(command: Any) -> Any:
+        command.sections, command.unused = sections, set()
         command = click.option(
             "--set",
             "assignments",
@@ -55,10 +56,11 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
             for field in reversed(dataclasses.fields(SECTIONS[section])):
                 flag = field.metadata.get("flag") or ""
                 help = (helps or {}).get(flag) or field.metadata["help"]
-                flag = (renamed or {}).get(flag, flag)
+                key, flag = f"{section}.{field.name}", (renamed or {}).get(flag, flag)
                 if flag:
-                    command = _option(flag, f"{section}.{field.name}", field, hints[field.name], help)(command)
-        command.sections = sections
+                    command = _option(flag, key, field, hints[field.name], help)(command)
+                elif field.metadata["flag"]:
+                    command.unused.add(key)
         return command
 
     return decorate
