@@ -7,10 +7,23 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import typing
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import MISSING, dataclass, field, replace
+from functools import cache
 from pathlib import Path
+from types import UnionType
 from typing import Any, Self, TypeVar
+
+type_hints = cache(typing.get_type_hints)
+
+
+def kind_of(hint: Any) -> tuple[type, bool]:
+    """The type of a setting without its None, and whether it is a list of that type."""
+    if isinstance(hint, UnionType):
+        hint = next(h for h in typing.get_args(hint) if h is not type(None))
+    return (typing.get_args(hint)[0], True) if typing.get_origin(hint) is tuple else (hint, False)
+
 
 Size = tuple[int, int]
 """(width, height) in pixels."""
@@ -196,7 +209,7 @@ DEFAULTS: dict[str, Any] = {
 class Folder(ImageSettings):
     """[[data.folders]] One folder of images."""
 
-    path: Path
+    path: Path = option(MISSING, "The folder.")
     repeats: int = option(1, "How often each image is used per epoch.", minimum=1)
     weight: float | None = option(
         None,

@@ -14,7 +14,7 @@ import fluxq
 
 ROOT = Path(fluxq.__file__).parent
 FLOORS = [  # from the ground up; a room may import itself and everything on a lower floor
-    {"allocator", "errors", "settings"},
+    {"allocator", "errors", "names", "settings"},
     {"console"},
     {"nano"},
     {"kernels"},
@@ -23,7 +23,7 @@ FLOORS = [  # from the ground up; a room may import itself and everything on a l
     {"formats"},
     {"data"},
     {"config"},
-    {"models"},
+    {"models", "pages"},
     {"memory", "captioning"},
     {"caching"},
     {"flow"},

@@ -22,7 +22,7 @@ from fluxq.formats.atomic import atomic_path
 from fluxq.formats.quantized import cache_folder
 from fluxq.model import FluxConfig
 from fluxq.offload.costs import OWNERS
-from fluxq.offload.gpus import GIB, GPU, GPUS, measure
+from fluxq.offload.gpus import GIB, GPU, GPUS, gpu_named, measure
 from fluxq.offload.planner import plan, timeline
 from fluxq.offload.plans import Pins, Plan
 from fluxq.offload.simulation import Timeline
@@ -85,9 +85,9 @@ def known_gpu(name: str | None) -> GPU:
         if not torch.cuda.is_available():
             raise WrongRequest(f"this machine has no CUDA GPU to measure; name one with --gpu: {', '.join(GPUS)}")
         return measure(cache_folder())
-    if name not in GPUS:
+    if (gpu := gpu_named(name)) is None:
         raise WrongRequest(f"unknown GPU {name!r}; known are {', '.join(GPUS)}")
-    return GPUS[name]
+    return gpu
 
 
 def rows_of(

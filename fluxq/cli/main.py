@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import json
 import signal
 import sys
 import threading
@@ -18,12 +19,23 @@ from typing import Any
 
 import click
 
-from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS, REFUSED
+from fluxq.config import DEFAULT_RANK, FORMER_OPTIONS
 from fluxq.errors import GPUFailure, Stopped, WrongRequest, first_line, is_gpu_failure, is_out_of_memory, one_line
 
 from .bench import bench
+from .help import SettingsCommand
 from .lora import lora
-from .options import JSON, asked_for, begin, config_option, finish, folder_settings, options, read_config
+from .options import (
+    JSON,
+    asked_for,
+    begin,
+    config_option,
+    finish,
+    folder_settings,
+    options,
+    read_config,
+    unknown_option,
+)
 
 STEP_OPTIONS = ("--policy", "--ram", "--offload")
 STREAMING_OPTIONS = ("--resident-units", "--blocks-to-swap", "--slots")
@@ -47,6 +59,17 @@ SAMPLING_HELPS = {
 }
 
 
+FIRST = (
+    *("--models", "--trigger", "--resolution", "--rank", "--steps", "--lr", "--vram", "--prompt", "--sample-every"),
+    *("--out", "--resume", "--config"),
+)
+EXAMPLES = """\b
+Examples:
+  fluxq train photos --trigger zqx --models ~/ComfyUI
+  fluxq train photos --config configs/12gb.toml --set lora.targets=attention
+"""
+
+
 class Commands(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         for stream in (sys.stdout, sys.stderr):
@@ -56,9 +79,7 @@ class Commands(click.Group):
             with ended_by_signals():
                 return super().invoke(ctx)
         except click.NoSuchOption as error:
-            if (reason := REFUSED.get(error.option_name.lstrip("-").replace("-", "_"))) is None:
-                raise
-            click.echo(f"error: {error.option_name} is not for FLUX.1: {reason}", err=True)
+            click.echo(f"error: {unknown_option(error)}", err=True)
             ctx.exit(2)
         except WrongRequest as error:
             click.echo(f"error: {error}", err=True)
@@ -135,7 +156,7 @@ BASE_LORA = click.option(
 )
 
 
-@main.command()
+@main.command(cls=SettingsCommand, first=FIRST, epilog=EXAMPLES)
 @FOLDERS
 @options("model", "data", "lora", "training", "memory", "samples", "output")
 @BASE_LORA
@@ -168,8 +189,6 @@ def train(
 
     To caption photo.jpg, put the text into photo.txt next to it. Images without a caption are trained on the trigger
     word alone. Only FOLDERS and the model files are required; fluxq picks the rest and prints why.
-
-    Example: fluxq train photos --trigger zqx --models ~/ComfyUI
     """
     if resume and overwrite:
         raise WrongRequest("--resume continues a run and --overwrite replaces it; pass only one of them")
@@ -193,7 +212,7 @@ def train(
     finish(run(config, resumes, overwrite, accepts_data=resumes and bool(folders), asked=asked), as_json)
 
 
-@main.command()
+@main.command(cls=SettingsCommand)
 @FOLDERS
 @options("model", "data", "memory", renamed=dict.fromkeys(STEP_OPTIONS + STREAMING_OPTIONS, ""))
 @click.option(
@@ -234,7 +253,7 @@ def cache(
     finish(cache_command(config, verify, prune, imports), as_json)
 
 
-@main.command()
+@main.command(cls=SettingsCommand)
 @options("model", "samples", "memory", renamed=SAMPLING_NAMES, helps=SAMPLING_HELPS)
 @BASE_LORA
 @click.option(
@@ -304,7 +323,7 @@ def sample(
     finish(sample_command(config, loras, strengths, grid, out, asked), as_json)
 
 
-@main.command()
+@main.command(cls=SettingsCommand)
 @click.argument("paths", nargs=-1, type=Path, metavar="[FILE | FOLDERS]...")
 @options("model", "data")
 @click.option("--verbose", is_flag=True, help="Name every image that a line is about, not only the first three.")
@@ -459,11 +478,25 @@ def demo(out: Path, format: str, compute: str, as_json: bool) -> None:
 
 
 @main.command()
+@click.option("--schema", is_flag=True, help="Print the JSON schema of config files, for editors and other programs.")
+@click.option("--names", is_flag=True, help="Print what other trainers call these settings.")
+def settings(schema: bool, names: bool) -> None:
+    """List the settings of a run.
+
+    Prints a page in Markdown with the key, option, values and default of each.
+    """
+    from fluxq.pages import json_schema, names_page, settings_page
+
+    page = json.dumps(json_schema(), indent=1) if schema else names_page() if names else settings_page()
+    click.echo(page.rstrip("\n"))
+
+
+@main.command()
 @click.option(
     "--gpu",
     metavar="NAME",
-    help="Predict for this GPU, like rtx3060, which need not be in this machine; an unknown name prints the list. "
-    "Default: this machine's GPU, which is also measured.",
+    help="Predict for this GPU, like 3060 or rtx4060ti-8gb, which need not be in this machine; an unknown name prints "
+    "the list. Default: this machine's GPU, which is also measured.",
 )
 @click.option(
     "--weights",

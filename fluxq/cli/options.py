@@ -12,10 +12,13 @@ from typing import Any
 
 import click
 
-from fluxq.config import FORMER_KEYS, TrainConfig, config_from_dict, read_toml, set_values
+from fluxq.config import FORMER_KEYS, SECTIONS, TrainConfig, config_from_dict, own_names, read_toml, set_values
 from fluxq.errors import WrongRequest
+from fluxq.names import meaning, unknown
+from fluxq.settings import kind_of, type_hints
 
-SECTIONS = {f.name: typing.get_type_hints(TrainConfig)[f.name] for f in dataclasses.fields(TrainConfig)}
+from .help import HELP_ALL, explained
+
 JSON = click.option(
     "--json",
     "as_json",
@@ -31,7 +34,8 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
     something else with it than training.
     """
 
-    def decorate(command: Callable) -> Callable:
+    def decorate(command: Any) -> Any:
+        command.sections, command.unused = sections, set()
         command = click.option(
             "--set",
             "assignments",
@@ -39,6 +43,7 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
             metavar="SECTION.KEY=VALUE",
             help="Set any key of the config file, like lora.targets=attention; may be repeated.",
         )(command)
+        command = HELP_ALL(command)
         command = click.option(
             "--config",
             "config_file",
@@ -47,13 +52,15 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
             help="Read settings from this TOML file; options and --set override it.",
         )(command)
         for section in reversed(sections):
-            hints = typing.get_type_hints(SECTIONS[section])
+            hints = type_hints(SECTIONS[section])
             for field in reversed(dataclasses.fields(SECTIONS[section])):
                 flag = field.metadata.get("flag") or ""
                 help = (helps or {}).get(flag) or field.metadata["help"]
-                flag = (renamed or {}).get(flag, flag)
+                key, flag = f"{section}.{field.name}", (renamed or {}).get(flag, flag)
                 if flag:
-                    command = _option(flag, f"{section}.{field.name}", field, hints[field.name], help)(command)
+                    command = _option(flag, key, field, hints[field.name], help)(command)
+                elif field.metadata["flag"]:
+                    command.unused.add(key)
         return command
 
     return decorate
@@ -61,18 +68,39 @@ def options(*sections: str, renamed: dict[str, str] | None = None, helps: dict[s
 
 def _option(flag: str, key: str, field: dataclasses.Field, hint: Any, help: str) -> Callable:
     """One click option for a config field. It is None if not given, so that the config file or the default counts."""
-    kinds = [h for h in typing.get_args(hint) if h is not type(None)] or [hint]
-    unset = field.default is None or field.default is False or field.default in ("", ())
-    default = "" if unset else f"  [default: {field.default}]"
-    name = key.replace(".", "__")
-    if kinds[0] is bool:
-        return click.option(flag, name, is_flag=True, default=None, help=help + default)
-    if field.metadata["parse"]:
-        kinds = [str]
-    kind: Any = click.Choice(field.metadata["choices"]) if field.metadata["choices"] else kinds[0]
-    metavar = None if field.metadata["choices"] else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kinds[0]]
-    several = typing.get_origin(hint) is tuple
-    return click.option(flag, name, type=kind, metavar=metavar, multiple=several, help=help + default)
+    (kind, several), name = kind_of(hint), key.replace(".", "__")
+    choices, help = field.metadata["choices"], explained(field, help)
+    if kind is bool:
+        return click.option(flag, name, is_flag=True, default=None, help=help)
+    kind = str if field.metadata["parse"] else kind
+    metavar = None if choices else {int: "N", float: "X", str: "TEXT", Path: "PATH"}[kind]
+    allowed = click.Choice(choices) if choices else kind
+    return click.option(flag, name, type=allowed, metavar=metavar, multiple=several, help=help)
+
+
+def unknown_option(error: click.NoSuchOption) -> str:
+    """The sentence about an option that the command does not have, with the option or the key that it was meant for."""
+    context = typing.cast(click.Context, error.ctx)
+    options = {p.name or "": p.opts[0] for p in context.command.params}
+    flags = {flag.lstrip("-").replace("-", "_"): flag for flag in options.values()}
+    sections = {name.partition("__")[0] for name in options if "__" in name}
+    found, here = meaning(error.option_name, own_names() | flags, flags), ""
+    if found and found.here.startswith("-"):
+        here = found.here if found.here in options.values() else ""
+    elif found and found.exists:
+        section, _, name = found.here.rpartition(".")
+        here = options.get(f"{section}__{name}", "")
+        if section == "data.folders" and "data" in sections:
+            here = f"{name} in [[data.folders]] of a file for --config"
+        elif not here and section in sections:
+            here = f"--set {found.here}=VALUE"
+        elif not sections:
+            here = next(
+                (flags[other] for other, key in own_names().items() if key == found.here and other in flags), ""
+            )
+    if found and found.exists and not here:
+        found = None  # a setting that this command does not have
+    return unknown(f"option {error.option_name}", found, here, f"{context.command_path} --help lists all")
 
 
 def config_option(key: str, help: str, name: str = "", without: str = "", **more: Any) -> Callable:
@@ -112,7 +140,14 @@ def read_config(
 
 
 def folder_settings(folders: tuple[Path, ...], *files: Path | None) -> list[dict[str, Any]]:
-    """`folders` as [data] has them. One that a config in `files` has by that name keeps its settings."""
+    """`folders` as [data] has them. One that a config in `files` has by that name keeps its settings.
+
+    Raises WrongRequest for a config file in place of a folder.
+    """
+    for path in folders:
+        if path.suffix.lower() in (".toml", ".json", ".yaml", ".yml") and path.is_file():
+            read_toml(path)
+            raise WrongRequest(f"{path} is a file of settings, not a folder of images; pass it with --config {path}")
     known: dict[str, dict[str, Any]] = {}
     for file in filter(None, files):
         for folder in config_from_dict(read_toml(file), str(file)).data.folders:

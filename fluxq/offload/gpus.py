@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
@@ -129,6 +130,21 @@ _TABLE = (
 )
 GPUS = {row[0]: GPU(*row[:2], *row[3:], sms=row[2]) for row in _TABLE}
 """Name -> GPU, each in the widest slot that it supports; a GPU in a narrower slot is measured."""
+SMALLER = {("rtx4060ti", 8), ("rtx5060ti", 8)}
+"""(name, GiB) of GPUs that are sold with less memory and no other difference."""
+
+
+def gpu_named(name: str) -> GPU | None:
+    """The GPU that people or its driver call so: "3060", "RTX 3060", "rtx3060-12gb", "NVIDIA A100-SXM4-80GB".
+
+    None if it is not in GPUS, or not with that memory.
+    """
+    memory = re.search(r"(\d+) ?gi?b", name.lower())
+    short = re.sub(r"\d+ ?gi?b|nvidia|geforce|tesla|pcie|sxm\d?|hbm\de?|[^a-z0-9]", "", name.lower())
+    gpu = GPUS.get(short) or GPUS.get(f"rtx{short}")
+    if gpu and memory and (gib := int(memory[1])) != gpu.memory_gib:
+        return replace(gpu, name=f"{gpu.name}-{gib}gb", memory_gib=gib) if (gpu.name, gib) in SMALLER else None
+    return gpu
 
 
 VERSION = 3

@@ -31,15 +31,16 @@ OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
     "--text-encoder --text-lr --epochs --save-every-epochs --optimizer-args "
     "--accumulate --lr --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
-    "--overwrite --config --set --json",
-    "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --json",
+    "--overwrite --config --set --help-all --json",
+    "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --help-all --json",
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
-    "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --json",
-    "check": f"{MODEL} {DATA} --verbose --crops --config --set --json",
+    "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --help-all --json",
+    "check": f"{MODEL} {DATA} --verbose --crops --config --set --help-all --json",
     "caption": "--model --prompt --max-words --batch --overwrite --offline --trigger --remove --replace --table "
     "--recursive --json",
     "quantize": "--format --report --overwrite --json",
     "demo": "--out --format --compute --json",
+    "settings": "--schema --names",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "
     "--out --json",
     "bench kernels": "--tune --json",

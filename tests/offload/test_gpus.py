@@ -12,7 +12,7 @@ import torch
 from fluxq.kernels import reference
 from fluxq.offload import gpus
 from fluxq.offload.costs import Matmul, Work
-from fluxq.offload.gpus import GPU, GPUS, MEASURED, Efficiency, filled, measure
+from fluxq.offload.gpus import GPU, GPUS, MEASURED, Efficiency, filled, gpu_named, measure
 
 
 def test_seconds_match_a_manual_calculation():
@@ -56,6 +56,27 @@ def test_geforce_multiplies_int8_at_four_times_and_fp8_at_twice_the_rate():
         if name.startswith("rtx"):
             assert gpu.int8 == pytest.approx(4 * gpu.bf16, rel=0.01), name
             assert gpu.fp8 == (0 if gpu.capability < 89 else pytest.approx(2 * gpu.bf16, rel=0.02)), name
+
+
+@pytest.mark.parametrize(
+    ("names", "gpu"),
+    [
+        (("3060", "RTX 3060", "rtx3060-12gb", "NVIDIA GeForce RTX 3060", "rtx_3060 12 GB", "3060-12GiB"), "rtx3060"),
+        (("4060 Ti", "RTX 4060 Ti 16GB", "4060ti16gb"), "rtx4060ti"),
+        (("NVIDIA GeForce RTX 4070 Ti SUPER",), "rtx4070tisuper"),
+        (("A100", "NVIDIA A100-SXM4-80GB", "NVIDIA A100 80GB PCIe"), "a100"),
+        (("NVIDIA H100 80GB HBM3", "h100"), "h100"),
+    ],
+)
+def test_a_gpu_has_many_names(names, gpu):
+    assert all(gpu_named(name) is GPUS[gpu] for name in (*names, gpu))
+
+
+def test_other_gpus_and_memories_are_unknown():
+    for name in ("2080", "RTX 3060 8GB", "a100-40gb", "RTX 4090 Laptop GPU", "rtx", "", "12gb", "30", "GTX 3060"):
+        assert gpu_named(name) is None, name
+    small, large = gpu_named("RTX 4060 Ti 8GB"), GPUS["rtx4060ti"]
+    assert small and small == dataclasses.replace(large, name="rtx4060ti-8gb", memory_gib=8)
 
 
 def test_measured_rates_are_saved(tmp_path):
