@@ -3,7 +3,8 @@ images sampled in 2 steps.
 
     python tests/short_demo.py FOLDER [fluxq demo's options]
 
-Nothing may use the network, start a program or unpickle, and triton is not there.
+Nothing may use the network, start a program or unpickle, and triton is not there. No optimizer may import torch's
+compiler, which takes a second.
 """
 
 from __future__ import annotations
@@ -14,8 +15,12 @@ from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from fluxq.commands import demo
 from fluxq.config import TrainConfig
+from fluxq.training.optim import build_optimizer
 
 all_images, whole_config = demo.draw_images, demo.demo_config
 HELD_OUT = 8  # one batch
@@ -51,6 +56,7 @@ def forbid(event: str, arguments: tuple) -> None:
 
 if __name__ == "__main__":
     sys.modules["triton"] = None  # the package trains without it
+    build_optimizer("adamw8bit", [nn.Parameter(torch.ones(64, 64))], 1e-4, 0.01).step()  # what is not the demo's here
     demo.draw_images, demo.demo_config = draw_images, demo_config
     demo.Request = partial(demo.Request, steps=2)
     from fluxq.cli import main
@@ -61,3 +67,5 @@ if __name__ == "__main__":
     finally:
         if TRIED:
             sys.exit(f"the demo tried {TRIED}")
+        if "torch._dynamo" in sys.modules:
+            sys.exit("torch's compiler was imported")

@@ -11,10 +11,12 @@ import random
 import re
 import signal
 import socket
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -593,6 +595,16 @@ def test_a_state_that_the_disk_does_not_take_at_the_end_is_put_elsewhere(tmp_pat
     moved.rename(run / "state" / "state.safetensors")
     result = train(configured(tmp_path, photos, training={"steps": 5}), resume=True)
     assert result.steps == 5
+
+
+def test_where_no_disk_takes_the_state_the_last_save_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    run, progress = SimpleNamespace(folder=tmp_path / "run", name="test", state_file=None), SimpleNamespace(step=4)
+    told = saves.Saves._elsewhere(SimpleNamespace(run=run, progress=progress, _saved=2, _state=fail))
+    assert told == f"the last save is that of step 2; continue from it with --resume {run.folder}"
 
 
 @pytest.mark.slow
