@@ -1,7 +1,7 @@
 """The demo as tests run it: 50 of its 400 steps at three times its learning rate, a third of its held-out images, and
 images sampled in 2 steps.
 
-    python tests/short_demo.py FOLDER [fluxq demo's options]
+    [DEMO_STEPS=50] python tests/short_demo.py FOLDER [fluxq demo's options]
 
 Nothing may use the network, start a program or unpickle, and triton is not there. No optimizer may import torch's
 compiler, which takes a second.
@@ -9,6 +9,7 @@ compiler, which takes a second.
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from dataclasses import replace
@@ -37,7 +38,8 @@ def draw_images(folder: Path) -> None:
 def demo_config(out: Path, format: str, compute: str) -> TrainConfig:
     config = whole_config(out, format, compute)
     # adamw8bit would import bitsandbytes, and takes a fifth of a step on a CPU
-    training = replace(config.training, steps=50, learning_rate=3e-3, optimizer="adamw")
+    steps = int(os.environ.get("DEMO_STEPS", 50))
+    training = replace(config.training, steps=steps, learning_rate=3e-3, optimizer="adamw")
     return replace(config, training=training)
 
 
