@@ -424,7 +424,9 @@ def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkey
 def test_a_run_takes_the_room_that_was_said_before_it_started(file_format, tmp_path, photos, monkeypatch):
     found: list[disk.Need] = []
     monkeypatch.setattr(disk, "require_room", lambda needs, notify: found.extend(needs))
-    changes = {"data": {"cache": str(tmp_path / "cache")}, "output": {"save_every": 2}}
+    for path in [*photos.glob("*.png")]:
+        Image.new("L", Image.open(path).size, 255).save(path.with_name(f"{path.stem}-masklabel.png"))
+    changes = {"data": {"cache": str(tmp_path / "cache"), "masks": "beside"}, "output": {"save_every": 2}}
     changes |= {"lora": {"rank": 24, "file_format": file_format}, "training": {"steps": 3}}
     train(configured(tmp_path, photos, **changes))
     said, run = {need.what: need.nbytes for need in found}, tmp_path / "run"
