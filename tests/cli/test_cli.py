@@ -221,9 +221,11 @@ def test_a_corrupt_image_is_named_and_skipped_on_request(tmp_path, photos):
     refused = run(*trained(tmp_path, photos))
     assert refused.exit_code == 2
     assert "bad.jpg" in refused.stderr
+    (photos / "cut.png").write_bytes((photos / "0.png").read_bytes()[:-300])  # with a header that is good
     accepted = run(*trained(tmp_path, photos, "--skip-bad"))
     assert accepted.exit_code == 0, accepted.output
-    assert "bad.jpg" in accepted.output
+    assert "bad.jpg" in accepted.output and "cut.png" in accepted.output
+    assert "; 2 images, 2 batches per epoch, 2 steps" in accepted.output
 
 
 @pytest.mark.parametrize(
