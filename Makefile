@@ -12,7 +12,7 @@
 #   make aot     every kernel compiled for the GPUs in use; writes benchmarks/results/aot.md
 #   make plans   what the planner chooses for common GPUs; writes benchmarks/results/plans.md
 #   make emulated   the GPU tests, and every Triton kernel once, on an emulated GPU (tests/emulated_gpu/README.md); its
-#                PyTorch, built for CUDA, takes 5.5 GB in .venv-cuda; EMULATED_GPU_PYTHON=... takes another Python's
+#                PyTorch, built for CUDA, takes 6 GB in .venv-cuda; EMULATED_GPU_PYTHON=... takes another Python's
 #   make emulated-ci   three minutes of that, drawn by commit
 #   make emulated-refusals   a run of nano for each call that the driver of the emulated GPU can refuse
 #   make fuzz    damaged files for every reader, for SECONDS=600; faults are kept in tests/fuzz/corpus
@@ -114,7 +114,7 @@ $(CUDA_VENV)/installed: pyproject.toml constraints-cuda.txt
 	$(PYTHON) -m venv $(CUDA_VENV)
 	$(PYTHON) -c "import tomllib; p = tomllib.load(open('pyproject.toml', 'rb'))['project']; \
 		print(*p['dependencies'], *p['optional-dependencies']['test'], sep='\n')" > $(CUDA_VENV)/requirements.txt
-	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints-cuda.txt \
+	$(CUDA_VENV)/bin/python -m pip install --quiet --disable-pip-version-check --no-cache-dir -c constraints-cuda.txt \
 		-r $(CUDA_VENV)/requirements.txt
 	touch $@
 

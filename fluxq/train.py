@@ -36,7 +36,7 @@ from fluxq.model.modulation import is_known_ahead
 from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.asked import refuse_without_effect
-from fluxq.training.defaults import epoch_of, resolve
+from fluxq.training.defaults import Epoch, epoch_of, resolve
 from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
@@ -98,7 +98,7 @@ def train_in(
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
     objective = Objective(flux, data.batches, training, trainable.clip)
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
-    for line in summary(config, models, flux, epoch_of(config.data, scanned, training.batch), len(layers), optimizer):
+    for line in summary(config, models, flux, data.epoch, len(layers), optimizer):
         notify(line)
 
     # where it starts
@@ -172,6 +172,7 @@ class Data:
     store: Store
     prompts: tuple[str, ...]
     keys: Mapping[str, str]  # prompt -> the key of its embeddings
+    epoch: Epoch
 
     def preview_texts(self, clip: Clip | None) -> Mapping[str, Text]:
         """The embeddings of the previews' prompts; with `clip`, pooled vectors come from it as it is now."""
@@ -197,7 +198,8 @@ def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
     held_out = {name: everything.part([f.path]) for name, f in by_label(data.validation).items()}
     store = Store(data.cache)
     batches = Batches(trained_on, store, training.batch, training.seed)
-    return Data(trained_on, held_out, batches, store, prompts, everything.prompts)
+    epoch = epoch_of(data, scanned, training.batch, trained_on)
+    return Data(trained_on, held_out, batches, store, prompts, everything.prompts, epoch)
 
 
 @dataclass(frozen=True)

@@ -1,21 +1,27 @@
 """The demo as tests run it: 50 of its 400 steps at three times its learning rate, a third of its held-out images, and
 images sampled in 2 steps.
 
-    python tests/short_demo.py FOLDER [fluxq demo's options]
+    [DEMO_STEPS=50] python tests/short_demo.py FOLDER [fluxq demo's options]
 
-Nothing may use the network, start a program or unpickle, and triton is not there.
+Nothing may use the network, start a program or unpickle, and triton is not there. No optimizer may import torch's
+compiler, which takes a second.
 """
 
 from __future__ import annotations
 
+import os
 import socket
 import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
+import torch
+from torch import nn
+
 from fluxq.commands import demo
 from fluxq.config import TrainConfig
+from fluxq.training.optim import build_optimizer
 
 all_images, whole_config = demo.draw_images, demo.demo_config
 HELD_OUT = 8  # one batch
@@ -32,7 +38,8 @@ def draw_images(folder: Path) -> None:
 def demo_config(out: Path, format: str, compute: str) -> TrainConfig:
     config = whole_config(out, format, compute)
     # adamw8bit would import bitsandbytes, and takes a fifth of a step on a CPU
-    training = replace(config.training, steps=50, learning_rate=3e-3, optimizer="adamw")
+    steps = int(os.environ.get("DEMO_STEPS", 50))
+    training = replace(config.training, steps=steps, learning_rate=3e-3, optimizer="adamw")
     return replace(config, training=training)
 
 
@@ -51,6 +58,7 @@ def forbid(event: str, arguments: tuple) -> None:
 
 if __name__ == "__main__":
     sys.modules["triton"] = None  # the package trains without it
+    build_optimizer("adamw8bit", [nn.Parameter(torch.ones(64, 64))], 1e-4, 0.01).step()  # what is not the demo's here
     demo.draw_images, demo.demo_config = draw_images, demo_config
     demo.Request = partial(demo.Request, steps=2)
     from fluxq.cli import main
@@ -61,3 +69,5 @@ if __name__ == "__main__":
     finally:
         if TRIED:
             sys.exit(f"the demo tried {TRIED}")
+        if "torch._dynamo" in sys.modules:
+            sys.exit("torch's compiler was imported")

@@ -11,10 +11,12 @@ import random
 import re
 import signal
 import socket
+import tempfile
 import time
 from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -92,14 +94,14 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
         "data": {"shuffle_tags": True, "tag_dropout": 0.2, "caption_dropout": 0.2, "flip": True, "random_crop": True},
         "lora": {"rank": 24},  # 24 x 192 weights and more a matrix: enough for bitsandbytes to keep its state in 8 bits
         "training": {
-            "steps": 28,
+            "steps": 20,
             "batch": 2,
             "accumulate": 2,
             "warmup": 5,
             "schedule": "cosine",
             "optimizer": "adamw8bit",
         },
-        "output": {"save_every": 5},
+        "output": {"save_every": 3},
     }
     plain = settings(tmp_path, photos, **changes)
     train(config_from_dict(plain, "a test"))
@@ -119,7 +121,7 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
         process = processes.Process(target=train, args=(config,), kwargs=choices)
         process.start()
         if kills < 3:
-            steps_before, patience = logged(killed), moments.randint(2, 5)
+            steps_before, patience = logged(killed), moments.randint(2, 4)
             while process.is_alive() and logged(killed) < steps_before + patience:
                 time.sleep(0.02)
             time.sleep(moments.random() * 0.2)
@@ -135,7 +137,7 @@ def test_resume_after_kill_is_bit_exact(tmp_path, photos):
     assert [[(r["step"], r["loss"], r["learning_rate"], r["grad"]) for r in log] for log in logs[:1]] == [
         [(r["step"], r["loss"], r["learning_rate"], r["grad"]) for r in log] for log in logs[1:]
     ]
-    assert [r["step"] for r in logs[1]] == list(range(1, 29))
+    assert [r["step"] for r in logs[1]] == list(range(1, 21))
     assert len(list((killed / "samples").glob("*.png"))) == 10
     assert not list(killed.rglob(".*.tmp-*"))  # what a kill left behind was cleared away
 
@@ -422,7 +424,9 @@ def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkey
 def test_a_run_takes_the_room_that_was_said_before_it_started(file_format, tmp_path, photos, monkeypatch):
     found: list[disk.Need] = []
     monkeypatch.setattr(disk, "require_room", lambda needs, notify: found.extend(needs))
-    changes = {"data": {"cache": str(tmp_path / "cache")}, "output": {"save_every": 2}}
+    for path in [*photos.glob("*.png")]:
+        Image.new("L", Image.open(path).size, 255).save(path.with_name(f"{path.stem}-masklabel.png"))
+    changes = {"data": {"cache": str(tmp_path / "cache"), "masks": "beside"}, "output": {"save_every": 2}}
     changes |= {"lora": {"rank": 24, "file_format": file_format}, "training": {"steps": 3}}
     train(configured(tmp_path, photos, **changes))
     said, run = {need.what: need.nbytes for need in found}, tmp_path / "run"
@@ -593,6 +597,16 @@ def test_a_state_that_the_disk_does_not_take_at_the_end_is_put_elsewhere(tmp_pat
     moved.rename(run / "state" / "state.safetensors")
     result = train(configured(tmp_path, photos, training={"steps": 5}), resume=True)
     assert result.steps == 5
+
+
+def test_where_no_disk_takes_the_state_the_last_save_is_named(tmp_path, monkeypatch):
+    def fail(*_):
+        raise FileNotFoundError(errno.ENOENT, "No usable temporary directory found")
+
+    monkeypatch.setattr(tempfile, "gettempdir", fail)
+    run, progress = SimpleNamespace(folder=tmp_path / "run", name="test", state_file=None), SimpleNamespace(step=4)
+    told = saves.Saves._elsewhere(SimpleNamespace(run=run, progress=progress, _saved=2, _state=fail))
+    assert told == f"the last save is that of step 2; continue from it with --resume {run.folder}"
 
 
 @pytest.mark.slow

@@ -67,7 +67,7 @@ def build_cache(
     skip_bad: bool = False,
     progress: Progress | None = None,
     notify: Notify = silent,
-    before: Callable[[Collection[Size], Collection[str]], None] = lambda images, captions: None,
+    before: Callable[[Collection[Size], Collection[str], Collection[Size]], None] = lambda *missing: None,
 ) -> Dataset:
     """The dataset of `scanned`, with all its records in the store; its file is saved in `<store_dir>/datasets`.
 
@@ -75,10 +75,10 @@ def build_cache(
     `.config.scale_factor` and `.shift_factor`; load_text returns a `TextEncoder` of `t5_length` tokens, which masks
     padding if `text_mask`. Each is called at most once, and the autoencoder is freed before load_text is called. In
     addition to the examples' captions, `prompts` are encoded, and the empty caption if the text encoders are there.
-    `progress` gets (stage, done, total); the stages are "hashing", "looking", "images" and "captions". `notify` gets a
-    line if the autoencoder has to work on fewer rows at a time than it was loaded with. The same `request` (whatever
-    `scanned` was made of) replaces its dataset's file. `before` is called with what has to be encoded: each image's
-    size and each caption; if it raises, nothing is.
+    `progress` gets (stage, done, total); the stages are "hashing", "looking", "masks", "images" and "captions".
+    `notify` gets a line if the autoencoder has to work on fewer rows at a time than it was loaded with. The same
+    `request` (whatever `scanned` was made of) replaces its dataset's file. `before` is called with what has to be
+    encoded: each image's size, each caption and each mask's size; if it raises, nothing is.
     Raises WrongRequest for an undecodable image (unless `skip_bad`), and if something needs encoding but a file of its
     encoder is missing.
     """
@@ -117,8 +117,9 @@ def build_cache(
     }
     if missing_images:
         _require_files([path for path in encoders.ae if path not in hashes], f"{len(missing_images)} images")
-    before([example.bucket for example, _ in missing_images.values()], missing_captions.values())
-    bad_masks = encode_masks(store, missing_masks, skip_bad)
+    sizes, mask_sizes = ([example.bucket for example, _ in p.values()] for p in (missing_images, missing_masks))
+    before(sizes, missing_captions.values(), mask_sizes)
+    bad_masks = encode_masks(store, missing_masks, skip_bad, progress)
 
     def checked_autoencoder() -> Any:
         _require_files(encoders.ae, f"{len(missing_images)} images")
@@ -159,20 +160,23 @@ def build_cache(
 
 def missing_records(
     scanned: Scan, store_dir: str | Path, encoders: EncoderFiles, t5_length: int, text_mask: bool
-) -> tuple[list[Size], list[str]]:
-    """What `build_cache` would encode for `scanned`: images by their sizes, and captions. Reads no file: one that was
-    never hashed has no record.
+) -> tuple[list[Size], list[str], list[Size]]:
+    """What `build_cache` would encode for `scanned`: images by their sizes, captions, masks by their sizes. Reads no
+    file: one that was never hashed has no record.
     """
     store = Store(store_dir)
-    files = (*(example.path for example in scanned.examples), *encoders.ae, *encoders.text())
+    files = (*(path for e in scanned.examples for path in (e.path, e.mask) if path), *encoders.ae, *encoders.text())
     hashes = {path: hashed for path in files if (hashed := store.hashes.remembered(path))}
-    sizes = []
+    sizes, mask_sizes = [], []
     for example in scanned.examples:
         keys = _latents_keys(store, example, encoders, hashes) if example.path in hashes else ("",) * len(example.views)
         sizes += [example.bucket for key in keys if not store.has("latents", key)]
+        if example.mask:
+            masks = _mask_keys(example, hashes, keys) if {example.path, example.mask} <= hashes.keys() else keys
+            mask_sizes += [example.bucket for key in masks if not store.has("masks", key)]
     captions = list(dict.fromkeys((*(text for example in scanned.examples for text in example.texts), "")))
     keys = _text_keys(store, captions, encoders, hashes, t5_length, text_mask)
-    return sizes, [caption for caption, key in keys.items() if not store.has("text", key)]
+    return sizes, [caption for caption, key in keys.items() if not store.has("text", key)], mask_sizes
 
 
 def cache_prompts(

@@ -91,13 +91,13 @@ def encode_images(
     return bad
 
 
-def encode_masks(store: Store, masks: dict[str, Pending], skip_bad: bool) -> dict[str, str]:
+def encode_masks(store: Store, masks: dict[str, Pending], skip_bad: bool, progress: Progress) -> dict[str, str]:
     """Store `masks`, a dict by key. Returns the names of the images whose masks are of no use, each with the reason.
 
     Raises WrongRequest for such a mask, unless `skip_bad`.
     """
     bad: dict[str, str] = {}
-    for key, (example, view) in masks.items():
+    for done, (key, (example, view)) in enumerate(masks.items(), 1):
         assert example.mask is not None
         try:
             mask = read_mask(example.mask, example.mask == example.path, example.resized, example.bucket, view)
@@ -106,6 +106,7 @@ def encode_masks(store: Store, masks: dict[str, Pending], skip_bad: bool) -> dic
             if not skip_bad:
                 raise
             bad[example.name] = str(error)
+        progress("masks", done, len(masks))
     return bad
 
 

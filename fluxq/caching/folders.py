@@ -60,8 +60,8 @@ def cache_folders(
     Before, `require_room` is called with the bytes that they will take.
     """
 
-    def before(images: Collection[Size], captions: Collection[str]) -> None:
-        require_room(record_bytes(models, images, captions))
+    def before(images: Collection[Size], captions: Collection[str], masks: Collection[Size]) -> None:
+        require_room(record_bytes(models, images, captions, masks))
 
     band = band_for(max(PIXELS_PER_BATCH, data.side**2), budget)
     return build_cache(
@@ -81,20 +81,21 @@ def cache_folders(
     )
 
 
-def record_bytes(models: Models, images: Collection[Size], captions: Collection[str]) -> int:
-    """The bytes of the records of `images`, given by their sizes, and of `captions`."""
+def record_bytes(models: Models, images: Collection[Size], captions: Collection[str], masks: Collection[Size]) -> int:
+    """The bytes of the records of `images` and `masks`, given by their images' sizes, and of `captions`."""
     flux, masked = models.flux_config, models.config.text_mask
     latents = sum(width * height // 64 for width, height in images) * flux.in_channels // 4 * 2 * 4
     tokens = sum(models.tokens_of(captions)) if masked and captions else len(captions) * models.t5_length
     texts = tokens * flux.context_in_dim * 2 + len(captions) * flux.vec_in_dim * 4
-    return latents + texts + RECORD_HEADER * (len(images) + len(captions))
+    counts = sum(width * height // 64 for width, height in masks) * 4
+    return latents + texts + counts + RECORD_HEADER * (len(images) + len(captions) + len(masks))
 
 
 def missing_bytes(data: DataConfig, scanned: Scan, models: Models) -> int:
     """The bytes of the records that the cache lacks for `scanned`."""
     encoders = _encoder_files(models, data.cache)
-    sizes, captions = missing_records(scanned, data.cache, encoders, models.t5_length, models.config.text_mask)
-    return record_bytes(models, sizes, captions)
+    missing = missing_records(scanned, data.cache, encoders, models.t5_length, models.config.text_mask)
+    return record_bytes(models, *missing)
 
 
 def cache_texts(

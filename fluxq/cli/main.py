@@ -7,6 +7,7 @@ success, 2 a wrong request (one sentence on stderr), 1 a failure, 130 stopped by
 from __future__ import annotations
 
 import dataclasses
+import errno
 import io
 import json
 import signal
@@ -96,10 +97,13 @@ class Commands(click.Group):
             click.echo(one_line(f"error: {told}"), err=True)
             ctx.exit(1)
         except OSError as error:  # a file that is locked, forbidden, too long in name or on a missing drive
-            if error.filename is None:
+            if error.filename is not None:
+                told = f"{error.filename} cannot be used ({error.strerror}); check the path and its permissions"
+            elif error.errno == errno.ENOSPC or "temporary directory" in str(error):
+                told = f"a disk is full ({error.strerror}); free some space, also for temporary files (TMPDIR)"
+            else:
                 raise
-            problem = f"error: {error.filename} cannot be used ({error.strerror}); check the path and its permissions"
-            click.echo(one_line(problem), err=True)
+            click.echo(one_line(f"error: {told}"), err=True)
             ctx.exit(2)
         except KeyboardInterrupt as stop:
             click.echo(one_line(f"stopped{': ' if str(stop) else ''}{stop}"), err=True)

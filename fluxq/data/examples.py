@@ -206,6 +206,8 @@ class _Scan:
                 self.examples.append(example)
         for path in named_masks if not folder.masks else ():
             self.findings.add("mask", prefix + path.name)
+        for path in masks.second:
+            self.findings.add("second mask", prefix + path.name)
         for path in sorted(masks.unused):
             self.findings.add("unused mask", prefix + path.name)
         for name in captions.unused([*images, *named_masks]):

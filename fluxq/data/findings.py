@@ -24,6 +24,7 @@ KINDS = {
     "mask": "masks of other images, not trained on (--masks beside uses them)",
     "no mask": "images without a mask, trained whole",
     "unused mask": "masks without an image",
+    "second mask": "masks of images that have another mask, which is the one that counts",
     "scaled mask": "masks of another size than their image, scaled to it",
     "unread folder": "folders inside that hold images, not read without --recursive",
     "animated": "animations, of which only the first frame is read",

@@ -9,7 +9,7 @@ import os
 import struct
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from functools import cache
 from importlib import import_module
@@ -36,10 +36,13 @@ PLUGINS = {
 }
 """Suffix -> the module that teaches Pillow the format, its function that does so ("": importing does), Pillow's name of
 the format, and the package to install."""
-MASKS = ("-masklabel", "-condlabel")
-"""Ends of the names of files that belong to another image (OneTrainer's masks and conditioning images)."""
-MASKS_BESIDE = ("_mask", "-mask", ".mask", "_masklabel", "_condlabel")
-"""The same, but only beside an image that is called so without the end: gas_mask.png may be an image."""
+MASK_ENDS = ("-masklabel", "_masklabel", "_mask", "-mask", ".mask")
+"""Ends of the names of masks, but only beside an image that is called so without the end: gas_mask.png may be an image.
+"""
+CONDITION_ENDS = ("-condlabel", "_condlabel")
+"""The same of OneTrainer's conditioning images."""
+NEVER_IMAGES = ("-masklabel", "-condlabel")
+"""Those of OneTrainer, which are no images even alone."""
 MAX_PIXELS = 178_956_970  # Pillow's own limit: 0.5 GiB as RGB
 TRANSFORM_VERSION = 1  # in the key of all cached latents: increase it if `open_image` or `prepare` change their numbers
 
@@ -90,7 +93,12 @@ def readable(suffix: str) -> bool:
 
 
 def _is_mask(stem: str, stems: set[str]) -> bool:
-    return stem.endswith(MASKS) or any(stem.endswith(end) and stem.removesuffix(end) in stems for end in MASKS_BESIDE)
+    return stem.endswith(NEVER_IMAGES) or owner_of(stem, (*MASK_ENDS, *CONDITION_ENDS)) in stems
+
+
+def owner_of(stem: str, ends: Sequence[str] = MASK_ENDS) -> str | None:
+    """The name of the image whose mask `stem` is by its end, or None. Both are in lower case, without suffix."""
+    return next((stem.removesuffix(end) for end in ends if stem.endswith(end)), None)
 
 
 @cache

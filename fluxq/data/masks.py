@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
@@ -11,10 +12,9 @@ from fluxq.errors import WrongRequest
 from fluxq.settings import Folder
 
 from .buckets import Size
-from .images import MAX_PIXELS, UPRIGHT, View, listing, opened, orientation, prepare, to_rgb
+from .images import MAX_PIXELS, UPRIGHT, View, listing, opened, orientation, owner_of, prepare, to_rgb
 
 BESIDE, ALPHA = "beside", "alpha"
-ENDS = ("-masklabel", "_masklabel", "_mask", "-mask", ".mask")
 SHAPES = 0.02
 """Width to height of a mask and of its image may differ by this share, as rounding makes them."""
 PATCH = 8
@@ -27,10 +27,9 @@ class Masks:
     def __init__(self, folder: Folder) -> None:
         self.kind = folder.masks
         self._files: dict[str, Path] = {}  # by the image's name without its suffix, in lower case
+        self.second: list[Path] = []  # of images that have another mask
         if self.kind == BESIDE:
-            for path in listing(folder.path).masks:
-                stem = path.stem.lower()
-                self._files |= {stem.removesuffix(end): path for end in ENDS if stem.endswith(end)}
+            self._add((path, owner_of(path.stem.lower())) for path in listing(folder.path).masks)
         elif self.kind and self.kind != ALPHA:
             place = Path(self.kind).expanduser()
             if not place.is_dir():
@@ -38,10 +37,15 @@ class Masks:
                     f"masks = {self.kind} is neither {BESIDE} nor {ALPHA} nor a folder; name a folder of masks"
                 )
             found = listing(place)
-            for path in (*found.images, *found.masks):
-                stem = path.stem.lower()
-                self._files[next((stem.removesuffix(end) for end in ENDS if stem.endswith(end)), stem)] = path
+            self._add((path, owner_of(stem := path.stem.lower()) or stem) for path in (*found.images, *found.masks))
         self.unused = set(self._files.values())
+
+    def _add(self, masks: Iterable[tuple[Path, str | None]]) -> None:
+        """Of two masks for an image, the last counts."""
+        for path, stem in masks:
+            if stem is not None:
+                self.second += [self._files[stem]] if stem in self._files else []
+                self._files[stem] = path
 
     def of(self, image: Path) -> Path | None:
         """The file that holds the mask of `image`: with "alpha" the image itself, if it has transparency."""

@@ -14,6 +14,7 @@ from fluxq.caching.folders import scan_data
 from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, OutputConfig, TrainConfig, TrainingConfig
 from fluxq.console import Notify, plural
 from fluxq.data.buckets import Size, multiple_of_16
+from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan, check_folder
 from fluxq.data.folders import expand
 from fluxq.data.masks import ALPHA, BESIDE
@@ -90,9 +91,11 @@ class Epoch:
     largest: int
 
 
-def epoch_of(data: DataConfig, scanned: Scan, batch: int) -> Epoch:
+def epoch_of(data: DataConfig, scanned: Scan, batch: int, encoded: Dataset | None = None) -> Epoch:
+    """encoded: lacks images of `scanned` that could not be encoded, which then do not count."""
     trained = {folder.path for folder in data.folders}
-    examples = [example for example in scanned.examples if example.folder.path in trained]
+    names = {entry.name for entry in encoded.examples} if encoded else set()
+    examples = [e for e in scanned.examples if e.folder.path in trained and (encoded is None or e.name in names)]
     own = [example for example in examples if not example.folder.regularization]
     groups: Counter[tuple[Size, int]] = Counter()
     for example in examples:

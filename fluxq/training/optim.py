@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fluxq.errors import WrongRequest, is_out_of_memory
 
 from .flat import Flat
-from .libraries import LIBRARIES, MIN_8_BITS, Library, allocate_state, library_of
+from .libraries import LIBRARIES, MIN_8_BITS, Library, Uncompiled, allocate_state, library_of
 
 BETWEEN = -1
 """Instead of a number of steps: in the middle of an update, or left there by one that failed."""
@@ -50,7 +50,7 @@ def build_optimizer(
     return optimizer
 
 
-class FlatOptimizer(torch.optim.Optimizer):
+class FlatOptimizer(Uncompiled):
     """The optimizer of parameters that become slices of flat tensors (flat.py), so one norm serves all of them, and one
     update if the library's optimizer is element-wise.
 

@@ -138,13 +138,13 @@ class Saves:
         if self._saved == self.progress.step:
             return f"the state of step {self._saved} is saved; continue with: fluxq train --resume {self.run.folder}"
         name = f"{self.run.name}-state-step{self.progress.step:08}.safetensors"
-        for folder in (self.run.folder.parent, Path(tempfile.gettempdir())):
+        for folder in (lambda: self.run.folder.parent, tempfile.gettempdir):
             try:
-                self._state(folder / name)
+                self._state(path := Path(folder(), name))
             except (WrongRequest, OSError):
                 continue
             return (
-                f"the state of step {self.progress.step} is in {folder / name}: move it to {self.run.state_file} and "
+                f"the state of step {self.progress.step} is in {path}: move it to {self.run.state_file} and "
                 f"continue with: fluxq train --resume {self.run.folder}"
             )
         return f"the last save is that of step {self._saved}; continue from it with --resume {self.run.folder}"

@@ -22,7 +22,7 @@ def test_quantize_cache_and_a_step_stay_within_their_memory(tmp_path):
     """One block of each kind and of T5. Quantizing and caching do not grow with depth; training grows by its units."""
     pytest.importorskip("skimage")
     command = [sys.executable, "-m", "benchmarks.fullsize", "--folder", str(tmp_path), "--out", str(tmp_path / "out")]
-    command += ["--depth", "1", "1", "--t5-length", "77", "--resolution", "128"]
+    command += ["--depth", "1", "1", "--t5-length", "32", "--resolution", "64"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stdout + done.stderr
     (report,) = (tmp_path / "out").glob("*.json")

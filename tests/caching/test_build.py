@@ -13,7 +13,14 @@ import torch
 from PIL import Image
 
 from fluxq.caching import Batches, Store
-from fluxq.caching.build import EncoderFiles, build_cache, cache_prompts, prune_cache, verify_cache
+from fluxq.caching.build import (
+    EncoderFiles,
+    build_cache,
+    cache_prompts,
+    missing_records,
+    prune_cache,
+    verify_cache,
+)
 from fluxq.caching.encoding import truncation_notes
 from fluxq.data import Dataset, Folder, scan
 from fluxq.data.images import open_image, prepare
@@ -569,7 +576,17 @@ def test_masks_are_cached_beside_the_latents(workshop):
     mask.paste(255, (0, 0, 32, 64))
     mask.save(workshop.photos / "0-masklabel.png")
     folder = Folder(workshop.photos, masks="beside", mask_outside=0.1, flip=True)
-    dataset, store = workshop.build(folders=[folder]), Store(workshop.store_dir)
+    scanned, foreseen, seen = scan([folder], 64, 32, 128), [], []
+
+    def lacking():
+        return missing_records(scanned, workshop.store_dir, workshop.encoders, LENGTH, False)
+
+    made = {"before": lambda *missing: foreseen.append([*map(list, missing)]), "progress": lambda *at: seen.append(at)}
+    expected = lacking()
+    dataset, store = workshop.build(folders=[folder], **made), Store(workshop.store_dir)
+    assert [[sorted(part) for part in each] for each in (*foreseen, expected)] == [[*map(sorted, expected)]] * 2
+    assert expected[2] == [(64, 64)] * 2 and lacking() == ([], [], []), "the mask and its mirror image"
+    assert [at for at in seen if at[0] == "masks"] == [("masks", 1, 2), ("masks", 2, 2)]
     first, second = dataset.examples[:2]
     assert (len(first.masks), second.masks, first.mask_outside, second.mask_outside) == (2, (), 0.1, 0.0)
     assert store.mask(first.masks[0])[0].tolist() == [1, 1, 1, 1, 0, 0, 0, 0]

@@ -222,9 +222,24 @@ def test_a_corrupt_image_is_named_and_skipped_on_request(tmp_path, photos):
     refused = run(*trained(tmp_path, photos))
     assert refused.exit_code == 2
     assert "bad.jpg" in refused.stderr
+    (photos / "cut.png").write_bytes((photos / "0.png").read_bytes()[:-300])  # with a header that is good
     accepted = run(*trained(tmp_path, photos, "--skip-bad"))
     assert accepted.exit_code == 0, accepted.output
-    assert "bad.jpg" in accepted.output
+    assert "bad.jpg" in accepted.output and "cut.png" in accepted.output
+    assert "; 2 images, 2 batches per epoch, 2 steps" in accepted.output
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(28, "No space left on device"), OSError(2, "No usable temporary directory found in ['/tmp']")]
+)
+def test_a_disk_that_is_full_where_no_file_is_named_ends_in_one_sentence(error, photos, monkeypatch):
+    def fail(*_, **__):
+        raise error
+
+    monkeypatch.setattr("fluxq.train.train", fail)
+    result = run("train", photos, "--model", "nano")
+    assert result.exit_code == 2
+    assert result.stderr.startswith(f"error: a disk is full ({error.strerror}); free some space")
 
 
 @pytest.mark.skipif(os.name == "nt" or os.geteuid() == 0, reason="root may write anywhere")

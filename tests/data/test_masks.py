@@ -49,6 +49,16 @@ def test_masks_beside_their_images(tmp_path):
     assert named(found)["images without a mask, trained whole"] == ("c.png",)
 
 
+def test_of_two_masks_the_one_that_does_not_count_is_said(tmp_path):
+    photos(tmp_path / "photos", "a.png", "b.png")
+    half(tmp_path / "photos" / "a-mask.png"), half(tmp_path / "photos" / "a_mask.png")
+    half(tmp_path / "masks" / "a.png"), half(tmp_path / "masks" / "a_mask.png"), half(tmp_path / "masks" / "b.png")
+    for masks, unused in (("beside", "a-mask.png"), (str(tmp_path / "masks"), "a.png")):
+        found = scanned(Folder(tmp_path / "photos", masks=masks))
+        assert found.examples[0].mask.name == "a_mask.png"
+        assert named(found)["masks of images that have another mask, which is the one that counts"] == (unused,)
+
+
 def test_masks_in_a_folder_of_their_own(tmp_path):
     photos(tmp_path / "photos", "a.jpg", "b.jpg")
     (

@@ -83,7 +83,7 @@ def test_clip_alone_learns_a_new_word(tmp_path):
     """With a learning rate of 0 for the transformer's LoRA; measured on held-out images."""
     photos, held_out = images_in(tmp_path / "photos", 5, 8), images_in(tmp_path / "held_out", 77, 4)
     losses = {}
-    for rate, steps in ((3e-3, 30), (0.0, 2)):
+    for rate, steps in ((6e-3, 18), (0.0, 1)):
         sections = {
             "training": {
                 "steps": steps,
@@ -98,16 +98,15 @@ def test_clip_alone_learns_a_new_word(tmp_path):
         lora = lora_of(result)
         assert all((a.up == 0).all() for a in lora.adapters.values())
         assert all((a.up != 0).any() == (rate > 0) for a in lora.clip.values())
-    assert losses[0.0][0] == losses[0.0][1] == losses[3e-3][0]
-    assert losses[3e-3][1] < 0.9 * losses[3e-3][0]
+    assert losses[0.0][0] == losses[0.0][1] == losses[6e-3][0]
+    assert losses[6e-3][1] < 0.9 * losses[6e-3][0]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("optimizer", ["adamw", "adamw8bit"])
-def test_resume_is_bit_exact_whatever_ran_between(tmp_path, photos, optimizer):
+def test_resume_is_bit_exact_whatever_ran_between(tmp_path, photos):
     """Previews in only one of the runs; both learning rates follow the schedule."""
     lora = {"rank": 24}  # enough for bitsandbytes to keep the state of CLIP's MLP, too, in 8 bits
-    training = {"steps": 5, "warmup": 1, "schedule": "cosine", "accumulate": 2, "optimizer": optimizer}
+    training = {"steps": 5, "warmup": 1, "schedule": "cosine", "accumulate": 2, "optimizer": "adamw8bit"}
     one = run(tmp_path, photos, "one", training=training, lora=lora)
     restless = {
         "lora": lora,
