@@ -18,6 +18,7 @@ from fluxq.data.examples import Scan, check_folder
 from fluxq.data.folders import expand
 from fluxq.data.masks import ALPHA, BESIDE
 from fluxq.errors import WrongRequest
+from fluxq.flow import VALIDATION_TIMES
 from fluxq.formats.lora.read import Lora
 from fluxq.memory.placement import choose_format
 from fluxq.models.check_file import is_kontext
@@ -26,6 +27,10 @@ from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
 from .libraries import library_of, parse_arguments
+from .state import MOST_TRAINED_ON
+
+VALIDATIONS, VALIDATING = 12, 0.1
+"""So many validations a run has by default, or fewer, which take about that share of the time of its steps."""
 
 
 def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> tuple[TrainConfig, Scan]:
@@ -47,6 +52,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
     training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
+    training = resolve_validation(training, data, scanned, notify)
     training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)
@@ -135,6 +141,38 @@ def resolve_steps(
         why = f"each of {plural(images, 'image')} is seen {times:.4g} times on average"
         notify(f"steps {training.steps}: {why}{f', {at_once:.3g} a step' if at_once != 1 else ''}")
     return training, output
+
+
+def resolve_validation(training: TrainingConfig, data: DataConfig, scanned: Scan, notify: Notify) -> TrainingConfig:
+    """`training` with the steps between validations, if images are held out. Raises WrongRequest if it would never
+    stop early.
+
+    A forward pass takes about a third of the time of a step's forward and backward pass.
+    """
+    held_out = len([e for e in scanned.examples if e.folder.path in {f.path for f in data.validation}])
+    patience, steps = training.early_stopping, cast(int, training.steps)
+    if not held_out:
+        if patience:
+            raise WrongRequest("--early-stopping needs held-out images: --validation-split 0.1, or data.validation")
+        return training
+    takes = VALIDATION_TIMES * (held_out + min(held_out, MOST_TRAINED_ON)) / 3 / training.batch / training.accumulate
+    every = training.validate_every
+    if every is None:
+        every = max(math.ceil(steps / VALIDATIONS), math.ceil(takes / VALIDATING))
+        training = replace(training, validate_every=every)
+    every = min(every or steps, steps)
+    times = math.ceil(steps / every)
+    notify(
+        f"validation after every {plural(every, 'step')} and at the end, {plural(times, 'time')} in all, on "
+        f"{plural(held_out, 'held-out image')}: each takes about as long as {plural(math.ceil(takes), 'step')}, "
+        f"{times * takes / (steps + times * takes):.0%} of the run's time (--validate-every)"
+    )
+    if patience and times <= patience:
+        raise WrongRequest(
+            f"--early-stopping {patience} cannot end a run of {plural(times, 'validation')}; lower it, or lower "
+            "--validate-every"
+        )
+    return training
 
 
 def caveats(models: Models) -> list[str]:

@@ -1,4 +1,4 @@
-"""The report of a run: a console line and a JSON line per step, a progress bar, the loss plot."""
+"""The report of a run: a console line and a JSON line per step, a JSON line per validation, a progress bar, a plot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import os
 import time
 from array import array
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxq.console import console, duration, pace, progress_bars
 from fluxq.errors import WrongRequest
@@ -20,6 +21,7 @@ from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
 from .records import Records
+from .state import Measured, Validated
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 class Report:
     """The log of one run of `steps` steps, of which `start` are already done. changes: what resuming it changed. watch:
-    what they are compared with.
+    what they are compared with. validated: so far.
     """
 
     def __init__(
@@ -39,14 +41,21 @@ class Report:
         plot_seconds: float,
         changes: Sequence[str] = (),
         watch: Watch | None = None,
+        validated: Validated | None = None,
     ) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
         self.steps, self.plot_seconds = steps, plot_seconds
         # steps after the last save are repeated, and so are changes that no save knows
         kept = [r for r in _records(self.path) if r.get("step", 0) <= start and r.get("change") in (None, *changes)]
+        known = {one.step: one for one in (validated.before, validated.last) if one} if validated else {}
+        last = max(known, default=-1)
+        kept = [r for r in kept if "validation" not in r or r["validation"]["step"] <= last]
+        logged = {r["validation"]["step"] for r in kept if "validation" in r}
+        kept += [_validation(one) for step, one in known.items() if step not in logged]
         said = {r.get("change") for r in kept}
         kept += [{"change": change} for change in changes if change not in said]
         self.records = Records(r for r in kept if "step" in r)  # what the plot and `health` read
+        self.validations = [Measured.read(r["validation"]) for r in kept if "validation" in r]  # what the plot reads
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         self._file = self.path.open("ab", buffering=0)
@@ -100,6 +109,11 @@ class Report:
         if time.monotonic() - self._plotted > self.plot_seconds:
             self.plot()
             self._plotted = time.monotonic()
+
+    def validated(self, found: Measured, seconds: float) -> None:
+        """Log a validation, which took `seconds`."""
+        self.validations.append(found)
+        self._write(_line(_validation(found) | {"seconds": round(seconds, 4)}))
 
     def sync(self) -> None:
         """Flush the log to the disk, if that takes it. A state saved afterward has no more steps than the log then."""
@@ -160,7 +174,9 @@ def read_log(path: Path) -> list[dict]:
 
 
 def _records(path: Path) -> list[dict]:
-    """The steps, and between them what was changed when the run was resumed: {"change": "after step 4: ..."}."""
+    """The steps, and between them validations, {"validation": {"step": 4, ...}}, and what was changed when the run was
+    resumed: {"change": "after step 4: ..."}.
+    """
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(*MALFORMED):
@@ -168,18 +184,32 @@ def _records(path: Path) -> list[dict]:
             if isinstance(record.get("change"), str):
                 records.append({"change": record["change"]})
                 continue
+            if "validation" in record:
+                Measured.read(record["validation"])  # raises for what is not one
+                records.append(record)
+                continue
             Records([record])  # raises for what is not a number
             if type(record["step"]) is int and abs(record["step"]) < 2**53:
                 records.append(record)
     return records
 
 
+def _validation(found: Measured) -> dict[str, Any]:
+    return {"validation": asdict(found)}
+
+
 def _line(record: dict) -> str:
-    return json.dumps({key: None if value != value else value for key, value in record.items()}) + "\n"
+    return json.dumps(_without_nan(record)) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if value != value else value
 
 
 def _with_nan(record: dict) -> dict:
-    """The opposite of `_line`, which writes null for NaN: JSON has no NaN."""
+    """The opposite of `_without_nan`, which writes null for NaN: JSON has no NaN."""
     return record | {key: math.nan for key in ("loss", "grad") if record.get(key, 0) is None}
 
 
