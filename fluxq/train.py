@@ -18,7 +18,6 @@ from fluxq.caching.folders import cache_folders
 from fluxq.config import TrainConfig
 from fluxq.console import Notify, console, plural, progress_bar, silent
 from fluxq.data import Dataset, Scan, generator
-from fluxq.data.folders import by_label
 from fluxq.errors import Stopped
 from fluxq.formats.lora import Lora
 from fluxq.formats.stream import expect_training
@@ -194,11 +193,9 @@ def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
     for line in (*everything.notes, *everything.skipped):
         notify(line)
     trained_on = everything.part([f.path for f in data.folders])
-    held_out = {name: everything.part([f.path]) for name, f in by_label(data.validation).items()}
     store = Store(data.cache)
     batches = Batches(trained_on, store, training.batch, training.seed)
-    taught = {example.name for example in scanned.examples if not example.folder.regularization}
-    sets = sets_of(held_out, trained_on, taught, store)
+    sets = sets_of(everything, trained_on, scanned, data, store)
     return Data(trained_on, sets, batches, store, prompts, everything.prompts)
 
 

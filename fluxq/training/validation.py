@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -20,8 +20,11 @@ from torch import Tensor
 
 from fluxq.caching.batches import held_out_batches
 from fluxq.caching.store import Store
+from fluxq.config import DataConfig
 from fluxq.console import Notify, plural
 from fluxq.data.dataset import Dataset
+from fluxq.data.examples import Scan
+from fluxq.data.folders import by_label
 from fluxq.memory.retry import OutOfMemoryRetry
 
 from .objective import Objective
@@ -38,17 +41,22 @@ class Sets:
     """What is measured: the sets of held-out images by name, and images that are trained on."""
 
     held_out: Mapping[str, Dataset]
-    training: Dataset | None
+    training: Dataset
     store: Store
 
 
-def sets_of(held_out: Mapping[str, Dataset], trained_on: Dataset, usable: Collection[str], store: Store) -> Sets:
-    """usable: the names of examples that stand for those that are trained on. Which of them are taken depends on each
-    alone, so that most stay when images are added.
+def sets_of(everything: Dataset, trained_on: Dataset, scanned: Scan, data: DataConfig, store: Store) -> Sets:
+    """everything: what `scanned` became. Which images that are trained on are measured depends on each alone, so that
+    most of them stay when images are added.
     """
+    held_out = {name: everything.part([folder.path]) for name, folder in by_label(data.validation).items()}
+    if data.validation_split:
+        name = "split" if "split" not in held_out else "--validation-split"
+        held_out[name] = everything.part([folder.path for folder in data.folders], held_out=True)
+    taught = {example.name for example in scanned.examples if not example.folder.regularization}
     count = min(MOST_TRAINED_ON, sum(len(dataset.examples) for dataset in held_out.values()))
-    order = sorted((e for e in trained_on.examples if e.name in usable), key=lambda e: _place(e.name))
-    return Sets(held_out, replace(trained_on, examples=tuple(order[:count])) if count else None, store)
+    order = sorted((e for e in trained_on.examples if e.name in taught), key=lambda e: _place(e.name))
+    return Sets(held_out, replace(trained_on, examples=tuple(order[:count])), store)
 
 
 def _place(name: str) -> bytes:
@@ -131,7 +139,7 @@ def measured(objective: Objective, sets: Sets, step: int) -> Measured:
         return objective.validation(held_out_batches(dataset, sets.store, size))
 
     held_out = {name: errors(dataset) for name, dataset in sets.held_out.items()}
-    training = by_band(errors(sets.training)) if sets.training and sets.training.examples else {}
+    training = by_band(errors(sets.training)) if sets.training.examples else {}
     together = by_band(torch.cat([*held_out.values()], dim=1))
     return Measured(step, together, {name: by_band(found) for name, found in held_out.items()}, training)
 
