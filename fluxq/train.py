@@ -112,8 +112,7 @@ def train_in(
         notify(f"int8: {plural(len(progress.rotated), 'layer')} with outlier inputs will rotate them before rounding")
     set_rotations(flux, progress.rotated)
     validation = Validation(run, progress, objective, data.sets, retry, notify)
-    if not resume:
-        validation.before()
+    validation.begin(resume)
     run.begin(resume)
     run.save_data(data.trained_on)
     retry.placement.save(run.folder)

@@ -1,12 +1,14 @@
 """Which images are held out for validation: a share of them, chosen by what is in them.
 
-The hash of an image's file is its place between 0 and 1, and places below the share are held out. So it does not matter
-which other images there are, nor how files and folders are called. Images that look alike (looks.py) stay together: the
+The hash of an image's file is its place between 0 and 1, and places below the share are held out; if these are fewer
+than half as many as the share stands for, the lowest places are. So other images hardly matter, and the names of files
+and folders do not. Images that look alike (looks.py) stay together: the
 highest of their places counts, so that a copy of an image that is trained on never holds it out.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -43,8 +45,8 @@ def held_out_images(
             f"--validation-split {share:g} leaves nothing: without copies there is only one image; add images, or name "
             "a folder of held-out images (data.validation)"
         )
-    below = [group for place, group in free if place < share] or [free[0][1]]
-    return set().union(*below[: len(distinct) - 1])
+    count = max(sum(place < share for place, _ in free), math.ceil(share * len(distinct) / 2))
+    return set().union(*(group for _, group in free[: min(count, len(distinct) - 1)]))
 
 
 def _place(hashed: str) -> float:

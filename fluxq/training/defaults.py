@@ -169,8 +169,8 @@ def resolve_validation(training: TrainingConfig, data: DataConfig, scanned: Scan
     times = math.ceil(steps / every)
     notify(
         f"validation after every {plural(every, 'step')} and at the end, {plural(times, 'time')} in all, on "
-        f"{plural(held_out, 'held-out image')}: each takes about as long as {plural(math.ceil(takes), 'step')}, "
-        f"{times * takes / (steps + times * takes):.0%} of the run's time (--validate-every)"
+        f"{plural(held_out, 'held-out image')}: each is predicted to take as long as {plural(math.ceil(takes), 'step')}"
+        f", together {times * takes / (steps + times * takes):.0%} of the run's time (--validate-every)"
     )
     if patience and times <= patience:
         raise WrongRequest(

@@ -52,12 +52,16 @@ class Measured:
 
 @dataclass(frozen=True)
 class Validated:
-    """What validation has found. waited: validations since the last that was better than all before it."""
+    """What validation has found. waited: validations since the last that was better than all before it. images: a
+    digest of what is measured; former states have none.
+    """
 
+    base: Measured | None = None  # of the model without LoRA
     before: Measured | None = None
     last: Measured | None = None
     best: Measured | None = None  # the one whose LoRA is kept
     waited: int = 0
+    images: str | None = None
 
     def is_over(self, patience: int) -> bool:
         """Whether a run with that `training.early_stopping` ends now."""
@@ -67,14 +71,15 @@ class Validated:
         """What a LoRA of that step says of it."""
         if self.last is None or self.last.step != step:
             return {}
-        before = {"fluxq_validation_loss_before": f"{self.before.loss:.6g}"} if self.before else {}
-        return before | {"fluxq_validation_loss": f"{self.last.loss:.6g}"}
+        base = {"fluxq_validation_loss_base_model": f"{self.base.loss:.6g}"} if self.base else {}
+        return base | {"fluxq_validation_loss": f"{self.last.loss:.6g}"}
 
     @classmethod
     def read(cls, values: Any) -> Validated:
         """As Measured.read."""
-        found = {n: Measured.read(values[n]) if values[n] is not None else None for n in ("before", "last", "best")}
-        return cls(**found, waited=int(values["waited"]))
+        names, images = ("base", "before", "last", "best"), values["images"]
+        found = {name: Measured.read(values[name]) if values[name] is not None else None for name in names}
+        return cls(**found, waited=int(values["waited"]), images=None if images is None else str(images))
 
 
 def _floats(losses: Mapping[str, Any]) -> dict[str, float]:
@@ -164,7 +169,7 @@ def _as_validated(former: Mapping[str, float] | None) -> Validated:
         return Validated()
     sets = {name: {"loss": float(loss)} for name, loss in former.items()}
     before = Measured(0, {"loss": fmean(losses["loss"] for losses in sets.values())}, sets, {})
-    return Validated(before, before)
+    return Validated(before, before, before)
 
 
 def saved_settings(path: Path) -> str | None:

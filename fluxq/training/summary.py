@@ -49,13 +49,13 @@ def best_lines(validation: Mapping[str, Any] | None) -> list[str]:
     """Why a run stopped early, and which of its LoRAs is the best. validation: as in result.json."""
     if validation is None:
         return []
-    lines, best, before = [validation["stopped_early"]], validation["best"], validation["before"]
+    lines, best, base = [validation["stopped_early"]], validation["best"], validation["base_model"]
     if best:
-        last, beaten = validation["after"]["held_out"]["loss"], before and before["held_out"]["loss"] <= best["loss"]
+        last, beaten = validation["after"]["held_out"]["loss"], base and base["held_out"]["loss"] <= best["loss"]
         lines.append(
             f"best LoRA, of step {best['step']}: {best['lora']} (held-out loss {best['loss']:.4f}; last {last:.4f})"
         )
-        lines += ["warning: no LoRA has a lower held-out loss than the model had before training"] if beaten else []
+        lines += ["warning: no LoRA has a lower held-out loss than the base model"] if beaten else []
     return [line for line in lines if line]
 
 

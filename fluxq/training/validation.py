@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Mapping
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from hashlib import blake2b
@@ -26,6 +27,7 @@ from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan
 from fluxq.data.folders import by_label
 from fluxq.memory.retry import OutOfMemoryRetry
+from fluxq.model.lora import lora_strength
 
 from .objective import Objective
 from .report import Report
@@ -43,6 +45,11 @@ class Sets:
     held_out: Mapping[str, Dataset]
     training: Dataset
     store: Store
+
+    def digest(self) -> str:
+        """A hash of what is held out."""
+        facts = [(name, dataset.digest()) for name, dataset in self.held_out.items()]
+        return blake2b(repr(facts).encode("utf-8", "surrogateescape"), digest_size=16).hexdigest()
 
 
 def sets_of(everything: Dataset, trained_on: Dataset, scanned: Scan, data: DataConfig, store: Store) -> Sets:
@@ -72,12 +79,22 @@ class Validation:
         self.run, self.progress, self.objective, self.sets = run, progress, objective, sets
         self.retry, self.notify = retry, notify
 
-    def before(self) -> None:
-        """Measure what training starts from."""
-        if self.sets.held_out:
+    def begin(self, resume: bool) -> None:
+        """Measure the base model and what training starts from. A run that resumes has both, unless what is held out
+        changed: then former losses, the best among them, do not count.
+        """
+        so_far, images = self.progress.validation, self.sets.digest()
+        if not self.sets.held_out or (resume and so_far.last and so_far.images in (None, images)):
+            return
+        if resume:
+            base, first = self._base_model(), None
+            self.notify(f"other images are held out than before, so validation starts anew; base model {base.loss:.4f}")
+        else:
             first, _ = self._measure(0)
-            self.progress.validation = Validated(first, first)
-            self.notify(f"validation before: {described(first)}")
+            base = first if self.run.config.lora.from_lora is None else self._base_model()
+            own = "" if base is first else f"; base model {base.loss:.4f}"
+            self.notify(f"validation before: {described(first)}{own}")
+        self.progress.validation = Validated(base, first, first, images=images)
 
     def after(self, step: int, report: Report, saves: Saves) -> None:
         """Measure after `step` steps, if it is time for that and it was not done. The LoRA is kept if it is the best so
@@ -105,6 +122,7 @@ class Validation:
             return {"validation_before": None, "validation_after": None, "validation": None}
         first, best = found.before, found.best
         about = {
+            "base_model": found.base and asdict(found.base),
             "before": first and asdict(first),
             "after": asdict(found.last),
             "best": best and {"step": best.step, "loss": best.loss, "lora": str(self.run.best_file)},
@@ -122,6 +140,14 @@ class Validation:
             f"stopped after step {self.run.last_step} of {steps}: {plural(found.waited, 'validation')} in a row had no "
             f"lower loss of held-out images{since} (--early-stopping)"
         )
+
+    def _base_model(self) -> Measured:
+        """The losses without the LoRA."""
+        with ExitStack() as off:
+            for model in (self.objective.flux, self.objective.clip):
+                if model is not None:
+                    off.enter_context(lora_strength(model, 0.0))
+            return self._measure(0)[0]
 
     def _measure(self, step: int) -> tuple[Measured, float]:
         """The losses with the weights that would be saved now, and the seconds that it took."""
@@ -151,17 +177,16 @@ def by_band(errors: Tensor) -> dict[str, float]:
 
 
 def described(found: Measured) -> str:
-    losses = {name: losses["loss"] for name, losses in found.sets.items()}
-    if len(losses) > 1:
-        losses["all held-out images"] = found.loss
+    losses = {name: losses["loss"] for name, losses in found.sets.items()} if len(found.sets) > 1 else {}
+    losses["held-out images"] = found.loss
     bands = ", ".join(f"{name} {found.held_out[name]:.4f}" for name in BANDS)
     training = f"; training images {found.training['loss']:.4f}" if found.training else ""
     return f"{', '.join(f'{name} {loss:.4f}' for name, loss in losses.items())} (noise: {bands}){training}"
 
 
 def compared(now: Measured, found: Validated) -> str:
-    """How `now` compares with the loss before training and with the best."""
-    before = f"; {now.loss / found.before.loss - 1:+.1%} since the start" if found.before else ""
+    """How `now` compares with the base model and with the best."""
+    change = f"; {now.loss / found.base.loss - 1:+.1%} from the base model" if found.base else ""
     if found.best and found.best.step != now.step:
-        return f"{before}; the best is {found.best.loss:.4f} of step {found.best.step}"
-    return before + ("; the best so far" if found.best else "")
+        return f"{change}; the best is {found.best.loss:.4f} of step {found.best.step}"
+    return change + ("; the best so far" if found.best else "")
