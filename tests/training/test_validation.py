@@ -29,7 +29,7 @@ def photos(tmp_path: Path) -> Path:
     folder = tmp_path / "photos"
     folder.mkdir()
     for i, (image, caption) in enumerate(drawing.concept(seed=5, count=6)):
-        image.save(folder / f"{i}.png")
+        image.save(folder / f"{i}.bmp")  # the same bytes everywhere, so the same split
         (folder / f"{i}.txt").write_text(caption)
     return folder
 
