@@ -158,9 +158,8 @@ def resolve_validation(training: TrainingConfig, data: DataConfig, scanned: Scan
         if patience:
             raise WrongRequest("--early-stopping needs held-out images: --validation-split 0.1, or data.validation")
         return training
-    takes = (
-        VALIDATION_TIMES * (held_out + min(held_out, MOST_TRAINED_ON)) * FORWARD / training.batch / training.accumulate
-    )
+    passes = sum(math.ceil(images / training.batch) for images in (held_out, min(held_out, MOST_TRAINED_ON)))
+    takes = VALIDATION_TIMES * passes * FORWARD / training.accumulate
     every = training.validate_every
     if every is None:
         every = max(math.ceil(steps / VALIDATIONS), math.ceil(takes / VALIDATING))
