@@ -108,7 +108,7 @@ class DataConfig(ImageSettings):
 
     folders: tuple[Folder, ...] = option((), "Folders of images.")
     validation: tuple[Folder, ...] = option(
-        (), "Folders of held-out images; their loss is measured before and after training."
+        (), "Folders of held-out images; their loss is measured before, during and after training."
     )
     step: int = option(16, "Pixels: the sides of buckets (training shapes) are multiples of this.", minimum=16)
     min_side: int | None = option(None, "Pixels: shortest side of a bucket; default: half of resolution.", minimum=16)
@@ -122,6 +122,14 @@ class DataConfig(ImageSettings):
     )
     cache: Path = option(
         Path("cache"), "Folder for encoded images and captions; later runs reuse what is in it.", "--cache"
+    )
+    validation_split: float = option(
+        0.0,
+        "Hold out this share of the images, 0 to 0.5, and measure their loss during training; chosen by what is in "
+        "them, so that adding, renaming or moving images changes nothing for the others; 0: none.",
+        "--validation-split",
+        minimum=0,
+        maximum=0.5,
     )
 
     def filled(self) -> tuple[list[Folder], list[Folder]]:
@@ -369,6 +377,20 @@ class TrainingConfig:
     guidance: float = option(1.0, "Guidance value given to FLUX.1-dev during training.", minimum=0)
     seed: int = option(
         42, "Random seed of the run: the same seed gives the same noise, noise levels and order of images.", "--seed"
+    )
+    validate_every: int | None = option(
+        None,
+        "Optimizer steps between validations, if images are held out; 0: only before and after training; default: "
+        "about 12 in a run, fewer where they would take more than a tenth of its time.",
+        "--validate-every",
+        minimum=0,
+    )
+    early_stopping: int = option(
+        0,
+        "End the run after so many validations in a row without a lower loss of held-out images; the LoRA of the "
+        "lowest loss is kept beside the last in any case; 0: never.",
+        "--early-stopping",
+        minimum=0,
     )
 
 

@@ -19,6 +19,8 @@ from fluxq.model.embed import image_ids, pack, text_ids, unpack
 from fluxq.model.flux import Flux
 from fluxq.model.modulation import Conditioning, Lookahead
 
+VALIDATION_TIMES = 6
+
 
 def shift_time(t: Tensor, shift: float) -> Tensor:
     """t moved toward noise: shift t / (1 + (shift - 1) t). A shift of 1 changes nothing."""
@@ -102,20 +104,22 @@ def euler(
 
 
 @torch.no_grad()
-def validation_loss(flux: Flux, batches: Iterable[Batch], shift: float, guidance: float, times: int = 6) -> float:
-    """Mean flow loss of the images in `batches` at `times` fixed times, evenly spaced, then shifted by `shift`.
+def validation_losses(flux: Flux, batches: Iterable[Batch], shift: float, guidance: float) -> Tensor:
+    """Flow losses (VALIDATION_TIMES, images) at fixed times, evenly spaced, then shifted by `shift`; low noise first.
 
-    Each image's noise depends only on its name, so the loss does not depend on how images are batched.
+    Each image's noise depends only on its name, so its losses do not depend on how images are batched.
     """
-    grid = shift_time((torch.arange(times) + 0.5) / times, shift)
-    losses = []
+    grid, losses = shift_time((torch.arange(VALIDATION_TIMES) + 0.5) / VALIDATION_TIMES, shift), []
     for batch in batches:
         count = len(batch.examples)
         noise = sample_noise(batch.latents.shape[1:], 0, -1, batch.examples)
         latents, noise, txt, pooled = (x.to(flux.device) for x in (batch.latents, noise, batch.txt, batch.pooled))
         at_times = [conditioning(flux, t.expand(count), batch.pooled, guidance) for t in grid]
-        ahead = Lookahead(flux, at_times.__getitem__, count, times)
-        for i, (t, _, _) in enumerate(at_times):
-            given = flux, latents, noise, t, txt, pooled, guidance, ahead.rows(i), batch.txt_mask, batch.weights
-            losses.append(flow_loss(*given))
-    return float(torch.cat(losses).mean())
+        ahead = Lookahead(flux, at_times.__getitem__, count, VALIDATION_TIMES)
+        given = flux, latents, noise
+        more = batch.txt_mask, batch.weights
+        rows = [
+            flow_loss(*given, t, txt, pooled, guidance, ahead.rows(i), *more) for i, (t, _, _) in enumerate(at_times)
+        ]
+        losses.append(torch.stack(rows))
+    return torch.cat(losses, dim=1).cpu()

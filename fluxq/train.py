@@ -14,12 +14,10 @@ from functools import partial
 import torch
 
 from fluxq.caching import Batches, Store, Text
-from fluxq.caching.batches import held_out_batches
 from fluxq.caching.folders import cache_folders
 from fluxq.config import TrainConfig
 from fluxq.console import Notify, console, plural, progress_bar, silent
 from fluxq.data import Dataset, Scan, generator
-from fluxq.data.folders import by_label
 from fluxq.errors import Stopped
 from fluxq.formats.lora import Lora
 from fluxq.formats.stream import expect_training
@@ -46,11 +44,12 @@ from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step,
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
 from fluxq.training.run import Result, Run
-from fluxq.training.saves import Saves
+from fluxq.training.saves import Saves, is_due
 from fluxq.training.schedules import learning_rate_factor
 from fluxq.training.state import Progress, load_state
 from fluxq.training.stopping import StopRequest
 from fluxq.training.summary import slower, summary
+from fluxq.training.validation import Sets, Validation, sets_of
 from fluxq.training.watch import Watch
 
 
@@ -97,7 +96,6 @@ def train_in(
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
     objective = Objective(flux, data.batches, training, trainable.clip)
-    validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     for line in summary(config, models, flux, data.epoch, len(layers), optimizer):
         notify(line)
 
@@ -113,23 +111,23 @@ def train_in(
         progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
         notify(f"int8: {plural(len(progress.rotated), 'layer')} with outlier inputs will rotate them before rounding")
     set_rotations(flux, progress.rotated)
-    if data.held_out and not resume:
-        progress.validation = validate()
-        notify("validation before: " + described(progress.validation))
+    validation = Validation(run, progress, objective, data.sets, retry, notify)
+    validation.begin(resume)
     run.begin(resume)
     run.save_data(data.trained_on)
     retry.placement.save(run.folder)
     began = time.time() - progress.seconds
     watch = Watch(config, models, data.batches, retry)
-    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes, watch)
-    write = partial(write_lora, run, trainable, metadata, began)
+    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes, watch, progress.validation)
+    write = partial(write_lora, run, trainable, metadata, progress, began)
     saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
-    if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA
-        write(progress.step)
+    if resume:
+        saves.complete()
 
     # the loop
     with report, saves, StopRequest(notify, saves.last_step) as stopping:
-        for step in range(progress.step, steps):
+        validation.after(progress.step, report, saves)  # what a resumed run lacks
+        for step in range(progress.step, run.last_step):
             clock, done = time.perf_counter(), step + 1
             factor = learning_rate_factor(training, step)
             work = partial(optimizer_step, optimizer, objective, step, training.accumulate, factor, training.clip)
@@ -141,21 +139,21 @@ def train_in(
 
             # now and then
             stop = stopping()
-            if config.samples.every and is_due(config.samples.every, done, steps):
+            if not stop:
+                validation.after(done, report, saves)
+            if config.samples.every and is_due(config.samples.every, done, run.last_step):
                 save_previews(run, models, flux, retry, data.preview_texts(trainable.clip), data.prompts, done, notify)
-            if stop or saves.is_overdue or is_due(output.save_every, done, steps):
-                saves.save(required=bool(stop) or done == steps)
+            if stop or saves.is_overdue or is_due(output.save_every, done, run.last_step):
+                saves.save(required=bool(stop) or done == run.last_step)
             if stop:
                 raise Stopped(stop, f"after step {done}; continue with: fluxq train --resume {run.folder}")
+            if done == run.last_step:
+                break
 
     # the result
-    peak = peak_bytes()
-    after = validate() if data.held_out else None
-    if after:
-        notify("validation after:  " + described(after))
     losses, seconds = [record["loss"] for record in report.records] or [math.nan], round(time.time() - began, 2)
-    lora = str(run.lora_file(steps))
-    result = Result(steps, seconds, losses[0], losses[-1], peak, lora, progress.validation, after, slower(flux))
+    done, lora, reasons = run.last_step, str(run.lora_file(run.last_step)), slower(flux)
+    result = Result(done, seconds, losses[0], losses[-1], peak_bytes(), lora, slower=reasons, **validation.results())
     result.save(run.folder)
     for line in result.summary():
         notify(line)
@@ -164,10 +162,10 @@ def train_in(
 
 @dataclass(frozen=True)
 class Data:
-    """What a run sees, encoded: the images it is trained on, held-out sets by name, and the prompts of previews."""
+    """What a run sees, encoded: the images it is trained on, what is measured, and the prompts of previews."""
 
     trained_on: Dataset
-    held_out: dict[str, Dataset]
+    sets: Sets
     batches: Batches
     store: Store
     prompts: tuple[str, ...]
@@ -195,11 +193,11 @@ def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
     for line in (*everything.notes, *everything.skipped):
         notify(line)
     trained_on = everything.part([f.path for f in data.folders])
-    held_out = {name: everything.part([f.path]) for name, f in by_label(data.validation).items()}
     store = Store(data.cache)
     batches = Batches(trained_on, store, training.batch, training.seed)
+    sets = sets_of(everything, trained_on, scanned, data, store)
     epoch = epoch_of(data, scanned, training.batch, trained_on)
-    return Data(trained_on, held_out, batches, store, prompts, everything.prompts, epoch)
+    return Data(trained_on, sets, batches, store, prompts, everything.prompts, epoch)
 
 
 @dataclass(frozen=True)
@@ -213,8 +211,11 @@ class Trainable:
     ahead: bool  # nothing upstream of modulation trains, so it is computed ahead
 
 
-def write_lora(run: Run, trainable: Trainable, metadata: Metadata, began: float, step: int) -> None:
-    run.save_lora(trainable.flux, trainable.clip, step, metadata(step, began, time.time()))
+def write_lora(
+    run: Run, trainable: Trainable, metadata: Metadata, progress: Progress, began: float, step: int, best: bool = False
+) -> None:
+    about = metadata(step, began, time.time()) | progress.validation.metadata(step)
+    run.save_lora(trainable.flux, trainable.clip, step, about, best)
 
 
 def load_trainable(
@@ -241,20 +242,3 @@ def load_trainable(
     expect_training(flux)
     optimizer = build_optimizer(training.optimizer, groups, learning_rate, training.weight_decay, arguments)
     return Trainable(flux, clip, layers, optimizer, ahead)
-
-
-def validation_losses(objective: Objective, data: Data) -> dict[str, float]:
-    """The loss on each held-out set."""
-    sets = {
-        name: held_out_batches(dataset, data.store, objective.training.batch) for name, dataset in data.held_out.items()
-    }
-    return {name: objective.validation(batches) for name, batches in sets.items()}
-
-
-def is_due(every: int, done: int, steps: int) -> bool:
-    """Whether `done` is the last step or a multiple of `every` (0: only the last)."""
-    return done == steps or bool(every and done % every == 0)
-
-
-def described(losses: Mapping[str, float]) -> str:
-    return ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items())

@@ -22,7 +22,7 @@ from fluxq.data.images import PLAIN, View
 from fluxq.errors import WrongRequest
 
 from .encoding import Progress, TextEncoder, encode_captions, encode_images, encode_masks, truncation_notes
-from .looks import Looks
+from .looks import LOOKS, Looks
 from .store import (
     KINDS,
     Store,
@@ -36,7 +36,6 @@ from .store import (
     text_key,
 )
 
-LOOKS = "looks.json"
 MIRRORED = View(mirrored=True)
 
 
@@ -358,6 +357,7 @@ def _entry(
         caption_dropout=folder.caption_dropout or 0.0,
         caption_dropout_epochs=folder.caption_dropout_epochs or 0,
         batch=folder.batch or 0,
+        held_out=example.held_out,
     )
 
 

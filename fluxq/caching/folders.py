@@ -11,7 +11,8 @@ from fluxq.config import DataConfig
 from fluxq.console import console, progress_bar
 from fluxq.data.buckets import Size
 from fluxq.data.dataset import Dataset
-from fluxq.data.examples import Scan, balanced, scan
+from fluxq.data.examples import Example, Scan, balanced, scan
+from fluxq.data.split import divided, held_out_images
 from fluxq.memory.phases import band_for
 from fluxq.models.parts import Models
 
@@ -19,6 +20,7 @@ from .build import EncoderFiles, build_cache, cache_prompts, missing_records
 from .encoding import PIXELS_PER_BATCH
 from .foreign import ModelShapes
 from .import_foreign import import_caches
+from .looks import LOOKS, Looks
 from .store import Store, Text
 
 RECORD_HEADER = 1 << 9  # bytes of a record beside its tensors
@@ -37,12 +39,34 @@ def import_folders(data: DataConfig, models: Models) -> tuple[int, int]:
 
 
 def scan_data(data: DataConfig) -> Scan:
-    """The images of all folders of `data` (resolved), those of held-out images last. Raises WrongRequest as `scan`."""
+    """The images of all folders of `data` (resolved), those of held-out images last. Raises WrongRequest as `scan`, and
+    for a split that leaves nothing. Writes nothing.
+    """
     trained, held_out = data.filled()
     scanned = scan(
         [*trained, *held_out], data.resolution or 0, data.min_side, data.max_side, data.step, skip_bad=data.skip_bad
     )
-    return replace(scanned, examples=balanced(scanned.examples, {folder.path for folder in trained}))
+    examples, paths = scanned.examples, {folder.path for folder in trained}
+    if data.validation_split:
+        images = [example for example in examples if example.folder.path in paths]
+        held = _held_out(images, data)
+        for name in dict.fromkeys(example.name for example in images if example.path in held):
+            scanned.found.add("held out", name)
+        examples = divided(examples, held)
+    return replace(scanned, examples=balanced(examples, paths))
+
+
+def _held_out(examples: Sequence[Example], data: DataConfig) -> set[Path]:
+    """Those of the images that are held out."""
+    store = Store(data.cache)
+    with progress_bar() as progress:
+        hashes = {example.path: "" for example in examples}
+        for done, path in enumerate(hashes):
+            progress("hashing", done, len(hashes))
+            hashes[path] = store.hashes.of(path)
+        looks = Looks(store.root / LOOKS).of(hashes, partial(progress, "looking"))
+    taught = {example.path for example in examples if not example.folder.regularization}
+    return held_out_images(hashes, looks, data.validation_split, taught)
 
 
 def cache_folders(

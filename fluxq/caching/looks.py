@@ -5,12 +5,20 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from fluxq.data.looks import AREAS, Look, look_at
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
 from fluxq.formats.checkpoint.files import MALFORMED
+
+LOOKS = "looks.json"
+
+
+@cache
+def _look_at(path: Path, mtime_ns: int) -> Look:
+    return look_at(path)
 
 
 class Looks:
@@ -32,13 +40,14 @@ class Looks:
         for done, (path, hashed) in enumerate(images.items(), 1):
             tick(done, len(images))
             if hashed not in self._known:
-                with suppress(WrongRequest):
-                    self._known[hashed], self._new = look_at(path), True
+                with suppress(OSError, WrongRequest):
+                    self._known[hashed], self._new = _look_at(path, path.stat().st_mtime_ns), True
             if look := self._known.get(hashed):
                 looks[path] = look
         return looks
 
     def save(self) -> None:
+        """Remember new ones for later processes; this one does in any case."""
         if self._new:
             with atomic_path(self.path) as temporary:
                 temporary.write_text(json.dumps(self._known), encoding="utf-8")

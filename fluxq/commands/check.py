@@ -11,10 +11,9 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from fluxq.caching.build import LOOKS
 from fluxq.caching.folders import missing_bytes, scan_data
 from fluxq.caching.import_foreign import imported_note_for
-from fluxq.caching.looks import Looks
+from fluxq.caching.looks import LOOKS, Looks
 from fluxq.caching.store import Store
 from fluxq.config import DataConfig, TrainConfig
 from fluxq.console import console, plural, silent

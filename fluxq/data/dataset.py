@@ -40,6 +40,7 @@ class Entry:
     caption_dropout: float = 0.0  # chance of a step without the caption
     caption_dropout_epochs: int = 0  # all epochs whose number (from 1) this divides are without captions
     batch: int = 0  # images per forward pass; 0: as many as the run has
+    held_out: bool = False  # by data.validation_split
 
     def extras(self) -> dict[str, object]:
         """What the example has beyond images, captions and repeats."""
@@ -68,10 +69,12 @@ class Dataset:
         masks = {("masks", key) for example in self.examples for key in example.masks}
         return latents | text | masks | {("text", key) for key in self.prompts.values()}
 
-    def part(self, folders: Sequence[Path]) -> Dataset:
-        """The dataset with only the examples from `folders`. Raises WrongRequest if there are none."""
+    def part(self, folders: Sequence[Path], held_out: bool = False) -> Dataset:
+        """The dataset with only the examples from `folders`, without those that are held out or only those. Raises
+        WrongRequest if there are none.
+        """
         wanted = {os.path.abspath(folder) for folder in folders}
-        examples = tuple(e for e in self.examples if os.path.dirname(e.path) in wanted)
+        examples = tuple(e for e in self.examples if os.path.dirname(e.path) in wanted and e.held_out == held_out)
         if not examples:
             names = ", ".join(str(folder) for folder in folders)
             raise WrongRequest(f"{names} has no usable image of its own; an image listed in two folders counts once")

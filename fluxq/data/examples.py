@@ -51,6 +51,7 @@ class Example:
     found: Caption = Caption("")
     views: tuple[View, ...] = (View(),)
     mask: Path | None = None  # the image itself, if its transparency is the mask
+    held_out: bool = False  # by data.validation_split
 
     @property
     def caption(self) -> str:
@@ -125,7 +126,7 @@ def balanced(examples: Sequence[Example], trained: Collection[Path]) -> list[Exa
     """`examples` with the repeats that the weights of the folders `trained` ask for, and with regularization images
     repeated until there are as many of them in an epoch as others.
     """
-    own = [e for e in examples if e.folder.path in trained and not e.folder.regularization]
+    own = [e for e in examples if e.folder.path in trained and not e.folder.regularization and not e.held_out]
     weights = {e.folder: e.folder.weight for e in own if e.folder.weight is not None}
     counts = Counter(e.folder for e in own)
     repeats = whole_repeats({folder: weight / counts[folder] for folder, weight in weights.items()})
@@ -134,7 +135,7 @@ def balanced(examples: Sequence[Example], trained: Collection[Path]) -> list[Exa
     times = max(1, round(others / max(1, regularizing)))
 
     def repeated(example: Example) -> Example:
-        if example.folder.path not in trained:
+        if example.folder.path not in trained or example.held_out:
             return example
         if example.folder.regularization:
             return replace(example, repeats=example.repeats * times)

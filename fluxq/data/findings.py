@@ -20,6 +20,7 @@ BESIDE_IMAGES = {*TEXT_SUFFIXES, ".json", ".jsonl", ".csv", ".npz", ".safetensor
 BESIDE_IMAGES |= {".db", ".ini", ".md", ".log", ".zip"}
 """Suffixes of files that nobody takes for images."""
 KINDS = {
+    "held out": "images held out for validation (--validation-split)",
     "twice": "images listed more than once, each counted once",
     "mask": "masks of other images, not trained on (--masks beside uses them)",
     "no mask": "images without a mask, trained whole",

@@ -60,6 +60,13 @@ def look_at(path: Path, max_pixels: int = MAX_PIXELS) -> Look:
 
 def copies(looks: Mapping[Path, Look]) -> Iterator[tuple[Path, Path, bool]]:
     """Each image that looks like an earlier one: the earlier one, it, and whether the files are equal to the byte."""
+    for path, earlier in alike(looks):
+        equal = next((other for other in earlier[:COMPARED] if filecmp.cmp(other, path, shallow=False)), None)
+        yield equal or earlier[0], path, equal is not None
+
+
+def alike(looks: Mapping[Path, Look]) -> Iterator[tuple[Path, list[Path]]]:
+    """Each image that looks like earlier ones, and these."""
     told_apart = [(path, look) for path, look in looks.items() if not look.is_plain]
     colors = b"".join(bytes.fromhex(look.areas) for _, look in told_apart)
     areas = np.frombuffer(colors, np.uint8).astype(np.int16).reshape(-1, AREAS)
@@ -68,6 +75,4 @@ def copies(looks: Mapping[Path, Look]) -> Iterator[tuple[Path, Path, bool]]:
         near = np.flatnonzero(np.abs(means[:i] - means[i]).mean(1) < ALIKE)
         same = near[np.abs(areas[near] - areas[i]).mean(1) < ALIKE]
         if len(same):
-            earlier = [told_apart[j][0] for j in same[:COMPARED]]
-            equal = next((other for other in earlier if filecmp.cmp(other, path, shallow=False)), None)
-            yield equal or earlier[0], path, equal is not None
+            yield path, [told_apart[j][0] for j in same]

@@ -78,6 +78,8 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
             yield f"training.schedule_{name}", f"--schedule {training.schedule} does not use it"
     if training.schedule == "constant":
         yield "training.schedule_floor", "--schedule constant does not fall"
+    if not config.data.validation and not config.data.validation_split:
+        yield "training.validate_every", "no images are held out (--validation-split, or data.validation)"
     if models.variant == "schnell":
         yield "training.guidance", "FLUX.1 schnell has no guidance input"
     if not output.save_every and output.save_every_epochs is None:

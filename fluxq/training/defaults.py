@@ -19,6 +19,7 @@ from fluxq.data.examples import Scan, check_folder
 from fluxq.data.folders import expand
 from fluxq.data.masks import ALPHA, BESIDE
 from fluxq.errors import WrongRequest
+from fluxq.flow import VALIDATION_TIMES
 from fluxq.formats.lora.read import Lora
 from fluxq.memory.placement import choose_format
 from fluxq.models.check_file import is_kontext
@@ -27,6 +28,14 @@ from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
 from .libraries import library_of, parse_arguments
+from .state import MOST_TRAINED_ON
+
+VALIDATIONS, VALIDATING = 12, 0.1
+"""So many validations a run has by default, or fewer, which take about that share of the time of its steps."""
+FORWARD = 0.43
+"""The share of a step's time that a forward pass takes: measured on nano. Frozen weights have no gradients, so that of
+FLUX.1 is predicted at a third if everything is recomputed, and at a half if nothing is.
+"""
 
 
 def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> tuple[TrainConfig, Scan]:
@@ -48,6 +57,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
     training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
+    training = resolve_validation(training, data, scanned, notify)
     training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)
@@ -95,7 +105,11 @@ def epoch_of(data: DataConfig, scanned: Scan, batch: int, encoded: Dataset | Non
     """encoded: lacks images of `scanned` that could not be encoded, which then do not count."""
     trained = {folder.path for folder in data.folders}
     names = {entry.name for entry in encoded.examples} if encoded else set()
-    examples = [e for e in scanned.examples if e.folder.path in trained and (encoded is None or e.name in names)]
+    examples = [
+        e
+        for e in scanned.examples
+        if e.folder.path in trained and not e.held_out and (encoded is None or e.name in names)
+    ]
     own = [example for example in examples if not example.folder.regularization]
     groups: Counter[tuple[Size, int]] = Counter()
     for example in examples:
@@ -138,6 +152,38 @@ def resolve_steps(
         why = f"each of {plural(images, 'image')} is seen {times:.4g} times on average"
         notify(f"steps {training.steps}: {why}{f', {at_once:.3g} a step' if at_once != 1 else ''}")
     return training, output
+
+
+def resolve_validation(training: TrainingConfig, data: DataConfig, scanned: Scan, notify: Notify) -> TrainingConfig:
+    """`training` with the steps between validations, if images are held out. Raises WrongRequest if it would never
+    stop early.
+    """
+    folders = {folder.path for folder in data.validation}
+    held_out = len([e for e in scanned.examples if e.held_out or e.folder.path in folders])
+    patience, steps = training.early_stopping, cast(int, training.steps)
+    if not held_out:
+        if patience:
+            raise WrongRequest("--early-stopping needs held-out images: --validation-split 0.1, or data.validation")
+        return training
+    passes = sum(math.ceil(images / training.batch) for images in (held_out, min(held_out, MOST_TRAINED_ON)))
+    takes = VALIDATION_TIMES * passes * FORWARD / training.accumulate
+    every = training.validate_every
+    if every is None:
+        every = max(math.ceil(steps / VALIDATIONS), math.ceil(takes / VALIDATING))
+        training = replace(training, validate_every=every)
+    every = min(every or steps, steps)
+    times = math.ceil(steps / every)
+    notify(
+        f"validation after every {plural(every, 'step')} and at the end, {plural(times, 'time')} in all, on "
+        f"{plural(held_out, 'held-out image')}: each is predicted to take as long as {plural(math.ceil(takes), 'step')}"
+        f", together {times * takes / (steps + times * takes):.0%} of the run's time (--validate-every)"
+    )
+    if patience and times <= patience:
+        raise WrongRequest(
+            f"--early-stopping {patience} cannot end a run of {plural(times, 'validation')}; lower it, or lower "
+            "--validate-every"
+        )
+    return training
 
 
 def caveats(models: Models) -> list[str]:

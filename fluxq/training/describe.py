@@ -9,6 +9,7 @@ from typing import cast
 
 from fluxq.caching import Batches
 from fluxq.config import TrainConfig, TrainingConfig
+from fluxq.console import plural
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan
 from fluxq.formats.lora.metadata import lora_metadata
@@ -30,7 +31,8 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
     tags: dict[str | Path, Mapping[str, int]] = {
         folder: _tag_frequency(captions[path] for path in paths) for folder, paths in files.items()
     }
-    repeats = {example.folder.path: example.repeats for example in scanned.examples}
+    repeats = {example.folder.path: example.repeats for example in scanned.examples if not example.held_out}
+    held_out = len({example.path for example in scanned.examples if example.held_out})
     buckets = Counter({e.bucket: 0 for e in dataset.examples})
     for example in dataset.examples:
         buckets[example.bucket] += example.repeats
@@ -39,6 +41,8 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         training, size = config.training, config.data.side
         seen = {"fluxq_images_seen": str(batches.seen_before(step * training.accumulate))}
         seen |= objective_metadata(training)
+        if config.data.validation_split:
+            seen |= {"fluxq_validation_split": f"{config.data.validation_split:g}: {plural(held_out, 'image')}"}
         return seen | lora_metadata(
             name=cast(str, config.output.name),
             rank=cast(int, config.lora.rank),

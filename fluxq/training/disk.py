@@ -94,7 +94,8 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     tensors = lora_tensors(config, models)
     state = state_bytes(tensors, config.training.optimizer, cast(int, config.lora.rank))
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
-    loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
+    best = 1 if config.data.validation or config.data.validation_split else 0
+    loras = 1 + best + (min(before_the_end, output.keep) if output.keep else before_the_end)
     lora = 2 * sum(tensors) + HEADER * len(tensors) + _split_bytes(config, models)
     side = config.data.side
     image = 3 * (config.samples.width or side) * (config.samples.height or side)

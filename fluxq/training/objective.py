@@ -15,7 +15,7 @@ from torch import Tensor
 
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
-from fluxq.flow import conditioning, flow_loss, sample_noise, validation_loss
+from fluxq.flow import conditioning, flow_loss, sample_noise, validation_losses
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.modulation import Conditioning, Lookahead, sent
@@ -82,10 +82,10 @@ class Objective:
         """The timesteps, pooled vectors and guidance of micro-step `index`."""
         return conditioning(self.flux, self._timesteps(index), self.batches.pooled_of(index), self.training.guidance)
 
-    def validation(self, batches: Iterable[Batch]) -> float:
-        """The mean squared error on held-out `batches` at fixed timesteps and noise, whatever loss is trained with."""
+    def validation(self, batches: Iterable[Batch]) -> Tensor:
+        """The squared errors (times, images) at fixed timesteps and noise, whatever loss is trained with."""
         settings = self.training
-        return validation_loss(self.flux, map(self._with_pooled, batches), settings.shift, settings.guidance)
+        return validation_losses(self.flux, map(self._with_pooled, batches), settings.shift, settings.guidance)
 
     def described(self, index: int) -> str:
         """What micro-step `index` sees: its images, captions and timesteps."""

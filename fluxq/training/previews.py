@@ -34,7 +34,7 @@ def preview_prompts(config: TrainConfig, models: Models, scanned: Scan) -> tuple
         raise WrongRequest(f"previews need {autoencoder}, which does not exist; put it back, or pass --sample-every 0")
     triggers = dict.fromkeys(f.trigger for f in folders if f.trigger)
     taught = {folder.path for folder in folders if not folder.regularization}
-    captions = dict.fromkeys(e.caption for e in scanned.examples if e.folder.path in taught)
+    captions = dict.fromkeys(e.caption for e in scanned.examples if e.folder.path in taught and not e.held_out)
     return samples.prompts or tuple(triggers) or tuple(captions)[:3]
 
 

@@ -1,4 +1,4 @@
-"""The report of a run: a console line and a JSON line per step, a progress bar, the loss plot."""
+"""The report of a run: a console line and a JSON line per step, a JSON line per validation, a progress bar, a plot."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import os
 import time
 from array import array
 from collections.abc import Sequence
+from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from fluxq.console import console, duration, pace, progress_bars
 from fluxq.errors import WrongRequest
@@ -20,6 +21,7 @@ from fluxq.memory.peak import peak_bytes, spill_note
 
 from .health import Health
 from .records import Records
+from .state import Measured, Validated
 from .watch import Watch
 
 if TYPE_CHECKING:
@@ -28,7 +30,7 @@ if TYPE_CHECKING:
 
 class Report:
     """The log of one run of `steps` steps, of which `start` are already done. changes: what resuming it changed. watch:
-    what they are compared with.
+    what they are compared with. validated: so far.
     """
 
     def __init__(
@@ -39,14 +41,23 @@ class Report:
         plot_seconds: float,
         changes: Sequence[str] = (),
         watch: Watch | None = None,
+        validated: Validated | None = None,
     ) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
         self.steps, self.plot_seconds = steps, plot_seconds
         # steps after the last save are repeated, and so are changes that no save knows
         kept = [r for r in _records(self.path) if r.get("step", 0) <= start and r.get("change") in (None, *changes)]
+        validated = validated or Validated()
+        self.base = validated.base.loss if validated.base else math.nan  # of the base model
+        known = {one.step: one for one in (validated.before, validated.last) if one}
+        last = max(known, default=-1)
+        kept = [r for r in kept if "validation" not in r or r["validation"]["step"] <= last]
+        logged = {r["validation"]["step"] for r in kept if "validation" in r}
+        kept += [self._validation(one) for step, one in known.items() if step not in logged]
         said = {r.get("change") for r in kept}
         kept += [{"change": change} for change in changes if change not in said]
         self.records = Records(r for r in kept if "step" in r)  # what the plot and `health` read
+        self.validations = [Measured.read(r["validation"]) for r in kept if "validation" in r]  # what the plot reads
         with atomic_path(self.path) as temporary:
             temporary.write_text("".join(map(_line, kept)), encoding="utf-8")
         self._file = self.path.open("ab", buffering=0)
@@ -101,6 +112,14 @@ class Report:
             self.plot()
             self._plotted = time.monotonic()
 
+    def validated(self, found: Measured, seconds: float) -> None:
+        """Log a validation, which took `seconds`."""
+        self.validations.append(found)
+        self._write(_line(self._validation(found) | {"seconds": round(seconds, 4)}))
+
+    def _validation(self, found: Measured) -> dict[str, Any]:
+        return {"validation": asdict(found), "base_model": self.base}
+
     def sync(self) -> None:
         """Flush the log to the disk, if that takes it. A state saved afterward has no more steps than the log then."""
         self._write()
@@ -118,7 +137,9 @@ class Report:
                 console.print(f"could not write {self.path} ({error.strerror}); its lines wait in memory")
 
     def plot(self) -> None:
-        """Plot the loss of every step and the smoothed loss to loss.png. If that fails, print why and continue."""
+        """Plot the loss of every step and the smoothed loss, and below them those of validations, to loss.png. If that
+        fails, print why and continue.
+        """
         try:
             self._write_plot()
         except (WrongRequest, OSError) as error:
@@ -128,29 +149,58 @@ class Report:
         import matplotlib
 
         steps, losses = self.records.column("step"), self.records.column("loss")
-        self._plot = canvas = self._plot or _empty_plot()  # kept: a figure has cycles, which hold megabytes for long
-        axes = canvas.figure.axes[0]
+        rows = 2 if self.validations else 1
+        if self._plot is None or len(self._plot.figure.axes) != rows:
+            self._plot = _empty_plot(rows)  # kept: a figure has cycles, which hold megabytes for long
+        canvas, axes = self._plot, self._plot.figure.axes[0]
         every = 1 + len(steps) // 4000  # the image is 800 pixels wide
         for line, values in zip(axes.lines, (losses, smoothed(losses)), strict=True):
             line.set_data(steps[::every], values[::every])
-        axes.relim()
-        axes.autoscale_view()
+        if self.validations:
+            *lines, base = canvas.figure.axes[1].lines
+            for line, points in zip(lines, _points(self.validations), strict=True):
+                line.set_data(*points)
+            base.set_data([0, steps[-1]], [self.base, self.base])
+        for axes in canvas.figure.axes:
+            axes.relim()
+            axes.autoscale_view()
         with matplotlib.rc_context({"agg.path.chunksize": 1000}), atomic_path(self.plot_path) as temporary:
             canvas.print_png(temporary)  # in pieces: Agg keeps 6 KB for each point of a noisy line
 
 
-def _empty_plot() -> FigureCanvasAgg:
-    """Axes with two lines, of each step's loss and of the smoothed loss."""
+def _points(validations: Sequence[Measured]) -> list[tuple[Sequence[float], Sequence[float]]]:
+    """(steps, losses) of three lines: held-out images, training images, and the best."""
+    steps, held_out = [found.step for found in validations], [_finite(found.loss) for found in validations]
+    training = [_finite(found.training.get("loss", math.nan)) for found in validations]
+    trained = [(loss, step) for loss, step in zip(held_out, steps, strict=True) if step and not math.isnan(loss)]
+    best = min(trained, default=(math.nan, 0))
+    return [(steps, held_out), (steps, training), ([best[1]], [best[0]])]
+
+
+def _finite(value: float) -> float:
+    return value if math.isfinite(value) else math.nan
+
+
+def _empty_plot(rows: int) -> FigureCanvasAgg:
+    """Axes with two lines, of each step's loss and of the smoothed loss, and in a second row those of `_points`."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.add_subplot()
-    axes.plot([], color="#b8c4d6", linewidth=0.8, label="each step")
-    axes.plot([], color="#1f4e9c", linewidth=1.8, label="smoothed")
-    axes.set(xlabel="step", ylabel="loss")
-    axes.grid(alpha=0.3)
-    axes.legend()
+    figure = Figure(figsize=(8, 4.5 * rows), layout="constrained")
+    axes = [figure.add_subplot(rows, 1, row + 1) for row in range(rows)]
+    axes[0].plot([], color="#b8c4d6", linewidth=0.8, label="each step")
+    axes[0].plot([], color="#1f4e9c", linewidth=1.8, label="smoothed")
+    axes[0].set(ylabel="loss")
+    if rows == 2:
+        axes[1].plot([], color="#1f4e9c", marker="o", markersize=4, label="held-out images")
+        axes[1].plot([], color="#c77d1e", marker="o", markersize=4, label="training images")
+        axes[1].plot([], color="#1f4e9c", marker="*", markersize=13, linestyle="", label="best")
+        axes[1].plot([], color="#666666", linestyle="--", linewidth=1, label="held-out images, base model")
+        axes[1].set(ylabel="loss at fixed noise")
+    axes[-1].set(xlabel="step")
+    for one in axes:
+        one.grid(alpha=0.3)
+        one.legend()
     return FigureCanvasAgg(figure)
 
 
@@ -160,13 +210,19 @@ def read_log(path: Path) -> list[dict]:
 
 
 def _records(path: Path) -> list[dict]:
-    """The steps, and between them what was changed when the run was resumed: {"change": "after step 4: ..."}."""
+    """The steps, and between them validations, {"validation": {"step": 4, ...}}, and what was changed when the run was
+    resumed: {"change": "after step 4: ..."}.
+    """
     records = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(*MALFORMED):
             record = _with_nan(json.loads(line))
             if isinstance(record.get("change"), str):
                 records.append({"change": record["change"]})
+                continue
+            if "validation" in record:
+                Measured.read(record["validation"])  # raises for what is not one
+                records.append(record)
                 continue
             Records([record])  # raises for what is not a number
             if type(record["step"]) is int and abs(record["step"]) < 2**53:
@@ -175,11 +231,17 @@ def _records(path: Path) -> list[dict]:
 
 
 def _line(record: dict) -> str:
-    return json.dumps({key: None if value != value else value for key, value in record.items()}) + "\n"
+    return json.dumps(_without_nan(record)) + "\n"
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if value != value else value
 
 
 def _with_nan(record: dict) -> dict:
-    """The opposite of `_line`, which writes null for NaN: JSON has no NaN."""
+    """The opposite of `_without_nan`, which writes null for NaN: JSON has no NaN."""
     return record | {key: math.nan for key in ("loss", "grad") if record.get(key, 0) is None}
 
 

@@ -1,12 +1,13 @@
 """A run directory: starting or resuming a run, and the files that it saves.
 
 config.toml   every setting, with defaults filled in
-log.jsonl     a line per step, and one per change that --resume made
+log.jsonl     a line per step, one per validation, and one per change that --resume made
 loss.png      the loss so far
 result.json   steps, seconds, losses, peak memory and the LoRA's path
 samples/      previews
 state/        what --resume needs
 <name>.safetensors, and before the end <name>-step00000250.safetensors ...; for PEFT, folders <name>.peft ...
+<name>-best.safetensors   the LoRA with the lowest loss of held-out images
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from filelock import FileLock, Timeout
 from torch import nn
 
 from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
+from fluxq.console import plural
 from fluxq.data.dataset import Dataset
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path, remove
@@ -42,10 +44,10 @@ from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
 
 from .state import Progress, saved_settings
-from .summary import slow_lines
+from .summary import best_lines, slow_lines
 
 SCHEDULE = ("schedule", "schedule_cycles", "schedule_power", "schedule_decay", "schedule_floor")
-MAY_CHANGE = ("steps", "warmup", "learning_rate", "text_learning_rate", *SCHEDULE)
+MAY_CHANGE = ("steps", "warmup", "learning_rate", "text_learning_rate", *SCHEDULE, "validate_every", "early_stopping")
 """The settings of training that --resume takes over from the command line."""
 
 SAME_RESULT = ("ae_band", "skip_bad", "offline", "recursive", "masks")
@@ -77,9 +79,10 @@ class Result:
     validation_before: dict[str, float] | None
     validation_after: dict[str, float] | None
     slower: list[str]  # why it was slower than it could be
+    validation: dict[str, Any] | None  # before, after, best, and why it stopped early
 
     def summary(self) -> list[str]:
-        return [*slow_lines(self.slower), f"LoRA: {self.lora}"]
+        return [*slow_lines(self.slower), *best_lines(self.validation), f"LoRA: {self.lora}"]
 
     def save(self, folder: Path) -> None:
         with atomic_path(folder / "result.json") as temporary:
@@ -94,6 +97,8 @@ class Run:
         self.folder = cast(Path, config.output.out)
         self.name = cast(str, config.output.name)
         self.suffix = ".peft" if config.lora.file_format == "peft" else ".safetensors"
+        self.best_file = self.folder / f"{self.name}-best{self.suffix}"
+        self.last_step = config.training.steps or 0  # less in a run that stops early
         self.state_file = self.folder / "state" / "state.safetensors"
         self._data_file = self.folder / "state" / "data.json"
         self.changes: list[str] = []  # what is not as it was when the run was started
@@ -153,11 +158,9 @@ class Run:
 
         If the run was finished and is to make more steps, its LoRA gets the name of its step.
         """
-        written, final = self.folder / "config.toml", self.lora_file(self.config.training.steps or 0)
-        if resume and final.exists():
-            steps = config_from_dict(read_toml(written), str(written)).training.steps
-            if steps and steps != self.config.training.steps:
-                final.rename(self.lora_file(steps))
+        final = self.lora_file(self.last_step)
+        if resume and final.exists() and (steps := _metadata(final).get("ss_steps", "")).isdecimal():
+            final.rename(self.lora_file(int(steps)))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 remove(left_by_a_crash)
@@ -169,7 +172,7 @@ class Run:
     def _results(self) -> list[Path]:
         """The files of a run of this name, which a new one would replace."""
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
-        return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
+        return [*(self.folder / name for name in names), self.state_file, self.best_file, *self.steps_saved()]
 
     def _settings_so_far(self) -> TrainConfig:
         """The settings of the saved state. config.toml may have been edited since, or be of an attempt that saved
@@ -220,6 +223,13 @@ class Run:
         """
         if saved.step > (steps := self.config.training.steps or 0):
             raise WrongRequest(f"{self.folder} has already done {saved.step} steps, more than {steps}; ask for more")
+        if saved.validation.is_over(patience := self.config.training.early_stopping):
+            if self.changes:
+                raise WrongRequest(
+                    f"{self.folder} stopped early after step {saved.step}: {plural(patience, 'validation')} in a row "
+                    "had no lower loss; to go on, raise --early-stopping (0: never stop early)"
+                )
+            self.last_step = saved.step
         if saved.identity.get("model") != identity["model"]:
             raise WrongRequest(
                 f"the transformer's file is not that with which {self.folder} was started; put it back, or start "
@@ -264,23 +274,29 @@ class Run:
 
     def lora_file(self, step: int) -> Path:
         """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before."""
-        last = step == self.config.training.steps
+        last = step == self.last_step
         return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
 
     def loras(self) -> list[Path]:
         """All LoRAs of this run that are there."""
-        return [path for path in (self.folder / f"{self.name}{self.suffix}", *self.steps_saved()) if path.exists()]
+        files = (self.folder / f"{self.name}{self.suffix}", self.best_file, *self.steps_saved())
+        return [path for path in files if path.exists()]
 
     def steps_saved(self) -> list[Path]:
         """The LoRAs saved before the last step, oldest first."""
         return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))
 
-    def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
-        """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path.
+    def save_lora(
+        self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], best: bool = False
+    ) -> Path:
+        """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path. best: it
+        is the best so far.
 
         Also removes the oldest LoRAs if there are more than `output.keep`, without those of runs that were finished.
         """
-        path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
+        path, alpha = self.best_file if best else self.lora_file(step), cast(float, self.config.lora.alpha)
+        if self.last_step != self.config.training.steps and step == self.last_step:
+            metadata = {**metadata, "fluxq_stopped_early": "true"}
         if self.changes:
             metadata = {**metadata, "fluxq_changes": json.dumps(self.changes)}
         of_clip = {} if clip is None else adapters_of(clip, alpha)
@@ -298,11 +314,16 @@ class Run:
 
 def _is_finished(path: Path) -> bool:
     """Whether this LoRA was the last of its run, before that was resumed to more steps."""
+    about = _metadata(path)
+    return "fluxq_stopped_early" in about or "ss_steps" in about and about["ss_steps"] == about["ss_max_train_steps"]
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    """What a LoRA says of itself; nothing if it is damaged."""
     try:
-        about = Checkpoint(path / PEFT_FILES[0] if is_adapter(path) else path).metadata
-    except WrongRequest:  # damaged
-        return False
-    return about.get("ss_steps") == about.get("ss_max_train_steps")
+        return Checkpoint(path / PEFT_FILES[0] if is_adapter(path) else path).metadata
+    except WrongRequest:
+        return {}
 
 
 def _without_paths(value: Any) -> Any:

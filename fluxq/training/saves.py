@@ -31,7 +31,7 @@ PAUSES = (30.0, 60.0, 120.0, 300.0, 600.0)
 
 class Saves:
     """The saves of `run`. `progress.step` is the last finished step; began: now less the seconds of
-    training, in seconds since 1970; `write_lora(step)` writes the LoRA.
+    training, in seconds since 1970; `write_lora(step, best=False)` writes the LoRA.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class Saves:
         layers: Mapping[str, Linear],
         optimizer: FlatOptimizer,
         retry: OutOfMemoryRetry,
-        write_lora: Callable[[int], object],
+        write_lora: Callable[..., object],
         notify: Notify,
     ) -> None:
         self.run, self.report, self.progress, self.layers, self.optimizer = run, report, progress, layers, optimizer
@@ -81,10 +81,7 @@ class Saves:
                 self._again_at = time.monotonic()  # with the next step
                 return
         try:
-            self.report.sync()
-            self._state(self.run.state_file)
-            self.retry.placement.save(self.run.folder)
-            self.write_lora(self.progress.step)
+            self._all()
             self._failures, self._again_at = 0, math.inf
         except (WrongRequest, OSError) as error:
             if required:
@@ -94,6 +91,30 @@ class Saves:
             self.notify(
                 f"step {self.progress.step} could not be saved: {error}; training goes on, next try in {pause:.0f} s"
             )
+
+    def best(self) -> bool:
+        """Save the state and, as the best, the LoRA of the last finished step. Whether that succeeded: otherwise, which
+        is notified, the best LoRA is the one before.
+
+        A run is resumed from a state no older than its best LoRA, which is thus never of steps that are repeated.
+        """
+        if self.report.health.is_bad:
+            return False
+        try:
+            self._all(best=True)
+        except (WrongRequest, OSError) as error:
+            self.notify(f"the LoRA of step {self.progress.step}, the best so far, could not be saved: {error}")
+            return False
+        return True
+
+    def complete(self) -> None:
+        """Write the LoRAs that are missing because what ended a run came between its state and them."""
+        step, best = self.progress.step, self.progress.validation.best
+        if best and best.step == step:
+            self.write_lora(step, best=True)
+        due = is_due(self.run.config.output.save_every, step, self.run.last_step)
+        if (due or not best or best.step < step) and not self.run.lora_file(step).exists():
+            self.write_lora(step)
 
     def last_step(self) -> None:
         """Save the state of the last finished step from another thread, while the next one is on its way."""
@@ -108,6 +129,12 @@ class Saves:
         except (WrongRequest, OSError, RuntimeError) as error:
             why = str(error) if isinstance(error, WrongRequest) else first_line(error)
             self.notify(f"step {self.progress.step} could not be saved: {why}")
+
+    def _all(self, best: bool = False) -> None:
+        self.report.sync()
+        self._state(self.run.state_file)
+        self.retry.placement.save(self.run.folder)
+        self.write_lora(self.progress.step, best=best)
 
     def _state(self, path: Path) -> None:
         with self.optimizer.changing:
@@ -148,3 +175,8 @@ class Saves:
                 f"continue with: fluxq train --resume {self.run.folder}"
             )
         return f"the last save is that of step {self._saved}; continue from it with --resume {self.run.folder}"
+
+
+def is_due(every: int, done: int, steps: int) -> bool:
+    """Whether `done` is the last step or a multiple of `every` (0: only the last)."""
+    return done == steps or bool(every and done % every == 0)

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import torch
@@ -23,6 +24,67 @@ from .optim import FlatOptimizer
 
 DAMAGED = "put a copy of that file back, or start another run from the run's last LoRA with --from-lora"
 
+MOST_TRAINED_ON = 16
+"""So many images that are trained on are measured at most in a validation."""
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A validation after `step` steps. Losses are squared errors at fixed noise: {"loss": at all noise levels, "low":
+    in the third with the least noise, "medium": ..., "high": ...}.
+    """
+
+    step: int
+    held_out: dict[str, float]  # of all held-out images
+    sets: dict[str, dict[str, float]]  # of each set of them
+    training: dict[str, float]  # of a sample of the images that are trained on
+
+    @property
+    def loss(self) -> float:
+        return self.held_out["loss"]
+
+    @classmethod
+    def read(cls, values: Any) -> Measured:
+        """From JSON. Raises TypeError, ValueError, KeyError or AttributeError for anything else."""
+        sets = {name: _floats(losses) for name, losses in values["sets"].items()}
+        return cls(int(values["step"]), _floats(values["held_out"]), sets, _floats(values["training"]))
+
+
+@dataclass(frozen=True)
+class Validated:
+    """What validation has found. waited: validations since the last that was better than all before it. images: a
+    digest of what is measured; former states have none.
+    """
+
+    base: Measured | None = None  # of the model without LoRA
+    before: Measured | None = None
+    last: Measured | None = None
+    best: Measured | None = None  # the one whose LoRA is kept
+    waited: int = 0
+    images: str | None = None
+
+    def is_over(self, patience: int) -> bool:
+        """Whether a run with that `training.early_stopping` ends now."""
+        return bool(patience) and self.waited >= patience
+
+    def metadata(self, step: int) -> dict[str, str]:
+        """What a LoRA of that step says of it."""
+        if self.last is None or self.last.step != step:
+            return {}
+        base = {"fluxq_validation_loss_base_model": f"{self.base.loss:.6g}"} if self.base else {}
+        return base | {"fluxq_validation_loss": f"{self.last.loss:.6g}"}
+
+    @classmethod
+    def read(cls, values: Any) -> Validated:
+        """As Measured.read."""
+        names, images = ("base", "before", "last", "best"), values["images"]
+        found = {name: Measured.read(values[name]) if values[name] is not None else None for name in names}
+        return cls(**found, waited=int(values["waited"]), images=None if images is None else str(images))
+
+
+def _floats(losses: Mapping[str, Any]) -> dict[str, float]:
+    return {name: float("nan") if loss is None else float(loss) for name, loss in losses.items()}
+
 
 @dataclass
 class Progress:
@@ -31,7 +93,7 @@ class Progress:
     identity: Mapping[str, str]
     step: int = 0
     seconds: float = 0.0
-    validation: dict[str, float] | None = None  # before the first step
+    validation: Validated = Validated()
     rotated: list[str] = field(default_factory=list)  # int8 layers that rotate their inputs
     changes: list[str] = field(default_factory=list)  # of settings and data, since which step
 
@@ -49,7 +111,7 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
                 tensors[f"optimizer.{index}.{key}"] = value
             else:
                 scalars.setdefault(str(index), {})[key] = value
-    facts = {"seconds": progress.seconds, "validation": progress.validation, "rotated": progress.rotated}
+    facts = {"seconds": progress.seconds, "validated": asdict(progress.validation), "rotated": progress.rotated}
     facts["changes"] = progress.changes
     facts |= progress.identity
     about = json.dumps({"step": progress.step, "scalars": scalars, "groups": saved["param_groups"], "facts": facts})
@@ -73,11 +135,12 @@ def _loaded(
     path: Path, checkpoint: Checkpoint, about: Any, layers: Mapping[str, Linear], optimizer: FlatOptimizer
 ) -> Progress:
     facts = dict(about["facts"])
-    seconds, validation, rotated = (facts.pop(name) for name in ("seconds", "validation", "rotated"))
+    seconds, rotated, former = facts.pop("seconds"), facts.pop("rotated"), facts.pop("validation", None)
+    validation = Validated.read(facts.pop("validated")) if "validated" in facts else _as_validated(former)
     changes = facts.pop("changes", [])  # former states have none
     texts = [*facts.values(), *rotated, *changes]
     pairs = list(zip(about["groups"], optimizer.param_groups, strict=True))
-    numbers = [seconds, *(validation or {}).values(), *(v for saved, own in pairs for v in _numbers(saved, own))]
+    numbers = [seconds, *(v for saved, own in pairs for v in _numbers(saved, own))]
     if type(about["step"]) is not int or about["step"] < 0 or not all(isinstance(text, str) for text in texts):
         raise ValueError("its step is not a number, or one of its names is not text")
     if not all(isinstance(number, int | float) for number in numbers):
@@ -98,6 +161,15 @@ def _loaded(
     optimizer.load_state_dict({"state": state, "param_groups": about["groups"]})
     optimizer.done = about["step"]
     return Progress(facts, about["step"], seconds, validation, rotated, changes)
+
+
+def _as_validated(former: Mapping[str, float] | None) -> Validated:
+    """Of a former state, which has the loss of each set before training."""
+    if not former:
+        return Validated()
+    sets = {name: {"loss": float(loss)} for name, loss in former.items()}
+    before = Measured(0, {"loss": fmean(losses["loss"] for losses in sets.values())}, sets, {})
+    return Validated(before, before, before)
 
 
 def saved_settings(path: Path) -> str | None:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from fluxq.allocator import has_expandable_segments
 from fluxq.config import TrainConfig
 from fluxq.console import plural
@@ -40,6 +43,20 @@ def summary(
         *slow_lines(slower(flux)),
         *high_learning_rate(config.training.learning_rate or 0.0, config.training.optimizer),
     ]
+
+
+def best_lines(validation: Mapping[str, Any] | None) -> list[str]:
+    """Why a run stopped early, and which of its LoRAs is the best. validation: as in result.json."""
+    if validation is None:
+        return []
+    lines, best, base = [validation["stopped_early"]], validation["best"], validation["base_model"]
+    if best:
+        last, beaten = validation["after"]["held_out"]["loss"], base and base["held_out"]["loss"] <= best["loss"]
+        lines.append(
+            f"best LoRA, of step {best['step']}: {best['lora']} (held-out loss {best['loss']:.4f}; last {last:.4f})"
+        )
+        lines += ["warning: no LoRA has a lower held-out loss than the base model"] if beaten else []
+    return [line for line in lines if line]
 
 
 def slow_lines(reasons: list[str]) -> list[str]:

@@ -35,7 +35,9 @@ class Watch:
         if new := self._buckets(step) - before:
             sizes = " and ".join(f"{width} x {height}" for width, height in sorted(new))
             found.append(f"none of the {window} steps before it had its bucket, {sizes}")
-        for what, every in (("previews", self.config.samples.every), ("a save", self.config.output.save_every)):
+        samples, output, training = self.config.samples, self.config.output, self.config.training
+        between = {"previews": samples.every, "a save": output.save_every, "a validation": training.validate_every}
+        for what, every in between.items():
             if every and step > 1 and (step - 1) % every == 0:
                 found.append(f"{what} came just before it")
         old = self._conditions

@@ -23,13 +23,13 @@ from fluxq.training.report import read_log
 
 MODEL = "--models --flux --ae --clip-l --t5xxl --t5-length --text-mask --format --compute --ae-band --offline --model"
 DATA = "--trigger --resolution --recursive --skip-bad --cache --shuffle-tags --keep-tokens --tag-dropout --wildcards "
-DATA += "--caption-dropout --flip --masks"
+DATA += "--caption-dropout --flip --masks --validation-split"
 SAMPLES = "--prompt --sample-every --width --height --sample-steps --guidance --cfg --negative --sample-seed"
 FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl", nano.T5XXL)
 MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offload"
 OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
-    "--text-encoder --text-lr --epochs --save-every-epochs --optimizer-args "
+    "--text-encoder --text-lr --epochs --save-every-epochs --optimizer-args --validate-every --early-stopping "
     "--accumulate --lr --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
     "--overwrite --config --set --help-all --json",
     "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --help-all --json",

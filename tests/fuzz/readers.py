@@ -44,7 +44,7 @@ from fluxq.training.optim import build_optimizer
 from fluxq.training.records import Records
 from fluxq.training.report import read_log, smoothed
 from fluxq.training.run import Run
-from fluxq.training.state import Progress, load_state, save_state
+from fluxq.training.state import Measured, Progress, Validated, load_state, save_state
 
 from .mutations import as_json, as_lines, as_safetensors, as_text
 
@@ -290,7 +290,9 @@ def state_parts() -> tuple[dict[str, Linear], object]:
 
 
 def state(folder: Path) -> list[bytes]:
-    progress = Progress({"data": "d", "model": "m"}, 3, 1.5, {"held_out": 0.5}, [LAYER], ["a change"])
+    measured = Measured(0, {"loss": 0.5}, {"held_out": {"loss": 0.5}}, {"loss": 0.4})
+    validated = Validated(measured, measured, measured, measured, 1, "i")
+    progress = Progress({"data": "d", "model": "m"}, 3, 1.5, validated, [LAYER], ["a change"])
     save_state(folder / "valid", progress, *state_parts())
     return [(folder / "valid").read_bytes()]
 

@@ -73,6 +73,7 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
         ),
         ({"training": {"schedule_floor": 0.1}}, models(), "training.schedule_floor", "constant does not fall"),
         ({"output": {"keep": 2, "save_every": 0}}, models(), "output.keep", "no LoRA is saved before the end"),
+        ({"training": {"validate_every": 5}}, models(), "training.validate_every", "--validate-every .* are held out"),
         (
             {"data": {"trigger": "a", "folders": [{"path": "p", "trigger": "b"}]}},
             models(),

@@ -1,16 +1,20 @@
 """Folders as a run has them: with what is shared, each once, and none for two ends."""
 
+import re
 from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 from PIL import Image
 
 from fluxq.caching.folders import scan_data
-from fluxq.config import config_from_dict
+from fluxq.config import DataConfig, ModelConfig, SamplesConfig, TrainConfig, TrainingConfig, config_from_dict
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.models import Models
-from fluxq.training.defaults import resolve_data
+from fluxq.training.defaults import epoch_of, resolve_data, resolve_validation
+from fluxq.training.previews import preview_prompts
 from fluxq.training.run import Run
 
 
@@ -77,3 +81,68 @@ def test_held_out_images_and_captions_are_not_varied(tmp_path):
     example = scan_data(data).examples[-1]
     assert example.path.parent.name == "held" and len(example.views) == 1 and example.folder.caption_dropout == 0
     assert example.texts in [("a, b, c",), ("a, b, d",)]
+
+
+def test_images_of_a_split_are_neither_counted_nor_repeated_nor_previewed(tmp_path):
+    for number in range(8):
+        pixels = np.random.default_rng(number).integers(0, 255, (64, 64, 3), np.uint8)
+        Image.fromarray(pixels).save(tmp_path / f"{number}.bmp")  # the same bytes everywhere
+        (tmp_path / f"{number}.txt").write_text(f"image {number}, of, noise")
+    folder = {"path": str(tmp_path), "weight": 2.0, "flip": True, "shuffle_tags": True, "caption_dropout": 0.5}
+    data = resolved(folders=[folder], validation_split=0.25)
+    scanned = scan_data(data)
+    held_out = [example for example in scanned.examples if example.held_out]
+    count = len(held_out)
+    assert 1 <= count < 8
+    assert all((len(e.views), len(e.texts), e.repeats, e.folder.caption_dropout) == (1, 1, 1, 0) for e in held_out)
+    assert (epoch_of(data, scanned, 1).images, epoch_of(data, scanned, 1).seen) == (8 - count, 8 - count)
+    (said,) = [finding for finding in scanned.found.all() if "--validation-split" in finding.what]
+    assert said.names == tuple(e.name for e in held_out)
+    config = TrainConfig(ModelConfig("nano"), data, samples=SamplesConfig(every=1))
+    first = [example.caption for example in scanned.examples if not example.held_out][:3]
+    assert preview_prompts(config, Models(config.model), scanned) == tuple(first)
+
+
+def validated(held_out: int, steps: int = 1200, **training) -> tuple[TrainingConfig, list[str]]:
+    said: list[str] = []
+    examples = [SimpleNamespace(held_out=n < held_out, folder=SimpleNamespace(path=Path())) for n in range(100)]
+    own = TrainingConfig(steps=steps, **training)
+    return resolve_validation(own, DataConfig(), SimpleNamespace(examples=examples), said.append), said
+
+
+@pytest.mark.parametrize(
+    ("held_out", "training", "every", "said"),
+    [
+        (
+            1,
+            {},
+            100,
+            "every 100 steps and at the end, 12 times in all, on 1 held-out image: .* as 6 steps, together 5% of",
+        ),
+        (
+            4,
+            {},
+            207,
+            "6 times in all, on 4 held-out images: each is predicted to take as long as 21 steps, together 9% of",
+        ),
+        (4, {"batch": 4, "accumulate": 2}, 100, "12 times in all"),
+        (40, {}, 1445, "every 1,200 steps and at the end, 1 time in all"),
+        (40, {"validate_every": 10}, 10, "120 times in all, on 40 held-out images: .* 145 steps, together 94% of"),
+        (40, {"validate_every": 0}, 0, "every 1,200 steps and at the end, 1 time in all"),
+    ],
+)
+def test_validations_take_a_tenth_of_the_time_unless_asked(held_out, training, every, said):
+    found, (line,) = validated(held_out, **training)
+    assert found.validate_every == every and re.search(said, line)
+
+
+def test_early_stopping_that_cannot_stop_is_refused():
+    for held_out, training, why in (
+        (0, {}, "--early-stopping needs held-out images"),
+        (1, {"validate_every": 400}, "--early-stopping 3 cannot end a run of 3 validations"),
+        (1, {"validate_every": 0}, "cannot end a run of 1 validation;"),
+    ):
+        with pytest.raises(WrongRequest, match=why):
+            validated(held_out, early_stopping=3, **training)
+    assert validated(0)[0].validate_every is None
+    assert validated(1, early_stopping=3, validate_every=300)[0].early_stopping == 3

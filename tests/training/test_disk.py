@@ -92,6 +92,11 @@ def test_kept_loras_count_once_and_previews_by_their_pixels(tmp_path, monkeypatc
     one = needs(tmp_path, output={"save_every": 0})
     every = needs(tmp_path, output={"save_every": 3}, samples={"every": 4})
     kept = needs(tmp_path, output={"save_every": 3, "keep": 2})
+    held = {"path": str(tmp_path / "photos"), "resolution": 96}
+    (tmp_path / "held").mkdir()
+    shutil.copy(tmp_path / "photos" / "0.png", tmp_path / "held")
+    best = needs(tmp_path, output={"save_every": 0}, data={"validation": [held | {"path": str(tmp_path / "held")}]})
+    assert best["LoRAs"] == 2 * one["LoRAs"]
     assert [every["LoRAs"], kept["LoRAs"]] == [4 * one["LoRAs"], 3 * one["LoRAs"]]  # at 3, 6, 9 and 10
     assert every["previews"] == 3 * 2 * 3 * 96 * 96 and one["previews"] == 0
     assert one["quantized weights"] > nano.FLUX.stat().st_size // 8

@@ -69,7 +69,7 @@ def test_a_loss_is_that_of_the_settings_at_their_timesteps():
 def test_validation_is_the_squared_error_whatever_is_minimized():
     plain, other = objective(), objective(EVERYTHING)
     batch = plain.batches.batch(0)
-    assert plain.validation([batch]) == other.validation([batch])
+    assert torch.equal(plain.validation([batch]), other.validation([batch]))
 
 
 def test_what_is_prepared_changes_no_loss():

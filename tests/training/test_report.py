@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import gc
+import json
 import math
 import sys
 from pathlib import Path
@@ -15,6 +16,7 @@ from fluxq.console import console
 from fluxq.memory import peak as module
 from fluxq.memory.machine import GPUBytes, SpillWatch
 from fluxq.training.report import Report, read_log, smoothed
+from fluxq.training.state import Measured, Validated
 
 
 def write(folder, start, steps, done):
@@ -49,6 +51,41 @@ def test_the_plot_is_an_image(tmp_path, plots):
     write(tmp_path, 0, 3, 3)
     with Image.open(tmp_path / "loss.png") as image:
         assert image.size == (800, 450)
+
+
+def measured(step: int, loss: float) -> Measured:
+    return Measured(step, {"loss": loss}, {"split": {"loss": loss}}, {"loss": loss / 2})
+
+
+def logged_validations(folder: Path) -> list[tuple[int, float | None]]:
+    lines = map(json.loads, (folder / "log.jsonl").read_text().splitlines())
+    return [
+        (line["validation"]["step"], line["validation"]["held_out"]["loss"]) for line in lines if "validation" in line
+    ]
+
+
+def test_validations_are_logged_once_and_plotted_with_the_best(tmp_path, plots):
+    first, losses = measured(0, 5.0), {2: 3.0, 4: math.nan, 6: 4.0}
+    with Report(tmp_path, 0, 6, 1e9, validated=Validated(first, first, first)) as report:
+        for step in range(1, 7):
+            report.step(step, loss=1.0, learning_rate=1e-4, grad=0.5, seconds=0.1)
+            if step in losses:
+                report.validated(measured(step, losses[step]), 0.5)
+    held_out, training, best, base = [line.get_data() for line in report._plot.figure.axes[1].lines]
+    assert [*held_out[0]] == [*training[0]] == [0, 2, 4, 6] and [*best[0], *best[1]] == [2, 3.0]
+    assert [*base[0], *base[1]] == [0, 6, 5, 5]
+    with Image.open(tmp_path / "loss.png") as image:
+        assert image.size == (800, 900)
+    assert logged_validations(tmp_path) == [(0, 5.0), (2, 3.0), (4, None), (6, 4.0)]
+    state = Validated(first, first, measured(4, math.nan))  # that of step 6 came after the last save
+    with Report(tmp_path, 5, 6, 1e9, validated=state) as report:
+        report.step(6, loss=1.0, learning_rate=1e-4, grad=0.5, seconds=0.1)
+        report.validated(measured(6, 3.5), 0.5)
+    assert logged_validations(tmp_path) == [(0, 5.0), (2, 3.0), (4, None), (6, 3.5)]
+    assert [found.step for found in report.validations] == [0, 2, 4, 6]
+    (tmp_path / "log.jsonl").unlink()
+    with Report(tmp_path, 5, 6, 1e9, validated=state) as report:
+        assert [found.step for found in report.validations] == [0, 4], "what the state has"
 
 
 def test_plotting_again_leaves_nothing_to_collect(tmp_path, plots):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from helpers import randomize, tiny_config
@@ -13,7 +15,7 @@ from fluxq.model import Flux, add_lora
 from fluxq.training.disk import state_bytes
 from fluxq.training.libraries import library_of
 from fluxq.training.optim import build_optimizer
-from fluxq.training.state import Progress, load_state, save_state, saved_settings
+from fluxq.training.state import Measured, Progress, Validated, load_state, save_state, saved_settings
 
 
 def trained(optimizer_name: str, steps: int, rank: int = 64):
@@ -33,6 +35,7 @@ def advance(parameters, optimizer, start, stop):
         optimizer.step()
 
 
+BEFORE = Measured(0, {"loss": 0.5, "low": 0.25}, {"held_out": {"loss": 0.5}}, {"loss": 0.4})
 NEEDS_SECONDS = ("adamw4bit", "adamwfp8", "adafactor", "muon")
 """To import their libraries."""
 
@@ -47,7 +50,7 @@ def test_training_from_a_saved_state_is_bit_exact(name, tmp_path):
         pytest.importorskip("pytorch_optimizer")
     path = tmp_path / "state.safetensors"
     layers, parameters, optimizer = trained(name, 3)
-    saved = Progress({"data": "d", "model": "m"}, 3, 1.5, {"held_out": 0.5}, ["a.b"])
+    saved = Progress({"data": "d", "model": "m"}, 3, 1.5, Validated(BEFORE, None, BEFORE, None, 2, "i"), ["a.b"])
     save_state(path, saved, layers, optimizer)
     advance(parameters, optimizer, 3, 6)
     layers2, parameters2, optimizer2 = trained(name, 0)
@@ -108,3 +111,27 @@ def test_a_state_without_a_checksum_is_read(tmp_path):
     tensors = {name: checkpoint.get(name) for name in checkpoint.keys()}
     write_safetensors(path, tensors, {"fluxq_state": checkpoint.metadata["fluxq_state"]})
     assert load_state(path, layers, optimizer).step == 0
+
+
+def test_a_former_state_has_only_the_losses_before_training(tmp_path):
+    path, layers, optimizer = small_state(tmp_path)
+    checkpoint = Checkpoint(path)
+    about = json.loads(checkpoint.metadata["fluxq_state"])
+    del about["facts"]["validated"]
+    about["facts"]["validation"] = {"a": 0.5, "b": 0.25}
+    tensors = {name: checkpoint.get(name) for name in checkpoint.keys()}
+    write_safetensors(path, tensors, {"fluxq_state": json.dumps(about)})
+    before = Measured(0, {"loss": 0.375}, {"a": {"loss": 0.5}, "b": {"loss": 0.25}}, {})
+    assert load_state(path, layers, optimizer).validation == Validated(before, before, before)
+
+
+@pytest.mark.parametrize("wrong", [{"waited": "x"}, {"last": {"step": 1}}, {"base": 3}, {"images": "i", "best": [1]}])
+def test_a_state_whose_validations_are_not_such_is_damaged(wrong, tmp_path):
+    path, layers, optimizer = small_state(tmp_path)
+    checkpoint = Checkpoint(path)
+    about = json.loads(checkpoint.metadata["fluxq_state"])
+    about["facts"]["validated"] |= wrong
+    tensors = {name: checkpoint.get(name) for name in checkpoint.keys()}
+    write_safetensors(path, tensors, {"fluxq_state": json.dumps(about)})
+    with pytest.raises(WrongRequest, match="is damaged"):
+        load_state(path, layers, optimizer)
