@@ -186,6 +186,26 @@ class LoraConfig:
         "--lora-format",
         ("kohya", "diffusers", "comfy", "peft"),
     )
+    dropout: float = option(
+        0.0,
+        "Chance of each number of a layer's input to be left out for the LoRA, as PEFT's lora_dropout; against "
+        "overfitting; takes memory for a copy of the input; 0: none.",
+        minimum=0,
+        maximum=0.99,
+    )
+    rank_dropout: float = option(
+        0.0,
+        "Chance of each rank of each layer to be left out for an image in a step, as in sd-scripts; 0.1 to 0.3 are "
+        "usual; 0: none.",
+        minimum=0,
+        maximum=0.99,
+    )
+    module_dropout: float = option(
+        0.0,
+        "Chance of each layer to do without its LoRA in a step, as in sd-scripts; 0: none.",
+        minimum=0,
+        maximum=0.99,
+    )
 
 
 OPTIMIZERS = (

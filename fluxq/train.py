@@ -39,6 +39,7 @@ from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import epoch_of, resolve
 from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
+from fluxq.training.dropout import Dropout
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.libraries import parse_arguments
 from fluxq.training.objective import Objective
@@ -96,7 +97,7 @@ def train_in(
     trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    objective = Objective(flux, data.batches, training, trainable.clip)
+    objective = Objective(flux, data.batches, training, trainable.clip, Dropout(layers, config.lora, training.seed))
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     for line in summary(config, models, flux, epoch_of(config.data, scanned, training.batch), len(layers), optimizer):
         notify(line)

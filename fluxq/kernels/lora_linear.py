@@ -7,14 +7,16 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from .activations import Activations, Wants
 from .chunks import FEW_ROWS
 from .dispatch import ops
+from .dropout import Dropped
 from .parts import by_part, s_gradient
-from .products import Product, Use, eight_bit_dtype, input_gradient
+from .products import Product, Use, eight_bit_dtype, input_gradient, without_dropped
 from .replay import unread
 from .rounding import rounded
 from .weights import Weight
@@ -57,6 +59,7 @@ def lora_linear(
     compute: str = "bf16",
     feeds: str | None = None,
     rotation: int = 0,
+    dropped: Dropped | None = None,
 ) -> Tensor:
     """x W^T + bias + scale (x down^T) up^T, differentiable in x, down and up.
 
@@ -65,9 +68,10 @@ def lora_linear(
     weight is multiplied according to `compute`; gradients have each argument's dtype. The backward pass decodes the
     weight again; autograd never keeps it. `feeds`: the value that is computed from the output alone
     (fluxq/kernels/replay.py). `rotation`: the block in which 8-bit products rotate their factors
-    (fluxq/kernels/rotation.py), 0 for none. Raises ValueError if widths do not match.
+    (fluxq/kernels/rotation.py), 0 for none. `dropped`: what the LoRA leaves out (dropout.py). Raises ValueError if
+    widths do not match.
     """
-    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, (feeds,)))
+    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, (feeds,), dropped=dropped))
 
 
 def lora_linear_parts(
@@ -81,11 +85,12 @@ def lora_linear_parts(
     parts: Sequence[slice],
     feeds: Sequence[str | None],
     rotation: int = 0,
+    dropped: Dropped | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` in parts: consecutive ranges of the N outputs, which together are all of them, each a tensor of its
     own that feeds something else. What depends on the input alone is done once.
     """
-    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, tuple(feeds), tuple(parts)))
+    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, tuple(feeds), tuple(parts), dropped))
 
 
 def _apply(
@@ -137,7 +142,9 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (x, s, down, up), use = ctx.saved_tensors, ctx.use
         weight = ctx.weight if ctx.needs_input_grad[0] else None
-        if weight is not None and use.compute.endswith("_dx"):
+        if use.dropped is not None and s is not None:
+            dx, *gradients = _gradients_with_dropout(grad_outputs, x, s, down, up, weight, use, ctx.row_scales)
+        elif weight is not None and use.compute.endswith("_dx"):
             ds = None if up is None else s_gradient(by_part(grad_outputs), up, use.scale)
             dx = input_gradient(grad_outputs, weight, ctx.row_scales, down, ds, use)
             gradients = (None, None) if ds is None else ops(x).lora_gradients(grad_outputs, x, s, ds, use.scale)
@@ -146,3 +153,31 @@ class _LoRALinear(torch.autograd.Function):
             dx, *gradients = ops(grad_outputs[0]).lora_linear_backward(dys, weight, x, s, down, up, use.scale)
         d_down, d_up = (d if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, None, None, None, d_down, d_up, None
+
+
+def _gradients_with_dropout(
+    dys: Sequence[Tensor],
+    x: Tensor,
+    s: Tensor,
+    down: Tensor,
+    up: Tensor,
+    weight: Weight | None,
+    use: Use,
+    row_scales: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of x (None without `weight`), down and up. s (..., R) is that of the forward pass."""
+    dropped, o, k = use.dropped, ops(dys[0]), down.shape[1]
+    assert dropped is not None
+    ds, dx = dropped.scale(s_gradient(by_part(dys), up, use.scale)), None
+    if weight is not None:
+        if use.compute.endswith("_dx"):
+            dx = input_gradient(dys, weight, row_scales, None, None, use)
+        else:
+            given = dys[0] if len(dys) == 1 else dys
+            dx, _, _ = o.lora_linear_backward(given, weight, None, None, None, None, use.scale)
+        if dropped.rate:
+            o.drop((ds @ down).view(dx.shape), dropped.rate, dropped.key, dx)
+        else:
+            dx.view(-1, k).addmm_(ds, down)
+        dx = F.pad(dx, (0, x.shape[-1] - k)) if x.shape[-1] > k else dx
+    return dx, *o.lora_gradients(dys, without_dropped(x[..., :k], dropped), s, ds, use.scale)

@@ -90,6 +90,7 @@ def flux_costs(
     chunk: int,
     library: int = 0,
     expandable: bool = True,
+    drops: bool = False,
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
@@ -97,6 +98,7 @@ def flux_costs(
     chunk: how many numbers of a weight this GPU's kernels decode at a time: `chunk_of` its capability; 0 for all.
     library: bytes of cuBLAS's workspaces on this GPU.
     expandable: the allocator's segments can grow (fluxq/allocator.py).
+    drops: the LoRA has dropout.
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
@@ -111,7 +113,7 @@ def flux_costs(
     blocks, products = [], []
     for name in _blocks(config):
         own = {p: r for p, r in lora.items() if p.startswith(f"{name}.")}
-        shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates)
+        shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates, drops)
         first, trained = not trained, trained or bool(own)
         units = tuple(u for u in sizes if u.startswith(f"{name}.") or u == name)
         units = units if gates else tuple(u for u in units if not u.endswith(".mod"))
@@ -226,12 +228,12 @@ def _shape(
     txt_tokens: int,
     format: str,
     gates: bool,
+    drops: bool,
 ) -> Shape:
     def product(path: str, rows: int, feeds: str, n: int | None = None, produced: bool = True) -> Product:
         whole, k = layers[f"{name}.{path}"]
-        return Product(
-            rows, n or whole, k, lora.get(f"{name}.{path}", 0), compute, feeds, BYTES_PER_WEIGHT[format], produced
-        )
+        rank, stored = lora.get(f"{name}.{path}", 0), BYTES_PER_WEIGHT[format]
+        return Product(rows, n or whole, k, rank, compute, feeds, stored, produced, drops)
 
     single = name.startswith("single")
     if single:
