@@ -17,11 +17,15 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxq.errors import WrongRequest
-from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of
+from fluxq.settings import Folder, ImageSettings, Resolution, block_numbers, option, sizes_of
+
+if TYPE_CHECKING:
+    from fluxq.model.lora import Adapted
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,31 @@ def side_of(resolution: Resolution | None) -> int:
 DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # unless the user or a LoRA to start from sets them
 
 
+def parse_layers(value: Any, minimum: float) -> tuple[str, ...]:
+    """("attention=16", "mlp=8"), also from "attention=16,mlp=8". Raises ValueError for anything else."""
+    given = value.split(",") if isinstance(value, str) else value
+    wanted = f"LAYERS=NUMBER like mlp=8, with a number from {minimum:g} up, or several of these"
+    if not isinstance(given, list | tuple) or not all(isinstance(part, str) for part in given):
+        raise ValueError(wanted)
+    for layers, equals, number in (part.rpartition("=") for part in given):
+        try:
+            right = layers and equals and minimum <= float(number) < math.inf and (minimum or float(number) % 1 == 0)
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError(wanted)
+    return tuple(part.strip() for part in given)
+
+
+def parse_blocks(value: Any) -> str | None:
+    """Numbers of blocks like "0-3,5", "none", or None for "all". Raises ValueError for anything else."""
+    text = str(value).replace(" ", "") if type(value) in (str, int) else ""
+    try:
+        return None if text == "all" or block_numbers(text) is None else text
+    except ValueError:
+        raise ValueError("all, none, or numbers of blocks like 0-3,5") from None
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """[lora] What is trained."""
@@ -186,6 +215,33 @@ class LoraConfig:
         "--lora-format",
         ("kohya", "diffusers", "comfy", "peft"),
     )
+    ranks: tuple[str, ...] = option(
+        (),
+        "Ranks of layers that differ from rank, like attention=16,mlp=8,modulation=0: LAYERS=RANK, where LAYERS is "
+        "double, single or as in targets; the last that matches counts, 0 leaves a layer out; default: rank for all.",
+        parse=partial(parse_layers, minimum=0),
+    )
+    alphas: tuple[str, ...] = option(
+        (),
+        "Alphas of layers, as LAYERS=ALPHA; default: what keeps alpha / rank the same in all layers, or with "
+        "rank_stabilized alpha for all.",
+        parse=partial(parse_layers, minimum=1e-09),
+    )
+    double_blocks: str | None = option(
+        None,
+        "Double blocks to train, counted from 0, like 0-3,5, or none; default: all that have targets.",
+        parse=parse_blocks,
+    )
+    single_blocks: str | None = option(
+        None,
+        "Single blocks to train, counted from 0, like 7,20-37, or none; default: all that have targets.",
+        parse=parse_blocks,
+    )
+    rank_stabilized: bool = option(
+        False,
+        "Scale the LoRA by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that high ranks learn as fast as "
+        "low ones; the file has an alpha with which every program scales it so; default: false.",
+    )
     dropout: float = option(
         0.0,
         "Chance of each number of a layer's input to be left out for the LoRA, as PEFT's lora_dropout; against "
@@ -206,6 +262,14 @@ class LoraConfig:
         minimum=0,
         maximum=0.99,
     )
+
+    def adapted(self) -> Adapted:
+        """The layers that get a LoRA, with ranks and scales, if targets, rank and alpha are set or have a default."""
+        from fluxq.model.lora import Adapted  # which imports torch, and --help needs none
+
+        rank, targets = self.rank or DEFAULT_RANK, DEFAULT_TARGETS if self.targets is None else self.targets
+        names = ("ranks", "alphas", "double_blocks", "single_blocks", "rank_stabilized")
+        return Adapted(rank, self.alpha or float(rank), targets, *(getattr(self, name) for name in names))
 
 
 OPTIMIZERS = (

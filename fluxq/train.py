@@ -31,7 +31,7 @@ from fluxq.model import Flux
 from fluxq.model.calibration import calibrate, set_rotations
 from fluxq.model.clip import CLIP_TARGETS, Clip
 from fluxq.model.linear import Linear
-from fluxq.model.lora import add_lora
+from fluxq.model.lora import add_adapted, add_lora
 from fluxq.model.modulation import is_known_ahead
 from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
@@ -221,17 +221,17 @@ def load_trainable(
 ) -> Trainable:
     """Load the models that train, add their LoRA, drawn by the seed or from `start_lora`, and make its optimizer."""
     lora, training = config.lora, config.training
-    rank, alpha, targets = lora.rank, lora.alpha, lora.targets
     learning_rate, arguments = training.learning_rate, parse_arguments(training.optimizer_args)
-    assert rank and alpha and targets is not None and learning_rate is not None, "resolve fills these in"
-    ahead = is_known_ahead(models.flux_config, targets) and not lora.text_encoder
+    assert learning_rate is not None, "resolve fills it in"
+    adapted = lora.adapted()
+    ahead = is_known_ahead(models.flux_config, adapted) and not lora.text_encoder
     flux = models.load_flux(placement.resident, placement.slots, ahead)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
-    layers = add_lora(flux, rank, alpha, targets, init)
+    layers = add_adapted(flux, adapted, init)
     groups = [{"params": [*flux.parameters()], "lr": learning_rate}]
     clip = models.load_clip() if lora.text_encoder else None
     if clip is not None:
-        in_clip = add_lora(clip, rank, alpha, CLIP_TARGETS, init)
+        in_clip = add_lora(clip, *adapted.size(adapted.rank), CLIP_TARGETS, init)
         layers |= {f"clip.{path}": layer for path, layer in in_clip.items()}
         groups.append({"params": [*clip.parameters()], "lr": training.text_learning_rate})
         flux.trains_y = True

@@ -24,7 +24,7 @@ from .config import FluxConfig
 from .flux import Flux
 from .launches import launches, outside
 from .layout import layout
-from .lora import TARGETS
+from .lora import TARGETS, Adapted
 from .text import CLIP_LENGTH
 from .units import REST, unit_of
 from .working_set import Product, Shape, backward_peak, forward_peak, scratch
@@ -91,6 +91,7 @@ def flux_costs(
     library: int = 0,
     expandable: bool = True,
     drops: bool = False,
+    adapted: Adapted | None = None,
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
@@ -98,11 +99,13 @@ def flux_costs(
     chunk: how many numbers of a weight this GPU's kernels decode at a time: `chunk_of` its capability; 0 for all.
     library: bytes of cuBLAS's workspaces on this GPU.
     expandable: the allocator's segments can grow (fluxq/allocator.py).
-    drops: the LoRA has dropout.
+    drops: the LoRA has dropout. adapted: its layers and ranks, in place of rank and targets.
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     lora = dict.fromkeys(chosen(tuple(layers), targets), rank)
+    if adapted is not None:
+        lora = {path: size.rank for path, size in adapted.layers(layers).items()}
     encoder = _encoder(clip or {}, rank, batch)
     gates = encoder.trained > 0 or any(
         unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora
@@ -141,7 +144,7 @@ def flux_costs(
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
         lora=6 * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
-        optimizer=optimizer_bytes(optimizer, total, rank),
+        optimizer=optimizer_bytes(optimizer, total, min([rank, *lora.values()])),
         optimizer_peak=_optimizer_peak(optimizer, total),
         scratch=scratch(products, chunk) + angles + encoder.activations,
         library=library,

@@ -207,7 +207,7 @@ def test_diffusers_encodes_prompts_like_the_trained_clip(tmp_path, models, diale
         torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.3)
     adapter = Adapter(torch.randn(2, 3072), torch.randn(3072, 2), 2.0)
     path, of_flux = tmp_path / "lora.safetensors", {"double_blocks.0.img_attn.proj": adapter}
-    save_lora(path, of_flux, CONFIG, dialect, torch.float32, clip=adapters_of(clip, 3.0))
+    save_lora(path, of_flux, CONFIG, dialect, torch.float32, clip=adapters_of(clip))
     ids, ends, _ = clip._tokens(["a red star", "a blue circle at the top"])
     base, wanted = encoder(ids).pooler_output, clip(ids, ends)
     pipeline.text_encoder = encoder
