@@ -262,6 +262,26 @@ class LoraConfig:
         minimum=0,
         maximum=0.99,
     )
+    plus_ratio: float = option(
+        1.0,
+        "LoRA+: how many times as high the learning rate of each lora_up is as that of its lora_down; 4 to 16 are "
+        "usual, with a lower --lr; 1: equal.",
+        minimum=0.001,
+        maximum=1000,
+    )
+    max_norm: float = option(
+        0.0,
+        "Most that a layer's change may be, as its Frobenius norm: after a step, larger ones are scaled down to it, as "
+        "by sd-scripts' scale_weight_norms; 1 is usual there; 0: no limit.",
+        minimum=0,
+    )
+    ema: float = option(
+        0.0,
+        "Also keep a moving average of the LoRA with this decay, like 0.99 or 0.999, saved beside it as NAME-ema; "
+        "takes 4 bytes of GPU memory per trained weight; 0: none.",
+        minimum=0,
+        maximum=0.99999,
+    )
 
     def adapted(self) -> Adapted:
         """The layers that get a LoRA, with ranks and scales, if targets, rank and alpha are set or have a default."""

@@ -36,14 +36,16 @@ from fluxq.model.modulation import is_known_ahead
 from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.asked import refuse_without_effect
+from fluxq.training.average import Average
 from fluxq.training.defaults import epoch_of, resolve
 from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.dropout import Dropout
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.libraries import parse_arguments
+from fluxq.training.max_norm import MaxNorm
 from fluxq.training.objective import Objective
-from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step, restart_rates
+from fluxq.training.optim import FlatOptimizer, build_optimizer, lora_groups, optimizer_step, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
 from fluxq.training.run import Result, Run
@@ -122,7 +124,7 @@ def train_in(
     retry.placement.save(run.folder)
     began = time.time() - progress.seconds
     watch = Watch(config, models, data.batches, retry)
-    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes, watch)
+    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes, watch, optimizer.notes)
     write = partial(write_lora, run, trainable, metadata, began)
     saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
     if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA
@@ -213,7 +215,11 @@ class Trainable:
 
 
 def write_lora(run: Run, trainable: Trainable, metadata: Metadata, began: float, step: int) -> None:
-    run.save_lora(trainable.flux, trainable.clip, step, metadata(step, began, time.time()))
+    about = metadata(step, began, time.time())
+    run.save_lora(trainable.flux, trainable.clip, step, about)
+    if trainable.optimizer.average is not None:
+        with trainable.optimizer.averaged():
+            run.save_lora(trainable.flux, trainable.clip, step, about, averaged=True)
 
 
 def load_trainable(
@@ -228,17 +234,19 @@ def load_trainable(
     flux = models.load_flux(placement.resident, placement.slots, ahead)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_adapted(flux, adapted, init)
-    groups = [{"params": [*flux.parameters()], "lr": learning_rate}]
+    groups = lora_groups(flux, learning_rate, lora.plus_ratio)
     clip = models.load_clip() if lora.text_encoder else None
     if clip is not None:
         in_clip = add_lora(clip, *adapted.size(adapted.rank), CLIP_TARGETS, init)
         layers |= {f"clip.{path}": layer for path, layer in in_clip.items()}
-        groups.append({"params": [*clip.parameters()], "lr": training.text_learning_rate})
+        groups += lora_groups(clip, training.text_learning_rate or 0.0, lora.plus_ratio)
         flux.trains_y = True
     if start_lora is not None:
         start_from(start_lora, layers, notify)
     expect_training(flux)
     optimizer = build_optimizer(training.optimizer, groups, learning_rate, training.weight_decay, arguments)
+    optimizer.max_norm = MaxNorm(layers.values(), lora.max_norm) if lora.max_norm else None
+    optimizer.average = Average(optimizer.flats, lora.ema) if lora.ema else None
     return Trainable(flux, clip, layers, optimizer, ahead)
 
 

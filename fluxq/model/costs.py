@@ -92,6 +92,7 @@ def flux_costs(
     expandable: bool = True,
     drops: bool = False,
     adapted: Adapted | None = None,
+    averaged: bool = False,
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
@@ -99,7 +100,8 @@ def flux_costs(
     chunk: how many numbers of a weight this GPU's kernels decode at a time: `chunk_of` its capability; 0 for all.
     library: bytes of cuBLAS's workspaces on this GPU.
     expandable: the allocator's segments can grow (fluxq/allocator.py).
-    drops: the LoRA has dropout. adapted: its layers and ranks, in place of rank and targets.
+    drops: the LoRA has dropout. adapted: its layers and ranks, in place of rank and targets. averaged: its average is
+    kept too.
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
@@ -142,7 +144,7 @@ def flux_costs(
         window=window if streams and modulation else 0,
         streams=streams,
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
-        lora=6 * total,
+        lora=(10 if averaged else 6) * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
         optimizer=optimizer_bytes(optimizer, total, min([rank, *lora.values()])),
         optimizer_peak=_optimizer_peak(optimizer, total),

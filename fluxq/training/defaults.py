@@ -54,6 +54,11 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
             "LoRA: " + ", ".join(f"{plural(n, 'layer')} of rank {s.rank}, alpha {s.alpha:g}" for s, n in sizes.items())
         )
     training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
+    if lora.plus_ratio != 1 and re.search("prodigy|dadapt", training.optimizer, re.IGNORECASE):
+        raise WrongRequest(
+            f"lora.plus_ratio sets two learning rates, and {training.optimizer} finds one of its own; leave plus_ratio "
+            "out, or choose another --optimizer"
+        )
     training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)

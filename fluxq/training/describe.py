@@ -108,12 +108,14 @@ def variant_metadata(lora: LoraConfig) -> dict[str, str]:
         "train_single_block_indices": lora.single_blocks,
         "rank_dropout": lora.rank_dropout,
         "module_dropout": lora.module_dropout,
+        "loraplus_lr_ratio": lora.plus_ratio if lora.plus_ratio != 1 else None,
     }
     own = {
         "fluxq_ranks": ",".join(lora.ranks),
         "fluxq_alphas": ",".join(lora.alphas),
         "fluxq_rank_stabilized": lora.rank_stabilized,
         "fluxq_input_dropout": lora.dropout,
+        "ss_scale_weight_norms": lora.max_norm,
     }
     return {
         "ss_network_args": json.dumps({key: str(value) for key, value in arguments.items() if value}),

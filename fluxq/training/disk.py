@@ -92,9 +92,11 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     config, out = run.config, run.folder
     steps, every, output = config.training.steps or 0, config.samples.every, config.output
     tensors = lora_tensors(config, models)
-    state = state_bytes(tensors, config.training.optimizer, cast(int, config.lora.rank))
+    sizes, averaged = config.lora.adapted().layers(_matrices(flux_shapes(models.flux_config))), config.lora.ema > 0
+    state = state_bytes(tensors, config.training.optimizer, min(size.rank for size in sizes.values()))
+    state += (4 * sum(tensors) + HEADER * len(tensors)) * averaged
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
-    loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
+    loras = (1 + averaged) * (1 + (min(before_the_end, output.keep) if output.keep else before_the_end))
     lora = 2 * sum(tensors) + HEADER * len(tensors) + _split_bytes(config, models)
     side = config.data.side
     image = 3 * (config.samples.width or side) * (config.samples.height or side)
