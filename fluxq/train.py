@@ -36,14 +36,12 @@ from fluxq.model.modulation import is_known_ahead
 from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
 from fluxq.training.asked import refuse_without_effect
-from fluxq.training.average import Average
 from fluxq.training.defaults import epoch_of, resolve
 from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.dropout import Dropout
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.libraries import parse_arguments
-from fluxq.training.max_norm import MaxNorm
 from fluxq.training.objective import Objective
 from fluxq.training.optim import FlatOptimizer, build_optimizer, lora_groups, optimizer_step, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
@@ -215,11 +213,7 @@ class Trainable:
 
 
 def write_lora(run: Run, trainable: Trainable, metadata: Metadata, began: float, step: int) -> None:
-    about = metadata(step, began, time.time())
-    run.save_lora(trainable.flux, trainable.clip, step, about)
-    if trainable.optimizer.average is not None:
-        with trainable.optimizer.averaged():
-            run.save_lora(trainable.flux, trainable.clip, step, about, averaged=True)
+    run.save_loras(trainable.flux, trainable.clip, step, metadata(step, began, time.time()), trainable.optimizer)
 
 
 def load_trainable(
@@ -228,7 +222,7 @@ def load_trainable(
     """Load the models that train, add their LoRA, drawn by the seed or from `start_lora`, and make its optimizer."""
     lora, training = config.lora, config.training
     learning_rate, arguments = training.learning_rate, parse_arguments(training.optimizer_args)
-    assert learning_rate is not None, "resolve fills it in"
+    assert learning_rate is not None, "resolve fills this in"
     adapted = lora.adapted()
     ahead = is_known_ahead(models.flux_config, adapted) and not lora.text_encoder
     flux = models.load_flux(placement.resident, placement.slots, ahead)
@@ -245,8 +239,7 @@ def load_trainable(
         start_from(start_lora, layers, notify)
     expect_training(flux)
     optimizer = build_optimizer(training.optimizer, groups, learning_rate, training.weight_decay, arguments)
-    optimizer.max_norm = MaxNorm(layers.values(), lora.max_norm) if lora.max_norm else None
-    optimizer.average = Average(optimizer.flats, lora.ema) if lora.ema else None
+    optimizer.follow(layers.values(), lora.max_norm, lora.ema)
     return Trainable(flux, clip, layers, optimizer, ahead)
 
 

@@ -7,7 +7,6 @@ from functools import lru_cache
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
@@ -16,7 +15,7 @@ from .chunks import FEW_ROWS
 from .dispatch import ops
 from .dropout import Dropped
 from .parts import by_part, s_gradient
-from .products import Product, Use, eight_bit_dtype, input_gradient, without_dropped
+from .products import Product, Use, eight_bit_dtype, gradients_with_dropout, input_gradient
 from .replay import unread
 from .rounding import rounded
 from .weights import Weight
@@ -143,7 +142,7 @@ class _LoRALinear(torch.autograd.Function):
         (x, s, down, up), use = ctx.saved_tensors, ctx.use
         weight = ctx.weight if ctx.needs_input_grad[0] else None
         if use.dropped is not None and s is not None:
-            dx, *gradients = _gradients_with_dropout(grad_outputs, x, s, down, up, weight, use, ctx.row_scales)
+            dx, *gradients = gradients_with_dropout(grad_outputs, weight, x, s, down, up, use, ctx.row_scales)
         elif weight is not None and use.compute.endswith("_dx"):
             ds = None if up is None else s_gradient(by_part(grad_outputs), up, use.scale)
             dx = input_gradient(grad_outputs, weight, ctx.row_scales, down, ds, use)
@@ -153,31 +152,3 @@ class _LoRALinear(torch.autograd.Function):
             dx, *gradients = ops(grad_outputs[0]).lora_linear_backward(dys, weight, x, s, down, up, use.scale)
         d_down, d_up = (d if d is None else d.to(dtype) for d, dtype in zip(gradients, ctx.dtypes, strict=True))
         return dx, None, None, None, d_down, d_up, None
-
-
-def _gradients_with_dropout(
-    dys: Sequence[Tensor],
-    x: Tensor,
-    s: Tensor,
-    down: Tensor,
-    up: Tensor,
-    weight: Weight | None,
-    use: Use,
-    row_scales: Sequence[Tensor | None],
-) -> tuple[Tensor | None, Tensor, Tensor]:
-    """The gradients of x (None without `weight`), down and up. s (..., R) is that of the forward pass."""
-    dropped, o, k = use.dropped, ops(dys[0]), down.shape[1]
-    assert dropped is not None
-    ds, dx = dropped.scale(s_gradient(by_part(dys), up, use.scale)), None
-    if weight is not None:
-        if use.compute.endswith("_dx"):
-            dx = input_gradient(dys, weight, row_scales, None, None, use)
-        else:
-            given = dys[0] if len(dys) == 1 else dys
-            dx, _, _ = o.lora_linear_backward(given, weight, None, None, None, None, use.scale)
-        if dropped.rate:
-            o.drop((ds @ down).view(dx.shape), dropped.rate, dropped.key, dx)
-        else:
-            dx.view(-1, k).addmm_(ds, down)
-        dx = F.pad(dx, (0, x.shape[-1] - k)) if x.shape[-1] > k else dx
-    return dx, *o.lora_gradients(dys, without_dropped(x[..., :k], dropped), s, ds, use.scale)

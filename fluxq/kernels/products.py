@@ -15,6 +15,7 @@ from torch import Tensor
 from .activations import Activations
 from .dispatch import ops
 from .dropout import Dropped
+from .parts import by_part, s_gradient
 from .replay import SMALL_RANK, keep, placeholder, take, unread, will_be_unread
 from .weights import RowScaled, Weight
 
@@ -162,3 +163,31 @@ def _part_of_dx(
     w, w_scale = o.to_rows(weight, dtype, True, use.rotation, part, row_scale)  # (K, part)
     values, scale = o.row_quantize(dy, dtype, w_scale)
     return o.matmul_8bit(values, scale, w, None, dy.dtype, *lora, onto=dx)
+
+
+def gradients_with_dropout(
+    dys: Sequence[Tensor],
+    weight: Weight | None,
+    x: Tensor,
+    s: Tensor,
+    down: Tensor,
+    up: Tensor,
+    use: Use,
+    row_scales: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of x (None without `weight`), down and up. s (..., R) is that of the forward pass."""
+    dropped, o, k = use.dropped, ops(dys[0]), down.shape[1]
+    assert dropped is not None
+    ds, dx = dropped.scale(s_gradient(by_part(dys), up, use.scale)), None
+    if weight is not None:
+        if use.compute.endswith("_dx"):
+            dx = input_gradient(dys, weight, row_scales, None, None, use)
+        else:
+            given = dys[0] if len(dys) == 1 else dys
+            dx, _, _ = o.lora_linear_backward(given, weight, None, None, None, None, use.scale)
+        if dropped.rate:
+            o.drop((ds @ down).view(dx.shape), dropped.rate, dropped.key, dx)
+        else:
+            dx.view(-1, k).addmm_(ds, down)
+        dx = F.pad(dx, (0, x.shape[-1] - k)) if x.shape[-1] > k else dx
+    return dx, *o.lora_gradients(dys, without_dropped(x[..., :k], dropped), s, ds, use.scale)

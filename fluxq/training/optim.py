@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxq.errors import WrongRequest, is_out_of_memory
+from fluxq.model.linear import Linear
 
 from .average import Average
 from .flat import Flat
@@ -114,6 +115,13 @@ class FlatOptimizer(torch.optim.Optimizer):
             flat.step()
             flat.values.grad = None
             flat.update_states(self.state)
+
+    def follow(self, layers: Iterable[Linear], max_norm: float, ema: float) -> None:
+        """From now on limit the norms of `layers` to `max_norm` after each update, and average with decay `ema`; 0:
+        do not.
+        """
+        self.max_norm = MaxNorm(layers, max_norm) if max_norm else None
+        self.average = Average(self.flats, ema) if ema else None
 
     def finish(self) -> None:
         """What follows an update: limit the norms, then average."""

@@ -41,6 +41,7 @@ from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
 
+from .optim import FlatOptimizer
 from .state import Progress, saved_settings
 from .summary import slow_lines
 
@@ -280,6 +281,15 @@ class Run:
     def steps_saved(self, averaged: bool = False) -> list[Path]:
         """The LoRAs saved before the last step, or their averages, oldest first."""
         return sorted(self.folder.glob(f"{glob.escape(self.name)}{'-ema' * averaged}-step????????{self.suffix}"))
+
+    def save_loras(
+        self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], optimizer: FlatOptimizer
+    ) -> None:
+        """`save_lora`, and again for the average if `optimizer` keeps one."""
+        self.save_lora(flux, clip, step, metadata)
+        if optimizer.average is not None:
+            with optimizer.averaged():
+                self.save_lora(flux, clip, step, metadata, averaged=True)
 
     def save_lora(
         self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], averaged: bool = False
