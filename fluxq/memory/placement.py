@@ -163,6 +163,9 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         chunk=chunk_of(gpu.capability),
         library=gpu.library,
         expandable=has_expandable_segments(),
+        adapted=config.lora.adapted(),
+        averaged=config.lora.ema > 0,
+        drops=any((config.lora.dropout, config.lora.rank_dropout, config.lora.module_dropout)),
     )
 
 

@@ -8,7 +8,7 @@ import math
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 class Report:
     """The log of one run of `steps` steps, of which `start` are already done. changes: what resuming it changed. watch:
-    what they are compared with. validated: so far.
+    what they are compared with. validated: so far. notes: more for the line of each step, as they are then.
     """
 
     def __init__(
@@ -42,9 +42,10 @@ class Report:
         changes: Sequence[str] = (),
         watch: Watch | None = None,
         validated: Validated | None = None,
+        notes: Mapping[str, int] | None = None,
     ) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
-        self.steps, self.plot_seconds = steps, plot_seconds
+        self.steps, self.plot_seconds, self._notes = steps, plot_seconds, {} if notes is None else notes
         # steps after the last save are repeated, and so are changes that no save knows
         kept = [r for r in _records(self.path) if r.get("step", 0) <= start and r.get("change") in (None, *changes)]
         validated = validated or Validated()
@@ -93,7 +94,7 @@ class Report:
         record = {"step": step, "loss": loss, "grad": grad, "seconds": round(seconds, 4), "peak_bytes": peak}
         self.records.append(record)
         more = {"images": self._watch.images_seen(step)} if self._watch else {}
-        self._write(_line(record | {"learning_rate": learning_rate} | more))
+        self._write(_line(record | {"learning_rate": learning_rate} | more | {**self._notes}))
         per_step = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",

@@ -43,6 +43,7 @@ from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
 
+from .optim import FlatOptimizer
 from .state import Progress, saved_settings
 from .summary import best_lines, slow_lines
 
@@ -158,9 +159,10 @@ class Run:
 
         If the run was finished and is to make more steps, its LoRA gets the name of its step.
         """
-        final = self.lora_file(self.last_step)
-        if resume and final.exists() and (steps := _metadata(final).get("ss_steps", "")).isdecimal():
-            final.rename(self.lora_file(int(steps)))
+        for averaged in (False, True):
+            final = self.lora_file(self.last_step, averaged)
+            if resume and final.exists() and (steps := _metadata(final).get("ss_steps", "")).isdecimal():
+                final.rename(self.lora_file(int(steps), averaged))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 remove(left_by_a_crash)
@@ -172,7 +174,8 @@ class Run:
     def _results(self) -> list[Path]:
         """The files of a run of this name, which a new one would replace."""
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
-        return [*(self.folder / name for name in names), self.state_file, self.best_file, *self.steps_saved()]
+        files = (self.state_file, self.best_file, self.lora_file(self.last_step, averaged=True))
+        return [*(self.folder / name for name in names), *files, *self.steps_saved(), *self.steps_saved(averaged=True)]
 
     def _settings_so_far(self) -> TrainConfig:
         """The settings of the saved state. config.toml may have been edited since, or be of an attempt that saved
@@ -272,41 +275,65 @@ class Run:
         with atomic_path(self._data_file) as temporary:
             temporary.write_text(json.dumps(dataset.contents()), encoding="utf-8")
 
-    def lora_file(self, step: int) -> Path:
-        """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before."""
+    def lora_file(self, step: int, averaged: bool = False) -> Path:
+        """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before. averaged: of the
+        LoRA's average, <name>-ema.safetensors and <name>-ema-step00000250.safetensors.
+        """
         last = step == self.last_step
-        return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
+        return self.folder / f"{self.name}{'-ema' * averaged}{'' if last else f'-step{step:08}'}{self.suffix}"
 
     def loras(self) -> list[Path]:
         """All LoRAs of this run that are there."""
-        files = (self.folder / f"{self.name}{self.suffix}", self.best_file, *self.steps_saved())
+        last = [self.lora_file(self.last_step, averaged) for averaged in (False, True)]
+        files = (last[0], self.best_file, last[1], *self.steps_saved(), *self.steps_saved(averaged=True))
         return [path for path in files if path.exists()]
 
-    def steps_saved(self) -> list[Path]:
-        """The LoRAs saved before the last step, oldest first."""
-        return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))
+    def steps_saved(self, averaged: bool = False) -> list[Path]:
+        """The LoRAs saved before the last step, or their averages, oldest first."""
+        return sorted(self.folder.glob(f"{glob.escape(self.name)}{'-ema' * averaged}-step????????{self.suffix}"))
+
+    def save_loras(
+        self,
+        flux: Flux,
+        clip: Clip | None,
+        step: int,
+        metadata: Mapping[str, str],
+        optimizer: FlatOptimizer,
+        best: bool = False,
+    ) -> None:
+        """`save_lora`, and before it the average if `optimizer` keeps one, but not of the best so far."""
+        if optimizer.average is not None and not best:
+            with optimizer.averaged():
+                self.save_lora(flux, clip, step, metadata, averaged=True)
+        self.save_lora(flux, clip, step, metadata, best)
 
     def save_lora(
-        self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], best: bool = False
+        self,
+        flux: Flux,
+        clip: Clip | None,
+        step: int,
+        metadata: Mapping[str, str],
+        best: bool = False,
+        averaged: bool = False,
     ) -> Path:
         """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path. best: it
-        is the best so far.
+        is the best so far; averaged: it is the average of the steps.
 
         Also removes the oldest LoRAs if there are more than `output.keep`, without those of runs that were finished.
         """
-        path, alpha = self.best_file if best else self.lora_file(step), cast(float, self.config.lora.alpha)
+        path = self.best_file if best else self.lora_file(step, averaged)
+        if averaged:
+            metadata = {**metadata, "fluxq_ema": f"{self.config.lora.ema:g}"}
         if self.last_step != self.config.training.steps and step == self.last_step:
             metadata = {**metadata, "fluxq_stopped_early": "true"}
         if self.changes:
             metadata = {**metadata, "fluxq_changes": json.dumps(self.changes)}
-        of_clip = {} if clip is None else adapters_of(clip, alpha)
+        of_clip = {} if clip is None else adapters_of(clip)
         if is_adapter(path):  # left by a crash; unlike a file, a folder cannot be replaced in one move
             _remove(path)
-        save_lora(
-            path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
-        )
+        save_lora(path, adapters_of(flux), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip)
         if self.config.output.keep:
-            rest = [path for path in self.steps_saved() if not _is_finished(path)]
+            rest = [path for path in self.steps_saved(averaged) if not _is_finished(path)]
             for old in rest[: -self.config.output.keep]:
                 _remove(old)
         return path
@@ -359,10 +386,10 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
+def adapters_of(model: nn.Module) -> dict[str, Adapter]:
     """The LoRA of `model`: layer path -> adapter."""
     return {
-        path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), alpha)
+        path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), layer.lora_scale * len(layer.lora_down))
         for path, layer in lora_layers(model).items()
         if layer.lora_down is not None and layer.lora_up is not None
     }

@@ -14,7 +14,7 @@ from statistics import fmean
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, checksum, refuse, well_formed, write_safetensors
@@ -102,6 +102,10 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
     """Save what `load_state` reads."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
+    if (average := optimizer.average) is not None:
+        own = average.of_parameters()
+        tensors |= {f"average.{name}": own[p] for name, p in _parameters(layers).items()}
+        tensors["average.count"] = torch.tensor(average.count)
     scalars: dict[str, dict] = {}
     for index, slots in saved["state"].items():
         for key, value in slots.items():
@@ -152,6 +156,10 @@ def _loaded(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.get(saved[name]))
+        if (average := optimizer.average) is not None:
+            own, average.count = average.of_parameters(), int(checkpoint.get("average.count"))
+            for name, parameter in parameters.items():
+                own[parameter].copy_(checkpoint.get(f"average.{name}"))
     state: dict[int, dict] = {int(index): dict(slots) for index, slots in about["scalars"].items()}
     for key in checkpoint.keys():
         if key.startswith("optimizer."):
@@ -215,7 +223,7 @@ def _numbers(group: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
     return [number for value in values for number in (value if isinstance(value, list) else [value])]
 
 
-def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
+def _parameters(layers: Mapping[str, Linear]) -> dict[str, nn.Parameter]:
     pairs = [
         (f"{path}.{part}", getattr(layer, f"lora_{part}")) for path, layer in layers.items() for part in ("down", "up")
     ]
