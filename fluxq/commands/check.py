@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import Counter
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -75,13 +76,13 @@ def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = N
         _ = models.compute
     except WrongRequest as error:
         reasons.append(str(error))
-    data = _data(config.data, models, reasons, verbose, crops) if config.data.folders else None
+    data, scanned = _data(config.data, models, reasons, verbose, crops) if config.data.folders else (None, None)
     if data is None and not config.data.folders:
         console.print("images       no folder given, so only the models were checked")
     ram = _ram(flux, models.format, models.device.type == "cuda", parts, reasons)
     machine = read_machine()
     gpu = _gpu(flux, models.format, machine.gpu, reasons)
-    found = _resolved(config, models, reasons) if flux and data else None
+    found = _resolved(config, models, scanned, reasons) if flux and scanned else None
     training = _training(*found, models) if found else None
     disk = _disk(found, models, fetched, reasons) if flux else None
     if problem := obstacle(machine):
@@ -134,8 +135,10 @@ def _tokenizers(models: Models, reasons: list[str]) -> None:
         reasons.append(str(error))
 
 
-def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, crops: Path | None) -> Answer | None:
-    """Images, captions, buckets, and the bytes that they take in the cache."""
+def _data(
+    data: DataConfig, models: Models, reasons: list[str], verbose: bool, crops: Path | None
+) -> tuple[Answer | None, Scan | None]:
+    """Images, captions and buckets, and what was scanned."""
     try:
         resolved = resolve_data(data, models, silent)
         scanned = scan_data(resolved)
@@ -143,14 +146,15 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
         images = {e.path: store.hashes.remembered(e.path) or str(e.path) for e in scanned.examples}
         looks = Looks(store.root / LOOKS).of(images)
         scanned.found.look_at_images(looks)
-        models.use_captions({text for example in scanned.examples for text in example.texts})
         _look_at_lengths(scanned, models)
         foreign = imported_note_for(store, scanned.examples, models.t5_length, models.config.text_mask)
     except WrongRequest as error:
         reasons.append(str(error))
-        return None
-    bad = [str(error) for e in scanned.examples if e.path not in looks and (error := _undecodable(e.path))]
-    (scanned.skipped if resolved.skip_bad else reasons).extend(bad)
+        return None, None
+    bad = {e.path: str(error) for e in scanned.examples if e.path not in looks and (error := _undecodable(e.path))}
+    (scanned.skipped if resolved.skip_bad else reasons).extend(bad.values())
+    if resolved.skip_bad:
+        scanned = replace(scanned, examples=[example for example in scanned.examples if example.path not in bad])
     findings, captions = scanned.found.all(), {text for example in scanned.examples for text in example.texts}
     buckets = Counter(example.bucket for example in scanned.examples)
     answer = {
@@ -184,7 +188,7 @@ def _data(data: DataConfig, models: Models, reasons: list[str], verbose: bool, c
         console.print(f"crops        {crops}")
     for line in scanned.skipped:
         console.print(f"skipped      {line}")
-    return answer
+    return answer, scanned
 
 
 def _look_at_lengths(scanned: Scan, models: Models) -> None:
@@ -253,11 +257,11 @@ def _gpu(flux: FluxConfig | None, format: str, gpu: InstalledGPU | None, reasons
     return about | {"weights": needed}
 
 
-def _resolved(config: TrainConfig, models: Models, reasons: list[str]) -> tuple[Run, Scan] | None:
+def _resolved(config: TrainConfig, models: Models, scanned: Scan, reasons: list[str]) -> tuple[Run, Scan] | None:
     """The run as training would begin it, with its images."""
     models.use_format(models.format)  # the one that everything here is said for
     try:
-        resolved, scanned = resolve(config, models, silent, read_start(config.lora, models, silent))
+        resolved, _ = resolve(config, models, silent, read_start(config.lora, models, silent), scanned)
         return Run(resolved), scanned
     except WrongRequest as error:
         reasons.append(str(error))

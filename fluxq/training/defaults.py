@@ -39,15 +39,19 @@ FLUX.1 is predicted at a third if everything is recomputed, and at a half if not
 """
 
 
-def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> tuple[TrainConfig, Scan]:
-    """`config` with every setting filled in, and its images. start: the LoRA that training starts from, if any.
+def resolve(
+    config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None, scanned: Scan | None = None
+) -> tuple[TrainConfig, Scan]:
+    """`config` with every setting filled in, and its images, which may be `scanned` already.
+
+    start: the LoRA that training starts from, if any.
 
     Raises WrongRequest for settings that contradict each other, and for images and captions that cannot be used.
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     check_text_encoder(config, models)
     data = resolve_data(config.data, models, notify)
-    scanned = scan_data(data)
+    scanned = scanned or scan_data(data)
     if start is not None:
         lora = settings_of(start, lora, models.flux_config, notify)
     if lora.rank is None:

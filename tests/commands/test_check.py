@@ -15,6 +15,7 @@ from huggingface_hub import constants
 from PIL import Image
 
 from fluxq import nano
+from fluxq.caching import folders
 from fluxq.cli.main import main
 from fluxq.commands import check as checks
 from fluxq.commands.quantize import quantize_command
@@ -53,6 +54,8 @@ def photos(tmp_path) -> Path:
 
 
 def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_path, monkeypatch):
+    scans, scan = [], folders.scan
+    monkeypatch.setattr(folders, "scan", lambda *a, **more: scans.append(a) or scan(*a, **more))
     monkeypatch.setenv("FLUXQ_CACHE", str(tmp_path / "nothing quantized yet"))
     before = sorted(tmp_path.rglob("*"))
     code, answer, lines = run(photos, "--model", "nano")
@@ -71,6 +74,7 @@ def test_a_run_that_could_start_is_described_and_nothing_is_written(photos, tmp_
         "ready: a run could start\n"
     )
     assert sorted(tmp_path.rglob("*")) == before
+    assert len(scans) == 1
 
 
 def test_the_cache_takes_the_predicted_disk_space(photos, tmp_path):
@@ -304,6 +308,7 @@ def test_what_is_unusual_about_images_and_captions_is_said(photos, tmp_path):
     code, answer, _ = run(photos, "--model", "nano")
     assert code == 2 and any("half.jpg cannot be read" in reason for reason in answer["reasons"])
     code, answer, _ = run(photos, "--model", "nano", "--skip-bad")
+    assert answer["images"]["images"] == answer["training"]["batches"] == 3
     assert code == 0 and any("half.jpg cannot be read" in line for line in answer["images"]["skipped"])
 
 

@@ -16,12 +16,12 @@ from fluxq.model.lora import lora_layers
 
 
 def gradients(flux: Flux, device: torch.device, masked: bool = False) -> list[torch.Tensor]:
-    """masked: the second caption has 3 tokens, the first 7."""
+    """masked: the second caption has 3 tokens, the first 6."""
     torch.manual_seed(1)
     c = flux.config
-    img, txt, y = torch.randn(2, 15, c.in_channels), torch.randn(2, 7, c.context_in_dim), torch.randn(2, 24)
-    inputs = (img, image_ids(3, 5), txt, text_ids(7), torch.tensor([0.3, 0.8]), y, torch.ones(2))
-    mask = torch.arange(7) < torch.tensor([[7], [3]]) if masked else None
+    img, txt, y = torch.randn(2, 9, c.in_channels), torch.randn(2, 6, c.context_in_dim), torch.randn(2, 24)
+    inputs = (img, image_ids(3, 3), txt, text_ids(6), torch.tensor([0.3, 0.8]), y, torch.ones(2))
+    mask = torch.arange(6) < torch.tensor([[6], [3]]) if masked else None
     out = flux(*(t.to(device) for t in inputs), txt_mask=mask)
     dy = torch.randn(out.shape).to(device)
     return [g.cpu() for g in torch.autograd.grad(out, list(flux.parameters()), dy)]
