@@ -209,6 +209,9 @@ def parse_optimizer(value: Any) -> str:
     return value
 
 
+PRESET_NAMES = ("person", "style", "product", "concept")
+
+
 @dataclass(frozen=True)
 class TrainingConfig:
     """[training] The loop."""
@@ -369,6 +372,13 @@ class TrainingConfig:
     guidance: float = option(1.0, "Guidance value given to FLUX.1-dev during training.", minimum=0)
     seed: int = option(
         42, "Random seed of the run: the same seed gives the same noise, noise levels and order of images.", "--seed"
+    )
+    preset: str | None = option(
+        None,
+        "What the LoRA teaches: it sets resolution, rank, learning rate, steps, timesteps and caption dropout wherever "
+        "you do not, and each is printed with its reason; default: none.",
+        "--preset",
+        PRESET_NAMES,
     )
 
 

@@ -16,7 +16,7 @@ from fluxq.models.parts import PARTS, Models
 from fluxq.settings import ImageSettings
 
 from .losses import HUBER
-from .timesteps import SHIFTED, SIGMOIDS
+from .timesteps import USED_BY
 
 SAMPLES = ("prompts", "width", "height", "steps", "guidance", "cfg", "negative", "seed")
 
@@ -113,14 +113,7 @@ def _of_data(data: DataConfig) -> Found:
 
 
 def _of_objective(training: TrainingConfig) -> Found:
-    used_by = {
-        "shift": SHIFTED,
-        "sigmoid_scale": SIGMOIDS,
-        "logit_mean": ("logit_normal",),
-        "logit_std": ("logit_normal",),
-        "mode_scale": ("mode",),
-    }
-    for name, modes in used_by.items():
+    for name, modes in USED_BY.items():
         if training.timesteps not in modes:
             yield f"training.{name}", f"--timesteps {training.timesteps} does not use it"
     if training.loss not in HUBER:

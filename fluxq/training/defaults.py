@@ -26,6 +26,7 @@ from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
 from .libraries import library_of, parse_arguments
+from .presets import LEARNING_RATE, LEARNING_RATE_REASON, lines, preset_of
 
 
 def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | None = None) -> tuple[TrainConfig, Scan]:
@@ -37,6 +38,9 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     check_text_encoder(config, models)
     data = resolve_data(config.data, models, notify)
     scanned = scan_data(data)
+    epoch = epoch_of(data, scanned, training.batch)
+    for line in lines(config, epoch.images):
+        notify(line)
     if start is not None:
         lora = settings_of(start, lora, models.flux_config, notify)
     if lora.rank is None:
@@ -46,7 +50,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     if lora.alpha is None:
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
-    training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
+    training, output = resolve_steps(training, config.output, epoch, notify)
     training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)
@@ -129,11 +133,13 @@ def resolve_steps(
         notify(f"saves every {plural(every, 'step')}: {per_epoch:g} an epoch")
     if training.steps is None:
         images, at_once = max(1, epoch.images), epoch.seen / max(1, epoch.batches) * training.accumulate
-        seen = min(3000, max(1000, 100 * images))
+        preset = preset_of(training)
+        seen = preset.seen if preset else min(3000, max(1000, 100 * images))
         training = replace(training, steps=math.ceil(seen / at_once))
         times = cast(int, training.steps) * at_once / images
         why = f"each of {plural(images, 'image')} is seen {times:.4g} times on average"
-        notify(f"steps {training.steps}: {why}{f', {at_once:.3g} a step' if at_once != 1 else ''}")
+        why += f", {at_once:.3g} a step" if at_once != 1 else ""
+        notify(f"steps {training.steps}: {f'{preset.why}; ' if preset else ''}{why}")
     return training, output
 
 
@@ -161,6 +167,8 @@ def resolve_optimizer(training: TrainingConfig, notify: Notify) -> TrainingConfi
     if training.learning_rate is not None:
         return training
     learning_rate, reason = library.default_rate()
+    if preset_of(training) and library.rate == LEARNING_RATE:  # other optimizers have learning rates of their own
+        reason = LEARNING_RATE_REASON
     notify(f"learning rate {learning_rate:g}: {reason}")
     return replace(training, learning_rate=learning_rate)
 
