@@ -198,6 +198,7 @@ OPTIMIZERS = (
     "muon",
     "prodigy",
     "came",
+    "schedulefree_adamw",
 )
 
 
@@ -248,8 +249,8 @@ class TrainingConfig:
     optimizer: str = option(
         "adamw8bit",
         "Optimizer. Bytes of memory per trained weight: adamw 8, adamw8bit and adamwfp8 2, lion8bit and adamw4bit 1, "
-        "muon 4, adafactor fewer than 1 at usual ranks; with fluxq[optimizers] came 4 and prodigy, which finds its own "
-        "learning rate, 16. Also any package.module.Class.",
+        "muon 4, adafactor fewer than 1 at usual ranks; with fluxq[optimizers] came 4, schedulefree_adamw 8, and "
+        "prodigy, which finds its own learning rate, 16. Also any package.module.Class.",
         "--optimizer",
         parse=parse_optimizer,
     )

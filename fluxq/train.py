@@ -13,7 +13,7 @@ from functools import partial
 
 import torch
 
-from fluxq.caching import Batches, Store, Text
+from fluxq.caching import Batches, Store
 from fluxq.caching.batches import held_out_batches
 from fluxq.caching.folders import cache_folders
 from fluxq.config import TrainConfig
@@ -97,7 +97,7 @@ def train_in(
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
     objective = Objective(flux, data.batches, training, trainable.clip)
-    validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
+    validate = partial(retry.run, "validation", partial(validation_losses, optimizer, objective, data), training=False)
     for line in summary(config, models, flux, epoch_of(config.data, scanned, training.batch), len(layers), optimizer):
         notify(line)
 
@@ -142,7 +142,7 @@ def train_in(
             # now and then
             stop = stopping()
             if config.samples.every and is_due(config.samples.every, done, steps):
-                save_previews(run, models, flux, retry, data.preview_texts(trainable.clip), data.prompts, done, notify)
+                preview(run, models, retry, trainable, data, done, notify)
             if stop or saves.is_overdue or is_due(output.save_every, done, steps):
                 saves.save(required=bool(stop) or done == steps)
             if stop:
@@ -172,11 +172,6 @@ class Data:
     store: Store
     prompts: tuple[str, ...]
     keys: Mapping[str, str]  # prompt -> the key of its embeddings
-
-    def preview_texts(self, clip: Clip | None) -> Mapping[str, Text]:
-        """The embeddings of the previews' prompts; with `clip`, pooled vectors come from it as it is now."""
-        texts = {prompt: self.store.text(key) for prompt, key in self.keys.items()}
-        return texts if clip is None else encode_pooled(clip, texts)
 
 
 def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
@@ -212,7 +207,18 @@ class Trainable:
 
 
 def write_lora(run: Run, trainable: Trainable, metadata: Metadata, began: float, step: int) -> None:
-    run.save_lora(trainable.flux, trainable.clip, step, metadata(step, began, time.time()))
+    with trainable.optimizer.evaluating():
+        run.save_lora(trainable.flux, trainable.clip, step, metadata(step, began, time.time()))
+
+
+def preview(
+    run: Run, models: Models, retry: OutOfMemoryRetry, trainable: Trainable, data: Data, step: int, notify: Notify
+) -> None:
+    """Save previews. If CLIP-L trains, the pooled vectors of their prompts come from it as it is now."""
+    with trainable.optimizer.evaluating():
+        texts = {prompt: data.store.text(key) for prompt, key in data.keys.items()}
+        texts = texts if trainable.clip is None else encode_pooled(trainable.clip, texts)
+        save_previews(run, models, trainable.flux, retry, texts, data.prompts, step, notify)
 
 
 def load_trainable(
@@ -241,12 +247,13 @@ def load_trainable(
     return Trainable(flux, clip, layers, optimizer, ahead)
 
 
-def validation_losses(objective: Objective, data: Data) -> dict[str, float]:
+def validation_losses(optimizer: FlatOptimizer, objective: Objective, data: Data) -> dict[str, float]:
     """The loss on each held-out set."""
     sets = {
         name: held_out_batches(dataset, data.store, objective.training.batch) for name, dataset in data.held_out.items()
     }
-    return {name: objective.validation(batches) for name, batches in sets.items()}
+    with optimizer.evaluating():
+        return {name: objective.validation(batches) for name, batches in sets.items()}
 
 
 def is_due(every: int, done: int, steps: int) -> bool:

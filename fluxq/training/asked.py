@@ -15,6 +15,7 @@ from fluxq.errors import WrongRequest
 from fluxq.models.parts import PARTS, Models
 from fluxq.settings import ImageSettings
 
+from .libraries import library_of
 from .losses import HUBER
 from .timesteps import USED_BY
 
@@ -76,6 +77,8 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
     for schedule, name in (("cosine", "cycles"), ("polynomial", "power"), ("wsd", "decay")):
         if training.schedule != schedule:
             yield f"training.schedule_{name}", f"--schedule {training.schedule} does not use it"
+    if not library_of(training.optimizer).takes_decay():
+        yield "training.weight_decay", f"{training.optimizer} has none"
     if training.schedule == "constant":
         yield "training.schedule_floor", "--schedule constant does not fall"
     if models.variant == "schnell":

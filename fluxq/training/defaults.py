@@ -164,6 +164,13 @@ def resolve_optimizer(training: TrainingConfig, notify: Notify) -> TrainingConfi
     """`training` with a learning rate. Raises WrongRequest for an optimizer that is not there, or wrong arguments."""
     library = library_of(training.optimizer)
     library.check(parse_arguments(training.optimizer_args))
+    if not library.takes_decay():
+        notify(f"weight decay: none, as {training.optimizer} takes none")
+    if training.schedule != "constant" and library.averages():
+        raise WrongRequest(
+            f"{training.optimizer} averages weights in place of a schedule, which --schedule {training.schedule} would "
+            "defeat; leave --schedule out"
+        )
     if training.learning_rate is not None:
         return training
     learning_rate, reason = library.default_rate()
@@ -187,6 +194,10 @@ def resolve_schedule(training: TrainingConfig) -> TrainingConfig:
         raise WrongRequest(
             f"{training.schedule_cycles} cycles of the schedule do not fit into {steps - warmup:g} steps; lower "
             "training.schedule_cycles or raise --steps"
+        )
+    if training.schedule == "wsd" and (falls := training.schedule_decay * (steps - warmup)) < 1:
+        raise WrongRequest(
+            f"a schedule that falls within {falls:.2g} steps never does; raise training.schedule_decay or --steps"
         )
     return replace(training, warmup=float(warmup))
 

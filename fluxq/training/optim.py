@@ -78,6 +78,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         ]
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]  # which schedules multiply
+        self._trained: dict[Tensor, Tensor] = {}  # inside `evaluating`: the parameters as training has them
         for flat in self.flats:
             self.state.update(zip(flat.parameters, flat.states(), strict=True))
 
@@ -88,6 +89,32 @@ class FlatOptimizer(torch.optim.Optimizer):
             for flat in self.flats:
                 stack.enter_context(flat.unchanged())
             yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the parameters are the weights to use: what is saved, previewed and validated.
+
+        Schedule-free optimizers train other weights than they average (Defazio et al. 2024); for all others these are
+        the same. After it the parameters have the bits that they had, which `trained` gives inside too.
+        """
+        swapped = [flat for flat in self.flats if flat.library.averages(flat.inner)]
+        kept = [flat.values.detach().to("cpu", copy=True) for flat in swapped]  # which takes no GPU memory
+        with self.changing, torch.no_grad():
+            for flat, values in zip(swapped, kept, strict=True):
+                self._trained.update(zip(flat.parameters, flat.parts(values), strict=True))
+                flat.inner.eval()
+        try:
+            yield
+        finally:
+            with self.changing, torch.no_grad():
+                for flat, values in zip(swapped, kept, strict=True):
+                    flat.inner.train()
+                    flat.values.copy_(values)
+                self._trained.clear()
+
+    def trained(self, parameter: Tensor) -> Tensor:
+        """The weights of `parameter` that training goes on from; the caller holds `changing`."""
+        return self._trained.get(parameter, parameter.detach())
 
     def gather(self) -> None:
         """Move the gradients of the parameters into those of the flat tensors, which `step` uses."""
@@ -141,10 +168,12 @@ class _FlatUpdate(Flat):
         self.updated = [self.values] if library.is_elementwise else self.parameters
         if library is LIBRARIES["adamw"]:
             arguments = {"fused": self.values.is_cuda, **arguments}
-        if library.package == "bitsandbytes" and library.is_elementwise and not _has_8_bits(parameters[0]):
+        if library.has_blocks and not _has_8_bits(parameters[0]):
             arguments = {"min_8bit_size": self.values.numel() + 1, **arguments}
         self.inner: Any = library.make(self.updated, group["lr"], group["weight_decay"], arguments)
         allocate_state(library, self.inner, self.updated)
+        if library.averages(self.inner):
+            self.inner.train()
         own = self.inner.param_groups[0]
         group.update({key: value for key, value in own.items() if key not in group and not isinstance(value, Tensor)})
 
@@ -216,7 +245,7 @@ class _FlatUpdate(Flat):
         if not self.library.is_elementwise:
             for p, gradient in zip(self.parameters, self.parts(cast(Tensor, self.values.grad)), strict=True):
                 p.grad = gradient
-        if self.library.package == "bitsandbytes" and self.library.is_elementwise:
+        if self.library.has_blocks:
             self.inner.update_step(own, self.values, 0, 0)  # `step` would wait for the GPU after every tensor
         else:
             with torch.compiler.set_stance("force_eager") if self.library.package == "torchao" else nullcontext():
@@ -251,13 +280,13 @@ def _require_savable(library: Library, key: str, value: Any) -> None:
 
 def _parts(library: Library, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """`parameters` by the flat tensors that hold them: those whose states have as many bits, up to `most` numbers."""
-    eight = [_has_8_bits(p) or library.package != "bitsandbytes" or not library.is_elementwise for p in parameters]
+    eight = [_has_8_bits(p) or not library.has_blocks for p in parameters]
     parts: list[list[nn.Parameter]] = []
     for bits in (True, False):
         numbers = math.inf
         for p in (p for p, has in zip(parameters, eight, strict=True) if has == bits):
             numbers += p.numel()
-            if numbers > library.most or math.isinf(numbers):
+            if numbers > library.cost.most or math.isinf(numbers):
                 parts.append([])
                 numbers = p.numel()
             parts[-1].append(p)
@@ -321,7 +350,7 @@ def update(optimizer: FlatOptimizer) -> None:
     Raises WrongRequest if memory runs out in the middle all the same: then only some weights are updated, and the run
     cannot continue from them.
     """
-    needed = [flat.library.temporary * flat.values.numel() for flat in optimizer.flats]
+    needed = [flat.library.cost.temporary * flat.values.numel() for flat in optimizer.flats]
     if optimizer.flats and max(needed):
         torch.empty(max(needed), dtype=torch.uint8, device=optimizer.flats[0].values.device)
     before, done = _update_count(optimizer), optimizer.done

@@ -12,7 +12,6 @@ from live_bytes import LiveBytes
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from fluxq.config import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.training import optim
 from fluxq.training.libraries import LIBRARIES, import_bitsandbytes
@@ -22,11 +21,6 @@ from fluxq.training.optim import (
     restart_rates,
     update,
 )
-
-
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(WrongRequest, match="adamw, adamw8bit, .*, or package.module.Class, not 'sgd'"):
-        config_from_dict({"training": {"optimizer": "sgd"}}, "a test")
 
 
 def test_adamw8bit_follows_adamw_closely():
