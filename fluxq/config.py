@@ -381,6 +381,16 @@ class TrainingConfig:
         "--preset",
         PRESET_NAMES,
     )
+    preserve_class: str | None = option(
+        None,
+        "What the trigger is one of, like `person`: each step also holds the output for its captions, with this in "
+        "place of the trigger, to that of the base model, so that other persons stay as they are; steps take about 2.4 "
+        "times as long; default: none.",
+        "--preserve-class",
+    )
+    preserve_weight: float = option(
+        1.0, "How much --preserve-class counts beside the loss of the images.", minimum=0.001, maximum=1000
+    )
 
 
 @dataclass(frozen=True)

@@ -41,7 +41,7 @@ from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.libraries import parse_arguments
-from fluxq.training.objective import Objective
+from fluxq.training.objective import Objective, class_captions
 from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
@@ -96,7 +96,7 @@ def train_in(
     trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    objective = Objective(flux, data.batches, training, trainable.clip)
+    objective = Objective(flux, data.batches, training, trainable.clip, data.in_class)
     validate = partial(retry.run, "validation", partial(validation_losses, optimizer, objective, data), training=False)
     for line in summary(config, models, flux, epoch_of(config.data, scanned, training.batch), len(layers), optimizer):
         notify(line)
@@ -172,6 +172,7 @@ class Data:
     store: Store
     prompts: tuple[str, ...]
     keys: Mapping[str, str]  # prompt -> the key of its embeddings
+    in_class: Batches | None  # the same with the name of a class in place of the trigger
 
 
 def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
@@ -181,18 +182,22 @@ def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
     """
     config, data, training = run.config, run.config.data, run.config.training
     prompts = preview_prompts(config, models, scanned)
+    classes = class_captions(config, scanned)
     room = partial(require_room_for_run, run, models, len(prompts), notify)
     with progress_bar() as progress:
         texts = (*prompts, config.samples.negative) if prompts else ()
         budget = gpu_budget(config.memory, models.device)
-        everything = cache_folders(data, scanned, models, texts, progress, budget, room)
+        captions = (*texts, *classes, *classes.values())
+        everything = cache_folders(data, scanned, models, captions, progress, budget, room)
     for line in (*everything.notes, *everything.skipped):
         notify(line)
     trained_on = everything.part([f.path for f in data.folders])
     held_out = {name: everything.part([f.path]) for name, f in by_label(data.validation).items()}
     store = Store(data.cache)
-    batches = Batches(trained_on, store, training.batch, training.seed)
-    return Data(trained_on, held_out, batches, store, prompts, everything.prompts)
+    keys, made_of = everything.prompts, (trained_on, store, training.batch, training.seed)
+    in_place = {keys[caption]: keys[other] for caption, other in classes.items()}
+    in_class = Batches(*made_of, in_place=in_place) if classes else None
+    return Data(trained_on, held_out, Batches(*made_of), store, prompts, {text: keys[text] for text in texts}, in_class)
 
 
 @dataclass(frozen=True)

@@ -119,6 +119,8 @@ def _of_objective(training: TrainingConfig) -> Found:
     for name, modes in USED_BY.items():
         if training.timesteps not in modes:
             yield f"training.{name}", f"--timesteps {training.timesteps} does not use it"
+    if training.preserve_class is None:
+        yield "training.preserve_weight", "there is no --preserve-class"
     if training.loss not in HUBER:
         for name in ("huber_c", "huber_schedule"):
             yield f"training.{name}", f"only training.loss huber and smooth_l1 use it, and it is {training.loss}"

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import cast
 
 from fluxq.caching.folders import scan_data
-from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, OutputConfig, TrainConfig, TrainingConfig
+from fluxq.config import (
+    DEFAULT_RANK,
+    DEFAULT_TARGETS,
+    DataConfig,
+    LoraConfig,
+    OutputConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from fluxq.console import Notify, plural
 from fluxq.data.buckets import Size, multiple_of_16
 from fluxq.data.examples import Scan, check_folder
@@ -26,6 +34,7 @@ from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
 from .libraries import library_of, parse_arguments
+from .objective import class_captions
 from .presets import LEARNING_RATE, LEARNING_RATE_REASON, lines, preset_of
 
 
@@ -67,13 +76,15 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     if training.loss != "l2" or training.weighting != "none":
         notify(f"loss {training.loss}, weighting {training.weighting}: validation is the squared error all the same")
     training = resolve_schedule(training)
+    check_preservation(training, data, lora)
     name = output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     name = _file_name(name)
     output = replace(output, name=name, out=output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
-    if longest := models.use_captions({text for example in scanned.examples for text in example.texts}):
+    captions = {text for example in scanned.examples for text in example.texts}
+    if longest := models.use_captions(captions | {*class_captions(config, scanned).values()}):
         notify(f"text mask: captions have up to {longest} of {models.t5_length} T5 tokens; their padding is masked")
     resolve_format(config, models, notify)
     for line in caveats(models):
@@ -200,6 +211,22 @@ def resolve_schedule(training: TrainingConfig) -> TrainingConfig:
             f"a schedule that falls within {falls:.2g} steps never does; raise training.schedule_decay or --steps"
         )
     return replace(training, warmup=float(warmup))
+
+
+def check_preservation(training: TrainingConfig, data: DataConfig, lora: LoraConfig) -> None:
+    """Raise WrongRequest for a class to preserve that nothing can be put in place of."""
+    if (name := training.preserve_class) is None:
+        return
+    triggers = [folder.trigger for folder in data.folders if folder.trigger]
+    if not triggers:
+        raise WrongRequest(f"--preserve-class {name} takes the place of the trigger in captions; give a --trigger")
+    if not name.strip() or name.strip().casefold() in map(str.casefold, triggers):
+        raise WrongRequest(f"--preserve-class {name!r} must name what the trigger is one of, like person")
+    if lora.text_encoder:
+        raise WrongRequest(
+            "--preserve-class compares with the base model, which needs its own CLIP-L beside the one that trains; "
+            "leave out --text-encoder"
+        )
 
 
 def check_text_encoder(config: TrainConfig, models: Models) -> None:

@@ -299,9 +299,9 @@ def _has_8_bits(p: nn.Parameter) -> bool:
 
 
 class Minimized(Protocol):
-    """What is minimized: the loss of each micro-step by its number, and what can be done for it ahead."""
+    """What is minimized: the terms of each micro-step's loss by its number, and what can be done for it ahead."""
 
-    def loss(self, index: int) -> Tensor: ...
+    def terms(self, index: int) -> Iterable[Tensor]: ...
     def share(self, index: int) -> float: ...
     def prepare(self, index: int) -> None: ...
 
@@ -324,10 +324,12 @@ def optimizer_step(
     optimizer.zero_grad()  # an attempt that ran out of memory may have left some
     with optimizer.rounding():
         for index in range(step * accumulate, after):
-            loss = objective.loss(index)
             shares.append(objective.share(index))
-            (loss / (accumulate / shares[-1])).backward()
-            losses.append(loss.detach())
+            terms = []
+            for term in objective.terms(index):  # the next one is computed after this one's backward pass
+                (term / (accumulate / shares[-1])).backward()
+                terms.append(term.detach())
+            losses.append(sum(terms[1:], terms[0]))
     optimizer.gather()
     read = torch.stack([*losses, optimizer.clip(clip)])
     objective.prepare(after)

@@ -31,7 +31,7 @@ OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
     "--text-encoder --text-lr --epochs --save-every-epochs --optimizer-args "
     "--accumulate --lr --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
-    "--overwrite --config --set --json --preset",
+    "--overwrite --config --set --json --preset --preserve-class",
     "init": "--preset --trigger --models --out --file --overwrite --json",
     "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --json",
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "

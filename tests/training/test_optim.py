@@ -46,6 +46,9 @@ class Losses:
     def __init__(self, loss: Callable[[int], torch.Tensor], shares: Mapping[int, float] | None = None) -> None:
         self.loss, self.prepared, self.shares = loss, [], shares or {}
 
+    def terms(self, index: int):
+        yield self.loss(index)
+
     def share(self, index: int) -> float:
         return self.shares.get(index, 1.0)
 
