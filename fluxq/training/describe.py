@@ -89,6 +89,8 @@ def objective_metadata(training: TrainingConfig) -> dict[str, str]:
     }
     if (training.min_timestep, training.max_timestep) != (0, 1):
         values |= {"fluxq_timestep_range": f"{training.min_timestep:g} to {training.max_timestep:g}"}
+    if training.preserve_class is not None:
+        values |= {f"fluxq_preserve_{name}": getattr(training, f"preserve_{name}") for name in ("class", "weight")}
     return {key: str(value) for key, value in values.items()}
 
 

@@ -121,7 +121,7 @@ class Library:
 _ALPHA = "the usual one if alpha equals rank"
 _THIRD = "a third of AdamW's, since Lion moves every weight by all of it"
 _OWN = "Prodigy finds its own, and multiplies it by this"
-_LARGER = "twice AdamW's, as Defazio et al. 2024 found 1 to 10 times that of a schedule best"
+_LARGER = "twice AdamW's; its authors' README: 1 to 10 times that of a schedule"
 _FIXED, _SCALED = {"scale_parameter": False, "relative_step": False}, {"adjust_lr_fn": "match_rms_adamw"}
 _KNOWN = {
     "adamw": Library("torch.optim.AdamW", 1e-4, _ALPHA, {"foreach": None}, True),
