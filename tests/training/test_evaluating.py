@@ -23,7 +23,8 @@ from fluxq.training.objective import Objective
 from fluxq.training.optim import FlatOptimizer, build_optimizer
 from fluxq.training.state import Progress, load_state, save_state
 
-AVERAGING, FREE = "averaging.AveragingSGD", "schedulefree_adamw"
+AVERAGING, FREE, AUTHORS = "averaging.AveragingSGD", "schedulefree_adamw", "schedulefree.AdamWScheduleFree"
+NAMES = [AVERAGING, FREE, AUTHORS]
 
 
 def trained(name: str, steps: int):
@@ -39,11 +40,11 @@ def trained(name: str, steps: int):
 
 
 def needs(name: str) -> None:
-    if name == FREE:
-        pytest.importorskip("pytorch_optimizer")
+    if name != AVERAGING:
+        pytest.importorskip("pytorch_optimizer" if name == FREE else "schedulefree")
 
 
-@pytest.mark.parametrize("name", [AVERAGING, FREE])
+@pytest.mark.parametrize("name", NAMES)
 def test_weights_to_use_are_the_librarys_and_training_goes_on_from_its_own_bits(name):
     needs(name)
     _, parameters, optimizer = trained(name, 3)
@@ -68,7 +69,7 @@ def _to_use(name: str, p: torch.Tensor, optimizer: FlatOptimizer) -> torch.Tenso
     return z + (2 if name == AVERAGING else 1 / optimizer.param_groups[0]["betas"][0]) * (p.detach() - z)
 
 
-@pytest.mark.parametrize("name", [AVERAGING, FREE])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_state_that_is_saved_meanwhile_is_that_of_training(name, tmp_path):
     """As another thread saves it if a signal comes during a preview."""
     needs(name)
@@ -99,7 +100,7 @@ def test_of_other_optimizers_they_are_the_weights_that_train():
         assert all(torch.equal(optimizer.trained(p), p) for p in parameters)
 
 
-@pytest.mark.parametrize("name", [AVERAGING, FREE])
+@pytest.mark.parametrize("name", NAMES)
 def test_another_schedule_than_constant_is_refused(name):
     needs(name)
     resolve_optimizer(TrainingConfig(optimizer=name, learning_rate=1e-3, warmup=5), silent)
@@ -108,7 +109,7 @@ def test_another_schedule_than_constant_is_refused(name):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", [AVERAGING, FREE])
+@pytest.mark.parametrize("name", NAMES)
 def test_a_run_saves_previews_and_validates_by_them_and_resumes_to_the_bit(name, tmp_path, monkeypatch):
     needs(name)
     monkeypatch.chdir(tmp_path)
