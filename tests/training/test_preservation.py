@@ -11,14 +11,16 @@ from helpers import randomize, tiny_config
 
 from fluxq.bench.timed_step import SameBatch
 from fluxq.caching import Batch
-from fluxq.config import TrainingConfig, config_from_dict
+from fluxq.config import ModelConfig, TrainingConfig, config_from_dict
 from fluxq.console import silent
 from fluxq.data.captions import in_class
 from fluxq.errors import WrongRequest
 from fluxq.flow import sample_noise, velocity
 from fluxq.formats.checkpoint.files import Checkpoint
+from fluxq.formats.stream import expect_training
 from fluxq.model import Flux, add_lora
 from fluxq.model.lora import lora_layers, lora_strength
+from fluxq.models import Models
 from fluxq.nano import drawing
 from fluxq.train import train
 from fluxq.training.objective import Objective
@@ -95,6 +97,27 @@ def test_a_step_follows_both_gradients_one_pass_after_the_other():
     assert loss == pytest.approx(told, rel=1e-6)
     for p, q, gradient in zip(parameters, before, total, strict=True):
         torch.testing.assert_close(q - p.detach(), gradient, rtol=1e-3, atol=1e-6)
+
+
+def test_the_ring_knows_that_no_backward_pass_follows_the_base_models():
+    """Otherwise it copies 16 units a step, not 12."""
+    flux = Models(ModelConfig(name="nano"), notify=silent).load_flux([], 4, True)
+    add_lora(flux, 4, 4)
+    expect_training(flux)
+    c, latents = flux.config, torch.randn(1, flux.config.in_channels // 4, 8, 8)
+
+    def batch(caption: str) -> SameBatch:
+        return SameBatch(
+            Batch(latents, torch.randn(1, 5, c.context_in_dim), torch.randn(1, c.vec_in_dim), ["a"], [caption]), 64
+        )
+
+    one = Objective(flux, batch("zqx"), replace(TRAINING, steps=9), in_class=batch("dog"))
+    copies = []
+    for index in range(3):
+        for term in one.terms(index):
+            term.backward()
+        copies.append(flux.ring.copies)
+    assert [b - a for a, b in zip(copies, copies[1:], strict=False)] == [12, 12]
 
 
 @pytest.mark.slow
