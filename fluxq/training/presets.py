@@ -11,7 +11,6 @@ from dataclasses import dataclass
 from typing import Any
 
 from fluxq.config import PRESET_NAMES, TrainConfig, TrainingConfig
-from fluxq.console import plural
 
 LEARNING_RATE = 1e-4
 LEARNING_RATE_REASON = (
@@ -111,7 +110,8 @@ def fill(values: dict[str, Any]) -> None:
     """Put into a config's tables what their preset sets and they do not.
 
     Steps and learning rate are not among it: they depend on images and optimizer (defaults.py). Nano keeps its own
-    resolution, a LoRA to start from its own rank, and settings of timesteps the timesteps that they are for.
+    resolution, and a LoRA to start from its own rank. Timesteps are left alone if one of their settings would lose its
+    effect.
     """
     from .timesteps import USED_BY  # torch is not needed without a preset
 
@@ -121,10 +121,11 @@ def fill(values: dict[str, Any]) -> None:
     kept = {
         "data.resolution": model.get("name") == "nano",
         "lora.rank": bool(lora.get("from_lora")),
-        "training.timesteps": any(name in training for name in USED_BY),
     }
     for choice in preset.choices:
         section, name = choice.key.split(".")
+        if name == "timesteps" and any(key in training and choice.value not in USED_BY[key] for key in USED_BY):
+            continue
         if not kept.get(choice.key):
             values.setdefault(section, {}).setdefault(name, choice.value)
 
@@ -140,7 +141,5 @@ def lines(config: TrainConfig, images: int) -> Iterator[str]:
     advice = ""
     if preset.images is not None:
         least, most = preset.images
-        advice = (
-            f"guides advise {least} {f'to {most}' if most else 'or more'} images, here are {plural(images, 'image')}; "
-        )
+        advice = f"guides advise {least} {f'to {most}' if most else 'or more'} images, this run has {images:,}; "
     yield f"preset {config.training.preset}: {advice}try the LoRA at a strength of about {STRENGTH}"

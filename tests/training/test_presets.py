@@ -52,11 +52,16 @@ def test_what_the_user_sets_wins_over_a_preset(tmp_path):
         ({"model__name": "nano"}, "data.resolution", None),
         ({"lora__from_lora": Path("a.safetensors")}, "lora.rank", None),
         ({"training__shift": 2.0}, "training.timesteps", "shift"),
+        ({"training__shift": 2.0, "training__sigmoid_scale": 2.0}, "training.timesteps", "shift"),
     ],
 )
 def test_a_preset_leaves_alone_what_another_setting_decides(values, key, expected):
     assert value_of(read(training__preset="style"), key) != expected
     assert value_of(read(training__preset="style", **values), key) == expected
+
+
+def test_a_setting_of_the_timesteps_of_a_preset_goes_with_them():
+    assert read(training__preset="style", training__sigmoid_scale=2.0).training.timesteps == "sigmoid"
 
 
 def test_a_run_that_resumes_takes_nothing_from_its_preset(tmp_path):
@@ -89,6 +94,6 @@ def test_each_value_is_said_with_its_reason_and_the_advice_on_images():
     said = list(lines(config, 3))
     assert [line.split(":")[0] for line in said[:-1]] == ["resolution 768", "caption dropout 0", "timesteps shift"]
     assert said[-1] == (
-        "preset person: guides advise 10 to 30 images, here are 3 images; try the LoRA at a strength of about 0.8"
+        "preset person: guides advise 10 to 30 images, this run has 3; try the LoRA at a strength of about 0.8"
     )
     assert not list(lines(read(), 3))
