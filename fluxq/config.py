@@ -310,6 +310,7 @@ OPTIMIZERS = (
     "muon",
     "prodigy",
     "came",
+    "schedulefree_adamw",
 )
 
 
@@ -319,6 +320,9 @@ def parse_optimizer(value: Any) -> str:
     if value not in OPTIMIZERS and not (len(parts) > 1 and all(part.isidentifier() for part in parts)):
         raise ValueError(f"one of {', '.join(OPTIMIZERS)}, or package.module.Class")
     return value
+
+
+PRESET_NAMES = ("person", "style", "product", "concept")
 
 
 @dataclass(frozen=True)
@@ -357,8 +361,8 @@ class TrainingConfig:
     optimizer: str = option(
         "adamw8bit",
         "Optimizer. Bytes of memory per trained weight: adamw 8, adamw8bit and adamwfp8 2, lion8bit and adamw4bit 1, "
-        "muon 4, adafactor fewer than 1 at usual ranks; with fluxq[optimizers] came 4 and prodigy, which finds its own "
-        "learning rate, 16. Also any package.module.Class.",
+        "muon 4, adafactor fewer than 1 at usual ranks; with fluxq[optimizers] came 4, schedulefree_adamw 8, and "
+        "prodigy, which finds its own learning rate, 16. Also any package.module.Class.",
         "--optimizer",
         parse=parse_optimizer,
     )
@@ -495,6 +499,23 @@ class TrainingConfig:
         "lowest loss is kept beside the last in any case; 0: never.",
         "--early-stopping",
         minimum=0,
+    )
+    preset: str | None = option(
+        None,
+        "What the LoRA teaches: it sets resolution, rank, learning rate, steps, timesteps and caption dropout wherever "
+        "you do not, and each is printed with its reason; default: none.",
+        "--preset",
+        PRESET_NAMES,
+    )
+    preserve_class: str | None = option(
+        None,
+        "What the trigger is one of, like `person`: each step also holds the output for its captions, with this in "
+        "place of the trigger, to that of the base model, so that other persons stay as they are; steps take about 2.4 "
+        "times as long; default: none.",
+        "--preserve-class",
+    )
+    preserve_weight: float = option(
+        1.0, "How much --preserve-class counts beside the loss of the images.", minimum=0.001, maximum=1000
     )
 
 

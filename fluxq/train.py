@@ -40,7 +40,7 @@ from fluxq.training.disk import require_room_for_run
 from fluxq.training.dropout import Dropout
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.libraries import parse_arguments
-from fluxq.training.objective import Objective
+from fluxq.training.objective import Objective, class_captions
 from fluxq.training.optim import FlatOptimizer, build_optimizer, lora_groups, optimizer_step, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
@@ -96,7 +96,8 @@ def train_in(
     trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    objective = Objective(flux, data.batches, training, trainable.clip, Dropout(layers, config.lora, training.seed))
+    dropout = Dropout(layers, config.lora, training.seed)
+    objective = Objective(flux, data.batches, training, trainable.clip, dropout, data.in_class)
     for line in summary(config, models, flux, data.epoch, len(layers), optimizer):
         notify(line)
 
@@ -112,7 +113,7 @@ def train_in(
         progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
         notify(f"int8: {plural(len(progress.rotated), 'layer')} with outlier inputs will rotate them before rounding")
     set_rotations(flux, progress.rotated)
-    validation = Validation(run, progress, objective, data.sets, retry, notify)
+    validation = Validation(run, progress, objective, optimizer, data.sets, retry, notify)
     validation.begin(resume)
     run.begin(resume)
     run.save_data(data.trained_on)
@@ -145,7 +146,7 @@ def train_in(
             if not stop:
                 validation.after(done, report, saves)
             if config.samples.every and is_due(config.samples.every, done, run.last_step):
-                save_previews(run, models, flux, retry, data.preview_texts(trainable.clip), data.prompts, done, notify)
+                preview(run, models, retry, trainable, data, done, notify)
             if stop or saves.is_overdue or is_due(output.save_every, done, run.last_step):
                 saves.save(required=bool(stop) or done == run.last_step)
             if stop:
@@ -174,6 +175,7 @@ class Data:
     prompts: tuple[str, ...]
     keys: Mapping[str, str]  # prompt -> the key of its embeddings
     epoch: Epoch
+    in_class: Batches | None  # the same with the name of a class in place of the trigger
 
     def preview_texts(self, clip: Clip | None) -> Mapping[str, Text]:
         """The embeddings of the previews' prompts; with `clip`, pooled vectors come from it as it is now."""
@@ -188,19 +190,24 @@ def load_data(run: Run, models: Models, scanned: Scan, notify: Notify) -> Data:
     """
     config, data, training = run.config, run.config.data, run.config.training
     prompts = preview_prompts(config, models, scanned)
+    classes = class_captions(config, scanned)
     room = partial(require_room_for_run, run, models, len(prompts), notify)
     with progress_bar() as progress:
         texts = (*prompts, config.samples.negative) if prompts else ()
         budget = gpu_budget(config.memory, models.device)
-        everything = cache_folders(data, scanned, models, texts, progress, budget, room)
+        captions = (*texts, *classes, *classes.values())
+        everything = cache_folders(data, scanned, models, captions, progress, budget, room)
     for line in (*everything.notes, *everything.skipped):
         notify(line)
     trained_on = everything.part([f.path for f in data.folders])
     store = Store(data.cache)
-    batches = Batches(trained_on, store, training.batch, training.seed)
+    keys, made_of = everything.prompts, (trained_on, store, training.batch, training.seed)
+    in_place = {keys[caption]: keys[other] for caption, other in classes.items()}
+    in_class = Batches(*made_of, in_place=in_place) if classes else None
     sets = sets_of(everything, trained_on, scanned, data, store)
     epoch = epoch_of(data, scanned, training.batch, trained_on)
-    return Data(trained_on, sets, batches, store, prompts, everything.prompts, epoch)
+    keys = {text: keys[text] for text in texts}
+    return Data(trained_on, sets, Batches(*made_of), store, prompts, keys, epoch, in_class)
 
 
 @dataclass(frozen=True)
@@ -218,7 +225,16 @@ def write_lora(
     run: Run, trainable: Trainable, metadata: Metadata, progress: Progress, began: float, step: int, best: bool = False
 ) -> None:
     about = metadata(step, began, time.time()) | progress.validation.metadata(step)
-    run.save_loras(trainable.flux, trainable.clip, step, about, trainable.optimizer, best)
+    with trainable.optimizer.evaluating():
+        run.save_loras(trainable.flux, trainable.clip, step, about, trainable.optimizer, best)
+
+
+def preview(
+    run: Run, models: Models, retry: OutOfMemoryRetry, trainable: Trainable, data: Data, step: int, notify: Notify
+) -> None:
+    with trainable.optimizer.evaluating():
+        texts = data.preview_texts(trainable.clip)
+        save_previews(run, models, trainable.flux, retry, texts, data.prompts, step, notify)
 
 
 def load_trainable(

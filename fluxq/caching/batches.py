@@ -6,7 +6,7 @@ bucket may be short.
 """
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import groupby
@@ -43,15 +43,22 @@ class Batches:
     """The micro-batches of a dataset, over endless epochs; `len` is the number per epoch.
 
     batch_size: of examples that have none of their own; `largest` is the largest of all. `text_cache_bytes` limits the
-    encoded captions kept in memory.
+    encoded captions kept in memory. in_place: key of a caption -> that of another, which is never dropped.
     """
 
     def __init__(
-        self, dataset: Dataset, store: Store, batch_size: int, seed: int, text_cache_bytes: int = 256 << 20
+        self,
+        dataset: Dataset,
+        store: Store,
+        batch_size: int,
+        seed: int,
+        text_cache_bytes: int = 256 << 20,
+        in_place: Mapping[str, str] | None = None,
     ) -> None:
         if batch_size < 1 or not dataset.examples:
             raise ValueError(f"batches of {batch_size} out of {len(dataset.examples)} examples")
         self.store, self.seed, self.no_caption = store, seed, dataset.prompts.get("")
+        self.in_place = in_place or {}
         self._groups: dict[tuple[Size, int], list[tuple[str, Entry]]] = {}  # by bucket and size of its batches
         for entry in sorted(dataset.examples, key=lambda entry: entry.name):
             items = self._groups.setdefault((entry.bucket, entry.batch or batch_size), [])
@@ -111,12 +118,15 @@ class Batches:
 
     def _text_key(self, index: int, name: str, entry: Entry) -> str:
         """The key of one of an example's captions, or of the empty one if this time its caption is dropped."""
+        drawn_text = entry.text[self._draw("caption", index, name, len(entry.text))]
+        if drawn_text in self.in_place:
+            return self.in_place[drawn_text]
         every, epoch = entry.caption_dropout_epochs, 1 + index // len(self)
         drawn = entry.caption_dropout and generator(self.seed, "dropout", index, name).random() < entry.caption_dropout
         if drawn or (every and epoch % every == 0):
             assert self.no_caption is not None, "build_cache encodes it"
             return self.no_caption
-        return entry.text[self._draw("caption", index, name, len(entry.text))]
+        return drawn_text
 
     def _draw(self, purpose: str, index: int, name: str, count: int) -> int:
         """One of an example's variants, at random."""

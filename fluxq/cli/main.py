@@ -216,6 +216,38 @@ def train(
     finish(run(config, resumes, overwrite, accepts_data=resumes and bool(folders), asked=asked), as_json)
 
 
+@main.command()
+@click.argument("folder", required=False, metavar="[FOLDER]")
+@config_option("training.preset", "What the LoRA teaches, for which it sets what is set in the file.")
+@click.option(
+    "--trigger", metavar="TEXT", help="The word that will call it in prompts, ideally a made-up one like zqx."
+)
+@click.option(
+    "--models",
+    metavar="PATH",
+    help="The models: a folder of ComfyUI, Forge or diffusers, a hub id, or nano for the bundled toy; default: the "
+    "environment variable FLUXQ_MODELS.",
+)
+@click.option("--out", metavar="DIR", help="Run directory, for the LoRA and the log; default: runs/TRIGGER.")
+@click.option(
+    "--file", type=Path, default=Path("my.toml"), show_default=True, metavar="FILE", help="The TOML file to write."
+)
+@click.option("--overwrite", is_flag=True, help="Replace FILE if it exists.")
+@JSON
+def init(file: Path, overwrite: bool, as_json: bool, **given: Any) -> None:
+    """Write a commented TOML file to train with.
+
+    A terminal asks five questions, or those of them that no option answers. Nothing is trained and nothing is replaced
+    unasked.
+
+    Example: fluxq init photos --preset person --trigger zqx --models ~/ComfyUI
+    """
+    begin(as_json, computes=False)
+    from fluxq.commands.init import init_command
+
+    finish(init_command(given, file, overwrite), as_json)
+
+
 @main.command(cls=SettingsCommand)
 @FOLDERS
 @options("model", "data", "memory", renamed=dict.fromkeys(STEP_OPTIONS + STREAMING_OPTIONS, ""))

@@ -121,7 +121,9 @@ def config_option(key: str, help: str, name: str = "", without: str = "", **more
 def read_config(
     config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any], base: Path | None = None
 ) -> TrainConfig:
-    """The config: defaults, overridden by `base` (the config of a run to resume), the file, options and --set."""
+    """The config: defaults, overridden by `base` (the config of a run to resume) or the preset, the file, options and
+    --set.
+    """
     values: dict[str, Any] = read_toml(base) if base else {}
     config_from_dict(values, str(base))
     if config_file:
@@ -136,6 +138,12 @@ def read_config(
             table = values.setdefault(section, {})
             table[name] = value
     set_values(values, assignments)
+    config = config_from_dict(values, "the command line")
+    if config.training.preset is None or base:  # a run that resumes has all that its preset set
+        return config
+    from fluxq.training.presets import fill
+
+    fill(values)
     return config_from_dict(values, "the command line")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 from fluxq.caching.build import prune_cache, verify_cache
@@ -13,6 +14,7 @@ from fluxq.memory.phases import gpu_budget
 from fluxq.models.parts import Models
 from fluxq.training.defaults import resolve_data
 from fluxq.training.disk import Need, require_room
+from fluxq.training.objective import class_captions
 
 
 def cache_command(
@@ -51,8 +53,10 @@ def cache_command(
     def room(nbytes: int) -> None:
         require_room([Need("cache", data.cache, nbytes, "another --cache")], console.print)
 
+    scanned = scan_data(data)
+    prompts = (*config.samples.prompts, *class_captions(replace(config, data=data), scanned).values())
     with progress_bar() as progress:
-        dataset = cache_folders(data, scan_data(data), models, config.samples.prompts, progress, budget, room)
+        dataset = cache_folders(data, scanned, models, prompts, progress, budget, room)
     for line in (*dataset.notes, *dataset.skipped):
         console.print(line)
     console.print(f"encoded in {data.cache}: {plural(len(dataset.examples), 'image')}")

@@ -189,6 +189,16 @@ def captions_in(row: Any, tags: bool = False) -> tuple[str, ...]:
     return tuple(", ".join(filter(None, (caption, more))) for caption in captions or ("",) if caption or more)
 
 
+def in_class(caption: str, trigger: str | None, name: str) -> str:
+    """`caption` with `name`, of what the trigger is one of, in place of `trigger` wherever `with_trigger` sees it."""
+    words = " ".join((trigger or "").split())
+    return re.sub(_whole(words), lambda _: name, caption, flags=re.IGNORECASE) if words else caption
+
+
+def _whole(words: str) -> str:
+    return rf"(?<!\w){re.escape(words)}(?!\w)"
+
+
 def with_trigger(caption: str, trigger: str | None) -> str:
     """`caption` with `trigger` in place of [trigger], {trigger} or [name], or in front unless it already contains that
     word. Either may be empty.
@@ -197,7 +207,7 @@ def with_trigger(caption: str, trigger: str | None) -> str:
     if not trigger:
         return caption
     filled = _PLACEHOLDER.sub(lambda _: trigger, caption)
-    if re.search(rf"(?<!\w){re.escape(trigger)}(?!\w)", filled, re.IGNORECASE):
+    if re.search(_whole(trigger), filled, re.IGNORECASE):
         return filled
     return f"{trigger}, {filled}" if filled else trigger
 

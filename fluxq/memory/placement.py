@@ -34,6 +34,9 @@ from .machine import free_gpu_bytes, ram_bytes
 from .share import take_share
 
 SLOTS = 8
+PRESERVING = 2.4
+"""How many times as long a step takes with --preserve-class, predicted: two steps, and the base model's forward pass,
+which is a third of a step if blocks recompute, and half of one if they keep all."""
 SMALLER_SIZES = (768, 512, 256)
 UNITS = {"": 2**30, "g": 2**30, "gib": 2**30, "gb": 10**9, "m": 2**20, "mib": 2**20, "mb": 10**6}
 
@@ -100,8 +103,12 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
     for line in describe(chosen).splitlines():
         notify(line)
     if steps := config.training.steps:
-        took = duration(steps * config.training.accumulate * chosen.seconds)
-        notify(f"{plural(steps, 'step')} are predicted to take {took}, without previews and saves")
+        preserves = config.training.preserve_class is not None
+        took = duration(steps * config.training.accumulate * chosen.seconds * (PRESERVING if preserves else 1))
+        notify(
+            f"{plural(steps, 'step')} are predicted to take {took}, without previews and saves"
+            + (f"; --preserve-class makes that {PRESERVING:g} times as long" if preserves else "")
+        )
     return placement_of(chosen, budget)
 
 
@@ -158,7 +165,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         (size // 16) ** 2,
         models.text_tokens,
         training.optimizer,
-        training.accumulate > 1,
+        training.accumulate > 1 or training.preserve_class is not None,  # gradients of one pass stay during another
         models.open("clip_l").shapes if config.lora.text_encoder else None,
         chunk=chunk_of(gpu.capability),
         library=gpu.library,

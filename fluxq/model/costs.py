@@ -35,27 +35,35 @@ BYTES_PER_WEIGHT = {"nf4": 0.5625, "fp8": 1.0, "int8": 1.0, "bf16": 2.0}
 RELATIVE_ERROR = {"bf16": 0.002, "int8": 0.009, "fp8": 0.026, "nf4": 0.092}
 """Of normally distributed weights in each format, and of products in each type."""
 
-OPTIMIZER_BYTES_PER_WEIGHT = {
-    "adamw": 8.0,
-    "adamw8bit": 2 + 8 / 256,
-    "lion8bit": 1 + 4 / 256,
-    "adamw4bit": 1 + 8 / 128,
-    "adamwfp8": 2 + 8 / 256,
-    "adafactor": 0.0,
-    "muon": 4.0,
-    "prodigy": 16.0,
-    "came": 4.0,
+
+class OptimizerCost(NamedTuple):
+    """What an optimizer takes. state: bytes per weight, fp32 scales included. factored: how many of a matrix's moments
+    it keeps as one number for each row and column. temporary: bytes per weight of an update, of up to `most` at a time.
+    """
+
+    state: float
+    factored: int = 0
+    temporary: int = 0
+    most: float = math.inf
+
+
+TORCHAO = {"temporary": 64, "most": 1 << 22}
+OPTIMIZER_COSTS = {
+    "adamw": OptimizerCost(8.0, temporary=4),
+    "adamw8bit": OptimizerCost(2 + 8 / 256),
+    "lion8bit": OptimizerCost(1 + 4 / 256),
+    "adamw4bit": OptimizerCost(1 + 8 / 128, **TORCHAO),
+    "adamwfp8": OptimizerCost(2 + 8 / 256, **TORCHAO),
+    "adafactor": OptimizerCost(0.0, factored=1),
+    "muon": OptimizerCost(4.0),
+    "prodigy": OptimizerCost(16.0, temporary=8),
+    "came": OptimizerCost(4.0, factored=2),
+    "schedulefree_adamw": OptimizerCost(8.0, temporary=8),
 }
-"""Bytes of state per weight; in 8 and 4 bits, with fp32 scales per 256 or 128. Ignores that bitsandbytes keeps tensors
-below 4,096 in fp32. That of others is taken to be as prodigy's, the largest."""
+"""Ignores that bitsandbytes keeps tensors below 4,096 in fp32."""
 
-FACTORED = {"adafactor": 1, "came": 2}
-"""How many of a matrix's moments are kept as one number for each row and each column."""
-
-OPTIMIZER_PART = 1 << 22
-"""Weights that an optimizer of torchao updates at a time, since each takes OPTIMIZER_PART_BYTES for that long."""
-
-OPTIMIZER_PART_BYTES = 64
+OTHER_OPTIMIZER = OptimizerCost(16.0, temporary=8)
+"""Any other is taken to be as prodigy, the largest."""
 
 AUTOENCODER = 4 * 83_819_683
 """Bytes of the autoencoder's weights, in fp32."""
@@ -130,7 +138,8 @@ def flux_costs(
     modulation = {} if gates else {u: size for u, size in sizes.items() if u.endswith(".mod")}
     window = max(1, FEW_ROWS // batch)
     weights = {p: r * sum(layers[p]) for p, r in lora.items()}
-    total, outer = sum(weights.values()) + encoder.trained, {p for p in lora if unit_of(p) == REST}
+    matrices = [(r * side, r) for p, r in lora.items() for side in layers[p]] + [(n, rank) for n in encoder.matrices]
+    total, outer = sum(n for n, _ in matrices), {p for p in lora if unit_of(p) == REST}
     rows, angles = batch * (img_tokens + txt_tokens), (img_tokens + txt_tokens) * config.head_dim * 4
     return Costs(
         format=format,
@@ -146,7 +155,7 @@ def flux_costs(
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
         lora=(10 if averaged else 6) * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
-        optimizer=optimizer_bytes(optimizer, total, min([rank, *lora.values()])),
+        optimizer=sum(optimizer_bytes(optimizer, weights, r) for weights, r in matrices),
         optimizer_peak=_optimizer_peak(optimizer, total),
         scratch=scratch(products, chunk) + angles + encoder.activations,
         library=library,
@@ -160,16 +169,15 @@ def flux_costs(
 
 
 def optimizer_bytes(optimizer: str, weights: int, rank: int) -> int:
-    """Bytes of state for the weights of LoRA matrices of `rank`."""
-    factored = 4 * FACTORED.get(optimizer, 0) * (1 / rank + 1 / 64)  # the other side is at least 64
-    return int(weights * (OPTIMIZER_BYTES_PER_WEIGHT.get(optimizer, 16.0) + factored))
+    """Bytes of state for a matrix of LoRA of `rank` that has so many `weights`."""
+    cost = OPTIMIZER_COSTS.get(optimizer, OTHER_OPTIMIZER)
+    return int(weights * cost.state + 4 * cost.factored * (rank + weights // rank))
 
 
 def _optimizer_peak(optimizer: str, weights: int) -> int:
-    """Temporary bytes of an update."""
-    if optimizer in ("adamw4bit", "adamwfp8"):
-        return OPTIMIZER_PART_BYTES * min(weights, OPTIMIZER_PART)
-    return (8 if optimizer == "prodigy" else 4) * weights
+    """Temporary bytes of a step: first all gradients are copied into one tensor, then the update needs its own."""
+    cost = OPTIMIZER_COSTS.get(optimizer, OTHER_OPTIMIZER)
+    return max(4 * weights, cost.temporary * int(min(weights, cost.most)))
 
 
 def _fragmentation(format: str, compute: str, rows: int, expandable: bool) -> Fragmentation:
@@ -181,14 +189,18 @@ def _fragmentation(format: str, compute: str, rows: int, expandable: bool) -> Fr
 class _Encoder(NamedTuple):
     """CLIP-L's share of a step.
 
-    frozen: bytes of its weights, in bf16. trained: number of LoRA weights. activations: bytes kept for its backward
-    pass while the transformer runs. work: of both passes.
+    frozen: bytes of its weights, in bf16. matrices: LoRA weights of each that trains. activations: bytes kept for its
+    backward pass while the transformer runs. work: of both passes.
     """
 
     frozen: int
-    trained: int
+    matrices: list[int]
     activations: int
     work: Work
+
+    @property
+    def trained(self) -> int:
+        return sum(self.matrices)
 
 
 def _encoder(clip: Mapping[str, tuple[int, ...]], rank: int, batch: int) -> _Encoder:
@@ -197,7 +209,7 @@ def _encoder(clip: Mapping[str, tuple[int, ...]], rank: int, batch: int) -> _Enc
     tokens, weights = batch * CLIP_LENGTH, sum(n * k for n, k in layers)
     return _Encoder(
         frozen=2 * sum(map(math.prod, clip.values())),
-        trained=rank * sum(n + k for n, k in layers),
+        matrices=[rank * side for shape in layers for side in shape],
         # per block: x twice, normed twice, q, k, v, attention output; hidden, its sigmoid, their product
         activations=2 * tokens * sum(8 * width + 3 * hidden for hidden, width in mlps),
         work=Work(bf16=4.0 * tokens * weights, moved=2.0 * 2 * weights),

@@ -15,8 +15,9 @@ from fluxq.errors import WrongRequest
 from fluxq.models.parts import PARTS, Models
 from fluxq.settings import ImageSettings
 
+from .libraries import library_of
 from .losses import HUBER
-from .timesteps import SHIFTED, SIGMOIDS
+from .timesteps import USED_BY
 
 SAMPLES = ("prompts", "width", "height", "steps", "guidance", "cfg", "negative", "seed")
 
@@ -76,6 +77,8 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
     for schedule, name in (("cosine", "cycles"), ("polynomial", "power"), ("wsd", "decay")):
         if training.schedule != schedule:
             yield f"training.schedule_{name}", f"--schedule {training.schedule} does not use it"
+    if not library_of(training.optimizer).takes_decay():
+        yield "training.weight_decay", f"{training.optimizer} has none"
     if training.schedule == "constant":
         yield "training.schedule_floor", "--schedule constant does not fall"
     if not config.data.validation and not config.data.validation_split:
@@ -115,16 +118,11 @@ def _of_data(data: DataConfig) -> Found:
 
 
 def _of_objective(training: TrainingConfig) -> Found:
-    used_by = {
-        "shift": SHIFTED,
-        "sigmoid_scale": SIGMOIDS,
-        "logit_mean": ("logit_normal",),
-        "logit_std": ("logit_normal",),
-        "mode_scale": ("mode",),
-    }
-    for name, modes in used_by.items():
+    for name, modes in USED_BY.items():
         if training.timesteps not in modes:
             yield f"training.{name}", f"--timesteps {training.timesteps} does not use it"
+    if training.preserve_class is None:
+        yield "training.preserve_weight", "there is no --preserve-class"
     if training.loss not in HUBER:
         for name in ("huber_c", "huber_schedule"):
             yield f"training.{name}", f"only training.loss huber and smooth_l1 use it, and it is {training.loss}"

@@ -11,7 +11,15 @@ from pathlib import Path
 from typing import cast
 
 from fluxq.caching.folders import scan_data
-from fluxq.config import DEFAULT_RANK, DEFAULT_TARGETS, DataConfig, OutputConfig, TrainConfig, TrainingConfig
+from fluxq.config import (
+    DEFAULT_RANK,
+    DEFAULT_TARGETS,
+    DataConfig,
+    LoraConfig,
+    OutputConfig,
+    TrainConfig,
+    TrainingConfig,
+)
 from fluxq.console import Notify, plural
 from fluxq.data.buckets import Size, multiple_of_16
 from fluxq.data.dataset import Dataset
@@ -29,6 +37,8 @@ from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
 from .libraries import library_of, parse_arguments
+from .objective import class_captions
+from .presets import LEARNING_RATE, LEARNING_RATE_REASON, lines, preset_of
 from .state import MOST_TRAINED_ON
 
 VALIDATIONS, VALIDATING = 12, 0.1
@@ -52,6 +62,9 @@ def resolve(
     check_text_encoder(config, models)
     data = resolve_data(config.data, models, notify)
     scanned = scanned or scan_data(data)
+    epoch = epoch_of(data, scanned, training.batch)
+    for line in lines(config, epoch.images):
+        notify(line)
     if start is not None:
         lora = settings_of(start, lora, models.flux_config, notify)
     if lora.rank is None:
@@ -64,16 +77,11 @@ def resolve(
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is {why} and is the same in every program")
     sizes = Counter(lora.adapted().layers(matrices(models.flux_config)).values())
     if len(sizes) > 1:
-        notify(
-            "LoRA: " + ", ".join(f"{plural(n, 'layer')} of rank {s.rank}, alpha {s.alpha:g}" for s, n in sizes.items())
-        )
-    training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
+        each = (f"{plural(n, 'layer')} of rank {s.rank}, alpha {s.alpha:g}" for s, n in sizes.items())
+        notify(f"LoRA: {', '.join(each)}")
+    check_variants(lora, training)
+    training, output = resolve_steps(training, config.output, epoch, notify)
     training = resolve_validation(training, data, scanned, notify)
-    if lora.plus_ratio != 1 and re.search("prodigy|dadapt", training.optimizer, re.IGNORECASE):
-        raise WrongRequest(
-            f"lora.plus_ratio sets two learning rates, and {training.optimizer} finds one of its own; leave plus_ratio "
-            "out, or choose another --optimizer"
-        )
     training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)
@@ -90,13 +98,15 @@ def resolve(
     if training.loss != "l2" or training.weighting != "none":
         notify(f"loss {training.loss}, weighting {training.weighting}: validation is the squared error all the same")
     training = resolve_schedule(training)
+    check_preservation(training, data, lora)
     name = output.name or next((f.trigger for f in data.folders if f.trigger), None) or data.folders[0].path.name
     name = _file_name(name)
     output = replace(output, name=name, out=output.out or Path("runs") / name)
     if any(cast(Path, output.out).resolve() == f.path for f in (*data.folders, *data.validation)):
         raise WrongRequest(f"{output.out} is a folder of images; choose another folder for the run with --out")
     config = replace(config, data=data, lora=lora, training=training, output=output)
-    if longest := models.use_captions({text for example in scanned.examples for text in example.texts}):
+    captions = {text for example in scanned.examples for text in example.texts}
+    if longest := models.use_captions(captions | {*class_captions(config, scanned).values()}):
         notify(f"text mask: captions have up to {longest} of {models.t5_length} T5 tokens; their padding is masked")
     resolve_format(config, models, notify)
     for line in caveats(models):
@@ -162,11 +172,13 @@ def resolve_steps(
         notify(f"saves every {plural(every, 'step')}: {per_epoch:g} an epoch")
     if training.steps is None:
         images, at_once = max(1, epoch.images), epoch.seen / max(1, epoch.batches) * training.accumulate
-        seen = min(3000, max(1000, 100 * images))
+        preset = preset_of(training)
+        seen = preset.seen if preset else min(3000, max(1000, 100 * images))
         training = replace(training, steps=math.ceil(seen / at_once))
         times = cast(int, training.steps) * at_once / images
         why = f"each of {plural(images, 'image')} is seen {times:.4g} times on average"
-        notify(f"steps {training.steps}: {why}{f', {at_once:.3g} a step' if at_once != 1 else ''}")
+        why += f", {at_once:.3g} a step" if at_once != 1 else ""
+        notify(f"steps {training.steps}: {f'{preset.why}; ' if preset else ''}{why}")
     return training, output
 
 
@@ -223,9 +235,18 @@ def resolve_optimizer(training: TrainingConfig, notify: Notify) -> TrainingConfi
     """`training` with a learning rate. Raises WrongRequest for an optimizer that is not there, or wrong arguments."""
     library = library_of(training.optimizer)
     library.check(parse_arguments(training.optimizer_args))
+    if not library.takes_decay():
+        notify(f"weight decay: none, as {training.optimizer} takes none")
+    if training.schedule != "constant" and library.averages():
+        raise WrongRequest(
+            f"{training.optimizer} averages weights in place of a schedule, which --schedule {training.schedule} would "
+            "defeat; leave --schedule out"
+        )
     if training.learning_rate is not None:
         return training
     learning_rate, reason = library.default_rate()
+    if preset_of(training) and library.rate == LEARNING_RATE:  # other optimizers have learning rates of their own
+        reason = LEARNING_RATE_REASON
     notify(f"learning rate {learning_rate:g}: {reason}")
     return replace(training, learning_rate=learning_rate)
 
@@ -245,7 +266,41 @@ def resolve_schedule(training: TrainingConfig) -> TrainingConfig:
             f"{training.schedule_cycles} cycles of the schedule do not fit into {steps - warmup:g} steps; lower "
             "training.schedule_cycles or raise --steps"
         )
+    if training.schedule == "wsd" and (falls := training.schedule_decay * (steps - warmup)) < 1:
+        raise WrongRequest(
+            f"a schedule that falls within {falls:.2g} steps never does; raise training.schedule_decay or --steps"
+        )
     return replace(training, warmup=float(warmup))
+
+
+def check_variants(lora: LoraConfig, training: TrainingConfig) -> None:
+    """Raise WrongRequest for variants of LoRA that the optimizer contradicts."""
+    if lora.plus_ratio != 1 and re.search("prodigy|dadapt", training.optimizer, re.IGNORECASE):
+        raise WrongRequest(
+            f"lora.plus_ratio sets two learning rates, and {training.optimizer} finds one of its own; leave plus_ratio "
+            "out, or choose another --optimizer"
+        )
+    if (lora.ema or lora.max_norm) and library_of(training.optimizer).averages():
+        raise WrongRequest(
+            f"{training.optimizer} averages the weights itself; leave lora.{'ema' if lora.ema else 'max_norm'} out, or "
+            "choose another --optimizer"
+        )
+
+
+def check_preservation(training: TrainingConfig, data: DataConfig, lora: LoraConfig) -> None:
+    """Raise WrongRequest for a class to preserve that nothing can be put in place of."""
+    if (name := training.preserve_class) is None:
+        return
+    triggers = [folder.trigger for folder in data.folders if folder.trigger]
+    if not triggers:
+        raise WrongRequest(f"--preserve-class {name} takes the place of the trigger in captions; give a --trigger")
+    if not name.strip() or name.strip().casefold() in map(str.casefold, triggers):
+        raise WrongRequest(f"--preserve-class {name!r} must name what the trigger is one of, like person")
+    if lora.text_encoder:
+        raise WrongRequest(
+            "--preserve-class compares with the base model, which needs its own CLIP-L beside the one that trains; "
+            "leave out --text-encoder"
+        )
 
 
 def check_text_encoder(config: TrainConfig, models: Models) -> None:

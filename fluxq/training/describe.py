@@ -18,7 +18,7 @@ from fluxq.formats.lora.metadata import lora_metadata
 from fluxq.models.parts import Models
 
 from .losses import HUBER
-from .timesteps import SIGMOIDS
+from .timesteps import USED_BY
 
 Metadata = Callable[[int, float, float], dict[str, str]]
 """(step, started, finished) -> the LoRA's metadata at that step; times in seconds since 1970."""
@@ -92,14 +92,15 @@ def objective_metadata(training: TrainingConfig) -> dict[str, str]:
     }
     if training.loss in HUBER:
         values |= {"ss_huber_c": training.huber_c, "ss_huber_schedule": training.huber_schedule}
-    if training.timesteps in SIGMOIDS:
-        values |= {"ss_sigmoid_scale": training.sigmoid_scale}
-    if training.timesteps == "logit_normal":
-        values |= {"ss_logit_mean": training.logit_mean, "ss_logit_std": training.logit_std}
-    if training.timesteps == "mode":
-        values |= {"ss_mode_scale": training.mode_scale}
+    values |= {
+        f"ss_{name}": getattr(training, name)
+        for name, modes in USED_BY.items()
+        if training.timesteps in modes and name != "shift"  # which lora_metadata writes
+    }
     if (training.min_timestep, training.max_timestep) != (0, 1):
         values |= {"fluxq_timestep_range": f"{training.min_timestep:g} to {training.max_timestep:g}"}
+    if training.preserve_class is not None:
+        values |= {f"fluxq_preserve_{name}": getattr(training, f"preserve_{name}") for name in ("class", "weight")}
     return {key: str(value) for key, value in values.items()}
 
 

@@ -48,6 +48,7 @@ def kind_of(config: TrainConfig, models: Models, placement: Placement) -> str:
             "format": [models.format, models.compute],
             "sizes": [*largest_batch(config, models), models.text_tokens, training.accumulate],
             "lora": [str(lora.adapted()), lora.dropout > 0, lora.text_encoder, training.optimizer],
+            "passes": 1 if training.preserve_class is None else 3,
             "resident": placement.resident and len(placement.resident),
             "plan": [placement.slots, policies if isinstance(policies, str) else list(policies), placement.offload],
         },

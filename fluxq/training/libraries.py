@@ -8,9 +8,8 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
-import math
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +19,7 @@ from torch import nn
 from fluxq.config import OPTIMIZERS
 from fluxq.console import quiet_imports
 from fluxq.errors import WrongRequest, first_line
-from fluxq.model.costs import OPTIMIZER_PART, OPTIMIZER_PART_BYTES
+from fluxq.model.costs import OPTIMIZER_COSTS, OTHER_OPTIMIZER, OptimizerCost
 
 MIN_8_BITS = 4096
 """Numbers in a tensor from which bitsandbytes keeps its state in 8 bits; that of smaller ones stays in fp32."""
@@ -37,7 +36,7 @@ class Library:
 
     path: package.module.Class. rate: the default learning rate, for the `reason`; None: the library's own. arguments:
     for the class. is_elementwise: it updates every number by itself, or by sums over all of them, so that one tensor
-    can stand for many, of up to `most` numbers. temporary: bytes that an update of such a tensor needs per number.
+    can stand for many, of up to `cost.most` numbers.
     """
 
     path: str
@@ -45,12 +44,23 @@ class Library:
     reason: str = ""
     arguments: Mapping[str, Any] = field(default_factory=dict)
     is_elementwise: bool = False
-    most: float = math.inf
-    temporary: int = 0
+    cost: OptimizerCost = OTHER_OPTIMIZER
 
     @property
     def package(self) -> str:
         return self.path.partition(".")[0]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether its state is in bitsandbytes' blocks of 8-bit numbers, over one tensor for many."""
+        return self.package == "bitsandbytes" and self.is_elementwise
+
+    def averages(self, kind: Any = None) -> bool:
+        """Whether it averages weights in place of a schedule: then it has one mode to train and one to evaluate.
+
+        kind: the class or an optimizer of it, if it is loaded.
+        """
+        return self.package not in REQUIRED and callable(getattr(kind or self.load(), "eval", None))
 
     def load(self) -> type[torch.optim.Optimizer]:
         """The class. Raises WrongRequest, with what to install, if it cannot be imported."""
@@ -91,35 +101,42 @@ class Library:
         """An optimizer of `tensors`. Raises WrongRequest if it does not take the `arguments`."""
         kind = uncompiled(self.load())
         accepted = inspect.signature(kind).parameters
-        options = {"weight_decay": decay} if "weight_decay" in accepted else {}
+        options = {"weight_decay": decay} if self.takes_decay() else {}
         if "foreach" in accepted:
             options["foreach"] = False  # which needs temporary memory for one tensor, not for all
         try:
-            return kind(tensors, lr=rate, **(options | dict(self.arguments) | dict(arguments)))  # type: ignore[call-arg]
+            made = kind(tensors, lr=rate, **(options | dict(self.arguments) | dict(arguments)))  # type: ignore[call-arg]
         except (TypeError, ValueError, AssertionError) as error:
             raise WrongRequest(f"{self.path} does not take its arguments: {first_line(error)}") from error
+        if ignored := [name for name in arguments if name not in accepted and name not in made.defaults]:
+            known = ", ".join(name for name, p in accepted.items() if p.kind != p.VAR_KEYWORD and name != "params")
+            raise WrongRequest(f"{self.path} ignores {', '.join(ignored)}; it takes {known}")
+        return made
+
+    def takes_decay(self) -> bool:
+        """Whether the class has a weight decay."""
+        return self in LIBRARIES.values() or "weight_decay" in inspect.signature(self.load()).parameters
 
 
-LIBRARIES = {
-    "adamw": Library(
-        "torch.optim.AdamW", 1e-4, "the usual one if alpha equals rank", {"foreach": None}, True, math.inf, 4
-    ),
-    "adamw8bit": Library("bitsandbytes.optim.AdamW8bit", 1e-4, "the usual one if alpha equals rank", {}, True),
-    "lion8bit": Library(
-        "bitsandbytes.optim.Lion8bit", 3e-5, "a third of AdamW's, since Lion moves every weight by all of it", {}, True
-    ),
-    "adamw4bit": Library("torchao.optim.AdamW4bit", 1e-4, AS_ADAMW, {}, True, OPTIMIZER_PART, OPTIMIZER_PART_BYTES),
-    "adamwfp8": Library("torchao.optim.AdamWFp8", 1e-4, AS_ADAMW, {}, True, OPTIMIZER_PART, OPTIMIZER_PART_BYTES),
-    "adafactor": Library(
-        "transformers.optimization.Adafactor", 1e-4, AS_ADAMW, {"scale_parameter": False, "relative_step": False}
-    ),
-    "muon": Library("torch.optim.Muon", 1e-4, AS_ADAMW, {"adjust_lr_fn": "match_rms_adamw"}),
-    "prodigy": Library(
-        "pytorch_optimizer.Prodigy", 1.0, "Prodigy finds its own, and multiplies it by this", {}, True, math.inf, 8
-    ),
+_ALPHA = "the usual one if alpha equals rank"
+_THIRD = "a third of AdamW's, since Lion moves every weight by all of it"
+_OWN = "Prodigy finds its own, and multiplies it by this"
+_LARGER = "twice AdamW's; its authors' README: 1 to 10 times that of a schedule"
+_FIXED, _SCALED = {"scale_parameter": False, "relative_step": False}, {"adjust_lr_fn": "match_rms_adamw"}
+_KNOWN = {
+    "adamw": Library("torch.optim.AdamW", 1e-4, _ALPHA, {"foreach": None}, True),
+    "adamw8bit": Library("bitsandbytes.optim.AdamW8bit", 1e-4, _ALPHA, {}, True),
+    "lion8bit": Library("bitsandbytes.optim.Lion8bit", 3e-5, _THIRD, {}, True),
+    "adamw4bit": Library("torchao.optim.AdamW4bit", 1e-4, AS_ADAMW, {}, True),
+    "adamwfp8": Library("torchao.optim.AdamWFp8", 1e-4, AS_ADAMW, {}, True),
+    "adafactor": Library("transformers.optimization.Adafactor", 1e-4, AS_ADAMW, _FIXED),
+    "muon": Library("torch.optim.Muon", 1e-4, AS_ADAMW, _SCALED),
+    "prodigy": Library("pytorch_optimizer.Prodigy", 1.0, _OWN, {}, True),
     "came": Library("pytorch_optimizer.CAME", 1e-4, AS_ADAMW),
+    "schedulefree_adamw": Library("pytorch_optimizer.ScheduleFreeAdamW", 2e-4, _LARGER, {}, True),
 }
-assert tuple(LIBRARIES) == OPTIMIZERS
+LIBRARIES = {name: replace(library, cost=OPTIMIZER_COSTS[name]) for name, library in _KNOWN.items()}
+assert tuple(LIBRARIES) == OPTIMIZERS and LIBRARIES.keys() == OPTIMIZER_COSTS.keys()
 
 
 def library_of(name: str) -> Library:
@@ -148,7 +165,8 @@ def allocate_state(library: Library, inner: Any, tensors: Sequence[nn.Parameter]
     if library.package == "pytorch_optimizer" and hasattr(inner, "init_group"):
         for p in tensors:
             p.grad = torch.zeros_like(p)
-        inner.init_group(group)
+        with torch.no_grad():  # or copies of weights would have a history
+            inner.init_group(group)
         for p in tensors:
             p.grad = None
     for p in tensors:

@@ -6,19 +6,23 @@ purpose, number, example), so stopping and resuming changes nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fluxq.caching.batches import Batch
-from fluxq.config import TrainingConfig
-from fluxq.flow import conditioning, flow_loss, sample_noise, validation_losses
+from fluxq.config import TrainConfig, TrainingConfig
+from fluxq.data.captions import in_class
+from fluxq.data.examples import Scan
+from fluxq.flow import conditioning, flow_loss, sample_noise, validation_losses, velocity
 from fluxq.kernels.dropout import dropping
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
+from fluxq.model.lora import lora_strength
 from fluxq.model.modulation import Conditioning, Lookahead, sent
 
 from .dropout import Dropout
@@ -46,6 +50,13 @@ class NumberedBatches(Protocol):
 class Objective:
     """The loss of `flux` on `batches`, with `dropout` of its LoRA. With `clip`, a CLIP-L that trains, pooled vectors
     come from it as it is now.
+
+    in_class: the same batches with the name of a class in place of the trigger. For those captions the output is held
+    to that of the base model, which is differential output preservation: at the noise and timesteps of the micro-step,
+
+        loss + preserve_weight * mean over the images of |v(x_t, t, class) - v(x_t, t, class) without LoRA|^2
+
+    where an image without a trigger, so with the same caption in both, counts 0 in the second mean.
     """
 
     def __init__(
@@ -55,21 +66,35 @@ class Objective:
         training: TrainingConfig,
         clip: Clip | None = None,
         dropout: Dropout | None = None,
+        in_class: NumberedBatches | None = None,
     ) -> None:
-        self.flux, self.batches, self.training, self.clip, self.dropout = flux, batches, training, clip, dropout
+        self.flux, self.batches, self.training, self.clip = flux, batches, training, clip
+        self.dropout, self.in_class = dropout, in_class
         self._lookahead: Lookahead | None = None
+        self._class_lookahead: Lookahead | None = None
         self._prepared: tuple[int, Batch, Tensor, Tensor] | None = None
 
-    def loss(self, index: int) -> Tensor:
-        """The mean loss of micro-step `index`, with modulation that was computed ahead wherever that is possible.
+    def terms(self, index: int) -> Iterator[Tensor]:
+        """What adds up to the loss of micro-step `index`. Run each backward before the next, so that memory holds one.
 
-        Modulation is first computed when this is first called, so the model must have its rotations by then.
+        Modulation is computed ahead wherever that is possible, and first when this is first called, so the model must
+        have its rotations by then.
         """
         if self._lookahead is None:
             self._lookahead = Lookahead(self.flux, self.conditioning, self.batches.largest)
-        rows, examples = self._lookahead.rows(index), len(self.batches.examples_of(index))
-        with dropping(None if self.dropout is None else self.dropout.drawn(index, examples)):
-            return self._loss(index, rows)
+        inputs, modulation = self._taken(index), self._lookahead.rows(index)
+        dropped = None if self.dropout is None else self.dropout.drawn(index, len(inputs[0].examples))
+        with dropping(dropped):
+            loss = self._loss(inputs, modulation)
+        yield loss
+        with dropping(dropped):
+            kept = self._preservation(index, *inputs)
+        if kept is not None:
+            yield self.training.preserve_weight * kept
+
+    def loss(self, index: int) -> Tensor:
+        """The mean loss of micro-step `index`, without preservation."""
+        return next(self.terms(index))
 
     def share(self, index: int) -> float:
         """How full micro-step `index` is: 1, or less for the last batch of a bucket and smaller batches of a folder."""
@@ -87,11 +112,14 @@ class Objective:
     def calibration(self) -> None:
         """Forward passes of the first micro-steps, with modulation computed in the step, so every layer sees inputs."""
         for index in range(CALIBRATION_BATCHES):
-            self._loss(index, None)
+            self._loss(self._taken(index), None)
 
     def conditioning(self, index: int) -> Conditioning:
         """The timesteps, pooled vectors and guidance of micro-step `index`."""
-        return conditioning(self.flux, self._timesteps(index), self.batches.pooled_of(index), self.training.guidance)
+        return self._conditioning(self.batches.pooled_of, index)
+
+    def _conditioning(self, pooled_of: Callable[[int], Tensor], index: int) -> Conditioning:
+        return conditioning(self.flux, self._timesteps(index), pooled_of(index), self.training.guidance)
 
     def validation(self, batches: Iterable[Batch]) -> Tensor:
         """The squared errors (times, images) at fixed timesteps and noise, whatever loss is trained with."""
@@ -104,14 +132,41 @@ class Objective:
         captions = batch.captions or [""] * len(t)
         return "; ".join(f"{n} ({c!r}) at t = {t:.3f}" for n, c, t in zip(batch.examples, captions, t, strict=True))
 
-    def _loss(self, index: int, modulation: tuple[Tensor, ...] | None) -> Tensor:
+    def _taken(self, index: int) -> tuple[Batch, Tensor, Tensor]:
+        """`_inputs(index)`, which may have been prepared."""
         prepared, self._prepared = self._prepared, None
         if prepared is None or prepared[0] != index:  # the first, or one that is repeated
-            prepared = index, *self._inputs(index)
-        _, batch, noise, t = prepared
+            return self._inputs(index)
+        return prepared[1:]
+
+    def _loss(self, inputs: tuple[Batch, Tensor, Tensor], modulation: tuple[Tensor, ...] | None) -> Tensor:
+        batch, noise, t = inputs
         batch, guidance = self._with_pooled(batch), self.training.guidance
         given = self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation, batch.txt_mask
         return flow_loss(*given, batch.weights, partial(weighted_error, self.training)).mean()
+
+    def _preservation(self, index: int, batch: Batch, noise: Tensor, t: Tensor) -> Tensor | None:
+        """How far LoRA moves the output for the captions with the class; None if no image has a trigger."""
+        if self.in_class is None:
+            return None
+        other, device, guidance = self.in_class.batch(index), self.flux.device, self.training.guidance
+        counts = torch.tensor([a != b for a, b in zip(batch.captions, other.captions, strict=True)])
+        if not counts.any():
+            return None
+        pooled_of = self.in_class.pooled_of
+        if self._class_lookahead is None:
+            known = partial(self._conditioning, pooled_of)
+            self._class_lookahead = Lookahead(self.flux, known, self.batches.largest)
+        # what trains depends on LoRA, so it is computed in each pass
+        modulation = None if self.flux.trains_modulation else self._class_lookahead.rows(index)
+        txt, pooled, counts = (sent(x, device) for x in (other.txt, other.pooled, counts))
+        mix = t[:, None, None, None]
+        x = (1 - mix) * batch.latents + mix * noise
+        given = self.flux, x, t, txt, pooled, guidance, modulation, other.txt_mask
+        self.flux.ring.announce(self.flux.blocks_units)  # a forward pass without a backward pass
+        with torch.no_grad(), lora_strength(self.flux, 0.0):
+            base = velocity(*given)
+        return ((velocity(*given) - base).square().mean(dim=(1, 2, 3)) * counts).mean()
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
         """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""
@@ -129,3 +184,13 @@ class Objective:
 
     def _with_pooled(self, batch: Batch) -> Batch:
         return batch if self.clip is None else replace(batch, pooled=self.clip.pooled(batch.captions))
+
+
+def class_captions(config: TrainConfig, scanned: Scan) -> dict[str, str]:
+    """Caption -> the caption with `preserve_class` in place of the trigger; {} without a class to preserve."""
+    if (name := config.training.preserve_class) is None:
+        return {}
+    trained = {folder.path for folder in config.data.folders}
+    examples = [example for example in scanned.examples if example.folder.path in trained]
+    pairs = {text: in_class(text, e.folder.trigger, name.strip()) for e in examples for text in e.texts}
+    return {text: other for text, other in pairs.items() if text != other}

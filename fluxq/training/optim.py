@@ -86,6 +86,7 @@ class FlatOptimizer(Uncompiled):
         ]
         for group in self.param_groups:
             group["initial_lr"] = group["lr"]  # which schedules multiply
+        self._trained: dict[Tensor, Tensor] = {}  # inside `evaluating`: the parameters as training has them
         for flat in self.flats:
             self.state.update(zip(flat.parameters, flat.states(), strict=True))
 
@@ -96,6 +97,32 @@ class FlatOptimizer(Uncompiled):
             for flat in self.flats:
                 stack.enter_context(flat.unchanged())
             yield
+
+    @contextmanager
+    def evaluating(self) -> Iterator[None]:
+        """Inside, the parameters are the weights to use: what is saved, previewed and validated.
+
+        Schedule-free optimizers train other weights than they average (Defazio et al. 2024); for all others these are
+        the same. After it the parameters have the bits that they had, which `trained` gives inside too.
+        """
+        swapped = [flat for flat in self.flats if flat.library.averages(flat.inner)]
+        kept = [flat.values.detach().to("cpu", copy=True) for flat in swapped]  # which takes no GPU memory
+        with self.changing, torch.no_grad():
+            for flat, values in zip(swapped, kept, strict=True):
+                self._trained.update(zip(flat.parameters, flat.parts(values), strict=True))
+                flat.inner.eval()
+        try:
+            yield
+        finally:
+            with self.changing, torch.no_grad():
+                for flat, values in zip(swapped, kept, strict=True):
+                    flat.inner.train()
+                    flat.values.copy_(values)
+                self._trained.clear()
+
+    def trained(self, parameter: Tensor) -> Tensor:
+        """The weights of `parameter` that training goes on from; the caller holds `changing`."""
+        return self._trained.get(parameter, parameter.detach())
 
     def gather(self) -> None:
         """Move the gradients of the parameters into those of the flat tensors, which `step` uses."""
@@ -169,10 +196,12 @@ class _FlatUpdate(Flat):
         self.updated = [self.values] if library.is_elementwise else self.parameters
         if library is LIBRARIES["adamw"]:
             arguments = {"fused": self.values.is_cuda, **arguments}
-        if library.package == "bitsandbytes" and library.is_elementwise and not _has_8_bits(parameters[0]):
+        if library.has_blocks and not _has_8_bits(parameters[0]):
             arguments = {"min_8bit_size": self.values.numel() + 1, **arguments}
         self.inner: Any = library.make(self.updated, group["lr"], group["weight_decay"], arguments)
         allocate_state(library, self.inner, self.updated)
+        if library.averages(self.inner):
+            self.inner.train()
         own = self.inner.param_groups[0]
         group.update({key: value for key, value in own.items() if key not in group and not isinstance(value, Tensor)})
 
@@ -244,7 +273,7 @@ class _FlatUpdate(Flat):
         if not self.library.is_elementwise:
             for p, gradient in zip(self.parameters, self.parts(cast(Tensor, self.values.grad)), strict=True):
                 p.grad = gradient
-        if self.library.package == "bitsandbytes" and self.library.is_elementwise:
+        if self.library.has_blocks:
             self.inner.update_step(own, self.values, 0, 0)  # `step` would wait for the GPU after every tensor
         else:
             with torch.compiler.set_stance("force_eager") if self.library.package == "torchao" else nullcontext():
@@ -279,13 +308,13 @@ def _require_savable(library: Library, key: str, value: Any) -> None:
 
 def _parts(library: Library, parameters: Sequence[nn.Parameter]) -> list[list[nn.Parameter]]:
     """`parameters` by the flat tensors that hold them: those whose states have as many bits, up to `most` numbers."""
-    eight = [_has_8_bits(p) or library.package != "bitsandbytes" or not library.is_elementwise for p in parameters]
+    eight = [_has_8_bits(p) or not library.has_blocks for p in parameters]
     parts: list[list[nn.Parameter]] = []
     for bits in (True, False):
         numbers = math.inf
         for p in (p for p, has in zip(parameters, eight, strict=True) if has == bits):
             numbers += p.numel()
-            if numbers > library.most or math.isinf(numbers):
+            if numbers > library.cost.most or math.isinf(numbers):
                 parts.append([])
                 numbers = p.numel()
             parts[-1].append(p)
@@ -298,9 +327,9 @@ def _has_8_bits(p: nn.Parameter) -> bool:
 
 
 class Minimized(Protocol):
-    """What is minimized: the loss of each micro-step by its number, and what can be done for it ahead."""
+    """What is minimized: the terms of each micro-step's loss by its number, and what can be done for it ahead."""
 
-    def loss(self, index: int) -> Tensor: ...
+    def terms(self, index: int) -> Iterable[Tensor]: ...
     def share(self, index: int) -> float: ...
     def prepare(self, index: int) -> None: ...
 
@@ -323,10 +352,12 @@ def optimizer_step(
     optimizer.zero_grad()  # an attempt that ran out of memory may have left some
     with optimizer.rounding():
         for index in range(step * accumulate, after):
-            loss = objective.loss(index)
             shares.append(objective.share(index))
-            (loss / (accumulate / shares[-1])).backward()
-            losses.append(loss.detach())
+            terms = []
+            for term in objective.terms(index):  # the next one is computed after this one's backward pass
+                (term / (accumulate / shares[-1])).backward()
+                terms.append(term.detach())
+            losses.append(sum(terms[1:], terms[0]))
     optimizer.gather()
     scaled = optimizer.max_norm.scaled if optimizer.max_norm else None
     read = torch.stack([*losses, optimizer.clip(clip), *([] if scaled is None else [scaled.to(losses[0])])])
@@ -352,7 +383,7 @@ def update(optimizer: FlatOptimizer) -> None:
     Raises WrongRequest if memory runs out in the middle all the same: then only some weights are updated, and the run
     cannot continue from them.
     """
-    needed = [flat.library.temporary * flat.values.numel() for flat in optimizer.flats]
+    needed = [flat.library.cost.temporary * flat.values.numel() for flat in optimizer.flats]
     needed += [] if optimizer.max_norm is None else [optimizer.max_norm.temporary]
     if optimizer.flats and max(needed):
         torch.empty(max(needed), dtype=torch.uint8, device=optimizer.flats[0].values.device)

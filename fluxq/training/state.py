@@ -101,7 +101,7 @@ class Progress:
 def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], optimizer: FlatOptimizer) -> None:
     """Save what `load_state` reads."""
     saved = optimizer.state_dict()
-    tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
+    tensors: dict[str, Tensor] = {f"lora.{name}": optimizer.trained(p) for name, p in _parameters(layers).items()}
     if (average := optimizer.average) is not None:
         own = average.of_parameters()
         tensors |= {f"average.{name}": own[p] for name, p in _parameters(layers).items()}

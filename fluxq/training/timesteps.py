@@ -31,6 +31,14 @@ SIGMOIDS, SIGMAS = ("sigmoid", "shift", "flux_shift"), ("sigma", "logit_normal",
 SHIFTED = ("shift", *SIGMAS)
 """The modes that use `shift`."""
 NORMAL = (*SIGMOIDS, "logit_normal")
+USED_BY = {
+    "shift": SHIFTED,
+    "sigmoid_scale": SIGMOIDS,
+    "logit_mean": ("logit_normal",),
+    "logit_std": ("logit_normal",),
+    "mode_scale": ("mode",),
+}
+"""Setting -> the modes that use it."""
 LEVELS = 1000
 
 

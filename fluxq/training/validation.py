@@ -30,6 +30,7 @@ from fluxq.memory.retry import OutOfMemoryRetry
 from fluxq.model.lora import lora_strength
 
 from .objective import Objective
+from .optim import FlatOptimizer
 from .report import Report
 from .run import Run
 from .saves import Saves, is_due
@@ -74,9 +75,16 @@ class Validation:
     """Of `run`, whose `progress` holds what it finds."""
 
     def __init__(
-        self, run: Run, progress: Progress, objective: Objective, sets: Sets, retry: OutOfMemoryRetry, notify: Notify
+        self,
+        run: Run,
+        progress: Progress,
+        objective: Objective,
+        optimizer: FlatOptimizer,
+        sets: Sets,
+        retry: OutOfMemoryRetry,
+        notify: Notify,
     ) -> None:
-        self.run, self.progress, self.objective, self.sets = run, progress, objective, sets
+        self.run, self.progress, self.objective, self.optimizer, self.sets = run, progress, objective, optimizer, sets
         self.retry, self.notify = retry, notify
 
     def begin(self, resume: bool) -> None:
@@ -153,7 +161,8 @@ class Validation:
         """The losses with the weights that would be saved now, and the seconds that it took."""
         began = time.perf_counter()
         work = partial(measured, self.objective, self.sets, step)
-        found = self.retry.run("validation", work, training=False)
+        with self.optimizer.evaluating():
+            found = self.retry.run("validation", work, training=False)
         return found, time.perf_counter() - began
 
 

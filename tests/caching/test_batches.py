@@ -198,6 +198,19 @@ def test_dropped_captions_are_the_empty_one_at_their_rate_and_address(store):
     torch.testing.assert_close(batches.pooled_of(dropped[0])[place], torch.full((6,), 4.0))
 
 
+def test_captions_in_place_of_others_come_with_the_same_images_and_are_never_dropped(store):
+    dataset = varied(store, caption_dropout=0.3, text=("caption0", "caption2"))
+    plain = Batches(dataset, store, 2, seed=1)
+    other = Batches(dataset, store, 2, seed=1, in_place={"caption0": "caption5", "caption2": "caption6"})
+    drawn, undropped = seen(plain, "photos/0.png", 60), seen(other, "photos/0.png", 60)
+    pairs = {(caption, undropped[index]) for index, caption in drawn.items()}
+    assert pairs == {("caption 0", "caption 5"), ("caption 2", "caption 6")} | {
+        ("caption 4", "caption 5"),
+        ("caption 4", "caption 6"),
+    }
+    assert seen(plain, "photos/1.png", 60) == seen(other, "photos/1.png", 60)
+
+
 def test_every_nth_epoch_is_without_captions(store):
     batches = Batches(varied(store, caption_dropout_epochs=3), store, 1, seed=1)
     epochs = {index // 2 + 1: caption for index, caption in seen(batches, "photos/0.png", 18).items()}

@@ -31,7 +31,8 @@ OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
     "--text-encoder --text-lr --epochs --save-every-epochs --optimizer-args --validate-every --early-stopping "
     "--accumulate --lr --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
-    "--overwrite --config --set --help-all --json",
+    "--overwrite --config --set --help-all --json --preset --preserve-class",
+    "init": "--preset --trigger --models --out --file --overwrite --json",
     "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --help-all --json",
     "sample": f"{MODEL} --base-lora --prompt --width --height --steps --guidance --cfg --negative --seed --lora "
     "--strength --grid --vram --resident-units --blocks-to-swap --slots --cache --out --config --set --help-all --json",

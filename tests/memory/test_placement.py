@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -139,6 +140,20 @@ def test_a_gpu_gets_a_plan_within_its_budget(a_4060ti):
 def test_pins_are_kept(a_4060ti):
     pinned = planned(policy="recompute", blocks_to_swap=20, slots=4)
     assert (set(pinned.policies), len(pinned.resident), pinned.slots) == ({"recompute"}, 36, 4)
+
+
+def test_what_is_preserved_takes_time_and_the_memory_of_gradients_that_wait(a_4060ti):
+    said: dict[str | None, str] = {}
+    for name in (None, "dog"):
+        training, memory = {"steps": 9000, "preserve_class": name}, {"policy": "recompute", "resident_units": 9}
+        values = {"data": {"resolution": 512, "folders": ["x"]}, "training": training, "memory": memory}
+        lines: list[str] = []
+        placed = place(config_from_dict(values, "a test"), Full(), lines.append)
+        assert placed.budget is not None and placed.budget.costs.accumulates == (name is not None)
+        said[name] = lines[-1]
+    assert said["dog"].endswith("; --preserve-class makes that 2.4 times as long")
+    plain, dog = (re.search(r"to take (\d+)h(\d+)m", said[name]).groups() for name in (None, "dog"))
+    assert 60 * int(dog[0]) + int(dog[1]) == pytest.approx(2.4 * (60 * int(plain[0]) + int(plain[1])), rel=0.02)
 
 
 @pytest.mark.slow

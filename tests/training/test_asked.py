@@ -72,6 +72,12 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
             "--schedule wsd does not use it",
         ),
         ({"training": {"schedule_floor": 0.1}}, models(), "training.schedule_floor", "constant does not fall"),
+        (
+            {"training": {"weight_decay": 0.1, "optimizer": "torch.optim.Rprop"}},
+            models(),
+            "training.weight_decay",
+            "training.weight_decay has no effect here: torch.optim.Rprop has none",
+        ),
         ({"output": {"keep": 2, "save_every": 0}}, models(), "output.keep", "no LoRA is saved before the end"),
         ({"training": {"validate_every": 5}}, models(), "training.validate_every", "--validate-every .* are held out"),
         (

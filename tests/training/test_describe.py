@@ -32,6 +32,15 @@ from fluxq.training.describe import objective_metadata, variant_metadata
                 "ss_mode_scale": "1.29",
             },
         ),
+        (
+            TrainingConfig(timesteps="uniform", preserve_class="dog", preserve_weight=0.5),
+            {
+                "ss_loss_type": "l2",
+                "ss_weighting_scheme": "none",
+                "fluxq_preserve_class": "dog",
+                "fluxq_preserve_weight": "0.5",
+            },
+        ),
     ],
 )
 def test_metadata_has_what_the_objective_uses(training, said):

@@ -77,6 +77,10 @@ def test_a_warmup_is_a_share_of_all_steps_or_a_number_of_them():
         ({"warmup": 9}, "a warm-up of 9 steps does not fit into 9; lower --warmup or raise --steps"),
         ({"warmup": 0.99}, "a warm-up of 9 steps does not fit into 9"),
         ({"warmup": 3, "schedule": "cosine", "schedule_cycles": 7}, "7 cycles of the schedule do not fit into 6 steps"),
+        (
+            {"schedule": "wsd", "schedule_decay": 0.1},
+            "a schedule that falls within 0.9 steps never does; raise training.",
+        ),
     ],
 )
 def test_a_schedule_that_does_not_fit_into_the_run_is_refused(settings, sentence):
