@@ -186,6 +186,21 @@ class LoraConfig:
         "--lora-format",
         ("kohya", "diffusers", "comfy", "peft"),
     )
+    init: str = option(
+        "plain",
+        "How the LoRA starts: plain is random and zero; loftq corrects part of what quantizing has changed; lora_ga "
+        "starts along the gradients of the first batches, and saves twice the rank; default: plain.",
+        "--lora-init",
+        ("plain", "loftq", "lora_ga"),
+    )
+    init_batches: int = option(
+        16, "For init = lora_ga: how many of the first batches its gradients are averaged over; default: 16.", minimum=1
+    )
+    keep_correction: bool = option(
+        False,
+        "For init = loftq: save the LoRA with the correction in it, for use on weights quantized as in training; "
+        "default: without it, at twice the rank, for use on any weights.",
+    )
 
 
 OPTIMIZERS = (

@@ -23,6 +23,7 @@ from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.chunks import chunk_of
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
+from fluxq.model.start import planned_rank
 from fluxq.models.parts import Models
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
@@ -152,7 +153,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         models.flux_config,
         format or models.format,
         models.compute,
-        config.lora.rank or DEFAULT_RANK,
+        planned_rank(config.lora.init, config.lora.rank or DEFAULT_RANK),
         config.lora.targets or DEFAULT_TARGETS,
         largest_batch(config, models)[0],
         (size // 16) ** 2,

@@ -248,6 +248,15 @@ class Models:
                 notify(f"{lora.path.name}: {note}")
         return MergedSource(source, combined([(lora.adapters, strength) for lora, strength in loras]))
 
+    def original(self) -> Source[FluxConfig]:
+        """The transformer's weights as they were before quantizing, with `base_loras` merged in.
+
+        Raises WrongRequest if its file has only quantized ones.
+        """
+        if self.quantized is not None:
+            raise WrongRequest(f"{self.flux_file} holds only quantized weights; name the file that it was made from")
+        return self._merged()
+
     @property
     def is_quantized(self) -> bool:
         """Whether the transformer needs no quantizing: it was quantized before, or it stays in bf16."""

@@ -280,15 +280,15 @@ class Run:
 
         Also removes the oldest LoRAs if there are more than `output.keep`, without those of runs that were finished.
         """
-        path, alpha = self.lora_file(step), cast(float, self.config.lora.alpha)
+        path, lora = self.lora_file(step), self.config.lora
+        alpha = cast(float, lora.alpha)
         if self.changes:
             metadata = {**metadata, "fluxq_changes": json.dumps(self.changes)}
         of_clip = {} if clip is None else adapters_of(clip, alpha)
         if is_adapter(path):  # left by a crash; unlike a file, a folder cannot be replaced in one move
             _remove(path)
-        save_lora(
-            path, adapters_of(flux, alpha), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip
-        )
+        adapters = adapters_of(flux, alpha, lora.keep_correction)
+        save_lora(path, adapters, flux.config, lora.file_format, metadata=metadata, clip=of_clip)
         if self.config.output.keep:
             rest = [path for path in self.steps_saved() if not _is_finished(path)]
             for old in rest[: -self.config.output.keep]:
@@ -338,10 +338,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def adapters_of(model: nn.Module, alpha: float) -> dict[str, Adapter]:
-    """The LoRA of `model`: layer path -> adapter."""
-    return {
-        path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), alpha)
-        for path, layer in lora_layers(model).items()
-        if layer.lora_down is not None and layer.lora_up is not None
-    }
+def adapters_of(model: nn.Module, alpha: float, keep_start: bool = False) -> dict[str, Adapter]:
+    """The LoRA of `model`: layer path -> adapter. keep_start: with what it started from, else only what was trained."""
+    found = {}
+    for path, layer in lora_layers(model).items():
+        down, up = layer.factors(keep_start)
+        assert layer.lora_down is not None and down is not None and up is not None, "the layer has LoRA"
+        found[path] = Adapter(down.detach(), up.detach(), alpha * len(down) / len(layer.lora_down))
+    return found

@@ -23,6 +23,9 @@ from .optim import FlatOptimizer
 
 DAMAGED = "put a copy of that file back, or start another run from the run's last LoRA with --from-lora"
 
+STARTS = ("start", "correction")
+"""The names of a LoRA's start (fluxq/model/start.py): of one that does not count, and of one that does."""
+
 
 @dataclass
 class Progress:
@@ -40,6 +43,7 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
     """Save what `load_state` reads."""
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
+    tensors |= _starts(layers)
     scalars: dict[str, dict] = {}
     for index, slots in saved["state"].items():
         for key, value in slots.items():
@@ -89,6 +93,15 @@ def _loaded(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.get(saved[name]))
+    for key in checkpoint.keys():
+        kind, _, name = key.partition(".")
+        if kind in STARTS and name.endswith(".down"):
+            layer, keys = layers[name.removesuffix(".down")], (key, f"{key.removesuffix('down')}up")
+            if [checkpoint.shape(k) for k in keys] != [
+                p.shape for p in (layer.lora_down, layer.lora_up) if p is not None
+            ]:
+                raise ValueError(f"{key} does not fit its layer")
+            layer.set_start(*map(checkpoint.get, keys), corrects=kind == STARTS[1])
     state: dict[int, dict] = {int(index): dict(slots) for index, slots in about["scalars"].items()}
     for key in checkpoint.keys():
         if key.startswith("optimizer."):
@@ -148,3 +161,13 @@ def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
         (f"{path}.{part}", getattr(layer, f"lora_{part}")) for path, layer in layers.items() for part in ("down", "up")
     ]
     return {name: parameter for name, parameter in pairs if parameter is not None}
+
+
+def _starts(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
+    parts = [
+        (f"{STARTS[layer.corrects]}.{path}.{part}", layer.get_buffer(f"start_{part}"))
+        for path, layer in layers.items()
+        if layer.start_down is not None
+        for part in ("down", "up")
+    ]
+    return dict(parts)
