@@ -50,8 +50,8 @@ def sketch_rank(rank: int) -> int:
 
 
 def lora_ga(left: Tensor, right: Tensor, rank: int) -> tuple[Tensor, Tensor]:
-    """LoRA-GA's down (R, K) and up (N, R) for a weight whose gradient G has the sketches left = G V (N, Q) and
-    right = U^T G (Q, K), of which `rank` uses 2 R.
+    """LoRA-GA's down (R, K) and up (N, R) for a weight whose gradient G has the sketches left (N, Q) = G V and
+    right (Q, K) = U^T G with random V and U, Q >= 2 R.
 
     down has the first R right singular vectors of G, up the next R left ones, so that the two do not undo each other;
     both in the paper's stable scale (Wang, Yu and Li 2024, algorithm 1).
