@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -149,7 +149,7 @@ def largest_batch(config: TrainConfig, models: Models) -> tuple[int, int]:
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
     """The costs of a run's steps on this machine's GPU, with images of the area of size x size pixels."""
     training, gpu = config.training, measure(cache_folder())
-    return flux_costs(
+    costs = flux_costs(
         models.flux_config,
         format or models.format,
         models.compute,
@@ -165,6 +165,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         library=gpu.library,
         expandable=has_expandable_segments(),
     )
+    return replace(costs, lora=costs.lora * 8 // 6) if config.lora.init == "loftq" else costs  # with its start, in bf16
 
 
 def pinned_residents(config: MemoryConfig, models: Models) -> tuple[str, ...] | None:

@@ -25,6 +25,7 @@ from fluxq.models.parts import Models
 from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
+from .initial import check_init
 from .libraries import library_of, parse_arguments
 
 
@@ -35,6 +36,7 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     check_text_encoder(config, models)
+    check_init(config, models)
     data = resolve_data(config.data, models, notify)
     scanned = scan_data(data)
     if start is not None:

@@ -12,6 +12,7 @@ from fluxq.config import TrainConfig, TrainingConfig
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan
 from fluxq.formats.lora.metadata import lora_metadata
+from fluxq.model.start import saved_rank
 from fluxq.models.parts import Models
 
 from .losses import HUBER
@@ -39,10 +40,14 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         training, size = config.training, config.data.side
         seen = {"fluxq_images_seen": str(batches.seen_before(step * training.accumulate))}
         seen |= objective_metadata(training)
+        rank, init = cast(int, config.lora.rank), config.lora.init
+        in_file = saved_rank(init, rank, config.lora.keep_correction)
+        if init != "plain":
+            seen |= {"fluxq_lora_init": init}
         return seen | lora_metadata(
             name=cast(str, config.output.name),
-            rank=cast(int, config.lora.rank),
-            alpha=cast(float, config.lora.alpha),
+            rank=in_file,
+            alpha=cast(float, config.lora.alpha) * in_file / rank,
             steps=step,
             last_step=cast(int, training.steps),
             epochs=-(-step * training.accumulate // len(batches)),

@@ -22,6 +22,7 @@ from fluxq.formats.quantized import cache_folder, stored_bytes
 from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.costs import optimizer_bytes
 from fluxq.model.lora import targeted
+from fluxq.model.start import saved_rank
 from fluxq.models import Models
 from fluxq.models.check_file import size
 
@@ -91,11 +92,12 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     """What a run writes, apart from the cache."""
     config, out = run.config, run.folder
     steps, every, output = config.training.steps or 0, config.samples.every, config.output
-    tensors = lora_tensors(config, models)
-    state = state_bytes(tensors, config.training.optimizer, cast(int, config.lora.rank))
+    tensors, init, rank = lora_tensors(config, models), config.lora.init, cast(int, config.lora.rank)
+    state = state_bytes(tensors, config.training.optimizer, rank) + (2 * sum(tensors) if init != "plain" else 0)
+    twice = saved_rank(init, rank, config.lora.keep_correction) // rank
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
     loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
-    lora = 2 * sum(tensors) + HEADER * len(tensors) + _split_bytes(config, models)
+    lora = twice * (2 * sum(tensors) + _split_bytes(config, models)) + HEADER * len(tensors)
     side = config.data.side
     image = 3 * (config.samples.width or side) * (config.samples.height or side)
     sheets = -(-steps // every) if every else 0

@@ -30,6 +30,22 @@ from fluxq.models import Models
 
 from .objective import Objective
 
+NOTHING_ROUNDED = (
+    "--lora-init loftq corrects the rounding of quantized weights, but this run has them in bf16; pass --format nf4, "
+    "int8 or fp8, or leave --lora-init out"
+)
+
+
+def check_init(config: TrainConfig, models: Models) -> None:
+    """Raise WrongRequest if the LoRA cannot start as `config` says."""
+    init = config.lora.init
+    if init != "plain" and config.lora.from_lora is not None:
+        raise WrongRequest(f"--lora-init {init} and --from-lora both say how the LoRA starts; leave one of them out")
+    if init == "loftq" and config.model.format == "bf16":
+        raise WrongRequest(NOTHING_ROUNDED)
+    if init == "loftq":
+        models.require_original()
+
 
 def prepare(
     config: TrainConfig,
@@ -85,11 +101,8 @@ def correct_rounding(models: Models, layers: Mapping[str, Linear], seed: int) ->
     Weights are read from the file and quantized again, so none that is streamed has to be on the GPU. Raises
     WrongRequest if nothing was rounded.
     """
-    if models.format == "bf16":
-        raise WrongRequest(
-            "--lora-init loftq corrects the rounding of quantized weights, but this run has them in bf16; pass "
-            "--format nf4, int8 or fp8, or leave --lora-init out"
-        )
+    if models.format == "bf16":  # which the plan chose
+        raise WrongRequest(NOTHING_ROUNDED)
     source, corrected, whole = models.original(), 0.0, 0.0
     with progress_bar() as show:
         for done, (path, layer) in enumerate(layers.items()):

@@ -29,7 +29,7 @@ FILES = ("--flux", nano.FLUX, "--ae", nano.AE, "--clip-l", nano.CLIP_L, "--t5xxl
 MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offload"
 OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
-    "--text-encoder --text-lr --epochs --save-every-epochs --optimizer-args "
+    "--lora-init --text-encoder --text-lr --epochs --save-every-epochs --optimizer-args "
     "--accumulate --lr --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
     "--overwrite --config --set --json",
     "cache": f"{MODEL} {DATA} --vram --prompt --import --verify --prune --config --set --json",
