@@ -291,6 +291,22 @@ class LoraConfig:
         maximum=0.99999,
     )
 
+    init: str = option(
+        "plain",
+        "How the LoRA starts: plain is random and zero; loftq corrects part of what quantizing has changed; lora_ga "
+        "starts along the gradients of the first batches, and saves twice the rank; default: plain.",
+        "--lora-init",
+        ("plain", "loftq", "lora_ga"),
+    )
+    init_batches: int = option(
+        16, "For init = lora_ga: how many of the first batches its gradients are averaged over; default: 16.", minimum=1
+    )
+    keep_correction: bool = option(
+        False,
+        "For init = loftq: save the LoRA with the correction in it, for use on weights quantized as in training; "
+        "default: without it, at twice the rank, for use on any weights.",
+    )
+
     def adapted(self) -> Adapted:
         """The layers that get a LoRA, with ranks and scales, if targets, rank and alpha are set or have a default."""
         from fluxq.model.lora import Adapted  # which imports torch, and --help needs none

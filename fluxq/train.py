@@ -16,7 +16,7 @@ import torch
 from fluxq.caching import Batches, Store, Text
 from fluxq.caching.folders import cache_folders
 from fluxq.config import TrainConfig
-from fluxq.console import Notify, console, plural, progress_bar, silent
+from fluxq.console import Notify, console, progress_bar, silent
 from fluxq.data import Dataset, Scan, generator
 from fluxq.errors import Stopped
 from fluxq.formats.lora import Lora
@@ -26,7 +26,7 @@ from fluxq.memory.phases import gpu_budget
 from fluxq.memory.placement import Placement, place
 from fluxq.memory.retry import OutOfMemoryRetry, repeated_once
 from fluxq.model import Flux
-from fluxq.model.calibration import calibrate, set_rotations
+from fluxq.model.calibration import set_rotations
 from fluxq.model.clip import CLIP_TARGETS, Clip
 from fluxq.model.linear import Linear
 from fluxq.model.lora import add_adapted, add_lora
@@ -39,6 +39,7 @@ from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
 from fluxq.training.dropout import Dropout
 from fluxq.training.from_lora import read_start, start_from
+from fluxq.training.initial import empty, prepare
 from fluxq.training.libraries import parse_arguments
 from fluxq.training.objective import Objective, class_captions
 from fluxq.training.optim import FlatOptimizer, build_optimizer, lora_groups, optimizer_step, restart_rates
@@ -109,9 +110,8 @@ def train_in(
         progress = saved
         restart_rates(optimizer, rate, training.text_learning_rate)
         notify("; ".join([f"resumed after step {progress.step}", *run.changes]))
-    elif config.model.compute.startswith("int8"):
-        progress.rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
-        notify(f"int8: {plural(len(progress.rotated), 'layer')} with outlier inputs will rotate them before rounding")
+    else:
+        progress.rotated = prepare(config, models, objective, retry, layers, notify)
     set_rotations(flux, progress.rotated)
     validation = Validation(run, progress, objective, optimizer, data.sets, retry, notify)
     validation.begin(resume)
@@ -249,6 +249,7 @@ def load_trainable(
     flux = models.load_flux(placement.resident, placement.slots, ahead)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
     layers = add_adapted(flux, adapted, init)
+    empty(layers, lora.init)
     groups = lora_groups(flux, learning_rate, lora.plus_ratio)
     clip = models.load_clip() if lora.text_encoder else None
     if clip is not None:

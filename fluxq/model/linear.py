@@ -12,19 +12,24 @@ from torch import Tensor, nn
 from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora_linear, lora_linear_parts, wants
 from fluxq.kernels.dropout import dropped_by
 
+from .start import counted_from
+
 
 class Linear(nn.Module):
     """y = x W^T + bias [+ scale (x down^T) up^T].
 
     Frozen tensors are buffers, trainable ones are parameters. `weight` is W (N, K), `bias` (N,); a quantized W is held
     as the buffers of its container instead (`codes` and `absmax`, or `values` and `scale`). Once added, `lora_down`
-    (R, K) and `lora_up` (N, R) are fp32 parameters.
+    (R, K) and `lora_up` (N, R) are fp32 parameters. A LoRA with a start (fluxq/model/start.py) is what they are more
+    than `start_down` (R, K) and `start_up` (N, R).
     """
 
     weight: Tensor | None
     bias: Tensor | None
     lora_down: nn.Parameter | None
     lora_up: nn.Parameter | None
+    start_down: Tensor | None
+    start_up: Tensor | None
 
     def __init__(self, in_features: int, out_features: int, bias: bool = True) -> None:
         super().__init__()
@@ -33,7 +38,9 @@ class Linear(nn.Module):
         self.register_buffer("bias", torch.empty(out_features) if bias else None)
         self.register_parameter("lora_down", None)
         self.register_parameter("lora_up", None)
-        self.lora_scale = 1.0
+        self.register_buffer("start_down", None, persistent=False)
+        self.register_buffer("start_up", None, persistent=False)
+        self.lora_scale, self.corrects = 1.0, False
         self.compute, self.rotation = "bf16", 0
         self._container: type[NF4Weight] | type[RowScaled] | None = None
         self._frozen: Weight | None = None  # the container of the buffers that are set now, once it was needed
@@ -87,10 +94,29 @@ class Linear(nn.Module):
         self.lora_down = None if down is None else nn.Parameter(down.to(device, torch.float32))
         self.lora_up = None if up is None else nn.Parameter(up.to(device, torch.float32))
         self.lora_scale = scale
+        self.set_start(None, None)
+
+    def set_start(self, down: Tensor | None, up: Tensor | None, corrects: bool = False) -> None:
+        """Let the LoRA's parameters count from down (R, K) and up (N, R), held in bf16; None: from zero.
+
+        corrects: the start itself changes the weight too, else only what was trained.
+        """
+        device = next(self.buffers()).device
+        self.start_down = None if down is None else down.to(device, torch.bfloat16)
+        self.start_up = None if up is None else up.to(device, torch.bfloat16)
+        self.corrects = corrects
+
+    def factors(self, corrects: bool) -> tuple[Tensor | None, Tensor | None]:
+        """down and up of the LoRA; if it has a start, with that if it `corrects`, else what was trained (rank 2 R)."""
+        own, fixed = self._parameters, self._buffers
+        down, up, start_down, start_up = own["lora_down"], own["lora_up"], fixed["start_down"], fixed["start_up"]
+        if down is None or up is None or start_down is None or start_up is None:
+            return down, up
+        return counted_from(down, up, start_down, start_up, corrects)
 
     def wants(self, *feeds: str) -> Wants:
         """The form in which this layer reads its input, for the op that makes it. feeds: as in `forward`."""
-        down = self._parameters["lora_down"]
+        down, _ = self.factors(self.corrects)
         return wants(self.compute, down, down, self.rotation, feeds)
 
     def forward(
@@ -104,8 +130,8 @@ class Linear(nn.Module):
 
         feeds: the value that is made from the output alone (fluxq/kernels/replay.py), or one for each part.
         """
-        own, dropped = self._parameters, dropped_by(self)
-        layer = x, self.frozen, self._buffers["bias"], own["lora_down"], own["lora_up"], self.lora_scale, self.compute
+        (down, up), dropped = self.factors(self.corrects), dropped_by(self)
+        layer = x, self.frozen, self._buffers["bias"], down, up, self.lora_scale, self.compute
         if parts is None:
             return lora_linear(*layer, feeds, self.rotation, dropped)  # type: ignore[arg-type]
         return lora_linear_parts(*layer, parts, feeds, self.rotation, dropped)  # type: ignore[arg-type]

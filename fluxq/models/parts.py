@@ -248,6 +248,16 @@ class Models:
                 notify(f"{lora.path.name}: {note}")
         return MergedSource(source, combined([(lora.adapters, strength) for lora, strength in loras]))
 
+    def require_original(self) -> None:
+        """Raise WrongRequest if the transformer's file was written by `fluxq quantize`."""
+        if self.quantized is not None:
+            raise WrongRequest(f"{self.flux_file} holds only quantized weights; name the file that it was made from")
+
+    def original(self) -> Source[FluxConfig]:
+        """The transformer's weights as its file has them, with `base_loras` merged in; errors as above."""
+        self.require_original()
+        return self._merged()
+
     @property
     def is_quantized(self) -> bool:
         """Whether the transformer needs no quantizing: it was quantized before, or it stays in bf16."""

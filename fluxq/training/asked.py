@@ -70,6 +70,10 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
     training, output = config.training, config.output
     yield from _of_data(config.data)
     yield from _of_objective(training)
+    if config.lora.init != "lora_ga":
+        yield "lora.init_batches", "only --lora-init lora_ga measures gradients"
+    if config.lora.init != "loftq":
+        yield "lora.keep_correction", "only --lora-init loftq corrects anything"
     if training.epochs is not None:
         yield "training.steps", "--epochs says how many"
     if output.save_every_epochs is not None:

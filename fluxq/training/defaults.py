@@ -36,6 +36,7 @@ from fluxq.models.parts import Models
 from fluxq.settings import Folder, sizes_of
 
 from .from_lora import settings_of
+from .initial import check_init
 from .libraries import library_of, parse_arguments
 from .objective import class_captions
 from .presets import LEARNING_RATE, LEARNING_RATE_REASON, lines, preset_of
@@ -60,6 +61,7 @@ def resolve(
     """
     defaults, lora, training = TrainConfig(), config.lora, config.training
     check_text_encoder(config, models)
+    check_init(config, models)
     data = resolve_data(config.data, models, notify)
     scanned = scanned or scan_data(data)
     epoch = epoch_of(data, scanned, training.batch)

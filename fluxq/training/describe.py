@@ -15,6 +15,7 @@ from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan
 from fluxq.formats.lora.keys import matrices
 from fluxq.formats.lora.metadata import lora_metadata
+from fluxq.model.start import saved_rank
 from fluxq.models.parts import Models
 
 from .losses import HUBER
@@ -40,7 +41,8 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         buckets[example.bucket] += example.repeats
 
     sizes = config.lora.adapted().layers(matrices(models.flux_config)).values()
-    ranks, alphas = {size.rank for size in sizes}, {size.alpha for size in sizes}
+    twice = saved_rank(config.lora.init, 1, config.lora.keep_correction)
+    ranks, alphas = {size.rank * twice for size in sizes}, {size.alpha * twice for size in sizes}
 
     def at(step: int, started: float, finished: float) -> dict[str, str]:
         training, size = config.training, config.data.side
@@ -48,6 +50,8 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         seen |= objective_metadata(training)
         if config.data.validation_split:
             seen |= {"fluxq_validation_split": f"{config.data.validation_split:g}: {plural(held_out, 'image')}"}
+        if config.lora.init != "plain":
+            seen |= {"fluxq_lora_init": config.lora.init}
         about = lora_metadata(
             name=cast(str, config.output.name),
             rank=ranks.copy().pop() if len(ranks) == 1 else "Dynamic",

@@ -22,6 +22,7 @@ from fluxq.formats.quantized import cache_folder, stored_bytes
 from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.costs import optimizer_bytes
 from fluxq.model.lora import targeted
+from fluxq.model.start import saved_rank
 from fluxq.models import Models
 from fluxq.models.check_file import size
 
@@ -91,15 +92,16 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     """What a run writes, apart from the cache."""
     config, out = run.config, run.folder
     steps, every, output = config.training.steps or 0, config.samples.every, config.output
-    tensors = lora_tensors(config, models)
+    tensors, init = lora_tensors(config, models), config.lora.init
     sizes, averaged = config.lora.adapted().layers(_matrices(flux_shapes(models.flux_config))), config.lora.ema > 0
     state = state_bytes(tensors, config.training.optimizer, min(size.rank for size in sizes.values()))
-    state += (4 * sum(tensors) + HEADER * len(tensors)) * averaged
+    state += (4 * sum(tensors) + HEADER * len(tensors)) * averaged + 2 * sum(tensors) * (init != "plain")
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
     best = 1 if config.data.validation or config.data.validation_split else 0
     before_the_end = min(before_the_end, output.keep) if output.keep else before_the_end
     loras = best + (1 + averaged) * (1 + before_the_end)
-    lora = 2 * sum(tensors) + HEADER * len(tensors) + _split_bytes(config, models)
+    twice = saved_rank(init, 1, config.lora.keep_correction)
+    lora = twice * (2 * sum(tensors) + _split_bytes(config, models)) + HEADER * len(tensors)
     side = config.data.side
     image = 3 * (config.samples.width or side) * (config.samples.height or side)
     sheets = -(-steps // every) if every else 0

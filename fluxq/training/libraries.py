@@ -8,6 +8,7 @@ from __future__ import annotations
 import ast
 import importlib
 import inspect
+import types
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from types import ModuleType
@@ -195,7 +196,7 @@ class Uncompiled(torch.optim.Optimizer):
 def uncompiled(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """`kind` with Uncompiled's methods where it has torch's; the `step` of torch's own optimizers imports it too."""
     own = {"step": torch.no_grad()(inspect.unwrap(kind.step))} if kind.__module__.startswith("torch.optim.") else {}
-    return type(kind.__name__, (kind, Uncompiled), {"__doc__": kind.__doc__, **own})
+    return types.new_class(kind.__name__, (kind, Uncompiled), {}, lambda body: body.update(__doc__=kind.__doc__, **own))
 
 
 def import_bitsandbytes() -> ModuleType:

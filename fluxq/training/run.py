@@ -331,7 +331,8 @@ class Run:
         of_clip = {} if clip is None else adapters_of(clip)
         if is_adapter(path):  # left by a crash; unlike a file, a folder cannot be replaced in one move
             _remove(path)
-        save_lora(path, adapters_of(flux), flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip)
+        adapters = adapters_of(flux, self.config.lora.keep_correction)
+        save_lora(path, adapters, flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip)
         if self.config.output.keep:
             rest = [path for path in self.steps_saved(averaged) if not _is_finished(path)]
             for old in rest[: -self.config.output.keep]:
@@ -386,10 +387,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def adapters_of(model: nn.Module) -> dict[str, Adapter]:
-    """The LoRA of `model`: layer path -> adapter."""
-    return {
-        path: Adapter(layer.lora_down.detach(), layer.lora_up.detach(), layer.lora_scale * len(layer.lora_down))
-        for path, layer in lora_layers(model).items()
-        if layer.lora_down is not None and layer.lora_up is not None
-    }
+def adapters_of(model: nn.Module, keep_start: bool = False) -> dict[str, Adapter]:
+    """The LoRA of `model`: layer path -> adapter. keep_start: with what it started from, else only what was trained."""
+    found = {}
+    for path, layer in lora_layers(model).items():
+        down, up = layer.factors(keep_start)
+        assert down is not None and up is not None, "the layer has LoRA"
+        found[path] = Adapter(down.detach(), up.detach(), layer.lora_scale * len(down))
+    return found

@@ -86,6 +86,10 @@ def _floats(losses: Mapping[str, Any]) -> dict[str, float]:
     return {name: float("nan") if loss is None else float(loss) for name, loss in losses.items()}
 
 
+STARTS = ("start", "correction")
+"""The names of a LoRA's start (fluxq/model/start.py): of one that does not count, and of one that does."""
+
+
 @dataclass
 class Progress:
     """How far a run is. identity: what tells it from others: "data" and "model" -> a digest, "settings" -> TOML."""
@@ -106,6 +110,7 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
         own = average.of_parameters()
         tensors |= {f"average.{name}": own[p] for name, p in _parameters(layers).items()}
         tensors["average.count"] = torch.tensor(average.count)
+    tensors |= _starts(layers)
     scalars: dict[str, dict] = {}
     for index, slots in saved["state"].items():
         for key, value in slots.items():
@@ -160,6 +165,15 @@ def _loaded(
             own, average.count = average.of_parameters(), int(checkpoint.get("average.count"))
             for name, parameter in parameters.items():
                 own[parameter].copy_(checkpoint.get(f"average.{name}"))
+    for key in checkpoint.keys():
+        kind, _, name = key.partition(".")
+        if kind in STARTS and name.endswith(".down"):
+            layer, keys = layers[name.removesuffix(".down")], (key, f"{key.removesuffix('down')}up")
+            if [checkpoint.shape(k) for k in keys] != [
+                p.shape for p in (layer.lora_down, layer.lora_up) if p is not None
+            ]:
+                raise ValueError(f"{key} does not fit its layer")
+            layer.set_start(*map(checkpoint.get, keys), corrects=kind == STARTS[1])
     state: dict[int, dict] = {int(index): dict(slots) for index, slots in about["scalars"].items()}
     for key in checkpoint.keys():
         if key.startswith("optimizer."):
@@ -228,3 +242,13 @@ def _parameters(layers: Mapping[str, Linear]) -> dict[str, nn.Parameter]:
         (f"{path}.{part}", getattr(layer, f"lora_{part}")) for path, layer in layers.items() for part in ("down", "up")
     ]
     return {name: parameter for name, parameter in pairs if parameter is not None}
+
+
+def _starts(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
+    parts = [
+        (f"{STARTS[layer.corrects]}.{path}.{part}", layer.get_buffer(f"start_{part}"))
+        for path, layer in layers.items()
+        if layer.start_down is not None
+        for part in ("down", "up")
+    ]
+    return dict(parts)

@@ -99,7 +99,8 @@ class Validation:
             self.notify(f"other images are held out than before, so validation starts anew; base model {base.loss:.4f}")
         else:
             first, _ = self._measure(0)
-            base = first if self.run.config.lora.from_lora is None else self._base_model()
+            lora = self.run.config.lora
+            base = first if lora.from_lora is None and lora.init != "loftq" else self._base_model()
             own = "" if base is first else f"; base model {base.loss:.4f}"
             self.notify(f"validation before: {described(first)}{own}")
         self.progress.validation = Validated(base, first, first, images=images)

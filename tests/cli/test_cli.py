@@ -30,6 +30,7 @@ MEMORY = "--vram --ram --policy --resident-units --blocks-to-swap --slots --offl
 OPTIONS = {
     "train": f"{MODEL} {DATA} {SAMPLES} {MEMORY} --rank --alpha --lora-format --from-lora --base-lora --steps --batch "
     "--text-encoder --text-lr --epochs --save-every-epochs --optimizer-args --validate-every --early-stopping "
+    "--lora-init "
     "--accumulate --lr --optimizer --schedule --warmup --timesteps --seed --out --name --save-every --keep --resume "
     "--overwrite --config --set --help-all --json --preset --preserve-class",
     "init": "--preset --trigger --models --out --file --overwrite --json",

@@ -39,6 +39,13 @@ def models(variant: str = "dev", device: str = "cpu", nano: bool = False, **more
             "--model nano brings its own files; leave it o",
         ),
         ({"memory": {"slots": 4}, "model": {"format": "bf16"}}, models(device="cuda"), "memory.slots", "not streamed"),
+        ({"lora": {"init_batches": 4}}, models(), "lora.init_batches", "only --lora-init lora_ga measures gradients"),
+        (
+            {"lora": {"keep_correction": True, "init": "lora_ga"}},
+            models(),
+            "lora.keep_correction",
+            "only --lora-init l",
+        ),
         ({"samples": {"steps": 4}}, models(), "samples.steps", "--sample-steps has no effect here: this run makes no"),
         ({"samples": {"negative": "x", "every": 2}}, models(), "samples.negative", "--negative .* needs --cfg above 1"),
         ({"samples": {"guidance": 2, "every": 2}}, models("schnell"), "samples.guidance", "has no guidance input"),

@@ -76,6 +76,26 @@ def test_another_rank_is_refused(tmp_path):
         load_state(tmp_path / "s.safetensors", other, optimizer)
 
 
+@pytest.mark.parametrize("corrects", [False, True])
+def test_a_lora_is_loaded_with_its_start(tmp_path, corrects):
+    layers, _, optimizer = trained("adamw", 1)
+    starts = {
+        path: (torch.randn_like(layer.lora_down), torch.randn_like(layer.lora_up)) for path, layer in layers.items()
+    }
+    for path, layer in layers.items():
+        layer.set_start(*starts[path], corrects)
+    save_state(tmp_path / "s.safetensors", Progress({}), layers, optimizer)
+    fresh, _, optimizer = trained("adamw", 0)
+    load_state(tmp_path / "s.safetensors", fresh, optimizer)
+    for path, layer in fresh.items():
+        assert torch.equal(layer.start_down, starts[path][0].bfloat16()) and layer.corrects == corrects
+        assert torch.equal(layer.start_up, starts[path][1].bfloat16())
+    next(iter(layers.values())).set_start(torch.zeros(1, 2), torch.zeros(2, 1), corrects)
+    save_state(tmp_path / "s.safetensors", Progress({}), layers, optimizer)
+    with pytest.raises(WrongRequest, match="is damaged"):
+        load_state(tmp_path / "s.safetensors", fresh, optimizer)
+
+
 def test_a_file_that_is_not_a_state_is_refused(tmp_path):
     write_safetensors(tmp_path / "x.safetensors", {"a": torch.zeros(1)})
     layers, _, optimizer = trained("adamw", 0)
