@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import math
 import re
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -61,6 +62,11 @@ def test_the_schema_that_a_config_names_accepts_it(config):
     named = config.parent / first.removeprefix("#:schema ")
     assert first.startswith("#:schema ") and named.resolve() == DOCS / "settings.schema.json"
     assert accepts(json.loads(named.read_text(encoding="utf-8")), read_toml(config))
+
+
+def test_the_example_on_the_page_is_read():
+    (example,) = re.findall(r"```toml\n(.*?)```", settings_page(), re.DOTALL)
+    assert reads(tomllib.loads(example)) and accepts(SCHEMA, tomllib.loads(example))
 
 
 def accepts(schema: dict, value) -> bool:
