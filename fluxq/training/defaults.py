@@ -125,7 +125,9 @@ def resolve_steps(
         notify(f"steps {training.steps}: {per_epoch:g} an epoch")
     if output.save_every_epochs is not None:
         every = max(1, round(output.save_every_epochs * per_epoch))
-        output = replace(output, save_every=every, save_every_epochs=None)
+        output = replace(output, save_every=every)
+        if output.numbering == "step":
+            output = replace(output, save_every_epochs=None)
         notify(f"saves every {plural(every, 'step')}: {per_epoch:g} an epoch")
     if training.steps is None:
         images, at_once = max(1, epoch.images), epoch.seen / max(1, epoch.batches) * training.accumulate

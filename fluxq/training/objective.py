@@ -11,10 +11,12 @@ from dataclasses import replace
 from functools import partial
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
+from fluxq.data.randomness import generator, normal
 from fluxq.flow import conditioning, flow_loss, sample_noise, validation_loss
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
@@ -100,7 +102,9 @@ class Objective:
         _, batch, noise, t = prepared
         batch, guidance = self._with_pooled(batch), self.training.guidance
         given = self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation, batch.txt_mask
-        return flow_loss(*given, batch.weights, partial(weighted_error, self.training)).mean()
+        settings = self.training
+        error, further = partial(weighted_error, settings), self._further_noise(index, batch)
+        return flow_loss(*given, batch.weights, error, settings.prediction, further).mean()
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
         """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""
@@ -110,6 +114,17 @@ class Objective:
         mask, weights = (None if x is None else sent(x, device) for x in (batch.txt_mask, batch.weights))
         batch = replace(batch, latents=latents, txt=txt, pooled=pooled, txt_mask=mask, weights=weights)
         return batch, sent(noise, device), sent(self._timesteps(index), device)
+
+    def _further_noise(self, index: int, batch: Batch) -> Tensor | None:
+        """What `input_noise` adds to the noise of micro-step `index`; None for nothing."""
+        settings, strength = self.training, self.training.input_noise
+        if not strength:
+            return None
+        if settings.input_noise_random:
+            strength *= generator(settings.seed, "strength of further noise", index).random()
+        shape = batch.latents.shape[1:]
+        further = [normal(shape, settings.seed, "further noise", index, example) for example in batch.examples]
+        return strength * sent(torch.stack(further), self.flux.device)
 
     def _timesteps(self, index: int) -> Tensor:
         width, height = self.batches.bucket_of(index)

@@ -263,9 +263,15 @@ class Run:
             temporary.write_text(json.dumps(dataset.contents()), encoding="utf-8")
 
     def lora_file(self, step: int) -> Path:
-        """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before."""
-        last = step == self.config.training.steps
-        return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
+        """<name>.safetensors for the last step, <name>-step00000250.safetensors, or <name>-000002.safetensors if it is
+        numbered by epoch, and so on before.
+        """
+        output, number = self.config.output, f"-step{step:08}"
+        if step == self.config.training.steps:
+            number = ""
+        elif output.save_every_epochs and step % output.save_every == 0:  # not where a run was stopped
+            number = f"-{step // output.save_every * output.save_every_epochs:06}"
+        return self.folder / f"{self.name}{number}{self.suffix}"
 
     def loras(self) -> list[Path]:
         """All LoRAs of this run that are there."""
@@ -273,7 +279,9 @@ class Run:
 
     def steps_saved(self) -> list[Path]:
         """The LoRAs saved before the last step, oldest first."""
-        return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))
+        kinds = ("step????????", "[0-9][0-9][0-9][0-9][0-9][0-9]")
+        found = (sorted(self.folder.glob(f"{glob.escape(self.name)}-{kind}{self.suffix}")) for kind in kinds)
+        return [path for paths in found for path in paths]
 
     def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
         """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path.
