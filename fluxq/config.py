@@ -484,6 +484,9 @@ class SamplesConfig:
         "--negative",
     )
     seed: int = option(42, "Seed of the first image; each following image adds 1.", "--sample-seed")
+    every_epochs: int | None = option(
+        None, "Epochs between previews, in place of --sample-every; default: none.", minimum=1
+    )
 
 
 @dataclass(frozen=True)

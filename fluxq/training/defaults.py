@@ -46,7 +46,11 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     if lora.alpha is None:
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
         notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
-    training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
+    epoch = epoch_of(data, scanned, training.batch)
+    if (epochs := config.samples.every_epochs) is not None:
+        every = max(1, round(epochs * epoch.batches / training.accumulate))
+        config = replace(config, samples=replace(config.samples, every=every, every_epochs=None))
+    training, output = resolve_steps(training, config.output, epoch, notify)
     training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)

@@ -52,7 +52,7 @@ INERT = "it has no effect on FLUX.1 in sd-scripts either"
 CHROMA = "Chroma is another model; fluxq trains FLUX.1"
 NEAR = "tokenizers are found near the text encoders; model.clip_tokenizer and model.t5_tokenizer name others"
 LOADS = "files are read in parts, never whole, into RAM"
-FITS = "fluxq recomputes or keeps what fits into the GPU's memory; --set memory.policy=recompute asks for the least"
+FITS = "fluxq recomputes or keeps what fits into the GPU's memory"
 ATTENTION = "attention is always fused"
 KERNELS = "fluxq has kernels of its own"
 VAE = "images are encoded in bf16, in bands that fit"
@@ -63,15 +63,17 @@ NORMS = "fluxq does not limit the norms of a LoRA"
 ONLY_TEXT = "fluxq trains CLIP-L only together with the transformer"
 COMMENT = "the file's metadata are those that fluxq writes"
 CUSTOM = "fluxq has no schedules of other packages"
+DECAY = "it is for warmup_stable_decay, which fluxq does not read"
 TIMESCALE = "fluxq's inverse_sqrt has the warm-up's steps as its time scale"
 INITIAL = "a run goes on where it stopped, with fluxq train --resume"
 SAFE = "fluxq writes only safetensors"
-PRECISION = "a LoRA is saved as it was trained, in fp32"
+BF16 = "fluxq computes in bf16, with LoRA weights in fp32"
+PRECISION = "a LoRA is saved in bf16"
 STATE = "the state is saved with every LoRA, and the last is kept"
 RESUME = "a state of sd-scripts cannot be continued; start from its LoRA with --network_weights"
 UPLOAD = "fluxq uploads nothing"
 UPLOADS = "it is for uploads, and fluxq uploads nothing"
-FIRST = "fluxq draws no previews before the first step"
+FIRST = "previews begin after some steps; fluxq sample shows what the model draws without a LoRA"
 LOGS = "the losses are in log.jsonl and loss.png of the run"
 HELD_OUT = "fluxq holds no part of a folder out; name a folder of held-out images with data.validation"
 UNUSED_HELD_OUT = "it is for --validation_split"
@@ -142,14 +144,14 @@ TABLE: tuple[Row, ...] = (
     *rows("masked_loss alpha_mask", FLAG, to="masks of folders"),
     *rows("conditioning_data_dir", str, to="masks of folders"),
     *rows("ip_noise_gamma", float, to="training.input_noise"),
-    *rows("ip_noise_gamma_random_strength", FLAG, to="training.input_noise"),
+    *rows("ip_noise_gamma_random_strength", FLAG, to="training.input_noise_random"),
     # Memory and precision
     *rows("fp8_base fp8_base_unet", FLAG, to="model.format"),
     *rows("blocks_to_swap", int, to="memory.blocks_to_swap"),
     *rows("split_mode", FLAG, to="memory.blocks_to_swap"),
     *rows("gradient_checkpointing cpu_offload_checkpointing", FLAG, ignored=FITS),
-    *rows("mixed_precision", str, "no", to="BF16", choices="no fp16 bf16"),
-    *rows("full_fp16 full_bf16", FLAG, to="BF16"),
+    *rows("mixed_precision", str, "no", ignored=BF16, choices="no fp16 bf16"),
+    *rows("full_fp16 full_bf16", FLAG, ignored=BF16),
     *rows("sdpa xformers mem_eff_attn", FLAG, ignored=ATTENTION),
     *rows("torch_compile", FLAG, ignored=KERNELS),
     *rows(
@@ -172,8 +174,8 @@ TABLE: tuple[Row, ...] = (
     *rows("max_data_loader_n_workers", int, 8, ignored=WORKERS),
     *rows("persistent_data_loader_workers", FLAG, ignored=WORKERS),
     # Network
-    *rows("network_module", str, to="lora.*"),
-    *rows("network_args", str, to="lora.*", many=True),
+    *rows("network_module", str, to="lora.targets"),
+    *rows("network_args", str, to="lora.targets", many=True),
     *rows("network_dim", int, to="lora.rank"),
     *rows("dim_from_weights", FLAG, to="lora.rank"),
     *rows("network_alpha", float, 1, to="lora.alpha"),
@@ -205,7 +207,7 @@ TABLE: tuple[Row, ...] = (
     *rows("lr_scheduler_type", str, "", refused=CUSTOM),
     *rows("lr_scheduler_args", str, refused=CUSTOM, many=True),
     *rows("lr_warmup_steps", steps_or_share, 0, to="training.warmup"),
-    *rows("lr_decay_steps", steps_or_share, 0, to="training.schedule_decay"),
+    *rows("lr_decay_steps", steps_or_share, 0, ignored=DECAY),
     *rows("lr_scheduler_num_cycles", int, 1, to="training.schedule_cycles"),
     *rows("lr_scheduler_power", float, 1, to="training.schedule_power"),
     *rows("lr_scheduler_timescale", int, refused=TIMESCALE),
@@ -222,7 +224,7 @@ TABLE: tuple[Row, ...] = (
     *rows("output_name", str, to="output.name"),
     *rows("save_model_as", str, "safetensors", refused=SAFE, choices="ckpt pt safetensors"),
     *rows("save_precision", str, ignored=PRECISION, choices="float fp16 bf16"),
-    *rows("save_every_n_epochs save_n_epoch_ratio", int, to="output.save_every_epochs"),
+    *rows("save_every_n_epochs save_n_epoch_ratio", int, to="output.save_every_epochs, output.numbering"),
     *rows("save_every_n_steps", int, to="output.save_every"),
     *rows("save_last_n_epochs save_last_n_steps", int, to="output.keep"),
     *rows("save_state save_state_on_train_end", FLAG, ignored=STATE),
@@ -237,8 +239,8 @@ TABLE: tuple[Row, ...] = (
     ),
     *rows("async_upload", FLAG, ignored=UPLOADS),
     # Previews, logs, validation
-    *rows("sample_every_n_steps sample_every_n_epochs", int, to="samples.every"),
-    *rows("sample_at_first", FLAG, refused=FIRST),
+    *rows("sample_every_n_steps sample_every_n_epochs", int, to="samples.every, samples.every_epochs"),
+    *rows("sample_at_first", FLAG, ignored=FIRST),
     *rows("sample_prompts", str, to="samples.prompts"),
     *rows(
         "logging_dir log_prefix log_tracker_name log_tracker_config wandb_run_name wandb_api_key console_log_file",
