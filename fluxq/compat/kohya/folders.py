@@ -47,7 +47,7 @@ def read_folders(setup: Setup) -> None:
     if not any(dataset["subsets"] for dataset in datasets):
         raise WrongRequest("no folder of images was given; name them with --dataset_config or --train_data_dir")
     _read_buckets(setup, datasets)
-    folders: dict[str, dict[str, Any]] = {}
+    folders = []
     for dataset in datasets:
         seen: set[str] = set()
         for subset in dataset["subsets"]:
@@ -57,8 +57,8 @@ def read_folders(setup: Setup) -> None:
                 setup.note("dataset_config", f"{where} {why}, so it is left out, as in sd-scripts")
                 continue
             seen.add(where)
-            _add(setup, folders, _folder(setup, dataset, subset))
-    setup.set("data", folders=list(folders.values()))
+            folders.append(_folder(setup, dataset, subset))
+    setup.set("data", folders=folders)
 
 
 def _named(setup: Setup, option: str, is_reg: bool) -> list[dict[str, Any]]:
@@ -138,13 +138,3 @@ def _folder(setup: Setup, dataset: Mapping[str, Any], subset: Mapping[str, Any])
     if dataset["style"] == "controlnet":
         folder["masks"] = setup.path(subset["conditioning_data_dir"])
     return {key: value for key, value in folder.items() if value is not None}
-
-
-def _add(setup: Setup, folders: dict[str, dict[str, Any]], folder: dict[str, Any]) -> None:
-    """Put `folder` to the others. One that is in several datasets is trained at each resolution."""
-    known = folders.setdefault(folder["path"], folder)
-    if known is not folder:
-        own, other = ({k: v for k, v in f.items() if k != "resolution"} for f in (known, folder))
-        if own != other:
-            setup.refuse("dataset_config", f"{folder['path']} is in two datasets that differ in more than resolution")
-        known["resolution"] += folder["resolution"]

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.config import TrainConfig, config_from_dict
+from fluxq.errors import WrongRequest
 from fluxq.training.losses import HUBER
 from fluxq.training.timesteps import SHIFTED, SIGMOIDS
 
@@ -19,15 +20,14 @@ from .objective import loss_settings, sampling_mode
 from .optimizers import read_optimizer, read_schedule
 from .prompts import read_prompts
 from .setup import Setup
-from .table import BY_NAME, TABLE
+from .table import BY_NAME, FLAG, TABLE, Row, steps_or_share
 
 UNUSUAL = {
-    ("timestep_sampling", "sigma"): "FLUX.1 is usually trained with shift and --discrete_flow_shift 3.1582",
-    ("model_prediction_type", "sigma_scaled"): "it turns the velocity into an image and compares that with a velocity; "
-    "raw compares like with like",
-    ("guidance_scale", 3.5): "1 is usual for training; previews have their own",
+    "timestep_sampling": "FLUX.1 is usually trained with shift and --discrete_flow_shift 3.1582",
+    "model_prediction_type": "it compares an image with a velocity; raw compares velocities",
+    "guidance_scale": "1 is usual for training; previews have their own",
 }
-"""Defaults of sd-scripts that are wrong for FLUX.1 -> what to use instead."""
+"""Options whose default in sd-scripts is wrong for FLUX.1 -> what to use instead."""
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,10 @@ def read_options(options: Mapping[str, Any], places: Sequence[tuple[str, str]] =
     be read and for values that fluxq does not take.
     """
     setup = Setup(prepared(options), places)
+    if isinstance(rate := options["text_encoder_lr"], int | float):
+        setup.options["text_encoder_lr"] = [rate]
     for row in TABLE:
+        _check_type(row, options[row.name])
         if row.refused and options[row.name] != row.default and options[row.name] is not None:
             setup.refuse(row.name, row.refused)
     _read_model(setup)
@@ -67,6 +70,16 @@ def read_options(options: Mapping[str, Any], places: Sequence[tuple[str, str]] =
     return Read(config, lint(options, setup), "; ".join(refused))
 
 
+def _check_type(row: Row, value: Any) -> None:
+    """Raise WrongRequest if a value, of a config file, has a wrong type: sd-scripts would fail later."""
+    kinds = {int: (int,), float: (int, float), steps_or_share: (int, float), FLAG: (bool,)}.get(row.kind, (str, Path))
+    items = value if isinstance(value, list) else [value]
+    fits = all(isinstance(v, kinds) and (row.kind is FLAG or not isinstance(v, bool)) for v in items)
+    is_single = row.name == "text_encoder_lr" and not isinstance(value, list)
+    if value is not None and not (fits and (isinstance(value, list) == row.many or is_single)):
+        raise WrongRequest(f"--{row.name} cannot be {value!r}; write it as on the command line")
+
+
 def lint(options: Mapping[str, Any], setup: Setup) -> list[str]:
     """A line for each option that is not as by default, and for each default that is wrong for FLUX.1."""
     lines = []
@@ -76,8 +89,8 @@ def lint(options: Mapping[str, Any], setup: Setup) -> list[str]:
         if value != row.default and not row.refused:
             what = f"ignored: {row.ignored}" if row.ignored else f"becomes {_settings(row.to, setup)}"
             lines.append(f"--{row.name} {_shown(value)}{what}")
-        if instead := UNUSUAL.get((row.name, value)):
-            lines.append(f"--{row.name} {_shown(value)}kept, but {instead}")
+        elif row.name in UNUSUAL:
+            lines.append(f"--{row.name} {_shown(value)}kept, but {UNUSUAL[row.name]}")
         lines += [f"--{row.name}: {text}" for text in said]
     for name in options.keys() - BY_NAME:
         near = difflib.get_close_matches(name, BY_NAME, n=1)

@@ -303,3 +303,14 @@ TABLE: tuple[Row, ...] = (
     *rows("ddp_gradient_as_bucket_view ddp_static_graph", FLAG, ignored=ONE),
 )
 BY_NAME = {row.name: row for row in TABLE}
+
+
+def markdown() -> str:
+    """The table for docs/kohya.md."""
+    lines = ["| option | default | here |", "| --- | --- | --- |"]
+    for row in TABLE:
+        here = f"`{row.to}`" if "." in row.to else row.to
+        here = here or (f"ignored: {row.ignored}" if row.ignored else f"refused: {row.refused}")
+        default = "" if row.default is None or row.default is False else f"`{row.default!r}`"
+        lines.append(f"| `--{row.name}` | {default} | {here} |")
+    return "\n".join(lines)
