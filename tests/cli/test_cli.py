@@ -39,6 +39,7 @@ OPTIONS = {
     "caption": "--model --prompt --max-words --batch --overwrite --offline --trigger --remove --replace --table "
     "--recursive --json",
     "quantize": "--format --report --overwrite --json",
+    "kohya": "--lint --script --write-config --map --overwrite --json",
     "demo": "--out --format --compute --json",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "
     "--out --json",

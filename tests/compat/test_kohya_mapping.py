@@ -10,6 +10,7 @@ from click.testing import CliRunner
 from PIL import Image
 
 from fluxq import nano
+from fluxq.caching.folders import scan_data
 from fluxq.cli.main import main
 from fluxq.compat.kohya import read_command
 from fluxq.compat.kohya.mapping import Read, read_options
@@ -19,6 +20,7 @@ from fluxq.errors import WrongRequest
 from fluxq.formats.lora.keys import matrices
 from fluxq.model import FluxConfig
 from fluxq.model.lora import targeted
+from fluxq.training.defaults import epoch_of
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "kohya.md"
 NETWORK = ["--network_module=networks.lora_flux", "--network_train_unet_only"]
@@ -256,6 +258,48 @@ def test_datasets_become_folders(folder):
     )
     (only,) = config("--masked_loss").data.folders
     assert only.masks == "masks"
+
+
+SIZES = [(96, 96), (96, 128), (200, 100), (64, 300), (97, 131), (500, 500), (40, 40)]
+
+
+def bucket_of(width: int, height: int, area: int, low: int, high: int, step: int) -> tuple[int, int]:
+    """sd-scripts' rule: the square, and for each side the longest other one; the nearest in width / height."""
+    square = int(area**0.5) // step * step
+    table = {(square, square)}
+    for side in range(low, high + 1, step):
+        if (other := min(high, area // side // step * step)) >= low:
+            table |= {(side, other), (other, side)}
+    return min(sorted(table), key=lambda b: abs(b[0] / b[1] - width / height))
+
+
+@pytest.mark.parametrize(("batch", "repeats"), [(1, 1), (2, 3), (4, 1)])
+def test_buckets_and_steps_of_an_epoch_follow_its_rule(folder, batch, repeats):
+    for path in (folder / "photos").iterdir():
+        path.unlink()
+    for i, size in enumerate(SIZES):
+        Image.new("RGB", size, (9 * i, 0, 0)).save(folder / f"photos/{i}.png")
+    (folder / "d.toml").write_text(
+        f"""
+        [[datasets]]
+        resolution = 128
+        batch_size = {batch}
+        enable_bucket = true
+        min_bucket_reso = 64
+        max_bucket_reso = 256
+        bucket_reso_steps = 32
+          [[datasets.subsets]]
+          image_dir = "photos"
+          class_tokens = "zqx"
+          num_repeats = {repeats}
+        """
+    )
+    data = config().data
+    scanned = scan_data(data)
+    wanted = [bucket_of(*size, 128 * 128, 64, 256, 32) for size in SIZES]
+    assert [example.bucket for example in scanned.examples] == wanted
+    batches = sum(-(-wanted.count(bucket) * repeats // batch) for bucket in set(wanted))
+    assert epoch_of(data, scanned, batch).batches == batches
 
 
 def test_folders_are_found_by_their_names(folder):
