@@ -69,31 +69,22 @@ def flow_loss(
     txt_mask: Tensor | None = None,
     weights: Tensor | None = None,
     error: Callable[[Tensor, Tensor], Tensor] = lambda difference, t: difference.square(),
-    prediction: str = "raw",
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda v, x, t: v,
     further: Tensor | None = None,
 ) -> Tensor:
     """The mean error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,).
 
     weights: how much each latent's error counts, (B, 1, H, W) or a shape that broadcasts to it. error: of the
-    difference (B, 16, H, W) between prediction and target at t; by default its square. prediction: see `predicted`.
-    further: added to the noise that the model sees, like noise.
+    difference (B, 16, H, W) between prediction and target at t; by default its square. predict: of velocity, x
+    and t (B, 1, 1, 1), what is compared with the target. further: added to the noise that the model sees.
     """
     t = t.to(latents.device)
     mix = t[:, None, None, None]
     x = (1 - mix) * latents + mix * (noise if further is None else noise + further)
     target = noise - latents
     v = velocity(flux, x, t, txt, pooled, guidance, modulation, txt_mask)
-    errors = error(predicted(prediction, v, x, mix) - target, t)
+    errors = error(predict(v, x, mix) - target, t)
     return (errors if weights is None else errors * weights.to(errors.device)).mean(dim=(1, 2, 3))
-
-
-def predicted(prediction: str, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
-    """What sd-scripts compares with noise - image: the velocity if "raw", velocity + x if "additive", x - t velocity if
-    "sigma_scaled", at noisy latents x. All broadcast.
-    """
-    if prediction == "raw":
-        return velocity
-    return velocity + x if prediction == "additive" else x - t * velocity
 
 
 def euler_timesteps(steps: int, shift: float) -> list[float]:

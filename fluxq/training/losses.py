@@ -33,6 +33,15 @@ def weighted_error(settings: TrainingConfig, difference: Tensor, t: Tensor) -> T
     return error if settings.weighting == "none" else error * weight_at(settings.weighting, t)[:, None, None, None]
 
 
+def predicted(prediction: str, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """What sd-scripts compares with noise - image: the velocity if "raw", velocity + x if "additive", x - t velocity if
+    "sigma_scaled", at noisy latents x. All broadcast.
+    """
+    if prediction == "raw":
+        return velocity
+    return velocity + x if prediction == "additive" else x - t * velocity
+
+
 LOWEST_SIGMA = 1e-3
 """Where sigma_sqrt stops to grow: the lowest of sd-scripts' thousand levels."""
 

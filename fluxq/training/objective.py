@@ -22,7 +22,7 @@ from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.modulation import Conditioning, Lookahead, sent
 
-from .losses import weighted_error
+from .losses import predicted, weighted_error
 from .timesteps import sample_timesteps
 
 CALIBRATION_BATCHES = 2
@@ -102,9 +102,8 @@ class Objective:
         _, batch, noise, t = prepared
         batch, guidance = self._with_pooled(batch), self.training.guidance
         given = self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation, batch.txt_mask
-        settings = self.training
-        error, further = partial(weighted_error, settings), self._further_noise(index, batch)
-        return flow_loss(*given, batch.weights, error, settings.prediction, further).mean()
+        error, predict = partial(weighted_error, self.training), partial(predicted, self.training.prediction)
+        return flow_loss(*given, batch.weights, error, predict, self._further_noise(index, batch)).mean()
 
     def _inputs(self, index: int) -> tuple[Batch, Tensor, Tensor]:
         """The batch, the noise and the timesteps of micro-step `index`, on the model's device."""

@@ -263,15 +263,16 @@ class Run:
             temporary.write_text(json.dumps(dataset.contents()), encoding="utf-8")
 
     def lora_file(self, step: int) -> Path:
-        """<name>.safetensors for the last step, <name>-step00000250.safetensors, or <name>-000002.safetensors if it is
-        numbered by epoch, and so on before.
-        """
-        output, number = self.config.output, f"-step{step:08}"
-        if step == self.config.training.steps:
-            number = ""
-        elif output.save_every_epochs and step % output.save_every == 0:  # not where a run was stopped
-            number = f"-{step // output.save_every * output.save_every_epochs:06}"
-        return self.folder / f"{self.name}{number}{self.suffix}"
+        """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before."""
+        last = step == self.config.training.steps
+        return self.folder / f"{self.name}{'' if last else self._number(step)}{self.suffix}"
+
+    def _number(self, step: int) -> str:
+        """-step00000250, or -000002 if LoRAs are numbered by epoch, except where a run was stopped between two."""
+        output = self.config.output
+        if output.save_every_epochs and step % output.save_every == 0:
+            return f"-{step // output.save_every * output.save_every_epochs:06}"
+        return f"-step{step:08}"
 
     def loras(self) -> list[Path]:
         """All LoRAs of this run that are there."""

@@ -20,8 +20,7 @@ from torch import Tensor
 
 from fluxq.config import TrainingConfig
 from fluxq.errors import WrongRequest
-from fluxq.flow import predicted
-from fluxq.training.losses import HUBER, pointwise_error, weight_at
+from fluxq.training.losses import HUBER, pointwise_error, predicted, weight_at
 from fluxq.training.timesteps import NORMAL, timesteps_of
 
 DENSITIES = ("logit_normal", "mode")
