@@ -319,6 +319,11 @@ def test_paths_of_another_machine_are_all_listed_and_replaced(folder):
     argv = [*MODELS[1:], "--pretrained_model_name_or_path=D:\\data\\flux1-nano.safetensors", *DATA, *NETWORK]
     missing = read_options(read_command([*argv, "--network_weights=/none/a.safetensors"]))
     assert "D:\\data\\flux1-nano.safetensors, /none/a.safetensors; --map OLD=NEW" in missing.refused
+    assert "refused: not on this machine: D:" in missing.lines[-1]
+    relative = read_options(
+        read_command([*argv, "--network_weights", "models\\ae.safetensors"]), [("D:/data", "models")]
+    )
+    assert relative.config.lora.from_lora == Path("models/ae.safetensors")
     found = read_options(read_command(argv), [("D:/data", "models")])
     assert found.config.model.flux == Path("models/flux1-nano.safetensors")
 

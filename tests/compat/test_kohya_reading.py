@@ -115,6 +115,7 @@ LAUNCHED = ["accelerate", "launch", "--mixed_precision", "bf16", "C:\\sd-scripts
     "argv",
     [
         [*LAUNCHED, "--seed", "1", "^", "--ae", "a b"],
+        [*LAUNCHED, "--seed", "1", "^--ae", "a b"],
         [*LAUNCHED, "\\", "--seed", "1", "\r\n", "--ae", "a b", "`"],
         [f"accelerate launch {PROGRAM}\n  --seed 1 \\\n  --ae 'a b'"],
         ["\n--seed 1 ^\n--ae 'a b'"],
@@ -130,7 +131,7 @@ def test_a_command_is_taken_as_it_is_pasted(argv):
     [
         (
             "t.bat",
-            '@echo off\nREM {p}\nset DIR=D:\\a b\npython {p} ^\n  --ae "%DIR%\\ae.sft" --seed 1^\n --v2\npause\n',
+            '@echo off\nREM {p}\nset DIR=D:\\a b\npython {p} ^\n  --ae "%DIR%\\ae.sft" ^--seed 1^\n --v2\npause\n',
         ),
         ("t.sh", '#!/bin/sh\nDIR="D:\\a b"\naccelerate launch {p} --ae "${{DIR}}\\ae.sft" \\\n  --seed 1 --v2\n'),
         ("t.ps1", '$dir = "D:\\a b"\naccelerate launch {p} `\n --ae "$dir\\ae.sft" --seed 1 `\n --v2\n'),

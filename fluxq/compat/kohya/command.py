@@ -60,7 +60,9 @@ def pasted(argv: Sequence[str]) -> list[str]:
     arguments: list[str] = []
     for argument in argv:
         is_command = "\n" in argument and re.search(rf"\n\s*--|{re.escape(PROGRAM)}", argument)
-        arguments += words(argument) if is_command else [argument]
+        arguments += (
+            words(argument) if is_command else [re.sub(r"^\^(?=--)", "", argument)]
+        )  # fluxgym's ^--sample_prompts
     marks = (*CONTINUED, "")
     arguments = [a for a in arguments if not (a.strip() in marks and (a.strip() or "\n" in a or "\r" in a))]
     starts = [i for i, argument in enumerate(arguments) if re.split(r"[/\\]", argument)[-1] == PROGRAM]

@@ -67,7 +67,7 @@ def read_options(options: Mapping[str, Any], places: Sequence[tuple[str, str]] =
     if setup.missing:
         refused.append(f"not on this machine: {', '.join(setup.missing)}; --map OLD=NEW replaces how paths begin")
     config = None if refused else config_from_dict(setup.values, "sd-scripts' options")
-    return Read(config, lint(options, setup), "; ".join(refused))
+    return Read(config, [*lint(options, setup), *(f"refused: {text}" for text in refused)], "; ".join(refused))
 
 
 def _check_type(row: Row, value: Any) -> None:
@@ -96,7 +96,7 @@ def lint(options: Mapping[str, Any], setup: Setup) -> list[str]:
         near = difflib.get_close_matches(name, BY_NAME, n=1)
         hint = f"; did you mean {near[0]}?" if near else ""
         lines.append(f"{name} of the config file is unknown, so sd-scripts leaves it out too{hint}")
-    return [*lines, *(f"refused: --{name}: {text}" for name, text in dict.fromkeys(setup.refused))]
+    return lines
 
 
 def _settings(keys: str, setup: Setup) -> str:

@@ -32,6 +32,7 @@ def words(text: str, kind: str = ".sh") -> list[str]:
         except ValueError as error:
             raise WrongRequest(f"the command has a quote that does not end: {text[:80]}") from error
     quotes = r'"[^"]*"' if mark == "^" else r"\"[^\"]*\"|'[^']*'"
+    text = re.sub(rf"({quotes})|{re.escape(mark)}(.)", lambda m: m[1] or m[2], text)  # ^- is -, but not in quotes
     return [re.sub(quotes, lambda m: m[0][1:-1], word) for word in re.findall(rf"(?:{quotes}|[^\s\"])+", text)]
 
 

@@ -41,6 +41,8 @@ class Setup:
             if text.replace("\\", "/").lower().startswith(begins.replace("\\", "/").lower()):
                 text = instead + text[len(begins) :].replace("\\", "/")
                 break
+        slashed = text.replace("\\", "/")
+        text = slashed if Path(slashed).expanduser().exists() else text
         text = str(Path(text).expanduser())
         if not Path(text).exists() and text not in self.missing:
             self.missing.append(text)
