@@ -489,6 +489,14 @@ class SamplesConfig:
     )
 
 
+def parse_metadata(value: Any) -> tuple[str, ...]:
+    """Texts like NAME=VALUE, or one of them. Raises ValueError for anything else."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) and text.partition("=")[0] and "=" in text for text in texts):
+        raise ValueError("NAME=VALUE, or a list of such texts")
+    return tuple(texts)
+
+
 @dataclass(frozen=True)
 class OutputConfig:
     """[output] Where results go."""
@@ -518,6 +526,11 @@ class OutputConfig:
         "does, which needs save_every_epochs.",
         None,
         ("step", "epoch"),
+    )
+    metadata: tuple[str, ...] = option(
+        (),
+        "What the LoRA's metadata should say too, or instead, as NAME=VALUE like modelspec.author=Me; default: none.",
+        parse=parse_metadata,
     )
 
 

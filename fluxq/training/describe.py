@@ -39,32 +39,36 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         training, size = config.training, config.data.side
         seen = {"fluxq_images_seen": str(batches.seen_before(step * training.accumulate))}
         seen |= objective_metadata(training)
-        return seen | lora_metadata(
-            name=cast(str, config.output.name),
-            rank=cast(int, config.lora.rank),
-            alpha=cast(float, config.lora.alpha),
-            steps=step,
-            last_step=cast(int, training.steps),
-            epochs=-(-step * training.accumulate // len(batches)),
-            learning_rate=cast(float, training.learning_rate),
-            text_learning_rate=training.text_learning_rate,
-            seed=training.seed,
-            resolution=(size, size),
-            variant=models.variant,
-            base_model=models.flux_file,
-            optimizer=training.optimizer,
-            datasets={f.path: (repeats.get(f.path, f.repeats), len(files[f.path])) for f in folders},
-            tag_frequency=tags,
-            buckets=buckets,
-            trigger=next((f.trigger for f in folders if f.trigger), None),
-            title=cast(str, config.output.name),
-            started=started,
-            finished=finished,
-            timestep_sampling="sigma" if training.timesteps in ("logit_normal", "mode") else training.timesteps,
-            shift=training.shift,
-            guidance=training.guidance,
-            precision="bf16",
-            text_mask=config.model.text_mask,
+        return (
+            seen
+            | lora_metadata(
+                name=cast(str, config.output.name),
+                rank=cast(int, config.lora.rank),
+                alpha=cast(float, config.lora.alpha),
+                steps=step,
+                last_step=cast(int, training.steps),
+                epochs=-(-step * training.accumulate // len(batches)),
+                learning_rate=cast(float, training.learning_rate),
+                text_learning_rate=training.text_learning_rate,
+                seed=training.seed,
+                resolution=(size, size),
+                variant=models.variant,
+                base_model=models.flux_file,
+                optimizer=training.optimizer,
+                datasets={f.path: (repeats.get(f.path, f.repeats), len(files[f.path])) for f in folders},
+                tag_frequency=tags,
+                buckets=buckets,
+                trigger=next((f.trigger for f in folders if f.trigger), None),
+                title=cast(str, config.output.name),
+                started=started,
+                finished=finished,
+                timestep_sampling="sigma" if training.timesteps in ("logit_normal", "mode") else training.timesteps,
+                shift=training.shift,
+                guidance=training.guidance,
+                precision="bf16",
+                text_mask=config.model.text_mask,
+            )
+            | {name: value for name, _, value in (text.partition("=") for text in config.output.metadata)}
         )
 
     return at

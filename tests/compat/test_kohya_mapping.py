@@ -17,6 +17,7 @@ from fluxq.compat.kohya.mapping import Read, read_options
 from fluxq.compat.kohya.table import TABLE, markdown
 from fluxq.config import SamplesConfig, TrainConfig, TrainingConfig
 from fluxq.errors import WrongRequest
+from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.lora.keys import matrices
 from fluxq.model import FluxConfig
 from fluxq.model.lora import targeted
@@ -346,6 +347,11 @@ def test_unknown_keys_and_wrong_types_of_a_config_file_are_told(folder):
         read("--config_file=c")
 
 
+def test_metadata_go_into_the_file(folder):
+    output = config("--training_comment=a=b", "--metadata_author=Me", "--metadata_usage_hint=use it").output
+    assert output.metadata == ("ss_training_comment=a=b", "modelspec.author=Me", "modelspec.usage_hint=use it")
+
+
 def invoke(*argv: str):
     return CliRunner().invoke(main, ["kohya", *argv])
 
@@ -379,11 +385,12 @@ def test_the_command_of_the_flux_guide_trains_and_saves_ten_epochs(folder):
         --optimizer_type="AdamW8bit" --lr_scheduler="constant" --sdpa --max_train_epochs=10 --save_every_n_epochs=1 \\
         --mixed_precision="fp16" --gradient_checkpointing --guidance_scale=1.0 --timestep_sampling="flux_shift" \\
         --model_prediction_type="raw" --blocks_to_swap=18 --apply_t5_attn_mask --cache_text_encoder_outputs \\
-        --cache_latents
+        --cache_latents --metadata_author="Me = I"
         """
     )
     done = invoke("--script", "train.sh")
     assert done.exit_code == 0, done.output
+    assert Checkpoint(folder / "out" / "my_flux_lora.safetensors").metadata["modelspec.author"] == "Me = I"
     numbered = [f"my_flux_lora-{epoch:06}.safetensors" for epoch in range(1, 10)]
     assert sorted(path.name for path in (folder / "out").glob("*.safetensors")) == [
         *numbered,

@@ -179,6 +179,11 @@ def _read_length(setup: Setup) -> None:
 def _read_output(setup: Setup) -> None:
     options, name = setup.options, setup.options["output_name"] or "last"
     setup.set("output", out=options["output_dir"], name=name, save_every=0)
+    said = {"ss_training_comment": options["training_comment"]}
+    for row in TABLE:
+        if row.name.startswith("metadata_") and not row.ignored:
+            said[row.name.replace("metadata_", "modelspec.", 1)] = options[row.name]
+    setup.set("output", metadata=[f"{key}={value}" for key, value in said.items() if value is not None])
     epochs, steps = options["save_every_n_epochs"], options["save_every_n_steps"]
     if options["save_n_epoch_ratio"]:
         if options["max_train_epochs"] is None:

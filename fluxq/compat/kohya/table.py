@@ -61,7 +61,8 @@ WORKERS = "nothing is decoded while training, so no workers are needed"
 DROPOUT = "fluxq's LoRA has no dropout"
 NORMS = "fluxq does not limit the norms of a LoRA"
 ONLY_TEXT = "fluxq trains CLIP-L only together with the transformer"
-COMMENT = "the file's metadata are those that fluxq writes"
+COMMENT = "other programs need what a LoRA says of itself"
+THUMBNAIL = "no picture is put into the file"
 CUSTOM = "fluxq has no schedules of other packages"
 DECAY = "it is for warmup_stable_decay, which fluxq does not read"
 TIMESCALE = "fluxq's inverse_sqrt has the warm-up's steps as its time scale"
@@ -192,11 +193,12 @@ TABLE: tuple[Row, ...] = (
     # Metadata
     *rows(
         "training_comment metadata_title metadata_author metadata_description metadata_license metadata_tags "
-        "metadata_usage_hint metadata_thumbnail metadata_merged_from metadata_trigger_phrase "
-        "metadata_preprocessor metadata_is_negative_embedding",
+        "metadata_usage_hint metadata_merged_from metadata_trigger_phrase metadata_preprocessor "
+        "metadata_is_negative_embedding",
         str,
-        ignored=COMMENT,
+        to="output.metadata",
     ),
+    *rows("metadata_thumbnail", str, ignored=THUMBNAIL),
     *rows("no_metadata", FLAG, ignored=COMMENT),
     # Optimizer, schedule, length
     *rows("optimizer_type", str, "", to="training.optimizer"),
