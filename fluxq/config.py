@@ -533,6 +533,26 @@ class TrainingConfig:
     preserve_weight: float = option(
         1.0, "How much --preserve-class counts beside the loss of the images.", minimum=0.001, maximum=1000
     )
+    prediction: str = option(
+        "raw",
+        "What is compared with noise - image, as in sd-scripts: raw the velocity v, additive v + x, sigma_scaled x - "
+        "t v, at the noisy latents x; only raw fits FLUX.1, keep it unless you copy another trainer's settings.",
+        None,
+        ("raw", "additive", "sigma_scaled"),
+    )
+    huber_scale: float = option(
+        1.0, "For loss = huber and smooth_l1: huber_c is multiplied by this at every noise level.", minimum=0.001
+    )
+    input_noise: float = option(
+        0.0,
+        "Add this much of further noise to the noise that the model sees, not to what it should predict, like "
+        "ip_noise_gamma of sd-scripts; 0.05 to 0.1 are usual; 0: none.",
+        minimum=0,
+        maximum=10,
+    )
+    input_noise_random: bool = option(
+        False, "Draw the strength of input_noise anew in each step, from 0 to its value; default: false."
+    )
 
 
 @dataclass(frozen=True)
@@ -627,6 +647,17 @@ class SamplesConfig:
         "--negative",
     )
     seed: int = option(42, "Seed of the first image; each following image adds 1.", "--sample-seed")
+    every_epochs: int | None = option(
+        None, "Epochs between previews, in place of --sample-every; default: none.", minimum=1
+    )
+
+
+def parse_metadata(value: Any) -> tuple[str, ...]:
+    """Texts like NAME=VALUE, or one of them. Raises ValueError for anything else."""
+    texts = value if isinstance(value, list | tuple) else [value]
+    if not all(isinstance(text, str) and text.partition("=")[0] and "=" in text for text in texts):
+        raise ValueError("NAME=VALUE, or a list of such texts")
+    return tuple(texts)
 
 
 @dataclass(frozen=True)
@@ -652,6 +683,18 @@ class OutputConfig:
         0, "How many of the LoRAs saved before the end to keep, newest first; 0: all.", "--keep", minimum=0
     )
     plot_seconds: float = option(20.0, "Seconds between updates of loss.png.", minimum=0)
+    numbering: str = option(
+        "step",
+        "How LoRAs saved before the end are called: NAME-step00000250 by step, or NAME-000002 by epoch as sd-scripts "
+        "does, which needs save_every_epochs.",
+        None,
+        ("step", "epoch"),
+    )
+    metadata: tuple[str, ...] = option(
+        (),
+        "What the LoRA's metadata should say too, or instead, as NAME=VALUE like modelspec.author=Me; default: none.",
+        parse=parse_metadata,
+    )
 
 
 @dataclass(frozen=True)

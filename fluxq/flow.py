@@ -71,17 +71,21 @@ def flow_loss(
     txt_mask: Tensor | None = None,
     weights: Tensor | None = None,
     error: Callable[[Tensor, Tensor], Tensor] = lambda difference, t: difference.square(),
+    predict: Callable[[Tensor, Tensor, Tensor], Tensor] = lambda v, x, t: v,
+    further: Tensor | None = None,
 ) -> Tensor:
     """The mean error of the velocity for each example, (B,) fp32. latents, noise (B, 16, H, W); t (B,).
 
     weights: how much each latent's error counts, (B, 1, H, W) or a shape that broadcasts to it. error: of the
-    difference (B, 16, H, W) between velocity and target at t; by default its square.
+    difference (B, 16, H, W) between prediction and target at t; by default its square. predict: of velocity, x
+    and t (B, 1, 1, 1), what is compared with the target. further: added to the noise that the model sees.
     """
     t = t.to(latents.device)
     mix = t[:, None, None, None]
-    x = (1 - mix) * latents + mix * noise
+    x = (1 - mix) * latents + mix * (noise if further is None else noise + further)
     target = noise - latents
-    errors = error(velocity(flux, x, t, txt, pooled, guidance, modulation, txt_mask) - target, t)
+    v = velocity(flux, x, t, txt, pooled, guidance, modulation, txt_mask)
+    errors = error(predict(v, x, mix) - target, t)
     return (errors if weights is None else errors * weights.to(errors.device)).mean(dim=(1, 2, 3))
 
 

@@ -29,6 +29,7 @@ FLOORS = [  # from the ground up; a room may import itself and everything on a l
     {"flow"},
     {"sampling"},
     {"training"},
+    {"compat"},
     {"train"},
     {"commands", "bench"},
     {"cli"},

@@ -216,6 +216,39 @@ def train(
     finish(run(config, resumes, overwrite, accepts_data=resumes and bool(folders), asked=asked), as_json)
 
 
+@main.command(context_settings={"ignore_unknown_options": True}, add_help_option=True)
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED, metavar="[ARGUMENTS]...")
+@click.option(
+    "--lint", is_flag=True, help="Only say what becomes of each option. The exit code is 2 if one is refused."
+)
+@click.option("--script", type=Path, metavar="FILE", help="Read the command in this .bat, .cmd, .ps1 or .sh file.")
+@click.option("--write-config", type=Path, metavar="FILE", help="Only write fluxq's own settings to this TOML file.")
+@click.option(
+    "--map",
+    "places",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="Take paths that begin with OLD for paths that begin with NEW, like D:\\data=/data; may be repeated.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the run in --output_dir, if there is one.")
+@JSON
+@click.pass_context
+def kohya(context: click.Context, as_json: bool, **given: Any) -> None:
+    """Train as kohya's sd-scripts would.
+
+    ARGUMENTS are those of its flux_train_network.py, also with `accelerate launch ...` in front, and with
+    --config_file and --dataset_config as they are.
+
+    Example: fluxq kohya --script train.bat --lint
+    """
+    begin(as_json, computes=not (given["lint"] or given["write_config"]))
+    from fluxq.commands.kohya import kohya_command
+
+    answer = kohya_command(**given)
+    finish(answer, as_json)
+    context.exit(2 if given["lint"] and isinstance(answer, dict) and answer["refused"] else 0)
+
+
 @main.command()
 @click.argument("folder", required=False, metavar="[FOLDER]")
 @config_option("training.preset", "What the LoRA teaches, for which it sets what is set in the file.")

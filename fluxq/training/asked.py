@@ -56,7 +56,7 @@ def _of_models(config: TrainConfig, models: Models) -> Found:
 
 def _of_samples(config: TrainConfig, models: Models, samples_only: bool) -> Found:
     samples = config.samples
-    if not samples_only and not samples.every:
+    if not samples_only and not samples.every and samples.every_epochs is None:
         for name in SAMPLES:
             yield f"samples.{name}", "this run makes no previews (--sample-every makes them)"
         return
@@ -78,6 +78,8 @@ def _of_training(config: TrainConfig, models: Models, resume: bool) -> Found:
         yield "training.steps", "--epochs says how many"
     if output.save_every_epochs is not None:
         yield "output.save_every", "save_every_epochs says when"
+    elif output.numbering == "epoch":
+        yield "output.numbering", "epochs are numbered only with save_every_epochs"
     for schedule, name in (("cosine", "cycles"), ("polynomial", "power"), ("wsd", "decay")):
         if training.schedule != schedule:
             yield f"training.schedule_{name}", f"--schedule {training.schedule} does not use it"
@@ -127,8 +129,10 @@ def _of_objective(training: TrainingConfig) -> Found:
             yield f"training.{name}", f"--timesteps {training.timesteps} does not use it"
     if training.preserve_class is None:
         yield "training.preserve_weight", "there is no --preserve-class"
+    if not training.input_noise:
+        yield "training.input_noise_random", "there is no input_noise"
     if training.loss not in HUBER:
-        for name in ("huber_c", "huber_schedule"):
+        for name in ("huber_c", "huber_schedule", "huber_scale"):
             yield f"training.{name}", f"only training.loss huber and smooth_l1 use it, and it is {training.loss}"
 
 

@@ -82,6 +82,9 @@ def resolve(
         each = (f"{plural(n, 'layer')} of rank {s.rank}, alpha {s.alpha:g}" for s, n in sizes.items())
         notify(f"LoRA: {', '.join(each)}")
     check_variants(lora, training)
+    if (epochs := config.samples.every_epochs) is not None:
+        every = max(1, round(epochs * epoch.batches / training.accumulate))
+        config = replace(config, samples=replace(config.samples, every=every, every_epochs=None))
     training, output = resolve_steps(training, config.output, epoch, notify)
     training = resolve_validation(training, data, scanned, notify)
     training = resolve_optimizer(training, notify)
@@ -170,7 +173,9 @@ def resolve_steps(
         notify(f"steps {training.steps}: {per_epoch:g} an epoch")
     if output.save_every_epochs is not None:
         every = max(1, round(output.save_every_epochs * per_epoch))
-        output = replace(output, save_every=every, save_every_epochs=None)
+        output = replace(output, save_every=every)
+        if output.numbering == "step":
+            output = replace(output, save_every_epochs=None)
         notify(f"saves every {plural(every, 'step')}: {per_epoch:g} an epoch")
     if training.steps is None:
         images, at_once = max(1, epoch.images), epoch.seen / max(1, epoch.batches) * training.accumulate

@@ -79,7 +79,8 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
             precision="bf16",
             text_mask=config.model.text_mask,
         )
-        return seen | about | variant_metadata(config.lora)
+        given = {name: value for name, _, value in (text.partition("=") for text in config.output.metadata)}
+        return seen | about | variant_metadata(config.lora) | given
 
     return at
 

@@ -1,6 +1,6 @@
 """How much an error of the velocity counts, at each latent and each timestep: sd-scripts' losses and weightings.
 
-d is velocity - target, t the timestep (1 is noise), c = huber_c(t).
+d is velocity - target, t the timestep (1 is noise), c = huber_scale huber_c(t).
 
     l2, l1        d^2, |d|
     huber         2 c (sqrt(d^2 + c^2) - c), about d^2 near 0
@@ -33,6 +33,15 @@ def weighted_error(settings: TrainingConfig, difference: Tensor, t: Tensor) -> T
     return error if settings.weighting == "none" else error * weight_at(settings.weighting, t)[:, None, None, None]
 
 
+def predicted(prediction: str, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor:
+    """What sd-scripts compares with noise - image: the velocity if "raw", velocity + x if "additive", x - t velocity if
+    "sigma_scaled", at noisy latents x. All broadcast.
+    """
+    if prediction == "raw":
+        return velocity
+    return velocity + x if prediction == "additive" else x - t * velocity
+
+
 LOWEST_SIGMA = 1e-3
 """Where sigma_sqrt stops to grow: the lowest of sd-scripts' thousand levels."""
 
@@ -45,7 +54,7 @@ def pointwise_error(settings: TrainingConfig, difference: Tensor, t: Tensor) -> 
         return difference.abs()
     if kind not in HUBER:
         raise ValueError(f"the loss must be one of l2, l1, {', '.join(HUBER)}, not {kind!r}")
-    c = huber_c_at(settings.huber_schedule, settings.huber_c, t)[:, None, None, None]
+    c = settings.huber_scale * huber_c_at(settings.huber_schedule, settings.huber_c, t)[:, None, None, None]
     squared = difference.square()
     smooth = 2 * squared / ((squared + c.square()).sqrt() + c)  # the root minus c, without losing digits
     return c * smooth if kind == "huber" else smooth

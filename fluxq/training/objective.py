@@ -18,6 +18,7 @@ from fluxq.caching.batches import Batch
 from fluxq.config import TrainConfig, TrainingConfig
 from fluxq.data.captions import in_class
 from fluxq.data.examples import Scan
+from fluxq.data.randomness import generator, normal
 from fluxq.flow import conditioning, flow_loss, sample_noise, validation_losses, velocity
 from fluxq.kernels.dropout import dropping
 from fluxq.model.clip import Clip
@@ -26,7 +27,7 @@ from fluxq.model.lora import lora_strength
 from fluxq.model.modulation import Conditioning, Lookahead, sent
 
 from .dropout import Dropout
-from .losses import weighted_error
+from .losses import predicted, weighted_error
 from .timesteps import sample_timesteps
 
 CALIBRATION_BATCHES = 2
@@ -85,7 +86,7 @@ class Objective:
         inputs, modulation = self._taken(index), self._lookahead.rows(index)
         dropped = None if self.dropout is None else self.dropout.drawn(index, len(inputs[0].examples))
         with dropping(dropped):
-            loss = self._loss(inputs, modulation)
+            loss = self._loss(index, inputs, modulation)
         yield loss
         with dropping(dropped):
             kept = self._preservation(index, *inputs)
@@ -112,7 +113,7 @@ class Objective:
     def calibration(self) -> None:
         """Forward passes of the first micro-steps, with modulation computed in the step, so every layer sees inputs."""
         for index in range(CALIBRATION_BATCHES):
-            self._loss(self._taken(index), None)
+            self._loss(index, self._taken(index), None)
 
     def conditioning(self, index: int) -> Conditioning:
         """The timesteps, pooled vectors and guidance of micro-step `index`."""
@@ -139,11 +140,12 @@ class Objective:
             return self._inputs(index)
         return prepared[1:]
 
-    def _loss(self, inputs: tuple[Batch, Tensor, Tensor], modulation: tuple[Tensor, ...] | None) -> Tensor:
+    def _loss(self, index: int, inputs: tuple[Batch, Tensor, Tensor], modulation: tuple[Tensor, ...] | None) -> Tensor:
         batch, noise, t = inputs
         batch, guidance = self._with_pooled(batch), self.training.guidance
         given = self.flux, batch.latents, noise, t, batch.txt, batch.pooled, guidance, modulation, batch.txt_mask
-        return flow_loss(*given, batch.weights, partial(weighted_error, self.training)).mean()
+        error, predict = partial(weighted_error, self.training), partial(predicted, self.training.prediction)
+        return flow_loss(*given, batch.weights, error, predict, self._further_noise(index, batch)).mean()
 
     def _preservation(self, index: int, batch: Batch, noise: Tensor, t: Tensor) -> Tensor | None:
         """How far LoRA moves the output for the captions with the class; None if no image has a trigger."""
@@ -176,6 +178,17 @@ class Objective:
         mask, weights = (None if x is None else sent(x, device) for x in (batch.txt_mask, batch.weights))
         batch = replace(batch, latents=latents, txt=txt, pooled=pooled, txt_mask=mask, weights=weights)
         return batch, sent(noise, device), sent(self._timesteps(index), device)
+
+    def _further_noise(self, index: int, batch: Batch) -> Tensor | None:
+        """What `input_noise` adds to the noise of micro-step `index`; None for nothing."""
+        settings, strength = self.training, self.training.input_noise
+        if not strength:
+            return None
+        if settings.input_noise_random:
+            strength *= generator(settings.seed, "strength of further noise", index).random()
+        shape = batch.latents.shape[1:]
+        further = [normal(shape, settings.seed, "further noise", index, example) for example in batch.examples]
+        return strength * sent(torch.stack(further), self.flux.device)
 
     def _timesteps(self, index: int) -> Tensor:
         width, height = self.batches.bucket_of(index)

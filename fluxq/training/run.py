@@ -280,7 +280,14 @@ class Run:
         LoRA's average, <name>-ema.safetensors and <name>-ema-step00000250.safetensors.
         """
         last = step == self.last_step
-        return self.folder / f"{self.name}{'-ema' * averaged}{'' if last else f'-step{step:08}'}{self.suffix}"
+        return self.folder / f"{self.name}{'-ema' * averaged}{'' if last else self._number(step)}{self.suffix}"
+
+    def _number(self, step: int) -> str:
+        """-step00000250, or -000002 if LoRAs are numbered by epoch, except where a run was stopped between two."""
+        output = self.config.output
+        if output.save_every_epochs and step % output.save_every == 0:
+            return f"-{step // output.save_every * output.save_every_epochs:06}"
+        return f"-step{step:08}"
 
     def loras(self) -> list[Path]:
         """All LoRAs of this run that are there."""
@@ -290,7 +297,9 @@ class Run:
 
     def steps_saved(self, averaged: bool = False) -> list[Path]:
         """The LoRAs saved before the last step, or their averages, oldest first."""
-        return sorted(self.folder.glob(f"{glob.escape(self.name)}{'-ema' * averaged}-step????????{self.suffix}"))
+        name = f"{glob.escape(self.name)}{'-ema' * averaged}"
+        kinds = ("step????????", "[0-9][0-9][0-9][0-9][0-9][0-9]")
+        return [path for kind in kinds for path in sorted(self.folder.glob(f"{name}-{kind}{self.suffix}"))]
 
     def save_loras(
         self,

@@ -64,7 +64,10 @@ def sample_timesteps(
 
 
 def timesteps_of(settings: TrainingConfig, drawn: Tensor, tokens: int) -> Tensor:
-    """t (B,) fp32 in (0, 1] of the numbers `drawn` (B,) fp64: z for the modes in NORMAL, u for the others."""
+    """t (B,) fp32 in (0, 1] of the numbers `drawn` (B,): z for the modes in NORMAL, u for the others.
+
+    They are fp64, or fp32 as in sd-scripts, whose levels they then choose to the last digit.
+    """
     mode, shift = settings.timesteps, settings.shift
     if mode == "uniform":
         return (1 - drawn).float().clamp(max=1 - 2**-24)
@@ -83,5 +86,5 @@ def timesteps_of(settings: TrainingConfig, drawn: Tensor, tokens: int) -> Tensor
         u = 1 - 1 / ((math.pi * drawn / 2).tan() + 1)
     else:
         raise ValueError(f"the timestep mode must be one of uniform, {', '.join(SIGMOIDS + SIGMAS)}, not {mode!r}")
-    levels = 1 - (LEVELS * u).floor().clamp(0, LEVELS - 1) / LEVELS
+    levels = (LEVELS - (LEVELS * u).floor().clamp(0, LEVELS - 1)) / LEVELS
     return shift_time(levels, shift).float()

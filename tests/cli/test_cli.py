@@ -41,6 +41,7 @@ OPTIONS = {
     "caption": "--model --prompt --max-words --batch --overwrite --offline --trigger --remove --replace --table "
     "--recursive --json",
     "quantize": "--format --report --overwrite --json",
+    "kohya": "--lint --script --write-config --map --overwrite --json",
     "demo": "--out --format --compute --json",
     "settings": "--schema --names",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "

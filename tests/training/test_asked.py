@@ -182,7 +182,7 @@ def test_a_resumed_run_starts_from_no_other_lora():
 
 
 def test_every_setting_of_previews_is_known():
-    assert {*SAMPLES, "every"} == {field.name for field in fields(SamplesConfig)}
+    assert {*SAMPLES, "every", "every_epochs"} == {field.name for field in fields(SamplesConfig)}
 
 
 def test_asked_is_what_options_assignments_and_files_set(tmp_path):
