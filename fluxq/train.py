@@ -97,8 +97,7 @@ def train_in(
     trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    dropout = Dropout(layers, config.lora, training.seed)
-    objective = Objective(flux, data.batches, training, trainable.clip, dropout, data.in_class)
+    objective = Objective(flux, data.batches, training, trainable.clip, trainable.dropout, data.in_class)
     for line in summary(config, models, flux, data.epoch, len(layers), optimizer):
         notify(line)
 
@@ -218,6 +217,7 @@ class Trainable:
     clip: Clip | None
     layers: dict[str, Linear]  # those with LoRA, by name
     optimizer: FlatOptimizer
+    dropout: Dropout
     ahead: bool  # nothing upstream of modulation trains, so it is computed ahead
 
 
@@ -262,4 +262,4 @@ def load_trainable(
     expect_training(flux)
     optimizer = build_optimizer(training.optimizer, groups, learning_rate, training.weight_decay, arguments)
     optimizer.follow(layers.values(), lora.max_norm, lora.ema)
-    return Trainable(flux, clip, layers, optimizer, ahead)
+    return Trainable(flux, clip, layers, optimizer, Dropout(layers, lora, training.seed), ahead)

@@ -24,6 +24,9 @@ class Loss:
     def __init__(self, loss) -> None:
         self.loss = loss
 
+    def terms(self, index: int):
+        yield self.loss(index)
+
     def share(self, index: int) -> float:
         return 1.0
 

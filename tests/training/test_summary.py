@@ -52,7 +52,7 @@ def test_each_reason_is_a_line(monkeypatch):
 def test_batches_that_no_bucket_can_fill_are_said():
     folder = Folder(Path("photos"))
     examples = [
-        SimpleNamespace(bucket=bucket, repeats=2, folder=folder, path=bucket)
+        SimpleNamespace(bucket=bucket, repeats=2, folder=folder, path=bucket, held_out=False)
         for bucket in ((96, 96), (96, 96), (64, 128))
     ]
     scanned, data = SimpleNamespace(examples=examples), DataConfig(folders=(folder,))
@@ -65,5 +65,5 @@ def test_batches_that_no_bucket_can_fill_are_said():
 
 
 def test_the_end_of_a_run_says_it_again():
-    result = Result(1, 1.0, 1.0, 1.0, None, "a.safetensors", None, None, ["no Triton"])
+    result = Result(1, 1.0, 1.0, 1.0, None, "a.safetensors", None, None, ["no Triton"], None)
     assert result.summary() == ["slower than it could be: no Triton", "LoRA: a.safetensors"]
