@@ -46,8 +46,8 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         seen |= objective_metadata(training)
         about = lora_metadata(
             name=cast(str, config.output.name),
-            rank=ranks.copy().pop() if len(ranks) == 1 else "Dynamic",
-            alpha=alphas.copy().pop() if len(alphas) == 1 else "Dynamic",
+            rank=next(iter(ranks)) if len(ranks) == 1 else "Dynamic",
+            alpha=next(iter(alphas)) if len(alphas) == 1 else "Dynamic",
             steps=step,
             last_step=cast(int, training.steps),
             epochs=-(-step * training.accumulate // len(batches)),

@@ -65,9 +65,11 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_steps_and_three_more_are_six_to_the_bit(tmp_path, photos):
+@pytest.mark.parametrize("text_encoder", [{}, {"text_encoder": "clip_l"}])
+def test_three_steps_and_three_more_are_six_to_the_bit(text_encoder, tmp_path, photos):
     def run(out: str, steps: int, **more) -> Path:
-        train(configured(photos, tmp_path / out, steps, **EVERYTHING), notify=silent, **more)
+        sections = {**EVERYTHING, "lora": EVERYTHING["lora"] | text_encoder}
+        train(configured(photos, tmp_path / out, steps, **sections), notify=silent, **more)
         return tmp_path / out
 
     whole = run("whole", 6)
