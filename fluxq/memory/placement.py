@@ -165,7 +165,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         expandable=has_expandable_segments(),
         adapted=config.lora.adapted(),
         averaged=config.lora.ema > 0,
-        drops=any((config.lora.dropout, config.lora.rank_dropout, config.lora.module_dropout)),
+        drops=config.lora.drops,
     )
 
 

@@ -115,6 +115,7 @@ def variant_metadata(lora: LoraConfig) -> dict[str, str]:
         "fluxq_alphas": ",".join(lora.alphas),
         "fluxq_rank_stabilized": lora.rank_stabilized,
         "fluxq_input_dropout": lora.dropout,
+        "ss_network_dropout": lora.inner_dropout,
         "ss_scale_weight_norms": lora.max_norm,
     }
     return {

@@ -41,8 +41,7 @@ def kind_of(config: TrainConfig, models: Models, placement: Placement) -> str:
     """What runs must share to be compared."""
     lora, training, on_gpu = config.lora, config.training, models.device.type == "cuda"
     policies = placement.policies
-    dropout = lora.dropout, lora.rank_dropout, lora.module_dropout
-    variants = [v for v in (lora.ranks, lora.double_blocks, lora.single_blocks, any(dropout)) if v]
+    variants = [v for v in (lora.ranks, lora.double_blocks, lora.single_blocks, lora.drops) if v]
     return json.dumps(
         {
             "on": torch.cuda.get_device_name(models.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",

@@ -57,7 +57,7 @@ def operands(compute: str, rate: float, device, rank: int = 5):
     weight, bias = quantize(torch.randn(128, 192, device=device).to(dtype) / 14, "int8"), torch.randn(128).to(device)
     down, up = (torch.randn(*shape).div(8).to(device).requires_grad_() for shape in ((rank, 192), (128, rank)))
     factors = torch.tensor([[0, 2, 2, 0, 2], [2, 2, 0, 0, 2.0]]).to(device)
-    return x, dy, weight, bias.to(dtype), down, up, Dropped(factors, rate, KEY.to(device))
+    return x, dy, weight, bias.to(dtype), down, up, Dropped(factors, rate, KEY.to(device), 0.4, KEY.to(device) + 9)
 
 
 @pytest.mark.usefixtures("either_backend")
@@ -78,8 +78,11 @@ def test_a_layer_and_its_gradients_are_those_of_the_formula(parts, rate, compute
     # plain PyTorch, with the mask as a matrix
     x64, down64, up64 = (t.detach().double().requires_grad_() for t in (x, down, up))
     mask = reference.drop(torch.ones_like(x), dropped.rate, dropped.key).double()
+    inner = reference.drop(torch.ones(2, 70, 5).to(device), dropped.inner_rate, dropped.inner_key).double()
     w = weight.values.double() * weight.scale.double()[:, None]
-    plain = F.linear(x64, w, bias.double()) + 0.7 * (((mask * x64) @ down64.T) * dropped.factors[:, None]) @ up64.T
+    plain = (
+        F.linear(x64, w, bias.double()) + 0.7 * (((mask * x64) @ down64.T) * inner * dropped.factors[:, None]) @ up64.T
+    )
     expected = [plain, *torch.autograd.grad(plain, (x64, down64, up64), dy.double())]
     tolerance = 1e-5 if compute == "bf16" else 0.06 if compute.startswith("fp8") else 0.02
     for ours, exact in zip(got, expected, strict=True):
@@ -97,7 +100,7 @@ def losses_and_gradients(policy: str, compute: str, targets: str) -> list[torch.
     flux.set_compute(compute)
     drawn = torch.Generator().manual_seed(2)
     masks = {
-        layer: Dropped((torch.rand(2, 4, generator=drawn) > 0.4) * 1.6, 0.25, KEY + i)
+        layer: Dropped((torch.rand(2, 4, generator=drawn) > 0.4) * 1.6, 0.25, KEY + i, 0.2, KEY - i)
         for i, layer in enumerate(layers.values())
     }
     img, txt, vec = torch.randn(2, 6, 16), torch.randn(2, 5, 40), torch.randn(2, 24)

@@ -22,6 +22,7 @@ EVERYTHING = {
         "rank_stabilized": True,
         "dropout": 0.1,
         "rank_dropout": 0.2,
+        "inner_dropout": 0.1,
         "module_dropout": 0.1,
         "plus_ratio": 4,
         "max_norm": 0.02,
