@@ -171,8 +171,9 @@ class Run:
     def _results(self) -> list[Path]:
         """The files of a run of this name, which a new one would replace."""
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
-        names = (*names, f"{self.name}-ema{self.suffix}")
-        return [*(self.folder / name for name in names), self.state_file, *self.steps_saved(), *self.steps_saved(True)]
+        averages = self.folder / f"{self.name}-ema{self.suffix}", *self.steps_saved(True)
+        own = [path for path in averages if path.exists() and "fluxq_ema" in _metadata(path)]  # not a run called so
+        return [*(self.folder / name for name in names), self.state_file, *self.steps_saved(), *own]
 
     def _settings_so_far(self) -> TrainConfig:
         """The settings of the saved state. config.toml may have been edited since, or be of an attempt that saved
@@ -285,11 +286,11 @@ class Run:
     def save_loras(
         self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], optimizer: FlatOptimizer
     ) -> None:
-        """`save_lora`, and again for the average if `optimizer` keeps one."""
-        self.save_lora(flux, clip, step, metadata)
+        """`save_lora`, before that for the average if `optimizer` keeps one."""
         if optimizer.average is not None:
             with optimizer.averaged():
                 self.save_lora(flux, clip, step, metadata, averaged=True)
+        self.save_lora(flux, clip, step, metadata)
 
     def save_lora(
         self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], averaged: bool = False
@@ -317,11 +318,16 @@ class Run:
 
 def _is_finished(path: Path) -> bool:
     """Whether this LoRA was the last of its run, before that was resumed to more steps."""
+    about = _metadata(path)
+    return bool(about) and about.get("ss_steps") == about.get("ss_max_train_steps")
+
+
+def _metadata(path: Path) -> Mapping[str, str]:
+    """That of a LoRA's file or folder; none if it is damaged."""
     try:
-        about = Checkpoint(path / PEFT_FILES[0] if is_adapter(path) else path).metadata
-    except WrongRequest:  # damaged
-        return False
-    return about.get("ss_steps") == about.get("ss_max_train_steps")
+        return Checkpoint(path / PEFT_FILES[0] if is_adapter(path) else path).metadata
+    except WrongRequest:
+        return {}
 
 
 def _without_paths(value: Any) -> Any:

@@ -108,6 +108,23 @@ def test_the_file_says_what_it_is_and_its_average_is_another_lora(tmp_path, phot
         train(configured(photos, tmp_path / "run", 4, **more), resume=True, notify=silent)
 
 
+@pytest.mark.slow
+def test_an_average_is_kept_pruned_and_replaced_as_its_lora_is(tmp_path, photos):
+    """A run called like the average of another is not touched, and a LoRA that exists has its average."""
+    sections = {"training": {"batch": 2}, "output": {"save_every": 1, "keep": 1}}
+    config = configured(photos, tmp_path / "run", 3, **sections, lora={"rank": 2, "ema": 0.9})
+    train(config, notify=silent)
+    files = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    steps = ["test-ema-step00000002.safetensors", "test-ema.safetensors"]
+    assert files == [*steps, "test-step00000002.safetensors", "test.safetensors"]
+    with pytest.raises(WrongRequest, match="already has a run"):
+        train(config, notify=silent)
+    (tmp_path / "run" / "test-ema-step00000001.safetensors").write_bytes((tmp_path / "run" / files[2]).read_bytes())
+    train(configured(photos, tmp_path / "run", 1, **sections, lora={"rank": 2}), overwrite=True, notify=silent)
+    left = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    assert left == ["test-ema-step00000001.safetensors", "test.safetensors"]
+
+
 def test_settings_that_contradict_are_refused(tmp_path, photos):
     wrong = {"lora": {"plus_ratio": 4}, "training": {"optimizer": "prodigy", "learning_rate": 1}}
     with pytest.raises(WrongRequest, match="prodigy finds one of its own"):
