@@ -264,6 +264,13 @@ class LoraConfig:
         minimum=0,
         maximum=0.99,
     )
+    inner_dropout: float = option(
+        0.0,
+        "Chance of each number between the LoRA's two matrices to be left out, as sd-scripts' network_dropout; 0: "
+        "none.",
+        minimum=0,
+        maximum=0.99,
+    )
     module_dropout: float = option(
         0.0,
         "Chance of each layer to do without its LoRA in a step, as in sd-scripts; 0: none.",
@@ -306,6 +313,11 @@ class LoraConfig:
         "For init = loftq: save the LoRA with the correction in it, for use on weights quantized as in training; "
         "default: without it, at twice the rank, for use on any weights.",
     )
+
+    @property
+    def drops(self) -> bool:
+        """Whether anything is left out at random."""
+        return any((self.dropout, self.rank_dropout, self.inner_dropout, self.module_dropout))
 
     def adapted(self) -> Adapted:
         """The layers that get a LoRA, with ranks and scales, if targets, rank and alpha are set or have a default."""

@@ -84,15 +84,15 @@ def sizes_of(resolution: Resolution) -> tuple[Size, ...]:
 
 
 def block_numbers(text: str) -> set[int]:
-    """The numbers in "0-3,5"; none in "none". Raises ValueError for anything else."""
+    """The numbers, up to 999, in "0-3,5"; none in "none". Raises ValueError for anything else."""
     if text == "none":
         return set()
     numbers: set[int] = set()
     for part in text.split(","):
         first, _, last = part.strip().partition("-")
-        numbers |= (found := set(range(int(first), int(last or first) + 1)))
-        if not found:
-            raise ValueError(f"{part} is empty")
+        if not 0 <= int(first) <= int(last or first) < 1000:
+            raise ValueError(f"{part} is not a range")
+        numbers |= set(range(int(first), int(last or first) + 1))
     return numbers
 
 

@@ -420,14 +420,16 @@ def test_a_full_disk_keeps_the_last_good_file(fails_at, tmp_path, photos, monkey
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("file_format", ["kohya", "diffusers"])
-def test_a_run_takes_the_room_that_was_said_before_it_started(file_format, tmp_path, photos, monkeypatch):
+@pytest.mark.parametrize(
+    "file_format, variant", [("kohya", {}), ("diffusers", {}), ("diffusers", {"ranks": "mlp=8", "ema": 0.9})]
+)
+def test_a_run_takes_the_room_that_was_said_before_it_started(file_format, variant, tmp_path, photos, monkeypatch):
     found: list[disk.Need] = []
     monkeypatch.setattr(disk, "require_room", lambda needs, notify: found.extend(needs))
     for path in [*photos.glob("*.png")]:
         Image.new("L", Image.open(path).size, 255).save(path.with_name(f"{path.stem}-masklabel.png"))
     changes = {"data": {"cache": str(tmp_path / "cache"), "masks": "beside"}, "output": {"save_every": 2}}
-    changes |= {"lora": {"rank": 24, "file_format": file_format}, "training": {"steps": 3}}
+    changes |= {"lora": {"rank": 24, "file_format": file_format, **variant}, "training": {"steps": 3}}
     train(configured(tmp_path, photos, **changes))
     said, run = {need.what: need.nbytes for need in found}, tmp_path / "run"
     taken = {"state twice": 2 * (run / "state/state.safetensors").stat().st_size}

@@ -12,20 +12,31 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
+from .dispatch import ops
+
 
 class Dropped(NamedTuple):
-    """What one use of a layer leaves out: the LoRA becomes scale (factors * (drop(x) down^T)) up^T.
+    """What one use of a layer leaves out: the LoRA becomes scale (factors * drop(drop(x) down^T)) up^T.
 
     factors: (B, R) fp32 for x down^T of each example: 0 for a rank, or for all, that are left out, else what makes up
-    for the rest. rate: the chance of each number of the input to be left out, 0 for none; key: (1,) int64, which ones.
+    for the rest. rate: the chance of each number of x to be left out, 0 for none; key: (1,) int64, which ones.
+    inner_rate, inner_key: the same for x down^T.
     """
 
     factors: Tensor
     rate: float
     key: Tensor
+    inner_rate: float = 0.0
+    inner_key: Tensor | None = None
 
-    def scale(self, s: Tensor) -> Tensor:
-        """`s` (..., R), whose rows are those of B examples in order, times their factors, in place."""
+    def input(self, x: Tensor) -> Tensor:
+        """`x` (..., K) with zeros for what is left out."""
+        return ops(x).drop(x, self.rate, self.key) if self.rate else x
+
+    def inner(self, s: Tensor) -> Tensor:
+        """`s` (..., R), or its gradient, whose rows are those of B examples in order: what is left of it, scaled."""
+        if self.inner_rate:
+            s = ops(s).drop(s, self.inner_rate, self.inner_key)
         s.view(len(self.factors), -1, s.shape[-1]).mul_(self.factors[:, None])
         return s
 

@@ -110,13 +110,8 @@ class Product:
         if dropped is None:
             return F.linear(x, down) if s is None else s
         if s is None or dropped.rate:
-            s = F.linear(without_dropped(x, dropped), down)
-        return dropped.scale(s)
-
-
-def without_dropped(x: Tensor, dropped: Dropped) -> Tensor:
-    """`x` (..., K) with zeros for what is dropped of it."""
-    return ops(x).drop(x, dropped.rate, dropped.key) if dropped.rate else x
+            s = F.linear(dropped.input(x), down)
+        return dropped.inner(s)
 
 
 def eight_bit_dtype(compute: str) -> torch.dtype:
@@ -178,7 +173,7 @@ def gradients_with_dropout(
     """The gradients of x (None without `weight`), down and up. s (..., R) is that of the forward pass."""
     dropped, o, k = use.dropped, ops(dys[0]), down.shape[1]
     assert dropped is not None
-    ds, dx = dropped.scale(s_gradient(by_part(dys), up, use.scale)), None
+    ds, dx = dropped.inner(s_gradient(by_part(dys), up, use.scale)), None
     if weight is not None:
         if use.compute.endswith("_dx"):
             dx = input_gradient(dys, weight, row_scales, None, None, use)
@@ -190,4 +185,4 @@ def gradients_with_dropout(
         else:
             dx.view(-1, k).addmm_(ds, down)
         dx = F.pad(dx, (0, x.shape[-1] - k)) if x.shape[-1] > k else dx
-    return dx, *o.lora_gradients(dys, without_dropped(x[..., :k], dropped), s, ds, use.scale)
+    return dx, *o.lora_gradients(dys, dropped.input(x[..., :k]), s, ds, use.scale)

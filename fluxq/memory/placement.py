@@ -173,7 +173,7 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         adapted=config.lora.adapted(),
         averaged=config.lora.ema > 0,
         init=config.lora.init,
-        drops=any((config.lora.dropout, config.lora.rank_dropout, config.lora.module_dropout)),
+        drops=config.lora.drops,
     )
 
 

@@ -54,8 +54,8 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
             seen |= {"fluxq_lora_init": config.lora.init}
         about = lora_metadata(
             name=cast(str, config.output.name),
-            rank=ranks.copy().pop() if len(ranks) == 1 else "Dynamic",
-            alpha=alphas.copy().pop() if len(alphas) == 1 else "Dynamic",
+            rank=next(iter(ranks)) if len(ranks) == 1 else "Dynamic",
+            alpha=next(iter(alphas)) if len(alphas) == 1 else "Dynamic",
             steps=step,
             last_step=cast(int, training.steps),
             epochs=-(-step * training.accumulate // len(batches)),
@@ -125,6 +125,7 @@ def variant_metadata(lora: LoraConfig) -> dict[str, str]:
         "fluxq_alphas": ",".join(lora.alphas),
         "fluxq_rank_stabilized": lora.rank_stabilized,
         "fluxq_input_dropout": lora.dropout,
+        "ss_network_dropout": lora.inner_dropout,
         "ss_scale_weight_norms": lora.max_norm,
     }
     return {

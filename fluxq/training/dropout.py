@@ -1,8 +1,9 @@
 """Dropout of the LoRA: what each micro-step leaves out of it, drawn by address (seed, purpose, micro-step).
 
 inputs: each number of a layer's input, as `lora_dropout` of PEFT. ranks: each component of a layer for each image, as
-sd-scripts' `rank_dropout`. What remains of both is scaled up, so that its mean is that of the whole. modules: each
-layer's LoRA, not scaled, as sd-scripts' `module_dropout`.
+sd-scripts' `rank_dropout`. inner: each number between down and up, as sd-scripts' `network_dropout`. What remains is
+scaled up, so that its mean is that of the whole. modules: each layer's LoRA, not scaled, as sd-scripts'
+`module_dropout`.
 """
 
 from __future__ import annotations
@@ -31,17 +32,19 @@ class Dropout:
     def drawn(self, index: int, examples: int) -> Mapping[Linear, Dropped] | None:
         """What each layer leaves out in micro-step `index`; None if dropout is off."""
         lora, count = self.config, len(self.layers)
-        if not (lora.dropout or lora.rank_dropout or lora.module_dropout):
+        if not lora.drops:
             return None
         downs = [layer.get_parameter("lora_down") for layer in self.layers.values()]
         ranks, device = [len(down) for down in downs], downs[0].device
         keeps = self._uniform("module dropout", index).random(count) >= lora.module_dropout
         factors = self._uniform("rank dropout", index).random((examples, sum(ranks))) >= lora.rank_dropout
-        factors = (factors & keeps.repeat(ranks)) / ((1 - lora.rank_dropout) * (1 - lora.dropout))
-        keys = self._uniform("input dropout", index).integers(2**63, size=(count, 2))  # 16 bytes apart, as kernels read
+        remains = (1 - lora.rank_dropout) * (1 - lora.dropout) * (1 - lora.inner_dropout)
+        factors = (factors & keeps.repeat(ranks)) / remains
+        keys = self._uniform("input dropout", index).integers(2**63, size=(count, 2))
         each = sent(torch.from_numpy(factors.astype(np.float32)), device).split(ranks, 1)
-        parts = zip(self.layers.values(), each, sent(torch.from_numpy(keys), device)[:, :1], strict=True)
-        return {layer: Dropped(own, lora.dropout, key) for layer, own, key in parts}
+        parts = zip(self.layers.values(), each, sent(torch.from_numpy(keys), device), strict=True)
+        rates = lora.dropout, lora.inner_dropout
+        return {layer: Dropped(own, rates[0], key[:1], rates[1], key[1:]) for layer, own, key in parts}
 
     def _uniform(self, purpose: str, index: int) -> np.random.Generator:
         return generator(self.seed, purpose, index)

@@ -56,7 +56,7 @@ def settings_of(lora: Lora, config: LoraConfig, flux: FluxConfig, notify: Notify
     scales = {adapter.scale for adapter in lora.everything.values()}
     scale = scales.pop() if len(scales) == 1 else 1.0
     rank = config.rank or max(adapter.rank for adapter in lora.everything.values())
-    alpha = config.alpha or (scale * rank if scale > 0 else float(rank))
+    alpha = config.alpha or (scale * rank ** (0.5 if config.rank_stabilized else 1) if scale > 0 else float(rank))
     targets = config.targets or targets_of(lora, flux)
     resolved = replace(config, rank=rank, alpha=alpha, targets=targets, from_lora=lora.path.absolute())
     beyond = sorted(set(lora.adapters) - set(resolved.adapted().layers(matrices(flux))))

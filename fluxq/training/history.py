@@ -41,13 +41,14 @@ def kind_of(config: TrainConfig, models: Models, placement: Placement) -> str:
     """What runs must share to be compared."""
     lora, training, on_gpu = config.lora, config.training, models.device.type == "cuda"
     policies = placement.policies
+    variants = [v for v in (lora.ranks, lora.double_blocks, lora.single_blocks, lora.drops) if v]
     return json.dumps(
         {
             "on": torch.cuda.get_device_name(models.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",
             "model": "nano" if models.is_nano else models.variant,
             "format": [models.format, models.compute],
             "sizes": [*largest_batch(config, models), models.text_tokens, training.accumulate],
-            "lora": [str(lora.adapted()), lora.dropout > 0, lora.text_encoder, training.optimizer],
+            "lora": [lora.rank, lora.targets, lora.text_encoder, training.optimizer, *variants],
             "passes": 1 if training.preserve_class is None else 3,
             "resident": placement.resident and len(placement.resident),
             "plan": [placement.slots, policies if isinstance(policies, str) else list(policies), placement.offload],

@@ -45,7 +45,7 @@ def check_init(config: TrainConfig, models: Models) -> None:
         raise WrongRequest(NOTHING_ROUNDED)
     if init == "loftq":
         models.require_original()
-    for name in ("dropout", "rank_dropout", "module_dropout", "max_norm"):
+    for name in ("dropout", "rank_dropout", "inner_dropout", "module_dropout", "max_norm"):
         if init != "plain" and getattr(config.lora, name):
             raise WrongRequest(
                 f"lora.{name} would change what --lora-init {init} starts from, which stays; leave one of them out"

@@ -174,8 +174,9 @@ class Run:
     def _results(self) -> list[Path]:
         """The files of a run of this name, which a new one would replace."""
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
-        files = (self.state_file, self.best_file, self.lora_file(self.last_step, averaged=True))
-        return [*(self.folder / name for name in names), *files, *self.steps_saved(), *self.steps_saved(averaged=True)]
+        averages = self.lora_file(self.last_step, averaged=True), *self.steps_saved(averaged=True)
+        own = [path for path in averages if path.exists() and "fluxq_ema" in _metadata(path)]  # not a run called so
+        return [*(self.folder / name for name in names), self.state_file, self.best_file, *self.steps_saved(), *own]
 
     def _settings_so_far(self) -> TrainConfig:
         """The settings of the saved state. config.toml may have been edited since, or be of an attempt that saved

@@ -13,7 +13,7 @@ from fluxq.bench.kernel_cases import cases, step_case
 from fluxq.bench.kernels import check
 from fluxq.bench.memory_bound import RARE_STEPS, RARE_STORAGE, STEPS, STORAGE, Sizes
 
-WITHIN_OTHERS = {"fill_padding", "sum_shares"}  # parts of lora_linear
+WITHIN_OTHERS = {"fill_padding", "sum_shares", "drop"}  # parts of lora_linear
 
 
 SHAPE = 65, 1088  # two programs of 64 rows and of 1,024 columns, and only 64 divides the columns

@@ -80,7 +80,8 @@ def test_ranks_are_given_as_text_or_as_a_list(text):
 
 @pytest.mark.parametrize("key, value", [
     ("ranks", "mlp"), ("ranks", "mlp=1.5"), ("ranks", "=4"), ("ranks", "mlp=-1"), ("ranks", 4),
-    ("alphas", "mlp=0"), ("alphas", "mlp=nan"), ("double_blocks", "3-1"), ("double_blocks", "a"), ("single_blocks", -1),
+    ("alphas", "mlp=0"), ("alphas", "mlp=nan"), ("double_blocks", "3-1"),
+    ("double_blocks", "0-9999999999"), ("double_blocks", "a"), ("single_blocks", -1),
 ])  # fmt: skip
 def test_malformed_expressions_are_refused_by_key(key, value):
     with pytest.raises(WrongRequest, match=f"lora.{key} must be "):

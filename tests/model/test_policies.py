@@ -113,10 +113,10 @@ def test_the_replay_multiplies_only_what_was_not_kept(policy, monkeypatch):
     made, attended, backward = [], [], []
     product, attend = reference.lora_linear, sys.modules["fluxq.kernels.attention"]._forward
 
-    def counted(x, weight, bias, down, up, scale, part=None, s=None, *more):
+    def counted(x, weight, bias, down, up, scale, part=None, *more):
         rows = len(weight) if part is None else part.stop - part.start
         made.append((bool(backward), names.get((rows, weight.shape[1]), "other"), x.shape[1:-1].numel() > 1))
-        return product(x, weight, bias, down, up, scale, part, s, *more)
+        return product(x, weight, bias, down, up, scale, part, *more)
 
     def counted_attention(*arguments):
         attended.append(bool(backward))

@@ -55,6 +55,7 @@ def test_variants_of_lora_are_said_as_sd_scripts_says_them_and_what_it_lacks_in_
         rank_stabilized=True,
         dropout=0.1,
         rank_dropout=0.2,
+        inner_dropout=0.3,
         module_dropout=0.0,
         plus_ratio=16.0,
         max_norm=1.0,
@@ -62,6 +63,7 @@ def test_variants_of_lora_are_said_as_sd_scripts_says_them_and_what_it_lacks_in_
     assert variant_metadata(lora) == {
         "ss_network_args": '{"train_single_block_indices": "0-3,5", "rank_dropout": "0.2",'
         ' "loraplus_lr_ratio": "16.0"}',
+        "ss_network_dropout": "0.3",
         "ss_scale_weight_norms": "1.0",
         "fluxq_ranks": "mlp=2,single=6",
         "fluxq_rank_stabilized": "True",

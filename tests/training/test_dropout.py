@@ -33,14 +33,16 @@ def test_a_micro_step_draws_the_same_whatever_was_drawn_before():
     assert len(set(keys)) == len(keys) == len(one.layers), "each layer has its own"
 
 
-@pytest.mark.parametrize("rates", [{"rank_dropout": 0.3}, {"dropout": 0.2}, {"rank_dropout": 0.3, "dropout": 0.2}])
+@pytest.mark.parametrize(
+    "rates", [{"rank_dropout": 0.3}, {"dropout": 0.2}, {"rank_dropout": 0.3, "dropout": 0.2, "inner_dropout": 0.5}]
+)
 def test_what_remains_makes_up_for_what_is_left_out(rates):
     factors = torch.cat([each.factors for each in dropout(64, **rates).drawn(0, 3).values()], 1)
-    ranks, inputs = rates.get("rank_dropout", 0), rates.get("dropout", 0)
+    ranks, inputs, inner = (rates.get(name, 0) for name in ("rank_dropout", "dropout", "inner_dropout"))
     assert set(factors.unique().tolist()) == {*[0.0] * bool(ranks), factors.max().item()}
-    assert factors.max().item() == pytest.approx(1 / ((1 - ranks) * (1 - inputs)))
+    assert factors.max().item() == pytest.approx(1 / ((1 - ranks) * (1 - inputs) * (1 - inner)))
     assert abs((factors == 0).float().mean() - ranks) <= 5 * math.sqrt(ranks * (1 - ranks) / factors.numel())
-    assert {each.rate for each in dropout(**rates).drawn(0, 1).values()} == {inputs}
+    assert {(each.rate, each.inner_rate) for each in dropout(**rates).drawn(0, 1).values()} == {(inputs, inner)}
 
 
 def test_a_module_is_left_out_whole_for_all_images_and_not_made_up_for():

@@ -22,7 +22,8 @@ from fluxq.formats.lora.algebra import Adapter
 from fluxq.formats.lora.read import load_lora
 from fluxq.formats.lora.write import save_lora
 from fluxq.kernels import dequantize, quantize
-from fluxq.model import Flux, FluxConfig, add_lora
+from fluxq.model import Flux, FluxConfig
+from fluxq.model.lora import add_adapted
 from fluxq.models.parts import Models
 from fluxq.training.from_lora import settings_of, start_from
 
@@ -54,7 +55,7 @@ def silent(line: str) -> None:
 def started(lora, requested, notify=silent):
     """The layers of a model that starts from `lora`, and the settings that `requested` resolves to."""
     settings = settings_of(lora, requested, CONFIG, silent)
-    layers = add_lora(Flux(CONFIG), settings.rank, settings.alpha, settings.targets)
+    layers = add_adapted(Flux(CONFIG), settings.adapted())
     start_from(lora, layers, notify)
     return layers, settings
 
@@ -81,6 +82,18 @@ def test_lower_ranks_and_other_scales_start_the_same_and_can_grow(tmp_path):
         torch.testing.assert_close(change(layers[module]), adapter.change().double(), rtol=1e-5, atol=1e-5)
         assert (layers[module].lora_up[:, adapter.rank :] == 0).all()
         assert (layers[module].lora_down[adapter.rank :] != 0).any(1).all()  # a component of zeros would never move
+
+
+def test_ranks_of_layers_and_rank_stabilized_scales_start_the_same_too(tmp_path):
+    wanted = adapters(PAIR, rank=4, alpha=8.0)
+    requested = LoraConfig(ranks=(f"{re.escape(PAIR[0])}=6",), rank_stabilized=True)
+    layers, settings = started(saved(tmp_path / "x", wanted), requested)
+    assert (settings.rank, settings.alpha) == (4, 4.0), "alpha / sqrt(rank) is the file's scale"
+    assert [len(layer.lora_down) for layer in layers.values()] == [6, 4]
+    for module, adapter in wanted.items():
+        torch.testing.assert_close(change(layers[module]), adapter.change().double(), rtol=1e-5, atol=1e-5)
+    with pytest.raises(WrongRequest, match="adapts layers that lora.targets does not include"):
+        started(saved(tmp_path / "y", wanted), LoraConfig(ranks=(f"{re.escape(PAIR[0])}=0",)))
 
 
 def test_a_lower_rank_is_the_best_of_its_rank_and_its_error_is_printed(tmp_path):

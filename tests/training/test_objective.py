@@ -11,9 +11,11 @@ from helpers import randomize, tiny_config
 
 from fluxq.bench.timed_step import SameBatch
 from fluxq.caching import Batch
-from fluxq.config import TrainingConfig
+from fluxq.config import LoraConfig, TrainingConfig
 from fluxq.flow import flow_loss, sample_noise
 from fluxq.model import Flux, add_lora
+from fluxq.model.lora import lora_layers
+from fluxq.training.dropout import Dropout
 from fluxq.training.losses import weighted_error
 from fluxq.training.objective import Objective
 from fluxq.training.timesteps import sample_timesteps
@@ -70,6 +72,17 @@ def test_validation_is_the_squared_error_whatever_is_minimized():
     plain, other = objective(), objective(EVERYTHING)
     batch = plain.batches.batch(0)
     assert torch.equal(plain.validation([batch]), other.validation([batch]))
+
+
+def test_dropout_is_for_training_alone_and_the_same_for_a_step_that_is_repeated():
+    plain = objective()
+    layers = lora_layers(plain.flux)
+    dropout = Dropout(layers, LoraConfig(dropout=0.2, rank_dropout=0.3, module_dropout=0.1), 7)
+    other = Objective(plain.flux, plain.batches, TRAINING, dropout=dropout)
+    batch = plain.batches.batch(0)
+    losses = [float(other.loss(index)) for index in (0, 1, 0)]
+    assert losses[0] == losses[2] != float(plain.loss(0)) and losses[1] != float(plain.loss(1))
+    assert plain.validation([batch]) == other.validation([batch])
 
 
 def test_what_is_prepared_changes_no_loss():

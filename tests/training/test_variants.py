@@ -22,6 +22,7 @@ EVERYTHING = {
         "rank_stabilized": True,
         "dropout": 0.1,
         "rank_dropout": 0.2,
+        "inner_dropout": 0.1,
         "module_dropout": 0.1,
         "plus_ratio": 4,
         "max_norm": 0.02,
@@ -65,9 +66,11 @@ def assert_same(a: Path, b: Path) -> None:
 
 
 @pytest.mark.slow
-def test_three_steps_and_three_more_are_six_to_the_bit(tmp_path, photos):
+@pytest.mark.parametrize("text_encoder", [{}, {"text_encoder": "clip_l"}])
+def test_three_steps_and_three_more_are_six_to_the_bit(text_encoder, tmp_path, photos):
     def run(out: str, steps: int, **more) -> Path:
-        train(configured(photos, tmp_path / out, steps, **EVERYTHING), notify=silent, **more)
+        sections = {**EVERYTHING, "lora": EVERYTHING["lora"] | text_encoder}
+        train(configured(photos, tmp_path / out, steps, **sections), notify=silent, **more)
         return tmp_path / out
 
     whole = run("whole", 6)
@@ -103,6 +106,23 @@ def test_the_file_says_what_it_is_and_its_average_is_another_lora(tmp_path, phot
     with pytest.raises(WrongRequest, match="was started with lora.ema = 0.9, not 0.99"):
         more = {**EVERYTHING, "lora": {**EVERYTHING["lora"], "ema": 0.99}}
         train(configured(photos, tmp_path / "run", 4, **more), resume=True, notify=silent)
+
+
+@pytest.mark.slow
+def test_an_average_is_kept_pruned_and_replaced_as_its_lora_is(tmp_path, photos):
+    """A run called like the average of another is not touched, and a LoRA that exists has its average."""
+    sections = {"training": {"batch": 2}, "output": {"save_every": 1, "keep": 1}}
+    config = configured(photos, tmp_path / "run", 3, **sections, lora={"rank": 2, "ema": 0.9})
+    train(config, notify=silent)
+    files = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    steps = ["test-ema-step00000002.safetensors", "test-ema.safetensors"]
+    assert files == [*steps, "test-step00000002.safetensors", "test.safetensors"]
+    with pytest.raises(WrongRequest, match="already has a run"):
+        train(config, notify=silent)
+    (tmp_path / "run" / "test-ema-step00000001.safetensors").write_bytes((tmp_path / "run" / files[2]).read_bytes())
+    train(configured(photos, tmp_path / "run", 1, **sections, lora={"rank": 2}), overwrite=True, notify=silent)
+    left = sorted(path.name for path in (tmp_path / "run").glob("*.safetensors"))
+    assert left == ["test-ema-step00000001.safetensors", "test.safetensors"]
 
 
 def test_settings_that_contradict_are_refused(tmp_path, photos):
