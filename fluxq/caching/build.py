@@ -158,10 +158,15 @@ def build_cache(
 
 
 def missing_records(
-    scanned: Scan, store_dir: str | Path, encoders: EncoderFiles, t5_length: int, text_mask: bool
+    scanned: Scan,
+    store_dir: str | Path,
+    encoders: EncoderFiles,
+    t5_length: int,
+    text_mask: bool,
+    prompts: Sequence[str],
 ) -> tuple[list[Size], list[str]]:
-    """What `build_cache` would encode for `scanned`: images by their sizes, and captions. Reads no file: one that was
-    never hashed has no record.
+    """What `build_cache` would encode for `scanned` and `prompts`: images by their sizes, and captions. Reads no file:
+    one that was never hashed has no record.
     """
     store = Store(store_dir)
     files = (*(example.path for example in scanned.examples), *encoders.ae, *encoders.text())
@@ -170,7 +175,7 @@ def missing_records(
     for example in scanned.examples:
         keys = _latents_keys(store, example, encoders, hashes) if example.path in hashes else ("",) * len(example.views)
         sizes += [example.bucket for key in keys if not store.has("latents", key)]
-    captions = list(dict.fromkeys((*(text for example in scanned.examples for text in example.texts), "")))
+    captions = list(dict.fromkeys((*(text for example in scanned.examples for text in example.texts), *prompts, "")))
     keys = _text_keys(store, captions, encoders, hashes, t5_length, text_mask)
     return sizes, [caption for caption, key in keys.items() if not store.has("text", key)]
 

@@ -90,10 +90,10 @@ def record_bytes(models: Models, images: Collection[Size], captions: Collection[
     return latents + texts + RECORD_HEADER * (len(images) + len(captions))
 
 
-def missing_bytes(data: DataConfig, scanned: Scan, models: Models) -> int:
-    """The bytes of the records that the cache lacks for `scanned`."""
-    encoders = _encoder_files(models, data.cache)
-    sizes, captions = missing_records(scanned, data.cache, encoders, models.t5_length, models.config.text_mask)
+def missing_bytes(data: DataConfig, scanned: Scan, models: Models, prompts: Sequence[str] = ()) -> int:
+    """The bytes of the records that the cache lacks for `scanned` and `prompts`."""
+    encoders, masked = _encoder_files(models, data.cache), models.config.text_mask
+    sizes, captions = missing_records(scanned, data.cache, encoders, models.t5_length, masked, prompts)
     return record_bytes(models, sizes, captions)
 
 
