@@ -158,10 +158,15 @@ def build_cache(
 
 
 def missing_records(
-    scanned: Scan, store_dir: str | Path, encoders: EncoderFiles, t5_length: int, text_mask: bool
+    scanned: Scan,
+    store_dir: str | Path,
+    encoders: EncoderFiles,
+    t5_length: int,
+    text_mask: bool,
+    prompts: Sequence[str],
 ) -> tuple[list[Size], list[str], list[Size]]:
-    """What `build_cache` would encode for `scanned`: images by their sizes, captions, masks by their sizes. Reads no
-    file: one that was never hashed has no record.
+    """What `build_cache` would encode for `scanned` and `prompts`: images by their sizes, captions, masks by their
+    sizes. Reads no file: one that was never hashed has no record.
     """
     store = Store(store_dir)
     files = (*(path for e in scanned.examples for path in (e.path, e.mask) if path), *encoders.ae, *encoders.text())
@@ -173,7 +178,7 @@ def missing_records(
         if example.mask:
             masks = _mask_keys(example, hashes, keys) if {example.path, example.mask} <= hashes.keys() else keys
             mask_sizes += [example.bucket for key in masks if not store.has("masks", key)]
-    captions = list(dict.fromkeys((*(text for example in scanned.examples for text in example.texts), "")))
+    captions = list(dict.fromkeys((*(text for example in scanned.examples for text in example.texts), *prompts, "")))
     keys = _text_keys(store, captions, encoders, hashes, t5_length, text_mask)
     return sizes, [caption for caption, key in keys.items() if not store.has("text", key)], mask_sizes
 

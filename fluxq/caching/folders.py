@@ -115,10 +115,10 @@ def record_bytes(models: Models, images: Collection[Size], captions: Collection[
     return latents + texts + counts + RECORD_HEADER * (len(images) + len(captions) + len(masks))
 
 
-def missing_bytes(data: DataConfig, scanned: Scan, models: Models) -> int:
-    """The bytes of the records that the cache lacks for `scanned`."""
-    encoders = _encoder_files(models, data.cache)
-    missing = missing_records(scanned, data.cache, encoders, models.t5_length, models.config.text_mask)
+def missing_bytes(data: DataConfig, scanned: Scan, models: Models, prompts: Sequence[str] = ()) -> int:
+    """The bytes of the records that the cache lacks for `scanned` and `prompts`."""
+    encoders, masked = _encoder_files(models, data.cache), models.config.text_mask
+    missing = missing_records(scanned, data.cache, encoders, models.t5_length, masked, prompts)
     return record_bytes(models, *missing)
 
 

@@ -35,6 +35,7 @@ from fluxq.models.parts import FLAGS, PARTS, Models
 from fluxq.training.defaults import caveats, epoch_of, not_full, resolve, resolve_data
 from fluxq.training.disk import Need, need_of_cache, need_of_weights, needs_of, room_for
 from fluxq.training.from_lora import read_start
+from fluxq.training.objective import class_captions
 from fluxq.training.previews import preview_prompts
 from fluxq.training.run import Run
 
@@ -295,7 +296,8 @@ def _disk(found: tuple[Run, Scan] | None, models: Models, fetched: int, reasons:
             data = run.config.data
             prompts = preview_prompts(run.config, models, scanned)
             needs += needs_of(run, models, len(prompts))
-            needs.append(need_of_cache(data.cache, missing_bytes(data, scanned, models)))
+            texts = (*prompts, *class_captions(run.config, scanned).values())
+            needs.append(need_of_cache(data.cache, missing_bytes(data, scanned, models, texts)))
         for line, warning, problem in room_for(needs):
             console.print(f"disk         {line}")
             if warning:

@@ -11,7 +11,8 @@ from helpers import randomize, tiny_config
 
 from fluxq.bench.timed_step import SameBatch
 from fluxq.caching import Batch
-from fluxq.config import ModelConfig, TrainingConfig, config_from_dict
+from fluxq.commands.cache import cache_command
+from fluxq.config import ModelConfig, TrainConfig, TrainingConfig, config_from_dict
 from fluxq.console import silent
 from fluxq.data.captions import in_class
 from fluxq.errors import WrongRequest
@@ -160,7 +161,7 @@ def photos(folder: Path) -> str:
     return str(folder)
 
 
-def run(tmp_path: Path, out: str, steps: int, resume: bool = False, memory: dict | None = None, **more) -> None:
+def settings(tmp_path: Path, out: str, steps: int, memory: dict | None = None, **more) -> TrainConfig:
     data = {"folders": [photos(tmp_path / "photos")], "trigger": drawing.TRIGGER, "cache": str(tmp_path / "cache")}
     training = {"steps": steps, "learning_rate": 5e-3, "optimizer": "adamw", **more}
     values = {
@@ -171,7 +172,11 @@ def run(tmp_path: Path, out: str, steps: int, resume: bool = False, memory: dict
         "memory": memory or {},
         "output": {"out": str(tmp_path / out), "name": "a", "plot_seconds": 1e9},
     }
-    train(config_from_dict(values, "a test"), resume=resume, notify=silent)
+    return config_from_dict(values, "a test")
+
+
+def run(tmp_path: Path, out: str, steps: int, resume: bool = False, **more) -> None:
+    train(settings(tmp_path, out, steps, **more), resume=resume, notify=silent)
 
 
 def state(tmp_path: Path, out: str) -> dict[str, torch.Tensor]:
@@ -190,6 +195,14 @@ def test_a_run_resumes_to_the_bit_streamed_or_not(tmp_path):
     for other in ("parts", "streamed"):
         assert all(torch.equal(value, state(tmp_path, other)[key]) for key, value in whole.items()), other
     assert not all(torch.equal(value, state(tmp_path, "plain")[key]) for key, value in whole.items())
+
+
+@pytest.mark.slow
+def test_fluxq_cache_encodes_the_captions_with_the_class_too(tmp_path):
+    cache_command(settings(tmp_path, "run", 1, preserve_class="circle"))
+    before = {*(tmp_path / "cache" / "text").rglob("*.safetensors")}
+    run(tmp_path, "run", 1, preserve_class="circle")
+    assert before and {*(tmp_path / "cache" / "text").rglob("*.safetensors")} == before
 
 
 @pytest.mark.parametrize(
