@@ -39,37 +39,34 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         training, size = config.training, config.data.side
         seen = {"fluxq_images_seen": str(batches.seen_before(step * training.accumulate))}
         seen |= objective_metadata(training)
-        return (
-            seen
-            | lora_metadata(
-                name=cast(str, config.output.name),
-                rank=cast(int, config.lora.rank),
-                alpha=cast(float, config.lora.alpha),
-                steps=step,
-                last_step=cast(int, training.steps),
-                epochs=-(-step * training.accumulate // len(batches)),
-                learning_rate=cast(float, training.learning_rate),
-                text_learning_rate=training.text_learning_rate,
-                seed=training.seed,
-                resolution=(size, size),
-                variant=models.variant,
-                base_model=models.flux_file,
-                optimizer=training.optimizer,
-                datasets={f.path: (repeats.get(f.path, f.repeats), len(files[f.path])) for f in folders},
-                tag_frequency=tags,
-                buckets=buckets,
-                trigger=next((f.trigger for f in folders if f.trigger), None),
-                title=cast(str, config.output.name),
-                started=started,
-                finished=finished,
-                timestep_sampling="sigma" if training.timesteps in ("logit_normal", "mode") else training.timesteps,
-                shift=training.shift,
-                guidance=training.guidance,
-                precision="bf16",
-                text_mask=config.model.text_mask,
-            )
-            | {name: value for name, _, value in (text.partition("=") for text in config.output.metadata)}
+        about = lora_metadata(
+            name=cast(str, config.output.name),
+            rank=cast(int, config.lora.rank),
+            alpha=cast(float, config.lora.alpha),
+            steps=step,
+            last_step=cast(int, training.steps),
+            epochs=-(-step * training.accumulate // len(batches)),
+            learning_rate=cast(float, training.learning_rate),
+            text_learning_rate=training.text_learning_rate,
+            seed=training.seed,
+            resolution=(size, size),
+            variant=models.variant,
+            base_model=models.flux_file,
+            optimizer=training.optimizer,
+            datasets={f.path: (repeats.get(f.path, f.repeats), len(files[f.path])) for f in folders},
+            tag_frequency=tags,
+            buckets=buckets,
+            trigger=next((f.trigger for f in folders if f.trigger), None),
+            title=cast(str, config.output.name),
+            started=started,
+            finished=finished,
+            timestep_sampling="sigma" if training.timesteps in ("logit_normal", "mode") else training.timesteps,
+            shift=training.shift,
+            guidance=training.guidance,
+            precision="bf16",
+            text_mask=config.model.text_mask,
         )
+        return about | seen | {name: value for name, _, value in (t.partition("=") for t in config.output.metadata)}
 
     return at
 
@@ -82,10 +79,15 @@ def objective_metadata(training: TrainingConfig) -> dict[str, str]:
     density = training.timesteps if training.timesteps in ("logit_normal", "mode") else "none"
     values: dict[str, object] = {
         "ss_loss_type": training.loss,
+        "ss_model_prediction_type": training.prediction,
         "ss_weighting_scheme": density if training.weighting == "none" else training.weighting,
     }
     if training.loss in HUBER:
         values |= {"ss_huber_c": training.huber_c, "ss_huber_schedule": training.huber_schedule}
+        values |= {"ss_huber_scale": training.huber_scale}
+    if training.input_noise:
+        values |= {"ss_ip_noise_gamma": training.input_noise}
+        values |= {"ss_ip_noise_gamma_random_strength": training.input_noise_random}
     if training.timesteps in SIGMOIDS:
         values |= {"ss_sigmoid_scale": training.sigmoid_scale}
     if training.timesteps == "logit_normal":
