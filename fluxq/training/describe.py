@@ -80,7 +80,7 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
             text_mask=config.model.text_mask,
         )
         given = {name: value for name, _, value in (text.partition("=") for text in config.output.metadata)}
-        return seen | about | variant_metadata(config.lora) | given
+        return about | seen | variant_metadata(config.lora) | given
 
     return at
 
@@ -93,15 +93,20 @@ def objective_metadata(training: TrainingConfig) -> dict[str, str]:
     density = training.timesteps if training.timesteps in ("logit_normal", "mode") else "none"
     values: dict[str, object] = {
         "ss_loss_type": training.loss,
+        "ss_model_prediction_type": training.prediction,
         "ss_weighting_scheme": density if training.weighting == "none" else training.weighting,
     }
     if training.loss in HUBER:
         values |= {"ss_huber_c": training.huber_c, "ss_huber_schedule": training.huber_schedule}
+        values |= {"ss_huber_scale": training.huber_scale}
     values |= {
         f"ss_{name}": getattr(training, name)
         for name, modes in USED_BY.items()
         if training.timesteps in modes and name != "shift"  # which lora_metadata writes
     }
+    if training.input_noise:
+        values |= {"ss_ip_noise_gamma": training.input_noise}
+        values |= {"ss_ip_noise_gamma_random_strength": training.input_noise_random}
     if (training.min_timestep, training.max_timestep) != (0, 1):
         values |= {"fluxq_timestep_range": f"{training.min_timestep:g} to {training.max_timestep:g}"}
     if training.preserve_class is not None:
