@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -120,7 +121,7 @@ LAYERS = list(matrices(FluxConfig.dev()))
         (["train_blocks=single"], 38 * 3),
         (["train_blocks=double", "img_mod_dim=0", "txt_mod_dim=0"], 19 * 8),
         (["train_double_block_indices=none", "train_single_block_indices=0,3-5"], 4 * 3),
-        (["single_mod_dim=0", "img_mlp_dim=0", "txt_attn_dim=8"], 19 * 8 + 38 * 2),
+        (["single_mod_dim=0", "img_mlp_dim=0", "txt_attn_dim=6"], 19 * 8 + 38 * 2),
         (["in_dims=[8,0,8,0,8]", "train_blocks=single"], 1 + 2 + 1 + 38 * 3),
         (["conv_dim=4", "verbose=True", "split_qkv=False"], 19 * 10 + 38 * 3),
     ],
@@ -131,9 +132,37 @@ def test_network_args_choose_the_layers(folder, arguments, count):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "sizes"),
+    [
+        (["single_dim=4", "txt_mod_dim=2"], {8: 19 * 9 + 38, 4: 38 * 2, 2: 19}),
+        (["in_dims=[4,0,0,0,8]"], {8: 19 * 10 + 38 * 3 + 1, 4: 1}),
+        (["network_reg_dims=single_blocks_3_=4,img_attn=2"], {8: 19 * 8 + 37 * 3, 4: 3, 2: 19 * 2}),
+    ],
+)
+def test_layers_have_the_ranks_of_their_types_and_names_and_one_alpha(folder, arguments, sizes):
+    lora = config("--network_dim=8", "--network_alpha=3", "--network_args", *arguments).lora
+    layers = lora.adapted().layers(LAYERS)
+    assert Counter(size.rank for size in layers.values()) == sizes
+    assert {size.alpha for size in layers.values()} == {3.0}
+
+
+def test_variants_of_lora_become_settings(folder):
+    lora = config(
+        "--scale_weight_norms=1.5", "--network_args", "rank_dropout=0.1", "module_dropout=0.2", "loraplus_lr_ratio=4"
+    ).lora
+    assert (lora.max_norm, lora.rank_dropout, lora.module_dropout, lora.plus_ratio) == (1.5, 0.1, 0.2, 4)
+    different = ["--network_args", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=8"]
+    assert config(*different).lora.plus_ratio == 8
+    both = read_options(read_command([*MODELS, *DATA, NETWORK[0], *different]))
+    assert "have one ratio" in both.refused
+
+
+@pytest.mark.parametrize(
     ("argv", "said"),
     [
-        (["--network_args", "img_attn_dim=3"], "all layers have one rank"),
+        (["--network_args", "network_reg_lrs=a=1"], "one learning rate"),
+        (["--network_args", "network_reg_dims=single=8", "single_dim=4"], "network_reg_dims is read without"),
+        (["--network_args", "network_reg_dims=single"], "must be REGEX=RANK"),
         (["--network_args", "train_single_block_indices=38"], "not among 0 to 37"),
         (["--network_args", "split_qkv=True"], "split_qkv"),
         (["--network_args", "who=1"], "no argument who"),

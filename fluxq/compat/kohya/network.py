@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import re
 
+from fluxq.formats.lora.keys import matrices
+from fluxq.model.config import FluxConfig
+
 from .setup import Setup
 
 MODULE, PRINTED = "networks.lora_flux", "networks.lora"
@@ -22,6 +25,8 @@ TYPES = {
 """Argument -> the kind of block and the layers in it. Together they are all that sd-scripts trains by default."""
 INPUTS = ("img_in", r"time_in\.(in|out)_layer", r"vector_in\.(in|out)_layer", r"guidance_in\.(in|out)_layer", "txt_in")
 """The layers of in_dims, in its order."""
+EXCLUDED = {*TYPES, "train_double_block_indices", "train_single_block_indices"}
+"""What is not read beside network_reg_dims."""
 INERT = {
     "conv_dim": "FLUX.1 has no convolutions",
     "conv_alpha": "FLUX.1 has no convolutions",
@@ -30,18 +35,13 @@ INERT = {
 REFUSED = {
     "split_qkv": "it fails in sd-scripts too, and fluxq's LoRA is for q, k and v together",
     "train_t5xxl": "T5-XXL cannot be trained here",
-    **dict.fromkeys(("rank_dropout", "module_dropout"), "fluxq's LoRA has no dropout"),
     **dict.fromkeys(("ggpo_beta", "ggpo_sigma"), "fluxq does not perturb gradients"),
-    **dict.fromkeys(("network_reg_dims", "network_reg_lrs"), "all layers have one rank and one learning rate"),
-    **dict.fromkeys(
-        ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio"),
-        "both matrices of a LoRA have one learning rate",
-    ),
+    "network_reg_lrs": "all layers have one learning rate",
 }
 
 
 def read_network(setup: Setup) -> None:
-    """Set lora.targets, lora.rank and lora.alpha."""
+    """Set lora.targets, rank, alpha, ranks, alphas, rank_dropout, module_dropout, plus_ratio and max_norm."""
     options, module = setup.options, setup.options["network_module"]
     if module == PRINTED:
         setup.note(
@@ -63,12 +63,38 @@ def read_network(setup: Setup) -> None:
     takes_file = bool(options["dim_from_weights"])
     rank = None if takes_file else 4 if options["network_dim"] is None else options["network_dim"]
     alpha = None if takes_file else float(options["network_alpha"] or 0) or float(rank or 0)
-    setup.set("lora", rank=rank, alpha=alpha, targets=_targets(setup, arguments, rank))
+    for name in ("rank_dropout", "module_dropout"):
+        setup.set("lora", **{name: _number(setup, name, arguments.pop(name, None))})
+    setup.set("lora", max_norm=options["scale_weight_norms"])
+    names = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
+    both, *own = (_number(setup, name, arguments.pop(name, None)) for name in names)
+    of_flux, of_clip = (ratio or both for ratio in own)
+    if of_flux != of_clip and not options["network_train_unet_only"]:
+        setup.refuse(
+            "network_args", "loraplus: CLIP-L and the transformer have one ratio; add --network_train_unet_only"
+        )
+    setup.set("lora", plus_ratio=of_flux)
+    ranks: list[str] = []
+    targets = _targets(setup, arguments, rank, ranks)
+    setup.set("lora", rank=rank, alpha=alpha, targets=targets, ranks=ranks)
+    if ranks:
+        setup.set("lora", alphas=[f".*={alpha}"])  # every rank has the same alpha, as there
     if takes_file and not options["network_weights"]:
         setup.refuse("dim_from_weights", "it needs --network_weights")
 
 
-def _targets(setup: Setup, arguments: dict[str, str], rank: int | None) -> list[str]:
+def _number(setup: Setup, name: str, text: str | None) -> float | None:
+    try:
+        return None if text is None else float(text)
+    except ValueError:
+        setup.refuse("network_args", f"{name} must be a number, not {text!r}")
+        return None
+
+
+def _targets(setup: Setup, arguments: dict[str, str], rank: int | None, ranks: list[str]) -> list[str]:
+    """The targets; also puts into `ranks` those that differ from `rank`, as lora.ranks has them."""
+    if "network_reg_dims" in arguments and arguments.keys() & EXCLUDED:
+        setup.refuse("network_args", "network_reg_dims is read without ranks of types and without block indices")
     blocks = {
         "double": _blocks(setup, arguments, "double", DOUBLE),
         "single": _blocks(setup, arguments, "single", SINGLE),
@@ -78,8 +104,10 @@ def _targets(setup: Setup, arguments: dict[str, str], rank: int | None) -> list[
         setup.refuse("network_args", f"train_blocks must be all, double or single, not {only!r}")
     layers: dict[str, list[str]] = {"double": [], "single": []}
     for name, (kind, expression) in TYPES.items():
-        if only in ("all", kind) and _trains(setup, name, arguments.pop(name, None), rank):
+        own = _rank(setup, name, arguments.pop(name, None), rank)
+        if only in ("all", kind) and own != 0:
             layers[kind].append(expression)
+            ranks += [rf"{kind}_blocks\.\d+\.{expression}={own}"] if own != rank else []
     targets = []
     for kind, expressions in layers.items():
         whole = len(expressions) == sum(own == kind for own, _ in TYPES.values())
@@ -87,10 +115,15 @@ def _targets(setup: Setup, arguments: dict[str, str], rank: int | None) -> list[
             chosen = ".*" if whole else f"({'|'.join(expressions)})"
             targets.append(rf"{kind}_blocks\.{blocks[kind]}\.{chosen}")
     if (inputs := arguments.pop("in_dims", None)) is not None:
-        ranks = inputs.strip().removeprefix("[").removesuffix("]").split(",")
-        if len(ranks) != len(INPUTS):
+        of_inputs = inputs.strip().removeprefix("[").removesuffix("]").split(",")
+        if len(of_inputs) != len(INPUTS):
             setup.refuse("network_args", f"in_dims must be five numbers, not {inputs!r}")
-        targets += [e for e, own in zip(INPUTS, ranks, strict=False) if _trains(setup, "in_dims", own, rank)]
+        for expression, text in zip(INPUTS, of_inputs, strict=False):
+            if own := _rank(setup, "in_dims", text, rank):
+                targets.append(expression)
+                ranks += [f"{expression}={own}"] if own != rank else []
+    if (named := arguments.pop("network_reg_dims", None)) is not None:
+        ranks += _named_ranks(setup, named)
     for name in arguments:
         setup.refuse("network_args", f"{MODULE} has no argument {name}")
     if not targets:
@@ -98,16 +131,33 @@ def _targets(setup: Setup, arguments: dict[str, str], rank: int | None) -> list[
     return targets
 
 
-def _trains(setup: Setup, name: str, text: str | None, rank: int | None) -> bool:
-    """Whether layers with the rank `text` of the argument `name` are trained: 0 leaves them out."""
+def _rank(setup: Setup, name: str, text: str | None, rank: int | None) -> int | None:
+    """The rank `text` of the argument `name`, or `rank` without one; 0 leaves layers out."""
     try:
-        own = rank if text is None else int(text)
+        return rank if text is None else int(text)
     except ValueError:
         setup.refuse("network_args", f"{name} must be a whole number, not {text!r}")
-        return True
-    if own and own != rank:
-        setup.refuse("network_args", f"{name}={own}: all layers have one rank, --network_dim {rank}, or 0")
-    return own != 0
+        return rank
+
+
+def _named_ranks(setup: Setup, text: str) -> list[str]:
+    """lora.ranks for network_reg_dims: REGEX=RANK,..., of which the first that is found in a layer's name counts."""
+    rules = [part.rpartition("=") for part in text.split(",")]
+    paths: dict[str, list[str]] = {}
+    for path in matrices(FluxConfig.dev()):
+        if not re.match("(double|single)_blocks", path):
+            continue
+        name = f"lora_unet_{path.replace('.', '_')}"
+        try:
+            own = next((rank for regex, _, rank in rules if re.search(regex, name)), None)
+        except re.error as error:
+            setup.refuse("network_args", f"network_reg_dims: {error}")
+            return []
+        if own is not None:
+            paths.setdefault(own, []).append(re.escape(path))
+    if wrong := [rank for _, _, rank in rules if not rank.strip().isdecimal()]:
+        setup.refuse("network_args", f"network_reg_dims must be REGEX=RANK, not {wrong[0]!r}")
+    return [f"({'|'.join(chosen)})={rank.strip()}" for rank, chosen in paths.items()]
 
 
 def _blocks(setup: Setup, arguments: dict[str, str], kind: str, count: int) -> str:

@@ -58,8 +58,7 @@ KERNELS = "fluxq has kernels of its own"
 VAE = "images are encoded in bf16, in bands that fit"
 CACHED = "images and captions are always encoded ahead and kept"
 WORKERS = "nothing is decoded while training, so no workers are needed"
-DROPOUT = "fluxq's LoRA has no dropout"
-NORMS = "fluxq does not limit the norms of a LoRA"
+DROPOUT = "it drops numbers between lora_down and lora_up; fluxq drops ranks (--network_args rank_dropout) or inputs"
 ONLY_TEXT = "fluxq trains CLIP-L only together with the transformer"
 COMMENT = "other programs need what a LoRA says of itself"
 THUMBNAIL = "no picture is put into the file"
@@ -176,12 +175,12 @@ TABLE: tuple[Row, ...] = (
     *rows("persistent_data_loader_workers", FLAG, ignored=WORKERS),
     # Network
     *rows("network_module", str, to="lora.targets"),
-    *rows("network_args", str, to="lora.targets", many=True),
+    *rows("network_args", str, to="lora.targets, lora.ranks, lora.plus_ratio, lora.rank_dropout", many=True),
     *rows("network_dim", int, to="lora.rank"),
     *rows("dim_from_weights", FLAG, to="lora.rank"),
     *rows("network_alpha", float, 1, to="lora.alpha"),
     *rows("network_dropout", float, refused=DROPOUT),
-    *rows("scale_weight_norms", float, refused=NORMS),
+    *rows("scale_weight_norms", float, to="lora.max_norm"),
     *rows("network_train_unet_only", FLAG, to="lora.text_encoder"),
     *rows("network_train_text_encoder_only", FLAG, refused=ONLY_TEXT),
     *rows("network_weights", str, to="lora.from_lora"),
