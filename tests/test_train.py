@@ -301,19 +301,22 @@ def test_resume_notices_changed_images_and_captions(tmp_path, photos):
 @pytest.mark.slow
 def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
     """And it is the untrained model's before, by folder, with the folder's own trigger or none."""
-    losses = []
+    losses, said = [], []
     for batch in (1, 4):
         sections = {"training": {"batch": batch, "steps": 1}, "output": {"out": str(tmp_path / f"run{batch}")}}
         held_out = tmp_path / "held_out"
         if batch == 1:
             held_out.mkdir()
-            for i, (image, caption) in enumerate(drawing.ordinary(seed=9, count=3)):
+            for i, (image, caption) in enumerate(drawing.ordinary(seed=9, count=2)):
                 image.save(held_out / f"{i}.png")
                 (held_out / f"{i}.txt").write_text(caption)
         config = configured(tmp_path, photos, data={"validation": [str(held_out)]}, **sections)
-        losses.append(train(config).validation_before)
+        result = train(config, notify=said.append)
+        losses.append(result.validation_before)
     assert list(losses[0]) == ["held_out"]
     assert losses[0]["held_out"] == pytest.approx(losses[1]["held_out"], rel=2e-3)  # bf16 sums in another order
+    for when, loss in (("before:", result.validation_before), ("after: ", result.validation_after)):
+        assert f"validation {when} held_out {loss['held_out']:.4f}" in said
 
 
 @pytest.mark.slow
