@@ -177,7 +177,8 @@ class Uncompiled(torch.optim.Optimizer):
 def uncompiled(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """`kind` with Uncompiled's methods where it has torch's; the `step` of torch's own optimizers imports it too."""
     own = {"step": torch.no_grad()(inspect.unwrap(kind.step))} if kind.__module__.startswith("torch.optim.") else {}
-    return type(kind.__name__, (kind, Uncompiled), {"__doc__": kind.__doc__, **own})
+    bases: tuple[type, ...] = (kind,) if issubclass(Uncompiled, kind) else (kind, Uncompiled)
+    return type(kind.__name__, bases, {"__doc__": kind.__doc__, **own})
 
 
 def import_bitsandbytes() -> ModuleType:
