@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -87,15 +87,9 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
         return Placement(resident, memory_config.slots or SLOTS, policies, bool(memory_config.offload))
     if vram is None:
         take_share()
-    pins = Pins(
-        format=models.format,
-        compute=models.compute,
-        resident_units=memory_config.resident_units,
-        blocks_to_swap=memory_config.blocks_to_swap,
-        policy=memory_config.policy or ("keep_all" if models.is_nano else None),
-        slots=memory_config.slots,
-        offload=memory_config.offload,
-    )
+    pins = _pins(memory_config, format=models.format, compute=models.compute)
+    if models.is_nano and pins.policy is None:
+        pins = replace(pins, policy="keep_all")
     _, size = largest_batch(config, models)
     smaller = {f"--resolution {s}": [costs_of(config, models, s)] for s in SMALLER_SIZES if s < size}
     budget = Budget(costs_of(config, models, size), measure(cache_folder()), ram or (ram_bytes() or (0, None))[1], pins)
@@ -123,19 +117,25 @@ def choose_format(config: TrainConfig, models: Models) -> Plan:
     Those that the disk has no room for are no candidates.
     """
     memory_config = config.memory
-    pins = Pins(
-        resident_units=memory_config.resident_units,
-        blocks_to_swap=memory_config.blocks_to_swap,
-        policy=memory_config.policy,
-        slots=memory_config.slots,
-        offload=memory_config.offload,
-    )
+    pins = _pins(memory_config)
     formats = [format for format in candidates(models.compute) if models.fits_on_disk(format)]
     tables = [costs_of(config, models, largest_batch(config, models)[1], format) for format in formats or ["nf4"]]
     vram, ram = parse_bytes(memory_config.vram, "--vram"), parse_bytes(memory_config.ram, "--ram")
     if vram is None:
         take_share()
     return plan(tables, measure(cache_folder()), vram or free_gpu_bytes(), ram or (ram_bytes() or (0, None))[1], pins)
+
+
+def _pins(config: MemoryConfig, **model: str) -> Pins:
+    """What `config` says of a plan. model: the format and the compute, where they are fixed."""
+    return Pins(
+        resident_units=config.resident_units,
+        blocks_to_swap=config.blocks_to_swap,
+        policy=config.policy,
+        slots=config.slots,
+        offload=config.offload,
+        **model,
+    )
 
 
 def candidates(compute: str) -> tuple[str, str, str]:

@@ -196,7 +196,8 @@ class Uncompiled(torch.optim.Optimizer):
 def uncompiled(kind: type[torch.optim.Optimizer]) -> type[torch.optim.Optimizer]:
     """`kind` with Uncompiled's methods where it has torch's; the `step` of torch's own optimizers imports it too."""
     own = {"step": torch.no_grad()(inspect.unwrap(kind.step))} if kind.__module__.startswith("torch.optim.") else {}
-    return types.new_class(kind.__name__, (kind, Uncompiled), {}, lambda body: body.update(__doc__=kind.__doc__, **own))
+    bases: tuple[type, ...] = (kind,) if issubclass(Uncompiled, kind) else (kind, Uncompiled)
+    return types.new_class(kind.__name__, bases, {}, lambda body: body.update(__doc__=kind.__doc__, **own))
 
 
 def import_bitsandbytes() -> ModuleType:

@@ -37,12 +37,13 @@ def shown(tmp_path_factory) -> dict:
 
 @pytest.fixture(scope="module")
 def losses(shown) -> dict[tuple[str, str], dict[str, float]]:
-    """The held-out losses before and after 30 steps, by format and compute. All runs share the demo's images."""
+    """The held-out losses before and after 32 steps of 4 images, three in five of the creature, by format, compute."""
     folder, found = Path(shown["lora"]).parent, {}
     for run in RUNS:
         config = short_demo.demo_config(folder, *run)
-        training = replace(config.training, steps=30, learning_rate=4e-3)
-        config = replace(config, training=training, output=replace(config.output, out=folder.joinpath(*run)))
+        training = replace(config.training, steps=32, batch=4, learning_rate=4e-3)
+        output, data = replace(config.output, out=folder.joinpath(*run)), short_demo.repeated(config.data, 4)
+        config = replace(config, training=training, data=data, output=output)
         with backend("reference"), one_core_spared():
             found[run] = validation(asdict(train(config, notify=silent)))
     return found
@@ -88,7 +89,7 @@ def test_the_demo_leaves_what_it_promises(shown):
     for name in ("config.toml", "log.jsonl", "result.json", "state/state.safetensors"):
         assert (run / name).stat().st_size > 0
     assert Image.open(shown["loss_plot"]).size == (800, 450)
-    assert min(Image.open(shown["grid"]).size) > 600
+    assert min(Image.open(shown["grid"]).size) > 200
     result = json.loads((run / "result.json").read_text())
     assert [r["step"] for r in read_log(run / "log.jsonl")] == list(range(1, result["steps"] + 1))
     assert result["validation_after"]["creature_held_out"] == shown["concept_after"]

@@ -131,11 +131,8 @@ def assert_equal(flux: Flux, expected: list[torch.Tensor]) -> None:
     [*(("nf4", policy) for policy in POLICIES), *((format, "recompute") for format in FORMATS if format != "nf4")],
 )
 def test_streaming_changes_no_bit(format, policy, files, resident_results):
-    """With every timing; NF4 recomputed for few slots and for most, of several resident sets; the others for some."""
-    most = [len(UNITS) - len(units) for units in RESIDENT]
-    cases = [
-        (units, slots) for units, n in zip(RESIDENT, most, strict=True) for slots in {2, 3, n} if slots <= max(n, 2)
-    ]
+    """With every timing; NF4 recomputed for every number of slots and several resident sets, the others for some."""
+    cases = [(units, slots) for units in RESIDENT for slots in range(2, len(UNITS) - len(units) + 1) or (2,)]
     if (format, policy) != ("nf4", "recompute"):
         cases = [(RESIDENT[0], 5), (RESIDENT[0], 2), (RESIDENT[1], 3)]
     for (resident, slots), streams in zip(cases, itertools.cycle((Immediate, Late))):

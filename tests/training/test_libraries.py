@@ -123,6 +123,7 @@ def test_arguments_reach_the_class():
     [
         ("torch.optim.Nadam", (), "torch.optim.Nadam is not a class of optimizers; name one as package.module.Class"),
         ("torch.nn.Linear", (), "torch.nn.Linear is not a class of optimizers"),
+        ("torch.optim.Optimizer", ("eps=1",), "torch.optim.Optimizer does not take its arguments"),
         (
             "no_such_package.Lamb",
             (),

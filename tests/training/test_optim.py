@@ -113,6 +113,15 @@ def test_importing_bitsandbytes_leaves_torchs_compiler_as_it_was():
     assert torch.compile is compile
 
 
+def test_weights_are_rounded_once_a_step():
+    weight = nn.Parameter(torch.ones(4, 4))
+    optimizer = build_optimizer("adamw", [weight], 0.05, 0.1)
+    with optimizer.rounding():
+        first = weight.rounded(torch.bfloat16)
+        assert first is not None and weight.rounded(torch.bfloat16) is first
+    assert weight.rounded(torch.bfloat16) is None, "they may change"
+
+
 def seeds(count: int, seed: int) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for _ in range(count)]
 

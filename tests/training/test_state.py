@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 
 import pytest
 import torch
@@ -51,10 +52,12 @@ def test_training_from_a_saved_state_is_bit_exact(name, tmp_path):
     path = tmp_path / "state.safetensors"
     layers, parameters, optimizer = trained(name, 3)
     saved = Progress({"data": "d", "model": "m"}, 3, 1.5, Validated(BEFORE, None, BEFORE, None, 2, "i"), ["a.b"])
+    optimizer.param_groups[0]["weight_decay"] = 0.5
     save_state(path, saved, layers, optimizer)
     advance(parameters, optimizer, 3, 6)
     layers2, parameters2, optimizer2 = trained(name, 0)
     assert load_state(path, layers2, optimizer2) == saved
+    assert (optimizer2.done, optimizer2.param_groups[0]["weight_decay"]) == (3, 0.5)
     advance(parameters2, optimizer2, 3, 6)
     for a, b in zip(parameters, parameters2, strict=True):
         assert torch.equal(a, b)
@@ -154,4 +157,15 @@ def test_a_state_whose_validations_are_not_such_is_damaged(wrong, tmp_path):
     tensors = {name: checkpoint.get(name) for name in checkpoint.keys()}
     write_safetensors(path, tensors, {"fluxq_state": json.dumps(about)})
     with pytest.raises(WrongRequest, match="is damaged"):
+        load_state(path, layers, optimizer)
+
+
+def test_a_setting_that_is_text_where_it_was_a_number_is_damage(tmp_path):
+    path, layers, optimizer = small_state(tmp_path)
+    checkpoint = Checkpoint(path)
+    tensors = {name: checkpoint.get(name) for name in checkpoint.keys()}
+    about = json.loads(checkpoint.metadata["fluxq_state"])
+    about["groups"][0]["lr"] = "fast"
+    write_safetensors(path, tensors, {"fluxq_state": json.dumps(about)})
+    with pytest.raises(WrongRequest, match=f"^{re.escape(str(path))} is damaged"):
         load_state(path, layers, optimizer)
