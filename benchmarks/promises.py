@@ -47,6 +47,8 @@ def promise(launch: Launch) -> Promise:
     match launch.name:
         case "extension._fill_padding":
             return Promise(narrow=() if c["EIGHTS"] else ("s_ptr",))  # rows of other ranks begin anywhere
+        case "dropout._drop":
+            return Promise(narrow=("key_ptr",))
         case "few_rows._shares":
             # Numbers of 8 bits go 64 bits at a time to where tensor cores read them across rows.
             narrow = FEW if c["FORM"] in ("nf4", "float") else (*FEW, "w_ptr")

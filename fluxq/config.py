@@ -17,11 +17,15 @@ import types
 import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fluxq.errors import WrongRequest
-from fluxq.settings import Folder, ImageSettings, Resolution, option, sizes_of
+from fluxq.settings import Folder, ImageSettings, Resolution, block_numbers, option, sizes_of
+
+if TYPE_CHECKING:
+    from fluxq.model.lora import Adapted
 
 
 @dataclass(frozen=True)
@@ -146,6 +150,31 @@ def side_of(resolution: Resolution | None) -> int:
 DEFAULT_RANK, DEFAULT_TARGETS = 16, ("attention+mlp",)  # unless the user or a LoRA to start from sets them
 
 
+def parse_layers(value: Any, minimum: float) -> tuple[str, ...]:
+    """("attention=16", "mlp=8"), also from "attention=16,mlp=8". Raises ValueError for anything else."""
+    given = value.split(",") if isinstance(value, str) else value
+    wanted = f"LAYERS=NUMBER like mlp=8, with a number from {minimum:g} up, or several of these"
+    if not isinstance(given, list | tuple) or not all(isinstance(part, str) for part in given):
+        raise ValueError(wanted)
+    for layers, equals, number in (part.rpartition("=") for part in given):
+        try:
+            right = layers and equals and minimum <= float(number) < math.inf and (minimum or float(number) % 1 == 0)
+        except ValueError:
+            right = False
+        if not right:
+            raise ValueError(wanted)
+    return tuple(part.strip() for part in given)
+
+
+def parse_blocks(value: Any) -> str | None:
+    """Numbers of blocks like "0-3,5", "none", or None for "all". Raises ValueError for anything else."""
+    text = str(value).replace(" ", "") if type(value) in (str, int) else ""
+    try:
+        return None if text == "all" or block_numbers(text) is None else text
+    except ValueError:
+        raise ValueError("all, none, or numbers of blocks like 0-3,5") from None
+
+
 @dataclass(frozen=True)
 class LoraConfig:
     """[lora] What is trained."""
@@ -186,6 +215,73 @@ class LoraConfig:
         "--lora-format",
         ("kohya", "diffusers", "comfy", "peft"),
     )
+    ranks: tuple[str, ...] = option(
+        (),
+        "Ranks of layers that differ from rank, like attention=16,mlp=8,modulation=0: LAYERS=RANK, where LAYERS is "
+        "double, single or as in targets; the last that matches counts, 0 leaves a layer out; default: rank for all.",
+        parse=partial(parse_layers, minimum=0),
+    )
+    alphas: tuple[str, ...] = option(
+        (),
+        "Alphas of layers, as LAYERS=ALPHA; default: what keeps alpha / rank the same in all layers, or with "
+        "rank_stabilized alpha for all.",
+        parse=partial(parse_layers, minimum=1e-09),
+    )
+    double_blocks: str | None = option(
+        None,
+        "Double blocks to train, counted from 0, like 0-3,5, or none; default: all that have targets.",
+        parse=parse_blocks,
+    )
+    single_blocks: str | None = option(
+        None,
+        "Single blocks to train, counted from 0, like 7,20-37, or none; default: all that have targets.",
+        parse=parse_blocks,
+    )
+    rank_stabilized: bool = option(
+        False,
+        "Scale the LoRA by alpha / sqrt(rank) instead of alpha / rank (rsLoRA), so that high ranks learn as fast as "
+        "low ones; the file has an alpha with which every program scales it so; default: false.",
+    )
+    dropout: float = option(
+        0.0,
+        "Chance of each number of a layer's input to be left out for the LoRA, as PEFT's lora_dropout; against "
+        "overfitting; takes memory for a copy of the input; 0: none.",
+        minimum=0,
+        maximum=0.99,
+    )
+    rank_dropout: float = option(
+        0.0,
+        "Chance of each rank of each layer to be left out for an image in a step, as in sd-scripts; 0.1 to 0.3 are "
+        "usual; 0: none.",
+        minimum=0,
+        maximum=0.99,
+    )
+    module_dropout: float = option(
+        0.0,
+        "Chance of each layer to do without its LoRA in a step, as in sd-scripts; 0: none.",
+        minimum=0,
+        maximum=0.99,
+    )
+    plus_ratio: float = option(
+        1.0,
+        "LoRA+: how many times as high the learning rate of each lora_up is as that of its lora_down; 4 to 16 are "
+        "usual, with a lower --lr; 1: equal.",
+        minimum=0.001,
+        maximum=1000,
+    )
+    max_norm: float = option(
+        0.0,
+        "Most that a layer's change may be, as its Frobenius norm: after a step, larger ones are scaled down to it, as "
+        "by sd-scripts' scale_weight_norms; 1 is usual there; 0: no limit.",
+        minimum=0,
+    )
+    ema: float = option(
+        0.0,
+        "Also keep a moving average of the LoRA with this decay, like 0.99 or 0.999, saved beside it as NAME-ema; "
+        "takes 4 bytes of GPU memory per trained weight; 0: none.",
+        minimum=0,
+        maximum=0.99999,
+    )
     init: str = option(
         "plain",
         "How the LoRA starts: plain is random and zero; loftq corrects part of what quantizing has changed; lora_ga "
@@ -201,6 +297,14 @@ class LoraConfig:
         "For init = loftq: save the LoRA with the correction in it, for use on weights quantized as in training; "
         "default: without it, at twice the rank, for use on any weights.",
     )
+
+    def adapted(self) -> Adapted:
+        """The layers that get a LoRA, with ranks and scales, if targets, rank and alpha are set or have a default."""
+        from fluxq.model.lora import Adapted  # which imports torch, and --help needs none
+
+        rank, targets = self.rank or DEFAULT_RANK, DEFAULT_TARGETS if self.targets is None else self.targets
+        names = ("ranks", "alphas", "double_blocks", "single_blocks", "rank_stabilized")
+        return Adapted(rank, self.alpha or float(rank), targets, *(getattr(self, name) for name in names))
 
 
 OPTIMIZERS = (

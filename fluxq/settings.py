@@ -70,6 +70,19 @@ def sizes_of(resolution: Resolution) -> tuple[Size, ...]:
     return ((resolution, resolution),) if isinstance(resolution, int) else resolution
 
 
+def block_numbers(text: str) -> set[int]:
+    """The numbers in "0-3,5"; none in "none". Raises ValueError for anything else."""
+    if text == "none":
+        return set()
+    numbers: set[int] = set()
+    for part in text.split(","):
+        first, _, last = part.strip().partition("-")
+        numbers |= (found := set(range(int(first), int(last or first) + 1)))
+        if not found:
+            raise ValueError(f"{part} is empty")
+    return numbers
+
+
 @dataclass(frozen=True, kw_only=True)
 class ImageSettings:
     """How images and captions are read and varied. None is unset."""

@@ -31,7 +31,7 @@ from fluxq.model import Flux
 from fluxq.model.calibration import set_rotations
 from fluxq.model.clip import CLIP_TARGETS, Clip
 from fluxq.model.linear import Linear
-from fluxq.model.lora import add_lora
+from fluxq.model.lora import add_adapted, add_lora
 from fluxq.model.modulation import is_known_ahead
 from fluxq.models import Models
 from fluxq.sampling.denoising import encode_pooled
@@ -39,11 +39,12 @@ from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import epoch_of, resolve
 from fluxq.training.describe import Metadata, metadata_of
 from fluxq.training.disk import require_room_for_run
+from fluxq.training.dropout import Dropout
 from fluxq.training.from_lora import read_start, start_from
 from fluxq.training.initial import empty, prepare
 from fluxq.training.libraries import parse_arguments
 from fluxq.training.objective import Objective
-from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step, restart_rates
+from fluxq.training.optim import FlatOptimizer, build_optimizer, lora_groups, optimizer_step, restart_rates
 from fluxq.training.previews import preview_prompts, save_previews
 from fluxq.training.report import Report
 from fluxq.training.run import Result, Run
@@ -97,7 +98,7 @@ def train_in(
     trainable = repeated_once("loading", notify, load_trainable, config, models, placement, start_lora, notify)
     flux, layers, optimizer = trainable.flux, trainable.layers, trainable.optimizer
     retry = OutOfMemoryRetry(placement, models, flux, trainable.ahead, notify)
-    objective = Objective(flux, data.batches, training, trainable.clip)
+    objective = Objective(flux, data.batches, training, trainable.clip, Dropout(layers, config.lora, training.seed))
     validate = partial(retry.run, "validation", partial(validation_losses, objective, data), training=False)
     for line in summary(config, models, flux, epoch_of(config.data, scanned, training.batch), len(layers), optimizer):
         notify(line)
@@ -121,7 +122,7 @@ def train_in(
     retry.placement.save(run.folder)
     began = time.time() - progress.seconds
     watch = Watch(config, models, data.batches, retry)
-    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes, watch)
+    report = Report(run.folder, progress.step, steps, output.plot_seconds, run.changes, watch, optimizer.notes)
     write = partial(write_lora, run, trainable, metadata, began)
     saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
     if resume and not run.lora_file(progress.step).exists():  # what ended the run came between state and LoRA
@@ -212,7 +213,7 @@ class Trainable:
 
 
 def write_lora(run: Run, trainable: Trainable, metadata: Metadata, began: float, step: int) -> None:
-    run.save_lora(trainable.flux, trainable.clip, step, metadata(step, began, time.time()))
+    run.save_loras(trainable.flux, trainable.clip, step, metadata(step, began, time.time()), trainable.optimizer)
 
 
 def load_trainable(
@@ -220,25 +221,26 @@ def load_trainable(
 ) -> Trainable:
     """Load the models that train, add their LoRA, drawn by the seed or from `start_lora`, and make its optimizer."""
     lora, training = config.lora, config.training
-    rank, alpha, targets = lora.rank, lora.alpha, lora.targets
     learning_rate, arguments = training.learning_rate, parse_arguments(training.optimizer_args)
-    assert rank and alpha and targets is not None and learning_rate is not None, "resolve fills these in"
-    ahead = is_known_ahead(models.flux_config, targets) and not lora.text_encoder
+    assert learning_rate is not None, "resolve fills this in"
+    adapted = lora.adapted()
+    ahead = is_known_ahead(models.flux_config, adapted) and not lora.text_encoder
     flux = models.load_flux(placement.resident, placement.slots, ahead)
     init = torch.Generator().manual_seed(int(generator(training.seed, "lora").integers(2**62)))
-    layers = add_lora(flux, rank, alpha, targets, init)
+    layers = add_adapted(flux, adapted, init)
     empty(layers, lora.init)
-    groups = [{"params": [*flux.parameters()], "lr": learning_rate}]
+    groups = lora_groups(flux, learning_rate, lora.plus_ratio)
     clip = models.load_clip() if lora.text_encoder else None
     if clip is not None:
-        in_clip = add_lora(clip, rank, alpha, CLIP_TARGETS, init)
+        in_clip = add_lora(clip, *adapted.size(adapted.rank), CLIP_TARGETS, init)
         layers |= {f"clip.{path}": layer for path, layer in in_clip.items()}
-        groups.append({"params": [*clip.parameters()], "lr": training.text_learning_rate})
+        groups += lora_groups(clip, training.text_learning_rate or 0.0, lora.plus_ratio)
         flux.trains_y = True
     if start_lora is not None:
         start_from(start_lora, layers, notify)
     expect_training(flux)
     optimizer = build_optimizer(training.optimizer, groups, learning_rate, training.weight_decay, arguments)
+    optimizer.follow(layers.values(), lora.max_norm, lora.ema)
     return Trainable(flux, clip, layers, optimizer, ahead)
 
 

@@ -163,6 +163,13 @@ def rotate(s: Sizes, dtype: torch.dtype = torch.bfloat16) -> Step:
     return Step("rotate", given, lambda o, _, i: o.rotate(i["x"], rotation_block(s.width)))
 
 
+def drop(s: Sizes, adds: bool = False) -> Step:
+    """adds: to another tensor, which `call` copies first."""
+    key = torch.tensor([0x123456789ABCDEF0], device=s.device)
+    call = lambda o, _, i: o.drop(i["x"], 0.3, key, i["onto"].clone() if adds else None)  # noqa: E731
+    return Step("drop", _rows(s, "x", *["onto"] * adds), call)
+
+
 def in_8_bits(make: Callable[[Sizes], Step], dtype: torch.dtype, down: bool, rotated: bool, s: Sizes) -> Step:
     """That step, feeding a layer that multiplies in 8 bits."""
     step = make(s)
@@ -290,6 +297,8 @@ RARE_STEPS: dict[str, Callable[[Sizes], Step]] = {
     },
     "int8 rows of 13 D in fp32, in pieces": lambda s: row_quantize(s, s.tokens, 13 * s.width, "int8", fp32=True),
     "rotate, fp32": partial(rotate, dtype=torch.float32),
+    "drop": drop,
+    "drop, added": partial(drop, adds=True),
 }
 RARE_STORAGE: dict[str, Callable[[Sizes, int, int], Step]] = {
     **{f"{format} -> bf16, transposed": partial(decode, format=format, transposed=True) for format in EIGHT_BITS},

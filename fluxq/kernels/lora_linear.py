@@ -13,8 +13,9 @@ from torch.autograd.function import once_differentiable
 from .activations import Activations, Wants
 from .chunks import FEW_ROWS
 from .dispatch import ops
+from .dropout import Dropped
 from .parts import by_part, s_gradient
-from .products import Product, Use, eight_bit_dtype, input_gradient
+from .products import Product, Use, eight_bit_dtype, gradients_with_dropout, input_gradient
 from .replay import unread
 from .rounding import rounded
 from .weights import Weight
@@ -57,6 +58,7 @@ def lora_linear(
     compute: str = "bf16",
     feeds: str | None = None,
     rotation: int = 0,
+    dropped: Dropped | None = None,
 ) -> Tensor:
     """x W^T + bias + scale (x down^T) up^T, differentiable in x, down and up.
 
@@ -65,9 +67,10 @@ def lora_linear(
     weight is multiplied according to `compute`; gradients have each argument's dtype. The backward pass decodes the
     weight again; autograd never keeps it. `feeds`: the value that is computed from the output alone
     (fluxq/kernels/replay.py). `rotation`: the block in which 8-bit products rotate their factors
-    (fluxq/kernels/rotation.py), 0 for none. Raises ValueError if widths do not match.
+    (fluxq/kernels/rotation.py), 0 for none. `dropped`: what the LoRA leaves out (dropout.py). Raises ValueError if
+    widths do not match.
     """
-    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, (feeds,)))
+    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, (feeds,), dropped=dropped))
 
 
 def lora_linear_parts(
@@ -81,11 +84,12 @@ def lora_linear_parts(
     parts: Sequence[slice],
     feeds: Sequence[str | None],
     rotation: int = 0,
+    dropped: Dropped | None = None,
 ) -> tuple[Tensor, ...]:
     """`lora_linear` in parts: consecutive ranges of the N outputs, which together are all of them, each a tensor of its
     own that feeds something else. What depends on the input alone is done once.
     """
-    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, tuple(feeds), tuple(parts)))
+    return _apply(x, weight, bias, down, up, Use(scale, compute, rotation, tuple(feeds), tuple(parts), dropped))
 
 
 def _apply(
@@ -137,7 +141,9 @@ class _LoRALinear(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Any) -> tuple[Tensor | None, ...]:
         (x, s, down, up), use = ctx.saved_tensors, ctx.use
         weight = ctx.weight if ctx.needs_input_grad[0] else None
-        if weight is not None and use.compute.endswith("_dx"):
+        if use.dropped is not None and s is not None:
+            dx, *gradients = gradients_with_dropout(grad_outputs, weight, x, s, down, up, use, ctx.row_scales)
+        elif weight is not None and use.compute.endswith("_dx"):
             ds = None if up is None else s_gradient(by_part(grad_outputs), up, use.scale)
             dx = input_gradient(grad_outputs, weight, ctx.row_scales, down, ds, use)
             gradients = (None, None) if ds is None else ops(x).lora_gradients(grad_outputs, x, s, ds, use.scale)

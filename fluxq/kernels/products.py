@@ -14,6 +14,8 @@ from torch import Tensor
 
 from .activations import Activations
 from .dispatch import ops
+from .dropout import Dropped
+from .parts import by_part, s_gradient
 from .replay import SMALL_RANK, keep, placeholder, take, unread, will_be_unread
 from .weights import RowScaled, Weight
 
@@ -26,6 +28,7 @@ class Use(NamedTuple):
     rotation: int
     feeds: tuple[str | None, ...]
     parts: tuple[slice | None, ...] = (None,)
+    dropped: Dropped | None = None
 
 
 class Product:
@@ -43,6 +46,7 @@ class Product:
     ) -> None:
         self.x, self.given, self.weight, self.bias, self.down, self.up, self.use = x, given, weight, bias, down, up, use
         self.s: Tensor | None = None
+        self.is_filled = False  # the padding behind x has s
         self.row_scales: list[Tensor | None] = []
 
     def part(self, part: slice | None, feeds: str | None) -> Tensor:
@@ -54,9 +58,12 @@ class Product:
                 self.row_scales.append(take("row_scales"))
             return placeholder(*self.x.shape[:-1], n, like=self.x)
         if not eight_bits:
+            if self.use.dropped is not None and self.s is None and self.down is not None:
+                self.s = self._inner(self.down)
             y, self.s = ops(self.x).lora_linear(
-                self.x, self.weight, self.bias, self.down, self.up, self.use.scale, part, self.s
+                self.x, self.weight, self.bias, self.down, self.up, self.use.scale, part, self.s, self.is_filled
             )
+            self.is_filled = True
             return y
         y, row_scale = self._in_8_bits(part)
         if needs_scales and will_be_unread(feeds):
@@ -74,7 +81,7 @@ class Product:
             values, row_scale = ops(x).row_quantize(rows, dtype, rotation=use.rotation)
             self.given = self.given._replace(values=values, scale=row_scale)
         if self.s is None and self.down is not None:
-            self.s = rows @ self.down.t() if self.given.s is None else self.given.s
+            self.s = self._inner(self.down).view(len(rows), -1)
         w, w_scale = ops(x).to_rows(self.weight, dtype, rotation=use.rotation, part=part)
         whole = part is None
         up = self.up if whole or self.up is None else self.up[part]
@@ -90,12 +97,26 @@ class Product:
             return None
         small, feeds = len(self.down) <= SMALL_RANK, self.use.feeds
         if all(map(unread, feeds)):
-            self.s = take("s") if small else F.linear(self.x[..., : self.down.shape[1]], self.down)
+            self.s = take("s") if small else self._inner(self.down)
         assert self.s is not None
         s = self.s if self.s.dtype == self.x.dtype else self.s.to(self.x.dtype)
         if small and all(map(will_be_unread, feeds)):
             keep("s", s)
         return s
+
+    def _inner(self, down: Tensor) -> Tensor:
+        """x down^T, (..., R), as its producer made it if it did, without what is dropped."""
+        x, dropped, s = self.x[..., : down.shape[1]], self.use.dropped, self.given.s
+        if dropped is None:
+            return F.linear(x, down) if s is None else s
+        if s is None or dropped.rate:
+            s = F.linear(without_dropped(x, dropped), down)
+        return dropped.scale(s)
+
+
+def without_dropped(x: Tensor, dropped: Dropped) -> Tensor:
+    """`x` (..., K) with zeros for what is dropped of it."""
+    return ops(x).drop(x, dropped.rate, dropped.key) if dropped.rate else x
 
 
 def eight_bit_dtype(compute: str) -> torch.dtype:
@@ -142,3 +163,31 @@ def _part_of_dx(
     w, w_scale = o.to_rows(weight, dtype, True, use.rotation, part, row_scale)  # (K, part)
     values, scale = o.row_quantize(dy, dtype, w_scale)
     return o.matmul_8bit(values, scale, w, None, dy.dtype, *lora, onto=dx)
+
+
+def gradients_with_dropout(
+    dys: Sequence[Tensor],
+    weight: Weight | None,
+    x: Tensor,
+    s: Tensor,
+    down: Tensor,
+    up: Tensor,
+    use: Use,
+    row_scales: Sequence[Tensor | None],
+) -> tuple[Tensor | None, Tensor, Tensor]:
+    """The gradients of x (None without `weight`), down and up. s (..., R) is that of the forward pass."""
+    dropped, o, k = use.dropped, ops(dys[0]), down.shape[1]
+    assert dropped is not None
+    ds, dx = dropped.scale(s_gradient(by_part(dys), up, use.scale)), None
+    if weight is not None:
+        if use.compute.endswith("_dx"):
+            dx = input_gradient(dys, weight, row_scales, None, None, use)
+        else:
+            given = dys[0] if len(dys) == 1 else dys
+            dx, _, _ = o.lora_linear_backward(given, weight, None, None, None, None, use.scale)
+        if dropped.rate:
+            o.drop((ds @ down).view(dx.shape), dropped.rate, dropped.key, dx)
+        else:
+            dx.view(-1, k).addmm_(ds, down)
+        dx = F.pad(dx, (0, x.shape[-1] - k)) if x.shape[-1] > k else dx
+    return dx, *o.lora_gradients(dys, without_dropped(x[..., :k], dropped), s, ds, use.scale)

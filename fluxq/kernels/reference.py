@@ -197,11 +197,13 @@ def lora_linear(
     scale: float,
     part: slice | None = None,
     s: Tensor | None = None,
+    is_filled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias + scale (x down^T) up^T, or only the outputs `part`, and s = x down^T for the backward pass.
 
     x (..., K), or with padding behind each row; weight (N, K) as stored; down (R, K), up (N, R), bias (N,) in x's
-    dtype. s: that of another part of the same layer, which has just been computed from the same x.
+    dtype. s: that of another part of the same layer, which has just been computed from the same x, and is_filled: has
+    written its padding; or any other (M, R) in its place.
     """
     if part is not None:
         weight, bias, up = weight[part], None if bias is None else bias[part], None if up is None else up[part]
@@ -263,6 +265,26 @@ def lora_gradients(
     """Gradients of down and up. dy as above, x (..., K), s (..., R), and the gradient of s: ds (M, R) = scale dy up."""
     dy = dy if isinstance(dy, Tensor) else torch.cat([*dy], -1)
     return ds.mT @ x.flatten(0, -2), scale * (dy.flatten(0, -2).mT @ s.flatten(0, -2))
+
+
+def drop(x: Tensor, rate: float, key: Tensor, onto: Tensor | None = None) -> Tensor:
+    """`x` (..., K) with zeros where numbers are left out, each with chance `rate`; added to `onto` in place if given.
+
+    Which ones depends on `key` (1,) int64 and on their place among the M K numbers, by a hash in 32 bits: twice the
+    finalizer of murmur3, with both halves of the key.
+    """
+    place, mask = torch.arange(x.numel(), device=x.device).view(x.shape), 0xFFFFFFFF
+    hashed = _mixed(_mixed(place + (key & mask)) ^ (key >> 32 & mask))
+    kept = torch.where(hashed < round(rate * 2**32), 0, x)
+    return kept if onto is None else onto.add_(kept)
+
+
+def _mixed(n: Tensor) -> Tensor:
+    """murmur3's 32-bit finalizer, of integers modulo 2^32 (products modulo 2^64 have the same low bits)."""
+    n = n & 0xFFFFFFFF
+    n = ((n ^ n >> 16) * 0x85EBCA6B) & 0xFFFFFFFF
+    n = ((n ^ n >> 13) * 0xC2B2AE35) & 0xFFFFFFFF
+    return n ^ n >> 16
 
 
 def matmul_8bit(

@@ -26,6 +26,7 @@ import torch
 from torch import Tensor
 
 from .dispatch import ops
+from .dropout import current, dropping
 
 POLICIES = {
     "recompute": (),
@@ -48,10 +49,11 @@ class Tape:
     """The values kept between a block's forward pass and its replay, in order.
 
     `gates`: the gates are trained, so their gradients read what they multiply; then nothing that feeds a gated sum may
-    be skipped.
+    be skipped. What LoRA leaves out (dropout.py) is the same in both.
     """
 
     def __init__(self, policy: str, gates: bool = False) -> None:
+        self.dropped = current()
         self.keeps = set(POLICIES[policy])
         self.unread = self.keeps | {"end"} if not gates else self.keeps - {"residual"}
         self.eight_bits = policy == "keep_all8"
@@ -75,7 +77,8 @@ class Tape:
         global _tape
         before, _tape, self.replaying = _tape, self, replaying
         try:
-            yield
+            with dropping(self.dropped):
+                yield
         finally:
             _tape = before
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -23,7 +23,6 @@ from fluxq.formats.quantized import cache_folder
 from fluxq.kernels.chunks import chunk_of
 from fluxq.model import Flux, FluxConfig
 from fluxq.model.costs import flux_costs
-from fluxq.model.start import planned_rank
 from fluxq.models.parts import Models
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
@@ -149,11 +148,11 @@ def largest_batch(config: TrainConfig, models: Models) -> tuple[int, int]:
 def costs_of(config: TrainConfig, models: Models, size: int, format: str | None = None) -> Costs:
     """The costs of a run's steps on this machine's GPU, with images of the area of size x size pixels."""
     training, gpu = config.training, measure(cache_folder())
-    costs = flux_costs(
+    return flux_costs(
         models.flux_config,
         format or models.format,
         models.compute,
-        planned_rank(config.lora.init, config.lora.rank or DEFAULT_RANK),
+        config.lora.rank or DEFAULT_RANK,
         config.lora.targets or DEFAULT_TARGETS,
         largest_batch(config, models)[0],
         (size // 16) ** 2,
@@ -164,8 +163,11 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         chunk=chunk_of(gpu.capability),
         library=gpu.library,
         expandable=has_expandable_segments(),
+        adapted=config.lora.adapted(),
+        start=config.lora.init,
+        averaged=config.lora.ema > 0,
+        drops=any((config.lora.dropout, config.lora.rank_dropout, config.lora.module_dropout)),
     )
-    return replace(costs, lora=costs.lora * 8 // 6) if config.lora.init == "loftq" else costs  # with its start, in bf16
 
 
 def pinned_residents(config: MemoryConfig, models: Models) -> tuple[str, ...] | None:

@@ -24,7 +24,8 @@ from .config import FluxConfig
 from .flux import Flux
 from .launches import launches, outside
 from .layout import layout
-from .lora import TARGETS
+from .lora import TARGETS, Adapted
+from .start import planned_rank
 from .text import CLIP_LENGTH
 from .units import REST, unit_of
 from .working_set import Product, Shape, backward_peak, forward_peak, scratch
@@ -90,6 +91,10 @@ def flux_costs(
     chunk: int,
     library: int = 0,
     expandable: bool = True,
+    drops: bool = False,
+    adapted: Adapted | None = None,
+    start: str = "plain",
+    averaged: bool = False,
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
@@ -97,10 +102,14 @@ def flux_costs(
     chunk: how many numbers of a weight this GPU's kernels decode at a time: `chunk_of` its capability; 0 for all.
     library: bytes of cuBLAS's workspaces on this GPU.
     expandable: the allocator's segments can grow (fluxq/allocator.py).
+    drops: the LoRA has dropout. adapted: its layers and ranks, in place of rank and targets. averaged: its average is
+    kept too. start: of INITS in start.py.
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     lora = dict.fromkeys(chosen(tuple(layers), targets), rank)
+    if adapted is not None:
+        lora = {path: planned_rank(start, size.rank) for path, size in adapted.layers(layers).items()}
     encoder = _encoder(clip or {}, rank, batch)
     gates = encoder.trained > 0 or any(
         unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora
@@ -111,7 +120,7 @@ def flux_costs(
     blocks, products = [], []
     for name in _blocks(config):
         own = {p: r for p, r in lora.items() if p.startswith(f"{name}.")}
-        shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates)
+        shape = _shape(config, name, layers, own, compute, batch, img_tokens, txt_tokens, format, gates, drops)
         first, trained = not trained, trained or bool(own)
         units = tuple(u for u in sizes if u.startswith(f"{name}.") or u == name)
         units = units if gates else tuple(u for u in units if not u.endswith(".mod"))
@@ -137,9 +146,9 @@ def flux_costs(
         window=window if streams and modulation else 0,
         streams=streams,
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
-        lora=6 * total,
+        lora=(6 + 4 * averaged + 2 * (start == "loftq")) * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
-        optimizer=optimizer_bytes(optimizer, total, rank),
+        optimizer=optimizer_bytes(optimizer, total, min([rank, *lora.values()])),
         optimizer_peak=_optimizer_peak(optimizer, total),
         scratch=scratch(products, chunk) + angles + encoder.activations,
         library=library,
@@ -226,12 +235,12 @@ def _shape(
     txt_tokens: int,
     format: str,
     gates: bool,
+    drops: bool,
 ) -> Shape:
     def product(path: str, rows: int, feeds: str, n: int | None = None, produced: bool = True) -> Product:
         whole, k = layers[f"{name}.{path}"]
-        return Product(
-            rows, n or whole, k, lora.get(f"{name}.{path}", 0), compute, feeds, BYTES_PER_WEIGHT[format], produced
-        )
+        rank, stored = lora.get(f"{name}.{path}", 0), BYTES_PER_WEIGHT[format]
+        return Product(rows, n or whole, k, rank, compute, feeds, stored, produced, drops)
 
     single = name.startswith("single")
     if single:

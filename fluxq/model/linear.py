@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from fluxq.kernels import Activations, NF4Weight, RowScaled, Wants, Weight, lora_linear, lora_linear_parts, wants
+from fluxq.kernels.dropout import dropped_by
 
 from .start import counted_from
 
@@ -129,11 +130,11 @@ class Linear(nn.Module):
 
         feeds: the value that is made from the output alone (fluxq/kernels/replay.py), or one for each part.
         """
-        down, up = self.factors(self.corrects)
+        (down, up), dropped = self.factors(self.corrects), dropped_by(self)
         layer = x, self.frozen, self._buffers["bias"], down, up, self.lora_scale, self.compute
         if parts is None:
-            return lora_linear(*layer, feeds, self.rotation)  # type: ignore[arg-type]
-        return lora_linear_parts(*layer, parts, feeds, self.rotation)  # type: ignore[arg-type]
+            return lora_linear(*layer, feeds, self.rotation, dropped)  # type: ignore[arg-type]
+        return lora_linear_parts(*layer, parts, feeds, self.rotation, dropped)  # type: ignore[arg-type]
 
 
 NAMES = {kind: tuple(field.name for field in fields(kind)) for kind in (NF4Weight, RowScaled)}

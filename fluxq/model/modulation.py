@@ -20,17 +20,19 @@ from fluxq.kernels.chunks import FEW_ROWS
 
 from .config import FluxConfig
 from .flux import Flux
-from .lora import add_lora
+from .lora import Adapted, add_adapted
 
 Conditioning = tuple[Tensor, Tensor, Tensor | None]
 """What modulation depends on: timesteps (B,), y (B, vec_in), and guidance (B,) for models that embed it."""
 
 
-def is_known_ahead(config: FluxConfig, targets: str | Sequence[str]) -> bool:
-    """Whether modulation stays fixed while LoRA on `targets` trains. Raises WrongRequest for invalid targets."""
+def is_known_ahead(config: FluxConfig, adapted: Adapted | str | Sequence[str]) -> bool:
+    """Whether modulation stays fixed while LoRA on these layers, or targets, trains. Raises WrongRequest for invalid
+    ones.
+    """
     with torch.device("meta"):
         flux = Flux(config)
-    add_lora(flux, 1, 1, targets, torch.Generator())
+    add_adapted(flux, adapted if isinstance(adapted, Adapted) else Adapted(1, 1, adapted), torch.Generator())
     return not flux.trains_modulation
 
 

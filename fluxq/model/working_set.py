@@ -40,6 +40,7 @@ class Product:
 
     rank: of its LoRA, 0 for none. compute: the requested one. feeds: as in fluxq/kernels/replay.py. stored: bytes per
     weight in its format; 2 needs no decoding. produced: the op before it writes its input in the form the layer wants.
+    drops: its LoRA has dropout, which copies its input, and in the backward pass its input's gradient.
     """
 
     rows: int
@@ -50,6 +51,7 @@ class Product:
     feeds: str
     stored: float
     produced: bool = True
+    drops: bool = False
 
     @property
     def eight_bits(self) -> str:
@@ -107,15 +109,16 @@ class Product:
     @property
     def forward_temporary(self) -> int:
         """Bytes only needed while it multiplies; in 8 bits the weight, and the input if made here."""
+        copy = self.input_bytes if self.rank and self.drops else 0
         if not self.eight_bits:
-            return self.n * self.padding * 2
+            return copy + self.n * self.padding * 2
         weight = 0 if self.stored == 1 else self.weights + 4 * self.n
-        return weight + (0 if self.produced else self.input8_bytes)
+        return copy + weight + (0 if self.produced else self.input8_bytes)
 
     @property
     def backward_temporary(self) -> int:
         """The same for its gradients."""
-        ds = self.rows * self.rank * 2
+        ds = self.rows * self.rank * 2 + (self.input_bytes if self.rank and self.drops else 0)
         if self.eight_bits_backward:
             return ds + self.weights + self.rows * (self.n + 4)
         return ds + self.n * (self.rank + self.padding) * 2

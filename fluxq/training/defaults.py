@@ -18,6 +18,7 @@ from fluxq.data.examples import Scan, check_folder
 from fluxq.data.folders import expand
 from fluxq.data.masks import ALPHA, BESIDE
 from fluxq.errors import WrongRequest
+from fluxq.formats.lora.keys import matrices
 from fluxq.formats.lora.read import Lora
 from fluxq.memory.placement import choose_format
 from fluxq.models.check_file import is_kontext
@@ -47,8 +48,19 @@ def resolve(config: TrainConfig, models: Models, notify: Notify, start: Lora | N
     lora = replace(lora, targets=DEFAULT_TARGETS if lora.targets is None else lora.targets)
     if lora.alpha is None:
         lora = replace(lora, alpha=float(cast(int, lora.rank)))
-        notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is not scaled and is the same in every program")
+        why = "scaled by the root of rank" if lora.rank_stabilized else "not scaled"
+        notify(f"alpha {lora.alpha:g}: equal to rank, so the LoRA is {why} and is the same in every program")
+    sizes = Counter(lora.adapted().layers(matrices(models.flux_config)).values())
+    if len(sizes) > 1:
+        notify(
+            "LoRA: " + ", ".join(f"{plural(n, 'layer')} of rank {s.rank}, alpha {s.alpha:g}" for s, n in sizes.items())
+        )
     training, output = resolve_steps(training, config.output, epoch_of(data, scanned, training.batch), notify)
+    if lora.plus_ratio != 1 and re.search("prodigy|dadapt", training.optimizer, re.IGNORECASE):
+        raise WrongRequest(
+            f"lora.plus_ratio sets two learning rates, and {training.optimizer} finds one of its own; leave plus_ratio "
+            "out, or choose another --optimizer"
+        )
     training = resolve_optimizer(training, notify)
     if lora.text_encoder and training.text_learning_rate is None:
         training = replace(training, text_learning_rate=cast(float, training.learning_rate) / 2)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import cast
 
 from fluxq.caching import Batches
-from fluxq.config import TrainConfig, TrainingConfig
+from fluxq.config import LoraConfig, TrainConfig, TrainingConfig
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan
+from fluxq.formats.lora.keys import matrices
 from fluxq.formats.lora.metadata import lora_metadata
 from fluxq.model.start import saved_rank
 from fluxq.models.parts import Models
@@ -36,18 +38,18 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
     for example in dataset.examples:
         buckets[example.bucket] += example.repeats
 
+    sizes = config.lora.adapted().layers(matrices(models.flux_config)).values()
+    twice = saved_rank(config.lora.init, 1, config.lora.keep_correction)
+    ranks, alphas = {twice * size.rank for size in sizes}, {twice * size.alpha for size in sizes}
+
     def at(step: int, started: float, finished: float) -> dict[str, str]:
         training, size = config.training, config.data.side
         seen = {"fluxq_images_seen": str(batches.seen_before(step * training.accumulate))}
         seen |= objective_metadata(training)
-        rank, init = cast(int, config.lora.rank), config.lora.init
-        in_file = saved_rank(init, rank, config.lora.keep_correction)
-        if init != "plain":
-            seen |= {"fluxq_lora_init": init}
-        return seen | lora_metadata(
+        about = lora_metadata(
             name=cast(str, config.output.name),
-            rank=in_file,
-            alpha=cast(float, config.lora.alpha) * in_file / rank,
+            rank=ranks.copy().pop() if len(ranks) == 1 else "Dynamic",
+            alpha=alphas.copy().pop() if len(alphas) == 1 else "Dynamic",
             steps=step,
             last_step=cast(int, training.steps),
             epochs=-(-step * training.accumulate // len(batches)),
@@ -71,6 +73,7 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
             precision="bf16",
             text_mask=config.model.text_mask,
         )
+        return seen | about | variant_metadata(config.lora)
 
     return at
 
@@ -96,6 +99,31 @@ def objective_metadata(training: TrainingConfig) -> dict[str, str]:
     if (training.min_timestep, training.max_timestep) != (0, 1):
         values |= {"fluxq_timestep_range": f"{training.min_timestep:g} to {training.max_timestep:g}"}
     return {key: str(value) for key, value in values.items()}
+
+
+def variant_metadata(lora: LoraConfig) -> dict[str, str]:
+    """What the LoRA has beyond rank and alpha, as sd-scripts writes its --network_args and options, and in fluxq's keys
+    what sd-scripts does not have.
+    """
+    arguments = {
+        "train_double_block_indices": lora.double_blocks,
+        "train_single_block_indices": lora.single_blocks,
+        "rank_dropout": lora.rank_dropout,
+        "module_dropout": lora.module_dropout,
+        "loraplus_lr_ratio": lora.plus_ratio if lora.plus_ratio != 1 else None,
+    }
+    own = {
+        "fluxq_ranks": ",".join(lora.ranks),
+        "fluxq_alphas": ",".join(lora.alphas),
+        "fluxq_rank_stabilized": lora.rank_stabilized,
+        "fluxq_input_dropout": lora.dropout,
+        "fluxq_lora_init": lora.init if lora.init != "plain" else None,
+        "ss_scale_weight_norms": lora.max_norm,
+    }
+    return {
+        "ss_network_args": json.dumps({key: str(value) for key, value in arguments.items() if value}),
+        **{key: str(value) for key, value in own.items() if value},
+    }
 
 
 def _tag_frequency(captions: Iterable[str]) -> dict[str, int]:

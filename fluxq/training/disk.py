@@ -92,12 +92,15 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     """What a run writes, apart from the cache."""
     config, out = run.config, run.folder
     steps, every, output = config.training.steps or 0, config.samples.every, config.output
-    tensors, init, rank = lora_tensors(config, models), config.lora.init, cast(int, config.lora.rank)
-    state = state_bytes(tensors, config.training.optimizer, rank) + (2 * sum(tensors) if init != "plain" else 0)
-    twice = saved_rank(init, rank, config.lora.keep_correction) // rank
+    tensors = lora_tensors(config, models)
+    sizes, averaged = config.lora.adapted().layers(_matrices(flux_shapes(models.flux_config))), config.lora.ema > 0
+    state = state_bytes(tensors, config.training.optimizer, min(size.rank for size in sizes.values()))
+    state += (4 * sum(tensors) + HEADER * len(tensors)) * averaged
+    state += 2 * sum(tensors) * (config.lora.init != "plain")
     before_the_end = (steps - 1) // output.save_every if output.save_every else 0
-    loras = 1 + (min(before_the_end, output.keep) if output.keep else before_the_end)
-    lora = twice * (2 * sum(tensors) + _split_bytes(config, models)) + HEADER * len(tensors)
+    loras = (1 + averaged) * (1 + (min(before_the_end, output.keep) if output.keep else before_the_end))
+    lora = 2 * sum(tensors) + _split_bytes(config, models)
+    lora = saved_rank(config.lora.init, 1, config.lora.keep_correction) * lora + HEADER * len(tensors)
     side = config.data.side
     image = 3 * (config.samples.width or side) * (config.samples.height or side)
     sheets = -(-steps // every) if every else 0
@@ -125,20 +128,22 @@ def need_of_cache(cache: Path, nbytes: int) -> Need:
 def lora_tensors(config: TrainConfig, models: Models) -> list[int]:
     """How many numbers each tensor of the LoRA has."""
     layers = _matrices(flux_shapes(models.flux_config))
-    adapted = [layers[path] for path in targeted(layers, config.lora.targets or ())]
+    tensors = [s.rank * side for path, s in config.lora.adapted().layers(layers).items() for side in layers[path]]
     if config.lora.text_encoder:
         layers = _matrices({k: s for k, s in models.open("clip_l").shapes.items() if k.startswith("encoder.")})
-        adapted += [layers[path] for path in targeted(layers, CLIP_TARGETS)]
-    return [cast(int, config.lora.rank) * side for shape in adapted for side in shape]
+        tensors += [cast(int, config.lora.rank) * n for p in targeted(layers, CLIP_TARGETS) for n in layers[p]]
+    return tensors
 
 
 def _split_bytes(config: TrainConfig, models: Models) -> int:
     """What a LoRA takes in addition where fused layers are split, each part with a copy of lora_down."""
     if config.lora.file_format not in ("diffusers", "peft"):
         return 0
-    flux, rank, layers = models.flux_config, cast(int, config.lora.rank), _matrices(flux_shapes(models.flux_config))
-    chosen = targeted(layers, config.lora.targets or ())
-    return sum((len(split_rows(path, flux)) - 1) * (2 * rank * layers[path][1] + 2 * HEADER) for path in chosen)
+    flux, layers = models.flux_config, _matrices(flux_shapes(models.flux_config))
+    sizes = config.lora.adapted().layers(layers)
+    rank = max(size.rank for size in sizes.values())  # which all are padded to
+    padded = sum(2 * (rank - size.rank) * sum(layers[path]) for path, size in sizes.items())
+    return padded + sum((len(split_rows(p, flux)) - 1) * (2 * rank * layers[p][1] + 2 * HEADER) for p in sizes)
 
 
 def state_bytes(tensors: Iterable[int], optimizer: str, rank: int) -> int:

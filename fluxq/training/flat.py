@@ -31,6 +31,7 @@ class Flat:
         self._rounded: Tensor | None = None
         self._rounded_parts: list[Tensor] = []
         self._unchanged = self._is_rounded = False
+        self._shown = self.values
         with torch.no_grad():
             for p, own in zip(self.parameters, self.parts(self.values.data), strict=True):
                 own.copy_(p)
@@ -72,6 +73,21 @@ class Flat:
         finally:
             self._unchanged = False
 
+    @contextmanager
+    def showing(self, other: Tensor) -> Iterator[None]:
+        """Inside, the parameters are the slices of `other`, which is laid out as `values`."""
+        shown = self._shown
+        self._show(other)
+        try:
+            yield
+        finally:
+            self._show(shown)
+
+    def _show(self, values: Tensor) -> None:
+        self._shown, self._is_rounded = values, False
+        for p, own in zip(self.parameters, self.parts(values.detach()), strict=True):
+            p.data = own
+
     def _rounded_part(self, index: int, dtype: torch.dtype) -> Tensor | None:
         if not self._unchanged:
             return None
@@ -80,6 +96,6 @@ class Flat:
             self._rounded_parts, self._is_rounded = self.parts(self._rounded), False
         if not self._is_rounded:
             with torch.no_grad():
-                self._rounded.copy_(self.values)
+                self._rounded.copy_(self._shown)
             self._is_rounded = True
         return self._rounded_parts[index]

@@ -58,7 +58,8 @@ def settings_of(lora: Lora, config: LoraConfig, flux: FluxConfig, notify: Notify
     rank = config.rank or max(adapter.rank for adapter in lora.everything.values())
     alpha = config.alpha or (scale * rank if scale > 0 else float(rank))
     targets = config.targets or targets_of(lora, flux)
-    beyond = sorted(set(lora.adapters) - set(targeted(matrices(flux), targets)))
+    resolved = replace(config, rank=rank, alpha=alpha, targets=targets, from_lora=lora.path.absolute())
+    beyond = sorted(set(lora.adapters) - set(resolved.adapted().layers(matrices(flux))))
     if beyond:
         raise WrongRequest(
             f"{lora.path} adapts layers that lora.targets does not include, like {beyond[0]} ({len(beyond)} in all); "
@@ -70,7 +71,7 @@ def settings_of(lora: Lora, config: LoraConfig, flux: FluxConfig, notify: Notify
             f"rank {rank}: the file splits fused layers into parts, whose ranks add up; --rank {max(lora.file_ranks)} "
             "takes less memory but is not exact"
         )
-    return replace(config, rank=rank, alpha=alpha, targets=targets, from_lora=lora.path.absolute())
+    return resolved
 
 
 def targets_of(lora: Lora, flux: FluxConfig) -> tuple[str, ...]:

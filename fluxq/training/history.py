@@ -47,7 +47,7 @@ def kind_of(config: TrainConfig, models: Models, placement: Placement) -> str:
             "model": "nano" if models.is_nano else models.variant,
             "format": [models.format, models.compute],
             "sizes": [*largest_batch(config, models), models.text_tokens, training.accumulate],
-            "lora": [lora.rank, lora.targets, lora.text_encoder, training.optimizer],
+            "lora": [str(lora.adapted()), lora.dropout > 0, lora.text_encoder, training.optimizer],
             "resident": placement.resident and len(placement.resident),
             "plan": [placement.slots, policies if isinstance(policies, str) else list(policies), placement.offload],
         },

@@ -41,6 +41,11 @@ def check_init(config: TrainConfig, models: Models) -> None:
     init = config.lora.init
     if init != "plain" and config.lora.from_lora is not None:
         raise WrongRequest(f"--lora-init {init} and --from-lora both say how the LoRA starts; leave one of them out")
+    without = ("dropout", "rank_dropout", "module_dropout", "max_norm")
+    if init != "plain" and (more := next((name for name in without if getattr(config.lora, name)), None)):
+        raise WrongRequest(
+            f"lora.{more} is not for a LoRA that counts from a start; leave it or --lora-init {init} out"
+        )
     if init == "loftq" and config.model.format == "bf16":
         raise WrongRequest(NOTHING_ROUNDED)
     if init == "loftq":

@@ -16,10 +16,12 @@ from torch import Tensor
 from fluxq.caching.batches import Batch
 from fluxq.config import TrainingConfig
 from fluxq.flow import conditioning, flow_loss, sample_noise, validation_loss
+from fluxq.kernels.dropout import dropping
 from fluxq.model.clip import Clip
 from fluxq.model.flux import Flux
 from fluxq.model.modulation import Conditioning, Lookahead, sent
 
+from .dropout import Dropout
 from .losses import weighted_error
 from .timesteps import sample_timesteps
 
@@ -42,12 +44,19 @@ class NumberedBatches(Protocol):
 
 
 class Objective:
-    """The loss of `flux` on `batches`. With `clip`, a CLIP-L that trains, pooled vectors come from it as it is now."""
+    """The loss of `flux` on `batches`, with `dropout` of its LoRA. With `clip`, a CLIP-L that trains, pooled vectors
+    come from it as it is now.
+    """
 
     def __init__(
-        self, flux: Flux, batches: NumberedBatches, training: TrainingConfig, clip: Clip | None = None
+        self,
+        flux: Flux,
+        batches: NumberedBatches,
+        training: TrainingConfig,
+        clip: Clip | None = None,
+        dropout: Dropout | None = None,
     ) -> None:
-        self.flux, self.batches, self.training, self.clip = flux, batches, training, clip
+        self.flux, self.batches, self.training, self.clip, self.dropout = flux, batches, training, clip, dropout
         self._lookahead: Lookahead | None = None
         self._prepared: tuple[int, Batch, Tensor, Tensor] | None = None
 
@@ -58,7 +67,9 @@ class Objective:
         """
         if self._lookahead is None:
             self._lookahead = Lookahead(self.flux, self.conditioning, self.batches.largest)
-        return self._loss(index, self._lookahead.rows(index))
+        rows, examples = self._lookahead.rows(index), len(self.batches.examples_of(index))
+        with dropping(None if self.dropout is None else self.dropout.drawn(index, examples)):
+            return self._loss(index, rows)
 
     def share(self, index: int) -> float:
         """How full micro-step `index` is: 1, or less for the last batch of a bucket and smaller batches of a folder."""

@@ -13,9 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from fluxq.errors import WrongRequest, is_out_of_memory
+from fluxq.model.linear import Linear
 
+from .average import Average
 from .flat import Flat
 from .libraries import LIBRARIES, MIN_8_BITS, Library, allocate_state, library_of
+from .max_norm import MaxNorm
 
 BETWEEN = -1
 """Instead of a number of steps: in the middle of an update, or left there by one that failed."""
@@ -58,8 +61,13 @@ class FlatOptimizer(torch.optim.Optimizer):
     in slices too. A parameter that has no gradient is updated as if it were zero.
 
     done: the number of steps of the run that parameters and state have had, or BETWEEN. changing: the lock held while
-    either changes or is saved.
+    either changes or is saved. max_norm and average: what follows each update, if anything does. notes: for the log, of
+    the update before the last step: "scaled", the number of layers whose norm was limited.
     """
+
+    max_norm: MaxNorm | None = None
+    average: Average | None = None
+    notes: dict[str, int]
 
     def __init__(
         self,
@@ -70,7 +78,7 @@ class FlatOptimizer(torch.optim.Optimizer):
         arguments: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__(parameters, {"lr": learning_rate, "weight_decay": weight_decay})
-        self.done, self.changing, library = 0, threading.RLock(), library_of(name)
+        self.done, self.changing, self.notes, library = 0, threading.RLock(), {}, library_of(name)
         self.flats = [
             _FlatUpdate(library, part, group, arguments or {})
             for group in self.param_groups
@@ -107,6 +115,26 @@ class FlatOptimizer(torch.optim.Optimizer):
             flat.step()
             flat.values.grad = None
             flat.update_states(self.state)
+
+    def follow(self, layers: Iterable[Linear], max_norm: float, ema: float) -> None:
+        """From now on limit the norms of `layers` to `max_norm` after each update, and average with decay `ema`; 0:
+        do not.
+        """
+        self.max_norm = MaxNorm(layers, max_norm) if max_norm else None
+        self.average = Average(self.flats, ema) if ema else None
+
+    def finish(self) -> None:
+        """What follows an update: limit the norms, then average."""
+        if self.max_norm is not None:
+            self.max_norm()
+        if self.average is not None:
+            self.average.update()
+
+    @contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Inside, the parameters are their average, if there is one, and nothing changes or saves them."""
+        with self.changing, nullcontext() if self.average is None else self.average.shown():
+            yield
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         super().zero_grad()
@@ -300,11 +328,14 @@ def optimizer_step(
             (loss / (accumulate / shares[-1])).backward()
             losses.append(loss.detach())
     optimizer.gather()
-    read = torch.stack([*losses, optimizer.clip(clip)])
+    scaled = optimizer.max_norm.scaled if optimizer.max_norm else None
+    read = torch.stack([*losses, optimizer.clip(clip), *([] if scaled is None else [scaled.to(losses[0])])])
     objective.prepare(after)
     *values, norm = (
         read.tolist()
     )  # the only time that the CPU waits; before the update, since nothing may fail after it
+    if scaled is not None:
+        values, norm, optimizer.notes["scaled"] = values[:-1], values[-1], int(norm)
     with optimizer.changing:
         if math.isfinite(norm):
             for group in optimizer.param_groups:
@@ -322,12 +353,14 @@ def update(optimizer: FlatOptimizer) -> None:
     cannot continue from them.
     """
     needed = [flat.library.temporary * flat.values.numel() for flat in optimizer.flats]
+    needed += [] if optimizer.max_norm is None else [optimizer.max_norm.temporary]
     if optimizer.flats and max(needed):
         torch.empty(max(needed), dtype=torch.uint8, device=optimizer.flats[0].values.device)
     before, done = _update_count(optimizer), optimizer.done
     optimizer.done = BETWEEN
     try:
         optimizer.step()
+        optimizer.finish()
     except RuntimeError as error:
         if _update_count(optimizer) == before:
             optimizer.done = done
@@ -345,10 +378,28 @@ def _update_count(optimizer: FlatOptimizer) -> float:
     return sum(flat.updates for flat in optimizer.flats)
 
 
+def lora_groups(model: nn.Module, learning_rate: float, plus_ratio: float) -> list[dict[str, Any]]:
+    """The LoRA of `model` as groups. plus_ratio: by how much the learning rate of each `up` is higher (LoRA+, Hayou et
+    al. 2024); then they are a group of their own, behind that of each `down`.
+    """
+    named = dict(model.named_parameters())
+    if plus_ratio == 1:
+        return [{"params": [*named.values()], "lr": learning_rate}]
+    downs, ups = ([p for name, p in named.items() if name.endswith(end)] for end in ("lora_down", "lora_up"))
+    return [
+        {"params": downs, "lr": learning_rate},
+        {"params": ups, "lr": plus_ratio * learning_rate, "plus_ratio": plus_ratio},
+    ]
+
+
 def restart_rates(optimizer: FlatOptimizer, *learning_rates: float | None) -> None:
-    """Give the groups these learning rates, where a loaded state has put earlier ones."""
-    for group, learning_rate in zip(optimizer.param_groups, learning_rates, strict=False):
-        group["initial_lr"] = learning_rate
+    """Give the groups of each model its learning rate, where a loaded state has put earlier ones."""
+    rates, rate = iter(learning_rates), None
+    for group in optimizer.param_groups:
+        if "plus_ratio" not in group:
+            rate = next(rates, None)
+        if rate is not None:
+            group["initial_lr"] = rate * group.get("plus_ratio", 1)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> list[nn.Parameter]:

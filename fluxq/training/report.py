@@ -8,7 +8,7 @@ import math
 import os
 import time
 from array import array
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 class Report:
     """The log of one run of `steps` steps, of which `start` are already done. changes: what resuming it changed. watch:
-    what they are compared with.
+    what they are compared with. notes: more for the line of each step, as they are then.
     """
 
     def __init__(
@@ -39,9 +39,10 @@ class Report:
         plot_seconds: float,
         changes: Sequence[str] = (),
         watch: Watch | None = None,
+        notes: Mapping[str, int] | None = None,
     ) -> None:
         self.path, self.plot_path = folder / "log.jsonl", folder / "loss.png"
-        self.steps, self.plot_seconds = steps, plot_seconds
+        self.steps, self.plot_seconds, self._notes = steps, plot_seconds, {} if notes is None else notes
         # steps after the last save are repeated, and so are changes that no save knows
         kept = [r for r in _records(self.path) if r.get("step", 0) <= start and r.get("change") in (None, *changes)]
         said = {r.get("change") for r in kept}
@@ -82,7 +83,7 @@ class Report:
         record = {"step": step, "loss": loss, "grad": grad, "seconds": round(seconds, 4), "peak_bytes": peak}
         self.records.append(record)
         more = {"images": self._watch.images_seen(step)} if self._watch else {}
-        self._write(_line(record | {"learning_rate": learning_rate} | more))
+        self._write(_line(record | {"learning_rate": learning_rate} | more | {**self._notes}))
         per_step = (time.monotonic() - self._started) / (step - self._first)
         columns = (
             f"step {step:>5}/{self.steps}",

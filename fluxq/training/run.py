@@ -41,6 +41,7 @@ from fluxq.model.flux import Flux
 from fluxq.model.lora import lora_layers
 from fluxq.models.parts import Models
 
+from .optim import FlatOptimizer
 from .state import Progress, saved_settings
 from .summary import slow_lines
 
@@ -153,11 +154,12 @@ class Run:
 
         If the run was finished and is to make more steps, its LoRA gets the name of its step.
         """
-        written, final = self.folder / "config.toml", self.lora_file(self.config.training.steps or 0)
-        if resume and final.exists():
-            steps = config_from_dict(read_toml(written), str(written)).training.steps
-            if steps and steps != self.config.training.steps:
-                final.rename(self.lora_file(steps))
+        written = self.folder / "config.toml"
+        for averaged in (False, True):
+            if resume and (final := self.lora_file(self.config.training.steps or 0, averaged)).exists():
+                steps = config_from_dict(read_toml(written), str(written)).training.steps
+                if steps and steps != self.config.training.steps:
+                    final.rename(self.lora_file(steps, averaged))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 remove(left_by_a_crash)
@@ -169,7 +171,8 @@ class Run:
     def _results(self) -> list[Path]:
         """The files of a run of this name, which a new one would replace."""
         names = ("config.toml", "log.jsonl", "loss.png", "result.json", f"{self.name}{self.suffix}")
-        return [*(self.folder / name for name in names), self.state_file, *self.steps_saved()]
+        names = (*names, f"{self.name}-ema{self.suffix}")
+        return [*(self.folder / name for name in names), self.state_file, *self.steps_saved(), *self.steps_saved(True)]
 
     def _settings_so_far(self) -> TrainConfig:
         """The settings of the saved state. config.toml may have been edited since, or be of an attempt that saved
@@ -262,35 +265,52 @@ class Run:
         with atomic_path(self._data_file) as temporary:
             temporary.write_text(json.dumps(dataset.contents()), encoding="utf-8")
 
-    def lora_file(self, step: int) -> Path:
-        """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before."""
+    def lora_file(self, step: int, averaged: bool = False) -> Path:
+        """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before. averaged: of the
+        LoRA's average, <name>-ema.safetensors and <name>-ema-step00000250.safetensors.
+        """
         last = step == self.config.training.steps
-        return self.folder / f"{self.name}{'' if last else f'-step{step:08}'}{self.suffix}"
+        return self.folder / f"{self.name}{'-ema' * averaged}{'' if last else f'-step{step:08}'}{self.suffix}"
 
     def loras(self) -> list[Path]:
         """All LoRAs of this run that are there."""
-        return [path for path in (self.folder / f"{self.name}{self.suffix}", *self.steps_saved()) if path.exists()]
+        names = (f"{self.name}{self.suffix}", f"{self.name}-ema{self.suffix}")
+        saved = (*(self.folder / name for name in names), *self.steps_saved(), *self.steps_saved(True))
+        return [path for path in saved if path.exists()]
 
-    def steps_saved(self) -> list[Path]:
-        """The LoRAs saved before the last step, oldest first."""
-        return sorted(self.folder.glob(f"{glob.escape(self.name)}-step????????{self.suffix}"))
+    def steps_saved(self, averaged: bool = False) -> list[Path]:
+        """The LoRAs saved before the last step, or their averages, oldest first."""
+        return sorted(self.folder.glob(f"{glob.escape(self.name)}{'-ema' * averaged}-step????????{self.suffix}"))
 
-    def save_lora(self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str]) -> Path:
-        """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path.
+    def save_loras(
+        self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], optimizer: FlatOptimizer
+    ) -> None:
+        """`save_lora`, and again for the average if `optimizer` keeps one."""
+        self.save_lora(flux, clip, step, metadata)
+        if optimizer.average is not None:
+            with optimizer.averaged():
+                self.save_lora(flux, clip, step, metadata, averaged=True)
+
+    def save_lora(
+        self, flux: Flux, clip: Clip | None, step: int, metadata: Mapping[str, str], averaged: bool = False
+    ) -> Path:
+        """Write the LoRA of `flux`, and of `clip` if it is trained, after `step` steps, and return its path. averaged:
+        it is the average of the steps.
 
         Also removes the oldest LoRAs if there are more than `output.keep`, without those of runs that were finished.
         """
-        path, lora = self.lora_file(step), self.config.lora
-        alpha = cast(float, lora.alpha)
+        path = self.lora_file(step, averaged)
+        if averaged:
+            metadata = {**metadata, "fluxq_ema": f"{self.config.lora.ema:g}"}
         if self.changes:
             metadata = {**metadata, "fluxq_changes": json.dumps(self.changes)}
-        of_clip = {} if clip is None else adapters_of(clip, alpha)
+        of_clip = {} if clip is None else adapters_of(clip)
         if is_adapter(path):  # left by a crash; unlike a file, a folder cannot be replaced in one move
             _remove(path)
-        adapters = adapters_of(flux, alpha, lora.keep_correction)
-        save_lora(path, adapters, flux.config, lora.file_format, metadata=metadata, clip=of_clip)
+        adapters = adapters_of(flux, self.config.lora.keep_correction)
+        save_lora(path, adapters, flux.config, self.config.lora.file_format, metadata=metadata, clip=of_clip)
         if self.config.output.keep:
-            rest = [path for path in self.steps_saved() if not _is_finished(path)]
+            rest = [path for path in self.steps_saved(averaged) if not _is_finished(path)]
             for old in rest[: -self.config.output.keep]:
                 _remove(old)
         return path
@@ -338,11 +358,11 @@ def _remove(path: Path) -> None:
         path.unlink(missing_ok=True)
 
 
-def adapters_of(model: nn.Module, alpha: float, keep_start: bool = False) -> dict[str, Adapter]:
+def adapters_of(model: nn.Module, keep_start: bool = False) -> dict[str, Adapter]:
     """The LoRA of `model`: layer path -> adapter. keep_start: with what it started from, else only what was trained."""
     found = {}
     for path, layer in lora_layers(model).items():
         down, up = layer.factors(keep_start)
-        assert layer.lora_down is not None and down is not None and up is not None, "the layer has LoRA"
-        found[path] = Adapter(down.detach(), up.detach(), alpha * len(down) / len(layer.lora_down))
+        assert down is not None and up is not None, "the layer has LoRA"
+        found[path] = Adapter(down.detach(), up.detach(), layer.lora_scale * len(down))
     return found

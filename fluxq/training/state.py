@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint, checksum, refuse, well_formed, write_safetensors
@@ -44,6 +44,10 @@ def save_state(path: Path, progress: Progress, layers: Mapping[str, Linear], opt
     saved = optimizer.state_dict()
     tensors: dict[str, Tensor] = {f"lora.{name}": p.detach() for name, p in _parameters(layers).items()}
     tensors |= _starts(layers)
+    if (average := optimizer.average) is not None:
+        own = average.of_parameters()
+        tensors |= {f"average.{name}": own[p] for name, p in _parameters(layers).items()}
+        tensors["average.count"] = torch.tensor(average.count)
     scalars: dict[str, dict] = {}
     for index, slots in saved["state"].items():
         for key, value in slots.items():
@@ -93,6 +97,10 @@ def _loaded(
     with torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(checkpoint.get(saved[name]))
+        if (average := optimizer.average) is not None:
+            own, average.count = average.of_parameters(), int(checkpoint.get("average.count"))
+            for name, parameter in parameters.items():
+                own[parameter].copy_(checkpoint.get(f"average.{name}"))
     for key in checkpoint.keys():
         kind, _, name = key.partition(".")
         if kind in STARTS and name.endswith(".down"):
@@ -156,7 +164,7 @@ def _numbers(group: Mapping[str, Any], own: Mapping[str, Any]) -> list[Any]:
     return [number for value in values for number in (value if isinstance(value, list) else [value])]
 
 
-def _parameters(layers: Mapping[str, Linear]) -> dict[str, Tensor]:
+def _parameters(layers: Mapping[str, Linear]) -> dict[str, nn.Parameter]:
     pairs = [
         (f"{path}.{part}", getattr(layer, f"lora_{part}")) for path, layer in layers.items() for part in ("down", "up")
     ]

@@ -24,9 +24,11 @@ from fluxq.bench.random_model import RandomUnits
 from fluxq.formats.quantized import assign
 from fluxq.formats.stream import expect_training, load_streamed
 from fluxq.kernels.chunks import chunk_of
+from fluxq.kernels.dropout import Dropped, dropping
 from fluxq.model import Flux, FluxConfig, add_lora
 from fluxq.model.blocks import Scale
 from fluxq.model.costs import flux_costs
+from fluxq.model.lora import lora_layers
 from fluxq.model.modulation import is_known_ahead
 from fluxq.offload import spread
 from fluxq.offload.costs import Costs
@@ -58,6 +60,7 @@ class Case:
     accumulates: bool = False
     generation: int = 86
     mostly_kept: bool = False
+    drops: bool = False
 
 
 CASES = [
@@ -77,6 +80,8 @@ CASES = [
     Case((3, 6), "nf4", "keep_qkv", 4, 768, 16, 1, optimizer="adamw", accumulates=True),
     Case((3, 6), "nf4", "keep_all", 4, 768, 16, 1, targets="all", mostly_kept=True),
     Case((3, 6), "nf4", "keep_attention", 4, 768, 16, 1, targets=r"single_blocks\.[2-5]\.linear2"),
+    Case((3, 5), "nf4", "recompute", 0, 768, 16, 2, drops=True),
+    Case((3, 6), "nf4", "keep_all", 3, 768, 64, 2, compute="int8_dx", mostly_kept=True, drops=True),
 ]
 
 
@@ -176,7 +181,15 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
         setting = timed_step.Setting(
             case.format, case.compute, case.policy, case.size, case.batch, case.rank, case.text
         )
-        with patch.object(timed_step, "build_optimizer", building), a_meta_step(case.accumulates):
+        masks = Dropped(
+            torch.ones(case.batch, case.rank, device=META), 0.1, torch.zeros(1, dtype=torch.long, device=META)
+        )
+        by_layer = dict.fromkeys(lora_layers(flux).values(), masks) if case.drops else None
+        with (
+            patch.object(timed_step, "build_optimizer", building),
+            patch.object(objective, "dropping", lambda _: dropping(by_layer)),
+            a_meta_step(case.accumulates),
+        ):
             step = timed_step.trainer(flux, setting, case.optimizer)
             step(0)
             gc.collect()
@@ -194,7 +207,7 @@ def counted(case: Case, config: FluxConfig, resident: Collection[str]) -> dict[s
 def costs_of(case: Case, config: FluxConfig) -> Costs:
     return flux_costs(
         config, case.format, case.compute, case.rank, case.targets, case.batch, (case.size // 16) ** 2, case.text,
-        case.optimizer, case.accumulates, chunk=chunk_of(case.generation),
+        case.optimizer, case.accumulates, chunk=chunk_of(case.generation), drops=case.drops,
     )  # fmt: skip
 
 

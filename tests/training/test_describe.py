@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from fluxq.config import TrainingConfig
-from fluxq.training.describe import objective_metadata
+from fluxq.config import LoraConfig, TrainingConfig
+from fluxq.training.describe import objective_metadata, variant_metadata
 
 
 @pytest.mark.parametrize(
@@ -36,3 +36,25 @@ from fluxq.training.describe import objective_metadata
 )
 def test_metadata_has_what_the_objective_uses(training, said):
     assert objective_metadata(training) == said
+
+
+def test_variants_of_lora_are_said_as_sd_scripts_says_them_and_what_it_lacks_in_keys_of_its_own():
+    assert variant_metadata(LoraConfig()) == {"ss_network_args": "{}"}
+    lora = LoraConfig(
+        ranks=("mlp=2", "single=6"),
+        single_blocks="0-3,5",
+        rank_stabilized=True,
+        dropout=0.1,
+        rank_dropout=0.2,
+        module_dropout=0.0,
+        plus_ratio=16.0,
+        max_norm=1.0,
+    )
+    assert variant_metadata(lora) == {
+        "ss_network_args": '{"train_single_block_indices": "0-3,5", "rank_dropout": "0.2",'
+        ' "loraplus_lr_ratio": "16.0"}',
+        "ss_scale_weight_norms": "1.0",
+        "fluxq_ranks": "mlp=2,single=6",
+        "fluxq_rank_stabilized": "True",
+        "fluxq_input_dropout": "0.1",
+    }

@@ -18,6 +18,7 @@ from fluxq.training import optim
 from fluxq.training.libraries import LIBRARIES, import_bitsandbytes
 from fluxq.training.optim import (
     build_optimizer,
+    lora_groups,
     optimizer_step,
     restart_rates,
     update,
@@ -240,3 +241,31 @@ def test_gradients_left_by_an_attempt_out_of_memory_do_not_count():
     parameters[0].grad = torch.full_like(parameters[0], 7.0)
     _, norm = optimizer_step(optimizer, Losses(lambda index: parameters[0].sum()), 0, 1, 1.0, 0.0)
     assert norm == pytest.approx(8192**0.5, rel=1e-5)
+
+
+@pytest.mark.parametrize("name", ["adamw", "adamw8bit"])
+def test_ups_learn_by_their_own_rate_under_one_norm_also_after_a_resume(name):
+    """LoRA+. Adam's first update moves every weight by its learning rate."""
+    model = nn.Module()
+    for layer in ("a", "b"):
+        model.add_module(layer, nn.Module())
+        for part in ("lora_down", "lora_up"):
+            model.get_submodule(layer).register_parameter(part, nn.Parameter(torch.full((64, 128), 2.0)))
+    optimizer = build_optimizer(name, lora_groups(model, 0.02, 5.0), 9.0, 0.0)
+    loss = Losses(lambda index: sum((w.sum() for w in model.parameters()), torch.zeros(())))
+    _, norm = optimizer_step(optimizer, loss, 0, 1, 0.5, 0.0)
+    assert norm == pytest.approx((4 * 64 * 128) ** 0.5, rel=1e-5)
+    moved = {path: float(2 - p.detach().mean()) for path, p in model.named_parameters()}
+    assert moved == pytest.approx({path: 0.05 if path.endswith("up") else 0.01 for path in moved}, rel=1e-3)
+    restart_rates(optimizer, 0.004)
+    optimizer_step(optimizer, loss, 1, 1, 1.0, 0.0)
+    assert [group["lr"] for group in optimizer.param_groups] == pytest.approx([0.004, 0.02])
+    assert len(lora_groups(model, 0.02, 1.0)) == 1, "of one rate, one group and one flat tensor"
+
+
+def test_two_models_restart_with_their_own_rates():
+    weights = [nn.Parameter(torch.zeros(8, 8)) for _ in range(4)]
+    groups = [{"params": [w], "lr": 1.0, **({"plus_ratio": 4.0} if i % 2 else {})} for i, w in enumerate(weights)]
+    optimizer = build_optimizer("adamw", groups, 9.0, 0.0)
+    restart_rates(optimizer, 0.01, 0.002)
+    assert [group["initial_lr"] for group in optimizer.param_groups] == pytest.approx([0.01, 0.04, 0.002, 0.008])

@@ -21,8 +21,8 @@ IMPLEMENTATION = "https://github.com/black-forest-labs/flux"  # Forge recognizes
 def lora_metadata(
     *,
     name: str,
-    rank: int,
-    alpha: float,
+    rank: int | str,
+    alpha: float | str,
     steps: int,
     last_step: int,
     epochs: int,
@@ -48,6 +48,7 @@ def lora_metadata(
 ) -> dict[str, str]:
     """The metadata of a trained LoRA, without the hashes, which `save_lora` adds.
 
+    rank, alpha          or "Dynamic" if layers differ
     last_step            with which the run is finished
     variant              "dev" or "schnell"
     datasets             folder -> (repeats, images)

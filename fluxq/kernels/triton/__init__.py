@@ -2,6 +2,7 @@
 
 from ..chunks import padding
 from .convert import dequantize, row_dequantize, to_rows
+from .dropout import drop
 from .gelu import gelu_tanh, gelu_tanh_backward
 from .linear import lora_gradients, lora_linear, lora_linear_backward
 from .matmul_8bit import matmul_8bit
@@ -20,6 +21,7 @@ from .rows import row_quantize
 
 __all__ = [
     "dequantize",
+    "drop",
     "gated_add",
     "gated_add_backward",
     "gated_add_modulate",

@@ -39,14 +39,16 @@ def lora_linear(
     scale: float,
     part: slice | None = None,
     s: Tensor | None = None,
+    is_filled: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """y = x W^T + bias + scale (x down^T) up^T, or only the outputs `part`, and s = x down^T for the backward pass.
 
     x (..., K), or with padding behind each row, which this op overwrites; weight (N, K) as stored; down (R, K), up (N,
     R), bias (N,) in x's dtype; up may have a wider dtype and is then rounded after scaling. s: that of another part of
-    the same layer, which has just been computed from the same x.
+    the same layer, which has just been computed from the same x, and is_filled: has written its padding; or any other
+    (M, R) in its place.
     """
-    part, k, filled = slice(0, weight.shape[0]) if part is None else part, weight.shape[1], s is not None
+    part, k = slice(0, weight.shape[0]) if part is None else part, weight.shape[1]
     # Layers may share an input; each fills the padding again. Autograd keeps nothing that is in the padding, so `data`
     # hides the write from it; s is a separate tensor.
     rows = x.data.view(-1, x.shape[-1]) if x.is_contiguous() else x.data.reshape(-1, x.shape[-1])
@@ -57,7 +59,7 @@ def lora_linear(
         w, b, u = _part(weight, bias, up, part)
         y = matmul.linear(_first(rows, k), w, b, s, u, scale, choice)
     elif choice.path == "extended" and s is not None and up is not None and rows.shape[1] > k:
-        if not filled:
+        if not is_filled:
             fill_padding(rows, k, s)  # all of it: leftover NaN would survive the zeros in the scratch
         y = _extended(rows, weight, bias, up, scale, part, choice.chunk)
     else:

@@ -24,7 +24,7 @@ STREAMING = (
     *("gelu_tanh", "gelu_tanh_8bit", "gelu_tanh_8bit_down", "gelu_tanh_backward"),
     *("qk_norm_rope", "qk_norm_rope_backward"),
     *("dequantize", "dequantize_transposed", "dequantize_transposed_rotated", "nf4_quantize", "row_quantize", "rotate"),
-    *("fill_padding", "sum_shares"),
+    *("fill_padding", "sum_shares", "drop"),
 )
 """Ops that wait for memory: one path each, and tiles that only have to keep enough memory traffic in flight."""
 
@@ -168,6 +168,7 @@ def _steps() -> Rows:
     why += "hold a row"
     yield from row("gelu_tanh_8bit_down", 16, 0, 128, 8, 0, why)
     why = "24 heads of 128 are 12 numbers per thread, and two loads for each of q, k and v"
+    yield from row("drop", 4, 1024, 0, 4, 0, "as gelu_tanh, with two hashes per number")
     yield from row("qk_norm_rope qk_norm_rope_backward", 0, 0, 0, 8, 0, why)
 
 

@@ -114,18 +114,21 @@ def velocity_with(pipeline, path, dialect) -> torch.Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("dialect", "alpha"),  # alpha / rank a power of two, and not
-    [("kohya", 2), ("kohya", 3), ("diffusers", 3), ("comfy", 3), ("peft", 3)],
+    ("dialect", "alpha", "ranks"),  # alpha / rank a power of two, and not; one rank, and several
+    [
+        *[("kohya", 2, 1), ("kohya", 3, 1), ("diffusers", 3, 1), ("comfy", 3, 1), ("peft", 3, 1)],
+        *[("kohya", 3, 4), ("diffusers", 3, 4), ("comfy", 3, 4), ("peft", 3, 4)],
+    ],
 )
 @torch.no_grad()
-def test_diffusers_samples_the_same_as_fluxq(tmp_path, models, base, dialect, alpha):
+def test_diffusers_samples_the_same_as_fluxq(tmp_path, models, base, dialect, alpha, ranks):
     flux, pipeline = models
     generator = torch.Generator().manual_seed(alpha)
     adapters = {}
-    for module in MODULES:
-        out, width = flux_shapes(CONFIG)[f"{module}.weight"]
-        down = torch.randn(RANK, width, generator=generator) * width**-0.5
-        adapters[module] = Adapter(down, torch.randn(out, RANK, generator=generator) * 0.2, alpha)
+    for i, module in enumerate(MODULES):
+        (out, width), rank = flux_shapes(CONFIG)[f"{module}.weight"], RANK + i % ranks
+        down = torch.randn(rank, width, generator=generator) * width**-0.5
+        adapters[module] = Adapter(down, torch.randn(out, rank, generator=generator) * 0.2, alpha)
     path = tmp_path / "lora.safetensors"
     save_lora(path, adapters, CONFIG, dialect, metadata={"ss_steps": "7"})
 
@@ -207,7 +210,7 @@ def test_diffusers_encodes_prompts_like_the_trained_clip(tmp_path, models, diale
         torch.nn.init.normal_(layer.get_parameter("lora_up"), std=0.3)
     adapter = Adapter(torch.randn(2, 3072), torch.randn(3072, 2), 2.0)
     path, of_flux = tmp_path / "lora.safetensors", {"double_blocks.0.img_attn.proj": adapter}
-    save_lora(path, of_flux, CONFIG, dialect, torch.float32, clip=adapters_of(clip, 3.0))
+    save_lora(path, of_flux, CONFIG, dialect, torch.float32, clip=adapters_of(clip))
     ids, ends, _ = clip._tokens(["a red star", "a blue circle at the top"])
     base, wanted = encoder(ids).pooler_output, clip(ids, ends)
     pipeline.text_encoder = encoder
