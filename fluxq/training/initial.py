@@ -112,7 +112,7 @@ def correct_rounding(models: Models, layers: Mapping[str, Linear], seed: int) ->
     with progress_bar() as show:
         for done, (path, layer) in enumerate(layers.items()):
             error = rounding_error(source, f"{path}.weight", models.format, models.device)
-            rank, squares = len(layer.get_parameter("lora_down")), float(error.square().sum())
+            rank, squares = len(layer.get_parameter("lora_down")), float(error.norm()) ** 2
             down, up, share = low_rank(error, rank, lambda shape, path=path: normal(shape, seed, "loftq", path))
             corrected, whole = corrected + share * squares, whole + squares
             layer.set_start(down, up / layer.lora_scale, corrects=True)
