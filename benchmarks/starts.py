@@ -129,16 +129,14 @@ def steps_to(losses: Sequence[float], target: float) -> float:
 
 
 def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each variant: medians and ranges over the seeds that plain has too."""
+    """A row for each variant: medians and ranges over the seeds that all variants have."""
+    seeds = [s for s in SEEDS if all(f"{name}, seed {s}" in runs for name in VARIANTS)]
     rows = [
         f"| variant | steps to plain's loss after {STEPS} | final loss | loss at the start | CPU seconds to start |",
         "|---|---|---|---|---|",
     ]
-    for name in VARIANTS:
-        pairs = [(runs.get(f"{name}, seed {s}"), runs.get(f"plain, seed {s}")) for s in SEEDS]
-        both = [(own, plain) for own, plain in pairs if own and plain]
-        if not both:
-            continue
+    for name in VARIANTS if seeds else ():
+        both = [(runs[f"{name}, seed {s}"], runs[f"plain, seed {s}"]) for s in seeds]
         needed = [steps_to(own["validation"], plain["validation"][-1]) for own, plain in both]
         columns = needed, [o["validation"][-1] for o, _ in both], [o["validation"][0] for o, _ in both]
         seconds = median(o["start_cpu_seconds"] for o, _ in both)
