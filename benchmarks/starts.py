@@ -34,20 +34,20 @@ from fluxq.train import load_data, load_trainable
 from fluxq.training.defaults import resolve
 from fluxq.training.initial import prepare
 from fluxq.training.objective import Objective
-from fluxq.training.optim import FlatOptimizer, build_optimizer, optimizer_step
+from fluxq.training.optim import optimizer_step
 from fluxq.training.run import Run
 
 STEPS, EVERY, RANK, BATCH, HELD_OUT, RATE = 150, 10, 16, 2, 4, 1e-3
 SEEDS = range(5)
 PLUS = 16  # LoRA+: the learning rate of `up` over that of `down`, as its authors advise
-VARIANTS: dict[str, dict[str, float | str]] = {
+VARIANTS: dict[str, dict[str, Any]] = {
     "plain": {},
     "LoftQ": {"init": "loftq"},
     "LoRA-GA": {"init": "lora_ga"},
-    "LoRA+": {"plus": PLUS},
-    "rsLoRA": {"alpha": RANK * math.sqrt(RANK)},
+    "LoRA+": {"plus_ratio": PLUS},
+    "rsLoRA": {"rank_stabilized": True},
     "plain, 3 x learning rate": {"rate": 3 * RATE},
-    "LoRA+, learning rate / 4": {"plus": PLUS, "rate": RATE / 4},
+    "LoRA+, learning rate / 4": {"plus_ratio": PLUS, "rate": RATE / 4},
 }
 
 
@@ -87,12 +87,18 @@ def draw(work: Path) -> None:
 
 def one_run(work: Path, variant: Mapping[str, Any], seed: int) -> dict[str, Any]:
     """The held-out loss at the start and every EVERY steps, and what the start took."""
-    rate = variant.get("rate", RATE)
+    lora = {key: value for key, value in variant.items() if key != "rate"}
     values = {
         "model": {"name": "nano", "format": "nf4"},
         "data": {"folders": [str(work / "images")], "validation": [str(work / "held_out")], "cache": work / "cache"},
-        "lora": {"rank": RANK, "init": variant.get("init", "plain"), "alpha": float(variant.get("alpha", RANK))},
-        "training": {"steps": STEPS, "batch": BATCH, "learning_rate": rate, "optimizer": "adamw", "seed": seed},
+        "lora": {"rank": RANK, **lora},
+        "training": {
+            "steps": STEPS,
+            "batch": BATCH,
+            "learning_rate": variant.get("rate", RATE),
+            "optimizer": "adamw",
+            "seed": seed,
+        },
         "output": {"out": work / "run"},
     }
     config = config_from_dict(json.loads(json.dumps(values, default=str)), "this study")
@@ -106,21 +112,12 @@ def one_run(work: Path, variant: Mapping[str, Any], seed: int) -> dict[str, Any]
     began = time.process_time()
     prepare(config, models, objective, retry, trainable.layers, silent)
     result: dict[str, Any] = {"start_cpu_seconds": round(time.process_time() - began, 2)}
-    losses, optimizer = [objective.validation(held_out)], trainable.optimizer
-    if plus := variant.get("plus"):
-        optimizer = two_rates(trainable.layers.values(), rate, plus * rate)
+    losses = [objective.validation(held_out)]
     for step in range(STEPS):
-        optimizer_step(optimizer, objective, step, 1, 1.0, config.training.clip)
+        optimizer_step(trainable.optimizer, objective, step, 1, 1.0, config.training.clip)
         if (step + 1) % EVERY == 0:
             losses.append(objective.validation(held_out))
     return {**result, "validation": [round(loss, 5) for loss in losses]}
-
-
-def two_rates(layers: Any, down: float, up: float) -> FlatOptimizer:
-    """AdamW with a learning rate for each of LoRA's two factors."""
-    groups = [{"params": [getattr(layer, f"lora_{part}") for layer in layers], "lr": lr} for part, lr in
-              (("down", down), ("up", up))]  # fmt: skip
-    return build_optimizer("adamw", groups, down, 0.01, {})
 
 
 def steps_to(losses: Sequence[float], target: float) -> float:
@@ -132,16 +129,14 @@ def steps_to(losses: Sequence[float], target: float) -> float:
 
 
 def table(runs: Mapping[str, Mapping[str, Any]]) -> str:
-    """A row for each variant: medians and ranges over the seeds that plain has too."""
+    """A row for each variant: medians and ranges over the seeds that all variants have."""
+    seeds = [s for s in SEEDS if all(f"{name}, seed {s}" in runs for name in VARIANTS)]
     rows = [
         f"| variant | steps to plain's loss after {STEPS} | final loss | loss at the start | CPU seconds to start |",
         "|---|---|---|---|---|",
     ]
-    for name in VARIANTS:
-        pairs = [(runs.get(f"{name}, seed {s}"), runs.get(f"plain, seed {s}")) for s in SEEDS]
-        both = [(own, plain) for own, plain in pairs if own and plain]
-        if not both:
-            continue
+    for name in VARIANTS if seeds else ():
+        both = [(runs[f"{name}, seed {s}"], runs[f"plain, seed {s}"]) for s in seeds]
         needed = [steps_to(own["validation"], plain["validation"][-1]) for own, plain in both]
         columns = needed, [o["validation"][-1] for o, _ in both], [o["validation"][0] for o, _ in both]
         seconds = median(o["start_cpu_seconds"] for o, _ in both)

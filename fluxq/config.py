@@ -297,7 +297,6 @@ class LoraConfig:
         minimum=0,
         maximum=0.99999,
     )
-
     init: str = option(
         "plain",
         "How the LoRA starts: plain is random and zero; loftq corrects part of what quantizing has changed; lora_ga "

@@ -171,8 +171,8 @@ def costs_of(config: TrainConfig, models: Models, size: int, format: str | None 
         library=gpu.library,
         expandable=has_expandable_segments(),
         adapted=config.lora.adapted(),
+        start=config.lora.init,
         averaged=config.lora.ema > 0,
-        init=config.lora.init,
         drops=config.lora.drops,
     )
 

@@ -101,8 +101,8 @@ def flux_costs(
     expandable: bool = True,
     drops: bool = False,
     adapted: Adapted | None = None,
+    start: str = "plain",
     averaged: bool = False,
-    init: str = "plain",
 ) -> Costs:
     """The table for steps of `batch` images of `img_tokens` tokens, with captions of `txt_tokens` tokens.
 
@@ -111,14 +111,14 @@ def flux_costs(
     library: bytes of cuBLAS's workspaces on this GPU.
     expandable: the allocator's segments can grow (fluxq/allocator.py).
     drops: the LoRA has dropout. adapted: its layers and ranks, in place of rank and targets. averaged: its average is
-    kept too. init: how it starts (start.py).
+    kept too. start: of INITS in start.py.
     """
     shapes = tensors(config)
     layers = {name.removesuffix(".weight"): shape for name, shape in shapes.items() if len(shape) == 2}
     lora = dict.fromkeys(chosen(tuple(layers), targets), rank)
     if adapted is not None:
         lora = {path: size.rank for path, size in adapted.layers(layers).items()}
-    lora = {path: planned_rank(init, rank) for path, rank in lora.items()}
+    lora = {path: planned_rank(start, rank) for path, rank in lora.items()}
     encoder = _encoder(clip or {}, rank, batch)
     gates = encoder.trained > 0 or any(
         unit_of(path).endswith(".mod") or path.startswith(("time", "vector", "guidance")) for path in lora
@@ -156,7 +156,7 @@ def flux_costs(
         window=window if streams and modulation else 0,
         streams=streams,
         stays=sizes[REST] + encoder.frozen + (0 if streams else sum(modulation.values())),
-        lora=(6 + 4 * averaged + 2 * (init == "loftq")) * total,  # fp32, its copy, its average, what it starts from
+        lora=(6 + 4 * averaged + 2 * (start == "loftq")) * total,
         gradients=4 * (sum(weights[p] for p in outer) + encoder.trained),
         optimizer=sum(optimizer_bytes(optimizer, weights, r) for weights, r in matrices),
         optimizer_peak=_optimizer_peak(optimizer, total),

@@ -78,5 +78,5 @@ def low_rank(matrix: Tensor, rank: int, normal: Callable[..., Tensor]) -> tuple[
     basis = singular_vectors(matrix @ vectors.to(matrix.device))
     left, values, right = torch.linalg.svd((basis.to(matrix.device).t() @ matrix).cpu(), full_matrices=False)
     root = values[:rank].sqrt()
-    share = float(values[:rank].square().sum() / matrix.square().sum().clamp(min=1e-30))
+    share = float(values[:rank].norm() / matrix.norm().clamp(min=1e-30)) ** 2
     return right[:rank] * root[:, None], (basis @ left[:, :rank]) * root, share

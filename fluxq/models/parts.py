@@ -254,8 +254,7 @@ class Models:
             raise WrongRequest(f"{self.flux_file} holds only quantized weights; name the file that it was made from")
 
     def original(self) -> Source[FluxConfig]:
-        """The transformer's weights as its file has them, with `base_loras` merged in; errors as above."""
-        self.require_original()
+        """The transformer's weights as its file has them, with `base_loras` merged in."""
         return self._merged()
 
     @property

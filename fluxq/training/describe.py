@@ -50,8 +50,6 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
         seen |= objective_metadata(training)
         if config.data.validation_split:
             seen |= {"fluxq_validation_split": f"{config.data.validation_split:g}: {plural(held_out, 'image')}"}
-        if config.lora.init != "plain":
-            seen |= {"fluxq_lora_init": config.lora.init}
         about = lora_metadata(
             name=cast(str, config.output.name),
             rank=next(iter(ranks)) if len(ranks) == 1 else "Dynamic",
@@ -131,6 +129,7 @@ def variant_metadata(lora: LoraConfig) -> dict[str, str]:
         "fluxq_rank_stabilized": lora.rank_stabilized,
         "fluxq_input_dropout": lora.dropout,
         "ss_network_dropout": lora.inner_dropout,
+        "fluxq_lora_init": lora.init if lora.init != "plain" else None,
         "ss_scale_weight_norms": lora.max_norm,
     }
     return {

@@ -41,15 +41,15 @@ def check_init(config: TrainConfig, models: Models) -> None:
     init = config.lora.init
     if init != "plain" and config.lora.from_lora is not None:
         raise WrongRequest(f"--lora-init {init} and --from-lora both say how the LoRA starts; leave one of them out")
+    without = ("dropout", "rank_dropout", "inner_dropout", "module_dropout", "max_norm")
+    if init != "plain" and (more := next((name for name in without if getattr(config.lora, name)), None)):
+        raise WrongRequest(
+            f"lora.{more} is not for a LoRA that counts from a start; leave it or --lora-init {init} out"
+        )
     if init == "loftq" and config.model.format == "bf16":
         raise WrongRequest(NOTHING_ROUNDED)
     if init == "loftq":
         models.require_original()
-    for name in ("dropout", "rank_dropout", "inner_dropout", "module_dropout", "max_norm"):
-        if init != "plain" and getattr(config.lora, name):
-            raise WrongRequest(
-                f"lora.{name} would change what --lora-init {init} starts from, which stays; leave one of them out"
-            )
 
 
 def prepare(
@@ -112,7 +112,7 @@ def correct_rounding(models: Models, layers: Mapping[str, Linear], seed: int) ->
     with progress_bar() as show:
         for done, (path, layer) in enumerate(layers.items()):
             error = rounding_error(source, f"{path}.weight", models.format, models.device)
-            rank, squares = len(layer.get_parameter("lora_down")), float(error.square().sum())
+            rank, squares = len(layer.get_parameter("lora_down")), float(error.norm()) ** 2
             down, up, share = low_rank(error, rank, lambda shape, path=path: normal(shape, seed, "loftq", path))
             corrected, whole = corrected + share * squares, whole + squares
             layer.set_start(down, up / layer.lora_scale, corrects=True)

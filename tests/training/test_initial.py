@@ -173,6 +173,10 @@ def test_a_run_resumes_to_the_bit_and_saves_the_difference(tmp_path, init):
     ("sections", "sentence"),
     [
         ({"model": {"format": "bf16"}}, "--lora-init loftq corrects the rounding .* bf16; pass --format nf4"),
+        (
+            {"lora": {"max_norm": 1.0}},
+            "lora.max_norm is not for a LoRA that counts from a start; leave it",
+        ),
         ({"lora": {"from_lora": "x.safetensors"}}, "--lora-init loftq and --from-lora both say how the LoRA starts"),
     ],
 )
