@@ -124,12 +124,12 @@ def train_in(
     )
     write = partial(write_lora, run, trainable, metadata, progress, began)
     saves = Saves(run, report, progress, began, layers, optimizer, retry, write, notify)
-    if resume:
-        saves.complete()
 
     # the loop
     with report, saves, StopRequest(notify, saves.last_step) as stopping:
-        validation.after(progress.step, report, saves)  # what a resumed run lacks
+        if resume:
+            validation.after(progress.step, report, saves)
+            saves.complete()
         for step in range(progress.step, run.last_step):
             clock, done = time.perf_counter(), step + 1
             factor = learning_rate_factor(training, step)

@@ -2,8 +2,8 @@
 
 The hash of an image's file is its place between 0 and 1, and places below the share are held out; if these are fewer
 than half as many as the share stands for, the lowest places are. So other images hardly matter, and the names of files
-and folders do not. Images that look alike (looks.py) stay together: the
-highest of their places counts, so that a copy of an image that is trained on never holds it out.
+and folders do not. Images that look alike (looks.py) stay together: the highest of their places counts, so that a copy
+of an image that is trained on never holds it out.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def held_out_images(
         for other in others:
             groups[other] |= groups[path]
             groups |= dict.fromkeys(groups[path], groups[other])
-    distinct = {id(group): group for group in groups.values()}.values()
+    distinct = {id(group): group for path, group in groups.items() if path in taught}.values()
     free = [(max(_place(hashes[path]) for path in group), group) for group in distinct if group <= {*taught}]
     free.sort(key=lambda item: item[0])
     if len(distinct) < 2 or not free:

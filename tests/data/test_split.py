@@ -80,7 +80,9 @@ def test_one_image_is_held_out_at_least_and_one_trained_on():
 
 def test_images_for_regularization_are_never_held_out():
     assert split(MANY, prior=list(MANY)[:190]) <= {*list(MANY)[190:]}
-    assert split({"a": 1, "b": 2}, 1.0, prior=["a"]) == {"b"}
+    assert len(split({"a": 1, "b": 2, "c": 3}, 1.0, prior=["a"])) == 1, "something else is left to train on"
+    with pytest.raises(WrongRequest, match="leaves nothing"):
+        split({"a": 1, "b": 2}, prior=["a"])
 
 
 @pytest.mark.parametrize("numbers", [{"a": 1}, {"a": 1, "copy": 1}])

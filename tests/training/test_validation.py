@@ -12,13 +12,15 @@ import torch
 
 from fluxq.config import config_from_dict
 from fluxq.console import silent
-from fluxq.errors import WrongRequest
+from fluxq.errors import Stopped, WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.nano import drawing
 from fluxq.train import train
 from fluxq.training import validation
+from fluxq.training.report import Report
 from fluxq.training.run import Result, Run
 from fluxq.training.state import Measured
+from fluxq.training.stopping import StopRequest
 from fluxq.training.validation import by_band
 
 FALLS_AND_RISES = {0: 5.0, 2: 4.0, 4: 3.0, 6: 3.5, 8: 2.0, 10: 2.5, 12: 2.6}
@@ -53,7 +55,7 @@ def run(tmp_path: Path, photos: Path, name: str = "run", resume: bool = False, n
         "data": {"folders": [str(photos)], "resolution": 64, "cache": str(tmp_path.parent / "encoded")},
         "lora": {"rank": 2, "targets": ["attention"]},
         "training": {"steps": 12, "learning_rate": 1e-3, "validate_every": 2},
-        "output": {"out": str(tmp_path / name), "name": "test", "plot_seconds": 1e9, "save_every": 5},
+        "output": {"out": str(tmp_path / name), "name": "test", "plot_seconds": 1e9, "save_every": 3},
     }
     for section, settings in ({"data": {"validation_split": 0.2}} | sections).items():
         values[section] |= settings
@@ -113,15 +115,15 @@ def test_losses_are_those_of_each_third_of_the_noise_levels():
 @pytest.mark.slow
 def test_a_resumed_run_measures_and_keeps_what_an_uninterrupted_one_does(tmp_path, photos, monkeypatch):
     """Real losses. It dies between two saves, and between the state and the LoRA of the best step."""
-    whole = run(tmp_path, photos, "whole")
-    for step, where in ((6, None), (8, Killed())):
+    whole = run(tmp_path, photos, "whole", training={"steps": 8})
+    for step, where in ((4, None), (6, Killed())):
         with monkeypatch.context() as patch, pytest.raises(Killed):
             dies_at(patch, step, where)
-            run(tmp_path, photos, "killed", resume=step > 6)
-    again = run(tmp_path, photos, "killed", resume=True)
+            run(tmp_path, photos, "killed", resume=step > 4, training={"steps": 8})
+    again = run(tmp_path, photos, "killed", resume=True, training={"steps": 8})
     assert validations(tmp_path / "killed") == validations(tmp_path / "whole")
     steps = [found["step"] for found in validations(tmp_path / "whole")]
-    assert steps == [0, 2, 4, 6, 8, 10, 12]
+    assert steps == [0, 2, 4, 6, 8]
     for name in ("test.safetensors", "test-best.safetensors", "state/state.safetensors"):
         assert same(tmp_path / "whole" / name, tmp_path / "killed" / name), name
     assert sorted(p.name for p in (tmp_path / "whole").iterdir()) == sorted(
@@ -239,3 +241,23 @@ def test_other_held_out_images_start_validation_anew(tmp_path, photos):
     assert [found["step"] for found in validations(tmp_path / "run")] == [2, 4]
     again = run(tmp_path, photos, data=data, training={"steps": 4}, resume=True)
     assert again.validation == second.validation and len(validations(tmp_path / "run")) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stops", [4, 6])
+def test_a_signal_does_not_wait_for_a_validation_which_comes_with_the_resumed_run(
+    stops, tmp_path, photos, scripted, monkeypatch
+):
+    """That of step 4 is the best, and that of step 6 ends the run."""
+    training = {"steps": 8, "early_stopping": 1}
+    whole, steps, real = run(tmp_path, photos, "whole", training=training), [], Report.step
+    with monkeypatch.context() as patch, pytest.raises(Stopped):
+        patch.setattr(Report, "step", lambda self, done, *rest: steps.append(done) or real(self, done, *rest))
+        patch.setattr(StopRequest, "__call__", lambda self: 15 if steps[-1:] == [stops] else None)
+        run(tmp_path, photos, "stopped", training=training)
+    assert [found["step"] for found in validations(tmp_path / "stopped")] == [0, 2, 4][: stops // 2]
+    again = run(tmp_path, photos, "stopped", training=training, resume=True)
+    assert validations(tmp_path / "stopped") == validations(tmp_path / "whole")
+    assert (again.steps, again.validation["best"]["step"]) == (whole.steps, 4) == (6, 4)
+    for name in ("test.safetensors", "test-best.safetensors"):
+        assert same(tmp_path / "stopped" / name, tmp_path / "whole" / name)
