@@ -855,6 +855,10 @@ def read_toml(path: Path) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:  # ValueError also for numbers of thousands of digits
         tables, problem = {}, error
     if not tables.keys() & SECTIONS.keys() and (what := trainer_of(text, own_names())):
+        if "sd-scripts" in what:
+            raise WrongRequest(
+                f"{path} is {what}; fluxq kohya takes it as it is, with --config_file or --dataset_config"
+            )
         raise WrongRequest(
             f"{path} is {what}; write its settings into a TOML file by fluxq's names, which fluxq settings --names "
             "lists beside those of other trainers"
