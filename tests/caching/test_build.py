@@ -579,7 +579,7 @@ def test_masks_are_cached_beside_the_latents(workshop):
     scanned, foreseen, seen = scan([folder], 64, 32, 128), [], []
 
     def lacking():
-        return missing_records(scanned, workshop.store_dir, workshop.encoders, LENGTH, False)
+        return missing_records(scanned, workshop.store_dir, workshop.encoders, LENGTH, False, ())
 
     made = {"before": lambda *missing: foreseen.append([*map(list, missing)]), "progress": lambda *at: seen.append(at)}
     expected = lacking()

@@ -56,6 +56,7 @@ from fluxq.training.describe import objective_metadata, variant_metadata
             TrainingConfig(timesteps="uniform", preserve_class="dog", preserve_weight=0.5),
             {
                 "ss_loss_type": "l2",
+                "ss_model_prediction_type": "raw",
                 "ss_weighting_scheme": "none",
                 "fluxq_preserve_class": "dog",
                 "fluxq_preserve_weight": "0.5",

@@ -82,7 +82,7 @@ def test_dropout_is_for_training_alone_and_the_same_for_a_step_that_is_repeated(
     batch = plain.batches.batch(0)
     losses = [float(other.loss(index)) for index in (0, 1, 0)]
     assert losses[0] == losses[2] != float(plain.loss(0)) and losses[1] != float(plain.loss(1))
-    assert plain.validation([batch]) == other.validation([batch])
+    assert torch.equal(plain.validation([batch]), other.validation([batch]))
 
 
 def test_what_is_prepared_changes_no_loss():
