@@ -108,15 +108,15 @@ def one_run(work: Path, variant: Mapping[str, Any], seed: int) -> dict[str, Any]
     trainable = load_trainable(config, models, placement, None, silent)
     objective = Objective(trainable.flux, data.batches, config.training)
     retry = OutOfMemoryRetry(placement, models, trainable.flux, trainable.ahead, silent)
-    held_out = [batch for some in data.held_out.values() for batch in held_out_batches(some, data.store, HELD_OUT)]
+    held_out = [batch for some in data.sets.held_out.values() for batch in held_out_batches(some, data.store, HELD_OUT)]
     began = time.process_time()
     prepare(config, models, objective, retry, trainable.layers, silent)
     result: dict[str, Any] = {"start_cpu_seconds": round(time.process_time() - began, 2)}
-    losses = [objective.validation(held_out)]
+    losses = [float(objective.validation(held_out).mean())]
     for step in range(STEPS):
         optimizer_step(trainable.optimizer, objective, step, 1, 1.0, config.training.clip)
         if (step + 1) % EVERY == 0:
-            losses.append(objective.validation(held_out))
+            losses.append(float(objective.validation(held_out).mean()))
     return {**result, "validation": [round(loss, 5) for loss in losses]}
 
 
