@@ -61,8 +61,8 @@ SAMPLING_HELPS = {
 
 
 FIRST = (
-    *("--models", "--trigger", "--resolution", "--rank", "--steps", "--lr", "--vram", "--prompt", "--sample-every"),
-    *("--out", "--resume", "--config"),
+    *("--models", "--trigger", "--preset", "--resolution", "--rank", "--steps", "--lr", "--vram", "--prompt"),
+    *("--sample-every", "--out", "--resume", "--config"),
 )
 EXAMPLES = """\b
 Examples:
