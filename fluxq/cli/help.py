@@ -73,7 +73,7 @@ class SettingsCommand(click.Command):
             groups["All options (--help-all explains them, and all other settings)"] = more
         for title in (title for title in (*titles.values(), *groups) if title in groups):
             with formatter.section(title):
-                formatter.write_dl(groups.pop(title))
+                formatter.write_dl(groups.pop(title), col_max=30 if ctx.meta.get("fluxq.all") else 20)
 
 
 def _show_all(ctx: click.Context, parameter: click.Parameter, value: bool) -> None:

@@ -29,7 +29,7 @@ def shown(*arguments: str) -> str:
 def test_help_is_a_page_that_names_every_option_and_explains_a_dozen():
     page = shown("train", "--help")
     first, rest = page.split("What matters most:\n")[1].split("All options")
-    assert 10 <= len(FIRST) <= 14 and len(page.splitlines()) <= 78
+    assert 10 <= len(FIRST) <= 14 and len(page.splitlines()) <= 80
     for parameter in TRAIN.params:
         if parameter.param_type_name == "option":
             flag = parameter.opts[0]
