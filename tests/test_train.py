@@ -313,6 +313,7 @@ def test_validation_does_not_depend_on_the_batch_size(tmp_path, photos):
         config = configured(tmp_path, photos, data={"validation": [str(held_out)]}, **sections)
         result = train(config, notify=said.append)
         losses.append(result.validation_before)
+    assert said[-1] == f"LoRA: {result.lora}"
     assert list(losses[0]) == ["held_out"]
     assert losses[0]["held_out"] == pytest.approx(losses[1]["held_out"], rel=2e-3)  # bf16 sums in another order
     for when, loss in (("before", result.validation_before), ("after step 1", result.validation_after)):
