@@ -151,11 +151,11 @@ def joined_weights(weights: Sequence[torch.Tensor | None]) -> torch.Tensor | Non
 
 def held_out_batches(dataset: Dataset, store: Store, batch_size: int) -> Iterator[Batch]:
     """Every example once, in a fixed order, with the mean of its latents: the batches for validation."""
-    entries = sorted(dataset.examples, key=lambda entry: (entry.bucket, entry.name))
-    for _, group in groupby(entries, key=lambda entry: entry.bucket):
-        members = list(group)
-        for start in range(0, len(members), batch_size):
-            some = members[start : start + batch_size]
+    entries = sorted(dataset.examples, key=lambda entry: (entry.bucket, entry.batch, entry.name))
+    for (_, batch), group in groupby(entries, key=lambda entry: (entry.bucket, entry.batch)):
+        members, size = list(group), batch or batch_size
+        for start in range(0, len(members), size):
+            some = members[start : start + size]
             texts = [store.text(entry.text[0]) for entry in some]
             latents = [store.latents(entry.latents[0])[0] for entry in some]
             weights = [weights_of(replace(entry, weight=1.0), store, 0) for entry in some]

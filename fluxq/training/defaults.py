@@ -173,9 +173,11 @@ def resolve_steps(
         notify(f"steps {training.steps}: {per_epoch:g} an epoch")
     if output.save_every_epochs is not None:
         every = max(1, round(output.save_every_epochs * per_epoch))
-        output = replace(output, save_every=every)
-        if output.numbering == "step":
-            output = replace(output, save_every_epochs=None)
+        exact = every == output.save_every_epochs * per_epoch
+        if output.numbering == "epoch" and not exact:
+            notify("LoRAs are numbered by step, as an epoch is no whole number of steps")
+        keeps = output.save_every_epochs if output.numbering == "epoch" and exact else None
+        output = replace(output, save_every=every, save_every_epochs=keeps)
         notify(f"saves every {plural(every, 'step')}: {per_epoch:g} an epoch")
     if training.steps is None:
         images, at_once = max(1, epoch.images), epoch.seen / max(1, epoch.batches) * training.accumulate
@@ -303,6 +305,11 @@ def check_preservation(training: TrainingConfig, data: DataConfig, lora: LoraCon
         raise WrongRequest(f"--preserve-class {name} takes the place of the trigger in captions; give a --trigger")
     if not name.strip() or name.strip().casefold() in map(str.casefold, triggers):
         raise WrongRequest(f"--preserve-class {name!r} must name what the trigger is one of, like person")
+    if lora.init == "loftq":
+        raise WrongRequest(
+            "--preserve-class compares with the base model as it is quantized, which --lora-init loftq corrects; leave "
+            "one of them out"
+        )
     if lora.text_encoder:
         raise WrongRequest(
             "--preserve-class compares with the base model, which needs its own CLIP-L beside the one that trains; "

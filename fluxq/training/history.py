@@ -41,7 +41,10 @@ def kind_of(config: TrainConfig, models: Models, placement: Placement) -> str:
     """What runs must share to be compared."""
     lora, training, on_gpu = config.lora, config.training, models.device.type == "cuda"
     policies = placement.policies
-    variants = [v for v in (lora.ranks, lora.double_blocks, lora.single_blocks, lora.drops) if v]
+    variants = [v for v in (lora.ranks, lora.double_blocks, lora.single_blocks, lora.drops, lora.alphas) if v]
+    variants += [
+        name for name, on in ((lora.init, lora.init != "plain"), ("ema", lora.ema), ("norm", lora.max_norm)) if on
+    ]
     return json.dumps(
         {
             "on": torch.cuda.get_device_name(models.device) if on_gpu else f"CPU, {torch.get_num_threads()} threads",

@@ -16,6 +16,7 @@ import glob
 import json
 import os
 import platform
+import re
 import shutil
 import tempfile
 import time
@@ -162,7 +163,7 @@ class Run:
         for averaged in (False, True):
             final = self.lora_file(self.last_step, averaged)
             if resume and final.exists() and (steps := _metadata(final).get("ss_steps", "")).isdecimal():
-                final.rename(self.lora_file(int(steps), averaged))
+                _moved(final, self.lora_file(int(steps), averaged))
         for folder in (self.folder, self.state_file.parent, self.folder / "samples"):
             for left_by_a_crash in folder.glob(".*.tmp-*"):
                 remove(left_by_a_crash)
@@ -227,13 +228,6 @@ class Run:
         """
         if saved.step > (steps := self.config.training.steps or 0):
             raise WrongRequest(f"{self.folder} has already done {saved.step} steps, more than {steps}; ask for more")
-        if saved.validation.is_over(patience := self.config.training.early_stopping):
-            if self.changes:
-                raise WrongRequest(
-                    f"{self.folder} stopped early after step {saved.step}: {plural(patience, 'validation')} in a row "
-                    "had no lower loss; to go on, raise --early-stopping (0: never stop early)"
-                )
-            self.last_step = saved.step
         if saved.identity.get("model") != identity["model"]:
             raise WrongRequest(
                 f"the transformer's file is not that with which {self.folder} was started; put it back, or start "
@@ -247,6 +241,13 @@ class Run:
                     f"(fluxq train --resume {self.folder} FOLDERS), or start another run with --from-lora"
                 )
             self.changes.append(changed)
+        elif saved.validation.is_over(patience := self.config.training.early_stopping):
+            if self.changes:
+                raise WrongRequest(
+                    f"the last {plural(saved.validation.waited, 'validation')} of {self.folder} had no lower loss, "
+                    f"after which --early-stopping {patience} ends a run; to go on, raise it (0: never stop early)"
+                )
+            self.last_step = saved.step
         saved.changes += [f"after step {saved.step}: {change}" for change in self.changes]
         saved.identity, self.changes = identity, saved.changes
 
@@ -280,15 +281,14 @@ class Run:
         """<name>.safetensors for the last step, <name>-step00000250.safetensors and so on before. averaged: of the
         LoRA's average, <name>-ema.safetensors and <name>-ema-step00000250.safetensors.
         """
-        last = step == self.last_step
-        return self.folder / f"{self.name}{'-ema' * averaged}{'' if last else self._number(step)}{self.suffix}"
-
-    def _number(self, step: int) -> str:
-        """-step00000250, or -000002 if LoRAs are numbered by epoch, except where a run was stopped between two."""
-        output = self.config.output
-        if output.save_every_epochs and step % output.save_every == 0:
-            return f"-{step // output.save_every * output.save_every_epochs:06}"
-        return f"-step{step:08}"
+        name, output = f"{self.name}{'-ema' * averaged}", self.config.output
+        if step == self.last_step:
+            return self.folder / f"{name}{self.suffix}"
+        if output.save_every_epochs and step % output.save_every == 0:  # numbered by epoch, but not between two
+            path = self.folder / f"{name}-{step // output.save_every * output.save_every_epochs:06}{self.suffix}"
+            if not path.exists() or _steps(path) == step:  # else an epoch had another length before the run was resumed
+                return path
+        return self.folder / f"{name}-step{step:08}{self.suffix}"
 
     def loras(self) -> list[Path]:
         """All LoRAs of this run that are there."""
@@ -300,7 +300,8 @@ class Run:
         """The LoRAs saved before the last step, or their averages, oldest first."""
         name = f"{glob.escape(self.name)}{'-ema' * averaged}"
         kinds = ("step????????", "[0-9][0-9][0-9][0-9][0-9][0-9]")
-        return [path for kind in kinds for path in sorted(self.folder.glob(f"{name}-{kind}{self.suffix}"))]
+        found = [path for kind in kinds for path in self.folder.glob(f"{name}-{kind}{self.suffix}")]
+        return sorted(found, key=lambda path: (_steps(path), path.name))
 
     def save_loras(
         self,
@@ -333,7 +334,8 @@ class Run:
         """
         path = self.best_file if best else self.lora_file(step, averaged)
         if averaged:
-            metadata = {**metadata, "fluxq_ema": f"{self.config.lora.ema:g}"}
+            own = {key: value for key, value in metadata.items() if not key.startswith("fluxq_validation_loss")}
+            metadata = own | {"fluxq_ema": f"{self.config.lora.ema:g}"}
         if self.last_step != self.config.training.steps and step == self.last_step:
             metadata = {**metadata, "fluxq_stopped_early": "true"}
         if self.changes:
@@ -362,6 +364,21 @@ def _metadata(path: Path) -> Mapping[str, str]:
         return Checkpoint(path / PEFT_FILES[0] if is_adapter(path) else path).metadata
     except WrongRequest:
         return {}
+
+
+def _steps(path: Path) -> int:
+    """The steps that a LoRA saved before the end was trained for; 0 if it does not say."""
+    number = re.search(r"-step(\d{8})$", path.stem)
+    steps = number[1] if number else _metadata(path).get("ss_steps", "")
+    return int(steps) if steps.isdecimal() else 0
+
+
+def _moved(path: Path, target: Path) -> None:
+    """Rename a LoRA, in place of another of that name; a folder cannot replace one that has files."""
+    if path != target:
+        if is_adapter(target):
+            _remove(target)
+        path.rename(target)
 
 
 def _without_paths(value: Any) -> Any:
