@@ -425,7 +425,7 @@ def check(
     begin(as_json, computes=False)
     from fluxq.commands.check import check_command
 
-    answer = check_command(config, paths, verbose, crops)
+    answer = check_command(config, paths, verbose, crops, asked_for(config_file, assignments, given))
     finish(answer, as_json)
     context.exit(0 if answer["ready"] else 2)
 

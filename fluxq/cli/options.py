@@ -165,13 +165,19 @@ def folder_settings(folders: tuple[Path, ...], *files: Path | None) -> list[dict
 
 
 def asked_for(config_file: Path | None, assignments: tuple[str, ...], given: dict[str, Any]) -> set[str]:
-    """The keys, like "output.keep", that the user has set. [samples] of a file is left out: it is for two commands."""
+    """The keys, like "output.keep", that the user has set. Of a file, [samples] is left out, which is for two commands,
+    and what is set to its default, as in files that fluxq writes.
+    """
     keys = {key.replace("__", ".") for key, value in given.items() if value is not None and value != ()}
     for path in (assignment.partition("=")[0].strip() for assignment in assignments):
         keys.add(FORMER_KEYS.get(path, path))
-    for section, table in read_toml(config_file).items() if config_file else ():
-        if section != "samples" and isinstance(table, dict):
-            keys |= {f"{section}.{key}" for key in table}
+    if config_file is not None:
+        tables, default = read_toml(config_file), TrainConfig()
+        config = config_from_dict(tables, str(config_file))
+        for section, table in tables.items():
+            values = [getattr(one, section) for one in (config, default)]
+            set_here = (key for key in table if getattr(values[0], key) != getattr(values[1], key))
+            keys |= {f"{section}.{key}" for key in set_here if section != "samples"}
     return keys
 
 

@@ -7,6 +7,7 @@ fluxq/models/check_file.py.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -32,6 +33,7 @@ from fluxq.model.config import FluxConfig
 from fluxq.models.check_file import about_quantized, about_source, check_file, check_files, model_files, size
 from fluxq.models.hub import NotFetched, hub_cache
 from fluxq.models.parts import FLAGS, PARTS, Models
+from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import caveats, epoch_of, not_full, resolve, resolve_data
 from fluxq.training.disk import Need, need_of_cache, need_of_weights, needs_of, room_for
 from fluxq.training.from_lora import read_start
@@ -44,12 +46,16 @@ Answer = dict[str, Any]
 
 
 def check_command(
-    config: TrainConfig, paths: tuple[Path, ...], verbose: bool = False, crops: Path | None = None
+    config: TrainConfig,
+    paths: tuple[Path, ...],
+    verbose: bool = False,
+    crops: Path | None = None,
+    asked: Collection[str] = (),
 ) -> Answer:
     """What a model file, a LoRA or a folder of models is; for other `paths`, whether a run on them could start.
 
     "ready" in the answer is the verdict. verbose: name every image that a line is about. crops: where to save a
-    sheet of all images.
+    sheet of all images. asked: keys, like "output.keep", of settings that are to have an effect.
     """
     if crops is not None and (crops.suffix.lower() != ".png" or crops.exists()):
         raise WrongRequest(f"--crops {crops} must be a new file called .png; name another")
@@ -59,10 +65,12 @@ def check_command(
         return check_file(paths[0])
     if len(paths) == 1 and (files := model_files(paths[0])):
         return check_files(files)
-    return check_run(config, verbose, crops)
+    return check_run(config, verbose, crops, asked)
 
 
-def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = None) -> Answer:
+def check_run(
+    config: TrainConfig, verbose: bool = False, crops: Path | None = None, asked: Collection[str] = ()
+) -> Answer:
     """Everything that a run needs: the model files and why they were chosen, images, RAM, GPU, disk."""
     models, reasons = Models(config.model, notify=silent, fetch=False), []
     parts = {part: _part(models, part, reasons) for part in PARTS}
@@ -74,6 +82,7 @@ def check_run(config: TrainConfig, verbose: bool = False, crops: Path | None = N
     for line in caveats(models) if flux else ():
         console.print(f"note         {line}")
     try:
+        refuse_without_effect(config, models, asked)
         _ = models.compute
     except WrongRequest as error:
         reasons.append(str(error))

@@ -343,3 +343,10 @@ def test_records_of_other_images_are_no_room_for_these(photos, tmp_path):
     assert CliRunner().invoke(main, ["cache", str(other), *cache]).exit_code == 0
     _, shared, _ = run(photos, *cache)
     assert 0.6 < shared["disk"]["cache"] / alone["disk"]["cache"] < 1, "only the empty caption is there"
+
+
+def test_a_setting_without_effect_is_a_problem_as_it_is_in_training(photos, tmp_path):
+    file = tmp_path / "my.toml"
+    file.write_text("[training]\nhuber_c = 0.3\n")
+    code, answer, _ = run(str(photos), "--model", "nano", "--trigger", "zqx", "--config", str(file))
+    assert code == 2 and any("training.huber_c has no effect here" in reason for reason in answer["reasons"])

@@ -88,7 +88,7 @@ def test_the_demo_leaves_what_it_promises(shown):
     run = Path(shown["lora"]).parent
     for name in ("config.toml", "log.jsonl", "result.json", "state/state.safetensors"):
         assert (run / name).stat().st_size > 0
-    assert Image.open(shown["loss_plot"]).size == (800, 450)
+    assert Image.open(shown["loss_plot"]).size == (800, 900)
     assert min(Image.open(shown["grid"]).size) > 200
     result = json.loads((run / "result.json").read_text())
     assert [r["step"] for r in read_log(run / "log.jsonl")] == list(range(1, result["steps"] + 1))

@@ -13,15 +13,19 @@ from PIL import Image
 from fluxq import nano
 from fluxq.caching.folders import scan_data
 from fluxq.cli.main import main
+from fluxq.cli.options import asked_for
 from fluxq.compat.kohya import read_command
 from fluxq.compat.kohya.mapping import Read, read_options
 from fluxq.compat.kohya.table import TABLE, markdown
-from fluxq.config import SamplesConfig, TrainConfig, TrainingConfig
+from fluxq.config import SamplesConfig, TrainConfig, TrainingConfig, config_from_dict, read_toml
+from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.lora.keys import matrices
 from fluxq.model import FluxConfig
 from fluxq.model.lora import targeted
+from fluxq.models import Models
+from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import epoch_of
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "kohya.md"
@@ -402,6 +406,9 @@ def test_write_config_writes_what_would_be_trained(folder):
     text = (folder / "my.toml").read_text()
     assert "blocks_to_swap = 3" in text and 'prediction = "sigma_scaled"' in text
     assert "this transformer has only 3" in done.stdout
+    values = read_toml(folder / "my.toml")
+    config = config_from_dict(values, "my.toml")
+    refuse_without_effect(config, Models(config.model, notify=silent), asked_for(folder / "my.toml", (), {}))
 
 
 @pytest.mark.slow

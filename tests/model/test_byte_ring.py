@@ -35,6 +35,7 @@ from fluxq.offload.costs import Costs
 from fluxq.offload.footprint import Residency, peak_by_owner
 from fluxq.offload.streams import Immediate
 from fluxq.training import flat, objective
+from fluxq.training.libraries import Uncompiled
 
 META = torch.device("meta")
 
@@ -122,7 +123,7 @@ def a_meta_step(keeps_gradients: bool) -> Iterator[None]:
     """Inside, the trainer's step runs on meta, where no number can be read. keeps_gradients: gradients of an earlier
     micro-step exist, as in gradient accumulation.
     """
-    to_host, zero_grad, gather = torch.Tensor.cpu, torch.optim.Optimizer.zero_grad, flat.Flat.gather
+    to_host, zero_grad, gather = torch.Tensor.cpu, Uncompiled.zero_grad, flat.Flat.gather
 
     def host(tensor: Tensor) -> Tensor:
         return torch.empty(tensor.shape, dtype=tensor.dtype) if tensor.is_meta else to_host(tensor)
@@ -137,7 +138,7 @@ def a_meta_step(keeps_gradients: bool) -> Iterator[None]:
         patch.object(flat.Flat, "gather", gather_and_keep if keeps_gradients else gather),
         patch.object(torch.Tensor, "tolist", lambda tensor: [0.0] * len(tensor)),
         patch.object(torch.Tensor, "cpu", host),
-        patch.object(torch.optim.Optimizer, "zero_grad", (lambda self: None) if keeps_gradients else zero_grad),
+        patch.object(Uncompiled, "zero_grad", (lambda self: None) if keeps_gradients else zero_grad),
     ):
         yield
 

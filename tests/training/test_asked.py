@@ -186,9 +186,9 @@ def test_every_setting_of_previews_is_known():
 
 
 def test_asked_is_what_options_assignments_and_files_set(tmp_path):
-    """But not [samples] of a file, which serves `fluxq sample` too."""
+    """But not [samples] of a file, which serves `fluxq sample` too, and what it sets to its default."""
     file = tmp_path / "my.toml"
-    file.write_text("[training]\nrate = 1e-3\n[samples]\nsteps = 4\n")
+    file.write_text("[training]\nrate = 1e-3\nsigmoid_scale = 1\n[samples]\nsteps = 4\n")
     given = {"output__keep": 3, "lora__rank": None, "samples__prompts": ()}
     asked = asked_for(file, ("data.size=96", "training.shift = 2"), given)
     assert asked == {"training.learning_rate", "output.keep", "data.resolution", "training.shift"}

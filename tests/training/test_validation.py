@@ -171,7 +171,7 @@ def test_patience_ends_a_run_which_goes_on_only_when_asked(tmp_path, photos, scr
     before = (folder / "test.safetensors").read_bytes()
     assert run(tmp_path, photos, training={"early_stopping": 1}, resume=True, notify=said.append).steps == 6
     assert any(line.startswith(reason) for line in said) and before == (folder / "test.safetensors").read_bytes()
-    with pytest.raises(WrongRequest, match=r"stopped early after step 6: .* to go on, raise --early-stopping \(0"):
+    with pytest.raises(WrongRequest, match=r"the last 1 validation of .* had no lower loss, .* to go on, raise it \(0"):
         run(tmp_path, photos, training={"early_stopping": 1, "steps": 14}, resume=True)
     on = run(tmp_path, photos, training={"early_stopping": 2}, output={"keep": 1, "save_every": 3}, resume=True)
     assert (on.steps, on.validation["best"]["step"], on.validation["stopped_early"]) == (12, 8, None)
