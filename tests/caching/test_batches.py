@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fluxq.caching.batches import Batches
+from fluxq.caching.batches import Batches, held_out_batches
 from fluxq.caching.store import Store, Text
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.randomness import normal
@@ -263,3 +263,13 @@ def test_images_seen_are_counted_over_epochs(store):
     batches = Batches(some_dataset(), store, 4, seed=1)
     counts = [len(batches.examples_of(index)) for index in range(2 * len(batches) + 2)]
     assert [batches.seen_before(index) for index in range(len(counts))] == [sum(counts[:i]) for i in range(len(counts))]
+
+
+def test_held_out_images_come_once_in_batches_as_large_as_their_folder_has(store):
+    entries = [replace(e, batch=1) if i in (1, 2) else e for i, e in enumerate(some_dataset().examples)]
+    sizes = [
+        batch.examples for batch in held_out_batches(Dataset(tuple(entries), {"": "caption0"}, t5_length=7), store, 3)
+    ]
+    assert sorted(map(len, sizes)) == [1, 1, 3, 3]
+    assert {name for names in sizes if len(names) == 1 for name in names} == {"photos/1.png", "photos/2.png"}
+    assert sorted(name for names in sizes for name in names) == sorted(e.name for e in entries)
