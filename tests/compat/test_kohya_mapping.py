@@ -148,8 +148,10 @@ def test_layers_have_the_ranks_of_their_types_and_names_and_one_alpha(folder, ar
 
 def test_variants_of_lora_become_settings(folder):
     lora = config(
-        "--scale_weight_norms=1.5", "--network_args", "rank_dropout=0.1", "module_dropout=0.2", "loraplus_lr_ratio=4"
+        *["--scale_weight_norms=1.5", "--network_dropout=0.3"],
+        *["--network_args", "rank_dropout=0.1", "module_dropout=0.2", "loraplus_lr_ratio=4"],
     ).lora
+    assert lora.inner_dropout == 0.3
     assert (lora.max_norm, lora.rank_dropout, lora.module_dropout, lora.plus_ratio) == (1.5, 0.1, 0.2, 4)
     different = ["--network_args", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=8"]
     assert config(*different).lora.plus_ratio == 8
@@ -169,7 +171,6 @@ def test_variants_of_lora_become_settings(folder):
         (["--network_args", "train_blocks=double", "train_double_block_indices=none"], "no layer is left"),
         (["--network_module", "lycoris.kohya"], "lycoris.kohya is not read"),
         (["--model_type", "chroma"], "Chroma"),
-        (["--network_dropout", "0.1"], "dropout"),
         (["--use_8bit_adam", "--optimizer_type", "Lion"], "it contradicts --optimizer_type Lion"),
         (["--blocks_to_swap", "8", "--cpu_offload_checkpointing"], "it contradicts --blocks_to_swap"),
         (["--save_every_n_steps", "8", "--save_every_n_epochs", "1"], "keep one of them"),
@@ -389,8 +390,8 @@ def test_lint_only_reports(folder):
     good = invoke("--lint", *MODELS, *DATA, *NETWORK, "--sdpa", "--max_train_steps", "5")
     assert good.exit_code == 0 and "--sdpa ignored: attention" in good.stdout
     assert "--max_train_steps 5 becomes training.steps = 5" in good.stdout
-    bad = invoke("--lint", *MODELS, *DATA, *NETWORK, "--network_dropout=0.1")
-    assert bad.exit_code == 2 and "refused: --network_dropout" in bad.stdout
+    bad = invoke("--lint", *MODELS, *DATA, *NETWORK, "--network_train_text_encoder_only")
+    assert bad.exit_code == 2 and "refused: --network_train_text_encoder_only" in bad.stdout
     assert invoke().exit_code == invoke("--sdp_a").exit_code == 2
     assert not (folder / "out").exists()
 

@@ -41,7 +41,7 @@ REFUSED = {
 
 
 def read_network(setup: Setup) -> None:
-    """Set lora.targets, rank, alpha, ranks, alphas, rank_dropout, module_dropout, plus_ratio and max_norm."""
+    """Set lora.targets, rank, alpha, ranks, alphas, dropouts, plus_ratio and max_norm."""
     options, module = setup.options, setup.options["network_module"]
     if module == PRINTED:
         setup.note(
@@ -65,7 +65,7 @@ def read_network(setup: Setup) -> None:
     alpha = None if takes_file else float(options["network_alpha"] or 0) or float(rank or 0)
     for name in ("rank_dropout", "module_dropout"):
         setup.set("lora", **{name: _number(setup, name, arguments.pop(name, None))})
-    setup.set("lora", max_norm=options["scale_weight_norms"])
+    setup.set("lora", inner_dropout=options["network_dropout"], max_norm=options["scale_weight_norms"])
     names = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
     both, *own = (_number(setup, name, arguments.pop(name, None)) for name in names)
     of_flux, of_clip = (ratio or both for ratio in own)
