@@ -177,6 +177,8 @@ def test_variants_of_lora_become_settings(folder):
         (["--lr_warmup_steps", "8"], "use constant_with_warmup"),
         (["--optimizer_type", "Adafactor"], "add relative_step=False"),
         (["--lr_scheduler", "piecewise_constant"], "is not read"),
+        (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=9", "--max_train_epochs=2"], "as shares of all"),
+        (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.9", "--lr_warmup_steps=0.2"], "more than all"),
         (["--dim_from_weights"], "needs --network_weights"),
         (["--base_weights_multiplier", "1"], "more of them"),
         (["--caption_extension", ".cap"], "not .cap"),
@@ -223,11 +225,14 @@ def test_clip_trains_unless_it_is_told_not_to(folder):
         (["--optimizer_type=SGDNesterov"], ("torch.optim.SGD", 0.0, ("nesterov=True", "momentum=0.9"))),
         (["--optimizer_type=pytorch_optimizer.CAME"], ("pytorch_optimizer.CAME", 0.0, ())),
         (["--optimizer_type=NAdam"], ("torch.optim.NAdam", 0.0, ())),
+        (["--optimizer_type=AdamWScheduleFree", "--lr_scheduler=cosine"], ("schedulefree.AdamWScheduleFree", 0.0, ())),
+        (["--optimizer_type=RAdamScheduleFree"], ("schedulefree.RAdamScheduleFree", 0.0, ())),
     ],
 )  # fmt: skip
 def test_optimizers_are_those_of_the_same_library(folder, argv, ours):
     training = config(*argv).training
     assert (training.optimizer, training.weight_decay, training.optimizer_args) == ours
+    assert training.schedule == "constant"
 
 
 @pytest.mark.parametrize(
@@ -237,6 +242,19 @@ def test_optimizers_are_those_of_the_same_library(folder, argv, ours):
         (["polynomial"], {"schedule": "polynomial", "schedule_power": 1.0}),
         (["cosine_with_min_lr", "--lr_scheduler_min_lr_ratio=0.1"], {"schedule": "cosine", "schedule_floor": 0.1}),
         (["linear", "--lr_warmup_steps=10%"], {"schedule": "linear", "warmup": 0.1}),
+        (["warmup_stable_decay", "--lr_warmup_steps=3"], {"schedule": "constant", "warmup": 3}),
+        (
+            ["warmup_stable_decay", "--lr_decay_steps=0.2", "--lr_warmup_steps=0.2", "--lr_scheduler_min_lr_ratio=0.1"],
+            {"schedule": "wsd", "schedule_decay": 0.25, "warmup": 0.2, "schedule_floor": 0.1},
+        ),
+        (
+            ["warmup_stable_decay", "--lr_decay_steps=20", "--lr_warmup_steps=60%", "--max_train_steps=100"],
+            {"schedule": "wsd", "schedule_decay": 0.5, "warmup": 0.6},
+        ),
+        (
+            ["warmup_stable_decay", "--lr_decay_steps=0.2", "--max_train_epochs=2"],
+            {"schedule": "wsd", "schedule_decay": 0.2},
+        ),
     ],
 )
 def test_schedules_are_the_same_curves(folder, argv, ours):

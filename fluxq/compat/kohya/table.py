@@ -62,7 +62,6 @@ ONLY_TEXT = "fluxq trains CLIP-L only together with the transformer"
 COMMENT = "other programs need what a LoRA says of itself"
 THUMBNAIL = "no picture is put into the file"
 CUSTOM = "fluxq has no schedules of other packages"
-DECAY = "it is for warmup_stable_decay, which fluxq does not read"
 TIMESCALE = "fluxq's inverse_sqrt has the warm-up's steps as its time scale"
 INITIAL = "a run goes on where it stopped, with fluxq train --resume"
 SAFE = "fluxq writes only safetensors"
@@ -207,7 +206,7 @@ TABLE: tuple[Row, ...] = (
     *rows("lr_scheduler_type", str, "", refused=CUSTOM),
     *rows("lr_scheduler_args", str, refused=CUSTOM, many=True),
     *rows("lr_warmup_steps", steps_or_share, 0, to="training.warmup"),
-    *rows("lr_decay_steps", steps_or_share, 0, ignored=DECAY),
+    *rows("lr_decay_steps", steps_or_share, 0, to="training.schedule_decay"),
     *rows("lr_scheduler_num_cycles", int, 1, to="training.schedule_cycles"),
     *rows("lr_scheduler_power", float, 1, to="training.schedule_power"),
     *rows("lr_scheduler_timescale", int, refused=TIMESCALE),
