@@ -309,6 +309,24 @@ def test_datasets_become_folders(folder):
     assert only.masks == "masks"
 
 
+def test_a_share_of_the_images_is_held_out(folder):
+    asked = ["--validation_split=0.1", "--validate_every_n_steps=50"]
+    found = read(*asked, "--validation_seed=3")
+    assert (found.config.data.validation_split, found.config.training.validate_every) == (0.1, 50)
+    assert any("not by --validation_seed" in line for line in found.lines)
+    assert config(asked[1]).training.validate_every is None
+    for argv, said in (
+        (["--validation_split=0.6"], "0 to 0.5"),
+        ([asked[0], "--validate_every_n_epochs=1"], "times the"),
+    ):
+        assert said in read(*argv).refused
+    text = (folder / "d.toml").read_text()
+    (folder / "d.toml").write_text(text.replace("resolution", "validation_split = 0.2\nresolution"))
+    assert config(asked[0]).data.validation_split == 0.2
+    (folder / "d.toml").write_text((folder / "d.toml").read_text() + text)
+    assert "one share of all" in read(asked[0]).refused
+
+
 SIZES = [(96, 96), (96, 128), (200, 100), (64, 300), (97, 131), (500, 500), (40, 40)]
 
 

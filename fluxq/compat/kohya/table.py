@@ -73,8 +73,8 @@ UPLOAD = "fluxq uploads nothing"
 UPLOADS = "it is for uploads, and fluxq uploads nothing"
 FIRST = "previews begin after some steps; fluxq sample shows what the model draws without a LoRA"
 LOGS = "the losses are in log.jsonl and loss.png of the run"
-HELD_OUT = "fluxq holds no part of a folder out; name a folder of held-out images with data.validation"
-UNUSED_HELD_OUT = "it is for --validation_split"
+BY_CONTENT = "the images to hold out are chosen by what is in them, not by a seed"
+ALL_HELD_OUT = "every held-out image is measured"
 SECONDARY = "fluxq has no second separator of tags"
 FACES = "fluxq does not crop around faces"
 TOKEN_WARMUP = "fluxq does not add tags step by step"
@@ -249,12 +249,10 @@ TABLE: tuple[Row, ...] = (
     *rows("log_with", str, ignored=LOGS, choices="tensorboard wandb all"),
     *rows("log_config console_log_simple", FLAG, ignored=LOGS),
     *rows("console_log_level", str, ignored=LOGS, choices="DEBUG INFO WARNING ERROR CRITICAL"),
-    *rows("validation_split", float, 0.0, refused=HELD_OUT),
-    *rows(
-        "validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps",
-        int,
-        ignored=UNUSED_HELD_OUT,
-    ),
+    *rows("validation_split", float, 0.0, to="data.validation_split"),
+    *rows("validation_seed", int, ignored=BY_CONTENT),
+    *rows("validate_every_n_steps validate_every_n_epochs", int, to="training.validate_every"),
+    *rows("max_validation_steps", int, ignored=ALL_HELD_OUT),
     # Images and captions
     *rows("train_data_dir reg_data_dir in_json", str, to="data.folders"),
     *rows("dataset_config", Path, to="data"),
