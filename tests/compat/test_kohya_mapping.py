@@ -155,6 +155,7 @@ def test_variants_of_lora_become_settings(folder):
     assert (lora.max_norm, lora.rank_dropout, lora.module_dropout, lora.plus_ratio) == (1.5, 0.1, 0.2, 4)
     different = ["--network_args", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=8"]
     assert config(*different).lora.plus_ratio == 8
+    assert config("--network_args", "loraplus_unet_lr_ratio=0").lora.plus_ratio == 1
     both = read_options(read_command([*MODELS, *DATA, NETWORK[0], *different]))
     assert "have one ratio" in both.refused
 
@@ -180,6 +181,11 @@ def test_variants_of_lora_become_settings(folder):
         (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=9", "--max_train_epochs=2"], "as shares of all"),
         (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.9", "--lr_warmup_steps=0.2"], "more than all"),
         (["--dim_from_weights"], "needs --network_weights"),
+        (
+            ["--dim_from_weights", "--network_weights=models/ae.safetensors", "--network_args", "img_attn_dim=4"],
+            "not read with --dim_from_weights",
+        ),
+        (["--network_args", "loraplus_lr_ratio=0"], "a ratio of 0"),
         (["--base_weights_multiplier", "1"], "more of them"),
         (["--caption_extension", ".cap"], "not .cap"),
         (["--secondary_separator", ";"], "second separator"),

@@ -73,11 +73,19 @@ def read_network(setup: Setup) -> None:
         setup.refuse(
             "network_args", "loraplus: CLIP-L and the transformer have one ratio; add --network_train_unet_only"
         )
+    if of_flux == 0:
+        setup.refuse(
+            "network_args", "loraplus: a ratio of 0 leaves each lora_up at 0, so nothing is learned; leave it out"
+        )
     setup.set("lora", plus_ratio=of_flux)
     ranks: list[str] = []
     targets = _targets(setup, arguments, rank, ranks)
     setup.set("lora", rank=rank, alpha=alpha, targets=targets, ranks=ranks)
-    if ranks:
+    if ranks and takes_file:
+        setup.refuse(
+            "network_args", "ranks of types, inputs and names are not read with --dim_from_weights; leave one out"
+        )
+    elif ranks:
         setup.set("lora", alphas=[f".*={alpha}"])  # every rank has the same alpha, as there
     if takes_file and not options["network_weights"]:
         setup.refuse("dim_from_weights", "it needs --network_weights")
