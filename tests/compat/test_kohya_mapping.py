@@ -23,6 +23,7 @@ from fluxq.formats.lora.keys import matrices
 from fluxq.model import FluxConfig
 from fluxq.model.lora import targeted
 from fluxq.training.defaults import epoch_of
+from fluxq.training.libraries import Library
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "kohya.md"
 NETWORK = ["--network_module=networks.lora_flux", "--network_train_unet_only"]
@@ -187,6 +188,7 @@ def test_variants_of_lora_become_settings(folder):
         ),
         (["--network_args", "loraplus_lr_ratio=0"], "a ratio of 0"),
         (["--base_weights_multiplier", "1"], "more of them"),
+        (["--optimizer_type=prodigy", "--network_args", "loraplus_lr_ratio=16"], "two learning rates"),
         (["--caption_extension", ".cap"], "not .cap"),
         (["--secondary_separator", ";"], "second separator"),
     ],
@@ -195,6 +197,13 @@ def test_what_cannot_be_done_is_refused_with_the_reason(folder, argv, said):
     found = read(*argv)
     assert found.config is None and said in found.refused
     assert any(line.startswith("refused: --") and said in line for line in found.lines)
+
+
+def test_the_largest_norm_contradicts_an_optimizer_that_averages(folder, monkeypatch):
+    monkeypatch.setattr(Library, "averages", lambda self: True)
+    asked = ["--optimizer_type=AdamWScheduleFree", "--scale_weight_norms=1"]
+    assert "averages the weights itself; leave lora.max_norm out" in read(*asked).refused
+    assert config(asked[0]).lora.max_norm == 0
 
 
 def test_a_huber_loss_needs_another_schedule_than_the_default(folder):
