@@ -175,7 +175,7 @@ TABLE: tuple[Row, ...] = (
     *rows("network_module", str, to="lora.targets"),
     *rows("network_args", str, to="lora.targets, lora.ranks, lora.plus_ratio, lora.rank_dropout", many=True),
     *rows("network_dim", int, to="lora.rank"),
-    *rows("dim_from_weights", FLAG, to="lora.rank"),
+    *rows("dim_from_weights", FLAG, to="lora.from_lora"),
     *rows("network_alpha", float, 1, to="lora.alpha"),
     *rows("network_dropout", float, to="lora.inner_dropout"),
     *rows("scale_weight_norms", float, to="lora.max_norm"),
