@@ -179,8 +179,13 @@ def test_variants_of_lora_become_settings(folder):
         (["--lr_warmup_steps", "8"], "use constant_with_warmup"),
         (["--optimizer_type", "Adafactor"], "add relative_step=False"),
         (["--lr_scheduler", "piecewise_constant"], "is not read"),
+        (["--lr_scheduler", "wsd"], "wsd is not read; use one of constant, "),
+        (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.2", "--max_train_steps=0"], "do not fit"),
         (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=9", "--max_train_epochs=2"], "as shares of all"),
-        (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.9", "--lr_warmup_steps=0.2"], "more than all"),
+        (
+            ["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.9", "--lr_warmup_steps=0.2"],
+            "do not fit into all steps",
+        ),
         (["--dim_from_weights"], "needs --network_weights"),
         (
             ["--dim_from_weights", "--network_weights=models/ae.safetensors", "--network_args", "img_attn_dim=4"],

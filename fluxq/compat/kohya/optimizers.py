@@ -95,12 +95,11 @@ def read_schedule(setup: Setup) -> None:
         return
     if decay and name != "warmup_stable_decay":
         setup.note("lr_decay_steps", "it has no effect, since it is for warmup_stable_decay, as in sd-scripts")
-    kinds = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine"}
+    kinds = {kind: kind for kind in ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")}
+    kinds |= {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine"}
     kinds |= {"warmup_stable_decay": "wsd" if decay else "constant"}
-    ours = kinds.get(name, name)
-    if ours not in ("constant", "linear", "cosine", "polynomial", "inverse_sqrt", "wsd"):
-        known = "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial"
-        setup.refuse("lr_scheduler", f"{name} is not read; use one of {known}, warmup_stable_decay, inverse_sqrt")
+    if (ours := kinds.get(name)) is None:
+        setup.refuse("lr_scheduler", f"{name} is not read; use one of {', '.join(kinds)}")
         return
     if name == "constant" and warmup:
         setup.refuse("lr_warmup_steps", "--lr_scheduler constant takes none; use constant_with_warmup")
@@ -114,11 +113,8 @@ def read_schedule(setup: Setup) -> None:
         if options["lr_scheduler_num_cycles"] != 1:
             setup.refuse("lr_scheduler_num_cycles", "cosine_with_min_lr is read with one cycle only")
     elif ours == "wsd":
-        setup.set(
-            "training",
-            schedule_decay=_decay(setup, warmup, decay),
-            schedule_floor=options["lr_scheduler_min_lr_ratio"],
-        )
+        setup.set("training", schedule_decay=_decay(setup, warmup, decay))
+        setup.set("training", schedule_floor=options["lr_scheduler_min_lr_ratio"])
         setup.note("lr_scheduler", "the learning rate falls along a line at the end; in sd-scripts along a cosine")
         if options["lr_scheduler_num_cycles"] != 1:
             setup.refuse("lr_scheduler_num_cycles", "warmup_stable_decay is read with one cycle only")
@@ -132,7 +128,7 @@ def _decay(setup: Setup, warmup: float, decay: float) -> float | None:
         setup.refuse("lr_decay_steps", "with --max_train_epochs, give it and --lr_warmup_steps as shares of all steps")
         return None
     falls, rises = (part * steps if part < 1 else part for part in (decay, warmup))
-    if falls + rises > steps:
-        setup.refuse("lr_decay_steps", "it and --lr_warmup_steps are more than all steps")
+    if rises >= steps or falls + rises > steps:
+        setup.refuse("lr_decay_steps", "it and --lr_warmup_steps do not fit into all steps")
         return None
     return falls / (steps - rises)
