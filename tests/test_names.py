@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from fluxq.cli.main import main
 from fluxq.cli.options import unknown_option
+from fluxq.compat.kohya.table import BY_NAME
 from fluxq.config import TrainConfig, config_from_dict, keys, own_names, to_toml
 from fluxq.errors import WrongRequest
 from fluxq.names import TRAINERS, meaning, table, trainer_of
@@ -40,6 +41,25 @@ def test_every_row_leads_to_a_setting_an_option_or_a_reason():
             assert row.here in ("not for FLUX.1", "not needed", "not supported") and row.note, row
         assert any(row.names) and len(row.names) == len(TRAINERS)
     assert len({name for row in table() for names in row.names for name in names}) >= 400
+
+
+NEAREST = {
+    *("min_timestep", "max_timestep"),  # have no effect on FLUX.1 in sd-scripts
+    *("lowram", "highvram", "gradient_checkpointing", "cpu_offload_checkpointing"),  # fluxq chooses
+    *("resume", "initial_epoch", "initial_step", "skip_until_initial_step"),  # of other runs than fluxq's
+    "lr_scheduler_type",  # a class in sd-scripts
+    *("network_train_unet_only", "network_module", "caption_extension", "enable_bucket"),  # count only in fluxq kohya
+    *("config_file", "dataset_config"),  # files of sd-scripts
+}
+"""Names that a file of fluxq leads to the nearest setting, or calls not needed, and fluxq kohya reads otherwise."""
+
+
+def test_names_of_sd_scripts_mean_what_fluxq_kohya_makes_of_them():
+    for row in table():
+        for option in (BY_NAME[name] for name in row.names[0] if name in BY_NAME and name not in NEAREST):
+            read = [key for key in option.to.split(", ") if "." in key]
+            assert row.exists == bool(option.to), option
+            assert not read or any(f"{row.here}.".startswith(f"{key}.") for key in read), option
 
 
 @pytest.mark.parametrize("trainer", range(len(TRAINERS)), ids=TRAINERS)

@@ -211,7 +211,7 @@ def test_an_existing_run_is_never_replaced_silently(tmp_path, photos):
     train(config)
     before = (tmp_path / "run" / "test.safetensors").read_bytes()
     with pytest.raises(
-        WrongRequest, match="already has a run .*; continue it with --resume .*, replace it with --overw"
+        WrongRequest, match="already has a run .*; continue it with fluxq train --resume .*, replace it with --overw"
     ):
         train(config)
     assert (tmp_path / "run" / "test.safetensors").read_bytes() == before

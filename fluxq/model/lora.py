@@ -59,12 +59,13 @@ class Adapted:
 
         Raises WrongRequest for malformed expressions, for any that match no layer, and if no layer is left.
         """
+        paths = list(paths)
         chosen = self._in_blocks(targeted(paths, self.targets))
         ranks, alphas = dict.fromkeys(chosen, self.rank), dict[str, float]()
         for layers, rank in map(_assigned, self.ranks):
-            ranks |= dict.fromkeys(targeted(chosen, layers), int(rank))
+            ranks |= dict.fromkeys(_among(chosen, paths, layers, "lora.ranks"), int(rank))
         for layers, alpha in map(_assigned, self.alphas):
-            alphas |= dict.fromkeys(targeted(chosen, layers), alpha)
+            alphas |= dict.fromkeys(_among(chosen, paths, layers, "lora.alphas"), alpha)
         sizes = {path: self.size(rank, alphas.get(path)) for path, rank in ranks.items() if rank}
         if not sizes:
             raise WrongRequest("no layer is left to train: lora.ranks gives each of them rank 0")
@@ -98,6 +99,14 @@ def _assigned(text: str) -> tuple[str, float]:
     return layers, float(number)
 
 
+def _among(chosen: Sequence[str], paths: Sequence[str], layers: str, key: str) -> list[str]:
+    """Those of `chosen` that `layers`, of the setting `key`, match; some of all `paths` are not chosen."""
+    matched = set(targeted(paths, layers, f"{key}:"))
+    if not (found := [path for path in chosen if path in matched]):
+        raise WrongRequest(f"{key}: {layers} is not among lora.targets, or not in the blocks that are chosen")
+    return found
+
+
 def add_lora(
     model: nn.Module,
     rank: int,
@@ -124,8 +133,8 @@ def add_adapted(model: nn.Module, adapted: Adapted, generator: torch.Generator |
     return {path: layers[path] for path in sizes}
 
 
-def targeted(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
-    """The `paths` that `targets` match, in their order; targets and errors as in `add_lora`."""
+def targeted(paths: Iterable[str], targets: str | Sequence[str], what: str = "the target") -> list[str]:
+    """The `paths` that `targets` match, in their order; as in `add_lora`, but `what` is how an error begins."""
     if not targets:
         raise WrongRequest(f"no targets were given for the LoRA; presets: {', '.join(TARGETS)}")
     paths, chosen = list(paths), set()
@@ -134,11 +143,9 @@ def targeted(paths: Iterable[str], targets: str | Sequence[str]) -> list[str]:
         try:
             matched = {path for path in paths if re.fullmatch(expression, path)}
         except re.error as error:
-            raise WrongRequest(f"the target {name!r} is not a regular expression: {error}") from error
+            raise WrongRequest(f"{what} {name!r} is not a regular expression: {error}") from error
         if not matched:
-            raise WrongRequest(
-                f"the target {name!r} matches no layer; presets: {', '.join(TARGETS)}, a path is {paths[0]}"
-            )
+            raise WrongRequest(f"{what} {name!r} matches no layer; presets: {', '.join(TARGETS)}, a path is {paths[0]}")
         chosen |= matched
     return [path for path in paths if path in chosen]
 

@@ -151,8 +151,8 @@ class Run:
             self.changes = self._changes(self._settings_so_far(), accepts_data)
         elif not overwrite and (present := [path for path in self._results() if path.exists()]):
             raise WrongRequest(
-                f"{self.folder} already has a run ({present[0].name}); continue it with --resume {self.folder}, "
-                "replace it with --overwrite, or choose another --out"
+                f"{self.folder} already has a run ({present[0].name}); continue it with fluxq train --resume "
+                f"{self.folder}, replace it with --overwrite, or choose another folder for the run"
             )
 
     def begin(self, resume: bool) -> None:

@@ -27,6 +27,7 @@ from fluxq.model.lora import targeted
 from fluxq.models import Models
 from fluxq.training.asked import refuse_without_effect
 from fluxq.training.defaults import epoch_of
+from fluxq.training.libraries import Library
 
 DOCS = Path(__file__).parent.parent.parent / "docs" / "kohya.md"
 NETWORK = ["--network_module=networks.lora_flux", "--network_train_unet_only"]
@@ -152,11 +153,14 @@ def test_layers_have_the_ranks_of_their_types_and_names_and_one_alpha(folder, ar
 
 def test_variants_of_lora_become_settings(folder):
     lora = config(
-        "--scale_weight_norms=1.5", "--network_args", "rank_dropout=0.1", "module_dropout=0.2", "loraplus_lr_ratio=4"
+        *["--scale_weight_norms=1.5", "--network_dropout=0.3"],
+        *["--network_args", "rank_dropout=0.1", "module_dropout=0.2", "loraplus_lr_ratio=4"],
     ).lora
+    assert lora.inner_dropout == 0.3
     assert (lora.max_norm, lora.rank_dropout, lora.module_dropout, lora.plus_ratio) == (1.5, 0.1, 0.2, 4)
     different = ["--network_args", "loraplus_lr_ratio=4", "loraplus_unet_lr_ratio=8"]
     assert config(*different).lora.plus_ratio == 8
+    assert config("--network_args", "loraplus_unet_lr_ratio=0").lora.plus_ratio == 1
     both = read_options(read_command([*MODELS, *DATA, NETWORK[0], *different]))
     assert "have one ratio" in both.refused
 
@@ -173,15 +177,27 @@ def test_variants_of_lora_become_settings(folder):
         (["--network_args", "train_blocks=double", "train_double_block_indices=none"], "no layer is left"),
         (["--network_module", "lycoris.kohya"], "lycoris.kohya is not read"),
         (["--model_type", "chroma"], "Chroma"),
-        (["--network_dropout", "0.1"], "dropout"),
         (["--use_8bit_adam", "--optimizer_type", "Lion"], "it contradicts --optimizer_type Lion"),
         (["--blocks_to_swap", "8", "--cpu_offload_checkpointing"], "it contradicts --blocks_to_swap"),
         (["--save_every_n_steps", "8", "--save_every_n_epochs", "1"], "keep one of them"),
         (["--lr_warmup_steps", "8"], "use constant_with_warmup"),
         (["--optimizer_type", "Adafactor"], "add relative_step=False"),
         (["--lr_scheduler", "piecewise_constant"], "is not read"),
+        (["--lr_scheduler", "wsd"], "wsd is not read; use one of constant, "),
+        (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.2", "--max_train_steps=0"], "do not fit"),
+        (["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=9", "--max_train_epochs=2"], "as shares of all"),
+        (
+            ["--lr_scheduler=warmup_stable_decay", "--lr_decay_steps=0.9", "--lr_warmup_steps=0.2"],
+            "do not fit into all steps",
+        ),
         (["--dim_from_weights"], "needs --network_weights"),
+        (
+            ["--dim_from_weights", "--network_weights=models/ae.safetensors", "--network_args", "img_attn_dim=4"],
+            "not read with --dim_from_weights",
+        ),
+        (["--network_args", "loraplus_lr_ratio=0"], "a ratio of 0"),
         (["--base_weights_multiplier", "1"], "more of them"),
+        (["--optimizer_type=prodigy", "--network_args", "loraplus_lr_ratio=16"], "two learning rates"),
         (["--caption_extension", ".cap"], "not .cap"),
         (["--secondary_separator", ";"], "second separator"),
     ],
@@ -190,6 +206,13 @@ def test_what_cannot_be_done_is_refused_with_the_reason(folder, argv, said):
     found = read(*argv)
     assert found.config is None and said in found.refused
     assert any(line.startswith("refused: --") and said in line for line in found.lines)
+
+
+def test_the_largest_norm_contradicts_an_optimizer_that_averages(folder, monkeypatch):
+    monkeypatch.setattr(Library, "averages", lambda self: True)
+    asked = ["--optimizer_type=AdamWScheduleFree", "--scale_weight_norms=1"]
+    assert "averages the weights itself; leave lora.max_norm out" in read(*asked).refused
+    assert config(asked[0]).lora.max_norm == 0
 
 
 def test_a_huber_loss_needs_another_schedule_than_the_default(folder):
@@ -226,11 +249,14 @@ def test_clip_trains_unless_it_is_told_not_to(folder):
         (["--optimizer_type=SGDNesterov"], ("torch.optim.SGD", 0.0, ("nesterov=True", "momentum=0.9"))),
         (["--optimizer_type=pytorch_optimizer.CAME"], ("pytorch_optimizer.CAME", 0.0, ())),
         (["--optimizer_type=NAdam"], ("torch.optim.NAdam", 0.0, ())),
+        (["--optimizer_type=AdamWScheduleFree", "--lr_scheduler=cosine"], ("schedulefree.AdamWScheduleFree", 0.0, ())),
+        (["--optimizer_type=RAdamScheduleFree"], ("schedulefree.RAdamScheduleFree", 0.0, ())),
     ],
 )  # fmt: skip
 def test_optimizers_are_those_of_the_same_library(folder, argv, ours):
     training = config(*argv).training
     assert (training.optimizer, training.weight_decay, training.optimizer_args) == ours
+    assert training.schedule == "constant"
 
 
 @pytest.mark.parametrize(
@@ -240,6 +266,19 @@ def test_optimizers_are_those_of_the_same_library(folder, argv, ours):
         (["polynomial"], {"schedule": "polynomial", "schedule_power": 1.0}),
         (["cosine_with_min_lr", "--lr_scheduler_min_lr_ratio=0.1"], {"schedule": "cosine", "schedule_floor": 0.1}),
         (["linear", "--lr_warmup_steps=10%"], {"schedule": "linear", "warmup": 0.1}),
+        (["warmup_stable_decay", "--lr_warmup_steps=3"], {"schedule": "constant", "warmup": 3}),
+        (
+            ["warmup_stable_decay", "--lr_decay_steps=0.2", "--lr_warmup_steps=0.2", "--lr_scheduler_min_lr_ratio=0.1"],
+            {"schedule": "wsd", "schedule_decay": 0.25, "warmup": 0.2, "schedule_floor": 0.1},
+        ),
+        (
+            ["warmup_stable_decay", "--lr_decay_steps=20", "--lr_warmup_steps=60%", "--max_train_steps=100"],
+            {"schedule": "wsd", "schedule_decay": 0.5, "warmup": 0.6},
+        ),
+        (
+            ["warmup_stable_decay", "--lr_decay_steps=0.2", "--max_train_epochs=2"],
+            {"schedule": "wsd", "schedule_decay": 0.2},
+        ),
     ],
 )
 def test_schedules_are_the_same_curves(folder, argv, ours):
@@ -292,6 +331,24 @@ def test_datasets_become_folders(folder):
     )
     (only,) = config("--masked_loss").data.folders
     assert only.masks == "masks"
+
+
+def test_a_share_of_the_images_is_held_out(folder):
+    asked = ["--validation_split=0.1", "--validate_every_n_steps=50"]
+    found = read(*asked, "--validation_seed=3")
+    assert (found.config.data.validation_split, found.config.training.validate_every) == (0.1, 50)
+    assert any("not by --validation_seed" in line for line in found.lines)
+    assert config(asked[1]).training.validate_every is None
+    for argv, said in (
+        (["--validation_split=0.6"], "0 to 0.5"),
+        ([asked[0], "--validate_every_n_epochs=1"], "times the"),
+    ):
+        assert said in read(*argv).refused
+    text = (folder / "d.toml").read_text()
+    (folder / "d.toml").write_text(text.replace("resolution", "validation_split = 0.2\nresolution"))
+    assert config(asked[0]).data.validation_split == 0.2
+    (folder / "d.toml").write_text((folder / "d.toml").read_text() + text)
+    assert "one share of all" in read(asked[0]).refused
 
 
 SIZES = [(96, 96), (96, 128), (200, 100), (64, 300), (97, 131), (500, 500), (40, 40)]
@@ -393,8 +450,8 @@ def test_lint_only_reports(folder):
     good = invoke("--lint", *MODELS, *DATA, *NETWORK, "--sdpa", "--max_train_steps", "5")
     assert good.exit_code == 0 and "--sdpa ignored: attention" in good.stdout
     assert "--max_train_steps 5 becomes training.steps = 5" in good.stdout
-    bad = invoke("--lint", *MODELS, *DATA, *NETWORK, "--network_dropout=0.1")
-    assert bad.exit_code == 2 and "refused: --network_dropout" in bad.stdout
+    bad = invoke("--lint", *MODELS, *DATA, *NETWORK, "--network_train_text_encoder_only")
+    assert bad.exit_code == 2 and "refused: --network_train_text_encoder_only" in bad.stdout
     assert invoke().exit_code == invoke("--sdp_a").exit_code == 2
     assert not (folder / "out").exists()
 

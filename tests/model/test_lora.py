@@ -61,8 +61,11 @@ def test_blocks_are_chosen_by_number_and_what_is_outside_blocks_stays():
         ({"double_blocks": "3-19"}, "no layer of double block 19 is a target; the blocks that have some are 0 to 18"),
         ({"double_blocks": "none", "single_blocks": "none"}, "no layer is left to train"),
         ({"ranks": (".*=0",)}, "no layer is left to train: lora.ranks gives each of them rank 0"),
-        ({"ranks": ("modulation=4",)}, "the target 'modulation' matches no layer"),
-        ({"alphas": ("[=4",)}, r"the target '\[' is not a regular expression"),
+        ({"ranks": ("modulation=4",)}, "lora.ranks: modulation is not among lora.targets"),
+        ({"alphas": ("mlp=4",), "targets": "attention"}, "lora.alphas: mlp is not among lora.targets"),
+        ({"alphas": ("double=4",), "double_blocks": "none"}, "lora.alphas: double is .* or not in the blocks"),
+        ({"ranks": ("mpl=4",)}, "lora.ranks: 'mpl' matches no layer; presets: attention, "),
+        ({"alphas": ("[=4",)}, r"lora.alphas: '\[' is not a regular expression"),
     ],
 )
 def test_what_chooses_no_layer_is_refused(changes, sentence):

@@ -21,7 +21,6 @@ REFUSED = {
     "token_warmup_step": "fluxq does not add tags step by step",
     "resize_interpolation": "fluxq resizes as sd-scripts does by default",
     "custom_attributes": "differential output preservation is not read",
-    "validation_split": "fluxq holds no part of a folder out; name a folder of held-out images with data.validation",
 }
 """Keys of subsets."""
 
@@ -47,6 +46,7 @@ def read_folders(setup: Setup) -> None:
     if not any(dataset["subsets"] for dataset in datasets):
         raise WrongRequest("no folder of images was given; name them with --dataset_config or --train_data_dir")
     _read_buckets(setup, datasets)
+    _read_validation(setup, datasets)
     folders = []
     for dataset in datasets:
         seen: set[str] = set()
@@ -92,6 +92,28 @@ def _read_buckets(setup: Setup, datasets: list[dict[str, Any]]) -> None:
         setup.note("enable_bucket", "without it all images are cut to one shape; with it, they keep their own")
     else:
         setup.refuse("enable_bucket", "without it only one square resolution is read; add it, or enable_bucket = true")
+
+
+def _read_validation(setup: Setup, datasets: list[dict[str, Any]]) -> None:
+    """Set data.validation_split and training.validate_every."""
+    steps, epochs = setup.options["validate_every_n_steps"], setup.options["validate_every_n_epochs"]
+    shares = {float(dataset["params"]["validation_split"]) for dataset in datasets if dataset["subsets"]}
+    share = max(shares)
+    if len(shares) > 1:
+        setup.refuse("validation_split", "datasets must have the same: fluxq holds one share of all images out")
+    elif not 0 <= share <= 0.5:
+        setup.refuse("validation_split", f"it must be from 0 to 0.5, not {share:g}")
+    elif share:
+        setup.set("data", validation_split=share)
+        setup.set("training", validate_every=steps)
+        setup.note("validation_split", "the images are chosen by what is in them, not by --validation_seed")
+        if epochs and not steps:
+            setup.refuse(
+                "validate_every_n_epochs", "give --validate_every_n_steps: epochs, times the steps of an epoch"
+            )
+    elif steps or epochs:
+        name = "validate_every_n_steps" if steps else "validate_every_n_epochs"
+        setup.note(name, "it has no effect without --validation_split, as in sd-scripts")
 
 
 def _folder(setup: Setup, dataset: Mapping[str, Any], subset: Mapping[str, Any]) -> dict[str, Any]:

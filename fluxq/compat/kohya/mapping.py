@@ -10,6 +10,7 @@ from typing import Any
 
 from fluxq.config import TrainConfig, config_from_dict
 from fluxq.errors import WrongRequest
+from fluxq.training.defaults import check_variants
 from fluxq.training.losses import HUBER
 from fluxq.training.timesteps import SHIFTED, SIGMOIDS
 
@@ -67,6 +68,11 @@ def read_options(options: Mapping[str, Any], places: Sequence[tuple[str, str]] =
     if setup.missing:
         refused.append(f"not on this machine: {', '.join(setup.missing)}; --map OLD=NEW replaces how paths begin")
     config = None if refused else config_from_dict(setup.values, "sd-scripts' options")
+    if config:
+        try:
+            check_variants(config.lora, config.training)
+        except WrongRequest as error:
+            config, refused = None, [f"--optimizer_type: {error}"]
     return Read(config, [*lint(options, setup), *(f"refused: {text}" for text in refused)], "; ".join(refused))
 
 

@@ -41,7 +41,7 @@ REFUSED = {
 
 
 def read_network(setup: Setup) -> None:
-    """Set lora.targets, rank, alpha, ranks, alphas, rank_dropout, module_dropout, plus_ratio and max_norm."""
+    """Set lora.targets, rank, alpha, ranks, alphas, dropouts, plus_ratio and max_norm."""
     options, module = setup.options, setup.options["network_module"]
     if module == PRINTED:
         setup.note(
@@ -65,7 +65,7 @@ def read_network(setup: Setup) -> None:
     alpha = None if takes_file else float(options["network_alpha"] or 0) or float(rank or 0)
     for name in ("rank_dropout", "module_dropout"):
         setup.set("lora", **{name: _number(setup, name, arguments.pop(name, None))})
-    setup.set("lora", max_norm=options["scale_weight_norms"])
+    setup.set("lora", inner_dropout=options["network_dropout"], max_norm=options["scale_weight_norms"])
     names = ("loraplus_lr_ratio", "loraplus_unet_lr_ratio", "loraplus_text_encoder_lr_ratio")
     both, *own = (_number(setup, name, arguments.pop(name, None)) for name in names)
     of_flux, of_clip = (ratio or both for ratio in own)
@@ -73,11 +73,19 @@ def read_network(setup: Setup) -> None:
         setup.refuse(
             "network_args", "loraplus: CLIP-L and the transformer have one ratio; add --network_train_unet_only"
         )
+    if of_flux == 0:
+        setup.refuse(
+            "network_args", "loraplus: a ratio of 0 leaves each lora_up at 0, so nothing is learned; leave it out"
+        )
     setup.set("lora", plus_ratio=of_flux)
     ranks: list[str] = []
     targets = _targets(setup, arguments, rank, ranks)
     setup.set("lora", rank=rank, alpha=alpha, targets=targets, ranks=ranks)
-    if ranks:
+    if ranks and takes_file:
+        setup.refuse(
+            "network_args", "ranks of types, inputs and names are not read with --dim_from_weights; leave one out"
+        )
+    elif ranks:
         setup.set("lora", alphas=[f".*={alpha}"])  # every rank has the same alpha, as there
     if takes_file and not options["network_weights"]:
         setup.refuse("dim_from_weights", "it needs --network_weights")

@@ -21,6 +21,10 @@ OPTIMIZERS: dict[str, tuple[str, float, dict[str, Any]]] = {
     "pagedademamix8bit": ("bitsandbytes.optim.PagedAdEMAMix8bit", 0.01, {}),
     "sgdnesterov": ("torch.optim.SGD", 0.0, {"nesterov": True, "momentum": 0.9}),
     "sgdnesterov8bit": ("bitsandbytes.optim.SGD8bit", 0.0, {"nesterov": True, "momentum": 0.9}),
+    **{
+        f"{kind}ScheduleFree".lower(): (f"schedulefree.{kind}ScheduleFree", 0.0, {})
+        for kind in ("AdamW", "RAdam", "SGD")
+    },
     "adafactor": ("adafactor", 0.0, {"scale_parameter": True}),
     "dadaptation": ("dadaptation.experimental.DAdaptAdamPreprint", 0.0, {}),
     "dadaptadampreprint": ("dadaptation.experimental.DAdaptAdamPreprint", 0.0, {}),
@@ -58,8 +62,6 @@ def read_optimizer(setup: Setup) -> None:
     ours, decay, fixed = OPTIMIZERS.get(kind, (path, 0.0, {}))
     if kind not in OPTIMIZERS and "weight_decay" not in arguments:
         setup.note("optimizer_type", f"{ours} gets a weight decay of 0; --optimizer_args weight_decay=X sets another")
-    if kind.endswith("schedulefree"):
-        setup.refuse("optimizer_type", "optimizers without a schedule are not read; use AdamW8bit or Prodigy")
     if kind == "adafactor":
         if arguments.pop("relative_step", True) or arguments.pop("warmup_init", False):
             setup.refuse(
@@ -86,15 +88,22 @@ def read_optimizer(setup: Setup) -> None:
 def read_schedule(setup: Setup) -> None:
     """Set training.schedule and what it needs."""
     options, name = setup.options, setup.options["lr_scheduler"]
-    kinds = {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine"}
-    ours = kinds.get(name, name)
-    if ours not in ("constant", "linear", "cosine", "polynomial", "inverse_sqrt"):
-        known = "constant, constant_with_warmup, linear, cosine, cosine_with_restarts, cosine_with_min_lr, polynomial"
-        setup.refuse("lr_scheduler", f"{name} is not read; use one of {known}, inverse_sqrt")
+    warmup, decay = float(options["lr_warmup_steps"]), float(options["lr_decay_steps"])
+    if (options["optimizer_type"] or "").lower().endswith("schedulefree"):
+        if name != "constant" or warmup:
+            setup.note("lr_scheduler", "it has no effect with an optimizer without a schedule, as in sd-scripts")
         return
-    if name == "constant" and options["lr_warmup_steps"]:
+    if decay and name != "warmup_stable_decay":
+        setup.note("lr_decay_steps", "it has no effect, since it is for warmup_stable_decay, as in sd-scripts")
+    kinds = {kind: kind for kind in ("constant", "linear", "cosine", "polynomial", "inverse_sqrt")}
+    kinds |= {"constant_with_warmup": "constant", "cosine_with_restarts": "cosine", "cosine_with_min_lr": "cosine"}
+    kinds |= {"warmup_stable_decay": "wsd" if decay else "constant"}
+    if (ours := kinds.get(name)) is None:
+        setup.refuse("lr_scheduler", f"{name} is not read; use one of {', '.join(kinds)}")
+        return
+    if name == "constant" and warmup:
         setup.refuse("lr_warmup_steps", "--lr_scheduler constant takes none; use constant_with_warmup")
-    setup.set("training", schedule=ours, warmup=float(options["lr_warmup_steps"]))
+    setup.set("training", schedule=ours, warmup=warmup)
     if name == "cosine_with_restarts":
         setup.set("training", schedule_cycles=options["lr_scheduler_num_cycles"])
     elif name == "polynomial":
@@ -103,3 +112,23 @@ def read_schedule(setup: Setup) -> None:
         setup.set("training", schedule_floor=options["lr_scheduler_min_lr_ratio"])
         if options["lr_scheduler_num_cycles"] != 1:
             setup.refuse("lr_scheduler_num_cycles", "cosine_with_min_lr is read with one cycle only")
+    elif ours == "wsd":
+        setup.set("training", schedule_decay=_decay(setup, warmup, decay))
+        setup.set("training", schedule_floor=options["lr_scheduler_min_lr_ratio"])
+        setup.note("lr_scheduler", "the learning rate falls along a line at the end; in sd-scripts along a cosine")
+        if options["lr_scheduler_num_cycles"] != 1:
+            setup.refuse("lr_scheduler_num_cycles", "warmup_stable_decay is read with one cycle only")
+
+
+def _decay(setup: Setup, warmup: float, decay: float) -> float | None:
+    """`decay`, steps or below 1 a share of all steps, as a share of the steps after the warm-up."""
+    by_epochs = setup.options["max_train_epochs"] is not None
+    steps = 1 if by_epochs else setup.options["max_train_steps"]
+    if by_epochs and max(warmup, decay) >= 1:
+        setup.refuse("lr_decay_steps", "with --max_train_epochs, give it and --lr_warmup_steps as shares of all steps")
+        return None
+    falls, rises = (part * steps if part < 1 else part for part in (decay, warmup))
+    if rises >= steps or falls + rises > steps:
+        setup.refuse("lr_decay_steps", "it and --lr_warmup_steps do not fit into all steps")
+        return None
+    return falls / (steps - rises)

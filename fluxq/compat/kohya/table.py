@@ -58,12 +58,10 @@ KERNELS = "fluxq has kernels of its own"
 VAE = "images are encoded in bf16, in bands that fit"
 CACHED = "images and captions are always encoded ahead and kept"
 WORKERS = "nothing is decoded while training, so no workers are needed"
-DROPOUT = "it drops numbers between lora_down and lora_up; fluxq drops ranks (--network_args rank_dropout) or inputs"
 ONLY_TEXT = "fluxq trains CLIP-L only together with the transformer"
 COMMENT = "other programs need what a LoRA says of itself"
 THUMBNAIL = "no picture is put into the file"
 CUSTOM = "fluxq has no schedules of other packages"
-DECAY = "it is for warmup_stable_decay, which fluxq does not read"
 TIMESCALE = "fluxq's inverse_sqrt has the warm-up's steps as its time scale"
 INITIAL = "a run goes on where it stopped, with fluxq train --resume"
 SAFE = "fluxq writes only safetensors"
@@ -75,8 +73,8 @@ UPLOAD = "fluxq uploads nothing"
 UPLOADS = "it is for uploads, and fluxq uploads nothing"
 FIRST = "previews begin after some steps; fluxq sample shows what the model draws without a LoRA"
 LOGS = "the losses are in log.jsonl and loss.png of the run"
-HELD_OUT = "fluxq holds no part of a folder out; name a folder of held-out images with data.validation"
-UNUSED_HELD_OUT = "it is for --validation_split"
+BY_CONTENT = "the images to hold out are chosen by what is in them, not by a seed"
+ALL_HELD_OUT = "every held-out image is measured"
 SECONDARY = "fluxq has no second separator of tags"
 FACES = "fluxq does not crop around faces"
 TOKEN_WARMUP = "fluxq does not add tags step by step"
@@ -177,9 +175,9 @@ TABLE: tuple[Row, ...] = (
     *rows("network_module", str, to="lora.targets"),
     *rows("network_args", str, to="lora.targets, lora.ranks, lora.plus_ratio, lora.rank_dropout", many=True),
     *rows("network_dim", int, to="lora.rank"),
-    *rows("dim_from_weights", FLAG, to="lora.rank"),
+    *rows("dim_from_weights", FLAG, to="lora.from_lora"),
     *rows("network_alpha", float, 1, to="lora.alpha"),
-    *rows("network_dropout", float, refused=DROPOUT),
+    *rows("network_dropout", float, to="lora.inner_dropout"),
     *rows("scale_weight_norms", float, to="lora.max_norm"),
     *rows("network_train_unet_only", FLAG, to="lora.text_encoder"),
     *rows("network_train_text_encoder_only", FLAG, refused=ONLY_TEXT),
@@ -208,7 +206,7 @@ TABLE: tuple[Row, ...] = (
     *rows("lr_scheduler_type", str, "", refused=CUSTOM),
     *rows("lr_scheduler_args", str, refused=CUSTOM, many=True),
     *rows("lr_warmup_steps", steps_or_share, 0, to="training.warmup"),
-    *rows("lr_decay_steps", steps_or_share, 0, ignored=DECAY),
+    *rows("lr_decay_steps", steps_or_share, 0, to="training.schedule_decay"),
     *rows("lr_scheduler_num_cycles", int, 1, to="training.schedule_cycles"),
     *rows("lr_scheduler_power", float, 1, to="training.schedule_power"),
     *rows("lr_scheduler_timescale", int, refused=TIMESCALE),
@@ -251,12 +249,10 @@ TABLE: tuple[Row, ...] = (
     *rows("log_with", str, ignored=LOGS, choices="tensorboard wandb all"),
     *rows("log_config console_log_simple", FLAG, ignored=LOGS),
     *rows("console_log_level", str, ignored=LOGS, choices="DEBUG INFO WARNING ERROR CRITICAL"),
-    *rows("validation_split", float, 0.0, refused=HELD_OUT),
-    *rows(
-        "validation_seed validate_every_n_steps validate_every_n_epochs max_validation_steps",
-        int,
-        ignored=UNUSED_HELD_OUT,
-    ),
+    *rows("validation_split", float, 0.0, to="data.validation_split"),
+    *rows("validation_seed", int, ignored=BY_CONTENT),
+    *rows("validate_every_n_steps validate_every_n_epochs", int, to="training.validate_every"),
+    *rows("max_validation_steps", int, ignored=ALL_HELD_OUT),
     # Images and captions
     *rows("train_data_dir reg_data_dir in_json", str, to="data.folders"),
     *rows("dataset_config", Path, to="data"),
