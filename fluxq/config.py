@@ -859,7 +859,7 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise WrongRequest(
                 f"{path} is {what}; fluxq kohya takes it as it is, with --config_file or --dataset_config"
             )
-        if "ai-toolkit" in what:
+        if "ai-toolkit" in what or "ComfyUI" in what:
             raise WrongRequest(f"{path} is {what}; fluxq import {path} writes a TOML file with its settings")
         raise WrongRequest(
             f"{path} is {what}; write its settings into a TOML file by fluxq's names, which fluxq settings --names "

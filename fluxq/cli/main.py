@@ -266,8 +266,8 @@ def kohya(context: click.Context, as_json: bool, **given: Any) -> None:
 def import_(context: click.Context, as_json: bool, **given: Any) -> None:
     """Turn a config of another trainer into one of fluxq.
 
-    FILE is a job of ai-toolkit, in YAML or JSON. Each setting that is written has a comment that says where it comes
-    from.
+    FILE is a job of ai-toolkit, in YAML or JSON, or a workflow of ComfyUI-FluxTrainer. Each setting that is written has
+    a comment that says where it comes from.
 
     Example: fluxq import my_lora.yaml --map 'D:\\data=/data'
     """

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from fluxq.compat.ai_toolkit import read_job
+from fluxq.compat.flux_trainer import read_workflow
 from fluxq.compat.kohya.texts import parsed, read_text
 from fluxq.compat.yaml_text import parsed_yaml
 from fluxq.config import own_names
@@ -29,10 +30,14 @@ def import_command(
     text = read_text(file)
     is_json = text.lstrip()[:1] in ("{", "[")
     document = parsed(text, str(file), "json") if is_json else parsed_yaml(text, str(file))
-    if not isinstance(document, dict) or "config" not in document:
-        what = trainer_of(text, own_names())
-        raise WrongRequest(f"{file} is {what or 'no config that fluxq knows'}; fluxq import reads jobs of ai-toolkit")
-    job = read_job(document, [(old, new) for old, _, new in pairs])
+    maps = [(old, new) for old, _, new in pairs]
+    if isinstance(document, dict) and trainer_of(text, own_names()) == "a workflow of ComfyUI":
+        job = read_workflow(document, maps)
+    elif isinstance(document, dict) and "config" in document:
+        job = read_job(document, maps)
+    else:
+        what = trainer_of(text, own_names()) or "no config that fluxq knows"
+        raise WrongRequest(f"{file} is {what}; fluxq import reads jobs of ai-toolkit and workflows of FluxTrainer")
     refused = job.refusals()
     for line in (*job.lines, *(f"refused: {text}" for text in refused)):
         console.print(line)

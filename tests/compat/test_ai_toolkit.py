@@ -257,7 +257,7 @@ def test_paths_of_another_machine_are_mapped_and_hub_ids_stay(folder):
         ("a: 1" + " " * 1_000_000, "characters"),
         ("job: extension\nconfig: {name: a, process: [{type: ti_trainer}]}", "the processes of this job are"),
         ("config: {process: []}", "no config.process"),
-        ("lora_rank: 3\nbase_model_name: a\n", "is a config of OneTrainer; fluxq import reads jobs"),
+        ("lora_rank: 3\nbase_model_name: a\n", "is a config of OneTrainer; fluxq import reads jobs of ai-toolkit"),
         ("config: {process: [{type: sd_trainer, datasets: 3}]}", "has no datasets"),
         ("[]", "is no config that fluxq knows"),
     ],
