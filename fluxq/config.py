@@ -811,7 +811,7 @@ def _typed(value: Any, hint: Any, key: str, source: str, allowed: Mapping[str, A
     if dataclasses.is_dataclass(kind):
         value = {"path": value} if kind is Folder and isinstance(value, str) else value
         return config_from_dict(value, source, kind, f"{key}.")
-    if kind is float and isinstance(value, int) and not isinstance(value, bool):
+    if kind is float and isinstance(value, int) and not isinstance(value, bool) and abs(value) <= sys.float_info.max:
         value = float(value)
     if kind is Path and isinstance(value, str):
         if "\0" in value:
@@ -860,6 +860,8 @@ def read_toml(path: Path) -> dict[str, Any]:
             raise WrongRequest(
                 f"{path} is {what}; fluxq kohya takes it as it is, with --config_file or --dataset_config"
             )
+        if "ai-toolkit" in what or "ComfyUI" in what:
+            raise WrongRequest(f"{path} is {what}; fluxq import {path} writes a TOML file with its settings")
         raise WrongRequest(
             f"{path} is {what}; write its settings into a TOML file by fluxq's names, which fluxq settings --names "
             "lists beside those of other trainers"
@@ -894,19 +896,19 @@ def to_toml(config: TrainConfig) -> str:
     for section in dataclasses.fields(config):
         values = getattr(config, section.name)
         lines.append(f"[{section.name}]")
-        lines += [
-            f"{f.name} = {_toml(v)}" for f in dataclasses.fields(values) if (v := getattr(values, f.name)) is not None
-        ]
+        found = ((f.name, getattr(values, f.name)) for f in dataclasses.fields(values))
+        lines += [f"{name} = {toml_value(value)}" for name, value in found if value is not None]
         lines.append("")
     return "\n".join(lines)
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A value of a field of the config in TOML."""
     if dataclasses.is_dataclass(value):
         fields = sorted(dataclasses.fields(value), key=lambda f: f.default is not dataclasses.MISSING)
         pairs = [(f.name, getattr(value, f.name)) for f in fields]
-        return "{ " + ", ".join(f"{name} = {_toml(v)}" for name, v in pairs if v is not None) + " }"
+        return "{ " + ", ".join(f"{name} = {toml_value(v)}" for name, v in pairs if v is not None) + " }"
     if isinstance(value, tuple):
-        return "[" + ", ".join(map(_toml, value)) + "]"
+        return "[" + ", ".join(map(toml_value, value)) + "]"
     text = json.dumps(str(value) if isinstance(value, Path) else value, ensure_ascii=False)
     return text.replace("\x7f", "\\u007f")  # the only character that JSON does not escape and TOML forbids

@@ -132,7 +132,9 @@ NAMES = """# Coming from another trainer
 
 What sd-scripts (and fluxgym and kohya_ss, which call it), ai-toolkit, OneTrainer, SimpleTuner and diffusers' example
 scripts call the settings of fluxq. All settings are in [settings.md](settings.md). If one of these names is in a config
-file or on the command line, the error says the name here.
+file or on the command line, the error says the name here. [fluxq kohya](kohya.md) takes commands and configs of
+sd-scripts, and [fluxq import](import.md) turns jobs of ai-toolkit and workflows of
+ComfyUI-FluxTrainer into TOML files.
 """
 
 

@@ -178,7 +178,9 @@ def test_a_config_of_another_trainer_is_recognized(file, what, tmp_path):
     path = tmp_path / file[0]
     path.write_text(file[1], encoding="utf-8")
     for arguments in (["train", "--config", str(path)], ["train", str(path)]):
-        then = "fluxq kohya takes it as it is" if "sd-scripts" in what else "write its settings into a TOML file"
+        kinds = {"sd-scripts": "fluxq kohya takes it as it is"}
+        kinds |= dict.fromkeys(("ai-toolkit", "ComfyUI"), f"fluxq import {path} writes a TOML file")
+        then = next((then for name, then in kinds.items() if name in what), "write its settings into a TOML file")
         assert f"error: {path} is a {what}; {then}" in told(*arguments)
 
 

@@ -249,6 +249,36 @@ def kohya(context: click.Context, as_json: bool, **given: Any) -> None:
     context.exit(2 if given["lint"] and isinstance(answer, dict) and answer["refused"] else 0)
 
 
+@main.command("import")
+@click.argument("file", type=Path)
+@click.option("--out", type=Path, metavar="FILE", help="The TOML file to write; default: FILE with .toml.")
+@click.option("--lint", is_flag=True, help="Only say what becomes of each key. The exit code is 2 if one is refused.")
+@click.option(
+    "--map",
+    "places",
+    multiple=True,
+    metavar="OLD=NEW",
+    help="Take paths that begin with OLD for paths that begin with NEW, like D:\\data=/data; may be repeated.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace the TOML file, if there is one.")
+@JSON
+@click.pass_context
+def import_(context: click.Context, as_json: bool, **given: Any) -> None:
+    """Turn a config of another trainer into one of fluxq.
+
+    FILE is a job of ai-toolkit, in YAML or JSON, or a workflow of ComfyUI-FluxTrainer. Each setting that is written has
+    a comment that says where it comes from.
+
+    Example: fluxq import my_lora.yaml --map 'D:\\data=/data'
+    """
+    begin(as_json, computes=False)
+    from fluxq.commands.import_config import import_command
+
+    answer = import_command(**given)
+    finish(answer, as_json)
+    context.exit(2 if answer.get("refused") else 0)
+
+
 @main.command()
 @click.argument("folder", required=False, metavar="[FOLDER]")
 @config_option("training.preset", "What the LoRA teaches, for which it sets what is set in the file.")

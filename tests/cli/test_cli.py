@@ -42,6 +42,7 @@ OPTIONS = {
     "--recursive --json",
     "quantize": "--format --report --overwrite --json",
     "kohya": "--lint --script --write-config --map --overwrite --json",
+    "import": "--out --lint --map --overwrite --json",
     "demo": "--out --format --compute --json",
     "settings": "--schema --names",
     "profile": "--gpu --format --resolution --compute --policy --rank --batch --t5-length --slots --weights --steps "

@@ -28,7 +28,9 @@ REFUSED = {
 def read_folders(setup: Setup) -> None:
     """Set data.folders and what goes with them."""
     options = setup.options
-    if options["dataset_config"]:
+    if isinstance(config := options["dataset_config"], Mapping):
+        pass
+    elif config:
         path = Path(setup.path(str(options["dataset_config"])) or "")
         if not path.exists():
             return

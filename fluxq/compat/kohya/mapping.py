@@ -34,12 +34,17 @@ UNUSUAL = {
 @dataclass(frozen=True)
 class Read:
     """config: fluxq's settings, None if something is refused. lines: what becomes of each option, the lint. refused:
-    the reasons, as one sentence, or "".
+    the reasons, as one sentence, or "". setup: what was read.
     """
 
     config: TrainConfig | None
     lines: list[str]
-    refused: str
+    reasons: list[str]
+    setup: Setup
+
+    @property
+    def refused(self) -> str:
+        return "; ".join(self.reasons)
 
 
 def read_options(options: Mapping[str, Any], places: Sequence[tuple[str, str]] = ()) -> Read:
@@ -73,7 +78,7 @@ def read_options(options: Mapping[str, Any], places: Sequence[tuple[str, str]] =
             check_variants(config.lora, config.training)
         except WrongRequest as error:
             config, refused = None, [f"--optimizer_type: {error}"]
-    return Read(config, [*lint(options, setup), *(f"refused: {text}" for text in refused)], "; ".join(refused))
+    return Read(config, [*lint(options, setup), *(f"refused: {text}" for text in refused)], refused, setup)
 
 
 def _check_type(row: Row, value: Any) -> None:
@@ -81,6 +86,8 @@ def _check_type(row: Row, value: Any) -> None:
     kinds = {int: (int,), float: (int, float), steps_or_share: (int, float), FLAG: (bool,)}.get(row.kind, (str, Path))
     items = value if isinstance(value, list) else [value]
     fits = all(isinstance(v, kinds) and (row.kind is FLAG or not isinstance(v, bool)) for v in items)
+    if row.name == "dataset_config" and isinstance(value, Mapping):
+        return
     is_single = row.name == "text_encoder_lr" and not isinstance(value, list)
     if value is not None and not (fits and (isinstance(value, list) == row.many or is_single)):
         raise WrongRequest(f"--{row.name} cannot be {value!r}; write it as on the command line")

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -42,8 +42,7 @@ class Setup:
                 text = instead + text[len(begins) :].replace("\\", "/")
                 break
         slashed = text.replace("\\", "/")
-        text = slashed if Path(slashed).expanduser().exists() else text
-        text = str(Path(text).expanduser())
-        if not Path(text).exists() and text not in self.missing:
+        text = os.path.expanduser(slashed if os.path.exists(os.path.expanduser(slashed)) else text)
+        if not os.path.exists(text) and text not in self.missing:
             self.missing.append(text)
         return text
