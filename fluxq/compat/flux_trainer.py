@@ -133,10 +133,13 @@ def read_workflow(document: Mapping[str, Any], places: Sequence[tuple[str, str]]
         found.refuse(node.kind, "this node is not read; take it out")
     for reason in (reason for reason in read.reasons if not reason.startswith("not on this")):
         found.refuse(*reason.split(": ", 1))
-    for row in TABLE:
+    for row in sorted(TABLE, key=lambda row: row.name not in origins):  # what a node sets says more than a default
         for key in row.to.split(", "):
-            if row.name in origins or key not in found.sources:
-                found.sources[key] = origins.get(row.name) or f"{row.name}, as FluxTrainer has it by default"
+            found.sources.setdefault(key, origins.get(row.name) or f"{row.name}, as FluxTrainer has it by default")
+    found.sources |= dict.fromkeys(
+        ("data.step", "data.upscale", "data.min_side", "data.max_side"), f"{ADD}, its buckets"
+    )
+    found.sources.setdefault("training.weight_decay", "that of the optimizer, or its default")
     usual, set_here = TrainConfig(), {key for row in TABLE if row.name in origins for key in row.to.split(", ")}
     for section, values in found.values.items():  # what is as usual here and there is left out
         for key in [key for key in values if f"{section}.{key}" not in set_here and key != "folders"]:

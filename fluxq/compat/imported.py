@@ -48,7 +48,7 @@ class Imported(Setup):
         """The settings as TOML that reads back to `config()`, commented; what became nothing is listed at the end."""
         config = self.config()
         lines = [comment(f"From {file}, of {self.program}. Train with: fluxq train --config THIS_FILE"), ""]
-        for section, values in self.values.items():
+        for section, values in ((section, values) for section, values in self.values.items() if values):
             own = getattr(config, section)
             lines.append(f"[{section}]")
             lines += [self._line(f"{section}.{key}", getattr(own, key)) for key in values if key != "folders"]

@@ -91,7 +91,10 @@ def test_nodes_become_settings(form):
     assert (samples.steps, samples.guidance, samples.seed) == (1, 3, 7)
     said = "\n".join(found.lines)
     assert all(f"{kind}." in said or f"{kind} {id}" in said for id, (kind, *_) in NODES.items())
-    assert f"rank = 4  # {INIT}.network_dim: 4" in found.toml("w.json")
+    lines = found.toml("w.json").splitlines()
+    assert f"rank = 4  # {INIT}.network_dim: 4" in lines
+    assert f'timesteps = "shift"  # {INIT}.timestep_sampling: "shift"' in lines
+    assert all("  # " in line for line in lines if " = " in line.partition("#")[0])
 
 
 def test_what_only_passes_on_is_followed_and_bypassed_nodes_do_nothing():
