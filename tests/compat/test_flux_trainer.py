@@ -116,7 +116,6 @@ def test_what_only_passes_on_is_followed_and_bypassed_nodes_do_nothing():
     [
         ("6", {"timestep_samplin": "shift"}, "the node has no such value; did you mean timestep_s"),
         ("6", {"train_text_encoder": "clip_l+T5"}, "train_t5xxl: T5-XXL cannot be trained"),
-        ("5", {"optimizer_type": "adamwschedulefree"}, "--optimizer_type: optimizers without a schedule"),
         ("5", {"lr_scheduler": "adafactor"}, "--lr_scheduler: adafactor is not read"),
         ("11", {"max_shift": 2.0}, "FluxTrainValidationSettings.shift: fluxq samples with"),
         ("3", {"dataset_path": r"D:\zqx"}, r"not on this machine: D:\zqx; --map"),
