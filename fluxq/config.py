@@ -130,8 +130,8 @@ class DataConfig(ImageSettings):
     validation_split: float = option(
         0.0,
         "Hold out this share of the images, 0 to 0.5, and measure their loss during training; chosen by what is in "
-        "them, so that renaming or moving images changes nothing, and adding some hardly anything for the others; 0: "
-        "none.",
+        "them, so that renaming or moving images changes nothing, and adding some holds out none that was trained on; "
+        "0: none.",
         "--validation-split",
         minimum=0,
         maximum=0.5,

@@ -1,14 +1,12 @@
 """Which images are held out for validation: a share of them, chosen by what is in them.
 
-The hash of an image's file is its place between 0 and 1, and places below the share are held out; if these are fewer
-than half as many as the share stands for, the lowest places are. So other images hardly matter, and the names of files
-and folders do not. Images that look alike (looks.py) stay together: the highest of their places counts, so that a copy
-of an image that is trained on never holds it out.
+The hash of an image's file is its place between 0 and 1, and places below the share are held out, or the lowest if none
+is. So the names of files and folders do not matter, and other images that are added hold out none that was trained on.
+Images that look alike (looks.py) stay together: the highest of their places counts, so that neither does a copy.
 """
 
 from __future__ import annotations
 
-import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -45,7 +43,7 @@ def held_out_images(
             f"--validation-split {share:g} leaves nothing: without copies there is only one image; add images, or name "
             "a folder of held-out images (data.validation)"
         )
-    count = max(sum(place < share for place, _ in free), math.ceil(share * len(distinct) / 2))
+    count = max(1, sum(place < share for place, _ in free))
     return set().union(*(group for _, group in free[: min(count, len(distinct) - 1)]))
 
 

@@ -60,6 +60,17 @@ def test_what_looks_alike_is_on_one_side():
     assert not {"000.png", "001.png"} & split({"000.png": far, "001.png": low, "2.png": 5}, copies={"001.png": far})
 
 
+def test_images_that_are_added_hold_out_none_that_was_trained_on():
+    lost = 0
+    for seed in range(60):
+        numbers = {str(i): 1000 * seed + i for i in range(36)}
+        few, more = ({name: numbers[name] for name in [*numbers][:count]} for count in (12, 36))
+        before, after = split(few, 0.1), split(more, 0.1)
+        assert after & few.keys() <= before
+        lost += before > after & few.keys()
+    assert 0 < lost < 20, "the lowest of a few, which stands for none below the share, goes back"
+
+
 def test_images_that_are_all_of_one_color_and_equal_are_on_one_side():
     plain = Look("00" * AREAS, 0.0, 0.0)
     hashes = {Path("a"): hashed(1), Path("b"): hashed(1), Path("c"): hashed(2)}
