@@ -136,8 +136,11 @@ def lines(config: TrainConfig, images: int) -> Iterator[str]:
         return
     for choice in preset.choices:
         section, name = choice.key.split(".")
-        if getattr(getattr(config, section), name) == choice.value:
-            yield f"{name.replace('_', ' ')} {choice.value}: {choice.reason}"
+        own, called = getattr(getattr(config, section), name), name.replace("_", " ")
+        if own == choice.value:
+            yield f"{called} {choice.value}: {choice.reason}"
+        elif own is not None:
+            yield f"{called} {own}: set elsewhere, in place of the {choice.value} of preset {config.training.preset}"
     advice = ""
     if preset.images is not None:
         least, most = preset.images

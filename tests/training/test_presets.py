@@ -92,7 +92,9 @@ def test_the_learning_rate_of_a_preset_is_for_optimizers_like_adamw():
 def test_each_value_is_said_with_its_reason_and_the_advice_on_images():
     config = read("lora.rank=8", training__preset="person")
     said = list(lines(config, 3))
-    assert [line.split(":")[0] for line in said[:-1]] == ["resolution 768", "caption dropout 0", "timesteps shift"]
+    values = ["resolution 768", "caption dropout 0", "rank 8", "timesteps shift"]
+    assert [line.split(":")[0] for line in said[:-1]] == values
+    assert said[2] == "rank 8: set elsewhere, in place of the 16 of preset person"
     assert said[-1] == (
         "preset person: guides advise 10 to 30 images, this run has 3; try the LoRA at a strength of about 0.8"
     )
