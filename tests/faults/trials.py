@@ -167,7 +167,7 @@ def recovered(calm: Calm, command: str) -> tuple[str, list[Outcome]]:
     """The same command, and if it is refused what its message says: --resume, or --overwrite. Returns which it was."""
     ways = {
         "again": (command, ""),
-        "resumed": ("train --resume runs/x", "continue it with --resume runs/x"),
+        "resumed": ("train --resume runs/x", "continue it with fluxq train --resume runs/x"),
         "started over": (f"{command} --overwrite", "start it again with --overwrite"),
     }
     outcomes: list[Outcome] = []
