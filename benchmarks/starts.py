@@ -24,7 +24,7 @@ import torch
 
 from benchmarks.measure import about, write
 from fluxq.caching.batches import held_out_batches
-from fluxq.config import config_from_dict
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.memory.placement import place
 from fluxq.memory.retry import OutOfMemoryRetry

@@ -9,7 +9,8 @@ import math
 from pathlib import Path
 from typing import Any
 
-from fluxq.config import FORMER_KEYS, SECTIONS, TYPE_NAMES
+from fluxq.config import SECTIONS
+from fluxq.config_files import FORMER_KEYS, TYPE_NAMES
 from fluxq.names import TRAINERS, table
 from fluxq.settings import DEFAULTS, Folder, ImageSettings, kind_of, type_hints
 

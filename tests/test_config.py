@@ -9,15 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fluxq.config import (
-    MemoryConfig,
-    ModelConfig,
-    TrainConfig,
-    config_from_dict,
-    read_toml,
-    set_values,
-    to_toml,
-)
+from fluxq.config import MemoryConfig, ModelConfig, TrainConfig
+from fluxq.config_files import config_from_dict, read_toml, set_values, to_toml
 from fluxq.data.examples import check_folder
 from fluxq.errors import WrongRequest
 from fluxq.settings import ImageSettings

@@ -20,7 +20,8 @@ import torch.nn.functional as F
 from helpers import Tensors, randomize, relative_error, tiny_config
 
 from fluxq.caching.store import Text
-from fluxq.config import ModelConfig, config_from_dict
+from fluxq.config import ModelConfig
+from fluxq.config_files import config_from_dict
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.load import load_text_encoders
 from fluxq.formats.quantized import QuantizedFile, load_quantized, write_quantized

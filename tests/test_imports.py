@@ -23,6 +23,7 @@ FLOORS = [  # from the ground up; a room may import itself and everything on a l
     {"formats"},
     {"data"},
     {"config"},
+    {"config_files"},
     {"models", "pages"},
     {"memory", "captioning"},
     {"caching"},

@@ -11,7 +11,8 @@ from click.testing import CliRunner
 from fluxq.cli.main import main
 from fluxq.cli.options import unknown_option
 from fluxq.compat.kohya.table import BY_NAME
-from fluxq.config import TrainConfig, config_from_dict, keys, own_names, to_toml
+from fluxq.config import TrainConfig, keys, own_names
+from fluxq.config_files import config_from_dict, to_toml
 from fluxq.errors import WrongRequest
 from fluxq.names import TRAINERS, meaning, table, trainer_of
 

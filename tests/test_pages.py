@@ -14,7 +14,8 @@ import pytest
 from click.testing import CliRunner
 
 from fluxq.cli.main import main
-from fluxq.config import config_from_dict, keys, read_toml
+from fluxq.config import keys
+from fluxq.config_files import config_from_dict, read_toml
 from fluxq.errors import WrongRequest
 from fluxq.names import table
 from fluxq.pages import json_schema, names_page, settings_page

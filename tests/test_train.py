@@ -26,7 +26,8 @@ from PIL import Image
 
 from fluxq import nano
 from fluxq.cli import main
-from fluxq.config import LoraConfig, TrainingConfig, config_from_dict, read_toml
+from fluxq.config import LoraConfig, TrainingConfig
+from fluxq.config_files import config_from_dict, read_toml
 from fluxq.console import silent
 from fluxq.data import Folder
 from fluxq.data.folders import by_label

@@ -12,7 +12,8 @@ from typing import Any
 
 import click
 
-from fluxq.config import FORMER_KEYS, SECTIONS, TrainConfig, config_from_dict, own_names, read_toml, set_values
+from fluxq.config import SECTIONS, TrainConfig, own_names
+from fluxq.config_files import FORMER_KEYS, config_from_dict, read_toml, set_values
 from fluxq.errors import WrongRequest
 from fluxq.names import meaning, unknown
 from fluxq.settings import kind_of, type_hints

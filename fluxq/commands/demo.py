@@ -19,7 +19,8 @@ import torch
 from PIL import Image
 
 from fluxq.caching.folders import cache_texts
-from fluxq.config import TrainConfig, config_from_dict
+from fluxq.config import TrainConfig
+from fluxq.config_files import config_from_dict
 from fluxq.console import console, progress_bar
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.read import load_lora

@@ -36,7 +36,7 @@ def import_command(
     elif isinstance(document, dict) and "config" in document:
         job = read_job(document, maps)
     else:
-        what = trainer_of(text, own_names()) or "no config that fluxq knows"
+        what = trainer_of(text, own_names()) or "of a program that fluxq does not know"
         raise WrongRequest(f"{file} is {what}; fluxq import reads jobs of ai-toolkit and workflows of FluxTrainer")
     refused = job.refusals()
     for line in (*job.lines, *(f"refused: {text}" for text in refused)):

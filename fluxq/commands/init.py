@@ -10,7 +10,8 @@ from typing import Any
 
 import click
 
-from fluxq.config import PRESET_NAMES, config_from_dict, read_toml
+from fluxq.config import PRESET_NAMES
+from fluxq.config_files import config_from_dict, read_toml
 from fluxq.console import console
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path
@@ -35,7 +36,7 @@ def init_command(given: dict[str, str | None], file: Path, overwrite: bool) -> d
     given = {name: given[name] or (name == "models" and os.environ.get("FLUXQ_MODELS")) or None for name in QUESTIONS}
     missing = [flag for name, flag in FLAGS.items() if given[name] is None]
     if missing and not is_terminal():
-        raise WrongRequest(f"there is no terminal to answer questions in; give {', '.join(missing)} as well")
+        raise WrongRequest(f"questions need a terminal; without one, give {', '.join(missing)}")
     answers: dict[str, str] = {}
     for name, question in QUESTIONS.items():
         answers[name] = given[name] or (_ask(name, question, answers) if missing else _default(name, answers))

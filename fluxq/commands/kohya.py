@@ -10,7 +10,8 @@ from typing import Any
 from fluxq.compat.kohya.command import PROGRAM, read_command
 from fluxq.compat.kohya.mapping import read_options
 from fluxq.compat.kohya.scripts import script_command
-from fluxq.config import TrainConfig, to_toml
+from fluxq.config import TrainConfig
+from fluxq.config_files import to_toml
 from fluxq.console import console, silent
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import atomic_path

@@ -18,7 +18,8 @@ from torch import Tensor
 from fluxq.caching.encoding import truncation_notes
 from fluxq.caching.folders import cache_texts
 from fluxq.caching.store import Text
-from fluxq.config import TrainConfig, file_and_strength
+from fluxq.config import TrainConfig
+from fluxq.config_files import file_and_strength
 from fluxq.console import console, progress_bar
 from fluxq.errors import WrongRequest
 from fluxq.formats.atomic import made

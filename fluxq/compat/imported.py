@@ -8,7 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from fluxq.config import TrainConfig, config_from_dict, toml_value
+from fluxq.config import TrainConfig
+from fluxq.config_files import config_from_dict, toml_value
 
 from .kohya.setup import Setup
 

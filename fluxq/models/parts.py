@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from fluxq import nano
-from fluxq.config import ModelConfig, file_and_strength
+from fluxq.config import ModelConfig
+from fluxq.config_files import file_and_strength
 from fluxq.console import Notify, byte_bar, silent, working
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.sizes import variant

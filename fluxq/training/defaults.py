@@ -175,7 +175,7 @@ def resolve_steps(
         every = max(1, round(output.save_every_epochs * per_epoch))
         exact = every == output.save_every_epochs * per_epoch
         if output.numbering == "epoch" and not exact:
-            notify("LoRAs are numbered by step, as an epoch is no whole number of steps")
+            notify("LoRAs are numbered by step, as an epoch is not a whole number of steps")
         keeps = output.save_every_epochs if output.numbering == "epoch" and exact else None
         output = replace(output, save_every=every, save_every_epochs=keeps)
         notify(f"saves every {plural(every, 'step')}: {per_epoch:g} an epoch")

@@ -30,7 +30,8 @@ from typing import Any, cast
 from filelock import FileLock, Timeout
 from torch import nn
 
-from fluxq.config import TrainConfig, config_from_dict, read_toml, to_toml
+from fluxq.config import TrainConfig
+from fluxq.config_files import config_from_dict, read_toml, to_toml
 from fluxq.console import plural
 from fluxq.data.dataset import Dataset
 from fluxq.errors import WrongRequest

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 
 from fluxq.cli.main import main
 from fluxq.cli.options import read_config
-from fluxq.config import FORMER_KEYS, FORMER_OPTIONS, config_from_dict, read_toml
+from fluxq.config_files import FORMER_KEYS, FORMER_OPTIONS, config_from_dict, read_toml
 from fluxq.errors import WrongRequest
 from fluxq.nano import drawing
 from fluxq.training.report import read_log

@@ -12,7 +12,8 @@ from fluxq.caching.folders import cache_folders, scan_data
 from fluxq.caching.store import Store
 from fluxq.cli.main import main
 from fluxq.commands.cache import cache_command
-from fluxq.config import ModelConfig, config_from_dict
+from fluxq.config import ModelConfig
+from fluxq.config_files import config_from_dict
 from fluxq.models.parts import Models
 from fluxq.nano import drawing
 from fluxq.training.defaults import resolve_data

@@ -73,7 +73,7 @@ def test_a_terminal_answers_what_is_missing(photos, monkeypatch):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ([], "no terminal to answer questions in; give FOLDER, --preset, --trigger, --models as well"),
+        ([], "questions need a terminal; without one, give FOLDER, --preset, --trigger, --models"),
         (["nowhere", *ANSWERS], "nowhere is not a folder; name the folder of images"),
         (['my "photos"', *ANSWERS, "--file", "taken"], "taken exists; name another --file, or replace it with --overw"),
     ],

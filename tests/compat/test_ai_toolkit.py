@@ -18,7 +18,8 @@ from fluxq.compat.ai_toolkit import read_job
 from fluxq.compat.ai_toolkit.table import TABLE, markdown
 from fluxq.compat.imported import Imported
 from fluxq.compat.yaml_text import parsed_yaml
-from fluxq.config import TrainConfig, config_from_dict, keys, read_toml
+from fluxq.config import TrainConfig, keys
+from fluxq.config_files import config_from_dict, read_toml
 from fluxq.errors import WrongRequest
 from fluxq.flow import resolution_shift
 from fluxq.formats.lora.keys import matrices
@@ -259,7 +260,7 @@ def test_paths_of_another_machine_are_mapped_and_hub_ids_stay(folder):
         ("config: {process: []}", "no config.process"),
         ("lora_rank: 3\nbase_model_name: a\n", "is a config of OneTrainer; fluxq import reads jobs of ai-toolkit"),
         ("config: {process: [{type: sd_trainer, datasets: 3}]}", "has no datasets"),
-        ("[]", "is no config that fluxq knows"),
+        ("[]", "is of a program that fluxq does not know"),
     ],
 )  # fmt: skip
 def test_bad_files_are_refused_in_a_sentence(text, why, folder):

@@ -14,7 +14,7 @@ from PIL import Image
 from fluxq import nano
 from fluxq.cli.main import main
 from fluxq.compat.flux_trainer import INIT, WIDGETS, read_workflow
-from fluxq.config import config_from_dict, read_toml
+from fluxq.config_files import config_from_dict, read_toml
 from fluxq.errors import WrongRequest
 
 MODELS = [f"models/{name}.safetensors" for name in ("flux1-nano", "ae", "clip_l", "t5xxl")]

@@ -17,7 +17,8 @@ from fluxq.cli.options import asked_for
 from fluxq.compat.kohya import read_command
 from fluxq.compat.kohya.mapping import Read, read_options
 from fluxq.compat.kohya.table import TABLE, markdown
-from fluxq.config import SamplesConfig, TrainConfig, TrainingConfig, config_from_dict, read_toml
+from fluxq.config import SamplesConfig, TrainConfig, TrainingConfig
+from fluxq.config_files import config_from_dict, read_toml
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint

@@ -31,7 +31,7 @@ import sentencepiece  # noqa: F401
 import torch._dynamo  # noqa: F401
 from safetensors.torch import load_file
 
-from fluxq.config import config_from_dict
+from fluxq.config_files import config_from_dict
 from fluxq.nano import drawing
 from fluxq.train import train
 

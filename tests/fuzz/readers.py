@@ -21,7 +21,7 @@ from fluxq.caching.hashes import Hashes
 from fluxq.caching.looks import Looks
 from fluxq.caching.store import Store, Text
 from fluxq.commands.lora.info import info_command
-from fluxq.config import config_from_dict, read_toml, to_toml
+from fluxq.config_files import config_from_dict, read_toml, to_toml
 from fluxq.data.captions import Captions, has_weight, with_trigger
 from fluxq.data.dataset import Dataset, Entry
 from fluxq.data.examples import Example

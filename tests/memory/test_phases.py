@@ -14,7 +14,8 @@ from hollow import hollow
 from live_bytes import LiveBytes
 
 from fluxq.caching.store import Text
-from fluxq.config import MemoryConfig, TrainConfig, config_from_dict
+from fluxq.config import MemoryConfig, TrainConfig
+from fluxq.config_files import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.shapes import autoencoder_shapes, flux_shapes
 from fluxq.formats.load import load_autoencoder

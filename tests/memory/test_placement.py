@@ -14,7 +14,8 @@ from click.testing import CliRunner
 
 from fluxq import nano
 from fluxq.cli.main import main
-from fluxq.config import MemoryConfig, ModelConfig, TrainConfig, config_from_dict
+from fluxq.config import MemoryConfig, ModelConfig, TrainConfig
+from fluxq.config_files import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.memory import placement as memory
 from fluxq.memory.placement import Placement, costs_of, largest_batch, parse_bytes, pinned_residents, place

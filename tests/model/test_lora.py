@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import randomize, tiny_config
 
-from fluxq.config import LoraConfig, config_from_dict, set_values
+from fluxq.config import LoraConfig
+from fluxq.config_files import config_from_dict, set_values
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora import load_lora
 from fluxq.formats.lora.keys import matrices

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 from fluxq import nano
 from fluxq.commands.quantize import quantize_command
-from fluxq.config import ModelConfig, config_from_dict
+from fluxq.config import ModelConfig
+from fluxq.config_files import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.keys import autoencoder_to_diffusers, to_diffusers
 from fluxq.model import FluxConfig

@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from fluxq.cli.options import asked_for, folder_settings
-from fluxq.config import SamplesConfig, config_from_dict, to_toml
+from fluxq.config import SamplesConfig
+from fluxq.config_files import config_from_dict, to_toml
 from fluxq.errors import WrongRequest
 from fluxq.training.asked import SAMPLES, refuse_without_effect
 from fluxq.training.defaults import caveats

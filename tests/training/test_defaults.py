@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 from fluxq.caching.folders import scan_data
-from fluxq.config import DataConfig, ModelConfig, SamplesConfig, TrainConfig, TrainingConfig, config_from_dict
+from fluxq.config import DataConfig, ModelConfig, SamplesConfig, TrainConfig, TrainingConfig
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.models import Models

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from fluxq import nano
-from fluxq.config import config_from_dict
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.model import FluxConfig

@@ -8,7 +8,8 @@ import pytest
 import torch
 from helpers import randomize, tiny_config
 
-from fluxq.config import TrainingConfig, config_from_dict
+from fluxq.config import TrainingConfig
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint

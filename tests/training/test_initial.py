@@ -14,7 +14,8 @@ from fluxq import nano
 from fluxq.bench.timed_step import SameBatch
 from fluxq.caching import Batch
 from fluxq.commands.quantize import quantize_command
-from fluxq.config import ModelConfig, TrainingConfig, config_from_dict
+from fluxq.config import ModelConfig, TrainingConfig
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint

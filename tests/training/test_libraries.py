@@ -10,7 +10,8 @@ import torch
 from live_bytes import LiveBytes
 from torch import nn
 
-from fluxq.config import OPTIMIZERS, TrainingConfig, config_from_dict
+from fluxq.config import OPTIMIZERS, TrainingConfig
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.errors import WrongRequest
 from fluxq.model.costs import optimizer_bytes

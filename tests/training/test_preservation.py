@@ -12,7 +12,8 @@ from helpers import randomize, tiny_config
 from fluxq.bench.timed_step import SameBatch
 from fluxq.caching import Batch
 from fluxq.commands.cache import cache_command
-from fluxq.config import ModelConfig, TrainConfig, TrainingConfig, config_from_dict
+from fluxq.config import ModelConfig, TrainConfig, TrainingConfig
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.data.captions import in_class
 from fluxq.errors import WrongRequest

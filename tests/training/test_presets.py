@@ -8,7 +8,8 @@ from pathlib import Path
 import pytest
 
 from fluxq.cli.options import read_config
-from fluxq.config import OutputConfig, TrainConfig, TrainingConfig, to_toml
+from fluxq.config import OutputConfig, TrainConfig, TrainingConfig
+from fluxq.config_files import to_toml
 from fluxq.console import silent
 from fluxq.training.defaults import Epoch, resolve_optimizer, resolve_steps
 from fluxq.training.presets import LEARNING_RATE_REASON, PRESETS, Preset, lines

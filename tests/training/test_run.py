@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxq.config import config_from_dict
+from fluxq.config_files import config_from_dict
 from fluxq.formats.checkpoint.files import write_safetensors
 from fluxq.training import run as runs
 from fluxq.training.run import Run

@@ -6,7 +6,8 @@ import math
 
 import pytest
 
-from fluxq.config import TrainingConfig, config_from_dict
+from fluxq.config import TrainingConfig
+from fluxq.config_files import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.training.defaults import resolve_schedule
 from fluxq.training.schedules import SCHEDULES, learning_rate_factor

@@ -10,7 +10,8 @@ import torch
 from click.testing import CliRunner
 
 from fluxq.cli.main import main
-from fluxq.config import ModelConfig, config_from_dict
+from fluxq.config import ModelConfig
+from fluxq.config_files import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.memory.placement import costs_of

@@ -15,7 +15,8 @@ from fluxq import nano
 from fluxq import train as module
 from fluxq.caching.store import Store
 from fluxq.cli.main import main
-from fluxq.config import ModelConfig, config_from_dict
+from fluxq.config import ModelConfig
+from fluxq.config_files import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint
 from fluxq.formats.checkpoint.source import open_clip

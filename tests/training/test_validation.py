@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fluxq.config import config_from_dict
+from fluxq.config_files import config_from_dict
 from fluxq.console import silent
 from fluxq.errors import Stopped, WrongRequest
 from fluxq.formats.checkpoint.files import Checkpoint

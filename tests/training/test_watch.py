@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from fluxq.config import config_from_dict
+from fluxq.config_files import config_from_dict
 from fluxq.memory.placement import Placement
 from fluxq.training import history, watch
 from fluxq.training.history import KEPT, KINDS, STEPS, History, compared, kind_of, summary

@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fluxq.config import file_and_strength
+from fluxq.config_files import file_and_strength
 from fluxq.console import byte_bar, console, plural
 from fluxq.errors import WrongRequest
 from fluxq.formats.lora.algebra import combined

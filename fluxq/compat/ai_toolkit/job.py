@@ -68,13 +68,13 @@ class Job(Imported):
 def read_job(document: Any, places: Sequence[tuple[str, str]] = ()) -> Imported:
     """The settings of a job, `document` as YAML or JSON has it.
 
-    places: (how paths of another machine begin, what to put there instead). Raises WrongRequest for what is no job of
-    a trainer of LoRAs.
+    places: (how paths of another machine begin, what to put there instead). Raises WrongRequest for what is not
+    a job of a trainer of LoRAs.
     """
     config = document.get("config") if isinstance(document, Mapping) else None
     processes = config.get("process") if isinstance(config, Mapping) else None
     if not isinstance(config, Mapping) or not isinstance(processes, list) or not processes:
-        raise WrongRequest("there is no config.process in it, so it is not a job of ai-toolkit")
+        raise WrongRequest("it has no config.process, so it is not a job of ai-toolkit")
     process = processes[0]
     if len(processes) > 1 or not isinstance(process, Mapping) or process.get("type") not in TRAINERS:
         kinds = ", ".join(shown(p.get("type") if isinstance(p, Mapping) else p) for p in processes)

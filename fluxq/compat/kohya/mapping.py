@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fluxq.config import TrainConfig, config_from_dict
+from fluxq.config import TrainConfig
+from fluxq.config_files import config_from_dict
 from fluxq.errors import WrongRequest
 from fluxq.training.defaults import check_variants
 from fluxq.training.losses import HUBER
@@ -220,7 +221,7 @@ def _read_samples(setup: Setup) -> None:
     path = Path(setup.path(options["sample_prompts"]) or "")
     prompts = read_prompts(path) if path.exists() else []
     if not prompts:
-        setup.refuse("sample_prompts", "there is no prompt in it")
+        setup.refuse("sample_prompts", "it has no prompt")
         return
     setup.set("samples", **({"every_epochs": epochs} if epochs > 0 else {"every": steps}))
     first = prompts[0]

@@ -10,7 +10,7 @@ from typing import Any
 
 @dataclass
 class Setup:
-    """options: all of them, as `prepared` gives them. values: section -> key -> value, for fluxq.config.
+    """options: all of them, as `prepared` gives them. values: section -> key -> value, for fluxq.config_files.
 
     notes, refused: (option, text). places: (how paths of another machine begin, what to put there instead). missing:
     paths that do not exist.
