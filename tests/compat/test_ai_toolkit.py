@@ -149,7 +149,7 @@ def test_values_keep_their_meaning():
             {"schedule": "cosine", "schedule_floor": 0.1},
         ),
         (
-            {"train": {"loss_type": "mae", "gradient_accumulation_steps": 3}},
+            {"train": {"loss_type": "mae", "gradient_accumulation": 3, "gradient_accumulation_steps": 1}},
             "training",
             {"loss": "l1", "accumulate": 3},
         ),
@@ -177,6 +177,7 @@ def test_a_dataset_keeps_its_settings():
         dataset={**dataset, "flip_x": True, "default_caption": "a man"}, train={"reg_weight": 0.5}
     ).data.folders[0]
     assert (folder.masks, folder.mask_outside, folder.mask_normalize) == ("masks", 0.1, True)
+    assert folder.trigger == "", "captions of the class get no trigger"
     assert (folder.regularization, folder.prior_weight, folder.shuffle_tags, folder.keep_tokens) == (True, 0.5, True, 1)
     assert (folder.flip, folder.class_tokens, folder.repeats) == (True, "a man", 2)
 
@@ -258,6 +259,11 @@ def test_paths_of_another_machine_are_mapped_and_hub_ids_stay(folder):
         ("a: 1" + " " * 1_000_000, "characters"),
         ("job: extension\nconfig: {name: a, process: [{type: ti_trainer}]}", "the processes of this job are"),
         ("config: {process: []}", "no config.process"),
+        (
+            "config: {name: a, process: [{type: sd_trainer, datasets: [{folder_path: .}], train: "
+            "{gradient_accumulation_steps: 4}}]}",
+            "counts train.steps and all other steps before they are accumulated",
+        ),
         ("lora_rank: 3\nbase_model_name: a\n", "is a config of OneTrainer; fluxq import reads jobs of ai-toolkit"),
         ("config: {process: [{type: sd_trainer, datasets: 3}]}", "has no datasets"),
         ("[]", "is of a program that fluxq does not know"),

@@ -110,7 +110,9 @@ def _named(value: Any, name: str) -> Any:
 def _line(job: Job, key: str, label: str, value: Any) -> None:
     """Say what becomes of a key of the file, and refuse what its row refuses."""
     row, label = BY_NAME.get(key), printable(label)
-    if row is None:
+    if row is None and value in (None, {}, []):
+        job.lines.append(f"{label}: empty, so it has no effect")
+    elif row is None:
         near = difflib.get_close_matches(key, BY_NAME, n=1)
         job.refuse(label, f"ai-toolkit has no such key{f'; did you mean {near[0]}?' if near else ''}")
     elif row.refused and not row.is_default(value):
@@ -129,7 +131,7 @@ def _model(job: Job) -> None:
         job.refuse("model.arch", f"{shown(arch)} is another model; fluxq trains flux, FLUX.1 dev and schnell")
     if not path:
         job.refuse("model.name_or_path", "it is required")
-    for name, key in (("name_or_path", "models"), ("vae_path", "ae"), ("te_name_or_path", "t5xxl")):
+    for name, key in (("name_or_path", "models"), ("vae_path", "ae")):
         job.put(f"model.{key}", _path(job, job.get(f"model.{name}")), job.where(f"model.{name}"))
     if lora := job.get("model.lora_path"):
         job.put("model.base_loras", [f"{job.path(str(lora))}=1"], job.where("model.lora_path"))
@@ -219,7 +221,7 @@ def _targets(job: Job, only: list[str], but: list[str]) -> list[str]:
 def _training(job: Job) -> None:
     job.copy("training.steps", "train.steps")
     job.copy("training.batch", "train.batch_size")
-    job.copy("training.accumulate", "train.gradient_accumulation", "train.gradient_accumulation_steps")
+    job.copy("training.accumulate", "train.gradient_accumulation")
     job.copy("training.clip", "train.max_grad_norm")
     job.copy("training.guidance", "train.cfg_scale")
     job.put("training.seed", job.get("training_seed"), job.where("training_seed"))
@@ -311,7 +313,7 @@ def _output(job: Job) -> None:
     name = job.get("name")
     if not name:
         job.refuse("config.name", "it is required")
-    folder = str(job.get("training_folder")).replace("\\", "/").rstrip("/")
+    folder = job.mapped(str(job.get("training_folder"))).replace("\\", "/").rstrip("/")
     job.put("output.out", f"{folder}/{name}", f"{job.where('training_folder')}, {job.where('name')}")
     job.copy("output.name", "name")
     job.copy("output.save_every", "save.save_every")
@@ -378,6 +380,9 @@ def _folder(job: Job, i: int, given: Mapping[str, Any], folder: dict[str, Any]) 
     if folder.get("regularization"):
         folder["prior_weight"] = job.get("train.reg_weight")
         job.sources[f"data.folders.{i}.prior_weight"] = job.where("train.reg_weight")
+        if not given.get("trigger_word"):  # captions of the class stay without that of the job
+            folder["trigger"] = ""
+            job.sources[f"data.folders.{i}.trigger"] = "is_reg: ai-toolkit puts no trigger in front there"
     suffix = str(given.get("caption_ext") or given.get("caption_type") or "txt")
     if f".{suffix.removeprefix('.')}" not in TEXT_SUFFIXES:
         job.refuse(f"datasets.{i}.caption_ext", f"captions are read from {' and '.join(TEXT_SUFFIXES)}")

@@ -40,6 +40,10 @@ BF16 = "fluxq computes in bf16, with LoRA weights in fp32"
 KERNELS = "fluxq has kernels of its own, with fused attention"
 KNOWN = "fluxq knows a model by its file"
 FLOW = "FLUX.1 is trained and sampled along straight lines, in Euler steps"
+MICRO_STEPS = (
+    "with it ai-toolkit counts train.steps and all other steps before they are accumulated; write "
+    "gradient_accumulation instead, and divide the steps by it"
+)
 NO_CONVOLUTIONS = "FLUX.1 has no convolutions"
 UPLOAD = "fluxq uploads nothing"
 ANOTHER = "fluxq trains LoRAs of FLUX.1 and nothing else"
@@ -64,7 +68,7 @@ TABLE: tuple[Row, ...] = (
     # Model
     *rows("model", "name_or_path", to="model.models"),
     *rows("model", "vae_path", to="model.ae"),
-    *rows("model", "te_name_or_path", to="model.t5xxl"),
+    *rows("model", "te_name_or_path", ignored="for FLUX.1 ai-toolkit takes T5 from the model's own folder"),
     *rows("model", "lora_path", to="model.base_loras"),
     *rows("model", "attn_masking", False, to="model.text_mask"),
     *rows("model", "quantize", False, to="model.format"),
@@ -142,7 +146,8 @@ TABLE: tuple[Row, ...] = (
     # Training
     *rows("train", "steps", 1000, to="training.steps"),
     *rows("train", "batch_size", 1, to="training.batch"),
-    *rows("train", "gradient_accumulation gradient_accumulation_steps", 1, to="training.accumulate"),
+    *rows("train", "gradient_accumulation", 1, to="training.accumulate"),
+    *rows("train", "gradient_accumulation_steps", 1, refused=MICRO_STEPS),
     *rows("train", "lr unet_lr", 1e-6, to="training.learning_rate"),
     *rows("train", "optimizer", "adamw", to="training.optimizer"),
     *rows("train", "optimizer_params", to="training.optimizer_args, training.weight_decay"),

@@ -192,7 +192,7 @@ def _read_length(setup: Setup) -> None:
 
 def _read_output(setup: Setup) -> None:
     options, name = setup.options, setup.options["output_name"] or "last"
-    setup.set("output", out=options["output_dir"], name=name, save_every=0)
+    setup.set("output", out=options["output_dir"] and setup.mapped(str(options["output_dir"])), name=name, save_every=0)
     said = {"ss_training_comment": options["training_comment"]}
     for row in TABLE:
         if row.name.startswith("metadata_") and not row.ignored:

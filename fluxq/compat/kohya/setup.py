@@ -33,14 +33,18 @@ class Setup:
     def refuse(self, option: str, text: str) -> None:
         self.refused.append((option, text))
 
+    def mapped(self, text: str) -> str:
+        """`text` with what `places` puts in place of its beginning."""
+        for begins, instead in self.places:
+            if text.replace("\\", "/").lower().startswith(begins.replace("\\", "/").lower()):
+                return instead + text[len(begins) :].replace("\\", "/")
+        return text
+
     def path(self, text: str | None) -> str | None:
         """`text` on this machine. If nothing is there, it goes to `missing`."""
         if not text:
             return None
-        for begins, instead in self.places:
-            if text.replace("\\", "/").lower().startswith(begins.replace("\\", "/").lower()):
-                text = instead + text[len(begins) :].replace("\\", "/")
-                break
+        text = self.mapped(text)
         slashed = text.replace("\\", "/")
         text = os.path.expanduser(slashed if os.path.exists(os.path.expanduser(slashed)) else text)
         if not os.path.exists(text) and text not in self.missing:
