@@ -100,8 +100,8 @@ def place(config: TrainConfig, models: Models, notify: Notify) -> Placement:
         preserves = config.training.preserve_class is not None
         took = duration(steps * config.training.accumulate * chosen.seconds * (PRESERVING if preserves else 1))
         notify(
-            f"{plural(steps, 'step')} are predicted to take {took}, without previews and saves"
-            + (f"; --preserve-class makes that {PRESERVING:g} times as long" if preserves else "")
+            f"{plural(steps, 'step')} are predicted to take {took}, without previews, validation and saves"
+            + (f"; without --preserve-class it would be {PRESERVING:g} times as fast" if preserves else "")
         )
     return placement_of(chosen, budget)
 

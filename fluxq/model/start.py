@@ -35,9 +35,18 @@ def counted_from(
     return torch.cat([start_down + down, down]), torch.cat([up, start_up.to(up.dtype)], 1)
 
 
-def saved_rank(init: str, rank: int, keep_correction: bool) -> int:
-    """The rank of the saved LoRA: twice that of training if it is the difference from a start."""
-    return rank if init == "plain" or keep_correction else 2 * rank
+def takes_start(init: str, path: str, shape: tuple[int, ...], rank: int) -> bool:
+    """Whether the LoRA of the weight (N, K) at `path` can have the start that `init` names: LoftQ only if the weight is
+    quantized, LoRA-GA if it has twice as many singular vectors as the rank.
+    """
+    if init == "loftq":
+        return "_blocks." in path and rank <= min(shape)
+    return init == "lora_ga" and 2 * rank <= min(shape)
+
+
+def saved_ranks(init: str, keep_correction: bool) -> int:
+    """How many times its rank a LoRA with a start has in the file: twice if it is the difference from the start."""
+    return 1 if init == "plain" or keep_correction else 2
 
 
 def planned_rank(init: str, rank: int) -> int:

@@ -277,7 +277,8 @@ def resolve_schedule(training: TrainingConfig) -> TrainingConfig:
         )
     if training.schedule == "wsd" and (falls := training.schedule_decay * (steps - warmup)) < 1:
         raise WrongRequest(
-            f"a schedule that falls within {falls:.2g} steps never does; raise training.schedule_decay or --steps"
+            f"the last {falls:.2g} steps are too few for a schedule to fall in; raise training.schedule_decay or "
+            "--steps"
         )
     return replace(training, warmup=float(warmup))
 

@@ -13,9 +13,10 @@ from fluxq.config import LoraConfig, TrainConfig, TrainingConfig
 from fluxq.console import plural
 from fluxq.data.dataset import Dataset
 from fluxq.data.examples import Scan
+from fluxq.formats.checkpoint.shapes import flux_shapes
 from fluxq.formats.lora.keys import matrices
 from fluxq.formats.lora.metadata import lora_metadata
-from fluxq.model.start import saved_rank
+from fluxq.model.start import saved_ranks, takes_start
 from fluxq.models.parts import Models
 
 from .losses import HUBER
@@ -40,9 +41,12 @@ def metadata_of(config: TrainConfig, models: Models, scanned: Scan, dataset: Dat
     for example in dataset.examples:
         buckets[example.bucket] += example.repeats
 
-    sizes = config.lora.adapted().layers(matrices(models.flux_config)).values()
-    twice = saved_rank(config.lora.init, 1, config.lora.keep_correction)
-    ranks, alphas = {size.rank * twice for size in sizes}, {size.alpha * twice for size in sizes}
+    init, shapes, ranks, alphas = config.lora.init, flux_shapes(models.flux_config), set[int](), set[float]()
+    for path, size in config.lora.adapted().layers(matrices(models.flux_config)).items():
+        starts = takes_start(init, path, shapes[f"{path}.weight"], size.rank)
+        times = saved_ranks(init, config.lora.keep_correction) if starts else 1
+        ranks.add(size.rank * times)
+        alphas.add(size.alpha * times)
 
     def at(step: int, started: float, finished: float) -> dict[str, str]:
         training, size = config.training, config.data.side

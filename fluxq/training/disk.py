@@ -22,7 +22,7 @@ from fluxq.formats.quantized import cache_folder, stored_bytes
 from fluxq.model.clip import CLIP_TARGETS
 from fluxq.model.costs import optimizer_bytes
 from fluxq.model.lora import targeted
-from fluxq.model.start import saved_rank
+from fluxq.model.start import saved_ranks
 from fluxq.models import Models
 from fluxq.models.check_file import size
 
@@ -100,7 +100,7 @@ def needs_of(run: Run, models: Models, previews: int) -> list[Need]:
     best = 1 if config.data.validation or config.data.validation_split else 0
     before_the_end = min(before_the_end, output.keep) if output.keep else before_the_end
     loras = best + (1 + averaged) * (1 + before_the_end)
-    twice = saved_rank(init, 1, config.lora.keep_correction)
+    twice = saved_ranks(init, config.lora.keep_correction)
     lora = twice * (2 * sum(tensors) + _split_bytes(config, models)) + HEADER * len(tensors)
     side = config.data.side
     image = 3 * (config.samples.width or side) * (config.samples.height or side)

@@ -41,7 +41,8 @@ def kind_of(config: TrainConfig, models: Models, placement: Placement) -> str:
     """What runs must share to be compared."""
     lora, training, on_gpu = config.lora, config.training, models.device.type == "cuda"
     policies = placement.policies
-    variants = [v for v in (lora.ranks, lora.double_blocks, lora.single_blocks, lora.drops, lora.alphas) if v]
+    names = ("ranks", "double_blocks", "single_blocks", "drops")
+    variants = [f"{name} {value}" for name in names if (value := getattr(lora, name))]
     variants += [
         name for name, on in ((lora.init, lora.init != "plain"), ("ema", lora.ema), ("norm", lora.max_norm)) if on
     ]

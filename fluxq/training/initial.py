@@ -25,7 +25,7 @@ from fluxq.model.calibration import calibrate
 from fluxq.model.config import FluxConfig
 from fluxq.model.linear import Linear
 from fluxq.model.lora import lora_layers
-from fluxq.model.start import lora_ga, low_rank, sketch_rank
+from fluxq.model.start import lora_ga, low_rank, sketch_rank, takes_start
 from fluxq.models import Models
 
 from .objective import Objective
@@ -65,7 +65,7 @@ def prepare(
     if config.model.compute.startswith("int8"):
         rotated = retry.run("calibration", partial(calibrate, flux, objective.calibration), training=False)
         notify(f"int8: {plural(len(rotated), 'layer')} with outlier inputs will rotate them before rounding")
-    own = {path: layer for path, layer in lora_layers(flux).items() if takes_start(path, layer, config.lora.init)}
+    own = started(lora_layers(flux), config.lora.init)
     if config.lora.init == "loftq":
         share = correct_rounding(models, own, config.training.seed)
         what = f"corrects {share:.1%} of the squared error that {models.format} made"
@@ -81,22 +81,21 @@ def prepare(
     return rotated
 
 
-def takes_start(path: str, layer: Linear, init: str) -> bool:
-    """Whether the layer at `path`, which has LoRA, can have the start that `init` names: LoftQ only if its weight is
-    quantized, LoRA-GA if it has twice as many singular vectors as the rank.
-    """
-    rank, most = len(layer.get_parameter("lora_down")), min(layer.in_features, layer.out_features)
-    if init == "loftq":
-        return "_blocks." in path and rank <= most
-    return init == "lora_ga" and 2 * rank <= most
+def started(layers: Mapping[str, Linear], init: str) -> dict[str, Linear]:
+    """Those of the `layers`, which have LoRA, that can have the start that `init` names."""
+
+    def starts(path: str, layer: Linear) -> bool:
+        shape = layer.out_features, layer.in_features
+        return takes_start(init, path, shape, len(layer.get_parameter("lora_down")))
+
+    return {path: layer for path, layer in layers.items() if starts(path, layer)}
 
 
 @torch.no_grad()
 def empty(layers: Mapping[str, Linear], init: str) -> None:
     """Set the LoRA to zero where it will count from a start."""
-    for path, layer in layers.items():
-        if takes_start(path, layer, init):
-            layer.get_parameter("lora_down").zero_()
+    for layer in started(layers, init).values():
+        layer.get_parameter("lora_down").zero_()
 
 
 @torch.no_grad()

@@ -43,7 +43,7 @@ def predicted(prediction: str, velocity: Tensor, x: Tensor, t: Tensor) -> Tensor
 
 
 LOWEST_SIGMA = 1e-3
-"""Where sigma_sqrt stops to grow: the lowest of sd-scripts' thousand levels."""
+"""Where sigma_sqrt stops growing: the lowest of sd-scripts' thousand levels."""
 
 
 def pointwise_error(settings: TrainingConfig, difference: Tensor, t: Tensor) -> Tensor:

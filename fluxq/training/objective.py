@@ -204,6 +204,6 @@ def class_captions(config: TrainConfig, scanned: Scan) -> dict[str, str]:
     if (name := config.training.preserve_class) is None:
         return {}
     trained = {folder.path for folder in config.data.folders}
-    examples = [example for example in scanned.examples if example.folder.path in trained]
+    examples = [e for e in scanned.examples if e.folder.path in trained and not e.held_out]
     pairs = {text: in_class(text, e.folder.trigger, name.strip()) for e in examples for text in e.texts}
     return {text: other for text, other in pairs.items() if text != other}

@@ -300,7 +300,7 @@ class Run:
     def steps_saved(self, averaged: bool = False) -> list[Path]:
         """The LoRAs saved before the last step, or their averages, oldest first."""
         name = f"{glob.escape(self.name)}{'-ema' * averaged}"
-        kinds = ("step????????", "[0-9][0-9][0-9][0-9][0-9][0-9]")
+        kinds = ["step????????", *["[0-9]" * 6] * (self.config.output.numbering == "epoch")]
         found = [path for kind in kinds for path in self.folder.glob(f"{name}-{kind}{self.suffix}")]
         return sorted(found, key=lambda path: (_steps(path), path.name))
 
@@ -356,7 +356,7 @@ class Run:
 def _is_finished(path: Path) -> bool:
     """Whether this LoRA was the last of its run, before that was resumed to more steps."""
     about = _metadata(path)
-    return "fluxq_stopped_early" in about or "ss_steps" in about and about["ss_steps"] == about["ss_max_train_steps"]
+    return "fluxq_stopped_early" in about or about.get("ss_steps", "") == about.get("ss_max_train_steps")
 
 
 def _metadata(path: Path) -> Mapping[str, str]:

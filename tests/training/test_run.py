@@ -47,3 +47,10 @@ def test_a_folder_of_peft_takes_the_place_of_another(there, tmp_path):
         (folder / "adapter_config.json").write_text("{}")
     runs._moved(*folders)
     assert not folders[0].exists() and runs._metadata(folders[1])["ss_steps"] == "0"
+
+
+def test_a_file_of_another_trainer_beside_a_run_is_not_its_own(tmp_path):
+    other = saved(tmp_path / "a-000002.safetensors", 4)
+    assert other not in a_run(tmp_path).steps_saved() and other not in a_run(tmp_path)._results()
+    assert other in a_run(tmp_path, numbering="epoch", save_every_epochs=1).steps_saved()
+    assert not runs._is_finished(other), "it does not say how many steps there should be"

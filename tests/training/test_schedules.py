@@ -80,7 +80,7 @@ def test_a_warmup_is_a_share_of_all_steps_or_a_number_of_them():
         ({"warmup": 3, "schedule": "cosine", "schedule_cycles": 7}, "7 cycles of the schedule do not fit into 6 steps"),
         (
             {"schedule": "wsd", "schedule_decay": 0.1},
-            "a schedule that falls within 0.9 steps never does; raise training.",
+            "the last 0.9 steps are too few for a schedule to fall in; raise training.",
         ),
     ],
 )
