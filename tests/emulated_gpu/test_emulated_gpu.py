@@ -283,3 +283,18 @@ print(json.dumps([measure(Path("absent")).bf16, GPUS["rtx4090"].bf16, measure(Pa
 """
     measured, known, memory_gib = run(code, "--gpu", "rtx4090")[0]
     assert measured == known and memory_gib == 23.65
+
+
+def test_a_thread_that_python_ends_does_not_abort_the_process(run):
+    """As a thread of autograd that lets go of the last gradient while Python is already being finalized."""
+    code = """
+import threading, time
+x = torch.ones(600, 600)
+def multiply():
+    while True:
+        x @ x
+threading.Thread(target=multiply, daemon=True).start()
+time.sleep(0.3)
+print(json.dumps("finalizing"))
+"""
+    assert run(code)[0] == "finalizing"
