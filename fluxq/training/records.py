@@ -4,6 +4,7 @@ steps needs no more memory than one of a thousand, within a few percent.
 
 from __future__ import annotations
 
+import math
 from array import array
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, overload
@@ -14,7 +15,8 @@ COLUMNS = ("step", "loss", "grad", "seconds", "peak_bytes")
 class Records(Sequence[Mapping[str, Any]]):
     """Steps in order, as log.jsonl has them; "seconds" and "peak_bytes" are 0 where they are not known.
 
-    Raises LookupError, TypeError or OverflowError for a step that lacks a number, or has something else there.
+    Raises LookupError, TypeError, ValueError or OverflowError for a step that lacks a number, or has something else
+    there: only losses and gradients may be infinite or NaN.
     """
 
     def __init__(self, records: Iterable[Mapping[str, Any]] = ()) -> None:
@@ -23,8 +25,10 @@ class Records(Sequence[Mapping[str, Any]]):
             self.append(record)
 
     def append(self, record: Mapping[str, Any]) -> None:
-        known = [record["step"], record["loss"], record["grad"]]
-        values = array("d", [*known, record.get("seconds") or 0, record.get("peak_bytes") or 0])
+        step, seconds, peak = record["step"], record.get("seconds") or 0, record.get("peak_bytes") or 0
+        if not all(map(math.isfinite, (step, seconds, peak))):
+            raise ValueError("a step's number, seconds and peak_bytes must be finite")
+        values = array("d", [step, record["loss"], record["grad"], seconds, peak])
         for column, value in zip(self._columns.values(), values, strict=True):
             column.append(value)
 

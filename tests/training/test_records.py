@@ -32,9 +32,15 @@ def test_a_step_takes_40_bytes():
     assert grown < 10_000 * 40 * 1.2, "an array has room for an eighth more"
 
 
-@pytest.mark.parametrize("change", [{"loss": "0.5"}, {"grad": [1]}, {"seconds": 10**400}, {"step": None}])
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"loss": "0.5"}, {"grad": [1]}, {"seconds": 10**400}, {"step": None}, {"step": math.nan}),
+        *({"peak_bytes": math.inf}, {"peak_bytes": math.nan}, {"seconds": math.inf}),
+    ],
+)
 def test_a_step_that_is_not_made_of_numbers_is_refused_whole(change):
     records = Records()
-    with pytest.raises((TypeError, OverflowError)):
+    with pytest.raises((TypeError, ValueError, OverflowError)):
         records.append(STEP | change)
     assert len(records) == 0 and not any(len(records.column(name)) for name in STEP)
